@@ -1,0 +1,7 @@
+"""Network families, one file each."""
+
+from fastnce.networks.patch_discriminator import PatchDiscriminator
+from fastnce.networks.patch_projector import PatchProjector
+from fastnce.networks.resnet_generator import ResnetGenerator
+
+__all__ = ["PatchDiscriminator", "PatchProjector", "ResnetGenerator"]

@@ -1,0 +1,111 @@
+"""CUT's residual generator, and its first half as the encoder of PatchNCE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from fastnce.networks.layers import Downsample, ResnetBlock, Upsample, init_xavier
+
+
+class ResnetGenerator(nn.Module):
+    """Image-to-image generator: 7x7 stem, two downsamplings, residual blocks, two upsamplings, 7x7 head, tanh.
+
+    `(B, in_channels, H, W) -> (B, out_channels, H, W)` with H and W multiples of 4 and at least 8. Instance norm without
+    affine parameters, so every convolution has a bias. State-dict keys are `model.<index>...` with the indices of the
+    published checkpoints; `filt` buffers are part of it.
+
+    With `antialias=True` (the published default) the layers are: 0 pad, 1 conv 7x7, 2 norm, 3 ReLU, 4 conv, 5 norm,
+    6 ReLU, 7 downsample, 8 conv, 9 norm, 10 ReLU, 11 downsample, 12... residual blocks, then the decoder. With
+    `antialias=False` the two convolutions of the encoder have stride 2 and there is no downsample layer, so later
+    indices are lower by up to two (residual blocks start at 10). Upsampling is anti-aliased in both.
+
+    **Taps** are layer indices. A tap gives the output of that layer, except directly before a ReLU, where it gives the
+    value after the ReLU: the published ReLU works in place and so overwrites the tapped map. With `antialias=True` the
+    default taps 0 (the padded image), 4 and 8 (convolutions before their norm), 12 and 16 are not concerned; with
+    `antialias=False` tap 8 is the output of a norm, and the published value there is the one after the ReLU.
+
+    Source: Park et al., "Contrastive Learning for Unpaired Image-to-Image Translation", ECCV 2020.
+
+    Args:
+        in_channels: channels of the input image.
+        out_channels: channels of the output image.
+        base_channels: channels after the stem; doubled by each downsampling.
+        num_blocks: residual blocks.
+        antialias: blur before each downsampling instead of strided convolutions.
+
+    Example:
+        >>> import torch
+        >>> g = ResnetGenerator(base_channels=8, num_blocks=2)
+        >>> image, (pixels, block) = g(torch.zeros(1, 3, 32, 32), taps=[0, 12])
+        >>> image.shape, pixels.shape, block.shape
+        (torch.Size([1, 3, 32, 32]), torch.Size([1, 3, 38, 38]), torch.Size([1, 32, 8, 8]))
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        base_channels: int = 64,
+        num_blocks: int = 9,
+        antialias: bool = True,
+    ) -> None:
+        super().__init__()
+        c = base_channels
+        layers: list[nn.Module] = [nn.ReflectionPad2d(3), nn.Conv2d(in_channels, c, 7)]
+        layers += [nn.InstanceNorm2d(c), nn.ReLU(inplace=True)]
+        for width in (c, 2 * c):
+            layers += _downsampling(width, 2 * width, antialias)
+        layers += [ResnetBlock(4 * c) for _ in range(num_blocks)]
+        for width in (4 * c, 2 * c):
+            layers += _upsampling(width, width // 2)
+        layers += [nn.ReflectionPad2d(3), nn.Conv2d(c, out_channels, 7), nn.Tanh()]
+        self.model = nn.Sequential(*layers)
+        init_xavier(self)
+
+    def forward(
+        self, x: Tensor, taps: Sequence[int] | None = None
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Translates `x`; with `taps` (ascending layer indices) also returns those layers' features."""
+        if taps is None:
+            return self.model(x)
+        return self._run(x, self._feature_layers(taps), stop=len(self.model))
+
+    def encode(self, x: Tensor, taps: Sequence[int]) -> list[Tensor]:
+        """Features of the layers `taps` (ascending), computing nothing behind the last of them."""
+        layers = self._feature_layers(taps)
+        return self._run(x, layers, stop=layers[-1] + 1)[1]
+
+    def _run(self, x: Tensor, feature_layers: list[int], stop: int) -> tuple[Tensor, list[Tensor]]:
+        features = []
+        for index, layer in enumerate(self.model[:stop]):
+            x = layer(x)
+            features += [x] * feature_layers.count(index)
+        return x, features
+
+    def _feature_layers(self, taps: Sequence[int]) -> list[int]:
+        """The layer whose output each tap gives: the tap itself, or the in-place ReLU right behind it."""
+        taps = list(taps)
+        if not taps or taps != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < len(self.model):
+            raise ValueError(
+                f"ResnetGenerator: taps={taps} must be ascending, distinct layer indices from 0 to "
+                f"{len(self.model) - 1} (this generator has {len(self.model)} layers)."
+            )
+        layers = []
+        for tap in taps:
+            behind = self.model[tap + 1] if tap + 1 < len(self.model) else None
+            layers.append(tap + 1 if isinstance(behind, nn.ReLU) else tap)
+        return layers
+
+
+def _downsampling(in_channels: int, out_channels: int, antialias: bool) -> list[nn.Module]:
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride=1 if antialias else 2, padding=1)
+    layers = [conv, nn.InstanceNorm2d(out_channels), nn.ReLU(inplace=True)]
+    return [*layers, Downsample(out_channels)] if antialias else layers
+
+
+def _upsampling(in_channels: int, out_channels: int) -> list[nn.Module]:
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+    norm = nn.InstanceNorm2d(out_channels)
+    return [Upsample(in_channels), conv, norm, nn.ReLU(inplace=True)]

@@ -1,0 +1,202 @@
+"""Golden values, shapes, parameter counts, state-dict keys and taps of CUT's networks.
+
+The golden numbers come from running the published implementation in fp32 on a CPU.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastnce.networks import PatchDiscriminator, PatchProjector, ResnetGenerator
+from fastnce.networks.layers import Downsample, Upsample
+
+
+def sines(*shape: int, step: float, start: float) -> Tensor:
+    """sin(start + step * i) over the elements in C order, computed in fp64, rounded to fp32."""
+    index = torch.arange(math.prod(shape), dtype=torch.float64)
+    return torch.sin(start + step * index).float().reshape(shape)
+
+
+def fill_with_sines(module: nn.Module) -> nn.Module:
+    """Sets the j-th parameter to 0.05 * sines(step 0.7131, start 0.1 j)."""
+    with torch.no_grad():
+        for j, parameter in enumerate(module.parameters()):
+            parameter.copy_(0.05 * sines(*parameter.shape, step=0.7131, start=0.1 * j))
+    return module
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def arange_image(size: int) -> Tensor:
+    return torch.arange(float(size * size)).reshape(1, 1, size, size)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (4, [2.5, 4, 8.5, 10]),
+        (5, [3, 4.5, 6, 10.5, 12, 13.5, 18, 19.5, 21]),
+    ],
+)
+def test_downsample_golden(size, expected):
+    assert Downsample(1)(arange_image(size)).flatten().tolist() == expected
+
+
+def test_upsample_golden():
+    expected = [0, 0.25, 0.75, 1, 0.5, 0.75, 1.25, 1.5, 1.5, 1.75, 2.25, 2.5, 2, 2.25, 2.75, 3]
+    assert Upsample(1)(arange_image(2)).flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("layer", [Downsample, Upsample])
+def test_resampling_keeps_channels_apart(layer):
+    x = torch.randn(2, 3, 8, 6, generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([layer(1)(channel) for channel in x.split(1, dim=1)], dim=1)
+    torch.testing.assert_close(layer(3)(x), alone)
+
+
+def test_generator_golden():
+    g = fill_with_sines(ResnetGenerator())
+    x = sines(1, 3, 64, 64, step=0.0137, start=0.3)
+    with torch.no_grad():
+        image, features = g(x, taps=[0, 4, 8, 12, 16])
+    assert image.mean().item() == pytest.approx(-0.026105, abs=2e-6)
+    assert image.std().item() == pytest.approx(0.206036, abs=2e-6)
+    assert image[0, :, 10, 20].tolist() == pytest.approx([0.022712, 0.309359, 0.490316], abs=2e-6)
+    golden = [
+        (0.017592, 0.707949),
+        (0.001489, 0.127465),
+        (6.216e-5, 0.282113),
+        (0.403966, 1.027085),
+        (0.403966, 0.918496),
+    ]
+    for feature, (mean, std) in zip(features, golden, strict=True):
+        assert feature.mean().item() == pytest.approx(mean, abs=2e-6)
+        assert feature.std().item() == pytest.approx(std, abs=2e-6)
+
+
+def test_discriminator_golden():
+    d = fill_with_sines(PatchDiscriminator())
+    with torch.no_grad():
+        logits = d(sines(1, 3, 64, 64, step=0.0137, start=0.3))
+    assert logits.shape == (1, 1, 6, 6)
+    assert logits.mean().item() == pytest.approx(0.052784, abs=2e-6)
+    assert logits.std().item() == pytest.approx(0.224473, abs=2e-6)
+    expected = [-0.147654, -0.065996, -0.007613]
+    assert logits[0, 0, 0, :3].tolist() == pytest.approx(expected, abs=2e-6)
+
+
+def test_shapes_at_256():
+    with torch.device("meta"):
+        g, d = ResnetGenerator(), PatchDiscriminator()
+        x = torch.empty(1, 3, 256, 256)
+        image, features = g(x, taps=[0, 4, 8, 12, 16])
+        logits = d(x)
+    assert image.shape == (1, 3, 256, 256)
+    expected = [(3, 262, 262), (128, 256, 256), (256, 128, 128), (256, 64, 64), (256, 64, 64)]
+    assert [tuple(feature.shape[1:]) for feature in features] == expected
+    assert logits.shape == (1, 1, 30, 30)
+
+
+def test_parameter_counts():
+    assert count(ResnetGenerator()) == 11_378_179
+    assert count(PatchDiscriminator()) == 2_764_737
+    assert count(PatchProjector([3, 128, 256, 256, 256])) == 560_384
+    assert count(ResnetGenerator(base_channels=16, num_blocks=4)) == 346_371
+    assert count(PatchDiscriminator(base_channels=32, num_layers=2, norm="none")) == 167_649
+
+
+def test_generator_keys():
+    keys = set(ResnetGenerator().state_dict())
+    expected = {f"model.{i}.{p}" for i in (1, 4, 8, 22, 26, 30) for p in ("weight", "bias")}
+    expected |= {f"model.{i}.filt" for i in (7, 11, 21, 25)}
+    expected |= {
+        f"model.{i}.conv_block.{j}.{p}"
+        for i in range(12, 21)
+        for j in (1, 5)
+        for p in ("weight", "bias")
+    }
+    assert keys == expected
+
+
+def test_generator_keys_without_antialias():
+    keys = set(ResnetGenerator(antialias=False, num_blocks=1).state_dict())
+    expected = {f"model.{i}.{p}" for i in (1, 4, 7, 12, 16, 20) for p in ("weight", "bias")}
+    expected |= {"model.11.filt", "model.15.filt"}
+    expected |= {f"model.10.conv_block.{j}.{p}" for j in (1, 5) for p in ("weight", "bias")}
+    assert keys == expected
+
+
+@pytest.mark.parametrize("norm", ["instance", "none"])
+def test_discriminator_keys(norm):
+    keys = set(PatchDiscriminator(norm=norm).state_dict())
+    expected = {f"model.{i}.{p}" for i in (0, 3, 7, 11, 14) for p in ("weight", "bias")}
+    assert keys == expected | {f"model.{i}.filt" for i in (2, 6, 10)}
+
+
+def test_projector_keys():
+    expected = {f"mlp_{i}.{j}.{p}" for i in (0, 1) for j in (0, 2) for p in ("weight", "bias")}
+    assert set(PatchProjector([3, 8]).state_dict()) == expected
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    conv = ResnetGenerator().model[4]
+    fan = (64 + 128) * 9
+    assert conv.weight.std().item() == pytest.approx(0.02 * math.sqrt(2 / fan), rel=0.02)
+    assert conv.bias.abs().max() == 0
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+def test_taps_of_forward_and_encode_agree_bitwise(antialias):
+    torch.manual_seed(0)
+    g = ResnetGenerator(base_channels=4, num_blocks=3, antialias=antialias)
+    x = torch.randn(2, 3, 16, 16)
+    for taps in ([0, 4, 8, 12], [2, 5, 8], [8], list(range(14))):
+        image, features = g(x, taps=taps)
+        assert torch.equal(image, g(x))
+        encoded = g.encode(x, taps)
+        assert len(features) == len(encoded) == len(taps)
+        for one, other in zip(features, encoded, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_tap_of_a_convolution_is_before_its_norm():
+    g = ResnetGenerator(base_channels=4, num_blocks=1)
+    g.model[4].bias.data.fill_(3.0)
+    (feature,) = g.encode(torch.zeros(1, 3, 16, 16), [4])
+    assert torch.equal(feature, torch.full_like(feature, 3.0))
+
+
+def test_tap_8_without_antialias_is_after_the_relu():
+    torch.manual_seed(0)
+    g = ResnetGenerator(base_channels=4, num_blocks=1, antialias=False)
+    (feature,) = g.encode(torch.randn(1, 3, 16, 16), [8])
+    assert isinstance(g.model[8], nn.InstanceNorm2d)
+    assert feature.min() == 0
+
+
+def test_encode_stops_after_the_last_tap():
+    g = ResnetGenerator(base_channels=4, num_blocks=2)
+    g.model[13] = nn.Module()  # would raise when called
+    assert len(g.encode(torch.zeros(1, 3, 16, 16), [0, 12])) == 2
+
+
+@pytest.mark.parametrize("taps", [[], [4, 0], [4, 4], [-1], [99]])
+def test_bad_taps(taps):
+    g = ResnetGenerator(base_channels=4, num_blocks=1)
+    with pytest.raises(ValueError, match="ascending, distinct layer indices from 0 to"):
+        g.encode(torch.zeros(1, 3, 16, 16), taps)
+
+
+def test_projector_rejects_another_number_of_maps():
+    with pytest.raises(ValueError, match="patches of 1 feature maps, expected 2"):
+        PatchProjector([3, 8])([torch.zeros(1, 2, 3)])
+
+
+def test_discriminator_rejects_unknown_norm():
+    with pytest.raises(ValueError, match=r'must be "instance" or "none"'):
+        PatchDiscriminator(norm="batch")
