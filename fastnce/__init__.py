@@ -1,0 +1,35 @@
+"""Exact contrastive losses with fused kernels, and training of the systems that live on them.
+
+Example:
+    >>> import torch, fastnce
+    >>> query = torch.randn(256, 128, requires_grad=True)
+    >>> loss = fastnce.info_nce(query, torch.randn(256, 128), temperature=0.07)
+    >>> loss.backward()
+"""
+
+from fastnce import backends, losses
+from fastnce.backends import use_backend
+from fastnce.ops import (
+    conditional_contrastive,
+    info_nce,
+    nt_xent,
+    pairwise_cosine_similarity,
+    patch_nce,
+    sample_patches,
+    sup_con,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "backends",
+    "conditional_contrastive",
+    "info_nce",
+    "losses",
+    "nt_xent",
+    "pairwise_cosine_similarity",
+    "patch_nce",
+    "sample_patches",
+    "sup_con",
+    "use_backend",
+]

@@ -1,0 +1,115 @@
+"""The table of backends, and the only place that chooses one.
+
+A backend is a module with plain functions ``<op>_forward`` and ``<op>_backward`` over validated tensors, and two
+predicates: ``available() -> str`` and ``supports(op, device_type, dtype) -> str``, which answer ``"ok"`` or the reason why not.
+The ``torch`` backend is :mod:`fastnce.reference`: differentiable PyTorch that every other backend is tested against.
+
+Asked for by name (``backend=``, :func:`use_backend`, ``FASTNCE_BACKEND``), a backend runs or raises with its reason.
+Chosen automatically, the first of the table that can run the op does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+from fastnce import native, reference
+
+_log = logging.getLogger("fastnce")
+
+# In order of preference.
+_TABLE: dict[str, ModuleType] = {"native": native, "torch": reference}
+
+_requested: str | None = os.environ.get("FASTNCE_BACKEND") or None
+_logged: set[tuple[str, str, torch.dtype]] = set()
+
+
+def names() -> tuple[str, ...]:
+    """The backends' names, in order of preference."""
+    return tuple(_TABLE)
+
+
+def available() -> dict[str, str]:
+    """Every backend with ``"ok"``, or with the reason why it cannot run on this machine.
+
+    Example:
+        >>> import fastnce
+        >>> fastnce.backends.available()["torch"]
+        'ok'
+    """
+    return {name: module.available() for name, module in _TABLE.items()}
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Runs every op inside the ``with`` block on the backend ``name`` (``None``: chosen automatically).
+
+    The setting holds for the whole process, all threads, until the block ends. It overrides ``FASTNCE_BACKEND``; an op's own
+    ``backend=`` overrides both.
+
+    Raises:
+        ValueError: ``name`` is not a backend.
+        RuntimeError: the backend cannot run on this machine.
+
+    Example:
+        >>> import fastnce, torch
+        >>> with fastnce.use_backend("torch"):
+        ...     loss = fastnce.info_nce(torch.eye(4), torch.eye(4))
+    """
+    global _requested
+    if name is not None:
+        reason = _module(name).available()
+        if reason != "ok":
+            raise RuntimeError(f"use_backend: backend {name!r} cannot run here: {reason}")
+    previous, _requested = _requested, name
+    try:
+        yield
+    finally:
+        _requested = previous
+
+
+def select(op: str, tensor: torch.Tensor, backend: str | None = None) -> ModuleType:
+    """The module that runs ``op`` on tensors like ``tensor``.
+
+    Raises:
+        ValueError: the requested backend's name is unknown.
+        RuntimeError: the requested backend cannot run this op on this device and dtype; the message says why.
+    """
+    device, dtype = tensor.device.type, tensor.dtype
+    name = backend or _requested
+    if name is not None:
+        module = _module(name)
+        reason = module.supports(op, device, dtype)
+        if reason != "ok":
+            raise RuntimeError(
+                f"{op}: backend {name!r} cannot run it on {device} {dtype}: {reason}. "
+                f"Use backend='torch', or leave the choice to fastnce with backend=None."
+            )
+        return module
+    reasons = []
+    for name, module in _TABLE.items():
+        reason = module.supports(op, device, dtype)
+        if reason == "ok":
+            if not torch.compiler.is_compiling():
+                _log_choice(op, device, dtype, name, reasons)
+            return module
+        reasons.append(f"{name}: {reason}")
+    raise RuntimeError(f"{op}: no backend can run it on {device} {dtype}: {'; '.join(reasons)}")
+
+
+def _module(name: str) -> ModuleType:
+    if name not in _TABLE:
+        raise ValueError(f"backend={name!r} is unknown. Expected one of: {', '.join(_TABLE)}.")
+    return _TABLE[name]
+
+
+def _log_choice(op: str, device: str, dtype: torch.dtype, name: str, reasons: list[str]) -> None:
+    if (op, device, dtype) not in _logged:
+        _logged.add((op, device, dtype))
+        why = f" ({'; '.join(reasons)})" if reasons else ""
+        _log.info("%s on %s %s: backend %s%s", op, device, dtype, name, why)

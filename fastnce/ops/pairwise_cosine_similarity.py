@@ -1,0 +1,55 @@
+"""Pairwise cosine similarity."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastnce import backends
+from fastnce.ops import _checks, _common
+
+
+def pairwise_cosine_similarity(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    r"""The cosine of every row of ``x`` with every row of ``y``, divided by the temperature.
+
+    .. math:: s_{ij} = \frac{x_i \cdot y_j}{\lVert x_i \rVert \lVert y_j \rVert \tau}
+
+    Plain PyTorch: ``normalize(x, dim=-1) @ normalize(y, dim=-1).mT / temperature``.
+
+    Args:
+        x: (..., N, D); float64, float32, bfloat16 or float16.
+        y: (..., M, D), with the leading dimensions of ``x``; None for ``x`` itself.
+        temperature: positive float, or 0-d tensor, which gets its gradient.
+        backend: one of ``fastnce.backends.available()``; None chooses.
+
+    Returns:
+        (..., N, M), in the dtype of ``x``; computed in at least float32. An all-zero row has cosine 0 with everything.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit together.
+        RuntimeError: the requested backend cannot run this.
+
+    Example:
+        >>> import torch, fastnce
+        >>> fastnce.pairwise_cosine_similarity(torch.randn(3, 5), torch.randn(4, 5)).shape
+        torch.Size([3, 4])
+    """
+    op = "pairwise_cosine_similarity"
+    y = x if y is None else y
+    x, y = _checks.same_dtype_under_autocast(x, y)
+    for name, value, shape in (("x", x, "(..., N, D)"), ("y", y, "(..., M, D)")):
+        _checks.expect_tensor(op, name, value, shape)
+        _checks.expect_float_tensor(op, name, value, (max(value.dim(), 2),), shape)
+    expected = (*x.shape[:-2], y.shape[-2], x.shape[-1])
+    _checks.expect_shape(op, "y", y, expected, f"x is {_checks.shape_of(x)}")
+    _checks.expect_alike(op, "y", y, "x", x)
+    temperature = _checks.expect_temperature(op, temperature, x)
+    kernels = backends.select(op, x, backend)
+    with _common.no_autocast(x):
+        return kernels.pairwise_cosine_similarity(x, y, temperature)
