@@ -1,0 +1,253 @@
+"""The command line: ``fastnce COMMAND ...``, also ``python -m fastnce``."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from fastnce.errors import UserError
+
+INTERRUPTED = 130
+
+
+def train(args: list[str]) -> int:
+    """Train a model on two folders of images. Run the same command again to resume."""
+    from fastnce.training import cli
+
+    return cli.main(args)
+
+
+def translate(args: list[str]) -> int:
+    """Translate a folder of images with a trained generator."""
+
+    def run_translate(
+        run: Path,
+        input: Path,
+        out: Path,
+        checkpoint: str = "last",
+        weights: Literal["ema", "raw"] = "ema",
+        device: str = "auto",
+        batch_size: int = 16,
+    ) -> None:
+        """Translate every image of a folder; the results keep their names, as PNG.
+
+        Args:
+            run: Folder of a training run.
+            input: Folder of images.
+            out: Folder for the translated images; created.
+            checkpoint: "last", or the path of a checkpoint file.
+            weights: The running average of the generator's weights, or the weights themselves.
+            device: auto, cpu, cuda or cuda:N.
+            batch_size: Images translated at a time, where they have the same size.
+        """
+        from fastnce.training import load_generator, resolve_device, translate_folder
+
+        target = resolve_device(device)
+        generator, config = load_generator(
+            run, which=weights, checkpoint=checkpoint, device=target
+        )
+        count = translate_folder(generator, config, input, out, batch_size=batch_size)
+        print(f"Translated {count} images into {out}")
+
+    _tyro("translate", run_translate, args)
+    return 0
+
+
+def evaluate(args: list[str]) -> int:
+    """Measure what a run's translations kept and how close they come to the target domain."""
+
+    def run_evaluate(
+        run: Path,
+        data: Path,
+        without_nce: Path | None = None,
+        checkpoint: str = "last",
+        weights: Literal["ema", "raw"] = "ema",
+        device: str = "auto",
+    ) -> None:
+        """Content accuracy, FID and KID of the translated test images, beside their baselines.
+
+        Writes metrics.json and metrics.md into the run's folder.
+
+        Args:
+            run: Folder of a training run.
+            data: The folder that `fastnce data digits-photos` wrote.
+            without_nce: Folder of the same training with --lambda-nce 0, for the table's last row.
+            checkpoint: "last", or the path of a checkpoint file.
+            weights: The running average of the generator's weights, or the weights themselves.
+            device: auto, cpu, cuda or cuda:N.
+        """
+        from fastnce.data import load_test_images
+        from fastnce.metrics import evaluate_digits
+        from fastnce.training import load_generator, resolve_device
+        from fastnce.training import translate as translate_images
+
+        target = resolve_device(device)
+        images = load_test_images(data, "A")
+
+        def translated(folder: Path):
+            generator, _ = load_generator(
+                folder, which=weights, checkpoint=checkpoint, device=target
+            )
+            return translate_images(generator, images)
+
+        result = evaluate_digits(
+            translated(run),
+            data,
+            without_nce=None if without_nce is None else translated(without_nce),
+            out=run,
+        )
+        print(result.table())
+
+    _tyro("evaluate", run_evaluate, args)
+    return 0
+
+
+def data(args: list[str]) -> int:
+    """Write one of the built-in data sets."""
+
+    def digits_photos(out: Path, photo: str = "coffee", seed: int = 0) -> None:
+        """Real handwritten digits (A) and the same kind of digits over a photograph (B), 32 x 32, unpaired.
+
+        Args:
+            out: Folder for trainA, trainB, testA and testB; created.
+            photo: The photograph, one of those that scikit-learn and scikit-image carry.
+            seed: Seed of the split, the noise and the crops.
+        """
+        from fastnce.data import write_digits_photos
+
+        write_digits_photos(out, seed=seed, photo=photo)
+
+    def photos(out: Path, size: int = 256, seed: int = 0) -> None:
+        """Two folders of crops from real photographs, for the real-size path.
+
+        Args:
+            out: Folder for trainA, trainB, testA and testB; created.
+            size: Side of the crops in pixels.
+            seed: Seed of the crops.
+        """
+        from fastnce.data import write_photos
+
+        write_photos(out, size=size, seed=seed)
+
+    _tyro("data", {"digits-photos": digits_photos, "photos": photos}, args)
+    return 0
+
+
+def doctor(args: list[str]) -> int:
+    """Show what is installed, which backends run here, and what is missing."""
+    from fastnce.doctor import report
+
+    _no_arguments("doctor", args)
+    print(report())
+    return 0
+
+
+def build(args: list[str]) -> int:
+    """Compile the native library against the installed torch."""
+    from fastnce.build import build as build_library
+
+    _no_arguments("build", args)
+    print(f"Native library: {build_library()}")
+    return 0
+
+
+def bench(args: list[str]) -> int:
+    """Time the ops against their rivals; needs a checkout of the repository."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        from benchmarks.__main__ import main as benchmarks_main
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "the benchmarks are not part of the installed package. Run this in a checkout of the repository."
+        ) from error
+    return benchmarks_main(args)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "translate": translate,
+    "evaluate": evaluate,
+    "data": data,
+    "bench": bench,
+    "build": build,
+    "doctor": doctor,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0, or 2 after a mistake in the command, whose one line is on standard error; 130 after Ctrl-C.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if args[0] == "--version":
+        import fastnce
+
+        print(f"fastnce {fastnce.__version__}")
+        return 0
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        return _fail("fastnce", f"no command {name!r}. {nearest(name, COMMANDS)}")
+    try:
+        return COMMANDS[name](rest)
+    except UserError as error:
+        if os.environ.get("FASTNCE_DEBUG"):
+            raise
+        return _fail(f"fastnce {name}", str(error))
+    except KeyboardInterrupt:
+        print(f"\nfastnce {name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def nearest(name: str, names: Sequence[str] | dict) -> str:
+    """``Did you mean 'train'? Expected one of: ...``."""
+    close = difflib.get_close_matches(name, names, n=1)
+    guess = f"Did you mean {close[0]!r}? " if close else ""
+    return f"{guess}Expected one of: {', '.join(names)}."
+
+
+def _help() -> str:
+    lines = ["usage: fastnce COMMAND ...", "", "Fused exact contrastive losses, and CUT on them.", ""]
+    lines += [f"  {name:10} {function.__doc__}" for name, function in COMMANDS.items()]
+    lines += ["", "fastnce COMMAND --help shows a command's options. fastnce --version shows the version."]
+    return "\n".join(lines)
+
+
+def _fail(who: str, message: str) -> int:
+    print(f"{who}: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _no_arguments(command: str, args: list[str]) -> None:
+    if args in (["-h"], ["--help"]):
+        print(f"usage: fastnce {command}\n\n{COMMANDS[command].__doc__}")
+        raise SystemExit(0)
+    if args:
+        raise UserError(f"takes no arguments, got {' '.join(args)!r}.")
+
+
+def _tyro(command: str, function: Callable | dict[str, Callable], args: list[str]) -> None:
+    """Parses ``args`` after the signature of ``function`` (or of the one the first argument names), and calls it."""
+    try:
+        import tyro
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "this command needs the packages for training. Install them with: pip install 'fastnce[train]'"
+        ) from error
+    prog = f"fastnce {command}"
+    if isinstance(function, dict):
+        tyro.extras.subcommand_cli_from_dict(function, prog=prog, args=args)
+    else:
+        tyro.cli(function, prog=prog, args=args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""``fastnce doctor``: what is installed, which backends run, and what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import fastnce
+from fastnce import backends
+
+OPS = (
+    "info_nce",
+    "patch_nce",
+    "conditional_contrastive",
+    "sample_patches",
+    "sup_con",
+    "nt_xent",
+    "pairwise_cosine_similarity",
+)
+_TRAINING_PACKAGES = ("PIL", "tqdm", "tyro", "matplotlib", "torchmetrics", "scipy")
+_DEMO_PACKAGES = ("sklearn", "skimage")
+
+
+def report() -> str:
+    """The machine, the backends with their reasons, and the backend that each op would run on, as text."""
+    lines = [
+        f"fastnce {fastnce.__version__}  ({Path(fastnce.__file__).parent})",
+        f"python  {platform.python_version()}  {platform.system()} {platform.machine()}",
+        f"torch   {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"fp32 products: {torch.get_float32_matmul_precision()}",
+        f"cpu     {_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
+        f"gpu     {_gpu_name()}",
+        f"triton  {_version('triton')}",
+        "",
+        "Backends:",
+    ]
+    for name, reason in backends.available().items():
+        lines.append(f"  {name:8} {reason}")
+    if "ok" not in backends.available()["native"]:
+        lines.append("  Without it everything runs in plain PyTorch: slower, with the N x N matrix in memory.")
+    lines += ["", "Chosen on this machine (float32):"]
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for op in OPS:
+        chosen = ", ".join(f"{device}: {_chosen(op, device)}" for device in devices)
+        lines.append(f"  {op:27} {chosen}")
+    if os.environ.get("FASTNCE_BACKEND"):
+        lines.append(f"FASTNCE_BACKEND={os.environ['FASTNCE_BACKEND']} decides for all of them.")
+    lines += ["", f"Training: {_packages(_TRAINING_PACKAGES, 'train')}"]
+    lines += [f"Demo data: {_packages(_DEMO_PACKAGES, 'demo')}"]
+    return "\n".join(lines)
+
+
+def _chosen(op: str, device: str) -> str:
+    try:
+        module = backends.select(op, torch.empty(0, device=device))
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return module.__name__.rpartition(".")[2].replace("reference", "torch")
+
+
+def _packages(names: tuple[str, ...], extra: str) -> str:
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if not missing:
+        return "ok"
+    return f"missing {', '.join(missing)}. Install with: pip install 'fastnce[{extra}]'"
+
+
+def _cpu_name() -> str:
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.partition(":")[2].strip() for line in info.splitlines() if "model name" in line]
+    return names[0] if names else platform.machine()
+
+
+def _gpu_name() -> str:
+    if not torch.cuda.is_available():
+        return "none that this torch can use"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()}, sm_{major}{minor}, CUDA {torch.version.cuda}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
