@@ -35,6 +35,9 @@ class ResnetGenerator(nn.Module):
         num_blocks: residual blocks.
         antialias: blur before each downsampling instead of strided convolutions.
 
+    Attributes:
+        first_block: index of the first residual block.
+
     Example:
         >>> import torch
         >>> g = ResnetGenerator(base_channels=8, num_blocks=2)
@@ -57,6 +60,7 @@ class ResnetGenerator(nn.Module):
         layers += [nn.InstanceNorm2d(c), nn.ReLU(inplace=True)]
         for width in (c, 2 * c):
             layers += _downsampling(width, 2 * width, antialias)
+        self.first_block = len(layers)
         layers += [ResnetBlock(4 * c) for _ in range(num_blocks)]
         for width in (4 * c, 2 * c):
             layers += _upsampling(width, width // 2)

@@ -1,0 +1,5 @@
+"""The objective of each system: which losses, on what, in which order."""
+
+from fastnce.models.cut import CUT, CUTConfig
+
+__all__ = ["CUT", "CUTConfig"]

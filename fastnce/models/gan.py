@@ -1,0 +1,39 @@
+"""Adversarial objectives on a discriminator's logits."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GANMode = Literal["lsgan", "vanilla", "nonsaturating", "hinge"]
+
+
+def discriminator_losses(real: Tensor, fake: Tensor, mode: GANMode) -> tuple[Tensor, Tensor]:
+    """The two terms (on real, on fake) of the discriminator's loss, each the mean over all logits.
+
+    lsgan: (real - 1)^2, fake^2. vanilla and nonsaturating (binary cross-entropy): softplus(-real), softplus(fake).
+    hinge: relu(1 - real), relu(1 + fake). Half-precision logits are raised to fp32.
+    """
+    real, fake = _at_least_fp32(real), _at_least_fp32(fake)
+    if mode == "lsgan":
+        return (real - 1).square().mean(), fake.square().mean()
+    if mode == "hinge":
+        return F.relu(1 - real).mean(), F.relu(1 + fake).mean()
+    return F.softplus(-real).mean(), F.softplus(fake).mean()
+
+
+def generator_loss(fake: Tensor, mode: GANMode) -> Tensor:
+    """The generator's adversarial loss: (fake - 1)^2, softplus(-fake), or -fake for hinge, the mean over all logits."""
+    fake = _at_least_fp32(fake)
+    if mode == "lsgan":
+        return (fake - 1).square().mean()
+    if mode == "hinge":
+        return -fake.mean()
+    return F.softplus(-fake).mean()
+
+
+def _at_least_fp32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,39 @@
+"""Checks of configuration fields: one line that names the field, what was got and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from fastnce.errors import UserError
+
+
+def at_least(config: object, minimum: float, *names: str) -> None:
+    """Raises `UserError` unless every field in `names` is a number >= `minimum`."""
+    for name in names:
+        value = getattr(config, name)
+        if not value >= minimum:
+            raise UserError(f"{name}={value} is too small. Use {name} >= {minimum}.")
+
+
+def above_zero(config: object, *names: str) -> None:
+    """Raises `UserError` unless every field in `names` is a number > 0."""
+    for name in names:
+        value = getattr(config, name)
+        if not value > 0:
+            raise UserError(f"{name}={value} must be positive. Use {name} > 0.")
+
+
+def in_unit_interval(config: object, *names: str) -> None:
+    """Raises `UserError` unless every field in `names` lies in [0, 1)."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise UserError(f"{name}={value} is out of range. Use 0 <= {name} < 1.")
+
+
+def one_of(config: object, name: str, choices: Collection[object]) -> None:
+    """Raises `UserError` unless the field `name` is one of `choices`."""
+    value = getattr(config, name)
+    if value not in choices:
+        allowed = ", ".join(map(str, choices))
+        raise UserError(f"{name}={value} is unknown. Use one of: {allowed}.")
