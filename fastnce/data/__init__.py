@@ -1,0 +1,30 @@
+"""Image folders, their transforms, and demo sets made from images that ship inside packages."""
+
+from fastnce.data.demo import read_labels, write_digits_photos, write_photos
+from fastnce.data.folders import (
+    EXTENSIONS,
+    list_images,
+    load_image,
+    save_image,
+    split_folder,
+    to_uint8,
+)
+from fastnce.data.samples import PHOTOS
+from fastnce.data.transforms import Preprocess, resize_to_multiple
+from fastnce.data.unpaired import UnpairedImages
+
+__all__ = [
+    "EXTENSIONS",
+    "PHOTOS",
+    "Preprocess",
+    "UnpairedImages",
+    "list_images",
+    "load_image",
+    "read_labels",
+    "resize_to_multiple",
+    "save_image",
+    "split_folder",
+    "to_uint8",
+    "write_digits_photos",
+    "write_photos",
+]

@@ -1,0 +1,220 @@
+"""Demo sets of real images: digits on photographs, and crops of photographs."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastnce.data.files import write_json
+from fastnce.data.folders import to_image
+from fastnce.data.samples import (
+    DIGIT_MARGIN,
+    DIGIT_SIZE,
+    NOISE_SIGMA,
+    PHOTOS,
+    composite,
+    load_digits,
+    load_photo,
+    noisy_digit,
+    random_crop,
+)
+from fastnce.data.transforms import counter_rng
+from fastnce.errors import UserError
+
+LABELS_FILE = "labels.json"
+TEST_SHARE = 0.25
+
+_HALVES_STREAM, _NOISE_STREAM, _CROP_STREAM, _PHOTOS_STREAM = 10, 11, 12, 13
+
+# Images of a set, one after the other: name below the set's folder, pixels, label.
+Images = Iterator[tuple[str, np.ndarray, dict[str, Any]]]
+
+
+def write_digits_photos(out: Path | str, seed: int = 0, photo: str = "coffee") -> Path:
+    """Writes the digits-photos set: handwritten digits (A), and digits on a photograph (B).
+
+    A is one half of the 1,797 digits, each as a `noisy_digit`; B is the other half, each as a
+    `composite` with a random crop of one photograph. No digit is in both, a quarter of each is for
+    testing, and the order tells nothing about which belong together. `out/labels.json` holds the
+    recipe and, for each image, its digit, its number in scikit-learn's set and, for B, the
+    photograph and the corner of the crop.
+
+    Args:
+        out: Folder to write: trainA, trainB, testA, testB of 32x32 PNG files. Left as it is if it
+            holds this set already.
+        seed: Seed of the halves, the noise and the crops.
+        photo: One of `PHOTOS`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: If `out` holds something else, cannot be written, or a package is missing.
+    """
+    recipe = {
+        "kind": "digits-photos",
+        "version": 1,
+        "seed": seed,
+        "photo": photo,
+        "size": DIGIT_SIZE,
+        "margin": DIGIT_MARGIN,
+        "noise_sigma": NOISE_SIGMA,
+        "test_share": TEST_SHARE,
+    }
+    return _write_once(Path(out), recipe, lambda: _digits_photos(seed, photo))
+
+
+def write_photos(
+    out: Path | str,
+    size: int = 128,
+    *,
+    photo_a: str = "coffee",
+    photo_b: str = "motorcycle",
+    train_count: int = 200,
+    test_count: int = 20,
+    seed: int = 0,
+) -> Path:
+    """Writes random crops of two photographs as A and B, for training at real sizes.
+
+    The test crops come from the right of each photograph (a quarter of its width, or one crop's
+    width if that is more), the training crops from the rest: they share no pixel.
+
+    Args:
+        out: Folder to write: trainA, trainB, testA, testB of PNG files. Left as it is if it holds
+            this set already.
+        size: Side of the crops in pixels: 128, 256, or another that the photographs allow.
+        photo_a: One of `PHOTOS`.
+        photo_b: Another one.
+        train_count: Images in trainA and in trainB.
+        test_count: Images in testA and in testB.
+        seed: Seed of the crops.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: If a photograph is too small, `out` holds something else or cannot be written, or
+            a package is missing.
+    """
+    if photo_a == photo_b:
+        raise UserError(
+            f'photo_a and photo_b are both "{photo_a}". '
+            f"Use two different ones of {', '.join(PHOTOS)}."
+        )
+    recipe = {
+        "kind": "photos",
+        "version": 1,
+        "seed": seed,
+        "size": size,
+        "photo_a": photo_a,
+        "photo_b": photo_b,
+        "train_count": train_count,
+        "test_count": test_count,
+    }
+    photos = {"A": photo_a, "B": photo_b}
+    counts = {"train": train_count, "test": test_count}
+    return _write_once(Path(out), recipe, lambda: _photos(photos, size, counts, seed))
+
+
+def read_labels(root: Path | str) -> dict[str, Any]:
+    """The `labels.json` of a set written here: {"recipe": {...}, "images": {name: {...}, ...}}.
+
+    Names are like "testA/0000.png".
+
+    Raises:
+        UserError: If `root` holds none, or one that cannot be read.
+    """
+    path = Path(root) / LABELS_FILE
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8"))
+        if not {"recipe", "images"} <= labels.keys():
+            raise ValueError("no recipe or no images in it")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"{root}: holds no {LABELS_FILE}, so it is not a set that `fastnce data` wrote. "
+            "Write one with `fastnce data digits-photos --out FOLDER`."
+        ) from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}). Delete {root} and write the set again."
+        ) from error
+    return labels
+
+
+def _digits_photos(seed: int, photo: str) -> Images:
+    background = load_photo(photo)
+    strokes, digits = load_digits()
+    order = counter_rng(seed, _HALVES_STREAM, 0).permutation(len(strokes))
+    for domain, members in zip("AB", np.array_split(order, 2), strict=True):
+        test_count = round(TEST_SHARE * len(members))
+        for position, source in enumerate(members.tolist()):
+            if position < test_count:
+                name = f"test{domain}/{position:04d}.png"
+            else:
+                name = f"train{domain}/{position - test_count:04d}.png"
+            label = {"digit": int(digits[source]), "source": source}
+            if domain == "A":
+                rng = counter_rng(seed, _NOISE_STREAM, source)
+                yield name, noisy_digit(strokes[source], rng), label
+            else:
+                rng = counter_rng(seed, _CROP_STREAM, source)
+                crop, corner = random_crop(background, DIGIT_SIZE, rng)
+                label |= {"photo": photo, "corner": corner}
+                yield name, composite(strokes[source], crop), label
+
+
+def _photos(photos: dict[str, str], size: int, counts: dict[str, int], seed: int) -> Images:
+    for domain, photo in photos.items():
+        image = load_photo(photo)
+        height, width = image.shape[:2]
+        test_width = max(size, width // 4)
+        if size < 4 or width - test_width < size or height < size:
+            raise UserError(
+                f'size={size}: does not fit the photograph "{photo}" ({width}x{height}), which is '
+                "divided into a part for training and one for testing. "
+                f"Use a size of 4 to {min(width // 2, height)}, or another photograph."
+            )
+        first_column = {"train": 0, "test": width - test_width}
+        parts = {"train": image[:, :-test_width], "test": image[:, -test_width:]}
+        for split, part in parts.items():
+            for number in range(counts[split]):
+                rng = counter_rng(seed, _PHOTOS_STREAM, 2 * number + (split == "test"))
+                crop, (y, x) = random_crop(part, size, rng)
+                label = {"photo": photo, "corner": (y, x + first_column[split])}
+                yield f"{split}{domain}/{number:04d}.png", crop, label
+
+
+def _write_once(out: Path, recipe: dict[str, Any], images: Callable[[], Images]) -> Path:
+    """Writes into a folder beside `out` and renames it when complete; skips what is there."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        if (out / LABELS_FILE).is_file() and read_labels(out)["recipe"] == recipe:
+            return out
+        raise UserError(
+            f"{out}: holds something else already, not the {recipe['kind']} set with these "
+            "settings. Choose another folder, or delete this one first."
+        )
+    # Absolute, so that "." has a name; beside `out`, so that the renaming is one step.
+    target = out.absolute()
+    partial = target.parent / f".{target.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        labels = {}
+        for name, array, label in images():
+            path = partial / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            to_image(array).save(path)
+            labels[name] = label
+        write_json({"recipe": recipe, "images": labels}, partial / LABELS_FILE)
+        os.replace(partial, target)
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be written ({error.strerror or error}). "
+            "Free some space or choose a folder that you can write to."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out

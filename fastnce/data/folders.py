@@ -1,0 +1,192 @@
+"""Finding, reading and writing image files."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastnce.data.files import atomic_path
+from fastnce.errors import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".tif", ".tiff")
+
+LAYOUT = "trainA and trainB (for testing, testA and testB, or valA and valB)"
+
+# (x / 255 - 0.5) / 0.5 in float32 for each of the 256 values.
+SIGNED_UNIT = (np.arange(256, dtype=np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(
+    0.5
+)
+
+
+def list_images(folder: Path | str) -> list[Path]:
+    """All image files in `folder` and the folders below it, sorted by path.
+
+    Hidden files and folders (names that start with a dot) are left out.
+
+    Args:
+        folder: The folder to search.
+
+    Returns:
+        At least one path.
+
+    Raises:
+        UserError: If the folder is missing, is not a folder, or holds no image.
+
+    Example:
+        >>> list_images("no/such/folder")
+        Traceback (most recent call last):
+        ...
+        fastnce.errors.UserError: no/such/folder: no such folder. Expected a folder of images.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise UserError(f"{folder}: no such folder. Expected a folder of images.")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file. Expected a folder of images.")
+    found = []
+    for parent, subfolders, names in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found += [
+            Path(parent, name)
+            for name in names
+            if not name.startswith(".") and name.lower().endswith(EXTENSIONS)
+        ]
+    if not found:
+        raise UserError(
+            f"{folder}: holds no image. Looked in it and below for {' '.join(EXTENSIONS)}. "
+            "Put images there, or name another folder."
+        )
+    return sorted(found)
+
+
+def split_folder(root: Path | str, split: str, domain: str) -> Path:
+    """The folder of one domain of one split: `root/trainA` for ("train", "A").
+
+    "test" falls back to "val" when there is no test folder.
+
+    Raises:
+        UserError: If there is no such folder; the message gives the layout expected and what `root`
+            holds.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise UserError(f"{root}: no such folder. Expected a folder with {LAYOUT} inside.")
+    if not root.is_dir():
+        raise UserError(f"{root}: is a file. Expected a folder with {LAYOUT} inside.")
+    names = [f"{split}{domain}"] + ([f"val{domain}"] if split == "test" else [])
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    inside = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith("."))
+    shown = ", ".join(inside[:6]) + (", ..." if len(inside) > 6 else "") if inside else "nothing"
+    raise UserError(
+        f"{root}: holds no folder {' or '.join(names)}. Expected {LAYOUT}; found {shown}. "
+        "Name the folder that holds these, or rename yours."
+    )
+
+
+def image_size(path: Path | str) -> tuple[int, int]:
+    """Width and height in pixels, from the file's header alone.
+
+    Raises:
+        UserError: If the file is not a readable image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except _BROKEN as error:
+        raise _broken(path, error) from error
+
+
+def read_image(path: Path | str, channels: int) -> Image.Image:
+    """Reads an image file as 8-bit RGB (`channels=3`) or greyscale (`channels=1`).
+
+    16-bit images are scaled to 8 bits; an alpha channel is dropped.
+
+    Raises:
+        UserError: If the file is not a readable image, or `channels` is neither 1 nor 3.
+    """
+    if channels not in (1, 3):
+        raise UserError(f"channels={channels}: images have 1 (greyscale) or 3 (RGB). Use 1 or 3.")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode.startswith("I"):
+                # Converting would clip at 255 and leave an image that is almost white.
+                image = Image.fromarray(
+                    (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+                )
+            return image.convert("L" if channels == 1 else "RGB")
+    except _BROKEN as error:
+        raise _broken(path, error) from error
+
+
+def load_image(path: Path | str, channels: int = 3) -> torch.Tensor:
+    """Reads an image file at its own size.
+
+    Args:
+        path: The file.
+        channels: 3 for RGB, 1 for greyscale.
+
+    Returns:
+        (C, H, W) float32 in [-1, 1].
+
+    Raises:
+        UserError: If the file is not a readable image.
+    """
+    return to_tensor(to_array(read_image(path, channels)))
+
+
+def save_image(tensor: torch.Tensor, path: Path | str) -> None:
+    """Writes an image file, atomically; the format follows from the extension.
+
+    Values are clamped to [-1, 1], mapped to (x + 1) / 2 * 255 and truncated to 8 bits, as CUT's
+    result files are.
+
+    Args:
+        tensor: (C, H, W) float in [-1, 1], C of 1 or 3, on any device.
+        path: The file to write.
+
+    Raises:
+        ValueError: If the shape is another one.
+        UserError: If the file cannot be written.
+    """
+    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
+        raise ValueError(
+            "save_image: tensor: expected the shape (C, H, W) with C of 1 or 3, "
+            f"got {tuple(tensor.shape)}."
+        )
+    image = to_image(to_uint8(tensor).permute(1, 2, 0).numpy())
+    with atomic_path(path) as temporary:
+        image.save(temporary)
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] of any shape to uint8 on the CPU: clamped, (x + 1) / 2 * 255, truncated."""
+    return ((images.detach().float().clamp(-1, 1) + 1) / 2 * 255).to("cpu", torch.uint8)
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """An 8-bit greyscale or RGB image as (H, W, C) uint8."""
+    array = np.asarray(image)
+    return array[:, :, None] if array.ndim == 2 else array
+
+
+def to_image(array: np.ndarray) -> Image.Image:
+    """(H, W, C) uint8 as an image; the inverse of `to_array`."""
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+
+
+def to_tensor(array: np.ndarray) -> torch.Tensor:
+    """(H, W, C) uint8 to (C, H, W) float32 in [-1, 1], contiguous."""
+    return torch.from_numpy(SIGNED_UNIT[np.ascontiguousarray(array.transpose(2, 0, 1))])
+
+
+_BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def _broken(path: Path | str, error: BaseException) -> UserError:
+    reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+    return UserError(f"{path}: cannot be read as an image ({reason}). Replace or remove this file.")

@@ -1,0 +1,113 @@
+"""Real digits and photographs that ship inside scikit-learn and scikit-image: no download."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastnce.data.folders import read_image, to_array
+from fastnce.errors import UserError
+
+# Photograph -> the package it ships in, and where.
+PHOTOS = {
+    "coffee": ("skimage", "data/coffee.png"),
+    "astronaut": ("skimage", "data/astronaut.png"),
+    "chelsea": ("skimage", "data/chelsea.png"),
+    "rocket": ("skimage", "data/rocket.jpg"),
+    "motorcycle": ("skimage", "data/motorcycle_left.png"),
+    "china": ("sklearn", "datasets/images/china.jpg"),
+    "flower": ("sklearn", "datasets/images/flower.jpg"),
+}
+
+DIGIT_SIZE = 32
+DIGIT_MARGIN = 4
+NOISE_SIGMA = 0.2
+
+_DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
+
+
+def load_photo(name: str) -> np.ndarray:
+    """One of `PHOTOS`, read from the package it ships in: (H, W, 3) uint8.
+
+    Raises:
+        UserError: If there is no such photograph, or its package is not installed.
+    """
+    if name not in PHOTOS:
+        raise UserError(f'photo="{name}": no such photograph. Use one of {", ".join(PHOTOS)}.')
+    package, path = PHOTOS[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise _missing(package, f'The photograph "{name}"')
+    return to_array(read_image(Path(spec.submodule_search_locations[0], path), 3))
+
+
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's 1,797 handwritten digits, enlarged threefold (bicubic) into 32x32 pixels.
+
+    Returns:
+        strokes: (1797, 32, 32) float32 in [0, 1], 1 for ink.
+        labels: (1797,) int64, 0 to 9.
+
+    Raises:
+        UserError: If scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits as load
+    except ImportError as error:
+        raise _missing("sklearn", "The set of handwritten digits") from error
+    bunch = load()
+    margin, inner = DIGIT_MARGIN, DIGIT_SIZE - 2 * DIGIT_MARGIN
+    strokes = np.zeros((len(bunch.images), DIGIT_SIZE, DIGIT_SIZE), dtype=np.float32)
+    for stroke, image in zip(strokes, bunch.images, strict=True):
+        small = Image.fromarray((image / 16).astype(np.float32))
+        large = small.resize((inner, inner), Image.Resampling.BICUBIC)
+        stroke[margin:-margin, margin:-margin] = np.asarray(large)
+    return strokes.clip(0, 1), bunch.target.astype(np.int64)
+
+
+def noisy_digit(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """White on black, with sensor noise of sigma 0.2 drawn for each pixel and channel.
+
+    Args:
+        stroke: (..., H, W) float32 in [0, 1].
+        rng: Where the noise is drawn from.
+
+    Returns:
+        (..., H, W, 3) uint8.
+    """
+    noise = rng.standard_normal((*stroke.shape, 3), dtype=np.float32)
+    return _to_bytes(stroke[..., None] + np.float32(NOISE_SIGMA) * noise)
+
+
+def composite(stroke: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """|photo - digit|: the photograph, with its colours inverted where there is ink.
+
+    Args:
+        stroke: (..., H, W) float32 in [0, 1].
+        background: (..., H, W, 3) uint8.
+
+    Returns:
+        (..., H, W, 3) uint8.
+    """
+    return _to_bytes(np.abs(background.astype(np.float32) / 255 - stroke[..., None]))
+
+
+def random_crop(
+    image: np.ndarray, size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """A random square of `size` pixels of (H, W, C), and its upper left corner (y, x)."""
+    y = int(rng.integers(image.shape[0] - size + 1))
+    x = int(rng.integers(image.shape[1] - size + 1))
+    return image[y : y + size, x : x + size], (y, x)
+
+
+def _to_bytes(values: np.ndarray) -> np.ndarray:
+    return np.rint(values.clip(0, 1) * 255).astype(np.uint8)
+
+
+def _missing(package: str, what: str) -> UserError:
+    return UserError(
+        f"{what} comes with {_DISTRIBUTIONS[package]}, which is not installed. "
+        "Run: pip install 'fastnce[demo]'"
+    )

@@ -1,0 +1,198 @@
+"""What happens to an image between its file and the network.
+
+Every random choice comes from a generator that is made from (seed, stream, index), so an image's
+augmentation depends on nothing but these: not on the order of reading, the number of workers, or
+where a run was resumed.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from fastnce.data.folders import to_array, to_image
+from fastnce.errors import UserError
+
+TOKENS = ("resize", "scale_width", "scale_shortside", "crop", "none")
+
+MAX_ROTATION = math.radians(10)
+MAX_SHIFT = 1 / 20
+MAX_SCALING = 0.08
+
+
+def counter_rng(seed: int, stream: int, index: int) -> np.random.Generator:
+    """A generator of its own for each (seed, stream, index); making one takes microseconds.
+
+    Philox is counter-based: `seed` and `stream` are its key, `index` the high half of its counter,
+    so no two of these sequences overlap.
+    """
+    key = np.array([seed % 2**64, stream], dtype=np.uint64)
+    return np.random.Generator(
+        np.random.Philox(key=key, counter=np.array([0, 0, index, 0], dtype=np.uint64))
+    )
+
+
+def multiple_size(width: int, height: int, multiple: int = 4) -> tuple[int, int]:
+    """The size whose sides are the nearest multiples, each at least one multiple."""
+    return tuple(max(multiple, round(side / multiple) * multiple) for side in (width, height))
+
+
+def resize_to_multiple(image: Image.Image, multiple: int = 4) -> Image.Image:
+    """Resizes (bicubic) so that both sides are multiples, which two halvings and doublings need."""
+    return _resize(image, *multiple_size(*image.size, multiple))
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Resize, crop, round to a multiple of 4, warp, flip: in this order, each only if asked for.
+
+    `prepare` is the part that is the same every time and can be cached, `augment` the random part.
+
+    `steps` names what is done, matched by substring as CUT's `--preprocess` is, for instance
+    "resize_and_crop": "resize" scales to a square of `load_size`, "scale_width" and
+    "scale_shortside" scale that side to `load_size` and keep the aspect, "crop" cuts a random
+    square of `crop_size`, "none" does neither.
+    """
+
+    steps: str = "resize_and_crop"
+    load_size: int = 286
+    crop_size: int = 256
+    flip: bool = True
+    affine: bool = False
+
+    def __post_init__(self) -> None:
+        # Each part, so that a misspelt one is not silently left out.
+        if not all(any(token in part for token in TOKENS) for part in self.steps.split("_and_")):
+            raise UserError(
+                f'preprocess="{self.steps}": names an unknown step. Use {", ".join(TOKENS)}, '
+                'one or more of them joined as in "resize_and_crop".'
+            )
+        for name, size in (("load_size", self.load_size), ("crop_size", self.crop_size)):
+            if size < 1:
+                raise UserError(f"{name}={size}: expected a number of pixels, at least 1.")
+        if self.crops and self._scales and self.load_size < self.crop_size:
+            raise UserError(
+                f"load_size={self.load_size} is smaller than crop_size={self.crop_size}: no crop "
+                f"fits. Use a load_size of at least {self.crop_size}, or a smaller crop_size."
+            )
+
+    @property
+    def crops(self) -> bool:
+        return "crop" in self.steps
+
+    @property
+    def _scales(self) -> bool:
+        return any(token in self.steps for token in ("resize", "scale_width", "scale_shortside"))
+
+    def prepared_size(self, width: int, height: int) -> tuple[int, int]:
+        """The size of `prepare`'s result for an image of this width and height."""
+        if "resize" in self.steps:
+            return self.load_size, self.load_size
+        if "scale_width" in self.steps:
+            return self.load_size, max(1, round(height * self.load_size / width))
+        if "scale_shortside" in self.steps:
+            scale = self.load_size / min(width, height)
+            return max(1, round(width * scale)), max(1, round(height * scale))
+        return width, height
+
+    def output_size(self, width: int, height: int) -> tuple[int, int]:
+        """The size that an image of this width and height has in the end."""
+        if self.crops:
+            width, height = self.crop_size, self.crop_size
+        else:
+            width, height = self.prepared_size(width, height)
+        return multiple_size(width, height)
+
+    def check(self, name: object, width: int, height: int) -> None:
+        """Raises UserError, naming the file, if an image of this size is smaller than the crop."""
+        prepared = self.prepared_size(width, height)
+        if self.crops and min(prepared) < self.crop_size:
+            size = f"{width}x{height}"
+            if prepared != (width, height):
+                size += f" ({prepared[0]}x{prepared[1]} after scaling)"
+            raise UserError(
+                f"{name}: {size} is smaller than the crop of {self.crop_size}x{self.crop_size}. "
+                f'Use a crop_size of at most {min(prepared)}, or preprocess="resize_and_crop" to '
+                "scale every image to load_size first."
+            )
+
+    def prepare(self, image: Image.Image) -> np.ndarray:
+        """Scales (bicubic). Returns (H, W, C) uint8."""
+        return to_array(_resize(image, *self.prepared_size(*image.size)))
+
+    def augment(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Crops, rounds to a multiple of 4, warps and flips. (H, W, C) uint8 in and out."""
+        if self.crops:
+            top = rng.integers(array.shape[0] - self.crop_size + 1)
+            left = rng.integers(array.shape[1] - self.crop_size + 1)
+            array = array[top : top + self.crop_size, left : left + self.crop_size]
+        if array.shape[0] % 4 or array.shape[1] % 4:
+            array = to_array(resize_to_multiple(to_image(array)))
+        if self.affine:
+            array = warp(array, draw_affine(rng))
+        if self.flip and rng.random() < 0.5:
+            array = array[:, ::-1]
+        return array
+
+
+class Affine(NamedTuple):
+    """A small similarity: rotation in radians, scaling factor, shifts as shares of the side."""
+
+    rotation: float
+    scaling: float
+    shift_y: float
+    shift_x: float
+
+
+def draw_affine(rng: np.random.Generator) -> Affine:
+    """Uniform within +-10 degrees, +-8 % of the size and +-1/20 of the side."""
+    u = 2 * rng.random(4) - 1
+    return Affine(MAX_ROTATION * u[0], 1 + MAX_SCALING * u[1], MAX_SHIFT * u[2], MAX_SHIFT * u[3])
+
+
+def warp(array: np.ndarray, affine: Affine) -> np.ndarray:
+    """Turns and scales about the centre, then shifts.
+
+    Takes the nearest pixel, because any average of neighbours would weaken sensor noise, and then
+    training would see less of it than testing. Beyond the border the image is mirrored, which
+    leaves no edge without noise either.
+
+    Args:
+        array: (H, W, C) uint8.
+        affine: What to do.
+
+    Returns:
+        An array of the same shape.
+    """
+    height, width = array.shape[:2]
+    y, x = _centred_grid(height, width)
+    y, x = y - affine.shift_y * height, x - affine.shift_x * width
+    cos = math.cos(affine.rotation) / affine.scaling
+    sin = math.sin(affine.rotation) / affine.scaling
+    rows = _mirror(cos * y - sin * x + (height - 1) / 2, height)
+    columns = _mirror(sin * y + cos * x + (width - 1) / 2, width)
+    return array[rows, columns]
+
+
+@lru_cache(maxsize=8)
+def _centred_grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    y = np.arange(height, dtype=np.float32)[:, None] - np.float32((height - 1) / 2)
+    x = np.arange(width, dtype=np.float32)[None, :] - np.float32((width - 1) / 2)
+    return y, x
+
+
+def _mirror(position: np.ndarray, size: int) -> np.ndarray:
+    """The nearest index, mirrored about the first and the last; a small warp needs it once."""
+    index = np.abs(np.rint(position).astype(np.int64))
+    return np.maximum(size - 1 - np.abs(size - 1 - index), 0)
+
+
+def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    return (
+        image
+        if image.size == (width, height)
+        else image.resize((width, height), Image.Resampling.BICUBIC)
+    )

@@ -1,0 +1,178 @@
+"""Two folders of images without pairs, as an endless stream of samples."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from fastnce.data.folders import image_size, list_images, read_image, split_folder, to_tensor
+from fastnce.data.transforms import Preprocess, counter_rng
+from fastnce.errors import UserError
+
+ORDER_STREAM, A_STREAM, B_STREAM = 0, 1, 2
+
+# Up to this many bytes of images are decoded when the dataset is made, the rest when first needed.
+EAGER_BYTES = 64 * 2**20
+
+
+class UnpairedImages(Dataset):
+    """`root/trainA` and `root/trainB`, in the layout and with the transforms of CUT.
+
+    Sample i, for any i >= 0, is a pure function of (seed, i) and the arguments, so samples can be
+    read in any order, by any number of workers, and from the middle on. Every `len(self)` samples
+    are an epoch: all of A (repeated if B is larger) in an order drawn for that epoch; the partner
+    from B and all augmentation are drawn for each sample.
+
+    Args:
+        root: Folder that holds trainA and trainB (testA and testB, or valA and valB, for
+            `split="test"`).
+        split: "train", "test" or any other prefix of the two folders.
+        load_size: Side, in pixels, to which `preprocess` scales.
+        crop_size: Side of the random crop.
+        preprocess: Steps, matched by substring: see `Preprocess`.
+        flip: Mirrors each image with probability 0.5.
+        augment_a: "affine" turns, scales and shifts A slightly; "none" does not.
+        channels_a: 3 for RGB, 1 for greyscale, of the samples' "A".
+        channels_b: The same for "B".
+        direction: "AtoB", or "BtoA" to read "A" from trainB and "B" from trainA.
+        serial: Takes both folders in order, without shuffling.
+        jitter_samples: From this sample on `load_size` is `crop_size`, as in the second half of
+            CUT's training.
+        seed: Seed of the stream.
+        cache_bytes: Memory for decoded images, shared out among the workers.
+
+    Raises:
+        UserError: A folder is missing or empty, a file is not an image, an image is smaller than
+            the crop, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        split: str = "train",
+        *,
+        load_size: int = 286,
+        crop_size: int = 256,
+        preprocess: str = "resize_and_crop",
+        flip: bool = True,
+        augment_a: str = "none",
+        channels_a: int = 3,
+        channels_b: int = 3,
+        direction: str = "AtoB",
+        serial: bool = False,
+        jitter_samples: int | None = None,
+        seed: int = 0,
+        cache_bytes: int = 2 * 2**30,
+    ) -> None:
+        _expect_one_of("augment_a", augment_a, ("none", "affine"))
+        _expect_one_of("direction", direction, ("AtoB", "BtoA"))
+        first, second = ("A", "B") if direction == "AtoB" else ("B", "A")
+        folder_a, folder_b = split_folder(root, split, first), split_folder(root, split, second)
+
+        def domain(folder: Path, channels: int, affine: bool) -> _Domain:
+            sizes = [load_size] if jitter_samples is None else [load_size, crop_size]
+            phases = [Preprocess(preprocess, size, crop_size, flip, affine) for size in sizes]
+            return _Domain(folder, channels, phases, cache_bytes // 2)
+
+        self.seed, self.serial, self.jitter_samples = seed, serial, jitter_samples
+        self.a = domain(folder_a, channels_a, augment_a == "affine")
+        self.b = domain(folder_b, channels_b, False)
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Samples in an epoch: the larger folder's number of images."""
+        return max(len(self.a.paths), len(self.b.paths))
+
+    def __iter__(self):
+        """One epoch; without this a plain `for` would never end, as every index is valid."""
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Sample `index` of the stream: {"A": (C, H, W), "B": (C, H, W)}, float32 in [-1, 1]."""
+        if index < 0:
+            raise IndexError(f"UnpairedImages: sample {index} does not exist. Samples start at 0.")
+        phase = int(self.jitter_samples is not None and index >= self.jitter_samples)
+        rng_a = counter_rng(self.seed, A_STREAM, index)
+        rng_b = counter_rng(self.seed, B_STREAM, index)
+        index_b = index if self.serial else int(rng_b.integers(len(self.b.paths)))
+        return {
+            "A": self.a.sample(self._index_a(index), phase, rng_a),
+            "B": self.b.sample(index_b % len(self.b.paths), phase, rng_b),
+        }
+
+    def expect_one_size(self) -> None:
+        """Raises UserError, naming two files, unless all samples can be stacked into batches."""
+        for domain in (self.a, self.b):
+            domain.expect_one_size()
+
+    def _index_a(self, index: int) -> int:
+        epoch, position = divmod(index, len(self))
+        if not self.serial:
+            if epoch != self._epoch:
+                self._epoch = epoch
+                self._order = counter_rng(self.seed, ORDER_STREAM, epoch).permutation(len(self))
+            position = int(self._order[position])
+        return position % len(self.a.paths)
+
+
+class _Domain:
+    """One folder's images, scaled, and kept in memory as far as they fit.
+
+    `phases` has one `Preprocess` for each part of the training.
+    """
+
+    def __init__(
+        self, folder: Path, channels: int, phases: list[Preprocess], cache_bytes: int
+    ) -> None:
+        self.paths = list_images(folder)
+        self.channels = channels
+        self.phases = phases
+        self.cache_bytes = cache_bytes
+        self._cache: dict[int, tuple[int, np.ndarray]] = {}
+        self._cached_bytes = 0
+        # Reading every header now finds what would otherwise stop a run hours later.
+        self.sizes = [image_size(path) for path in self.paths]
+        for path, size in zip(self.paths, self.sizes, strict=True):
+            for preprocess in phases:
+                preprocess.check(path, *size)
+        pixels = sum(math.prod(phases[0].prepared_size(*size)) for size in self.sizes)
+        if pixels * channels <= min(EAGER_BYTES, cache_bytes):
+            for index in range(len(self.paths)):
+                self._prepared(index, 0)
+
+    def sample(self, index: int, phase: int, rng: np.random.Generator) -> torch.Tensor:
+        """Image `index`, augmented: (C, H, W) float32 in [-1, 1]."""
+        return to_tensor(self.phases[phase].augment(self._prepared(index, phase), rng))
+
+    def expect_one_size(self) -> None:
+        first = self.phases[0].output_size(*self.sizes[0])
+        for path, size in zip(self.paths, self.sizes, strict=True):
+            result = self.phases[0].output_size(*size)
+            if result != first:
+                raise UserError(
+                    f"{path}: gives {result[0]}x{result[1]}, but {self.paths[0]} {first[0]}x"
+                    f"{first[1]}, and a batch needs one size. Use batch_size=1, or "
+                    'preprocess="resize_and_crop".'
+                )
+
+    def _prepared(self, index: int, phase: int) -> np.ndarray:
+        cached_phase, cached = self._cache.get(index, (None, None))
+        if cached_phase == phase:
+            return cached
+        array = self.phases[phase].prepare(read_image(self.paths[index], self.channels))
+        if cached is not None:
+            self._cached_bytes -= cached.nbytes
+            del self._cache[index]
+        worker = get_worker_info()
+        room = self.cache_bytes // (worker.num_workers if worker else 1)
+        if self._cached_bytes + array.nbytes <= room:
+            self._cache[index] = (phase, array)
+            self._cached_bytes += array.nbytes
+        return array
+
+
+def _expect_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f'{name}="{value}": expected {" or ".join(choices)}.')
