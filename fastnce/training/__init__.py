@@ -1,0 +1,20 @@
+"""Training: configurations, the loop, checkpoints, and trained generators."""
+
+from fastnce.training.build import build_config
+from fastnce.training.config import CUTTrainConfig, TrainConfig
+from fastnce.training.loop import Interrupted, train
+from fastnce.training.runtime import resolve_device
+from fastnce.training.translate import load_config, load_generator, translate, translate_folder
+
+__all__ = [
+    "CUTTrainConfig",
+    "Interrupted",
+    "TrainConfig",
+    "build_config",
+    "load_config",
+    "load_generator",
+    "resolve_device",
+    "train",
+    "translate",
+    "translate_folder",
+]

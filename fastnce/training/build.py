@@ -1,0 +1,158 @@
+"""A configuration from its sources: variant < preset < config file < explicit values."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+from fastnce.errors import UserError
+from fastnce.training.config import CONFIGS, TrainConfig
+from fastnce.training.presets import PRESETS, VARIANTS
+
+
+def build_config(
+    variant: str,
+    *,
+    preset: str | None = None,
+    config_file: Path | str | None = None,
+    overrides: Mapping[str, object] | None = None,
+) -> TrainConfig:
+    """The configuration of a run.
+
+    Args:
+        variant: what to train, a key of `presets.VARIANTS`: "cut" or "fastcut".
+        preset: a key of `presets.PRESETS`, or None.
+        config_file: JSON object of field values; `config.json` of an earlier run is one.
+        overrides: field values that win over all others. `data` and `out` must come from here or from the file.
+
+    Raises:
+        UserError: an unknown name, a value of the wrong type or out of range, a missing field, an unreadable file.
+
+    Example:
+        >>> build_config("fastcut", overrides={"data": "horses", "out": "run"}).lambda_nce
+        10.0
+    """
+    config_class, values = layered_values(variant, preset, config_file)
+    values |= checked_values(config_class, overrides or {}, "option")
+    required = [
+        f.name for f in dataclasses.fields(config_class) if f.default is dataclasses.MISSING
+    ]
+    for name in required:
+        if name not in values:
+            raise UserError(f"{name} is missing. Give {name} as an option or in the config file.")
+    return config_class(**values)
+
+
+def layered_values(
+    variant: str, preset: str | None, config_file: Path | str | None
+) -> tuple[type[TrainConfig], dict[str, object]]:
+    """The configuration class of `variant`, and the values from variant, preset and file, the later winning."""
+    system, values = VARIANTS[known(variant, VARIANTS, "model")]
+    config_class = CONFIGS[system]
+    layers = [values]
+    if preset is not None:
+        layers.append(PRESETS[known(preset, PRESETS, "preset")])
+    if config_file is not None:
+        layers.append(_read_file(Path(config_file), system))
+    merged: dict[str, object] = {}
+    for layer in layers:
+        merged |= checked_values(config_class, layer, f"{config_file or preset}: option")
+    return config_class, merged
+
+
+def checked_values(
+    config_class: type[TrainConfig], values: Mapping[str, object], what: str
+) -> dict[str, object]:
+    """`values` converted to their fields' types; raises `UserError` for an unknown field or a wrong type."""
+    hints = typing.get_type_hints(config_class)
+    names = [field.name for field in dataclasses.fields(config_class)]
+    return {
+        known(name, names, what): _convert(name, value, hints[name])
+        for name, value in values.items()
+        if known(name, names, what)
+    }
+
+
+def check_options(
+    config_class: type[TrainConfig], values: Mapping[str, object], args: Sequence[str]
+) -> None:
+    """Checks the names of command-line options before they are parsed: `--num-patches` stands for `num_patches`.
+
+    Raises:
+        UserError: an option that is no field of `config_class`, with the nearest one; or a required field that is neither in
+            `values` nor in `args`.
+    """
+    fields = dataclasses.fields(config_class)
+    dashed = [field.name.replace("_", "-") for field in fields]
+    options = {f"--{prefix}{name}" for name in [*dashed, "help"] for prefix in ("", "no-")}
+    given = {
+        known(a.split("=")[0].replace("_", "-"), options, "option") for a in args if a[:2] == "--"
+    }
+    if given & {"--help"} or "-h" in args:
+        return
+    for field in fields:
+        if field.default is dataclasses.MISSING and field.name not in values:
+            option = f"--{field.name.replace('_', '-')}"
+            if option not in given:
+                raise UserError(f"{option} is missing. Give it as an option or in the config file.")
+
+
+def known(name: str, names: Collection[str], what: str) -> str:
+    """`name` if it is one of `names`; else raises `UserError` with the nearest one."""
+    if name in names:
+        return name
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        raise UserError(f"unknown {what} {name!r}. Did you mean {close[0]!r}?")
+    raise UserError(f"unknown {what} {name!r}. Use one of: {', '.join(sorted(names))}.")
+
+
+def _read_file(path: Path, system: str) -> dict[str, object]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Name a JSON file.") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({error}). Correct the file.") from error
+    if not isinstance(values, dict):
+        raise UserError(f'{path}: must hold one JSON object, such as {{"batch_size": 4}}.')
+    if values.pop("system", system) != system:
+        raise UserError(f"{path}: is the configuration of another system than {system}.")
+    return values
+
+
+def _convert(name: str, value: object, hint: object) -> object:
+    """`value` as a value of the field type `hint`, without guessing: "8" is no number and 1 no bool."""
+    origin = get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        choices = [choice for choice in get_args(hint) if choice is not type(None)]
+        if value is None:
+            return None
+        return _convert(name, value, choices[0])
+    if origin is Literal:
+        if value in get_args(hint):
+            return value
+        allowed = ", ".join(map(str, get_args(hint)))
+        raise UserError(f"{name}={value} is unknown. Use one of: {allowed}.")
+    if origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_convert(name, item, get_args(hint)[0]) for item in value)
+        raise UserError(f"{name}={value!r} must be a list.")
+    if hint is Path and isinstance(value, str | Path):
+        return Path(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is float and is_number and math.isfinite(value):
+        return float(value)
+    if hint is int and is_number and value == int(value):
+        return int(value)
+    if hint in (bool, str) and isinstance(value, hint):
+        return value
+    kinds = {int: "a whole number", float: "a number", bool: "true or false"}
+    raise UserError(f"{name}={value!r} must be {kinds.get(hint, 'text')}.")

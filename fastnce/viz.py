@@ -1,0 +1,99 @@
+"""Pictures of a run: sample grids and the loss plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from fastnce.data.files import atomic_path
+
+# Images smaller than this are enlarged by a whole factor, pixel by pixel, so that a grid of 32x32 images can be seen.
+_READABLE_SIDE = 96
+_GAP = 4
+_LABEL_SIZE = 15
+_BACKGROUND = (255, 255, 255)
+
+# One panel each; a name that a system does not log is left out, and a name that is in no panel gets into the last one.
+_PANELS = (("G_GAN", "D_real", "D_fake"), ("NCE", "NCE_Y"), ("G",))
+_NOT_A_LOSS = ("step", "epoch", "lr_factor", "seconds")
+
+
+def sample_grid(rows: Mapping[str, Sequence[Tensor]]) -> Image.Image:
+    """A picture with a labelled row per entry of `rows`, and the images of an entry side by side.
+
+    Args:
+        rows: label -> images (C, H, W) in [-1, 1], C of 1 or 3, on the CPU. Images of different sizes are centred in cells
+            of the largest one's size.
+    """
+    tiles = {label: [_enlarged(image) for image in images] for label, images in rows.items()}
+    sizes = [tile.size for images in tiles.values() for tile in images]
+    width, height = max(w for w, _ in sizes), max(h for _, h in sizes)
+    columns = max(len(images) for images in tiles.values())
+    font = ImageFont.load_default(size=_LABEL_SIZE)
+    margin = max(int(font.getlength(label)) for label in tiles) + 4 * _GAP
+
+    size = (margin + columns * (width + _GAP), _GAP + len(tiles) * (height + _GAP))
+    grid = Image.new("RGB", size, _BACKGROUND)
+    draw = ImageDraw.Draw(grid)
+    for row, (label, images) in enumerate(tiles.items()):
+        top = _GAP + row * (height + _GAP)
+        middle = (margin - 2 * _GAP, top + height // 2)
+        draw.text(middle, label, fill=(0, 0, 0), font=font, anchor="rm")
+        for column, tile in enumerate(images):
+            left = margin + column * (width + _GAP)
+            place = (left + (width - tile.width) // 2, top + (height - tile.height) // 2)
+            grid.paste(tile, place)
+    return grid
+
+
+def save_sample_grid(rows: Mapping[str, Sequence[Tensor]], path: Path) -> None:
+    """Writes `sample_grid(rows)` to `path`."""
+    grid = sample_grid(rows)
+    with atomic_path(path) as temporary:
+        grid.save(temporary)
+
+
+def save_loss_plot(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Plots the losses of `metrics` (the lines of metrics.jsonl) over the steps; does nothing for fewer than two lines."""
+    if len(metrics) < 2:
+        return
+    # Imported here because it takes half a second, and off screen whatever the user's settings are.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = _panels([name for name in metrics[-1] if name not in _NOT_A_LOSS])
+    figure = Figure(figsize=(9, 2.6 * len(panels) + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, names in zip(all_axes, panels, strict=True):
+        for name in names:
+            points = [(line["step"], line[name]) for line in metrics if name in line]
+            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.3)
+        axes.set_ylabel("loss")
+        axes.grid(alpha=0.3)
+        # Beside the axes, where it hides no curve.
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    all_axes[-1].set_xlabel("step")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def _panels(names: Sequence[str]) -> list[list[str]]:
+    grouped = [[name for name in panel if name in names] for panel in _PANELS]
+    placed = {name for panel in grouped for name in panel}
+    grouped[-1] += [name for name in names if name not in placed]
+    return [panel for panel in grouped if panel]
+
+
+def _enlarged(image: Tensor) -> Image.Image:
+    array = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    if array.shape[2] == 1:
+        array = np.repeat(array, 3, axis=2)
+    picture = Image.fromarray(array)
+    factor = max(1, _READABLE_SIDE // max(picture.size))
+    size = (picture.width * factor, picture.height * factor)
+    return picture.resize(size, Image.Resampling.NEAREST)
