@@ -83,7 +83,7 @@ def select(op: str, tensor: torch.Tensor, backend: str | None = None) -> ModuleT
     device, dtype = tensor.device.type, tensor.dtype
     name = backend or _requested
     if name is not None:
-        module = _module(name)
+        module = _module(name, "backend" if backend else "FASTNCE_BACKEND")
         reason = module.supports(op, device, dtype)
         if reason != "ok":
             raise RuntimeError(
@@ -102,9 +102,9 @@ def select(op: str, tensor: torch.Tensor, backend: str | None = None) -> ModuleT
     raise RuntimeError(f"{op}: no backend can run it on {device} {dtype}: {'; '.join(reasons)}")
 
 
-def _module(name: str) -> ModuleType:
+def _module(name: str, asked_by: str = "backend") -> ModuleType:
     if name not in _TABLE:
-        raise ValueError(f"backend={name!r} is unknown. Expected one of: {', '.join(_TABLE)}.")
+        raise ValueError(f"{asked_by}={name!r} is unknown. Expected one of: {', '.join(_TABLE)}.")
     return _TABLE[name]
 
 

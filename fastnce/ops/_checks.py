@@ -40,9 +40,15 @@ def expect_tensor(op: str, name: str, x: object, shape: str) -> None:
         raise TypeError(f"{op}: {name} must be a tensor of shape {shape}, got {type(x).__name__}.")
 
 
-def expect_shape(op: str, name: str, x: Tensor, expected: tuple[int, ...], why: str) -> None:
-    """``x`` has exactly the ``expected`` shape; ``why`` says where that shape comes from."""
+def expect_shape(
+    op: str, name: str, x: Tensor, expected: tuple[int, ...], why: str, like: Tensor | None = None
+) -> None:
+    """``x`` has exactly the ``expected`` shape; ``why``, followed by the shape of ``like``, says where that comes from.
+
+    The text is put together only for an error: ``torch.compile`` cannot print a shape that it keeps variable.
+    """
     if tuple(x.shape) != expected:
+        why = why if like is None else f"{why} {shape_of(like)}"
         raise ValueError(f"{op}: {name} must have the shape {expected} ({why}), got {shape_of(x)}.")
 
 
@@ -92,7 +98,7 @@ def expect_temperature(op: str, temperature: object, like: Tensor) -> float | Te
         raise TypeError(
             f"{op}: temperature must be a float or a 0-d tensor, got {type(temperature).__name__}."
         )
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:
         raise ValueError(
             f"{op}: temperature must be positive and finite, got {temperature}. Usual values are 0.05 to 1."
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -32,6 +35,55 @@ def wants_grad(*inputs: object) -> bool:
     )
 
 
-def scaled(grads: tuple[Tensor | None, ...], by: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of a loss, times the gradient that arrives for that loss."""
-    return tuple(None if grad is None else grad * by.to(grad.dtype) for grad in grads)
+def kernel_weight(weight: float, dtype: torch.dtype) -> float:
+    """The weight that the kernels put on each loss: ``weight``, but 1 in fp16.
+
+    In fp16 the gradient of a mean of many losses underflows. Gradient scaling is there to prevent that, but its factor arrives
+    only with the backward; so there the kernels return the gradients of the sum.
+    """
+    return 1.0 if dtype == torch.float16 else weight
+
+
+def scaled(
+    grads: tuple[Tensor | None, ...], by: Tensor, factor: float = 1.0
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a loss, times the gradient that arrives for that loss and ``factor``."""
+    by = by * factor
+
+    def times(grad: Tensor | None) -> Tensor | None:
+        if grad is None:
+            return None
+        # In the wide dtype: fp16 cannot hold GradScaler's 65536.
+        wide = torch.promote_types(grad.dtype, by.dtype)
+        return (grad.to(wide) * by).to(grad.dtype)
+
+    return tuple(times(grad) for grad in grads)
+
+
+def first_derivative_only(backward: Callable) -> Callable:
+    """Makes the ``backward`` of a Function raise, when the gradients that it gives are themselves differentiated.
+
+    ``once_differentiable`` does so only if the gradient that arrives requires a gradient. It usually does not, and the second
+    derivative would be taken for zero in silence.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *grad_outputs: Tensor):
+        with torch.no_grad():
+            grads = backward(ctx, *grad_outputs)
+        if not torch.is_grad_enabled():  # unless create_graph=True
+            return grads
+        leaves = [None if grad is None else grad.detach().requires_grad_() for grad in grads]
+        return _NoSecondDerivative.apply(*leaves)
+
+    return wrapper
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *grads: Tensor | None):
+        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("the fused kernels have no second derivative. Use backend='torch'.")

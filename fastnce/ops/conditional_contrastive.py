@@ -6,7 +6,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastnce import backends, reference
 from fastnce.ops import _checks, _common
@@ -91,16 +90,18 @@ class ConditionalContrastiveFunction(torch.autograd.Function):
         grad_now: bool,
     ) -> Tensor:
         needs = ctx.needs_input_grad[:3]
+        scale = None if weight is None else _common.kernel_weight(weight, embeddings.dtype)
         losses, lse, grads = kernels.conditional_contrastive_forward(
             embeddings,
             proxies,
             labels,
             temperature,
-            grad_scale=weight if grad_now else None,
+            grad_scale=scale if grad_now else None,
             needs=needs,
         )
         ctx.reduced = weight is not None
         if ctx.reduced:
+            ctx.factor = weight / scale
             ctx.save_for_backward(*grads)
             return losses.sum() * weight
         ctx.kernels, ctx.needs = kernels, needs
@@ -110,11 +111,11 @@ class ConditionalContrastiveFunction(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
+    @_common.first_derivative_only
     def backward(ctx, grad_loss: Tensor):
         nothing = (None,) * 4
         if ctx.reduced:
-            return *_common.scaled(ctx.saved_tensors, grad_loss), *nothing
+            return *_common.scaled(ctx.saved_tensors, grad_loss, ctx.factor), *nothing
         embeddings, proxies, labels, lse, temperature = ctx.saved_tensors
         temperature = ctx.temperature if temperature is None else temperature
         grads = ctx.kernels.conditional_contrastive_backward(

@@ -6,7 +6,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastnce import backends, reference
 from fastnce.ops import _checks, _common
@@ -118,9 +117,7 @@ def _check_negatives(op: str, query: Tensor, negatives: Tensor) -> None:
         )
     size, dim = negatives.shape[-2], query.shape[-1]
     expected = (size, dim) if negatives.dim() == 2 else (*query.shape[:-1], size, dim)
-    _checks.expect_shape(
-        op, "negative_keys", negatives, expected, f"query is {_checks.shape_of(query)}"
-    )
+    _checks.expect_shape(op, "negative_keys", negatives, expected, "query is", query)
     _checks.expect_alike(op, "negative_keys", negatives, "query", query)
 
 
@@ -171,17 +168,19 @@ class InfoNCEFunction(torch.autograd.Function):
         options: dict,
     ) -> Tensor:
         needs = ctx.needs_input_grad[:4]
+        scale = None if weight is None else _common.kernel_weight(weight, query.dtype)
         losses, lse, grads = kernels.info_nce_forward(
             query,
             key,
             negatives,
             temperature,
             **options,
-            grad_scale=weight if grad_now else None,
+            grad_scale=scale if grad_now else None,
             needs=needs,
         )
         ctx.reduced = weight is not None
         if ctx.reduced:
+            ctx.factor = weight / scale
             ctx.save_for_backward(*grads)
             return losses.sum() * weight
         ctx.kernels, ctx.options, ctx.needs = kernels, options, needs
@@ -191,11 +190,11 @@ class InfoNCEFunction(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
+    @_common.first_derivative_only
     def backward(ctx, grad_loss: Tensor):
         nothing = (None,) * 4
         if ctx.reduced:
-            return *_common.scaled(ctx.saved_tensors, grad_loss), *nothing
+            return *_common.scaled(ctx.saved_tensors, grad_loss, ctx.factor), *nothing
         query, key, negatives, lse, temperature = ctx.saved_tensors
         temperature = ctx.temperature if temperature is None else temperature
         grads = ctx.kernels.info_nce_backward(

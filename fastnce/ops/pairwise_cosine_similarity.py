@@ -47,7 +47,7 @@ def pairwise_cosine_similarity(
         _checks.expect_tensor(op, name, value, shape)
         _checks.expect_float_tensor(op, name, value, (max(value.dim(), 2),), shape)
     expected = (*x.shape[:-2], y.shape[-2], x.shape[-1])
-    _checks.expect_shape(op, "y", y, expected, f"x is {_checks.shape_of(x)}")
+    _checks.expect_shape(op, "y", y, expected, "x is", x)
     _checks.expect_alike(op, "y", y, "x", x)
     temperature = _checks.expect_temperature(op, temperature, x)
     kernels = backends.select(op, x, backend)

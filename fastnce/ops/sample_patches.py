@@ -7,7 +7,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastnce import backends, reference
 from fastnce.ops import _checks, _common
@@ -87,12 +86,15 @@ def _expect_maps(op: str, features: object) -> list[Tensor]:
 
 
 def _expect_patch_ids(op: str, maps: list[Tensor], patch_ids: object, single: bool) -> list[Tensor]:
-    if single != isinstance(patch_ids, Tensor) or (not single and len(patch_ids) != len(maps)):
-        raise ValueError(
-            f"{op}: patch_ids must be a tensor (S,) for one map and a list of {len(maps)} tensors for a list of {len(maps)} maps; "
-            f"got {type(patch_ids).__name__}"
-            + ("." if isinstance(patch_ids, Tensor) else f" of length {len(patch_ids)}.")
-        )
+    if not (
+        isinstance(patch_ids, Tensor)
+        if single
+        else isinstance(patch_ids, (list, tuple)) and len(patch_ids) == len(maps)
+    ):
+        expected = "a tensor (S,)" if single else f"a list of {len(maps)} tensors, one per map"
+        got = type(patch_ids).__name__
+        got += f" of length {len(patch_ids)}" if isinstance(patch_ids, (list, tuple)) else ""
+        raise ValueError(f"{op}: patch_ids must be {expected}, like features; got {got}.")
     ids = [patch_ids] if single else list(patch_ids)
     for layer, (feature, values) in enumerate(zip(maps, ids, strict=True)):
         name = "patch_ids" if single else f"patch_ids[{layer}]"
@@ -122,15 +124,28 @@ def _expect_patch_ids(op: str, maps: list[Tensor], patch_ids: object, single: bo
 def _gather(
     op: str, maps: list[Tensor], ids: list[Tensor], normalize: bool, backend: str | None
 ) -> list[Tensor]:
-    kernels = [backends.select(op, feature, backend) for feature in maps]
-    if any(module is not kernels[0] for module in kernels):
-        kernels = [reference] * len(maps)
+    # One call for all maps of a dtype: under autocast the pixels are float32 and the features of convolutions bfloat16.
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for layer, feature in enumerate(maps):
+        groups.setdefault((feature.device, feature.dtype), []).append(layer)
+    patches: list[Tensor] = [None] * len(maps)
+    for layers in groups.values():
+        group = [maps[layer] for layer in layers], [ids[layer] for layer in layers]
+        for layer, found in zip(layers, _gather_alike(op, *group, normalize, backend), strict=True):
+            patches[layer] = found
+    return patches
+
+
+def _gather_alike(
+    op: str, maps: list[Tensor], ids: list[Tensor], normalize: bool, backend: str | None
+) -> list[Tensor]:
+    kernels = backends.select(op, maps[0], backend)
     with _common.no_autocast(maps[0]):
-        if kernels[0] is reference:
+        if kernels is reference:
             pairs = zip(maps, ids, strict=True)
             return [reference.sample_patches(feature, id_, normalize) for feature, id_ in pairs]
         _checks.expect_no_functorch(op)
-        return list(SamplePatchesFunction.apply(kernels[0], normalize, *maps, *ids))
+        return list(SamplePatchesFunction.apply(kernels, normalize, *maps, *ids))
 
 
 class SamplePatchesFunction(torch.autograd.Function):
@@ -150,7 +165,7 @@ class SamplePatchesFunction(torch.autograd.Function):
         return tuple(patches)
 
     @staticmethod
-    @once_differentiable
+    @_common.first_derivative_only
     def backward(ctx, *grad_patches: Tensor):
         saved, count = list(ctx.saved_tensors), len(ctx.layouts)
         ids, patches, inverse_norms = saved[:count], saved[count : 2 * count], saved[2 * count :]
