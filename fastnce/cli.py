@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 from fastnce.errors import UserError
@@ -16,9 +19,41 @@ INTERRUPTED = 130
 
 def train(args: list[str]) -> int:
     """Train a model on two folders of images. Run the same command again to resume."""
-    from fastnce.training import cli
+    tyro = _import_tyro()
+    from fastnce.training import train as run_training
+    from fastnce.training.build import known, layered_values
+    from fastnce.training.config import to_dict
+    from fastnce.training.presets import PRESETS, VARIANTS
 
-    return cli.main(args)
+    if not args or args[0] in ("-h", "--help"):
+        print(f"usage: fastnce train {{{','.join(VARIANTS)}}} --data DIR --out DIR [OPTIONS]\n")
+        print("fastnce train cut --help shows the options of CUT.")
+        return 0
+    variant = known(args[0], VARIANTS, "model")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--config")
+    first.add_argument("--dry-run", action="store_true")
+    chosen, rest = first.parse_known_args(args[1:])
+
+    config_class, values = layered_values(variant, chosen.preset, chosen.config)
+    required = {"data": tyro.MISSING, "out": tyro.MISSING}
+    config = tyro.cli(
+        config_class,
+        default=config_class(**(required | values)),
+        prog=f"fastnce train {variant}",
+        args=rest,
+        description=(
+            f"Also: --preset {{{','.join(PRESETS)}}} sets several options at once; --config FILE reads options from a JSON "
+            "file, such as the config.json of a run; --dry-run prints the resulting configuration and stops. "
+            "Later ones win: defaults, preset, file, options."
+        ),
+    )
+    if chosen.dry_run:
+        print(json.dumps(to_dict(config), indent=2))
+        return 0
+    run_training(config)
+    return 0
 
 
 def translate(args: list[str]) -> int:
@@ -47,9 +82,7 @@ def translate(args: list[str]) -> int:
         from fastnce.training import load_generator, resolve_device, translate_folder
 
         target = resolve_device(device)
-        generator, config = load_generator(
-            run, which=weights, checkpoint=checkpoint, device=target
-        )
+        generator, config = load_generator(run, which=weights, checkpoint=checkpoint, device=target)
         count = translate_folder(generator, config, input, out, batch_size=batch_size)
         print(f"Translated {count} images into {out}")
 
@@ -215,9 +248,17 @@ def nearest(name: str, names: Sequence[str] | dict) -> str:
 
 
 def _help() -> str:
-    lines = ["usage: fastnce COMMAND ...", "", "Fused exact contrastive losses, and CUT on them.", ""]
+    lines = [
+        "usage: fastnce COMMAND ...",
+        "",
+        "Fused exact contrastive losses, and CUT on them.",
+        "",
+    ]
     lines += [f"  {name:10} {function.__doc__}" for name, function in COMMANDS.items()]
-    lines += ["", "fastnce COMMAND --help shows a command's options. fastnce --version shows the version."]
+    lines += [
+        "",
+        "fastnce COMMAND --help shows a command's options. fastnce --version shows the version.",
+    ]
     return "\n".join(lines)
 
 
@@ -236,17 +277,21 @@ def _no_arguments(command: str, args: list[str]) -> None:
 
 def _tyro(command: str, function: Callable | dict[str, Callable], args: list[str]) -> None:
     """Parses ``args`` after the signature of ``function`` (or of the one the first argument names), and calls it."""
+    tyro, prog = _import_tyro(), f"fastnce {command}"
+    if isinstance(function, dict):
+        tyro.extras.subcommand_cli_from_dict(function, prog=prog, args=args)
+    else:
+        tyro.cli(function, prog=prog, args=args)
+
+
+def _import_tyro() -> ModuleType:
     try:
         import tyro
     except ModuleNotFoundError as error:
         raise UserError(
             "this command needs the packages for training. Install them with: pip install 'fastnce[train]'"
         ) from error
-    prog = f"fastnce {command}"
-    if isinstance(function, dict):
-        tyro.extras.subcommand_cli_from_dict(function, prog=prog, args=args)
-    else:
-        tyro.cli(function, prog=prog, args=args)
+    return tyro
 
 
 if __name__ == "__main__":
