@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from fastnce.data.transforms import counter_rng
 from fastnce.errors import UserError
 
 LABELS_FILE = "labels.json"
-TEST_SHARE = 0.25
+TEST_EVERY = 3
 
 _HALVES_STREAM, _NOISE_STREAM, _CROP_STREAM, _PHOTOS_STREAM = 10, 11, 12, 13
 
@@ -38,8 +39,8 @@ def write_digits_photos(out: Path | str, seed: int = 0, photo: str = "coffee") -
     """Writes the digits-photos set: handwritten digits (A), and digits on a photograph (B).
 
     A is one half of the 1,797 digits, each as a `noisy_digit`; B is the other half, each as a
-    `composite` with a random crop of one photograph. No digit is in both, a quarter of each is for
-    testing, and the order tells nothing about which belong together. `out/labels.json` holds the
+    `composite` with a random crop of one photograph. No sample is in both, a third of each is for
+    testing, all have the same share of every digit, and the order tells nothing about which belong together. `out/labels.json` holds the
     recipe and, for each image, its digit, its number in scikit-learn's set and, for B, the
     photograph and the corner of the crop.
 
@@ -63,7 +64,7 @@ def write_digits_photos(out: Path | str, seed: int = 0, photo: str = "coffee") -
         "size": DIGIT_SIZE,
         "margin": DIGIT_MARGIN,
         "noise_sigma": NOISE_SIGMA,
-        "test_share": TEST_SHARE,
+        "test_every": TEST_EVERY,
     }
     return _write_once(Path(out), recipe, lambda: _digits_photos(seed, photo))
 
@@ -149,22 +150,29 @@ def _digits_photos(seed: int, photo: str) -> Images:
     background = load_photo(photo)
     strokes, digits = load_digits()
     order = counter_rng(seed, _HALVES_STREAM, 0).permutation(len(strokes))
-    for domain, members in zip("AB", np.array_split(order, 2), strict=True):
-        test_count = round(TEST_SHARE * len(members))
-        for position, source in enumerate(members.tolist()):
-            if position < test_count:
-                name = f"test{domain}/{position:04d}.png"
-            else:
-                name = f"train{domain}/{position - test_count:04d}.png"
-            label = {"digit": int(digits[source]), "source": source}
-            if domain == "A":
-                rng = counter_rng(seed, _NOISE_STREAM, source)
-                yield name, noisy_digit(strokes[source], rng), label
-            else:
-                rng = counter_rng(seed, _CROP_STREAM, source)
-                crop, corner = random_crop(background, DIGIT_SIZE, rng)
-                label |= {"photo": photo, "corner": corner}
-                yield name, composite(strokes[source], crop), label
+    seen, written = Counter(), Counter()
+    for source in order.tolist():
+        # Each digit's samples are dealt out in turn, so that all four folders have the same share of
+        # every digit; with shares left to chance, two folders would differ before any translation.
+        turn = seen[digits[source]]
+        seen[digits[source]] += 1
+        domain = "AB"[turn % 2]
+        folder = ("test" if turn // 2 % TEST_EVERY == 0 else "train") + domain
+        name = f"{folder}/{written[folder]:04d}.png"
+        written[folder] += 1
+        label = {"digit": int(digits[source]), "source": source}
+        if domain == "A":
+            yield (
+                name,
+                noisy_digit(strokes[source], counter_rng(seed, _NOISE_STREAM, source)),
+                label,
+            )
+        else:
+            crop, corner = random_crop(
+                background, DIGIT_SIZE, counter_rng(seed, _CROP_STREAM, source)
+            )
+            label |= {"photo": photo, "corner": corner}
+            yield name, composite(strokes[source], crop), label
 
 
 def _photos(photos: dict[str, str], size: int, counts: dict[str, int], seed: int) -> Images:
