@@ -114,11 +114,13 @@ class CUT(nn.Module):
         optimizers: by the letter of the network: "G", "D" and, unless `lambda_nce` is 0, "F".
 
     Raises:
-        UserError: `nce_layers` that this generator does not have, or more patches than a map has positions.
+        UserError: `nce_layers` that this generator does not have, more patches than a map has positions, or a backend that
+            is not there.
     """
 
     def __init__(self, config: CUTConfig, image_size: tuple[int, int] | None = None) -> None:
         super().__init__()
+        _check_backend(config.backend)
         self.config = config
         self.uses_nce = config.lambda_nce > 0
         self.uses_identity = self.uses_nce and config.nce_idt
@@ -165,10 +167,18 @@ class CUT(nn.Module):
         Returns:
             Detached scalars: "G_GAN", "D_real", "D_fake", "G", and "NCE" and "NCE_Y" where they are part of the loss. The
             weights `lambda_gan` and `lambda_nce` are included.
+
+        Raises:
+            UserError: A and B differ in shape.
         """
         if flip is None:
             flip = self.config.flip_equivariance and torch.rand(()).item() < 0.5
         real_a, real_b = batch["A"], batch["B"]
+        if real_a.shape != real_b.shape:
+            raise UserError(
+                f"the images of A and B differ in shape, {tuple(real_a.shape)} and {tuple(real_b.shape)}. "
+                "Use preprocess=resize_and_crop, or another that makes them the same size."
+            )
         source = torch.cat([real_a, real_b]) if self.uses_identity else real_a
         generated, keys = self._generate(source, flip)
         fake_b = generated[: len(real_a)]
@@ -301,6 +311,16 @@ def _tap_shapes(config: CUTConfig, image_size: tuple[int, int]) -> list[tuple[in
             f"{len(generator.model) - 1}; its {config.num_blocks} residual blocks are the layers "
             f"{generator.first_block} to {generator.first_block + config.num_blocks - 1}."
         ) from error
+
+
+def _check_backend(name: str | None) -> None:
+    if name is None:
+        return
+    reasons = fastnce.backends.available()
+    if name not in reasons:
+        raise UserError(f"backend={name} is unknown. Use one of: {', '.join(reasons)}.")
+    if reasons[name] != "ok":
+        raise UserError(f"backend={name} cannot run here: {reasons[name]}. Use backend=torch.")
 
 
 def _check_num_patches(config: CUTConfig, shapes: Sequence[tuple[int, int, int]]) -> None:

@@ -60,12 +60,17 @@ def load_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint. Train first, or name an existing file.")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        file = path.open("rb")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
-    except Exception as error:
-        # torch.load has no exception of its own: what a damaged file raises depends on where it is cut.
-        raise UserError(f"{path}: is damaged or no checkpoint. {_remedy(path)}") from error
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}). Check that you may read it."
+        ) from error
+    with file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            # torch.load has no exception of its own: what a damaged file raises depends on where it is cut.
+            raise UserError(f"{path}: is damaged or no checkpoint. {_remedy(path)}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: is no checkpoint of fastnce training. Name one, such as last.pt.")
     return state

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fastnce.data import UnpairedImages, split_folder
+from fastnce.data import UnpairedImages, list_images, split_folder
 from fastnce.errors import UserError
 from fastnce.models import CUT
 from fastnce.models.cut import build_generator
@@ -38,10 +38,17 @@ class System:
 
 
 def _unpaired_images(config: CUTTrainConfig) -> UnpairedImages:
-    options = {"load_size": config.load_size, "flip": config.flip, "augment_a": config.augment_a}
-    dataset = _folders(config, "train", **options)
-    if config.decay_epochs:
-        dataset.jitter_samples = config.epochs * len(dataset)
+    epoch_samples = max(len(list_images(split_folder(config.data, "train", d))) for d in "AB")
+    dataset = _folders(
+        config,
+        "train",
+        load_size=config.load_size,
+        flip=config.flip,
+        augment_a=config.augment_a,
+        jitter_samples=config.epochs * epoch_samples if config.decay_epochs else None,
+    )
+    if config.batch_size > 1:
+        dataset.expect_one_size()
     return dataset
 
 

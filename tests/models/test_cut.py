@@ -254,6 +254,17 @@ def test_bf16_trains_every_network():
             assert one.grad.norm().item() == pytest.approx(other.grad.norm().item(), rel=0.3)
 
 
+def test_a_and_b_of_different_sizes():
+    batch = batches(1, dtype=torch.float32)[0]
+    with pytest.raises(UserError, match="A and B differ in shape"):
+        CUT(TINY).training_step({"A": batch["A"], "B": batch["B"][..., :16]})
+
+
+def test_backends_that_are_not_there():
+    with pytest.raises(UserError, match="backend=cudnn is unknown. Use one of: "):
+        CUT(replace(TINY, backend="cudnn"))
+
+
 def test_state_dict_keys():
     prefixes = {key.split(".")[0] for key in CUT(TINY).state_dict()}
     assert prefixes == {"generator", "discriminator", "projector"}

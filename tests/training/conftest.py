@@ -1,0 +1,54 @@
+"""A tiny unpaired data set and a tiny CUT that takes milliseconds per step."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastnce.training import CUTTrainConfig, build_config
+
+TINY = {
+    "base_channels": 2,
+    "num_blocks": 1,
+    "disc_channels": 2,
+    "disc_layers": 1,
+    "nce_layers": [4, 8, 12],
+    "num_patches": 8,
+    "projection_dim": 8,
+    "batch_size": 2,
+    "load_size": 20,
+    "crop_size": 16,
+    "workers": 0,
+    "device": "cpu",
+    "steps": 8,
+    "log_every": 3,
+    "sample_every": 4,
+    "sample_count": 2,
+    "checkpoint_every": 4,
+}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """trainA (5), trainB (3), testA (2) and testB (2): random 20x20 RGB images."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for folder, count in (("trainA", 5), ("trainB", 3), ("testA", 2), ("testB", 2)):
+        (root / folder).mkdir()
+        for index in range(count):
+            pixels = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / folder / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def tiny(data, tmp_path) -> Callable[..., CUTTrainConfig]:
+    """Makes the tiny configuration, with changes; `out` is tmp_path/run unless given."""
+
+    def make(variant: str = "cut", **changes: object) -> CUTTrainConfig:
+        paths = {"data": data, "out": tmp_path / "run"}
+        return build_config(variant, overrides=paths | TINY | changes)
+
+    return make

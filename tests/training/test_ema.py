@@ -1,0 +1,61 @@
+"""The running average of the weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastnce.networks import ResnetGenerator
+from fastnce.training.ema import WeightAverage
+
+
+def test_follows_its_equation():
+    torch.manual_seed(0)
+    source = nn.Linear(3, 2).double()
+    average = WeightAverage(source, 0.9)
+    expected = source.weight.detach().clone()
+    for t in range(200):
+        with torch.no_grad():
+            source.weight.normal_()
+        average.update(source)
+        decay = min(0.9, (1 + t) / (10 + t))
+        expected = decay * expected + (1 - decay) * source.weight.detach()
+    torch.testing.assert_close(average.module.weight, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_decay_0_gives_the_last_weights():
+    source = nn.Linear(3, 2)
+    average = WeightAverage(source, 0.0)
+    with torch.no_grad():
+        source.weight.normal_()
+    average.update(source)
+    torch.testing.assert_close(average.module.weight, source.weight)
+
+
+def test_the_source_is_left_alone_and_buffers_are_copied():
+    source = ResnetGenerator(base_channels=2, num_blocks=1)
+    average = WeightAverage(source, 0.5)
+    before = [parameter.clone() for parameter in source.parameters()]
+    with torch.no_grad():
+        source.model[7].filt.fill_(7.0)
+    average.update(source)
+    assert all(torch.equal(a, b) for a, b in zip(before, source.parameters(), strict=True))
+    assert all(parameter.requires_grad for parameter in source.parameters())
+    assert not any(parameter.requires_grad for parameter in average.module.parameters())
+    assert average.module.model[7].filt.mean() == 7.0
+
+
+def test_state():
+    source = nn.Linear(2, 2)
+    one, other = WeightAverage(source, 0.9), WeightAverage(nn.Linear(2, 2), 0.9)
+    one.update(nn.Linear(2, 2))
+    other.load_state_dict(one.state_dict())
+    following = nn.Linear(2, 2)
+    one.update(following)
+    other.update(following)
+    assert torch.equal(one.module.weight, other.module.weight)
+    assert one.updates == other.updates == 2
+
+
+def test_needs_the_same_module():
+    with pytest.raises((ValueError, RuntimeError)):
+        WeightAverage(nn.Linear(2, 2), 0.9).update(nn.Linear(3, 3))

@@ -1,0 +1,321 @@
+"""The training loop: what it writes, resuming bit for bit, stopping, and mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from fastnce.errors import UserError
+from fastnce.models import CUT
+from fastnce.training import Interrupted, train
+from fastnce.training.checkpoint import load_checkpoint
+from fastnce.training.config import to_dict
+from fastnce.training.log import MetricLog, read_metrics
+
+
+def checkpoint(run):
+    return load_checkpoint(run / "checkpoints" / "last.pt")
+
+
+def assert_identical(one, other, where="state"):
+    """Equality of nested containers, tensors bit for bit."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert list(one) == list(other), where
+        for key in one:
+            assert_identical(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_identical(*pair, f"{where}[{index}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
+def assert_same_run(one, other):
+    """Checkpoint, metrics and sample grids are the same; only the time taken and the folder differ."""
+    states = [checkpoint(run) for run in (one, other)]
+    for state in states:
+        state.pop("seconds")
+        state["config"] = {
+            name: value
+            for name, value in state["config"].items()
+            if name not in ("out", "steps", "workers", "epochs")
+        }
+    assert_identical(*states)
+    logs = [read_metrics(run / "metrics.jsonl") for run in (one, other)]
+    for line in [*logs[0], *logs[1]]:
+        line.pop("seconds")
+    assert logs[0] == logs[1]
+    grids = [sorted((run / "samples").iterdir()) for run in (one, other)]
+    assert [grid.name for grid in grids[0]] == [grid.name for grid in grids[1]]
+    for a, b in zip(*grids, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run of 8 steps that was never stopped."""
+    from conftest import TINY
+
+    from fastnce.training import build_config
+
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return train(build_config("cut", overrides={"data": data, "out": out} | TINY))
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Sends this process a signal at the end of the given training step, counted from now."""
+
+    def arrange(step, number=signal.SIGINT):
+        done = 0
+        training_step = CUT.training_step
+
+        def counted(self, batch, **kwargs):
+            nonlocal done
+            losses = training_step(self, batch, **kwargs)
+            done += 1
+            if done == step:
+                os.kill(os.getpid(), number)
+            return losses
+
+        monkeypatch.setattr(CUT, "training_step", counted)
+
+    return arrange
+
+
+def test_what_a_run_leaves(whole):
+    names = {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}
+    assert names == {
+        "config.json",
+        "metrics.jsonl",
+        "loss.png",
+        "samples/step_000004.png",
+        "samples/step_000008.png",
+        "checkpoints/last.pt",
+        "checkpoints/last.prev.pt",
+    }
+    lines = read_metrics(whole / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [3, 6]
+    losses = {"G_GAN", "D_real", "D_fake", "G", "NCE", "NCE_Y"}
+    assert set(lines[0]) == losses | {"step", "epoch", "lr_factor", "seconds"}
+    assert [line["epoch"] for line in lines] == [1, 3]
+    assert json.loads((whole / "config.json").read_text())["system"] == "cut"
+    assert Image.open(whole / "samples" / "step_000008.png").width > 2 * 96
+
+
+def test_training_changes_every_network(whole):
+    one = load_checkpoint(whole / "checkpoints" / "last.prev.pt")
+    other = checkpoint(whole)
+    for key, before in one["model"].items():
+        if not key.endswith("filt"):
+            assert not torch.equal(before, other["model"][key]), key
+    average = other["average"]["module"]
+    assert not torch.equal(average["model.1.weight"], other["model"]["generator.model.1.weight"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [1, 4, 5])
+def test_a_stopped_run_continues_bit_for_bit(
+    tiny, whole, stop_after, monkeypatch, capsys, step, number
+):
+    config = tiny()
+    stop_after(step, number)
+    with pytest.raises(Interrupted) as stopped:
+        train(config)
+    assert stopped.value.code == 130
+    assert f"Stopped after step {step} of 8" in capsys.readouterr().out
+    assert checkpoint(config.out)["step"] == step
+    monkeypatch.undo()
+    torch.rand(step)  # whatever happened to the generators in between must not matter
+    train(config)
+    assert_same_run(config.out, whole)
+
+
+def test_more_steps_continue_bit_for_bit(tiny, whole):
+    train(tiny(steps=4))
+    train(tiny(steps=8))
+    assert_same_run(tiny().out, whole)
+
+
+def test_a_crash_continues_from_the_last_checkpoint(tiny, whole, monkeypatch):
+    def crash(self, batch, **kwargs):
+        if self.crashes_in == 0:
+            raise RuntimeError("power cut")
+        self.crashes_in -= 1
+        return training_step(self, batch, **kwargs)
+
+    training_step = CUT.training_step
+    monkeypatch.setattr(CUT, "crashes_in", 7, raising=False)
+    monkeypatch.setattr(CUT, "training_step", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(tiny())
+    # Steps 5 and 6 are in the log but not in the checkpoint: they are made, and logged, again.
+    assert [line["step"] for line in read_metrics(tiny().out / "metrics.jsonl")] == [3, 6]
+    assert checkpoint(tiny().out)["step"] == 4
+    monkeypatch.undo()
+    train(tiny())
+    assert_same_run(tiny().out, whole)
+
+
+def test_workers_do_not_change_the_run(tiny, whole):
+    train(tiny(workers=2))
+    assert_same_run(tiny().out, whole)
+
+
+def test_seeds_change_the_run(tiny, whole):
+    train(tiny(seed=1))
+    key = "generator.model.1.weight"
+    assert not torch.equal(checkpoint(tiny().out)["model"][key], checkpoint(whole)["model"][key])
+
+
+@pytest.mark.parametrize("variant", ["cut", "fastcut"])
+def test_fastcut_and_runs_without_contrastive_loss(tiny, variant):
+    config = tiny(variant, lambda_nce=0.0 if variant == "cut" else 10.0, steps=4)
+    train(config)
+    lines = read_metrics(config.out / "metrics.jsonl")
+    assert ("NCE" in lines[0]) == (variant == "fastcut")
+    assert "NCE_Y" not in lines[0]
+
+
+def test_a_finished_run_says_so(tiny, capsys):
+    train(tiny(steps=2))
+    before = {p: p.stat().st_mtime_ns for p in tiny().out.rglob("*")}
+    capsys.readouterr()
+    assert train(tiny(steps=2)) == tiny().out
+    assert "has finished its 2 steps" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in tiny().out.rglob("*")} == before
+
+
+def test_another_run_in_the_folder(tiny):
+    train(tiny(steps=1))
+    with pytest.raises(UserError) as error:
+        train(tiny(steps=1, lr=0.5, nce_layers=[4], workers=3))
+    message = str(error.value)
+    assert (
+        "holds another run, with nce_layers=[4, 8, 12] (now [4]), lr=0.0002 (now 0.5)." in message
+    )
+    assert "Name another folder" in message
+
+
+def test_a_folder_without_a_checkpoint_is_free(tiny):
+    """A first attempt that failed at once must not stand in the way of the corrected one."""
+    out = tiny().out
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(to_dict(tiny(lr=1.0))))
+    (out / "metrics.jsonl").write_text('{"step": 3}\n')
+    train(tiny(steps=3))
+    assert [line["step"] for line in read_metrics(out / "metrics.jsonl")] == [3]
+    assert len(read_metrics(out / "metrics.jsonl")[0]) > 1
+
+
+def test_epochs_that_would_change_the_past(tiny):
+    train(tiny(steps=8, epochs=2, decay_epochs=2))
+    with pytest.raises(UserError, match="first 8 steps would have been others with epochs=9"):
+        train(tiny(steps=9, epochs=9, decay_epochs=2))
+
+
+def test_another_number_of_images(tiny, data, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(data, tmp_path / "copy")
+    train(tiny(steps=1, data=copy))
+    (copy / "trainA" / "0.png").unlink()
+    with pytest.raises(UserError, match="now has 4 images per epoch, but the run .* made with 5"):
+        train(tiny(steps=2, data=copy))
+
+
+def test_decay_epochs_lower_the_learning_rate_and_stop_the_jitter(tiny):
+    config = tiny(steps=None, epochs=1, decay_epochs=1, log_every=1)
+    train(config)
+    lines = read_metrics(config.out / "metrics.jsonl")
+    assert [line["lr_factor"] for line in lines] == [1.0, 1.0, 1.0, 0.5, 0.5]
+    state = checkpoint(config.out)["optimizers"]["G"]
+    assert state["param_groups"][0]["lr"] == pytest.approx(1e-4)
+
+
+def test_divergence_stops_before_it_is_saved(tiny, monkeypatch):
+    training_step = CUT.training_step
+
+    def diverging(self, batch, **kwargs):
+        losses = training_step(self, batch, **kwargs)
+        return losses | {"G": losses["G"] * float("nan")}
+
+    monkeypatch.setattr(CUT, "training_step", diverging)
+    with pytest.raises(UserError, match="the training has diverged: loss G is nan"):
+        train(tiny())
+    assert not (tiny().out / "checkpoints").exists()
+
+
+def test_out_is_a_file(tiny):
+    tiny().out.write_text("")
+    with pytest.raises(UserError, match="is a file. Name a folder"):
+        train(tiny())
+
+
+def test_a_damaged_checkpoint_is_not_overwritten(tiny):
+    train(tiny(steps=1))
+    path = tiny().out / "checkpoints" / "last.pt"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(UserError, match="is damaged"):
+        train(tiny(steps=2))
+    assert len(path.read_bytes()) == 500
+
+
+def test_mistakes_leave_no_run_behind(tiny):
+    with pytest.raises(UserError, match="num_patches=100 exceeds the 8x8 = 64 positions"):
+        train(tiny(num_patches=100))
+    with pytest.raises(UserError, match="backend=cudnn is unknown"):
+        train(tiny(backend="cudnn"))
+    assert not (tiny().out / "config.json").exists()
+
+
+def test_metrics_cut_short_are_read_up_to_there(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "G": 0.5}\n{"step": 2, "G"')
+    assert read_metrics(path) == [{"step": 1, "G": 0.5}]
+    log = MetricLog(path)
+    log.drop_after(1)
+    log.add({"G": torch.tensor(2.0)})
+    log.add({"G": torch.tensor(4.0)})
+    log.write(step=3)
+    assert read_metrics(path) == [{"step": 1, "G": 0.5}, {"step": 3, "G": 3.0}]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_in_a_process_of_its_own(tiny, workers, tmp_path):
+    """A real Ctrl-C reaches the whole process group, the data workers too."""
+    config = tiny(steps=None, workers=workers)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_dict(config)))
+    script = (
+        "import sys\nfrom fastnce.training import build_config, train\n"
+        "train(build_config('cut', config_file=sys.argv[1]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    log = config.out / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not read_metrics(log) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Run the same command again to go on." in output
+    assert "Traceback" not in errors
+    assert checkpoint(config.out)["step"] >= 3
