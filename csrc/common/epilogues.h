@@ -1,0 +1,170 @@
+// What is done to a slab of logits z = q . k / temperature after its product: softmax sums and the
+// weights of the gradient. Lanes that hold no column are selected away, never multiplied by zero,
+// so whatever their memory holds has no effect.
+#pragma once
+
+#include "tile_kernels.h"
+#include "vector.h"
+
+namespace fastnce::FASTNCE_ISA {
+
+// Visits the vectors of a row: body(index of the first lane, mask of lanes that hold a column).
+template <class T, class Body>
+inline __attribute__((always_inline)) void for_vectors(int64_t lanes, Body body) {
+  const Signed<T> number = lane_numbers<T>();
+  for (int64_t j = 0; j < lanes; j += kLanes<T>) {
+    const auto left = static_cast<typename Lane<T>::Signed>(lanes - j);
+    body(j, number < left);
+  }
+}
+
+template <class T>
+constexpr T kInfinity = static_cast<T>(__builtin_inf());
+
+// The offset under which exp is summed: the maximum, or 0 where that would make inf - inf.
+template <class T>
+inline T finite_or_zero(T maximum) {
+  return maximum - maximum == 0 ? maximum : T(0);
+}
+
+template <class T>
+void exp_rows(int64_t rows, int64_t lanes, T* z, T* offset, T* sum) {
+  for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
+    Vector<T> maximum = splat(-kInfinity<T>);
+    for_vectors<T>(lanes, [&](int64_t j, Signed<T> valid) {
+      const Vector<T> x = load(z + j);
+      maximum = Max::apply(valid ? x : maximum, maximum);
+    });
+    const T shift = finite_or_zero(reduce<Max, T>(maximum));
+    Vector<T> total = {};
+    for_vectors<T>(lanes, [&](int64_t j, Signed<T> valid) {
+      const Vector<T> e = exp(load(z + j) - shift);
+      store(z + j, e);
+      total += valid ? e : Vector<T>{};
+    });
+    offset[r] = shift;
+    sum[r] = reduce<Sum, T>(total);
+  }
+}
+
+template <class T>
+void exp_columns(int64_t rows, int64_t lanes, const T* z, T* maximum, double* sum) {
+  constexpr int64_t kBlock = 32;  // rows summed in T before they are added in double
+  alignas(FASTNCE_VECTOR_BYTES) T partial[kLanes<T>], shift[kLanes<T>];
+  for (int64_t r0 = 0; r0 < rows; r0 += kBlock) {
+    const int64_t r1 = r0 + kBlock < rows ? r0 + kBlock : rows;
+    for (int64_t j = 0; j < lanes; j += kLanes<T>) {
+      const int64_t count = lanes - j < kLanes<T> ? lanes - j : kLanes<T>;
+      Vector<T> top = splat(-kInfinity<T>);
+      for (int64_t r = r0; r < r1; ++r) top = Max::apply(load(z + r * kWidth<T> + j), top);
+      for (int64_t c = 0; c < count; ++c) {
+        const T before = maximum[j + c];
+        maximum[j + c] = top[c] > before ? static_cast<T>(top[c]) : before;
+        shift[c] = finite_or_zero(maximum[j + c]);
+        const double change = static_cast<double>(finite_or_zero(before)) - shift[c];
+        if (change != 0 && sum[j + c] != 0) sum[j + c] *= __builtin_exp(change);
+      }
+      for (int64_t c = count; c < kLanes<T>; ++c) shift[c] = 0;
+      Vector<T> total = {};
+      const Vector<T> by = load(shift);
+      for (int64_t r = r0; r < r1; ++r) total += exp(load(z + r * kWidth<T> + j) - by);
+      store(partial, total);
+      for (int64_t c = 0; c < count; ++c) sum[j + c] += partial[c];
+    }
+  }
+}
+
+template <class T>
+void scale_rows(int64_t rows, int64_t lanes, T* z, const T* factor) {
+  for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
+    for (int64_t j = 0; j < lanes; j += kLanes<T>) store(z + j, load(z + j) * factor[r]);
+  }
+}
+
+template <class T>
+void softmax_rows(int64_t rows, int64_t lanes, T* z, const T* offset, const T* weight) {
+  for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
+    for (int64_t j = 0; j < lanes; j += kLanes<T>) {
+      store(z + j, exp(load(z + j) - offset[r]) * weight[r]);
+    }
+  }
+}
+
+// Per-column values are read a vector at a time; the caller pads them to the slab's width.
+template <class T>
+void softmax_both(int64_t rows, int64_t lanes, T* z, const T* offset, const T* weight,
+                  const T* column_offset, const T* column_weight) {
+  for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
+    for (int64_t j = 0; j < lanes; j += kLanes<T>) {
+      const Vector<T> x = load(z + j);
+      const Vector<T> by_column = exp(x - load(column_offset + j)) * load(column_weight + j);
+      store(z + j, exp(x - offset[r]) * weight[r] + by_column);
+    }
+  }
+}
+
+template <class T>
+using LabelVector = Vector<typename LaneInteger<T>::type>;
+
+// Lanes of the vector at j that are allowed in row r (not the row itself), and those of its class.
+template <class T>
+struct LabelMasks {
+  Signed<T> allowed, same;
+  LabelMasks(Signed<T> valid, int64_t j, int64_t self, typename LaneInteger<T>::type row_label,
+             const typename LaneInteger<T>::type* column_label) {
+    // self may lie anywhere outside the slab; clamped, the comparison fits a lane.
+    const int64_t lane = self - j < -1 ? -1 : self - j > kLanes<T> ? kLanes<T> : self - j;
+    allowed = valid & (lane_numbers<T>() != static_cast<typename Lane<T>::Signed>(lane));
+    same = allowed & (load(column_label + j) == row_label);
+  }
+};
+
+template <class T>
+void label_sums(int64_t rows, int64_t lanes, const T* z, int64_t self,
+                const typename LaneInteger<T>::type* row_label,
+                const typename LaneInteger<T>::type* column_label, const LabelSums<T>& out) {
+  for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
+    Vector<T> all_top = splat(-kInfinity<T>), same_top = all_top;
+    for_vectors<T>(lanes, [&](int64_t j, Signed<T> valid) {
+      const LabelMasks<T> mask(valid, j, self + r, row_label[r], column_label);
+      const Vector<T> x = load(z + j);
+      all_top = Max::apply(mask.allowed ? x : all_top, all_top);
+      same_top = Max::apply(mask.same ? x : same_top, same_top);
+    });
+    const T all_shift = finite_or_zero(reduce<Max, T>(all_top));
+    const T same_shift = finite_or_zero(reduce<Max, T>(same_top));
+    Vector<T> all_total = {}, same_total = {};
+    for_vectors<T>(lanes, [&](int64_t j, Signed<T> valid) {
+      const LabelMasks<T> mask(valid, j, self + r, row_label[r], column_label);
+      const Vector<T> x = load(z + j);
+      all_total += mask.allowed ? exp(x - all_shift) : Vector<T>{};
+      same_total += mask.same ? exp(x - same_shift) : Vector<T>{};
+    });
+    out.all_offset[r] = all_shift;
+    out.all_sum[r] = reduce<Sum, T>(all_total);
+    out.same_offset[r] = same_shift;
+    out.same_sum[r] = reduce<Sum, T>(same_total);
+  }
+}
+
+template <class T>
+void label_gradient(int64_t rows, int64_t lanes, T* z, int64_t self,
+                    const typename LaneInteger<T>::type* row_label,
+                    const typename LaneInteger<T>::type* column_label, const LabelWeights<T>& row,
+                    const LabelWeights<T>& column) {
+  for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
+    for_vectors<T>(lanes, [&](int64_t j, Signed<T> valid) {
+      const LabelMasks<T> mask(valid, j, self + r, row_label[r], column_label);
+      const Vector<T> x = load(z + j);
+      Vector<T> all = exp(x - row.all_offset[r]) * row.all_weight[r];
+      all += exp(x - load(column.all_offset + j)) * load(column.all_weight + j);
+      // Where the class differs this may overflow, and is selected away.
+      Vector<T> same = exp(x - row.same_offset[r]) * row.same_weight[r];
+      same += exp(x - load(column.same_offset + j)) * load(column.same_weight + j);
+      all -= mask.same ? same : Vector<T>{};
+      store(z + j, mask.allowed ? all : Vector<T>{});
+    });
+  }
+}
+
+}  // namespace fastnce::FASTNCE_ISA

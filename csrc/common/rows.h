@@ -1,0 +1,55 @@
+// Loops over one row of a matrix. Sums and scale factors are in double: rows of norm 1e-20 or 1e20
+// neither underflow nor overflow in float, and each result is rounded once.
+#pragma once
+
+#include "vector.h"
+
+namespace fastnce::FASTNCE_ISA {
+
+// Independent partial sums, so that the loop is not one chain of dependent additions.
+constexpr int kPartials = 16;
+
+template <class T, class Term>
+inline __attribute__((always_inline)) double sum_terms(int64_t n, Term term) {
+  double partial[kPartials] = {};
+  int64_t i = 0;
+  for (; i + kPartials <= n; i += kPartials) {
+    for (int j = 0; j < kPartials; ++j) partial[j] += term(i + j);
+  }
+  double total = 0;
+  for (; i < n; ++i) total += term(i);
+  for (int j = 0; j < kPartials; ++j) total += partial[j];
+  return total;
+}
+
+template <class T>
+double sum_squares(int64_t n, const T* x) {
+  return sum_terms<T>(n, [=](int64_t i) { return static_cast<double>(x[i]) * x[i]; });
+}
+
+template <class T>
+double dot(int64_t n, const T* x, const T* y) {
+  return sum_terms<T>(n, [=](int64_t i) { return static_cast<double>(x[i]) * y[i]; });
+}
+
+template <class T>
+void scale(int64_t n, const T* x, double factor, T* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(x[i] * factor);
+}
+
+template <class T>
+void add_scaled(int64_t n, T alpha, const T* x, T* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] += alpha * x[i];
+}
+
+template <class T>
+double project(int64_t n, const T* x, double norm, const T* gradient, T* out) {
+  const double along =
+      sum_terms<T>(n, [=](int64_t i) { return x[i] / norm * static_cast<double>(gradient[i]); });
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = static_cast<T>((gradient[i] - x[i] / norm * along) / norm);
+  }
+  return along;
+}
+
+}  // namespace fastnce::FASTNCE_ISA

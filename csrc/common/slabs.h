@@ -1,0 +1,80 @@
+// Memory for the kernels: aligned buffers and matrices in slabs (see tile_kernels.h).
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+
+namespace fastnce {
+
+// Uninitialised memory, aligned for the widest vectors.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t size)
+      : data_(static_cast<T*>(
+            ::operator new(static_cast<size_t>(size) * sizeof(T), std::align_val_t(kAlignment)))),
+        size_(size) {}
+  Buffer(int64_t size, T value) : Buffer(size) { std::fill_n(data(), size, value); }
+
+  T* data() const { return data_.get(); }
+  int64_t size() const { return size_; }
+  T& operator[](int64_t i) const { return data_.get()[i]; }
+
+ private:
+  static constexpr size_t kAlignment = 64;
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, std::align_val_t(kAlignment)); }
+  };
+  std::unique_ptr<T, Free> data_;
+  int64_t size_ = 0;
+};
+
+inline int64_t slab_count(int64_t columns, int64_t width) { return (columns + width - 1) / width; }
+
+// A (rows, columns) matrix in slabs of `width` columns.
+template <class T>
+class SlabMatrix {
+ public:
+  SlabMatrix() = default;
+  SlabMatrix(int64_t rows, int64_t columns, int64_t width)
+      : rows_(rows),
+        columns_(columns),
+        width_(width),
+        storage_(rows * width * slab_count(columns, width)) {}
+
+  explicit operator bool() const { return storage_.size() != 0; }
+  int64_t rows() const { return rows_; }
+  int64_t columns() const { return columns_; }
+  int64_t slabs() const { return slab_count(columns_, width_); }
+  int64_t slab_size() const { return rows_ * width_; }
+  // Columns that slab s really has.
+  int64_t lanes(int64_t s) const { return std::min(width_, columns_ - s * width_); }
+  T* at(int64_t row, int64_t slab) const {
+    return storage_.data() + slab * slab_size() + row * width_;
+  }
+
+  void fill_zero() const { std::fill_n(storage_.data(), storage_.size(), T(0)); }
+
+  // Row r as n = columns() neighbouring elements.
+  void copy_row_out(int64_t row, T* out) const {
+    for (int64_t s = 0; s < slabs(); ++s) std::copy_n(at(row, s), lanes(s), out + s * width_);
+  }
+
+  // The reverse; lanes beyond the last column become 0.
+  void copy_row_in(int64_t row, const T* x) const {
+    for (int64_t s = 0; s < slabs(); ++s) {
+      std::copy_n(x + s * width_, lanes(s), at(row, s));
+      std::fill_n(at(row, s) + lanes(s), width_ - lanes(s), T(0));
+    }
+  }
+
+ private:
+  int64_t rows_ = 0, columns_ = 0, width_ = 1;
+  Buffer<T> storage_;
+};
+
+}  // namespace fastnce

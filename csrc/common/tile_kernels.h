@@ -1,0 +1,106 @@
+// The table of inner loops that every CPU op is built from, one table per instruction set.
+//
+// Matrices live in slabs: a slab holds `width` neighbouring columns of all rows, row after row, so
+// element (r, c) of a matrix with R rows is slab[c / width][r * width + c % width]. Every operand
+// of a product then streams contiguously, whichever of its two dimensions is summed over. A new
+// instruction set is one more table; the ops do not change.
+#pragma once
+
+#include <cstdint>
+
+namespace fastnce {
+
+// Integers as wide as T: the class numbers that are compared lane by lane with logits.
+template <class T>
+struct LaneInteger;
+template <>
+struct LaneInteger<float> {
+  using type = int32_t;
+};
+template <>
+struct LaneInteger<double> {
+  using type = int64_t;
+};
+
+// Numerator and denominator sums of one slab of labelled logits (conditional_contrastive).
+template <class T>
+struct LabelSums {
+  T* all_offset;   // (rows,) what was subtracted before exp, over all allowed columns
+  T* all_sum;      // (rows,)
+  T* same_offset;  // (rows,) the same over the columns of the row's own class
+  T* same_sum;     // (rows,)
+};
+
+// exp(z - offset) * weight along one side of the similarity matrix, for all columns and for those
+// of the same class.
+template <class T>
+struct LabelWeights {
+  const T* all_offset;
+  const T* all_weight;
+  const T* same_offset;
+  const T* same_weight;
+};
+
+template <class T>
+struct TileKernels {
+  using Label = typename LaneInteger<T>::type;
+
+  const char* name;
+  // Lanes of one slab. Rows of slabs are aligned to 64 bytes where width * sizeof(T) allows.
+  int64_t width;
+
+  // c (rows, lanes) [+]= a (rows, depth) b (depth, lanes). `a` starts at a slab boundary of its
+  // depth and its slabs are a_slab elements apart; b and c are single slabs.
+  void (*multiply)(int64_t rows, int64_t depth, int64_t lanes, const T* a, int64_t a_slab,
+                   const T* b, T* c, bool accumulate);
+
+  // c (columns, lanes) += a (depth, columns)^T b (depth, lanes); all three are single slabs.
+  void (*multiply_transposed)(int64_t columns, int64_t depth, int64_t lanes, const T* a, const T* b,
+                              T* c);
+
+  // In place z -> exp(z - offset), offset[r] = row maximum (0 where that is not finite),
+  // sum[r] = row sum of the result.
+  void (*exp_rows)(int64_t rows, int64_t lanes, T* z, T* offset, T* sum);
+
+  // The same down the columns, added to running values: maximum[c] starts at -inf, sum[c] at 0 and
+  // is relative to the maximum (to 0 where that is not finite). Leaves z alone.
+  void (*exp_columns)(int64_t rows, int64_t lanes, const T* z, T* maximum, double* sum);
+
+  // z[r, :] *= factor[r].
+  void (*scale_rows)(int64_t rows, int64_t lanes, T* z, const T* factor);
+
+  // z -> weight[r] exp(z - offset[r]).
+  void (*softmax_rows)(int64_t rows, int64_t lanes, T* z, const T* offset, const T* weight);
+
+  // z -> weight[r] exp(z - offset[r]) + column_weight[c] exp(z - column_offset[c]).
+  void (*softmax_both)(int64_t rows, int64_t lanes, T* z, const T* offset, const T* weight,
+                       const T* column_offset, const T* column_weight);
+
+  // Offsets and sums as exp_rows gives them, over all columns and over those whose label is the
+  // row's. Column `self + r` is left out of row r. Leaves z alone.
+  void (*label_sums)(int64_t rows, int64_t lanes, const T* z, int64_t self, const Label* row_label,
+                     const Label* column_label, const LabelSums<T>& out);
+
+  // z -> [all_weight exp(z - all_offset) - (same label) same_weight exp(z - same_offset)] summed
+  // over the row's and the column's values; 0 at column `self + r`.
+  void (*label_gradient)(int64_t rows, int64_t lanes, T* z, int64_t self, const Label* row_label,
+                         const Label* column_label, const LabelWeights<T>& row,
+                         const LabelWeights<T>& column);
+
+  // Vectors of n elements; sums are taken in double.
+  double (*sum_squares)(int64_t n, const T* x);
+  double (*dot)(int64_t n, const T* x, const T* y);
+  // out = x * scale, rounded once.
+  void (*scale)(int64_t n, const T* x, double scale, T* out);
+  // y += alpha x.
+  void (*add_scaled)(int64_t n, T alpha, const T* x, T* y);
+  // out = (gradient - u (u . gradient)) / norm with u = x / norm. Returns u . gradient.
+  double (*project)(int64_t n, const T* x, double norm, const T* gradient, T* out);
+};
+
+// The table that FASTNCE_CPU_ISA or the processor asks for. Throws for a level that is unknown or
+// that this processor lacks.
+template <class T>
+const TileKernels<T>& tile_kernels();
+
+}  // namespace fastnce

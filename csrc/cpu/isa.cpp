@@ -1,0 +1,85 @@
+// Chooses the table of inner loops: the best that the processor runs, or the one that the
+// environment variable FASTNCE_CPU_ISA names.
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "../common/tile_kernels.h"
+
+namespace fastnce {
+
+#define FASTNCE_DECLARE_TABLES(isa)                \
+  namespace isa {                                  \
+  extern const TileKernels<float> kFloatKernels;   \
+  extern const TileKernels<double> kDoubleKernels; \
+  }
+FASTNCE_DECLARE_TABLES(portable)
+#ifdef __x86_64__
+FASTNCE_DECLARE_TABLES(avx2)
+FASTNCE_DECLARE_TABLES(avx512)
+#endif
+#undef FASTNCE_DECLARE_TABLES
+
+namespace {
+
+enum class Isa { kPortable, kAvx2, kAvx512 };
+
+Isa best_isa() {
+#ifdef __x86_64__
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::kPortable;
+  return __builtin_cpu_supports("avx512f") ? Isa::kAvx512 : Isa::kAvx2;
+#else
+  return Isa::kPortable;
+#endif
+}
+
+Isa chosen_isa() {
+  static const Isa best = best_isa();
+  const char* name = std::getenv("FASTNCE_CPU_ISA");
+  if (name == nullptr || *name == '\0') return best;
+  Isa isa = Isa::kPortable;
+  if (std::strcmp(name, "avx512") == 0) {
+    isa = Isa::kAvx512;
+  } else if (std::strcmp(name, "avx2") == 0) {
+    isa = Isa::kAvx2;
+  } else {
+    STD_TORCH_CHECK(std::strcmp(name, "portable") == 0, "fastnce: FASTNCE_CPU_ISA=", name,
+                    " is unknown. Use portable, avx2 or avx512, or unset it.");
+  }
+  STD_TORCH_CHECK(isa <= best, "fastnce: FASTNCE_CPU_ISA=", name,
+                  ", but this processor does not have it. Use a lower level, or unset it.");
+  return isa;
+}
+
+}  // namespace
+
+template <>
+const TileKernels<float>& tile_kernels<float>() {
+  switch (chosen_isa()) {
+#ifdef __x86_64__
+    case Isa::kAvx512:
+      return avx512::kFloatKernels;
+    case Isa::kAvx2:
+      return avx2::kFloatKernels;
+#endif
+    default:
+      return portable::kFloatKernels;
+  }
+}
+
+template <>
+const TileKernels<double>& tile_kernels<double>() {
+  switch (chosen_isa()) {
+#ifdef __x86_64__
+    case Isa::kAvx512:
+      return avx512::kDoubleKernels;
+    case Isa::kAvx2:
+      return avx2::kDoubleKernels;
+#endif
+    default:
+      return portable::kDoubleKernels;
+  }
+}
+
+}  // namespace fastnce

@@ -1,0 +1,34 @@
+// Fills the table of inner loops for the instruction set that the including file is compiled for.
+#pragma once
+
+#include "../common/epilogues.h"
+#include "../common/products.h"
+#include "../common/rows.h"
+#include "../common/tile_kernels.h"
+
+namespace fastnce::FASTNCE_ISA {
+
+template <class T>
+constexpr TileKernels<T> make_table(const char* name) {
+  return {name,
+          kWidth<T>,
+          multiply<T>,
+          multiply_transposed<T>,
+          exp_rows<T>,
+          exp_columns<T>,
+          scale_rows<T>,
+          softmax_rows<T>,
+          softmax_both<T>,
+          label_sums<T>,
+          label_gradient<T>,
+          sum_squares<T>,
+          dot<T>,
+          scale<T>,
+          add_scaled<T>,
+          project<T>};
+}
+
+extern const TileKernels<float> kFloatKernels;
+extern const TileKernels<double> kDoubleKernels;
+
+}  // namespace fastnce::FASTNCE_ISA

@@ -1,0 +1,64 @@
+// The schemas of torch.ops.fastnce.*. Kernels register themselves in cpu/<op>.cpp.
+//
+// Common to all: floating inputs are float64, float32, bfloat16 or float16, of one dtype per call
+// and with any strides. `acc` is float64 for float64 and float32 otherwise. Sums, losses and the
+// gradient of the temperature are in acc; other gradients are contiguous and of the input's dtype.
+// An output that was not asked for is an empty tensor of shape (0,). The temperature is the float,
+// or, if given, the 0-d tensor of float32 or float64.
+#include <torch/csrc/stable/library.h>
+
+// What the library was built from; fastnce/build.py finds it in the file.
+extern "C" __attribute__((used, visibility("default"))) const char fastnce_build_stamp[] =
+    FASTNCE_BUILD_STAMP;
+
+STABLE_TORCH_LIBRARY(fastnce, m) {
+  // query, key (B, N, D); negatives none, (M, D) shared, or (B, N, M, D) each query's own.
+  // Row (b, i) has the logits of q_i with k_j for all j (in_batch) or with k_i alone, with its
+  // negatives, and the constant self_logit, all divided by the temperature; rows are L2-normalised
+  // first if `normalize`.
+  //   loss (B, N) = lse - positive / temperature; symmetric: the mean with the loss of the columns
+  //   lse  (B, N), symmetric (2, B, N): of rows, of columns
+  // If grad_scale g is given, also the gradients of g * sum(loss) that need_* ask for.
+  m.def(
+      "info_nce_forward(Tensor query, Tensor key, Tensor? negatives, Tensor? temperature_tensor, "
+      "float temperature, bool normalize, bool symmetric, bool in_batch, float? self_logit, "
+      "float? grad_scale, bool need_query, bool need_key, bool need_negatives, "
+      "bool need_temperature) -> (Tensor loss, Tensor lse, Tensor grad_query, Tensor grad_key, "
+      "Tensor grad_negatives, Tensor grad_temperature)");
+
+  // The gradients of sum(grad_loss * loss), grad_loss (B, N) in acc, from the lse of the forward.
+  m.def(
+      "info_nce_backward(Tensor grad_loss, Tensor query, Tensor key, Tensor? negatives, "
+      "Tensor? temperature_tensor, float temperature, Tensor lse, bool normalize, bool symmetric, "
+      "bool in_batch, float? self_logit, bool need_query, bool need_key, bool need_negatives, "
+      "bool need_temperature) -> (Tensor grad_query, Tensor grad_key, Tensor grad_negatives, "
+      "Tensor grad_temperature)");
+
+  // embeddings e, proxies p (N, D), labels y (N,) int64; rows are L2-normalised, t the temperature.
+  //   den_i = exp(e_i . p_i / t) + sum over j != i of exp(e_i . e_j / t), num_i its part with y_j =
+  //   y_i loss (N,) = log den - log num; lse (2, N) = [log den, log num]
+  m.def(
+      "conditional_contrastive_forward(Tensor embeddings, Tensor proxies, Tensor labels, "
+      "Tensor? temperature_tensor, float temperature, float? grad_scale, bool need_embeddings, "
+      "bool need_proxies, bool need_temperature) -> (Tensor loss, Tensor lse, "
+      "Tensor grad_embeddings, Tensor grad_proxies, Tensor grad_temperature)");
+  m.def(
+      "conditional_contrastive_backward(Tensor grad_loss, Tensor embeddings, Tensor proxies, "
+      "Tensor labels, Tensor? temperature_tensor, float temperature, Tensor lse, "
+      "bool need_embeddings, bool need_proxies, bool need_temperature) -> "
+      "(Tensor grad_embeddings, Tensor grad_proxies, Tensor grad_temperature)");
+
+  // For each layer l: features[l] (B, C, H, W) any strides, patch_ids[l] (S_l,) int64 positions in
+  // H * W, which may repeat -> patches[l] (B, S_l, C), divided by their L2 norm if `normalize`;
+  // inverse_norms[l] (B, S_l) in acc, 0 for a zero row; no inverse norms without `normalize`.
+  m.def(
+      "sample_patches_forward(Tensor[] features, Tensor[] patch_ids, bool normalize) -> "
+      "(Tensor[] patches, Tensor[] inverse_norms)");
+
+  // Gradients shaped and laid out like feature_likes[l] (only their sizes and strides are read);
+  // patches and inverse_norms may be empty lists unless `normalize`. Zero where nothing was
+  // sampled, summed where a position was sampled more than once.
+  m.def(
+      "sample_patches_backward(Tensor[] grad_patches, Tensor[] patches, Tensor[] inverse_norms, "
+      "Tensor[] patch_ids, Tensor[] feature_likes, bool normalize) -> Tensor[]");
+}

@@ -1,0 +1,318 @@
+"""The compiled backend: the kernels of ``csrc/``, as torch.ops.fastnce.*.
+
+The library is loaded once, when this module is imported, if it is there. Where it is not, :func:`available` says why and
+everything else of the package works without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastnce import build
+
+_OPS = ("info_nce", "patch_nce", "conditional_contrastive", "sample_patches")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_DEVICES = ("cpu",)
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def available() -> str:
+    """``"ok"``, or why the compiled library is not loaded and what to do about it."""
+    return _STATUS
+
+
+def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
+    """``"ok"``, or why ``op`` cannot run here on tensors of ``dtype`` on ``device_type``."""
+    if _STATUS != "ok":
+        return _STATUS
+    if op not in _OPS:
+        return f"{op} has no compiled kernel. Use backend='torch'"
+    if device_type not in _DEVICES:
+        return f"the compiled kernels run on {', '.join(_DEVICES)}. Use backend='torch'"
+    if dtype not in _DTYPES:
+        return "the compiled kernels take float64, float32, bfloat16 and float16. Convert the input"
+    return "ok"
+
+
+def info_nce_forward(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None,
+    temperature: float | Tensor,
+    *,
+    normalize: bool,
+    symmetric: bool,
+    in_batch: bool,
+    self_logit: float | None,
+    grad_scale: float | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Losses, log-sum-exp and, if ``grad_scale`` is given, the gradients of ``grad_scale * losses.sum()``.
+
+    Args:
+        query: (B, N, D), any strides.
+        key: (B, N, D); row i is the positive of query i.
+        negatives: None, (M, D) shared by all queries, or (B, N, M, D) each query's own.
+        temperature: a float or a 0-d tensor.
+        normalize: L2-normalise all rows.
+        symmetric: the mean of the losses of rows and of columns.
+        in_batch: all keys of the batch element are columns, else only a query's own.
+        self_logit: a further constant logit, before the division by the temperature.
+        grad_scale: d L / d loss of every row, or None for no gradients now.
+        needs: whether query, key, negatives and temperature need a gradient.
+
+    Returns:
+        losses (B, N); lse (B, N), or (2, B, N) if ``symmetric``; the four gradients, None where not needed.
+    """
+    loss, lse, *grads = torch.ops.fastnce.info_nce_forward(
+        query,
+        key,
+        negatives,
+        *_temperature(temperature),
+        normalize,
+        symmetric,
+        in_batch,
+        self_logit,
+        grad_scale,
+        *needs,
+    )
+    return loss, lse, _needed(grads, needs if grad_scale is not None else ())
+
+
+def info_nce_backward(
+    grad_loss: Tensor,
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None,
+    temperature: float | Tensor,
+    lse: Tensor,
+    *,
+    normalize: bool,
+    symmetric: bool,
+    in_batch: bool,
+    self_logit: float | None,
+    needs: Sequence[bool],
+) -> Gradients:
+    """The gradients of ``(grad_loss * losses).sum()`` from the ``lse`` of the forward; ``grad_loss`` (B, N), any strides."""
+    grads = torch.ops.fastnce.info_nce_backward(
+        grad_loss,
+        query,
+        key,
+        negatives,
+        *_temperature(temperature),
+        lse,
+        normalize,
+        symmetric,
+        in_batch,
+        self_logit,
+        *needs,
+    )
+    return _needed(grads, needs)
+
+
+def conditional_contrastive_forward(
+    embeddings: Tensor,
+    proxies: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    *,
+    grad_scale: float | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Losses (N,), lse (2, N) = [log den, log num] and, if ``grad_scale`` is given, the gradients, as in InfoNCE.
+
+    Args:
+        embeddings: (N, D), any strides.
+        proxies: (N, D), each sample's own class proxy.
+        labels: (N,) int64.
+        temperature: a float or a 0-d tensor.
+        grad_scale: d L / d loss of every row, or None for no gradients now.
+        needs: whether embeddings, proxies and temperature need a gradient.
+    """
+    loss, lse, *grads = torch.ops.fastnce.conditional_contrastive_forward(
+        embeddings, proxies, labels, *_temperature(temperature), grad_scale, *needs
+    )
+    return loss, lse, _needed(grads, needs if grad_scale is not None else ())
+
+
+def conditional_contrastive_backward(
+    grad_loss: Tensor,
+    embeddings: Tensor,
+    proxies: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    lse: Tensor,
+    *,
+    needs: Sequence[bool],
+) -> Gradients:
+    """The gradients of ``(grad_loss * losses).sum()`` from the ``lse`` of the forward."""
+    grads = torch.ops.fastnce.conditional_contrastive_backward(
+        grad_loss, embeddings, proxies, labels, *_temperature(temperature), lse, *needs
+    )
+    return _needed(grads, needs)
+
+
+def sample_patches_forward(
+    features: list[Tensor], patch_ids: list[Tensor], normalize: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Patches (B, S, C) of each map (B, C, H, W), and their inverse norms (B, S), [] unless ``normalize``."""
+    return torch.ops.fastnce.sample_patches_forward(features, patch_ids, normalize)
+
+
+def sample_patches_backward(
+    grad_patches: list[Tensor],
+    patches: list[Tensor],
+    inverse_norms: list[Tensor],
+    patch_ids: list[Tensor],
+    feature_likes: list[Tensor],
+    normalize: bool,
+) -> list[Tensor]:
+    """The gradient of each map, laid out like ``feature_likes``; ``patches`` may be [] unless ``normalize``."""
+    return torch.ops.fastnce.sample_patches_backward(
+        grad_patches, patches, inverse_norms, patch_ids, feature_likes, normalize
+    )
+
+
+def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    if isinstance(temperature, Tensor):
+        return temperature, 0.0
+    return None, float(temperature)
+
+
+def _needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> Gradients:
+    wanted = tuple(needs) or (False,) * len(grads)
+    return tuple(grad if need else None for grad, need in zip(grads, wanted, strict=True))
+
+
+# What the ops return, in shapes and dtypes alone: for torch.compile and meta tensors.
+
+
+def _acc(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _gradient_like(x: Tensor, needed: bool) -> Tensor:
+    return x.new_empty(x.shape if needed else (0,))
+
+
+def _scalar_like(x: Tensor, needed: bool) -> Tensor:
+    return x.new_empty(() if needed else (0,), dtype=_acc(x))
+
+
+def _fake_info_nce_gradients(query, key, negatives, needs) -> tuple[Tensor, ...]:
+    need_query, need_key, need_negatives, need_temperature = needs
+    need_negatives = need_negatives and negatives is not None
+    return (
+        _gradient_like(query, need_query),
+        _gradient_like(key, need_key),
+        _gradient_like(negatives if need_negatives else query, need_negatives),
+        _scalar_like(query, need_temperature),
+    )
+
+
+def _fake_info_nce_forward(
+    query,
+    key,
+    negatives,
+    temperature_tensor,
+    temperature,
+    normalize,
+    symmetric,
+    in_batch,
+    self_logit,
+    grad_scale,
+    *needs,
+):
+    rows = tuple(query.shape[:2])
+    loss = query.new_empty(rows, dtype=_acc(query))
+    lse = query.new_empty((2, *rows) if symmetric else rows, dtype=_acc(query))
+    needs = needs if grad_scale is not None else (False,) * 4
+    return loss, lse, *_fake_info_nce_gradients(query, key, negatives, needs)
+
+
+def _fake_info_nce_backward(
+    grad_loss,
+    query,
+    key,
+    negatives,
+    temperature_tensor,
+    temperature,
+    lse,
+    normalize,
+    symmetric,
+    in_batch,
+    self_logit,
+    *needs,
+):
+    return _fake_info_nce_gradients(query, key, negatives, needs)
+
+
+def _fake_conditional_contrastive_gradients(embeddings, proxies, needs) -> tuple[Tensor, ...]:
+    return (
+        _gradient_like(embeddings, needs[0]),
+        _gradient_like(proxies, needs[1]),
+        _scalar_like(embeddings, needs[2]),
+    )
+
+
+def _fake_conditional_contrastive_forward(
+    embeddings, proxies, labels, temperature_tensor, temperature, grad_scale, *needs
+):
+    rows = embeddings.shape[0]
+    loss = embeddings.new_empty((rows,), dtype=_acc(embeddings))
+    lse = embeddings.new_empty((2, rows), dtype=_acc(embeddings))
+    needs = needs if grad_scale is not None else (False,) * 3
+    return loss, lse, *_fake_conditional_contrastive_gradients(embeddings, proxies, needs)
+
+
+def _fake_conditional_contrastive_backward(
+    grad_loss, embeddings, proxies, labels, temperature_tensor, temperature, lse, *needs
+):
+    return _fake_conditional_contrastive_gradients(embeddings, proxies, needs)
+
+
+def _fake_sample_patches_forward(features, patch_ids, normalize):
+    pairs = list(zip(features, patch_ids, strict=True))
+    patches = [x.new_empty((x.shape[0], ids.shape[0], x.shape[1])) for x, ids in pairs]
+    norms = [x.new_empty((x.shape[0], ids.shape[0]), dtype=_acc(x)) for x, ids in pairs]
+    return patches, norms if normalize else []
+
+
+def _fake_sample_patches_backward(
+    grad_patches, patches, inverse_norms, patch_ids, feature_likes, normalize
+):
+    return [torch.empty_like(x) for x in feature_likes]
+
+
+_FAKES: dict[str, Callable] = {
+    "info_nce_forward": _fake_info_nce_forward,
+    "info_nce_backward": _fake_info_nce_backward,
+    "conditional_contrastive_forward": _fake_conditional_contrastive_forward,
+    "conditional_contrastive_backward": _fake_conditional_contrastive_backward,
+    "sample_patches_forward": _fake_sample_patches_forward,
+    "sample_patches_backward": _fake_sample_patches_backward,
+}
+
+
+def _load() -> str:
+    try:
+        library = build.find_library()
+        if library is None:
+            return "the native library is not built. Run: fastnce build"
+        if not build.is_current(library):
+            return f"{library} was built from other sources. Run: fastnce build"
+        torch.ops.load_library(library)
+        for op, fake in _FAKES.items():
+            torch.library.register_fake(f"fastnce::{op}", fake)
+    except (OSError, RuntimeError) as error:
+        # A library for another processor or an older torch; reported, for the rest works without it.
+        reason = str(error).strip().splitlines()[0]
+        return f"the native library cannot be loaded: {reason}. Run: fastnce build"
+    return "ok"
+
+
+_STATUS = _load()
