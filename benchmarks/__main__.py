@@ -1,0 +1,223 @@
+"""Command line of the benchmarks: ``python -m benchmarks --help``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import gpu_report, machine, report, suite
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_COMMANDS = (*suite.OPS, "all", "demo", "gpu-report")
+_DESCRIPTION = """\
+Times the fused losses against plain PyTorch, torch.compile, fused attention and the published eager forms.
+Every provider is first checked against fp64; one that is wrong is reported as wrong and not timed."""
+_EPILOG = """\
+commands:
+  {ops}
+              one op
+  all         all ops
+  demo        one case of the main ops in half a minute; writes demo.md, demo.json, demo.png
+  gpu-report  on a machine with a GPU: builds, tests, measures; writes results.json, results.md
+
+examples:
+  python -m benchmarks info_nce
+  python -m benchmarks patch_nce --dtype float32 bfloat16 --size full --seconds 10
+  python -m benchmarks all --out out/benchmarks"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"benchmarks: {message} (python -m benchmarks --help shows the options)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m benchmarks",
+        description=_DESCRIPTION,
+        epilog=_EPILOG.format(ops="  ".join(suite.OPS[:4]) + "\n  " + "  ".join(suite.OPS[4:])),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("command", metavar="COMMAND", help="an op, all, demo or gpu-report")
+    add(
+        "--seconds",
+        type=_positive,
+        help="timing budget of one case, all providers together (default 5); demo: of the whole run (default 30)",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for the JSON, the table and the plot; without it the table is only printed",
+    )
+    add(
+        "--dtype",
+        nargs="+",
+        choices=_DTYPES,
+        help="dtypes of the inputs (default float32; on a GPU bfloat16 and float32)",
+    )
+    add(
+        "--size",
+        choices=("quick", "full"),
+        default="quick",
+        help="the set of cases (default quick)",
+    )
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="whether torch.compile takes part (default: on a GPU and with --size full; on a CPU it can compile for a minute)",
+    )
+    add("--no-memory", action="store_true", help="do not measure peak memory")
+    add(
+        "--limit",
+        type=_positive,
+        metavar="SECONDS",
+        help="begin no further case after this time; demo and gpu-report set their own",
+    )
+    add(
+        "--minutes",
+        type=_positive,
+        default=9.0,
+        help="gpu-report: time for build, tests and benchmarks together (default 9)",
+    )
+    return parser
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return value
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.command not in _COMMANDS:
+        near = difflib.get_close_matches(args.command, _COMMANDS, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(_COMMANDS)}."
+        parser.error(f"unknown command {args.command!r}; {hint}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU on this machine; use --device cpu")
+    if args.threads is not None and args.threads < 1:
+        parser.error(f"--threads must be at least 1, got {args.threads}")
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out} is a file; give a folder")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0; 1 where a backend of this package gave a wrong result, or a report could not be made.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    _check(parser, args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        if args.command == "gpu-report":
+            return gpu_report.main(args.out or Path("out/gpu-report"), args.minutes)
+        return _benchmark(args)
+    except KeyboardInterrupt:
+        print("\nbenchmarks: stopped; the cases finished so far are in --out", file=sys.stderr)
+        return 130
+
+
+def _benchmark(args: argparse.Namespace) -> int:
+    start = time.monotonic()
+    is_demo = args.command == "demo"
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    names = args.dtype or (["bfloat16", "float32"] if device.type == "cuda" else ["float32"])
+    if is_demo and not args.dtype:
+        names = names[:1]
+    dtypes = [getattr(torch, name) for name in names]
+    ops = suite.OPS if args.command in ("all", "demo") else (args.command,)
+    size = "demo" if is_demo else args.size
+    chosen = [case for op in ops for case in suite.cases(op, size, device)]
+    total = (args.seconds or 30.0) if is_demo else None
+    # Beside the timing, a demo spends its time on starting, gates, warm-up and memory.
+    seconds = 0.4 * total / max(1, len(chosen)) if is_demo else args.seconds or 5.0
+    limit = args.limit or total or float("inf")
+
+    with_compile = args.compile
+    if with_compile is None:
+        with_compile = not is_demo and (device.type == "cuda" or size == "full")
+
+    rates = machine.matmul_rates(device, dtypes)
+    facts = machine.describe(device)
+    settings = {
+        "command": args.command,
+        "size": size,
+        "seconds_per_case": seconds,
+        "dtypes": names,
+        "compile": with_compile,
+    }
+    title = f"{_title(args.command)} on {facts['device']}"
+    stem = "demo" if is_demo else _stem(args.command, facts["device"])
+
+    def keep(results: list[dict]) -> None:
+        if args.out is not None:
+            report.write(
+                args.out,
+                stem,
+                results,
+                title=title,
+                machine=facts,
+                rates=rates,
+                settings=settings,
+            )
+
+    results = suite.run_cases(
+        chosen,
+        device,
+        dtypes,
+        seconds=seconds,
+        with_compile=with_compile,
+        with_memory=not args.no_memory,
+        rates=rates,
+        deadline=start + limit,
+        log=_progress,
+        keep=keep,
+    )
+    _progress("")
+    keep(results)
+    for entry in results:
+        print(report.case_table(entry), end="\n\n")
+    print("\n".join(report.summary(results)))
+    if args.out is not None:
+        note = report.plot(args.out / f"{stem}.png", results, title)
+        written = "json, md, png" if note == "ok" else f"json, md; {note}"
+        print(f"\nWritten: {args.out / stem}.{{{written}}}")
+    return 1 if report.has_fault(results) else 0
+
+
+def _title(command: str) -> str:
+    return "Fused losses against plain PyTorch" if command in ("all", "demo") else command
+
+
+def _stem(command: str, device: str) -> str:
+    return machine.slug(device) if command == "all" else f"{machine.slug(device)}-{command}"
+
+
+def _progress(line: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line[:100]}", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""The rivals: how published code computes each loss, and attention as the fused baseline that PyTorch already has.
+
+Written from the equations. Every function takes the arguments of the public op of the same name. Products are in the dtype of
+the inputs, softmax in fp32, which is what autocast makes of the published code.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnce.ops.patch_nce import SELF_LOGIT
+from fastnce.reference.normalize import accumulation_dtype
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(accumulation_dtype(x.dtype))
+
+
+def info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    symmetric: bool = False,
+) -> Tensor:
+    """Cross-entropy of the logits: CLIP's two directions, SimCLR's one, or MoCo's positive beside a queue."""
+    query, key = F.normalize(query, dim=-1), F.normalize(positive_key, dim=-1)
+    if negative_keys is not None:
+        positive = (query * key).sum(dim=-1, keepdim=True)
+        others = query @ F.normalize(negative_keys, dim=-1).T
+        logits = _wide(torch.cat([positive, others], dim=1)) / temperature
+        return F.cross_entropy(
+            logits, torch.zeros(len(query), dtype=torch.long, device=query.device)
+        )
+    logits = _wide(query @ key.T) / temperature
+    target = torch.arange(len(query), device=query.device)
+    loss = F.cross_entropy(logits, target)
+    return 0.5 * (loss + F.cross_entropy(logits.T, target)) if symmetric else loss
+
+
+def patch_nce(
+    query_features: list[Tensor],
+    key_features: list[Tensor],
+    *,
+    temperature: float = 0.07,
+    negatives: str = "image",
+) -> Tensor:
+    """CUT's form, layer after layer: bmm, the diagonal overwritten by -10, the positive in front, cross-entropy."""
+    total = 0.0
+    for query, key in zip(query_features, key_features, strict=True):
+        query, key = (x / (x.norm(dim=-1, keepdim=True) + 1e-7) for x in (query, key))
+        positive = (query * key).sum(dim=-1).reshape(-1, 1)  # (B S, 1)
+        if negatives == "batch":
+            query, key = query.flatten(0, 1).unsqueeze(0), key.flatten(0, 1).unsqueeze(0)
+        size = query.shape[1]
+        diagonal = torch.eye(size, dtype=torch.bool, device=query.device)
+        others = torch.bmm(query, key.mT).masked_fill(diagonal, SELF_LOGIT).reshape(-1, size)
+        logits = _wide(torch.cat([positive, others], dim=1)) / temperature
+        target = torch.zeros(len(logits), dtype=torch.long, device=query.device)
+        total = total + F.cross_entropy(logits, target)
+    return total / len(query_features)
+
+
+def conditional_contrastive(
+    embeddings: Tensor, proxies: Tensor, labels: Tensor, *, temperature: float = 1.0
+) -> Tensor:
+    """StudioGAN's form: cosine similarity of all pairs, broadcast to N x N x D.
+
+    Kinder than the published code, which also loops over the classes on the host.
+    """
+    pairs = F.cosine_similarity(embeddings.unsqueeze(1), embeddings.unsqueeze(0), dim=-1)
+    to_proxy = torch.exp(_wide(F.cosine_similarity(embeddings, proxies, dim=-1)) / temperature)
+    others = torch.exp(_wide(pairs) / temperature)
+    others = others * ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    same_class = others * (labels[:, None] == labels[None, :])
+    return -torch.log((to_proxy + same_class.sum(dim=1)) / (to_proxy + others.sum(dim=1))).mean()
+
+
+def sample_patches(
+    features: list[Tensor], num_patches: int = 256, *, patch_ids: list[Tensor] | None = None
+) -> list[Tensor]:
+    """CUT's form: a whole permutation of the positions drawn on the host, then permute, flatten and index."""
+    patches = []
+    for layer, feature in enumerate(features):
+        if patch_ids is None:
+            ids = np.random.permutation(feature.shape[2] * feature.shape[3])[:num_patches]
+            ids = torch.as_tensor(ids, dtype=torch.long, device=feature.device)
+        else:
+            ids = patch_ids[layer]
+        patches.append(feature.permute(0, 2, 3, 1).flatten(1, 2)[:, ids])
+    return patches
+
+
+def sup_con(features: Tensor, labels: Tensor, *, temperature: float = 0.07) -> Tensor:
+    """The form of the published L_out: masks, the row maximum taken off, the logarithm of the summed exponentials."""
+    features = F.normalize(features, dim=-1)
+    logits = _wide(features @ features.T) / temperature
+    logits = logits - logits.amax(dim=1, keepdim=True).detach()
+    not_self = 1 - torch.eye(len(labels), device=features.device, dtype=logits.dtype)
+    positives = (labels[:, None] == labels[None, :]) * not_self
+    log_prob = logits - (torch.exp(logits) * not_self).sum(dim=1, keepdim=True).log()
+    count = positives.sum(dim=1)
+    losses = -(positives * log_prob).sum(dim=1) / count.clamp(min=1)
+    return losses.sum() / (count > 0).sum().clamp(min=1)
+
+
+def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float = 0.5) -> Tensor:
+    """SimCLR's form: all 2N x 2N logits, the diagonal at -inf, cross-entropy with the other view."""
+    count = len(z1)
+    features = F.normalize(torch.cat([z1, z2]), dim=-1)
+    logits = _wide(features @ features.T) / temperature
+    diagonal = torch.eye(2 * count, dtype=torch.bool, device=z1.device)
+    target = torch.arange(2 * count, device=z1.device).roll(count)
+    return F.cross_entropy(logits.masked_fill(diagonal, -torch.inf), target)
+
+
+def pairwise_cosine_similarity(
+    x: Tensor, y: Tensor | None = None, *, temperature: float = 1.0
+) -> Tensor:
+    """Normalised copies and one product."""
+    x_unit = F.normalize(x, dim=-1)
+    y_unit = x_unit if y is None else F.normalize(y, dim=-1)
+    return x_unit @ y_unit.mT / temperature
+
+
+class LseAttention(torch.autograd.Function):
+    """``log sum_j exp(q_i . k_j / t)`` through the fused attention of PyTorch, keys without gradient.
+
+    Attention with the keys as values returns the softmax-weighted mean key, which is t times the gradient of the log-sum-exp:
+    loss and gradient in one pass of two products.
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, temperature: float, kernel: str) -> Tensor:
+        """query (B, N, D), key (B, M, D) -> (B, N)."""
+        mean_key, lse = _attend(query.unsqueeze(1), key.unsqueeze(1), 1 / temperature, kernel)
+        ctx.save_for_backward(mean_key.squeeze(1))
+        ctx.temperature = temperature
+        return lse.reshape(len(query), -1)[:, : query.shape[1]]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (mean_key,) = ctx.saved_tensors
+        grad_query = (grad / ctx.temperature).unsqueeze(-1) * mean_key
+        return grad_query.to(mean_key.dtype), None, None, None
+
+
+def _attend(query: Tensor, key: Tensor, scale: float, kernel: str) -> tuple[Tensor, Tensor]:
+    aten = torch.ops.aten
+    if kernel == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, key, scale=scale)
+    if kernel == "flash":
+        return aten._scaled_dot_product_flash_attention(query, key, key, scale=scale)[:2]
+    if kernel == "cudnn":
+        return aten._scaled_dot_product_cudnn_attention(query, key, key, None, True, scale=scale)[
+            :2
+        ]
+    return aten._scaled_dot_product_efficient_attention(query, key, key, None, True, scale=scale)[
+        :2
+    ]
+
+
+def attention_kernels(device: torch.device, dtype: torch.dtype, dim: int) -> dict[str, str]:
+    """The fused attention kernels for a device and dtype: name -> ``"ok"`` or why not."""
+    if device.type == "cpu":
+        return {"cpu": "ok"}
+    if dtype == torch.float64:
+        return {"efficient": "no fused attention in float64"}
+    aligned = "ok" if dim % 8 == 0 else f"needs D to be a multiple of 8, D is {dim}"
+    if dtype == torch.float32:
+        return {"efficient": aligned}
+    narrow = aligned if dim <= 256 else f"needs D <= 256, D is {dim}"
+    return {"flash": narrow, "cudnn": narrow}
+
+
+def attention_info_nce(
+    kernel: str,
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None,
+    temperature: float,
+    self_logit: float | None = None,
+) -> Tensor:
+    """InfoNCE of (B, N, D) over fused attention; keys, and negatives (M, D), without gradient."""
+    query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+    positive = _wide((query * key).sum(dim=-1)) / temperature
+    if negatives is None:
+        lse = LseAttention.apply(query, key, temperature, kernel)
+    else:
+        negatives = F.normalize(negatives, dim=-1).expand(len(query), -1, -1)
+        lse = LseAttention.apply(query, negatives, temperature, kernel)
+        lse = torch.logaddexp(lse, positive)
+    if self_logit is not None:
+        lse = torch.logaddexp(lse, torch.full_like(lse, self_logit / temperature))
+    return (lse - positive).mean()
+
+
+def attention_patch_nce(
+    kernel: str,
+    query_features: list[Tensor],
+    key_features: list[Tensor],
+    *,
+    temperature: float = 0.07,
+    negatives: str = "image",
+) -> Tensor:
+    """PatchNCE over fused attention, layer after layer."""
+    total = 0.0
+    for query, key in zip(query_features, key_features, strict=True):
+        if negatives == "batch":
+            query, key = query.flatten(0, 1).unsqueeze(0), key.flatten(0, 1).unsqueeze(0)
+        total = total + attention_info_nce(kernel, query, key, None, temperature, SELF_LOGIT)
+    return total / len(query_features)

@@ -1,0 +1,136 @@
+"""Facts about the machine, and its matrix product rate in this very run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import clock_for, quartiles
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What a reader needs to judge a timing: hardware, versions, threads, and what else was running."""
+    facts = {
+        "device": device_name(device),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+        "commit": _commit(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "gpu_memory_gb": round(properties.total_memory / 1e9, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "driver": _driver(),
+        }
+    return facts
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with its number of cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_model()}, {os.cpu_count()} cores"
+
+
+def slug(name: str) -> str:
+    """A device's name as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "").replace("(tm)", "")).strip(
+        "-"
+    )
+
+
+def matmul_rates(
+    device: torch.device, dtypes: list[torch.dtype], calls: int = 5
+) -> dict[str, float]:
+    """GFLOP/s of ``torch.mm`` (the machine's own library) on a large square product, the median of ``calls``.
+
+    On a GPU fp32 is measured a second time with tf32 allowed.
+    """
+    rates = {str(dtype).removeprefix("torch."): _rate(device, dtype, calls) for dtype in dtypes}
+    if device.type == "cuda" and torch.float32 in dtypes:
+        with _matmul_precision("high"):
+            rates["tf32"] = _rate(device, torch.float32, calls)
+    return rates
+
+
+def _rate(device: torch.device, dtype: torch.dtype, calls: int) -> float:
+    size = 8192 if device.type == "cuda" else 1536
+    if dtype == torch.float64:
+        size //= 2
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    clock = clock_for(device)
+    clock(lambda: torch.mm(a, b), 2)
+    seconds = quartiles(clock(lambda: torch.mm(a, b), calls))["median"]
+    return 2 * size**3 / seconds / 1e9
+
+
+@contextlib.contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _output(command: list[str]) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=20, cwd=ROOT
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _commit() -> str | None:
+    commit = _output(["git", "rev-parse", "--short", "HEAD"])
+    changed = _output(["git", "status", "--porcelain", "--untracked-files=no"])
+    return f"{commit} with local changes" if commit and changed else commit
+
+
+def _driver() -> str | None:
+    answer = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return answer.splitlines()[0].strip() if answer else None

@@ -1,0 +1,136 @@
+"""Peak memory that loss and gradients need beyond their inputs.
+
+On a GPU PyTorch's allocator counts it. On a CPU a subprocess does nothing else: it is told by its environment to take every
+array of 64 kB and more from the system and give it straight back, so that the kernel's own high-water mark of the process,
+reset just before the call, shows what the call took. ``python -m benchmarks.memory`` is that subprocess.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.case import TINY_LIMITS, Case, Provider
+from benchmarks.harness import run
+from benchmarks.machine import ROOT
+
+_GLIBC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def add_cuda_peaks(
+    entry: dict[str, Any],
+    case: Case,
+    providers: list[Provider],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Adds ``peak_extra_bytes`` to each timed provider of ``entry``."""
+    inputs = case.inputs(device, dtype)
+    for row, provider in zip(entry["providers"], providers, strict=True):
+        if row["seconds"] is None:
+            continue
+        run(provider.call, inputs, case.wrt)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run(provider.call, inputs, case.wrt)
+        torch.cuda.synchronize()
+        row["peak_extra_bytes"] = torch.cuda.max_memory_allocated() - before
+
+
+def add_cpu_peaks(results: list[dict[str, Any]], deadline: float) -> None:
+    """Adds ``peak_extra_bytes`` to each timed provider of all ``results``, measured in one subprocess.
+
+    A provider without a figure has ``peak_extra_note`` with the reason.
+    """
+    rows, jobs = [], []
+    for entry in results:
+        for row in entry["providers"]:
+            if row["seconds"] is not None:
+                rows.append(row)
+                jobs.append(
+                    {k: entry[k] for k in ("op", "case", "dtype")} | {"provider": row["name"]}
+                )
+    answers, note = _ask_subprocess(jobs, deadline)
+    for index, row in enumerate(rows):
+        if index < len(answers):
+            row["peak_extra_bytes"] = answers[index]
+        else:
+            row["peak_extra_note"] = note
+
+
+def _ask_subprocess(jobs: list[dict[str, str]], deadline: float) -> tuple[list[int], str]:
+    if not jobs or not os.access("/proc/self/clear_refs", os.W_OK):
+        return [], "not measured: needs Linux's /proc/self/clear_refs"
+    limit = None if deadline == float("inf") else max(15.0, deadline - time.monotonic())
+    command = [sys.executable, "-m", "benchmarks.memory", str(torch.get_num_threads())]
+    try:
+        done = subprocess.run(
+            command,
+            check=False,
+            input=json.dumps(jobs),
+            capture_output=True,
+            text=True,
+            timeout=limit,
+            cwd=ROOT,
+            env=os.environ | _GLIBC,
+        )
+        text, note = done.stdout, f"the measuring process ended with status {done.returncode}"
+    except subprocess.TimeoutExpired as expired:
+        text = expired.stdout or ""
+        text = text.decode() if isinstance(text, bytes) else text
+        note = "out of time"
+    return [int(line) for line in text.splitlines() if line.strip().isdigit()], note
+
+
+def _status_bytes(field: str) -> int:
+    with open("/proc/self/status") as lines:
+        line = next(line for line in lines if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def peak_extra(case: Case, provider: Provider, dtype: torch.dtype) -> int:
+    """Bytes by which this process's resident memory rises during one forward and backward.
+
+    A first, small call loads the code. Where the call at full size would still compile, or make the upstream gradients that all
+    providers share, one goes before the measured one.
+    """
+    device = torch.device("cpu")
+    outputs, _ = run(provider.call, case.inputs(device, dtype, case.cut(TINY_LIMITS)), case.wrt)
+    inputs = case.inputs(device, dtype)
+    if provider.compiled or any(x.dim() > 0 for x in outputs):
+        run(provider.call, inputs, case.wrt)
+    del outputs
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _status_bytes("VmRSS")
+    with open("/proc/self/clear_refs", "w") as clear:
+        clear.write("5")
+    run(provider.call, inputs, case.wrt)
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def main() -> None:
+    """Reads jobs as JSON from stdin, writes one number of bytes per line."""
+    from benchmarks import suite  # imports this module
+
+    torch.set_num_threads(int(sys.argv[1]))
+    for job in json.load(sys.stdin):
+        torch.compiler.reset()
+        case, dtype = suite.find_case(job["op"], job["case"]), getattr(torch, job["dtype"])
+        with_compile = "compile" in job["provider"]
+        found = suite.providers(case, torch.device("cpu"), dtype, with_compile)
+        provider = next(p for p in found if p.name == job["provider"])
+        print(peak_extra(case, provider, dtype), flush=True)
+
+
+if __name__ == "__main__":
+    main()
