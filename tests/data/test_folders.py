@@ -1,0 +1,146 @@
+"""Finding, reading and writing image files, and what is said when that fails."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastnce.data import files
+from fastnce.data.folders import list_images, load_image, save_image, split_folder
+from fastnce.errors import UserError
+
+
+def write(path, size=(8, 8), colour=(10, 20, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def one_line(info) -> str:
+    message = str(info.value)
+    assert "\n" not in message
+    return message
+
+
+def test_images_are_found_at_any_depth_sorted_and_hidden_ones_left_out(tmp_path):
+    for name in ("b.png", "a.JPG", "sub/c.tiff", "sub/deep/d.bmp", ".hidden.png", ".cache/e.png"):
+        write(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    found = [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path)]
+    assert found == ["a.JPG", "b.png", "sub/c.tiff", "sub/deep/d.bmp"]
+
+
+def test_a_missing_an_empty_and_a_wrong_folder_are_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such folder") as info:
+        list_images(tmp_path / "nowhere")
+    one_line(info)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: holds no image.*\.jpg .*\.tiff") as info:
+        list_images(tmp_path / "empty")
+    one_line(info)
+    write(tmp_path / "file.png")
+    with pytest.raises(UserError, match=r"file\.png: is a file"):
+        list_images(tmp_path / "file.png")
+
+
+def test_the_expected_layout_is_told_with_what_was_found(tmp_path):
+    write(tmp_path / "horses" / "1.png")
+    with pytest.raises(UserError) as info:
+        split_folder(tmp_path, "train", "A")
+    message = one_line(info)
+    for part in (str(tmp_path), "trainA", "trainB", "testA", "found horses"):
+        assert part in message
+    with pytest.raises(UserError, match="no such folder.*trainA and trainB"):
+        split_folder(tmp_path / "x", "train", "A")
+
+
+def test_test_folders_fall_back_to_val(tmp_path):
+    (tmp_path / "valA").mkdir()
+    assert split_folder(tmp_path, "test", "A") == tmp_path / "valA"
+    (tmp_path / "testA").mkdir()
+    assert split_folder(tmp_path, "test", "A") == tmp_path / "testA"
+    with pytest.raises(UserError, match="trainA"):
+        split_folder(tmp_path, "train", "A")
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", "truncated"])
+def test_a_broken_image_is_named(tmp_path, content):
+    path = tmp_path / "broken.png"
+    if content == "truncated":
+        pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+        content = path.read_bytes()[:3000]
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"broken\.png: cannot be read as an image") as info:
+        load_image(path)
+    one_line(info)
+
+
+def test_values_and_shape(tmp_path):
+    write(tmp_path / "a.png", size=(5, 3), colour=(0, 255, 51))
+    image = load_image(tmp_path / "a.png")
+    assert image.shape == (3, 3, 5)
+    assert torch.equal(image[0], torch.full((3, 5), -1.0))
+    assert torch.equal(image[1], torch.ones(3, 5))
+    assert image[2].unique().item() == pytest.approx(-0.6, abs=1e-6)
+    assert load_image(tmp_path / "a.png", channels=1).shape == (1, 3, 5)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1", "L", "CMYK"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode).save(path)
+    assert torch.equal(load_image(path), torch.ones(3, 4, 4))
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    ramp = np.linspace(0, 65535, 16).astype(np.uint16).reshape(4, 4)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    image = load_image(tmp_path / "a.png", channels=1)
+    expected = torch.from_numpy(ramp.astype(np.float32)) / 65535 * 2 - 1
+    assert (image[0] - expected).abs().max() < 2 / 255
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_saved_is_what_is_loaded(tmp_path, channels):
+    levels = torch.arange(256).repeat(channels).view(channels, 16, 16)
+    # Half a level up, so that truncation gives each level back.
+    image = (levels + 0.5) / 255 * 2 - 1
+    save_image(image, tmp_path / "new" / "a.png")
+    loaded = load_image(tmp_path / "new" / "a.png", channels)
+    assert torch.equal(((loaded + 1) / 2 * 255).round().long(), levels)
+
+
+def test_saving_refuses_other_shapes(tmp_path):
+    with pytest.raises(ValueError, match=r"\(C, H, W\).*got \(2, 3, 4, 4\)"):
+        save_image(torch.zeros(2, 3, 4, 4), tmp_path / "a.png")
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    save_image(torch.ones(3, 4, 4), path)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(UserError, match=r"a\.png: cannot be written \(No space left") as info:
+        save_image(-torch.ones(3, 4, 4), path)
+    one_line(info)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_file_in_the_way_of_the_folder_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        save_image(torch.ones(3, 4, 4), tmp_path / "file" / "a.png")
+
+
+def test_saved_files_follow_the_umask(tmp_path):
+    save_image(torch.ones(3, 4, 4), tmp_path / "a.png")
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "a.png").stat().st_mode == (tmp_path / "plain").stat().st_mode

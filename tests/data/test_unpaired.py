@@ -1,0 +1,212 @@
+"""The stream of unpaired samples: pure in (seed, index), whatever reads it."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+
+from fastnce.data import UnpairedImages, load_image
+from fastnce.errors import UserError
+
+COUNT_A, COUNT_B = 5, 3
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("set")
+    rng = np.random.default_rng(0)
+    for domain, count in (("A", COUNT_A), ("B", COUNT_B)):
+        folder = root / f"train{domain}"
+        folder.mkdir()
+        for number in range(count):
+            pixels = rng.integers(0, 256, (24, 28, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+def make(root, **arguments) -> UnpairedImages:
+    return UnpairedImages(root, **({"load_size": 20, "crop_size": 16} | arguments))
+
+
+def plain(root, **arguments) -> UnpairedImages:
+    """Without any change to the images, so that a sample can be recognised."""
+    return make(root, preprocess="none", flip=False, **arguments)
+
+
+def names(dataset: UnpairedImages, index: int) -> tuple[int, int]:
+    """Which file of A and which of B a sample of `plain` comes from."""
+    sample = dataset[index]
+    found = []
+    for key, domain in (("A", dataset.a), ("B", dataset.b)):
+        matches = [torch.equal(sample[key], load_image(path)) for path in domain.paths]
+        assert sum(matches) == 1
+        found.append(matches.index(True))
+    return tuple(found)
+
+
+def equal(one, other) -> bool:
+    return torch.equal(one["A"], other["A"]) and torch.equal(one["B"], other["B"])
+
+
+@pytest.mark.parametrize("augment_a", ["none", "affine"])
+def test_a_sample_depends_on_seed_and_index_only(root, augment_a):
+    first, again = make(root, augment_a=augment_a), make(root, augment_a=augment_a)
+    other = make(root, augment_a=augment_a, seed=1)
+    indices = list(range(40))
+    samples = {index: first[index] for index in indices}
+    for index in np.random.default_rng(0).permutation(indices).tolist():
+        assert equal(samples[index], again[index])
+    assert not all(equal(samples[index], other[index]) for index in indices)
+    for sample in samples.values():
+        assert sample["A"].shape == sample["B"].shape == (3, 16, 16)
+        assert sample["A"].dtype == torch.float32
+        assert sample["A"].min() >= -1 and sample["A"].max() <= 1
+
+
+def test_global_generators_neither_matter_nor_move(root):
+    dataset = make(root)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    expected_torch, expected_numpy = torch.rand(1), np.random.rand()
+    torch.manual_seed(1)
+    np.random.seed(1)
+    sample = dataset[7]
+    assert torch.rand(1) == expected_torch and np.random.rand() == expected_numpy
+    assert equal(sample, dataset[7])
+
+
+def test_workers_read_the_same_stream(root):
+    part = Subset(make(root, augment_a="affine"), range(3, 27))
+    batches = {
+        workers: list(DataLoader(part, batch_size=4, num_workers=workers)) for workers in (0, 2)
+    }
+    assert len(batches[0]) == len(batches[2]) == 6
+    for one, other in zip(batches[0], batches[2], strict=True):
+        assert equal(one, other)
+
+
+def test_an_epoch_is_all_of_a_in_a_new_order_each_time(root):
+    dataset = plain(root)
+    assert len(dataset) == COUNT_A
+    orders = [
+        [names(dataset, epoch * COUNT_A + position)[0] for position in range(COUNT_A)]
+        for epoch in range(6)
+    ]
+    assert all(sorted(order) == list(range(COUNT_A)) for order in orders)
+    assert len({tuple(order) for order in orders}) > 3
+
+
+def test_b_is_drawn_for_each_sample(root):
+    dataset = plain(root)
+    drawn = [names(dataset, index)[1] for index in range(60)]
+    assert set(drawn) == set(range(COUNT_B))
+    # Drawn, not in step with A's position.
+    assert len({tuple(drawn[start : start + COUNT_A]) for start in range(0, 60, COUNT_A)}) > 4
+
+
+def test_the_smaller_domain_is_repeated(root):
+    dataset = plain(root, direction="BtoA")
+    assert len(dataset) == COUNT_A
+    order = [names(dataset, position)[0] for position in range(COUNT_A)]
+    # Positions modulo 3 of a permutation of 5: two files come twice.
+    assert sorted(order) == [0, 0, 1, 1, 2]
+
+
+def test_serial_takes_both_in_order(root):
+    dataset = plain(root, serial=True)
+    assert [names(dataset, index) for index in range(7)] == [
+        (0, 0), (1, 1), (2, 2), (3, 0), (4, 1), (0, 2), (1, 0),
+    ]  # fmt: skip
+
+
+def test_direction_swaps_the_domains(root):
+    forth, back = plain(root, serial=True), plain(root, serial=True, direction="BtoA")
+    assert torch.equal(forth[1]["A"], back[1]["B"])
+    assert torch.equal(forth[1]["B"], back[1]["A"])
+
+
+def test_crop_jitter_ends_at_the_given_sample(root):
+    jittered, settled = make(root), make(root, load_size=16)
+    mixed = make(root, jitter_samples=10)
+    for index in (0, 9):
+        assert equal(mixed[index], jittered[index])
+    for index in (10, 25, 9, 10):
+        assert equal(mixed[index], (settled if index >= 10 else jittered)[index])
+    assert not equal(jittered[10], settled[10])
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 3000])
+def test_memory_does_not_change_the_samples(root, cache_bytes):
+    small, large = (
+        make(root, cache_bytes=cache_bytes, jitter_samples=6),
+        make(root, jitter_samples=6),
+    )
+    for index in (0, 3, 7, 2, 11, 3):
+        assert equal(small[index], large[index])
+    for domain in (small.a, small.b):
+        assert sum(array.nbytes for _, array in domain._cache.values()) <= cache_bytes // 2
+
+
+def test_a_and_b_are_augmented_independently(root):
+    dataset = UnpairedImages(root, preprocess="none", flip=True, serial=True)
+    flips = set()
+    for index in range(0, 15 * 20, 15):  # the same pair of files, again and again
+        sample = dataset[index]
+        pair = (load_image(dataset.a.paths[0]), load_image(dataset.b.paths[0]))
+        flips.add(
+            tuple(torch.equal(x.flip(2), sample[key]) for x, key in zip(pair, "AB", strict=True))
+        )
+    assert len(flips) == 4
+
+
+def test_only_a_is_warped(root):
+    warped, still = plain(root, augment_a="affine", serial=True), plain(root, serial=True)
+    assert not torch.equal(warped[0]["A"], still[0]["A"])
+    assert torch.equal(warped[0]["B"], still[0]["B"])
+
+
+def test_channels(root):
+    sample = make(root, channels_a=1)[0]
+    assert sample["A"].shape == (1, 16, 16) and sample["B"].shape == (3, 16, 16)
+
+
+def test_a_plain_loop_ends_after_an_epoch(root):
+    assert len(list(make(root))) == COUNT_A
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"split": "test"}, "testA or valA"),
+        (
+            {"preprocess": "crop", "crop_size": 26},
+            r"0\.png: 28x24 is smaller than the crop of 26x26",
+        ),
+        ({"augment_a": "afine"}, 'augment_a="afine": expected none or affine'),
+        ({"direction": "AB"}, 'direction="AB": expected AtoB or BtoA'),
+        ({"channels_a": 4}, "channels=4"),
+    ],
+)
+def test_mistakes_stop_before_the_first_sample(root, arguments, message):
+    with pytest.raises(UserError, match=message) as info:
+        make(root, **arguments)
+    assert "\n" not in str(info.value)
+
+
+def test_a_file_that_is_no_image_stops_before_the_first_sample(root, tmp_path):
+    (tmp_path / "trainA").mkdir()
+    (tmp_path / "trainA" / "x.png").write_bytes(b"nothing")
+    (tmp_path / "trainB").symlink_to(root / "trainB")
+    with pytest.raises(UserError, match=r"x\.png: cannot be read as an image"):
+        make(tmp_path, cache_bytes=0)
+
+
+def test_sizes_that_cannot_be_batched_are_named(root, tmp_path):
+    (tmp_path / "trainB").symlink_to(root / "trainB")
+    (tmp_path / "trainA").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "trainA" / "x.png")
+    Image.new("RGB", (64, 32)).save(tmp_path / "trainA" / "y.png")
+    with pytest.raises(UserError, match=r"y\.png: gives 64x32, but .*x\.png 32x32.*batch_size=1"):
+        plain(tmp_path).expect_one_size()
+    make(tmp_path).expect_one_size()
