@@ -5,6 +5,7 @@ from fastnce.metrics.evaluator import Evaluator, EvaluatorRecipe, load_evaluator
 from fastnce.metrics.report import (
     Row,
     compare_folders,
+    digits_to_translate,
     evaluate,
     evaluate_digits,
     format_table,
@@ -18,6 +19,7 @@ __all__ = [
     "Row",
     "compare_folders",
     "compare_images",
+    "digits_to_translate",
     "distance",
     "evaluate",
     "evaluate_digits",

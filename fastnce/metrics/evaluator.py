@@ -51,9 +51,9 @@ class EvaluatorRecipe:
     """Size of the features that FID and KID compare."""
     base_channels: int = 24
     """Channels of the first layer; the later ones have twice as many."""
-    steps: int = 500
+    steps: int = 800
     """Optimiser steps."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Images in a step."""
     learning_rate: float = 4e-3
     """Peak learning rate of AdamW, reached after 30 % of the steps."""

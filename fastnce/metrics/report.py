@@ -37,8 +37,8 @@ HALVES = "B against other images of B"
 IDEAL = "ideal: the same digits composited"
 
 WITHOUT_NCE_NOTE = (
-    "not measured; train the same settings with the contrastive loss off and name that run with "
-    "--compare"
+    "not measured; train with the same settings and --lambda-nce 0, then evaluate again with "
+    "--without-nce and that run's folder"
 )
 
 _IDEAL_STREAM = 30
@@ -108,6 +108,16 @@ def evaluate(
     }
 
 
+def digits_to_translate(data_root: Path | str) -> Tensor:
+    """The images of testA, (N, 3, 32, 32) float32 in [-1, 1], in the order `evaluate_digits` expects.
+
+    Raises:
+        UserError: If `data_root` is not a digits-photos set.
+    """
+    recipe_for(data_root)
+    return _load_split(data_root, "test", "A", read_labels(data_root))[0]
+
+
 def evaluate_digits(
     translated: Tensor,
     data_root: Path | str,
@@ -125,8 +135,7 @@ def evaluate_digits(
     testB's digits.
 
     Args:
-        translated: (N, 3, 32, 32) in [-1, 1]: the N images of testA, translated, in the order of
-            `list_images`.
+        translated: (N, 3, 32, 32) in [-1, 1], `digits_to_translate(data_root)` translated.
         data_root: Folder of the set.
         without_nce: The same from a run with the contrastive loss off.
         cache: Folder for the evaluator; see `load_evaluator`.
