@@ -91,7 +91,7 @@ def select(op: str, tensor: torch.Tensor, backend: str | None = None) -> ModuleT
                 f"Use backend='torch', or leave the choice to fastnce with backend=None."
             )
         return module
-    reasons = []
+    reasons: list[str] = []
     for name, module in _TABLE.items():
         reason = module.supports(op, device, dtype)
         if reason == "ok":
