@@ -1,0 +1,386 @@
+"""What the tests of every op on every backend share: sample inputs, and the numerical contract.
+
+Truth is the reference in fp64 on exactly the values that the kernel was given. For the result and each gradient
+
+    err(kernel) <= 2 err(plain PyTorch in the kernel's precision) + eps(dtype) scale
+
+where ``err`` is the largest absolute deviation from the truth. See :func:`assert_close_to_truth` for ``scale``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import fastnce
+from fastnce.reference.normalize import accumulation_dtype
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+    """One call of an op: its arguments by name.
+
+    The gradients of the tensors that have ``requires_grad`` are part of the result.
+    """
+
+    name: str
+    arguments: dict[str, object]
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def rows(
+    *shape: int, dtype: torch.dtype, device: str, generator: torch.Generator, grad: bool = True
+) -> Tensor:
+    """Gaussian rows; the same numbers for every dtype, up to rounding."""
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return x.to(device, dtype).requires_grad_(grad)
+
+
+def _similar(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows whose cosine with those of ``x`` is about 0.8, as positives have during training."""
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+    return (0.8 * x.detach() + 0.6 * noise).to(x.dtype).requires_grad_()
+
+
+def _info_nce(make: Callable, generator: torch.Generator) -> Iterator[Sample]:
+    query = make(33, 20)
+    pair = {"query": query, "positive_key": _similar(query, generator)}
+    tau = torch.tensor(0.1, requires_grad=True)
+    yield Sample("in_batch", pair)
+    yield Sample("symmetric", {**pair, "symmetric": True, "temperature": tau})
+    yield Sample("none", {**pair, "reduction": "none", "temperature": tau})
+    yield Sample("symmetric_none", {**pair, "symmetric": True, "reduction": "none"})
+    queue = {**pair, "negative_keys": make(70, 20)}
+    yield Sample("queue", {**queue, "temperature": tau})
+    yield Sample("queue_none", {**queue, "reduction": "none"})
+    yield Sample("queue_in_batch", {**queue, "in_batch_negatives": True, "reduction": "sum"})
+    own = {**pair, "negative_keys": make(33, 9, 20)}
+    yield Sample("own", {**own, "reduction": "none", "temperature": tau})
+    yield Sample("own_in_batch", {**own, "in_batch_negatives": True, "temperature": tau})
+    small = make(8, 6)
+    dot = {"query": small, "positive_key": _similar(small, generator), "normalize": False}
+    yield Sample("dot", {**dot, "temperature": torch.tensor(1.5, requires_grad=True)})
+    yield Sample("dot_symmetric", {**dot, "symmetric": True, "temperature": 1.5})
+    query = make(3, 17, 24)
+    batched = {"query": query, "positive_key": _similar(query, generator)}
+    yield Sample("batched", {**batched, "temperature": tau})
+    yield Sample("batched_symmetric", {**batched, "symmetric": True, "reduction": "none"})
+    yield Sample("batched_queue", {**batched, "negative_keys": make(40, 24)})
+    yield Sample("batched_own", {**batched, "negative_keys": make(3, 17, 5, 24)})
+
+
+def _patch_nce(make: Callable, generator: torch.Generator) -> Iterator[Sample]:
+    tau = torch.tensor(0.5, requires_grad=True)
+    query = make(2, 33, 20)
+    pair = {"query_features": query, "key_features": _similar(query, generator)}
+    yield Sample("image", pair)
+    yield Sample("batch", {**pair, "negatives": "batch"})
+    yield Sample("self_logit", {**pair, "temperature": torch.tensor(2.0, requires_grad=True)})
+    yield Sample("detached", {**pair, "key_features": pair["key_features"].detach()})
+    queries = [make(2, 16, 8), make(2, 33, 27), make(2, 5, 64)]
+    layers = {
+        "query_features": queries,
+        "key_features": [_similar(x, generator).detach() for x in queries],
+    }
+    yield Sample("layers", {**layers, "temperature": tau})
+    yield Sample("layers_batch", {**layers, "negatives": "batch"})
+
+
+def _conditional_contrastive(make: Callable, generator: torch.Generator) -> Iterator[Sample]:
+    embeddings = make(34, 20)
+    labels = torch.randint(5, (34,), generator=generator).to(embeddings.device)
+    both = {"embeddings": embeddings, "proxies": _similar(embeddings, generator), "labels": labels}
+    yield Sample("mean", both)
+    yield Sample("temperature", {**both, "temperature": torch.tensor(0.2, requires_grad=True)})
+    yield Sample("none", {**both, "temperature": 0.1, "reduction": "none"})
+    yield Sample("int32_labels", {**both, "labels": labels.int(), "reduction": "sum"})
+    yield Sample("detached_proxies", {**both, "proxies": both["proxies"].detach()})
+
+
+def _sample_patches(make: Callable, generator: torch.Generator) -> Iterator[Sample]:
+    def ids(count: int, size: int) -> Tensor:
+        return torch.randperm(size, generator=generator)[:count].to(make(1).device)
+
+    one = {"features": make(2, 12, 9, 7), "patch_ids": ids(16, 63)}
+    yield Sample("one", one)
+    yield Sample("one_normalized", {**one, "normalize": True})
+    repeated = {**one, "patch_ids": torch.tensor([5, 5, 0, 62, 5]).to(make(1).device)}
+    yield Sample("repeated", repeated)
+    yield Sample("repeated_normalized", {**repeated, "normalize": True})
+    several = {
+        "features": [make(2, 3, 16, 16), make(2, 40, 8, 5), make(2, 9, 1, 1)],
+        "patch_ids": [ids(50, 256), ids(40, 40), ids(1, 1)],
+    }
+    yield Sample("several", several)
+    yield Sample("several_normalized", {**several, "normalize": True})
+
+
+def _nt_xent(make: Callable, generator: torch.Generator) -> Iterator[Sample]:
+    z1 = make(17, 20)
+    views = {"z1": z1, "z2": _similar(z1, generator)}
+    yield Sample("mean", views)
+    yield Sample("none", {**views, "temperature": 0.1, "reduction": "none"})
+    yield Sample("temperature", {**views, "temperature": torch.tensor(0.2, requires_grad=True)})
+
+
+def _sup_con(make: Callable, generator: torch.Generator) -> Iterator[Sample]:
+    features = make(34, 20)
+    labels = torch.randint(8, (34,), generator=generator)
+    labels[3] = 99  # a class of one
+    labelled = {"features": features, "labels": labels.to(features.device)}
+    yield Sample("mean", labelled)
+    yield Sample("none", {**labelled, "reduction": "none"})
+    yield Sample("temperature", {**labelled, "temperature": torch.tensor(0.2, requires_grad=True)})
+
+
+def _pairwise_cosine_similarity(make: Callable, generator: torch.Generator) -> Iterator[Sample]:
+    yield Sample("two", {"x": make(12, 20), "y": make(7, 20)})
+    yield Sample("itself", {"x": make(12, 20)})
+    batched = {"x": make(2, 3, 12, 20), "y": make(2, 3, 7, 20)}
+    yield Sample("batched", {**batched, "temperature": torch.tensor(0.2, requires_grad=True)})
+
+
+_MAKERS = {
+    "info_nce": _info_nce,
+    "patch_nce": _patch_nce,
+    "conditional_contrastive": _conditional_contrastive,
+    "sample_patches": _sample_patches,
+    "nt_xent": _nt_xent,
+    "sup_con": _sup_con,
+    "pairwise_cosine_similarity": _pairwise_cosine_similarity,
+}
+
+
+def _table_entry(maker: Callable) -> Callable[..., Iterator[Sample]]:
+    def samples(dtype: torch.dtype, device: str, generator: torch.Generator) -> Iterator[Sample]:
+        make = functools.partial(rows, dtype=dtype, device=device, generator=generator)
+        return maker(make, generator)
+
+    return samples
+
+
+# op -> function (dtype, device, generator) -> Samples in every form that the op has.
+SAMPLE_INPUTS: dict[str, Callable[..., Iterator[Sample]]] = {
+    op: _table_entry(maker) for op, maker in _MAKERS.items()
+}
+
+
+def run(
+    op: str,
+    sample: Sample,
+    *,
+    backend: str | None = None,
+    convert: Callable[[str, Tensor], Tensor] | None = None,
+    function: Callable | None = None,
+) -> dict[str, Tensor]:
+    """The result of the op and its gradients, by name (``"out"``, ``"out[1]"``, ``"d query"``, ``"d features[0]"``).
+
+    The gradient that arrives at a result differs from element to element; a loss that is one number gets 0.7.
+
+    Args:
+        op: name of a public op.
+        sample: its arguments. Strides and storage are passed on as they are.
+        backend: where to run.
+        convert: applied before the call to each floating-point tensor, with the argument's name, and to the gradient that
+            arrives, with the name ``"upstream"``.
+        function: called instead of the public op, such as the compiled op.
+    """
+    leaves: dict[str, Tensor] = {}
+
+    def leaf(argument: str, name: str, x: object) -> object:
+        if isinstance(x, (list, tuple)):
+            return [leaf(argument, f"{name}[{i}]", item) for i, item in enumerate(x)]
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        value = x.detach() if convert is None else convert(argument, x.detach())
+        if x.requires_grad:
+            leaves[f"d {name}"] = value.requires_grad_()
+        return value
+
+    arguments = {name: leaf(name, name, value) for name, value in sample.arguments.items()}
+    result = (function or getattr(fastnce, op))(**arguments, backend=backend)
+    if op == "sample_patches":
+        result = result[0]
+    outputs = list(result) if isinstance(result, (list, tuple)) else [result]
+    names = ["out"] if isinstance(result, Tensor) else [f"out[{i}]" for i in range(len(outputs))]
+    if leaves:
+        differentiable = [x for x in outputs if x.requires_grad]
+        upstream = [_upstream(x) for x in differentiable]
+        if convert is not None:
+            upstream = [convert("upstream", x) for x in upstream]
+        torch.autograd.backward(differentiable, upstream)
+    values = {name: x.detach() for name, x in zip(names, outputs, strict=True)}
+    return values | {name: x.grad for name, x in leaves.items()}
+
+
+def _upstream(output: Tensor) -> Tensor:
+    if output.dim() == 0:
+        return torch.tensor(0.7, dtype=torch.float32).to(output)
+    index = torch.arange(output.numel(), dtype=torch.float64, device=output.device)
+    # bf16 values, which every dtype represents, so that the truth sees the same gradient.
+    return (0.2 + index.cos()).bfloat16().to(output.dtype).reshape(output.shape)
+
+
+@functools.cache
+def truth(op: str, sample: Sample) -> dict[str, Tensor]:
+    """What :func:`run` gives for the reference in fp64 on the same values."""
+    return run(op, sample, backend="torch", convert=lambda name, x: x.double())
+
+
+def _flip(op: str, name: str, x: Tensor) -> Tensor:
+    """Reverses the order of the features, which are summed over."""
+    if op == "sample_patches":
+        return x.flip(1 if x.dim() == 4 else -1)  # a map, or patches and their gradient
+    return x.flip(-1) if x.dim() >= 2 and name != "upstream" else x
+
+
+@functools.cache
+def _plain_errors(op: str, sample: Sample) -> dict[str, float]:
+    """Errors of plain PyTorch in the sample's precision, the worse of two orders of summation."""
+    reverse = functools.partial(_flip, op)
+    direct = run(op, sample, backend="torch")
+    flipped = run(op, sample, backend="torch", convert=reverse)
+    for name in flipped:
+        if name.startswith("d ") or op == "sample_patches":
+            flipped[name] = reverse(name, flipped[name])
+    return {
+        name: max(error(op, sample, name, x), error(op, sample, name, flipped[name]))
+        for name, x in direct.items()
+    }
+
+
+def _argument(sample: Sample, name: str) -> Tensor:
+    """The argument that the gradient ``name`` belongs to."""
+    argument, _, index = name.removeprefix("d ").rstrip("]").partition("[")
+    value = sample.arguments[argument]
+    return value[int(index)] if index else value
+
+
+def _normalizes(op: str, sample: Sample) -> bool:
+    return bool(sample.arguments.get("normalize", op != "sample_patches"))
+
+
+def error(op: str, sample: Sample, name: str, value: Tensor) -> float:
+    """Largest absolute deviation from the truth; NaN if any is.
+
+    The gradient of a row that the op normalises is proportional to 1 / norm. It is multiplied by the norm, so that rows of
+    every norm count the same.
+    """
+    deviation = (value.double() - truth(op, sample)[name]).abs()
+    return (deviation * _norms(op, sample, name)).max().item()
+
+
+def _norms(op: str, sample: Sample, name: str) -> Tensor | float:
+    if not name.startswith("d ") or op == "sample_patches" or not _normalizes(op, sample):
+        return 1.0
+    x = _argument(sample, name).detach().double()
+    if x.dim() == 0:
+        return 1.0
+    norm = x.norm(dim=-1, keepdim=True)
+    return norm.masked_fill(norm == 0, 1)
+
+
+def _before_cancellation(op: str, sample: Sample, name: str) -> float:
+    """The size of the numbers whose difference the tensor ``name`` is.
+
+    With logits of size L = max |s| / t: a loss is ``lse - positive``, each up to L. Logits known to eps L give a softmax
+    known to eps L, so that a gradient is a sum whose terms are known to ``eps L w / t`` with the row's weight w, and the
+    gradient of the temperature one whose terms are known to ``eps L^2 w / t``. Plain PyTorch has these errors too, except
+    where it is exact by chance, as with one row.
+    """
+    if op == "sample_patches":
+        return 0.0
+    arguments = sample.arguments
+    temperature = arguments.get("temperature", _DEFAULT_TEMPERATURE[op])
+    temperature = temperature.item() if isinstance(temperature, Tensor) else temperature
+    largest = 1.0
+    if not _normalizes(op, sample):
+        norms = [x.detach().double().norm(dim=-1).max().item() for x in _rows_of(sample)]
+        largest = norms[0] * max(norms[1:])
+    logit = max(1.0, largest / temperature)
+    reduction = arguments.get("reduction", "mean")
+    count = _rows_of(sample)[0].shape[:-1].numel()
+    if not name.startswith("d "):
+        return logit * (count if reduction == "sum" else 1)
+    x = _argument(sample, name)
+    is_mean = reduction == "mean" and op != "pairwise_cosine_similarity"
+    if x.dim() == 0:
+        return logit**2 / temperature * (1 if is_mean else count)
+    other = 1.0 if largest == 1.0 else max(norms)
+    return other * logit / temperature / (x.shape[:-1].numel() if is_mean else 1)
+
+
+_DEFAULT_TEMPERATURE = {
+    op: inspect.signature(getattr(fastnce, op)).parameters["temperature"].default
+    for op in SAMPLE_INPUTS
+    if op != "sample_patches"
+}
+
+
+def _rows_of(sample: Sample) -> list[Tensor]:
+    values = sample.arguments.values()
+    tensors = [x for v in values for x in (v if isinstance(v, (list, tuple)) else [v])]
+    return [x for x in tensors if isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2]
+
+
+def assert_close_to_truth(
+    op: str, backend: str, sample: Sample, dtype: torch.dtype, *, plain_limit: float = 0.02
+) -> None:
+    """Checks the numerical contract for the result and every gradient of one call.
+
+    ``scale`` is the largest magnitude in the true tensor, plus, at the precision of the accumulation (fp32, or fp64 for fp64),
+    the size of the numbers that cancel in it (see ``_before_cancellation``; four times that in fp64, where the truth is
+    rounded like the kernel). eps(dtype) is that of the tensor itself: a loss
+    of bf16 inputs is fp32 and is held to fp32's.
+
+    Args:
+        op: name of a public op.
+        backend: the backend under test.
+        sample: the call.
+        dtype: that of the inputs; the gradients must come back in it.
+        plain_limit: where plain PyTorch itself is off by more than this part of the truth (or a hundred roundings of what
+            cancels), the bound would mean nothing: an error.
+
+    Raises:
+        AssertionError: a tensor is missing, has the wrong dtype or shape, or is too far from the truth.
+    """
+    true, plain = truth(op, sample), _plain_errors(op, sample)
+    got = run(op, sample, backend=backend)
+    assert got.keys() == true.keys()
+    acc = accumulation_dtype(dtype)
+    for name, expected in true.items():
+        value = got[name]
+        where = f"{op} on {backend}, {dtype}, sample {sample.name!r}: {name}"
+        assert value is not None, f"{where} is missing"
+        assert value.shape == expected.shape, f"{where}: {value.shape}, not {expected.shape}"
+        wanted = _expected_dtype(op, sample, name, dtype)
+        assert value.dtype == wanted, f"{where} is {value.dtype}, not {wanted}"
+        largest = (expected.abs() * _norms(op, sample, name)).max().item()
+        rounding = torch.finfo(value.dtype).eps * largest
+        # In fp64 the truth has passed through as many roundings as the kernel.
+        roundings = 4 if dtype == torch.float64 else 1
+        cancelled = roundings * torch.finfo(acc).eps * _before_cancellation(op, sample, name)
+        assert plain[name] <= plain_limit * largest + 100 * cancelled, (
+            f"{where}: plain PyTorch is itself off by {plain[name]:.2e} of {largest:.2e}; choose another sample"
+        )
+        bound = 2 * plain[name] + rounding + cancelled
+        deviation = error(op, sample, name, value)
+        # Written so that NaN fails.
+        assert deviation <= bound, (
+            f"{where} is off by {deviation:.2e}, allowed {bound:.2e} "
+            f"(twice plain PyTorch's {plain[name]:.2e}; largest value {largest:.2e})"
+        )
+
+
+def _expected_dtype(op: str, sample: Sample, name: str, dtype: torch.dtype) -> torch.dtype:
+    if name.startswith("d "):
+        return _argument(sample, name).dtype
+    keeps_dtype = op in ("sample_patches", "pairwise_cosine_similarity")
+    return dtype if keeps_dtype else accumulation_dtype(dtype)

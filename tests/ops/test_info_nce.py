@@ -1,0 +1,469 @@
+"""InfoNCE against its definition, over shapes, temperatures, degenerate rows and its exact properties."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastnce import info_nce
+from fastnce.testing import Sample, assert_close_to_truth, rows, run
+
+OP = "info_nce"
+
+
+@pytest.fixture(autouse=True)
+def supported(backend, needs_support):
+    needs_support(OP, backend)
+
+
+@pytest.fixture
+def make(generator):
+    return functools.partial(rows, dtype=torch.float64, device="cpu", generator=generator)
+
+
+def single(make, seed_shape=(2, 9, 6), **shapes):
+    """query, positive_key, queue, own negatives."""
+    batch, count, dim = seed_shape
+    return (
+        make(batch, count, dim),
+        make(batch, count, dim),
+        make(11, dim),
+        make(batch, count, 4, dim),
+    )
+
+
+# The definition, typed from torch.nn.functional. Every form for one batch element.
+def cosine(a, b):
+    return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
+
+
+def defined_in_batch(q, k, n, tau):
+    return F.cross_entropy(cosine(q, k) / tau, torch.arange(len(q)), reduction="none")
+
+
+def defined_symmetric(q, k, n, tau):
+    target = torch.arange(len(q))
+    there = F.cross_entropy(cosine(q, k) / tau, target, reduction="none")
+    return (there + F.cross_entropy(cosine(k, q) / tau, target, reduction="none")) / 2
+
+
+def defined_queue(q, k, n, tau):
+    logits = torch.cat([F.cosine_similarity(q, k).unsqueeze(1), cosine(q, n)], dim=1) / tau
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long), reduction="none")
+
+
+def defined_queue_in_batch(q, k, n, tau):
+    logits = torch.cat([cosine(q, k), cosine(q, n)], dim=1) / tau
+    return F.cross_entropy(logits, torch.arange(len(q)), reduction="none")
+
+
+def defined_own(q, k, n, tau):
+    negatives = F.cosine_similarity(q.unsqueeze(1), n, dim=-1)
+    logits = torch.cat([F.cosine_similarity(q, k).unsqueeze(1), negatives], dim=1) / tau
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long), reduction="none")
+
+
+def defined_own_in_batch(q, k, n, tau):
+    logits = torch.cat([cosine(q, k), F.cosine_similarity(q.unsqueeze(1), n, dim=-1)], dim=1) / tau
+    return F.cross_entropy(logits, torch.arange(len(q)), reduction="none")
+
+
+DEFINITIONS = {
+    "in_batch": (defined_in_batch, None, {}),
+    "symmetric": (defined_symmetric, None, {"symmetric": True}),
+    "queue": (defined_queue, "queue", {}),
+    "queue_in_batch": (defined_queue_in_batch, "queue", {"in_batch_negatives": True}),
+    "own": (defined_own, "own", {}),
+    "own_in_batch": (defined_own_in_batch, "own", {"in_batch_negatives": True}),
+}
+
+
+@pytest.mark.parametrize("form", DEFINITIONS)
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_definition(form, batched, reduction, backend, make, generator):
+    defined, kind, options = DEFINITIONS[form]
+    q, k, queue, own = single(make)
+    if not batched:
+        q, k, own = (x.detach()[0].requires_grad_() for x in (q, k, own))
+    negatives = {None: None, "queue": queue, "own": own}[kind]
+    tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    leaves = [x for x in (q, k, negatives, tau) if x is not None]
+    got = info_nce(
+        q, k, negatives, temperature=tau, reduction=reduction, backend=backend, **options
+    )
+    if batched:
+        own_of = [negatives[b] if kind == "own" else negatives for b in range(2)]
+        expected = torch.stack([defined(q[b], k[b], own_of[b], tau) for b in range(2)])
+    else:
+        expected = defined(q, k, negatives, tau)
+    if reduction != "none":
+        expected = getattr(expected, reduction)()
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, expected)
+    upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    got_grads = torch.autograd.grad(got, leaves, upstream)
+    for x, y in zip(got_grads, torch.autograd.grad(expected, leaves, upstream), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_definition_without_normalisation(backend, make):
+    q, k, *_ = single(make)
+    q, k = q.detach()[0].requires_grad_(), k.detach()[0].requires_grad_()
+    expected = F.cross_entropy(q @ k.T / 2.0, torch.arange(9))
+    got = info_nce(q, k, temperature=2.0, normalize=False, backend=backend)
+    torch.testing.assert_close(got, expected)
+    for x, y in zip(
+        torch.autograd.grad(got, [q, k]), torch.autograd.grad(expected, [q, k]), strict=True
+    ):
+        torch.testing.assert_close(x, y)
+
+
+SIZES = [1, 2, 63, 64, 65, 100, 252, 256, 507]
+DIMS = [1, 3, 16, 27, 64, 96, 123, 256, 384, 512, 768, 1000, 1536]
+TAUS = [0.005, 0.01, 0.023, 0.07, 0.5, 1.0, 10.0]
+FORMS = ["in_batch", "symmetric", "queue", "queue_in_batch", "own", "batched"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
+
+
+def covering_cases():
+    """Every size with every form, every width and every temperature at least once; neighbours differ in all of them."""
+    for index in range(54):
+        size, form = SIZES[index % 9], FORMS[(index + index // 9) % 6]
+        yield (
+            size,
+            SIZES[(5 * index + 3) % 9],
+            DIMS[(index * 4) % 13],
+            TAUS[(index * 3) % 7],
+            form,
+            index,
+        )
+
+
+@functools.cache
+def shaped_sample(size, other, dim, tau, form, index, dtype) -> Sample:
+    generator = torch.Generator().manual_seed(index)
+    make = functools.partial(rows, dtype=dtype, device="cpu", generator=generator)
+    shape = (3, size, dim) if form == "batched" else (size, dim)
+    query = make(*shape)
+    key = (query.detach() + 0.7 * make(*shape).detach()).requires_grad_()
+    temperature = torch.tensor(tau, requires_grad=True) if index % 2 else tau
+    arguments = {"query": query, "positive_key": key, "temperature": temperature}
+    if form.startswith("queue"):
+        arguments["negative_keys"] = make(other, dim)
+        arguments["in_batch_negatives"] = form == "queue_in_batch"
+    elif form == "own":
+        arguments["negative_keys"] = make(size, min(other, 10), dim)
+    elif form == "symmetric":
+        arguments["symmetric"] = True
+    # The fp16 gradient of a mean over many rows is below what fp16 resolves.
+    arguments["reduction"] = ("sum" if dtype == torch.float16 else "mean", "none", "sum")[index % 3]
+    return Sample(f"N{size} M{other} D{dim} tau{tau} {form}", arguments)
+
+
+@pytest.mark.parametrize(
+    "case", list(covering_cases()), ids=lambda c: f"{c[4]}-N{c[0]}-M{c[1]}-D{c[2]}-tau{c[3]}"
+)
+def test_shapes(case, backend, needs_support):
+    dtype = DTYPES[case[-1] % 4]
+    needs_support(OP, backend, dtype)
+    assert_close_to_truth(OP, backend, shaped_sample(*case, dtype), dtype)
+
+
+@pytest.mark.parametrize("form", ["in_batch", "queue"])
+def test_thousands_of_rows(form, backend):
+    size, other = (4097, 1) if form == "in_batch" else (65, 4097)
+    sample = shaped_sample(size, other, 27, 0.07, form, 1, torch.float32)
+    assert_close_to_truth(OP, backend, sample, torch.float32)
+
+
+@pytest.mark.parametrize("tau", TAUS)
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("form", ["in_batch", "symmetric", "queue"])
+def test_temperatures(tau, learned, form, backend):
+    assert_close_to_truth(OP, backend, tau_sample(tau, learned, form), torch.float32)
+
+
+@functools.cache
+def tau_sample(tau, learned, form):
+    return shaped_sample(40, 65, 16, tau, form, int(learned), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_temperature_of_any_dtype_gets_a_gradient_of_its_own(dtype, backend, make):
+    q, k = make(8, 5).float(), make(8, 5).float()
+    tau = torch.tensor(0.25, dtype=dtype, requires_grad=True)
+    info_nce(q, k, temperature=tau, backend=backend).backward()
+    exact = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
+    info_nce(q.double(), k.double(), temperature=exact, backend="torch").backward()
+    assert tau.grad.dtype == dtype and tau.grad.shape == ()
+    torch.testing.assert_close(tau.grad.double(), exact.grad, rtol=1e-2, atol=0)
+
+
+def degenerate(kind: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """query (20, 12), key (20, 12), negatives (30, 12) of an awkward kind."""
+    generator = torch.Generator().manual_seed(5)
+    make = functools.partial(
+        rows, dtype=torch.float64, device="cpu", generator=generator, grad=False
+    )
+    q, k, n = make(20, 12), make(20, 12), make(30, 12)
+    tiny, huge = (1e-6, 2e4) if dtype == torch.float16 else (1e-20, 1e20)
+    if kind == "identical":
+        q, k, n = q[:1].repeat(20, 1), q[:1].repeat(20, 1), q[:1].repeat(30, 1)
+    elif kind == "opposite":  # every cosine -1
+        q, k, n = q[:1].repeat(20, 1), -q[:1].repeat(20, 1), -q[:1].repeat(30, 1)
+    elif kind == "one_opposite":  # the positive is the worst key
+        k = -q
+    elif kind == "zero":
+        q[3], k[3], k[7], n[0] = 0, 0, 0, 0
+    elif kind == "all_zero":
+        q, k, n = q * 0, k * 0, n * 0
+    elif kind == "norms":
+        q[::3] *= tiny
+        q[1::3] *= huge
+        k[::2] *= huge
+        k[1::2] *= tiny
+        n[::2] *= tiny
+    elif kind == "duplicates":  # of the positive, among the negatives
+        k = q + 0.1 * k
+        k[1::2] = k[::2].clone()
+        n[:20] = k
+    return tuple(x.to(dtype).requires_grad_() for x in (q, k, n))
+
+
+@functools.cache
+def degenerate_sample(kind, tau, form, dtype):
+    q, k, n = degenerate(kind, dtype)
+    arguments = {"query": q, "positive_key": k, "temperature": torch.tensor(tau).requires_grad_()}
+    if form.startswith("queue"):
+        arguments |= {"negative_keys": n, "in_batch_negatives": form == "queue_in_batch"}
+    arguments |= {"symmetric": form == "symmetric", "reduction": "sum"}
+    return Sample(f"{kind} tau {tau} {form}", arguments)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["identical", "opposite", "one_opposite", "zero", "all_zero", "norms", "duplicates"],
+)
+@pytest.mark.parametrize("tau", [0.005, 0.07, 1.0])
+@pytest.mark.parametrize("form", ["in_batch", "symmetric", "queue", "queue_in_batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_degenerate_rows(kind, tau, form, dtype, backend, needs_support):
+    needs_support(OP, backend, dtype)
+    assert_close_to_truth(OP, backend, degenerate_sample(kind, tau, form, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_zero_rows_have_cosine_zero_and_gradient_zero(dtype, reduction, backend, needs_support):
+    needs_support(OP, backend, dtype)
+    q, k, n = degenerate("zero", dtype)
+    losses = info_nce(q, k, n, in_batch_negatives=True, reduction=reduction, backend=backend)
+    losses.sum().backward()
+    for x, zeros in ((q, [3]), (k, [3, 7]), (n, [0])):
+        assert torch.isfinite(x.grad).all()
+        assert x.grad[zeros].eq(0).all()
+        assert x.grad.abs().sum() > 0
+    if (
+        reduction == "none"
+    ):  # a zero query is equally far from its positive, 19 keys and 30 negatives
+        torch.testing.assert_close(
+            losses[3].item(), torch.tensor(50.0).log().item(), rtol=1e-6, atol=0
+        )
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["query", "key", "queue", "own", "batch"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_bad_row_changes_only_what_the_equation_says(bad, where, normalize, backend, make):
+    q, k, queue, own = (x.detach().float() for x in single(make))
+    negatives = queue if where == "queue" else own
+    clean = info_nce(
+        q,
+        k,
+        negatives,
+        in_batch_negatives=True,
+        normalize=normalize,
+        reduction="none",
+        backend=backend,
+    )
+    {"query": q, "key": k, "queue": queue, "own": own, "batch": k}[where][
+        (2, 3) if where == "queue" else (1, 4, 2, 1) if where == "own" else (1, 4, 2)
+    ] = bad
+    options = {"in_batch_negatives": True, "normalize": normalize, "reduction": "none"}
+    losses = info_nce(q, k, negatives, **options, backend=backend)
+    plain = info_nce(q, k, negatives, **options, backend="torch")
+    assert losses.isnan().equal(plain.isnan()) and losses.isinf().equal(plain.isinf())
+    finite = losses.isfinite()
+    torch.testing.assert_close(
+        losses[finite], clean[finite], rtol=1e-5, atol=1e-5
+    ) if normalize else None
+    if where in ("query", "own"):
+        assert finite.sum() >= finite.numel() - 1
+    if where in ("key", "batch"):
+        assert finite[0].all()
+
+
+def test_permuting_keys_permutes_their_gradients_only(backend, make):
+    q, k, queue, _ = (x.detach().float() for x in single(make))
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(1))
+    grads = {}
+    for name, negatives in (("plain", queue), ("permuted", queue[order])):
+        leaves = [x.clone().requires_grad_() for x in (q, k, negatives)]
+        loss = info_nce(*leaves, backend=backend)
+        grads[name] = [loss.detach(), *torch.autograd.grad(loss, leaves)]
+    plain, permuted = grads["plain"], grads["permuted"]
+    for x, y in zip(plain[:3], permuted[:3], strict=True):
+        torch.testing.assert_close(x, y)
+    torch.testing.assert_close(plain[3][order], permuted[3])
+
+
+def test_scaling_rows_leaves_the_loss_and_divides_the_gradient(backend, make):
+    q, k, queue, _ = (x.detach().float() for x in single(make))
+    factors = torch.logspace(-6, 6, 9).unsqueeze(-1)
+    results = []
+    for scale in (torch.ones(9, 1), factors):
+        leaf = (q * scale).requires_grad_()
+        losses = info_nce(leaf, k / scale, queue, reduction="none", backend=backend)
+        (grad,) = torch.autograd.grad(losses.sum(), leaf)
+        results.append((losses.detach(), grad * scale))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradient_identities(reduction, backend, make):
+    """A softmax sums to one: the gradients of all keys sum to zero. The loss depends on q / t only: q . dq = -t dt."""
+    q, k, queue, _ = single(make)
+    tau = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    options = {"normalize": False, "in_batch_negatives": True, "reduction": reduction}
+    losses = info_nce(q, k, queue, temperature=tau, backend=backend, **options)
+    dq, dk, dn, dtau = torch.autograd.grad(losses.sum(), [q, k, queue, tau])
+    zero = torch.zeros(6, dtype=torch.float64)
+    torch.testing.assert_close(dk.sum(dim=(0, 1)) + dn.sum(dim=0), zero)
+    torch.testing.assert_close((q * dq).sum(), -tau.detach() * dtau)
+    losses = info_nce(q, k, queue, temperature=tau, backend=backend)
+    for x, grad in zip((q, k, queue), torch.autograd.grad(losses, [q, k, queue]), strict=True):
+        torch.testing.assert_close((x * grad).sum(dim=-1), torch.zeros(x.shape[:-1], dtype=x.dtype))
+
+
+def test_batch_elements_do_not_meet(backend, make):
+    q, k, queue, own = single(make)
+    for negatives in (None, queue, own):
+        whole = info_nce(q, k, negatives, reduction="none", backend=backend)
+        parts = [
+            info_nce(
+                q[b],
+                k[b],
+                own[b] if negatives is own else negatives,
+                reduction="none",
+                backend=backend,
+            )
+            for b in range(2)
+        ]
+        assert whole.shape == (2, 9)
+        torch.testing.assert_close(whole, torch.stack(parts))
+
+
+def test_symmetric_is_the_mean_of_both_directions(backend, make):
+    q, k, *_ = single(make)
+    both = info_nce(q, k, symmetric=True, reduction="none", backend=backend)
+    there = info_nce(q, k, reduction="none", backend=backend)
+    back = info_nce(k, q, reduction="none", backend=backend)
+    torch.testing.assert_close(both, (there + back) / 2)
+
+
+def test_a_queue_is_every_querys_own_negatives_expanded(backend, make):
+    q, k, queue, _ = single(make)
+    own = queue.detach().expand(2, 9, 11, 6).requires_grad_()  # strides 0
+    of_queue = torch.autograd.grad(info_nce(q, k, queue, backend=backend), [q, k, queue])
+    of_own = torch.autograd.grad(info_nce(q, k, own, backend=backend), [q, k, own])
+    torch.testing.assert_close(of_queue[:2], of_own[:2])
+    torch.testing.assert_close(of_queue[2], of_own[2].sum(dim=(0, 1)))
+
+
+def test_expanded_rows(backend, make):
+    q = make(1, 6).detach().expand(9, 6).requires_grad_()
+    k = make(9, 1).detach().expand(9, 6).requires_grad_()
+    sample = Sample("expanded", {"query": q.float(), "positive_key": k.float()})
+    expanded = {key: x.detach().requires_grad_() for key, x in sample.arguments.items()}
+    assert_close_to_truth(OP, backend, Sample("expanded", expanded), torch.float32)
+
+
+def test_query_and_key_may_be_one_tensor(backend, make):
+    x = make(9, 6)
+    y = x.detach().clone().requires_grad_()
+    one = info_nce(x, x, temperature=0.5, backend=backend)
+    two = info_nce(y, y.clone(), temperature=0.5, backend="torch")
+    torch.testing.assert_close(one, two)
+    torch.testing.assert_close(torch.autograd.grad(one, x), torch.autograd.grad(two, y))
+
+
+@pytest.mark.parametrize("form", ["in_batch", "queue"])
+def test_rows_further_apart_than_int32_reaches(form, backend, make, needs_support):
+    needs_support(OP, backend, torch.bfloat16)
+    # 6 GB of addresses of which only a few pages are ever touched.
+    far = torch.empty(3 * 2**30 + 64, dtype=torch.bfloat16)
+    near = [make(4, 16, grad=False).bfloat16() for _ in range(2)]
+    views = [
+        far.as_strided((4, 16), (2**30, 1), offset).copy_(x)
+        for offset, x in zip((0, 32), near, strict=True)
+    ]
+    names = ("query", "positive_key") if form == "in_batch" else ("query", "negative_keys")
+    arguments = {"query": near[0], "positive_key": near[1]}
+    arguments |= dict(zip(names, views, strict=True))
+    sample = Sample("far", {key: x.detach().requires_grad_() for key, x in arguments.items()})
+    assert_close_to_truth(OP, backend, sample, torch.bfloat16)
+
+
+def test_number_of_threads_leaves_the_result_within_rounding(backend):
+    sample = shaped_sample(507, 1, 64, 0.07, "symmetric", 1, torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert_close_to_truth(OP, backend, sample, torch.float32)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("form", ["in_batch", "symmetric", "queue_in_batch", "own"])
+def test_large_call_is_repeatable_in_deterministic_mode(form, backend):
+    sample = shaped_sample(507, 256, 64, 0.07, form, 1, torch.float32)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (run(OP, sample, backend=backend) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@hypothesis.given(
+    batch=st.integers(1, 3),
+    size=st.integers(1, 70),
+    other=st.integers(1, 70),
+    dim=st.integers(1, 40),
+    tau=st.floats(0.02, 5),
+    form=st.sampled_from(
+        ["in_batch", "symmetric", "queue", "queue_in_batch", "own", "own_in_batch"]
+    ),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    normalize=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_any_call(backend, batch, size, other, dim, tau, form, reduction, normalize, seed):
+    generator = torch.Generator().manual_seed(seed)
+    make = functools.partial(rows, dtype=torch.float32, device="cpu", generator=generator)
+    arguments = {"query": make(batch, size, dim), "positive_key": make(batch, size, dim)}
+    if form.startswith("queue"):
+        arguments["negative_keys"] = make(other, dim)
+    elif form.startswith("own"):
+        arguments["negative_keys"] = make(batch, size, min(other, 6), dim)
+    if form != "symmetric" and "negative_keys" in arguments:
+        arguments["in_batch_negatives"] = form.endswith("in_batch")
+    arguments["symmetric"] = form == "symmetric"
+    arguments |= {"temperature": tau, "reduction": reduction, "normalize": normalize}
+    assert_close_to_truth(OP, backend, Sample(str(arguments), arguments), torch.float32)

@@ -1,0 +1,92 @@
+"""A fused backend in its shortest form: the reference, with autograd for the gradients.
+
+It stands in for the compiled one where that is not built, so that the autograd Functions of :mod:`fastnce.ops` are always
+tested, and it is what the tests break on purpose to show that a wrong kernel is noticed.
+"""
+
+import torch
+
+from fastnce import reference
+
+
+def available() -> str:
+    return "ok"
+
+
+def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
+    fused = ("info_nce", "patch_nce", "conditional_contrastive", "sample_patches")
+    return "ok" if op in fused else f"{op} has no kernel here. Use backend='torch'"
+
+
+def _gradients(losses, upstream, inputs, needs):
+    wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(losses, wanted, upstream.expand_as(losses)) if wanted else ())
+    return tuple(next(found) if need else None for need in needs)
+
+
+def _leaves(inputs, needs):
+    """Each input on its own, so that one tensor passed twice gets two gradients."""
+    pairs = zip(inputs, needs, strict=True)
+    return [
+        x.detach().requires_grad_(need) if isinstance(x, torch.Tensor) else x for x, need in pairs
+    ]
+
+
+def info_nce_forward(query, key, negatives, temperature, *, grad_scale, needs, **options):
+    with torch.enable_grad():
+        inputs = _leaves((query, key, negatives, temperature), needs)
+        losses = reference.info_nce(*inputs, **options)
+        grads = (None,) * 4
+        if grad_scale is not None:
+            grads = _gradients(losses, losses.new_tensor(grad_scale), inputs, needs)
+    lse = losses.detach().new_zeros((2, *losses.shape) if options["symmetric"] else losses.shape)
+    return losses.detach(), lse, grads
+
+
+def info_nce_backward(grad_loss, query, key, negatives, temperature, lse, *, needs, **options):
+    with torch.enable_grad():
+        inputs = _leaves((query, key, negatives, temperature), needs)
+        return _gradients(reference.info_nce(*inputs, **options), grad_loss, inputs, needs)
+
+
+def conditional_contrastive_forward(embeddings, proxies, labels, temperature, *, grad_scale, needs):
+    with torch.enable_grad():
+        e, p, t = inputs = _leaves((embeddings, proxies, temperature), needs)
+        losses = reference.conditional_contrastive(e, p, labels, t)
+        grads = (None,) * 3
+        if grad_scale is not None:
+            grads = _gradients(losses, losses.new_tensor(grad_scale), inputs, needs)
+    return losses.detach(), losses.detach().new_zeros(2, len(losses)), grads
+
+
+def conditional_contrastive_backward(
+    grad_loss, embeddings, proxies, labels, temperature, lse, *, needs
+):
+    with torch.enable_grad():
+        e, p, t = inputs = _leaves((embeddings, proxies, temperature), needs)
+        losses = reference.conditional_contrastive(e, p, labels, t)
+        return _gradients(losses, grad_loss, inputs, needs)
+
+
+def sample_patches_forward(features, patch_ids, normalize):
+    patches, inverse_norms = [], []
+    for feature, ids in zip(features, patch_ids, strict=True):
+        raw = reference.sample_patches(feature, ids, False)
+        patches.append(reference.sample_patches(feature, ids, normalize).contiguous())
+        norm = raw.to(torch.promote_types(raw.dtype, torch.float32)).norm(dim=-1)
+        inverse_norms.append(torch.where(norm > 0, 1 / norm, 0))
+    return patches, inverse_norms if normalize else []
+
+
+def sample_patches_backward(
+    grad_patches, patches, inverse_norms, patch_ids, feature_likes, normalize
+):
+    grads = []
+    for i, (grad, like, ids) in enumerate(zip(grad_patches, feature_likes, patch_ids, strict=True)):
+        if normalize:
+            unit, wide = patches[i].to(inverse_norms[i].dtype), grad.to(inverse_norms[i].dtype)
+            wide = wide - unit * (unit * wide).sum(dim=-1, keepdim=True)
+            grad = wide * inverse_norms[i].unsqueeze(-1)
+        flat = grad.new_zeros(like.shape).flatten(2).index_add_(2, ids, grad.mT)
+        grads.append(torch.empty_like(like).copy_(flat.view(like.shape)))
+    return grads
