@@ -12,11 +12,11 @@ from torch import Tensor
 Inputs = dict[str, Any]
 Call = Callable[[Inputs], Any]
 
-# Sizes are cut down to at most these where the timed ones are not wanted.
-# The gate: its fp64 truth holds whole similarity matrices.
-GATE_LIMITS = {"N": 1024, "M": 4096}
-# A first call that only has to load code.
+# The sizes of a first call that only has to load code.
 TINY_LIMITS = {"N": 32, "M": 32, "S": 32, "image": 32}
+
+# The truth in fp64 keeps several N x M arrays: about this many bytes per pair.
+_TRUTH_BYTES_PER_PAIR = 64
 
 
 class Draw:
@@ -64,6 +64,7 @@ class Case:
         sets: the sets (``quick``, ``full``, ``demo``) that it belongs to.
         devices: the device types that it is meant for.
         gate_only: arguments given for the gate but left out (None) when timed, such as positions to be drawn.
+        gate_limits: sizes that the gate does not exceed, where a rival needs too much at the timed ones.
     """
 
     op: str
@@ -77,16 +78,23 @@ class Case:
     sets: tuple[str, ...] = ("full",)
     devices: tuple[str, ...] = ("cpu", "cuda")
     gate_only: tuple[str, ...] = ()
+    gate_limits: dict[str, int] = field(default_factory=dict)
 
     @property
     def flop(self) -> int:
         """Floating-point operations of the mandatory products."""
         return 2 * self.products * self.pairs(self.shape) * self.shape.get("D", 0)
 
-    @property
-    def gate_shape(self) -> dict[str, int]:
-        """The sizes at which the result is checked against fp64."""
-        return self.cut(GATE_LIMITS)
+    def gate_shape(self, truth_bytes: float) -> dict[str, int]:
+        """The sizes at which the result is checked against fp64: the timed ones, or less where the truth needs more memory."""
+        shape = self.cut(self.gate_limits)
+        while (
+            _TRUTH_BYTES_PER_PAIR * self.pairs(shape) > truth_bytes
+            and max(shape.get("N", 1), shape.get("M", 1)) > 1
+        ):
+            larger = "M" if shape.get("M", 0) > shape.get("N", 0) else "N"
+            shape |= {larger: (shape[larger] + 1) // 2}
+        return shape
 
     def cut(self, limits: dict[str, int]) -> dict[str, int]:
         """The sizes, none above its limit."""

@@ -27,6 +27,7 @@ def _case(name: str, n: int, d: int, classes: int, *sets: str) -> Case:
         pairs=lambda shape: shape["N"] ** 2,
         options={"temperature": 1.0},
         sets=sets,
+        gate_limits={"N": 128},
     )
 
 

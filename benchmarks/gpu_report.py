@@ -143,7 +143,7 @@ def _backends() -> dict[str, str]:
     try:
         return json.loads(output.splitlines()[-1])
     except (ValueError, IndexError):
-        return {name: f"could not be asked: {status}" for name in fastnce.backends.names()}
+        return dict.fromkeys(fastnce.backends.names(), f"could not be asked: {status}")
 
 
 def _benchmarks(seconds: float) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -162,7 +162,7 @@ def _benchmarks(seconds: float) -> tuple[list[dict[str, Any]], dict[str, str]]:
                 + ["--dtype", *_DTYPES, "--limit", f"{max(1.0, 0.75 * share):.0f}"],
                 share,
             )
-            written = [p for p in out.glob("*.json")] if out.is_dir() else []
+            written = list(out.glob("*.json")) if out.is_dir() else []
             for path in written:
                 results += json.loads(path.read_text())["results"]
             if status != "ok":

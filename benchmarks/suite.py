@@ -88,10 +88,11 @@ def _fused_provider(case: Case, device: torch.device, dtype: torch.dtype, name: 
 
 
 def _compiled(name: str, call: Call, reason: str, extra_bytes: int) -> Provider:
-    # Deprecations inside the compiler are of no use to the reader of a table.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch._inductor")
-    compiled = torch.compile(call, dynamic=False)
-    return Provider(name, compiled, reason=reason, extra_bytes=extra_bytes, compiled=True)
+    if reason == "ok":
+        # Deprecations inside the compiler are of no use to the reader of a table.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch._inductor")
+        call = torch.compile(call, dynamic=False)
+    return Provider(name, call, reason=reason, extra_bytes=extra_bytes, compiled=True)
 
 
 def compiler(device: torch.device) -> str:
@@ -140,7 +141,8 @@ def run_cases(
                 results.append(_not_run(case, device, dtype))
                 continue
             # Compiled functions of one code object share a cache with a limit, beyond which they quietly run uncompiled.
-            torch.compiler.reset()
+            if with_compile:
+                torch.compiler.reset()
             competitors = providers(case, device, dtype, with_compile)
             entry = measure(case, competitors, fused(case, "torch"), device, dtype, seconds, log)
             rate = (rates or {}).get(entry["dtype"])

@@ -1,0 +1,382 @@
+"""The benchmarks: statistics, the gate, and the files that they write."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # benchmarks is not installed
+
+import fastnce  # noqa: E402
+from benchmarks import gpu_report, harness, machine, memory, report, suite  # noqa: E402
+from benchmarks.__main__ import main  # noqa: E402
+from benchmarks.case import Case, Provider  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+class FakeClock:
+    """Takes the seconds that each call returns, and notes who was called."""
+
+    def __init__(self):
+        self.order = []
+
+    def __call__(self, call, count):
+        self.order.append((call.name, count))
+        return [call() for _ in range(count)]
+
+
+class FakeCall:
+    def __init__(self, name, seconds):
+        self.name, self.seconds = name, iter(seconds)
+
+    def __call__(self):
+        return next(self.seconds)
+
+
+def constant(name, seconds):
+    return FakeCall(name, (seconds for _ in range(10**6)))
+
+
+def test_quartiles():
+    assert harness.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == {
+        "median": 3.0,
+        "q1": 2.0,
+        "q3": 4.0,
+        "samples": 5,
+    }
+    assert harness.quartiles([7.0]) == {"median": 7.0, "q1": 7.0, "q3": 7.0, "samples": 1}
+
+
+def test_providers_take_turns():
+    clock = FakeClock()
+    calls = {name: constant(name, 1.0) for name in "abc"}
+    times = harness.time_interleaved(calls, 15.0, clock)
+    turns = [name for name, _ in clock.order]
+    assert turns == list("abc") * (len(turns) // 3)
+    # One warm call each, then 15 s shared among three calls of 1 s.
+    assert {t["samples"] for t in times.values()} == {5}
+
+
+def test_a_quick_provider_gets_more_calls_and_the_same_time():
+    clock = FakeClock()
+    times = harness.time_interleaved(
+        {"slow": constant("slow", 1.0), "quick": constant("quick", 0.1)}, 10.0, clock
+    )
+    assert times["slow"]["samples"] == 5
+    assert 45 <= times["quick"]["samples"] <= 50
+    assert times["quick"]["median"] == pytest.approx(0.1)
+
+
+def test_a_call_longer_than_the_budget_is_not_repeated():
+    clock = FakeClock()
+    times = harness.time_interleaved(
+        {"endless": constant("endless", 100.0), "quick": constant("quick", 0.5)}, 3.0, clock
+    )
+    assert times["endless"] == {"median": 100.0, "q1": 100.0, "q3": 100.0, "samples": 1}
+    assert times["quick"]["samples"] == 6
+
+
+def test_one_slow_sample_does_not_move_the_median():
+    seconds = [1.0, 1.0, 90.0, *[1.0] * 100]
+    times = harness.time_interleaved({"a": FakeCall("a", seconds)}, 10.0, FakeClock())
+    assert times["a"]["median"] == 1.0
+
+
+def square_case(**changes):
+    values = {
+        "op": "square",
+        "name": "4 x 3",
+        "shape": {"N": 4, "D": 3},
+        "make": lambda shape, draw: {"x": draw.normal(shape["N"], shape["D"])},
+        "wrt": ("x",),
+        "products": 2,
+        "pairs": lambda shape: shape["N"] ** 2,
+    }
+    return Case(**(values | changes))
+
+
+def square(inputs):
+    return (inputs["x"] @ inputs["x"].T).square().sum()
+
+
+def measured(*providers, case=None, dtype=torch.float32):
+    entry = harness.measure(case or square_case(), list(providers), square, CPU, dtype, 0.01)
+    return {row["name"]: row for row in entry["providers"]}
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return (x @ x.T).square().sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * 4 * (x @ x.T) @ x * 1.01
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda inputs: square(inputs) * 1.01,
+        lambda inputs: WrongGradient.apply(inputs["x"]),
+        lambda inputs: square(inputs) + torch.nan,
+        lambda inputs: square(inputs).unsqueeze(0),
+    ],
+    ids=["result", "gradient", "nan", "shape"],
+)
+def test_the_gate_catches_a_wrong_provider_and_does_not_time_it(call, ours):
+    rows = measured(Provider("right", square), Provider("wrong", call, ours=ours))
+    assert rows["right"]["status"] == "ok"
+    assert rows["right"]["seconds"]["samples"] >= 1
+    assert rows["wrong"]["status"] == "wrong"
+    assert "error" in rows["wrong"]["reason"]
+    assert rows["wrong"]["seconds"] is None
+
+
+def test_ours_has_a_narrower_bound_than_a_rival():
+    def rounded(inputs):
+        return square(inputs) * (1 + 1e-4)
+
+    rows = measured(
+        Provider("eager", square),
+        Provider("ours", rounded, ours=True),
+        Provider("rival", rounded),
+    )
+    assert (rows["ours"]["status"], rows["rival"]["status"]) == ("wrong", "ok")
+
+
+def test_above_the_gate_providers_are_compared_at_the_timed_sizes():
+    """A provider that is wrong for large sizes only."""
+
+    def wrong_when_large(inputs):
+        return square(inputs) * (2.0 if len(inputs["x"]) > 4 else 1.0)
+
+    case = square_case(shape={"N": 8, "D": 3}, gate_limits={"N": 4})
+    rows = measured(Provider("eager", square), Provider("large", wrong_when_large), case=case)
+    assert rows["eager"]["status"] == "ok"
+    assert rows["large"]["status"] == "wrong"
+    assert "full size" in rows["large"]["reason"]
+
+
+def test_the_gate_shrinks_until_the_truth_fits():
+    case = square_case(shape={"N": 10**6, "D": 3})
+    shape = case.gate_shape(64 * 1000**2)
+    assert shape["D"] == 3
+    assert 500 <= shape["N"] <= 1000
+
+
+def test_a_provider_that_breaks_or_cannot_run_is_reported():
+    def broken(inputs):
+        raise RuntimeError("no such kernel\nand more")
+
+    rows = measured(
+        Provider("eager", square),
+        Provider("broken", broken),
+        Provider("absent", square, reason="no compiler"),
+        Provider("huge", square, extra_bytes=10**18),
+    )
+    assert (rows["broken"]["status"], rows["broken"]["reason"]) == (
+        "failed",
+        "RuntimeError: no such kernel",
+    )
+    assert (rows["absent"]["status"], rows["absent"]["reason"]) == ("unavailable", "no compiler")
+    assert rows["huge"]["status"] == "skipped"
+    assert rows["eager"]["seconds"] is not None
+
+
+def test_rate_counts_the_mandatory_products():
+    case = square_case()
+    assert case.flop == 2 * 2 * 4 * 4 * 3
+    row = measured(Provider("eager", square), case=case)["eager"]
+    assert row["gflops"] == pytest.approx(case.flop / row["seconds"]["median"] / 1e9)
+
+
+def entry_with(ours, rival):
+    rows = [
+        {"name": "rival", "ours": False, "status": "ok", "seconds": harness.quartiles([rival])},
+        {"name": "native", "ours": True, "status": "ok", "seconds": harness.quartiles([ours])},
+    ]
+    return {"op": "o", "case": "c", "dtype": "float32", "providers": rows}
+
+
+def test_losses_are_reported_like_wins():
+    lines = report.summary([entry_with(1.0, 3.0), entry_with(2.0, 1.0)])
+    assert "3.00x faster than rival" in lines[0]
+    assert "LOSS, 2.00x slower than rival" in lines[1]
+    assert lines[2] == "- 1 won, 1 lost"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/clear_refs")
+def test_peak_memory_of_a_known_allocation():
+    """A job whose arrays have a known size, measured as the subprocess measures."""
+    case = square_case(shape={"N": 3000, "D": 3})
+    eager = Provider("eager", square)
+    matrix = 3000**2 * 4
+    peak = memory.peak_extra(case, eager, torch.float32)
+    # The products and their square; in the backward two gradients of that size.
+    assert 1.5 * matrix < peak < 6 * matrix
+
+
+@pytest.mark.parametrize("op", suite.OPS)
+def test_every_op_has_cases_whose_published_form_is_right(op):
+    """The baselines against the reference, cut down so that it is quick."""
+    quick = suite.cases(op, "quick", CPU)
+    assert quick
+    assert suite.cases(op, "full", CPU)
+    names = [case.name for case in quick]
+    assert len(set(names)) == len(names)
+    for case in quick:
+        shape = case.cut({"N": 24, "M": 40, "S": 16, "image": 32, "D": 40})
+        inputs = case.inputs(CPU, torch.float64, shape)
+        truth = harness.run(suite.fused(case, "torch"), inputs, case.wrt)
+        found = suite.providers(case, CPU, torch.float64, with_compile=False)
+        rivals = [p for p in found if p.reason == "ok" and p.name != "eager"]
+        assert any(p.name == "published" for p in rivals)
+        for provider in rivals:
+            error = harness.errors(harness.run(provider.call, inputs, case.wrt), truth)
+            assert max(error.values()) < 1e-6, (case.name, provider.name, error)
+
+
+def test_demo_set_and_the_ops_of_the_package():
+    demo = {op for op in suite.OPS for _ in suite.cases(op, "demo", CPU)}
+    assert {"info_nce", "patch_nce", "conditional_contrastive", "sample_patches"} <= demo
+    assert all(callable(getattr(fastnce, op)) for op in suite.OPS)
+
+
+@pytest.fixture
+def restored_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_short_run_writes_its_json_table_and_plot(tmp_path, capsys, restored_threads):
+    pytest.importorskip("matplotlib")
+    options = ["--seconds", "0.2", "--device", "cpu", "--threads", "1", "--out", str(tmp_path)]
+    assert main(["patch_nce", *options]) == 0
+    stem = machine.slug(machine.device_name(CPU)) + "-patch_nce"
+    assert {p.name for p in tmp_path.iterdir()} == {f"{stem}.{s}" for s in ("json", "md", "png")}
+    document = json.loads((tmp_path / f"{stem}.json").read_text())
+    assert document["format"] == report.FORMAT
+    assert document["machine"]["torch"] == torch.__version__
+    assert document["matmul_gflops"]["float32"] > 0
+    assert len(document["results"]) == len(suite.cases("patch_nce", "quick", CPU))
+    for entry in document["results"]:
+        assert entry["op"] == "patch_nce"
+        assert entry["flop"] > 0
+        rows = {row["name"]: row for row in entry["providers"]}
+        assert rows["compile"]["status"] == "unavailable"
+        for name in ("eager", "published"):
+            row = rows[name]
+            assert row["status"] == "ok"
+            seconds = row["seconds"]
+            assert 0 < seconds["q1"] <= seconds["median"] <= seconds["q3"]
+            assert row["gflops"] > 0
+            assert row["share_of_matmul"] > 0
+            assert row["error"].keys() == row["allowed"].keys() == {"output", "gradient"}
+            if sys.platform == "linux":
+                assert row["peak_extra_bytes"] > 0
+        native = rows["native"]
+        available = fastnce.backends.available()["native"]
+        assert native["status"] == ("ok" if available == "ok" else "unavailable")
+    printed = capsys.readouterr().out
+    assert "| eager" in printed
+    assert "## patch_nce: CUT, 1 image" in (tmp_path / f"{stem}.md").read_text()
+
+
+def test_cases_beyond_the_limit_are_listed_as_not_run():
+    cases = suite.cases("nt_xent", "quick", CPU)
+    results = suite.run_cases(cases, CPU, [torch.float32], seconds=0.1, deadline=0.0)
+    assert [entry["not_run"] for entry in results] == ["out of time"] * len(cases)
+    assert "Not run: out of time" in report.case_table(results[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info_nc"], "did you mean 'info_nce'?"),
+        (["gpu_report"], "did you mean 'gpu-report'?"),
+        (["info_nce", "--seconds", "-1"], "expected a positive number, got '-1'"),
+        (["info_nce", "--dtype", "fp32"], "invalid choice: 'fp32'"),
+        (["info_nce", "--threads", "0"], "--threads must be at least 1, got 0"),
+        (["info_nce", "--device", "cuda"], "torch sees no GPU"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err
+    assert message in line
+    assert line.count("\n") == 1
+
+
+def test_gpu_report_without_a_gpu_says_so(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["gpu-report", "--out", str(tmp_path / "report")]) == 1
+    line = capsys.readouterr().err
+    assert "sees no GPU" in line
+    assert line.count("\n") == 1
+    assert not (tmp_path / "report").exists()
+
+
+def test_gpu_report_survives_a_crash_and_reports_it(capsys, monkeypatch, tmp_path):
+    """The report's steps, with subprocesses that stand in for those on a GPU: one op crashes after its first case."""
+    cpu_facts = machine.describe(CPU)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "describe", lambda device: cpu_facts)
+    monkeypatch.setattr(machine, "matmul_rates", lambda *a, **k: {"bfloat16": 7e5, "tf32": 4e5})
+
+    def step(arguments, limit):
+        assert limit > 0
+        if arguments[0] == "-c":
+            return "ok", '{"native": "the compiled kernels run on cpu", "torch": "ok"}'
+        if arguments[1] == "pytest":
+            return "ok", "12 passed"
+        op, out = arguments[2], Path(arguments[arguments.index("--out") + 1])
+        assert arguments[arguments.index("--device") + 1] == "cuda"
+        results = [entry_with(1.0, 2.0) | {"op": op, "shape": {}, "gradients": [], "products": 0}]
+        results[0]["device"] = "cuda"
+        settings = {"title": op, "machine": cpu_facts, "rates": {}, "settings": {}}
+        report.write(out, op, results, **settings)
+        return ("failed with status 1" if op == "sup_con" else "ok"), "illegal memory access"
+
+    monkeypatch.setattr(gpu_report, "_step", step)
+    assert main(["gpu-report", "--out", str(tmp_path)]) == 1
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert [entry["op"] for entry in document["results"]] == list(suite.OPS)
+    assert list(document["failures"]) == ["sup_con"]
+    assert document["tests"]["status"] == "ok"
+    table = (tmp_path / "results.md").read_text()
+    assert "- backend native: the compiled kernels run on cpu" in table
+    assert "- benchmark of sup_con: failed with status 1" in table
+
+
+def test_a_step_that_hangs_is_stopped():
+    status, output = gpu_report._step(
+        ["-u", "-c", "import time; print('begun'); time.sleep(60)"], 1.5
+    )
+    assert status.startswith("stopped after")
+    assert output.strip() in ("", "begun")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_short_run_on_a_gpu(tmp_path):
+    options = ["--seconds", "0.2", "--device", "cuda", "--no-compile", "--out", str(tmp_path)]
+    assert main(["patch_nce", *options]) == 0
+    (path,) = tmp_path.glob("*.json")
+    document = json.loads(path.read_text())
+    assert document["matmul_gflops"]["tf32"] > 0
+    for entry in document["results"]:
+        rows = {row["name"]: row for row in entry["providers"]}
+        assert rows["eager"]["status"] == rows["published"]["status"] == "ok"
+        assert rows["eager"]["peak_extra_bytes"] > 0
