@@ -55,7 +55,7 @@ class PatchDiscriminator(nn.Module):
             layers.append(nn.Conv2d(channels, width, 4, stride=stride, padding=1))
             if index > 0:
                 layers.append(nn.InstanceNorm2d(width) if norm == "instance" else nn.Identity())
-            layers.append(nn.LeakyReLU(0.2, inplace=True))
+            layers.append(nn.LeakyReLU(0.2))
             if downsamples and antialias:
                 layers.append(Downsample(width))
             channels = width

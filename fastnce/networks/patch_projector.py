@@ -31,7 +31,7 @@ class PatchProjector(nn.Module):
         self.in_channels = list(in_channels)
         for index, channels in enumerate(self.in_channels):
             mlp = nn.Sequential(
-                nn.Linear(channels, dim), nn.ReLU(inplace=True), nn.Linear(dim, dim)
+                nn.Linear(channels, dim), nn.ReLU(), nn.Linear(dim, dim)
             )
             self.add_module(f"mlp_{index}", mlp)
         init_xavier(self)

@@ -57,7 +57,7 @@ class ResnetGenerator(nn.Module):
         super().__init__()
         c = base_channels
         layers: list[nn.Module] = [nn.ReflectionPad2d(3), nn.Conv2d(in_channels, c, 7)]
-        layers += [nn.InstanceNorm2d(c), nn.ReLU(inplace=True)]
+        layers += [nn.InstanceNorm2d(c), nn.ReLU()]
         for width in (c, 2 * c):
             layers += _downsampling(width, 2 * width, antialias)
         self.first_block = len(layers)
@@ -105,11 +105,11 @@ class ResnetGenerator(nn.Module):
 
 def _downsampling(in_channels: int, out_channels: int, antialias: bool) -> list[nn.Module]:
     conv = nn.Conv2d(in_channels, out_channels, 3, stride=1 if antialias else 2, padding=1)
-    layers = [conv, nn.InstanceNorm2d(out_channels), nn.ReLU(inplace=True)]
+    layers = [conv, nn.InstanceNorm2d(out_channels), nn.ReLU()]
     return [*layers, Downsample(out_channels)] if antialias else layers
 
 
 def _upsampling(in_channels: int, out_channels: int) -> list[nn.Module]:
     conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
     norm = nn.InstanceNorm2d(out_channels)
-    return [Upsample(in_channels), conv, norm, nn.ReLU(inplace=True)]
+    return [Upsample(in_channels), conv, norm, nn.ReLU()]
