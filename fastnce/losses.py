@@ -174,7 +174,9 @@ class CLIPLoss(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:
         """The loss of ``image`` and ``text`` (N, D), whose cosines are multiplied by ``logit_scale`` (already exponentiated)."""
-        temperature = (
-            1 / logit_scale if isinstance(logit_scale, float) else logit_scale.reciprocal()
-        )
+        if not isinstance(logit_scale, Tensor) and not logit_scale > 0:
+            raise ValueError(
+                f"CLIPLoss: logit_scale must be positive, got {logit_scale}. CLIP trains its logarithm: pass log_scale.exp()."
+            )
+        temperature = 1 / logit_scale
         return ops.info_nce(image, text, temperature=temperature, symmetric=True, **self.options)
