@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "--limit",
         type=_positive,
         metavar="SECONDS",
-        help="begin no further case after this time; demo and gpu-report set their own",
+        help="begin no further case after this time (default: none; demo: twice its --seconds)",
     )
     add(
         "--minutes",
@@ -152,7 +152,7 @@ def _benchmark(args: argparse.Namespace) -> int:
     total = (args.seconds or 30.0) if is_demo else None
     # Beside the timing, a demo spends its time on starting, gates, warm-up and memory.
     seconds = 0.4 * total / max(1, len(chosen)) if is_demo else args.seconds or 5.0
-    limit = args.limit or total or float("inf")
+    limit = args.limit or (2 * total if is_demo else float("inf"))
 
     with_compile = args.compile
     if with_compile is None:

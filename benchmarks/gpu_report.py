@@ -44,7 +44,7 @@ def main(out: Path, minutes: float = 9.0) -> int:
         )
         return 1
     start = time.monotonic()
-    total = minutes * 60 - 10  # for writing the report
+    total = minutes * 60 - 20  # for starting and for writing the report
     device = torch.device("cuda")
     facts = machine.describe(device)
     _say(f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}")

@@ -75,7 +75,7 @@ def add_cpu_peaks(results: list[dict[str, Any]], deadline: float) -> None:
 def _ask_subprocess(jobs: list[dict[str, str]], deadline: float) -> tuple[list[int], str]:
     if not jobs or not os.access("/proc/self/clear_refs", os.W_OK):
         return [], "not measured: needs Linux's /proc/self/clear_refs"
-    limit = None if deadline == float("inf") else max(15.0, deadline - time.monotonic())
+    limit = None if deadline == float("inf") else max(30.0, deadline - time.monotonic())
     command = [sys.executable, "-m", "benchmarks.memory", str(torch.get_num_threads())]
     try:
         done = subprocess.run(

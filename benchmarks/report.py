@@ -90,9 +90,7 @@ def case_table(entry: dict[str, Any]) -> str:
     eager = _median(entry, "eager")
     rows = [_table_row(row, eager) for row in entry["providers"] if row["seconds"]]
     notes = [
-        f"- {row['name']}: {row['status']}, {row['reason']}"
-        for row in entry["providers"]
-        if row["status"] != "ok"
+        f"- {row['name']}: {_note(row)}" for row in entry["providers"] if row["status"] != "ok"
     ]
     unmeasured = {row["peak_extra_note"] for row in entry["providers"] if "peak_extra_note" in row}
     parts = [heading, facts]
@@ -103,6 +101,11 @@ def case_table(entry: dict[str, Any]) -> str:
     if notes:
         parts.append("Not timed:\n" + "\n".join(notes))
     return "\n\n".join(parts)
+
+
+def _note(row: dict[str, Any]) -> str:
+    absent = row["status"] in ("unavailable", "skipped")
+    return row["reason"] if absent else f"{row['status'].upper()}, {row['reason']}"
 
 
 def _table_row(row: dict[str, Any], eager: float | None) -> tuple[str, ...]:
