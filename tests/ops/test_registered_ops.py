@@ -1,0 +1,86 @@
+"""Every op that a compiled backend registers with PyTorch keeps PyTorch's rules for registered ops."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastnce import backends
+from fastnce.testing import SAMPLE_INPUTS, run
+
+pytestmark = pytest.mark.skipif(
+    backends.available()["native"] != "ok", reason=backends.available()["native"]
+)
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the arguments of every call of a torch.ops.fastnce op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, list] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastnce":
+            self.calls.setdefault(func.name(), []).append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, list]:
+    """Calls of every op, in every form of the samples, forward and backward, fp32 and bf16."""
+    with Recorder() as recorder:
+        for op, samples in SAMPLE_INPUTS.items():
+            for dtype in (torch.float32, torch.bfloat16):
+                if backends._TABLE["native"].supports(op, "cpu", dtype) != "ok":
+                    continue
+                for sample in samples(dtype, "cpu", torch.Generator().manual_seed(0)):
+                    run(op, sample, backend="native")
+    return recorder.calls
+
+
+def registered() -> list[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted({name.split(".")[0] for name in names if name.startswith("fastnce::")})
+
+
+def test_samples_reach_every_registered_op(recorded):
+    assert registered()
+    # What has no tensor argument is a query of the library, not an op.
+    with_tensors = {name for name in registered() if takes_tensors(name)}
+    assert {name.split(".")[0] for name in recorded} == with_tensors
+
+
+def takes_tensors(name: str) -> bool:
+    overload = getattr(torch.ops.fastnce, name.removeprefix("fastnce::")).default
+    return any("Tensor" in str(argument.type) for argument in overload._schema.arguments)
+
+
+@pytest.mark.parametrize("name", registered())
+def test_opcheck(name, recorded):
+    if not takes_tensors(name):
+        pytest.skip("no tensors")
+    for func, args, kwargs in recorded[name][::4] + recorded[name][-1:]:
+        detached = torch.utils._pytree.tree_map(
+            lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, args
+        )
+        torch.library.opcheck(
+            func,
+            detached,
+            kwargs,
+            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+        )
+
+
+@pytest.mark.parametrize("name", registered())
+def test_outputs_are_written_whole(name, recorded):
+    """With fresh memory filled with NaN, an element that a kernel forgot would be NaN."""
+    if not takes_tensors(name):
+        pytest.skip("no tensors")
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
+    try:
+        for func, args, kwargs in recorded[name]:
+            for out in torch.utils._pytree.tree_leaves(func(*args, **kwargs)):
+                if isinstance(out, torch.Tensor):
+                    assert out.isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
