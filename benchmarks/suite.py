@@ -79,7 +79,7 @@ def _fused_names() -> list[str]:
 
 def _fused_provider(case: Case, device: torch.device, dtype: torch.dtype, name: str) -> Provider:
     # The backend's own predicate: its reason without the advice that the public op adds for a caller.
-    reason = fastnce.backends._TABLE[name].supports(case.op, device.type, dtype)
+    reason = fastnce.backends.supports(name, case.op, device.type, dtype)
     return Provider(name, fused(case, name), ours=True, reason=reason)
 
 

@@ -45,6 +45,17 @@ def available() -> dict[str, str]:
     return {name: module.available() for name, module in _TABLE.items()}
 
 
+def supports(name: str, op: str, device_type: str, dtype: torch.dtype) -> str:
+    """``"ok"``, or why the backend ``name`` cannot run ``op`` on tensors of ``dtype`` on ``device_type`` ("cpu", "cuda").
+
+    Example:
+        >>> import fastnce, torch
+        >>> fastnce.backends.supports("torch", "info_nce", "cpu", torch.float32)
+        'ok'
+    """
+    return _module(name).supports(op, device_type, dtype)
+
+
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Runs every op inside the ``with`` block on the backend ``name`` (``None``: chosen automatically).

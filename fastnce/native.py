@@ -30,11 +30,11 @@ def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
     if _STATUS != "ok":
         return _STATUS
     if op not in _OPS:
-        return f"{op} has no compiled kernel. Use backend='torch'"
+        return f"{op} has no compiled kernel yet"
     if device_type not in _DEVICES:
-        return f"the compiled kernels run on {', '.join(_DEVICES)}. Use backend='torch'"
+        return f"the compiled kernels run on {', '.join(_DEVICES)} tensors"
     if dtype not in _DTYPES:
-        return "the compiled kernels take float64, float32, bfloat16 and float16. Convert the input"
+        return "the compiled kernels take float64, float32, bfloat16 and float16"
     return "ok"
 
 
