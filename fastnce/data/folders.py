@@ -164,8 +164,13 @@ def save_image(tensor: torch.Tensor, path: Path | str) -> None:
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] of any shape to uint8 on the CPU: clamped, (x + 1) / 2 * 255, truncated."""
-    return ((images.detach().float().clamp(-1, 1) + 1) / 2 * 255).to("cpu", torch.uint8)
+    """Images in [-1, 1] of any shape to uint8 on the CPU: clamped, (x + 1) / 2 * 255, truncated.
+
+    A ten-thousandth of a level is added first: float32 arithmetic leaves 63 of the 256 levels just
+    below themselves, and truncation would darken an image each time it is loaded and saved.
+    """
+    levels = (images.detach().float().clamp(-1, 1) + 1) / 2 * 255
+    return (levels + 1e-4).to("cpu", torch.uint8)
 
 
 def to_array(image: Image.Image) -> np.ndarray:

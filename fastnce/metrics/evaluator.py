@@ -160,7 +160,20 @@ def load_evaluator(
 def train_evaluator(
     evaluator: Evaluator, recipe: EvaluatorRecipe, *, progress: bool = True
 ) -> None:
-    """Trains in place on images made for each step; the sum of both heads' cross-entropies."""
+    """Trains in place on images made for each step; the sum of both heads' cross-entropies.
+
+    Runs on one thread, about half a minute: so the weights do not depend on the number of cores,
+    and a busy machine does not make a small network wait for its second thread.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        _train(evaluator, recipe, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(evaluator: Evaluator, recipe: EvaluatorRecipe, progress: bool) -> None:
     batches = EvaluatorBatches(recipe)
     optimizer = torch.optim.AdamW(evaluator.parameters(), recipe.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

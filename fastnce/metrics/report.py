@@ -101,10 +101,7 @@ def evaluate(
     return {
         "extractor": extractor_name(evaluator),
         "count": count,
-        "rows": [
-            {"name": name} | (results[name] if name in results else {"note": row})
-            for name, row in rows.items()
-        ],
+        "rows": [{"name": name} | results.get(name, {"note": row}) for name, row in rows.items()],
     }
 
 
@@ -123,6 +120,7 @@ def evaluate_digits(
     data_root: Path | str,
     *,
     without_nce: Tensor | None = None,
+    evaluator: Evaluator | None = None,
     cache: Path | str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -138,7 +136,8 @@ def evaluate_digits(
         translated: (N, 3, 32, 32) in [-1, 1], `digits_to_translate(data_root)` translated.
         data_root: Folder of the set.
         without_nce: The same from a run with the contrastive loss off.
-        cache: Folder for the evaluator; see `load_evaluator`.
+        evaluator: What judges; by default the set's own, trained once and cached.
+        cache: Folder for that one; see `load_evaluator`.
         progress: Shows a bar if the evaluator has to be trained first.
 
     Returns:
@@ -159,7 +158,8 @@ def evaluate_digits(
                 f"evaluate_digits: {name}: expected {tuple(a.shape)}, the images of testA, "
                 f"got {tuple(images.shape)}. Translate all of testA at its own size."
             )
-    evaluator = load_evaluator(recipe, cache=cache, progress=progress)
+    if evaluator is None:
+        evaluator = load_evaluator(recipe, cache=cache, progress=progress)
     rows: dict[str, Row | str] = {
         TRANSLATED: Row(translated, digits_a),
         WITHOUT_NCE: WITHOUT_NCE_NOTE if without_nce is None else Row(without_nce, digits_a),

@@ -116,6 +116,11 @@ def test_bytes_are_clamped_and_truncated():
     assert to_uint8(values).tolist() == expected
 
 
+def test_loading_and_saving_again_changes_nothing():
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    assert to_uint8(to_tensor(levels)).flatten().tolist() == list(range(256))
+
+
 def test_warp_by_nothing_changes_nothing():
     array = noise(9, 12)
     assert np.array_equal(warp(array, Affine(0.0, 1.0, 0.0, 0.0)), array)

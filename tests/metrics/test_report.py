@@ -1,0 +1,157 @@
+"""The evaluation's table: what it compares, what it says, and what it refuses."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastnce.data import list_images, load_image, save_image, write_digits_photos
+from fastnce.errors import UserError
+from fastnce.metrics import (
+    Evaluator,
+    Row,
+    compare_folders,
+    digits_to_translate,
+    evaluate,
+    evaluate_digits,
+    format_table,
+    load_evaluator,
+    recipe_for,
+    write_report,
+)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return write_digits_photos(tmp_path_factory.mktemp("demo") / "digits")
+
+
+@pytest.fixture(scope="module")
+def evaluator(digits, tmp_path_factory) -> Evaluator:
+    """Trained for a few seconds: enough to read digits and to tell the photographs from black."""
+    recipe = recipe_for(digits, steps=150, base_channels=12, photos=("coffee", "china"))
+    return load_evaluator(recipe, cache=tmp_path_factory.mktemp("cache"), progress=False)
+
+
+@pytest.fixture(scope="module")
+def result(digits, evaluator):
+    return evaluate_digits(digits_to_translate(digits), digits, evaluator=evaluator)
+
+
+def rows_of(result) -> dict[str, dict]:
+    return {row["name"]: row for row in result["rows"]}
+
+
+def test_the_baselines_have_their_character(result):
+    rows = rows_of(result)
+    plain = rows["untranslated A"]
+    halves, ideal = rows["B against other images of B"], rows["ideal: the same digits composited"]
+    assert plain["fid_share"] == 1
+    for row in (halves, ideal):
+        assert row["fid_share"] < 0.1 and row["kid"] < 0.1 * plain["kid"]
+    # Untranslated digits are legible: content alone does not show that anything was translated.
+    assert plain["content_accuracy"] > 0.8 and ideal["content_accuracy"] > 0.7
+    assert result["count"] == 302 and result["extractor"].startswith("fastnce-digits-photos")
+
+
+def test_images_as_they_are_give_the_untranslated_row(result):
+    rows = rows_of(result)
+    same = {key: value for key, value in rows["translated"].items() if key != "name"}
+    assert same == {k: v for k, v in rows["untranslated A"].items() if k != "name"}
+
+
+def test_a_row_not_measured_says_how_to_get_it(result):
+    row = rows_of(result)["translated, contrastive loss off"]
+    assert set(row) == {"name", "note"} and "--lambda-nce 0" in row["note"]
+    assert row["note"] in format_table(result)
+
+
+def test_a_run_without_the_contrastive_loss_is_measured(digits, evaluator, result):
+    images = digits_to_translate(digits)
+    row = rows_of(evaluate_digits(images, digits, without_nce=-images, evaluator=evaluator))[
+        "translated, contrastive loss off"
+    ]
+    assert row["fid"] > 0 and row["fid"] != rows_of(result)["translated"]["fid"]
+
+
+def test_what_is_evaluated_is_what_would_be_saved(digits, evaluator, tmp_path):
+    images = digits_to_translate(digits)[:40] * 0.9
+    labels = torch.zeros(40, dtype=torch.int64)
+    for number, image in enumerate(images):
+        save_image(image, tmp_path / f"{number:04d}.png")
+    saved = torch.stack([load_image(path) for path in list_images(tmp_path)])
+    one = evaluate({"x": Row(images, labels)}, saved, evaluator)["rows"][0]
+    assert one["fid"] == pytest.approx(0, abs=1e-4)
+
+
+def test_every_row_uses_as_many_images_as_the_smallest(evaluator):
+    images = torch.rand(30, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    labels = torch.zeros(30, dtype=torch.int64)
+    whole = evaluate({"x": Row(images[:10], labels[:10])}, images[:10], evaluator)
+    cut = evaluate(
+        {"x": Row(images[:10], labels[:10]), "y": Row(images, labels)}, images, evaluator
+    )
+    assert cut["count"] == 10 and cut["rows"][0] == whole["rows"][0]
+
+
+def test_content_accuracy_counts_the_digits_read(evaluator, digits):
+    images = digits_to_translate(digits)[:50]
+    read = evaluator.read_digits(images)
+    wrong = torch.where(torch.arange(50) < 20, (read + 1) % 10, read)
+    row = evaluate({"x": Row(images, wrong)}, images, evaluator)["rows"][0]
+    assert row["content_accuracy"] == 0.6
+
+
+def test_images_that_are_not_finite_are_told(digits, evaluator, tmp_path):
+    images = digits_to_translate(digits) * math.nan
+    result = evaluate_digits(images, digits, evaluator=evaluator)
+    row = rows_of(result)["translated"]
+    assert row["content_accuracy"] == 0 and row["fid"] is None and row["fid_share"] is None
+    assert "translated: its images hold values that are not finite" in format_table(result)
+    write_report(result, tmp_path)
+    json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_the_report_is_json_and_a_markdown_table(result, tmp_path):
+    paths = write_report(result, tmp_path / "run")
+    assert [path.name for path in paths] == ["metrics.json", "metrics.md"]
+    assert json.loads(paths[0].read_text()) == result
+    lines = paths[1].read_text().splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + len(result["rows"])
+    assert len({len(line) for line in table}) == 1 and len({line.count("|") for line in table}) == 1
+    assert any("302 images in each row" in line for line in lines)
+
+
+def test_translated_images_of_another_shape_are_refused(digits, evaluator):
+    with pytest.raises(
+        ValueError, match=r"translated: expected \(304, 3, 32, 32\).*got \(5, 3, 32"
+    ):
+        evaluate_digits(torch.zeros(5, 3, 32, 32), digits, evaluator=evaluator)
+
+
+def test_files_added_to_the_set_are_named(tmp_path):
+    root = write_digits_photos(tmp_path / "digits")
+    save_image(torch.zeros(3, 32, 32), root / "testA" / "new.png")
+    with pytest.raises(UserError, match=r"testA/new\.png is not in labels\.json"):
+        digits_to_translate(root)
+
+
+def test_folders_of_any_images_with_an_extractor_of_ones_own(tmp_path):
+    class Colour(nn.Module):
+        def forward(self, images):
+            return images.mean((2, 3))
+
+    generator = torch.Generator().manual_seed(0)
+    for number in range(6):
+        colour = torch.rand(3, 1, 1, generator=generator).expand(3, 8, 12) - 0.5
+        save_image(colour, tmp_path / "one" / f"{number}.png")
+        save_image(colour + 0.2, tmp_path / "other" / f"{number}.png")
+    result = compare_folders(tmp_path / "one", tmp_path / "other", Colour())
+    assert result.fid == pytest.approx(3 * 0.2**2, rel=0.1)  # up to the rounding to bytes
+    assert result.extractor == "Colour" and result.counts == (6, 6)
+    save_image(torch.zeros(3, 8, 8), tmp_path / "one" / "x.png")
+    with pytest.raises(UserError, match=r"x\.png: is 8x8, but .*0\.png is 12x8"):
+        compare_folders(tmp_path / "one", tmp_path / "other", Colour())
