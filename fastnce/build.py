@@ -11,8 +11,10 @@ Environment:
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -103,6 +105,7 @@ def build(
     with tempfile.TemporaryDirectory(prefix="fastnce-build-") as folder:
         objects = _compile(compiler, sources, include, stamp, Path(folder), verbose)
         _link(compiler, objects, libraries, output, verbose)
+    _tell_installer(output)
     return output
 
 
@@ -146,6 +149,26 @@ def _link(
         os.replace(temporary, output)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _tell_installer(library: Path) -> None:
+    """Adds a library built after the installation to the installer's list, so that uninstalling removes it.
+
+    Left behind, its folder would stand in the way of an editable installation.
+    """
+    try:
+        distribution = importlib.metadata.distribution("fastnce")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    root = Path(str(distribution.locate_file(""))).resolve()
+    listed = {str(file): file for file in distribution.files or ()}
+    record = next((file for name, file in listed.items() if name.endswith("/RECORD")), None)
+    if root not in library.parents or record is None:
+        return
+    name = library.relative_to(root).as_posix()
+    if name not in listed:
+        with contextlib.suppress(OSError), open(record.locate(), "a") as file:
+            file.write(f"{name},,\n")
 
 
 def _run(command: list[str], verbose: bool) -> None:

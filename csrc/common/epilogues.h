@@ -28,7 +28,7 @@ inline T finite_or_zero(T maximum) {
 }
 
 template <class T>
-void exp_rows(int64_t rows, int64_t lanes, T* z, T* offset, T* sum) {
+void exp_rows(int64_t rows, int64_t lanes, T* z, T* offset, T* sum, T* moment) {
   for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
     Vector<T> maximum = splat(-kInfinity<T>);
     for_vectors<T>(lanes, [&](int64_t j, Signed<T> valid) {
@@ -36,14 +36,16 @@ void exp_rows(int64_t rows, int64_t lanes, T* z, T* offset, T* sum) {
       maximum = Max::apply(valid ? x : maximum, maximum);
     });
     const T shift = finite_or_zero(reduce<Max, T>(maximum));
-    Vector<T> total = {};
+    Vector<T> total = {}, weighted = {};
     for_vectors<T>(lanes, [&](int64_t j, Signed<T> valid) {
-      const Vector<T> e = exp(load(z + j) - shift);
+      const Vector<T> t = load(z + j) - shift, e = exp(t);
       store(z + j, e);
       total += valid ? e : Vector<T>{};
+      weighted += valid ? e * t : Vector<T>{};
     });
     offset[r] = shift;
     sum[r] = reduce<Sum, T>(total);
+    moment[r] = reduce<Sum, T>(weighted);
   }
 }
 
@@ -82,24 +84,32 @@ void scale_rows(int64_t rows, int64_t lanes, T* z, const T* factor) {
 }
 
 template <class T>
-void softmax_rows(int64_t rows, int64_t lanes, T* z, const T* offset, const T* weight) {
+void softmax_rows(int64_t rows, int64_t lanes, T* z, const SoftmaxValues<T>& row, T* moment) {
   for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
-    for (int64_t j = 0; j < lanes; j += kLanes<T>) {
-      store(z + j, exp(load(z + j) - offset[r]) * weight[r]);
-    }
+    Vector<T> weighted = {};
+    for_vectors<T>(lanes, [&](int64_t j, Signed<T> valid) {
+      const Vector<T> x = load(z + j), g = exp(x - row.offset[r]) * row.weight[r];
+      store(z + j, g);
+      weighted += valid ? g * (x - row.center[r]) : Vector<T>{};
+    });
+    moment[r] = reduce<Sum, T>(weighted);
   }
 }
 
 // Per-column values are read a vector at a time; the caller pads them to the slab's width.
 template <class T>
-void softmax_both(int64_t rows, int64_t lanes, T* z, const T* offset, const T* weight,
-                  const T* column_offset, const T* column_weight) {
+void softmax_both(int64_t rows, int64_t lanes, T* z, const SoftmaxValues<T>& row,
+                  const SoftmaxValues<T>& column, T* moment) {
   for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
-    for (int64_t j = 0; j < lanes; j += kLanes<T>) {
-      const Vector<T> x = load(z + j);
-      const Vector<T> by_column = exp(x - load(column_offset + j)) * load(column_weight + j);
-      store(z + j, exp(x - offset[r]) * weight[r] + by_column);
-    }
+    Vector<T> weighted = {};
+    for_vectors<T>(lanes, [&](int64_t j, Signed<T> valid) {
+      const Vector<T> x = load(z + j), g = exp(x - row.offset[r]) * row.weight[r];
+      const Vector<T> by_column = exp(x - load(column.offset + j)) * load(column.weight + j);
+      store(z + j, g + by_column);
+      const Vector<T> moments = g * (x - row.center[r]) + by_column * (x - load(column.center + j));
+      weighted += valid ? moments : Vector<T>{};
+    });
+    moment[r] = reduce<Sum, T>(weighted);
   }
 }
 
@@ -151,19 +161,25 @@ template <class T>
 void label_gradient(int64_t rows, int64_t lanes, T* z, int64_t self,
                     const typename LaneInteger<T>::type* row_label,
                     const typename LaneInteger<T>::type* column_label, const LabelWeights<T>& row,
-                    const LabelWeights<T>& column) {
+                    const LabelWeights<T>& column, T* moment) {
   for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
+    Vector<T> weighted = {};
     for_vectors<T>(lanes, [&](int64_t j, Signed<T> valid) {
       const LabelMasks<T> mask(valid, j, self + r, row_label[r], column_label);
       const Vector<T> x = load(z + j);
-      Vector<T> all = exp(x - row.all_offset[r]) * row.all_weight[r];
-      all += exp(x - load(column.all_offset + j)) * load(column.all_weight + j);
-      // Where the class differs this may overflow, and is selected away.
-      Vector<T> same = exp(x - row.same_offset[r]) * row.same_weight[r];
-      same += exp(x - load(column.same_offset + j)) * load(column.same_weight + j);
-      all -= mask.same ? same : Vector<T>{};
-      store(z + j, mask.allowed ? all : Vector<T>{});
+      const Vector<T> all = exp(x - row.all_offset[r]) * row.all_weight[r];
+      const Vector<T> all_by_column =
+          exp(x - load(column.all_offset + j)) * load(column.all_weight + j);
+      // Where the class differs these may overflow, and are selected away.
+      const Vector<T> same = exp(x - row.same_offset[r]) * row.same_weight[r];
+      const Vector<T> same_by_column =
+          exp(x - load(column.same_offset + j)) * load(column.same_weight + j);
+      const Vector<T> by_row = all - (mask.same ? same : Vector<T>{});
+      const Vector<T> by_column = all_by_column - (mask.same ? same_by_column : Vector<T>{});
+      store(z + j, mask.allowed ? by_row + by_column : Vector<T>{});
+      weighted += mask.allowed ? by_row * (x - row.center[r]) : Vector<T>{};
     });
+    moment[r] = reduce<Sum, T>(weighted);
   }
 }
 

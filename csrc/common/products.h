@@ -9,7 +9,7 @@ namespace fastnce::FASTNCE_ISA {
 
 // Summed in one run: bounds rounding error, and keeps the block of b in the first-level cache.
 template <class T>
-constexpr int64_t kDepthBlock = (256 / kWidth<T>)*kWidth<T>;
+constexpr int64_t kDepthBlock = (128 / kWidth<T>)*kWidth<T>;
 
 // c (kRows, kVectors * lanes) += sum over k < depth of a(row, k) b(k, :).
 // Untransposed, a's rows are kWidth apart and k crosses slabs; transposed, k runs down one slab.

@@ -22,6 +22,16 @@ struct LaneInteger<double> {
   using type = int64_t;
 };
 
+// Softmax weights weight * exp(z - offset) along one side of the matrix of logits. Moments of
+// logits are taken relative to `center`: rows of the gradient sum to 0, so it may be any number,
+// and one near the largest logit keeps large numbers from cancelling.
+template <class T>
+struct SoftmaxValues {
+  const T* offset;
+  const T* weight;
+  const T* center;
+};
+
 // Numerator and denominator sums of one slab of labelled logits (conditional_contrastive).
 template <class T>
 struct LabelSums {
@@ -39,6 +49,7 @@ struct LabelWeights {
   const T* all_weight;
   const T* same_offset;
   const T* same_weight;
+  const T* center;  // of the row's moment
 };
 
 template <class T>
@@ -58,9 +69,9 @@ struct TileKernels {
   void (*multiply_transposed)(int64_t columns, int64_t depth, int64_t lanes, const T* a, const T* b,
                               T* c);
 
-  // In place z -> exp(z - offset), offset[r] = row maximum (0 where that is not finite),
-  // sum[r] = row sum of the result.
-  void (*exp_rows)(int64_t rows, int64_t lanes, T* z, T* offset, T* sum);
+  // In place z -> e = exp(z - offset), offset[r] = row maximum (0 where that is not finite); per
+  // row sum[r] = sum of e and moment[r] = sum of e (z - offset).
+  void (*exp_rows)(int64_t rows, int64_t lanes, T* z, T* offset, T* sum, T* moment);
 
   // The same down the columns, added to running values: maximum[c] starts at -inf, sum[c] at 0 and
   // is relative to the maximum (to 0 where that is not finite). Leaves z alone.
@@ -69,12 +80,12 @@ struct TileKernels {
   // z[r, :] *= factor[r].
   void (*scale_rows)(int64_t rows, int64_t lanes, T* z, const T* factor);
 
-  // z -> weight[r] exp(z - offset[r]).
-  void (*softmax_rows)(int64_t rows, int64_t lanes, T* z, const T* offset, const T* weight);
+  // z -> g = weight exp(z - offset) by row; moment[r] = row sum of g (z - center).
+  void (*softmax_rows)(int64_t rows, int64_t lanes, T* z, const SoftmaxValues<T>& row, T* moment);
 
-  // z -> weight[r] exp(z - offset[r]) + column_weight[c] exp(z - column_offset[c]).
-  void (*softmax_both)(int64_t rows, int64_t lanes, T* z, const T* offset, const T* weight,
-                       const T* column_offset, const T* column_weight);
+  // The same plus g = weight exp(z - offset) by column; moment[r] is the row sum of both products.
+  void (*softmax_both)(int64_t rows, int64_t lanes, T* z, const SoftmaxValues<T>& row,
+                       const SoftmaxValues<T>& column, T* moment);
 
   // Offsets and sums as exp_rows gives them, over all columns and over those whose label is the
   // row's. Column `self + r` is left out of row r. Leaves z alone.
@@ -82,10 +93,11 @@ struct TileKernels {
                      const Label* column_label, const LabelSums<T>& out);
 
   // z -> [all_weight exp(z - all_offset) - (same label) same_weight exp(z - same_offset)] summed
-  // over the row's and the column's values; 0 at column `self + r`.
+  // over the row's and the column's values; 0 at column `self + r`. moment[r] is the row sum of the
+  // row's terms times z - center.
   void (*label_gradient)(int64_t rows, int64_t lanes, T* z, int64_t self, const Label* row_label,
                          const Label* column_label, const LabelWeights<T>& row,
-                         const LabelWeights<T>& column);
+                         const LabelWeights<T>& column, T* moment);
 
   // Vectors of n elements; sums are taken in double.
   double (*sum_squares)(int64_t n, const T* x);

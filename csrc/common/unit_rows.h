@@ -28,7 +28,14 @@ double row_norm(const TileKernels<T>& kernels, int64_t n, const T* x) {
   return top * std::sqrt(sum);
 }
 
-// Reads rows [first, ...) of a tensor as scaled unit vectors, one at a time.
+// A logit outside the matrix, rounded like those inside it: then exp(z - lse) is exactly 1 where z
+// is the only logit.
+template <class T>
+T logit(const TileKernels<T>& kernels, int64_t n, const T* x, const T* y) {
+  return static_cast<T>(kernels.dot(n, x, y));
+}
+
+// Reads the rows of a tensor as scaled unit vectors, one at a time.
 template <class T>
 class UnitRowReader {
  public:

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -58,9 +59,10 @@ void number_classes(const Tensor& labels, int64_t rows, const Buffer<Label>& out
 template <class T>
 class Problem {
  public:
-  Problem(const Arguments& a, bool gradients)
+  explicit Problem(const Arguments& a)
       : kernels_(tile_kernels<T>()),
         a_(a),
+        scale_(1 / std::sqrt(a.temperature)),
         rows_(a.rows()),
         padded_(slab_count(rows_, kernels_.width) * kernels_.width),
         embedding_rows_(a.embeddings),
@@ -70,17 +72,14 @@ class Problem {
         all_(rows_),
         same_(rows_) {
     number_classes(a.labels, rows_, labels_);
-    pack_unit_rows<T>(kernels_, embedding_rows_, 0, rows_, true, 1 / a.temperature, &scaled_,
-                      nullptr);
-    pack_unit_rows<T>(kernels_, embedding_rows_, 0, rows_, true, 1.0,
-                      gradients ? &straight_ : nullptr, &transposed_);
+    pack_unit_rows<T>(kernels_, embedding_rows_, 0, rows_, true, scale_, &scaled_, &transposed_);
     run_blocks(rows_, 16, 8 * a.depth(), [&](int64_t begin, int64_t end) {
       UnitRowReader<T> reader(kernels_, proxy_rows_, true);
       Buffer<T> embedding(a.depth()), proxy(a.depth());
       for (int64_t i = begin; i < end; ++i) {
         scaled_.copy_row_out(i, embedding.data());
-        reader.read(i, 1.0, proxy.data());
-        proxy_logit_[i] = kernels_.dot(a.depth(), embedding.data(), proxy.data());
+        reader.read(i, scale_, proxy.data());
+        proxy_logit_[i] = logit(kernels_, a.depth(), embedding.data(), proxy.data());
       }
     });
   }
@@ -123,7 +122,7 @@ class Problem {
     const int64_t width = kernels_.width, slabs = transposed_.slabs();
     const int64_t limit = std::min(slabs, block_slabs(kernels_));
     const int64_t panel = std::min(panel_rows<T>(limit * width), rows_);
-    Buffer<T> z(panel * limit * width);
+    Buffer<T> z(panel * limit * width), moment(panel * limit);
     std::vector<double> terms(rows_, 0.0);
     for (int64_t r0 = 0; r0 < rows_; r0 += panel) {
       const int64_t rows = std::min(panel, rows_ - r0);
@@ -135,20 +134,25 @@ class Problem {
                    [&](int64_t slab, int64_t begin, int64_t end, T* block) {
                      const int64_t r = r0 + begin, c0 = slab * width;
                      kernels_.label_gradient(end - begin, transposed_.lanes(slab), block, r - c0,
-                                             &labels_[r], &labels_[c0], side(r), side(c0));
+                                             &labels_[r], &labels_[c0], side(r), side(c0),
+                                             &moment[(slab - s0) * rows + begin]);
                    });
-        add_row_gradient(kernels_, rows, z.data(), straight_, s0, s1, products, s0 > 0);
+        for (int64_t s = 0; s < s1 - s0; ++s) {
+          for (int64_t r = 0; r < rows; ++r) terms[r0 + r] += moment[s * rows + r];
+        }
+        add_row_gradient(kernels_, rows, z.data(), scaled_, s0, s1, products, s0 > 0);
       }
-      finish_rows(r0, products, embeddings_out, proxies_out, terms);
+      finish_rows(r0, products, embeddings_out, proxies_out);
     }
     return -std::accumulate(terms.begin(), terms.end(), 0.0) / a_.temperature;
   }
 
  private:
   void make_weights() {
-    for (Buffer<T>* b : {&all_offset_, &all_weight_, &same_offset_, &same_weight_}) {
+    for (Buffer<T>* b : {&all_offset_, &all_weight_, &same_offset_, &same_weight_, &center_}) {
       *b = Buffer<T>(padded_, T(0));
     }
+    for (int64_t i = 0; i < rows_; ++i) center_[i] = static_cast<T>(proxy_logit_[i]);
   }
 
   static void set_weight(const Buffer<T>& offset, const Buffer<T>& weight, int64_t i,
@@ -158,7 +162,7 @@ class Problem {
   }
 
   LabelWeights<T> side(int64_t i) const {
-    return {&all_offset_[i], &all_weight_[i], &same_offset_[i], &same_weight_[i]};
+    return {&all_offset_[i], &all_weight_[i], &same_offset_[i], &same_weight_[i], &center_[i]};
   }
 
   void sum_pass() {
@@ -191,10 +195,10 @@ class Problem {
     }
   }
 
-  // Adds the proxies' part and goes back from unit rows to the inputs. terms[i]: what row i adds to
-  // sum_ij G_ij z_ij; the products count each pair of embeddings from both sides, hence the half.
+  // Adds the proxies' part and goes back from unit rows to the inputs. The proxies add nothing to
+  // the moments, which are taken relative to their logits.
   void finish_rows(int64_t r0, const SlabMatrix<T>& products, const OutputRows& embeddings_out,
-                   const OutputRows& proxies_out, std::vector<double>& terms) const {
+                   const OutputRows& proxies_out) const {
     const int64_t depth = a_.depth();
     run_blocks(products.rows(), 16, 16 * depth, [&](int64_t begin, int64_t end) {
       UnitRowReader<T> embeddings(kernels_, embedding_rows_, true);
@@ -205,14 +209,12 @@ class Problem {
         const double g = all_weight_[i] * std::exp(z - all_offset_[i]) -
                          same_weight_[i] * std::exp(z - same_offset_[i]);
         products.copy_row_out(i - r0, gradient.data());
-        scaled_.copy_row_out(i, unit.data());
-        terms[i] = 0.5 * kernels_.dot(depth, gradient.data(), unit.data()) + g * z;
-
-        proxies.read(i, 1.0, work.data());
+        proxies.read(i, scale_, work.data());
         kernels_.add_scaled(depth, static_cast<T>(g), work.data(), gradient.data());
-        kernels_.scale(depth, gradient.data(), 1 / a_.temperature, gradient.data());
+        kernels_.scale(depth, gradient.data(), scale_, gradient.data());
         if (a_.need_proxies) {
-          kernels_.scale(depth, unit.data(), g, unit.data());
+          scaled_.copy_row_out(i, unit.data());
+          kernels_.scale(depth, unit.data(), g * scale_, unit.data());
           proxies.project(unit.data(), work.data());
           proxies_out.store(i, work.data());
         }
@@ -227,13 +229,16 @@ class Problem {
 
   const TileKernels<T>& kernels_;
   const Arguments& a_;
+  // On both sides of every product, so that z_ij and z_ji are the same number to the last bit.
+  const double scale_;
   const int64_t rows_, padded_;
   const TensorRows embedding_rows_, proxy_rows_;
   const Buffer<typename TileKernels<T>::Label> labels_;
-  SlabMatrix<T> scaled_, straight_, transposed_;  // unit embeddings, the first / temperature
+  SlabMatrix<T> scaled_, transposed_;  // unit embeddings times scale_
   Buffer<double> proxy_logit_;
   std::vector<ExpSum> all_, same_;
-  Buffer<T> all_offset_, all_weight_, same_offset_, same_weight_;  // padded to whole slabs
+  std::vector<double> weights_;                                             // d L / d loss_i
+  Buffer<T> all_offset_, all_weight_, same_offset_, same_weight_, center_;  // padded to whole slabs
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conditional_contrastive_forward(
@@ -259,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conditional_contrastive_forwa
   double grad_temperature = 0;
   const auto solve = [&](auto zero) {
     using T = decltype(zero);
-    Problem<T> problem(a, wanted);
+    Problem<T> problem(a);
     problem.forward(loss.mutable_data_ptr<T>(), lse.mutable_data_ptr<T>());
     if (!wanted) return;
     problem.weights_from_sums(*grad_scale);
@@ -291,7 +296,7 @@ std::tuple<Tensor, Tensor, Tensor> conditional_contrastive_backward(
   double grad_temperature = 0;
   const auto solve = [&](auto zero) {
     using T = decltype(zero);
-    Problem<T> problem(a, true);
+    Problem<T> problem(a);
     problem.weights_from_lse(to_vector<double>(grad_loss),
                              torch::stable::contiguous(lse).const_data_ptr<T>());
     grad_temperature = problem.gradients(grad_embeddings, grad_proxies);

@@ -83,7 +83,7 @@ void for_problems(const Arguments& a, const double* weights, Gradients& gradient
   call.symmetric = a.symmetric;
   call.in_batch = a.in_batch;
   call.temperature = a.temperature;
-  if (a.self_logit) call.constant_logit = *a.self_logit / a.temperature;
+  if (a.self_logit) call.constant_logit = static_cast<T>(*a.self_logit / a.temperature);
   call.need_query = a.needs.query;
   call.need_key = a.needs.key;
   call.need_negatives = a.needs.negatives && a.negatives.has_value();
@@ -101,7 +101,7 @@ void for_problems(const Arguments& a, const double* weights, Gradients& gradient
   if (a.shared_negatives()) {
     shared.count = a.negatives->size(0);
     pack_unit_rows<T>(kernels, call.negatives, 0, shared.count, a.normalize, 1.0,
-                      call.needs_row_gradient() ? &shared.straight : nullptr, &shared.transposed);
+                      call.needs_row_products() ? &shared.straight : nullptr, &shared.transposed);
     if (weights != nullptr && call.need_negatives) {
       shared.gradient = SlabMatrix<T>(shared.count, a.depth(), kernels.width);
       shared.gradient.fill_zero();

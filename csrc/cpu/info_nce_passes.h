@@ -19,18 +19,25 @@ void for_runs(const InfoNceProblem<T>& p, int64_t limit, const Body& body) {
   }
 }
 
-// Replaces logits of rows [r0 + begin, r0 + end) by exponentials; offset and sum get one value per
-// row of the panel.
+// What exp_rows leaves for each slab and row of a panel, slab after slab.
+template <class T>
+struct SlabSums {
+  Buffer<T> offset, sum, moment;
+  explicit SlabSums(int64_t size) : offset(size), sum(size), moment(size) {}
+};
+
+// Replaces logits of rows [r0 + begin, r0 + end) by exponentials; their sums go to `at` and on.
 template <class T>
 void exponentiate(InfoNceProblem<T>& p, const Columns<T>& columns, int64_t slab, int64_t r0,
-                  int64_t begin, int64_t end, T* z, T* offset, T* sum) {
+                  int64_t begin, int64_t end, T* z, const SlabSums<T>& sums, int64_t at) {
   p.for_positives(columns, slab, r0 + begin, r0 + end, z,
                   [&](int64_t i, T& x) { p.positive[i] = x; });
   const int64_t lanes = columns.transposed.lanes(slab), c0 = slab * p.kernels.width;
   if (p.call.symmetric) {
     p.kernels.exp_columns(end - begin, lanes, z, &p.column_maximum[c0], &p.column_sum[c0]);
   }
-  p.kernels.exp_rows(end - begin, lanes, z, offset + begin, sum + begin);
+  p.kernels.exp_rows(end - begin, lanes, z, &sums.offset[at + begin], &sums.sum[at + begin],
+                     &sums.moment[at + begin]);
 }
 
 // Sums of all rows (and columns, if symmetric); keeps no logits.
@@ -38,7 +45,7 @@ template <class T>
 void sum_pass(InfoNceProblem<T>& p) {
   const int64_t limit = std::min(p.slabs, block_slabs(p.kernels));
   const int64_t panel = std::min(kPanelRows, p.rows);
-  Buffer<T> offset(limit * panel), sum(limit * panel);
+  const SlabSums<T> sums(limit * panel);
   for (int64_t r0 = 0; r0 < p.rows; r0 += panel) {
     const int64_t rows = std::min(panel, p.rows - r0);
     for_runs(p, limit, [&](const Columns<T>& columns, int64_t s0, int64_t s1, int64_t) {
@@ -46,13 +53,12 @@ void sum_pass(InfoNceProblem<T>& p) {
       const int64_t per_task = p.call.symmetric ? rows : task_rows(rows, s1 - s0);
       for_logits<T>(p.kernels, p.queries, r0, rows, columns.transposed, s0, s1, nullptr, per_task,
                     [&](int64_t slab, int64_t begin, int64_t end, T* z) {
-                      const int64_t at = (slab - s0) * rows;
-                      exponentiate(p, columns, slab, r0, begin, end, z, &offset[at], &sum[at]);
+                      exponentiate(p, columns, slab, r0, begin, end, z, sums, (slab - s0) * rows);
                     });
       run_blocks(rows, kTaskRows, 16 * (s1 - s0), [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) {
           for (int64_t s = 0; s < s1 - s0; ++s) {
-            p.sums[r0 + r].add(offset[s * rows + r], sum[s * rows + r]);
+            p.sums[r0 + r].add(sums.offset[s * rows + r], sums.sum[s * rows + r]);
           }
         }
       });
@@ -64,17 +70,20 @@ void sum_pass(InfoNceProblem<T>& p) {
 // Adds every row's slab sums, stores its loss, and turns each slab's offset into the factor from
 // its exponentials to the gradient: weight exp(offset - maximum) / sum.
 template <class T>
-void finish_sums(InfoNceProblem<T>& p, int64_t r0, int64_t rows, T* offset, const T* sum) {
+void finish_sums(InfoNceProblem<T>& p, int64_t r0, int64_t rows, const SlabSums<T>& sums) {
   run_blocks(rows, kTaskRows, 32 * p.slabs, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       ExpSum& total = p.sums[r0 + r];
-      for (int64_t s = 0; s < p.slabs; ++s) total.add(offset[s * rows + r], sum[s * rows + r]);
+      for (int64_t at = r; at < p.slabs * rows; at += rows)
+        total.add(sums.offset[at], sums.sum[at]);
       p.store_loss(r0 + r);
-      p.row_side.set(r0 + r, total, p.side_weight(r0 + r));
+      p.row_side.set(r0 + r, total, p.side_weight(r0 + r), total.maximum);
       const double scale = p.side_weight(r0 + r) / total.sum;
-      for (int64_t s = 0; s < p.slabs; ++s) {
-        T& x = offset[s * rows + r];
-        x = static_cast<T>(scale * std::exp(x - total.maximum));
+      double& term = p.call.temperature_terms[p.first + r0 + r];
+      for (int64_t at = r; at < p.slabs * rows; at += rows) {
+        const double t = sums.offset[at] - total.maximum, factor = scale * std::exp(t);
+        term += factor * (sums.moment[at] + t * sums.sum[at]);
+        sums.offset[at] = static_cast<T>(factor);
       }
     }
   });
@@ -103,7 +112,7 @@ void add_panel_to_columns(const InfoNceProblem<T>& p, const Columns<T>& columns,
 
 template <class T>
 SlabMatrix<T> row_products(const InfoNceProblem<T>& p, int64_t rows) {
-  if (!p.call.needs_row_gradient() || p.slabs == 0) return {};
+  if (!p.call.needs_row_products() || p.slabs == 0) return {};
   return SlabMatrix<T>(rows, p.call.depth, p.kernels.width);
 }
 
@@ -121,20 +130,20 @@ template <class T>
 void one_pass(InfoNceProblem<T>& p) {
   const int64_t width = p.kernels.width;
   const int64_t panel = std::min(panel_rows<T>(p.slabs * width), p.rows);
-  Buffer<T> z(panel * p.slabs * width), factor(panel * p.slabs), sum(panel * p.slabs);
+  Buffer<T> z(panel * p.slabs * width);
+  const SlabSums<T> sums(panel * p.slabs);
   p.row_side = SoftmaxSide<T>(p.rows);
   for (int64_t r0 = 0; r0 < p.rows; r0 += panel) {
     const int64_t rows = std::min(panel, p.rows - r0);
     const int64_t per_task = task_rows(rows, p.slabs), cuts = (rows + per_task - 1) / per_task;
     for_runs(p, p.slabs, [&](const Columns<T>& columns, int64_t s0, int64_t s1, int64_t before) {
-      for_logits(p.kernels, p.queries, r0, rows, columns.transposed, s0, s1,
-                 &z[before * rows * width], per_task,
-                 [&](int64_t slab, int64_t begin, int64_t end, T* block) {
-                   const int64_t at = (before + slab) * rows;
-                   exponentiate(p, columns, slab, r0, begin, end, block, &factor[at], &sum[at]);
-                 });
+      for_logits(
+          p.kernels, p.queries, r0, rows, columns.transposed, s0, s1, &z[before * rows * width],
+          per_task, [&](int64_t slab, int64_t begin, int64_t end, T* block) {
+            exponentiate(p, columns, slab, r0, begin, end, block, sums, (before + slab) * rows);
+          });
     });
-    finish_sums(p, r0, rows, factor.data(), sum.data());
+    finish_sums(p, r0, rows, sums);
     SlabMatrix<T> products = row_products(p, rows);
     for_runs(p, p.slabs, [&](const Columns<T>& columns, int64_t s0, int64_t s1, int64_t before) {
       T* block_of_columns = &z[before * rows * width];
@@ -143,7 +152,7 @@ void one_pass(InfoNceProblem<T>& p) {
         const int64_t end = std::min(rows, begin + per_task);
         T* block = block_of_columns + (local * rows + begin) * width;
         p.kernels.scale_rows(end - begin, columns.transposed.lanes(slab), block,
-                             &factor[(before + slab) * rows + begin]);
+                             &sums.offset[(before + slab) * rows + begin]);
         p.subtract_targets(columns, slab, r0 + begin, r0 + end, block);
         if (cuts == 1) add_slab_to_columns(p, columns, r0, rows, slab, block);
       });
@@ -157,19 +166,20 @@ void one_pass(InfoNceProblem<T>& p) {
   }
 }
 
-// Replaces the logits of rows [begin, end) by d L / d z.
+// Replaces the logits of rows [r0 + begin, r0 + end) by d L / d z. moment: per row of the panel.
 template <class T>
-void logits_to_gradient(const InfoNceProblem<T>& p, const Columns<T>& columns, int64_t slab,
-                        int64_t begin, int64_t end, T* z) {
+void logits_to_gradient(InfoNceProblem<T>& p, const Columns<T>& columns, int64_t slab, int64_t r0,
+                        int64_t begin, int64_t end, T* z, T* moment) {
+  const int64_t first = r0 + begin, last = r0 + end, count = end - begin;
+  p.for_positives(columns, slab, first, last, z, [&](int64_t i, T& x) { p.positive[i] = x; });
   const int64_t lanes = columns.transposed.lanes(slab), c0 = slab * p.kernels.width;
-  const T *offset = &p.row_side.offset[begin], *weight = &p.row_side.weight[begin];
   if (p.call.symmetric) {
-    p.kernels.softmax_both(end - begin, lanes, z, offset, weight, &p.column_side.offset[c0],
-                           &p.column_side.weight[c0]);
+    p.kernels.softmax_both(count, lanes, z, p.row_side.at(first), p.column_side.at(c0),
+                           moment + begin);
   } else {
-    p.kernels.softmax_rows(end - begin, lanes, z, offset, weight);
+    p.kernels.softmax_rows(count, lanes, z, p.row_side.at(first), moment + begin);
   }
-  p.subtract_targets(columns, slab, begin, end, z);
+  p.subtract_targets(columns, slab, first, last, z);
 }
 
 // Gradients from known sums: the logits are computed again, block by block.
@@ -177,7 +187,7 @@ template <class T>
 void gradient_pass(InfoNceProblem<T>& p) {
   const int64_t width = p.kernels.width, limit = std::min(p.slabs, block_slabs(p.kernels));
   const int64_t panel = std::min(panel_rows<T>(std::max<int64_t>(1, limit * width)), p.rows);
-  Buffer<T> z(panel * limit * width);
+  Buffer<T> z(panel * limit * width), moment(panel * limit);
   for (int64_t r0 = 0; r0 < p.rows; r0 += panel) {
     const int64_t rows = std::min(panel, p.rows - r0);
     SlabMatrix<T> products = row_products(p, rows);
@@ -185,9 +195,15 @@ void gradient_pass(InfoNceProblem<T>& p) {
       const int64_t per_task = task_rows(rows, s1 - s0), cuts = (rows + per_task - 1) / per_task;
       for_logits(p.kernels, p.queries, r0, rows, columns.transposed, s0, s1, z.data(), per_task,
                  [&](int64_t slab, int64_t begin, int64_t end, T* block) {
-                   logits_to_gradient(p, columns, slab, r0 + begin, r0 + end, block);
+                   logits_to_gradient(p, columns, slab, r0, begin, end, block,
+                                      &moment[(slab - s0) * rows]);
                    if (cuts == 1) add_slab_to_columns(p, columns, r0, rows, slab, block);
                  });
+      for (int64_t s = 0; s < s1 - s0; ++s) {
+        for (int64_t r = 0; r < rows; ++r) {
+          p.call.temperature_terms[p.first + r0 + r] += moment[s * rows + r];
+        }
+      }
       if (cuts > 1) add_panel_to_columns(p, columns, r0, rows, s0, s1, z.data());
       if (products) {
         add_row_gradient(p.kernels, rows, z.data(), columns.straight, s0, s1, products, before > 0);

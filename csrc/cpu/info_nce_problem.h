@@ -25,29 +25,36 @@ struct InfoNceCall {
   bool need_query = false, need_key = false, need_negatives = false, need_temperature = false;
   const double* weights = nullptr;  // d L / d loss_i per row; null: no gradients wanted
   OutputRows grad_query, grad_key, grad_negatives;
-  double* temperature_terms = nullptr;  // per row: sum_j G_ij z_ij
+  double* temperature_terms = nullptr;  // per row: its part of sum_ij G_ij z_ij
   T *loss = nullptr, *row_lse = nullptr, *column_lse = nullptr;
 
-  bool needs_row_gradient() const { return weights != nullptr && (need_query || need_temperature); }
+  bool needs_row_products() const { return weights != nullptr && need_query; }
 };
 
-// Softmax weights along one side of the matrix: G = weight exp(z - offset).
+// The softmax weights of all rows, or of all columns (see SoftmaxValues).
 template <class T>
 struct SoftmaxSide {
-  Buffer<T> offset, weight;
+  Buffer<T> offset, weight, center;
   SoftmaxSide() = default;
-  explicit SoftmaxSide(int64_t size) : offset(size, T(0)), weight(size, T(0)) {}
+  explicit SoftmaxSide(int64_t size) : offset(size, T(0)), weight(size, T(0)), center(size, T(0)) {}
 
-  void set(int64_t i, double o, double w) {
-    offset[i] = static_cast<T>(o);
-    weight[i] = static_cast<T>(w);
+  void set(int64_t i, double offset_, double weight_, double center_) {
+    offset[i] = static_cast<T>(offset_);
+    weight[i] = static_cast<T>(weight_);
+    center[i] = static_cast<T>(center_);
   }
-  // From a sum of exponentials: G = w softmax.
-  void set(int64_t i, const ExpSum& total, double w) {
-    offset[i] = static_cast<T>(total.maximum);
-    weight[i] = static_cast<T>(w / total.sum * std::exp(offset[i] - total.maximum));
+  // From a sum of exponentials: weight_ times the softmax.
+  void set(int64_t i, const ExpSum& total, double weight_, double center_) {
+    const T shift = static_cast<T>(total.maximum);
+    set(i, shift, weight_ / total.sum * std::exp(shift - total.maximum), center_);
   }
-  double gradient(int64_t i, double z) const { return weight[i] * std::exp(z - offset[i]); }
+  T gradient(int64_t i, double z) const {
+    return static_cast<T>(weight[i] * std::exp(z - offset[i]));
+  }
+  double moment(int64_t i, double z) const {
+    return weight[i] * std::exp(z - offset[i]) * (z - center[i]);
+  }
+  SoftmaxValues<T> at(int64_t i) const { return {&offset[i], &weight[i], &center[i]}; }
 };
 
 template <class T>
@@ -67,12 +74,12 @@ struct InfoNceProblem {
 
   InfoNceProblem(const TileKernels<T>& kernels_, const InfoNceCall<T>& call_, int64_t first_,
                  int64_t rows_, const Columns<T>* shared)
-      : kernels(kernels_), call(call_), first(first_), rows(rows_), positive(rows_) {
+      : kernels(kernels_), call(call_), first(first_), rows(rows_), positive(rows_, 0.0) {
     pack_unit_rows<T>(kernels, call.query, first, rows, call.normalize, 1 / call.temperature,
                       &queries, nullptr);
     if (call.in_batch) {
       pack_unit_rows<T>(kernels, call.key, first, rows, call.normalize, 1.0,
-                        call.needs_row_gradient() ? &keys.straight : nullptr, &keys.transposed);
+                        call.needs_row_products() ? &keys.straight : nullptr, &keys.transposed);
       if (wants_gradients() && call.need_key) {
         keys.gradient = SlabMatrix<T>(rows, call.depth, kernels.width);
         keys.gradient.fill_zero();
@@ -98,7 +105,7 @@ struct InfoNceProblem {
       for (int64_t i = begin; i < end; ++i) {
         queries.copy_row_out(i, query.data());
         reader.read(first + i, 1.0, key.data());
-        positive[i] = kernels.dot(call.depth, query.data(), key.data());
+        positive[i] = logit(kernels, call.depth, query.data(), key.data());
       }
     });
   }
@@ -122,7 +129,7 @@ struct InfoNceProblem {
       queries.copy_row_out(i, query.data());
       for (int64_t m = 0; m < count; ++m) {
         reader.read((first + i) * count + m, 1.0, negative.data());
-        sums[i].add_logit(kernels.dot(depth, query.data(), negative.data()));
+        sums[i].add_logit(logit(kernels, depth, query.data(), negative.data()));
       }
     });
   }
@@ -149,17 +156,18 @@ struct InfoNceProblem {
     row_side = SoftmaxSide<T>(rows);
     if (call.symmetric) column_side = SoftmaxSide<T>(padded_rows());
     for (int64_t i = 0; i < rows; ++i) {
-      row_side.set(i, sums[i], side_weight(i));
-      if (call.symmetric) column_side.set(i, column_total(i), side_weight(i));
+      row_side.set(i, sums[i], side_weight(i), positive[i]);
+      if (call.symmetric) column_side.set(i, column_total(i), side_weight(i), positive[i]);
     }
   }
 
   void sides_from_lse(const T* row_lse, const T* column_lse) {
+    if (call.in_batch && call.need_temperature) dot_positives();
     row_side = SoftmaxSide<T>(rows);
     if (call.symmetric) column_side = SoftmaxSide<T>(padded_rows());
     for (int64_t i = 0; i < rows; ++i) {
-      row_side.set(i, row_lse[first + i], side_weight(i));
-      if (call.symmetric) column_side.set(i, column_lse[first + i], side_weight(i));
+      row_side.set(i, row_lse[first + i], side_weight(i), positive[i]);
+      if (call.symmetric) column_side.set(i, column_lse[first + i], side_weight(i), positive[i]);
     }
   }
 
@@ -183,14 +191,11 @@ struct InfoNceProblem {
   // The rest of the gradients of rows [r0, ...): logits outside the matrix, then the way from unit
   // rows back to the inputs. `products` holds sum_j G_ij k_j over the matrix; it may be empty.
   void finish_rows(int64_t r0, int64_t count, const SlabMatrix<T>& products) const {
-    if (!call.needs_row_gradient() && !(call.need_key && !call.in_batch) && !call.need_negatives) {
-      return;
-    }
     const int64_t depth = call.depth;
     const int64_t work = depth * (16 + 8 * call.own_negatives);
     run_blocks(count, call.own_negatives > 0 ? 1 : 16, work, [&](int64_t begin, int64_t end) {
       UnitRowReader<T> queries_in(kernels, call.query, call.normalize);
-      Buffer<T> gradient(depth), scaled(depth), work_row(depth);
+      Buffer<T> gradient(depth), scaled(depth), row(depth);
       for (int64_t i = r0 + begin; i < r0 + end; ++i) {
         if (products) {
           products.copy_row_out(i - r0, gradient.data());
@@ -198,27 +203,36 @@ struct InfoNceProblem {
           std::fill_n(gradient.data(), depth, T(0));
         }
         queries.copy_row_out(i, scaled.data());
-        if (!call.in_batch) positive_gradient(i, scaled.data(), gradient.data(), work_row.data());
-        if (call.own_negatives > 0) {
-          own_negatives_gradient(i, scaled.data(), gradient.data(), work_row.data());
+        double term = target_term(i);
+        if (call.constant_logit) term += row_side.moment(i, *call.constant_logit);
+        if (!call.in_batch) {
+          term += row_side.moment(i, positive[i]);
+          positive_gradient(i, scaled.data(), gradient.data(), row.data());
         }
-        if (!call.needs_row_gradient()) continue;
+        if (call.own_negatives > 0) {
+          term += own_negatives_gradient(i, scaled.data(), gradient.data(), row.data());
+        }
+        call.temperature_terms[first + i] += term;
+        if (!call.need_query) continue;
         queries_in.read(first + i, 1.0, scaled.data());
         kernels.scale(depth, gradient.data(), 1 / call.temperature, gradient.data());
-        double along = queries_in.project(gradient.data(), scaled.data());
-        if (call.need_query) call.grad_query.store(first + i, scaled.data());
-        if (call.constant_logit) {
-          along += row_side.gradient(i, *call.constant_logit) * *call.constant_logit;
-        }
-        call.temperature_terms[first + i] = along;
+        queries_in.project(gradient.data(), scaled.data());
+        call.grad_query.store(first + i, scaled.data());
       }
     });
+  }
+
+  // What the positive, with weight -1, adds to sum_j G_ij (z_ij - center).
+  double target_term(int64_t i) const {
+    double t = positive[i] - row_side.center[i];
+    if (call.symmetric) t = 0.5 * (t + positive[i] - column_side.center[i]);
+    return -call.weights[first + i] * t;
   }
 
   void positive_gradient(int64_t i, const T* query, T* gradient, T* row) const {
     UnitRowReader<T> reader(kernels, call.key, call.normalize);
     reader.read(first + i, 1.0, row);
-    const T g = static_cast<T>(row_side.gradient(i, positive[i]) - call.weights[first + i]);
+    const T g = row_side.gradient(i, positive[i]) - static_cast<T>(call.weights[first + i]);
     kernels.add_scaled(call.depth, g, row, gradient);
     if (!call.need_key) return;
     kernels.scale(call.depth, query, g, row);
@@ -226,18 +240,28 @@ struct InfoNceProblem {
     call.grad_key.store(first + i, row);
   }
 
-  void own_negatives_gradient(int64_t i, const T* query, T* gradient, T* row) const {
+  // Returns the negatives' part of sum_j G_ij (z_ij - center).
+  double own_negatives_gradient(int64_t i, const T* query, T* gradient, T* row) const {
+    constexpr int64_t kBlock = 64;  // summed apart, which bounds the rounding error
     UnitRowReader<T> reader(kernels, call.negatives, call.normalize);
+    Buffer<T> partial(call.depth);
+    double moment = 0;
     for (int64_t m = 0; m < call.own_negatives; ++m) {
+      if (m % kBlock == 0) std::fill_n(partial.data(), call.depth, T(0));
       const int64_t source = (first + i) * call.own_negatives + m;
       reader.read(source, 1.0, row);
-      const T g = static_cast<T>(row_side.gradient(i, kernels.dot(call.depth, query, row)));
-      kernels.add_scaled(call.depth, g, row, gradient);
+      const T z = logit(kernels, call.depth, query, row), g = row_side.gradient(i, z);
+      moment += row_side.moment(i, z);
+      kernels.add_scaled(call.depth, g, row, partial.data());
+      if ((m + 1) % kBlock == 0 || m + 1 == call.own_negatives) {
+        kernels.add_scaled(call.depth, T(1), partial.data(), gradient);
+      }
       if (!call.need_negatives) continue;
       kernels.scale(call.depth, query, g, row);
       reader.project(row, row);
       call.grad_negatives.store(source, row);
     }
+    return moment;
   }
 
   void finish_keys() const {
