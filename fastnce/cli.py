@@ -113,13 +113,12 @@ def evaluate(args: list[str]) -> int:
             weights: The running average of the generator's weights, or the weights themselves.
             device: auto, cpu, cuda or cuda:N.
         """
-        from fastnce.data import load_test_images
-        from fastnce.metrics import evaluate_digits
+        from fastnce.metrics import digits_to_translate, evaluate_digits, format_table, write_report
         from fastnce.training import load_generator, resolve_device
         from fastnce.training import translate as translate_images
 
         target = resolve_device(device)
-        images = load_test_images(data, "A")
+        images = digits_to_translate(data)
 
         def translated(folder: Path):
             generator, _ = load_generator(
@@ -131,9 +130,9 @@ def evaluate(args: list[str]) -> int:
             translated(run),
             data,
             without_nce=None if without_nce is None else translated(without_nce),
-            out=run,
         )
-        print(result.table())
+        write_report(result, run)
+        print(format_table(result))
 
     _tyro("evaluate", run_evaluate, args)
     return 0
