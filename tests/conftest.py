@@ -44,7 +44,7 @@ def needs_support():
     """Skips the test, with the backend's reason, where the backend does not run the op in that dtype."""
 
     def check(op: str, backend: str, dtype: torch.dtype = torch.float32) -> None:
-        reason = backends._TABLE[backend].supports(op, "cpu", dtype)
+        reason = backends.supports(backend, op, "cpu", dtype)
         if reason != "ok":
             pytest.skip(f"{backend}: {reason}")
 

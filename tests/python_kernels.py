@@ -73,7 +73,13 @@ def sample_patches_forward(features, patch_ids, normalize):
     for feature, ids in zip(features, patch_ids, strict=True):
         raw = reference.sample_patches(feature, ids, False)
         patches.append(reference.sample_patches(feature, ids, normalize).contiguous())
-        norm = raw.to(torch.promote_types(raw.dtype, torch.float32)).norm(dim=-1)
+        wide = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        largest = wide.abs().amax(
+            dim=-1, keepdim=True
+        )  # the square of a tiny or huge norm is out of range
+        norm = (wide / largest.clamp(min=torch.finfo(wide.dtype).tiny)).norm(dim=-1) * largest[
+            ..., 0
+        ]
         inverse_norms.append(torch.where(norm > 0, 1 / norm, 0))
     return patches, inverse_norms if normalize else []
 

@@ -34,7 +34,7 @@ def test_native_is_not_lost():
 def test_native_runs_its_ops_in_every_dtype(op, dtype):
     if backends.available()["native"] != "ok":
         pytest.skip(backends.available()["native"])
-    assert native.supports(op, "cpu", dtype) == "ok"
+    assert backends.supports("native", op, "cpu", dtype) == "ok"
     assert backends.select(op, torch.empty(1, dtype=dtype)) is native
 
 
@@ -91,7 +91,7 @@ def test_ops_without_a_native_kernel_say_so():
         ("nt_xent", (torch.eye(3), torch.eye(3))),
         ("pairwise_cosine_similarity", (torch.eye(3),)),
     ):
-        if backends._TABLE["native"].supports(op, "cpu", torch.float32) != "ok":
+        if backends.supports("native", op, "cpu", torch.float32) != "ok":
             with pytest.raises(RuntimeError, match=f"{op}: backend 'native' cannot run it.*torch"):
                 getattr(fastnce, op)(*arguments, backend="native")
 
@@ -177,7 +177,7 @@ def test_environment_variable():
 def test_environment_variable_with_a_backend_that_cannot():
     """nt_xent has no compiled kernel; asked for by name, it is refused, not run elsewhere."""
     call = "import torch, fastnce; fastnce.nt_xent(torch.eye(3), torch.eye(3))"
-    if native.supports("nt_xent", "cpu", torch.float32) == "ok":
+    if backends.supports("native", "nt_xent", "cpu", torch.float32) == "ok":
         call = call.replace("torch.eye(3)", "torch.eye(3).cfloat()")
     refused = run_python(call, FASTNCE_BACKEND="native")
     assert refused.returncode != 0

@@ -107,8 +107,16 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 @each_form
-@pytest.mark.parametrize("layout", [transposed, among_nans, every_third_feature, channels_last])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        (transposed, torch.float32),
+        (among_nans, torch.float32),
+        (among_nans, torch.bfloat16),
+        (every_third_feature, torch.float32),
+        (channels_last, torch.float32),
+    ],
+)
 def test_strides_and_neighbours(op, name, layout, dtype, backend, needs_support):
     needs_support(op, backend, dtype)
     sample = mapped(samples(op, dtype)[name], layout.__name__, layout)

@@ -31,7 +31,7 @@ def recorded() -> dict[str, list]:
     with Recorder() as recorder:
         for op, samples in SAMPLE_INPUTS.items():
             for dtype in (torch.float32, torch.bfloat16):
-                if backends._TABLE["native"].supports(op, "cpu", dtype) != "ok":
+                if backends.supports("native", op, "cpu", dtype) != "ok":
                     continue
                 for sample in samples(dtype, "cpu", torch.Generator().manual_seed(0)):
                     run(op, sample, backend="native")
