@@ -265,6 +265,13 @@ def test_backends_that_are_not_there():
         CUT(replace(TINY, backend="cudnn"))
 
 
+def test_initialisation_gain():
+    torch.manual_seed(0)
+    weight = CUT(replace(TINY, base_channels=32, init_gain=0.5)).generator.model[8].weight
+    fan = (64 + 128) * 9
+    assert weight.std().item() == pytest.approx(0.5 * (2 / fan) ** 0.5, rel=0.02)
+
+
 def test_state_dict_keys():
     prefixes = {key.split(".")[0] for key in CUT(TINY).state_dict()}
     assert prefixes == {"generator", "discriminator", "projector"}
