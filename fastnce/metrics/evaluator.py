@@ -38,6 +38,8 @@ from fastnce.errors import UserError
 
 NUM_DIGITS = 10
 
+_EVALUATOR_STREAM = 20
+
 
 @dataclass(frozen=True)
 class EvaluatorRecipe:
@@ -230,9 +232,6 @@ def random_crops(photo: np.ndarray, count: int, rng: np.random.Generator) -> np.
 def to_batch(images: np.ndarray | Sequence[np.ndarray]) -> Tensor:
     """(N, H, W, C) uint8 to (N, C, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(SIGNED_UNIT[np.asarray(images).transpose(0, 3, 1, 2)])
-
-
-_EVALUATOR_STREAM = 20
 
 
 def _move(strokes: Tensor, rng: np.random.Generator) -> np.ndarray:
