@@ -1,0 +1,336 @@
+"""What is special to the compiled CPU kernels: instruction sets, threads, blocks, memory, registration."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastnce import native, reference
+from fastnce.testing import SAMPLE_INPUTS, assert_close_to_truth
+
+pytestmark = pytest.mark.skipif(native.available() != "ok", reason=native.available())
+
+OPS = ("info_nce", "patch_nce", "conditional_contrastive", "sample_patches")
+IN_BATCH = {"normalize": True, "symmetric": False, "in_batch": True, "self_logit": None}
+SYMMETRIC = {**IN_BATCH, "symmetric": True}
+QUEUE = {**IN_BATCH, "in_batch": False}
+PATCHES = {**IN_BATCH, "self_logit": -10.0}
+
+# (B, N, D), negatives, options: what makes the kernels cut the matrix in every way that they know.
+BLOCKS = {
+    "several_panels": ((1, 1100, 20), None, IN_BATCH),
+    "several_panels_symmetric": ((1, 1100, 20), None, SYMMETRIC),
+    "one_row": ((1, 1, 16), (70_000, 16), QUEUE),
+    "few_rows_recomputed": ((1, 50, 4), (90_000, 4), QUEUE),
+    "few_columns": ((1, 3000, 130), (7, 130), QUEUE),
+    "keys_and_queue": ((1, 600, 33), (900, 33), IN_BATCH),
+    "batch_and_queue": ((3, 70, 33), (50, 33), IN_BATCH),
+    "many_small": ((9, 40, 27), None, PATCHES),
+    "own": ((2, 30, 27), (2, 30, 150, 27), IN_BATCH),
+}
+
+
+def problem(name: str, dtype: torch.dtype = torch.float32) -> tuple[tuple, dict]:
+    """Positional arguments and options of :func:`native.info_nce_forward`."""
+    shape, negatives, options = BLOCKS[name]
+    generator = torch.Generator().manual_seed(0)
+    query, noise = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in "qk")
+    key = 0.3 * query + noise
+    if negatives is not None:
+        negatives = torch.randn(negatives, generator=generator, dtype=torch.float64).to(dtype)
+    temperature = torch.tensor(0.07, dtype=torch.promote_types(dtype, torch.float32))
+    return (query.to(dtype), key.to(dtype), negatives, temperature), options
+
+
+def kernel_results(name: str, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Losses and gradients, those of the forward itself and those of the backward."""
+    inputs, options = problem(name, dtype)
+    needs = tuple(x is not None for x in inputs)
+    loss, lse, now = native.info_nce_forward(*inputs, **options, grad_scale=0.25, needs=needs)
+    upstream = torch.linspace(-1, 1, loss.numel(), dtype=loss.dtype).view_as(loss)
+    later = native.info_nce_backward(upstream, *inputs, lse, **options, needs=needs)
+    return [loss, *(x for x in (*now, *later) if x is not None)]
+
+
+def reference_results(name: str) -> list[torch.Tensor]:
+    inputs, options = problem(name, torch.float64)
+    leaves = [x if x is None else x.requires_grad_() for x in inputs]
+    wanted = [x for x in leaves if x is not None]
+    loss = reference.info_nce(*leaves, **options)
+    upstream = torch.linspace(-1, 1, loss.numel(), dtype=loss.dtype).view_as(loss)
+    now = torch.autograd.grad(loss, wanted, torch.full_like(loss, 0.25), retain_graph=True)
+    later = torch.autograd.grad(loss, wanted, upstream)
+    return [loss.detach(), *now, *later]
+
+
+def deviations(got: list[torch.Tensor], expected: list[torch.Tensor]) -> list[float]:
+    """Of each tensor, relative to its largest element."""
+    pairs = zip(got, expected, strict=True)
+    return [((a - b).abs().max() / b.abs().max()).item() for a, b in pairs]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_add_up(name):
+    assert max(deviations(kernel_results(name, torch.float64), reference_results(name))) < 1e-11
+    single = [x.double() for x in kernel_results(name)]
+    assert max(deviations(single, reference_results(name))) < 2e-5
+
+
+def test_symmetric_is_the_mean_of_both_directions_beyond_one_block_of_columns():
+    query, key = torch.randn(2, 1, 8300, 3, generator=torch.Generator().manual_seed(0))
+    call = {"grad_scale": 1.0, "needs": (True, True, False, False)}
+    loss, lse, (dq, dk, *_) = native.info_nce_forward(query, key, None, 0.2, **SYMMETRIC, **call)
+    row, row_lse, (dq_row, dk_row, *_) = native.info_nce_forward(
+        query, key, None, 0.2, **IN_BATCH, **call
+    )
+    column, column_lse, (dk_column, dq_column, *_) = native.info_nce_forward(
+        key, query, None, 0.2, **IN_BATCH, **call
+    )
+    torch.testing.assert_close(lse, torch.stack([row_lse, column_lse]))
+    torch.testing.assert_close(loss, (row + column) / 2)
+    scale = dq.abs().max()
+    torch.testing.assert_close(dq / scale, (dq_row + dq_column) / 2 / scale)
+    torch.testing.assert_close(dk / scale, (dk_row + dk_column) / 2 / scale)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_thread_count_changes_no_bit(name, threads):
+    threads(1)
+    expected = kernel_results(name)
+    for count in (2, 3):
+        threads(count)
+        for x, y in zip(kernel_results(name), expected, strict=True):
+            assert torch.equal(x, y), count
+
+
+def test_thread_count_changes_no_bit_conditional_contrastive(threads):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2, 700, 40, generator=generator)
+    labels = torch.randint(20, (700,), generator=generator)
+
+    def results():
+        loss, lse, grads = native.conditional_contrastive_forward(
+            *inputs, labels, 0.2, grad_scale=1.0, needs=(True, True, False)
+        )
+        return [loss, lse, *grads[:2]]
+
+    threads(1)
+    expected = results()
+    threads(3)
+    for x, y in zip(results(), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+LEVELS = ("portable", "avx2", "avx512")
+
+
+def available_levels(monkeypatch) -> list[str]:
+    found = []
+    for level in LEVELS:
+        monkeypatch.setenv("FASTNCE_CPU_ISA", level)
+        try:
+            native.info_nce_forward(
+                *problem("own")[0], **IN_BATCH, grad_scale=None, needs=(False,) * 4
+            )
+        except RuntimeError as error:
+            assert "this processor does not have it" in str(error)
+        else:
+            found.append(level)
+    monkeypatch.delenv("FASTNCE_CPU_ISA")
+    return found
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_instruction_set_keeps_the_numerical_contract(op, monkeypatch):
+    levels = available_levels(monkeypatch)
+    assert "portable" in levels
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        samples = list(SAMPLE_INPUTS[op](dtype, "cpu", torch.Generator().manual_seed(0)))
+        for level, sample in itertools.product(levels, samples):
+            monkeypatch.setenv("FASTNCE_CPU_ISA", level)
+            assert_close_to_truth(op, "native", sample, dtype)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ["several_panels", "keys_and_queue", "few_columns"])
+def test_blocks_add_up_on_every_instruction_set(name, level, monkeypatch):
+    if level not in available_levels(monkeypatch):
+        pytest.skip(f"this processor does not have {level}")
+    monkeypatch.setenv("FASTNCE_CPU_ISA", level)
+    assert max(deviations(kernel_results(name, torch.float64), reference_results(name))) < 1e-11
+
+
+def test_instruction_set_is_really_chosen(monkeypatch):
+    """A chain of multiply-adds is rounded once with FMA and twice without: the levels cannot agree to the last bit."""
+    if "avx2" not in available_levels(monkeypatch):
+        pytest.skip("this processor has one level only")
+    losses = {}
+    for level in ("portable", "avx2"):
+        monkeypatch.setenv("FASTNCE_CPU_ISA", level)
+        losses[level] = kernel_results("several_panels")[0]
+    assert not torch.equal(losses["portable"], losses["avx2"])
+
+
+def test_unknown_instruction_set(monkeypatch):
+    monkeypatch.setenv("FASTNCE_CPU_ISA", "avx1024")
+    with pytest.raises(RuntimeError, match="FASTNCE_CPU_ISA=avx1024 is unknown. Use portable"):
+        kernel_results("own")
+
+
+MEMORY = """
+import resource, sys, torch, fastnce
+def step(n, symmetric):
+    x = torch.randn(2, n, 8, requires_grad=True)
+    fastnce.info_nce(x[0], x[1], symmetric=symmetric, backend="native").backward()
+    loss = fastnce.info_nce(x[0], x[1], symmetric=symmetric, reduction="none", backend="native")
+    loss.square().sum().backward()
+    labels = torch.arange(n) % 10
+    fastnce.conditional_contrastive(x[0], x[1], labels, backend="native").backward()
+for symmetric in (False, True):
+    step(2048, symmetric)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(8192, sys.argv[1] == "symmetric")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units")
+@pytest.mark.parametrize("form", ["one_direction", "symmetric"])
+def test_memory_does_not_grow_with_the_matrix(form):
+    """8192 x 8192 floats are 256 MiB; the panels take the same 16 MiB as for 2048 x 2048."""
+    out = subprocess.run([sys.executable, "-c", MEMORY, form], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert float(out.stdout) < 60, "MiB"
+
+
+def registered_calls(dtype: torch.dtype):
+    ops = torch.ops.fastnce
+    query, key, negatives = torch.randn(2, 5, 7), torch.randn(2, 5, 7), torch.randn(3, 7)
+    query, key, negatives = (x.to(dtype) for x in (query, key, negatives))
+    tau = torch.tensor(0.3, dtype=torch.promote_types(dtype, torch.float32))
+    everything = (True,) * 4
+    for queue, symmetric, scale in ((None, True, 0.5), (negatives, False, 0.5), (None, True, None)):
+        options = (True, symmetric, True, None)
+        inputs = (query, key, queue, tau, 0.0)
+        yield ops.info_nce_forward, (*inputs, *options, scale, *everything)
+        loss, lse, *_ = ops.info_nce_forward(*inputs, *options, scale, *everything)
+        yield ops.info_nce_backward, (loss, *inputs, lse, *options, True, True, False, True)
+    labels = torch.tensor([0, 1, 0, 2, 1])
+    inputs = (query[0], key[0], labels, None, 0.3)
+    for scale in (None, 0.5):
+        yield ops.conditional_contrastive_forward, (*inputs, scale, True, False, False)
+    loss, lse, *_ = ops.conditional_contrastive_forward(*inputs, None, True, True, True)
+    yield ops.conditional_contrastive_backward, (loss, *inputs, lse, True, True, True)
+    features = [torch.randn(2, 3, 4, 5).to(dtype), torch.randn(1, 6, 2, 2).to(dtype)]
+    ids = [torch.tensor([0, 19, 7]), torch.tensor([3, 3])]
+    for normalize in (False, True):
+        yield ops.sample_patches_forward, (features, ids, normalize)
+        patches, norms = ops.sample_patches_forward(features, ids, normalize)
+        args = (patches, patches, norms, ids, features, normalize)
+        yield ops.sample_patches_backward, args
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_opcheck(dtype):
+    seen = set()
+    for op, arguments in registered_calls(dtype):
+        torch.library.opcheck(op, arguments)
+        seen.add(f"{op._qualified_op_name}")
+    assert len(seen) == 6
+
+
+def among_nans(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers as a slice of a buffer that is NaN everywhere else."""
+    *outer, rows, columns = x.shape
+    buffer = torch.full((*outer, 2 * rows + 3, columns + 5), float("nan"), dtype=x.dtype)
+    view = buffer[..., 1 : 2 * rows + 1 : 2, 2 : columns + 2]
+    return view.copy_(x)
+
+
+@pytest.mark.parametrize("name", ["keys_and_queue", "batch_and_queue", "many_small", "own"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neighbouring_memory_is_not_read(name, dtype):
+    (query, key, negatives, temperature), options = problem(name, dtype)
+    needs = (True, True, negatives is not None, True)
+    clean = native.info_nce_forward(
+        query, key, negatives, temperature, **options, grad_scale=1.0, needs=needs
+    )
+    poisoned = native.info_nce_forward(
+        among_nans(query),
+        among_nans(key),
+        None if negatives is None else among_nans(negatives),
+        temperature,
+        **options,
+        grad_scale=1.0,
+        needs=needs,
+    )
+    for x, y in zip((*clean[:2], *clean[2]), (*poisoned[:2], *poisoned[2]), strict=True):
+        assert x is y is None or torch.equal(x, y)
+        assert x is None or x.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_query_spoils_its_own_row_alone(value):
+    (query, key, negatives, temperature), options = problem("few_columns")
+    args = (key, negatives, temperature)
+    call = {**options, "grad_scale": 1.0, "needs": (True, False, False, False)}
+    loss, _, grads = native.info_nce_forward(query, *args, **call)
+    query[0, 5, 3] = value
+    spoilt, _, spoilt_grads = native.info_nce_forward(query, *args, **call)
+    others = torch.arange(query.shape[1]) != 5
+    assert not spoilt[0, 5].isfinite()
+    assert torch.equal(spoilt[:, others], loss[:, others])
+    assert torch.equal(spoilt_grads[0][:, others], grads[0][:, others])
+
+
+def test_a_bad_key_of_another_batch_element_does_no_harm():
+    (query, key, negatives, temperature), options = problem("many_small")
+    call = {**options, "grad_scale": 1.0, "needs": (True, True, False, False)}
+    loss, _, grads = native.info_nce_forward(query, key, negatives, temperature, **call)
+    key[4] = float("nan")
+    spoilt, _, bad = native.info_nce_forward(query, key, negatives, temperature, **call)
+    others = torch.arange(len(query)) != 4
+    assert spoilt[4].isnan().all()
+    for x, y in ((spoilt, loss), (bad[0], grads[0]), (bad[1], grads[1])):
+        assert torch.equal(x[others], y[others])
+
+
+def test_labels_of_any_size_and_sign():
+    generator = torch.Generator().manual_seed(0)
+    embeddings, proxies = torch.randn(2, 50, 8, generator=generator)
+    classes = torch.tensor([-(2**63), -1, 0, 2**31, 2**32, 2**63 - 1])
+    labels = torch.randint(len(classes), (50,), generator=generator)
+    call = {"temperature": 0.2, "grad_scale": 1.0, "needs": (True, True, False)}
+    small = native.conditional_contrastive_forward(embeddings, proxies, labels, **call)
+    large = native.conditional_contrastive_forward(embeddings, proxies, classes[labels], **call)
+    assert torch.equal(small[0], large[0])
+    assert torch.equal(small[2][0], large[2][0])
+
+
+def test_errors_name_the_op():
+    x = torch.randn(1, 4, 3)
+    rest = (None, None, 0.1, True, False, True, None, None, *(False,) * 4)
+    with pytest.raises(RuntimeError, match="info_nce_forward: key has a wrong or empty shape"):
+        torch.ops.fastnce.info_nce_forward(x, x[:, :3], *rest)
+    with pytest.raises(RuntimeError, match="info_nce_forward: key must have the dtype Float"):
+        torch.ops.fastnce.info_nce_forward(x, x.double(), *rest)
+    with pytest.raises(RuntimeError, match="info_nce_forward: query has the unsupported dtype Int"):
+        torch.ops.fastnce.info_nce_forward(x.int(), x.int(), *rest)
+    with pytest.raises(RuntimeError, match="patch id 9 lies outside a map of 9 positions"):
+        native.sample_patches_forward([torch.randn(1, 2, 3, 3)], [torch.tensor([0, 9])], False)
+
+
+def test_supports_gives_reasons():
+    assert native.supports("info_nce", "cpu", torch.bfloat16) == "ok"
+    assert "no compiled kernel" in native.supports("sup_con", "cpu", torch.float32)
+    assert "run on cpu" in native.supports("info_nce", "cuda", torch.float32)
+    assert "float64, float32" in native.supports("info_nce", "cpu", torch.int64)
