@@ -300,20 +300,20 @@ def _before_cancellation(op: str, sample: Sample, name: str) -> float:
     arguments = sample.arguments
     temperature = arguments.get("temperature", _DEFAULT_TEMPERATURE[op])
     temperature = temperature.item() if isinstance(temperature, Tensor) else temperature
-    largest = 1.0
+    matrices = _rows_of(sample)
+    longest = longest_key = 1.0  # norms of the rows of the query, and of the keys
     if not _normalizes(op, sample):
-        norms = [x.detach().double().norm(dim=-1).max().item() for x in _rows_of(sample)]
-        largest = norms[0] * max(norms[1:])
-    logit = max(1.0, largest / temperature)
-    reduction = arguments.get("reduction", "mean")
-    count = _rows_of(sample)[0].shape[:-1].numel()
+        longest, *keys = [x.detach().double().norm(dim=-1).max().item() for x in matrices]
+        longest_key = max(keys)
+    logit = max(1.0, longest * longest_key / temperature)
+    is_mean = arguments.get("reduction", "mean") == "mean" and op != "pairwise_cosine_similarity"
+    count = matrices[0].shape[:-1].numel()
     if not name.startswith("d "):
-        return logit * (count if reduction == "sum" else 1)
+        return logit * (count if arguments.get("reduction") == "sum" else 1)
     x = _argument(sample, name)
-    is_mean = reduction == "mean" and op != "pairwise_cosine_similarity"
     if x.dim() == 0:
         return logit**2 / temperature * (1 if is_mean else count)
-    other = 1.0 if largest == 1.0 else max(norms)
+    other = max(longest, longest_key)
     return other * logit / temperature / (x.shape[:-1].numel() if is_mean else 1)
 
 
