@@ -1,5 +1,7 @@
 """The fixtures of every test of an op: one suite, run on every backend."""
 
+from collections.abc import Iterator
+
 import hypothesis
 import pytest
 import python_kernels
@@ -17,13 +19,19 @@ _FUSED = [name for name, reason in _REASONS.items() if name != "torch" and reaso
 
 
 @pytest.fixture(params=[*_REASONS] if _FUSED else [*_REASONS, STAND_IN])
-def backend(request, monkeypatch) -> str:
-    """The name of each backend; one that cannot run here is skipped with its reason."""
+def backend(request, monkeypatch) -> Iterator[str]:
+    """The name of each backend; one that cannot run here is skipped with its reason.
+
+    On one thread: the calls are small, and on a busy machine threads wait for one another. Tests of threads set their number.
+    """
     if request.param == STAND_IN:
         monkeypatch.setitem(backends._TABLE, STAND_IN, python_kernels)
     elif _REASONS[request.param] != "ok":
         pytest.skip(f"{request.param}: {_REASONS[request.param]}")
-    return request.param
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield request.param
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def test_patch_nce_of_each_image(patches, backend, needs_support):
     needs_support("patch_nce", backend)
     query, key, q, k = patches
     loss = patch_nce(q, k, backend=backend)
-    assert loss.item() == pytest.approx(9.336725, abs=2e-6)
+    assert loss.item() == pytest.approx(9.336725, abs=3e-6)
     (dq,) = torch.autograd.grad(loss, query)
     assert dq.norm().item() == pytest.approx(2.525839, abs=2e-6)
     assert dq[0, :4].tolist() == pytest.approx(
@@ -53,7 +53,7 @@ def test_patch_nce_of_the_batch(patches, backend, needs_support):
     needs_support("patch_nce", backend)
     query, _, q, k = patches
     loss = patch_nce(q, k, negatives="batch", backend=backend)
-    assert loss.item() == pytest.approx(10.335029, abs=2e-6)
+    assert loss.item() == pytest.approx(10.335029, abs=3e-6)
     (dq,) = torch.autograd.grad(loss, query)
     assert dq.norm().item() == pytest.approx(2.352371, abs=2e-6)
 

@@ -137,6 +137,7 @@ def test_all_five_layers_of_cut_in_deterministic_mode(backend):
     arguments["key_features"] = [make(1, 256, 256, grad=False) for _ in range(5)]
     sample = Sample("cut", arguments)
     assert_close_to_truth(OP, backend, sample, torch.float32)
+    torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
     try:
         first, second = (run(OP, sample, backend=backend) for _ in range(2))
