@@ -30,9 +30,7 @@ class PatchProjector(nn.Module):
         super().__init__()
         self.in_channels = list(in_channels)
         for index, channels in enumerate(self.in_channels):
-            mlp = nn.Sequential(
-                nn.Linear(channels, dim), nn.ReLU(), nn.Linear(dim, dim)
-            )
+            mlp = nn.Sequential(nn.Linear(channels, dim), nn.ReLU(), nn.Linear(dim, dim))
             self.add_module(f"mlp_{index}", mlp)
         init_xavier(self)
 
