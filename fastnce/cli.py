@@ -21,7 +21,7 @@ def train(args: list[str]) -> int:
     """Train a model on two folders of images. Run the same command again to resume."""
     tyro = _import_tyro()
     from fastnce.training import train as run_training
-    from fastnce.training.build import known, layered_values
+    from fastnce.training.build import check_options, known, layered_values
     from fastnce.training.config import to_dict
     from fastnce.training.presets import PRESETS, VARIANTS
 
@@ -37,6 +37,7 @@ def train(args: list[str]) -> int:
     chosen, rest = first.parse_known_args(args[1:])
 
     config_class, values = layered_values(variant, chosen.preset, chosen.config)
+    check_options(config_class, values, rest)
     required = {"data": tyro.MISSING, "out": tyro.MISSING}
     config = tyro.cli(
         config_class,
@@ -153,7 +154,7 @@ def data(args: list[str]) -> int:
 
         write_digits_photos(out, seed=seed, photo=photo)
 
-    def photos(out: Path, size: int = 256, seed: int = 0) -> None:
+    def photos(out: Path, size: int = 128, seed: int = 0) -> None:
         """Two folders of crops from real photographs, for the real-size path.
 
         Args:
@@ -180,10 +181,14 @@ def doctor(args: list[str]) -> int:
 
 def build(args: list[str]) -> int:
     """Compile the native library against the installed torch."""
+    from fastnce.build import BuildError
     from fastnce.build import build as build_library
 
     _no_arguments("build", args)
-    print(f"Native library: {build_library()}")
+    try:
+        print(f"Native library: {build_library()}")
+    except BuildError as error:
+        raise UserError(str(error)) from error
     return 0
 
 
@@ -230,6 +235,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("fastnce", f"no command {name!r}. {nearest(name, COMMANDS)}")
     try:
         return COMMANDS[name](rest)
+    except BrokenPipeError:  # such as `fastnce doctor | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except UserError as error:
         if os.environ.get("FASTNCE_DEBUG"):
             raise

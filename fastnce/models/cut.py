@@ -29,7 +29,9 @@ class CUTConfig:
     num_blocks: int = 9
     """Generator: residual blocks."""
     antialias: bool = True
-    """Blur before downsampling, in both networks."""
+    """Generator: blur before downsampling."""
+    disc_antialias: bool = True
+    """Discriminator: blur before downsampling; with it off, strided convolutions."""
     disc_channels: int = 64
     """Discriminator: channels of the first layer."""
     disc_layers: int = 3
@@ -132,7 +134,7 @@ class CUT(nn.Module):
             config.channels,
             config.disc_channels,
             config.disc_layers,
-            antialias=config.antialias,
+            antialias=config.disc_antialias,
             norm=config.disc_norm,
         )
         self.projector = None

@@ -11,9 +11,10 @@ from torch import nn
 class WeightAverage:
     """Exponential moving average of a module's parameters, in `module`; its buffers are copied.
 
-        average <- average + (1 - d_t) (weights - average),   d_t = min(decay, (1 + t) / (10 + t))
+        average <- average + (1 - d_t) (weights - average),   d_t = decay (1 - decay^t) / (1 - decay^(t + 1))
 
-    t counts the updates from 0. The smaller decay of the first updates lets the average forget the random initialisation.
+    t counts the updates from 0. This is the average with Adam's bias correction: the weights of update s count in proportion to
+    decay^(t - s) and the random initialisation not at all.
 
     Args:
         source: the module to follow; it is copied.
@@ -28,7 +29,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, source: nn.Module) -> None:
         """Moves the average towards the weights of `source`."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = self.decay * (1 - self.decay**self.updates) / (1 - self.decay ** (self.updates + 1))
         self.updates += 1
         weights = [parameter.detach() for parameter in source.parameters()]
         torch._foreach_lerp_(list(self.module.parameters()), weights, 1 - decay)
