@@ -42,7 +42,9 @@ def report() -> str:
     for name, reason in backends.available().items():
         lines.append(f"  {name:8} {reason}")
     if "ok" not in backends.available()["native"]:
-        lines.append("  Without it everything runs in plain PyTorch: slower, with the N x N matrix in memory.")
+        lines.append(
+            "  Without it everything runs in plain PyTorch: slower, with the N x N matrix in memory."
+        )
     lines += ["", "Chosen on this machine (float32):"]
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for op in OPS:

@@ -1,0 +1,189 @@
+"""The command line: every mistake a newcomer can make is one clear line on standard error and exit code 2."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastnce import cli
+from fastnce.training.checkpoint import load_checkpoint
+
+TINY = [
+    *("--base-channels", "4", "--num-blocks", "1", "--disc-channels", "4", "--disc-layers", "1"),
+    *("--nce-layers", "4", "8", "--num-patches", "16", "--projection-dim", "8"),
+    *("--load-size", "32", "--crop-size", "32", "--batch-size", "2", "--workers", "0"),
+    *("--steps", "3", "--log-every", "1", "--device", "cpu"),
+]
+
+
+@pytest.fixture
+def data(tmp_path):
+    root = tmp_path / "data"
+    rng = np.random.default_rng(0)
+    for folder in ("trainA", "trainB", "testA", "testB"):
+        (root / folder).mkdir(parents=True)
+        for index in range(3):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / folder / f"{index}.png")
+    return root
+
+
+def run(capsys, *args):
+    """Exit code and standard error of a command."""
+    try:
+        code = cli.main([str(arg) for arg in args])
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr().err
+
+
+def train(capsys, data, out, *more):
+    return run(capsys, "train", "cut", "--data", data, "--out", out, *TINY, *more)
+
+
+def assert_one_line(result, *expected):
+    code, text = result
+    assert code == 2
+    assert text.startswith("fastnce") and ": error: " in text and text.count("\n") == 1, text
+    for part in expected:
+        assert str(part) in text, text
+
+
+def test_no_command_shows_the_help(capsys):
+    assert cli.main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "command", [["trian"], ["train", "cutt"], ["train", "cut", "--preset", "digts"]]
+)
+def test_a_misspelt_name_gives_the_nearest(capsys, command):
+    assert_one_line(run(capsys, *command), "Did you mean")
+
+
+def test_a_misspelt_option_gives_the_nearest(capsys, data, tmp_path):
+    result = train(capsys, data, tmp_path / "run", "--nmu-patches", "3")
+    assert_one_line(result, "--nmu-patches", "--num-patches")
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        sys.exit(cli.main([command, "--help"]))
+    assert stop.value.code == 0
+    assert "usage" in capsys.readouterr().out
+
+
+def test_missing_folder(capsys, tmp_path):
+    result = train(capsys, tmp_path / "nowhere", tmp_path / "run")
+    assert_one_line(result, tmp_path / "nowhere", "trainA and trainB")
+
+
+def test_empty_folder(capsys, data, tmp_path):
+    for path in (data / "trainA").iterdir():
+        path.unlink()
+    assert_one_line(train(capsys, data, tmp_path / "run"), "trainA", ".png")
+
+
+def test_broken_image(capsys, data, tmp_path):
+    (data / "trainA" / "1.png").write_bytes(b"no picture")
+    assert_one_line(train(capsys, data, tmp_path / "run"), "trainA/1.png")
+
+
+def test_image_cut_short(capsys, data, tmp_path):
+    path = data / "trainB" / "2.png"
+    path.write_bytes(path.read_bytes()[:1500])
+    assert_one_line(train(capsys, data, tmp_path / "run"), "trainB/2.png")
+
+
+def test_image_smaller_than_the_crop(capsys, data, tmp_path):
+    result = train(capsys, data, tmp_path / "run", "--preprocess", "crop", "--crop-size", "64")
+    assert_one_line(result, "32x32", "64")
+
+
+def test_more_patches_than_positions(capsys, data, tmp_path):
+    result = train(capsys, data, tmp_path / "run", "--num-patches", "1024")
+    assert_one_line(result, "num_patches=1024", "16x16 = 256", "num_patches <= 256")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_is_not_there(capsys, data, tmp_path):
+    assert_one_line(train(capsys, data, tmp_path / "run", "--device", "cuda"), "device=cuda", "cpu")
+
+
+def test_a_backend_that_is_not_there(capsys, data, tmp_path):
+    assert_one_line(train(capsys, data, tmp_path / "run", "--backend", "tpu"), "tpu", "native")
+
+
+def test_a_wrong_dtype_names_argument_and_fix():
+    import fastnce
+
+    integers = torch.zeros(4, 8, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"info_nce: query must be float64.*query\.float\(\)"):
+        fastnce.info_nce(integers, integers)
+
+
+def test_a_folder_with_another_run(capsys, data, tmp_path):
+    assert train(capsys, data, tmp_path / "run")[0] == 0
+    result = train(capsys, data, tmp_path / "run", "--lr", "0.1")
+    assert_one_line(result, "another run", "lr=0.0002 (now 0.1)", "another folder")
+
+
+def test_a_checkpoint_cut_short(capsys, data, tmp_path):
+    out = tmp_path / "run"
+    assert train(capsys, data, out)[0] == 0
+    path = out / "checkpoints" / "last.pt"
+    path.write_bytes(path.read_bytes()[:-200])
+    assert_one_line(train(capsys, data, out, "--steps", "4"), path, "damaged")
+    result = run(capsys, "translate", "--run", out, "--input", data / "testA", "--out", out / "t")
+    assert_one_line(result, path, "damaged")
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(capsys, data, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    assert train(capsys, data, out)[0] == 0
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = train(capsys, data, out, "--steps", "5")
+    assert result[0] == 2
+    last = result[1].strip().splitlines()[-1]
+    assert last.startswith("fastnce train: error:") and "No space left on device" in last
+    assert load_checkpoint(out / "checkpoints" / "last.pt")["step"] == 3
+
+
+def test_the_whole_way(capsys, data, tmp_path):
+    out = tmp_path / "run"
+    code, text = train(capsys, data, out)
+    assert code == 0 and "step 3/3" in text
+    again, _ = train(capsys, data, out)
+    assert again == 0
+    code, _ = run(capsys, "translate", "--run", out, "--input", data / "testA", "--out", out / "t")
+    assert code == 0
+    assert sorted(path.name for path in (out / "t").iterdir()) == ["0.png", "1.png", "2.png"]
+    result = run(capsys, "evaluate", "--run", out, "--data", data)
+    assert_one_line(result, data, "fastnce data digits-photos")
+
+
+def test_dry_run_prints_the_configuration(capsys, data, tmp_path):
+    code = cli.main(
+        ["train", "fastcut", "--data", str(data), "--out", str(tmp_path / "run"), "--dry-run"]
+    )
+    values = json.loads(capsys.readouterr().out)
+    assert code == 0 and values["lambda_nce"] == 10.0 and values["flip_equivariance"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    command = f"{sys.executable} -m fastnce doctor | head -1"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.startswith("fastnce ")
