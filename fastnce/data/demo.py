@@ -13,11 +13,13 @@ import numpy as np
 from fastnce.data.files import write_json
 from fastnce.data.folders import to_image
 from fastnce.data.samples import (
+    BACKGROUND_SIDE,
     DIGIT_MARGIN,
     DIGIT_SIZE,
     NOISE_SIGMA,
     PHOTOS,
     composite,
+    load_background,
     load_digits,
     load_photo,
     noisy_digit,
@@ -39,8 +41,8 @@ def write_digits_photos(out: Path | str, seed: int = 0, photo: str = "coffee") -
     """Writes the digits-photos set: handwritten digits (A), and digits on a photograph (B).
 
     A is one half of the 1,797 digits, each as a `noisy_digit`; B is the other half, each as a
-    `composite` with a random crop of one photograph. No sample is in both, a third of each is for
-    testing, all have the same share of every digit, and the order tells nothing about which belong together. `out/labels.json` holds the
+    `composite` with a random crop of one photograph, scaled to a shorter side of 128 pixels. No sample is in both, a third of
+    each is for testing, all have the same share of every digit, and the order tells nothing about which belong together. `out/labels.json` holds the
     recipe and, for each image, its digit, its number in scikit-learn's set and, for B, the
     photograph and the corner of the crop.
 
@@ -61,6 +63,7 @@ def write_digits_photos(out: Path | str, seed: int = 0, photo: str = "coffee") -
         "version": 1,
         "seed": seed,
         "photo": photo,
+        "background_side": BACKGROUND_SIDE,
         "size": DIGIT_SIZE,
         "margin": DIGIT_MARGIN,
         "noise_sigma": NOISE_SIGMA,
@@ -147,7 +150,7 @@ def read_labels(root: Path | str) -> dict[str, Any]:
 
 
 def _digits_photos(seed: int, photo: str) -> Images:
-    background = load_photo(photo)
+    background = load_background(photo)
     strokes, digits = load_digits()
     order = counter_rng(seed, _HALVES_STREAM, 0).permutation(len(strokes))
     seen, written = Counter(), Counter()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastnce.data.folders import read_image, to_array
+from fastnce.data.folders import read_image, to_array, to_image
 from fastnce.errors import UserError
 
 # Photograph -> the package it ships in, and where.
@@ -23,6 +23,8 @@ PHOTOS = {
 DIGIT_SIZE = 32
 DIGIT_MARGIN = 4
 NOISE_SIGMA = 0.2
+# At full size a crop of 32 pixels shows little more than one colour; at this shorter side it shows part of the scene.
+BACKGROUND_SIDE = 128
 
 _DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 
@@ -40,6 +42,14 @@ def load_photo(name: str) -> np.ndarray:
     if spec is None or not spec.submodule_search_locations:
         raise _missing(package, f'The photograph "{name}"')
     return to_array(read_image(Path(spec.submodule_search_locations[0], path), 3))
+
+
+def load_background(name: str) -> np.ndarray:
+    """One of `PHOTOS`, scaled (bicubic) to a shorter side of 128 pixels: (H, W, 3) uint8."""
+    image = to_image(load_photo(name))
+    scale = BACKGROUND_SIDE / min(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    return to_array(image.resize(size, Image.Resampling.BICUBIC))
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:

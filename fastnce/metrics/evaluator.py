@@ -24,13 +24,14 @@ from fastnce.data.demo import read_labels
 from fastnce.data.files import atomic_path
 from fastnce.data.folders import SIGNED_UNIT
 from fastnce.data.samples import (
+    BACKGROUND_SIDE,
     DIGIT_MARGIN,
     DIGIT_SIZE,
     NOISE_SIGMA,
     PHOTOS,
     composite,
+    load_background,
     load_digits,
-    load_photo,
     noisy_digit,
 )
 from fastnce.data.transforms import counter_rng
@@ -61,8 +62,8 @@ class EvaluatorRecipe:
     """Peak learning rate of AdamW, reached after 30 % of the steps."""
     seed: int = 0
     """Seed of the weights and of the images."""
-    digits: tuple[int, int, float] = (DIGIT_SIZE, DIGIT_MARGIN, NOISE_SIGMA)
-    """Size, margin and noise of the digits, which change what there is to learn."""
+    images: tuple[int, int, float, int] = (DIGIT_SIZE, DIGIT_MARGIN, NOISE_SIGMA, BACKGROUND_SIDE)
+    """Size, margin and noise of the digits and size of the photographs, which change what there is to learn."""
     version: int = 1
     """Goes up when this file changes what a recipe gives."""
 
@@ -200,7 +201,7 @@ class EvaluatorBatches:
         strokes, digits = load_digits()
         sources = list(recipe.sources)
         self.strokes, self.digits = torch.from_numpy(strokes[sources]), digits[sources]
-        self.photos = [load_photo(name) for name in recipe.photos]
+        self.photos = [load_background(name) for name in recipe.photos]
         self.batch_size, self.seed = recipe.batch_size, recipe.seed
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastnce.data.demo import read_labels
 from fastnce.data.files import atomic_path, write_json
 from fastnce.data.folders import SIGNED_UNIT, list_images, load_image, split_folder, to_uint8
-from fastnce.data.samples import composite, load_digits, load_photo
+from fastnce.data.samples import composite, load_background, load_digits
 from fastnce.data.transforms import counter_rng
 from fastnce.errors import UserError
 from fastnce.metrics.distribution import (
@@ -265,7 +265,7 @@ def _ideal(labels: Mapping[str, Any]) -> Tensor:
     """A perfect translation of testA: its digits, on new crops of the photograph."""
     names = sorted(name for name in labels["images"] if name.startswith("testA/"))
     strokes = load_digits()[0][[labels["images"][name]["source"] for name in names]]
-    photo = load_photo(labels["recipe"]["photo"])
+    photo = load_background(labels["recipe"]["photo"])
     rng = counter_rng(labels["recipe"]["seed"], _IDEAL_STREAM, 0)
     return to_batch(composite(strokes, random_crops(photo, len(strokes), rng)))
 

@@ -64,7 +64,7 @@ def test_labels_are_scikit_learns(digits):
 
 
 def test_b_is_the_photograph_inverted_under_the_ink(digits):
-    strokes, photo = samples.load_digits()[0], samples.load_photo("coffee")
+    strokes, photo = samples.load_digits()[0], samples.load_background("coffee")
     images = read_labels(digits)["images"]
     for name in ("trainB/0000.png", "testB/0100.png"):
         label = images[name]
