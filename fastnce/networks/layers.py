@@ -78,3 +78,10 @@ def init_xavier(module: nn.Module, gain: float = 0.02) -> None:
             nn.init.xavier_normal_(layer.weight, gain=gain)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def init_default(module: nn.Module) -> None:
+    """PyTorch's own initialisation of every convolution and linear layer."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.reset_parameters()
