@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fastnce
 from fastnce.errors import UserError
 from fastnce.models import CUT, CUTConfig
 from fastnce.models.cut import build_generator
 from fastnce.models.gan import discriminator_losses, generator_loss
 from fastnce.networks import PatchDiscriminator
+from fastnce.training import build_config
 
 TINY = CUTConfig(
     base_channels=4,
@@ -340,3 +342,20 @@ def test_hinge_and_least_squares_objectives():
     assert generator_loss(fake, "hinge").item() == 0.75
     assert [x.item() for x in discriminator_losses(real, fake, "lsgan")] == [2.125, 2.125]
     assert generator_loss(fake, "lsgan").item() == 4.625
+
+
+def test_the_demos_first_step_is_the_same_on_native_and_torch():
+    """In fp32 and at the demo's size, to 1e-5 relative."""
+    if fastnce.backends.available()["native"] != "ok":
+        pytest.skip(fastnce.backends.available()["native"])
+    config = build_config("cut", preset="digits", overrides={"data": "data", "out": "run"})
+    generator = torch.Generator().manual_seed(0)
+    batch = {domain: torch.rand(8, 3, 32, 32, generator=generator) * 2 - 1 for domain in "AB"}
+    losses = {}
+    for backend in ("native", "torch"):
+        torch.manual_seed(0)
+        model = CUT(replace(config, backend=backend), (32, 32))
+        losses[backend] = model.training_step(batch)
+    assert set(losses["native"]) == {"G_GAN", "D_real", "D_fake", "G", "NCE", "NCE_Y"}
+    for name, value in losses["native"].items():
+        torch.testing.assert_close(value, losses["torch"][name], rtol=1e-5, atol=0, msg=name)
