@@ -15,9 +15,6 @@ RUN := $(DEMO)/cut-seed$(SEED)
 RUN_WITHOUT_NCE := $(DEMO)/cut-without-nce-seed$(SEED)
 TRAIN := $(FASTNCE) train cut --preset digits --data $(DATA) --seed $(SEED)
 
-# Threads that wait give the processor away: much faster where something else runs too.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .PHONY: demo test lint format bench gpu-report install native clean
 
 demo: install
