@@ -228,7 +228,8 @@ def _upstream(output: Tensor) -> Tensor:
     return (0.2 + index.cos()).bfloat16().to(output.dtype).reshape(output.shape)
 
 
-@functools.cache
+# Bounded: a cached sample stays in memory. Its backends follow one another closely, which is what the cache is for.
+@functools.lru_cache(maxsize=32)
 def truth(op: str, sample: Sample) -> dict[str, Tensor]:
     """What :func:`run` gives for the reference in fp64 on the same values."""
     return run(op, sample, backend="torch", convert=lambda name, x: x.double())
@@ -241,7 +242,7 @@ def _flip(op: str, name: str, x: Tensor) -> Tensor:
     return x.flip(-1) if x.dim() >= 2 and name != "upstream" else x
 
 
-@functools.cache
+@functools.lru_cache(maxsize=32)
 def _plain_errors(op: str, sample: Sample) -> dict[str, float]:
     """Errors of plain PyTorch in the sample's precision, the worse of two orders of summation."""
     reverse = functools.partial(_flip, op)
@@ -254,6 +255,12 @@ def _plain_errors(op: str, sample: Sample) -> dict[str, float]:
         name: max(error(op, sample, name, x), error(op, sample, name, flipped[name]))
         for name, x in direct.items()
     }
+
+
+def forget() -> None:
+    """Empties the caches, which keep the tensors of recent samples in memory."""
+    truth.cache_clear()
+    _plain_errors.cache_clear()
 
 
 def _argument(sample: Sample, name: str) -> Tensor:
