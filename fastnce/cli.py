@@ -53,8 +53,21 @@ def train(args: list[str]) -> int:
     if chosen.dry_run:
         print(json.dumps(to_dict(config), indent=2))
         return 0
+    _check_requested_backend()
     run_training(config)
     return 0
+
+
+def _check_requested_backend() -> None:
+    from fastnce import backends
+
+    name, known_backends = os.environ.get("FASTNCE_BACKEND"), backends.available()
+    if name and name not in known_backends:
+        raise UserError(
+            f"FASTNCE_BACKEND={name} is unknown. Use one of: {', '.join(known_backends)}."
+        )
+    if name and known_backends[name] != "ok":
+        raise UserError(f"FASTNCE_BACKEND={name} cannot run here: {known_backends[name]}.")
 
 
 def translate(args: list[str]) -> int:

@@ -122,6 +122,11 @@ def test_a_backend_that_is_not_there(capsys, data, tmp_path):
     assert_one_line(train(capsys, data, tmp_path / "run", "--backend", "tpu"), "tpu", "native")
 
 
+def test_a_backend_of_the_environment_that_is_not_there(capsys, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTNCE_BACKEND", "tpu")
+    assert_one_line(train(capsys, data, tmp_path / "run"), "FASTNCE_BACKEND=tpu", "native, torch")
+
+
 def test_a_wrong_dtype_names_argument_and_fix():
     import fastnce
 
