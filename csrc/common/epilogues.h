@@ -183,4 +183,81 @@ void label_gradient(int64_t rows, int64_t lanes, T* z, int64_t self,
   }
 }
 
+// Rows of a block are keys and its lanes are queries, so that sums over keys run down the lanes.
+
+template <class T>
+void block_maximum(int64_t rows, int64_t lanes, const T* z, T* maximum) {
+  for (int64_t j = 0; j < lanes; j += kLanes<T>) {
+    Vector<T> top = load(maximum + j);
+    for (int64_t r = 0; r < rows; ++r) top = Max::apply(load(z + r * kWidth<T> + j), top);
+    store(maximum + j, top);
+  }
+}
+
+template <class T, int kVectors, bool kColumns>
+void exp_vectors(int64_t rows, int64_t lanes, T* z, const T* offset, T* sum, T* column_sum) {
+  Vector<T> by[kVectors], total[kVectors] = {};
+  for (int v = 0; v < kVectors; ++v) by[v] = load(offset + v * kLanes<T>);
+  const Signed<T> number = lane_numbers<T>();
+  for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
+    Vector<T> across = {};
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const Vector<T> e = exp(load(z + v * kLanes<T>) - by[v]);
+      store(z + v * kLanes<T>, e);
+      total[v] += e;
+      if constexpr (kColumns) {
+        const auto left = static_cast<typename Lane<T>::Signed>(lanes - v * kLanes<T>);
+        across += number < left ? e : Vector<T>{};
+      }
+    }
+    if constexpr (kColumns) column_sum[r] += reduce<Sum, T>(across);
+  }
+  for (int v = 0; v < kVectors; ++v) store(sum + v * kLanes<T>, total[v]);
+}
+
+template <class T>
+void block_exp(int64_t rows, int64_t lanes, T* z, const T* offset, T* sum, T* column_sum) {
+  const int64_t vectors = (lanes + kLanes<T> - 1) / kLanes<T>;
+  const auto run = [&](auto count) {
+    constexpr int kVectors = decltype(count)::value;
+    if (column_sum == nullptr) {
+      exp_vectors<T, kVectors, false>(rows, lanes, z, offset, sum, column_sum);
+    } else {
+      exp_vectors<T, kVectors, true>(rows, lanes, z, offset, sum, column_sum);
+    }
+  };
+  if (vectors == 1) {
+    run(Constant<1>{});
+  } else if (vectors == 2) {
+    run(Constant<2>{});
+  } else {
+    run(Constant<kTileVectors>{});
+  }
+}
+
+template <class T>
+void block_scale_both(int64_t rows, int64_t lanes, T* e, const T* lane_weight,
+                      const T* row_weight) {
+  for (int64_t r = 0; r < rows; ++r, e += kWidth<T>) {
+    const T row = row_weight[r];
+    for (int64_t j = 0; j < lanes; j += kLanes<T>) {
+      store(e + j, load(e + j) * (load(lane_weight + j) + row));
+    }
+  }
+}
+
+template <class T>
+void block_exp_both(int64_t rows, int64_t lanes, T* z, const T* lane_offset, const T* lane_weight,
+                    const T* row_offset, const T* row_weight) {
+  for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
+    const T offset = row_offset[r], weight = row_weight[r];
+    for (int64_t j = 0; j < lanes; j += kLanes<T>) {
+      const Vector<T> x = load(z + j);
+      store(z + j,
+            exp(x - load(lane_offset + j)) * load(lane_weight + j) + exp(x - offset) * weight);
+    }
+  }
+}
+
 }  // namespace fastnce::FASTNCE_ISA

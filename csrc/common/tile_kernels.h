@@ -99,6 +99,20 @@ struct TileKernels {
                          const Label* column_label, const LabelWeights<T>& row,
                          const LabelWeights<T>& column, T* moment);
 
+  // Blocks (rows, lanes) whose rows are keys and whose lanes are queries. Per-lane values are read
+  // and written a vector at a time; the caller pads them to the slab's width.
+  // maximum[lane] = max(maximum[lane], column maximum).
+  void (*block_maximum)(int64_t rows, int64_t lanes, const T* z, T* maximum);
+  // In place z -> e = exp(z - offset[lane]); sum[lane] = column sum of e; and, unless it is null,
+  // column_sum[row] += row sum of e.
+  void (*block_exp)(int64_t rows, int64_t lanes, T* z, const T* offset, T* sum, T* column_sum);
+  // e *= lane_weight[lane] + row_weight[row].
+  void (*block_scale_both)(int64_t rows, int64_t lanes, T* e, const T* lane_weight,
+                           const T* row_weight);
+  // In place z -> exp(z - lane_offset) lane_weight + exp(z - row_offset) row_weight.
+  void (*block_exp_both)(int64_t rows, int64_t lanes, T* z, const T* lane_offset,
+                         const T* lane_weight, const T* row_offset, const T* row_weight);
+
   // Vectors of n elements; sums are taken in double.
   double (*sum_squares)(int64_t n, const T* x);
   double (*dot)(int64_t n, const T* x, const T* y);

@@ -46,6 +46,11 @@ constexpr int kTileVectors = 3, kTileRows = 4;
 constexpr int kTileVectors = 2, kTileRows = 4;
 #endif
 
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
 // Lanes of one slab.
 template <class T>
 constexpr int64_t kWidth = kTileVectors * kLanes<T>;

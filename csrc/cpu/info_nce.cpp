@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../common/op_arguments.h"
-#include "info_nce_passes.h"
+#include "info_nce_schemes.h"
 
 namespace fastnce {
 namespace {
@@ -97,18 +97,22 @@ void for_problems(const Arguments& a, const double* weights, Gradients& gradient
   call.row_lse = lse;
   call.column_lse = a.symmetric ? lse + rows : nullptr;
 
-  Columns<T> shared;
+  const int64_t problems = a.in_batch ? a.batch() : 1, size = rows / problems;
+  KeySet<T> shared;
   if (a.shared_negatives()) {
+    shared.source = call.negatives;
     shared.count = a.negatives->size(0);
-    pack_unit_rows<T>(kernels, call.negatives, 0, shared.count, a.normalize, 1.0,
-                      call.needs_row_products() ? &shared.straight : nullptr, &shared.transposed);
+    // Few queries meet each key once: then keys are packed on the way.
+    if (problems > 1 || size > kFewRows || shared.count < 4 * size) {
+      pack_unit_rows<T>(kernels, call.negatives, 0, shared.count, a.normalize, 1.0, &shared.units,
+                        nullptr);
+    }
     if (weights != nullptr && call.need_negatives) {
       shared.gradient = SlabMatrix<T>(shared.count, a.depth(), kernels.width);
       shared.gradient.fill_zero();
     }
   }
 
-  const int64_t problems = a.in_batch ? a.batch() : 1, size = rows / problems;
   const auto solve = [&](int64_t b) {
     InfoNceProblem<T> problem(kernels, call, b * size, size, shared.count > 0 ? &shared : nullptr);
     run(problem);
@@ -140,15 +144,7 @@ void forward(const Arguments& a, const std::optional<double>& grad_scale, Gradie
   if (grad_scale) weights.assign(a.batch() * a.rows(), *grad_scale);
   for_problems<T>(a, grad_scale ? weights.data() : nullptr, gradients, loss.mutable_data_ptr<T>(),
                   lse.mutable_data_ptr<T>(), [&](InfoNceProblem<T>& problem) {
-                    problem.start_sums();
-                    if (problem.wants_gradients() && !a.symmetric && fits_one_pass(problem)) {
-                      one_pass(problem);
-                      return;
-                    }
-                    sum_pass(problem);
-                    if (!problem.wants_gradients()) return;
-                    problem.sides_from_sums();
-                    gradient_pass(problem);
+                    a.symmetric ? solve_symmetric(problem) : solve_rows(problem);
                   });
 }
 
@@ -159,8 +155,11 @@ void backward(const Arguments& a, const Tensor& grad_loss, const Tensor& lse,
   const T* row_lse = lse.const_data_ptr<T>();
   const T* column_lse = a.symmetric ? row_lse + a.batch() * a.rows() : nullptr;
   for_problems<T>(a, weights.data(), gradients, nullptr, nullptr, [&](InfoNceProblem<T>& problem) {
-    problem.sides_from_lse(row_lse, column_lse);
-    gradient_pass(problem);
+    if (a.symmetric) {
+      solve_symmetric_from_lse(problem, row_lse, column_lse);
+    } else {
+      solve_rows_from_lse(problem, row_lse);
+    }
   });
 }
 

@@ -1,10 +1,15 @@
 // One InfoNCE problem: rows of queries against the same columns (the keys of their batch element,
 // shared negatives, both or neither). A batch is a list of problems. Here is what belongs to single
-// rows and columns; info_nce_passes.h walks the matrix between them.
+// rows; info_nce_sweep.h walks the matrix between them, info_nce_schemes.h says in which order.
+//
+// The positive of a row is kept out of the matrix: with s the sum of the other exponentials
+// relative to the positive's, loss = log(1 + s) and the gradient at the positive is -s / (1 + s).
+// Nothing cancels where the positive dominates, as it does when training works.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -12,6 +17,11 @@
 #include "../common/unit_rows.h"
 
 namespace fastnce {
+
+constexpr int64_t kKeyBlock = 128;
+constexpr int64_t kGroupRows = 96;  // a multiple of every table's width
+constexpr int64_t kFewRows = 256;   // no more than one group, where keys are packed on the way
+constexpr int64_t kKeptBytes = int64_t{64} << 20;  // of logits kept at a time
 
 // What a call asks for. Rows are flattened: row b * N + i is query i of batch element b.
 template <class T>
@@ -27,231 +37,242 @@ struct InfoNceCall {
   OutputRows grad_query, grad_key, grad_negatives;
   double* temperature_terms = nullptr;  // per row: its part of sum_ij G_ij z_ij
   T *loss = nullptr, *row_lse = nullptr, *column_lse = nullptr;
-
-  bool needs_row_products() const { return weights != nullptr && need_query; }
 };
 
-// The softmax weights of all rows, or of all columns (see SoftmaxValues).
+// Columns of the matrix.
 template <class T>
-struct SoftmaxSide {
-  Buffer<T> offset, weight, center;
-  SoftmaxSide() = default;
-  explicit SoftmaxSide(int64_t size) : offset(size, T(0)), weight(size, T(0)), center(size, T(0)) {}
-
-  void set(int64_t i, double offset_, double weight_, double center_) {
-    offset[i] = static_cast<T>(offset_);
-    weight[i] = static_cast<T>(weight_);
-    center[i] = static_cast<T>(center_);
-  }
-  // From a sum of exponentials: weight_ times the softmax.
-  void set(int64_t i, const ExpSum& total, double weight_, double center_) {
-    const T shift = static_cast<T>(total.maximum);
-    set(i, shift, weight_ / total.sum * std::exp(shift - total.maximum), center_);
-  }
-  T gradient(int64_t i, double z) const {
-    return static_cast<T>(weight[i] * std::exp(z - offset[i]));
-  }
-  double moment(int64_t i, double z) const {
-    return weight[i] * std::exp(z - offset[i]) * (z - center[i]);
-  }
-  SoftmaxValues<T> at(int64_t i) const { return {&offset[i], &weight[i], &center[i]}; }
+struct KeySet {
+  TensorRows source;
+  int64_t first = 0, count = 0;  // rows of the source
+  bool own = false;              // key i is the positive of query i
+  SlabMatrix<T> units;           // unit rows (count, D); empty: packed block by block when needed
+  SlabMatrix<T> gradient;        // (count, D) with respect to the unit rows, or empty
 };
+
+// log(1 + exp(d)).
+inline double softplus(double d) {
+  return d > 0 ? d + std::log1p(std::exp(-d)) : std::log1p(std::exp(d));
+}
+
+// log of the other exponentials' sum over the positive's. An infinite positive makes the loss
+// inf - inf.
+inline double log_ratio(const ExpSum& others, double positive) {
+  return others.log() - positive + 0 * std::max(positive, 0.0);
+}
 
 template <class T>
 struct InfoNceProblem {
   const TileKernels<T>& kernels;
   const InfoNceCall<T>& call;
   const int64_t first, rows;  // in the flattened rows of the call
-  SlabMatrix<T> queries;      // unit rows / temperature
-  Columns<T> keys;
-  std::vector<const Columns<T>*> segments;
-  int64_t slabs = 0;
+  KeySet<T> keys;
+  std::vector<const KeySet<T>*> sets;
   Buffer<double> positive;  // z of the positive
-  std::vector<ExpSum> sums;
-  Buffer<T> column_maximum;  // symmetric only, padded to whole slabs
-  Buffer<double> column_sum;
-  SoftmaxSide<T> row_side, column_side;
+  Buffer<double> lse;       // of the row, positive included
+  Buffer<double> column_lse;
+  Buffer<double> missing;  // the softmax's weight on all but the positive, times the row's weight
+  Buffer<T> offset;        // subtracted before exp; padded to whole slabs
+  // Symmetric: the same of the columns, and the factors from exponentials to the gradient.
+  Buffer<T> column_offset, row_weight, column_weight;
 
   InfoNceProblem(const TileKernels<T>& kernels_, const InfoNceCall<T>& call_, int64_t first_,
-                 int64_t rows_, const Columns<T>* shared)
-      : kernels(kernels_), call(call_), first(first_), rows(rows_), positive(rows_, 0.0) {
-    pack_unit_rows<T>(kernels, call.query, first, rows, call.normalize, 1 / call.temperature,
-                      &queries, nullptr);
+                 int64_t rows_, const KeySet<T>* shared)
+      : kernels(kernels_),
+        call(call_),
+        first(first_),
+        rows(rows_),
+        positive(rows_),
+        lse(rows_),
+        missing(rows_, 0.0),
+        offset(padded_rows(), T(0)) {
+    keys.source = call.key;
+    keys.first = first;
+    keys.own = true;
     if (call.in_batch) {
-      pack_unit_rows<T>(kernels, call.key, first, rows, call.normalize, 1.0,
-                        call.needs_row_products() ? &keys.straight : nullptr, &keys.transposed);
-      if (wants_gradients() && call.need_key) {
-        keys.gradient = SlabMatrix<T>(rows, call.depth, kernels.width);
-        keys.gradient.fill_zero();
-      }
-      segments.push_back(&keys);
+      keys.count = rows;
+      pack_unit_rows<T>(kernels, call.key, first, rows, call.normalize, 1.0, &keys.units, nullptr);
+      sets.push_back(&keys);
     }
-    if (shared != nullptr) segments.push_back(shared);
-    for (const Columns<T>* columns : segments) slabs += columns->transposed.slabs();
+    if (wants_gradients() && call.need_key && call.in_batch) {
+      keys.gradient = SlabMatrix<T>(rows, call.depth, kernels.width);
+      keys.gradient.fill_zero();
+    }
+    if (shared != nullptr) sets.push_back(shared);
+    if (call.symmetric) column_lse = Buffer<double>(rows);
     if (!call.in_batch) dot_positives();
   }
 
   bool wants_gradients() const { return call.weights != nullptr; }
-  int64_t padded_rows() const { return slab_count(rows, kernels.width) * kernels.width; }
-  // Half of the loss is the row's and half the column's in the symmetric form.
-  double side_weight(int64_t i) const {
-    return call.weights[first + i] * (call.symmetric ? 0.5 : 1.0);
+  bool wants_row_products() const {
+    return wants_gradients() && (call.need_query || call.need_temperature);
   }
+  bool wants_column_products() const {
+    bool any = false;
+    for (const KeySet<T>* set : sets) any = any || set->gradient;
+    return any;
+  }
+  int64_t columns() const {
+    int64_t count = 0;
+    for (const KeySet<T>* set : sets) count += set->count;
+    return count;
+  }
+  // Rows that a task takes on. Keys that are not packed are best read by a single group.
+  int64_t group_rows() const {
+    for (const KeySet<T>* set : sets) {
+      if (!set->units) return rows;
+    }
+    return kGroupRows;
+  }
+  int64_t padded_rows() const { return slab_count(rows, kernels.width) * kernels.width; }
 
   void dot_positives() {
     run_blocks(rows, 16, 8 * call.depth, [&](int64_t begin, int64_t end) {
+      UnitRowReader<T> queries(kernels, call.query, call.normalize);
       UnitRowReader<T> reader(kernels, call.key, call.normalize);
       Buffer<T> query(call.depth), key(call.depth);
       for (int64_t i = begin; i < end; ++i) {
-        queries.copy_row_out(i, query.data());
+        queries.read(first + i, 1 / call.temperature, query.data());
         reader.read(first + i, 1.0, key.data());
         positive[i] = logit(kernels, call.depth, query.data(), key.data());
       }
     });
   }
 
-  // Starts the rows' sums with the logits that are not products of the matrix.
-  void start_sums() {
-    sums.assign(rows, ExpSum());
-    if (call.symmetric) {
-      column_maximum = Buffer<T>(padded_rows(), -std::numeric_limits<T>::infinity());
-      column_sum = Buffer<double>(padded_rows(), 0.0);
+  // An upper bound of all logits; infinite where it is of no use.
+  double logit_bound() const {
+    if (call.normalize) return 1 / call.temperature;
+    double longest_key = 0;
+    for (const KeySet<T>* set : sets) {
+      longest_key = std::max(longest_key, longest_row(set->source, set->first, set->count));
     }
-    for (int64_t i = 0; i < rows; ++i) {
-      if (!call.in_batch) sums[i].add_logit(positive[i]);
-      if (call.constant_logit) sums[i].add_logit(*call.constant_logit);
+    const double bound = longest_row(call.query, first, rows) * longest_key / call.temperature;
+    return std::isfinite(bound) ? bound : std::numeric_limits<double>::infinity();
+  }
+
+  double longest_row(const TensorRows& source, int64_t begin, int64_t count) const {
+    constexpr int64_t kBlock = 64;
+    std::vector<double> longest((count + kBlock - 1) / kBlock, 0.0);
+    run_blocks(count, kBlock, 2 * call.depth, [&](int64_t b, int64_t e) {
+      Buffer<T> row(call.depth);
+      double top = 0;
+      for (int64_t r = b; r < e; ++r) {
+        source.load(begin + r, row.data());
+        const double norm = row_norm(kernels, call.depth, row.data());
+        top = norm > top || std::isnan(norm) ? norm : top;
+      }
+      longest[b / kBlock] = top;
+    });
+    double top = 0;
+    for (double x : longest) top = x > top || std::isnan(x) ? x : top;
+    return top;
+  }
+
+  // The row's exponentials that stand neither in the matrix nor for the positive.
+  ExpSum other_terms(int64_t i) const {
+    ExpSum sum;
+    if (call.constant_logit) sum.add_logit(*call.constant_logit);
+    if (call.own_negatives == 0) return sum;
+    UnitRowReader<T> queries(kernels, call.query, call.normalize);
+    UnitRowReader<T> reader(kernels, call.negatives, call.normalize);
+    Buffer<T> query(call.depth), negative(call.depth);
+    queries.read(first + i, 1 / call.temperature, query.data());
+    for (int64_t m = 0; m < call.own_negatives; ++m) {
+      reader.read((first + i) * call.own_negatives + m, 1.0, negative.data());
+      sum.add_logit(logit(kernels, call.depth, query.data(), negative.data()));
     }
-    const int64_t count = call.own_negatives, depth = call.depth;
-    if (count == 0) return;
-    run_tasks(rows, 4 * count * depth, [&](int64_t i) {
-      UnitRowReader<T> reader(kernels, call.negatives, call.normalize);
-      Buffer<T> query(depth), negative(depth);
-      queries.copy_row_out(i, query.data());
-      for (int64_t m = 0; m < count; ++m) {
-        reader.read((first + i) * count + m, 1.0, negative.data());
-        sums[i].add_logit(logit(kernels, depth, query.data(), negative.data()));
+    return sum;
+  }
+
+  // Completes rows [begin, end) from sum(i), the matrix's exponentials relative to offset[i].
+  template <class RowSum>
+  void finish_sums(int64_t begin, int64_t end, const RowSum& sum) {
+    const int64_t work = 64 + 4 * call.own_negatives * call.depth;
+    run_blocks(end - begin, 16, work, [&](int64_t b, int64_t e) {
+      for (int64_t i = begin + b; i < begin + e; ++i) {
+        ExpSum others = other_terms(i);
+        others.add(offset[i], sum(i));
+        const double d = log_ratio(others, positive[i]);
+        lse[i] = positive[i] + softplus(d);
+        call.row_lse[first + i] = static_cast<T>(lse[i]);
+        call.loss[first + i] = static_cast<T>(softplus(d));
+        if (wants_gradients()) missing[i] = call.weights[first + i] / (1 + std::exp(-d));
       }
     });
   }
 
-  ExpSum column_total(int64_t i) const {
-    ExpSum total;
-    const double maximum = column_maximum[i];
-    total.add(std::isfinite(maximum) ? maximum : 0.0, column_sum[i]);
-    return total;
-  }
-
-  void store_loss(int64_t i) const {
-    double loss = sums[i].log_minus(positive[i]);
-    call.row_lse[first + i] = static_cast<T>(sums[i].log());
-    if (call.symmetric) {
-      const ExpSum column = column_total(i);
-      loss = 0.5 * (loss + column.log_minus(positive[i]));
-      call.column_lse[first + i] = static_cast<T>(column.log());
-    }
-    call.loss[first + i] = static_cast<T>(loss);
-  }
-
-  void sides_from_sums() {
-    row_side = SoftmaxSide<T>(rows);
-    if (call.symmetric) column_side = SoftmaxSide<T>(padded_rows());
+  // Completes a symmetric problem; both sums are relative to the offsets given.
+  template <class RowSum, class ColumnSum>
+  void finish_both_sums(const RowSum& row_sum, const ColumnSum& column_sum) {
     for (int64_t i = 0; i < rows; ++i) {
-      row_side.set(i, sums[i], side_weight(i), positive[i]);
-      if (call.symmetric) column_side.set(i, column_total(i), side_weight(i), positive[i]);
+      const ExpSum row = row_sum(i), column = column_sum(i);
+      const double d = log_ratio(row, positive[i]), c = log_ratio(column, positive[i]);
+      lse[i] = positive[i] + softplus(d);
+      column_lse[i] = positive[i] + softplus(c);
+      call.row_lse[first + i] = static_cast<T>(lse[i]);
+      call.column_lse[first + i] = static_cast<T>(column_lse[i]);
+      call.loss[first + i] = static_cast<T>(0.5 * (softplus(d) + softplus(c)));
+      if (wants_gradients()) {
+        missing[i] =
+            call.weights[first + i] * 0.5 * (1 / (1 + std::exp(-d)) + 1 / (1 + std::exp(-c)));
+      }
     }
   }
 
-  void sides_from_lse(const T* row_lse, const T* column_lse) {
-    if (call.in_batch && call.need_temperature) dot_positives();
-    row_side = SoftmaxSide<T>(rows);
-    if (call.symmetric) column_side = SoftmaxSide<T>(padded_rows());
-    for (int64_t i = 0; i < rows; ++i) {
-      row_side.set(i, row_lse[first + i], side_weight(i), positive[i]);
-      if (call.symmetric) column_side.set(i, column_lse[first + i], side_weight(i), positive[i]);
-    }
-  }
-
-  // Calls body(row, its element) for the positives among rows [begin, end) of a slab.
-  template <class Body>
-  void for_positives(const Columns<T>& columns, int64_t slab, int64_t begin, int64_t end, T* z,
-                     const Body& body) const {
-    if (&columns != &keys) return;
-    const int64_t c0 = slab * kernels.width, c1 = c0 + kernels.width;
-    for (int64_t i = std::max(begin, c0); i < std::min(end, c1); ++i) {
-      body(i, z[(i - begin) * kernels.width + (i - c0)]);
-    }
-  }
-
-  void subtract_targets(const Columns<T>& columns, int64_t slab, int64_t begin, int64_t end,
-                        T* z) const {
-    for_positives(columns, slab, begin, end, z,
-                  [&](int64_t i, T& g) { g -= static_cast<T>(call.weights[first + i]); });
-  }
-
-  // The rest of the gradients of rows [r0, ...): logits outside the matrix, then the way from unit
-  // rows back to the inputs. `products` holds sum_j G_ij k_j over the matrix; it may be empty.
-  void finish_rows(int64_t r0, int64_t count, const SlabMatrix<T>& products) const {
+  // Adds the gradients of rows [r0, r0 + count) that the matrix does not give and goes back from
+  // unit rows to the inputs. `products`: sum_j exp(z_ij - offset) k_j as a sum over its parts, each
+  // `count` rows; factor(i): from these to the gradient with respect to z.
+  template <class Factor>
+  void finish_rows(int64_t r0, int64_t count, const SlabMatrix<T>& products,
+                   const Factor& factor) const {
     const int64_t depth = call.depth;
-    const int64_t work = depth * (16 + 8 * call.own_negatives);
+    const int64_t parts = products ? products.rows() / count : 0;
+    const int64_t work = depth * (16 + 2 * parts + 8 * call.own_negatives);
     run_blocks(count, call.own_negatives > 0 ? 1 : 16, work, [&](int64_t begin, int64_t end) {
-      UnitRowReader<T> queries_in(kernels, call.query, call.normalize);
-      Buffer<T> gradient(depth), scaled(depth), row(depth);
+      UnitRowReader<T> queries(kernels, call.query, call.normalize);
+      UnitRowReader<T> keys_in(kernels, call.key, call.normalize);
+      Buffer<T> gradient(depth), query(depth), row(depth);
       for (int64_t i = r0 + begin; i < r0 + end; ++i) {
-        if (products) {
-          products.copy_row_out(i - r0, gradient.data());
-        } else {
-          std::fill_n(gradient.data(), depth, T(0));
+        std::fill_n(gradient.data(), depth, T(0));
+        for (int64_t part = 0; part < parts; ++part) {
+          products.copy_row_out(part * count + i - r0, row.data());
+          kernels.add_scaled(depth, T(1), row.data(), gradient.data());
         }
-        queries.copy_row_out(i, scaled.data());
-        double term = target_term(i);
-        if (call.constant_logit) term += row_side.moment(i, *call.constant_logit);
-        if (!call.in_batch) {
-          term += row_side.moment(i, positive[i]);
-          positive_gradient(i, scaled.data(), gradient.data(), row.data());
+        kernels.scale(depth, gradient.data(), factor(i), gradient.data());
+        queries.read(first + i, 1 / call.temperature, query.data());
+        double term = 0;
+        if (call.own_negatives > 0)
+          own_negatives_gradient(i, query.data(), gradient.data(), row.data());
+        if (call.constant_logit) {
+          const double p = call.weights[first + i] * std::exp(*call.constant_logit - lse[i]);
+          term += p * *call.constant_logit;
         }
-        if (call.own_negatives > 0) {
-          term += own_negatives_gradient(i, scaled.data(), gradient.data(), row.data());
+        keys_in.read(first + i, 1.0, row.data());
+        kernels.add_scaled(depth, static_cast<T>(-missing[i]), row.data(), gradient.data());
+        if (!call.in_batch && call.need_key) {
+          kernels.scale(depth, query.data(), -missing[i], row.data());
+          keys_in.project(row.data(), row.data());
+          call.grad_key.store(first + i, row.data());
         }
-        call.temperature_terms[first + i] += term;
+        term += kernels.dot(depth, query.data(), gradient.data());
+        call.temperature_terms[first + i] = term;
         if (!call.need_query) continue;
-        queries_in.read(first + i, 1.0, scaled.data());
         kernels.scale(depth, gradient.data(), 1 / call.temperature, gradient.data());
-        queries_in.project(gradient.data(), scaled.data());
-        call.grad_query.store(first + i, scaled.data());
+        queries.project(gradient.data(), row.data());
+        call.grad_query.store(first + i, row.data());
       }
     });
   }
 
-  // What the positive, with weight -1, adds to sum_j G_ij (z_ij - center).
-  double target_term(int64_t i) const {
-    double t = positive[i] - row_side.center[i];
-    if (call.symmetric) t = 0.5 * (t + positive[i] - column_side.center[i]);
-    return -call.weights[first + i] * t;
-  }
-
-  void positive_gradient(int64_t i, const T* query, T* gradient, T* row) const {
-    UnitRowReader<T> reader(kernels, call.key, call.normalize);
-    reader.read(first + i, 1.0, row);
-    const T g = row_side.gradient(i, positive[i]) - static_cast<T>(call.weights[first + i]);
-    kernels.add_scaled(call.depth, g, row, gradient);
-    if (!call.need_key) return;
-    kernels.scale(call.depth, query, g, row);
-    reader.project(row, row);
-    call.grad_key.store(first + i, row);
-  }
-
-  // Returns the negatives' part of sum_j G_ij (z_ij - center).
-  double own_negatives_gradient(int64_t i, const T* query, T* gradient, T* row) const {
+  void own_negatives_gradient(int64_t i, const T* query, T* gradient, T* row) const {
     constexpr int64_t kBlock = 64;  // summed apart, which bounds the rounding error
     UnitRowReader<T> reader(kernels, call.negatives, call.normalize);
     Buffer<T> partial(call.depth);
-    double moment = 0;
     for (int64_t m = 0; m < call.own_negatives; ++m) {
       if (m % kBlock == 0) std::fill_n(partial.data(), call.depth, T(0));
       const int64_t source = (first + i) * call.own_negatives + m;
       reader.read(source, 1.0, row);
-      const T z = logit(kernels, call.depth, query, row), g = row_side.gradient(i, z);
-      moment += row_side.moment(i, z);
+      const double z = logit(kernels, call.depth, query, row);
+      const T g = static_cast<T>(call.weights[first + i] * std::exp(z - lse[i]));
       kernels.add_scaled(call.depth, g, row, partial.data());
       if ((m + 1) % kBlock == 0 || m + 1 == call.own_negatives) {
         kernels.add_scaled(call.depth, T(1), partial.data(), gradient);
@@ -261,12 +282,25 @@ struct InfoNceProblem {
       reader.project(row, row);
       call.grad_negatives.store(source, row);
     }
-    return moment;
   }
 
+  // The gradient of in-batch keys: what the matrix gave, and each key's part as a positive.
   void finish_keys() const {
     if (!keys.gradient) return;
-    store_row_gradients(kernels, call.key, first, call.normalize, keys.gradient, call.grad_key);
+    const int64_t depth = call.depth;
+    run_blocks(rows, 16, 16 * depth, [&](int64_t begin, int64_t end) {
+      UnitRowReader<T> queries(kernels, call.query, call.normalize);
+      UnitRowReader<T> keys_in(kernels, call.key, call.normalize);
+      Buffer<T> gradient(depth), row(depth);
+      for (int64_t i = begin; i < end; ++i) {
+        keys.gradient.copy_row_out(i, gradient.data());
+        queries.read(first + i, 1 / call.temperature, row.data());
+        kernels.add_scaled(depth, static_cast<T>(-missing[i]), row.data(), gradient.data());
+        keys_in.read(first + i, 1.0, row.data());
+        keys_in.project(gradient.data(), row.data());
+        call.grad_key.store(first + i, row.data());
+      }
+    });
   }
 };
 

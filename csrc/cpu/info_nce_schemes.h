@@ -1,0 +1,268 @@
+// In which order an InfoNceProblem's products are made.
+//
+//   keys without gradient: loss and gradient in one walk, 2 products
+//   both gradients: a panel's exponentials are kept until its sums are known, 3 products
+//   more columns than can be kept, or an unreduced loss: sums first, then again, 4 products
+//   symmetric: the same 4, or 3 where the whole matrix can be kept
+//
+// Logits are at most 1 / temperature, so a fixed offset usually takes the place of their maximum.
+// Where a row's sum then comes out too small to be trusted, the maximum is taken after all.
+#pragma once
+
+#include "info_nce_sweep.h"
+
+namespace fastnce {
+
+constexpr int64_t kPanelLimit = 8 * kGroupRows;
+constexpr double kSafeBound = 40;  // exp(-2 * 40) is far from underflow
+constexpr double kUsefulBound = 1e3;
+const double kLeastSum = std::exp(-60.0);
+
+// Sets the offset of all rows; false where no fixed one will do.
+template <class T>
+bool set_fixed_offset(InfoNceProblem<T>& p) {
+  const double bound = p.logit_bound();
+  if (bound > kUsefulBound) return false;
+  // Beyond the safe bound the top of exp's range is used as well.
+  const double offset = bound <= kSafeBound ? bound : bound - kSafeBound;
+  std::fill_n(p.offset.data(), p.offset.size(), static_cast<T>(offset));
+  return true;
+}
+
+// NaN counts as trusted: it is what the equation gives.
+template <class T>
+bool sums_are_trusted(const Panel<T>& panel) {
+  for (int64_t r = 0; r < panel.rows; ++r) {
+    if (panel.sum(r) < kLeastSum) return false;
+  }
+  return true;
+}
+
+// Exponentials and their sums of a panel; `products` as in SweepOptions.
+template <class T>
+void sum_panel(InfoNceProblem<T>& p, Panel<T>& panel, bool products, bool fixed) {
+  const int64_t runs = panel.run_count();
+  if (fixed) {
+    sweep(p, panel, {Epilogue::kExp, false, products}, 0, runs);
+    if (sums_are_trusted(panel)) return;
+  }
+  sweep(p, panel, {Epilogue::kMaximum}, 0, runs);
+  for (int64_t r = 0; r < panel.rows; ++r) p.offset[panel.r0 + r] = panel.maximum(r);
+  const bool kept = runs > 0 && panel.logits[0];
+  sweep(p, panel, {Epilogue::kExp, kept, products}, 0, runs);
+}
+
+template <class T, class Body>
+void for_panels(InfoNceProblem<T>& p, int64_t limit, const Body& body) {
+  for (int64_t r0 = 0; r0 < p.rows; r0 += limit) {
+    Panel<T> panel(p, r0, std::min(limit, p.rows - r0));
+    body(panel);
+  }
+}
+
+// Unit queries of a panel / temperature, times factor(row).
+template <class T, class Factor>
+SlabMatrix<T> scaled_queries(const InfoNceProblem<T>& p, const Panel<T>& panel,
+                             const Factor& factor) {
+  SlabMatrix<T> out(panel.rows, p.call.depth, p.kernels.width);
+  run_blocks(panel.rows, 16, 4 * p.call.depth, [&](int64_t begin, int64_t end) {
+    UnitRowReader<T> reader(p.kernels, p.call.query, p.call.normalize);
+    Buffer<T> row(p.call.depth);
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t i = panel.r0 + r;
+      reader.read(p.first + i, factor(i) / p.call.temperature, row.data());
+      out.copy_row_in(r, row.data());
+    }
+  });
+  return out;
+}
+
+// Rows whose logits with all columns can be kept.
+template <class T>
+int64_t rows_kept(const InfoNceProblem<T>& p) {
+  const int64_t row_bytes = std::max<int64_t>(1, p.columns()) * static_cast<int64_t>(sizeof(T));
+  const int64_t fit = kKeptBytes / row_bytes;
+  return fit >= p.rows ? p.rows : fit / kGroupRows * kGroupRows;
+}
+
+// Gradients from known offsets. factor(i): from a row's exponentials to its gradient;
+// after_row_sums is called for each panel once its walk is done.
+template <class T, class Factor, class AfterSums>
+void gradient_pass(InfoNceProblem<T>& p, Epilogue epilogue, const Factor& factor,
+                   const AfterSums& after_sums) {
+  const bool keep = p.wants_column_products();
+  for_panels(p, kPanelLimit, [&](Panel<T>& panel) {
+    SlabMatrix<T> queries;
+    if (keep) queries = scaled_queries(p, panel, factor);
+    const SweepOptions options{epilogue, false, p.wants_row_products()};
+    // Runs are walked together as far as their logits can be kept.
+    for (int64_t first = 0, last = 0; first < panel.run_count() || last == 0; first = last) {
+      int64_t bytes = 0;
+      for (; last < panel.run_count(); ++last) {
+        bytes += panel.keys_of(last) * panel.rows * static_cast<int64_t>(sizeof(T));
+        if (keep && last > first && bytes > kKeptBytes) break;
+      }
+      if (keep) panel.keep_logits(first, last);
+      sweep(p, panel, options, first, last);
+      if (keep) add_to_keys(p, panel, queries, first, last);
+      panel.forget_logits();
+      if (last == panel.run_count()) break;
+    }
+    after_sums(panel);
+    p.finish_rows(panel.r0, panel.rows, panel.products, factor);
+  });
+}
+
+template <class T>
+void solve_rows(InfoNceProblem<T>& p) {
+  const bool fixed = set_fixed_offset(p);
+  const bool keep = p.wants_column_products();
+  const int64_t fit = keep ? rows_kept(p) : kPanelLimit;
+  const bool one_pass = p.wants_gradients() && fit > 0;
+  const auto factor = [&](int64_t i) {
+    return p.call.weights[p.first + i] * std::exp(p.offset[i] - p.lse[i]);
+  };
+  for_panels(p, one_pass ? std::min(fit, kPanelLimit) : kPanelLimit, [&](Panel<T>& panel) {
+    if (one_pass && keep) panel.keep_logits(0, panel.run_count());
+    sum_panel(p, panel, one_pass && p.wants_row_products(), fixed);
+    p.finish_sums(panel.r0, panel.r0 + panel.rows,
+                  [&](int64_t i) { return panel.sum(i - panel.r0); });
+    if (!one_pass) return;
+    if (keep) add_to_keys(p, panel, scaled_queries(p, panel, factor), 0, panel.run_count());
+    p.finish_rows(panel.r0, panel.rows, panel.products, factor);
+  });
+  if (p.wants_gradients() && !one_pass) {
+    gradient_pass(p, Epilogue::kExp, factor, [](const Panel<T>&) {});
+  }
+}
+
+// From the lse of the forward: the exponentials then are the softmax itself.
+template <class T>
+void solve_rows_from_lse(InfoNceProblem<T>& p, const T* row_lse) {
+  for (int64_t i = 0; i < p.rows; ++i) {
+    p.lse[i] = row_lse[p.first + i];
+    p.offset[i] = row_lse[p.first + i];
+  }
+  const auto weight = [&](int64_t i) { return p.call.weights[p.first + i]; };
+  gradient_pass(p, Epilogue::kExp, weight, [&](const Panel<T>& panel) {
+    const int64_t work = 16 + 4 * p.call.own_negatives * p.call.depth;
+    run_blocks(panel.rows, 16, work, [&](int64_t begin, int64_t end) {
+      for (int64_t i = panel.r0 + begin; i < panel.r0 + end; ++i) {
+        const double others = std::exp(p.other_terms(i).log() - p.lse[i]);
+        p.missing[i] = weight(i) * (panel.sum(i - panel.r0) + others);
+      }
+    });
+  });
+}
+
+// Sums of the rows' exponentials, each relative to its row's maximum.
+template <class T>
+std::vector<ExpSum> sums_by_maximum(InfoNceProblem<T>& p) {
+  std::vector<ExpSum> sums(p.rows);
+  for_panels(p, kPanelLimit, [&](Panel<T>& panel) {
+    sum_panel(p, panel, false, false);
+    for (int64_t r = 0; r < panel.rows; ++r) {
+      sums[panel.r0 + r].add(p.offset[panel.r0 + r], panel.sum(r));
+    }
+  });
+  return sums;
+}
+
+template <class T>
+void symmetric_gradients(InfoNceProblem<T>& p, bool fixed) {
+  p.row_weight = Buffer<T>(p.padded_rows(), T(0));
+  p.column_weight = Buffer<T>(p.rows);
+  if (!fixed) p.column_offset = Buffer<T>(p.rows);
+  for (int64_t i = 0; i < p.rows; ++i) {
+    const double weight = 0.5 * p.call.weights[p.first + i];
+    if (fixed) {
+      p.row_weight[i] = static_cast<T>(weight * std::exp(p.offset[i] - p.lse[i]));
+      p.column_weight[i] = static_cast<T>(weight * std::exp(p.offset[i] - p.column_lse[i]));
+    } else {
+      p.offset[i] = static_cast<T>(p.lse[i]);
+      p.column_offset[i] = static_cast<T>(p.column_lse[i]);
+      p.row_weight[i] = static_cast<T>(weight * std::exp(p.offset[i] - p.lse[i]));
+      p.column_weight[i] = static_cast<T>(weight * std::exp(p.column_offset[i] - p.column_lse[i]));
+    }
+  }
+}
+
+template <class T>
+void solve_symmetric(InfoNceProblem<T>& p) {
+  const auto one = [](int64_t) { return 1.0; };
+  const bool whole = p.wants_gradients() && rows_kept(p) == p.rows;
+  std::vector<double> row_sum(p.rows), column_sum(p.rows, 0.0);
+  bool fixed = set_fixed_offset(p), done = false;
+  if (fixed) {
+    for_panels(p, whole ? p.rows : kPanelLimit, [&](Panel<T>& panel) {
+      if (whole) panel.keep_logits(0, panel.run_count());
+      sweep(p, panel, {Epilogue::kExpBoth}, 0, panel.run_count());
+      for (int64_t r = 0; r < panel.rows; ++r) row_sum[panel.r0 + r] = panel.sum(r);
+      for (int64_t g = 0; g < panel.groups(); ++g) {
+        for (int64_t j = 0; j < p.rows; ++j) column_sum[j] += panel.column_sums[g * p.rows + j];
+      }
+      if (!whole) return;
+      for (int64_t i = 0; i < p.rows; ++i) {
+        fixed = fixed && !(row_sum[i] < kLeastSum) && !(column_sum[i] < kLeastSum);
+      }
+      if (!fixed) return;
+      const auto sum = [&](const std::vector<double>& of) {
+        return [&](int64_t i) {
+          ExpSum total;
+          total.add(p.offset[i], of[i]);
+          return total;
+        };
+      };
+      p.finish_both_sums(sum(row_sum), sum(column_sum));
+      symmetric_gradients(p, true);
+      sweep(p, panel, {Epilogue::kScaleBoth, true, p.wants_row_products()}, 0, panel.run_count());
+      if (p.wants_column_products()) {
+        add_to_keys(p, panel, scaled_queries(p, panel, one), 0, panel.run_count());
+      }
+      p.finish_rows(0, p.rows, panel.products, one);
+      done = true;
+    });
+    if (done) return;
+    for (int64_t i = 0; i < p.rows; ++i) {
+      fixed = fixed && !(row_sum[i] < kLeastSum) && !(column_sum[i] < kLeastSum);
+    }
+  }
+  if (fixed) {
+    const auto sum = [&](const std::vector<double>& of) {
+      return [&](int64_t i) {
+        ExpSum total;
+        total.add(p.offset[i], of[i]);
+        return total;
+      };
+    };
+    p.finish_both_sums(sum(row_sum), sum(column_sum));
+  } else {
+    const std::vector<ExpSum> row = sums_by_maximum(p);
+    InfoNceCall<T> swapped = p.call;
+    std::swap(swapped.query, swapped.key);
+    swapped.weights = nullptr;
+    swapped.symmetric = false;
+    InfoNceProblem<T> columns(p.kernels, swapped, p.first, p.rows, nullptr);
+    const std::vector<ExpSum> column = sums_by_maximum(columns);
+    p.finish_both_sums([&](int64_t i) { return row[i]; }, [&](int64_t i) { return column[i]; });
+  }
+  if (!p.wants_gradients()) return;
+  symmetric_gradients(p, fixed);
+  gradient_pass(p, fixed ? Epilogue::kScaleBoth : Epilogue::kApart, one, [](const Panel<T>&) {});
+}
+
+template <class T>
+void solve_symmetric_from_lse(InfoNceProblem<T>& p, const T* row_lse, const T* column_lse) {
+  p.dot_positives();
+  for (int64_t i = 0; i < p.rows; ++i) {
+    p.lse[i] = row_lse[p.first + i];
+    p.column_lse[i] = column_lse[p.first + i];
+    p.missing[i] =
+        -0.5 * p.call.weights[p.first + i] *
+        (std::expm1(p.positive[i] - p.lse[i]) + std::expm1(p.positive[i] - p.column_lse[i]));
+  }
+  symmetric_gradients(p, false);
+  gradient_pass(p, Epilogue::kApart, [](int64_t) { return 1.0; }, [](const Panel<T>&) {});
+}
+
+}  // namespace fastnce
