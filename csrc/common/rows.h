@@ -44,10 +44,12 @@ void add_scaled(int64_t n, T alpha, const T* x, T* y) {
 
 template <class T>
 double project(int64_t n, const T* x, double norm, const T* gradient, T* out) {
+  const double inverse = 1 / norm;
   const double along =
-      sum_terms<T>(n, [=](int64_t i) { return x[i] / norm * static_cast<double>(gradient[i]); });
+      inverse * sum_terms<T>(n, [=](int64_t i) { return x[i] * static_cast<double>(gradient[i]); });
+  const double back = inverse * along;
   for (int64_t i = 0; i < n; ++i) {
-    out[i] = static_cast<T>((gradient[i] - x[i] / norm * along) / norm);
+    out[i] = static_cast<T>((gradient[i] - x[i] * back) * inverse);
   }
   return along;
 }

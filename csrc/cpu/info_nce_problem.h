@@ -232,10 +232,10 @@ struct InfoNceProblem {
       UnitRowReader<T> keys_in(kernels, call.key, call.normalize);
       Buffer<T> gradient(depth), query(depth), row(depth);
       for (int64_t i = r0 + begin; i < r0 + end; ++i) {
-        std::fill_n(gradient.data(), depth, T(0));
+        if (parts == 0) std::fill_n(gradient.data(), depth, T(0));
         for (int64_t part = 0; part < parts; ++part) {
-          products.copy_row_out(part * count + i - r0, row.data());
-          kernels.add_scaled(depth, T(1), row.data(), gradient.data());
+          products.copy_row_out(part * count + i - r0, part == 0 ? gradient.data() : row.data());
+          if (part > 0) kernels.add_scaled(depth, T(1), row.data(), gradient.data());
         }
         kernels.scale(depth, gradient.data(), factor(i), gradient.data());
         queries.read(first + i, 1 / call.temperature, query.data());
@@ -253,7 +253,7 @@ struct InfoNceProblem {
           keys_in.project(row.data(), row.data());
           call.grad_key.store(first + i, row.data());
         }
-        term += kernels.dot(depth, query.data(), gradient.data());
+        if (call.need_temperature) term += kernels.dot(depth, query.data(), gradient.data());
         call.temperature_terms[first + i] = term;
         if (!call.need_query) continue;
         kernels.scale(depth, gradient.data(), 1 / call.temperature, gradient.data());
