@@ -9,7 +9,7 @@ namespace fastnce::FASTNCE_ISA {
 
 // Summed in one run: bounds rounding error, and keeps the block of b in the first-level cache.
 template <class T>
-constexpr int64_t kDepthBlock = (128 / kWidth<T>)*kWidth<T>;
+constexpr int64_t kDepthBlock = (144 / kWidth<T>)*kWidth<T>;
 
 // c (kRows, kVectors * lanes) += sum over k < depth of a(row, k) b(k, :).
 // Untransposed, a's rows are kWidth apart and k crosses slabs; transposed, k runs down one slab.
@@ -63,8 +63,12 @@ void rows_of_tiles(int64_t rows, int64_t depth, const T* a, int64_t a_slab, cons
 template <class T, bool kTransposed, int kVectors>
 void product(int64_t rows, int64_t depth, const T* a, int64_t a_slab, const T* b, T* c,
              bool accumulate) {
-  for (int64_t k = 0; k < depth; k += kDepthBlock<T>) {
-    const int64_t count = depth - k < kDepthBlock<T> ? depth - k : kDepthBlock<T>;
+  // Blocks of about the same depth: a short last one would mostly load and store c.
+  const int64_t blocks = (depth + kDepthBlock<T> - 1) / kDepthBlock<T>;
+  const int64_t slabs = (depth + kWidth<T> - 1) / kWidth<T>;
+  const int64_t run = (slabs + blocks - 1) / blocks * kWidth<T>;
+  for (int64_t k = 0; k < depth; k += run) {
+    const int64_t count = depth - k < run ? depth - k : run;
     const T* block = kTransposed ? a + k * kWidth<T> : a + k / kWidth<T> * a_slab;
     rows_of_tiles<T, kTransposed, kTileRows, kVectors>(rows, count, block, a_slab,
                                                        b + k * kWidth<T>, c, accumulate || k > 0);

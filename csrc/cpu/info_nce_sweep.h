@@ -1,6 +1,6 @@
 // Walks over the matrix of logits between a panel of queries and all keys.
 //
-// Blocks of 128 keys x `width` queries, keys down and queries across the lanes, stay in the caches
+// Blocks of 144 keys x `width` queries, keys down and queries across the lanes, stay in the caches
 // from the product that makes them, through exp and its sums (which run down the lanes), to the
 // product that uses them. Queries are few per panel and packed as needed; keys stand in one layout
 // that serves both products. A task is a group of queries against a run of keys; tasks and the
