@@ -14,7 +14,8 @@ import torch
 from benchmarks import gpu_report, machine, report, suite
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_COMMANDS = (*suite.OPS, "all", "demo", "gpu-report")
+_COMMANDS = (*suite.OPS, "all", "table", "demo", "gpu-report")
+_OF_ALL_OPS = ("all", "table", "demo")
 _DESCRIPTION = """\
 Times the fused losses against plain PyTorch, torch.compile, fused attention and the published eager forms.
 Every provider is first checked against fp64; one that is wrong is reported as wrong and not timed."""
@@ -23,13 +24,15 @@ commands:
   {ops}
               one op
   all         all ops
+  table       the cases of the published table, all ops, about 8 minutes on 2 cores; as --size table
   demo        one case of the main ops in half a minute; writes demo.md, demo.json, demo.png
   gpu-report  on a machine with a GPU: builds, tests, measures; writes results.json, results.md
 
 examples:
   python -m benchmarks info_nce
   python -m benchmarks patch_nce --dtype float32 bfloat16 --size full --seconds 10
-  python -m benchmarks all --out out/benchmarks"""
+  python -m benchmarks all --out out/benchmarks
+  python -m benchmarks table --out benchmarks/results"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("command", metavar="COMMAND", help="an op, all, demo or gpu-report")
+    add("command", metavar="COMMAND", help="an op, all, table, demo or gpu-report")
     add(
         "--seconds",
         type=_positive,
@@ -68,9 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--size",
-        choices=("quick", "full"),
+        choices=("quick", "full", "table"),
         default="quick",
-        help="the set of cases (default quick)",
+        help="the set of cases (default quick); table is for a CPU",
+    )
+    add(
+        "--precision",
+        choices=("highest", "high", "medium"),
+        help="torch.set_float32_matmul_precision, for all providers (default: torch's own, highest)",
     )
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
@@ -132,7 +140,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "gpu-report":
             return gpu_report.main(args.out or Path("out/gpu-report"), args.minutes)
-        return _benchmark(args)
+        with machine.matmul_precision(args.precision):
+            return _benchmark(args)
     except KeyboardInterrupt:
         print("\nbenchmarks: stopped; the cases finished so far are in --out", file=sys.stderr)
         return 130
@@ -146,8 +155,8 @@ def _benchmark(args: argparse.Namespace) -> int:
     if is_demo and not args.dtype:
         names = names[:1]
     dtypes = [getattr(torch, name) for name in names]
-    ops = suite.OPS if args.command in ("all", "demo") else (args.command,)
-    size = "demo" if is_demo else args.size
+    ops = suite.OPS if args.command in _OF_ALL_OPS else (args.command,)
+    size = args.command if args.command in ("demo", "table") else args.size
     chosen = [case for op in ops for case in suite.cases(op, size, device)]
     total = (args.seconds or 30.0) if is_demo else None
     # Beside the timing, a demo spends its time on starting, gates, warm-up and memory.
@@ -156,7 +165,7 @@ def _benchmark(args: argparse.Namespace) -> int:
 
     with_compile = args.compile
     if with_compile is None:
-        with_compile = not is_demo and (device.type == "cuda" or size == "full")
+        with_compile = not is_demo and (device.type == "cuda" or size in ("full", "table"))
 
     rates = machine.matmul_rates(device, dtypes)
     facts = machine.describe(device)
@@ -166,6 +175,7 @@ def _benchmark(args: argparse.Namespace) -> int:
         "seconds_per_case": seconds,
         "dtypes": names,
         "compile": with_compile,
+        "precision": torch.get_float32_matmul_precision(),
     }
     title = f"{_title(args.command)} on {facts['device']}"
     stem = "demo" if is_demo else _stem(args.command, facts["device"])
@@ -200,14 +210,18 @@ def _benchmark(args: argparse.Namespace) -> int:
         print(report.case_table(entry), end="\n\n")
     print("\n".join(report.summary(results)))
     if args.out is not None:
-        note = report.plot(args.out / f"{stem}.png", results, title)
-        written = "json, md, png" if note == "ok" else f"json, md; {note}"
-        print(f"\nWritten: {args.out / stem}.{{{written}}}")
+        if is_demo:
+            note = report.plot(args.out / f"{stem}.png", results, title)
+            pictures = [f"{stem}.png"] if note == "ok" else []
+        else:
+            pictures, note = report.plots(args.out, stem, results, title)
+        files = ", ".join([f"{stem}.json", f"{stem}.md", *pictures])
+        print(f"\nWritten to {args.out}: {files}" + ("" if note == "ok" else f"; {note}"))
     return 1 if report.has_fault(results) else 0
 
 
 def _title(command: str) -> str:
-    return "Fused losses against plain PyTorch" if command in ("all", "demo") else command
+    return "Fused losses against plain PyTorch" if command in _OF_ALL_OPS else command
 
 
 def _stem(command: str, device: str) -> str:

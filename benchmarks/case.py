@@ -61,10 +61,12 @@ class Case:
         products: how many N x M x D matrix products loss and gradients cannot do without; 0 if there is no product.
         pairs: ``shape -> N * M``, summed over whatever is batched.
         options: further arguments of the op, the same for every provider.
-        sets: the sets (``quick``, ``full``, ``demo``) that it belongs to.
+        sets: the sets (``quick``, ``full``, ``demo``, ``table``) that it belongs to.
         devices: the device types that it is meant for.
         gate_only: arguments given for the gate but left out (None) when timed, such as positions to be drawn.
         gate_limits: sizes that the gate does not exceed, where a rival needs too much at the timed ones.
+        once: so long, and so large for a rival, that only our own backends take part, with one call that gives time and
+            memory (on a CPU only).
     """
 
     op: str
@@ -79,6 +81,7 @@ class Case:
     devices: tuple[str, ...] = ("cpu", "cuda")
     gate_only: tuple[str, ...] = ()
     gate_limits: dict[str, int] = field(default_factory=dict)
+    once: bool = False
 
     @property
     def flop(self) -> int:

@@ -34,7 +34,7 @@ def _case(name: str, n: int, d: int, classes: int, *sets: str) -> Case:
 CASES = [
     _case("CIFAR10", 64, 512, 10, "quick", "full", "demo"),
     _case("ImageNet-128", 256, 1536, 1000, "quick", "full"),
-    _case("Tiny ImageNet", 1024, 768, 200, "full"),
+    _case("Tiny ImageNet", 1024, 768, 200, "full", "table"),
     _case("large batch", 2048, 1536, 1000, "full"),
 ]
 

@@ -199,7 +199,8 @@ def measure(
         log: gets a line of progress.
 
     Returns:
-        The case's entry in the JSON; only providers whose ``status`` is ``"ok"`` have ``seconds``.
+        The case's entry in the JSON; only providers whose ``status`` is ``"ok"`` have ``seconds``, and none has where the
+        case runs once: :mod:`benchmarks.memory` makes that call.
     """
     gate_shape = case.gate_shape(_truth_bytes(device))
     gate_inputs = case.inputs(device, dtype, gate_shape)
@@ -213,6 +214,8 @@ def measure(
         row = {"name": provider.name, "ours": provider.ours, "seconds": None}
         rows.append(row)
         row["status"], row["reason"] = _can_run(provider, device)
+        if case.once and not provider.ours:
+            row["status"], row["reason"] = "skipped", "too large here; only ours runs, once"
         if row["status"] != "ok":
             continue
         bound = gate_bound(eager_error, dtype, provider.ours)
@@ -220,7 +223,7 @@ def measure(
             row["error"] = errors(run(provider.call, gate_inputs, case.wrt), truth)
             row["allowed"] = bound
             fault = verdict(row["error"], bound, "fp64")
-            if fault == "ok":
+            if fault == "ok" and not case.once:
                 result = run(provider.call, inputs, case.wrt)
                 if first_result is None:
                     first_result = result
@@ -233,7 +236,7 @@ def measure(
                 row["status"], row["reason"] = "wrong", fault
         except Exception as error:  # a rival that breaks must not take the others' numbers along
             row["status"], row["reason"] = _failure(error)
-        if row["status"] == "ok":
+        if row["status"] == "ok" and not case.once:
             calls[provider.name] = _bind(provider.call, inputs, case.wrt)
 
     del first_result
@@ -241,8 +244,6 @@ def measure(
     times = time_interleaved(calls, seconds, clock_for(device)) if calls else {}
     for row in rows:
         row["seconds"] = times.get(row["name"])
-        if row["seconds"] and case.flop:
-            row["gflops"] = case.flop / row["seconds"]["median"] / 1e9
     forget_upstream()
     return {
         "op": case.op,
@@ -255,8 +256,27 @@ def measure(
         "device": device.type,
         "products": case.products,
         "flop": case.flop,
+        "once": case.once,
         "providers": rows,
     }
+
+
+def add_rates(entry: dict[str, Any], matmul: float | None, peak: float | None) -> None:
+    """Adds to each timed provider its rate on the mandatory products, and what shares these are of torch.mm's and of the peak.
+
+    Args:
+        entry: of :func:`measure`.
+        matmul: GFLOP/s of torch.mm in the case's dtype, if known.
+        peak: GFLOP/s of multiply-adds in registers during the case, if known.
+    """
+    entry["fma_peak_gflops"] = peak
+    for row in entry["providers"]:
+        if row["seconds"] and entry["flop"]:
+            row["gflops"] = entry["flop"] / row["seconds"]["median"] / 1e9
+            if matmul:
+                row["share_of_matmul"] = row["gflops"] / matmul
+            if peak:
+                row["share_of_peak"] = row["gflops"] / peak
 
 
 def _bind(call: Call, inputs: Inputs, wrt: tuple[str, ...]) -> Callable[[], Any]:

@@ -70,6 +70,21 @@ def _two_way(n: int, d: int, *sets: str, device: str) -> Case:
     )
 
 
+def _huge(n: int, d: int) -> Case:
+    return Case(
+        "info_nce",
+        f"both gradients, {n} x {d}",
+        {"N": n, "D": d},
+        _rows,
+        wrt=("query", "positive_key"),
+        products=3,
+        pairs=_square,
+        sets=("table",),
+        devices=("cpu",),
+        once=True,
+    )
+
+
 def _moco(n: int, m: int, d: int, *sets: str, device: str) -> Case:
     return Case(
         "info_nce",
@@ -87,13 +102,16 @@ def _moco(n: int, m: int, d: int, *sets: str, device: str) -> Case:
 CASES = [
     _one_way(2048, 256, "quick", "full", "demo", device="cpu"),
     _one_way(4096, 256, "full", device="cpu"),
-    _one_way(16384, 256, "full", device="cpu"),
+    _one_way(16384, 256, "full", "table", device="cpu"),
+    _one_way(8192, 1024, "full", "table", device="cpu"),
     _one_way(4096, 768, "full", device="cpu"),
     _fixed_keys(2048, 256, "quick", "full", device="cpu"),
+    _fixed_keys(16384, 256, "full", "table", device="cpu"),
+    _huge(131072, 128),
     _two_way(1024, 512, "quick", "full", device="cpu"),
     _two_way(4096, 512, "full", device="cpu"),
     _moco(256, 16384, 128, "quick", device="cpu"),
-    _moco(256, 65536, 128, "full", device="cpu"),
+    _moco(256, 65536, 128, "full", "table", device="cpu"),
     _one_way(8192, 256, "quick", "full", "demo", device="cuda"),
     _one_way(32768, 256, "quick", "full", device="cuda"),
     _one_way(65536, 768, "full", device="cuda"),

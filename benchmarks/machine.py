@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import statistics
 import subprocess
 from collections.abc import Iterator
 from importlib import metadata
@@ -15,9 +16,11 @@ from typing import Any
 
 import torch
 
+from benchmarks import report
 from benchmarks.harness import clock_for, quartiles
+from fastnce import native
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = report.ROOT
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -35,6 +38,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         "numpy": _version("numpy"),
         "commit": _commit(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "fastnce_cpu_isa": os.environ.get("FASTNCE_CPU_ISA") or "widest",
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -62,6 +67,27 @@ def slug(name: str) -> str:
     )
 
 
+class PeakMeter:
+    """The rate of multiply-adds in registers, measured over and over while a case is measured.
+
+    On a CPU with the native library; elsewhere it stays empty.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._runs = device.type == "cpu" and native.available() == "ok"
+        self._samples: list[float] = []
+
+    def measure(self, count: int = 3) -> None:
+        """Takes ``count`` samples of 50 ms."""
+        if self._runs:
+            self._samples += [native.fma_peak(0.05, self._dtype) for _ in range(count)]
+
+    def rate(self) -> float | None:
+        """GFLOP/s, the median of all samples; None without any."""
+        return statistics.median(self._samples) if self._samples else None
+
+
 def matmul_rates(
     device: torch.device, dtypes: list[torch.dtype], calls: int = 5
 ) -> dict[str, float]:
@@ -71,7 +97,7 @@ def matmul_rates(
     """
     rates = {str(dtype).removeprefix("torch."): _rate(device, dtype, calls) for dtype in dtypes}
     if device.type == "cuda" and torch.float32 in dtypes:
-        with _matmul_precision("high"):
+        with matmul_precision("high"):
             rates["tf32"] = _rate(device, torch.float32, calls)
     return rates
 
@@ -88,7 +114,11 @@ def _rate(device: torch.device, dtype: torch.dtype, calls: int) -> float:
 
 
 @contextlib.contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
+def matmul_precision(precision: str | None) -> Iterator[None]:
+    """torch.set_float32_matmul_precision inside the block; None leaves it as it is."""
+    if precision is None:
+        yield
+        return
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:

@@ -1,4 +1,4 @@
-"""Peak memory that loss and gradients need beyond their inputs.
+"""Peak memory that loss and gradients need beyond their inputs, and beyond inputs and outputs.
 
 On a GPU PyTorch's allocator counts it. On a CPU a subprocess does nothing else: it is told by its environment to take every
 array of 64 kB and more from the system and give it straight back, so that the kernel's own high-water mark of the process,
@@ -17,9 +17,10 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.case import TINY_LIMITS, Case, Provider
-from benchmarks.harness import forget_upstream, run
+from benchmarks.harness import forget_upstream, quartiles, run
 from benchmarks.machine import ROOT
 
 _GLIBC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -32,7 +33,7 @@ def add_cuda_peaks(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Adds ``peak_extra_bytes`` to each timed provider of ``entry``."""
+    """Adds ``peak_extra_bytes`` and ``working_bytes`` to each timed provider of ``entry``."""
     inputs = case.inputs(device, dtype)
     for row, provider in zip(entry["providers"], providers, strict=True):
         if row["seconds"] is None:
@@ -43,40 +44,57 @@ def add_cuda_peaks(
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            run(provider.call, inputs, case.wrt)
+            results = run(provider.call, inputs, case.wrt)
             torch.cuda.synchronize()
-            row["peak_extra_bytes"] = torch.cuda.max_memory_allocated() - before
+            peak = torch.cuda.max_memory_allocated() - before
+            row |= _figures(peak, storage_bytes(results))
+            del results
         except torch.OutOfMemoryError:
             row["peak_extra_note"] = "out of memory"
     forget_upstream()
 
 
 def add_cpu_peaks(results: list[dict[str, Any]], deadline: float) -> None:
-    """Adds ``peak_extra_bytes`` to each timed provider of all ``results``, measured in one subprocess.
+    """Adds ``peak_extra_bytes`` and ``working_bytes`` to each timed provider of all ``results``, from one subprocess.
 
-    A provider without a figure has ``peak_extra_note`` with the reason.
+    A case that runs once gets the time of that call as well. A provider without a figure has ``peak_extra_note`` with the
+    reason.
     """
     rows, jobs = [], []
     for entry in results:
         for row in entry["providers"]:
-            if row["seconds"] is not None:
-                rows.append(row)
+            wanted = row["status"] == "ok" if entry.get("once") else row["seconds"] is not None
+            if wanted and not row.keys() & {"peak_extra_bytes", "peak_extra_note"}:
+                rows.append((entry, row))
                 jobs.append(
                     {k: entry[k] for k in ("op", "case", "dtype")} | {"provider": row["name"]}
                 )
     answers, note = _ask_subprocess(jobs, deadline)
-    for index, row in enumerate(rows):
-        if index < len(answers):
-            row["peak_extra_bytes"] = answers[index]
-        else:
+    for index, (entry, row) in enumerate(rows):
+        if index >= len(answers):
             row["peak_extra_note"] = note
+            continue
+        row |= _figures(answers[index]["peak"], answers[index]["outputs"])
+        if entry.get("once"):
+            row["seconds"] = quartiles([answers[index]["seconds"]])
 
 
-def _ask_subprocess(jobs: list[dict[str, str]], deadline: float) -> tuple[list[int], str]:
+def _figures(peak: int, outputs: int) -> dict[str, int]:
+    return {"peak_extra_bytes": peak, "working_bytes": max(0, peak - outputs)}
+
+
+def storage_bytes(results: tuple[list[Tensor], list[Tensor]]) -> int:
+    """Bytes of outputs and gradients, what they share counted once."""
+    storages = [x.untyped_storage() for part in results for x in part]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def _ask_subprocess(jobs: list[dict[str, str]], deadline: float) -> tuple[list[dict], str]:
     if not jobs or not os.access("/proc/self/clear_refs", os.W_OK):
         return [], "not measured: needs Linux's /proc/self/clear_refs"
     limit = None if deadline == float("inf") else max(30.0, deadline - time.monotonic())
     command = [sys.executable, "-m", "benchmarks.memory", str(torch.get_num_threads())]
+    command.append(torch.get_float32_matmul_precision())
     try:
         done = subprocess.run(
             command,
@@ -93,7 +111,7 @@ def _ask_subprocess(jobs: list[dict[str, str]], deadline: float) -> tuple[list[i
         text = expired.stdout or ""
         text = text.decode() if isinstance(text, bytes) else text
         note = "out of time"
-    return [int(line) for line in text.splitlines() if line.strip().isdigit()], note
+    return [json.loads(line) for line in text.splitlines() if line.startswith('{"peak"')], note
 
 
 def _status_bytes(field: str) -> int:
@@ -102,8 +120,9 @@ def _status_bytes(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def peak_extra(case: Case, provider: Provider, dtype: torch.dtype) -> int:
-    """Bytes by which this process's resident memory rises during one forward and backward.
+def peak_extra(case: Case, provider: Provider, dtype: torch.dtype) -> dict[str, Any]:
+    """One forward and backward: ``peak``, the bytes by which this process's resident memory rises; ``outputs``, the bytes of
+    results and gradients; ``seconds``.
 
     A first, small call loads the code. Where the call at full size would still compile, or make the upstream gradients that all
     providers share, one goes before the measured one.
@@ -119,15 +138,19 @@ def peak_extra(case: Case, provider: Provider, dtype: torch.dtype) -> int:
     before = _status_bytes("VmRSS")
     with open("/proc/self/clear_refs", "w") as clear:
         clear.write("5")
-    run(provider.call, inputs, case.wrt)
-    return max(0, _status_bytes("VmHWM") - before)
+    start = time.perf_counter()
+    results = run(provider.call, inputs, case.wrt)
+    seconds = time.perf_counter() - start
+    peak = max(0, _status_bytes("VmHWM") - before)
+    return {"peak": peak, "outputs": storage_bytes(results), "seconds": seconds}
 
 
 def main() -> None:
-    """Reads jobs as JSON from stdin, writes one number of bytes per line."""
+    """Reads jobs as JSON from stdin, writes one answer as JSON per line."""
     from benchmarks import suite  # imports this module
 
     torch.set_num_threads(int(sys.argv[1]))
+    torch.set_float32_matmul_precision(sys.argv[2])
     for job in json.load(sys.stdin):
         case, dtype = suite.find_case(job["op"], job["case"]), getattr(torch, job["dtype"])
         with_compile = "compile" in job["provider"]
@@ -135,7 +158,7 @@ def main() -> None:
             torch.compiler.reset()
         found = suite.providers(case, torch.device("cpu"), dtype, with_compile)
         provider = next(p for p in found if p.name == job["provider"])
-        print(peak_extra(case, provider, dtype), flush=True)
+        print(json.dumps(peak_extra(case, provider, dtype)), flush=True)
 
 
 if __name__ == "__main__":

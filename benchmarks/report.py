@@ -7,12 +7,24 @@ import os
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
-_COLUMNS = ("provider", "median", "quartiles", "against eager", "GFLOP/s", "of mm", "peak extra")
+ROOT = Path(__file__).resolve().parent.parent
+FORMAT = 2
+_COLUMNS = (
+    "provider",
+    "median",
+    "quartiles",
+    "against eager",
+    "GFLOP/s",
+    "of peak",
+    "of mm",
+    "memory",
+)
 
 _LEGEND = (
     "Times are forward and backward together, medians of interleaved calls. GFLOP/s count only the products that loss and "
-    "gradients cannot do without; *of mm* is that rate as a share of torch.mm's in the same dtype. Ours in bold."
+    "gradients cannot do without; *of peak* is that rate as a share of the multiply-adds that the processor makes in registers, "
+    "measured before and after each case, *of mm* as a share of torch.mm's in the same dtype. *memory* is the peak beyond inputs "
+    "and outputs. Ours in bold."
 )
 
 
@@ -43,7 +55,10 @@ def write(
     }
     out.mkdir(parents=True, exist_ok=True)
     files = [out / f"{stem}.json", out / f"{stem}.md"]
-    _replace(files[0], json.dumps(document, indent=1) + "\n")
+    # A reason may quote a path of this checkout.
+    text = json.dumps(document, indent=1).replace(f"{ROOT}/", "")
+    document = json.loads(text)
+    _replace(files[0], text + "\n")
     _replace(files[1], markdown(document))
     return files
 
@@ -73,6 +88,7 @@ def _machine_lines(document: dict[str, Any]) -> str:
     )
     rate = (
         f"torch.mm in this run: {rates or 'not measured'} GFLOP/s. "
+        f"Products of fp32 at torch's precision {machine['float32_matmul_precision']!r}. "
         f"Load average before the run: {machine['load_average_before']}."
     )
     return f"{where}\n{rate}\n{_LEGEND}"
@@ -87,6 +103,8 @@ def case_table(entry: dict[str, Any]) -> str:
     products = f"; {entry['products']} mandatory products" if entry["products"] else ""
     gradients = ", ".join(entry["gradients"])
     facts = f"{sizes}; gradients of {gradients}{products}; on {entry['device']}"
+    if entry.get("fma_peak_gflops") and entry["products"]:
+        facts += f"; peak {entry['fma_peak_gflops']:,.0f} GFLOP/s"
     eager = _median(entry, "eager")
     rows = [_table_row(row, eager) for row in entry["providers"] if row["seconds"]]
     notes = [
@@ -110,16 +128,21 @@ def _note(row: dict[str, Any]) -> str:
 
 def _table_row(row: dict[str, Any], eager: float | None) -> tuple[str, ...]:
     seconds = row["seconds"]
-    peak = row.get("peak_extra_bytes")
+    memory = row.get("working_bytes")
     return (
         f"**{row['name']}**" if row["ours"] else row["name"],
         duration(seconds["median"]),
         f"{duration(seconds['q1'])} to {duration(seconds['q3'])}, n = {seconds['samples']}",
         f"{eager / seconds['median']:.2f}x" if eager else "",
         _three_digits(row["gflops"]) if "gflops" in row else "",
-        f"{row['share_of_matmul']:.0%}" if "share_of_matmul" in row else "",
-        f"{peak / 1e6:,.1f} MB" if peak is not None else "",
+        _percent(row["share_of_peak"]) if "share_of_peak" in row else "",
+        _percent(row["share_of_matmul"]) if "share_of_matmul" in row else "",
+        f"{memory / 1e6:,.1f} MB" if memory is not None else "",
     )
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
 
 
 def _three_digits(value: float) -> str:
@@ -189,8 +212,27 @@ def has_fault(results: list[dict[str, Any]]) -> bool:
     )
 
 
+def plots(out: Path, stem: str, results: list[dict[str, Any]], title: str) -> tuple[list[str], str]:
+    """One figure per op: ``<stem>.png`` where there is one op, else ``<stem>-<op>.png``.
+
+    Returns:
+        The names of the files, and ``"ok"`` or why there is none.
+    """
+    ops = list(dict.fromkeys(entry["op"] for entry in results))
+    names, note = [], "no plot: nothing was timed"
+    for op in ops:
+        name = f"{stem}.png" if len(ops) == 1 else f"{stem}-{op}.png"
+        mine = [entry for entry in results if entry["op"] == op]
+        done = plot(out / name, mine, title if len(ops) == 1 else f"{op}: {title}")
+        if done == "ok":
+            names.append(name)
+        else:
+            note = done
+    return names, "ok" if names else note
+
+
 def plot(path: Path, results: list[dict[str, Any]], title: str) -> str:
-    """Speed relative to eager, one group of bars per case.
+    """Speed relative to eager, one panel of bars per case, ours in colour.
 
     Returns:
         ``"ok"``, or why there is no plot.
@@ -202,43 +244,61 @@ def plot(path: Path, results: list[dict[str, Any]], title: str) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    bars = []  # (label, speed, text, colour), from top to bottom; a case's heading has no speed
+    panels = []
     for entry in results:
         eager = _median(entry, "eager")
         timed = [row for row in entry["providers"] if row["seconds"]]
-        if eager is None or not timed:
-            continue
-        bars.append((f"{entry['op']}: {entry['case']} ({entry['dtype']})", None, "", ""))
-        for row in timed:
-            speed = eager / _row_median(row)
-            text = f"{speed:.2f}x, {duration(_row_median(row))}"
-            bars.append((row["name"], speed, text, "#c44e52" if row["ours"] else "#8c9bb0"))
-    if not bars:
+        if eager is not None and timed:
+            panels.append((entry, eager, timed))
+    if not panels:
         return "no plot: nothing was timed beside eager"
 
-    figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.27 * len(bars)), layout="constrained")
-    for y, (label, speed, text, colour) in enumerate(bars):
-        if speed is None:
-            where = axes.get_yaxis_transform()
-            axes.text(0.01, y + 0.1, label, transform=where, va="center", size=8, weight="bold")
-        else:
-            axes.barh(y, speed, color=colour, height=0.8)
-            axes.annotate(text, (speed, y), (4, 0), textcoords="offset points", va="center", size=8)
-    labels = ["" if speed is None else label for label, speed, *_ in bars]
-    axes.set_yticks(range(len(bars)), labels, size=8)
-    axes.tick_params(axis="y", length=0)
-    axes.set_ylim(len(bars) - 0.4, -0.8)
-    axes.set_xscale("log")
-    speeds = [speed for _, speed, *_ in bars if speed is not None]
-    axes.set_xlim(min(0.3, min(speeds) / 2), 4 * max(speeds))
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
-    axes.axvline(1.0, color="black", linewidth=0.8, zorder=0)
-    axes.set_xlabel(
-        "speed relative to eager PyTorch (log scale), longer is faster; red: ours", size=9
+    bars = sum(len(timed) for _, _, timed in panels)
+    figure, all_axes = pyplot.subplots(
+        len(panels),
+        figsize=(9, 0.9 + 0.45 * len(panels) + 0.27 * bars),
+        height_ratios=[len(timed) + 0.6 for _, _, timed in panels],
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, (entry, eager, timed) in zip(all_axes[:, 0], panels, strict=True):
+        _draw_panel(axes, entry, eager, timed)
+    all_axes[-1, 0].set_xlabel(
+        "speed relative to eager PyTorch (the line at 1x); longer is faster; red: ours", size=9
     )
     figure.suptitle(title, size=10)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return "ok"
+
+
+def _draw_panel(axes, entry: dict[str, Any], eager: float, timed: list[dict[str, Any]]) -> None:
+    speeds = [eager / _row_median(row) for row in timed]
+    limit = 1.3 * max(*speeds, 1.0)  # a single wild quartile must not make all bars short
+    for y, (row, speed) in enumerate(zip(timed, speeds, strict=True)):
+        # The quartiles of the time, as speeds.
+        ends = [min(limit, eager / row["seconds"][name]) for name in ("q3", "q1")]
+        axes.barh(y, speed, color="#c44e52" if row["ours"] else "#b4bfce", height=0.78)
+        axes.plot(ends, [y, y], color="#333333", linewidth=1.2, solid_capstyle="butt")
+        share = f", {_percent(row['share_of_peak'])} of peak" if "share_of_peak" in row else ""
+        axes.annotate(
+            f"{speed:.2f}x   {duration(_row_median(row))}{share}",
+            (max(speed, *ends), y),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            size=8,
+            weight="bold" if row["ours"] else "normal",
+        )
+    axes.set_title(f"{entry['case']} ({entry['dtype']})", size=9, loc="left", weight="bold", pad=3)
+    axes.set_yticks(range(len(timed)), [row["name"] for row in timed], size=8)
+    for label, row in zip(axes.get_yticklabels(), timed, strict=True):
+        label.set_weight("bold" if row["ours"] else "normal")
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.set_ylim(len(timed) - 0.5, -0.5)
+    axes.set_xlim(0, 1.3 * limit)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
+    axes.axvline(1.0, color="#333333", linewidth=0.8, linestyle=(0, (4, 3)))
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

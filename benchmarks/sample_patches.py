@@ -39,7 +39,15 @@ def _case(name: str, batch: int, image: int, patches: int, *sets: str, drawn: bo
 CASES = [
     _case("CUT's 5 maps, 1 image, given positions", 1, 256, 256, "quick", "full"),
     _case(
-        "CUT's 5 maps, 1 image, drawn positions", 1, 256, 256, "quick", "full", "demo", drawn=True
+        "CUT's 5 maps, 1 image, drawn positions",
+        1,
+        256,
+        256,
+        "quick",
+        "full",
+        "demo",
+        "table",
+        drawn=True,
     ),
     _case("CUT's 5 maps, 4 images, drawn positions", 4, 256, 256, "full", drawn=True),
     _case("digits, 8 images of 32 x 32", 8, 32, 64, "full", drawn=True),

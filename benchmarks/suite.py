@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 import fastnce
-from benchmarks import memory
+from benchmarks import machine, memory
 from benchmarks.case import Call, Case, Provider
-from benchmarks.harness import measure
+from benchmarks.harness import add_rates, measure
 
 OPS = (
     "info_nce",
@@ -140,11 +140,14 @@ def run_cases(
             if with_compile:
                 torch.compiler.reset()
             competitors = providers(case, device, dtype, with_compile)
+            peak = machine.PeakMeter(device, dtype)
+            peak.measure()
             entry = measure(case, competitors, fused(case, "torch"), device, dtype, seconds, log)
-            rate = (rates or {}).get(entry["dtype"])
-            for row in entry["providers"]:
-                if rate and "gflops" in row:
-                    row["share_of_matmul"] = row["gflops"] / rate
+            if case.once:
+                log(f"{case.op}, {case.name}: the one call")
+                memory.add_cpu_peaks([entry], deadline)
+            peak.measure()
+            add_rates(entry, (rates or {}).get(entry["dtype"]), peak.rate())
             if with_memory and device.type == "cuda":
                 memory.add_cuda_peaks(entry, case, competitors, device, dtype)
             results.append(entry)

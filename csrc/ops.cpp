@@ -61,4 +61,8 @@ STABLE_TORCH_LIBRARY(fastnce, m) {
   m.def(
       "sample_patches_backward(Tensor[] grad_patches, Tensor[] patches, Tensor[] inverse_norms, "
       "Tensor[] patch_ids, Tensor[] feature_likes, bool normalize) -> Tensor[]");
+
+  // GFLOP/s of multiply-adds in registers, of all threads together over `seconds`: what no product
+  // exceeds. Of the instruction set in use, in float64 or float32.
+  m.def("fma_peak(float seconds, bool float64) -> float");
 }

@@ -177,6 +177,18 @@ def sample_patches_backward(
     )
 
 
+def fma_peak(seconds: float = 0.05, dtype: torch.dtype = torch.float32) -> float:
+    """GFLOP/s of multiply-adds in registers on all threads: what no product of this processor exceeds.
+
+    Of the instruction set that the kernels use, and measured now: other processes lower it.
+
+    Args:
+        seconds: how long; half of it again goes before, for the clock frequency.
+        dtype: float64 for its own rate; all other dtypes are multiplied in float32.
+    """
+    return torch.ops.fastnce.fma_peak(seconds, dtype == torch.float64)
+
+
 def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
     if isinstance(temperature, Tensor):
         return temperature, 0.0

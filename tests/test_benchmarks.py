@@ -1,5 +1,6 @@
 """The benchmarks: statistics, the gate, and the files that they write."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -194,8 +195,37 @@ def test_a_provider_that_breaks_or_cannot_run_is_reported():
 def test_rate_counts_the_mandatory_products():
     case = square_case()
     assert case.flop == 2 * 2 * 4 * 4 * 3
-    row = measured(Provider("eager", square), case=case)["eager"]
+    entry = harness.measure(case, [Provider("eager", square)], square, CPU, torch.float32, 0.01)
+    harness.add_rates(entry, matmul=50.0, peak=100.0)
+    (row,) = entry["providers"]
     assert row["gflops"] == pytest.approx(case.flop / row["seconds"]["median"] / 1e9)
+    assert row["share_of_matmul"] == pytest.approx(row["gflops"] / 50)
+    assert row["share_of_peak"] == pytest.approx(row["gflops"] / 100)
+    assert entry["fma_peak_gflops"] == 100.0
+
+
+def test_no_peak_no_share():
+    entry = harness.measure(
+        square_case(), [Provider("eager", square)], square, CPU, torch.float32, 0.01
+    )
+    harness.add_rates(entry, matmul=None, peak=None)
+    (row,) = entry["providers"]
+    assert row["gflops"] > 0
+    assert not row.keys() & {"share_of_matmul", "share_of_peak"}
+
+
+def test_the_peak_is_the_median_of_what_was_measured_around_the_case(monkeypatch):
+    rates = iter([100.0, 90.0, 10.0, 80.0])
+    monkeypatch.setattr(machine.native, "available", lambda: "ok")
+    monkeypatch.setattr(machine.native, "fma_peak", lambda seconds, dtype: next(rates))
+    meter = machine.PeakMeter(CPU, torch.float32)
+    assert meter.rate() is None
+    meter.measure(2)
+    meter.measure(2)
+    assert meter.rate() == 85.0
+    elsewhere = machine.PeakMeter(torch.device("cuda"), torch.float32)
+    elsewhere.measure()
+    assert elsewhere.rate() is None
 
 
 def entry_with(ours, rival):
@@ -219,9 +249,16 @@ def test_peak_memory_of_a_known_allocation():
     case = square_case(shape={"N": 3000, "D": 3})
     eager = Provider("eager", square)
     matrix = 3000**2 * 4
-    peak = memory.peak_extra(case, eager, torch.float32)
+    answer = memory.peak_extra(case, eager, torch.float32)
     # The products and their square; in the backward two gradients of that size.
-    assert 1.5 * matrix < peak < 6 * matrix
+    assert 1.5 * matrix < answer["peak"] < 6 * matrix
+    assert answer["outputs"] == 4 + 3000 * 3 * 4  # the loss and the gradient
+    assert answer["seconds"] > 0
+
+
+def test_shared_storage_is_counted_once():
+    x = torch.zeros(100)
+    assert memory.storage_bytes(([x, x[:10]], [x.view(10, 10), torch.zeros(5)])) == 420
 
 
 @pytest.mark.parametrize("op", suite.OPS)
@@ -242,6 +279,108 @@ def test_every_op_has_cases_whose_published_form_is_right(op):
         for provider in rivals:
             error = harness.errors(harness.run(provider.call, inputs, case.wrt), truth)
             assert max(error.values()) < 1e-6, (case.name, provider.name, error)
+
+
+def test_the_table_has_every_case_of_the_published_table():
+    shapes = {(case.op, *case.shape.values()) for op in suite.OPS for case in table_cases(op)}
+    assert shapes == {
+        ("info_nce", 16384, 256),
+        ("info_nce", 8192, 1024),
+        ("info_nce", 131072, 128),
+        ("info_nce", 256, 65536, 128),
+        ("patch_nce", 5, 1, 256, 256),
+        ("patch_nce", 5, 1, 16, 256),
+        ("sample_patches", 1, 256, 256),
+        ("conditional_contrastive", 1024, 768, 200),
+        ("sup_con", 8192, 128, 4),
+    }
+    names = [case.name for case in table_cases("info_nce")]
+    assert "both gradients, 16384 x 256" in names
+    assert "keys without gradient, 16384 x 256" in names
+    (huge,) = (case for op in suite.OPS for case in table_cases(op) if case.once)
+    assert huge.shape == {"N": 131072, "D": 128}
+
+
+def table_cases(op):
+    return suite.cases(op, "table", CPU)
+
+
+def test_four_rows_of_each_class():
+    (case,) = table_cases("sup_con")
+    labels = case.inputs(CPU, torch.float32, {"N": 64, "D": 3, "per_class": 4})["labels"]
+    assert torch.bincount(labels).tolist() == [4] * 16
+    assert labels.tolist() != sorted(labels.tolist())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/clear_refs")
+def test_a_case_that_runs_once_has_time_and_memory_of_ours_alone(monkeypatch):
+    if fastnce.backends.available()["native"] != "ok":
+        pytest.skip("no native library")
+    calls = []
+    monkeypatch.setattr(
+        memory,
+        "_ask_subprocess",
+        lambda jobs, deadline: (
+            calls.append(jobs),
+            ([{"peak": 9, "outputs": 4, "seconds": 2.0}], ""),
+        )[1],
+    )
+    (case,) = (case for case in table_cases("info_nce") if case.once)
+    case = dataclasses.replace(case, shape={"N": 64, "D": 8})
+    (entry,) = suite.run_cases([case], CPU, [torch.float32], seconds=0.1, with_compile=False)
+    rows = {row["name"]: row for row in entry["providers"]}
+    assert rows["eager"]["status"] == rows["published"]["status"] == "skipped"
+    assert rows["native"]["seconds"] == harness.quartiles([2.0])
+    assert rows["native"]["working_bytes"] == 5
+    assert rows["native"]["gflops"] == case.flop / 2.0 / 1e9
+    assert [job["provider"] for jobs in calls for job in jobs] == ["native"], "one call"
+    assert "| **native** |" in report.case_table(entry)
+
+
+def test_precision_is_recorded_and_reaches_the_measuring_process(tmp_path, monkeypatch, capsys):
+    seen = []
+    run = memory.subprocess.run
+
+    def spy(command, **options):
+        seen.append(command)
+        return run(command, **options)
+
+    monkeypatch.setattr(memory.subprocess, "run", spy)
+    before = torch.get_float32_matmul_precision()
+    options = ["--precision", "high", "--seconds", "0.1", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["nt_xent", *options]) == 0
+    assert torch.get_float32_matmul_precision() == before
+    (path,) = tmp_path.glob("*.json")
+    document = json.loads(path.read_text())
+    assert document["settings"]["precision"] == "high"
+    assert document["machine"]["float32_matmul_precision"] == "high"
+    if sys.platform == "linux":
+        assert seen[-1][-1] == "high"
+
+
+def test_plots_are_one_per_op(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"name": name, "ours": name == "native", "status": "ok", "seconds": harness.quartiles([s])}
+        for name, s in (("eager", 2.0), ("native", 1.0))
+    ]
+    entries = [
+        {"op": op, "case": "c", "dtype": "float32", "providers": rows} for op in ("a", "b", "a")
+    ]
+    assert report.plots(tmp_path, "x", entries, "t") == (["x-a.png", "x-b.png"], "ok")
+    assert report.plots(tmp_path, "y", entries[1:2], "t") == (["y.png"], "ok")
+    assert {p.name for p in tmp_path.iterdir()} == {"x-a.png", "x-b.png", "y.png"}
+    names, note = report.plots(tmp_path, "z", [entries[0] | {"providers": []}], "t")
+    assert (names, note) == ([], "no plot: nothing was timed beside eager")
+
+
+def test_results_name_no_path_of_the_checkout(tmp_path):
+    entry = entry_with(1.0, 2.0) | {"shape": {}, "gradients": [], "products": 0, "device": "cpu"}
+    entry["providers"][0] |= {"status": "failed", "reason": f"no {ROOT}/fastnce/lib.so"}
+    facts = {"title": "t", "machine": machine.describe(CPU), "rates": {}, "settings": {}}
+    for path in report.write(tmp_path, "r", [entry], **facts):
+        assert "no fastnce/lib.so" in path.read_text()
+        assert str(ROOT) not in path.read_text()
 
 
 def test_demo_set_and_the_ops_of_the_package():
@@ -282,8 +421,13 @@ def test_a_short_run_writes_its_json_table_and_plot(tmp_path, capsys, restored_t
             assert row["share_of_matmul"] > 0
             assert row["error"].keys() == row["allowed"].keys() == {"output", "gradient"}
             if sys.platform == "linux":
-                assert row["peak_extra_bytes"] > 0
+                assert row["peak_extra_bytes"] > row["working_bytes"] >= 0
         native = rows["native"]
+        if fastnce.backends.available()["native"] == "ok":
+            assert 0 < native["share_of_peak"] <= 1.1
+            assert native["gflops"] / native["share_of_peak"] == pytest.approx(
+                entry["fma_peak_gflops"]
+            )
         available = fastnce.backends.available()["native"]
         assert native["status"] == ("ok" if available == "ok" else "unavailable")
     printed = capsys.readouterr().out
@@ -305,6 +449,7 @@ def test_cases_beyond_the_limit_are_listed_as_not_run():
         (["gpu_report"], "did you mean 'gpu-report'?"),
         (["info_nce", "--seconds", "-1"], "expected a positive number, got '-1'"),
         (["info_nce", "--dtype", "fp32"], "invalid choice: 'fp32'"),
+        (["info_nce", "--precision", "low"], "invalid choice: 'low'"),
         (["info_nce", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["info_nce", "--device", "cuda"], "torch sees no GPU"),
     ],

@@ -122,6 +122,9 @@ struct TileKernels {
   void (*add_scaled)(int64_t n, T alpha, const T* x, T* y);
   // out = (gradient - u (u . gradient)) / norm with u = x / norm. Returns u . gradient.
   double (*project)(int64_t n, const T* x, double norm, const T* gradient, T* out);
+
+  // Keeps the arithmetic units busy from registers alone; returns the floating-point operations.
+  int64_t (*multiply_add_rounds)(int64_t rounds);
 };
 
 // The table that FASTNCE_CPU_ISA or the processor asks for. Throws for a level that is unknown or

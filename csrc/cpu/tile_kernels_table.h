@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/epilogues.h"
+#include "../common/peak.h"
 #include "../common/products.h"
 #include "../common/rows.h"
 #include "../common/tile_kernels.h"
@@ -29,7 +30,8 @@ constexpr TileKernels<T> make_table(const char* name) {
           dot<T>,
           scale<T>,
           add_scaled<T>,
-          project<T>};
+          project<T>,
+          multiply_add_rounds<T>};
 }
 
 extern const TileKernels<float> kFloatKernels;

@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -327,6 +328,39 @@ def test_errors_name_the_op():
         torch.ops.fastnce.info_nce_forward(x.int(), x.int(), *rest)
     with pytest.raises(RuntimeError, match="patch id 9 lies outside a map of 9 positions"):
         native.sample_patches_forward([torch.randn(1, 2, 3, 3)], [torch.tensor([0, 9])], False)
+
+
+def test_fma_peak(threads):
+    """Above the rate of a product, and halved by float64: chains that the compiler merged would show in neither."""
+    threads(1)
+    a = torch.randn(512, 512)
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        times.append(time.perf_counter() - start)
+    peak = native.fma_peak(0.05)
+    assert peak > 0.9 * 2 * 512**3 / min(times) / 1e9
+    assert 0.3 < native.fma_peak(0.05, torch.float64) / peak < 0.7
+    # No processor makes more than two vector multiply-adds of 64 bytes in a cycle, or has 7 GHz.
+    assert peak < 7 * 2 * 2 * 16
+
+
+def test_fma_peak_of_narrower_instructions_is_lower(threads, monkeypatch):
+    if "avx2" not in available_levels(monkeypatch):
+        pytest.skip("this processor has one level only")
+    threads(1)
+    rates = {}
+    for level in ("portable", "avx2"):
+        monkeypatch.setenv("FASTNCE_CPU_ISA", level)
+        rates[level] = native.fma_peak(0.05)
+    assert rates["portable"] < 0.8 * rates["avx2"]
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), 1e9])
+def test_fma_peak_of_no_time_or_too_much(seconds):
+    with pytest.raises(RuntimeError, match=r"fma_peak: seconds must lie in \(0, 60\]"):
+        native.fma_peak(seconds)
 
 
 def test_supports_gives_reasons():

@@ -1,0 +1,62 @@
+// The machine's peak rate of multiply-adds, for the benchmarks: a share of it is comparable between
+// machines.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <chrono>
+#include <numeric>
+#include <vector>
+
+#include "../common/tile_kernels.h"
+
+namespace fastnce {
+namespace {
+
+// About a tenth of a millisecond: long beside reading the clock, short beside the turns that other
+// processes get.
+constexpr int64_t kRoundsPerLook = 50'000;
+
+// GFLOP/s of the calling thread: the median of short looks, so that those in which it had to wait
+// for its turn do not count. `seconds` are measured, after half as long to reach the clock
+// frequency.
+template <class T>
+double thread_rate(double seconds) {
+  using Clock = std::chrono::steady_clock;
+  const auto work = tile_kernels<T>().multiply_add_rounds;
+  std::vector<double> rates;
+  const auto begin = Clock::now();
+  for (double elapsed = 0; elapsed < 1.5 * seconds;) {
+    const auto look = Clock::now();
+    const auto flop = static_cast<double>(work(kRoundsPerLook));
+    const auto now = Clock::now();
+    elapsed = std::chrono::duration<double>(now - begin).count();
+    const double rate = flop / std::chrono::duration<double>(now - look).count() / 1e9;
+    if (elapsed > seconds / 2) rates.push_back(rate);
+  }
+  const auto middle = rates.begin() + static_cast<int64_t>(rates.size() / 2);
+  std::nth_element(rates.begin(), middle, rates.end());
+  return *middle;
+}
+
+double fma_peak(double seconds, bool float64) {
+  STD_TORCH_CHECK(seconds > 0 && seconds <= 60, "fma_peak: seconds must lie in (0, 60], got ",
+                  seconds, ".");
+  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  float64 ? (void)tile_kernels<double>() : (void)tile_kernels<float>();  // throws here, if it does
+  std::vector<double> rates(threads, 0.0);
+  // A thread that gets several indices measures once: they would run one after another.
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+    rates[begin] = float64 ? thread_rate<double>(seconds) : thread_rate<float>(seconds);
+  });
+  return std::accumulate(rates.begin(), rates.end(), 0.0);
+}
+
+// There is no tensor by which to find a device.
+STABLE_TORCH_LIBRARY_IMPL(fastnce, CompositeExplicitAutograd, m) {
+  m.impl("fma_peak", TORCH_BOX(&fma_peak));
+}
+
+}  // namespace
+}  // namespace fastnce
