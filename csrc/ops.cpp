@@ -48,6 +48,21 @@ STABLE_TORCH_LIBRARY(fastnce, m) {
       "bool need_embeddings, bool need_proxies, bool need_temperature) -> "
       "(Tensor grad_embeddings, Tensor grad_proxies, Tensor grad_temperature)");
 
+  // features f (N, D), labels y (N,) int64; rows are L2-normalised, t the temperature.
+  //   has_positive (N,) bool: another row has the label
+  //   loss (N,) = lse - mean over p != i with y_p = y_i of f_i . f_p / t; 0 without a positive
+  //   lse (N,) = log of the sum over j != i of exp(f_i . f_j / t); 0 for a single row
+  // Of g * sum(loss) as above, or, if `mean`, divided by the number of rows with a positive.
+  m.def(
+      "sup_con_forward(Tensor features, Tensor labels, Tensor? temperature_tensor, "
+      "float temperature, float? grad_scale, bool mean, bool need_features, "
+      "bool need_temperature) -> (Tensor loss, Tensor has_positive, Tensor lse, "
+      "Tensor grad_features, Tensor grad_temperature)");
+  m.def(
+      "sup_con_backward(Tensor grad_loss, Tensor features, Tensor labels, "
+      "Tensor? temperature_tensor, float temperature, Tensor lse, bool need_features, "
+      "bool need_temperature) -> (Tensor grad_features, Tensor grad_temperature)");
+
   // For each layer l: features[l] (B, C, H, W) any strides, patch_ids[l] (S_l,) int64 positions in
   // H * W, which may repeat -> patches[l] (B, S_l, C), divided by their L2 norm if `normalize`;
   // inverse_norms[l] (B, S_l) in acc, 0 for a zero row; no inverse norms without `normalize`.

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from fastnce import build
 
-_OPS = ("info_nce", "patch_nce", "conditional_contrastive", "sample_patches")
+_OPS = (
+    "info_nce",
+    "patch_nce",
+    "conditional_contrastive",
+    "sample_patches",
+    "nt_xent",
+    "sup_con",
+)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu",)
 
@@ -156,6 +163,47 @@ def conditional_contrastive_backward(
     return _needed(grads, needs)
 
 
+def sup_con_forward(
+    features: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    *,
+    grad_scale: float | None,
+    mean: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    """Losses, has_positive and lse, all (N,), and, if ``grad_scale`` is given, the gradients, as in InfoNCE.
+
+    Args:
+        features: (N, D), any strides.
+        labels: (N,) int64.
+        temperature: a float or a 0-d tensor.
+        grad_scale: d L / d loss of every row that has a positive, or None for no gradients now.
+        mean: ``grad_scale`` is divided by the number of those rows.
+        needs: whether features and temperature need a gradient.
+    """
+    loss, has_positive, lse, *grads = torch.ops.fastnce.sup_con_forward(
+        features, labels, *_temperature(temperature), grad_scale, mean, *needs
+    )
+    return loss, has_positive, lse, _needed(grads, needs if grad_scale is not None else ())
+
+
+def sup_con_backward(
+    grad_loss: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    lse: Tensor,
+    *,
+    needs: Sequence[bool],
+) -> Gradients:
+    """The gradients of ``(grad_loss * losses).sum()`` from the ``lse`` of the forward."""
+    grads = torch.ops.fastnce.sup_con_backward(
+        grad_loss, features, labels, *_temperature(temperature), lse, *needs
+    )
+    return _needed(grads, needs)
+
+
 def sample_patches_forward(
     features: list[Tensor], patch_ids: list[Tensor], normalize: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -287,6 +335,26 @@ def _fake_conditional_contrastive_backward(
     return _fake_conditional_contrastive_gradients(embeddings, proxies, needs)
 
 
+def _fake_sup_con_gradients(features, needs) -> tuple[Tensor, ...]:
+    return _gradient_like(features, needs[0]), _scalar_like(features, needs[1])
+
+
+def _fake_sup_con_forward(
+    features, labels, temperature_tensor, temperature, grad_scale, mean, *needs
+):
+    rows = features.shape[0]
+    loss, lse = (features.new_empty((rows,), dtype=_acc(features)) for _ in range(2))
+    has_positive = features.new_empty((rows,), dtype=torch.bool)
+    needs = needs if grad_scale is not None else (False,) * 2
+    return loss, has_positive, lse, *_fake_sup_con_gradients(features, needs)
+
+
+def _fake_sup_con_backward(
+    grad_loss, features, labels, temperature_tensor, temperature, lse, *needs
+):
+    return _fake_sup_con_gradients(features, needs)
+
+
 def _fake_sample_patches_forward(features, patch_ids, normalize):
     pairs = list(zip(features, patch_ids, strict=True))
     patches = [x.new_empty((x.shape[0], ids.shape[0], x.shape[1])) for x, ids in pairs]
@@ -305,6 +373,8 @@ _FAKES: dict[str, Callable] = {
     "info_nce_backward": _fake_info_nce_backward,
     "conditional_contrastive_forward": _fake_conditional_contrastive_forward,
     "conditional_contrastive_backward": _fake_conditional_contrastive_backward,
+    "sup_con_forward": _fake_sup_con_forward,
+    "sup_con_backward": _fake_sup_con_backward,
     "sample_patches_forward": _fake_sample_patches_forward,
     "sample_patches_backward": _fake_sample_patches_backward,
 }

@@ -76,6 +76,60 @@ void exp_columns(int64_t rows, int64_t lanes, const T* z, T* maximum, double* su
   }
 }
 
+// One offset for all: the exponential of a symmetric matrix's element then serves its row and its
+// column.
+template <class T, int kVectors>
+void exp_sums_of(int64_t rows, int64_t lanes, const T* z, T offset, T* sum, double* column_sum) {
+  constexpr int64_t kBlock = 32;  // rows summed in T before they are added in double
+  constexpr int64_t kLast = (kVectors - 1) * kLanes<T>;
+  const auto left = static_cast<typename Lane<T>::Signed>(lanes - kLast);
+  const Signed<T> valid = lane_numbers<T>() < left;
+  for (int64_t r0 = 0; r0 < rows; r0 += kBlock) {
+    const int64_t r1 = r0 + kBlock < rows ? r0 + kBlock : rows;
+    Vector<T> down[kVectors] = {};
+    for (int64_t r = r0; r < r1; ++r, z += kWidth<T>) {
+      Vector<T> across = {};
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        const Vector<T> x = load(z + v * kLanes<T>);
+        const Vector<T> e = exp(x - offset);
+        down[v] += e;
+        across += v + 1 < kVectors ? e : valid ? e : Vector<T>{};
+      }
+      sum[r] = reduce<Sum, T>(across);
+    }
+    if (column_sum == nullptr) continue;
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t first = v * kLanes<T>;
+      for (int64_t c = 0; c < kLanes<T> && first + c < lanes; ++c) {
+        column_sum[first + c] += down[v][c];
+      }
+    }
+  }
+}
+
+template <class T>
+void exp_sums(int64_t rows, int64_t lanes, const T* z, T offset, T* sum, double* column_sum) {
+  const int64_t vectors = (lanes + kLanes<T> - 1) / kLanes<T>;
+  if (vectors == 1) {
+    exp_sums_of<T, 1>(rows, lanes, z, offset, sum, column_sum);
+  } else if (vectors == 2) {
+    exp_sums_of<T, 2>(rows, lanes, z, offset, sum, column_sum);
+  } else {
+    exp_sums_of<T, kTileVectors>(rows, lanes, z, offset, sum, column_sum);
+  }
+}
+
+template <class T>
+void exp_weights(int64_t rows, int64_t lanes, T* z, T offset, const T* row_weight,
+                 const T* column_weight) {
+  for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
+    for (int64_t j = 0; j < lanes; j += kLanes<T>) {
+      store(z + j, exp(load(z + j) - offset) * (load(column_weight + j) + row_weight[r]));
+    }
+  }
+}
+
 template <class T>
 void scale_rows(int64_t rows, int64_t lanes, T* z, const T* factor) {
   for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {

@@ -77,6 +77,14 @@ struct TileKernels {
   // is relative to the maximum (to 0 where that is not finite). Leaves z alone.
   void (*exp_columns)(int64_t rows, int64_t lanes, const T* z, T* maximum, double* sum);
 
+  // With one offset: sum[r] = sum of exp(z - offset) over the row; column_sum[c], unless it is null,
+  // grows by the same down the column. Leaves z alone.
+  void (*exp_sums)(int64_t rows, int64_t lanes, const T* z, T offset, T* sum, double* column_sum);
+
+  // z -> exp(z - offset) (row_weight[r] + column_weight[c]); column_weight is padded to the width.
+  void (*exp_weights)(int64_t rows, int64_t lanes, T* z, T offset, const T* row_weight,
+                      const T* column_weight);
+
   // z[r, :] *= factor[r].
   void (*scale_rows)(int64_t rows, int64_t lanes, T* z, const T* factor);
 

@@ -17,6 +17,8 @@ constexpr TileKernels<T> make_table(const char* name) {
           multiply_transposed<T>,
           exp_rows<T>,
           exp_columns<T>,
+          exp_sums<T>,
+          exp_weights<T>,
           scale_rows<T>,
           softmax_rows<T>,
           softmax_both<T>,

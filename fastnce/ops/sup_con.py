@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
+import torch
 from torch import Tensor
 
-from fastnce import backends
+from fastnce import backends, reference
 from fastnce.ops import _checks, _common
 
 
@@ -62,7 +65,66 @@ def sup_con_reduced(
     _checks.expect_choice(op, "reduction", reduction, _common.REDUCTIONS)
     kernels = backends.select(op, features, backend)
     with _common.no_autocast(features):
-        losses, has_positive = kernels.sup_con(features, labels, temperature)
-        if reduction == "mean":
-            return losses.sum() / has_positive.sum().clamp(min=1)
-        return _common.reduce(losses, reduction)
+        if kernels is reference:
+            losses, has_positive = reference.sup_con(features, labels, temperature)
+            if reduction == "mean":
+                return losses.sum() / _mean_count(has_positive)
+            return _common.reduce(losses, reduction)
+        _checks.expect_no_functorch(op)
+        grad_now = reduction != "none" and _common.wants_grad(features, temperature)
+        return SupConFunction.apply(features, temperature, labels, kernels, reduction, grad_now)
+
+
+def _mean_count(has_positive: Tensor) -> Tensor:
+    return has_positive.sum().clamp(min=1)
+
+
+class SupConFunction(torch.autograd.Function):
+    """Autograd of :func:`sup_con` over the kernels of any fused backend."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        features: Tensor,
+        temperature: float | Tensor,
+        labels: Tensor,
+        kernels: ModuleType,
+        reduction: str,
+        grad_now: bool,
+    ) -> Tensor:
+        needs = ctx.needs_input_grad[:2]
+        # In fp16 the gradient of a mean underflows (see _common.kernel_weight): there the division comes with the backward.
+        kernel_mean = reduction == "mean" and features.dtype != torch.float16
+        losses, has_positive, lse, grads = kernels.sup_con_forward(
+            features,
+            labels,
+            temperature,
+            grad_scale=1.0 if grad_now else None,
+            mean=kernel_mean,
+            needs=needs,
+        )
+        ctx.reduced = reduction != "none"
+        if ctx.reduced:
+            count = _mean_count(has_positive) if reduction == "mean" else None
+            ctx.save_for_backward(None if kernel_mean else count, *grads)
+            return losses.sum() if count is None else losses.sum() / count
+        ctx.kernels, ctx.needs = kernels, needs
+        ctx.temperature = None if isinstance(temperature, Tensor) else temperature
+        saved = temperature if ctx.temperature is None else None
+        ctx.save_for_backward(features, labels, lse, saved)
+        return losses
+
+    @staticmethod
+    @_common.first_derivative_only
+    def backward(ctx, grad_loss: Tensor):
+        nothing = (None,) * 4
+        if ctx.reduced:
+            count, *grads = ctx.saved_tensors
+            by = grad_loss if count is None else grad_loss / count
+            return *_common.scaled(grads, by), *nothing
+        features, labels, lse, temperature = ctx.saved_tensors
+        temperature = ctx.temperature if temperature is None else temperature
+        grads = ctx.kernels.sup_con_backward(
+            grad_loss, features, labels, temperature, lse, needs=ctx.needs
+        )
+        return *grads, *nothing
