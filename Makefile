@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make bench | make gpu-report PYTHON=python3 OUT=dir | make clean
+# make demo | make test | make sanitize | make lint | make bench | make gpu-report PYTHON=python3 OUT=dir | make clean
 PYTHON ?= python3
 OUT ?= out/gpu-report
 VENV := .venv
@@ -15,7 +15,14 @@ RUN := $(DEMO)/cut-seed$(SEED)
 RUN_WITHOUT_NCE := $(DEMO)/cut-without-nce-seed$(SEED)
 TRAIN := $(FASTNCE) train cut --preset digits --data $(DATA) --seed $(SEED)
 
-.PHONY: demo test lint format bench gpu-report install native clean
+# A library of its own, so that neither the package's file nor its stamp is touched.
+SANITIZED := out/sanitize/libfastnce_cpu.so
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1
+# Of the tests of the ops those that run the kernels. Left out: what measures memory or time, which the sanitizers change, and
+# PyTorch's own checks of the registration, which take long and say nothing about the kernels.
+SANITIZE_TESTS ?= native and not memory_does_not_grow and not fma_peak and not compile and not opcheck and not registered
+
+.PHONY: demo test sanitize lint format bench gpu-report install native clean
 
 demo: install
 	@$(FASTNCE) doctor
@@ -36,6 +43,13 @@ demo: install
 
 test: install
 	$(PY) -m pytest -q
+
+sanitize: install
+	@FASTNCE_LIBRARY=$(SANITIZED) CXX=g++ CXXFLAGS="$(SANITIZERS)" $(FASTNCE) build
+	FASTNCE_LIBRARY=$(SANITIZED) FASTNCE_BACKEND= \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	$(PY) -m pytest -q -x -p no:faulthandler --capture=sys tests/ops -k "$(SANITIZE_TESTS)"
 
 lint: install
 	$(VENV)/bin/ruff check .

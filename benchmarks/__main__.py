@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="whether torch.compile takes part (default: on a GPU and with --size full; on a CPU it can compile for a minute)",
+        help="whether torch.compile takes part (default: on a GPU and with --size full or table; on a CPU it can compile for a minute)",
     )
     add("--no-memory", action="store_true", help="do not measure peak memory")
     add(

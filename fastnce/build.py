@@ -6,6 +6,7 @@ library is imported at the top.
 Environment:
     CXX: the compiler, ``g++`` by default.
     CXXFLAGS: further flags for compiling and linking.
+    FASTNCE_LIBRARY: the one file to build and to load, in place of the package's (``make sanitize``).
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ def source_folder() -> Path | None:
 
 def library_candidates() -> list[Path]:
     """Where the library may be, in the order in which it is looked for."""
+    if named := os.environ.get("FASTNCE_LIBRARY"):
+        return [Path(named).absolute()]
     return [PACKAGE / LIBRARY, _user_folder() / LIBRARY]
 
 
@@ -122,6 +125,7 @@ def _compile(
         f'-DFASTNCE_BUILD_STAMP="{_STAMP.decode()}{stamp};"',
         f"-ffile-prefix-map={sources}=csrc",
         f"-isystem{include}",
+        *shlex.split(os.environ.get("CXXFLAGS", "")),  # once more: the last of two -O counts
     ]
 
     def compile_one(file: Path) -> Path:
@@ -207,8 +211,8 @@ def _torch_folders() -> tuple[Path, Path]:
 
 
 def _writable_output() -> Path:
-    package, user = library_candidates()
-    return package if os.access(PACKAGE, os.W_OK) else user
+    first, *others = library_candidates()
+    return first if not others or os.access(PACKAGE, os.W_OK) else others[0]
 
 
 def _user_folder() -> Path:

@@ -188,6 +188,42 @@ def test_only_changed_sources_are_compiled_again(sources, tmp_path, monkeypatch)
     assert [path.name for path in library.parent.iterdir()] == [build.LIBRARY]
 
 
+def test_a_named_library_takes_the_place_of_the_package_s(sources, tmp_path, monkeypatch):
+    """As `make sanitize` builds and loads one: the package's own is neither written nor looked at."""
+    own = tmp_path / "package" / build.LIBRARY
+    own.parent.mkdir()
+    own.write_bytes(b"the package's own")
+    monkeypatch.setattr(build, "PACKAGE", own.parent)
+    monkeypatch.setattr(build, "source_folder", lambda: sources)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert build.find_library() == own
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, COMPILES))
+    build._compiler_version.cache_clear()
+    named = tmp_path / "out" / "sanitize" / build.LIBRARY
+    monkeypatch.setenv("FASTNCE_LIBRARY", str(named))
+    assert build.find_library() is None
+    assert "not built" in native._load()
+    assert build.build() == named
+    assert build.find_library() == named
+    assert own.read_bytes() == b"the package's own"
+    monkeypatch.delenv("FASTNCE_LIBRARY")
+    assert build.find_library() == own
+
+
+def test_flags_of_the_caller_have_the_last_word(sources, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, COMPILES))
+    monkeypatch.setenv("CXXFLAGS", "-O1 -fsanitize=address")
+    build._compiler_version.cache_clear()
+    build.build(tmp_path / "lib" / build.LIBRARY, sources=sources)
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    compiles = [call for call in calls if "-c" in call]
+    assert compiles
+    for call in compiles:
+        assert [flag for flag in call if flag.startswith("-O")][-1] == "-O1"
+    (link,) = (call for call in calls if "-shared" in call)
+    assert "-fsanitize=address" in link
+
+
 def test_a_failed_build_leaves_the_old_library(sources, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, BROKEN))
     build._compiler_version.cache_clear()
