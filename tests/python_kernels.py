@@ -14,7 +14,14 @@ def available() -> str:
 
 
 def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
-    fused = ("info_nce", "patch_nce", "conditional_contrastive", "sample_patches")
+    fused = (
+        "info_nce",
+        "patch_nce",
+        "conditional_contrastive",
+        "sample_patches",
+        "sup_con",
+        "nt_xent",
+    )
     return "ok" if op in fused else f"{op} has no kernel here. Use backend='torch'"
 
 
@@ -66,6 +73,23 @@ def conditional_contrastive_backward(
         e, p, t = inputs = _leaves((embeddings, proxies, temperature), needs)
         losses = reference.conditional_contrastive(e, p, labels, t)
         return _gradients(losses, grad_loss, inputs, needs)
+
+
+def sup_con_forward(features, labels, temperature, *, grad_scale, mean, needs):
+    with torch.enable_grad():
+        x, t = inputs = _leaves((features, temperature), needs)
+        losses, has_positive = reference.sup_con(x, labels, t)
+        grads = (None,) * 2
+        if grad_scale is not None:
+            weight = grad_scale / has_positive.sum().clamp(min=1) if mean else grad_scale
+            grads = _gradients(losses, losses.new_ones(()) * weight, inputs, needs)
+    return losses.detach(), has_positive, losses.detach().new_zeros(len(losses)), grads
+
+
+def sup_con_backward(grad_loss, features, labels, temperature, lse, *, needs):
+    with torch.enable_grad():
+        x, t = inputs = _leaves((features, temperature), needs)
+        return _gradients(reference.sup_con(x, labels, t)[0], grad_loss, inputs, needs)
 
 
 def sample_patches_forward(features, patch_ids, normalize):

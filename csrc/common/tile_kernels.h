@@ -77,8 +77,8 @@ struct TileKernels {
   // is relative to the maximum (to 0 where that is not finite). Leaves z alone.
   void (*exp_columns)(int64_t rows, int64_t lanes, const T* z, T* maximum, double* sum);
 
-  // With one offset: sum[r] = sum of exp(z - offset) over the row; column_sum[c], unless it is null,
-  // grows by the same down the column. Leaves z alone.
+  // With one offset: sum[r] = sum of exp(z - offset) over the row; column_sum[c], unless it is
+  // null, grows by the same down the column. Leaves z alone.
   void (*exp_sums)(int64_t rows, int64_t lanes, const T* z, T offset, T* sum, double* column_sum);
 
   // z -> exp(z - offset) (row_weight[r] + column_weight[c]); column_weight is padded to the width.

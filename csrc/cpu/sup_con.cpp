@@ -117,16 +117,13 @@ class Problem {
     int64_t count = 0;
     for (int64_t i = 0; i < rows_; ++i) count += classes_.positives(i) > 0;
     set_weights([&](int64_t) { return mean && count > 0 ? grad_scale / count : grad_scale; });
-    for (int64_t i = 0; i < rows_; ++i) {
-      if (weights_[i] != 0) set_softmax(i, sums_[i].maximum, 1 / sums_[i].sum);
-    }
+    if (rows_ == 1) return;  // an empty sum
+    for (int64_t i = 0; i < rows_; ++i) set_softmax(i, sums_[i].maximum, 1 / sums_[i].sum);
   }
 
   void weights_from_lse(const std::vector<double>& grad_loss, const T* lse) {
     set_weights([&](int64_t i) { return grad_loss[i]; });
-    for (int64_t i = 0; i < rows_; ++i) {
-      if (weights_[i] != 0) set_softmax(i, lse[i], 1);
-    }
+    for (int64_t i = 0; i < rows_; ++i) set_softmax(i, lse[i], 1);
   }
 
   // Fills the gradient of the features if it is needed; returns that of the temperature.
@@ -337,7 +334,8 @@ class Problem {
     }
   }
 
-  // The row's softmax is factor * exp(z - maximum).
+  // The row's softmax is factor * exp(z - maximum). Rows without a weight need their offset as
+  // well: 0 times an exp that overflows would be NaN.
   void set_softmax(int64_t i, double maximum, double factor) {
     const T offset = fixed_offset_ ? offset_ : static_cast<T>(maximum);
     softmax_offset_[i] = offset;
@@ -406,7 +404,7 @@ class Problem {
   Buffer<double> weights_;                     // d L / d loss_i / largest_weight_
   double largest_weight_ = 1;
   Buffer<T> softmax_offset_, softmax_weight_, center_;  // padded to whole slabs
-  SlabMatrix<T> column_gradient_;  // what panels leave for the rows below them
+  SlabMatrix<T> column_gradient_;                       // what panels leave for the rows below them
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sup_con_forward(

@@ -353,7 +353,9 @@ def test_second_derivative_of_plain_pytorch(op, name):
     assert torch.autograd.gradcheck(gradient, (x,), fast_mode=True)
 
 
-@pytest.mark.parametrize("op", ["info_nce", "patch_nce", "conditional_contrastive"])
+@pytest.mark.parametrize(
+    "op", ["info_nce", "patch_nce", "conditional_contrastive", "sup_con", "nt_xent"]
+)
 def test_half_precision_survives_a_gradient_scaler(op, backend, needs_support):
     """GradScaler multiplies the loss by 65536, which fp16 cannot represent, so that small gradients do not underflow."""
     needs_support(op, backend, torch.float16)

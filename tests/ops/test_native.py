@@ -13,7 +13,14 @@ from fastnce.testing import SAMPLE_INPUTS, assert_close_to_truth
 
 pytestmark = pytest.mark.skipif(native.available() != "ok", reason=native.available())
 
-OPS = ("info_nce", "patch_nce", "conditional_contrastive", "sample_patches")
+OPS = (
+    "info_nce",
+    "patch_nce",
+    "conditional_contrastive",
+    "sample_patches",
+    "sup_con",
+    "nt_xent",
+)
 IN_BATCH = {"normalize": True, "symmetric": False, "in_batch": True, "self_logit": None}
 SYMMETRIC = {**IN_BATCH, "symmetric": True}
 QUEUE = {**IN_BATCH, "in_batch": False}
@@ -131,6 +138,58 @@ def test_thread_count_changes_no_bit_conditional_contrastive(threads):
         assert torch.equal(x, y)
 
 
+def sup_con_results(count: int, tau: float, dtype: torch.dtype = torch.float32):
+    """Losses, lse and gradients, those of the forward and those of the backward; classes below and above 8 rows."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(count, 40, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(count // 7, (count,), generator=generator)
+    call = {"needs": (True, True)}
+    loss, _, lse, now = native.sup_con_forward(
+        features, labels, tau, grad_scale=1.0, mean=True, **call
+    )
+    upstream = torch.linspace(-1, 1, count, dtype=loss.dtype)
+    return [
+        loss,
+        lse,
+        *now,
+        *native.sup_con_backward(upstream, features, labels, tau, lse, **call),
+    ]
+
+
+@pytest.mark.parametrize("count", [130, 700, 2100])
+@pytest.mark.parametrize("tau", [0.01, 0.2], ids=["maximum", "fixed_offset"])
+def test_thread_count_changes_no_bit_sup_con(count, tau, threads):
+    threads(1)
+    expected = sup_con_results(count, tau)
+    for number in (2, 3, 5):
+        threads(number)
+        for x, y in zip(sup_con_results(count, tau), expected, strict=True):
+            assert torch.equal(x, y), number
+
+
+@pytest.mark.parametrize("count", [130, 700, 2100, 8300])
+@pytest.mark.parametrize("tau", [0.01, 0.2], ids=["maximum", "fixed_offset"])
+def test_blocks_of_sup_con_add_up(count, tau):
+    """Several panels, blocks of columns, and blocks that the diagonal cuts; single precision beside double."""
+    if count < 8000:  # the reference keeps the whole matrix
+        generator = torch.Generator().manual_seed(0)
+        features = torch.randn(count, 40, generator=generator, dtype=torch.float64)
+        labels = torch.randint(count // 7, (count,), generator=generator)
+        x, t = features.requires_grad_(), torch.tensor(tau, dtype=torch.float64, requires_grad=True)
+        loss, has_positive = reference.sup_con(x, labels, t)
+        weights = (
+            torch.ones_like(loss) / has_positive.sum(),
+            torch.linspace(-1, 1, count, dtype=torch.float64),
+        )
+        expected = [loss.detach()]
+        for weight in weights:
+            expected += torch.autograd.grad(loss, [x, t], weight, retain_graph=True)
+        loss, _, *grads = sup_con_results(count, tau, torch.float64)
+        assert max(deviations([loss, *grads], expected)) < 1e-10
+    single = [x.double() for x in sup_con_results(count, tau)]
+    assert max(deviations(single, sup_con_results(count, tau, torch.float64))) < 5e-5
+
+
 LEVELS = ("portable", "avx2", "avx512")
 
 
@@ -196,6 +255,9 @@ def step(n, symmetric):
     loss.square().sum().backward()
     labels = torch.arange(n) % 10
     fastnce.conditional_contrastive(x[0], x[1], labels, backend="native").backward()
+    fastnce.sup_con(x[0], labels, backend="native").backward()
+    fastnce.sup_con(x[0], labels, temperature=0.01, backend="native").backward()
+    fastnce.nt_xent(x[0, : n // 2], x[1, : n // 2], backend="native").backward()
 for symmetric in (False, True):
     step(2048, symmetric)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -231,6 +293,11 @@ def registered_calls(dtype: torch.dtype):
         yield ops.conditional_contrastive_forward, (*inputs, scale, True, False, False)
     loss, lse, *_ = ops.conditional_contrastive_forward(*inputs, None, True, True, True)
     yield ops.conditional_contrastive_backward, (loss, *inputs, lse, True, True, True)
+    inputs = (query[0], labels, tau, 0.0)
+    for scale, mean in ((None, False), (0.5, False), (0.5, True)):
+        yield ops.sup_con_forward, (*inputs, scale, mean, True, mean)
+    loss, _, lse, *_ = ops.sup_con_forward(*inputs, None, False, True, True)
+    yield ops.sup_con_backward, (loss, *inputs, lse, True, True)
     features = [torch.randn(2, 3, 4, 5).to(dtype), torch.randn(1, 6, 2, 2).to(dtype)]
     ids = [torch.tensor([0, 19, 7]), torch.tensor([3, 3])]
     for normalize in (False, True):
@@ -246,7 +313,7 @@ def test_opcheck(dtype):
     for op, arguments in registered_calls(dtype):
         torch.library.opcheck(op, arguments)
         seen.add(f"{op._qualified_op_name}")
-    assert len(seen) == 6
+    assert len(seen) == 8
 
 
 def among_nans(x: torch.Tensor) -> torch.Tensor:
@@ -365,6 +432,8 @@ def test_fma_peak_of_no_time_or_too_much(seconds):
 
 def test_supports_gives_reasons():
     assert native.supports("info_nce", "cpu", torch.bfloat16) == "ok"
-    assert "no compiled kernel" in native.supports("sup_con", "cpu", torch.float32)
+    assert "no compiled kernel" in native.supports(
+        "pairwise_cosine_similarity", "cpu", torch.float32
+    )
     assert "run on cpu" in native.supports("info_nce", "cuda", torch.float32)
     assert "float64, float32" in native.supports("info_nce", "cpu", torch.int64)

@@ -118,3 +118,80 @@ def test_a_bad_row_reaches_every_sum_that_it_is_a_term_of(backend, make):
     losses = sup_con(x, torch.tensor([0, 0, 1, 1, 2, 2, 3, 4]), reduction="none", backend=backend)
     assert losses[:6].isnan().all()
     assert losses[6:].eq(0).all()  # without a positive
+
+
+LABELS = {
+    "one_class": lambda n: torch.zeros(n, dtype=torch.long),
+    "two_each": lambda n: torch.arange(n) // 2,
+    "eight_and_nine": lambda n: torch.arange(n) % 17 // 9,
+    "all_different": lambda n: torch.arange(n) - 2**62,
+    "two_and_many": lambda n: (torch.arange(n) >= 2).long() * 2**40,
+}
+
+
+@functools.cache
+def labelled_sample(labelling, tau, duplicates, dtype):
+    generator = torch.Generator().manual_seed(7)
+    x = rows(68, 24, dtype=dtype, device="cpu", generator=generator, grad=False)
+    if duplicates:
+        x[34:] = x[:34].clone()
+    arguments = {"features": x.requires_grad_(), "labels": LABELS[labelling](68)}
+    arguments |= {"temperature": torch.tensor(tau, requires_grad=True)}
+    name = f"{labelling} {tau} {duplicates}"
+    return Sample(name, arguments | {"reduction": "none" if duplicates else "sum"})
+
+
+@pytest.mark.parametrize("labelling", LABELS)
+@pytest.mark.parametrize("tau", [0.005, 0.0229, 0.023, 0.07, 1.0])
+@pytest.mark.parametrize("duplicates", [False, True], ids=["distinct", "duplicates"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_labellings_and_temperatures(labelling, tau, duplicates, dtype, backend):
+    sample = labelled_sample(labelling, tau, duplicates, dtype)
+    assert_close_to_truth(OP, backend, sample, dtype)
+
+
+@pytest.mark.parametrize("tau", [0.005, 0.023, 1.0])
+def test_two_rows_of_one_class_lose_nothing(tau, backend):
+    x = torch.randn(2, 6, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    losses = sup_con(x, torch.tensor([4, 4]), temperature=tau, reduction="none", backend=backend)
+    torch.testing.assert_close(losses, torch.zeros(2), rtol=0, atol=2e-7 / tau)
+    (grad,) = torch.autograd.grad(losses.sum(), x)
+    torch.testing.assert_close(grad, torch.zeros(2, 6), rtol=0, atol=2e-7 / tau**2)
+
+
+@pytest.mark.parametrize("tau", [0.005, 0.023, 0.07, 1.0])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e6])
+def test_gradients_keep_the_scale_of_the_upstream(tau, size, backend):
+    """Duplicates and near opposites: softmax weights from 1 down to exp(-2 / tau)."""
+    x = torch.tensor([[1.0, 0.2], [-0.9, -0.1]]).repeat(1, 3)
+    x = torch.cat([x, 2 * x]).requires_grad_()
+    labels = torch.tensor([0, 0, 1, 1])
+    upstream = torch.tensor([1.0, -0.5, 0.25, 2.0]) * size
+    got = sup_con(x, labels, temperature=tau, reduction="none", backend=backend)
+    (grad,) = torch.autograd.grad(got, x, upstream)
+    y = x.detach().double().requires_grad_()
+    exact = sup_con(y, labels, temperature=tau, reduction="none", backend="torch")
+    (expected,) = torch.autograd.grad(exact, y, upstream.double())
+    scale = expected.abs().max()
+    assert scale > 0
+    torch.testing.assert_close(grad / scale, (expected / scale).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_only_opposite_rows(backend):
+    """Two rows of one class, each the other's opposite: the smallest sum that there is."""
+    x = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 1e-3, 0.0]]).requires_grad_()
+    labels = torch.zeros(2, dtype=torch.long)
+    losses = sup_con(x, labels, temperature=0.023, reduction="none", backend=backend)
+    torch.testing.assert_close(losses, torch.zeros(2), rtol=0, atol=1e-5)
+    (grad,) = torch.autograd.grad(losses, x, torch.full((2,), 1e6))
+    assert grad.isfinite().all() and grad.abs().max() < 1e6 * 1e-5 / 0.023
+
+
+def test_the_mean_counts_rows_with_a_positive(backend, make):
+    x = make(6, 5)
+    labels = torch.tensor([0, 0, 1, 2, 3, 3])
+    losses = sup_con(x, labels, reduction="none", backend=backend)
+    mean = sup_con(x, labels, backend=backend)
+    torch.testing.assert_close(mean, losses.sum() / 4)
+    (of_mean,), (of_sum,) = (torch.autograd.grad(y, x) for y in (mean, losses.sum()))
+    torch.testing.assert_close(of_mean, of_sum / 4)
