@@ -61,4 +61,9 @@ STABLE_TORCH_LIBRARY(fastnce, m) {
   m.def(
       "sample_patches_backward(Tensor[] grad_patches, Tensor[] patches, Tensor[] inverse_norms, "
       "Tensor[] patch_ids, Tensor[] feature_likes, bool normalize) -> Tensor[]");
+
+  // Adds those gradients to maps (B, C, H, W), without overlaps in memory, in place.
+  m.def(
+      "sample_patches_add_(Tensor(a!)[] maps, Tensor[] grad_patches, Tensor[] patches, "
+      "Tensor[] inverse_norms, Tensor[] patch_ids, bool normalize) -> ()");
 }

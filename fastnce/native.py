@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastnce import build
 
-_OPS = ("info_nce", "patch_nce", "conditional_contrastive", "sample_patches")
+_OPS = ("info_nce", "patch_nce", "conditional_contrastive", "sample_patches", "tap_patches")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu",)
 
@@ -177,6 +177,20 @@ def sample_patches_backward(
     )
 
 
+def sample_patches_add_(
+    maps: list[Tensor],
+    grad_patches: list[Tensor],
+    patches: list[Tensor],
+    inverse_norms: list[Tensor],
+    patch_ids: list[Tensor],
+    normalize: bool,
+) -> None:
+    """Adds what :func:`sample_patches_backward` returns to ``maps``, which must not overlap in memory, in place."""
+    torch.ops.fastnce.sample_patches_add_(
+        maps, grad_patches, patches, inverse_norms, patch_ids, normalize
+    )
+
+
 def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
     if isinstance(temperature, Tensor):
         return temperature, 0.0
@@ -288,6 +302,10 @@ def _fake_sample_patches_backward(
     return [torch.empty_like(x) for x in feature_likes]
 
 
+def _fake_sample_patches_add_(maps, grad_patches, patches, inverse_norms, patch_ids, normalize):
+    return None
+
+
 _FAKES: dict[str, Callable] = {
     "info_nce_forward": _fake_info_nce_forward,
     "info_nce_backward": _fake_info_nce_backward,
@@ -295,6 +313,7 @@ _FAKES: dict[str, Callable] = {
     "conditional_contrastive_backward": _fake_conditional_contrastive_backward,
     "sample_patches_forward": _fake_sample_patches_forward,
     "sample_patches_backward": _fake_sample_patches_backward,
+    "sample_patches_add_": _fake_sample_patches_add_,
 }
 
 

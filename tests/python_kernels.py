@@ -14,7 +14,7 @@ def available() -> str:
 
 
 def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
-    fused = ("info_nce", "patch_nce", "conditional_contrastive", "sample_patches")
+    fused = ("info_nce", "patch_nce", "conditional_contrastive", "sample_patches", "tap_patches")
     return "ok" if op in fused else f"{op} has no kernel here. Use backend='torch'"
 
 
@@ -96,3 +96,11 @@ def sample_patches_backward(
         flat = grad.new_zeros(like.shape).flatten(2).index_add_(2, ids, grad.mT)
         grads.append(torch.empty_like(like).copy_(flat.view(like.shape)))
     return grads
+
+
+def sample_patches_add_(maps, grad_patches, patches, inverse_norms, patch_ids, normalize):
+    grads = sample_patches_backward(
+        grad_patches, patches, inverse_norms, patch_ids, maps, normalize
+    )
+    for x, grad in zip(maps, grads, strict=True):
+        x.add_(grad)

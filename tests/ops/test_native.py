@@ -237,6 +237,8 @@ def registered_calls(dtype: torch.dtype):
         patches, norms = ops.sample_patches_forward(features, ids, normalize)
         args = (patches, patches, norms, ids, features, normalize)
         yield ops.sample_patches_backward, args
+        maps = [torch.ones_like(x) for x in features]
+        yield ops.sample_patches_add_, (maps, *args[:4], normalize)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -245,7 +247,7 @@ def test_opcheck(dtype):
     for op, arguments in registered_calls(dtype):
         torch.library.opcheck(op, arguments)
         seen.add(f"{op._qualified_op_name}")
-    assert len(seen) == 6
+    assert len(seen) == 7
 
 
 def among_nans(x: torch.Tensor) -> torch.Tensor:
