@@ -77,6 +77,11 @@ STABLE_TORCH_LIBRARY(fastnce, m) {
       "sample_patches_backward(Tensor[] grad_patches, Tensor[] patches, Tensor[] inverse_norms, "
       "Tensor[] patch_ids, Tensor[] feature_likes, bool normalize) -> Tensor[]");
 
+  // Adds those gradients to maps (B, C, H, W), without overlaps in memory, in place.
+  m.def(
+      "sample_patches_add_(Tensor(a!)[] maps, Tensor[] grad_patches, Tensor[] patches, "
+      "Tensor[] inverse_norms, Tensor[] patch_ids, bool normalize) -> ()");
+
   // GFLOP/s of multiply-adds in registers, of all threads together over `seconds`: what no product
   // exceeds. Of the instruction set in use, in float64 or float32.
   m.def("fma_peak(float seconds, bool float64) -> float");

@@ -17,6 +17,7 @@ from fastnce.ops import (
     patch_nce,
     sample_patches,
     sup_con,
+    tap_patches,
 )
 
 __version__ = "0.1.0"
@@ -31,5 +32,6 @@ __all__ = [
     "patch_nce",
     "sample_patches",
     "sup_con",
+    "tap_patches",
     "use_backend",
 ]

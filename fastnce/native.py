@@ -18,6 +18,7 @@ _OPS = (
     "patch_nce",
     "conditional_contrastive",
     "sample_patches",
+    "tap_patches",
     "nt_xent",
     "sup_con",
 )
@@ -225,6 +226,20 @@ def sample_patches_backward(
     )
 
 
+def sample_patches_add_(
+    maps: list[Tensor],
+    grad_patches: list[Tensor],
+    patches: list[Tensor],
+    inverse_norms: list[Tensor],
+    patch_ids: list[Tensor],
+    normalize: bool,
+) -> None:
+    """Adds what :func:`sample_patches_backward` returns to ``maps``, which must not overlap in memory, in place."""
+    torch.ops.fastnce.sample_patches_add_(
+        maps, grad_patches, patches, inverse_norms, patch_ids, normalize
+    )
+
+
 def fma_peak(seconds: float = 0.05, dtype: torch.dtype = torch.float32) -> float:
     """GFLOP/s of multiply-adds in registers on all threads: what no product of this processor exceeds.
 
@@ -368,6 +383,10 @@ def _fake_sample_patches_backward(
     return [torch.empty_like(x) for x in feature_likes]
 
 
+def _fake_sample_patches_add_(maps, grad_patches, patches, inverse_norms, patch_ids, normalize):
+    return None
+
+
 _FAKES: dict[str, Callable] = {
     "info_nce_forward": _fake_info_nce_forward,
     "info_nce_backward": _fake_info_nce_backward,
@@ -377,6 +396,7 @@ _FAKES: dict[str, Callable] = {
     "sup_con_backward": _fake_sup_con_backward,
     "sample_patches_forward": _fake_sample_patches_forward,
     "sample_patches_backward": _fake_sample_patches_backward,
+    "sample_patches_add_": _fake_sample_patches_add_,
 }
 
 

@@ -19,8 +19,9 @@ def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
         "patch_nce",
         "conditional_contrastive",
         "sample_patches",
-        "sup_con",
+        "tap_patches",
         "nt_xent",
+        "sup_con",
     )
     return "ok" if op in fused else f"{op} has no kernel here. Use backend='torch'"
 
@@ -120,3 +121,11 @@ def sample_patches_backward(
         flat = grad.new_zeros(like.shape).flatten(2).index_add_(2, ids, grad.mT)
         grads.append(torch.empty_like(like).copy_(flat.view(like.shape)))
     return grads
+
+
+def sample_patches_add_(maps, grad_patches, patches, inverse_norms, patch_ids, normalize):
+    grads = sample_patches_backward(
+        grad_patches, patches, inverse_norms, patch_ids, maps, normalize
+    )
+    for x, grad in zip(maps, grads, strict=True):
+        x.add_(grad)

@@ -5,7 +5,7 @@ from fastnce.ops.info_nce import info_nce
 from fastnce.ops.nt_xent import nt_xent
 from fastnce.ops.pairwise_cosine_similarity import pairwise_cosine_similarity
 from fastnce.ops.patch_nce import patch_nce
-from fastnce.ops.sample_patches import sample_patches
+from fastnce.ops.sample_patches import sample_patches, tap_patches
 from fastnce.ops.sup_con import sup_con
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "patch_nce",
     "sample_patches",
     "sup_con",
+    "tap_patches",
 ]

@@ -53,27 +53,92 @@ def sample_patches(
         torch.Size([2, 16, 64])
     """
     op = "sample_patches"
+    maps, ids = _validated(op, features, num_patches, patch_ids, generator)
+    patches = _gather(op, maps, ids, bool(normalize), backend)
+    return (patches[0], ids[0]) if isinstance(features, Tensor) else (patches, ids)
+
+
+def tap_patches(
+    features: Tensor | Sequence[Tensor],
+    num_patches: int = 256,
+    *,
+    patch_ids: Tensor | Sequence[Tensor] | None = None,
+    normalize: bool = False,
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor] | tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    r"""Hands feature maps on and samples patches from them: :func:`sample_patches` inside a network.
+
+    Results and gradients are those of ``sample_patches(features)``. But where the network goes on from the map that is
+    returned, the backward adds the patches' gradient into the gradient that arrives for the map, where ``sample_patches``
+    fills a map with zeros and PyTorch adds the two maps. A gradient that anyone else still holds is copied first.
+
+    The returned map shares the memory of ``features``; PyTorch refuses to change it in place.
+
+    Args:
+        features: (B, C, H, W), any strides; float64, float32, bfloat16 or float16. Or a list of maps, which gives lists.
+        num_patches: S; ``min(num_patches, H * W)`` distinct positions are drawn without replacement.
+        patch_ids: (S,) int64 positions ``h * W + w`` to take instead of drawing them; one per map if ``features`` is a list.
+            A repeated position is allowed.
+        normalize: divide each patch by its L2 norm; an all-zero patch stays zero.
+        generator: the source of the draw, on the device of ``features``; None for the default one.
+        backend: one of ``fastnce.backends.available()``; None chooses.
+
+    Returns:
+        ``(features, patches, patch_ids)``: the map to go on with; (B, S, C) in the dtype of ``features``; (S,) int64.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, devices or numbers that do not fit together.
+        IndexError: a patch id outside the map (on an accelerator this is reported by the device instead).
+        RuntimeError: the requested backend cannot run this.
+
+    Example:
+        >>> import torch, fastnce
+        >>> first, second = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3)
+        >>> x, patches, _ = fastnce.tap_patches(first(torch.randn(2, 3, 32, 32)), num_patches=16)
+        >>> second(x).shape, patches.shape
+        (torch.Size([2, 8, 28, 28]), torch.Size([2, 16, 8]))
+    """
+    op = "tap_patches"
+    maps, ids = _validated(op, features, num_patches, patch_ids, generator)
+    passed, patches = list(maps), [None] * len(maps)
+    for layers in _alike(maps):
+        group = [maps[layer] for layer in layers], [ids[layer] for layer in layers]
+        found = _tap_alike(op, *group, bool(normalize), backend)
+        for layer, feature, rows in zip(layers, *found, strict=True):
+            passed[layer], patches[layer] = feature, rows
+    if isinstance(features, Tensor):
+        return passed[0], patches[0], ids[0]
+    return passed, patches, ids
+
+
+def _validated(
+    op: str,
+    features: Tensor | Sequence[Tensor],
+    num_patches: int,
+    patch_ids: Tensor | Sequence[Tensor] | None,
+    generator: torch.Generator | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The maps and their positions, drawn unless given."""
     single = isinstance(features, Tensor)
     maps = [features] if single else _expect_maps(op, features)
     for layer, feature in enumerate(maps):
         name = "features" if single else f"features[{layer}]"
         _checks.expect_float_tensor(op, name, feature, (4,), "(B, C, H, W)")
-    if patch_ids is None:
-        _checks.expect_int_at_least(op, "num_patches", num_patches, 1)
-        ids = [
-            reference.draw_patch_ids(
-                feature.shape[2] * feature.shape[3],
-                num_patches,
-                device=feature.device,
-                generator=generator,
-            )
-            for feature in maps
-        ]
-    else:
-        ids = _expect_patch_ids(op, maps, patch_ids, single)
-
-    patches = _gather(op, maps, ids, bool(normalize), backend)
-    return (patches[0], ids[0]) if single else (patches, ids)
+    if patch_ids is not None:
+        return maps, _expect_patch_ids(op, maps, patch_ids, single)
+    _checks.expect_int_at_least(op, "num_patches", num_patches, 1)
+    ids = [
+        reference.draw_patch_ids(
+            feature.shape[2] * feature.shape[3],
+            num_patches,
+            device=feature.device,
+            generator=generator,
+        )
+        for feature in maps
+    ]
+    return maps, ids
 
 
 def _expect_maps(op: str, features: object) -> list[Tensor]:
@@ -121,15 +186,22 @@ def _expect_patch_ids(op: str, maps: list[Tensor], patch_ids: object, single: bo
     return ids
 
 
-def _gather(
-    op: str, maps: list[Tensor], ids: list[Tensor], normalize: bool, backend: str | None
-) -> list[Tensor]:
-    # One call for all maps of a dtype: under autocast the pixels are float32 and the features of convolutions bfloat16.
+def _alike(maps: list[Tensor]) -> list[list[int]]:
+    """The maps of each device and dtype, for one call of the kernels.
+
+    Under autocast the pixels are float32 and the features of convolutions bfloat16.
+    """
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for layer, feature in enumerate(maps):
         groups.setdefault((feature.device, feature.dtype), []).append(layer)
+    return list(groups.values())
+
+
+def _gather(
+    op: str, maps: list[Tensor], ids: list[Tensor], normalize: bool, backend: str | None
+) -> list[Tensor]:
     patches: list[Tensor] = [None] * len(maps)
-    for layers in groups.values():
+    for layers in _alike(maps):
         group = [maps[layer] for layer in layers], [ids[layer] for layer in layers]
         for layer, found in zip(layers, _gather_alike(op, *group, normalize, backend), strict=True):
             patches[layer] = found
@@ -146,6 +218,23 @@ def _gather_alike(
             return [reference.sample_patches(feature, id_, normalize) for feature, id_ in pairs]
         _checks.expect_no_functorch(op)
         return list(SamplePatchesFunction.apply(kernels, normalize, *maps, *ids))
+
+
+def _tap_alike(
+    op: str, maps: list[Tensor], ids: list[Tensor], normalize: bool, backend: str | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    kernels = backends.select(op, maps[0], backend)
+    # A compiler sees both uses of the map, and cannot trace sparse gradients.
+    apart = kernels is reference or torch.compiler.is_compiling() or not _common.wants_grad(*maps)
+    if apart:
+        return maps, _gather_alike(op, maps, ids, normalize, backend)
+    _checks.expect_no_functorch(op)
+    with _common.no_autocast(maps[0]):
+        count = len(maps)
+        tapped = TapFunction.apply(kernels, normalize, *maps, *ids)
+        inner, patches = tapped[:count], tapped[count:]
+        out = OwnGradientFunction.apply(*inner, *inner, *patches)
+        return list(out[:count]), list(out[count:])
 
 
 class SamplePatchesFunction(torch.autograd.Function):
@@ -167,16 +256,99 @@ class SamplePatchesFunction(torch.autograd.Function):
     @staticmethod
     @_common.first_derivative_only
     def backward(ctx, *grad_patches: Tensor):
-        saved, count = list(ctx.saved_tensors), len(ctx.layouts)
-        ids, patches, inverse_norms = saved[:count], saved[count : 2 * count], saved[2 * count :]
-        maps = [
-            torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
-            for grad, (shape, memory_format) in zip(grad_patches, ctx.layouts, strict=True)
-        ]
-        grads = ctx.kernels.sample_patches_backward(
-            list(grad_patches), patches, inverse_norms, ids, maps, ctx.normalize
-        )
+        grads = _dense_gradients(ctx, list(grad_patches))
+        return None, None, *grads, *(None,) * len(ctx.layouts)
+
+
+class TapFunction(torch.autograd.Function):
+    """Maps and positions -> the maps and their patches; the backward adds the latter's gradient into the former's, in place.
+
+    It may, because every output goes through :class:`OwnGradientFunction`.
+    """
+
+    @staticmethod
+    def forward(ctx, kernels: ModuleType, normalize: bool, *maps_and_ids: Tensor):
+        ctx.set_materialize_grads(False)
+        patches = SamplePatchesFunction.forward(ctx, kernels, normalize, *maps_and_ids)
+        return *maps_and_ids[: len(patches)], *patches
+
+    @staticmethod
+    @_common.first_derivative_only
+    def backward(ctx, *gradients: Tensor | None):
+        count = len(ctx.layouts)
+        grads, grad_patches = list(gradients[:count]), gradients[count:]
+        sampled = [layer for layer in range(count) if grad_patches[layer] is not None]
+        alone = [layer for layer in sampled if grads[layer] is None]
+        joined = [layer for layer in sampled if grads[layer] is not None]
+        for layer in joined:
+            if (
+                not grads[layer].untyped_storage().resizable()
+            ):  # memory of NumPy or of another library
+                grads[layer] = grads[layer].clone()
+        if alone:
+            dense = _dense_gradients(ctx, [grad_patches[layer] for layer in alone], alone)
+            for layer, grad in zip(alone, dense, strict=True):
+                grads[layer] = grad
+        if joined:
+            into = [grads[layer] for layer in joined]
+            arriving = [grad_patches[layer] for layer in joined]
+            patches, norms, ids = _saved(ctx, joined)
+            ctx.kernels.sample_patches_add_(into, arriving, patches, norms, ids, ctx.normalize)
         return None, None, *grads, *(None,) * count
+
+
+class OwnGradientFunction(torch.autograd.Function):
+    """Maps, the same maps again, and patches -> maps and patches; makes the gradients of maps the previous node's own.
+
+    The gradient that arrives for a map may be held by others too: another summand, a hook, the caller. With it, an empty
+    sparse gradient is sent to the same map, first. Where PyTorch adds a gradient to a sparse one that came before, it
+    adds in place if nobody else holds the tensor or its memory, and otherwise into a new tensor. So the sum belongs to the
+    receiver alone, and there was no copy unless it was needed.
+    """
+
+    @staticmethod
+    def forward(ctx, *maps_and_patches: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        count = len(maps_and_patches) // 3
+        return *maps_and_patches[:count], *(x.detach() for x in maps_and_patches[2 * count :])
+
+    @staticmethod
+    @_common.first_derivative_only
+    def backward(ctx, *gradients: Tensor | None):
+        count = len(gradients) // 2
+        both = zip(gradients[:count], gradients[count:], strict=True)
+        empty = [None if g is None or patch is None else _empty_like(g) for g, patch in both]
+        return *empty, *gradients
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.sparse_coo_tensor(
+        size=x.shape, dtype=x.dtype, device=x.device, check_invariants=False
+    )
+
+
+def _saved(ctx, layers: Sequence[int]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Patches, inverse norms and positions of ``layers``; the first two are empty unless patches are normalised."""
+    saved, count = list(ctx.saved_tensors), len(ctx.layouts)
+    ids, patches, norms = saved[:count], saved[count : 2 * count], saved[2 * count :]
+    return tuple([x[layer] for layer in layers] if x else [] for x in (patches, norms, ids))
+
+
+def _dense_gradients(
+    ctx, grad_patches: list[Tensor], layers: Sequence[int] | None = None
+) -> list[Tensor]:
+    """The gradients of the maps ``layers`` (all by default) where only patches have one."""
+    layers = range(len(ctx.layouts)) if layers is None else layers
+    maps = []
+    for grad, layer in zip(grad_patches, layers, strict=True):
+        shape, memory_format = ctx.layouts[layer]
+        maps.append(
+            torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
+        )
+    patches, norms, ids = _saved(ctx, layers)
+    return ctx.kernels.sample_patches_backward(
+        grad_patches, patches, norms, ids, maps, ctx.normalize
+    )
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:

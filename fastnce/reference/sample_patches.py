@@ -5,6 +5,9 @@ from torch import Tensor
 
 from fastnce.reference.normalize import accumulation_dtype, normalize_rows
 
+# From here on drawing again what came twice is quicker than a whole permutation.
+_CHEAP_SHARE = 16
+
 
 def draw_patch_ids(
     num_positions: int,
@@ -13,8 +16,23 @@ def draw_patch_ids(
     device: torch.device,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """The first ``num_patches`` of a random permutation of the positions: (min(num_patches, num_positions),) int64."""
+    """Distinct positions with the distribution of a random permutation's head: (min(num_patches, num_positions),) int64."""
+    few = device.type == "cpu" and not torch.compiler.is_compiling()
+    if few and num_patches * _CHEAP_SHARE <= num_positions:
+        return _draw_distinct(num_positions, num_patches, generator)
     return torch.randperm(num_positions, device=device, generator=generator)[:num_patches]
+
+
+def _draw_distinct(num_positions: int, count: int, generator: torch.Generator | None) -> Tensor:
+    """The first ``count`` distinct numbers of a sequence of independent uniform ones."""
+    found: dict[int, None] = {}
+    while len(found) < count:
+        # A few more than needed, for at most one in _CHEAP_SHARE is expected to repeat another.
+        draws = torch.randint(
+            num_positions, (count + count // 8,), generator=generator, device="cpu"
+        )
+        found.update(dict.fromkeys(draws.tolist()))
+    return torch.tensor(list(found)[:count], device="cpu")
 
 
 def sample_patches(features: Tensor, patch_ids: Tensor, normalize: bool) -> Tensor:

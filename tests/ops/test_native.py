@@ -18,6 +18,7 @@ OPS = (
     "patch_nce",
     "conditional_contrastive",
     "sample_patches",
+    "tap_patches",
     "sup_con",
     "nt_xent",
 )
@@ -305,6 +306,8 @@ def registered_calls(dtype: torch.dtype):
         patches, norms = ops.sample_patches_forward(features, ids, normalize)
         args = (patches, patches, norms, ids, features, normalize)
         yield ops.sample_patches_backward, args
+        maps = [torch.ones_like(x) for x in features]
+        yield ops.sample_patches_add_, (maps, *args[:4], normalize)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -313,7 +316,7 @@ def test_opcheck(dtype):
     for op, arguments in registered_calls(dtype):
         torch.library.opcheck(op, arguments)
         seen.add(f"{op._qualified_op_name}")
-    assert len(seen) == 8
+    assert len(seen) == 9
 
 
 def among_nans(x: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastnce
 from fastnce import backends
 from fastnce.testing import SAMPLE_INPUTS, run
 
@@ -35,6 +36,11 @@ def recorded() -> dict[str, list]:
                     continue
                 for sample in samples(dtype, "cpu", torch.Generator().manual_seed(0)):
                     run(op, sample, backend="native")
+        for normalize in (False, True):
+            maps = [torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(1, 6, 2, 2)]
+            options = {"normalize": normalize, "backend": "native"}
+            passed, patches, _ = fastnce.tap_patches(maps, 3, **options)
+            sum(x.sum() for x in passed + patches).backward()
     return recorder.calls
 
 

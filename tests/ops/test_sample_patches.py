@@ -117,6 +117,38 @@ def test_positions_are_uniform(backend):
     assert chi_square < 470  # 379 degrees of freedom, probability 0.001
 
 
+def test_few_of_many_positions_are_uniform_too(backend):
+    """As above, for 3 of 48 positions, which are drawn in another way."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.zeros(1, 1, 6, 8)
+    draws = torch.stack(
+        [sample_patches(x, 3, generator=generator, backend=backend)[1] for _ in range(4800)]
+    )
+    assert draws.dtype == torch.int64 and draws.sort().values.diff().min() > 0
+    for seen, expected in ((draws.flatten(), 300), *((draws[:, i], 100) for i in range(3))):
+        counts = torch.bincount(seen, minlength=48).double()
+        # 47 degrees of freedom: above 82.7 with probability 0.001.
+        assert ((counts - expected).square() / expected).sum() < 82.7
+    # The order carries no information: each of the 6 orders of the three is as frequent.
+    orders = torch.bincount(draws.argsort() @ torch.tensor([9, 3, 1]), minlength=27)
+    orders = orders[orders > 0].double()
+    assert len(orders) == 6
+    assert ((orders - 800).square() / 800).sum() < 20.6  # 5 degrees of freedom, probability 0.001
+
+
+@pytest.mark.parametrize(("count", "size"), [(256, 256), (1, 4), (512, 91)])
+def test_few_of_many_positions_are_distinct_and_repeatable(count, size, backend):
+    x = torch.zeros(1, 1, size, size)
+    ids = [
+        sample_patches(x, count, generator=torch.Generator().manual_seed(s), backend=backend)[1]
+        for s in (0, 0, 1)
+    ]
+    assert len(ids[0].unique()) == len(ids[0]) == count
+    assert ids[0].min() >= 0 and ids[0].max() < size * size
+    assert torch.equal(ids[0], ids[1])
+    assert count == 1 or not torch.equal(ids[0], ids[2])
+
+
 def test_a_generator_makes_the_draw_repeatable(backend, make):
     maps = [make(1, 3, 16, 16), make(1, 5, 8, 8)]
 

@@ -1,0 +1,301 @@
+"""The tap: results and gradients of sample_patches, and whose memory the backward may write to."""
+
+import numpy as np
+import pytest
+import torch
+
+import fastnce
+from fastnce import sample_patches, tap_patches
+from fastnce.testing import rows
+
+OP = "tap_patches"
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+IDS = torch.tensor([11, 0, 7, 7, 3])
+
+
+@pytest.fixture(autouse=True)
+def supported(backend, needs_support):
+    needs_support(OP, backend)
+
+
+class Network(torch.autograd.Function):
+    """What follows the map: its gradient for the map is whatever ``gradient()`` returns."""
+
+    @staticmethod
+    def forward(ctx, x, gradient):
+        ctx.gradient = gradient
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.gradient(), None
+
+
+def make(*shape, dtype=torch.float32, layout="contiguous"):
+    x = rows(*shape, dtype=dtype, device="cpu", generator=torch.Generator().manual_seed(0)).detach()
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        buffer = x.new_full([2 * size + 1 for size in x.shape], torch.nan)
+        view = buffer[1::2, 1::2, 1::2, 1::2]
+        x = view.copy_(x)
+    elif layout == "expanded":
+        x = x[:1].expand(shape)
+    return x.requires_grad_()
+
+
+def reference(x, normalize, network, weight, ids=IDS):
+    """In fp64: the patches, and the gradient of ``network * x + weight * patches``."""
+    wide = x.detach().double().requires_grad_()
+    patches, _ = sample_patches(wide, patch_ids=ids, normalize=normalize, backend="torch")
+    total = (network.double() * wide).sum() + (weight.double() * patches).sum()
+    return patches.detach(), torch.autograd.grad(total, wide)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("ids", [IDS, IDS[:3]], ids=["repeated", "distinct"])
+def test_against_the_reference(dtype, layout, normalize, ids, backend, needs_support):
+    needs_support(OP, backend, dtype)
+    x = make(2, 37, 4, 3, dtype=dtype, layout=layout)
+    generator = torch.Generator().manual_seed(1)
+    network = torch.randn(x.shape, generator=generator).to(dtype)
+    weight = torch.randn((2, len(ids), 37), generator=generator).to(dtype)
+    expected, gradient = reference(x, normalize, network, weight, ids)
+    passed, patches, returned = tap_patches(x, patch_ids=ids, normalize=normalize, backend=backend)
+    assert returned is ids and torch.equal(passed, x) and passed.dtype == patches.dtype == dtype
+    # One gradient that belongs to the tap alone, and one that does not.
+    for give in (network.clone, lambda: network):
+        before = network.clone()
+        out = Network.apply(passed, give)
+        (got,) = torch.autograd.grad([out, patches], x, [out.detach(), weight], retain_graph=True)
+        eps = 4 * torch.finfo(dtype).eps
+        assert got.dtype == dtype
+        for value, truth in ((patches.detach(), expected), (got, gradient)):
+            scale = truth.abs().max().item()
+            torch.testing.assert_close(value.double(), truth, rtol=0, atol=eps * scale)
+        assert torch.equal(network, before)
+
+
+@pytest.mark.parametrize("used", ["map", "patches", "neither"])
+def test_one_output_alone(used, backend):
+    x = make(2, 5, 4, 3)
+    passed, patches, _ = tap_patches(x, patch_ids=IDS, backend=backend)
+    if used == "neither":
+        total = x.sum()
+    else:
+        total = (passed if used == "map" else patches).square().sum()
+    (got,) = torch.autograd.grad(total, x)
+    expected = torch.ones_like(x) if used == "neither" else 2 * x.detach()
+    if used == "patches":
+        times = torch.bincount(IDS, minlength=12).reshape(4, 3)
+        expected = expected * times
+    torch.testing.assert_close(got, expected)
+
+
+def test_writes_into_a_gradient_that_is_its_own(fused_backend):
+    x = make(2, 5, 4, 3)
+    seen = {}
+
+    def fresh():
+        gradient = torch.ones(x.shape)
+        seen["given"] = gradient.data_ptr()
+        return gradient
+
+    for first in ("network", "patches"):
+        feature = x * 1.0
+        feature.register_hook(lambda g: seen.update(got=g.data_ptr()))
+        passed, patches, _ = tap_patches(feature, patch_ids=IDS, backend=fused_backend)
+        if first == "network":  # created last, so run first
+            loss = patches.sum()
+            total = loss + Network.apply(passed, fresh)
+        else:
+            loss = Network.apply(passed, fresh)
+            total = loss + patches.sum()
+        total.backward()
+        assert seen["given"] == seen["got"]
+
+
+def kept_by_caller(x, passed, patches):
+    held = torch.ones(x.shape)
+    torch.autograd.backward([passed, patches], [held, torch.ones_like(patches)])
+    return held, torch.ones(x.shape)
+
+
+def kept_by_network(x, passed, patches):
+    held = torch.ones(x.shape)
+    (Network.apply(passed, lambda: held) + patches.sum()).backward()
+    return held, torch.ones(x.shape)
+
+
+def view_of_what_network_keeps(x, passed, patches):
+    held = torch.ones(3 * x.numel())
+    gradient = lambda: held[x.numel() : 2 * x.numel()].view(x.shape)  # noqa: E731
+    (Network.apply(passed, gradient) + patches.sum()).backward()
+    return held, torch.ones(3 * x.numel())
+
+
+def memory_of_numpy(x, passed, patches):
+    held = np.ones(x.shape, dtype=np.float32)
+    (Network.apply(passed, lambda: torch.from_numpy(held)) + patches.sum()).backward()
+    return torch.from_numpy(held), torch.ones(x.shape)
+
+
+def expanded(x, passed, patches):
+    held = torch.ones(1)
+    (Network.apply(passed, lambda: held.expand(x.shape)) + patches.sum()).backward()
+    return held, torch.ones(1)
+
+
+def another_summand(x, passed, patches):
+    """The sum hands one tensor to both of its summands."""
+    other = torch.zeros(x.shape, requires_grad=True)
+    later = torch.zeros(x.shape, requires_grad=True) * 1.0
+    later.retain_grad()
+    total = Network.apply(other + passed + later, lambda: torch.ones(x.shape)) + patches.sum()
+    total.backward()
+    assert torch.equal(later.grad, torch.ones(x.shape))
+    return other.grad, torch.ones(x.shape)
+
+
+def kept_by_a_hook(x, passed, patches):
+    held = []
+    passed.register_hook(held.append)
+    (Network.apply(passed, lambda: torch.ones(x.shape)) + patches.sum()).backward()
+    return held[0], torch.ones(x.shape)
+
+
+def view_kept_by_a_hook(x, passed, patches):
+    held = []
+    passed.register_hook(lambda g: held.append(g[:]))
+    (Network.apply(passed, lambda: torch.ones(x.shape)) + patches.sum()).backward()
+    return held[0], torch.ones(x.shape)
+
+
+def retained(x, passed, patches):
+    passed.retain_grad()
+    (Network.apply(passed, lambda: torch.ones(x.shape)) + patches.sum()).backward()
+    return passed.grad, torch.ones(x.shape)
+
+
+def captured(x, passed, patches):
+    total = Network.apply(passed, lambda: torch.ones(x.shape)) + patches.sum()
+    of_passed, x.grad = torch.autograd.grad(total, [passed, x])
+    return of_passed, torch.ones(x.shape)
+
+
+SHARED = [
+    kept_by_caller,
+    kept_by_network,
+    view_of_what_network_keeps,
+    memory_of_numpy,
+    expanded,
+    another_summand,
+    kept_by_a_hook,
+    view_kept_by_a_hook,
+    retained,
+    captured,
+]
+
+
+@pytest.mark.parametrize("share", SHARED, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("patches_last", [False, True])
+def test_a_gradient_that_others_hold_is_left_alone(share, patches_last, backend):
+    x = make(2, 5, 4, 3)
+    passed, patches, _ = tap_patches(x, patch_ids=IDS, backend=backend)
+    if patches_last:
+        patches = patches * 1.0
+    held, expected = share(x, passed, patches)
+    assert torch.equal(held, expected)
+    times = torch.bincount(IDS, minlength=12).reshape(4, 3)
+    torch.testing.assert_close(x.grad, (1.0 + times).expand(x.shape))
+
+
+def test_the_map_used_many_times(backend):
+    x = make(2, 5, 4, 3)
+    passed, patches, _ = tap_patches(x, patch_ids=IDS, backend=backend)
+    again, more, _ = tap_patches(passed, patch_ids=IDS[:3], backend=backend)
+    total = (again * passed).sum() + (passed + passed).sum() + patches.sum() + more.square().sum()
+    twice = [torch.autograd.grad(total, x, retain_graph=True)[0] for _ in range(2)]
+    plain = x.detach().clone().requires_grad_()
+    first, _ = sample_patches(plain, patch_ids=IDS, backend="torch")
+    second, _ = sample_patches(plain, patch_ids=IDS[:3], backend="torch")
+    total = plain.square().sum() + 2 * plain.sum() + first.sum() + second.square().sum()
+    (expected,) = torch.autograd.grad(total, plain)
+    for got in twice:
+        torch.testing.assert_close(got, expected)
+
+
+def test_lists_of_several_dtypes(backend, needs_support):
+    needs_support(OP, backend, torch.bfloat16)
+    maps = [make(2, 3, 4, 4), make(2, 5, 4, 3, dtype=torch.bfloat16), make(2, 7, 5, 5)]
+    ids = [torch.tensor([3, 1]), IDS, torch.tensor([24])]
+    passed, patches, returned = tap_patches(maps, patch_ids=ids, backend=backend)
+    assert all(x is y for x, y in zip(returned, ids, strict=True))
+    plain, _ = sample_patches(maps, patch_ids=ids, backend="torch")
+    for got, expected in zip(patches, plain, strict=True):
+        assert torch.equal(got, expected)
+    # The map in the middle is not used, nor are the patches of the last one.
+    total = passed[0].sum() + patches[0].sum() + patches[1].float().sum() + passed[2].sum()
+    grads = torch.autograd.grad(total, maps)
+    other = maps[0].sum() + plain[0].sum() + plain[1].float().sum() + maps[2].sum()
+    for got, expected in zip(grads, torch.autograd.grad(other, maps), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_gradcheck(normalize, backend, needs_support):
+    needs_support(OP, backend, torch.float64)
+
+    def function(x):
+        passed, patches, _ = tap_patches(
+            x.sin(), patch_ids=IDS, normalize=normalize, backend=backend
+        )
+        return passed.square(), patches, (passed.sum() * patches).cos()
+
+    assert torch.autograd.gradcheck(function, make(1, 3, 4, 3, dtype=torch.float64))
+
+
+def test_second_derivative_is_refused(fused_backend):
+    x = make(2, 5, 4, 3)
+    passed, patches, _ = tap_patches(x, patch_ids=IDS, backend=fused_backend)
+    total = passed.square().sum() + patches.sum()
+    (grad,) = torch.autograd.grad(total, x, create_graph=True)
+    times = torch.bincount(IDS, minlength=12).reshape(4, 3)
+    torch.testing.assert_close(grad.detach(), 2 * x.detach() + times)
+    with pytest.raises(RuntimeError, match="no second derivative.*backend='torch'"):
+        grad.square().sum().backward()
+
+
+def test_without_gradients(backend):
+    x = make(2, 5, 4, 3)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            passed, patches, _ = tap_patches(x, patch_ids=IDS, backend=backend)
+        assert not patches.requires_grad and torch.equal(passed, x)
+
+
+def test_compiles_in_one_graph(backend):
+    torch._dynamo.reset()
+
+    def step(x):
+        passed, patches, _ = tap_patches(x * 1.0, patch_ids=IDS, backend=backend)
+        return passed.square().sum() + patches.cos().sum()
+
+    x = make(2, 5, 4, 3)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    (got,) = torch.autograd.grad(compiled(x), x)
+    torch.testing.assert_close(got, torch.autograd.grad(step(x), x)[0])
+
+
+def test_the_map_cannot_be_changed_in_place(fused_backend):
+    """It is also the map that was given, which autograd would not know to have changed."""
+    passed, _, _ = tap_patches(make(2, 5, 4, 3) * 1.0, patch_ids=IDS, backend=fused_backend)
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        passed.relu_()
+
+
+def test_errors_name_the_op(backend):
+    with pytest.raises(ValueError, match="tap_patches: num_patches must be at least 1, got 0"):
+        fastnce.tap_patches(make(2, 5, 4, 3), 0, backend=backend)
