@@ -34,6 +34,16 @@ STABLE_TORCH_LIBRARY(fastnce, m) {
       "bool need_temperature) -> (Tensor grad_query, Tensor grad_key, Tensor grad_negatives, "
       "Tensor grad_temperature)");
 
+  // CUT's loss of all layers at once: the sum over layers of loss_scale * sum(loss), the losses
+  // those of info_nce_forward with normalize, in_batch and self_logit; queries[l], keys[l] (B, N,
+  // D), sizes may differ. If grad_scales is not empty, also the gradients that need_* ask for: of
+  // layer l those of grad_scale * sum(loss), of the temperature that of the loss returned.
+  m.def(
+      "patch_nce_forward(Tensor[] queries, Tensor[] keys, Tensor? temperature_tensor, "
+      "float temperature, float self_logit, float[] loss_scales, float[] grad_scales, "
+      "bool[] need_queries, bool[] need_keys, bool need_temperature) -> (Tensor loss, "
+      "Tensor[] grad_queries, Tensor[] grad_keys, Tensor grad_temperature)");
+
   // embeddings e, proxies p (N, D), labels y (N,) int64; rows are L2-normalised, t the temperature.
   //   den_i = exp(e_i . p_i / t) + sum over j != i of exp(e_i . e_j / t), num_i its part with y_j =
   //   y_i loss (N,) = log den - log num; lse (2, N) = [log den, log num]

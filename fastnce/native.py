@@ -122,6 +122,54 @@ def info_nce_backward(
     return _needed(grads, needs)
 
 
+def patch_nce_forward(
+    queries: list[Tensor],
+    keys: list[Tensor],
+    temperature: float | Tensor,
+    *,
+    self_logit: float,
+    loss_scales: Sequence[float],
+    grad_scales: Sequence[float] | None,
+    needs: tuple[Sequence[bool], Sequence[bool], bool],
+) -> tuple[Tensor, Gradients, Gradients, Tensor | None]:
+    """InfoNCE of several layers in one call: ``sum_l loss_scales[l] * losses_l.sum()`` and its gradients.
+
+    Args:
+        queries: (B, N, D) of each layer, one dtype, sizes may differ; normalised, in-batch negatives.
+        keys: like ``queries``.
+        temperature: a float or a 0-d tensor.
+        self_logit: a further constant logit, before the division by the temperature.
+        loss_scales: the weight of each layer's losses in the result.
+        grad_scales: d L / d loss of every row of each layer, or None for no gradients now.
+        needs: which queries, which keys, and whether the temperature need a gradient.
+
+    Returns:
+        the loss; the gradients of the queries and of the keys, None where not needed; the gradient of the returned loss with
+        respect to the temperature, or None.
+    """
+    need_queries, need_keys, need_temperature = needs
+    loss, grad_queries, grad_keys, grad_temperature = torch.ops.fastnce.patch_nce_forward(
+        queries,
+        keys,
+        *_temperature(temperature),
+        self_logit,
+        loss_scales,
+        grad_scales or (),
+        need_queries,
+        need_keys,
+        need_temperature,
+    )
+    if grad_scales is None:
+        need_queries = need_keys = ()
+        need_temperature = False
+    return (
+        loss,
+        _needed(grad_queries, need_queries),
+        _needed(grad_keys, need_keys),
+        grad_temperature if need_temperature else None,
+    )
+
+
 def conditional_contrastive_forward(
     embeddings: Tensor,
     proxies: Tensor,
@@ -326,6 +374,31 @@ def _fake_info_nce_backward(
     return _fake_info_nce_gradients(query, key, negatives, needs)
 
 
+def _fake_patch_nce_forward(
+    queries,
+    keys,
+    temperature_tensor,
+    temperature,
+    self_logit,
+    loss_scales,
+    grad_scales,
+    need_queries,
+    need_keys,
+    need_temperature,
+):
+    now = len(grad_scales) > 0
+
+    def gradients(rows, needs):
+        return [_gradient_like(x, now and need) for x, need in zip(rows, needs, strict=True)]
+
+    return (
+        _scalar_like(queries[0], True),
+        gradients(queries, need_queries),
+        gradients(keys, need_keys),
+        _scalar_like(queries[0], now and need_temperature),
+    )
+
+
 def _fake_conditional_contrastive_gradients(embeddings, proxies, needs) -> tuple[Tensor, ...]:
     return (
         _gradient_like(embeddings, needs[0]),
@@ -390,6 +463,7 @@ def _fake_sample_patches_add_(maps, grad_patches, patches, inverse_norms, patch_
 _FAKES: dict[str, Callable] = {
     "info_nce_forward": _fake_info_nce_forward,
     "info_nce_backward": _fake_info_nce_backward,
+    "patch_nce_forward": _fake_patch_nce_forward,
     "conditional_contrastive_forward": _fake_conditional_contrastive_forward,
     "conditional_contrastive_backward": _fake_conditional_contrastive_backward,
     "sup_con_forward": _fake_sup_con_forward,

@@ -57,6 +57,24 @@ def info_nce_backward(grad_loss, query, key, negatives, temperature, lse, *, nee
         return _gradients(reference.info_nce(*inputs, **options), grad_loss, inputs, needs)
 
 
+def patch_nce_forward(queries, keys, temperature, *, self_logit, loss_scales, grad_scales, needs):
+    options = {"normalize": True, "symmetric": False, "in_batch": True, "self_logit": self_logit}
+    need_queries, need_keys, need_temperature = needs
+    loss, grad_temperature, grads = 0.0, 0.0, []
+    for layer, (query, key) in enumerate(zip(queries, keys, strict=True)):
+        scale = None if grad_scales is None else grad_scales[layer]
+        needed = (need_queries[layer], need_keys[layer], False, need_temperature)
+        losses, _, found = info_nce_forward(
+            query, key, None, temperature, **options, grad_scale=scale, needs=needed
+        )
+        loss = loss + losses.sum() * loss_scales[layer]
+        grads.append(found)
+        if found[3] is not None:
+            grad_temperature = grad_temperature + found[3] * (loss_scales[layer] / scale)
+    grad_temperature = grad_temperature if need_temperature and grad_scales else None
+    return loss, [found[0] for found in grads], [found[1] for found in grads], grad_temperature
+
+
 def conditional_contrastive_forward(embeddings, proxies, labels, temperature, *, grad_scale, needs):
     with torch.enable_grad():
         e, p, t = inputs = _leaves((embeddings, proxies, temperature), needs)

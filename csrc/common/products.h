@@ -70,8 +70,10 @@ void product(int64_t rows, int64_t depth, const T* a, int64_t a_slab, const T* b
   for (int64_t k = 0; k < depth; k += run) {
     const int64_t count = depth - k < run ? depth - k : run;
     const T* block = kTransposed ? a + k * kWidth<T> : a + k / kWidth<T> * a_slab;
-    rows_of_tiles<T, kTransposed, kTileRows, kVectors>(rows, count, block, a_slab,
-                                                       b + k * kWidth<T>, c, accumulate || k > 0);
+    // Narrow tiles are higher, so that as many sums are in flight.
+    constexpr int kRows = kTileRows * kTileVectors / kVectors;
+    rows_of_tiles<T, kTransposed, kRows, kVectors>(rows, count, block, a_slab, b + k * kWidth<T>, c,
+                                                   accumulate || k > 0);
   }
 }
 

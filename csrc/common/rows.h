@@ -34,6 +34,7 @@ double dot(int64_t n, const T* x, const T* y) {
 
 template <class T>
 void scale(int64_t n, const T* x, double factor, T* out) {
+#pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(x[i] * factor);
 }
 
@@ -43,15 +44,18 @@ void add_scaled(int64_t n, T alpha, const T* x, T* y) {
 }
 
 template <class T>
-double project(int64_t n, const T* x, double norm, const T* gradient, T* out) {
-  const double inverse = 1 / norm;
-  const double along =
-      inverse * sum_terms<T>(n, [=](int64_t i) { return x[i] * static_cast<double>(gradient[i]); });
-  const double back = inverse * along;
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = static_cast<T>((gradient[i] - x[i] * back) * inverse);
-  }
-  return along;
+double mix_and_dot(int64_t n, double factor, const T* g, double alpha, const T* y, const T* x,
+                   T* out) {
+  // ivdep: out may be g or y, element for element.
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(factor * g[i] + alpha * y[i]);
+  return dot(n, x, out);
+}
+
+template <class T>
+void subtract_and_scale(int64_t n, const T* g, double back, const T* x, double factor, T* out) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>((g[i] - back * x[i]) * factor);
 }
 
 }  // namespace fastnce::FASTNCE_ISA

@@ -28,6 +28,10 @@ inline ScalarType accumulation_type(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+template <class T>
+constexpr ScalarType kElementType =
+    std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+
 // Calls f with a value of the C++ type of `dtype`, which must be supported.
 template <class F>
 void with_element_type(ScalarType dtype, const F& f) {
@@ -92,15 +96,27 @@ class TensorRows {
 
   template <class T>
   void load(int64_t row, T* out) const {
+    load_elements(dtype_, at(row), stride_, depth_, out);
+  }
+
+  // The row where it lies if its elements are neighbours of type T, else loaded into `scratch`.
+  template <class T>
+  const T* read(int64_t row, T* scratch) const {
+    if (stride_ == 1 && dtype_ == kElementType<T>) return reinterpret_cast<const T*>(at(row));
+    load(row, scratch);
+    return scratch;
+  }
+
+ private:
+  const char* at(int64_t row) const {
     int64_t offset = 0;
     for (size_t d = sizes_.size(); d-- > 0;) {
       offset += row % sizes_[d] * strides_[d];
       row /= sizes_[d];
     }
-    load_elements(dtype_, data_ + offset * item_, stride_, depth_, out);
+    return data_ + offset * item_;
   }
 
- private:
   const char* data_ = nullptr;
   ScalarType dtype_ = ScalarType::Float;
   int64_t item_ = 0, depth_ = 0, stride_ = 0;
@@ -119,10 +135,22 @@ class OutputRows {
 
   template <class T>
   void store(int64_t row, const T* x) const {
-    store_elements(dtype_, x, depth_, 1, data_ + row * depth_ * item_);
+    store_elements(dtype_, x, depth_, 1, at(row));
+  }
+
+  // Where to put a row before finish(): the row itself if its elements are of type T.
+  template <class T>
+  T* begin(int64_t row, T* scratch) const {
+    return dtype_ == kElementType<T> ? reinterpret_cast<T*>(at(row)) : scratch;
+  }
+  template <class T>
+  void finish(int64_t row, const T* x) const {
+    if (dtype_ != kElementType<T>) store(row, x);
   }
 
  private:
+  char* at(int64_t row) const { return data_ + row * depth_ * item_; }
+
   char* data_ = nullptr;
   ScalarType dtype_ = ScalarType::Float;
   int64_t item_ = 0, depth_ = 0;

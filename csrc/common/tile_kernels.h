@@ -128,8 +128,11 @@ struct TileKernels {
   void (*scale)(int64_t n, const T* x, double scale, T* out);
   // y += alpha x.
   void (*add_scaled)(int64_t n, T alpha, const T* x, T* y);
-  // out = (gradient - u (u . gradient)) / norm with u = x / norm. Returns u . gradient.
-  double (*project)(int64_t n, const T* x, double norm, const T* gradient, T* out);
+  // out = factor g + alpha y; returns x . out.
+  double (*mix_and_dot)(int64_t n, double factor, const T* g, double alpha, const T* y, const T* x,
+                        T* out);
+  // out = (g - back x) factor.
+  void (*subtract_and_scale)(int64_t n, const T* g, double back, const T* x, double factor, T* out);
 
   // Keeps the arithmetic units busy from registers alone; returns the floating-point operations.
   int64_t (*multiply_add_rounds)(int64_t rounds);

@@ -1,9 +1,11 @@
 // InfoNCE on the CPU: registration, arguments and the list of problems.
 #include <torch/csrc/stable/library.h>
 
+#include <memory>
 #include <numeric>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../common/op_arguments.h"
@@ -65,76 +67,157 @@ Gradients new_gradients(const Arguments& a, bool wanted) {
           new_gradient(negatives ? *a.negatives : a.query, negatives), 0};
 }
 
-// Calls run(problem) for every problem of the call and stores what their gradients share. Without
-// in-batch keys all rows see the same columns and are one problem.
-template <class T, class Run>
-void for_problems(const Arguments& a, const double* weights, Gradients& gradients, T* loss, T* lse,
-                  const Run& run) {
-  const TileKernels<T>& kernels = tile_kernels<T>();
-  const int64_t rows = a.batch() * a.rows();
-  std::vector<double> temperature_terms(rows, 0.0);
-  InfoNceCall<T> call;
-  call.query = TensorRows(a.query);
-  call.key = TensorRows(a.key);
-  if (a.negatives.has_value()) call.negatives = TensorRows(*a.negatives);
-  call.depth = a.depth();
-  call.own_negatives = a.own_negatives() ? a.negatives->size(2) : 0;
-  call.normalize = a.normalize;
-  call.symmetric = a.symmetric;
-  call.in_batch = a.in_batch;
-  call.temperature = a.temperature;
-  if (a.self_logit) call.constant_logit = static_cast<T>(*a.self_logit / a.temperature);
-  call.need_query = a.needs.query;
-  call.need_key = a.needs.key;
-  call.need_negatives = a.needs.negatives && a.negatives.has_value();
-  call.need_temperature = a.needs.temperature;
-  call.weights = weights;
-  call.grad_query = OutputRows(gradients.query);
-  call.grad_key = OutputRows(gradients.key);
-  call.grad_negatives = OutputRows(gradients.negatives);
-  call.temperature_terms = temperature_terms.data();
-  call.loss = loss;
-  call.row_lse = lse;
-  call.column_lse = a.symmetric ? lse + rows : nullptr;
+// One call's problems: one per batch element, for only rows of the same element share columns; but
+// one alone without in-batch keys, where all rows see the same.
+template <class T>
+class Job {
+ public:
+  const int64_t rows, problems, size;  // of the whole call; `size` rows in each problem
 
-  const int64_t problems = a.in_batch ? a.batch() : 1, size = rows / problems;
-  KeySet<T> shared;
-  if (a.shared_negatives()) {
-    shared.source = call.negatives;
-    shared.count = a.negatives->size(0);
+  Job(const Arguments& a, const double* weights, Gradients& gradients, T* loss, T* lse)
+      : rows(a.batch() * a.rows()),
+        problems(a.in_batch ? a.batch() : 1),
+        size(rows / problems),
+        kernels_(tile_kernels<T>()),
+        gradients_(gradients),
+        temperature_terms_(rows, 0.0) {
+    call_.query = TensorRows(a.query);
+    call_.key = TensorRows(a.key);
+    if (a.negatives.has_value()) call_.negatives = TensorRows(*a.negatives);
+    call_.depth = a.depth();
+    call_.own_negatives = a.own_negatives() ? a.negatives->size(2) : 0;
+    call_.normalize = a.normalize;
+    call_.symmetric = a.symmetric;
+    call_.in_batch = a.in_batch;
+    call_.temperature = a.temperature;
+    if (a.self_logit) call_.constant_logit = static_cast<T>(*a.self_logit / a.temperature);
+    call_.need_query = a.needs.query;
+    call_.need_key = a.needs.key;
+    call_.need_negatives = a.needs.negatives && a.negatives.has_value();
+    call_.need_temperature = a.needs.temperature;
+    call_.weights = weights;
+    call_.grad_query = OutputRows(gradients.query);
+    call_.grad_key = OutputRows(gradients.key);
+    call_.grad_negatives = OutputRows(gradients.negatives);
+    call_.temperature_terms = temperature_terms_.data();
+    call_.loss = loss;
+    call_.row_lse = lse;
+    call_.column_lse = a.symmetric ? lse + rows : nullptr;
+    if (!a.shared_negatives()) return;
+    shared_.source = call_.negatives;
+    shared_.count = a.negatives->size(0);
     // Few queries meet each key once: then keys are packed on the way.
-    if (problems > 1 || size > kFewRows || shared.count < 4 * size) {
-      pack_unit_rows<T>(kernels, call.negatives, 0, shared.count, a.normalize, 1.0, &shared.units,
-                        nullptr);
+    if (problems > 1 || size > kFewRows || shared_.count < 4 * size) {
+      pack_unit_rows<T>(kernels_, call_.negatives, 0, shared_.count, a.normalize, 1.0,
+                        &shared_.units, nullptr);
     }
-    if (weights != nullptr && call.need_negatives) {
-      shared.gradient = SlabMatrix<T>(shared.count, a.depth(), kernels.width);
-      shared.gradient.fill_zero();
+    if (weights != nullptr && call_.need_negatives) {
+      shared_.gradient = SlabMatrix<T>(shared_.count, a.depth(), kernels_.width);
+      shared_.gradient.fill_zero();
     }
   }
 
-  const auto solve = [&](int64_t b) {
-    InfoNceProblem<T> problem(kernels, call, b * size, size, shared.count > 0 ? &shared : nullptr);
-    run(problem);
-    if (weights != nullptr) problem.finish_keys();
+  std::unique_ptr<InfoNceProblem<T>> problem(int64_t b) const {
+    return std::make_unique<InfoNceProblem<T>>(kernels_, call_, b * size, size,
+                                               shared_.count > 0 ? &shared_ : nullptr);
+  }
+  int64_t columns() const { return (call_.in_batch ? size : 0) + shared_.count; }
+  // In multiply-adds.
+  int64_t packing_per_row() const { return 4 * call_.depth; }
+  int64_t work_per_row() const { return (2 * columns() + 16) * call_.depth; }
+  // Whether its problems may be solved at the same time, each by one thread.
+  bool small() const {
+    constexpr int64_t kSmallBytes = int64_t{4} << 20;
+    const int64_t bytes = size * columns() * static_cast<int64_t>(sizeof(T));
+    return bytes <= kSmallBytes && !shared_.gradient;
+  }
+
+  // What its problems' gradients share.
+  void finish() const {
+    if (shared_.gradient) {
+      store_row_gradients(kernels_, call_.negatives, 0, call_.normalize, shared_.gradient,
+                          call_.grad_negatives);
+    }
+    const double sum = std::accumulate(temperature_terms_.begin(), temperature_terms_.end(), 0.0);
+    gradients_.temperature = -sum / call_.temperature;
+  }
+
+ private:
+  const TileKernels<T>& kernels_;
+  Gradients& gradients_;
+  std::vector<double> temperature_terms_;
+  InfoNceCall<T> call_;
+  KeySet<T> shared_;
+};
+
+// Calls run(problem, range) until all rows of all problems are solved.
+//
+// Problems that are large, or alone, or add to the same gradient are solved one after the other by
+// all threads together. The others are shared out: whole where there are many, else by groups of
+// rows where the rows do not depend on one another. Their shapes alone decide.
+template <class T, class Run>
+void solve(const std::vector<std::unique_ptr<Job<T>>>& jobs, const Run& run) {
+  constexpr size_t kMany = 64;
+  struct Item {
+    const Job<T>* job;
+    int64_t b;
+    std::unique_ptr<InfoNceProblem<T>> problem = nullptr;
   };
-  // Small problems are shared out whole; else, or where they add to the same gradient, the threads
-  // work together on one after the other.
-  constexpr int64_t kSmallBytes = int64_t{4} << 20;
-  const int64_t columns = (a.in_batch ? size : 0) + shared.count;
-  const bool small = size * columns * static_cast<int64_t>(sizeof(T)) <= kSmallBytes;
-  if (small && problems > 1 && !shared.gradient) {
-    run_tasks(problems, 2 * size * columns * a.depth(), solve);
-  } else {
-    for (int64_t b = 0; b < problems; ++b) solve(b);
+  std::vector<Item> items;
+  int64_t packing = 0, work = 0;  // multiply-adds
+  for (const auto& job : jobs) {
+    for (int64_t b = 0; job->small() && b < job->problems; ++b) items.push_back({job.get(), b});
+    if (!job->small()) continue;
+    packing += job->rows * job->packing_per_row();
+    work += job->rows * job->work_per_row();
   }
+  const bool together = items.size() == 1;
+  for (const auto& job : jobs) {
+    if (job->small() && !together) continue;
+    for (int64_t b = 0; b < job->problems; ++b) {
+      const auto problem = job->problem(b);
+      run(*problem, all_rows(*problem));
+      problem->finish_keys();
+    }
+  }
+  if (together || items.empty()) return;
+  const auto count = static_cast<int64_t>(items.size());
+  if (items.size() >= kMany) {
+    run_tasks(count, work / count, [&](int64_t i) {
+      const auto problem = items[i].job->problem(items[i].b);
+      run(*problem, {0, problem->rows, true});
+      problem->finish_keys();
+    });
+    return;
+  }
+  run_tasks(count, packing / count,
+            [&](int64_t i) { items[i].problem = items[i].job->problem(items[i].b); });
+  std::vector<std::pair<InfoNceProblem<T>*, RowRange>> parts;
+  for (const Item& item : items) {
+    const int64_t step = item.problem->separable() ? kGroupRows : item.problem->rows;
+    for (int64_t r = 0; r < item.problem->rows; r += step) {
+      parts.push_back({item.problem.get(), {r, std::min(item.problem->rows, r + step), true}});
+    }
+  }
+  const auto tasks = static_cast<int64_t>(parts.size());
+  run_tasks(tasks, work / tasks, [&](int64_t i) {
+    const auto& [problem, range] = parts[i];
+    run(*problem, range);
+    if (!problem->separable()) problem->finish_keys();
+  });
+}
 
-  if (shared.gradient) {
-    store_row_gradients(kernels, call.negatives, 0, a.normalize, shared.gradient,
-                        call.grad_negatives);
-  }
-  const double sum = std::accumulate(temperature_terms.begin(), temperature_terms.end(), 0.0);
-  gradients.temperature = -sum / a.temperature;
+template <class T, class Run>
+void solve_one(std::unique_ptr<Job<T>> job, const Run& run) {
+  std::vector<std::unique_ptr<Job<T>>> jobs;
+  jobs.push_back(std::move(job));
+  solve<T>(jobs, run);
+  jobs[0]->finish();
+}
+
+template <class T>
+void solve_forward(InfoNceProblem<T>& problem, const RowRange& range) {
+  problem.call.symmetric ? solve_symmetric(problem) : solve_rows(problem, range);
 }
 
 template <class T>
@@ -142,10 +225,9 @@ void forward(const Arguments& a, const std::optional<double>& grad_scale, Gradie
              const Tensor& loss, const Tensor& lse) {
   std::vector<double> weights;
   if (grad_scale) weights.assign(a.batch() * a.rows(), *grad_scale);
-  for_problems<T>(a, grad_scale ? weights.data() : nullptr, gradients, loss.mutable_data_ptr<T>(),
-                  lse.mutable_data_ptr<T>(), [&](InfoNceProblem<T>& problem) {
-                    a.symmetric ? solve_symmetric(problem) : solve_rows(problem);
-                  });
+  solve_one(std::make_unique<Job<T>>(a, grad_scale ? weights.data() : nullptr, gradients,
+                                     loss.mutable_data_ptr<T>(), lse.mutable_data_ptr<T>()),
+            solve_forward<T>);
 }
 
 template <class T>
@@ -154,13 +236,14 @@ void backward(const Arguments& a, const Tensor& grad_loss, const Tensor& lse,
   const std::vector<double> weights = to_vector<double>(grad_loss);
   const T* row_lse = lse.const_data_ptr<T>();
   const T* column_lse = a.symmetric ? row_lse + a.batch() * a.rows() : nullptr;
-  for_problems<T>(a, weights.data(), gradients, nullptr, nullptr, [&](InfoNceProblem<T>& problem) {
-    if (a.symmetric) {
-      solve_symmetric_from_lse(problem, row_lse, column_lse);
-    } else {
-      solve_rows_from_lse(problem, row_lse);
-    }
-  });
+  solve_one(std::make_unique<Job<T>>(a, weights.data(), gradients, nullptr, nullptr),
+            [&](InfoNceProblem<T>& problem, const RowRange& range) {
+              if (a.symmetric) {
+                solve_symmetric_from_lse(problem, row_lse, column_lse);
+              } else {
+                solve_rows_from_lse(problem, range, row_lse);
+              }
+            });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_forward(
@@ -231,8 +314,77 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward(
           new_scalar(query, need_temperature, gradients.temperature)};
 }
 
+using Tensors = std::vector<Tensor>;
+
+// Returns the loss of all layers and fills their gradients.
+template <class T>
+double solve_layers(const std::vector<Arguments>& layers, const std::vector<double>& loss_scales,
+                    const std::vector<double>& grad_scales, std::vector<Gradients>& gradients) {
+  std::vector<std::unique_ptr<Job<T>>> jobs;
+  std::vector<Buffer<T>> loss, lse;
+  std::vector<std::vector<double>> weights;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const int64_t rows = layers[l].batch() * layers[l].rows();
+    loss.emplace_back(rows);
+    lse.emplace_back(rows);
+    weights.emplace_back(rows, grad_scales.empty() ? 0.0 : grad_scales[l]);
+    jobs.push_back(std::make_unique<Job<T>>(layers[l],
+                                            grad_scales.empty() ? nullptr : weights[l].data(),
+                                            gradients[l], loss[l].data(), lse[l].data()));
+  }
+  solve<T>(jobs, solve_forward<T>);
+  double total = 0;
+  for (size_t l = 0; l < jobs.size(); ++l) {
+    jobs[l]->finish();
+    double sum = 0;
+    for (int64_t r = 0; r < loss[l].size(); ++r) sum += loss[l][r];
+    total += loss_scales[l] * sum;
+  }
+  return total;
+}
+
+std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
+    const Tensors& queries, const Tensors& keys, const std::optional<Tensor>& temperature_tensor,
+    double temperature, double self_logit, const std::vector<double>& loss_scales,
+    const std::vector<double>& grad_scales, const std::vector<bool>& need_queries,
+    const std::vector<bool>& need_keys, bool need_temperature) {
+  const char* op = "patch_nce_forward";
+  const size_t count = queries.size();
+  STD_TORCH_CHECK(count > 0 && keys.size() == count && loss_scales.size() == count &&
+                      (grad_scales.empty() || grad_scales.size() == count) &&
+                      need_queries.size() == count && need_keys.size() == count,
+                  op, ": the lists differ in length.");
+  const double tau = temperature_value(op, temperature_tensor, temperature);
+  const std::optional<Tensor> no_negatives;
+  std::vector<Arguments> layers;
+  std::vector<Gradients> gradients;
+  for (size_t l = 0; l < count; ++l) {
+    const Needs needs{need_queries[l], need_keys[l], false, need_temperature};
+    layers.push_back(
+        {op, queries[l], keys[l], no_negatives, tau, true, false, true, self_logit, needs});
+    check(layers[l]);
+    STD_TORCH_CHECK(queries[l].scalar_type() == queries[0].scalar_type(), op,
+                    ": all layers must have one dtype.");
+    gradients.push_back(new_gradients(layers[l], !grad_scales.empty()));
+  }
+  const double loss = layers[0].acc() == ScalarType::Double
+                          ? solve_layers<double>(layers, loss_scales, grad_scales, gradients)
+                          : solve_layers<float>(layers, loss_scales, grad_scales, gradients);
+  Tensors grad_queries, grad_keys;
+  double grad_temperature = 0;
+  for (size_t l = 0; l < count; ++l) {
+    grad_queries.push_back(gradients[l].query);
+    grad_keys.push_back(gradients[l].key);
+    if (grad_scales.empty()) continue;
+    grad_temperature += gradients[l].temperature * (loss_scales[l] / grad_scales[l]);
+  }
+  return {new_scalar(queries[0], true, loss), grad_queries, grad_keys,
+          new_scalar(queries[0], !grad_scales.empty() && need_temperature, grad_temperature)};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fastnce, CPU, m) {
   m.impl("info_nce_forward", TORCH_BOX(&info_nce_forward));
+  m.impl("patch_nce_forward", TORCH_BOX(&patch_nce_forward));
   m.impl("info_nce_backward", TORCH_BOX(&info_nce_backward));
 }
 

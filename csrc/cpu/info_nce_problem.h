@@ -22,6 +22,8 @@ constexpr int64_t kKeyBlock = 144;
 constexpr int64_t kGroupRows = 96;  // a multiple of every table's width
 constexpr int64_t kFewRows = 256;   // no more than one group, where keys are packed on the way
 constexpr int64_t kKeptBytes = int64_t{64} << 20;  // of logits kept at a time
+constexpr double kSafeBound = 40;                  // exp(-2 * 40) is far from underflow
+constexpr double kUsefulBound = 1e3;
 
 // What a call asks for. Rows are flattened: row b * N + i is query i of batch element b.
 template <class T>
@@ -67,11 +69,13 @@ struct InfoNceProblem {
   const int64_t first, rows;  // in the flattened rows of the call
   KeySet<T> keys;
   std::vector<const KeySet<T>*> sets;
-  Buffer<double> positive;  // z of the positive
-  Buffer<double> lse;       // of the row, positive included
+  Buffer<double> query_inverse, key_inverse;  // 1 / ||x|| of the rows, known once they are packed
+  Buffer<double> positive;                    // z of the positive
+  Buffer<double> lse;                         // of the row, positive included
   Buffer<double> column_lse;
   Buffer<double> missing;  // the softmax's weight on all but the positive, times the row's weight
   Buffer<T> offset;        // subtracted before exp; padded to whole slabs
+  bool fixed_offset = false;  // the same for all rows, from a bound of the logits
   // Symmetric: the same of the columns, and the factors from exponentials to the gradient.
   Buffer<T> column_offset, row_weight, column_weight;
 
@@ -81,6 +85,8 @@ struct InfoNceProblem {
         call(call_),
         first(first_),
         rows(rows_),
+        query_inverse(rows_),
+        key_inverse(rows_),
         positive(rows_),
         lse(rows_),
         missing(rows_, 0.0),
@@ -90,7 +96,8 @@ struct InfoNceProblem {
     keys.own = true;
     if (call.in_batch) {
       keys.count = rows;
-      pack_unit_rows<T>(kernels, call.key, first, rows, call.normalize, 1.0, &keys.units, nullptr);
+      pack_unit_rows<T>(kernels, call.key, first, rows, call.normalize, 1.0, &keys.units, nullptr,
+                        key_inverse.data());
       sets.push_back(&keys);
     }
     if (wants_gradients() && call.need_key && call.in_batch) {
@@ -100,8 +107,21 @@ struct InfoNceProblem {
     if (shared != nullptr) sets.push_back(shared);
     if (call.symmetric) column_lse = Buffer<double>(rows);
     if (!call.in_batch) dot_positives();
+    if (call.loss != nullptr) set_fixed_offset();
   }
 
+  // Leaves it where no fixed offset will do.
+  void set_fixed_offset() {
+    const double bound = logit_bound();
+    if (bound > kUsefulBound) return;
+    fixed_offset = true;
+    // Beyond the safe bound the top of exp's range is used as well.
+    const double top = bound <= kSafeBound ? bound : bound - kSafeBound;
+    std::fill_n(offset.data(), offset.size(), static_cast<T>(top));
+  }
+
+  // Whether its rows can be solved apart from one another.
+  bool separable() const { return !call.symmetric && !wants_column_products(); }
   bool wants_gradients() const { return call.weights != nullptr; }
   bool wants_row_products() const {
     return wants_gradients() && (call.need_query || call.need_temperature);
@@ -133,6 +153,8 @@ struct InfoNceProblem {
       for (int64_t i = begin; i < end; ++i) {
         queries.read(first + i, 1 / call.temperature, query.data());
         reader.read(first + i, 1.0, key.data());
+        query_inverse[i] = queries.inverse();
+        key_inverse[i] = reader.inverse();
         positive[i] = logit(kernels, call.depth, query.data(), key.data());
       }
     });
@@ -228,59 +250,64 @@ struct InfoNceProblem {
     const int64_t parts = products ? products.rows() / count : 0;
     const int64_t work = depth * (16 + 2 * parts + 8 * call.own_negatives);
     run_blocks(count, call.own_negatives > 0 ? 1 : 16, work, [&](int64_t begin, int64_t end) {
-      UnitRowReader<T> queries(kernels, call.query, call.normalize);
-      UnitRowReader<T> keys_in(kernels, call.key, call.normalize);
-      Buffer<T> gradient(depth), query(depth), row(depth);
+      Buffer<T> gradient(depth), part(depth), query_row(depth), key_row(depth), out_row(depth);
       for (int64_t i = r0 + begin; i < r0 + end; ++i) {
+        const T* query = call.query.read(first + i, query_row.data());
+        const T* key = call.key.read(first + i, key_row.data());
         if (parts == 0) std::fill_n(gradient.data(), depth, T(0));
-        for (int64_t part = 0; part < parts; ++part) {
-          products.copy_row_out(part * count + i - r0, part == 0 ? gradient.data() : row.data());
-          if (part > 0) kernels.add_scaled(depth, T(1), row.data(), gradient.data());
+        for (int64_t p = 0; p < parts; ++p) {
+          products.copy_row_out(p * count + i - r0, p == 0 ? gradient.data() : part.data());
+          if (p > 0) kernels.add_scaled(depth, T(1), part.data(), gradient.data());
         }
-        kernels.scale(depth, gradient.data(), factor(i), gradient.data());
-        queries.read(first + i, 1 / call.temperature, query.data());
-        double term = 0;
-        if (call.own_negatives > 0)
-          own_negatives_gradient(i, query.data(), gradient.data(), row.data());
+        double scale = factor(i), term = 0;
+        if (call.own_negatives > 0) {
+          kernels.scale(depth, gradient.data(), scale, gradient.data());
+          own_negatives_gradient(i, query, gradient.data());
+          scale = 1;
+        }
         if (call.constant_logit) {
           const double p = call.weights[first + i] * std::exp(*call.constant_logit - lse[i]);
           term += p * *call.constant_logit;
         }
-        keys_in.read(first + i, 1.0, row.data());
-        kernels.add_scaled(depth, static_cast<T>(-missing[i]), row.data(), gradient.data());
-        if (!call.in_batch && call.need_key) {
-          kernels.scale(depth, query.data(), -missing[i], row.data());
-          keys_in.project(row.data(), row.data());
-          call.grad_key.store(first + i, row.data());
-        }
-        if (call.need_temperature) term += kernels.dot(depth, query.data(), gradient.data());
+        // With respect to the unit query: scale * gradient - missing * unit key.
+        T* out =
+            call.need_query ? call.grad_query.begin(first + i, out_row.data()) : out_row.data();
+        term += unit_row_gradient(kernels, depth, query, call.normalize, query_inverse[i], scale,
+                                  gradient.data(), -missing[i] * key_inverse[i], key,
+                                  1 / call.temperature, out) /
+                call.temperature;
         call.temperature_terms[first + i] = term;
-        if (!call.need_query) continue;
-        kernels.scale(depth, gradient.data(), 1 / call.temperature, gradient.data());
-        queries.project(gradient.data(), row.data());
-        call.grad_query.store(first + i, row.data());
+        if (call.need_query) call.grad_query.finish(first + i, out);
+        if (call.in_batch || !call.need_key) continue;
+        out = call.grad_key.begin(first + i, out_row.data());
+        unit_row_gradient(kernels, depth, key, call.normalize, key_inverse[i],
+                          -missing[i] * query_inverse[i], query, 0.0, query, 1 / call.temperature,
+                          out);
+        call.grad_key.finish(first + i, out);
       }
     });
   }
 
-  void own_negatives_gradient(int64_t i, const T* query, T* gradient, T* row) const {
+  // Adds the gradient with respect to the unit query that its own negatives give.
+  void own_negatives_gradient(int64_t i, const T* query, T* gradient) const {
     constexpr int64_t kBlock = 64;  // summed apart, which bounds the rounding error
     UnitRowReader<T> reader(kernels, call.negatives, call.normalize);
-    Buffer<T> partial(call.depth);
+    Buffer<T> unit_query(call.depth), row(call.depth), partial(call.depth);
+    kernels.scale(call.depth, query, query_inverse[i] / call.temperature, unit_query.data());
     for (int64_t m = 0; m < call.own_negatives; ++m) {
       if (m % kBlock == 0) std::fill_n(partial.data(), call.depth, T(0));
       const int64_t source = (first + i) * call.own_negatives + m;
-      reader.read(source, 1.0, row);
-      const double z = logit(kernels, call.depth, query, row);
+      reader.read(source, 1.0, row.data());
+      const double z = logit(kernels, call.depth, unit_query.data(), row.data());
       const T g = static_cast<T>(call.weights[first + i] * std::exp(z - lse[i]));
-      kernels.add_scaled(call.depth, g, row, partial.data());
+      kernels.add_scaled(call.depth, g, row.data(), partial.data());
       if ((m + 1) % kBlock == 0 || m + 1 == call.own_negatives) {
         kernels.add_scaled(call.depth, T(1), partial.data(), gradient);
       }
       if (!call.need_negatives) continue;
-      kernels.scale(call.depth, query, g, row);
-      reader.project(row, row);
-      call.grad_negatives.store(source, row);
+      kernels.scale(call.depth, unit_query.data(), g, row.data());
+      reader.project(row.data(), row.data());
+      call.grad_negatives.store(source, row.data());
     }
   }
 
@@ -289,16 +316,15 @@ struct InfoNceProblem {
     if (!keys.gradient) return;
     const int64_t depth = call.depth;
     run_blocks(rows, 16, 16 * depth, [&](int64_t begin, int64_t end) {
-      UnitRowReader<T> queries(kernels, call.query, call.normalize);
-      UnitRowReader<T> keys_in(kernels, call.key, call.normalize);
-      Buffer<T> gradient(depth), row(depth);
+      Buffer<T> gradient(depth), query_row(depth), key_row(depth), out_row(depth);
       for (int64_t i = begin; i < end; ++i) {
+        const T* query = call.query.read(first + i, query_row.data());
+        const T* key = call.key.read(first + i, key_row.data());
         keys.gradient.copy_row_out(i, gradient.data());
-        queries.read(first + i, 1 / call.temperature, row.data());
-        kernels.add_scaled(depth, static_cast<T>(-missing[i]), row.data(), gradient.data());
-        keys_in.read(first + i, 1.0, row.data());
-        keys_in.project(gradient.data(), row.data());
-        call.grad_key.store(first + i, row.data());
+        T* out = call.grad_key.begin(first + i, out_row.data());
+        unit_row_gradient(kernels, depth, key, call.normalize, key_inverse[i], 1.0, gradient.data(),
+                          -missing[i] * query_inverse[i] / call.temperature, query, 1.0, out);
+        call.grad_key.finish(first + i, out);
       }
     });
   }

@@ -14,20 +14,7 @@
 namespace fastnce {
 
 constexpr int64_t kPanelLimit = 8 * kGroupRows;
-constexpr double kSafeBound = 40;  // exp(-2 * 40) is far from underflow
-constexpr double kUsefulBound = 1e3;
 const double kLeastSum = std::exp(-60.0);
-
-// Sets the offset of all rows; false where no fixed one will do.
-template <class T>
-bool set_fixed_offset(InfoNceProblem<T>& p) {
-  const double bound = p.logit_bound();
-  if (bound > kUsefulBound) return false;
-  // Beyond the safe bound the top of exp's range is used as well.
-  const double offset = bound <= kSafeBound ? bound : bound - kSafeBound;
-  std::fill_n(p.offset.data(), p.offset.size(), static_cast<T>(offset));
-  return true;
-}
 
 // NaN counts as trusted: it is what the equation gives.
 template <class T>
@@ -52,10 +39,21 @@ void sum_panel(InfoNceProblem<T>& p, Panel<T>& panel, bool products, bool fixed)
   sweep(p, panel, {Epilogue::kExp, kept, products}, 0, runs);
 }
 
+// Rows [begin, end) of a problem; all others are somebody else's at the same time, or nobody's.
+struct RowRange {
+  int64_t begin, end;
+  bool alone;  // on this thread
+};
+
+template <class T>
+RowRange all_rows(const InfoNceProblem<T>& p) {
+  return {0, p.rows, false};
+}
+
 template <class T, class Body>
-void for_panels(InfoNceProblem<T>& p, int64_t limit, const Body& body) {
-  for (int64_t r0 = 0; r0 < p.rows; r0 += limit) {
-    Panel<T> panel(p, r0, std::min(limit, p.rows - r0));
+void for_panels(InfoNceProblem<T>& p, const RowRange& range, int64_t limit, const Body& body) {
+  for (int64_t r0 = range.begin; r0 < range.end; r0 += limit) {
+    Panel<T> panel(p, r0, std::min(limit, range.end - r0), range.alone);
     body(panel);
   }
 }
@@ -66,11 +64,12 @@ SlabMatrix<T> scaled_queries(const InfoNceProblem<T>& p, const Panel<T>& panel,
                              const Factor& factor) {
   SlabMatrix<T> out(panel.rows, p.call.depth, p.kernels.width);
   run_blocks(panel.rows, 16, 4 * p.call.depth, [&](int64_t begin, int64_t end) {
-    UnitRowReader<T> reader(p.kernels, p.call.query, p.call.normalize);
-    Buffer<T> row(p.call.depth);
+    Buffer<T> row(p.call.depth), scratch(p.call.depth);
     for (int64_t r = begin; r < end; ++r) {
       const int64_t i = panel.r0 + r;
-      reader.read(p.first + i, factor(i) / p.call.temperature, row.data());
+      const T* query = p.call.query.read(p.first + i, scratch.data());
+      const double scale = factor(i) * p.query_inverse[i] / p.call.temperature;
+      p.kernels.scale(p.call.depth, query, scale, row.data());
       out.copy_row_in(r, row.data());
     }
   });
@@ -88,10 +87,10 @@ int64_t rows_kept(const InfoNceProblem<T>& p) {
 // Gradients from known offsets. factor(i): from a row's exponentials to its gradient;
 // after_row_sums is called for each panel once its walk is done.
 template <class T, class Factor, class AfterSums>
-void gradient_pass(InfoNceProblem<T>& p, Epilogue epilogue, const Factor& factor,
-                   const AfterSums& after_sums) {
+void gradient_pass(InfoNceProblem<T>& p, const RowRange& range, Epilogue epilogue,
+                   const Factor& factor, const AfterSums& after_sums) {
   const bool keep = p.wants_column_products();
-  for_panels(p, kPanelLimit, [&](Panel<T>& panel) {
+  for_panels(p, range, kPanelLimit, [&](Panel<T>& panel) {
     SlabMatrix<T> queries;
     if (keep) queries = scaled_queries(p, panel, factor);
     const SweepOptions options{epilogue, false, p.wants_row_products()};
@@ -114,17 +113,17 @@ void gradient_pass(InfoNceProblem<T>& p, Epilogue epilogue, const Factor& factor
 }
 
 template <class T>
-void solve_rows(InfoNceProblem<T>& p) {
-  const bool fixed = set_fixed_offset(p);
+void solve_rows(InfoNceProblem<T>& p, const RowRange& range) {
   const bool keep = p.wants_column_products();
   const int64_t fit = keep ? rows_kept(p) : kPanelLimit;
   const bool one_pass = p.wants_gradients() && fit > 0;
   const auto factor = [&](int64_t i) {
     return p.call.weights[p.first + i] * std::exp(p.offset[i] - p.lse[i]);
   };
-  for_panels(p, one_pass ? std::min(fit, kPanelLimit) : kPanelLimit, [&](Panel<T>& panel) {
+  const int64_t limit = one_pass ? std::min(fit, kPanelLimit) : kPanelLimit;
+  for_panels(p, range, limit, [&](Panel<T>& panel) {
     if (one_pass && keep) panel.keep_logits(0, panel.run_count());
-    sum_panel(p, panel, one_pass && p.wants_row_products(), fixed);
+    sum_panel(p, panel, one_pass && p.wants_row_products(), p.fixed_offset);
     p.finish_sums(panel.r0, panel.r0 + panel.rows,
                   [&](int64_t i) { return panel.sum(i - panel.r0); });
     if (!one_pass) return;
@@ -132,19 +131,19 @@ void solve_rows(InfoNceProblem<T>& p) {
     p.finish_rows(panel.r0, panel.rows, panel.products, factor);
   });
   if (p.wants_gradients() && !one_pass) {
-    gradient_pass(p, Epilogue::kExp, factor, [](const Panel<T>&) {});
+    gradient_pass(p, range, Epilogue::kExp, factor, [](const Panel<T>&) {});
   }
 }
 
 // From the lse of the forward: the exponentials then are the softmax itself.
 template <class T>
-void solve_rows_from_lse(InfoNceProblem<T>& p, const T* row_lse) {
-  for (int64_t i = 0; i < p.rows; ++i) {
+void solve_rows_from_lse(InfoNceProblem<T>& p, const RowRange& range, const T* row_lse) {
+  for (int64_t i = range.begin; i < range.end; ++i) {
     p.lse[i] = row_lse[p.first + i];
     p.offset[i] = row_lse[p.first + i];
   }
   const auto weight = [&](int64_t i) { return p.call.weights[p.first + i]; };
-  gradient_pass(p, Epilogue::kExp, weight, [&](const Panel<T>& panel) {
+  gradient_pass(p, range, Epilogue::kExp, weight, [&](const Panel<T>& panel) {
     const int64_t work = 16 + 4 * p.call.own_negatives * p.call.depth;
     run_blocks(panel.rows, 16, work, [&](int64_t begin, int64_t end) {
       for (int64_t i = panel.r0 + begin; i < panel.r0 + end; ++i) {
@@ -159,7 +158,7 @@ void solve_rows_from_lse(InfoNceProblem<T>& p, const T* row_lse) {
 template <class T>
 std::vector<ExpSum> sums_by_maximum(InfoNceProblem<T>& p) {
   std::vector<ExpSum> sums(p.rows);
-  for_panels(p, kPanelLimit, [&](Panel<T>& panel) {
+  for_panels(p, all_rows(p), kPanelLimit, [&](Panel<T>& panel) {
     sum_panel(p, panel, false, false);
     for (int64_t r = 0; r < panel.rows; ++r) {
       sums[panel.r0 + r].add(p.offset[panel.r0 + r], panel.sum(r));
@@ -192,9 +191,9 @@ void solve_symmetric(InfoNceProblem<T>& p) {
   const auto one = [](int64_t) { return 1.0; };
   const bool whole = p.wants_gradients() && rows_kept(p) == p.rows;
   std::vector<double> row_sum(p.rows), column_sum(p.rows, 0.0);
-  bool fixed = set_fixed_offset(p), done = false;
+  bool fixed = p.fixed_offset, done = false;
   if (fixed) {
-    for_panels(p, whole ? p.rows : kPanelLimit, [&](Panel<T>& panel) {
+    for_panels(p, all_rows(p), whole ? p.rows : kPanelLimit, [&](Panel<T>& panel) {
       if (whole) panel.keep_logits(0, panel.run_count());
       sweep(p, panel, {Epilogue::kExpBoth}, 0, panel.run_count());
       for (int64_t r = 0; r < panel.rows; ++r) row_sum[panel.r0 + r] = panel.sum(r);
@@ -248,7 +247,8 @@ void solve_symmetric(InfoNceProblem<T>& p) {
   }
   if (!p.wants_gradients()) return;
   symmetric_gradients(p, fixed);
-  gradient_pass(p, fixed ? Epilogue::kScaleBoth : Epilogue::kApart, one, [](const Panel<T>&) {});
+  gradient_pass(p, all_rows(p), fixed ? Epilogue::kScaleBoth : Epilogue::kApart, one,
+                [](const Panel<T>&) {});
 }
 
 template <class T>
@@ -262,7 +262,8 @@ void solve_symmetric_from_lse(InfoNceProblem<T>& p, const T* row_lse, const T* c
         (std::expm1(p.positive[i] - p.lse[i]) + std::expm1(p.positive[i] - p.column_lse[i]));
   }
   symmetric_gradients(p, false);
-  gradient_pass(p, Epilogue::kApart, [](int64_t) { return 1.0; }, [](const Panel<T>&) {});
+  gradient_pass(
+      p, all_rows(p), Epilogue::kApart, [](int64_t) { return 1.0; }, [](const Panel<T>&) {});
 }
 
 }  // namespace fastnce

@@ -38,11 +38,14 @@ struct Panel {
   Buffer<T> maxima;                   // (runs, padded rows)
   Buffer<T> column_sums;              // (groups, keys): symmetric only
 
-  Panel(const InfoNceProblem<T>& p, int64_t r0_, int64_t rows_)
+  // `alone`: walked by a single thread, which needs no more than one task.
+  Panel(InfoNceProblem<T>& p, int64_t r0_, int64_t rows_, bool alone)
       : problem(p), r0(r0_), rows(rows_), group(p.group_rows()) {
     pack_unit_rows<T>(p.kernels, p.call.query, p.first + r0, rows, p.call.normalize,
-                      1 / p.call.temperature, nullptr, &queries);
-    for (size_t s = 0; s < p.sets.size(); ++s) add_runs(static_cast<int64_t>(s), p.sets[s]->count);
+                      1 / p.call.temperature, nullptr, &queries, &p.query_inverse[r0]);
+    for (size_t s = 0; s < p.sets.size(); ++s) {
+      add_runs(static_cast<int64_t>(s), p.sets[s]->count, alone);
+    }
     logits.resize(runs.size());
   }
 
@@ -53,11 +56,12 @@ struct Panel {
 
   // Cuts keys into runs: at least about 8 tasks where each is worth it, 32 where there are many,
   // and none too large for its logits to be kept.
-  void add_runs(int64_t set, int64_t count) {
+  void add_runs(int64_t set, int64_t count, bool alone) {
     const int64_t few = std::clamp<int64_t>(8 / groups(), 1, (count + kKeyBlock - 1) / kKeyBlock);
     const int64_t many = std::clamp<int64_t>(32 / groups(), 1, (count + 2047) / 2048);
     const int64_t bytes = count * rows * static_cast<int64_t>(sizeof(T));
-    const int64_t cuts = std::max({few, many, (bytes + kKeptBytes - 1) / kKeptBytes});
+    const int64_t fit = (bytes + kKeptBytes - 1) / kKeptBytes;
+    const int64_t cuts = alone ? std::max<int64_t>(fit, 1) : std::max({few, many, fit});
     const int64_t length = ((count + cuts - 1) / cuts + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
     for (int64_t j = 0; j < count; j += length)
       runs.push_back({set, j, std::min(count, j + length)});

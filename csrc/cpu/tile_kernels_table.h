@@ -32,7 +32,8 @@ constexpr TileKernels<T> make_table(const char* name) {
           dot<T>,
           scale<T>,
           add_scaled<T>,
-          project<T>,
+          mix_and_dot<T>,
+          subtract_and_scale<T>,
           multiply_add_rounds<T>};
 }
 

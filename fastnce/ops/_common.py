@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,17 @@ def row_weight(count: int, reduction: str) -> float | None:
 def no_autocast(x: Tensor) -> torch.autocast:
     """The ops choose their own precision: inputs as they come, sums in fp32 or fp64."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def alike(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The indices of the tensors of each device and dtype, for one call of the kernels.
+
+    Under autocast the pixels are float32 and the features of convolutions bfloat16.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, x in enumerate(tensors):
+        groups.setdefault((x.device, x.dtype), []).append(index)
+    return list(groups.values())
 
 
 def wants_grad(*inputs: object) -> bool:
@@ -64,14 +75,15 @@ def first_derivative_only(backward: Callable) -> Callable:
     """Makes the ``backward`` of a Function raise, when the gradients that it gives are themselves differentiated.
 
     ``once_differentiable`` does so only if the gradient that arrives requires a gradient. It usually does not, and the second
-    derivative would be taken for zero in silence.
+    derivative would be taken for zero in silence. ``ctx.create_graph`` tells the ``backward`` whether they may be.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx, *grad_outputs: Tensor):
+        ctx.create_graph = torch.is_grad_enabled()
         with torch.no_grad():
             grads = backward(ctx, *grad_outputs)
-        if not torch.is_grad_enabled():  # unless create_graph=True
+        if not ctx.create_graph:
             return grads
         leaves = [None if grad is None else grad.detach().requires_grad_() for grad in grads]
         return _NoSecondDerivative.apply(*leaves)

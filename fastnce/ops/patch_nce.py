@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from fastnce.ops import _checks
-from fastnce.ops.info_nce import info_nce_reduced
+from fastnce import backends, reference
+from fastnce.ops import _checks, _common
 
 # CUT overwrites each patch's similarity with its own key among the negatives by this value before dividing by the temperature.
 # It is no -inf: at a temperature near 1 the term exp(-10 / t) is part of the published loss.
@@ -55,28 +57,109 @@ def patch_nce(
     op = "patch_nce"
     queries, keys = _as_layers(op, query_features, key_features)
     _checks.expect_choice(op, "negatives", negatives, ("image", "batch"))
+    single = isinstance(query_features, Tensor)
+    pairs = [
+        _checked(op, query, key, "" if single else f"[{layer}]")
+        for layer, (query, key) in enumerate(zip(queries, keys, strict=True))
+    ]
+    _expect_one_device(op, [query for query, _ in pairs])
+    if negatives == "batch":
+        pairs = [tuple(x.flatten(0, 1).unsqueeze(0) for x in pair) for pair in pairs]
+    weights = [1 / (query.shape[0] * query.shape[1] * len(pairs)) for query, _ in pairs]
     loss = None
-    for layer, (query, key) in enumerate(zip(queries, keys, strict=True)):
-        suffix = "" if isinstance(query_features, Tensor) else f"[{layer}]"
-        query, key = _checked(op, query, key, suffix)
-        layer_temperature = _checks.expect_temperature(op, temperature, query)
-        if negatives == "batch":
-            query, key = query.flatten(0, 1).unsqueeze(0), key.flatten(0, 1).unsqueeze(0)
-        layer_loss = info_nce_reduced(
+    for layers in _common.alike([query for query, _ in pairs]):
+        part = _weighted_sum(
             op,
-            query,
-            key,
-            None,
-            layer_temperature,
-            normalize=True,
-            symmetric=False,
-            in_batch=True,
-            self_logit=SELF_LOGIT,
-            weight=1 / (query.shape[0] * query.shape[1] * len(queries)),
-            backend=backend,
+            [pairs[layer] for layer in layers],
+            [weights[layer] for layer in layers],
+            _checks.expect_temperature(op, temperature, pairs[layers[0]][0]),
+            backend,
         )
-        loss = layer_loss if loss is None else loss + layer_loss
+        loss = part if loss is None else loss + part
     return loss
+
+
+def _weighted_sum(
+    op: str,
+    pairs: list[tuple[Tensor, Tensor]],
+    weights: list[float],
+    temperature: float | Tensor,
+    backend: str | None,
+) -> Tensor:
+    """The sum of each layer's losses times its weight; layers of one device and dtype, (B, N, D) each."""
+    queries, keys = ([pair[side] for pair in pairs] for side in (0, 1))
+    kernels = backends.select(op, queries[0], backend)
+    with _common.no_autocast(queries[0]):
+        if kernels is reference:
+            return sum(
+                reference.info_nce(
+                    query,
+                    key,
+                    None,
+                    temperature,
+                    normalize=True,
+                    symmetric=False,
+                    in_batch=True,
+                    self_logit=SELF_LOGIT,
+                ).sum()
+                * weight
+                for query, key, weight in zip(queries, keys, weights, strict=True)
+            )
+        _checks.expect_no_functorch(op)
+        grad_now = _common.wants_grad(*queries, *keys, temperature)
+        return PatchNCEFunction.apply(kernels, weights, grad_now, temperature, *queries, *keys)
+
+
+class PatchNCEFunction(torch.autograd.Function):
+    """Autograd of :func:`patch_nce`, all layers in one call of the kernels of any fused backend.
+
+    The loss is reduced, so loss and gradients leave the forward together and the backward only scales them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        kernels: ModuleType,
+        weights: list[float],
+        grad_now: bool,
+        temperature: float | Tensor,
+        *rows: Tensor,
+    ) -> Tensor:
+        count = len(weights)
+        scales = [_common.kernel_weight(weight, rows[0].dtype) for weight in weights]
+        needs = ctx.needs_input_grad[4:]
+        loss, grad_queries, grad_keys, grad_temperature = kernels.patch_nce_forward(
+            list(rows[:count]),
+            list(rows[count:]),
+            temperature,
+            self_logit=SELF_LOGIT,
+            loss_scales=weights,
+            grad_scales=scales if grad_now else None,
+            needs=(needs[:count], needs[count:], ctx.needs_input_grad[3]),
+        )
+        ctx.factors = [weight / scale for weight, scale in zip(weights, scales, strict=True)] * 2
+        ctx.save_for_backward(grad_temperature, *grad_queries, *grad_keys)
+        return loss
+
+    @staticmethod
+    @_common.first_derivative_only
+    def backward(ctx, grad_loss: Tensor):
+        grad_temperature, *grads = ctx.saved_tensors
+        (grad_temperature,) = _common.scaled((grad_temperature,), grad_loss)
+        scaled = [
+            _common.scaled((grad,), grad_loss, factor)[0]
+            for grad, factor in zip(grads, ctx.factors, strict=True)
+        ]
+        return None, None, None, grad_temperature, *scaled
+
+
+def _expect_one_device(op: str, queries: list[Tensor]) -> None:
+    for layer, query in enumerate(queries):
+        if query.device != queries[0].device:
+            raise ValueError(
+                f"{op}: query_features[{layer}] is on {query.device} but query_features[0] is on {queries[0].device}. "
+                f"Move all layers to one device."
+            )
 
 
 def _as_layers(op: str, queries: object, keys: object) -> tuple[list, list]:

@@ -103,7 +103,7 @@ def tap_patches(
     op = "tap_patches"
     maps, ids = _validated(op, features, num_patches, patch_ids, generator)
     passed, patches = list(maps), [None] * len(maps)
-    for layers in _alike(maps):
+    for layers in _common.alike(maps):
         group = [maps[layer] for layer in layers], [ids[layer] for layer in layers]
         found = _tap_alike(op, *group, bool(normalize), backend)
         for layer, feature, rows in zip(layers, *found, strict=True):
@@ -186,22 +186,11 @@ def _expect_patch_ids(op: str, maps: list[Tensor], patch_ids: object, single: bo
     return ids
 
 
-def _alike(maps: list[Tensor]) -> list[list[int]]:
-    """The maps of each device and dtype, for one call of the kernels.
-
-    Under autocast the pixels are float32 and the features of convolutions bfloat16.
-    """
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for layer, feature in enumerate(maps):
-        groups.setdefault((feature.device, feature.dtype), []).append(layer)
-    return list(groups.values())
-
-
 def _gather(
     op: str, maps: list[Tensor], ids: list[Tensor], normalize: bool, backend: str | None
 ) -> list[Tensor]:
     patches: list[Tensor] = [None] * len(maps)
-    for layers in _alike(maps):
+    for layers in _common.alike(maps):
         group = [maps[layer] for layer in layers], [ids[layer] for layer in layers]
         for layer, found in zip(layers, _gather_alike(op, *group, normalize, backend), strict=True):
             patches[layer] = found
@@ -227,7 +216,9 @@ def _tap_alike(
     # A compiler sees both uses of the map, and cannot trace sparse gradients.
     apart = kernels is reference or torch.compiler.is_compiling() or not _common.wants_grad(*maps)
     if apart:
-        return maps, _gather_alike(op, maps, ids, normalize, backend)
+        patches = _gather_alike(op, maps, ids, normalize, backend)
+        # A tensor of its own, so that its gradient, too, is the network's alone.
+        return [x.view_as(x) for x in maps], patches
     _checks.expect_no_functorch(op)
     with _common.no_autocast(maps[0]):
         count = len(maps)
@@ -281,9 +272,8 @@ class TapFunction(torch.autograd.Function):
         alone = [layer for layer in sampled if grads[layer] is None]
         joined = [layer for layer in sampled if grads[layer] is not None]
         for layer in joined:
-            if (
-                not grads[layer].untyped_storage().resizable()
-            ):  # memory of NumPy or of another library
+            of_another_library = not grads[layer].untyped_storage().resizable()  # such as NumPy
+            if ctx.create_graph or of_another_library:
                 grads[layer] = grads[layer].clone()
         if alone:
             dense = _dense_gradients(ctx, [grad_patches[layer] for layer in alone], alone)
@@ -303,7 +293,8 @@ class OwnGradientFunction(torch.autograd.Function):
     The gradient that arrives for a map may be held by others too: another summand, a hook, the caller. With it, an empty
     sparse gradient is sent to the same map, first. Where PyTorch adds a gradient to a sparse one that came before, it
     adds in place if nobody else holds the tensor or its memory, and otherwise into a new tensor. So the sum belongs to the
-    receiver alone, and there was no copy unless it was needed.
+    receiver alone, and there was no copy unless it was needed. Where a graph is made of the gradients (``create_graph``),
+    PyTorch has no such sum, and the receiver copies.
     """
 
     @staticmethod
@@ -317,7 +308,10 @@ class OwnGradientFunction(torch.autograd.Function):
     def backward(ctx, *gradients: Tensor | None):
         count = len(gradients) // 2
         both = zip(gradients[:count], gradients[count:], strict=True)
-        empty = [None if g is None or patch is None else _empty_like(g) for g, patch in both]
+        empty = [
+            None if g is None or patch is None or ctx.create_graph else _empty_like(g)
+            for g, patch in both
+        ]
         return *empty, *gradients
 
 

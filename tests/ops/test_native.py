@@ -18,7 +18,6 @@ OPS = (
     "patch_nce",
     "conditional_contrastive",
     "sample_patches",
-    "tap_patches",
     "sup_con",
     "nt_xent",
 )
@@ -288,6 +287,9 @@ def registered_calls(dtype: torch.dtype):
         yield ops.info_nce_forward, (*inputs, *options, scale, *everything)
         loss, lse, *_ = ops.info_nce_forward(*inputs, *options, scale, *everything)
         yield ops.info_nce_backward, (loss, *inputs, lse, *options, True, True, False, True)
+    layers = ([query, query[:, :3]], [key, key[:, :3]], tau, 0.0, -10.0, [0.1, 0.2])
+    for scales in ([], [0.1, 1.0]):
+        yield ops.patch_nce_forward, (*layers, scales, [True, False], [False, True], True)
     labels = torch.tensor([0, 1, 0, 2, 1])
     inputs = (query[0], key[0], labels, None, 0.3)
     for scale in (None, 0.5):
@@ -316,7 +318,7 @@ def test_opcheck(dtype):
     for op, arguments in registered_calls(dtype):
         torch.library.opcheck(op, arguments)
         seen.add(f"{op._qualified_op_name}")
-    assert len(seen) == 9
+    assert len(seen) == 10
 
 
 def among_nans(x: torch.Tensor) -> torch.Tensor:

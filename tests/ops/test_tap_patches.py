@@ -202,6 +202,8 @@ SHARED = [
 @pytest.mark.parametrize("share", SHARED, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("patches_last", [False, True])
 def test_a_gradient_that_others_hold_is_left_alone(share, patches_last, backend):
+    if backend == "torch" and share is memory_of_numpy:
+        pytest.skip("PyTorch itself adds into memory that NumPy holds")
     x = make(2, 5, 4, 3)
     passed, patches, _ = tap_patches(x, patch_ids=IDS, backend=backend)
     if patches_last:
