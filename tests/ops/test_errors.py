@@ -59,6 +59,7 @@ CASES = [
     error(ValueError, r"query_features\[1\] must have the shape \(B, S, C\), got \(4, 3\)", "patch_nce", [images, x], [images, x]),
     error(ValueError, r"key_features\[1\] must have the shape \(2, 4, 3\) \(the shape of query_features\[1\]\), got \(1, 4, 3\)", "patch_nce", [images] * 2, [images, images[:1]]),
     error(TypeError, r"key_features is torch.float64 but query_features is torch.float32", "patch_nce", images, images.double()),
+    error(ValueError, r"query_features\[1\] is on meta but query_features\[0\] is on cpu. Move all layers to one device", "patch_nce", [images, images.to("meta")], [images, images.to("meta")]),
     error(ValueError, r"negatives must be one of 'image', 'batch', got 'all'", "patch_nce", images, images, negatives="all"),
     error(ValueError, r"temperature must be positive", "patch_nce", images, images, temperature=0.0),
     # conditional_contrastive
