@@ -134,7 +134,8 @@ def expect_no_functorch(op: str) -> None:
 def same_dtype_under_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, inputs of different dtypes are promoted to the widest; otherwise they are left for the checks."""
     present = [x for x in tensors if isinstance(x, Tensor) and x.is_floating_point()]
-    if not present or not torch.is_autocast_enabled(present[0].device.type):
+    device = present[0].device.type if present else "meta"
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = present[0].dtype
     for x in present[1:]:
