@@ -4,7 +4,9 @@
 // and with any strides. `acc` is float64 for float64 and float32 otherwise. Sums, losses and the
 // gradient of the temperature are in acc; other gradients are contiguous and of the input's dtype.
 // An output that was not asked for is an empty tensor of shape (0,). The temperature is the float,
-// or, if given, the 0-d tensor of float32 or float64.
+// or, if given, the 0-d tensor of float32 or float64. bfloat16_products: the large products
+// multiply numbers rounded to bfloat16, where the processor has instructions for it and acc is
+// float32.
 #include <torch/csrc/stable/library.h>
 
 // What the library was built from; fastnce/build.py finds it in the file.
@@ -22,7 +24,8 @@ STABLE_TORCH_LIBRARY(fastnce, m) {
   m.def(
       "info_nce_forward(Tensor query, Tensor key, Tensor? negatives, Tensor? temperature_tensor, "
       "float temperature, bool normalize, bool symmetric, bool in_batch, float? self_logit, "
-      "float? grad_scale, bool need_query, bool need_key, bool need_negatives, "
+      "bool bfloat16_products, float? grad_scale, bool need_query, bool need_key, bool "
+      "need_negatives, "
       "bool need_temperature) -> (Tensor loss, Tensor lse, Tensor grad_query, Tensor grad_key, "
       "Tensor grad_negatives, Tensor grad_temperature)");
 
@@ -30,8 +33,9 @@ STABLE_TORCH_LIBRARY(fastnce, m) {
   m.def(
       "info_nce_backward(Tensor grad_loss, Tensor query, Tensor key, Tensor? negatives, "
       "Tensor? temperature_tensor, float temperature, Tensor lse, bool normalize, bool symmetric, "
-      "bool in_batch, float? self_logit, bool need_query, bool need_key, bool need_negatives, "
-      "bool need_temperature) -> (Tensor grad_query, Tensor grad_key, Tensor grad_negatives, "
+      "bool in_batch, float? self_logit, bool bfloat16_products, bool need_query, bool need_key, "
+      "bool need_negatives, bool need_temperature) -> (Tensor grad_query, Tensor grad_key, Tensor "
+      "grad_negatives, "
       "Tensor grad_temperature)");
 
   // CUT's loss of all layers at once: the sum over layers of loss_scale * sum(loss), the losses
@@ -40,7 +44,8 @@ STABLE_TORCH_LIBRARY(fastnce, m) {
   // layer l those of grad_scale * sum(loss), of the temperature that of the loss returned.
   m.def(
       "patch_nce_forward(Tensor[] queries, Tensor[] keys, Tensor? temperature_tensor, "
-      "float temperature, float self_logit, float[] loss_scales, float[] grad_scales, "
+      "float temperature, float self_logit, bool bfloat16_products, float[] loss_scales, float[] "
+      "grad_scales, "
       "bool[] need_queries, bool[] need_keys, bool need_temperature) -> (Tensor loss, "
       "Tensor[] grad_queries, Tensor[] grad_keys, Tensor grad_temperature)");
 
@@ -93,6 +98,7 @@ STABLE_TORCH_LIBRARY(fastnce, m) {
       "Tensor[] inverse_norms, Tensor[] patch_ids, bool normalize) -> ()");
 
   // GFLOP/s of multiply-adds in registers, of all threads together over `seconds`: what no product
-  // exceeds. Of the instruction set in use, in float64 or float32.
-  m.def("fma_peak(float seconds, bool float64) -> float");
+  // exceeds. Of the instruction set in use; dtype: float64, float32 or, where there are such
+  // products and otherwise in float32, bfloat16.
+  m.def("fma_peak(float seconds, str dtype) -> float");
 }

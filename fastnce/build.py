@@ -44,6 +44,14 @@ _FLAGS = (
 _ISA_FLAGS = {
     "tile_kernels_avx2.cpp": ("-mavx2", "-mfma"),
     "tile_kernels_avx512.cpp": ("-mavx512f", "-mavx2", "-mfma"),
+    "tile_kernels_avx512bf16.cpp": (
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512bf16",
+        "-mavx2",
+        "-mfma",
+    ),
 }
 _X86 = ("x86_64", "amd64")
 

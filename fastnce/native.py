@@ -85,6 +85,7 @@ def info_nce_forward(
         symmetric,
         in_batch,
         self_logit,
+        _bfloat16_products(query),
         grad_scale,
         *needs,
     )
@@ -117,6 +118,7 @@ def info_nce_backward(
         symmetric,
         in_batch,
         self_logit,
+        _bfloat16_products(query),
         *needs,
     )
     return _needed(grads, needs)
@@ -153,6 +155,7 @@ def patch_nce_forward(
         keys,
         *_temperature(temperature),
         self_logit,
+        _bfloat16_products(queries[0]),
         loss_scales,
         grad_scales or (),
         need_queries,
@@ -295,15 +298,27 @@ def fma_peak(seconds: float = 0.05, dtype: torch.dtype = torch.float32) -> float
 
     Args:
         seconds: how long; half of it again goes before, for the clock frequency.
-        dtype: float64 for its own rate; all other dtypes are multiplied in float32.
+        dtype: of the factors: float64, float32, or bfloat16 where the processor multiplies it; otherwise float32.
     """
-    return torch.ops.fastnce.fma_peak(seconds, dtype == torch.float64)
+    known = (torch.float64, torch.bfloat16)
+    name = str(dtype if dtype in known else torch.float32).removeprefix("torch.")
+    return torch.ops.fastnce.fma_peak(seconds, name)
 
 
 def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
     if isinstance(temperature, Tensor):
         return temperature, 0.0
     return None, float(temperature)
+
+
+def _bfloat16_products(x: Tensor) -> bool:
+    """Whether products may round their factors to bfloat16, which costs bfloat16 inputs nothing."""
+    return x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and _medium_precision())
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the question; the answer is compiled in
+def _medium_precision() -> bool:
+    return torch.get_float32_matmul_precision() == "medium"
 
 
 def _needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> Gradients:
@@ -347,6 +362,7 @@ def _fake_info_nce_forward(
     symmetric,
     in_batch,
     self_logit,
+    bfloat16_products,
     grad_scale,
     *needs,
 ):
@@ -369,6 +385,7 @@ def _fake_info_nce_backward(
     symmetric,
     in_batch,
     self_logit,
+    bfloat16_products,
     *needs,
 ):
     return _fake_info_nce_gradients(query, key, negatives, needs)
@@ -380,6 +397,7 @@ def _fake_patch_nce_forward(
     temperature_tensor,
     temperature,
     self_logit,
+    bfloat16_products,
     loss_scales,
     grad_scales,
     need_queries,

@@ -305,14 +305,8 @@ def _before_cancellation(op: str, sample: Sample, name: str) -> float:
     if op == "sample_patches":
         return 0.0
     arguments = sample.arguments
-    temperature = arguments.get("temperature", _DEFAULT_TEMPERATURE[op])
-    temperature = temperature.item() if isinstance(temperature, Tensor) else temperature
+    temperature, longest, longest_key, logit = _sizes(op, sample)
     matrices = _rows_of(sample)
-    longest = longest_key = 1.0  # norms of the rows of the query, and of the keys
-    if not _normalizes(op, sample):
-        longest, *keys = [x.detach().double().norm(dim=-1).max().item() for x in matrices]
-        longest_key = max(keys)
-    logit = max(1.0, longest * longest_key / temperature)
     is_mean = arguments.get("reduction", "mean") == "mean" and op != "pairwise_cosine_similarity"
     count = matrices[0].shape[:-1].numel()
     if not name.startswith("d "):
@@ -322,6 +316,31 @@ def _before_cancellation(op: str, sample: Sample, name: str) -> float:
         return logit**2 / temperature * (1 if is_mean else count)
     other = max(longest, longest_key)
     return other * logit / temperature / (x.shape[:-1].numel() if is_mean else 1)
+
+
+def _sizes(op: str, sample: Sample) -> tuple[float, float, float, float]:
+    """The temperature, the norms of the longest query and key as the logits have them, and the largest logit, at least 1."""
+    temperature = sample.arguments.get("temperature", _DEFAULT_TEMPERATURE[op])
+    temperature = temperature.item() if isinstance(temperature, Tensor) else temperature
+    longest = longest_key = 1.0
+    if not _normalizes(op, sample):
+        norms = [x.detach().double().norm(dim=-1).max().item() for x in _rows_of(sample)]
+        longest, longest_key = norms[0], max(norms[1:])
+    return temperature, longest, longest_key, max(1.0, longest * longest_key / temperature)
+
+
+def _rounded_factors(op: str, sample: Sample, name: str, dtype: torch.dtype) -> float:
+    """What rounding the factors of a gradient's products to the inputs' half precision may cost.
+
+    Tensor cores and AVX-512 multiply them in that precision: the softmax weights, and the weighted rows of the other side. Each
+    is off by half an eps at most, and hardly ever all in one direction: a gradient is allowed ``eps / 2 w / t``, that of the
+    temperature ``eps / 2 L w / t``. Losses come from products of the inputs as they are, exact to the accumulation.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    if not half or not name.startswith("d ") or op == "sample_patches":
+        return 0.0
+    size = _before_cancellation(op, sample, name)
+    return 0.5 * torch.finfo(dtype).eps * size / _sizes(op, sample)[3]
 
 
 _DEFAULT_TEMPERATURE = {
@@ -345,7 +364,8 @@ def assert_close_to_truth(
     ``scale`` is the largest magnitude in the true tensor, plus, at the precision of the accumulation (fp32, or fp64 for fp64),
     the size of the numbers that cancel in it (see ``_before_cancellation``; four times that in fp64, where the truth is
     rounded like the kernel). eps(dtype) is that of the tensor itself: a loss
-    of bf16 inputs is fp32 and is held to fp32's.
+    of bf16 inputs is fp32 and is held to fp32's. Gradients of bf16 and fp16 inputs may besides have passed through products
+    whose factors are rounded to that dtype (see ``_rounded_factors``).
 
     Args:
         op: name of a public op.
@@ -377,7 +397,8 @@ def assert_close_to_truth(
         assert plain[name] <= plain_limit * largest + 100 * cancelled, (
             f"{where}: plain PyTorch is itself off by {plain[name]:.2e} of {largest:.2e}; choose another sample"
         )
-        bound = 2 * plain[name] + rounding + cancelled
+        factors = _rounded_factors(op, sample, name, dtype)
+        bound = 2 * plain[name] + rounding + cancelled + factors
         deviation = error(op, sample, name, value)
         # Written so that NaN fails.
         assert deviation <= bound, (

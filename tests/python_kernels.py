@@ -100,7 +100,7 @@ def sup_con_forward(features, labels, temperature, *, grad_scale, mean, needs):
         losses, has_positive = reference.sup_con(x, labels, t)
         grads = (None,) * 2
         if grad_scale is not None:
-            weight = grad_scale / has_positive.sum().clamp(min=1) if mean else grad_scale
+            weight = grad_scale / max(1, int(has_positive.sum())) if mean else grad_scale
             grads = _gradients(losses, losses.new_ones(()) * weight, inputs, needs)
     return losses.detach(), has_positive, losses.detach().new_zeros(len(losses)), grads
 

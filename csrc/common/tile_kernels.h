@@ -52,6 +52,36 @@ struct LabelWeights {
   const T* center;  // of the row's moment
 };
 
+// Two bfloat16, the first in the low half (see operands.h).
+using Pair = uint32_t;
+
+// Products of bfloat16 with sums in float, and the ways there. Widths are those of the float table.
+struct PairKernels {
+  const char* name;
+
+  // As in TileKernels, depths in pairs.
+  void (*multiply)(int64_t rows, int64_t depth, int64_t lanes, const Pair* a, int64_t a_slab,
+                   const Pair* b, float* c, bool accumulate);
+  void (*multiply_transposed)(int64_t columns, int64_t depth, int64_t lanes, const Pair* a,
+                              const Pair* b, float* c);
+
+  // out = n numbers x * factor, rounded; a last one without neighbour is paired with 0.
+  void (*round_row)(int64_t n, const float* x, double factor, Pair* out);
+
+  // Blocks (rows, lanes) as in TileKernels. z *= lane_scale[lane] * row_scale[row].
+  void (*scale_block)(int64_t rows, int64_t lanes, float* z, const float* lane_scale,
+                      const float* row_scale);
+  // Rounds z row_scale[row] to pairs down its columns, `down` (rows / 2, width), and z to pairs
+  // along its rows, `across` (rows, width of which lanes / 2 are used). Either may be null. What
+  // has no neighbour is paired with 0.
+  void (*round_block)(int64_t rows, int64_t lanes, const float* z, const float* row_scale,
+                      Pair* down, Pair* across);
+  // z from `across`.
+  void (*widen_block)(int64_t rows, int64_t lanes, const Pair* across, float* z);
+
+  int64_t (*multiply_add_rounds)(int64_t rounds);
+};
+
 template <class T>
 struct TileKernels {
   using Label = typename LaneInteger<T>::type;
@@ -136,6 +166,9 @@ struct TileKernels {
 
   // Keeps the arithmetic units busy from registers alone; returns the floating-point operations.
   int64_t (*multiply_add_rounds)(int64_t rounds);
+
+  // Null where the processor has no products of bfloat16.
+  const PairKernels* pairs;
 };
 
 // The table that FASTNCE_CPU_ISA or the processor asks for. Throws for a level that is unknown or

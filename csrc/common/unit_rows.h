@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "operands.h"
 #include "parallel.h"
 #include "slabs.h"
 #include "tensor_rows.h"
@@ -72,6 +73,21 @@ class UnitRowReader {
     kernels_.scale(source_.depth(), x_, inverse_ * scale, unit);
   }
 
+  // Fills `pairs` with the row, rounded after a power of two has brought its norm near 1, which
+  // loses nothing of rows that are bfloat16 already. Returns the factor that is left to scale * x /
+  // ||x||.
+  T read_pairs(int64_t row, double scale, Pair* pairs) {
+    const int64_t n = source_.depth();
+    x_ = source_.read(row, scratch_.data());
+    const double norm = row_norm(kernels_, n, x_);
+    inverse_ = !normalize_ ? 1.0 : norm == 0 ? 0.0 : 1 / norm;
+    const bool usual = norm > 0 && std::isfinite(norm);
+    const double power = usual ? std::ldexp(1.0, -std::ilogb(norm)) : 1.0;
+    kernels_.pairs->round_row(n, x_, power, pairs);
+    // A zero row's products are 0 whatever the factor, unless that is 0 and they are taken away.
+    return norm == 0 ? T(1) : static_cast<T>(inverse_ * scale / power);
+  }
+
   // Of the row last read: 1 / ||x||, 0 for a zero row, 1 without normalisation.
   double inverse() const { return inverse_; }
 
@@ -91,33 +107,65 @@ class UnitRowReader {
   double inverse_ = 1;
 };
 
-// Rows [first, first + rows) of `source` times `scale`, in slabs of rows and, where `transposed` is
-// not null, also in slabs of columns. Either may be null. inverse_norms[r], unless null, is row
-// first + r's 1 / ||x|| as UnitRowReader::inverse() has it.
-template <class T>
+// Unit rows in the layouts that products ask for; those that are not wanted are null.
+//
+// Pairs of bfloat16 are not unit rows yet: what a row still has to be multiplied by is its rest.
+template <class T, class P = T>
+struct PackedRows {
+  SlabMatrix<P>* straight = nullptr;    // (rows, operands of D): summed over D, from the left
+  SlabMatrix<P>* transposed = nullptr;  // (operands of D, rows): summed over D, from the right
+  SlabMatrix<P>* summands = nullptr;    // pairs only: (pairs of rows, D), summed over the rows
+  double* inverse_norms = nullptr;      // (rows,) as UnitRowReader::inverse() has it
+  T* rests = nullptr;                   // pairs only: (rows,)
+};
+
+// Writes row r, n numbers, into a matrix of pairs of rows. The row without neighbour has 0 beside
+// it.
+inline void copy_half_in(const SlabMatrix<Pair>& out, int64_t row, const Pair* numbers) {
+  const auto* x = reinterpret_cast<const uint16_t*>(numbers);
+  const int64_t width = out.slab_size() / out.rows();
+  for (int64_t s = 0; s < out.slabs(); ++s) {
+    Pair* target = out.at(row / 2, s);
+    const int64_t lanes = out.lanes(s), first = s * width;
+    if (row % 2 == 0) {
+      for (int64_t c = 0; c < lanes; ++c) target[c] = x[first + c];
+      for (int64_t c = lanes; c < width; ++c) target[c] = 0;
+    } else {
+      for (int64_t c = 0; c < lanes; ++c) target[c] |= static_cast<Pair>(x[first + c]) << 16;
+    }
+  }
+}
+
+// Rows [first, first + rows) of `source` times `scale`.
+template <class T, class P>
 void pack_unit_rows(const TileKernels<T>& kernels, const TensorRows& source, int64_t first,
-                    int64_t rows, bool normalize, double scale, SlabMatrix<T>* straight,
-                    SlabMatrix<T>* transposed, double* inverse_norms = nullptr) {
-  const int64_t depth = source.depth(), width = kernels.width;
-  if (straight != nullptr) *straight = SlabMatrix<T>(rows, depth, width);
-  if (transposed != nullptr) *transposed = SlabMatrix<T>(depth, rows, width);
+                    int64_t rows, bool normalize, double scale, const PackedRows<T, P>& out) {
+  const int64_t depth = source.depth(), width = kernels.width, length = operands<P>(depth);
+  if (out.straight != nullptr) *out.straight = SlabMatrix<P>(rows, length, width);
+  if (out.transposed != nullptr) *out.transposed = SlabMatrix<P>(length, rows, width);
+  if (out.summands != nullptr) *out.summands = SlabMatrix<P>(operands<P>(rows), depth, width);
   // A block of `width` rows fills exactly one slab of the transposed matrix.
   run_blocks(rows, width, 4 * depth, [&](int64_t begin, int64_t end) {
     UnitRowReader<T> reader(kernels, source, normalize);
-    Buffer<T> unit(depth);
+    Buffer<P> unit(length);
     for (int64_t r = begin; r < end; ++r) {
-      reader.read(first + r, scale, unit.data());
-      if (inverse_norms != nullptr) inverse_norms[r] = reader.inverse();
-      if (straight != nullptr) straight->copy_row_in(r, unit.data());
-      if (transposed != nullptr) {
-        T* lane = transposed->at(0, r / width) + r % width;
-        for (int64_t d = 0; d < depth; ++d) lane[d * width] = unit[d];
+      if constexpr (kPaired<P>) {
+        out.rests[r] = reader.read_pairs(first + r, scale, unit.data());
+        if (out.summands != nullptr) copy_half_in(*out.summands, r, unit.data());
+      } else {
+        reader.read(first + r, scale, unit.data());
+      }
+      if (out.inverse_norms != nullptr) out.inverse_norms[r] = reader.inverse();
+      if (out.straight != nullptr) out.straight->copy_row_in(r, unit.data());
+      if (out.transposed != nullptr) {
+        P* lane = out.transposed->at(0, r / width) + r % width;
+        for (int64_t d = 0; d < length; ++d) lane[d * width] = unit[d];
       }
     }
-    if (transposed != nullptr) {
-      T* slab = transposed->at(0, begin / width);
-      for (int64_t d = 0; d < depth; ++d) {
-        std::fill(slab + d * width + (end - begin), slab + (d + 1) * width, T(0));
+    if (out.transposed != nullptr) {
+      P* slab = out.transposed->at(0, begin / width);
+      for (int64_t d = 0; d < length; ++d) {
+        std::fill(slab + d * width + (end - begin), slab + (d + 1) * width, P(0));
       }
     }
   });

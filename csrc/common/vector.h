@@ -3,11 +3,16 @@
 // Included only by the files that are compiled once per instruction set, which define
 // FASTNCE_ISA and FASTNCE_VECTOR_BYTES. Everything lives in a namespace of that name: an inline
 // function shared between them would let the linker keep the copy that old processors cannot run.
-// For the same reason no library header with inline functions is included here.
+// For the same reason no library header with inline functions is included here, but for the
+// compiler's own intrinsics, which are always inlined.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace fastnce::FASTNCE_ISA {
 
@@ -107,29 +112,51 @@ inline T reduce(typename VectorOf<T, kBytes>::type v) {
   }
 }
 
-// exp with 1 to 2 ulp; results below the smallest normal number are 0; NaN stays NaN.
+// exp with 1 to 2 ulp; results below the smallest normal number are 0 or denormal; NaN stays NaN.
 //
-// x = n ln 2 + r, |r| <= ln 2 / 2, and 2^n is added to the exponent bits. The polynomial is the
-// minimax fit of exp(r) = 1 + r + r^2 q(r) with relative error 3e-9.
-inline Vector<float> exp(Vector<float> x) {
-  using Bits = Vector<uint32_t>;
-  const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
-  Vector<float> shifted = x * 1.44269504f + kRound;
-  Vector<float> n = shifted - kRound;
-  // ln 2 in two parts, the first with enough trailing zeros for n * part to be exact.
-  Vector<float> r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
+// x = n ln 2 + r, |r| <= ln 2 / 2, and exp(x) = 2^n exp(r). The polynomial is the minimax fit of
+// exp(r) = 1 + r + r^2 q(r) with relative error 3e-9.
+inline Vector<float> exp_of_rest(Vector<float> r) {
   Vector<float> q = splat(0.00138145986467f);
   q = q * r + 0.00836871687973f;
   q = q * r + 0.0416683880453f;
   q = q * r + 0.166665206317f;
   q = q * r + 0.499999934478f;
-  Vector<float> p = q * (r * r) + r + 1.0f;
-  Vector<float> y = (Vector<float>)((Bits)p + ((Bits)shifted << 23));
+  return (q * r + 1.0f) * r + 1.0f;
+}
+
+// ln 2 in two parts, the first with enough trailing zeros for n * part to be exact.
+constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f, kLog2E = 1.44269504f;
+
+#ifdef __AVX512F__
+
+inline Vector<float> exp(Vector<float> x) {
+  // Beyond, the result is 0 or inf all the same; at infinity itself r would be inf - inf. In this
+  // order NaN passes.
+  const __m512 within =
+      _mm512_min_ps(_mm512_set1_ps(128.0f), _mm512_max_ps(_mm512_set1_ps(-128.0f), (__m512)x));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(within, _mm512_set1_ps(kLog2E)),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vector<float> steps = (Vector<float>)n;
+  const Vector<float> r = (Vector<float>)within - steps * kLn2High - steps * kLn2Low;
+  return (Vector<float>)_mm512_scalef_ps((__m512)exp_of_rest(r), n);
+}
+
+#else
+
+inline Vector<float> exp(Vector<float> x) {
+  using Bits = Vector<uint32_t>;
+  const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
+  const Vector<float> shifted = x * kLog2E + kRound, n = shifted - kRound;
+  const Vector<float> r = x - n * kLn2High - n * kLn2Low;
+  // 2^n is added to the exponent's bits.
+  Vector<float> y = (Vector<float>)((Bits)exp_of_rest(r) + ((Bits)shifted << 23));
   y = x < -87.33f ? splat(0.0f) : y;
   y = x > 88.72f ? splat(__builtin_inff()) : y;
   return x == x ? y : x;
 }
+
+#endif
 
 inline Vector<double> exp(Vector<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);

@@ -72,7 +72,8 @@ class Problem {
         all_(rows_),
         same_(rows_) {
     number_classes(a.labels, rows_, labels_);
-    pack_unit_rows<T>(kernels_, embedding_rows_, 0, rows_, true, scale_, &scaled_, &transposed_);
+    pack_unit_rows<T, T>(kernels_, embedding_rows_, 0, rows_, true, scale_,
+                         {&scaled_, &transposed_});
     run_blocks(rows_, 16, 8 * a.depth(), [&](int64_t begin, int64_t end) {
       UnitRowReader<T> reader(kernels_, proxy_rows_, true);
       Buffer<T> embedding(a.depth()), proxy(a.depth());

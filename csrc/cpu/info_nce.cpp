@@ -26,6 +26,7 @@ struct Arguments {
   double temperature;
   bool normalize, symmetric, in_batch;
   std::optional<double> self_logit;
+  bool bfloat16_products;
   Needs needs;
 
   int64_t batch() const { return query.size(0); }
@@ -55,6 +56,18 @@ void check(const Arguments& a) {
                   ": symmetric needs in_batch, no negatives and no self_logit.");
 }
 
+// Calls f with values of the types of sums and of operands.
+template <class F>
+void with_operands(const Arguments& a, const F& f) {
+  if (a.acc() == ScalarType::Double) {
+    f(double{}, double{});
+  } else if (a.bfloat16_products && tile_kernels<float>().pairs != nullptr) {
+    f(float{}, Pair{});
+  } else {
+    f(float{}, float{});
+  }
+}
+
 struct Gradients {
   Tensor query, key, negatives;
   double temperature = 0;
@@ -69,7 +82,7 @@ Gradients new_gradients(const Arguments& a, bool wanted) {
 
 // One call's problems: one per batch element, for only rows of the same element share columns; but
 // one alone without in-batch keys, where all rows see the same.
-template <class T>
+template <class T, class P>
 class Job {
  public:
   const int64_t rows, problems, size;  // of the whole call; `size` rows in each problem
@@ -108,8 +121,7 @@ class Job {
     shared_.count = a.negatives->size(0);
     // Few queries meet each key once: then keys are packed on the way.
     if (problems > 1 || size > kFewRows || shared_.count < 4 * size) {
-      pack_unit_rows<T>(kernels_, call_.negatives, 0, shared_.count, a.normalize, 1.0,
-                        &shared_.units, nullptr);
+      shared_.pack(kernels_, a.normalize, nullptr);
     }
     if (weights != nullptr && call_.need_negatives) {
       shared_.gradient = SlabMatrix<T>(shared_.count, a.depth(), kernels_.width);
@@ -117,9 +129,9 @@ class Job {
     }
   }
 
-  std::unique_ptr<InfoNceProblem<T>> problem(int64_t b) const {
-    return std::make_unique<InfoNceProblem<T>>(kernels_, call_, b * size, size,
-                                               shared_.count > 0 ? &shared_ : nullptr);
+  std::unique_ptr<InfoNceProblem<T, P>> problem(int64_t b) const {
+    return std::make_unique<InfoNceProblem<T, P>>(kernels_, call_, b * size, size,
+                                                  shared_.count > 0 ? &shared_ : nullptr);
   }
   int64_t columns() const { return (call_.in_batch ? size : 0) + shared_.count; }
   // In multiply-adds.
@@ -147,7 +159,7 @@ class Job {
   Gradients& gradients_;
   std::vector<double> temperature_terms_;
   InfoNceCall<T> call_;
-  KeySet<T> shared_;
+  KeySet<T, P> shared_;
 };
 
 // Calls run(problem, range) until all rows of all problems are solved.
@@ -155,13 +167,13 @@ class Job {
 // Problems that are large, or alone, or add to the same gradient are solved one after the other by
 // all threads together. The others are shared out: whole where there are many, else by groups of
 // rows where the rows do not depend on one another. Their shapes alone decide.
-template <class T, class Run>
-void solve(const std::vector<std::unique_ptr<Job<T>>>& jobs, const Run& run) {
+template <class T, class P, class Run>
+void solve(const std::vector<std::unique_ptr<Job<T, P>>>& jobs, const Run& run) {
   constexpr size_t kMany = 64;
   struct Item {
-    const Job<T>* job;
+    const Job<T, P>* job;
     int64_t b;
-    std::unique_ptr<InfoNceProblem<T>> problem = nullptr;
+    std::unique_ptr<InfoNceProblem<T, P>> problem = nullptr;
   };
   std::vector<Item> items;
   int64_t packing = 0, work = 0;  // multiply-adds
@@ -192,7 +204,7 @@ void solve(const std::vector<std::unique_ptr<Job<T>>>& jobs, const Run& run) {
   }
   run_tasks(count, packing / count,
             [&](int64_t i) { items[i].problem = items[i].job->problem(items[i].b); });
-  std::vector<std::pair<InfoNceProblem<T>*, RowRange>> parts;
+  std::vector<std::pair<InfoNceProblem<T, P>*, RowRange>> parts;
   for (const Item& item : items) {
     const int64_t step = item.problem->separable() ? kGroupRows : item.problem->rows;
     for (int64_t r = 0; r < item.problem->rows; r += step) {
@@ -207,37 +219,37 @@ void solve(const std::vector<std::unique_ptr<Job<T>>>& jobs, const Run& run) {
   });
 }
 
-template <class T, class Run>
-void solve_one(std::unique_ptr<Job<T>> job, const Run& run) {
-  std::vector<std::unique_ptr<Job<T>>> jobs;
+template <class T, class P, class Run>
+void solve_one(std::unique_ptr<Job<T, P>> job, const Run& run) {
+  std::vector<std::unique_ptr<Job<T, P>>> jobs;
   jobs.push_back(std::move(job));
-  solve<T>(jobs, run);
+  solve<T, P>(jobs, run);
   jobs[0]->finish();
 }
 
-template <class T>
-void solve_forward(InfoNceProblem<T>& problem, const RowRange& range) {
+template <class T, class P>
+void solve_forward(InfoNceProblem<T, P>& problem, const RowRange& range) {
   problem.call.symmetric ? solve_symmetric(problem) : solve_rows(problem, range);
 }
 
-template <class T>
+template <class T, class P>
 void forward(const Arguments& a, const std::optional<double>& grad_scale, Gradients& gradients,
              const Tensor& loss, const Tensor& lse) {
   std::vector<double> weights;
   if (grad_scale) weights.assign(a.batch() * a.rows(), *grad_scale);
-  solve_one(std::make_unique<Job<T>>(a, grad_scale ? weights.data() : nullptr, gradients,
-                                     loss.mutable_data_ptr<T>(), lse.mutable_data_ptr<T>()),
-            solve_forward<T>);
+  solve_one(std::make_unique<Job<T, P>>(a, grad_scale ? weights.data() : nullptr, gradients,
+                                        loss.mutable_data_ptr<T>(), lse.mutable_data_ptr<T>()),
+            solve_forward<T, P>);
 }
 
-template <class T>
+template <class T, class P>
 void backward(const Arguments& a, const Tensor& grad_loss, const Tensor& lse,
               Gradients& gradients) {
   const std::vector<double> weights = to_vector<double>(grad_loss);
   const T* row_lse = lse.const_data_ptr<T>();
   const T* column_lse = a.symmetric ? row_lse + a.batch() * a.rows() : nullptr;
-  solve_one(std::make_unique<Job<T>>(a, weights.data(), gradients, nullptr, nullptr),
-            [&](InfoNceProblem<T>& problem, const RowRange& range) {
+  solve_one(std::make_unique<Job<T, P>>(a, weights.data(), gradients, nullptr, nullptr),
+            [&](InfoNceProblem<T, P>& problem, const RowRange& range) {
               if (a.symmetric) {
                 solve_symmetric_from_lse(problem, row_lse, column_lse);
               } else {
@@ -249,7 +261,7 @@ void backward(const Arguments& a, const Tensor& grad_loss, const Tensor& lse,
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_forward(
     const Tensor& query, const Tensor& key, const std::optional<Tensor>& negatives,
     const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
-    bool symmetric, bool in_batch, std::optional<double> self_logit,
+    bool symmetric, bool in_batch, std::optional<double> self_logit, bool bfloat16_products,
     std::optional<double> grad_scale, bool need_query, bool need_key, bool need_negatives,
     bool need_temperature) {
   const char* op = "info_nce_forward";
@@ -262,17 +274,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_forward(
                     symmetric,
                     in_batch,
                     self_logit,
+                    bfloat16_products,
                     {need_query, need_key, need_negatives, need_temperature}};
   check(a);
   Gradients gradients = new_gradients(a, grad_scale.has_value());
   const Tensor loss = new_tensor(query, {a.batch(), a.rows()}, a.acc());
   const Tensor lse = symmetric ? new_tensor(query, {2, a.batch(), a.rows()}, a.acc())
                                : new_tensor(query, {a.batch(), a.rows()}, a.acc());
-  if (a.acc() == ScalarType::Double) {
-    forward<double>(a, grad_scale, gradients, loss, lse);
-  } else {
-    forward<float>(a, grad_scale, gradients, loss, lse);
-  }
+  with_operands(a, [&](auto sum, auto operand) {
+    forward<decltype(sum), decltype(operand)>(a, grad_scale, gradients, loss, lse);
+  });
   return {loss,
           lse,
           gradients.query,
@@ -285,8 +296,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward(
     const Tensor& grad_loss, const Tensor& query, const Tensor& key,
     const std::optional<Tensor>& negatives, const std::optional<Tensor>& temperature_tensor,
     double temperature, const Tensor& lse, bool normalize, bool symmetric, bool in_batch,
-    std::optional<double> self_logit, bool need_query, bool need_key, bool need_negatives,
-    bool need_temperature) {
+    std::optional<double> self_logit, bool bfloat16_products, bool need_query, bool need_key,
+    bool need_negatives, bool need_temperature) {
   const char* op = "info_nce_backward";
   const Arguments a{op,
                     query,
@@ -297,6 +308,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward(
                     symmetric,
                     in_batch,
                     self_logit,
+                    bfloat16_products,
                     {need_query, need_key, need_negatives, need_temperature}};
   check(a);
   check_rows(op, "grad_loss", grad_loss, a.acc(), {a.batch(), a.rows()});
@@ -305,11 +317,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward(
   check_rows(op, "lse", lse, a.acc(), shape);
   const Tensor sums = torch::stable::contiguous(lse);
   Gradients gradients = new_gradients(a, true);
-  if (a.acc() == ScalarType::Double) {
-    backward<double>(a, grad_loss, sums, gradients);
-  } else {
-    backward<float>(a, grad_loss, sums, gradients);
-  }
+  with_operands(a, [&](auto sum, auto operand) {
+    backward<decltype(sum), decltype(operand)>(a, grad_loss, sums, gradients);
+  });
   return {gradients.query, gradients.key, gradients.negatives,
           new_scalar(query, need_temperature, gradients.temperature)};
 }
@@ -317,10 +327,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward(
 using Tensors = std::vector<Tensor>;
 
 // Returns the loss of all layers and fills their gradients.
-template <class T>
+template <class T, class P>
 double solve_layers(const std::vector<Arguments>& layers, const std::vector<double>& loss_scales,
                     const std::vector<double>& grad_scales, std::vector<Gradients>& gradients) {
-  std::vector<std::unique_ptr<Job<T>>> jobs;
+  std::vector<std::unique_ptr<Job<T, P>>> jobs;
   std::vector<Buffer<T>> loss, lse;
   std::vector<std::vector<double>> weights;
   for (size_t l = 0; l < layers.size(); ++l) {
@@ -328,11 +338,11 @@ double solve_layers(const std::vector<Arguments>& layers, const std::vector<doub
     loss.emplace_back(rows);
     lse.emplace_back(rows);
     weights.emplace_back(rows, grad_scales.empty() ? 0.0 : grad_scales[l]);
-    jobs.push_back(std::make_unique<Job<T>>(layers[l],
-                                            grad_scales.empty() ? nullptr : weights[l].data(),
-                                            gradients[l], loss[l].data(), lse[l].data()));
+    jobs.push_back(std::make_unique<Job<T, P>>(layers[l],
+                                               grad_scales.empty() ? nullptr : weights[l].data(),
+                                               gradients[l], loss[l].data(), lse[l].data()));
   }
-  solve<T>(jobs, solve_forward<T>);
+  solve<T, P>(jobs, solve_forward<T, P>);
   double total = 0;
   for (size_t l = 0; l < jobs.size(); ++l) {
     jobs[l]->finish();
@@ -345,9 +355,10 @@ double solve_layers(const std::vector<Arguments>& layers, const std::vector<doub
 
 std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
     const Tensors& queries, const Tensors& keys, const std::optional<Tensor>& temperature_tensor,
-    double temperature, double self_logit, const std::vector<double>& loss_scales,
-    const std::vector<double>& grad_scales, const std::vector<bool>& need_queries,
-    const std::vector<bool>& need_keys, bool need_temperature) {
+    double temperature, double self_logit, bool bfloat16_products,
+    const std::vector<double>& loss_scales, const std::vector<double>& grad_scales,
+    const std::vector<bool>& need_queries, const std::vector<bool>& need_keys,
+    bool need_temperature) {
   const char* op = "patch_nce_forward";
   const size_t count = queries.size();
   STD_TORCH_CHECK(count > 0 && keys.size() == count && loss_scales.size() == count &&
@@ -360,16 +371,18 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
   std::vector<Gradients> gradients;
   for (size_t l = 0; l < count; ++l) {
     const Needs needs{need_queries[l], need_keys[l], false, need_temperature};
-    layers.push_back(
-        {op, queries[l], keys[l], no_negatives, tau, true, false, true, self_logit, needs});
+    layers.push_back({op, queries[l], keys[l], no_negatives, tau, true, false, true, self_logit,
+                      bfloat16_products, needs});
     check(layers[l]);
     STD_TORCH_CHECK(queries[l].scalar_type() == queries[0].scalar_type(), op,
                     ": all layers must have one dtype.");
     gradients.push_back(new_gradients(layers[l], !grad_scales.empty()));
   }
-  const double loss = layers[0].acc() == ScalarType::Double
-                          ? solve_layers<double>(layers, loss_scales, grad_scales, gradients)
-                          : solve_layers<float>(layers, loss_scales, grad_scales, gradients);
+  double loss = 0;
+  with_operands(layers[0], [&](auto sum, auto operand) {
+    loss =
+        solve_layers<decltype(sum), decltype(operand)>(layers, loss_scales, grad_scales, gradients);
+  });
   Tensors grad_queries, grad_keys;
   double grad_temperature = 0;
   for (size_t l = 0; l < count; ++l) {

@@ -42,13 +42,23 @@ struct InfoNceCall {
 };
 
 // Columns of the matrix.
-template <class T>
+template <class T, class P>
 struct KeySet {
   TensorRows source;
   int64_t first = 0, count = 0;  // rows of the source
   bool own = false;              // key i is the positive of query i
-  SlabMatrix<T> units;           // unit rows (count, D); empty: packed block by block when needed
-  SlabMatrix<T> gradient;        // (count, D) with respect to the unit rows, or empty
+  // Unit rows (count, D) as operands of P, see PackedRows; empty: packed block by block when
+  // needed.
+  SlabMatrix<P> units, summands;
+  Buffer<T> rests;
+  SlabMatrix<T> gradient;  // (count, D) with respect to the unit rows, or empty
+
+  void pack(const TileKernels<T>& kernels, bool normalize, double* inverse_norms) {
+    if (kPaired<P>) rests = Buffer<T>(count);
+    pack_unit_rows<T, P>(
+        kernels, source, first, count, normalize, 1.0,
+        {&units, nullptr, kPaired<P> ? &summands : nullptr, inverse_norms, rests.data()});
+  }
 };
 
 // log(1 + exp(d)).
@@ -62,13 +72,14 @@ inline double log_ratio(const ExpSum& others, double positive) {
   return others.log() - positive + 0 * std::max(positive, 0.0);
 }
 
-template <class T>
+// P: what the large products multiply. All else is of T.
+template <class T, class P>
 struct InfoNceProblem {
   const TileKernels<T>& kernels;
   const InfoNceCall<T>& call;
   const int64_t first, rows;  // in the flattened rows of the call
-  KeySet<T> keys;
-  std::vector<const KeySet<T>*> sets;
+  KeySet<T, P> keys;
+  std::vector<const KeySet<T, P>*> sets;
   Buffer<double> query_inverse, key_inverse;  // 1 / ||x|| of the rows, known once they are packed
   Buffer<double> positive;                    // z of the positive
   Buffer<double> lse;                         // of the row, positive included
@@ -80,7 +91,7 @@ struct InfoNceProblem {
   Buffer<T> column_offset, row_weight, column_weight;
 
   InfoNceProblem(const TileKernels<T>& kernels_, const InfoNceCall<T>& call_, int64_t first_,
-                 int64_t rows_, const KeySet<T>* shared)
+                 int64_t rows_, const KeySet<T, P>* shared)
       : kernels(kernels_),
         call(call_),
         first(first_),
@@ -96,8 +107,7 @@ struct InfoNceProblem {
     keys.own = true;
     if (call.in_batch) {
       keys.count = rows;
-      pack_unit_rows<T>(kernels, call.key, first, rows, call.normalize, 1.0, &keys.units, nullptr,
-                        key_inverse.data());
+      keys.pack(kernels, call.normalize, key_inverse.data());
       sets.push_back(&keys);
     }
     if (wants_gradients() && call.need_key && call.in_batch) {
@@ -128,17 +138,17 @@ struct InfoNceProblem {
   }
   bool wants_column_products() const {
     bool any = false;
-    for (const KeySet<T>* set : sets) any = any || set->gradient;
+    for (const KeySet<T, P>* set : sets) any = any || set->gradient;
     return any;
   }
   int64_t columns() const {
     int64_t count = 0;
-    for (const KeySet<T>* set : sets) count += set->count;
+    for (const KeySet<T, P>* set : sets) count += set->count;
     return count;
   }
   // Rows that a task takes on. Keys that are not packed are best read by a single group.
   int64_t group_rows() const {
-    for (const KeySet<T>* set : sets) {
+    for (const KeySet<T, P>* set : sets) {
       if (!set->units) return rows;
     }
     return kGroupRows;
@@ -164,7 +174,7 @@ struct InfoNceProblem {
   double logit_bound() const {
     if (call.normalize) return 1 / call.temperature;
     double longest_key = 0;
-    for (const KeySet<T>* set : sets) {
+    for (const KeySet<T, P>* set : sets) {
       longest_key = std::max(longest_key, longest_row(set->source, set->first, set->count));
     }
     const double bound = longest_row(call.query, first, rows) * longest_key / call.temperature;

@@ -17,8 +17,8 @@ constexpr int64_t kPanelLimit = 8 * kGroupRows;
 const double kLeastSum = std::exp(-60.0);
 
 // NaN counts as trusted: it is what the equation gives.
-template <class T>
-bool sums_are_trusted(const Panel<T>& panel) {
+template <class T, class P>
+bool sums_are_trusted(const Panel<T, P>& panel) {
   for (int64_t r = 0; r < panel.rows; ++r) {
     if (panel.sum(r) < kLeastSum) return false;
   }
@@ -26,8 +26,8 @@ bool sums_are_trusted(const Panel<T>& panel) {
 }
 
 // Exponentials and their sums of a panel; `products` as in SweepOptions.
-template <class T>
-void sum_panel(InfoNceProblem<T>& p, Panel<T>& panel, bool products, bool fixed) {
+template <class T, class P>
+void sum_panel(InfoNceProblem<T, P>& p, Panel<T, P>& panel, bool products, bool fixed) {
   const int64_t runs = panel.run_count();
   if (fixed) {
     sweep(p, panel, {Epilogue::kExp, false, products}, 0, runs);
@@ -35,7 +35,7 @@ void sum_panel(InfoNceProblem<T>& p, Panel<T>& panel, bool products, bool fixed)
   }
   sweep(p, panel, {Epilogue::kMaximum}, 0, runs);
   for (int64_t r = 0; r < panel.rows; ++r) p.offset[panel.r0 + r] = panel.maximum(r);
-  const bool kept = runs > 0 && panel.logits[0];
+  const bool kept = !kPaired<P> && runs > 0 && panel.logits[0];  // of pairs, exponentials alone
   sweep(p, panel, {Epilogue::kExp, kept, products}, 0, runs);
 }
 
@@ -45,60 +45,66 @@ struct RowRange {
   bool alone;  // on this thread
 };
 
-template <class T>
-RowRange all_rows(const InfoNceProblem<T>& p) {
+template <class T, class P>
+RowRange all_rows(const InfoNceProblem<T, P>& p) {
   return {0, p.rows, false};
 }
 
-template <class T, class Body>
-void for_panels(InfoNceProblem<T>& p, const RowRange& range, int64_t limit, const Body& body) {
+template <class T, class P, class Body>
+void for_panels(InfoNceProblem<T, P>& p, const RowRange& range, int64_t limit, const Body& body) {
   for (int64_t r0 = range.begin; r0 < range.end; r0 += limit) {
-    Panel<T> panel(p, r0, std::min(limit, range.end - r0), range.alone);
+    Panel<T, P> panel(p, r0, std::min(limit, range.end - r0), range.alone);
     body(panel);
   }
 }
 
-// Unit queries of a panel / temperature, times factor(row).
-template <class T, class Factor>
-SlabMatrix<T> scaled_queries(const InfoNceProblem<T>& p, const Panel<T>& panel,
+// Unit queries of a panel / temperature, times factor(row), to be summed over the rows.
+template <class T, class P, class Factor>
+SlabMatrix<P> scaled_queries(const InfoNceProblem<T, P>& p, const Panel<T, P>& panel,
                              const Factor& factor) {
-  SlabMatrix<T> out(panel.rows, p.call.depth, p.kernels.width);
+  SlabMatrix<P> out(operands<P>(panel.rows), p.call.depth, p.kernels.width);
   run_blocks(panel.rows, 16, 4 * p.call.depth, [&](int64_t begin, int64_t end) {
-    Buffer<T> row(p.call.depth), scratch(p.call.depth);
+    Buffer<P> row(operands<P>(p.call.depth));
+    Buffer<T> scratch(p.call.depth);
     for (int64_t r = begin; r < end; ++r) {
       const int64_t i = panel.r0 + r;
       const T* query = p.call.query.read(p.first + i, scratch.data());
       const double scale = factor(i) * p.query_inverse[i] / p.call.temperature;
-      p.kernels.scale(p.call.depth, query, scale, row.data());
-      out.copy_row_in(r, row.data());
+      if constexpr (kPaired<P>) {
+        p.kernels.pairs->round_row(p.call.depth, query, scale, row.data());
+        copy_half_in(out, r, row.data());
+      } else {
+        p.kernels.scale(p.call.depth, query, scale, row.data());
+        out.copy_row_in(r, row.data());
+      }
     }
   });
   return out;
 }
 
 // Rows whose logits with all columns can be kept.
-template <class T>
-int64_t rows_kept(const InfoNceProblem<T>& p) {
-  const int64_t row_bytes = std::max<int64_t>(1, p.columns()) * static_cast<int64_t>(sizeof(T));
+template <class T, class P>
+int64_t rows_kept(const InfoNceProblem<T, P>& p) {
+  const int64_t row_bytes = operand_bytes<P>(std::max<int64_t>(1, p.columns()));
   const int64_t fit = kKeptBytes / row_bytes;
   return fit >= p.rows ? p.rows : fit / kGroupRows * kGroupRows;
 }
 
 // Gradients from known offsets. factor(i): from a row's exponentials to its gradient;
 // after_row_sums is called for each panel once its walk is done.
-template <class T, class Factor, class AfterSums>
-void gradient_pass(InfoNceProblem<T>& p, const RowRange& range, Epilogue epilogue,
+template <class T, class P, class Factor, class AfterSums>
+void gradient_pass(InfoNceProblem<T, P>& p, const RowRange& range, Epilogue epilogue,
                    const Factor& factor, const AfterSums& after_sums) {
   const bool keep = p.wants_column_products();
-  for_panels(p, range, kPanelLimit, [&](Panel<T>& panel) {
-    SlabMatrix<T> queries;
+  for_panels(p, range, kPanelLimit, [&](Panel<T, P>& panel) {
+    SlabMatrix<P> queries;
     if (keep) queries = scaled_queries(p, panel, factor);
     const SweepOptions options{epilogue, false, p.wants_row_products()};
     // Runs are walked together as far as their logits can be kept.
     for (int64_t first = 0, last = 0; first < panel.run_count() || last == 0; first = last) {
       int64_t bytes = 0;
       for (; last < panel.run_count(); ++last) {
-        bytes += panel.keys_of(last) * panel.rows * static_cast<int64_t>(sizeof(T));
+        bytes += operand_bytes<P>(panel.keys_of(last) * panel.rows);
         if (keep && last > first && bytes > kKeptBytes) break;
       }
       if (keep) panel.keep_logits(first, last);
@@ -112,8 +118,8 @@ void gradient_pass(InfoNceProblem<T>& p, const RowRange& range, Epilogue epilogu
   });
 }
 
-template <class T>
-void solve_rows(InfoNceProblem<T>& p, const RowRange& range) {
+template <class T, class P>
+void solve_rows(InfoNceProblem<T, P>& p, const RowRange& range) {
   const bool keep = p.wants_column_products();
   const int64_t fit = keep ? rows_kept(p) : kPanelLimit;
   const bool one_pass = p.wants_gradients() && fit > 0;
@@ -121,7 +127,7 @@ void solve_rows(InfoNceProblem<T>& p, const RowRange& range) {
     return p.call.weights[p.first + i] * std::exp(p.offset[i] - p.lse[i]);
   };
   const int64_t limit = one_pass ? std::min(fit, kPanelLimit) : kPanelLimit;
-  for_panels(p, range, limit, [&](Panel<T>& panel) {
+  for_panels(p, range, limit, [&](Panel<T, P>& panel) {
     if (one_pass && keep) panel.keep_logits(0, panel.run_count());
     sum_panel(p, panel, one_pass && p.wants_row_products(), p.fixed_offset);
     p.finish_sums(panel.r0, panel.r0 + panel.rows,
@@ -131,19 +137,19 @@ void solve_rows(InfoNceProblem<T>& p, const RowRange& range) {
     p.finish_rows(panel.r0, panel.rows, panel.products, factor);
   });
   if (p.wants_gradients() && !one_pass) {
-    gradient_pass(p, range, Epilogue::kExp, factor, [](const Panel<T>&) {});
+    gradient_pass(p, range, Epilogue::kExp, factor, [](const Panel<T, P>&) {});
   }
 }
 
 // From the lse of the forward: the exponentials then are the softmax itself.
-template <class T>
-void solve_rows_from_lse(InfoNceProblem<T>& p, const RowRange& range, const T* row_lse) {
+template <class T, class P>
+void solve_rows_from_lse(InfoNceProblem<T, P>& p, const RowRange& range, const T* row_lse) {
   for (int64_t i = range.begin; i < range.end; ++i) {
     p.lse[i] = row_lse[p.first + i];
     p.offset[i] = row_lse[p.first + i];
   }
   const auto weight = [&](int64_t i) { return p.call.weights[p.first + i]; };
-  gradient_pass(p, range, Epilogue::kExp, weight, [&](const Panel<T>& panel) {
+  gradient_pass(p, range, Epilogue::kExp, weight, [&](const Panel<T, P>& panel) {
     const int64_t work = 16 + 4 * p.call.own_negatives * p.call.depth;
     run_blocks(panel.rows, 16, work, [&](int64_t begin, int64_t end) {
       for (int64_t i = panel.r0 + begin; i < panel.r0 + end; ++i) {
@@ -155,10 +161,10 @@ void solve_rows_from_lse(InfoNceProblem<T>& p, const RowRange& range, const T* r
 }
 
 // Sums of the rows' exponentials, each relative to its row's maximum.
-template <class T>
-std::vector<ExpSum> sums_by_maximum(InfoNceProblem<T>& p) {
+template <class T, class P>
+std::vector<ExpSum> sums_by_maximum(InfoNceProblem<T, P>& p) {
   std::vector<ExpSum> sums(p.rows);
-  for_panels(p, all_rows(p), kPanelLimit, [&](Panel<T>& panel) {
+  for_panels(p, all_rows(p), kPanelLimit, [&](Panel<T, P>& panel) {
     sum_panel(p, panel, false, false);
     for (int64_t r = 0; r < panel.rows; ++r) {
       sums[panel.r0 + r].add(p.offset[panel.r0 + r], panel.sum(r));
@@ -167,8 +173,8 @@ std::vector<ExpSum> sums_by_maximum(InfoNceProblem<T>& p) {
   return sums;
 }
 
-template <class T>
-void symmetric_gradients(InfoNceProblem<T>& p, bool fixed) {
+template <class T, class P>
+void symmetric_gradients(InfoNceProblem<T, P>& p, bool fixed) {
   p.row_weight = Buffer<T>(p.padded_rows(), T(0));
   p.column_weight = Buffer<T>(p.rows);
   if (!fixed) p.column_offset = Buffer<T>(p.rows);
@@ -186,14 +192,14 @@ void symmetric_gradients(InfoNceProblem<T>& p, bool fixed) {
   }
 }
 
-template <class T>
-void solve_symmetric(InfoNceProblem<T>& p) {
+template <class T, class P>
+void solve_symmetric(InfoNceProblem<T, P>& p) {
   const auto one = [](int64_t) { return 1.0; };
   const bool whole = p.wants_gradients() && rows_kept(p) == p.rows;
   std::vector<double> row_sum(p.rows), column_sum(p.rows, 0.0);
   bool fixed = p.fixed_offset, done = false;
   if (fixed) {
-    for_panels(p, all_rows(p), whole ? p.rows : kPanelLimit, [&](Panel<T>& panel) {
+    for_panels(p, all_rows(p), whole ? p.rows : kPanelLimit, [&](Panel<T, P>& panel) {
       if (whole) panel.keep_logits(0, panel.run_count());
       sweep(p, panel, {Epilogue::kExpBoth}, 0, panel.run_count());
       for (int64_t r = 0; r < panel.rows; ++r) row_sum[panel.r0 + r] = panel.sum(r);
@@ -241,18 +247,18 @@ void solve_symmetric(InfoNceProblem<T>& p) {
     std::swap(swapped.query, swapped.key);
     swapped.weights = nullptr;
     swapped.symmetric = false;
-    InfoNceProblem<T> columns(p.kernels, swapped, p.first, p.rows, nullptr);
+    InfoNceProblem<T, P> columns(p.kernels, swapped, p.first, p.rows, nullptr);
     const std::vector<ExpSum> column = sums_by_maximum(columns);
     p.finish_both_sums([&](int64_t i) { return row[i]; }, [&](int64_t i) { return column[i]; });
   }
   if (!p.wants_gradients()) return;
   symmetric_gradients(p, fixed);
   gradient_pass(p, all_rows(p), fixed ? Epilogue::kScaleBoth : Epilogue::kApart, one,
-                [](const Panel<T>&) {});
+                [](const Panel<T, P>&) {});
 }
 
-template <class T>
-void solve_symmetric_from_lse(InfoNceProblem<T>& p, const T* row_lse, const T* column_lse) {
+template <class T, class P>
+void solve_symmetric_from_lse(InfoNceProblem<T, P>& p, const T* row_lse, const T* column_lse) {
   p.dot_positives();
   for (int64_t i = 0; i < p.rows; ++i) {
     p.lse[i] = row_lse[p.first + i];
@@ -263,7 +269,7 @@ void solve_symmetric_from_lse(InfoNceProblem<T>& p, const T* row_lse, const T* c
   }
   symmetric_gradients(p, false);
   gradient_pass(
-      p, all_rows(p), Epilogue::kApart, [](int64_t) { return 1.0; }, [](const Panel<T>&) {});
+      p, all_rows(p), Epilogue::kApart, [](int64_t) { return 1.0; }, [](const Panel<T, P>&) {});
 }
 
 }  // namespace fastnce

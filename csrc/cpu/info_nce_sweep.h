@@ -26,23 +26,28 @@ enum class Epilogue {
   kApart,      // exp(z - row offset) row weight + exp(z - column offset) column weight
 };
 
-template <class T>
+template <class T, class P>
 struct Panel {
-  const InfoNceProblem<T>& problem;
+  const InfoNceProblem<T, P>& problem;
   const int64_t r0, rows, group;
   std::vector<KeyRun> runs;
-  SlabMatrix<T> queries;              // (D, rows) unit rows / temperature, transposed
-  std::vector<SlabMatrix<T>> logits;  // per run (its keys, rows), where they are kept
-  SlabMatrix<T> products;             // (runs * rows, D), where wanted
-  Buffer<double> sums;                // (runs, padded rows)
-  Buffer<T> maxima;                   // (runs, padded rows)
-  Buffer<T> column_sums;              // (groups, keys): symmetric only
+  SlabMatrix<P> queries;  // (operands of D, rows) unit rows / temperature, transposed
+  Buffer<T> rests;        // pairs only: of the queries, padded to whole slabs
+  // Per run (its keys, operands of rows), where they are kept: logits and then exponentials, of
+  // pairs exponentials alone.
+  std::vector<SlabMatrix<P>> logits;
+  SlabMatrix<T> products;  // (runs * rows, D), where wanted
+  Buffer<double> sums;     // (runs, padded rows)
+  Buffer<T> maxima;        // (runs, padded rows)
+  Buffer<T> column_sums;   // (groups, keys): symmetric only
 
   // `alone`: walked by a single thread, which needs no more than one task.
-  Panel(InfoNceProblem<T>& p, int64_t r0_, int64_t rows_, bool alone)
+  Panel(InfoNceProblem<T, P>& p, int64_t r0_, int64_t rows_, bool alone)
       : problem(p), r0(r0_), rows(rows_), group(p.group_rows()) {
-    pack_unit_rows<T>(p.kernels, p.call.query, p.first + r0, rows, p.call.normalize,
-                      1 / p.call.temperature, nullptr, &queries, &p.query_inverse[r0]);
+    if (kPaired<P>) rests = Buffer<T>(slab_count(rows, p.kernels.width) * p.kernels.width, T(0));
+    pack_unit_rows<T, P>(p.kernels, p.call.query, p.first + r0, rows, p.call.normalize,
+                         1 / p.call.temperature,
+                         {nullptr, &queries, nullptr, &p.query_inverse[r0], rests.data()});
     for (size_t s = 0; s < p.sets.size(); ++s) {
       add_runs(static_cast<int64_t>(s), p.sets[s]->count, alone);
     }
@@ -59,7 +64,7 @@ struct Panel {
   void add_runs(int64_t set, int64_t count, bool alone) {
     const int64_t few = std::clamp<int64_t>(8 / groups(), 1, (count + kKeyBlock - 1) / kKeyBlock);
     const int64_t many = std::clamp<int64_t>(32 / groups(), 1, (count + 2047) / 2048);
-    const int64_t bytes = count * rows * static_cast<int64_t>(sizeof(T));
+    const int64_t bytes = operand_bytes<P>(count * rows);
     const int64_t fit = (bytes + kKeptBytes - 1) / kKeptBytes;
     const int64_t cuts = alone ? std::max<int64_t>(fit, 1) : std::max({few, many, fit});
     const int64_t length = ((count + cuts - 1) / cuts + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
@@ -69,11 +74,11 @@ struct Panel {
 
   void keep_logits(int64_t begin, int64_t end) {
     for (int64_t run = begin; run < end; ++run) {
-      logits[run] = SlabMatrix<T>(keys_of(run), rows, problem.kernels.width);
+      logits[run] = SlabMatrix<P>(keys_of(run), operands<P>(rows), problem.kernels.width);
     }
   }
   void forget_logits() {
-    for (SlabMatrix<T>& kept : logits) kept = SlabMatrix<T>();
+    for (SlabMatrix<P>& kept : logits) kept = SlabMatrix<P>();
   }
 
   // Sum of the exponentials of panel row r over all runs, relative to its offset.
@@ -92,45 +97,86 @@ struct Panel {
   }
 };
 
-// Reads blocks of unit keys: packed already, or packed now.
-template <class T>
+// Reads blocks of unit keys: packed already, or packed now. Blocks begin at even keys.
+template <class T, class P>
 class KeyBlocks {
  public:
-  KeyBlocks(const InfoNceProblem<T>& p, const KeySet<T>& set)
-      : set_(set), reader_(p.kernels, set.source, p.call.normalize), row_(p.call.depth) {
-    if (!set.units) block_ = SlabMatrix<T>(kKeyBlock, p.call.depth, p.kernels.width);
+  KeyBlocks(const InfoNceProblem<T, P>& p, const KeySet<T, P>& set)
+      : set_(set), reader_(p.kernels, set.source, p.call.normalize) {
+    if (set.units) return;
+    const int64_t length = operands<P>(p.call.depth), width = p.kernels.width;
+    row_ = Buffer<P>(length);
+    block_ = SlabMatrix<P>(kKeyBlock, length, width);
+    if (!kPaired<P>) return;
+    block_summands_ = SlabMatrix<P>(operands<P>(kKeyBlock), p.call.depth, width);
+    block_rests_ = Buffer<T>(kKeyBlock);
   }
+
   void move_to(int64_t begin, int64_t end) {
     if (set_.units) {
-      base_ = set_.units.at(begin, 0);
+      at_ = begin;
       return;
     }
-    base_ = block_.at(0, 0);
     for (int64_t j = begin; j < end; ++j) {
-      reader_.read(set_.first + j, 1.0, row_.data());
-      block_.copy_row_in(j - begin, row_.data());
+      const int64_t row = j - begin;
+      if constexpr (kPaired<P>) {
+        block_rests_[row] = reader_.read_pairs(set_.first + j, 1.0, row_.data());
+        copy_half_in(block_summands_, row, row_.data());
+      } else {
+        reader_.read(set_.first + j, 1.0, row_.data());
+      }
+      block_.copy_row_in(row, row_.data());
     }
   }
-  int64_t slab_size() const { return set_.units ? set_.units.slab_size() : block_.slab_size(); }
-  const T* at(int64_t slab) const { return base_ + slab * slab_size(); }
+
+  int64_t slab_size() const { return units().slab_size(); }
+  const P* units_at(int64_t slab) const { return units().at(at_, slab); }
+  const P* summands_at(int64_t slab) const {
+    if constexpr (!kPaired<P>) return units_at(slab);
+    return (set_.units ? set_.summands : block_summands_).at(at_ / 2, slab);
+  }
+  const T* rests() const { return (set_.units ? set_.rests : block_rests_).data() + at_; }
 
  private:
-  const KeySet<T>& set_;
+  const SlabMatrix<P>& units() const { return set_.units ? set_.units : block_; }
+
+  const KeySet<T, P>& set_;
   UnitRowReader<T> reader_;
-  Buffer<T> row_;
-  SlabMatrix<T> block_;
-  const T* base_ = nullptr;
+  Buffer<P> row_;
+  SlabMatrix<P> block_, block_summands_;
+  Buffer<T> block_rests_;
+  int64_t at_ = 0;
 };
 
 // Takes the positives out of a block: rows are keys from j0 on, lanes are queries from i0 on.
-template <class T>
-void take_positives(InfoNceProblem<T>& p, int64_t j0, int64_t j1, int64_t i0, int64_t lanes, T* z) {
+template <class T, class P>
+void take_positives(InfoNceProblem<T, P>& p, int64_t j0, int64_t j1, int64_t i0, int64_t lanes,
+                    T* z) {
   for (int64_t i = std::max(j0, i0); i < std::min(j1, i0 + lanes); ++i) {
     T& x = z[(i - j0) * p.kernels.width + (i - i0)];
     p.positive[i] = x;
     x = -std::numeric_limits<T>::infinity();
   }
 }
+
+// Where the values of a block are: in scratch memory of the task or, of numbers, where they are
+// kept. Pairs are kept beside it, for the products need them paired along the other side too.
+template <class T, class P>
+struct BlockValues {
+  T* z = nullptr;
+  P *down = nullptr, *kept = nullptr;
+
+  BlockValues(const SlabMatrix<P>& matrix, int64_t row, int64_t slab, T* scratch, P* pairs) {
+    if constexpr (kPaired<P>) {
+      z = scratch;
+      down = pairs;
+      const int64_t width = matrix ? matrix.slab_size() / matrix.rows() : 0;
+      if (matrix) kept = matrix.at(row, slab / 2) + slab % 2 * (width / 2);
+    } else {
+      down = z = matrix ? matrix.at(row, slab) : scratch;
+    }
+  }
+};
 
 struct SweepOptions {
   Epilogue epilogue;
@@ -139,8 +185,8 @@ struct SweepOptions {
 };
 
 // One walk over runs [first, last).
-template <class T>
-void sweep(InfoNceProblem<T>& p, Panel<T>& panel, const SweepOptions& options, int64_t first,
+template <class T, class P>
+void sweep(InfoNceProblem<T, P>& p, Panel<T, P>& panel, const SweepOptions& options, int64_t first,
            int64_t last) {
   const TileKernels<T>& kernels = p.kernels;
   const auto [epilogue, again, products] = options;
@@ -158,11 +204,13 @@ void sweep(InfoNceProblem<T>& p, Panel<T>& panel, const SweepOptions& options, i
   const int64_t work = panel.keys_of(first) * depth * panel.group;
   run_workers(groups * (last - first), work, [&](TaskQueue& queue) {
     Buffer<T> scratch(kKeyBlock * width), block_sum(width);
+    Buffer<P> pairs;
+    if (kPaired<P>) pairs = Buffer<P>(operands<P>(kKeyBlock) * width);
     for (int64_t task; queue.next(task);) {
       const int64_t run = first + task / groups, g = task % groups;
       const KeyRun& keys = panel.runs[run];
-      const KeySet<T>& set = *p.sets[keys.set];
-      const SlabMatrix<T>& kept = panel.logits[run];
+      const KeySet<T, P>& set = *p.sets[keys.set];
+      const SlabMatrix<P>& kept = panel.logits[run];
       const int64_t s0 = g * panel.group / width;
       const int64_t s1 = slab_count(std::min(panel.rows, (g + 1) * panel.group), width);
       if (products) {
@@ -171,17 +219,23 @@ void sweep(InfoNceProblem<T>& p, Panel<T>& panel, const SweepOptions& options, i
           std::fill_n(panel.products.at(run * panel.rows + begin, d), (end - begin) * width, T(0));
         }
       }
-      KeyBlocks<T> units(p, set);
+      KeyBlocks<T, P> units(p, set);
       for (int64_t j0 = keys.begin; j0 < keys.end; j0 += kKeyBlock) {
         const int64_t j1 = std::min(keys.end, j0 + kKeyBlock), count = j1 - j0;
         units.move_to(j0, j1);
         for (int64_t s = s0; s < s1; ++s) {
           const int64_t lanes = panel.queries.lanes(s), row = panel.r0 + s * width;
-          T* z = kept ? kept.at(j0 - keys.begin, s) : scratch.data();
+          const BlockValues<T, P> block(kept, j0 - keys.begin, s, scratch.data(), pairs.data());
+          T* z = block.z;
           if (!again) {
-            kernels.multiply(count, depth, lanes, units.at(0), units.slab_size(),
-                             panel.queries.at(0, s), z, false);
+            multiply(kernels, count, operands<P>(depth), lanes, units.units_at(0),
+                     units.slab_size(), panel.queries.at(0, s), z, false);
+            if constexpr (kPaired<P>) {
+              kernels.pairs->scale_block(count, lanes, z, &panel.rests[s * width], units.rests());
+            }
             if (set.own) take_positives(p, j0, j1, row, lanes, z);
+          } else if constexpr (kPaired<P>) {
+            kernels.pairs->widen_block(count, lanes, block.kept, z);
           }
           switch (epilogue) {
             case Epilogue::kMaximum:
@@ -206,10 +260,15 @@ void sweep(InfoNceProblem<T>& p, Panel<T>& panel, const SweepOptions& options, i
                                      &p.column_offset[j0], &p.column_weight[j0]);
               break;
           }
+          if constexpr (kPaired<P>) {
+            kernels.pairs->round_block(count, lanes, z, units.rests(),
+                                       products ? block.down : nullptr, block.kept);
+          }
           if (!products) continue;
           for (int64_t d = 0; d < panel.products.slabs(); ++d) {
-            kernels.multiply_transposed(lanes, count, panel.products.lanes(d), z, units.at(d),
-                                        panel.products.at(run * panel.rows + s * width, d));
+            multiply_transposed(kernels, lanes, operands<P>(count), panel.products.lanes(d),
+                                block.down, units.summands_at(d),
+                                panel.products.at(run * panel.rows + s * width, d));
           }
         }
       }
@@ -217,20 +276,21 @@ void sweep(InfoNceProblem<T>& p, Panel<T>& panel, const SweepOptions& options, i
   });
 }
 
-// Adds the kept values of runs [first, last), times `queries` (rows, D), to the keys' gradients.
-template <class T>
-void add_to_keys(const InfoNceProblem<T>& p, const Panel<T>& panel, const SlabMatrix<T>& queries,
-                 int64_t first, int64_t last) {
+// Adds the kept values of runs [first, last), times `queries` (operands of rows, D), to the keys'
+// gradients.
+template <class T, class P>
+void add_to_keys(const InfoNceProblem<T, P>& p, const Panel<T, P>& panel,
+                 const SlabMatrix<P>& queries, int64_t first, int64_t last) {
   constexpr int64_t kBlock = 64;
   for (int64_t run = first; run < last; ++run) {
-    const KeySet<T>& set = *p.sets[panel.runs[run].set];
+    const KeySet<T, P>& set = *p.sets[panel.runs[run].set];
     if (!set.gradient) continue;
-    const SlabMatrix<T>& kept = panel.logits[run];
+    const SlabMatrix<P>& kept = panel.logits[run];
     const int64_t j0 = panel.runs[run].begin;
     run_blocks(panel.keys_of(run), kBlock, panel.rows * p.call.depth, [&](int64_t b, int64_t e) {
       for (int64_t d = 0; d < queries.slabs(); ++d) {
-        p.kernels.multiply(e - b, panel.rows, queries.lanes(d), kept.at(b, 0), kept.slab_size(),
-                           queries.at(0, d), set.gradient.at(j0 + b, d), true);
+        multiply(p.kernels, e - b, operands<P>(panel.rows), queries.lanes(d), kept.at(b, 0),
+                 kept.slab_size(), queries.at(0, d), set.gradient.at(j0 + b, d), true);
       }
     });
   }

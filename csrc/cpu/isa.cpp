@@ -18,17 +18,23 @@ FASTNCE_DECLARE_TABLES(portable)
 #ifdef __x86_64__
 FASTNCE_DECLARE_TABLES(avx2)
 FASTNCE_DECLARE_TABLES(avx512)
+namespace avx512bf16 {
+extern const PairKernels kPairKernels;
+}
 #endif
 #undef FASTNCE_DECLARE_TABLES
 
 namespace {
 
-enum class Isa { kPortable, kAvx2, kAvx512 };
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 
 Isa best_isa() {
 #ifdef __x86_64__
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::kPortable;
-  return __builtin_cpu_supports("avx512f") ? Isa::kAvx512 : Isa::kAvx2;
+  if (!__builtin_cpu_supports("avx512f")) return Isa::kAvx2;
+  const bool pairs = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512vl");
+  return pairs ? Isa::kAvx512Bf16 : Isa::kAvx512;
 #else
   return Isa::kPortable;
 #endif
@@ -39,18 +45,31 @@ Isa chosen_isa() {
   const char* name = std::getenv("FASTNCE_CPU_ISA");
   if (name == nullptr || *name == '\0') return best;
   Isa isa = Isa::kPortable;
-  if (std::strcmp(name, "avx512") == 0) {
+  if (std::strcmp(name, "avx512bf16") == 0) {
+    isa = Isa::kAvx512Bf16;
+  } else if (std::strcmp(name, "avx512") == 0) {
     isa = Isa::kAvx512;
   } else if (std::strcmp(name, "avx2") == 0) {
     isa = Isa::kAvx2;
   } else {
     STD_TORCH_CHECK(std::strcmp(name, "portable") == 0, "fastnce: FASTNCE_CPU_ISA=", name,
-                    " is unknown. Use portable, avx2 or avx512, or unset it.");
+                    " is unknown. Use portable, avx2, avx512 or avx512bf16, or unset it.");
   }
   STD_TORCH_CHECK(isa <= best, "fastnce: FASTNCE_CPU_ISA=", name,
                   ", but this processor does not have it. Use a lower level, or unset it.");
   return isa;
 }
+
+#ifdef __x86_64__
+const TileKernels<float>& float_kernels_with_pairs() {
+  static const TileKernels<float> kernels = [] {
+    TileKernels<float> table = avx512::kFloatKernels;
+    table.pairs = &avx512bf16::kPairKernels;
+    return table;
+  }();
+  return kernels;
+}
+#endif
 
 }  // namespace
 
@@ -58,6 +77,8 @@ template <>
 const TileKernels<float>& tile_kernels<float>() {
   switch (chosen_isa()) {
 #ifdef __x86_64__
+    case Isa::kAvx512Bf16:
+      return float_kernels_with_pairs();
     case Isa::kAvx512:
       return avx512::kFloatKernels;
     case Isa::kAvx2:
@@ -72,6 +93,7 @@ template <>
 const TileKernels<double>& tile_kernels<double>() {
   switch (chosen_isa()) {
 #ifdef __x86_64__
+    case Isa::kAvx512Bf16:
     case Isa::kAvx512:
       return avx512::kDoubleKernels;
     case Isa::kAvx2:

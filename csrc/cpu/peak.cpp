@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 #include <numeric>
+#include <string>
 #include <vector>
 
 #include "../common/tile_kernels.h"
@@ -21,10 +22,8 @@ constexpr int64_t kRoundsPerLook = 50'000;
 // GFLOP/s of the calling thread: the median of short looks, so that those in which it had to wait
 // for its turn do not count. `seconds` are measured, after half as long to reach the clock
 // frequency.
-template <class T>
-double thread_rate(double seconds) {
+double thread_rate(int64_t (*work)(int64_t rounds), double seconds) {
   using Clock = std::chrono::steady_clock;
-  const auto work = tile_kernels<T>().multiply_add_rounds;
   std::vector<double> rates;
   const auto begin = Clock::now();
   for (double elapsed = 0; elapsed < 1.5 * seconds;) {
@@ -40,16 +39,24 @@ double thread_rate(double seconds) {
   return *middle;
 }
 
-double fma_peak(double seconds, bool float64) {
+double fma_peak(double seconds, const std::string& dtype) {
   STD_TORCH_CHECK(seconds > 0 && seconds <= 60, "fma_peak: seconds must lie in (0, 60], got ",
                   seconds, ".");
+  const TileKernels<float>& kernels = tile_kernels<float>();
+  auto* work = kernels.multiply_add_rounds;
+  if (dtype == "float64") {
+    work = tile_kernels<double>().multiply_add_rounds;
+  } else if (dtype == "bfloat16" && kernels.pairs != nullptr) {
+    work = kernels.pairs->multiply_add_rounds;
+  } else {
+    STD_TORCH_CHECK(dtype == "float32" || dtype == "bfloat16", "fma_peak: dtype must be float64, ",
+                    "float32 or bfloat16, got ", dtype, ".");
+  }
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  float64 ? (void)tile_kernels<double>() : (void)tile_kernels<float>();  // throws here, if it does
   std::vector<double> rates(threads, 0.0);
   // A thread that gets several indices measures once: they would run one after another.
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-    rates[begin] = float64 ? thread_rate<double>(seconds) : thread_rate<float>(seconds);
-  });
+  torch::stable::parallel_for(
+      0, threads, 1, [&](int64_t begin, int64_t) { rates[begin] = thread_rate(work, seconds); });
   return std::accumulate(rates.begin(), rates.end(), 0.0);
 }
 

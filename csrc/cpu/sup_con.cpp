@@ -91,7 +91,7 @@ class Problem {
         offset_(static_cast<T>(1 / a.temperature)),
         feature_rows_(a.features),
         classes_(a.labels, rows_) {
-    pack_unit_rows<T>(kernels_, feature_rows_, 0, rows_, true, scale_, &scaled_, &transposed_);
+    pack_unit_rows<T, T>(kernels_, feature_rows_, 0, rows_, true, scale_, {&scaled_, &transposed_});
     number_large_classes();
   }
 

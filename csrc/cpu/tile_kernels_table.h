@@ -34,7 +34,8 @@ constexpr TileKernels<T> make_table(const char* name) {
           add_scaled<T>,
           mix_and_dot<T>,
           subtract_and_scale<T>,
-          multiply_add_rounds<T>};
+          multiply_add_rounds<T>,
+          nullptr};
 }
 
 extern const TileKernels<float> kFloatKernels;

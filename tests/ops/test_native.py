@@ -190,7 +190,7 @@ def test_blocks_of_sup_con_add_up(count, tau):
     assert max(deviations(single, sup_con_results(count, tau, torch.float64))) < 5e-5
 
 
-LEVELS = ("portable", "avx2", "avx512")
+LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 
 
 def available_levels(monkeypatch) -> list[str]:
@@ -282,12 +282,12 @@ def registered_calls(dtype: torch.dtype):
     tau = torch.tensor(0.3, dtype=torch.promote_types(dtype, torch.float32))
     everything = (True,) * 4
     for queue, symmetric, scale in ((None, True, 0.5), (negatives, False, 0.5), (None, True, None)):
-        options = (True, symmetric, True, None)
+        options = (True, symmetric, True, None, dtype == torch.bfloat16)
         inputs = (query, key, queue, tau, 0.0)
         yield ops.info_nce_forward, (*inputs, *options, scale, *everything)
         loss, lse, *_ = ops.info_nce_forward(*inputs, *options, scale, *everything)
         yield ops.info_nce_backward, (loss, *inputs, lse, *options, True, True, False, True)
-    layers = ([query, query[:, :3]], [key, key[:, :3]], tau, 0.0, -10.0, [0.1, 0.2])
+    layers = ([query, query[:, :3]], [key, key[:, :3]], tau, 0.0, -10.0, True, [0.1, 0.2])
     for scales in ([], [0.1, 1.0]):
         yield ops.patch_nce_forward, (*layers, scales, [True, False], [False, True], True)
     labels = torch.tensor([0, 1, 0, 2, 1])
@@ -391,7 +391,7 @@ def test_labels_of_any_size_and_sign():
 
 def test_errors_name_the_op():
     x = torch.randn(1, 4, 3)
-    rest = (None, None, 0.1, True, False, True, None, None, *(False,) * 4)
+    rest = (None, None, 0.1, True, False, True, None, False, None, *(False,) * 4)
     with pytest.raises(RuntimeError, match="info_nce_forward: key has a wrong or empty shape"):
         torch.ops.fastnce.info_nce_forward(x, x[:, :3], *rest)
     with pytest.raises(RuntimeError, match="info_nce_forward: key must have the dtype Float"):

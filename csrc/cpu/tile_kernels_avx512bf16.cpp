@@ -1,0 +1,14 @@
+#define FASTNCE_ISA avx512bf16
+#define FASTNCE_VECTOR_BYTES 64
+#include "../common/products.h"
+// After the products, whose multiply_add it uses.
+#include "../common/pair_blocks.h"
+
+namespace fastnce::avx512bf16 {
+
+extern const PairKernels kPairKernels;
+const PairKernels kPairKernels = {
+    "avx512bf16", multiply<Pair>, multiply_transposed<Pair>, round_row, scale_block, round_block,
+    widen_block,  multiply_pairs_rounds};
+
+}  // namespace fastnce::avx512bf16
