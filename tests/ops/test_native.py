@@ -62,8 +62,10 @@ def kernel_results(name: str, dtype: torch.dtype = torch.float32) -> list[torch.
     return [loss, *(x for x in (*now, *later) if x is not None)]
 
 
-def reference_results(name: str) -> list[torch.Tensor]:
-    inputs, options = problem(name, torch.float64)
+def reference_results(name: str, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """In double, of the numbers that ``dtype`` holds."""
+    inputs, options = problem(name, dtype)
+    inputs = [x if x is None else x.double() for x in inputs]
     leaves = [x if x is None else x.requires_grad_() for x in inputs]
     wanted = [x for x in leaves if x is not None]
     loss = reference.info_nce(*leaves, **options)
@@ -84,6 +86,49 @@ def test_blocks_add_up(name):
     assert max(deviations(kernel_results(name, torch.float64), reference_results(name))) < 1e-11
     single = [x.double() for x in kernel_results(name)]
     assert max(deviations(single, reference_results(name))) < 2e-5
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_of_bfloat16_add_up(name):
+    """Exact losses; gradients whose products round their factors, and then the result, to 2^-9."""
+    loss, *grads = [x.double() for x in kernel_results(name, torch.bfloat16)]
+    expected_loss, *expected = reference_results(name, torch.bfloat16)
+    assert max(deviations([loss], [expected_loss])) < 2e-5
+    for got, true in zip(grads, expected, strict=True):
+        assert ((got - true).norm() / true.norm()).item() < 6e-3
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_medium_precision_rounds_the_factors_of_products(name, medium_precision):
+    expected = reference_results(name)
+    for got, true in zip(kernel_results(name), expected, strict=True):
+        assert ((got.double() - true).norm() / true.norm()).item() < 2e-2
+
+
+@pytest.fixture
+def medium_precision():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_medium_precision_is_another_computation(monkeypatch):
+    """Of float32 inputs alone, and only where the processor multiplies bfloat16."""
+    before = torch.get_float32_matmul_precision()
+
+    def losses(precision, dtype):
+        torch.set_float32_matmul_precision(precision)
+        return kernel_results("several_panels", dtype)[0]
+
+    levels = available_levels(monkeypatch)
+    try:
+        for level, dtype in itertools.product(levels, (torch.float32, torch.float64)):
+            monkeypatch.setenv("FASTNCE_CPU_ISA", level)
+            same = torch.equal(losses("medium", dtype), losses("highest", dtype))
+            assert same == (level != "avx512bf16" or dtype == torch.float64)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_symmetric_is_the_mean_of_both_directions_beyond_one_block_of_columns():
@@ -110,13 +155,14 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_thread_count_changes_no_bit(name, threads):
+def test_thread_count_changes_no_bit(name, dtype, threads):
     threads(1)
-    expected = kernel_results(name)
+    expected = kernel_results(name, dtype)
     for count in (2, 3):
         threads(count)
-        for x, y in zip(kernel_results(name), expected, strict=True):
+        for x, y in zip(kernel_results(name, dtype), expected, strict=True):
             assert torch.equal(x, y), count
 
 
