@@ -93,8 +93,7 @@ inline void round_block(int64_t rows, int64_t lanes, const float* z, const float
 inline void widen_block(int64_t rows, int64_t lanes, const Pair* across, float* z) {
   for (int64_t r = 0; r < rows; ++r, z += kWidth<float>, across += kWidth<float>) {
     for (int64_t j = 0; j < lanes; j += kLanes<float>) {
-      const __m256i narrow =
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(across + j / 2));
+      const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(across + j / 2));
       const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
       store(z + j, (Vector<float>)wide);
     }
