@@ -129,6 +129,7 @@ class Provider:
         reason: why it cannot run here, or ``"ok"``.
         extra_bytes: what it is known to allocate at least, at the timed sizes; it is skipped where that is not free.
         compiled: the first call compiles.
+        rounds_products: of float32 inputs, the factors of its products are rounded to bfloat16.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Provider:
     reason: str = "ok"
     extra_bytes: int = 0
     compiled: bool = False
+    rounds_products: bool = False
 
 
 def leaves(inputs: Inputs, names: Iterable[str]) -> list[Tensor]:

@@ -185,7 +185,8 @@ def summary(results: list[dict[str, Any]]) -> list[str]:
             if row["ours"] and row["status"] in ("wrong", "failed"):
                 faults.append(f"- FAULT {where}: {row['name']} is {row['status']}: {row['reason']}")
         timed = [row for row in entry["providers"] if row["seconds"]]
-        ours = [row for row in timed if row["ours"]]
+        # Of the rivals' precision: rounding more than they do is no win.
+        ours = [row for row in timed if row["ours"] and not row.get("rounds_products")]
         rivals = [row for row in timed if not row["ours"]]
         if not ours or not rivals:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import os
@@ -15,7 +16,7 @@ import torch
 
 import fastnce
 from benchmarks import machine, memory
-from benchmarks.case import Call, Case, Provider
+from benchmarks.case import Call, Case, Inputs, Provider
 from benchmarks.harness import add_rates, measure
 
 OPS = (
@@ -27,6 +28,9 @@ OPS = (
     "nt_xent",
     "pairwise_cosine_similarity",
 )
+
+# Those that have products of bfloat16 for float32 inputs at torch's precision "medium".
+ROUNDING_OPS = ("info_nce", "patch_nce")
 
 # Plain PyTorch keeps about this many bytes per pair (i, j): a few N x M arrays in fp32.
 EAGER_BYTES_PER_PAIR = 24
@@ -70,7 +74,13 @@ def providers(
         if half and rival.name == "published" and case.products:
             half_bytes = rival.extra_bytes // 2
             out.append(_compiled("published, compiled", rival.call, can_compile, half_bytes))
-    return out + [_fused_provider(case, device, dtype, name) for name in _fused_names()]
+    for name in _fused_names():
+        exact = _fused_provider(case, device, dtype, name)
+        out.append(exact)
+        # On a GPU the products' precision is the whole run's, for all providers: --precision.
+        if device.type == "cpu" and dtype == torch.float32 and case.op in ROUNDING_OPS:
+            out.append(_rounding(exact))
+    return out
 
 
 def _fused_names() -> list[str]:
@@ -81,6 +91,18 @@ def _fused_provider(case: Case, device: torch.device, dtype: torch.dtype, name: 
     # The backend's own predicate: its reason without the advice that the public op adds for a caller.
     reason = fastnce.backends.supports(name, case.op, device.type, dtype)
     return Provider(name, fused(case, name), ours=True, reason=reason)
+
+
+def _rounding(exact: Provider) -> Provider:
+    """The same with products of bfloat16, which PyTorch's own products on a CPU do not take for float32."""
+
+    def call(inputs: Inputs) -> Any:
+        with machine.matmul_precision("medium"):
+            return exact.call(inputs)
+
+    return dataclasses.replace(
+        exact, name=f"{exact.name}, bf16 products", call=call, rounds_products=True
+    )
 
 
 def _compiled(name: str, call: Call, reason: str, extra_bytes: int) -> Provider:
@@ -140,14 +162,18 @@ def run_cases(
             if with_compile:
                 torch.compiler.reset()
             competitors = providers(case, device, dtype, with_compile)
-            peak = machine.PeakMeter(device, dtype)
-            peak.measure()
+            peaks = [machine.PeakMeter(device, dtype)]
+            if any(provider.rounds_products for provider in competitors):
+                peaks.append(machine.PeakMeter(device, torch.bfloat16))
+            for peak in peaks:
+                peak.measure()
             entry = measure(case, competitors, fused(case, "torch"), device, dtype, seconds, log)
             if case.once:
                 log(f"{case.op}, {case.name}: the one call")
                 memory.add_cpu_peaks([entry], deadline)
-            peak.measure()
-            add_rates(entry, (rates or {}).get(entry["dtype"]), peak.rate())
+            for peak in peaks:
+                peak.measure()
+            add_rates(entry, (rates or {}).get(entry["dtype"]), *(peak.rate() for peak in peaks))
             if with_memory and device.type == "cuda":
                 memory.add_cuda_peaks(entry, case, competitors, device, dtype)
             results.append(entry)

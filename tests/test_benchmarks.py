@@ -204,6 +204,23 @@ def test_rate_counts_the_mandatory_products():
     assert entry["fma_peak_gflops"] == 100.0
 
 
+def test_products_of_rounded_factors_have_a_wider_gate_their_own_peak_and_no_part_in_the_verdict():
+    rounded = lambda inputs: square({**inputs, "x": inputs["x"].bfloat16().float()})  # noqa: E731
+    providers = [
+        Provider("eager", square),
+        Provider("exact", rounded, ours=True),
+        Provider("rounding", rounded, ours=True, rounds_products=True),
+    ]
+    entry = harness.measure(square_case(), providers, square, CPU, torch.float32, 0.01)
+    _, exact, rounding = entry["providers"]
+    assert exact["status"] == "wrong" and rounding["status"] == "ok"
+    harness.add_rates(entry, matmul=None, peak=100.0, rounded_peak=200.0)
+    assert rounding["share_of_peak"] == pytest.approx(rounding["gflops"] / 200)
+    fast = {**rounding, "status": "ok", "seconds": {"median": 1e-9}}
+    lines = report.summary([{**entry, "providers": [entry["providers"][0], fast]}])
+    assert lines == ["No fused backend was timed; the tables say why."]
+
+
 def test_no_peak_no_share():
     entry = harness.measure(
         square_case(), [Provider("eager", square)], square, CPU, torch.float32, 0.01
@@ -322,7 +339,7 @@ def test_a_case_that_runs_once_has_time_and_memory_of_ours_alone(monkeypatch):
         "_ask_subprocess",
         lambda jobs, deadline: (
             calls.append(jobs),
-            ([{"peak": 9, "outputs": 4, "seconds": 2.0}], ""),
+            ([{"peak": 9, "outputs": 4, "seconds": 2.0}] * 2, ""),
         )[1],
     )
     (case,) = (case for case in table_cases("info_nce") if case.once)
@@ -333,8 +350,9 @@ def test_a_case_that_runs_once_has_time_and_memory_of_ours_alone(monkeypatch):
     assert rows["native"]["seconds"] == harness.quartiles([2.0])
     assert rows["native"]["working_bytes"] == 5
     assert rows["native"]["gflops"] == case.flop / 2.0 / 1e9
-    assert [job["provider"] for jobs in calls for job in jobs] == ["native"], "one call"
-    assert "| **native** |" in report.case_table(entry)
+    ours = ["native", "native, bf16 products"]
+    assert [job["provider"] for jobs in calls for job in jobs] == ours, "one call of each"
+    assert "| **native** " in report.case_table(entry)
 
 
 def test_precision_is_recorded_and_reaches_the_measuring_process(tmp_path, monkeypatch, capsys):
