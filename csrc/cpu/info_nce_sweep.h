@@ -282,18 +282,26 @@ template <class T, class P>
 void add_to_keys(const InfoNceProblem<T, P>& p, const Panel<T, P>& panel,
                  const SlabMatrix<P>& queries, int64_t first, int64_t last) {
   constexpr int64_t kBlock = 64;
+  struct Block {
+    int64_t run, begin;
+  };
+  std::vector<Block> blocks;
   for (int64_t run = first; run < last; ++run) {
-    const KeySet<T, P>& set = *p.sets[panel.runs[run].set];
-    if (!set.gradient) continue;
-    const SlabMatrix<P>& kept = panel.logits[run];
-    const int64_t j0 = panel.runs[run].begin;
-    run_blocks(panel.keys_of(run), kBlock, panel.rows * p.call.depth, [&](int64_t b, int64_t e) {
-      for (int64_t d = 0; d < queries.slabs(); ++d) {
-        multiply(p.kernels, e - b, operands<P>(panel.rows), queries.lanes(d), kept.at(b, 0),
-                 kept.slab_size(), queries.at(0, d), set.gradient.at(j0 + b, d), true);
-      }
-    });
+    if (!p.sets[panel.runs[run].set]->gradient) continue;
+    for (int64_t j = 0; j < panel.keys_of(run); j += kBlock) blocks.push_back({run, j});
   }
+  const int64_t work = kBlock * panel.rows * p.call.depth;
+  run_tasks(static_cast<int64_t>(blocks.size()), work, [&](int64_t task) {
+    const auto [run, begin] = blocks[task];
+    const SlabMatrix<P>& kept = panel.logits[run];
+    const SlabMatrix<T>& gradient = p.sets[panel.runs[run].set]->gradient;
+    const int64_t rows = std::min(kBlock, panel.keys_of(run) - begin);
+    for (int64_t d = 0; d < queries.slabs(); ++d) {
+      multiply(p.kernels, rows, operands<P>(panel.rows), queries.lanes(d), kept.at(begin, 0),
+               kept.slab_size(), queries.at(0, d), gradient.at(panel.runs[run].begin + begin, d),
+               true);
+    }
+  });
 }
 
 }  // namespace fastnce

@@ -64,6 +64,8 @@ def scaled(
     def times(grad: Tensor | None) -> Tensor | None:
         if grad is None:
             return None
+        if grad.device.type == "cpu" and not torch.compiler.is_compiling():
+            return grad * by  # which reads a number on the CPU in its own dtype, and rounds once
         # In the wide dtype: fp16 cannot hold GradScaler's 65536.
         wide = torch.promote_types(grad.dtype, by.dtype)
         return (grad.to(wide) * by).to(grad.dtype)
