@@ -101,4 +101,7 @@ STABLE_TORCH_LIBRARY(fastnce, m) {
   // exceeds. Of the instruction set in use; dtype: float64, float32 or, where there are such
   // products and otherwise in float32, bfloat16.
   m.def("fma_peak(float seconds, str dtype) -> float");
+
+  // portable, avx2, avx512 or avx512bf16: the processor's widest, or what FASTNCE_CPU_ISA asks for.
+  m.def("instruction_set() -> str");
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import fastnce
-from fastnce import backends
+from fastnce import backends, native
 
 OPS = (
     "info_nce",
@@ -40,7 +40,8 @@ def report() -> str:
         "Backends:",
     ]
     for name, reason in backends.available().items():
-        lines.append(f"  {name:8} {reason}")
+        instructions = _instructions() if name == "native" and reason == "ok" else ""
+        lines.append(f"  {name:8} {reason}{instructions}")
     if "ok" not in backends.available()["native"]:
         lines.append(
             "  Without it everything runs in plain PyTorch: slower, with the N x N matrix in memory."
@@ -63,6 +64,13 @@ def _chosen(op: str, device: str) -> str:
     except (ValueError, RuntimeError) as error:
         return str(error)
     return module.__name__.rpartition(".")[2].replace("reference", "torch")
+
+
+def _instructions() -> str:
+    try:
+        return f", instructions: {native.instruction_set()}"
+    except RuntimeError as error:  # FASTNCE_CPU_ISA
+        return f", but {str(error).splitlines()[0].rpartition('fastnce: ')[2]}"
 
 
 def _packages(names: tuple[str, ...], extra: str) -> str:

@@ -291,6 +291,15 @@ def sample_patches_add_(
     )
 
 
+def instruction_set() -> str:
+    """``portable``, ``avx2``, ``avx512`` or ``avx512bf16``: the processor's widest, or what ``FASTNCE_CPU_ISA`` asks for.
+
+    Raises:
+        RuntimeError: ``FASTNCE_CPU_ISA`` is unknown, or not of this processor.
+    """
+    return torch.ops.fastnce.instruction_set()
+
+
 def fma_peak(seconds: float = 0.05, dtype: torch.dtype = torch.float32) -> float:
     """GFLOP/s of multiply-adds in registers on all threads: what no product of this processor exceeds.
 

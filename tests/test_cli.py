@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastnce import cli
+from fastnce import cli, doctor, native
 from fastnce.training.checkpoint import load_checkpoint
 
 TINY = [
@@ -186,6 +186,15 @@ def test_dry_run_prints_the_configuration(capsys, data, tmp_path):
     values = json.loads(capsys.readouterr().out)
     assert code == 0 and values["lambda_nce"] == 10.0 and values["flip_equivariance"]
     assert not (tmp_path / "run").exists()
+
+
+def test_doctor_names_the_instruction_set_or_what_is_wrong_with_the_one_asked_for(monkeypatch):
+    if native.available() != "ok":
+        pytest.skip(native.available())
+    monkeypatch.setenv("FASTNCE_CPU_ISA", "portable")
+    assert "native   ok, instructions: portable" in doctor.report()
+    monkeypatch.setenv("FASTNCE_CPU_ISA", "sse9")
+    assert "native   ok, but FASTNCE_CPU_ISA=sse9 is unknown. Use portable" in doctor.report()
 
 
 def test_a_reader_that_stops_reading_is_no_error():

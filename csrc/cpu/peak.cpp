@@ -1,5 +1,5 @@
-// The machine's peak rate of multiply-adds, for the benchmarks: a share of it is comparable between
-// machines.
+// What the kernels run on: the instruction set, and its peak rate of multiply-adds. A share of the
+// peak is comparable between machines.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
@@ -60,9 +60,15 @@ double fma_peak(double seconds, const std::string& dtype) {
   return std::accumulate(rates.begin(), rates.end(), 0.0);
 }
 
+std::string instruction_set() {
+  const TileKernels<float>& kernels = tile_kernels<float>();
+  return kernels.pairs != nullptr ? kernels.pairs->name : kernels.name;
+}
+
 // There is no tensor by which to find a device.
 STABLE_TORCH_LIBRARY_IMPL(fastnce, CompositeExplicitAutograd, m) {
   m.impl("fma_peak", TORCH_BOX(&fma_peak));
+  m.impl("instruction_set", TORCH_BOX(&instruction_set));
 }
 
 }  // namespace

@@ -286,6 +286,14 @@ def test_instruction_set_is_really_chosen(monkeypatch):
     assert not torch.equal(losses["portable"], losses["avx2"])
 
 
+def test_the_instruction_set_has_a_name(monkeypatch):
+    found = available_levels(monkeypatch)
+    assert native.instruction_set() == found[-1]
+    for level in found:
+        monkeypatch.setenv("FASTNCE_CPU_ISA", level)
+        assert native.instruction_set() == level
+
+
 def test_unknown_instruction_set(monkeypatch):
     monkeypatch.setenv("FASTNCE_CPU_ISA", "avx1024")
     with pytest.raises(RuntimeError, match="FASTNCE_CPU_ISA=avx1024 is unknown. Use portable"):
@@ -473,6 +481,15 @@ def test_fma_peak_of_narrower_instructions_is_lower(threads, monkeypatch):
         monkeypatch.setenv("FASTNCE_CPU_ISA", level)
         rates[level] = native.fma_peak(0.05)
     assert rates["portable"] < 0.8 * rates["avx2"]
+
+
+def test_fma_peak_of_bfloat16_is_that_of_its_own_instructions(threads, monkeypatch):
+    """Never below that of float32; twice as high on the processors that have them."""
+    threads(1)
+    for level in available_levels(monkeypatch):
+        monkeypatch.setenv("FASTNCE_CPU_ISA", level)
+        ratio = native.fma_peak(0.05, torch.bfloat16) / native.fma_peak(0.05)
+        assert (1.4 < ratio < 2.6) if level == "avx512bf16" else (0.7 < ratio < 1.4)
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), 1e9])
