@@ -5,7 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <new>
+
+#include "scratch.h"
 
 namespace fastnce {
 
@@ -15,8 +16,7 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t size)
-      : data_(static_cast<T*>(
-            ::operator new(static_cast<size_t>(size) * sizeof(T), std::align_val_t(kAlignment)))),
+      : data_(static_cast<T*>(ScratchPool::instance().take(bytes_of(size))), Free{bytes_of(size)}),
         size_(size) {}
   Buffer(int64_t size, T value) : Buffer(size) { std::fill_n(data(), size, value); }
 
@@ -25,9 +25,10 @@ class Buffer {
   T& operator[](int64_t i) const { return data_.get()[i]; }
 
  private:
-  static constexpr size_t kAlignment = 64;
+  static size_t bytes_of(int64_t size) { return static_cast<size_t>(size) * sizeof(T); }
   struct Free {
-    void operator()(T* p) const { ::operator delete(p, std::align_val_t(kAlignment)); }
+    size_t bytes = 0;
+    void operator()(T* p) const { ScratchPool::instance().give_back(p, bytes); }
   };
   std::unique_ptr<T, Free> data_;
   int64_t size_ = 0;

@@ -62,12 +62,15 @@ struct Panel {
   // Cuts keys into runs: at least about 8 tasks where each is worth it, 32 where there are many,
   // and none too large for its logits to be kept.
   void add_runs(int64_t set, int64_t count, bool alone) {
-    const int64_t few = std::clamp<int64_t>(8 / groups(), 1, (count + kKeyBlock - 1) / kKeyBlock);
+    // A single block of a single group is cut smaller, or there would be one task.
+    const int64_t step = count <= kKeyBlock && groups() == 1 ? kSmallRun : kKeyBlock;
+    const int64_t most = step == kSmallRun ? 4 : 8 / groups();
+    const int64_t few = std::clamp<int64_t>(most, 1, (count + step - 1) / step);
     const int64_t many = std::clamp<int64_t>(32 / groups(), 1, (count + 2047) / 2048);
     const int64_t bytes = operand_bytes<P>(count * rows);
     const int64_t fit = (bytes + kKeptBytes - 1) / kKeptBytes;
     const int64_t cuts = alone ? std::max<int64_t>(fit, 1) : std::max({few, many, fit});
-    const int64_t length = ((count + cuts - 1) / cuts + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
+    const int64_t length = ((count + cuts - 1) / cuts + step - 1) / step * step;
     for (int64_t j = 0; j < count; j += length)
       runs.push_back({set, j, std::min(count, j + length)});
   }
