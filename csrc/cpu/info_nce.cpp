@@ -206,7 +206,7 @@ void solve(const std::vector<std::unique_ptr<Job<T, P>>>& jobs, const Run& run) 
             [&](int64_t i) { items[i].problem = items[i].job->problem(items[i].b); });
   std::vector<std::pair<InfoNceProblem<T, P>*, RowRange>> parts;
   for (const Item& item : items) {
-    const int64_t step = item.problem->separable() ? kGroupRows : item.problem->rows;
+    const int64_t step = item.problem->separable() ? kPartRows : item.problem->rows;
     for (int64_t r = 0; r < item.problem->rows; r += step) {
       parts.push_back({item.problem.get(), {r, std::min(item.problem->rows, r + step), true}});
     }

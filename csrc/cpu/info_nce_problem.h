@@ -19,7 +19,8 @@
 namespace fastnce {
 
 constexpr int64_t kKeyBlock = 144, kSmallRun = 16;
-constexpr int64_t kGroupRows = 96;  // a multiple of every table's width
+constexpr int64_t kGroupRows = 96;  // a multiple of every table's width, like the next
+constexpr int64_t kPartRows = 48;   // of a small problem, solved by one thread
 constexpr int64_t kFewRows = 256;   // no more than one group, where keys are packed on the way
 constexpr int64_t kKeptBytes = int64_t{64} << 20;  // of logits kept at a time
 constexpr double kSafeBound = 40;                  // exp(-2 * 40) is far from underflow
