@@ -93,10 +93,19 @@ inline void round_block(int64_t rows, int64_t lanes, const float* z, const float
 inline void widen_block(int64_t rows, int64_t lanes, const Pair* across, float* z) {
   for (int64_t r = 0; r < rows; ++r, z += kWidth<float>, across += kWidth<float>) {
     for (int64_t j = 0; j < lanes; j += kLanes<float>) {
-      const __m256i narrow =
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(across + j / 2));
+      const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(across + j / 2));
       const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
       store(z + j, (Vector<float>)wide);
+    }
+  }
+}
+
+inline void store_rounded(int64_t rows, int64_t n, const float* x, int64_t stride, uint16_t* out,
+                          int64_t out_stride) {
+  for (int64_t r = 0; r < rows; ++r, x += stride, out += out_stride) {
+    for (int64_t i = 0; i < n; i += kLanes<float>) {
+      const __m256bh narrow = _mm512_cvtneps_pbh((__m512)load(x + i));
+      _mm256_mask_storeu_epi16(out + i, lanes_from(i, n), (__m256i)narrow);
     }
   }
 }
