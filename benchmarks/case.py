@@ -57,7 +57,7 @@ class Case:
         name: unique within the op.
         shape: the sizes, by the letters used in the docstrings.
         make: ``(shape, draw) -> arguments of the op``.
-        wrt: the arguments whose gradients are computed.
+        wrt: the arguments whose gradients are computed; none times the forward alone.
         products: how many N x M x D matrix products loss and gradients cannot do without; 0 if there is no product.
         pairs: ``shape -> N * M``, summed over whatever is batched.
         options: further arguments of the op, the same for every provider.
@@ -67,6 +67,9 @@ class Case:
         gate_limits: sizes that the gate does not exceed, where a rival needs too much at the timed ones.
         once: so long, and so large for a rival, that only our own backends take part, with one call that gives time and
             memory (on a CPU only).
+        form: ``(inputs, **options, backend) -> outputs`` of ours, where that is not ``op(**inputs, **options, backend)``.
+        alone: what the case does besides the op, such as the network that a map goes on into. It is timed with the
+            providers, and what they take above it is reported too.
     """
 
     op: str
@@ -82,6 +85,8 @@ class Case:
     gate_only: tuple[str, ...] = ()
     gate_limits: dict[str, int] = field(default_factory=dict)
     once: bool = False
+    form: Callable[..., Any] | None = None
+    alone: Call | None = None
 
     @property
     def flop(self) -> int:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from benchmarks.case import Call, Case, Inputs, Provider, leaves
 
+# The name among the calls of what a case does besides the op.
+ALONE = "alone"
+
 # What a result of our own may add to twice plain PyTorch's error in the same dtype (relative, in the l2 norm).
 OWN_SLACK = {
     torch.float64: 1e-12,
@@ -28,13 +31,15 @@ ROUNDED_SLACK = 0.03
 
 
 def run(call: Call, inputs: Inputs, wrt: Iterable[str]) -> tuple[list[Tensor], list[Tensor]]:
-    """Forward and backward: the outputs, and the gradient of each leaf of ``wrt``.
+    """Forward and backward: the outputs, and the gradient of each leaf of ``wrt``; without any, the forward alone.
 
     A loss is scaled by 4096, as gradient scaling does to keep fp16 gradients from underflow; other outputs are differentiated
     against a fixed pattern of upstream gradients.
     """
     outputs = call(inputs)
     outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+    if not wrt:
+        return [x.detach() for x in outputs], []
     grads = torch.autograd.grad(outputs, leaves(inputs, wrt), [_upstream(x) for x in outputs])
     return [x.detach() for x in outputs], list(grads)
 
@@ -247,12 +252,19 @@ def measure(
             calls[provider.name] = _bind(provider.call, inputs, case.wrt)
 
     del first_result
+    if case.alone is not None and calls:
+        run(case.alone, inputs, case.wrt)
+        calls[ALONE] = _bind(case.alone, inputs, case.wrt)
     log(f"{case.op}, {case.name}: timing {', '.join(calls) or 'nothing'}")
     times = time_interleaved(calls, seconds, clock_for(device)) if calls else {}
+    alone = times.pop(ALONE, None)
     for row in rows:
         row["seconds"] = times.get(row["name"])
+        if alone and row["seconds"]:
+            row["seconds_above_alone"] = row["seconds"]["median"] - alone["median"]
     forget_upstream()
     return {
+        **({"alone": alone} if alone else {}),
         "op": case.op,
         "case": case.name,
         "shape": case.shape,

@@ -27,7 +27,24 @@ def _case(n: int, m: int, d: int, *sets: str, devices: tuple[str, ...]) -> Case:
     )
 
 
+def _batched(b: int, n: int, d: int, *sets: str) -> Case:
+    return Case(
+        "pairwise_cosine_similarity",
+        f"{b} x {n} x {n}, D = {d}",
+        {"B": b, "N": n, "M": n, "D": d},
+        lambda shape, draw: {
+            name: draw.normal(shape["B"], shape[size], shape["D"]) for name, size in ("xN", "yM")
+        },
+        wrt=("x", "y"),
+        products=3,
+        pairs=lambda shape: shape["B"] * shape["N"] * shape["M"],
+        options={"temperature": 0.07},
+        sets=sets,
+    )
+
+
 CASES = [
+    _batched(64, 64, 64, "full"),
     _case(256, 256, 256, "quick", "full", devices=("cpu", "cuda")),
     _case(2048, 2048, 256, "quick", "full", devices=("cpu", "cuda")),
     _case(8192, 8192, 512, "full", devices=("cuda",)),

@@ -21,7 +21,7 @@ _COLUMNS = (
 )
 
 _LEGEND = (
-    "Times are forward and backward together, medians of interleaved calls. GFLOP/s count only the products that loss and "
+    "Times are forward and backward together where gradients are named, medians of interleaved calls. GFLOP/s count only the products that loss and "
     "gradients cannot do without; *of peak* is that rate as a share of the multiply-adds that the processor makes in registers, "
     "measured before and after each case, *of mm* as a share of torch.mm's in the same dtype. *memory* is the peak beyond inputs "
     "and outputs. Ours in bold."
@@ -101,19 +101,29 @@ def case_table(entry: dict[str, Any]) -> str:
     if "not_run" in entry:
         return f"{heading}\n\nNot run: {entry['not_run']}."
     products = f"; {entry['products']} mandatory products" if entry["products"] else ""
-    gradients = ", ".join(entry["gradients"])
-    facts = f"{sizes}; gradients of {gradients}{products}; on {entry['device']}"
+    gradients = f"gradients of {', '.join(entry['gradients'])}" if entry["gradients"] else "forward"
+    facts = f"{sizes}; {gradients}{products}; on {entry['device']}"
+    alone = entry.get("alone")
+    if alone:
+        spread = f"{duration(alone['q1'])} to {duration(alone['q3'])}"
+        facts += f"; without the op {duration(alone['median'])} ({spread})"
     if entry.get("fma_peak_gflops") and entry["products"]:
         facts += f"; peak {entry['fma_peak_gflops']:,.0f} GFLOP/s"
     eager = _median(entry, "eager")
-    rows = [_table_row(row, eager) for row in entry["providers"] if row["seconds"]]
+    timed = [row for row in entry["providers"] if row["seconds"]]
+    rows = [_table_row(row, eager) for row in timed]
+    columns = _COLUMNS
+    if alone and rows:
+        columns = (*_COLUMNS, "the op's share")
+        of_eager = next((r["seconds_above_alone"] for r in timed if r["name"] == "eager"), None)
+        rows = [(*cells, _share(row, of_eager)) for cells, row in zip(rows, timed, strict=True)]
     notes = [
         f"- {row['name']}: {_note(row)}" for row in entry["providers"] if row["status"] != "ok"
     ]
     unmeasured = {row["peak_extra_note"] for row in entry["providers"] if "peak_extra_note" in row}
     parts = [heading, facts]
     if rows:
-        parts.append(_aligned([_COLUMNS, *rows]))
+        parts.append(_aligned([columns, *rows]))
     if unmeasured:
         parts.append(f"Peak memory is missing: {'; '.join(sorted(unmeasured))}.")
     if notes:
@@ -139,6 +149,15 @@ def _table_row(row: dict[str, Any], eager: float | None) -> tuple[str, ...]:
         _percent(row["share_of_matmul"]) if "share_of_matmul" in row else "",
         f"{memory / 1e6:,.1f} MB" if memory is not None else "",
     )
+
+
+def _share(row: dict[str, Any], eager: float | None) -> str:
+    """What a provider takes above what the case takes without the op, and how many times eager's that is quicker."""
+    above = row["seconds_above_alone"]
+    if above <= 0:
+        return "none measurable"
+    quicker = f", {eager / above:.1f}x" if eager and eager > 0 else ""
+    return duration(above) + quicker
 
 
 def _percent(share: float) -> str:

@@ -51,6 +51,8 @@ def find_case(op: str, name: str) -> Case:
 def fused(case: Case, backend: str | None) -> Call:
     """The public op on one backend; for sample_patches the patches alone."""
     op = getattr(fastnce, case.op)
+    if case.form is not None:
+        return lambda inputs: case.form(inputs, **case.options, backend=backend)
     if case.op == "sample_patches":
         return lambda inputs: op(**inputs, **case.options, backend=backend)[0]
     return lambda inputs: op(**inputs, **case.options, backend=backend)

@@ -97,6 +97,20 @@ STABLE_TORCH_LIBRARY(fastnce, m) {
       "sample_patches_add_(Tensor(a!)[] maps, Tensor[] grad_patches, Tensor[] patches, "
       "Tensor[] inverse_norms, Tensor[] patch_ids, bool normalize) -> ()");
 
+  // x (..., N, D), y (..., M, D), none for x itself -> (..., N, M) in their dtype: the cosines of
+  // all rows of x with all rows of y, divided by the temperature.
+  m.def(
+      "pairwise_cosine_similarity_forward(Tensor x, Tensor? y, Tensor? temperature_tensor, "
+      "float temperature, bool bfloat16_products) -> Tensor");
+
+  // The gradients of sum(grad * result), grad (..., N, M) of any strides. Without y that of x is
+  // the sum over both its uses.
+  m.def(
+      "pairwise_cosine_similarity_backward(Tensor grad, Tensor x, Tensor? y, "
+      "Tensor? temperature_tensor, float temperature, bool bfloat16_products, bool need_x, "
+      "bool need_y, bool need_temperature) -> (Tensor grad_x, Tensor grad_y, "
+      "Tensor grad_temperature)");
+
   // GFLOP/s of multiply-adds in registers, of all threads together over `seconds`: what no product
   // exceeds. Of the instruction set in use; dtype: float64, float32 or, where there are such
   // products and otherwise in float32, bfloat16.

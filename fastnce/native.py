@@ -21,6 +21,7 @@ _OPS = (
     "tap_patches",
     "nt_xent",
     "sup_con",
+    "pairwise_cosine_similarity",
 )
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu",)
@@ -291,6 +292,30 @@ def sample_patches_add_(
     )
 
 
+def pairwise_cosine_similarity_forward(
+    x: Tensor, y: Tensor | None, temperature: float | Tensor
+) -> Tensor:
+    """The cosines of all rows of x (..., N, D) with those of y (..., M, D), or with its own, divided by ``temperature``."""
+    return torch.ops.fastnce.pairwise_cosine_similarity_forward(
+        x, y, *_temperature(temperature), _bfloat16_products(x)
+    )
+
+
+def pairwise_cosine_similarity_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    temperature: float | Tensor,
+    *,
+    needs: Sequence[bool],
+) -> Gradients:
+    """The gradients of x (of both its uses where ``y`` is None), of y and of the temperature; ``grad`` may have any strides."""
+    grads = torch.ops.fastnce.pairwise_cosine_similarity_backward(
+        grad, x, y, *_temperature(temperature), _bfloat16_products(x), *needs
+    )
+    return _needed(grads, needs)
+
+
 def instruction_set() -> str:
     """``portable``, ``avx2``, ``avx512`` or ``avx512bf16``: the processor's widest, or what ``FASTNCE_CPU_ISA`` asks for.
 
@@ -470,6 +495,25 @@ def _fake_sup_con_backward(
     return _fake_sup_con_gradients(features, needs)
 
 
+def _fake_pairwise_cosine_similarity_forward(
+    x, y, temperature_tensor, temperature, bfloat16_products
+):
+    columns = x if y is None else y
+    return x.new_empty((*x.shape[:-1], columns.shape[-2]))
+
+
+def _fake_pairwise_cosine_similarity_backward(
+    grad, x, y, temperature_tensor, temperature, bfloat16_products, *needs
+):
+    need_x, need_y, need_temperature = needs
+    need_y = need_y and y is not None
+    return (
+        _gradient_like(x, need_x),
+        _gradient_like(y if need_y else x, need_y),
+        _scalar_like(x, need_temperature),
+    )
+
+
 def _fake_sample_patches_forward(features, patch_ids, normalize):
     pairs = list(zip(features, patch_ids, strict=True))
     patches = [x.new_empty((x.shape[0], ids.shape[0], x.shape[1])) for x, ids in pairs]
@@ -495,6 +539,8 @@ _FAKES: dict[str, Callable] = {
     "conditional_contrastive_backward": _fake_conditional_contrastive_backward,
     "sup_con_forward": _fake_sup_con_forward,
     "sup_con_backward": _fake_sup_con_backward,
+    "pairwise_cosine_similarity_forward": _fake_pairwise_cosine_similarity_forward,
+    "pairwise_cosine_similarity_backward": _fake_pairwise_cosine_similarity_backward,
     "sample_patches_forward": _fake_sample_patches_forward,
     "sample_patches_backward": _fake_sample_patches_backward,
     "sample_patches_add_": _fake_sample_patches_add_,

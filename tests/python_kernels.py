@@ -22,6 +22,7 @@ def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
         "tap_patches",
         "nt_xent",
         "sup_con",
+        "pairwise_cosine_similarity",
     )
     return "ok" if op in fused else f"{op} has no kernel here. Use backend='torch'"
 
@@ -109,6 +110,17 @@ def sup_con_backward(grad_loss, features, labels, temperature, lse, *, needs):
     with torch.enable_grad():
         x, t = inputs = _leaves((features, temperature), needs)
         return _gradients(reference.sup_con(x, labels, t)[0], grad_loss, inputs, needs)
+
+
+def pairwise_cosine_similarity_forward(x, y, temperature):
+    return reference.pairwise_cosine_similarity(x, x if y is None else y, temperature)
+
+
+def pairwise_cosine_similarity_backward(grad, x, y, temperature, *, needs):
+    with torch.enable_grad():
+        x, y, t = inputs = _leaves((x, y, temperature), needs)
+        out = reference.pairwise_cosine_similarity(x, x if y is None else y, t)
+        return _gradients(out, grad, inputs, needs)
 
 
 def sample_patches_forward(features, patch_ids, normalize):

@@ -286,7 +286,7 @@ def test_every_op_has_cases_whose_published_form_is_right(op):
     assert suite.cases(op, "full", CPU)
     names = [case.name for case in quick]
     assert len(set(names)) == len(names)
-    for case in quick:
+    for case in suite.cases(op, "full", CPU):
         shape = case.cut({"N": 24, "M": 40, "S": 16, "image": 32, "D": 40})
         inputs = case.inputs(CPU, torch.float64, shape)
         truth = harness.run(suite.fused(case, "torch"), inputs, case.wrt)
@@ -316,6 +316,44 @@ def test_the_table_has_every_case_of_the_published_table():
     assert "keys without gradient, 16384 x 256" in names
     (huge,) = (case for op in suite.OPS for case in table_cases(op) if case.once)
     assert huge.shape == {"N": 131072, "D": 128}
+
+
+def test_patch_sampling_inside_a_network():
+    """Each map's gradient is the network's ones and the patches'; the table shows what is above the network alone."""
+    (case,) = (case for case in table_cases("sample_patches") if case.alone)
+    shape = {"B": 1, "image": 32, "S": 16}
+    inputs = case.inputs(CPU, torch.float32, shape)
+    _, alone = harness.run(case.alone, inputs, case.wrt)
+    assert all(x.eq(1).all() for x in alone)
+    for provider in suite.providers(case, CPU, torch.float32, with_compile=False):
+        if provider.reason != "ok":
+            continue
+        outputs, grads = harness.run(provider.call, inputs, case.wrt)
+        assert [x.shape for x in outputs[5:]] == [(1, 16, c) for c in (3, 128, 256, 256, 256)]
+        for grad, ids in zip(grads, inputs["patch_ids"], strict=True):
+            rest = grad.flatten(2).clone()
+            assert not rest[:, :, ids].eq(1).all(), provider.name
+            rest[:, :, ids] = 1
+            assert rest.eq(1).all(), provider.name
+    small = dataclasses.replace(case, shape=shape)
+    (entry,) = suite.run_cases([small], CPU, [torch.float32], seconds=0.2, with_compile=False)
+    timed = [row for row in entry["providers"] if row["seconds"]]
+    assert len(timed) >= 2
+    for row in timed:
+        above = row["seconds"]["median"] - entry["alone"]["median"]
+        assert row["seconds_above_alone"] == above
+    text = report.case_table(entry)
+    assert "the op's share" in text and "without the op" in text
+    timed[0]["seconds_above_alone"] = -1e-6
+    assert "none measurable" in report.case_table(entry)
+
+
+def test_forward_alone_differentiates_nothing():
+    (case,) = (case for case in table_cases("sample_patches") if not case.wrt)
+    inputs = case.inputs(CPU, torch.float32, {"B": 1, "image": 32, "S": 16})
+    outputs, grads = harness.run(suite.fused(case, None), inputs, case.wrt)
+    assert len(outputs) == 5 and grads == []
+    assert all(x.requires_grad for x in suite.fused(case, None)(inputs))
 
 
 def table_cases(op):

@@ -100,6 +100,16 @@ inline void widen_block(int64_t rows, int64_t lanes, const Pair* across, float* 
   }
 }
 
+inline void store_rounded(int64_t rows, int64_t n, const float* x, int64_t stride, uint16_t* out,
+                          int64_t out_stride) {
+  for (int64_t r = 0; r < rows; ++r, x += stride, out += out_stride) {
+    for (int64_t i = 0; i < n; i += kLanes<float>) {
+      const __m256bh narrow = _mm512_cvtneps_pbh((__m512)load(x + i));
+      _mm256_mask_storeu_epi16(out + i, lanes_from(i, n), (__m256i)narrow);
+    }
+  }
+}
+
 // As multiply_add_rounds in peak.h; two products an element, which cancel: (0.5, 0.5) (0.5, -0.5).
 inline int64_t multiply_pairs_rounds(int64_t rounds) {
   volatile uint32_t hidden_x = 0x3f003f00, hidden_y = 0xbf003f00;

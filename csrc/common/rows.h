@@ -58,4 +58,16 @@ void subtract_and_scale(int64_t n, const T* g, double back, const T* x, double f
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>((g[i] - back * x[i]) * factor);
 }
 
+template <class T>
+void store_rows(int64_t rows, int64_t n, const T* x, int64_t stride, T* out, int64_t out_stride) {
+  for (int64_t r = 0; r < rows; ++r, x += stride, out += out_stride) {
+    int64_t i = 0;
+    for (; i + kLanes<T> <= n; i += kLanes<T>) {
+      const Vector<T> v = load(x + i);
+      __builtin_memcpy(out + i, &v, sizeof(v));
+    }
+    for (; i < n; ++i) out[i] = x[i];
+  }
+}
+
 }  // namespace fastnce::FASTNCE_ISA

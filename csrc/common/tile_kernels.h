@@ -79,6 +79,10 @@ struct PairKernels {
   // z from `across`.
   void (*widen_block)(int64_t rows, int64_t lanes, const Pair* across, float* z);
 
+  // As in TileKernels, rounded to bfloat16.
+  void (*store_rows)(int64_t rows, int64_t n, const float* x, int64_t stride, uint16_t* out,
+                     int64_t out_stride);
+
   int64_t (*multiply_add_rounds)(int64_t rounds);
 };
 
@@ -163,6 +167,10 @@ struct TileKernels {
                         T* out);
   // out = (g - back x) factor.
   void (*subtract_and_scale)(int64_t n, const T* g, double back, const T* x, double factor, T* out);
+
+  // Copies n numbers of each row to memory of any alignment; strides between rows in elements.
+  void (*store_rows)(int64_t rows, int64_t n, const T* x, int64_t stride, T* out,
+                     int64_t out_stride);
 
   // Keeps the arithmetic units busy from registers alone; returns the floating-point operations.
   int64_t (*multiply_add_rounds)(int64_t rounds);

@@ -136,6 +136,22 @@ inline void copy_half_in(const SlabMatrix<Pair>& out, int64_t row, const Pair* n
   }
 }
 
+// Fills one slab, (depth, width), with the transpose of `rows` rows of depth numbers; lanes beyond
+// become 0. A few of its rows at a time, which stay in the first-level cache.
+template <class P>
+void transpose_into(const P* x, int64_t rows, int64_t depth, int64_t width, P* slab) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t d0 = 0; d0 < depth; d0 += kBlock) {
+    const int64_t d1 = std::min(depth, d0 + kBlock);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t d = d0; d < d1; ++d) slab[d * width + r] = x[r * depth + d];
+    }
+    for (int64_t d = d0; d < d1; ++d) {
+      std::fill(slab + d * width + rows, slab + (d + 1) * width, P(0));
+    }
+  }
+}
+
 // Rows [first, first + rows) of `source` times `scale`.
 template <class T, class P>
 void pack_unit_rows(const TileKernels<T>& kernels, const TensorRows& source, int64_t first,
@@ -147,26 +163,21 @@ void pack_unit_rows(const TileKernels<T>& kernels, const TensorRows& source, int
   // A block of `width` rows fills exactly one slab of the transposed matrix.
   run_blocks(rows, width, 4 * depth, [&](int64_t begin, int64_t end) {
     UnitRowReader<T> reader(kernels, source, normalize);
-    Buffer<P> unit(length);
+    Buffer<P> units(length * (out.transposed != nullptr ? end - begin : 1));
     for (int64_t r = begin; r < end; ++r) {
+      P* unit = units.data() + (out.transposed != nullptr ? (r - begin) * length : 0);
       if constexpr (kPaired<P>) {
-        out.rests[r] = reader.read_pairs(first + r, scale, unit.data());
-        if (out.summands != nullptr) copy_half_in(*out.summands, r, unit.data());
+        out.rests[r] = reader.read_pairs(first + r, scale, unit);
+        if (out.summands != nullptr) copy_half_in(*out.summands, r, unit);
       } else {
-        reader.read(first + r, scale, unit.data());
+        reader.read(first + r, scale, unit);
       }
       if (out.inverse_norms != nullptr) out.inverse_norms[r] = reader.inverse();
-      if (out.straight != nullptr) out.straight->copy_row_in(r, unit.data());
-      if (out.transposed != nullptr) {
-        P* lane = out.transposed->at(0, r / width) + r % width;
-        for (int64_t d = 0; d < length; ++d) lane[d * width] = unit[d];
-      }
+      if (out.straight != nullptr) out.straight->copy_row_in(r, unit);
     }
     if (out.transposed != nullptr) {
-      P* slab = out.transposed->at(0, begin / width);
-      for (int64_t d = 0; d < length; ++d) {
-        std::fill(slab + d * width + (end - begin), slab + (d + 1) * width, P(0));
-      }
+      transpose_into(units.data(), end - begin, length, width,
+                     out.transposed->at(0, begin / width));
     }
   });
 }

@@ -8,10 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
+#include "../common/huge_pages.h"
 #include "../common/op_arguments.h"
 #include "../common/unit_rows.h"
 
@@ -397,23 +394,19 @@ void scatter(const char* op, const Tensors& maps, const Tensors& grad_patches,
   });
 }
 
-// Fills fresh tensors with zeros. A map of many megabytes is usually fresh memory, where most of
-// the time goes into one page fault per 4 KiB; the kernel is asked for larger pages.
 void fill_zero(const Tensors& tensors) {
-  constexpr int64_t kPiece = int64_t{1} << 20;
+  // Pieces end where huge pages do: two threads that touch one first would both make it.
+  constexpr int64_t kPiece = int64_t{1} << 21;
   std::vector<std::pair<char*, int64_t>> pieces;
   for (const Tensor& tensor : tensors) {
+    ask_for_huge_pages(tensor);
     char* data = static_cast<char*>(tensor.mutable_data_ptr());
     const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
-#ifdef __linux__
-    constexpr int64_t kPage = int64_t{1} << 12, kHugePage = int64_t{1} << 21;
-    if (bytes >= 2 * kHugePage) {
-      const int64_t head = -reinterpret_cast<intptr_t>(data) & (kPage - 1);
-      madvise(data + head, static_cast<size_t>((bytes - head) & -kPage), MADV_HUGEPAGE);
-    }
-#endif
-    for (int64_t b = 0; b < bytes; b += kPiece) {
-      pieces.emplace_back(data + b, std::min(kPiece, bytes - b));
+    const int64_t head = -reinterpret_cast<intptr_t>(data) & (kPiece - 1);
+    for (int64_t b = 0, e = std::min(head, bytes); b < bytes;) {
+      if (e > b) pieces.emplace_back(data + b, e - b);
+      b = e;
+      e = std::min(bytes, e + kPiece);
     }
   }
   run_tasks(static_cast<int64_t>(pieces.size()), kPiece, [&](int64_t task) {

@@ -34,6 +34,7 @@ constexpr TileKernels<T> make_table(const char* name) {
           add_scaled<T>,
           mix_and_dot<T>,
           subtract_and_scale<T>,
+          store_rows<T>,
           multiply_add_rounds<T>,
           nullptr};
 }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
+import torch
 from torch import Tensor
 
-from fastnce import backends
+from fastnce import backends, reference
 from fastnce.ops import _checks, _common
 
 
@@ -41,15 +44,49 @@ def pairwise_cosine_similarity(
         torch.Size([3, 4])
     """
     op = "pairwise_cosine_similarity"
-    y = x if y is None else y
     x, y = _checks.same_dtype_under_autocast(x, y)
-    for name, value, shape in (("x", x, "(..., N, D)"), ("y", y, "(..., M, D)")):
-        _checks.expect_tensor(op, name, value, shape)
-        _checks.expect_float_tensor(op, name, value, (max(value.dim(), 2),), shape)
-    expected = (*x.shape[:-2], y.shape[-2], x.shape[-1])
-    _checks.expect_shape(op, "y", y, expected, "x is", x)
-    _checks.expect_alike(op, "y", y, "x", x)
+    _expect_rows(op, "x", x, "(..., N, D)")
+    if y is not None:
+        _expect_rows(op, "y", y, "(..., M, D)")
+        expected = (*x.shape[:-2], y.shape[-2], x.shape[-1])
+        _checks.expect_shape(op, "y", y, expected, "x is", x)
+        _checks.expect_alike(op, "y", y, "x", x)
     temperature = _checks.expect_temperature(op, temperature, x)
     kernels = backends.select(op, x, backend)
     with _common.no_autocast(x):
-        return kernels.pairwise_cosine_similarity(x, y, temperature)
+        if kernels is reference:
+            return reference.pairwise_cosine_similarity(x, x if y is None else y, temperature)
+        _checks.expect_no_functorch(op)
+        other = None if y is x else y
+        return PairwiseCosineSimilarityFunction.apply(x, other, temperature, kernels)
+
+
+def _expect_rows(op: str, name: str, rows: object, shape: str) -> None:
+    _checks.expect_tensor(op, name, rows, shape)
+    _checks.expect_float_tensor(op, name, rows, (max(rows.dim(), 2),), shape)
+
+
+class PairwiseCosineSimilarityFunction(torch.autograd.Function):
+    """Autograd of :func:`pairwise_cosine_similarity` over the kernels of any fused backend; ``y`` None is ``x`` itself.
+
+    The backward needs the inputs and the gradient that arrives, not the similarities.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, y: Tensor | None, temperature: float | Tensor, kernels: ModuleType
+    ) -> Tensor:
+        ctx.kernels, ctx.needs = kernels, ctx.needs_input_grad[:3]
+        ctx.temperature = None if isinstance(temperature, Tensor) else temperature
+        ctx.save_for_backward(x, y, temperature if ctx.temperature is None else None)
+        return kernels.pairwise_cosine_similarity_forward(x, y, temperature)
+
+    @staticmethod
+    @_common.first_derivative_only
+    def backward(ctx, grad: Tensor):
+        x, y, temperature = ctx.saved_tensors
+        temperature = ctx.temperature if temperature is None else temperature
+        grads = ctx.kernels.pairwise_cosine_similarity_backward(
+            grad, x, y, temperature, needs=ctx.needs
+        )
+        return *grads, None

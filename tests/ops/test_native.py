@@ -20,6 +20,7 @@ OPS = (
     "sample_patches",
     "sup_con",
     "nt_xent",
+    "pairwise_cosine_similarity",
 )
 IN_BATCH = {"normalize": True, "symmetric": False, "in_batch": True, "self_logit": None}
 SYMMETRIC = {**IN_BATCH, "symmetric": True}
@@ -355,6 +356,12 @@ def registered_calls(dtype: torch.dtype):
         yield ops.sup_con_forward, (*inputs, scale, mean, True, mean)
     loss, _, lse, *_ = ops.sup_con_forward(*inputs, None, False, True, True)
     yield ops.sup_con_backward, (loss, *inputs, lse, True, True)
+    for y, scale in ((key[:, :3], (tau, 0.0)), (None, (None, 0.3))):
+        inputs = (query, y, *scale, dtype == torch.bfloat16)
+        out = ops.pairwise_cosine_similarity_forward(*inputs)
+        yield ops.pairwise_cosine_similarity_forward, inputs
+        needs = (True, True, scale[0] is not None)
+        yield ops.pairwise_cosine_similarity_backward, (out.mT.contiguous().mT, *inputs, *needs)
     features = [torch.randn(2, 3, 4, 5).to(dtype), torch.randn(1, 6, 2, 2).to(dtype)]
     ids = [torch.tensor([0, 19, 7]), torch.tensor([3, 3])]
     for normalize in (False, True):
@@ -372,7 +379,7 @@ def test_opcheck(dtype):
     for op, arguments in registered_calls(dtype):
         torch.library.opcheck(op, arguments)
         seen.add(f"{op._qualified_op_name}")
-    assert len(seen) == 10
+    assert len(seen) == 12
 
 
 def among_nans(x: torch.Tensor) -> torch.Tensor:
@@ -500,8 +507,6 @@ def test_fma_peak_of_no_time_or_too_much(seconds):
 
 def test_supports_gives_reasons():
     assert native.supports("info_nce", "cpu", torch.bfloat16) == "ok"
-    assert "no compiled kernel" in native.supports(
-        "pairwise_cosine_similarity", "cpu", torch.float32
-    )
+    assert "no compiled kernel" in native.supports("moco", "cpu", torch.float32)
     assert "run on cpu" in native.supports("info_nce", "cuda", torch.float32)
     assert "float64, float32" in native.supports("info_nce", "cpu", torch.int64)

@@ -146,6 +146,7 @@ def test_few_of_many_positions_are_distinct_and_repeatable(count, size, backend)
     assert len(ids[0].unique()) == len(ids[0]) == count
     assert ids[0].min() >= 0 and ids[0].max() < size * size
     assert torch.equal(ids[0], ids[1])
+    assert ids[0].dtype == torch.int64 and ids[0].untyped_storage().resizable()  # PyTorch's own
     assert count == 1 or not torch.equal(ids[0], ids[2])
 
 
