@@ -242,8 +242,7 @@ void label_exp_of(int64_t rows, int64_t lanes, T* z, T offset,
                   const typename LaneInteger<T>::type* row_label,
                   const typename LaneInteger<T>::type* column_label, const LabelExpSums<T>& out) {
   constexpr int64_t kLast = (kVectors - 1) * kLanes<T>;
-  const Signed<T> valid =
-      lane_numbers<T>() < static_cast<typename Lane<T>::Signed>(lanes - kLast);
+  const Signed<T> valid = lane_numbers<T>() < static_cast<typename Lane<T>::Signed>(lanes - kLast);
   Vector<T> all_down[kVectors] = {}, same_down[kVectors] = {};
   LabelVector<T> label[kVectors];
   for (int v = 0; v < kVectors; ++v) label[v] = load(column_label + v * kLanes<T>);
@@ -299,8 +298,8 @@ void label_scale(int64_t rows, int64_t lanes, T* e, const typename LaneInteger<T
     const T other = row.other[r], same = row.same[r];
     for (int64_t j = 0; j < lanes; j += kLanes<T>) {
       const Signed<T> alike = load(column_label + j) == row_label[r];
-      store(e + j, load(e + j) * (alike ? load(column.same + j) + same
-                                        : load(column.other + j) + other));
+      store(e + j,
+            load(e + j) * (alike ? load(column.same + j) + same : load(column.other + j) + other));
     }
   }
 }

@@ -151,8 +151,8 @@ struct TileKernels {
                          const Label* column_label, const LabelWeights<T>& row,
                          const LabelWeights<T>& column, T* moment);
 
-  // In place z -> e = exp(z - offset), and its sums over each row and each column, `all` of them and
-  // those where both have the same label. Column values are padded to the width.
+  // In place z -> e = exp(z - offset), and its sums over each row and each column, `all` of them
+  // and those where both have the same label. Column values are padded to the width.
   void (*label_exp)(int64_t rows, int64_t lanes, T* z, T offset, const Label* row_label,
                     const Label* column_label, const LabelExpSums<T>& out);
 

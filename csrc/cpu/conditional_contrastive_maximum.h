@@ -32,8 +32,8 @@ class RunningMaximum {
             [&](int64_t slab, int64_t begin, int64_t end, T* block) {
               const int64_t at = (slab - s0) * rows + begin;
               const int64_t r = r0 + begin, c0 = slab * width;
-              kernels_.label_sums(end - begin, transposed_.lanes(slab), block, r - c0, &r_.labels[r],
-                                  &r_.labels[c0],
+              kernels_.label_sums(end - begin, transposed_.lanes(slab), block, r - c0,
+                                  &r_.labels[r], &r_.labels[c0],
                                   {&all_offset[at], &all_sum[at], &same_offset[at], &same_sum[at]});
             });
         run_blocks(rows, kTaskRows, 32 * (s1 - s0), [&](int64_t begin, int64_t end) {

@@ -119,9 +119,9 @@ class Rows {
         const T* proxy = proxy_rows.read(i, proxy_row.data());
         products.copy_row_out(i - r0, gradient.data());
         T* out = a.need_embeddings ? embeddings_out.begin(i, out_row.data()) : out_row.data();
-        after_row(i, unit_row_gradient(kernels, depth, embedding, true, inverse_norms[i],
-                                       factor * scale, gradient.data(), g * proxy_inverse_[i],
-                                       proxy, 1.0, out));
+        after_row(
+            i, unit_row_gradient(kernels, depth, embedding, true, inverse_norms[i], factor * scale,
+                                 gradient.data(), g * proxy_inverse_[i], proxy, 1.0, out));
         if (a.need_embeddings) embeddings_out.finish(i, out);
         if (!a.need_proxies) continue;
         out = proxies_out.begin(i, out_row.data());

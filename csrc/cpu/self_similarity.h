@@ -125,8 +125,8 @@ class SelfSimilarity {
         r1 = block_end(r1);
       }
       for (int64_t c0 = r0; c0 < rows_; c0 += kPartColumns / kBlockOperands * kBlockOperands) {
-        Part part{r0, r1, c0, std::min(rows_, c0 + kPartColumns / kBlockOperands * kBlockOperands),
-                  {}};
+        Part part{
+            r0, r1, c0, std::min(rows_, c0 + kPartColumns / kBlockOperands * kBlockOperands), {}};
         int64_t size = 0;
         for (int64_t c = c0; c < part.c1; c += kBlockOperands) {
           part.starts.push_back(size);
