@@ -26,7 +26,7 @@ namespace fastnce {
 constexpr double kFixedOffsetTemperature = 0.023;
 
 constexpr int64_t kBlockOperands = 144;  // of a block's side: a multiple of every table's width
-constexpr int64_t kPartBytes = int64_t{36} << 20;  // of blocks kept at a time
+constexpr int64_t kPartBytes = int64_t{20} << 20;  // of blocks kept at a time
 constexpr int64_t kPartColumns = 16384;
 
 // Part of a slab of the matrix: rows [r0, r0 + rows), lanes [0, lanes) of columns c0 and on. All of
@@ -86,7 +86,7 @@ class SelfSimilarity {
       if (kept_ == static_cast<int64_t>(p)) {
         weigh_part(part, weigh);
       } else {
-        compute(part, [&](const Tile<T>& tile, const TileSums& sums, int64_t, int64_t) {
+        compute(part, true, [&](const Tile<T>& tile, const TileSums& sums, int64_t, int64_t) {
           exponentials(tile, sums);
           weigh(tile);
         });
@@ -154,9 +154,9 @@ class SelfSimilarity {
   }
 
   // Computes the part's logits tile by tile, and calls epilogue(tile, scratch for sums, number of
-  // its slab, number of its rows).
+  // its slab, number of its rows). Where the values are not to be kept, they never leave the cache.
   template <class Epilogue>
-  void compute(const Part& part, const Epilogue& epilogue) {
+  void compute(const Part& part, bool keep, const Epilogue& epilogue) {
     struct Task {
       int64_t begin, end, slab;
     };
@@ -170,7 +170,8 @@ class SelfSimilarity {
     }
     const auto count = static_cast<int64_t>(tasks.size());
     run_workers(count, step * width_ * depth_, [&](TaskQueue& queue) {
-      Buffer<T> scratch(2 * kSums * kBlockOperands);
+      Buffer<T> scratch(2 * kSums * kBlockOperands), values;
+      if (!keep) values = Buffer<T>(step * width_);
       TileSums sums;
       for (int k = 0; k < kSums; ++k) {
         sums.row[k] = &scratch[2 * k * kBlockOperands];
@@ -179,7 +180,7 @@ class SelfSimilarity {
       for (int64_t t; queue.next(t);) {
         const auto [begin, end, s] = tasks[t];
         const int64_t c0 = s * width_, lanes = transposed_.lanes(s);
-        T* z = at(part, begin, c0);
+        T* z = keep ? at(part, begin, c0) : values.data();
         kernels_.multiply(end - begin, depth_, lanes, units_.at(begin, 0), units_.slab_size(),
                           transposed_.at(0, s), z, false);
         const int64_t slab = s - part.c0 / width_, number = (begin - part.r0) / step;
@@ -208,15 +209,17 @@ class SelfSimilarity {
       across[k] = Buffer<T>(slabs * height, T(0));
       down[k] = Buffer<T>(cuts * padded, T(0));
     }
-    compute(part, [&](const Tile<T>& tile, const TileSums& scratch, int64_t slab, int64_t number) {
-      TileSums sums = scratch;
-      for (int k = 0; k < kinds; ++k) {
-        sums.row[k] = &across[k][slab * height + tile.r0 - part.r0];
-        // The diagonal's tiles are whole: their rows have all that there is.
-        if (!tile.diagonal) sums.column[k] = &down[k][number * padded + slab * width_];
-      }
-      exponentials(tile, sums);
-    });
+    const bool last = p + 1 == parts_.size();
+    compute(part, last,
+            [&](const Tile<T>& tile, const TileSums& scratch, int64_t slab, int64_t number) {
+              TileSums sums = scratch;
+              for (int k = 0; k < kinds; ++k) {
+                sums.row[k] = &across[k][slab * height + tile.r0 - part.r0];
+                // The diagonal's tiles are whole: their rows have all that there is.
+                if (!tile.diagonal) sums.column[k] = &down[k][number * padded + slab * width_];
+              }
+              exponentials(tile, sums);
+            });
     run_blocks(height, kTaskRows, slabs * kinds, [&](int64_t begin, int64_t end) {
       for (int k = 0; k < kinds; ++k) {
         for (int64_t s = 0; s < slabs; ++s) {
@@ -233,7 +236,7 @@ class SelfSimilarity {
         }
       }
     }
-    kept_ = static_cast<int64_t>(p);
+    if (last) kept_ = static_cast<int64_t>(p);
   }
 
   template <class Weigh>
@@ -288,17 +291,33 @@ class SelfSimilarity {
       }
       if (i >= part.r1) return;
       for (int64_t c = std::max(part.c0, i); c < part.c1; c += kBlockOperands) {
-        for (int64_t d = d0; d < d1; ++d) {
-          kernels_.multiply(block_end(i) - i, block_end(c) - c, gradient_.lanes(d), at(part, i, c),
-                            part.height(c) * width_, units_.at(c, d), gradient_.at(i, d), true);
-        }
+        add_straight(part, i, c, d0, d1);
       }
     });
+  }
+
+  // Fetches what the next block needs while this one's products keep the arithmetic busy: slab
+  // `slab` of the block at (row, column), if there is one.
+  void fetch_slab(const Part& part, int64_t row, int64_t column, int64_t slab) const {
+    if (row >= part.r1 || column + slab * width_ >= std::min(part.c1, block_end(column))) return;
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const int64_t count = (std::min(part.r1, block_end(row)) - row) * width_;
+    const T* values = at(part, row, column + slab * width_);
+    for (int64_t k = 0; k < count; k += kLine) __builtin_prefetch(values + k, 0, 2);
+  }
+
+  void add_straight(const Part& part, int64_t r, int64_t c, int64_t d0, int64_t d1) {
+    for (int64_t d = d0; d < d1; ++d) {
+      fetch_slab(part, r, c + kBlockOperands, d - d0);
+      kernels_.multiply(block_end(r) - r, block_end(c) - c, gradient_.lanes(d), at(part, r, c),
+                        part.height(c) * width_, units_.at(c, d), gradient_.at(r, d), true);
+    }
   }
 
   void add_transposed(const Part& part, int64_t r, int64_t c, int64_t d0, int64_t d1) {
     const int64_t rows = std::min(part.r1, block_end(r)) - r;
     for (int64_t d = d0; d < d1; ++d) {
+      if (r + kBlockOperands < c) fetch_slab(part, r + kBlockOperands, c, d - d0);
       for (int64_t j = c; j < block_end(c); j += width_) {
         kernels_.multiply_transposed(std::min(width_, rows_ - j), rows, gradient_.lanes(d),
                                      at(part, r, j), units_.at(r, d), gradient_.at(j, d));
