@@ -237,6 +237,73 @@ void label_gradient(int64_t rows, int64_t lanes, T* z, int64_t self,
   }
 }
 
+template <class T, int kVectors>
+void label_exp_of(int64_t rows, int64_t lanes, T* z, T offset,
+                  const typename LaneInteger<T>::type* row_label,
+                  const typename LaneInteger<T>::type* column_label, const LabelExpSums<T>& out) {
+  constexpr int64_t kLast = (kVectors - 1) * kLanes<T>;
+  const Signed<T> valid = lane_numbers<T>() < static_cast<typename Lane<T>::Signed>(lanes - kLast);
+  Vector<T> all_down[kVectors] = {}, same_down[kVectors] = {};
+  LabelVector<T> label[kVectors];
+  for (int v = 0; v < kVectors; ++v) label[v] = load(column_label + v * kLanes<T>);
+  for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
+    Vector<T> all = {}, same = {};
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const Vector<T> e = exp(load(z + v * kLanes<T>) - offset);
+      store(z + v * kLanes<T>, e);
+      const Vector<T> real = v + 1 < kVectors ? e : valid ? e : Vector<T>{};
+      const Vector<T> alike = label[v] == row_label[r] ? real : Vector<T>{};
+      all += real;
+      same += alike;
+      all_down[v] += real;
+      same_down[v] += alike;
+    }
+    out.row_all[r] = reduce<Sum, T>(all);
+    out.row_same[r] = reduce<Sum, T>(same);
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    store(out.column_all + v * kLanes<T>, all_down[v]);
+    store(out.column_same + v * kLanes<T>, same_down[v]);
+  }
+}
+
+// Calls run(number of vectors that `lanes` fill, as a Constant).
+template <class T, class Run>
+inline void with_vectors(int64_t lanes, const Run& run) {
+  const int64_t vectors = (lanes + kLanes<T> - 1) / kLanes<T>;
+  if (vectors == 1) {
+    run(Constant<1>{});
+  } else if (vectors == 2) {
+    run(Constant<2>{});
+  } else {
+    run(Constant<kTileVectors>{});
+  }
+}
+
+template <class T>
+void label_exp(int64_t rows, int64_t lanes, T* z, T offset,
+               const typename LaneInteger<T>::type* row_label,
+               const typename LaneInteger<T>::type* column_label, const LabelExpSums<T>& out) {
+  with_vectors<T>(lanes, [&](auto count) {
+    label_exp_of<T, decltype(count)::value>(rows, lanes, z, offset, row_label, column_label, out);
+  });
+}
+
+template <class T>
+void label_scale(int64_t rows, int64_t lanes, T* e, const typename LaneInteger<T>::type* row_label,
+                 const typename LaneInteger<T>::type* column_label, const LabelFactors<T>& row,
+                 const LabelFactors<T>& column) {
+  for (int64_t r = 0; r < rows; ++r, e += kWidth<T>) {
+    const T other = row.other[r], same = row.same[r];
+    for (int64_t j = 0; j < lanes; j += kLanes<T>) {
+      const Signed<T> alike = load(column_label + j) == row_label[r];
+      store(e + j,
+            load(e + j) * (alike ? load(column.same + j) + same : load(column.other + j) + other));
+    }
+  }
+}
+
 // Rows of a block are keys and its lanes are queries, so that sums over keys run down the lanes.
 
 template <class T>

@@ -52,6 +52,20 @@ struct LabelWeights {
   const T* center;  // of the row's moment
 };
 
+// Sums of exponentials under one offset for all.
+template <class T>
+struct LabelExpSums {
+  T *row_all, *row_same;        // (rows,)
+  T *column_all, *column_same;  // (width,)
+};
+
+// Factors of exponentials along one side of the similarity matrix.
+template <class T>
+struct LabelFactors {
+  const T* other;
+  const T* same;
+};
+
 // Two bfloat16, the first in the low half (see operands.h).
 using Pair = uint32_t;
 
@@ -140,6 +154,16 @@ struct TileKernels {
   void (*label_gradient)(int64_t rows, int64_t lanes, T* z, int64_t self, const Label* row_label,
                          const Label* column_label, const LabelWeights<T>& row,
                          const LabelWeights<T>& column, T* moment);
+
+  // In place z -> e = exp(z - offset), and its sums over each row and each column, `all` of them
+  // and those where both have the same label. Column values are padded to the width.
+  void (*label_exp)(int64_t rows, int64_t lanes, T* z, T offset, const Label* row_label,
+                    const Label* column_label, const LabelExpSums<T>& out);
+
+  // e *= row + column of `same` where the labels are the same, else of `other`.
+  void (*label_scale)(int64_t rows, int64_t lanes, T* e, const Label* row_label,
+                      const Label* column_label, const LabelFactors<T>& row,
+                      const LabelFactors<T>& column);
 
   // Blocks (rows, lanes) whose rows are keys and whose lanes are queries. Per-lane values are read
   // and written a vector at a time; the caller pads them to the slab's width.

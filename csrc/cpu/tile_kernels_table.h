@@ -24,6 +24,8 @@ constexpr TileKernels<T> make_table(const char* name) {
           softmax_both<T>,
           label_sums<T>,
           label_gradient<T>,
+          label_exp<T>,
+          label_scale<T>,
           block_maximum<T>,
           block_exp<T>,
           block_scale_both<T>,

@@ -167,22 +167,51 @@ def test_thread_count_changes_no_bit(name, dtype, threads):
             assert torch.equal(x, y), count
 
 
-def test_thread_count_changes_no_bit_conditional_contrastive(threads):
+def conditional_inputs(count: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(2, 700, 40, generator=generator)
-    labels = torch.randint(20, (700,), generator=generator)
+    rows = torch.randn(2, count, 20, generator=generator, dtype=torch.float64).to(dtype)
+    return *rows, torch.randint(20, (count,), generator=generator)
 
-    def results():
-        loss, lse, grads = native.conditional_contrastive_forward(
-            *inputs, labels, 0.2, grad_scale=1.0, needs=(True, True, False)
-        )
-        return [loss, lse, *grads[:2]]
 
+def conditional_results(count: int, tau: float, dtype: torch.dtype = torch.float32):
+    """Losses and gradients, those of the forward and those of the backward."""
+    inputs = conditional_inputs(count, dtype)
+    call = {"needs": (True, True, True)}
+    loss, lse, now = native.conditional_contrastive_forward(*inputs, tau, grad_scale=0.25, **call)
+    upstream = torch.linspace(0, 1, count, dtype=loss.dtype)
+    later = native.conditional_contrastive_backward(upstream, *inputs, tau, lse, **call)
+    return [loss, *now, *later]
+
+
+@pytest.mark.parametrize("count", [130, 700, 3400])
+@pytest.mark.parametrize("tau", [0.01, 0.2], ids=["maximum", "fixed_offset"])
+def test_thread_count_changes_no_bit_conditional_contrastive(count, tau, threads):
     threads(1)
-    expected = results()
-    threads(3)
-    for x, y in zip(results(), expected, strict=True):
-        assert torch.equal(x, y)
+    expected = conditional_results(count, tau)
+    for number in (2, 3, 5):
+        threads(number)
+        for x, y in zip(conditional_results(count, tau), expected, strict=True):
+            assert torch.equal(x, y), number
+
+
+@pytest.mark.parametrize("count", [47, 130, 700, 2500])
+@pytest.mark.parametrize("tau", [0.01, 0.2], ids=["maximum", "fixed_offset"])
+def test_blocks_of_conditional_contrastive_add_up(count, tau):
+    """Blocks that the diagonal cuts, and more of them than are kept at a time (from 2300 rows on in double).
+
+    Weights of one sign: with both, the temperature's gradient is the small difference of large sums.
+    """
+    embeddings, proxies, labels = conditional_inputs(count, torch.float64)
+    temperature = torch.tensor(tau, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (embeddings, proxies, temperature)]
+    loss = reference.conditional_contrastive(embeddings, proxies, labels, temperature)
+    expected = [loss.detach()]
+    upstream = torch.linspace(0, 1, count, dtype=torch.float64)
+    for weight in (torch.full_like(loss, 0.25), upstream):
+        expected += torch.autograd.grad(loss, leaves, weight, retain_graph=True)
+    assert max(deviations(conditional_results(count, tau, torch.float64), expected)) < 1e-10
+    single = [x.double() for x in conditional_results(count, tau)]
+    assert max(deviations(single, expected)) < 5e-5
 
 
 def sup_con_results(count: int, tau: float, dtype: torch.dtype = torch.float32):
@@ -203,7 +232,7 @@ def sup_con_results(count: int, tau: float, dtype: torch.dtype = torch.float32):
     ]
 
 
-@pytest.mark.parametrize("count", [130, 700, 2100])
+@pytest.mark.parametrize("count", [130, 700, 3400])
 @pytest.mark.parametrize("tau", [0.01, 0.2], ids=["maximum", "fixed_offset"])
 def test_thread_count_changes_no_bit_sup_con(count, tau, threads):
     threads(1)
@@ -214,7 +243,7 @@ def test_thread_count_changes_no_bit_sup_con(count, tau, threads):
             assert torch.equal(x, y), number
 
 
-@pytest.mark.parametrize("count", [130, 700, 2100, 8300])
+@pytest.mark.parametrize("count", [130, 700, 2500, 8300])
 @pytest.mark.parametrize("tau", [0.01, 0.2], ids=["maximum", "fixed_offset"])
 def test_blocks_of_sup_con_add_up(count, tau):
     """Several panels, blocks of columns, and blocks that the diagonal cuts; single precision beside double."""
@@ -235,6 +264,31 @@ def test_blocks_of_sup_con_add_up(count, tau):
         assert max(deviations([loss, *grads], expected)) < 1e-10
     single = [x.double() for x in sup_con_results(count, tau)]
     assert max(deviations(single, sup_con_results(count, tau, torch.float64))) < 5e-5
+
+
+def test_sup_con_beyond_one_block_of_columns():
+    """Of more columns than a part takes, against the definition row by row."""
+    count, tau = 16_700, 0.3
+    x = torch.randn(count, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(count) // 2
+    unit = torch.nn.functional.normalize(x).requires_grad_()
+    expected = []
+    for rows in torch.arange(count).split(1000):
+        logits = unit[rows] @ unit.T / tau
+        others = logits.index_put(
+            (torch.arange(len(rows)), rows), torch.tensor(-torch.inf, dtype=torch.float64)
+        )
+        loss = others.logsumexp(1) - logits.gather(1, (rows ^ 1).unsqueeze(1)).squeeze(1)
+        loss.sum().backward()
+        expected.append(loss.detach())
+    along = (unit.grad * unit.detach()).sum(1, keepdim=True)
+    gradient = (unit.grad - along * unit.detach()) / x.norm(dim=1, keepdim=True)
+    loss, _, _, (got, _) = native.sup_con_forward(
+        x.float(), labels, tau, grad_scale=1.0, mean=False, needs=(True, False)
+    )
+    torch.testing.assert_close(loss.double(), torch.cat(expected), rtol=1e-5, atol=1e-5)
+    norm = x.norm(dim=1, keepdim=True)
+    assert ((got - gradient) * norm).norm() < 1e-4 * (gradient * norm).norm()
 
 
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16")

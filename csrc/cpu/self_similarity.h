@@ -1,0 +1,336 @@
+// The matrix of similarities of rows with themselves, z_ij = u_i . u_j / t, and products with a
+// symmetric matrix made of it.
+//
+// z is symmetric, so only what lies on and right of its diagonal is computed. Unit rows bound it by
+// 1 / t; with that one offset e_ij = exp(z_ij - 1 / t) serves row i and column j, the sums and the
+// gradient alike. The gradient's matrix H is e times a weight, symmetric again, and each of its
+// blocks is multiplied twice: H_ij u_j goes to row i and, transposed, H_ij u_i to row j.
+//
+// Blocks of H are kept up to a budget. Where the whole matrix fits it is computed once: half a
+// product for z, one for H u. Else it is walked part by part, twice; the part that the first walk
+// ends with is still there when the second begins.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "../common/logit_blocks.h"
+#include "../common/unit_rows.h"
+
+namespace fastnce {
+
+// Below it, exp(z - 1 / t) of unit rows may leave the range of float: z >= -1 / t, and exp(-87) is
+// the smallest normal number.
+constexpr double kFixedOffsetTemperature = 0.023;
+
+constexpr int64_t kBlockOperands = 144;  // of a block's side: a multiple of every table's width
+constexpr int64_t kPartBytes = int64_t{20} << 20;  // of blocks kept at a time
+constexpr int64_t kPartColumns = 16384;
+
+// Part of a slab of the matrix: rows [r0, r0 + rows), lanes [0, lanes) of columns c0 and on. All of
+// it lies right of the diagonal, or its rows are its columns (`diagonal`).
+template <class T>
+struct Tile {
+  int64_t r0, rows, c0, lanes;
+  T* values;  // (rows, width)
+  bool diagonal;
+};
+
+template <class T>
+class SelfSimilarity {
+ public:
+  static constexpr int kSums = 2;
+  // Where a tile's sums go, for each kind of sum: (rows,) and (width,).
+  struct TileSums {
+    T *row[kSums], *column[kSums];
+  };
+
+  SelfSimilarity(const TileKernels<T>& kernels, const TensorRows& source, int64_t rows,
+                 double temperature)
+      : kernels_(kernels),
+        rows_(rows),
+        depth_(source.depth()),
+        width_(kernels.width),
+        inverse_norms(rows) {
+    pack_unit_rows<T, T>(kernels, source, 0, rows, true, 1 / std::sqrt(temperature),
+                         {&units_, &transposed_, nullptr, inverse_norms.data()});
+    cut_into_parts();
+  }
+
+  // 1 / ||x|| of each row.
+  Buffer<double> inverse_norms;
+
+  // Unit rows / sqrt(t), (rows, D).
+  const SlabMatrix<T>& units() const { return units_; }
+
+  // Calls exponentials(tile, sums) for every tile: z -> e and its row and column sums, of which
+  // there are `kinds`. Adds up total[kind] (rows,), the diagonal left out.
+  template <class Exponentials>
+  void sum(int kinds, const Exponentials& exponentials, std::array<Buffer<double>, kSums>& total) {
+    for (int k = 0; k < kinds; ++k) total[k] = Buffer<double>(rows_, 0.0);
+    for (size_t p = 0; p < parts_.size(); ++p) sum_part(p, kinds, exponentials, total);
+  }
+
+  // Fills gradient() (rows, D) with H u, where weigh(tile) turns e into H. H's diagonal is e's,
+  // which is 0.
+  template <class Exponentials, class Weigh>
+  void multiply(const Exponentials& exponentials, const Weigh& weigh) {
+    gradient_ = SlabMatrix<T>(rows_, depth_, width_);
+    run_blocks(gradient_.slabs(), 1, rows_ * width_, [&](int64_t begin, int64_t end) {
+      std::fill(gradient_.at(0, begin), gradient_.at(0, end), T(0));
+    });
+    for (size_t p = parts_.size(); p-- > 0;) {
+      const Part& part = parts_[p];
+      if (kept_ == static_cast<int64_t>(p)) {
+        weigh_part(part, weigh);
+      } else {
+        compute(part, true, [&](const Tile<T>& tile, const TileSums& sums, int64_t, int64_t) {
+          exponentials(tile, sums);
+          weigh(tile);
+        });
+      }
+      kept_ = -1;
+      mirror_diagonal(part);
+      multiply_part(part);
+    }
+  }
+
+  const SlabMatrix<T>& gradient() const { return gradient_; }
+
+ private:
+  // Rows [r0, r1) of columns [c0, c1) as far as they lie on or right of the diagonal, c0 >= r0. Its
+  // bounds are whole blocks or the end of the matrix.
+  struct Part {
+    int64_t r0, r1, c0, c1;
+    std::vector<int64_t> starts;  // of each block column in blocks_
+
+    // Rows of the block column that begins with column c.
+    int64_t height(int64_t c) const { return std::min(r1, c + kBlockOperands) - r0; }
+  };
+
+  int64_t block_end(int64_t i) const { return std::min(rows_, i + kBlockOperands); }
+
+  void cut_into_parts() {
+    const int64_t limit = kPartBytes / static_cast<int64_t>(sizeof(T));
+    int64_t most = 0;
+    for (int64_t r0 = 0, r1; r0 < rows_; r0 = r1) {
+      const int64_t columns = std::min(kPartColumns, rows_ - r0);
+      r1 = block_end(r0);
+      // Of these columns, those left of the diagonal take no room.
+      while (r1 < rows_) {
+        const int64_t height = block_end(r1) - r0;
+        if (height * columns - height * (height - kBlockOperands) / 2 > limit) break;
+        r1 = block_end(r1);
+      }
+      for (int64_t c0 = r0; c0 < rows_; c0 += kPartColumns / kBlockOperands * kBlockOperands) {
+        Part part{
+            r0, r1, c0, std::min(rows_, c0 + kPartColumns / kBlockOperands * kBlockOperands), {}};
+        int64_t size = 0;
+        for (int64_t c = c0; c < part.c1; c += kBlockOperands) {
+          part.starts.push_back(size);
+          size += slab_count(block_end(c) - c, width_) * width_ * part.height(c);
+        }
+        most = std::max(most, size);
+        parts_.push_back(std::move(part));
+      }
+    }
+    blocks_ = Buffer<T>(most);
+  }
+
+  // Element (row, column), column the first of a slab; of the same block column, slabs lie
+  // height() * width apart.
+  T* at(const Part& part, int64_t row, int64_t column) const {
+    const int64_t block = (column - part.c0) / kBlockOperands;
+    const int64_t first = part.c0 + block * kBlockOperands;
+    return blocks_.data() + part.starts[block] + (column - first) * part.height(first) +
+           (row - part.r0) * width_;
+  }
+
+  // Rows of a tile. Few rows have lower ones, so that there is work for every thread.
+  int64_t tile_rows() const {
+    return rows_ >= 6 * kBlockOperands ? kBlockOperands : kBlockOperands / 3;
+  }
+
+  // Computes the part's logits tile by tile, and calls epilogue(tile, scratch for sums, number of
+  // its slab, number of its rows). Where the values are not to be kept, they never leave the cache.
+  template <class Epilogue>
+  void compute(const Part& part, bool keep, const Epilogue& epilogue) {
+    struct Task {
+      int64_t begin, end, slab;
+    };
+    const int64_t step = tile_rows();
+    std::vector<Task> tasks;
+    for (int64_t s = part.c0 / width_; s < slab_count(part.c1, width_); ++s) {
+      const int64_t below = std::min(part.r1, (s + 1) * width_);
+      for (int64_t r = part.r0; r < below; r += step) {
+        tasks.push_back({r, std::min(below, r + step), s});
+      }
+    }
+    const auto count = static_cast<int64_t>(tasks.size());
+    run_workers(count, step * width_ * depth_, [&](TaskQueue& queue) {
+      Buffer<T> scratch(2 * kSums * kBlockOperands), values;
+      if (!keep) values = Buffer<T>(step * width_);
+      TileSums sums;
+      for (int k = 0; k < kSums; ++k) {
+        sums.row[k] = &scratch[2 * k * kBlockOperands];
+        sums.column[k] = &scratch[(2 * k + 1) * kBlockOperands];
+      }
+      for (int64_t t; queue.next(t);) {
+        const auto [begin, end, s] = tasks[t];
+        const int64_t c0 = s * width_, lanes = transposed_.lanes(s);
+        T* z = keep ? at(part, begin, c0) : values.data();
+        kernels_.multiply(end - begin, depth_, lanes, units_.at(begin, 0), units_.slab_size(),
+                          transposed_.at(0, s), z, false);
+        const int64_t slab = s - part.c0 / width_, number = (begin - part.r0) / step;
+        const int64_t above = std::clamp(c0, begin, end);  // rows before the slab's own
+        if (above > begin) {
+          epilogue(Tile<T>{begin, above - begin, c0, lanes, z, false}, sums, slab, number);
+        }
+        if (above == end) continue;
+        z += (above - begin) * width_;
+        for (int64_t r = above; r < end; ++r) {
+          z[(r - above) * width_ + (r - c0)] = -std::numeric_limits<T>::infinity();
+        }
+        epilogue(Tile<T>{above, end - above, c0, lanes, z, true}, sums, slab, number);
+      }
+    });
+  }
+
+  template <class Exponentials>
+  void sum_part(size_t p, int kinds, const Exponentials& exponentials,
+                std::array<Buffer<double>, kSums>& total) {
+    const Part& part = parts_[p];
+    const int64_t height = part.r1 - part.r0, slabs = slab_count(part.c1 - part.c0, width_);
+    const int64_t padded = slabs * width_, cuts = (height + tile_rows() - 1) / tile_rows();
+    Buffer<T> across[kSums], down[kSums];
+    for (int k = 0; k < kinds; ++k) {
+      across[k] = Buffer<T>(slabs * height, T(0));
+      down[k] = Buffer<T>(cuts * padded, T(0));
+    }
+    const bool last = p + 1 == parts_.size();
+    compute(part, last,
+            [&](const Tile<T>& tile, const TileSums& scratch, int64_t slab, int64_t number) {
+              TileSums sums = scratch;
+              for (int k = 0; k < kinds; ++k) {
+                sums.row[k] = &across[k][slab * height + tile.r0 - part.r0];
+                // The diagonal's tiles are whole: their rows have all that there is.
+                if (!tile.diagonal) sums.column[k] = &down[k][number * padded + slab * width_];
+              }
+              exponentials(tile, sums);
+            });
+    run_blocks(height, kTaskRows, slabs * kinds, [&](int64_t begin, int64_t end) {
+      for (int k = 0; k < kinds; ++k) {
+        for (int64_t s = 0; s < slabs; ++s) {
+          for (int64_t r = begin; r < end; ++r) {
+            total[k][part.r0 + r] += across[k][s * height + r];
+          }
+        }
+      }
+    });
+    for (int k = 0; k < kinds; ++k) {
+      for (int64_t number = 0; number < cuts; ++number) {
+        for (int64_t c = part.c0; c < part.c1; ++c) {
+          total[k][c] += down[k][number * padded + c - part.c0];
+        }
+      }
+    }
+    if (last) kept_ = static_cast<int64_t>(p);
+  }
+
+  template <class Weigh>
+  void weigh_part(const Part& part, const Weigh& weigh) {
+    const int64_t first = part.c0 / width_, count = slab_count(part.c1, width_) - first;
+    const int64_t cuts = (part.r1 - part.r0 + kBlockOperands - 1) / kBlockOperands;
+    run_tasks(count * cuts, 4 * kBlockOperands * width_, [&](int64_t task) {
+      const int64_t c0 = (first + task / cuts) * width_;
+      const int64_t r0 = part.r0 + task % cuts * kBlockOperands;
+      const int64_t r1 = std::min({part.r1, r0 + kBlockOperands, c0 + width_});
+      if (r1 <= r0) return;
+      weigh(Tile<T>{r0, r1 - r0, c0, std::min(width_, rows_ - c0), at(part, r0, c0), false});
+    });
+  }
+
+  // Completes the blocks on the diagonal, so that all their rows can be multiplied.
+  void mirror_diagonal(const Part& part) {
+    if (part.c0 != part.r0) return;
+    run_blocks(part.r1 - part.r0, kBlockOperands, kBlockOperands, [&](int64_t b, int64_t e) {
+      const int64_t begin = part.r0 + b, end = part.r0 + e;
+      for (int64_t c0 = begin + width_; c0 < end; c0 += width_) {
+        for (int64_t r0 = begin; r0 < c0; r0 += width_) {
+          const T* from = at(part, r0, c0);
+          T* to = at(part, c0, r0);
+          for (int64_t c = 0; c < std::min(width_, end - c0); ++c) {
+            for (int64_t r = 0; r < width_; ++r) to[c * width_ + r] = from[r * width_ + c];
+          }
+        }
+      }
+    });
+  }
+
+  // Adds what the part's blocks give to the rows of their rows and, transposed, of their columns.
+  void multiply_part(const Part& part) {
+    std::vector<int64_t> outputs;  // first rows of the blocks that are added to
+    for (int64_t i = part.r0; i < part.r1; i += kBlockOperands) outputs.push_back(i);
+    for (int64_t i = std::max(part.c0, part.r1); i < part.c1; i += kBlockOperands) {
+      outputs.push_back(i);
+    }
+    constexpr int64_t kManySlabs = 4, kManyTasks = 32;
+    const int64_t slabs = gradient_.slabs(), count = static_cast<int64_t>(outputs.size());
+    const int64_t chunk = std::clamp<int64_t>(slabs * count / kManyTasks, 1, kManySlabs);
+    const int64_t chunks = (slabs + chunk - 1) / chunk;
+    const int64_t work = kBlockOperands * (part.r1 - part.r0) * chunk * width_;
+    run_tasks(count * chunks, work, [&](int64_t task) {
+      const int64_t i = outputs[task / chunks], d0 = task % chunks * chunk;
+      const int64_t d1 = std::min(slabs, d0 + chunk);
+      if (i >= part.c0) {
+        for (int64_t r = part.r0; r < std::min(part.r1, i); r += kBlockOperands) {
+          add_transposed(part, r, i, d0, d1);
+        }
+      }
+      if (i >= part.r1) return;
+      for (int64_t c = std::max(part.c0, i); c < part.c1; c += kBlockOperands) {
+        add_straight(part, i, c, d0, d1);
+      }
+    });
+  }
+
+  // Fetches what the next block needs while this one's products keep the arithmetic busy: slab
+  // `slab` of the block at (row, column), if there is one.
+  void fetch_slab(const Part& part, int64_t row, int64_t column, int64_t slab) const {
+    if (row >= part.r1 || column + slab * width_ >= std::min(part.c1, block_end(column))) return;
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const int64_t count = (std::min(part.r1, block_end(row)) - row) * width_;
+    const T* values = at(part, row, column + slab * width_);
+    for (int64_t k = 0; k < count; k += kLine) __builtin_prefetch(values + k, 0, 2);
+  }
+
+  void add_straight(const Part& part, int64_t r, int64_t c, int64_t d0, int64_t d1) {
+    for (int64_t d = d0; d < d1; ++d) {
+      fetch_slab(part, r, c + kBlockOperands, d - d0);
+      kernels_.multiply(block_end(r) - r, block_end(c) - c, gradient_.lanes(d), at(part, r, c),
+                        part.height(c) * width_, units_.at(c, d), gradient_.at(r, d), true);
+    }
+  }
+
+  void add_transposed(const Part& part, int64_t r, int64_t c, int64_t d0, int64_t d1) {
+    const int64_t rows = std::min(part.r1, block_end(r)) - r;
+    for (int64_t d = d0; d < d1; ++d) {
+      if (r + kBlockOperands < c) fetch_slab(part, r + kBlockOperands, c, d - d0);
+      for (int64_t j = c; j < block_end(c); j += width_) {
+        kernels_.multiply_transposed(std::min(width_, rows_ - j), rows, gradient_.lanes(d),
+                                     at(part, r, j), units_.at(r, d), gradient_.at(j, d));
+      }
+    }
+  }
+
+  const TileKernels<T>& kernels_;
+  const int64_t rows_, depth_, width_;
+  SlabMatrix<T> units_, transposed_, gradient_;
+  std::vector<Part> parts_;
+  Buffer<T> blocks_;
+  int64_t kept_ = -1;  // the part whose exponentials are in blocks_
+};
+
+}  // namespace fastnce
