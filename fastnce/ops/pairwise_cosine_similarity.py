@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
+import torch
 from torch import Tensor
 
-from fastnce import backends
+from fastnce import backends, reference
 from fastnce.ops import _checks, _common
 
 
@@ -52,4 +55,30 @@ def pairwise_cosine_similarity(
     temperature = _checks.expect_temperature(op, temperature, x)
     kernels = backends.select(op, x, backend)
     with _common.no_autocast(x):
-        return kernels.pairwise_cosine_similarity(x, y, temperature)
+        if kernels is reference:
+            return reference.pairwise_cosine_similarity(x, y, temperature)
+        _checks.expect_no_functorch(op)
+        return PairwiseCosineSimilarityFunction.apply(x, y, temperature, kernels)
+
+
+class PairwiseCosineSimilarityFunction(torch.autograd.Function):
+    """Autograd of :func:`pairwise_cosine_similarity` over the kernels of any fused backend."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, y: Tensor, temperature: float | Tensor, kernels: ModuleType
+    ) -> Tensor:
+        ctx.kernels, ctx.needs = kernels, ctx.needs_input_grad[:3]
+        ctx.temperature = None if isinstance(temperature, Tensor) else temperature
+        ctx.save_for_backward(x, y, temperature if ctx.temperature is None else None)
+        return kernels.pairwise_cosine_similarity_forward(x, y, temperature)
+
+    @staticmethod
+    @_common.first_derivative_only
+    def backward(ctx, grad: Tensor):
+        x, y, temperature = ctx.saved_tensors
+        temperature = ctx.temperature if temperature is None else temperature
+        grads = ctx.kernels.pairwise_cosine_similarity_backward(
+            grad, x, y, temperature, needs=ctx.needs
+        )
+        return *grads, None

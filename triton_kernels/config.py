@@ -1,0 +1,87 @@
+"""Tile sizes and thresholds, as data.
+
+The values follow from registers and shared memory, which the compile tests check; none has been timed on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+# Up to here a tile of rows stays on the chip, and the gradient's product is made where the similarities are. Beyond, the
+# similarities' coefficients of a panel of rows go through memory, and the other products are the library's.
+RESIDENT_DEPTH = 256
+# Coefficients of a panel, in elements: 128 Mi, so 256 MiB in bf16.
+PANEL_ELEMENTS = 1 << 27
+# Rows whose column sums are kept by blocks, before they are added up.
+COLUMN_SUM_ROWS = 16384
+# Programs that a grid should have for each multiprocessor, before columns are split among programs.
+PROGRAMS_PER_MULTIPROCESSOR = 2
+# exp(z - offset) with this much of exp's range above the offset 1 / t - EXPONENT_TOP ...
+EXPONENT_TOP = 40.0
+# ... has a normal float for every cosine while 1 / t does not exceed this. Beyond, the running maximum.
+LARGEST_FIXED_LOGIT = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Rows and columns of a tile, depth of a step (where rows are not resident), warps and pipeline stages."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+    d: int = 64
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+# (pass, bytes of an element) -> (largest padded depth, tile, tile where tiles of that size would not fill the device), in
+# ascending order. "products": similarities and one product with them; "sums": similarities alone.
+TILES: dict[tuple[str, int], tuple[tuple[int, Tile, Tile], ...]] = {
+    ("products", 2): (
+        (128, Tile(128, 128, 8, 3), Tile(64, 64, 4, 2)),
+        (RESIDENT_DEPTH, Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
+    ),
+    ("sums", 2): (
+        (RESIDENT_DEPTH, Tile(128, 128, 8, 2), Tile(64, 64, 4, 2)),
+        (1 << 30, Tile(128, 128, 8, 3), Tile(64, 64, 4, 3)),
+    ),
+    ("products", 4): (
+        (64, Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
+        (128, Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
+        (RESIDENT_DEPTH, Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    ),
+    ("sums", 4): (
+        (64, Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
+        (128, Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
+        (RESIDENT_DEPTH, Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        (1 << 30, Tile(64, 64, 8, 3, 32), Tile(32, 32, 4, 3, 32)),
+    ),
+}
+
+
+def tiles(kind: str, dtype: torch.dtype, depth: int) -> tuple[Tile, Tile]:
+    """The tile of a pass over rows of ``depth`` padded elements, and the one for small problems."""
+    rows = TILES[kind, dtype.itemsize]
+    return next((tile, small) for limit, tile, small in rows if depth <= limit)
+
+
+def split_depth(depth: int) -> tuple[int, int]:
+    """Powers of two (head, tail), or (0, 0) beyond ``RESIDENT_DEPTH``, that hold ``depth`` with fewer than 64 to spare."""
+    if depth > RESIDENT_DEPTH:
+        return 0, 0
+    head = 16
+    while head < depth:
+        if head >= 32 and head + head // 2 >= depth:
+            return head, head // 2
+        head *= 2
+    return head, 0
+
+
+def padded_depth(depth: int) -> int:
+    """What rows of ``depth`` elements are padded to with zeros."""
+    return sum(split_depth(depth)) or -(-depth // 64) * 64

@@ -1,0 +1,459 @@
+"""From the coefficients ``G = d L / d z`` to the products that the gradients need, ``G y^`` for rows and ``G^T x^`` for columns.
+
+Where rows stay on the chip (``config.RESIDENT_DEPTH``), the similarities are made anew for each of the two products, which follows
+at once: no coefficient reaches memory, and no sum is shared between programs. Deeper rows would be multiplied too often that way:
+there the coefficients of a panel of rows go through memory in the inputs' precision, and the products are the library's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config
+from .launch import cdiv, launch, temperature_arguments
+from .rows import Rows, input_precision
+from .sums import Columns
+from .tiles import (
+    GIVEN,
+    LN_2,
+    LOG2_E,
+    SUP_CON,
+    TWO_C,
+    coefficients,
+    counts,
+    load_rows,
+    load_statistics,
+    multiply,
+    products_of_chunks,
+    span,
+)
+
+# fp16 has too few small numbers for the weights of many columns; statistics' weights are at most 1.
+_SCALE = {torch.float16: 1024.0}
+
+
+@dataclasses.dataclass
+class Products:
+    """``sum_p factor_p raw_p`` is what the rows' gradients need; without a factor, the sum of the parts."""
+
+    raw: Tensor  # (P, R, padded depth)
+    factor: Tensor | None = None  # (P, R)
+
+
+def joined(products: Sequence[Products]) -> tuple[Tensor | None, Tensor | None]:
+    """All parts together, and their factors."""
+    if len(products) < 2:
+        return (products[0].raw, products[0].factor) if products else (None, None)
+    ones = [x.raw.new_ones(x.raw.shape[:2]) if x.factor is None else x.factor for x in products]
+    return torch.cat([x.raw for x in products]), torch.cat(ones)
+
+
+def both_products(
+    x: Rows,
+    columns: Columns,
+    temperature: float | Tensor,
+    x_statistics: Tensor | None,
+    y_statistics: Tensor | None,
+    *,
+    want_x: bool,
+    want_y: bool,
+    want_term: bool = False,
+    given: Tensor | None = None,
+) -> tuple[Products | None, Products | None, Tensor | None]:
+    """``G y^`` for the rows and ``G^T x^`` for the columns, and ``sum_j G_ij z_ij`` (R,).
+
+    Args:
+        x: the rows.
+        columns: the columns.
+        temperature: a float or a 0-d tensor.
+        x_statistics: (3, R) of the rows' losses (see ``tiles.load_statistics``), None if they have none.
+        y_statistics: (3, C) of the columns' losses, likewise.
+        want_x: the first.
+        want_y: the second.
+        want_term: the third.
+        given: the coefficients (problems, rows, columns) themselves, any strides, for columns of the kind GIVEN.
+    """
+    common = (x, columns, temperature, x_statistics, y_statistics)
+    if x.depth > config.RESIDENT_DEPTH:
+        return _through_panels(*common, want_x, want_y, want_term, given)
+    of_x = of_y = term = None
+    if want_x or want_term:
+        of_x, term = _row_products(*common, want_term, given)
+    if want_y:
+        back = dataclasses.replace(columns, y=x)
+        swapped = None if given is None else given.mT
+        of_y, _ = _row_products(
+            columns.y, back, temperature, y_statistics, x_statistics, False, swapped
+        )
+    return of_x, of_y, term
+
+
+def _through_panels(x, columns, temperature, x_statistics, y_statistics, want_x, want_y, want_term, given):
+    raw_x = x.x.new_empty((1, *x.x.shape), dtype=torch.float32) if want_x else None
+    raw_y = columns.y.x.new_zeros((1, *columns.y.x.shape), dtype=torch.float32) if want_y else None
+    term = x.scale.new_empty((len(x),)) if want_term else None
+    panel_products(
+        x,
+        columns,
+        temperature,
+        x_statistics,
+        y_statistics,
+        None if raw_x is None else raw_x[0],
+        None if raw_y is None else raw_y[0],
+        term,
+        given,
+    )
+
+    def products(raw: Tensor | None, rows: Rows) -> Products | None:
+        # The panel's coefficients hold the scale of rows and columns.
+        without = torch.where(rows.scale == 0, 0.0, 1 / rows.scale)
+        return None if raw is None else Products(raw, without.unsqueeze(0))
+
+    return products(raw_x, x), products(raw_y, columns.y), term
+
+
+def _row_products(x, columns, temperature, x_statistics, y_statistics, want_term, given):
+    parts = columns.splits(x, columns.tile(x, "products"))
+    raw = x.x.new_empty((parts, *x.x.shape), dtype=torch.float32)
+    term = x.scale.new_empty((parts, len(x))) if want_term else None
+    row_products(x, columns, temperature, x_statistics, y_statistics, raw, term, given)
+    return Products(raw), None if term is None else term.sum(0)
+
+
+def row_products(
+    x: Rows,
+    columns: Columns,
+    temperature: float | Tensor,
+    x_statistics: Tensor | None,
+    y_statistics: Tensor | None,
+    raw: Tensor,
+    term: Tensor | None = None,
+    given: Tensor | None = None,
+) -> None:
+    """Fills ``raw`` (P, R, padded depth) with parts of ``sum_j G_ij y^_j``, and ``term`` (P, R) with ``sum_j G_ij z_ij``."""
+    tile = columns.tile(x, "products")
+    head, tail = config.split_depth(x.depth)
+    launch(
+        _row_products_kernel,
+        (columns.row_blocks(x, tile.m), raw.shape[0]),
+        tile.options,
+        raw=raw,
+        part_term=term,
+        HEAD=head,
+        TAIL=tail,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_D=tile.d,
+        **_arguments(x, columns, tile, temperature, x_statistics, y_statistics, given),
+    )
+
+
+def _arguments(x, columns, tile, temperature, x_statistics, y_statistics, given):
+    y = columns.y
+    return {
+        "x": x.x,
+        "x_scale": x.scale,
+        "y": y.x,
+        "y_scale": y.scale,
+        "labels": columns.labels,
+        "x_statistics": x_statistics,
+        "y_statistics": y_statistics,
+        "given": given,
+        "given_strides": (0, 0, 0) if given is None else given.stride(),
+        "total_columns": len(y),
+        "depth": x.padded,
+        "KIND": columns.kind,
+        "SCALE": _SCALE.get(x.x.dtype, 1.0),
+        "PRECISION": input_precision(),
+        **columns.span_arguments(x, tile.m),
+        **temperature_arguments(temperature),
+    }
+
+
+def panel_products(
+    x: Rows,
+    columns: Columns,
+    temperature: float | Tensor,
+    x_statistics: Tensor | None,
+    y_statistics: Tensor | None,
+    raw_x: Tensor | None,
+    raw_y: Tensor | None,
+    term: Tensor | None = None,
+    given: Tensor | None = None,
+) -> None:
+    """Both products through panels of coefficients ``G_ij scale_i scale_j``.
+
+    Fills ``raw_x`` (R, padded depth) with ``scale_i sum_j G_ij y^_j``, adds ``scale_j sum_i G_ij x^_i`` to ``raw_y``
+    (C, padded depth), and fills ``term`` (R,); the rest as in :func:`both_products`; problems are not ragged.
+    """
+    tile = columns.tile(x, "sums")
+    problems, count, width = columns.problems, len(x) // columns.problems, len(columns.y) // columns.problems
+    x_rows = x.x.view(problems, count, -1)
+    y_rows = columns.y.x.view(problems, width, -1)
+    column_blocks = cdiv(width, tile.n)
+    height = max(tile.m, min(count, config.PANEL_ELEMENTS // width) // tile.m * tile.m)
+    together = max(1, config.PANEL_ELEMENTS // (width * count)) if height >= count else 1
+    for problem in range(0, problems, together):
+        chosen = slice(problem, min(problem + together, problems))
+        for start in range(0, count, height):
+            size = min(height, count - start)
+            number = chosen.stop - chosen.start
+            # Whole vectors in each row, for quick stores.
+            panel = x.x.new_empty((number, size, cdiv(width, 16) * 16))[..., :width]
+            terms = None
+            if term is not None:
+                terms = term.new_empty((column_blocks, number, size))
+            launch(
+                _panel_kernel,
+                (number * cdiv(size, tile.m), column_blocks),
+                tile.options,
+                panel=panel,
+                part_term=terms,
+                first_problem=problem,
+                first_row_in_problem=start,
+                size=size,
+                panel_width=panel.stride(1),
+                BLOCK_M=tile.m,
+                BLOCK_N=tile.n,
+                BLOCK_D=tile.d,
+                **_arguments(x, columns, tile, temperature, x_statistics, y_statistics, given),
+            )
+            part = slice(start, start + size)
+            if raw_x is not None:
+                raw_x.view(problems, count, -1)[chosen, part] = _bmm(panel, y_rows[chosen])
+            if raw_y is not None:
+                product = _bmm(panel.mT, x_rows[chosen, part])
+                raw_y.view(problems, width, -1)[chosen] += product
+            if term is not None:
+                term.view(problems, count)[chosen, part] = terms.sum(0)
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b / SCALE`` in fp32, by the library's tensor cores."""
+    if a.dtype == torch.float32:
+        return torch.bmm(a, b)
+    if a.device.type == "cpu":  # PyTorch has this product on accelerators alone
+        product = torch.bmm(a.float(), b.float())
+    else:
+        product = torch.bmm(a, b, out_dtype=torch.float32)
+    return product.mul_(1 / _SCALE[a.dtype]) if a.dtype in _SCALE else product
+
+
+@triton.jit
+def _tile_coefficients(
+    s,
+    row,
+    column,
+    x_rows,
+    y_rows,
+    row_scale,
+    column_scale,
+    row_labels,
+    labels,
+    x_statistics,
+    y_statistics,
+    x_lse,
+    x_weight,
+    x_third,
+    given,
+    given_strides,
+    rows,
+    columns,
+    total_columns,
+    KIND: tl.constexpr,
+):
+    """Coefficients and logits of a tile, from its products ``s``."""
+    z = s * row_scale[:, None] * column_scale[None, :]
+    keep = counts(row, column, rows, columns, KIND)
+    if KIND == GIVEN:
+        at = row[:, None] * given_strides[1] + column[None, :] * given_strides[2]
+        g = tl.load(given + at, mask=keep, other=0.0).to(tl.float32)
+    else:
+        y_lse, y_weight, y_third = x_lse, x_weight, x_third
+        if y_statistics is not None:
+            y_lse, y_weight, y_third = load_statistics(
+                y_statistics, y_rows, y_rows >= 0, total_columns
+            )
+        same = keep
+        if KIND == SUP_CON or KIND == TWO_C:
+            same = row_labels[:, None] == tl.load(labels + y_rows)[None, :]
+        g = coefficients(
+            z, x_lse, x_weight, x_third, y_lse, y_weight, y_third, same,
+            KIND, x_statistics is not None, y_statistics is not None,
+        )  # fmt: skip
+        g = tl.where(keep, g, 0.0)
+    return g, z, keep
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "total_rows", "total_columns"])
+def _row_products_kernel(
+    x,
+    x_scale,
+    y,
+    y_scale,
+    labels,
+    temperature,
+    table,
+    x_statistics,
+    y_statistics,
+    given,
+    given_strides,
+    raw,
+    part_term,
+    rows,
+    columns,
+    total_rows,
+    total_columns,
+    depth,
+    KIND: tl.constexpr,
+    TENSOR: tl.constexpr,
+    RAGGED: tl.constexpr,
+    SCALE: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    part = tl.program_id(1).to(tl.int64)
+    first_row, first_column, rows, columns, start = span(
+        tl.program_id(0), rows, columns, table, RAGGED, BLOCK_M
+    )
+    row = start + tl.arange(0, BLOCK_M)
+    there = row < rows
+    x_rows = first_row + row % rows
+    if TENSOR:
+        temperature = tl.load(temperature)
+    row_scale = tl.load(x_scale + x_rows) * (LOG2_E / temperature)
+    row_labels = row
+    if labels is not None:
+        row_labels = tl.load(labels + x_rows)
+    x_lse, x_weight, x_third = row_scale, row_scale, row_scale
+    if x_statistics is not None:
+        x_lse, x_weight, x_third = load_statistics(x_statistics, x_rows, there, total_rows)
+    if given is not None:
+        given += first_row // rows * given_strides[0]
+
+    steps = tl.cdiv(tl.cdiv(columns, BLOCK_N), tl.num_programs(1))
+    begin = part * steps * BLOCK_N
+    end = tl.minimum(begin + steps * BLOCK_N, columns)
+    x_head = load_rows(x, x_rows, depth, tl.arange(0, HEAD))
+    product = tl.zeros((BLOCK_M, HEAD), tl.float32)
+    product_tail = tl.zeros((BLOCK_M, TAIL if TAIL else 1), tl.float32)
+    term = tl.zeros((BLOCK_M,), tl.float32)
+    if TAIL:
+        x_tail = load_rows(x, x_rows, depth, HEAD + tl.arange(0, TAIL))
+    for j in tl.range(begin, end, BLOCK_N):
+        column = j + tl.arange(0, BLOCK_N)
+        y_rows = first_column + column % columns
+        y_head = load_rows(y, y_rows, depth, tl.arange(0, HEAD))
+        s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        s = multiply(x_head, tl.trans(y_head), s, PRECISION)
+        if TAIL:
+            y_tail = load_rows(y, y_rows, depth, HEAD + tl.arange(0, TAIL))
+            s = multiply(x_tail, tl.trans(y_tail), s, PRECISION)
+        column_scale = tl.load(y_scale + y_rows)
+        g, z, keep = _tile_coefficients(
+            s, row, column, x_rows, y_rows, row_scale, column_scale, row_labels, labels,
+            x_statistics, y_statistics, x_lse, x_weight, x_third, given, given_strides,
+            rows, columns, total_columns, KIND,
+        )  # fmt: skip
+        if part_term is not None:
+            term += tl.sum(tl.where(keep, g * z, 0.0), 1)
+        g = (g * (column_scale * SCALE)[None, :]).to(y_head.dtype)
+        product = multiply(g, y_head, product, PRECISION)
+        if TAIL:
+            product_tail = multiply(g, y_tail, product_tail, PRECISION)
+
+    at = part * total_rows + x_rows
+    if part_term is not None:
+        tl.store(part_term + at, term * LN_2, mask=there)
+    out = raw + (at * depth)[:, None]
+    d = tl.arange(0, HEAD)
+    tl.store(out + d[None, :], product * (1 / SCALE), mask=there[:, None])
+    if TAIL:
+        d = HEAD + tl.arange(0, TAIL)
+        tl.store(out + d[None, :], product_tail * (1 / SCALE), mask=there[:, None])
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows", "columns", "total_rows", "total_columns", "first_problem", "first_row_in_problem", "size",
+    ]
+)  # fmt: skip
+def _panel_kernel(
+    x,
+    x_scale,
+    y,
+    y_scale,
+    labels,
+    temperature,
+    table,
+    x_statistics,
+    y_statistics,
+    given,
+    given_strides,
+    panel,
+    part_term,
+    first_problem,
+    first_row_in_problem,
+    size,
+    panel_width,
+    rows,
+    columns,
+    total_rows,
+    total_columns,
+    depth,
+    KIND: tl.constexpr,
+    TENSOR: tl.constexpr,
+    RAGGED: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    blocks = tl.cdiv(size, BLOCK_M)
+    number = (tl.program_id(0) // blocks).to(tl.int64)  # of the problem, in the panel
+    problem = number + first_problem
+    panel_row = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = panel_row + first_row_in_problem
+    there = panel_row < size
+    column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_rows = problem * rows + row % rows
+    y_rows = problem * columns + column % columns
+    if TENSOR:
+        temperature = tl.load(temperature)
+    x_unit = tl.load(x_scale + x_rows)
+    row_scale = x_unit * (LOG2_E / temperature)
+    column_scale = tl.load(y_scale + y_rows)
+    row_labels = row
+    if labels is not None:
+        row_labels = tl.load(labels + x_rows)
+    x_lse, x_weight, x_third = row_scale, row_scale, row_scale
+    if x_statistics is not None:
+        x_lse, x_weight, x_third = load_statistics(x_statistics, x_rows, there, total_rows)
+    if given is not None:
+        given += problem * given_strides[0]
+
+    s = products_of_chunks(x, x_rows, y, y_rows, depth, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
+    g, z, keep = _tile_coefficients(
+        s, row, column, x_rows, y_rows, row_scale, column_scale, row_labels, labels,
+        x_statistics, y_statistics, x_lse, x_weight, x_third, given, given_strides,
+        tl.cast(rows, tl.int64), tl.cast(columns, tl.int64), total_columns, KIND,
+    )  # fmt: skip
+    if part_term is not None:
+        at = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) // blocks + number) * size
+        terms = tl.sum(tl.where(keep, g * z, 0.0), 1) * LN_2
+        tl.store(part_term + at + panel_row, terms, mask=there)
+    g *= (x_unit * SCALE)[:, None] * column_scale[None, :]
+    out = panel + (number * size + panel_row)[:, None] * panel_width + column[None, :]
+    inside = there[:, None] & (column < columns)[None, :]
+    tl.store(out, g.to(panel.dtype.element_ty), mask=inside)
