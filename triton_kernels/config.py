@@ -40,33 +40,87 @@ class Tile:
 
 
 # (pass, bytes of an element) -> (largest padded depth, tile, tile where tiles of that size would not fill the device), in
-# ascending order. "products": similarities and one product with them; "sums": similarities alone.
-TILES: dict[tuple[str, int], tuple[tuple[int, Tile, Tile], ...]] = {
-    ("products", 2): (
-        (128, Tile(128, 128, 8, 3), Tile(64, 64, 4, 2)),
-        (RESIDENT_DEPTH, Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
-    ),
+# ascending order. The passes are "sums": similarities alone; "products": and one product with them; "panel": coefficients into
+# memory. Where a pass has more to keep in registers (labels, given coefficients, the temperature's gradient, a running
+# maximum), its entry "... rich" goes before.
+Table = dict[tuple[str, int], tuple[tuple[int, Tile, Tile], ...]]
+# For 228 KiB of shared memory and asynchronous products: Hopper and data-centre Blackwell.
+LARGE: Table = {
     ("sums", 2): (
-        (RESIDENT_DEPTH, Tile(128, 128, 8, 2), Tile(64, 64, 4, 2)),
+        (RESIDENT_DEPTH, Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
         (1 << 30, Tile(128, 128, 8, 3), Tile(64, 64, 4, 3)),
     ),
-    ("products", 4): (
-        (64, Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
-        (128, Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
-        (RESIDENT_DEPTH, Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    ("sums rich", 2): ((1 << 30, Tile(64, 64, 8, 3), Tile(64, 64, 8, 2)),),
+    ("products", 2): (
+        (128, Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
+        (RESIDENT_DEPTH, Tile(128, 64, 8, 3), Tile(64, 32, 4, 2)),
     ),
+    ("products rich", 2): (
+        (128, Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
+        (RESIDENT_DEPTH, Tile(128, 32, 8, 3), Tile(64, 32, 8, 2)),
+    ),
+    ("panel", 2): ((1 << 30, Tile(128, 128, 8, 3), Tile(64, 64, 4, 3)),),
+    ("panel rich", 2): ((1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),),
     ("sums", 4): (
         (64, Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
         (128, Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
         (RESIDENT_DEPTH, Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
         (1 << 30, Tile(64, 64, 8, 3, 32), Tile(32, 32, 4, 3, 32)),
     ),
+    ("products", 4): (
+        (64, Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
+        (128, Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
+        (RESIDENT_DEPTH, Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    ),
+    ("panel", 4): ((1 << 30, Tile(64, 64, 8, 3, 32), Tile(32, 32, 4, 3, 32)),),
+}
+# For the 100 KiB or more of the other GPUs since Ampere, and products that keep their operands in registers.
+COMPACT: Table = {
+    ("sums", 2): (
+        (128, Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+        (RESIDENT_DEPTH, Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+        (1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+    ),
+    ("sums rich", 2): (
+        (128, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        (RESIDENT_DEPTH, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+        (1 << 30, Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)),
+    ),
+    ("products", 2): (
+        (64, Tile(64, 32, 4, 3), Tile(64, 32, 4, 2)),
+        (128, Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
+        (RESIDENT_DEPTH, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+    ),
+    ("panel", 2): ((1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),),
+    ("sums", 4): (
+        (64, Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
+        (128, Tile(32, 32, 8, 2), Tile(32, 32, 4, 2)),
+        (RESIDENT_DEPTH, Tile(32, 16, 8, 2), Tile(32, 16, 8, 2)),
+        (1 << 30, Tile(64, 64, 8, 3, 32), Tile(32, 32, 4, 3, 32)),
+    ),
+    ("products", 4): (
+        (64, Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
+        (128, Tile(32, 32, 8, 2), Tile(32, 32, 4, 2)),
+        (RESIDENT_DEPTH, Tile(32, 16, 8, 2), Tile(32, 16, 8, 2)),
+    ),
+    ("panel", 4): ((1 << 30, Tile(64, 64, 8, 3, 32), Tile(32, 32, 4, 3, 32)),),
 }
 
 
-def tiles(kind: str, dtype: torch.dtype, depth: int) -> tuple[Tile, Tile]:
-    """The tile of a pass over rows of ``depth`` padded elements, and the one for small problems."""
-    rows = TILES[kind, dtype.itemsize]
+def tiles(
+    kind: str, rich: bool, dtype: torch.dtype, depth: int, shared_memory: int
+) -> tuple[Tile, Tile]:
+    """The tile of a pass over rows of ``depth`` padded elements, and the one for small problems.
+
+    Args:
+        kind: of the pass, "sums", "products" or "panel".
+        rich: whether it has more to keep.
+        dtype: of the packed rows.
+        depth: padded.
+        shared_memory: bytes of a multiprocessor.
+    """
+    table, size = LARGE if shared_memory >= 228 * 1024 else COMPACT, dtype.itemsize
+    rows = (rich and table.get((f"{kind} rich", size))) or table[kind, size]
     return next((tile, small) for limit, tile, small in rows if depth <= limit)
 
 

@@ -27,6 +27,7 @@ from .tiles import (
     TWO_C,
     coefficients,
     counts,
+    inside,
     load_rows,
     load_statistics,
     multiply,
@@ -119,7 +120,7 @@ def _through_panels(x, columns, temperature, x_statistics, y_statistics, want_x,
 
 
 def _row_products(x, columns, temperature, x_statistics, y_statistics, want_term, given):
-    parts = columns.splits(x, columns.tile(x, "products"))
+    parts = columns.splits(x, columns.tile(x, "products", rich=want_term))
     raw = x.x.new_empty((parts, *x.x.shape), dtype=torch.float32)
     term = x.scale.new_empty((parts, len(x))) if want_term else None
     row_products(x, columns, temperature, x_statistics, y_statistics, raw, term, given)
@@ -137,7 +138,7 @@ def row_products(
     given: Tensor | None = None,
 ) -> None:
     """Fills ``raw`` (P, R, padded depth) with parts of ``sum_j G_ij y^_j``, and ``term`` (P, R) with ``sum_j G_ij z_ij``."""
-    tile = columns.tile(x, "products")
+    tile = columns.tile(x, "products", rich=term is not None)
     head, tail = config.split_depth(x.depth)
     launch(
         _row_products_kernel,
@@ -149,12 +150,12 @@ def row_products(
         TAIL=tail,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
-        BLOCK_D=tile.d,
-        **_arguments(x, columns, tile, temperature, x_statistics, y_statistics, given),
+        **columns.span_arguments(x, tile.m),
+        **_arguments(x, columns, temperature, x_statistics, y_statistics, given),
     )
 
 
-def _arguments(x, columns, tile, temperature, x_statistics, y_statistics, given):
+def _arguments(x, columns, temperature, x_statistics, y_statistics, given):
     y = columns.y
     return {
         "x": x.x,
@@ -171,7 +172,6 @@ def _arguments(x, columns, tile, temperature, x_statistics, y_statistics, given)
         "KIND": columns.kind,
         "SCALE": _SCALE.get(x.x.dtype, 1.0),
         "PRECISION": input_precision(),
-        **columns.span_arguments(x, tile.m),
         **temperature_arguments(temperature),
     }
 
@@ -192,7 +192,7 @@ def panel_products(
     Fills ``raw_x`` (R, padded depth) with ``scale_i sum_j G_ij y^_j``, adds ``scale_j sum_i G_ij x^_i`` to ``raw_y``
     (C, padded depth), and fills ``term`` (R,); the rest as in :func:`both_products`; problems are not ragged.
     """
-    tile = columns.tile(x, "sums")
+    tile = columns.tile(x, "panel")
     problems, count, width = columns.problems, len(x) // columns.problems, len(columns.y) // columns.problems
     x_rows = x.x.view(problems, count, -1)
     y_rows = columns.y.x.view(problems, width, -1)
@@ -222,7 +222,10 @@ def panel_products(
                 BLOCK_M=tile.m,
                 BLOCK_N=tile.n,
                 BLOCK_D=tile.d,
-                **_arguments(x, columns, tile, temperature, x_statistics, y_statistics, given),
+                rows=count,
+                columns=width,
+                total_rows=len(x),
+                **_arguments(x, columns, temperature, x_statistics, y_statistics, given),
             )
             part = slice(start, start + size)
             if raw_x is not None:
@@ -250,8 +253,8 @@ def _tile_coefficients(
     s,
     row,
     column,
-    x_rows,
-    y_rows,
+    first_y,
+    y_offsets,
     row_scale,
     column_scale,
     row_labels,
@@ -270,19 +273,20 @@ def _tile_coefficients(
 ):
     """Coefficients and logits of a tile, from its products ``s``."""
     z = s * row_scale[:, None] * column_scale[None, :]
-    keep = counts(row, column, rows, columns, KIND)
+    keep = counts(row, column, columns, KIND)
     if KIND == GIVEN:
-        at = row[:, None] * given_strides[1] + column[None, :] * given_strides[2]
-        g = tl.load(given + at, mask=keep, other=0.0).to(tl.float32)
+        at = row.to(tl.int64)[:, None] * given_strides[1]
+        at += column.to(tl.int64)[None, :] * given_strides[2]
+        g = tl.load(given + at, mask=keep & (row < rows)[:, None], other=0.0).to(tl.float32)
     else:
         y_lse, y_weight, y_third = x_lse, x_weight, x_third
         if y_statistics is not None:
             y_lse, y_weight, y_third = load_statistics(
-                y_statistics, y_rows, y_rows >= 0, total_columns
+                y_statistics, first_y, y_offsets, total_columns
             )
         same = keep
         if KIND == SUP_CON or KIND == TWO_C:
-            same = row_labels[:, None] == tl.load(labels + y_rows)[None, :]
+            same = row_labels[:, None] == tl.load(labels + first_y + y_offsets)[None, :]
         g = coefficients(
             z, x_lse, x_weight, x_third, y_lse, y_weight, y_third, same,
             KIND, x_statistics is not None, y_statistics is not None,
@@ -319,49 +323,52 @@ def _row_products_kernel(
     TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    part = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(1)
     first_row, first_column, rows, columns, start = span(
         tl.program_id(0), rows, columns, table, RAGGED, BLOCK_M
     )
-    row = start + tl.arange(0, BLOCK_M)
-    there = row < rows
-    x_rows = first_row + row % rows
-    if TENSOR:
-        temperature = tl.load(temperature)
-    row_scale = tl.load(x_scale + x_rows) * (LOG2_E / temperature)
-    row_labels = row
-    if labels is not None:
-        row_labels = tl.load(labels + x_rows)
-    x_lse, x_weight, x_third = row_scale, row_scale, row_scale
-    if x_statistics is not None:
-        x_lse, x_weight, x_third = load_statistics(x_statistics, x_rows, there, total_rows)
     if given is not None:
         given += first_row // rows * given_strides[0]
+    row = start + tl.arange(0, BLOCK_M)
+    there = row < rows
+    x_offsets = inside(start, rows, BLOCK_M)
+    first_row += start
+    x += first_row * depth
+    if TENSOR:
+        temperature = tl.load(temperature)
+    row_scale = tl.load(x_scale + first_row + x_offsets) * (LOG2_E / temperature)
+    row_labels = row
+    if labels is not None:
+        row_labels = tl.load(labels + first_row + x_offsets)
+    x_lse, x_weight, x_third = row_scale, row_scale, row_scale
+    if x_statistics is not None:
+        x_lse, x_weight, x_third = load_statistics(x_statistics, first_row, x_offsets, total_rows)
 
     steps = tl.cdiv(tl.cdiv(columns, BLOCK_N), tl.num_programs(1))
     begin = part * steps * BLOCK_N
     end = tl.minimum(begin + steps * BLOCK_N, columns)
-    x_head = load_rows(x, x_rows, depth, tl.arange(0, HEAD))
+    x_head = load_rows(x, x_offsets, depth, tl.arange(0, HEAD))
     product = tl.zeros((BLOCK_M, HEAD), tl.float32)
     product_tail = tl.zeros((BLOCK_M, TAIL if TAIL else 1), tl.float32)
     term = tl.zeros((BLOCK_M,), tl.float32)
     if TAIL:
-        x_tail = load_rows(x, x_rows, depth, HEAD + tl.arange(0, TAIL))
+        x_tail = load_rows(x, x_offsets, depth, HEAD + tl.arange(0, TAIL))
     for j in tl.range(begin, end, BLOCK_N):
         column = j + tl.arange(0, BLOCK_N)
-        y_rows = first_column + column % columns
-        y_head = load_rows(y, y_rows, depth, tl.arange(0, HEAD))
+        first_y = first_column + j
+        y_offsets = inside(j, columns, BLOCK_N)
+        y_block = y + first_y * depth
+        y_head = load_rows(y_block, y_offsets, depth, tl.arange(0, HEAD))
         s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         s = multiply(x_head, tl.trans(y_head), s, PRECISION)
         if TAIL:
-            y_tail = load_rows(y, y_rows, depth, HEAD + tl.arange(0, TAIL))
+            y_tail = load_rows(y_block, y_offsets, depth, HEAD + tl.arange(0, TAIL))
             s = multiply(x_tail, tl.trans(y_tail), s, PRECISION)
-        column_scale = tl.load(y_scale + y_rows)
+        column_scale = tl.load(y_scale + first_y + y_offsets)
         g, z, keep = _tile_coefficients(
-            s, row, column, x_rows, y_rows, row_scale, column_scale, row_labels, labels,
+            s, row, column, first_y, y_offsets, row_scale, column_scale, row_labels, labels,
             x_statistics, y_statistics, x_lse, x_weight, x_third, given, given_strides,
             rows, columns, total_columns, KIND,
         )  # fmt: skip
@@ -372,10 +379,10 @@ def _row_products_kernel(
         if TAIL:
             product_tail = multiply(g, y_tail, product_tail, PRECISION)
 
-    at = part * total_rows + x_rows
+    at = tl.cast(part, tl.int64) * total_rows + first_row
     if part_term is not None:
-        tl.store(part_term + at, term * LN_2, mask=there)
-    out = raw + (at * depth)[:, None]
+        tl.store(part_term + at + x_offsets, term * LN_2, mask=there)
+    out = raw + at * depth + (x_offsets * depth)[:, None]
     d = tl.arange(0, HEAD)
     tl.store(out + d[None, :], product * (1 / SCALE), mask=there[:, None])
     if TAIL:
@@ -395,7 +402,6 @@ def _panel_kernel(
     y_scale,
     labels,
     temperature,
-    table,
     x_statistics,
     y_statistics,
     given,
@@ -413,7 +419,6 @@ def _panel_kernel(
     depth,
     KIND: tl.constexpr,
     TENSOR: tl.constexpr,
-    RAGGED: tl.constexpr,
     SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -423,37 +428,46 @@ def _panel_kernel(
     blocks = tl.cdiv(size, BLOCK_M)
     number = (tl.program_id(0) // blocks).to(tl.int64)  # of the problem, in the panel
     problem = number + first_problem
-    panel_row = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = panel_row + first_row_in_problem
-    there = panel_row < size
-    column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_rows = problem * rows + row % rows
-    y_rows = problem * columns + column % columns
+    panel_start = tl.program_id(0) % blocks * BLOCK_M
+    start = panel_start + first_row_in_problem
+    there = panel_start + tl.arange(0, BLOCK_M) < size
+    row = start + tl.arange(0, BLOCK_M)
+    j = tl.program_id(1) * BLOCK_N
+    column = j + tl.arange(0, BLOCK_N)
+    x_offsets = inside(start, rows, BLOCK_M)
+    y_offsets = inside(j, columns, BLOCK_N)
+    first_row = problem * rows + start
+    first_y = problem * columns + j
     if TENSOR:
         temperature = tl.load(temperature)
-    x_unit = tl.load(x_scale + x_rows)
+    x_unit = tl.load(x_scale + first_row + x_offsets)
     row_scale = x_unit * (LOG2_E / temperature)
-    column_scale = tl.load(y_scale + y_rows)
+    column_scale = tl.load(y_scale + first_y + y_offsets)
     row_labels = row
     if labels is not None:
-        row_labels = tl.load(labels + x_rows)
+        row_labels = tl.load(labels + first_row + x_offsets)
     x_lse, x_weight, x_third = row_scale, row_scale, row_scale
     if x_statistics is not None:
-        x_lse, x_weight, x_third = load_statistics(x_statistics, x_rows, there, total_rows)
+        x_lse, x_weight, x_third = load_statistics(x_statistics, first_row, x_offsets, total_rows)
     if given is not None:
         given += problem * given_strides[0]
 
-    s = products_of_chunks(x, x_rows, y, y_rows, depth, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
-    g, z, keep = _tile_coefficients(
-        s, row, column, x_rows, y_rows, row_scale, column_scale, row_labels, labels,
-        x_statistics, y_statistics, x_lse, x_weight, x_third, given, given_strides,
-        tl.cast(rows, tl.int64), tl.cast(columns, tl.int64), total_columns, KIND,
+    s = products_of_chunks(
+        x + first_row * depth, x_offsets, y + first_y * depth, y_offsets,
+        depth, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
     )  # fmt: skip
+    g, z, keep = _tile_coefficients(
+        s, row, column, first_y, y_offsets, row_scale, column_scale, row_labels, labels,
+        x_statistics, y_statistics, x_lse, x_weight, x_third, given, given_strides,
+        rows, columns, total_columns, KIND,
+    )  # fmt: skip
+    panel_row = panel_start + tl.arange(0, BLOCK_M)
     if part_term is not None:
-        at = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) // blocks + number) * size
+        problems = tl.num_programs(0) // blocks
+        at = (tl.program_id(1).to(tl.int64) * problems + number) * size
         terms = tl.sum(tl.where(keep, g * z, 0.0), 1) * LN_2
         tl.store(part_term + at + panel_row, terms, mask=there)
     g *= (x_unit * SCALE)[:, None] * column_scale[None, :]
     out = panel + (number * size + panel_row)[:, None] * panel_width + column[None, :]
-    inside = there[:, None] & (column < columns)[None, :]
-    tl.store(out, g.to(panel.dtype.element_ty), mask=inside)
+    mask = there[:, None] & (column < columns)[None, :]
+    tl.store(out, g.to(panel.dtype.element_ty), mask=mask)

@@ -182,7 +182,10 @@ def solve(problem: Problem, *, with_product: bool, with_term: bool) -> Solution:
         and not problem.symmetric
         and query.depth <= config.RESIDENT_DEPTH
     )
-    splits = [c.splits(query, sums_tile(query, c, fused)) for c in problem.sets]
+    splits = [
+        c.splits(query, sums_tile(query, c, problem.offset, fused, fused and with_term))
+        for c in problem.sets
+    ]
     own_parts = int(problem.negatives is not None)
     parts = new_parts(
         query, sum(splits) + own_parts, labelled=False, term=fused and with_term, product=False
@@ -209,7 +212,7 @@ def solve(problem: Problem, *, with_product: bool, with_term: bool) -> Solution:
 def _both_sums(problem: Problem, columns: Columns, parts: Parts) -> tuple[Tensor, Tensor]:
     """Sums of rows into ``parts``, and of columns by blocks of rows, (P, C) largest and sum."""
     query = problem.query
-    tile = sums_tile(query, columns, False)
+    tile = sums_tile(query, columns, problem.offset, False, False)
     blocks = columns.row_blocks(query, tile.m)
     apart = columns.problems > 1
     per_panel = blocks // columns.problems if apart else config.COLUMN_SUM_ROWS // tile.m

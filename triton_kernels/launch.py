@@ -24,8 +24,12 @@ def launch(kernel, grid: Sequence[int], options: dict[str, int], /, **arguments:
         options: ``num_warps`` and ``num_stages``.
         arguments: the kernel's own.
     """
+    _start(kernel, tuple(grid), arguments, {**options, "enable_fp_fusion": True})
+
+
+def _start(kernel, grid: tuple[int, ...], arguments: dict, options: dict) -> None:
     with _device_of(arguments):
-        kernel[tuple(grid)](**arguments, **options, enable_fp_fusion=True)
+        kernel[grid](**arguments, **options)
 
 
 def _device_of(arguments: dict[str, object]) -> contextlib.AbstractContextManager:
@@ -42,6 +46,14 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 4 if INTERPRETED and device.type == "cpu" else 132
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of a multiprocessor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return 228 * 1024
 
 
 def temperature_arguments(temperature: float | Tensor) -> dict[str, object]:

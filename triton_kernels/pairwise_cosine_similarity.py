@@ -12,7 +12,7 @@ from .gradients import both_products, joined
 from .launch import cdiv, launch, temperature_arguments
 from .rows import Rows, input_precision, pack, row_gradients
 from .sums import Columns
-from .tiles import GIVEN, products_of_chunks
+from .tiles import GIVEN, inside, products_of_chunks
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -101,16 +101,23 @@ def _similarity_kernel(
 ):
     blocks = tl.cdiv(rows, BLOCK_M)
     problem = (tl.program_id(0) // blocks).to(tl.int64)
-    row = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_rows = problem * rows + row % rows
-    y_rows = problem * columns + column % columns
+    start = tl.program_id(0) % blocks * BLOCK_M
+    j = tl.program_id(1) * BLOCK_N
+    row = start + tl.arange(0, BLOCK_M)
+    column = j + tl.arange(0, BLOCK_N)
+    x_offsets = inside(start, rows, BLOCK_M)
+    y_offsets = inside(j, columns, BLOCK_N)
+    first_row = problem * rows + start
+    first_y = problem * columns + j
     if TENSOR:
         temperature = tl.load(temperature)
-    row_scale = tl.load(x_scale + x_rows) / temperature
-    column_scale = tl.load(y_scale + y_rows)
-    s = products_of_chunks(x, x_rows, y, y_rows, depth, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
+    row_scale = tl.load(x_scale + first_row + x_offsets) / temperature
+    column_scale = tl.load(y_scale + first_y + y_offsets)
+    s = products_of_chunks(
+        x + first_row * depth, x_offsets, y + first_y * depth, y_offsets,
+        depth, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+    )  # fmt: skip
     s = s * row_scale[:, None] * column_scale[None, :]
     at = (problem * rows + row)[:, None] * columns + column[None, :]
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    tl.store(out + at, s.to(out.dtype.element_ty), mask=inside)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(out + at, s.to(out.dtype.element_ty), mask=mask)

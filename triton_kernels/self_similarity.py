@@ -15,9 +15,9 @@ from .sums import Columns, Parts, new_parts, offset_kind, sum_exponentials, sums
 
 def labelled_sums(rows: Rows, columns: Columns, temperature: float | Tensor, dtype) -> Parts:
     """Sums over all other rows and over those with the same label."""
-    splits = columns.splits(rows, sums_tile(rows, columns, False))
-    parts = new_parts(rows, splits, labelled=True, term=False, product=False)
     offset = offset_kind(temperature, rows.normalize, dtype)
+    splits = columns.splits(rows, sums_tile(rows, columns, offset, False, False))
+    parts = new_parts(rows, splits, labelled=True, term=False, product=False)
     sum_exponentials(rows, columns, temperature, offset, parts)
     return parts
 

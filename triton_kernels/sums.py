@@ -11,15 +11,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .launch import cdiv, launch, multiprocessors, temperature_arguments
+from . import launch as launch_module
+from .launch import cdiv, launch, temperature_arguments
 from .rows import Rows, input_precision
 from .tiles import (
+    GIVEN,
     IN_BATCH,
     LN_2,
     LOG2_E,
     SUP_CON,
     TWO_C,
     counts,
+    inside,
     load_rows,
     multiply,
     products_of_chunks,
@@ -51,11 +54,14 @@ class Columns:
     labels: Tensor | None = None
     ragged: Ragged | None = None
 
-    def tile(self, x: Rows, kind: str) -> config.Tile:
+    def tile(self, x: Rows, kind: str, rich: bool = False) -> config.Tile:
         """The tile for the rows ``x``: the small one where there would be fewer tiles than multiprocessors."""
-        tile, small = config.tiles(kind, x.x.dtype, x.padded)
+        device = x.x.device
+        rich = rich or self.labels is not None or self.kind == GIVEN.value
+        memory = launch_module.shared_memory(device)
+        tile, small = config.tiles(kind, rich, x.x.dtype, x.padded, memory)
         count = self.row_blocks(x, tile.m) * cdiv(self._width(), tile.n)
-        return small if count < multiprocessors(x.x.device) else tile
+        return small if count < launch_module.multiprocessors(device) else tile
 
     def row_blocks(self, x: Rows, block: int) -> int:
         """Blocks of rows of all problems."""
@@ -68,7 +74,7 @@ class Columns:
 
     def splits(self, x: Rows, tile: config.Tile) -> int:
         """Into how many parts the columns go, so that the programs fill the device."""
-        wanted = config.PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.x.device)
+        wanted = config.PROGRAMS_PER_MULTIPROCESSOR * launch_module.multiprocessors(x.x.device)
         spare = wanted // self.row_blocks(x, tile.m)
         return max(1, min(spare, cdiv(self._width(), tile.n)))
 
@@ -128,9 +134,10 @@ def new_parts(x: Rows, count: int, *, labelled: bool, term: bool, product: bool)
     return Parts(rows(True), rows(True), rows(labelled), rows(labelled), rows(term), raw)
 
 
-def sums_tile(x: Rows, columns: Columns, product: bool) -> config.Tile:
+def sums_tile(x: Rows, columns: Columns, offset: int, product: bool, term: bool) -> config.Tile:
     """The tile of :func:`sum_exponentials`."""
-    return columns.tile(x, "products" if product else "sums")
+    rich = term or offset != FIXED.value
+    return columns.tile(x, "products", rich) if product else columns.tile(x, "sums")
 
 
 def sum_exponentials(
@@ -154,7 +161,7 @@ def sum_exponentials(
         column_parts: (P, C) largest and sum of the columns, one part for each block of rows of a problem, or None.
         block_range: first block of rows and number of blocks, of a single problem; all by default.
     """
-    tile = sums_tile(x, columns, parts.raw is not None)
+    tile = sums_tile(x, columns, offset, parts.raw is not None, parts.term is not None)
     head, tail = config.split_depth(x.depth)
     first, blocks = block_range or (0, columns.row_blocks(x, tile.m))
     largest, total = column_parts or (None, None)
@@ -213,10 +220,9 @@ def _sweep(
     column_largest,
     column_sum,
     row,
-    x_rows,
+    x_offsets,
     row_scale,
     offset,
-    first_column,
     rows,
     columns,
     begin,
@@ -244,27 +250,29 @@ def _sweep(
     raw = tl.zeros((BLOCK_M, HEAD if PRODUCT else 1), tl.float32)
     raw_tail = tl.zeros((BLOCK_M, TAIL if PRODUCT and TAIL else 1), tl.float32)
     if HEAD:
-        x_head = load_rows(x, x_rows, depth, tl.arange(0, HEAD))
+        x_head = load_rows(x, x_offsets, depth, tl.arange(0, HEAD))
         if TAIL:
-            x_tail = load_rows(x, x_rows, depth, HEAD + tl.arange(0, TAIL))
+            x_tail = load_rows(x, x_offsets, depth, HEAD + tl.arange(0, TAIL))
     for j in tl.range(begin, end, BLOCK_N):
         column = j + tl.arange(0, BLOCK_N)
-        # Beyond the end the first ones again: no mask on the way to the tensor cores.
-        y_rows = first_column + column % columns
+        y_offsets = inside(j, columns, BLOCK_N)
+        y_block = y + tl.cast(j, tl.int64) * depth
         if HEAD:
-            y_head = load_rows(y, y_rows, depth, tl.arange(0, HEAD))
+            y_head = load_rows(y_block, y_offsets, depth, tl.arange(0, HEAD))
             z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             z = multiply(x_head, tl.trans(y_head), z, PRECISION)
             if TAIL:
-                y_tail = load_rows(y, y_rows, depth, HEAD + tl.arange(0, TAIL))
+                y_tail = load_rows(y_block, y_offsets, depth, HEAD + tl.arange(0, TAIL))
                 z = multiply(x_tail, tl.trans(y_tail), z, PRECISION)
         else:
             z = products_of_chunks(
-                x, x_rows, y, y_rows, depth, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION
+                x, x_offsets, y_block, y_offsets, depth, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION
             )
-        column_scale = tl.load(y_scale + y_rows)
+        column_scale = tl.load(y_scale + j + y_offsets)
         z = z * row_scale[:, None] * column_scale[None, :]
-        keep = counts(row, column, rows, columns, KIND)
+        keep = counts(row, column, columns, KIND)
+        if COLUMNS:
+            keep = keep & (row < rows)[:, None]
         largest, finite, shrink = _relative_to(z, keep, largest, ONLINE)
         e = tl.where(keep, tl.exp2(z - finite[:, None]), 0.0)
         if ONLINE:
@@ -275,28 +283,27 @@ def _sweep(
                 term *= shrink
             term += tl.sum(tl.where(keep, e * z, 0.0), 1)
         if KIND == SUP_CON or KIND == TWO_C:
-            same = keep & (row_labels[:, None] == tl.load(labels + y_rows)[None, :])
+            same = keep & (row_labels[:, None] == tl.load(labels + j + y_offsets)[None, :])
             if KIND == SUP_CON:
                 a += tl.sum(tl.where(same, z, 0.0), 1)
-                b += tl.sum(same.to(tl.float32), 1)
+                b += tl.sum(same.to(tl.int32), 1).to(tl.float32)
             else:
                 a, finite_a, shrink_a = _relative_to(z, same, a, ONLINE)
                 if ONLINE:
                     b *= shrink_a
                 b += tl.sum(tl.where(same, tl.exp2(z - finite_a[:, None]), 0.0), 1)
         if COLUMNS:
-            inside = column < columns
-            at = first_column + column
+            there = column < columns
             if ONLINE:
                 top = tl.max(tl.where(keep, z, float("-inf")), 0)
                 finite_top = tl.where(top == float("-inf"), 0.0, top)
                 by_column = tl.where(keep, tl.exp2(z - finite_top[None, :]), 0.0)
-                tl.store(column_largest + at, top, mask=inside)
-                tl.store(column_sum + at, tl.sum(by_column, 0), mask=inside)
+                tl.store(column_largest + column, top, mask=there)
+                tl.store(column_sum + column, tl.sum(by_column, 0), mask=there)
             else:
                 fixed = tl.zeros((BLOCK_N,), tl.float32) + offset
-                tl.store(column_largest + at, fixed, mask=inside)
-                tl.store(column_sum + at, tl.sum(e, 0), mask=inside)
+                tl.store(column_largest + column, fixed, mask=there)
+                tl.store(column_sum + column, tl.sum(e, 0), mask=there)
         if PRODUCT:
             weight = (e * column_scale[None, :]).to(y_head.dtype)
             if ONLINE:
@@ -348,26 +355,31 @@ def _sums_kernel(
     PRECISION: tl.constexpr,
 ):
     block = tl.program_id(0) + first_block
-    part = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(1)
     first_row, first_column, rows, columns, start = span(
         block, rows, columns, table, RAGGED, BLOCK_M
     )
     row = start + tl.arange(0, BLOCK_M)
     there = row < rows
-    x_rows = first_row + row % rows
+    x_offsets = inside(start, rows, BLOCK_M)
+    first_row += start
+    x += first_row * depth
+    y += first_column * depth
+    y_scale += first_column
     if TENSOR:
         temperature = tl.load(temperature)
-    row_scale = tl.load(x_scale + x_rows) * (LOG2_E / temperature)
+    row_scale = tl.load(x_scale + first_row + x_offsets) * (LOG2_E / temperature)
     row_labels = row
     if labels is not None:
-        row_labels = tl.load(labels + x_rows)
+        row_labels = tl.load(labels + first_row + x_offsets)
+        labels += first_column
 
     steps = tl.cdiv(tl.cdiv(columns, BLOCK_N), tl.num_programs(1))
     begin = part * steps * BLOCK_N
     end = tl.minimum(begin + steps * BLOCK_N, columns)
     offset = tl.maximum(1 / temperature - TOP, 0.0) * LOG2_E
     if column_sum is not None:
-        column_part = (start // BLOCK_M - first_block) * total_columns
+        column_part = (start // BLOCK_M - first_block).to(tl.int64) * total_columns + first_column
         column_largest += column_part
         column_sum += column_part
 
@@ -379,29 +391,29 @@ def _sums_kernel(
         running = 1 / temperature > LIMIT
     if running:
         largest, total, a, b, term, product, product_tail = _sweep(
-            x, y, y_scale, labels, row_labels, column_largest, column_sum, row, x_rows, row_scale,
-            offset, first_column, rows, columns, begin, end, depth, KIND, True, PRODUCT, TERM,
+            x, y, y_scale, labels, row_labels, column_largest, column_sum, row, x_offsets, row_scale,
+            offset, rows, columns, begin, end, depth, KIND, True, PRODUCT, TERM,
             COLUMNS, HEAD, TAIL, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
-        )
+        )  # fmt: skip
     else:
         largest, total, a, b, term, product, product_tail = _sweep(
-            x, y, y_scale, labels, row_labels, column_largest, column_sum, row, x_rows, row_scale,
-            offset, first_column, rows, columns, begin, end, depth, KIND, False, PRODUCT, TERM,
+            x, y, y_scale, labels, row_labels, column_largest, column_sum, row, x_offsets, row_scale,
+            offset, rows, columns, begin, end, depth, KIND, False, PRODUCT, TERM,
             COLUMNS, HEAD, TAIL, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
-        )
+        )  # fmt: skip
 
-    at = part * total_rows + x_rows
-    tl.store(part_largest + at, largest, mask=there)
-    tl.store(part_sum + at, total, mask=there)
+    at = tl.cast(part, tl.int64) * total_rows + first_row
+    tl.store(part_largest + at + x_offsets, largest, mask=there)
+    tl.store(part_sum + at + x_offsets, total, mask=there)
     if KIND == SUP_CON:
         a *= LN_2
     if part_a is not None:
-        tl.store(part_a + at, a, mask=there)
-        tl.store(part_b + at, b, mask=there)
+        tl.store(part_a + at + x_offsets, a, mask=there)
+        tl.store(part_b + at + x_offsets, b, mask=there)
     if TERM:
-        tl.store(part_term + at, term * LN_2, mask=there)
+        tl.store(part_term + at + x_offsets, term * LN_2, mask=there)
     if PRODUCT:
-        out = raw + (at * depth)[:, None]
+        out = raw + at * depth + (x_offsets * depth)[:, None]
         tl.store(out + tl.arange(0, HEAD)[None, :], product, mask=there[:, None])
         if TAIL:
             d = HEAD + tl.arange(0, TAIL)

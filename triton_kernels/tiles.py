@@ -27,28 +27,27 @@ def span(block, rows, columns, table, RAGGED: tl.constexpr, BLOCK: tl.constexpr)
     """The problem of a block of rows: its first row and column in the packed ones, its rows and columns, the block's row in it.
 
     All problems have ``rows`` rows and ``columns`` columns; or, if RAGGED, the table has for each block the problem's first row,
-    its number of rows, and the block's row in it.
+    its number of rows, and the block's row in it. The first two are int64: an address is theirs, plus a small offset in a tile.
     """
     if RAGGED:
         first = tl.load(table + 3 * block)
-        rows = tl.load(table + 3 * block + 1)
-        return first, first, rows, rows, tl.load(table + 3 * block + 2)
+        rows = tl.load(table + 3 * block + 1).to(tl.int32)
+        return first, first, rows, rows, tl.load(table + 3 * block + 2).to(tl.int32)
     blocks = tl.cdiv(rows, BLOCK)
     problem = (block // blocks).to(tl.int64)
-    start = (block % blocks).to(tl.int64) * BLOCK
-    return (
-        problem * rows,
-        problem * columns,
-        tl.cast(rows, tl.int64),
-        tl.cast(columns, tl.int64),
-        start,
-    )
+    return problem * rows, problem * columns, rows, columns, block % blocks * BLOCK
 
 
 @triton.jit
-def load_rows(x, rows, depth, d):
-    """Elements ``d`` of packed rows; int64 addresses."""
-    return tl.load(x + rows.to(tl.int64)[:, None] * depth + d[None, :])
+def inside(start, count, BLOCK: tl.constexpr):
+    """Offsets from ``start`` for a block of rows; beyond the end the last row again, so that no load needs a mask."""
+    return tl.minimum(tl.arange(0, BLOCK), count - 1 - start)
+
+
+@triton.jit
+def load_rows(x, offsets, depth, d):
+    """Elements ``d`` of packed rows at small offsets from ``x``."""
+    return tl.load(x + offsets[:, None] * depth + d[None, :])
 
 
 @triton.jit
@@ -63,9 +62,9 @@ def multiply(a, b, accumulator, PRECISION: tl.constexpr):
 @triton.jit
 def products_of_chunks(
     x,
-    x_rows,
+    x_offsets,
     y,
-    y_rows,
+    y_offsets,
     depth,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -76,27 +75,28 @@ def products_of_chunks(
     s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for begin in range(0, depth, BLOCK_D):
         d = begin + tl.arange(0, BLOCK_D)
-        x_chunk = load_rows(x, x_rows, depth, d)
-        y_chunk = load_rows(y, y_rows, depth, d)
+        x_chunk = load_rows(x, x_offsets, depth, d)
+        y_chunk = load_rows(y, y_offsets, depth, d)
         s = multiply(x_chunk, tl.trans(y_chunk), s, PRECISION)
     return s
 
 
 @triton.jit
-def counts(row, column, rows, columns, KIND: tl.constexpr):
-    """Which pairs of a row and a column of one problem take part."""
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
+def counts(row, column, columns, KIND: tl.constexpr):
+    """Which pairs of a row and a column of one problem take part; rows beyond the end are the caller's to leave out."""
+    keep = (column < columns)[None, :]
     if KIND != QUEUE and KIND != GIVEN:
-        inside = inside & (row[:, None] != column[None, :])
-    return inside
+        keep = keep & (row[:, None] != column[None, :])
+    return keep
 
 
 @triton.jit
-def load_statistics(statistics, rows, there, total):
+def load_statistics(statistics, first, offsets, total):
     """Of each row log-sum-exp (to base 2), weight and the third number that its loss needs."""
-    lse = tl.load(statistics + rows, mask=there, other=0.0) * LOG2_E
-    weight = tl.load(statistics + total + rows, mask=there, other=0.0)
-    third = tl.load(statistics + 2 * tl.cast(total, tl.int64) + rows, mask=there, other=0.0)
+    statistics += first
+    lse = tl.load(statistics + offsets) * LOG2_E
+    weight = tl.load(statistics + total + offsets)
+    third = tl.load(statistics + 2 * tl.cast(total, tl.int64) + offsets)
     return lse, weight, third
 
 
