@@ -35,6 +35,12 @@ def backend(request, monkeypatch) -> Iterator[str]:
 
 
 @pytest.fixture
+def device(backend) -> str:
+    """Where the backend's tests run: on the GPU what runs there alone. Triton's interpreter runs on the host."""
+    return "cuda" if backends.supports(backend, "info_nce", "cpu", torch.float32) != "ok" else "cpu"
+
+
+@pytest.fixture
 def fused_backend(backend) -> str:
     """The backends with kernels of their own."""
     if backend == "torch":
@@ -48,11 +54,11 @@ def generator() -> torch.Generator:
 
 
 @pytest.fixture
-def needs_support():
+def needs_support(device):
     """Skips the test, with the backend's reason, where the backend does not run the op in that dtype."""
 
     def check(op: str, backend: str, dtype: torch.dtype = torch.float32) -> None:
-        reason = backends.supports(backend, op, "cpu", dtype)
+        reason = backends.supports(backend, op, device, dtype)
         if reason != "ok":
             pytest.skip(f"{backend}: {reason}")
 

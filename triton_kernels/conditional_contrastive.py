@@ -12,10 +12,10 @@ from torch import Tensor
 from .gradients import joined
 from .info_nce import _merged, relative_weights, statistics
 from .launch import cdiv, launch, temperature_arguments
-from .rows import pack_pairs, row_gradients
+from .rows import pack_pairs, pair_logits, row_gradients
 from .self_similarity import labelled_sums, self_products
 from .sums import Columns
-from .tiles import LN_2, LOG2_E, TWO_C
+from .tiles import LN_2, TWO_C, load_pair_logits
 
 Gradients = tuple[Tensor | None, ...]
 _BLOCK = 128
@@ -51,6 +51,8 @@ def conditional_contrastive_forward(
         (cdiv(total, _BLOCK),),
         {"num_warps": 4, "num_stages": 2},
         to_proxy=packed[2],
+        row_scale=packed[0].scale,
+        proxy_scale=packed[1].scale,
         largest=parts.largest,
         sums=parts.sum,
         same_largest=parts.a,
@@ -91,7 +93,7 @@ def conditional_contrastive_backward(
 def _gradients(packed, columns, temperature, lse, weight, upstream, needs, dtype) -> Gradients:
     rows, proxies, to_proxy = packed
     need_rows, need_proxies, need_temperature = needs
-    logit = to_proxy / temperature
+    logit = pair_logits(rows, proxies, to_proxy, temperature)
     at_proxy = weight * (torch.exp(logit - lse[0]) - torch.exp(logit - lse[1]))
     products = term = None
     if need_rows or need_temperature:
@@ -113,6 +115,8 @@ def _gradients(packed, columns, temperature, lse, weight, upstream, needs, dtype
 @triton.jit(do_not_specialize=["parts", "total"])
 def _losses_kernel(
     to_proxy,
+    row_scale,
+    proxy_scale,
     largest,
     sums,
     same_largest,
@@ -129,7 +133,7 @@ def _losses_kernel(
     there = at < total
     if TENSOR:
         temperature = tl.load(temperature)
-    proxy = tl.load(to_proxy + at, mask=there, other=0.0) * (LOG2_E / temperature)
+    proxy = load_pair_logits(to_proxy, row_scale, proxy_scale, at, there, temperature)
     top, sum_ = _merged(largest, sums, at, there, parts, total, proxy)
     same_top, same_sum = _merged(same_largest, same_sums, at, there, parts, total, proxy)
     log_den = (top + tl.log2(sum_)) * LN_2

@@ -22,7 +22,6 @@ from .sums import Columns
 from .tiles import (
     GIVEN,
     LN_2,
-    LOG2_E,
     SUP_CON,
     TWO_C,
     coefficients,
@@ -33,6 +32,7 @@ from .tiles import (
     multiply,
     products_of_chunks,
     span,
+    to_base_2,
 )
 
 # fp16 has too few small numbers for the weights of many columns; statistics' weights are at most 1.
@@ -338,7 +338,7 @@ def _row_products_kernel(
     x += first_row * depth
     if TENSOR:
         temperature = tl.load(temperature)
-    row_scale = tl.load(x_scale + first_row + x_offsets) * (LOG2_E / temperature)
+    row_scale = to_base_2(tl.load(x_scale + first_row + x_offsets), temperature)
     row_labels = row
     if labels is not None:
         row_labels = tl.load(labels + first_row + x_offsets)
@@ -441,7 +441,7 @@ def _panel_kernel(
     if TENSOR:
         temperature = tl.load(temperature)
     x_unit = tl.load(x_scale + first_row + x_offsets)
-    row_scale = x_unit * (LOG2_E / temperature)
+    row_scale = to_base_2(x_unit, temperature)
     column_scale = tl.load(y_scale + first_y + y_offsets)
     row_labels = row
     if labels is not None:

@@ -18,9 +18,9 @@ from . import config
 from .gradients import Products, both_products, joined
 from .launch import cdiv, launch, temperature_arguments
 from .own_negatives import OwnNegatives, own_gradients, own_sums
-from .rows import Rows, pack, pack_pairs, row_gradients
+from .rows import Rows, pack, pack_pairs, pair_logits, row_gradients
 from .sums import Columns, Parts, new_parts, offset_kind, sum_exponentials, sums_tile
-from .tiles import IN_BATCH, LN_2, LOG2_E, QUEUE
+from .tiles import IN_BATCH, LN_2, LOG2_E, QUEUE, load_pair_logits
 
 Gradients = tuple[Tensor | None, ...]
 _BLOCK = 128
@@ -32,7 +32,7 @@ class Problem:
 
     query: Rows
     key: Rows
-    positive: Tensor  # (R,) similarity of each query with its key
+    positive: Tensor  # (R,) product of each packed query with its key
     sets: list[Columns]
     temperature: float | Tensor
     offset: int
@@ -55,6 +55,7 @@ class Solution:
 
     loss: Tensor  # (R,)
     lse: Tensor  # (R,) or, symmetric, (2, R)
+    logit: Tensor  # (R,), of the positive
     missing: Tensor  # (R,): the softmax's weight on all but the positive; mean of both directions if symmetric
     factor: Tensor | None = None  # (P, R): from exponentials of a part to the softmax
     term: Tensor | None = None  # (R,): sum of softmax times logit over what is in the parts, and the constant logit
@@ -148,14 +149,14 @@ def info_nce_backward(
     problem = problem_of(query, key, negatives, temperature, **options, self_logit=self_logit)
     weight, upstream = relative_weights(grad_loss)
     lse = lse.reshape(2, -1) if symmetric else lse.reshape(-1)
-    positive = problem.positive / temperature
+    positive = pair_logits(problem.query, problem.key, problem.positive, temperature)
     missing = -torch.expm1(positive - lse)
     missing = missing.mean(0) if symmetric else missing
     own = None
     if problem.negatives is not None:
         unused = torch.empty_like(problem.positive), torch.empty_like(problem.positive)
         own = own_sums(problem.query, problem.negatives, temperature, *unused)
-    solution = Solution(positive, lse, missing, own=own)
+    solution = Solution(positive, lse, positive, missing, own=own)
     found = gradients(problem, solution, weight, upstream, needs, query.dtype)
     return _shaped(found, query, key, negatives)
 
@@ -250,13 +251,17 @@ def _solved(problem, parts, column_parts, fused, own) -> Solution:
     lse = new((2, total) if problem.symmetric else (total,))
     factor = new((parts.raw.shape[0], total)) if fused else None
     term = new((total,)) if parts.term is not None else None
-    solution = Solution(new((total,)), lse, new((total,)), factor, term, parts if fused else None, own)
+    loss, logit, missing = (new((total,)) for _ in range(3))
+    kept = parts if fused else None
+    solution = Solution(loss, lse, logit, missing, factor, term, kept, own)
     columns = column_parts or (None, None)
     launch(
         _losses_kernel,
         (cdiv(total, _BLOCK),),
         {"num_warps": 4, "num_stages": 2},
         positive=problem.positive,
+        query_scale=problem.query.scale,
+        key_scale=problem.key.scale,
         largest=parts.largest,
         sums=parts.sum,
         terms=parts.term,
@@ -264,6 +269,7 @@ def _solved(problem, parts, column_parts, fused, own) -> Solution:
         column_sums=columns[1],
         loss=solution.loss,
         lse=lse,
+        logit=solution.logit,
         missing=solution.missing,
         factor=factor,
         term=term,
@@ -345,7 +351,7 @@ def gradients(
         grad_negatives = finish(problem.queue.y, [of_queue], None)
     grad_temperature = None
     if need_temperature:
-        by_row = -missing * (problem.positive / temperature)
+        by_row = -missing * solution.logit
         by_row = by_row if term is None else by_row + term
         if problem.self_logit is not None and solution.parts is None:
             constant = problem.self_logit / temperature
@@ -389,17 +395,19 @@ def _log_1p(x):
 
 @triton.jit
 def _one_direction(largest, sums, positive, at, there, parts, total, constant):
-    """Loss, log-sum-exp (natural) and missing weight of a row or a column."""
+    """Loss, log-sum-exp (natural) and missing weight of a row or a column; the positive's logit is to base 2."""
     top, sum_ = _merged(largest, sums, at, there, parts, total, constant)
-    # An infinite positive makes the loss inf - inf.
-    d = (top + tl.log2(sum_)) * LN_2 - positive + 0 * tl.maximum(positive, 0.0)
+    # Large numbers meet before anything is rounded. An infinite positive makes the loss inf - inf.
+    d = ((top - positive) + tl.log2(sum_)) * LN_2 + 0 * tl.maximum(positive, 0.0)
     loss = tl.maximum(d, 0.0) + _log_1p(tl.exp(-tl.abs(d)))
-    return loss, positive + loss, 1 / (1 + tl.exp(-d))
+    return loss, positive * LN_2 + loss, 1 / (1 + tl.exp(-d))
 
 
 @triton.jit(do_not_specialize=["parts", "factor_parts", "column_parts", "total"])
 def _losses_kernel(
     positive,
+    query_scale,
+    key_scale,
     largest,
     sums,
     terms,
@@ -408,6 +416,7 @@ def _losses_kernel(
     temperature,
     loss,
     lse,
+    logit,
     missing,
     factor,
     term,
@@ -424,7 +433,8 @@ def _losses_kernel(
     there = at < total
     if TENSOR:
         temperature = tl.load(temperature)
-    p = tl.load(positive + at, mask=there, other=0.0) / temperature
+    p = load_pair_logits(positive, query_scale, key_scale, at, there, temperature)
+    tl.store(logit + at, p * LN_2, mask=there)
     constant = tl.full((BLOCK,), float("-inf"), tl.float32)
     if SELF:
         constant = tl.zeros((BLOCK,), tl.float32) + self_logit * (LOG2_E / temperature)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .launch import launch, temperature_arguments
 from .rows import Rows, _inverse_root, _power_of_two
-from .tiles import LN_2, LOG2_E
+from .tiles import LN_2, LOG2_E, to_base_2
 
 _OPTIONS = {"num_warps": 4, "num_stages": 2}
 _BLOCK_M = 32
@@ -129,7 +129,7 @@ def _own_sums_kernel(
     i = tl.program_id(0).to(tl.int64)
     if TENSOR:
         temperature = tl.load(temperature)
-    unit = tl.load(scale + i) * (LOG2_E / temperature)
+    unit = to_base_2(tl.load(scale + i), temperature)
     negatives += i // queries * strides[0] + i % queries * strides[1]
     top = tl.full((1,), float("-inf"), tl.float32)
     sums = tl.zeros((1,), tl.float32)
@@ -147,7 +147,7 @@ def _own_sums_kernel(
                 highest = tl.maximum(highest, tl.max(tl.abs(chunk), 1))
             power = _power_of_two(highest)
         dot = tl.zeros((BLOCK_M,), tl.float32)
-        squares = tl.zeros((BLOCK_M,), tl.float32)
+        squares = tl.zeros((BLOCK_M,), tl.float64)
         for start in range(0, depth, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             mask = there[:, None] & (d < depth)[None, :]
@@ -155,7 +155,8 @@ def _own_sums_kernel(
             chunk = tl.load(at, mask=mask, other=0.0).to(tl.float32) * power[:, None]
             q = tl.load(query + i * padded + d, mask=d < depth, other=0.0).to(tl.float32)
             dot += tl.sum(chunk * q[None, :], 1)
-            squares += tl.sum(chunk * chunk, 1)
+            wide = chunk.to(tl.float64)
+            squares += tl.sum(wide * wide, 1)
         length = tl.full((BLOCK_M,), 1.0, tl.float32)
         if NORMALIZE:
             length = _inverse_root(squares)

@@ -101,7 +101,7 @@ def _together(queries, keys, temperature, self_logit, loss_scales, grad_scales, 
     dq, dk, _, _ = gradients(problem, solution, weight, largest, needed, query.dtype)
     grad_temperature = None
     if need_temperature:
-        by_row = solution.term - solution.missing * (positive / temperature)
+        by_row = solution.term - solution.missing * solution.logit
         grad_temperature = -(by_row * in_loss).sum() / temperature
 
     def layers_of(gradient: Tensor | None, wanted: Sequence[bool]) -> Gradients:

@@ -55,7 +55,7 @@ def pack(x: Tensor, normalize: bool) -> Rows:
 
 
 def pack_pairs(x: Tensor, y: Tensor, normalize: bool) -> tuple[Rows, Rows, Tensor]:
-    """Both, (B, N, D) or (N, D), in one launch, and the similarity of each row of ``x`` with that row of ``y``: (R,) fp32."""
+    """Both, (B, N, D) or (N, D), in one launch, and the products ``x'_i . y'_i`` (R,) fp32."""
     return _pack(x, y, normalize)
 
 
@@ -109,7 +109,9 @@ def _power_of_two(largest):
 
 @triton.jit
 def _inverse_root(squares):
-    return tl.where(squares == 0, 0.0, 1.0 / tl.sqrt_rn(tl.where(squares == 0, 1.0, squares)))
+    """1 / sqrt, 0 for 0, of sums in fp64: logits are as exact as the norms in them, and there are few norms."""
+    root = tl.sqrt(tl.where(squares == 0, 1.0, squares))
+    return tl.where(squares == 0, 0.0, 1.0 / root).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["count", "total"])
@@ -156,9 +158,9 @@ def _pack_kernel(
         x_power = _power_of_two(x_largest)
         y_power = _power_of_two(y_largest)
 
-    x_squares = tl.zeros((BLOCK,), tl.float32)
-    y_squares = tl.zeros((BLOCK,), tl.float32)
-    products = tl.zeros((BLOCK,), tl.float32)
+    x_squares = tl.zeros((BLOCK,), tl.float64)
+    y_squares = tl.zeros((BLOCK,), tl.float64)
+    products = tl.zeros((BLOCK,), tl.float64)
     for begin in range(0, padded, BLOCK_D):
         d = (begin + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
         mask = there[:, None] & (d < depth)
@@ -167,13 +169,15 @@ def _pack_kernel(
         x_chunk = tl.load(x + d * x_strides[2], mask=mask, other=0.0).to(tl.float32)
         x_chunk *= x_power[:, None]
         tl.store(out + at, x_chunk.to(out.dtype.element_ty), mask=inside)
-        x_squares += tl.sum(x_chunk * x_chunk, 1)
+        x_wide = x_chunk.to(tl.float64)
+        x_squares += tl.sum(x_wide * x_wide, 1)
         if PAIR:
             y_chunk = tl.load(y + d * y_strides[2], mask=mask, other=0.0).to(tl.float32)
             y_chunk *= y_power[:, None]
             tl.store(y_out + at, y_chunk.to(out.dtype.element_ty), mask=inside)
-            y_squares += tl.sum(y_chunk * y_chunk, 1)
-            products += tl.sum(x_chunk * y_chunk, 1)
+            y_wide = y_chunk.to(tl.float64)
+            y_squares += tl.sum(y_wide * y_wide, 1)
+            products += tl.sum(x_wide * y_wide, 1)
 
     x_unit = x_power
     y_unit = y_power
@@ -185,7 +189,14 @@ def _pack_kernel(
     if PAIR:
         tl.store(y_scale + rows, y_unit, mask=there)
         tl.store(y_inverse + rows, y_unit * y_power, mask=there)
-        tl.store(dot + rows, products * x_unit * y_unit, mask=there)
+        tl.store(dot + rows, products.to(tl.float32), mask=there)
+
+
+def pair_logits(
+    x: Rows, y: Rows, products: Tensor, temperature: float | Tensor
+) -> Tensor:
+    """The logits of the pairs of :func:`pack_pairs`, (R,)."""
+    return products * x.scale * y.scale / temperature
 
 
 def row_gradients(

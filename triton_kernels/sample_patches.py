@@ -175,13 +175,13 @@ def _gather(
             x = tl.load(feature + places + c * strides[1], mask=mask, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
         power = _power_of_two(largest)
-        squares = tl.zeros((PATCHES,), tl.float32)
+        squares = tl.zeros((PATCHES,), tl.float64)
         for begin in range(0, channels, CHANNELS):
             c = (begin + tl.arange(0, CHANNELS)).to(tl.int64)[None, :]
             mask = there[:, None] & (c < channels)
             x = tl.load(feature + places + c * strides[1], mask=mask, other=0.0).to(tl.float32)
-            x *= power[:, None]
-            squares += tl.sum(x * x, 1)
+            wide = (x * power[:, None]).to(tl.float64)
+            squares += tl.sum(wide * wide, 1)
         length = _inverse_root(squares)
         tl.store(norms + image * count + s, length * power, mask=there)
     for begin in range(0, channels, CHANNELS):

@@ -27,6 +27,7 @@ from .tiles import (
     multiply,
     products_of_chunks,
     span,
+    to_base_2,
 )
 
 # What the exponentials are relative to.
@@ -368,7 +369,7 @@ def _sums_kernel(
     y_scale += first_column
     if TENSOR:
         temperature = tl.load(temperature)
-    row_scale = tl.load(x_scale + first_row + x_offsets) * (LOG2_E / temperature)
+    row_scale = to_base_2(tl.load(x_scale + first_row + x_offsets), temperature)
     row_labels = row
     if labels is not None:
         row_labels = tl.load(labels + first_row + x_offsets)

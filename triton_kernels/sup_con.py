@@ -90,7 +90,7 @@ def _label_counts(labels: Tensor) -> Tensor:
 def _losses(parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, log-sum-exps and the numbers of positives."""
     total = parts.sum.shape[1]
-    loss, lse, positives = parts.sum.new_empty((3, total))
+    loss, lse, positives = (parts.sum.new_empty((total,)) for _ in range(3))
     launch(
         _losses_kernel,
         (cdiv(total, _BLOCK),),

@@ -39,6 +39,20 @@ def span(block, rows, columns, table, RAGGED: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
+def to_base_2(x, temperature):
+    """``x / temperature`` in units of log 2, rounded once."""
+    return (x.to(tl.float64) * (LOG2_E / tl.cast(temperature, tl.float64))).to(tl.float32)
+
+
+@triton.jit
+def load_pair_logits(products, x_scale, y_scale, at, there, temperature):
+    """Logits of single pairs, rounded as those of a tile are: of equal rows, they are equal."""
+    row_scale = to_base_2(tl.load(x_scale + at, mask=there, other=0.0), temperature)
+    logits = tl.load(products + at, mask=there, other=0.0) * row_scale
+    return logits * tl.load(y_scale + at, mask=there, other=0.0)
+
+
+@triton.jit
 def inside(start, count, BLOCK: tl.constexpr):
     """Offsets from ``start`` for a block of rows; beyond the end the last row again, so that no load needs a mask."""
     return tl.minimum(tl.arange(0, BLOCK), count - 1 - start)
