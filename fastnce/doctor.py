@@ -41,7 +41,7 @@ def report() -> str:
     ]
     for name, reason in backends.available().items():
         lines.append(f"  {name:8} {reason}")
-    if "ok" not in backends.available()["native"]:
+    if backends.available()["native"] != "ok":
         lines.append(
             "  Without it everything runs in plain PyTorch: slower, with the N x N matrix in memory."
         )
@@ -62,7 +62,7 @@ def _chosen(op: str, device: str) -> str:
         module = backends.select(op, torch.empty(0, device=device))
     except (ValueError, RuntimeError) as error:
         return str(error)
-    return module.__name__.rpartition(".")[2].replace("reference", "torch")
+    return module.__name__.rpartition(".")[2].replace("reference", "torch").replace("triton_ops", "triton")
 
 
 def _packages(names: tuple[str, ...], extra: str) -> str:

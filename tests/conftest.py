@@ -1,6 +1,7 @@
 """The fixtures of every test of an op: one suite, run on every backend."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 
 import hypothesis
 import pytest
@@ -18,6 +19,10 @@ _REASONS = backends.available()
 _FUSED = [name for name, reason in _REASONS.items() if name != "torch" and reason == "ok"]
 
 
+def _arguments(function: Callable) -> Iterable[str]:
+    return inspect.signature(inspect.unwrap(function)).parameters
+
+
 @pytest.fixture(params=[*_REASONS] if _FUSED else [*_REASONS, STAND_IN])
 def backend(request, monkeypatch) -> Iterator[str]:
     """The name of each backend; one that cannot run here is skipped with its reason.
@@ -28,6 +33,8 @@ def backend(request, monkeypatch) -> Iterator[str]:
         monkeypatch.setitem(backends._TABLE, STAND_IN, python_kernels)
     elif _REASONS[request.param] != "ok":
         pytest.skip(f"{request.param}: {_REASONS[request.param]}")
+    elif request.param == "triton" and "device" not in _arguments(request.function):
+        pytest.skip("triton: this test has its tensors on the host, or in float64")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield request.param

@@ -17,7 +17,7 @@ FUSED = ["info_nce", "patch_nce", "conditional_contrastive", "sample_patches"]
 
 
 def test_names_and_available():
-    assert backends.names() == ("native", "torch")
+    assert backends.names() == ("triton", "native", "torch")
     assert set(backends.available()) == set(backends.names())
     assert backends.available()["torch"] == "ok"
 
@@ -176,7 +176,8 @@ def test_environment_variable():
 
 def test_environment_variable_with_a_backend_that_cannot():
     """Asked for by name, it is refused, not run elsewhere."""
-    call = "import torch, fastnce; fastnce.nt_xent(torch.eye(3), torch.eye(3))"
+    call = "import torch, fastnce; fastnce.pairwise_cosine_similarity(torch.eye(3))"
     refused = run_python(call, FASTNCE_BACKEND="native", FASTNCE_NATIVE="0")
     assert refused.returncode != 0
-    assert "RuntimeError: nt_xent: backend 'native' cannot run it" in refused.stderr
+    expected = "RuntimeError: pairwise_cosine_similarity: backend 'native' cannot run it"
+    assert expected in refused.stderr

@@ -12,6 +12,8 @@ import torch
 # Up to here a tile of rows stays on the chip, and the gradient's product is made where the similarities are. Beyond, the
 # similarities' coefficients of a panel of rows go through memory, and the other products are the library's.
 RESIDENT_DEPTH = 256
+# Likewise for fp32 without tensor cores, whose operands lie in registers whole.
+RESIDENT_DEPTH_IEEE = 64
 # Coefficients of a panel, in elements: 128 Mi, so 256 MiB in bf16.
 PANEL_ELEMENTS = 1 << 27
 # Rows whose column sums are kept by blocks, before they are added up.
@@ -42,7 +44,7 @@ class Tile:
 # (pass, bytes of an element) -> (largest padded depth, tile, tile where tiles of that size would not fill the device), in
 # ascending order. The passes are "sums": similarities alone; "products": and one product with them; "panel": coefficients into
 # memory. Where a pass has more to keep in registers (labels, given coefficients, the temperature's gradient, a running
-# maximum), its entry "... rich" goes before.
+# maximum; fp32 without tensor cores), its entry "... rich" goes before.
 Table = dict[tuple[str, int], tuple[tuple[int, Tile, Tile], ...]]
 # For 228 KiB of shared memory and asynchronous products: Hopper and data-centre Blackwell.
 LARGE: Table = {
@@ -73,6 +75,9 @@ LARGE: Table = {
         (RESIDENT_DEPTH, Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     ),
     ("panel", 4): ((1 << 30, Tile(64, 64, 8, 3, 32), Tile(32, 32, 4, 3, 32)),),
+    ("sums rich", 4): ((1 << 30, Tile(32, 32, 4, 2, 32), Tile(32, 32, 4, 2, 32)),),
+    ("products rich", 4): ((RESIDENT_DEPTH_IEEE, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),),
+    ("panel rich", 4): ((1 << 30, Tile(32, 32, 4, 3, 32), Tile(32, 32, 4, 3, 32)),),
 }
 # For the 100 KiB or more of the other GPUs since Ampere, and products that keep their operands in registers.
 COMPACT: Table = {
@@ -104,6 +109,9 @@ COMPACT: Table = {
         (RESIDENT_DEPTH, Tile(32, 16, 8, 2), Tile(32, 16, 8, 2)),
     ),
     ("panel", 4): ((1 << 30, Tile(64, 64, 8, 3, 32), Tile(32, 32, 4, 3, 32)),),
+    ("sums rich", 4): ((1 << 30, Tile(32, 32, 4, 2, 32), Tile(32, 32, 4, 2, 32)),),
+    ("products rich", 4): ((RESIDENT_DEPTH_IEEE, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),),
+    ("panel rich", 4): ((1 << 30, Tile(32, 32, 4, 3, 32), Tile(32, 32, 4, 3, 32)),),
 }
 
 
@@ -125,9 +133,7 @@ def tiles(
 
 
 def split_depth(depth: int) -> tuple[int, int]:
-    """Powers of two (head, tail), or (0, 0) beyond ``RESIDENT_DEPTH``, that hold ``depth`` with fewer than 64 to spare."""
-    if depth > RESIDENT_DEPTH:
-        return 0, 0
+    """Powers of two (head, tail) that hold a ``depth`` of at most ``RESIDENT_DEPTH``, with fewer than 64 to spare."""
     head = 16
     while head < depth:
         if head >= 32 and head + head // 2 >= depth:
@@ -138,4 +144,4 @@ def split_depth(depth: int) -> tuple[int, int]:
 
 def padded_depth(depth: int) -> int:
     """What rows of ``depth`` elements are padded to with zeros."""
-    return sum(split_depth(depth)) or -(-depth // 64) * 64
+    return sum(split_depth(depth)) if depth <= RESIDENT_DEPTH else -(-depth // 64) * 64

@@ -81,7 +81,7 @@ def both_products(
         given: the coefficients (problems, rows, columns) themselves, any strides, for columns of the kind GIVEN.
     """
     common = (x, columns, temperature, x_statistics, y_statistics)
-    if x.depth > config.RESIDENT_DEPTH:
+    if x.split == (0, 0):
         return _through_panels(*common, want_x, want_y, want_term, given)
     of_x = of_y = term = None
     if want_x or want_term:
@@ -139,7 +139,7 @@ def row_products(
 ) -> None:
     """Fills ``raw`` (P, R, padded depth) with parts of ``sum_j G_ij y^_j``, and ``term`` (P, R) with ``sum_j G_ij z_ij``."""
     tile = columns.tile(x, "products", rich=term is not None)
-    head, tail = config.split_depth(x.depth)
+    head, tail = x.split
     launch(
         _row_products_kernel,
         (columns.row_blocks(x, tile.m), raw.shape[0]),
@@ -192,7 +192,7 @@ def panel_products(
     Fills ``raw_x`` (R, padded depth) with ``scale_i sum_j G_ij y^_j``, adds ``scale_j sum_i G_ij x^_i`` to ``raw_y``
     (C, padded depth), and fills ``term`` (R,); the rest as in :func:`both_products`; problems are not ragged.
     """
-    tile = columns.tile(x, "panel")
+    tile = columns.tile(x, "panel", rich=term is not None)
     problems, count, width = columns.problems, len(x) // columns.problems, len(columns.y) // columns.problems
     x_rows = x.x.view(problems, count, -1)
     y_rows = columns.y.x.view(problems, width, -1)

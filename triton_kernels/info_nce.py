@@ -181,7 +181,7 @@ def solve(problem: Problem, *, with_product: bool, with_term: bool) -> Solution:
         with_product
         and bool(problem.sets)
         and not problem.symmetric
-        and query.depth <= config.RESIDENT_DEPTH
+        and query.split != (0, 0)
     )
     splits = [
         c.splits(query, sums_tile(query, c, problem.offset, fused, fused and with_term))

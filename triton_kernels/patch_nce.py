@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import config
 from .info_nce import Problem, gradients, info_nce_forward, solve
-from .rows import pack_pairs
+from .rows import pack_pairs, resident_depth
 from .sums import Columns, Ragged, offset_kind
 from .tiles import IN_BATCH
 
@@ -49,7 +48,7 @@ def patch_nce_forward(
     grad_queries: list[Tensor | None] = [None] * len(queries)
     grad_keys: list[Tensor | None] = [None] * len(queries)
     for depth, all_of_depth in depths.items():
-        resident = depth <= config.RESIDENT_DEPTH
+        resident = depth <= resident_depth(queries[0].dtype)
         for layers in [all_of_depth] if resident else [[layer] for layer in all_of_depth]:
             function = _together if resident else _alone
             part, dq, dk, dt = function(

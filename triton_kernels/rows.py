@@ -36,6 +36,12 @@ class Rows:
     def padded(self) -> int:
         return self.x.shape[1]
 
+    @property
+    def split(self) -> tuple[int, int]:
+        """Head and tail of the depth where tiles of whole rows stay on the chip, else (0, 0)."""
+        resident = self.depth <= resident_depth(self.x.dtype)
+        return config.split_depth(self.depth) if resident else (0, 0)
+
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """What rows are packed as: their own dtype, but bf16 for fp32 where the user allows it."""
@@ -46,6 +52,12 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 def input_precision() -> str:
     """How Triton multiplies fp32 tiles."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def resident_depth(dtype: torch.dtype) -> int:
+    """Up to which depth tiles of whole rows stay on the chip."""
+    ieee = product_dtype(dtype) == torch.float32 and input_precision() == "ieee"
+    return config.RESIDENT_DEPTH_IEEE if ieee else config.RESIDENT_DEPTH
 
 
 def pack(x: Tensor, normalize: bool) -> Rows:

@@ -59,6 +59,8 @@ class Columns:
         """The tile for the rows ``x``: the small one where there would be fewer tiles than multiprocessors."""
         device = x.x.device
         rich = rich or self.labels is not None or self.kind == GIVEN.value
+        if x.x.dtype == torch.float32:
+            rich = input_precision() == "ieee"  # multiply-adds, with both operands in registers
         memory = launch_module.shared_memory(device)
         tile, small = config.tiles(kind, rich, x.x.dtype, x.padded, memory)
         count = self.row_blocks(x, tile.m) * cdiv(self._width(), tile.n)
@@ -163,7 +165,7 @@ def sum_exponentials(
         block_range: first block of rows and number of blocks, of a single problem; all by default.
     """
     tile = sums_tile(x, columns, offset, parts.raw is not None, parts.term is not None)
-    head, tail = config.split_depth(x.depth)
+    head, tail = x.split
     first, blocks = block_range or (0, columns.row_blocks(x, tile.m))
     largest, total = column_parts or (None, None)
     launch(
