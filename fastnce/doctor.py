@@ -62,7 +62,11 @@ def _chosen(op: str, device: str) -> str:
         module = backends.select(op, torch.empty(0, device=device))
     except (ValueError, RuntimeError) as error:
         return str(error)
-    return module.__name__.rpartition(".")[2].replace("reference", "torch").replace("triton_ops", "triton")
+    return (
+        module.__name__.rpartition(".")[2]
+        .replace("reference", "torch")
+        .replace("triton_ops", "triton")
+    )
 
 
 def _packages(names: tuple[str, ...], extra: str) -> str:

@@ -13,7 +13,15 @@ import pytest
 from fastnce import build, native
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = ("fastnce", "triton_kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md")
+SHIPPED = (
+    "fastnce",
+    "triton_kernels",
+    "csrc",
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+)
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "setup.py").is_file(), reason="needs a checkout, not an installed package"

@@ -9,12 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .columns import Columns
 from .gradients import joined
-from .info_nce import _merged, relative_weights, statistics
+from .info_nce import relative_weights, statistics
 from .launch import cdiv, launch, temperature_arguments
+from .row_losses import merged
 from .rows import pack_pairs, pair_logits, row_gradients
 from .self_similarity import labelled_sums, self_products
-from .sums import Columns
 from .tiles import LN_2, TWO_C, load_pair_logits
 
 Gradients = tuple[Tensor | None, ...]
@@ -134,8 +135,8 @@ def _losses_kernel(
     if TENSOR:
         temperature = tl.load(temperature)
     proxy = load_pair_logits(to_proxy, row_scale, proxy_scale, at, there, temperature)
-    top, sum_ = _merged(largest, sums, at, there, parts, total, proxy)
-    same_top, same_sum = _merged(same_largest, same_sums, at, there, parts, total, proxy)
+    top, sum_ = merged(largest, sums, at, there, parts, total, proxy)
+    same_top, same_sum = merged(same_largest, same_sums, at, there, parts, total, proxy)
     log_den = (top + tl.log2(sum_)) * LN_2
     log_num = (same_top + tl.log2(same_sum)) * LN_2
     tl.store(loss + at, log_den - log_num, mask=there)

@@ -10,17 +10,17 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import config
+from .columns import Columns
 from .gradients import Products, both_products, joined
 from .launch import cdiv, launch, temperature_arguments
 from .own_negatives import OwnNegatives, own_gradients, own_sums
+from .row_losses import _losses_kernel
 from .rows import Rows, pack, pack_pairs, pair_logits, row_gradients
-from .sums import Columns, Parts, new_parts, offset_kind, sum_exponentials, sums_tile
-from .tiles import IN_BATCH, LN_2, LOG2_E, QUEUE, load_pair_logits
+from .sums import Parts, new_parts, offset_kind, sum_exponentials, sums_tile
+from .tiles import IN_BATCH, QUEUE
 
 Gradients = tuple[Tensor | None, ...]
 _BLOCK = 128
@@ -58,7 +58,9 @@ class Solution:
     logit: Tensor  # (R,), of the positive
     missing: Tensor  # (R,): the softmax's weight on all but the positive; mean of both directions if symmetric
     factor: Tensor | None = None  # (P, R): from exponentials of a part to the softmax
-    term: Tensor | None = None  # (R,): sum of softmax times logit over what is in the parts, and the constant logit
+    term: Tensor | None = (
+        None  # (R,): sum of softmax times logit over what is in the parts, and the constant logit
+    )
     parts: Parts | None = None
     own: OwnNegatives | None = None
 
@@ -119,7 +121,9 @@ def info_nce_forward(
     options = {"normalize": normalize, "symmetric": symmetric, "in_batch": in_batch}
     problem = problem_of(query, key, negatives, temperature, **options, self_logit=self_logit)
     now = grad_scale is not None and any(needs)
-    solution = solve(problem, with_product=now and (needs[0] or needs[3]), with_term=now and needs[3])
+    solution = solve(
+        problem, with_product=now and (needs[0] or needs[3]), with_term=now and needs[3]
+    )
     rows = query.shape[:2]
     lse = solution.lse.view(2, *rows) if symmetric else solution.lse.view(rows)
     grads: Gradients = (None,) * 4
@@ -177,12 +181,7 @@ def relative_weights(grad_loss: Tensor) -> tuple[Tensor, Tensor]:
 def solve(problem: Problem, *, with_product: bool, with_term: bool) -> Solution:
     """The losses; with the sums that the queries' gradient needs, where one pass can make both."""
     query = problem.query
-    fused = (
-        with_product
-        and bool(problem.sets)
-        and not problem.symmetric
-        and query.split != (0, 0)
-    )
+    fused = with_product and bool(problem.sets) and not problem.symmetric and query.split != (0, 0)
     splits = [
         c.splits(query, sums_tile(query, c, problem.offset, fused, fused and with_term))
         for c in problem.sets
@@ -204,7 +203,9 @@ def solve(problem: Problem, *, with_product: bool, with_term: bool) -> Solution:
             sum_exponentials(query, columns, problem.temperature, problem.offset, chosen)
     own = None
     if own_parts:
-        own = own_sums(query, problem.negatives, problem.temperature, parts.largest[-1], parts.sum[-1])
+        own = own_sums(
+            query, problem.negatives, problem.temperature, parts.largest[-1], parts.sum[-1]
+        )
         if parts.term is not None:
             parts.term[-1].zero_()
     return _solved(problem, parts, column_parts, fused, own)
@@ -341,9 +342,7 @@ def gradients(
     def finish(rows: Rows, products: list[Products | None], pair: Rows | None) -> Tensor:
         raw, factor = joined([x for x in products if x is not None])
         pair_weight = None if pair is None else -missing
-        return row_gradients(
-            rows, raw, factor, pair, pair_weight, temperature, upstream, dtype
-        )
+        return row_gradients(rows, raw, factor, pair, pair_weight, temperature, upstream, dtype)
 
     grad_query = finish(query, of_query, problem.key) if need_query else None
     grad_key = finish(problem.key, [of_key], query) if need_key else None
@@ -367,101 +366,3 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 def statistics(lse: Tensor, weight: Tensor, third: Tensor | None = None) -> Tensor:
     """(3, R) for ``tiles.load_statistics``."""
     return torch.stack([lse, weight, weight if third is None else third])
-
-
-@triton.jit
-def _merged(largest, sums, at, there, parts, total, constant):
-    """Maximum and sum over the parts, and a constant logit, to base 2."""
-    top = constant
-    for part in range(parts):
-        each = tl.load(largest + tl.cast(part, tl.int64) * total + at, mask=there, other=0.0)
-        top = tl.maximum(top, each)
-    finite = tl.where(top == float("-inf"), 0.0, top)
-    sum_ = tl.exp2(constant - finite)
-    for part in range(parts):
-        first = tl.cast(part, tl.int64) * total
-        each = tl.load(largest + first + at, mask=there, other=0.0)
-        sum_ += tl.load(sums + first + at, mask=there, other=0.0) * tl.exp2(each - finite)
-    return top, sum_
-
-
-@triton.jit
-def _log_1p(x):
-    """log(1 + x), exact for small x."""
-    one_more = 1.0 + x
-    rounded = tl.where(one_more == 1.0, 1.0, one_more - 1.0)
-    return tl.where(one_more == 1.0, x, tl.log(one_more) * (x / rounded))
-
-
-@triton.jit
-def _one_direction(largest, sums, positive, at, there, parts, total, constant):
-    """Loss, log-sum-exp (natural) and missing weight of a row or a column; the positive's logit is to base 2."""
-    top, sum_ = _merged(largest, sums, at, there, parts, total, constant)
-    # Large numbers meet before anything is rounded. An infinite positive makes the loss inf - inf.
-    d = ((top - positive) + tl.log2(sum_)) * LN_2 + 0 * tl.maximum(positive, 0.0)
-    loss = tl.maximum(d, 0.0) + _log_1p(tl.exp(-tl.abs(d)))
-    return loss, positive * LN_2 + loss, 1 / (1 + tl.exp(-d))
-
-
-@triton.jit(do_not_specialize=["parts", "factor_parts", "column_parts", "total"])
-def _losses_kernel(
-    positive,
-    query_scale,
-    key_scale,
-    largest,
-    sums,
-    terms,
-    column_largest,
-    column_sums,
-    temperature,
-    loss,
-    lse,
-    logit,
-    missing,
-    factor,
-    term,
-    self_logit,
-    parts,
-    factor_parts,
-    column_parts,
-    total,
-    SELF: tl.constexpr,
-    TENSOR: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = at < total
-    if TENSOR:
-        temperature = tl.load(temperature)
-    p = load_pair_logits(positive, query_scale, key_scale, at, there, temperature)
-    tl.store(logit + at, p * LN_2, mask=there)
-    constant = tl.full((BLOCK,), float("-inf"), tl.float32)
-    if SELF:
-        constant = tl.zeros((BLOCK,), tl.float32) + self_logit * (LOG2_E / temperature)
-    row_loss, row_lse, row_missing = _one_direction(
-        largest, sums, p, at, there, parts, total, constant
-    )
-    tl.store(lse + at, row_lse, mask=there)
-    if column_sums is not None:
-        none = tl.full((BLOCK,), float("-inf"), tl.float32)
-        column_loss, column_lse, column_missing = _one_direction(
-            column_largest, column_sums, p, at, there, column_parts, total, none
-        )
-        tl.store(lse + total + at, column_lse, mask=there)
-        row_loss = 0.5 * (row_loss + column_loss)
-        row_missing = 0.5 * (row_missing + column_missing)
-    tl.store(loss + at, row_loss, mask=there)
-    tl.store(missing + at, row_missing, mask=there)
-    if factor is not None:
-        sum_ = tl.zeros((BLOCK,), tl.float32)
-        for part in range(factor_parts):
-            first = tl.cast(part, tl.int64) * total
-            each = tl.load(largest + first + at, mask=there, other=0.0)
-            to_softmax = tl.exp2(each - row_lse * LOG2_E)
-            tl.store(factor + first + at, to_softmax, mask=there)
-            if term is not None:
-                sum_ += to_softmax * tl.load(terms + first + at, mask=there, other=0.0)
-        if term is not None:
-            if SELF:
-                sum_ += tl.exp2(constant - row_lse * LOG2_E) * constant * LN_2
-            tl.store(term + at, sum_, mask=there)

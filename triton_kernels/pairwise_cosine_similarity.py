@@ -8,18 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .columns import Columns
 from .gradients import both_products, joined
 from .launch import cdiv, launch, temperature_arguments
 from .rows import Rows, input_precision, pack, row_gradients
-from .sums import Columns
 from .tiles import GIVEN, inside, products_of_chunks
 
 Gradients = tuple[Tensor | None, ...]
 
 
-def pairwise_cosine_similarity_forward(
-    x: Tensor, y: Tensor, temperature: float | Tensor
-) -> Tensor:
+def pairwise_cosine_similarity_forward(x: Tensor, y: Tensor, temperature: float | Tensor) -> Tensor:
     """``x_i . y_j / (||x_i|| ||y_j|| t)``: (..., N, D), (..., M, D) -> (..., N, M) in the dtype of ``x``."""
     rows, columns = _packed(x, y)
     out = x.new_empty((*x.shape[:-1], y.shape[-2]))

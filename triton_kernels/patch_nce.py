@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .columns import Columns, Ragged
 from .info_nce import Problem, gradients, info_nce_forward, solve
 from .rows import pack_pairs, resident_depth
-from .sums import Columns, Ragged, offset_kind
+from .sums import offset_kind
 from .tiles import IN_BATCH
 
 Gradients = tuple[Tensor | None, ...]

@@ -204,9 +204,7 @@ def _pack_kernel(
         tl.store(dot + rows, products.to(tl.float32), mask=there)
 
 
-def pair_logits(
-    x: Rows, y: Rows, products: Tensor, temperature: float | Tensor
-) -> Tensor:
+def pair_logits(x: Rows, y: Rows, products: Tensor, temperature: float | Tensor) -> Tensor:
     """The logits of the pairs of :func:`pack_pairs`, (R,)."""
     return products * x.scale * y.scale / temperature
 

@@ -86,7 +86,9 @@ def _groups(count: int) -> list[slice]:
     return [slice(first, first + _MAPS) for first in range(0, count, _MAPS)]
 
 
-def _launch(kernel: Callable, maps: list[Tensor], ids: list[Tensor], width: int, **arguments) -> None:
+def _launch(
+    kernel: Callable, maps: list[Tensor], ids: list[Tensor], width: int, **arguments
+) -> None:
     """One program for each block of patches of each image of each map, in ``width`` blocks of channels."""
     blocks = [x.shape[0] * cdiv(len(id_), _PATCHES) for x, id_ in zip(maps, ids, strict=True)]
     ends = [sum(blocks[: index + 1]) for index in range(len(blocks))]

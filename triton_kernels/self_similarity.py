@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .columns import Columns
 from .gradients import Products, both_products
 from .rows import Rows
-from .sums import Columns, Parts, new_parts, offset_kind, sum_exponentials, sums_tile
+from .sums import Parts, new_parts, offset_kind, sum_exponentials, sums_tile
 
 
 def labelled_sums(rows: Rows, columns: Columns, temperature: float | Tensor, dtype) -> Parts:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 import triton
@@ -11,12 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from . import launch as launch_module
-from .launch import cdiv, launch, temperature_arguments
+from .columns import Columns
+from .launch import launch, temperature_arguments
 from .rows import Rows, input_precision
 from .tiles import (
-    GIVEN,
-    IN_BATCH,
     LN_2,
     LOG2_E,
     SUP_CON,
@@ -46,78 +43,14 @@ def offset_kind(temperature: float | Tensor, normalize: bool, dtype: torch.dtype
 
 
 @dataclasses.dataclass
-class Columns:
-    """A set of columns for the rows of ``problems`` equal problems, or of ragged ones."""
-
-    y: Rows
-    kind: int
-    problems: int = 1
-    labels: Tensor | None = None
-    ragged: Ragged | None = None
-
-    def tile(self, x: Rows, kind: str, rich: bool = False) -> config.Tile:
-        """The tile for the rows ``x``: the small one where there would be fewer tiles than multiprocessors."""
-        device = x.x.device
-        rich = rich or self.labels is not None or self.kind == GIVEN.value
-        if x.x.dtype == torch.float32:
-            rich = input_precision() == "ieee"  # multiply-adds, with both operands in registers
-        memory = launch_module.shared_memory(device)
-        tile, small = config.tiles(kind, rich, x.x.dtype, x.padded, memory)
-        count = self.row_blocks(x, tile.m) * cdiv(self._width(), tile.n)
-        return small if count < launch_module.multiprocessors(device) else tile
-
-    def row_blocks(self, x: Rows, block: int) -> int:
-        """Blocks of rows of all problems."""
-        if self.ragged is not None:
-            return self.ragged.row_blocks(block)
-        return self.problems * cdiv(len(x) // self.problems, block)
-
-    def _width(self) -> int:
-        return len(self.y) // self.problems if self.ragged is None else max(self.ragged.counts)
-
-    def splits(self, x: Rows, tile: config.Tile) -> int:
-        """Into how many parts the columns go, so that the programs fill the device."""
-        wanted = config.PROGRAMS_PER_MULTIPROCESSOR * launch_module.multiprocessors(x.x.device)
-        spare = wanted // self.row_blocks(x, tile.m)
-        return max(1, min(spare, cdiv(self._width(), tile.n)))
-
-    def span_arguments(self, x: Rows, block: int) -> dict[str, object]:
-        """What ``tiles.span`` needs."""
-        return {
-            "rows": len(x) // self.problems,
-            "columns": len(self.y) // self.problems,
-            "total_rows": len(x),
-            "table": None if self.ragged is None else self.ragged.table(block, x.x.device),
-            "RAGGED": self.ragged is not None,
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class Ragged:
-    """Problems of ``counts`` rows and as many columns each, one after another."""
-
-    counts: tuple[int, ...]
-
-    def row_blocks(self, block: int) -> int:
-        return sum(cdiv(count, block) for count in self.counts)
-
-    @functools.lru_cache(maxsize=64)  # noqa: B019: copied to the device once, not with every call
-    def table(self, block: int, device: torch.device) -> Tensor:
-        """For each block of rows: the first row of its problem, the problem's rows, the block's row in it."""
-        entries, first = [], 0
-        for count in self.counts:
-            entries += [(first, count, start) for start in range(0, count, block)]
-            first += count
-        return torch.tensor(entries, dtype=torch.int64).to(device)
-
-
-@dataclasses.dataclass
 class Parts:
     """Sums of exponentials by parts of the columns, ``sum 2^largest``, to base 2."""
 
     largest: Tensor  # (P, R)
     sum: Tensor  # (P, R)
-    a: Tensor | None = None  # SupCon: sum of the positives' logits; 2C: like `largest`, of the positives
+    a: Tensor | None = (
+        None  # SupCon: sum of the positives' logits; 2C: like `largest`, of the positives
+    )
     b: Tensor | None = None  # SupCon: number of positives; 2C: like `sum`, of the positives
     term: Tensor | None = None  # sum of exp times logit (natural)
     raw: Tensor | None = None  # (P, R, padded depth), sum of exp times y^
@@ -319,9 +252,7 @@ def _sweep(
     return largest, total, a, b, term, raw, raw_tail
 
 
-@triton.jit(
-    do_not_specialize=["rows", "columns", "total_rows", "total_columns", "first_block"]
-)
+@triton.jit(do_not_specialize=["rows", "columns", "total_rows", "total_columns", "first_block"])
 def _sums_kernel(
     x,
     x_scale,

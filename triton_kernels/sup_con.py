@@ -9,12 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .columns import Columns
 from .gradients import joined
-from .info_nce import _merged, relative_weights, statistics
+from .info_nce import relative_weights, statistics
 from .launch import cdiv, launch
+from .row_losses import merged
 from .rows import Rows, pack, row_gradients
 from .self_similarity import labelled_sums, self_products
-from .sums import Columns, Parts
+from .sums import Parts
 from .tiles import LN_2, SUP_CON
 
 Gradients = tuple[Tensor | None, ...]
@@ -83,7 +85,9 @@ def _sums(
 def _label_counts(labels: Tensor) -> Tensor:
     """How many other rows have each row's label."""
     ordered = labels.sort().values
-    ends = [torch.searchsorted(ordered, labels.contiguous(), right=right) for right in (True, False)]
+    ends = [
+        torch.searchsorted(ordered, labels.contiguous(), right=right) for right in (True, False)
+    ]
     return (ends[0] - ends[1] - 1).float()
 
 
@@ -144,7 +148,7 @@ def _losses_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = at < total
     none = tl.full((BLOCK,), float("-inf"), tl.float32)
-    top, sum_ = _merged(largest, sums, at, there, parts, total, none)
+    top, sum_ = merged(largest, sums, at, there, parts, total, none)
     number = tl.zeros((BLOCK,), tl.float32)
     logits = tl.zeros((BLOCK,), tl.float32)
     for part in range(parts):

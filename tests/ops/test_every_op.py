@@ -14,9 +14,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @functools.cache
-def samples(
-    op: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> dict[str, Sample]:
+def samples(op: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Sample]:
     found = SAMPLE_INPUTS[op](dtype, device, torch.Generator().manual_seed(0))
     return {sample.name: sample for sample in found}
 
@@ -208,7 +206,9 @@ def test_reductions_agree(op, backend, needs_support, device):
     count = (losses != 0).sum() if op == "sup_con" else losses.numel()  # samples with a positive
     torch.testing.assert_close(results["sum"]["out"], losses.sum().detach())
     torch.testing.assert_close(results["mean"]["out"], losses.sum().detach() / count)
-    losses.sum().backward(gradient=torch.tensor(0.7, device=device))  # reaches the op as an expanded tensor
+    losses.sum().backward(
+        gradient=torch.tensor(0.7, device=device)
+    )  # reaches the op as an expanded tensor
     grads = [x.grad for x in tensors_of(leaves) if x.requires_grad]
     sums = [x for key, x in results["sum"].items() if key != "out"]
     means = [x for key, x in results["mean"].items() if key != "out"]
@@ -327,7 +327,9 @@ def test_torch_func_works_on_plain_pytorch(op, name):
 
 
 @each_op
-def test_second_derivative_is_refused_by_fused_kernels(op, name, fused_backend, needs_support, device):
+def test_second_derivative_is_refused_by_fused_kernels(
+    op, name, fused_backend, needs_support, device
+):
     """Also where the upstream gradient is a constant, where PyTorch alone would return a gradient cut off in silence."""
     needs_support(op, fused_backend)
     sample = mapped(samples(op, device=device)[name], "", lambda x: x)

@@ -161,7 +161,14 @@ def _resources(ptx: str, capability: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx)
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", str(file), "-o", f"{folder}/out"]
+        command = [
+            get_ptxas(capability).path,
+            "-v",
+            f"--gpu-name={architecture}",
+            str(file),
+            "-o",
+            f"{folder}/out",
+        ]
         done = subprocess.run([*command, *_ALLOCATION], capture_output=True, text=True)
         if "Unknown option" in done.stderr:
             done = subprocess.run(command, capture_output=True, text=True)

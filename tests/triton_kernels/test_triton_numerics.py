@@ -126,7 +126,10 @@ AWKWARD = [
 @pytest.mark.parametrize("tau", [0.005, 0.07, 10.0])
 def test_awkward_rows(kind, dtype, tau):
     generator = torch.Generator().manual_seed(0)
-    query, key = (rows(20, 12, dtype=torch.float64, device="cpu", generator=generator, grad=False) for _ in "qk")
+    query, key = (
+        rows(20, 12, dtype=torch.float64, device="cpu", generator=generator, grad=False)
+        for _ in "qk"
+    )
     if kind == "identical":
         query, key = query[:1].repeat(20, 1), query[:1].repeat(20, 1)
     elif kind == "zero":
@@ -144,7 +147,9 @@ def test_awkward_rows(kind, dtype, tau):
 @pytest.mark.parametrize("dim", [20, 270])
 def test_labelled_rows_in_tiles_and_panels(op, tau, dim):
     generator = torch.Generator().manual_seed(0)
-    x, proxies = (rows(50, dim, dtype=torch.float32, device=DEVICE, generator=generator) for _ in "xp")
+    x, proxies = (
+        rows(50, dim, dtype=torch.float32, device=DEVICE, generator=generator) for _ in "xp"
+    )
     labels = torch.tensor([-(2**63), -1, 0, 2**32, 2**63 - 1])
     labels = labels[torch.randint(5, (50,), generator=generator)].to(DEVICE)
     temperature = torch.tensor(tau, requires_grad=True)
