@@ -1,12 +1,13 @@
 """Every kernel in every configuration, compiled for real targets; needs Triton, but no GPU.
 
-Checked are what ptxas reports (registers spilled to memory), the shared memory of a program, and that products use the target's
-matrix instruction. FASTNCE_TRITON_SWEEP=1 (``make triton-sweep``) compiles all depths, dtypes and targets.
+Checked are what ptxas reports (registers spilled to memory), the shared memory of a program, that there are no atomics, and that
+products use the target's matrix instruction. FASTNCE_TRITON_SWEEP=1 (``make triton-sweep``) compiles all depths, dtypes and targets.
 """
 
 import concurrent.futures
 import multiprocessing
 import os
+import re
 import warnings
 
 import pytest
@@ -68,6 +69,8 @@ def faults(result: Compiled | str) -> list[str]:
         found.append(f"spills: {result}")
     if result.shared > SHARED_MEMORY[result.capability]:
         found.append(f"too much shared memory: {result}")
+    if re.search(r"\b(atom|red)\.", result.ptx):
+        found.append(f"atomics: {result}")
     multiplies = "PRECISION" in dict(result.launch.constants) and name != "_own_sums_kernel"
     half = dict(result.launch.signature)["x"] in ("*bf16", "*fp16") if multiplies else False
     if half and MATRIX_INSTRUCTION[result.capability] not in result.ptx:
@@ -176,17 +179,20 @@ def test_a_temperature_tensor_stays_where_it_is():
     assert any(each.constant("TENSOR") for each in found)
 
 
-@pytest.mark.parametrize("depth", range(1, 4097, 61))
-def test_depths_are_padded_by_less_than_64(depth):
-    padded = config.padded_depth(depth)
-    assert depth <= padded < depth + 64
-    head, tail = config.split_depth(depth)
-    assert head + tail in (0, padded)
-    if depth > config.RESIDENT_DEPTH:
-        for kind in ("sums", "panel"):
-            for size in (100, 228):
-                for dtype in (torch.bfloat16, torch.float32):
-                    for tile in config.tiles(kind, False, dtype, padded, size * 1024):
+def test_depths_are_padded_by_less_than_64():
+    for depth in range(1, 4097):
+        padded = config.padded_depth(depth)
+        assert depth <= padded < depth + 64
+        if depth <= config.RESIDENT_DEPTH:
+            assert sum(config.split_depth(depth)) == padded
+        for dtype, rich, least in (
+            (torch.bfloat16, False, config.RESIDENT_DEPTH),
+            (torch.float32, False, config.RESIDENT_DEPTH),
+            (torch.float32, True, config.RESIDENT_DEPTH_IEEE),
+        ):
+            for kind in ("sums", "panel") if depth > least else ():
+                for size in (100, 228):
+                    for tile in config.tiles(kind, rich, dtype, padded, size * 1024):
                         assert padded % tile.d == 0  # chunks need no mask
 
 
@@ -210,17 +216,14 @@ def test_memory_is_linear_in_the_rows():
 
 
 def test_addresses_are_64_bit(multiprocessor):
-    """Rows times depth may exceed 2^31: what rows are multiplied with is i64 wherever the product becomes an address."""
+    """Rows times depth may exceed 2^31. Packing addresses every element in 64 bits; a pass, the first row of each tile."""
     multiprocessor(90)
     with recorded() as found:
         info_nce(8_400_000, 256)
-    for each in dict.fromkeys(x for x in found if x.name in ("_sums_kernel", "_pack_kernel")):
-        lines = compiled(each, 90).ttgir.splitlines()
-        scalars = [line for line in lines if "tt.addptr" in line and ": !tt.ptr<" in line]
-        assert scalars
-        # A scalar offset is the first row's: i64. Vectors of i32 are offsets inside a tile.
-        wide = [line for line in scalars if line.rstrip().split(" loc")[0].endswith("i64")]
-        assert wide, each
-        if each.name == "_pack_kernel":
-            vectors = [line for line in lines if "tt.addptr" in line and "tensor<" in line]
-            assert any("xi64" in line for line in vectors)
+    for name, what in (("_pack_kernel", "x!tt.ptr<bf16>"), ("_sums_kernel", " !tt.ptr<bf16>")):
+        text = compiled(next(x for x in found if x.name == name), 90).ttgir
+        lines = [x for x in text.splitlines() if "tt.addptr" in x and what in x]
+        assert lines, name
+        for line in lines:
+            offset = line.partition(what)[2].partition(" loc")[0]
+            assert "i64" in offset and "i32" not in offset, line
