@@ -23,7 +23,15 @@ def _arguments(function: Callable) -> Iterable[str]:
     return inspect.signature(inspect.unwrap(function)).parameters
 
 
-@pytest.fixture(params=[*_REASONS] if _FUSED else [*_REASONS, STAND_IN])
+def pytest_report_header() -> list[str]:
+    return [f"backend {name}: {reason}" for name, reason in _REASONS.items()]
+
+
+# Triton where it runs only: elsewhere every test would be skipped once more. The header tells.
+_PARAMS = [name for name in _REASONS if name != "triton" or _REASONS[name] == "ok"]
+
+
+@pytest.fixture(params=_PARAMS if _FUSED else [*_PARAMS, STAND_IN])
 def backend(request, monkeypatch) -> Iterator[str]:
     """The name of each backend; one that cannot run here is skipped with its reason.
 
