@@ -1,4 +1,4 @@
-# make demo | make test | make sanitize | make lint | make bench | make gpu-report PYTHON=python3 OUT=dir | make clean
+# make demo | make test | make triton-sweep | make sanitize | make lint | make bench | make gpu-report PYTHON=python3 OUT=dir | make clean
 PYTHON ?= python3
 OUT ?= out/gpu-report
 VENV := .venv
@@ -22,7 +22,10 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-reco
 # PyTorch's own checks of the registration, which take long and say nothing about the kernels.
 SANITIZE_TESTS ?= native and not memory_does_not_grow and not fma_peak and not compile and not opcheck and not registered
 
-.PHONY: demo test sanitize lint format bench gpu-report install native clean
+# The Triton kernels' tests on the host. Left out, for the interpreter is slow: what it cannot show, and more of the same.
+INTERPRETED_TESTS ?= triton and not repeatable and not left_alone and not without_gradients and not transposed and not third
+
+.PHONY: demo test triton-sweep sanitize lint format bench gpu-report install native clean
 
 demo: install
 	@$(FASTNCE) doctor
@@ -43,6 +46,11 @@ demo: install
 
 test: install
 	$(PY) -m pytest -q
+	TRITON_INTERPRET=1 $(PY) -m pytest -q tests/ops/test_every_op.py tests/triton_kernels -k "$(INTERPRETED_TESTS)" -W ignore::RuntimeWarning
+
+# Every Triton kernel for all depths, dtypes and targets.
+triton-sweep: install
+	FASTNCE_TRITON_SWEEP=1 $(PY) -m pytest -q tests/triton_kernels/test_triton_compile.py
 
 sanitize: install
 	@FASTNCE_LIBRARY=$(SANITIZED) CXX=g++ CXXFLAGS="$(SANITIZERS)" $(FASTNCE) build

@@ -99,8 +99,9 @@ CSRC = ["fastnce.csrc", "fastnce.csrc.common", "fastnce.csrc.cpu"]
 setup(
     distclass=DistributionWithLibrary,
     ext_modules=[],
-    packages=[*find_packages(include=["fastnce", "fastnce.*"]), *CSRC],
-    package_dir={"fastnce.csrc": "csrc"},
+    packages=[*find_packages(include=["fastnce", "fastnce.*"]), *CSRC, "fastnce.triton_kernels"],
+    # The bare name belongs to another project.
+    package_dir={"fastnce.csrc": "csrc", "fastnce.triton_kernels": "triton_kernels"},
     package_data={name: ["*.cpp", "*.h"] for name in CSRC},
     cmdclass={
         "build": build_with_native,

@@ -117,9 +117,14 @@ CASES = [
     _one_way(65536, 768, "full", device="cuda"),
     _fixed_keys(32768, 128, "quick", "full", device="cuda"),
     _fixed_keys(32768, 256, "full", device="cuda"),
+    _fixed_keys(32768, 512, "full", device="cuda"),
     _two_way(8192, 512, "quick", "full", device="cuda"),
     _two_way(32768, 512, "full", device="cuda"),
+    _two_way(65536, 256, "full", device="cuda"),
+    _two_way(65536, 512, "full", device="cuda"),
     _two_way(65536, 768, "full", device="cuda"),
+    _two_way(65536, 1024, "full", device="cuda"),
+    _two_way(262144, 512, "full", device="cuda"),
     _moco(256, 65536, 128, "quick", "full", device="cuda"),
 ]
 

@@ -7,9 +7,16 @@ Example:
     >>> loss.backward()
 """
 
-from fastnce import backends, losses
-from fastnce.backends import use_backend
-from fastnce.ops import (
+from pathlib import Path
+
+# In a checkout the kernels lie beside the package, as its sources do; an installation has them inside.
+_here = Path(__file__).resolve().parent
+if not (_here / "triton_kernels").is_dir() and (_here.parent / "triton_kernels").is_dir():
+    __path__.append(str(_here.parent))
+
+from fastnce import backends, losses  # noqa: E402
+from fastnce.backends import use_backend  # noqa: E402
+from fastnce.ops import (  # noqa: E402
     conditional_contrastive,
     info_nce,
     nt_xent,

@@ -18,12 +18,17 @@ from types import ModuleType
 
 import torch
 
-from fastnce import native, reference
+from fastnce import native, reference, triton_ops
 
 _log = logging.getLogger("fastnce")
 
 # In order of preference.
-_TABLE: dict[str, ModuleType] = {"native": native, "torch": reference}
+_TABLE: dict[str, ModuleType] = {"triton": triton_ops, "native": native, "torch": reference}
+# What a backend can do but nobody wants unless asked for.
+_ONLY_BY_NAME = {
+    ("triton", "cpu"): "Triton's interpreter is for tests, ask for it by name",
+    ("triton", "cuda"): "its kernels have not run on a GPU yet, ask for it by name",
+}
 
 _requested: str | None = os.environ.get("FASTNCE_BACKEND") or None
 _logged: set[tuple[str, str, torch.dtype]] = set()
@@ -105,6 +110,8 @@ def select(op: str, tensor: torch.Tensor, backend: str | None = None) -> ModuleT
     reasons: list[str] = []
     for name, module in _TABLE.items():
         reason = module.supports(op, device, dtype)
+        if reason == "ok":
+            reason = _ONLY_BY_NAME.get((name, device), "ok")
         if reason == "ok":
             if not torch.compiler.is_compiling():
                 _log_choice(op, device, dtype, name, reasons)

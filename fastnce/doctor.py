@@ -42,7 +42,7 @@ def report() -> str:
     for name, reason in backends.available().items():
         instructions = _instructions() if name == "native" and reason == "ok" else ""
         lines.append(f"  {name:8} {reason}{instructions}")
-    if "ok" not in backends.available()["native"]:
+    if backends.available()["native"] != "ok":
         lines.append(
             "  Without it everything runs in plain PyTorch: slower, with the N x N matrix in memory."
         )
@@ -63,7 +63,11 @@ def _chosen(op: str, device: str) -> str:
         module = backends.select(op, torch.empty(0, device=device))
     except (ValueError, RuntimeError) as error:
         return str(error)
-    return module.__name__.rpartition(".")[2].replace("reference", "torch")
+    return (
+        module.__name__.rpartition(".")[2]
+        .replace("reference", "torch")
+        .replace("triton_ops", "triton")
+    )
 
 
 def _instructions() -> str:

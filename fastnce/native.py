@@ -531,7 +531,7 @@ def _fake_sample_patches_add_(maps, grad_patches, patches, inverse_norms, patch_
     return None
 
 
-_FAKES: dict[str, Callable] = {
+FAKES: dict[str, Callable] = {
     "info_nce_forward": _fake_info_nce_forward,
     "info_nce_backward": _fake_info_nce_backward,
     "patch_nce_forward": _fake_patch_nce_forward,
@@ -555,7 +555,7 @@ def _load() -> str:
         if not build.is_current(library):
             return f"{library} was built from other sources. Run: fastnce build"
         torch.ops.load_library(library)
-        for op, fake in _FAKES.items():
+        for op, fake in FAKES.items():
             torch.library.register_fake(f"fastnce::{op}", fake)
     except (OSError, RuntimeError) as error:
         # A library for another processor or an older torch; reported, for the rest works without it.

@@ -1,6 +1,7 @@
 """The fixtures of every test of an op: one suite, run on every backend."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 
 import hypothesis
 import pytest
@@ -18,7 +19,19 @@ _REASONS = backends.available()
 _FUSED = [name for name, reason in _REASONS.items() if name != "torch" and reason == "ok"]
 
 
-@pytest.fixture(params=[*_REASONS] if _FUSED else [*_REASONS, STAND_IN])
+def _arguments(function: Callable) -> Iterable[str]:
+    return inspect.signature(inspect.unwrap(function)).parameters
+
+
+def pytest_report_header() -> list[str]:
+    return [f"backend {name}: {reason}" for name, reason in _REASONS.items()]
+
+
+# Triton where it runs only: elsewhere every test would be skipped once more. The header tells.
+_PARAMS = [name for name in _REASONS if name != "triton" or _REASONS[name] == "ok"]
+
+
+@pytest.fixture(params=_PARAMS if _FUSED else [*_PARAMS, STAND_IN])
 def backend(request, monkeypatch) -> Iterator[str]:
     """The name of each backend; one that cannot run here is skipped with its reason.
 
@@ -28,10 +41,18 @@ def backend(request, monkeypatch) -> Iterator[str]:
         monkeypatch.setitem(backends._TABLE, STAND_IN, python_kernels)
     elif _REASONS[request.param] != "ok":
         pytest.skip(f"{request.param}: {_REASONS[request.param]}")
+    elif request.param == "triton" and "device" not in _arguments(request.function):
+        pytest.skip("triton: this test has its tensors on the host, or in float64")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield request.param
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def device(backend) -> str:
+    """Where the backend's tests run: on the GPU what runs there alone. Triton's interpreter runs on the host."""
+    return "cuda" if backends.supports(backend, "info_nce", "cpu", torch.float32) != "ok" else "cpu"
 
 
 @pytest.fixture
@@ -48,11 +69,11 @@ def generator() -> torch.Generator:
 
 
 @pytest.fixture
-def needs_support():
+def needs_support(device):
     """Skips the test, with the backend's reason, where the backend does not run the op in that dtype."""
 
     def check(op: str, backend: str, dtype: torch.dtype = torch.float32) -> None:
-        reason = backends.supports(backend, op, "cpu", dtype)
+        reason = backends.supports(backend, op, device, dtype)
         if reason != "ok":
             pytest.skip(f"{backend}: {reason}")
 

@@ -13,7 +13,15 @@ import pytest
 from fastnce import build, native
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = ("fastnce", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md")
+SHIPPED = (
+    "fastnce",
+    "triton_kernels",
+    "csrc",
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+)
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "setup.py").is_file(), reason="needs a checkout, not an installed package"
@@ -92,6 +100,9 @@ def test_without_a_compiler_the_wheel_is_pure(checkout, tmp_path):
     assert not [name for name in names if name.endswith(".so")]
     shipped = {f"fastnce/{p.relative_to(ROOT)}" for p in (ROOT / "csrc").rglob("*.[ch]*")}
     assert shipped <= names, "`fastnce build` needs the sources"
+    kernels = {f"fastnce/{p.relative_to(ROOT)}" for p in (ROOT / "triton_kernels").glob("*.py")}
+    assert len(kernels) > 10 and kernels <= names
+    assert not [name for name in names if name.startswith("triton_kernels")]
 
 
 def test_the_pure_package_works_and_says_what_is_missing(checkout, tmp_path):

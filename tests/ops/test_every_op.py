@@ -14,8 +14,8 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @functools.cache
-def samples(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Sample]:
-    found = SAMPLE_INPUTS[op](dtype, "cpu", torch.Generator().manual_seed(0))
+def samples(op: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Sample]:
+    found = SAMPLE_INPUTS[op](dtype, device, torch.Generator().manual_seed(0))
     return {sample.name: sample for sample in found}
 
 
@@ -69,9 +69,9 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @each_form
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def test_numerical_contract(op, name, dtype, backend, needs_support):
+def test_numerical_contract(op, name, dtype, backend, needs_support, device):
     needs_support(op, backend, dtype)
-    assert_close_to_truth(op, backend, samples(op, dtype)[name], dtype)
+    assert_close_to_truth(op, backend, samples(op, dtype, device)[name], dtype)
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -83,11 +83,11 @@ def among_nans(x: Tensor) -> Tensor:
     if x.dim() == 0:
         return x
     if not x.is_floating_point():
-        buffer = torch.full((2 * len(x) + 1,), 2**31 - 1, dtype=x.dtype)
+        buffer = x.new_full((2 * len(x) + 1,), 2**31 - 1)
         buffer[1::2] = x
         return buffer[1::2]
     sizes = [2 * size + 1 for size in x.shape[:-1]]
-    buffer = torch.full((*sizes, x.shape[-1] + 5), torch.nan, dtype=x.dtype)
+    buffer = x.new_full((*sizes, x.shape[-1] + 5), torch.nan)
     view = buffer[(*[slice(1, None, 2)] * len(sizes), slice(3, 3 + x.shape[-1]))]
     return view.copy_(x)
 
@@ -96,7 +96,7 @@ def every_third_feature(x: Tensor) -> Tensor:
     """No dimension has the stride 1."""
     if x.dim() == 0 or not x.is_floating_point():
         return x
-    buffer = torch.full((*x.shape, 3), torch.nan, dtype=x.dtype)
+    buffer = x.new_full((*x.shape, 3), torch.nan)
     buffer[..., 1] = x
     return buffer[..., 1]
 
@@ -117,16 +117,16 @@ def channels_last(x: Tensor) -> Tensor:
         (channels_last, torch.float32),
     ],
 )
-def test_strides_and_neighbours(op, name, layout, dtype, backend, needs_support):
+def test_strides_and_neighbours(op, name, layout, dtype, backend, needs_support, device):
     needs_support(op, backend, dtype)
-    sample = mapped(samples(op, dtype)[name], layout.__name__, layout)
+    sample = mapped(samples(op, dtype, device)[name], layout.__name__, layout)
     assert_close_to_truth(op, backend, sample, dtype)
 
 
 @each_form
-def test_gradient_of_one_argument_alone(op, name, backend, needs_support):
+def test_gradient_of_one_argument_alone(op, name, backend, needs_support, device):
     needs_support(op, backend)
-    sample = samples(op)[name]
+    sample = samples(op, device=device)[name]
     for chosen in range(sum(x.requires_grad for x in tensors_of(sample))):
         counter = iter(range(100))
         alone = mapped(sample, f"only {chosen}", lambda x: x)
@@ -137,9 +137,9 @@ def test_gradient_of_one_argument_alone(op, name, backend, needs_support):
 
 
 @each_form
-def test_without_gradients(op, name, backend, needs_support):
+def test_without_gradients(op, name, backend, needs_support, device):
     needs_support(op, backend)
-    sample = samples(op)[name]
+    sample = samples(op, device=device)[name]
     expected = call(op, sample, backend)
     for context in (torch.no_grad, torch.inference_mode):
         with context():
@@ -150,18 +150,18 @@ def test_without_gradients(op, name, backend, needs_support):
 
 
 @each_form
-def test_arguments_are_left_alone(op, name, backend, needs_support):
+def test_arguments_are_left_alone(op, name, backend, needs_support, device):
     needs_support(op, backend)
-    sample = samples(op)[name]
+    sample = samples(op, device=device)[name]
     before = [x.detach().clone() for x in tensors_of(sample)]
     run(op, sample, backend=backend)
     assert all(torch.equal(x, y) for x, y in zip(tensors_of(sample), before, strict=True))
 
 
 @each_form
-def test_gradcheck(op, name, backend, needs_support):
+def test_gradcheck(op, name, backend, needs_support, device):
     needs_support(op, backend, torch.float64)
-    sample = samples(op, torch.float64)[name]
+    sample = samples(op, torch.float64, device)[name]
     leaves = [x.detach().double().requires_grad_() for x in tensors_of(sample) if x.requires_grad]
 
     def function(*values):
@@ -179,9 +179,9 @@ def test_gradcheck(op, name, backend, needs_support):
 
 
 @each_form
-def test_repeatable_in_deterministic_mode(op, name, backend, needs_support):
+def test_repeatable_in_deterministic_mode(op, name, backend, needs_support, device):
     needs_support(op, backend)
-    sample = samples(op)[name]
+    sample = samples(op, device=device)[name]
     torch.use_deterministic_algorithms(True)
     try:
         assert_same(run(op, sample, backend=backend), run(op, sample, backend=backend))
@@ -190,11 +190,11 @@ def test_repeatable_in_deterministic_mode(op, name, backend, needs_support):
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op not in ("sample_patches", "patch_nce")])
-def test_reductions_agree(op, backend, needs_support):
+def test_reductions_agree(op, backend, needs_support, device):
     needs_support(op, backend)
     if op == "pairwise_cosine_similarity":
         pytest.skip("it has no reduction")
-    sample = next(iter(samples(op).values()))
+    sample = next(iter(samples(op, device=device).values()))
     results = {
         reduction: run(
             op, Sample("", {**sample.arguments, "reduction": reduction}), backend=backend
@@ -206,7 +206,9 @@ def test_reductions_agree(op, backend, needs_support):
     count = (losses != 0).sum() if op == "sup_con" else losses.numel()  # samples with a positive
     torch.testing.assert_close(results["sum"]["out"], losses.sum().detach())
     torch.testing.assert_close(results["mean"]["out"], losses.sum().detach() / count)
-    losses.sum().backward(gradient=torch.tensor(0.7))  # reaches the op as an expanded tensor
+    losses.sum().backward(
+        gradient=torch.tensor(0.7, device=device)
+    )  # reaches the op as an expanded tensor
     grads = [x.grad for x in tensors_of(leaves) if x.requires_grad]
     sums = [x for key, x in results["sum"].items() if key != "out"]
     means = [x for key, x in results["mean"].items() if key != "out"]
@@ -216,12 +218,12 @@ def test_reductions_agree(op, backend, needs_support):
 
 
 @each_op
-def test_compile_is_equal_to_eager(op, name, backend, needs_support):
+def test_compile_is_equal_to_eager(op, name, backend, needs_support, device):
     needs_support(op, backend)
     needs_compile(op, backend)
     torch._dynamo.reset()
     compiled = torch.compile(getattr(fastnce, op), fullgraph=True, backend="aot_eager")
-    sample = samples(op)[name]
+    sample = samples(op, device=device)[name]
     assert_same(
         run(op, sample, backend=backend, function=compiled), run(op, sample, backend=backend)
     )
@@ -248,14 +250,14 @@ def first_rows(count: int):
         ("pairwise_cosine_similarity", "two", first_rows(5)),
     ],
 )
-def test_compile_with_dynamic_shapes(op, name, fewer, backend, needs_support):
+def test_compile_with_dynamic_shapes(op, name, fewer, backend, needs_support, device):
     needs_support(op, backend)
     needs_compile(op, backend)
     torch._dynamo.reset()
     compiled = torch.compile(
         getattr(fastnce, op), fullgraph=True, backend="aot_eager", dynamic=True
     )
-    sample = samples(op)[name]
+    sample = samples(op, device=device)[name]
     for each in (sample, mapped(sample, "fewer", fewer)):
         assert_same(
             run(op, each, backend=backend, function=compiled), run(op, each, backend=backend)
@@ -263,7 +265,7 @@ def test_compile_with_dynamic_shapes(op, name, fewer, backend, needs_support):
 
 
 @each_op
-def test_autocast_promotes_and_keeps_the_loss_wide(op, name, backend, needs_support):
+def test_autocast_promotes_and_keeps_the_loss_wide(op, name, backend, needs_support, device):
     needs_support(op, backend)
     needs_support(op, backend, torch.bfloat16)
     count = iter(range(100))
@@ -272,10 +274,10 @@ def test_autocast_promotes_and_keeps_the_loss_wide(op, name, backend, needs_supp
         is_rows = x.is_floating_point() and x.dim() >= 2
         return x.bfloat16() if is_rows and next(count) % 2 == 0 else x
 
-    sample = mapped(samples(op)[name], "mixed", mix)
+    sample = mapped(samples(op, device=device)[name], "mixed", mix)
     promoted = mapped(sample, "promoted", lambda x: x.float() if x.is_floating_point() else x)
     assert any(x.dtype == torch.bfloat16 for x in tensors_of(sample))
-    under_autocast = torch.autocast("cpu", dtype=torch.bfloat16)(getattr(fastnce, op))
+    under_autocast = torch.autocast(device, dtype=torch.bfloat16)(getattr(fastnce, op))
     got = run(op, sample, backend=backend, function=under_autocast)
     expected = run(op, promoted, backend=backend)
     for key, x in got.items():
@@ -294,9 +296,9 @@ def test_autocast_promotes_and_keeps_the_loss_wide(op, name, backend, needs_supp
 
 
 @each_op
-def test_torch_func_is_refused_by_fused_kernels(op, name, fused_backend, needs_support):
+def test_torch_func_is_refused_by_fused_kernels(op, name, fused_backend, needs_support, device):
     needs_support(op, fused_backend)
-    sample = samples(op)[name]
+    sample = samples(op, device=device)[name]
     first = next(iter(sample.arguments))
     value = sample.arguments[first]
 
@@ -325,10 +327,12 @@ def test_torch_func_works_on_plain_pytorch(op, name):
 
 
 @each_op
-def test_second_derivative_is_refused_by_fused_kernels(op, name, fused_backend, needs_support):
+def test_second_derivative_is_refused_by_fused_kernels(
+    op, name, fused_backend, needs_support, device
+):
     """Also where the upstream gradient is a constant, where PyTorch alone would return a gradient cut off in silence."""
     needs_support(op, fused_backend)
-    sample = mapped(samples(op)[name], "", lambda x: x)
+    sample = mapped(samples(op, device=device)[name], "", lambda x: x)
     leaves = [x for x in tensors_of(sample) if x.requires_grad]
     total = sum(out.sum() for out in call(op, sample, fused_backend))
     grads = torch.autograd.grad(total, leaves, create_graph=True)
@@ -356,11 +360,11 @@ def test_second_derivative_of_plain_pytorch(op, name):
 @pytest.mark.parametrize(
     "op", ["info_nce", "patch_nce", "conditional_contrastive", "sup_con", "nt_xent"]
 )
-def test_half_precision_survives_a_gradient_scaler(op, backend, needs_support):
+def test_half_precision_survives_a_gradient_scaler(op, backend, needs_support, device):
     """GradScaler multiplies the loss by 65536, which fp16 cannot represent, so that small gradients do not underflow."""
     needs_support(op, backend, torch.float16)
     sample = mapped(
-        next(iter(samples(op, torch.float16).values())),
+        next(iter(samples(op, torch.float16, device).values())),
         "",
         lambda x: x * 2 if x.is_floating_point() else x,
     )

@@ -1,0 +1,85 @@
+"""Calls that make the ops launch every kernel in every form; on tensors without memory, for the compiler."""
+
+from __future__ import annotations
+
+import torch
+from recording import Launch, recorded
+
+from fastnce import triton_kernels
+
+IN_BATCH = {"normalize": True, "symmetric": False, "in_batch": True, "self_logit": None}
+# One of each tile of the tables and of each way of holding the depth: whole, head and tail, chunks.
+DEPTHS = (64, 96, 128, 192, 256, 768)
+
+
+def launches(depth: int, dtype: torch.dtype, large: bool = True) -> list[Launch]:
+    """All different launches of losses of rows of ``depth``; of the small problems' tiles unless ``large``."""
+    with recorded() as found:
+        _losses(depth, dtype, 16384 if large else 256)
+    return list(dict.fromkeys(found))
+
+
+def sampling_launches(dtype: torch.dtype) -> list[Launch]:
+    """All different launches of sample_patches."""
+    with recorded() as found:
+        _sampling(dtype)
+    return list(dict.fromkeys(found))
+
+
+def _rows(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _losses(depth: int, dtype: torch.dtype, count: int) -> None:
+    tau = torch.empty((), device="meta")
+    query, key = (_rows(1, count, depth, dtype=dtype) for _ in "qk")
+    queue = _rows(4 * count, depth, dtype=dtype)
+    own = _rows(1, count, 64, depth, dtype=dtype)
+    everything = (True, True, True, True)
+    symmetric = {**IN_BATCH, "symmetric": True}
+    for negatives, temperature, options, needs in (
+        (None, 0.07, IN_BATCH, (True, False, False, False)),  # one pass
+        (None, 0.07, IN_BATCH, (False, True, False, False)),  # sums, then keys alone
+        (None, 0.005, IN_BATCH, (True, True, False, False)),  # the running maximum
+        (None, tau, symmetric, (True, True, False, True)),
+        (None, 0.07, symmetric, (True, True, False, False)),
+        (queue, tau, IN_BATCH, everything),
+        (own, tau, {**IN_BATCH, "in_batch": False}, everything),
+        (None, 5.0, {**IN_BATCH, "normalize": False}, (True, True, False, False)),
+    ):
+        scale = {"grad_scale": 1.0, "needs": needs}
+        loss, lse, _ = triton_kernels.info_nce_forward(
+            query, key, negatives, temperature, **options, **scale
+        )
+        triton_kernels.info_nce_backward(
+            loss, query, key, negatives, temperature, lse, **options, needs=needs
+        )
+    layers = [_rows(2, count, depth, dtype=dtype), _rows(2, count // 2, depth, dtype=dtype)]
+    triton_kernels.patch_nce_forward(
+        layers,
+        layers,
+        0.07,
+        self_logit=-10.0,
+        loss_scales=[0.1, 0.2],
+        grad_scales=[0.1, 0.2],
+        needs=([True, True], [True, True], False),
+    )
+    labels = torch.empty(count, dtype=torch.int64, device="meta")
+    for temperature, needs in ((0.07, (True, True, False)), (tau, (True, True, True))):
+        triton_kernels.conditional_contrastive_forward(
+            query[0], key[0], labels, temperature, grad_scale=1.0, needs=needs
+        )
+        triton_kernels.sup_con_forward(
+            query[0], labels, temperature, grad_scale=1.0, mean=True, needs=needs[1:]
+        )
+    matrix = triton_kernels.pairwise_cosine_similarity_forward(query, key, tau)
+    triton_kernels.pairwise_cosine_similarity_backward(matrix, query, key, tau, needs=(True,) * 3)
+
+
+def _sampling(dtype: torch.dtype) -> None:
+    sizes = [(3, 262), (128, 256), (256, 128), (256, 64), (256, 64)]
+    maps = [_rows(1, c, n, n, dtype=dtype) for c, n in sizes]
+    ids = [torch.empty(256, dtype=torch.int64, device="meta")] * len(maps)
+    for normalize in (False, True):
+        patches, norms = triton_kernels.sample_patches_forward(maps, ids, normalize)
+        triton_kernels.sample_patches_backward(patches, patches, norms, ids, maps, normalize)

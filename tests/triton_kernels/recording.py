@@ -1,0 +1,178 @@
+"""What the ops launch, without a GPU: recorded on tensors without memory, and compiled for any target.
+
+Not for use with TRITON_INTERPRET=1, which has no compiler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+import fastnce.triton_kernels.launch as launch_module
+
+# Shared memory that a program can have, in bytes.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Triton's own, where its ptxas knows it.
+_ALLOCATION = ("--regAllocOptLevel=2",)
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel as Triton would specialise it for the arguments of one call."""
+
+    kernel: str  # module and name
+    signature: tuple
+    constants: tuple
+    attributes: tuple
+    options: tuple
+
+    @property
+    def name(self) -> str:
+        return self.kernel.rpartition(".")[2]
+
+    def constant(self, name: str) -> object:
+        return dict(self.constants).get(name)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Inside the block every launch is noted, and none happens."""
+    found: list[Launch] = []
+
+    def note(kernel, grid, arguments, options):
+        assert all(isinstance(size, int) and size > 0 for size in grid), (kernel, grid)
+        # Beyond these a grid cannot be launched.
+        assert grid[0] < 2**31 and all(size < 2**16 for size in grid[1:]), (kernel, grid)
+        found.append(_specialised(kernel, arguments, options))
+
+    start = launch_module._start
+    launch_module._start = note
+    try:
+        yield found
+    finally:
+        launch_module._start = start
+
+
+def _specialised(kernel, arguments: dict[str, object], options: dict[str, object]) -> Launch:
+    names = [parameter.name for parameter in kernel.params]
+    assert set(arguments) == set(names), set(arguments) ^ set(names)
+    signature, constants, attributes = [], [], []
+
+    def describe(value: object, path: tuple, free: bool) -> object:
+        if isinstance(value, tuple):
+            return tuple(describe(x, (*path, i), free) for i, x in enumerate(value))
+        if value is None or (type(value) is int and value == 1 and free):
+            constants.append((path if len(path) > 1 else names[path[0]], value))
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            attributes.append(path)  # PyTorch aligns memory; slices are in whole rows
+            return _TYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        assert type(value) is int, value
+        if value % 16 == 0 and free:
+            attributes.append(path)
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr:
+            constants.append((parameter.name, value))
+            signature.append((parameter.name, "constexpr"))
+        else:
+            free = not parameter.do_not_specialize
+            signature.append((parameter.name, describe(value, (index,), free)))
+    where = f"{kernel.fn.__module__}.{kernel.fn.__name__}"
+    return Launch(
+        where, tuple(signature), tuple(constants), tuple(attributes), tuple(options.items())
+    )
+
+
+@dataclasses.dataclass
+class Compiled:
+    """The compiler's output and ptxas' report for one launch."""
+
+    launch: Launch
+    capability: int
+    ttgir: str
+    ptx: str
+    shared: int
+    registers: int
+    spills: int  # bytes stored
+
+    def __str__(self) -> str:
+        constants = {
+            k: v
+            for k, v in self.launch.constants
+            if k in ("KIND", "OFFSET", "HEAD", "TAIL", "BLOCK_M", "BLOCK_N", "BLOCK_D", "PRECISION")
+        }
+        return (
+            f"sm_{self.capability} {self.launch.name} {dict(self.launch.signature).get('x')} {constants} "
+            f"{dict(self.launch.options)}: {self.registers} registers, {self.spills} bytes spilled, {self.shared} shared"
+        )
+
+
+def compiled(launch: Launch, capability: int) -> Compiled:
+    """Compiles a launch for a compute capability such as 90."""
+    import importlib
+
+    module, _, name = launch.kernel.rpartition(".")
+    kernel = getattr(importlib.import_module(module), name)
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(launch.signature),
+        constexprs={
+            (name,) if isinstance(name, tuple) and len(name) == 1 else name: value
+            for name, value in launch.constants
+        },
+        attrs={path: [["tt.divisibility", 16]] for path in launch.attributes},
+    )
+    options = dict(launch.options)
+    target = GPUTarget("cuda", capability, 32)
+    result = triton.compile(source, target=target, options=options)
+    ptx = result.asm["ptx"]
+    registers, spills = _resources(ptx, capability)
+    return Compiled(
+        launch, capability, result.asm["ttgir"], ptx, result.metadata.shared, registers, spills
+    )
+
+
+def _resources(ptx: str, capability: int) -> tuple[int, int]:
+    """Registers of a thread, and bytes that it spills, as ptxas says."""
+    architecture = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        command = [
+            get_ptxas(capability).path,
+            "-v",
+            f"--gpu-name={architecture}",
+            str(file),
+            "-o",
+            f"{folder}/out",
+        ]
+        done = subprocess.run([*command, *_ALLOCATION], capture_output=True, text=True)
+        if "Unknown option" in done.stderr:
+            done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    registers = max(int(x) for x in re.findall(r"Used (\d+) registers", done.stderr))
+    spills = sum(int(x) for x in re.findall(r"(\d+) bytes spill stores", done.stderr))
+    return registers, spills

@@ -1,0 +1,91 @@
+"""The GPU backend's kernels: every op in Triton, from Ampere to Blackwell.
+
+The functions are those of every backend (see :mod:`fastnce.backends`): ``<op>_forward`` and ``<op>_backward`` over validated tensors.
+With ``TRITON_INTERPRET=1``, set before the package is imported, they run on CPU tensors as well, for tests.
+"""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    import triton  # noqa: F401
+except ImportError as error:
+    _MISSING = f"Triton cannot be imported: {error}. Run: pip install triton"
+else:
+    _MISSING = ""
+    from .conditional_contrastive import (
+        conditional_contrastive_backward,
+        conditional_contrastive_forward,
+    )
+    from .info_nce import info_nce_backward, info_nce_forward
+    from .launch import INTERPRETED
+    from .pairwise_cosine_similarity import (
+        pairwise_cosine_similarity_backward,
+        pairwise_cosine_similarity_forward,
+    )
+    from .patch_nce import patch_nce_forward
+    from .sample_patches import (
+        sample_patches_add_,
+        sample_patches_backward,
+        sample_patches_forward,
+    )
+    from .sup_con import sup_con_backward, sup_con_forward
+
+__all__ = [
+    "available",
+    "conditional_contrastive_backward",
+    "conditional_contrastive_forward",
+    "info_nce_backward",
+    "info_nce_forward",
+    "pairwise_cosine_similarity_backward",
+    "pairwise_cosine_similarity_forward",
+    "patch_nce_forward",
+    "sample_patches_add_",
+    "sample_patches_backward",
+    "sample_patches_forward",
+    "sup_con_backward",
+    "sup_con_forward",
+    "supports",
+]
+
+_OPS = (
+    "info_nce",
+    "patch_nce",
+    "conditional_contrastive",
+    "sample_patches",
+    "tap_patches",
+    "nt_xent",
+    "sup_con",
+    "pairwise_cosine_similarity",
+)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LEAST_CAPABILITY = (8, 0)
+
+
+def available() -> str:
+    """``"ok"``, or why no kernel can run on this machine."""
+    if _MISSING:
+        return _MISSING
+    if INTERPRETED:
+        return "ok"
+    if not torch.cuda.is_available():
+        return "the Triton kernels need a GPU, and this torch sees none"
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is None and capability < _LEAST_CAPABILITY:
+        return f"the Triton kernels need a GPU of compute capability 8.0, this one has {capability[0]}.{capability[1]}"
+    return "ok"
+
+
+def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
+    """``"ok"``, or why ``op`` cannot run here on tensors of ``dtype`` on ``device_type``."""
+    reason = available()
+    if reason != "ok":
+        return reason
+    if op not in _OPS:
+        return f"{op} has no Triton kernel"
+    if device_type != "cuda" and not (INTERPRETED and device_type == "cpu"):
+        return "the Triton kernels run on cuda tensors"
+    if dtype not in _DTYPES:
+        return "the Triton kernels take float32, bfloat16 and float16"
+    return "ok"

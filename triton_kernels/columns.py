@@ -1,0 +1,86 @@
+"""The columns of the matrix of similarities: whose they are, and into which blocks and parts rows and columns go."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+from torch import Tensor
+
+from . import config
+from . import launch as machine
+from .launch import cdiv
+from .rows import Rows, input_precision
+from .tiles import GIVEN
+
+
+@dataclasses.dataclass
+class Columns:
+    """A set of columns for the rows of ``problems`` equal problems, or of ragged ones."""
+
+    y: Rows
+    kind: int
+    problems: int = 1
+    labels: Tensor | None = None
+    ragged: Ragged | None = None
+
+    def tile(self, x: Rows, kind: str, rich: bool = False) -> config.Tile:
+        """The tile for the rows ``x``: the small one where there would be fewer tiles than multiprocessors."""
+        device = x.x.device
+        rich = rich or self.labels is not None or self.kind == GIVEN.value
+        if x.x.dtype == torch.float32:
+            rich = input_precision() == "ieee"  # multiply-adds, with both operands in registers
+        memory = machine.shared_memory(device)
+        tile, small = config.tiles(kind, rich, x.x.dtype, x.padded, memory)
+        count = self.row_blocks(x, tile.m) * cdiv(self._width(), tile.n)
+        return small if count < machine.multiprocessors(device) else tile
+
+    def row_blocks(self, x: Rows, block: int) -> int:
+        """Blocks of rows of all problems."""
+        if self.ragged is not None:
+            return self.ragged.row_blocks(block)
+        return self.problems * cdiv(len(x) // self.problems, block)
+
+    def _width(self) -> int:
+        return len(self.y) // self.problems if self.ragged is None else max(self.ragged.counts)
+
+    def splits(self, x: Rows, tile: config.Tile) -> int:
+        """Into how many parts the columns go, so that the programs fill the device."""
+        wanted = config.PROGRAMS_PER_MULTIPROCESSOR * machine.multiprocessors(x.x.device)
+        spare = wanted // self.row_blocks(x, tile.m)
+        return max(1, min(spare, cdiv(self._width(), tile.n)))
+
+    def span_arguments(self, x: Rows, block: int) -> dict[str, object]:
+        """What ``tiles.span`` needs."""
+        return {
+            "rows": len(x) // self.problems,
+            "columns": len(self.y) // self.problems,
+            "total_rows": len(x),
+            "table": None if self.ragged is None else self.ragged.table(block, x.x.device),
+            "RAGGED": self.ragged is not None,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """Problems of ``counts`` rows and as many columns each, one after another."""
+
+    counts: tuple[int, ...]
+
+    def row_blocks(self, block: int) -> int:
+        return sum(cdiv(count, block) for count in self.counts)
+
+    def table(self, block: int, device: torch.device) -> Tensor:
+        """For each block of rows: the first row of its problem, the problem's rows, the block's row in it."""
+        return _table(self.counts, block, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _table(counts: tuple[int, ...], block: int, device: torch.device) -> Tensor:
+    # Copied to the device once, not with every call.
+    entries, first = [], 0
+    for count in counts:
+        entries += [(first, count, start) for start in range(0, count, block)]
+        first += count
+    return torch.tensor(entries, dtype=torch.int64).to(device)

@@ -1,0 +1,368 @@
+"""InfoNCE: in-batch, batched, a queue, each query's own negatives, symmetric.
+
+The positive of a row is kept out of the sums: with s the sum of the other exponentials relative to the positive's, the loss is
+``log(1 + s)`` and the gradient at the positive ``-s / (1 + s)``. Nothing cancels where the positive dominates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import config
+from .columns import Columns
+from .gradients import Products, both_products, joined
+from .launch import cdiv, launch, temperature_arguments
+from .own_negatives import OwnNegatives, own_gradients, own_sums
+from .row_losses import _losses_kernel
+from .rows import Rows, pack, pack_pairs, pair_logits, row_gradients
+from .sums import Parts, new_parts, offset_kind, sum_exponentials, sums_tile
+from .tiles import IN_BATCH, QUEUE
+
+Gradients = tuple[Tensor | None, ...]
+_BLOCK = 128
+
+
+@dataclasses.dataclass
+class Problem:
+    """Packed rows and columns of one call."""
+
+    query: Rows
+    key: Rows
+    positive: Tensor  # (R,) product of each packed query with its key
+    sets: list[Columns]
+    temperature: float | Tensor
+    offset: int
+    symmetric: bool = False
+    self_logit: float | None = None
+    negatives: Tensor | None = None  # each query's own
+
+    @property
+    def in_batch(self) -> Columns | None:
+        return next((x for x in self.sets if x.kind == IN_BATCH.value), None)
+
+    @property
+    def queue(self) -> Columns | None:
+        return next((x for x in self.sets if x.kind == QUEUE.value), None)
+
+
+@dataclasses.dataclass
+class Solution:
+    """The rows' losses, and what their gradients need."""
+
+    loss: Tensor  # (R,)
+    lse: Tensor  # (R,) or, symmetric, (2, R)
+    logit: Tensor  # (R,), of the positive
+    missing: Tensor  # (R,): the softmax's weight on all but the positive; mean of both directions if symmetric
+    factor: Tensor | None = None  # (P, R): from exponentials of a part to the softmax
+    term: Tensor | None = (
+        None  # (R,): sum of softmax times logit over what is in the parts, and the constant logit
+    )
+    parts: Parts | None = None
+    own: OwnNegatives | None = None
+
+
+def problem_of(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None,
+    temperature: float | Tensor,
+    *,
+    normalize: bool,
+    symmetric: bool,
+    in_batch: bool,
+    self_logit: float | None,
+) -> Problem:
+    """Packs the inputs, see :func:`info_nce_forward`."""
+    q, k, positive = pack_pairs(query, key, normalize)
+    sets = [Columns(k, IN_BATCH.value, query.shape[0])] if in_batch else []
+    own = None
+    if negatives is not None and negatives.dim() == 2:
+        sets.append(Columns(pack(negatives, normalize), QUEUE.value))
+    elif negatives is not None:
+        own = negatives
+    offset = offset_kind(temperature, normalize, query.dtype)
+    return Problem(q, k, positive, sets, temperature, offset, symmetric, self_logit, own)
+
+
+def info_nce_forward(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None,
+    temperature: float | Tensor,
+    *,
+    normalize: bool,
+    symmetric: bool,
+    in_batch: bool,
+    self_logit: float | None,
+    grad_scale: float | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Losses, log-sum-exp and, if ``grad_scale`` is given, the gradients of ``grad_scale * losses.sum()``.
+
+    Args:
+        query: (B, N, D), any strides.
+        key: (B, N, D); row i is the positive of query i.
+        negatives: None, (M, D) shared by all queries, or (B, N, M, D) each query's own.
+        temperature: a float or a 0-d tensor.
+        normalize: L2-normalise all rows.
+        symmetric: the mean of the losses of rows and of columns.
+        in_batch: all keys of the batch element are columns, else only a query's own.
+        self_logit: a further constant logit, before the division by the temperature.
+        grad_scale: d L / d loss of every row, or None for no gradients now.
+        needs: whether query, key, negatives and temperature need a gradient.
+
+    Returns:
+        losses (B, N); lse (B, N), or (2, B, N) if ``symmetric``; the four gradients, None where not needed.
+    """
+    options = {"normalize": normalize, "symmetric": symmetric, "in_batch": in_batch}
+    problem = problem_of(query, key, negatives, temperature, **options, self_logit=self_logit)
+    now = grad_scale is not None and any(needs)
+    solution = solve(
+        problem, with_product=now and (needs[0] or needs[3]), with_term=now and needs[3]
+    )
+    rows = query.shape[:2]
+    lse = solution.lse.view(2, *rows) if symmetric else solution.lse.view(rows)
+    grads: Gradients = (None,) * 4
+    if now:
+        weight = torch.ones_like(solution.loss)
+        found = gradients(problem, solution, weight, grad_scale, needs, query.dtype)
+        grads = _shaped(found, query, key, negatives)
+    return solution.loss.view(rows), lse, grads
+
+
+def info_nce_backward(
+    grad_loss: Tensor,
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None,
+    temperature: float | Tensor,
+    lse: Tensor,
+    *,
+    normalize: bool,
+    symmetric: bool,
+    in_batch: bool,
+    self_logit: float | None,
+    needs: Sequence[bool],
+) -> Gradients:
+    """The gradients of ``(grad_loss * losses).sum()`` from the ``lse`` of the forward; ``grad_loss`` (B, N), any strides."""
+    options = {"normalize": normalize, "symmetric": symmetric, "in_batch": in_batch}
+    problem = problem_of(query, key, negatives, temperature, **options, self_logit=self_logit)
+    weight, upstream = relative_weights(grad_loss)
+    lse = lse.reshape(2, -1) if symmetric else lse.reshape(-1)
+    positive = pair_logits(problem.query, problem.key, problem.positive, temperature)
+    missing = -torch.expm1(positive - lse)
+    missing = missing.mean(0) if symmetric else missing
+    own = None
+    if problem.negatives is not None:
+        unused = torch.empty_like(problem.positive), torch.empty_like(problem.positive)
+        own = own_sums(problem.query, problem.negatives, temperature, *unused)
+    solution = Solution(positive, lse, positive, missing, own=own)
+    found = gradients(problem, solution, weight, upstream, needs, query.dtype)
+    return _shaped(found, query, key, negatives)
+
+
+def _shaped(found: Gradients, *inputs: Tensor | None) -> Gradients:
+    pairs = zip(found, (*inputs, None), strict=True)
+    return tuple(g if g is None or x is None else g.view(x.shape) for g, x in pairs)
+
+
+def relative_weights(grad_loss: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients that arrive, as weights of at most 1 and a factor: fp16 holds the former times a softmax."""
+    flat = grad_loss.reshape(-1).float()
+    top = flat.abs().amax()
+    top = torch.where((top > 0) & top.isfinite(), top, 1.0)
+    return flat / top, top
+
+
+def solve(problem: Problem, *, with_product: bool, with_term: bool) -> Solution:
+    """The losses; with the sums that the queries' gradient needs, where one pass can make both."""
+    query = problem.query
+    fused = with_product and bool(problem.sets) and not problem.symmetric and query.split != (0, 0)
+    splits = [
+        c.splits(query, sums_tile(query, c, problem.offset, fused, fused and with_term))
+        for c in problem.sets
+    ]
+    own_parts = int(problem.negatives is not None)
+    parts = new_parts(
+        query, sum(splits) + own_parts, labelled=False, term=fused and with_term, product=False
+    )
+    if fused:
+        parts.raw = query.x.new_empty((sum(splits), *query.x.shape), dtype=torch.float32)
+    column_parts = None
+    begin = 0
+    for columns, count in zip(problem.sets, splits, strict=True):
+        chosen = parts[begin : begin + count]
+        begin += count
+        if problem.symmetric:
+            column_parts = _both_sums(problem, columns, chosen)
+        else:
+            sum_exponentials(query, columns, problem.temperature, problem.offset, chosen)
+    own = None
+    if own_parts:
+        own = own_sums(
+            query, problem.negatives, problem.temperature, parts.largest[-1], parts.sum[-1]
+        )
+        if parts.term is not None:
+            parts.term[-1].zero_()
+    return _solved(problem, parts, column_parts, fused, own)
+
+
+def _both_sums(problem: Problem, columns: Columns, parts: Parts) -> tuple[Tensor, Tensor]:
+    """Sums of rows into ``parts``, and of columns by blocks of rows, (P, C) largest and sum."""
+    query = problem.query
+    tile = sums_tile(query, columns, problem.offset, False, False)
+    blocks = columns.row_blocks(query, tile.m)
+    apart = columns.problems > 1
+    per_panel = blocks // columns.problems if apart else config.COLUMN_SUM_ROWS // tile.m
+    found = []
+    for first in range(0, blocks // columns.problems, per_panel):
+        count = min(per_panel, blocks // columns.problems - first)
+        of_columns = query.x.new_empty((2, count, len(columns.y)), dtype=torch.float32)
+        chosen = None if apart else (first, count)
+        sum_exponentials(
+            query,
+            columns,
+            problem.temperature,
+            problem.offset,
+            parts,
+            column_parts=(of_columns[0], of_columns[1]),
+            block_range=chosen,
+        )
+        if count < blocks // columns.problems:
+            of_columns = _added(of_columns)
+        found.append(of_columns)
+    both = found[0] if len(found) == 1 else torch.cat(found, dim=1)
+    return both[0], both[1]
+
+
+def _added(parts: Tensor) -> Tensor:
+    """Parts (2, P, C) of largest and sum, as one: (2, 1, C)."""
+    largest = parts[0].amax(0, keepdim=True)
+    finite = torch.where(largest == -torch.inf, 0.0, largest)
+    return torch.stack([largest, (parts[1] * torch.exp2(parts[0] - finite)).sum(0, keepdim=True)])
+
+
+def _solved(problem, parts, column_parts, fused, own) -> Solution:
+    total = len(problem.query)
+    new = problem.positive.new_empty
+    lse = new((2, total) if problem.symmetric else (total,))
+    factor = new((parts.raw.shape[0], total)) if fused else None
+    term = new((total,)) if parts.term is not None else None
+    loss, logit, missing = (new((total,)) for _ in range(3))
+    kept = parts if fused else None
+    solution = Solution(loss, lse, logit, missing, factor, term, kept, own)
+    columns = column_parts or (None, None)
+    launch(
+        _losses_kernel,
+        (cdiv(total, _BLOCK),),
+        {"num_warps": 4, "num_stages": 2},
+        positive=problem.positive,
+        query_scale=problem.query.scale,
+        key_scale=problem.key.scale,
+        largest=parts.largest,
+        sums=parts.sum,
+        terms=parts.term,
+        column_largest=columns[0],
+        column_sums=columns[1],
+        loss=solution.loss,
+        lse=lse,
+        logit=solution.logit,
+        missing=solution.missing,
+        factor=factor,
+        term=term,
+        self_logit=float(problem.self_logit or 0.0),
+        parts=parts.sum.shape[0],
+        factor_parts=factor.shape[0] if fused else 0,
+        column_parts=0 if column_parts is None else column_parts[0].shape[0],
+        total=total,
+        SELF=problem.self_logit is not None,
+        BLOCK=_BLOCK,
+        **temperature_arguments(problem.temperature),
+    )
+    return solution
+
+
+def gradients(
+    problem: Problem,
+    solution: Solution,
+    weight: Tensor,
+    upstream: float | Tensor,
+    needs: Sequence[bool],
+    dtype: torch.dtype,
+) -> Gradients:
+    """The four gradients of ``upstream * (weight * losses).sum()``, those of rows as (R, D).
+
+    The temperature's is ``-upstream / t * sum_i weight_i (sum_j softmax_ij z_ij - z_ip)``.
+    """
+    need_query, need_key, need_negatives, need_temperature = needs
+    query, temperature = problem.query, problem.temperature
+    half = 0.5 if problem.symmetric else 1.0
+    lses = solution.lse.view(-1, len(query))
+    row, column = (statistics(lse, weight * half) for lse in (lses[0], lses[-1]))
+    if not problem.symmetric:
+        column = None
+    missing = solution.missing * weight
+    want_row = need_query or need_temperature
+    of_query: list[Products] = []
+    of_key = of_queue = grad_negatives = None
+    term = None
+    if solution.parts is not None:
+        of_query.append(Products(solution.parts.raw, solution.factor * weight))
+        term = None if solution.term is None else solution.term * weight
+    for columns in problem.sets:
+        is_key = columns.kind == IN_BATCH.value
+        want_x = want_row and solution.parts is None
+        want_y = need_key if is_key else need_negatives
+        if not (want_x or want_y):
+            continue
+        found = both_products(
+            query,
+            columns,
+            temperature,
+            row,
+            column if is_key else None,
+            want_x=want_x,
+            want_y=want_y,
+            want_term=want_x and need_temperature,
+        )
+        of_query += [found[0]] if want_x else []
+        of_key, of_queue = (found[1], of_queue) if is_key else (of_key, found[1])
+        term = _sum(term, found[2])
+    if solution.own is not None and (want_row or need_negatives):
+        raw, grad_negatives, own_term = own_gradients(
+            query, solution.own, temperature, row[0], weight, upstream, need_negatives
+        )
+        of_query.append(Products(raw))
+        term = _sum(term, own_term)
+
+    def finish(rows: Rows, products: list[Products | None], pair: Rows | None) -> Tensor:
+        raw, factor = joined([x for x in products if x is not None])
+        pair_weight = None if pair is None else -missing
+        return row_gradients(rows, raw, factor, pair, pair_weight, temperature, upstream, dtype)
+
+    grad_query = finish(query, of_query, problem.key) if need_query else None
+    grad_key = finish(problem.key, [of_key], query) if need_key else None
+    if need_negatives and problem.queue is not None:
+        grad_negatives = finish(problem.queue.y, [of_queue], None)
+    grad_temperature = None
+    if need_temperature:
+        by_row = -missing * solution.logit
+        by_row = by_row if term is None else by_row + term
+        if problem.self_logit is not None and solution.parts is None:
+            constant = problem.self_logit / temperature
+            by_row = by_row + weight * torch.exp(constant - lses[0]) * constant
+        grad_temperature = -by_row.sum() * (upstream / temperature)
+    return grad_query, grad_key, grad_negatives, grad_temperature
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def statistics(lse: Tensor, weight: Tensor, third: Tensor | None = None) -> Tensor:
+    """(3, R) for ``tiles.load_statistics``."""
+    return torch.stack([lse, weight, weight if third is None else third])

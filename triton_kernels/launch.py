@@ -1,0 +1,66 @@
+"""Starting kernels, and what they need to know about the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+# Set before this package is imported, it makes Triton run the kernels on the host, on CPU tensors: for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def launch(kernel, grid: Sequence[int], options: dict[str, int], /, **arguments: object) -> None:
+    """Runs ``kernel`` on the device of its tensors, in the current stream.
+
+    Args:
+        kernel: a Triton function.
+        grid: the number of programs in each dimension.
+        options: ``num_warps`` and ``num_stages``.
+        arguments: the kernel's own.
+    """
+    _start(kernel, tuple(grid), arguments, {**options, "enable_fp_fusion": True})
+
+
+def _start(kernel, grid: tuple[int, ...], arguments: dict, options: dict) -> None:
+    with _device_of(arguments):
+        kernel[grid](**arguments, **options)
+
+
+def _device_of(arguments: dict[str, object]) -> contextlib.AbstractContextManager:
+    for x in arguments.values():
+        x = x[0] if isinstance(x, tuple) else x
+        if isinstance(x, Tensor):
+            return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    return contextlib.nullcontext()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side at least."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 4 if INTERPRETED and device.type == "cpu" else 132
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of a multiprocessor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return 228 * 1024
+
+
+def temperature_arguments(temperature: float | Tensor) -> dict[str, object]:
+    """A float goes to the kernels by value, a tensor by address: neither makes the host wait or compiles anew."""
+    return {"temperature": temperature, "TENSOR": isinstance(temperature, Tensor)}
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
+    return triton.cdiv(a, b)

@@ -1,0 +1,234 @@
+"""InfoNCE's negatives that belong to a single query each: matrices times vectors, as fast as memory gives the negatives."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch, temperature_arguments
+from .rows import Rows, _inverse_root, _power_of_two
+from .tiles import LN_2, LOG2_E, to_base_2
+
+_OPTIONS = {"num_warps": 4, "num_stages": 2}
+_BLOCK_M = 32
+
+
+@dataclasses.dataclass
+class OwnNegatives:
+    """Negatives (B, N, M, D), any strides, with what :func:`own_sums` finds."""
+
+    values: Tensor
+    logits: Tensor  # (R, M) to base 2
+    inverse: Tensor  # (R, M): 1 / ||n||
+
+
+def _block_d(depth: int) -> int:
+    return min(128, max(16, triton.next_power_of_2(depth)))
+
+
+def own_sums(
+    query: Rows,
+    negatives: Tensor,
+    temperature: float | Tensor,
+    largest: Tensor,
+    total: Tensor,
+) -> OwnNegatives:
+    """Fills ``largest`` and ``total`` (R,): ``total 2^largest`` is the sum of the exponentials of each query's negatives."""
+    count = negatives.shape[2]
+    logits, inverse = query.x.new_empty((2, len(query), count), dtype=torch.float32)
+    launch(
+        _own_sums_kernel,
+        (len(query),),
+        _OPTIONS,
+        query=query.x,
+        scale=query.scale,
+        negatives=negatives,
+        logits=logits,
+        inverse=inverse,
+        largest=largest,
+        total=total,
+        queries=negatives.shape[1],
+        count=count,
+        depth=query.depth,
+        padded=query.padded,
+        strides=negatives.stride(),
+        NORMALIZE=query.normalize,
+        BLOCK_M=_BLOCK_M,
+        BLOCK_D=_block_d(query.depth),
+        **temperature_arguments(temperature),
+    )
+    return OwnNegatives(negatives, logits, inverse)
+
+
+def own_gradients(
+    query: Rows,
+    own: OwnNegatives,
+    temperature: float | Tensor,
+    lse: Tensor,
+    weight: Tensor,
+    upstream: float | Tensor,
+    need_negatives: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The queries' part (1, R, padded depth), the negatives' gradient, and ``sum_m G_im z_im`` (R,)."""
+    raw = query.x.new_empty((1, *query.x.shape), dtype=torch.float32)
+    out = own.values.new_empty(own.values.shape) if need_negatives else None
+    terms = query.scale.new_empty((len(query),))
+    launch(
+        _own_gradients_kernel,
+        (len(query), triton.cdiv(query.padded, _block_d(query.depth))),
+        _OPTIONS,
+        query=query.x,
+        scale=query.scale,
+        negatives=own.values,
+        logits=own.logits,
+        inverse=own.inverse,
+        lse=lse,
+        weight=weight,
+        upstream=upstream,
+        raw=raw,
+        out=out,
+        terms=terms,
+        queries=own.values.shape[1],
+        count=own.values.shape[2],
+        depth=query.depth,
+        padded=query.padded,
+        strides=own.values.stride(),
+        NORMALIZE=query.normalize,
+        UPSTREAM_TENSOR=isinstance(upstream, Tensor),
+        BLOCK_M=_BLOCK_M,
+        BLOCK_D=_block_d(query.depth),
+        **temperature_arguments(temperature),
+    )
+    return raw, out, terms
+
+
+@triton.jit(do_not_specialize=["queries", "count"])
+def _own_sums_kernel(
+    query,
+    scale,
+    negatives,
+    temperature,
+    logits,
+    inverse,
+    largest,
+    total,
+    queries,
+    count,
+    depth,
+    padded,
+    strides,
+    NORMALIZE: tl.constexpr,
+    TENSOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64)
+    if TENSOR:
+        temperature = tl.load(temperature)
+    unit = to_base_2(tl.load(scale + i), temperature)
+    negatives += i // queries * strides[0] + i % queries * strides[1]
+    top = tl.full((1,), float("-inf"), tl.float32)
+    sums = tl.zeros((1,), tl.float32)
+    for begin in range(0, count, BLOCK_M):
+        m = begin + tl.arange(0, BLOCK_M)
+        there = m < count
+        rows = negatives + m.to(tl.int64)[:, None] * strides[2]
+        power = tl.full((BLOCK_M,), 1.0, tl.float32)
+        if NORMALIZE:
+            highest = tl.zeros((BLOCK_M,), tl.float32)
+            for start in range(0, depth, BLOCK_D):
+                d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
+                mask = there[:, None] & (d < depth)
+                chunk = tl.load(rows + d * strides[3], mask=mask, other=0.0).to(tl.float32)
+                highest = tl.maximum(highest, tl.max(tl.abs(chunk), 1))
+            power = _power_of_two(highest)
+        dot = tl.zeros((BLOCK_M,), tl.float32)
+        squares = tl.zeros((BLOCK_M,), tl.float64)
+        for start in range(0, depth, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            mask = there[:, None] & (d < depth)[None, :]
+            at = rows + d.to(tl.int64)[None, :] * strides[3]
+            chunk = tl.load(at, mask=mask, other=0.0).to(tl.float32) * power[:, None]
+            q = tl.load(query + i * padded + d, mask=d < depth, other=0.0).to(tl.float32)
+            dot += tl.sum(chunk * q[None, :], 1)
+            wide = chunk.to(tl.float64)
+            squares += tl.sum(wide * wide, 1)
+        length = tl.full((BLOCK_M,), 1.0, tl.float32)
+        if NORMALIZE:
+            length = _inverse_root(squares)
+        z = dot * length * unit
+        tl.store(logits + i * count + m, z, mask=there)
+        tl.store(inverse + i * count + m, length * power, mask=there)
+        new = tl.maximum(top, tl.max(tl.where(there, z, float("-inf")), 0))
+        finite = tl.where(new == float("-inf"), 0.0, new)
+        sums = sums * tl.exp2(top - finite) + tl.sum(tl.where(there, tl.exp2(z - finite), 0.0), 0)
+        top = new
+    one = tl.arange(0, 1)
+    tl.store(largest + i + one, top)
+    tl.store(total + i + one, sums)
+
+
+@triton.jit(do_not_specialize=["queries", "count"])
+def _own_gradients_kernel(
+    query,
+    scale,
+    negatives,
+    temperature,
+    logits,
+    inverse,
+    lse,
+    weight,
+    upstream,
+    raw,
+    out,
+    terms,
+    queries,
+    count,
+    depth,
+    padded,
+    strides,
+    NORMALIZE: tl.constexpr,
+    TENSOR: tl.constexpr,
+    UPSTREAM_TENSOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = d < depth
+    if TENSOR:
+        temperature = tl.load(temperature)
+    if UPSTREAM_TENSOR:
+        upstream = tl.load(upstream)
+    q = tl.load(query + i * padded + d, mask=inside, other=0.0).to(tl.float32) * tl.load(scale + i)
+    own_lse = tl.load(lse + i) * LOG2_E
+    own_weight = tl.load(weight + i)
+    negatives += i // queries * strides[0] + i % queries * strides[1]
+    product = tl.zeros((BLOCK_D,), tl.float32)
+    term = tl.zeros((BLOCK_M,), tl.float32)
+    for begin in range(0, count, BLOCK_M):
+        m = begin + tl.arange(0, BLOCK_M)
+        there = m < count
+        mask = there[:, None] & inside[None, :]
+        at = m.to(tl.int64)[:, None] * strides[2] + d.to(tl.int64)[None, :] * strides[3]
+        length = tl.load(inverse + i * count + m, mask=there, other=0.0)
+        rows = tl.load(negatives + at, mask=mask, other=0.0).to(tl.float32) * length[:, None]
+        z = tl.load(logits + i * count + m, mask=there, other=0.0)
+        g = tl.where(there, tl.exp2(z - own_lse), 0.0) * own_weight
+        term += tl.where(there, g * z, 0.0)
+        product += tl.sum(tl.where(mask, g[:, None] * rows, 0.0), 0)
+        if out is not None:
+            gradient = tl.zeros((BLOCK_M, BLOCK_D), tl.float32) + q[None, :]
+            if NORMALIZE:
+                cosine = z * (LN_2 * temperature)
+                gradient = (gradient - rows * cosine[:, None]) * length[:, None]
+            gradient *= g[:, None] * (upstream / temperature)
+            where = (i * count + m)[:, None] * depth + d[None, :]
+            tl.store(out + where, gradient.to(out.dtype.element_ty), mask=mask)
+    tl.store(raw + i * padded + d, product, mask=d < padded)
+    if tl.program_id(1) == 0:
+        tl.store(terms + i, tl.sum(term) * LN_2)

@@ -1,0 +1,121 @@
+"""The matrix of cosines itself; its gradients are the passes of the losses with coefficients from memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .columns import Columns
+from .gradients import both_products, joined
+from .launch import cdiv, launch, temperature_arguments
+from .rows import Rows, input_precision, pack, row_gradients
+from .tiles import GIVEN, inside, products_of_chunks
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def pairwise_cosine_similarity_forward(x: Tensor, y: Tensor, temperature: float | Tensor) -> Tensor:
+    """``x_i . y_j / (||x_i|| ||y_j|| t)``: (..., N, D), (..., M, D) -> (..., N, M) in the dtype of ``x``."""
+    rows, columns = _packed(x, y)
+    out = x.new_empty((*x.shape[:-1], y.shape[-2]))
+    tile = columns.tile(rows, "sums")
+    launch(
+        _similarity_kernel,
+        (columns.row_blocks(rows, tile.m), cdiv(y.shape[-2], tile.n)),
+        tile.options,
+        x=rows.x,
+        x_scale=rows.scale,
+        y=columns.y.x,
+        y_scale=columns.y.scale,
+        out=out,
+        rows=x.shape[-2],
+        columns=y.shape[-2],
+        depth=rows.padded,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_D=min(tile.d, rows.padded & -rows.padded),
+        PRECISION=input_precision(),
+        **temperature_arguments(temperature),
+    )
+    return out
+
+
+def pairwise_cosine_similarity_backward(
+    grad: Tensor, x: Tensor, y: Tensor, temperature: float | Tensor, *, needs: Sequence[bool]
+) -> Gradients:
+    """The gradients of ``(grad * similarity).sum()`` for x, y and the temperature; ``grad`` (..., N, M), any strides."""
+    rows, columns = _packed(x, y)
+    need_x, need_y, need_temperature = needs
+    given = grad.reshape(columns.problems, x.shape[-2], y.shape[-2])
+    products_x, products_y, term = both_products(
+        rows,
+        columns,
+        temperature,
+        None,
+        None,
+        want_x=need_x,
+        want_y=need_y,
+        want_term=need_temperature,
+        given=given,
+    )
+
+    def finish(packed: Rows, products, like: Tensor) -> Tensor:
+        raw, factor = joined([products])
+        out = row_gradients(packed, raw, factor, None, None, temperature, 1.0, like.dtype)
+        return out.view(like.shape)
+
+    return (
+        finish(rows, products_x, x) if need_x else None,
+        finish(columns.y, products_y, y) if need_y else None,
+        -term.sum() / temperature if need_temperature else None,
+    )
+
+
+def _packed(x: Tensor, y: Tensor) -> tuple[Rows, Columns]:
+    problems = x.shape[:-2].numel()
+    rows, columns = (pack(v.reshape(problems, *v.shape[-2:]), True) for v in (x, y))
+    return rows, Columns(columns, GIVEN.value, problems)
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def _similarity_kernel(
+    x,
+    x_scale,
+    y,
+    y_scale,
+    temperature,
+    out,
+    rows,
+    columns,
+    depth,
+    TENSOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    blocks = tl.cdiv(rows, BLOCK_M)
+    problem = (tl.program_id(0) // blocks).to(tl.int64)
+    start = tl.program_id(0) % blocks * BLOCK_M
+    j = tl.program_id(1) * BLOCK_N
+    row = start + tl.arange(0, BLOCK_M)
+    column = j + tl.arange(0, BLOCK_N)
+    x_offsets = inside(start, rows, BLOCK_M)
+    y_offsets = inside(j, columns, BLOCK_N)
+    first_row = problem * rows + start
+    first_y = problem * columns + j
+    if TENSOR:
+        temperature = tl.load(temperature)
+    row_scale = tl.load(x_scale + first_row + x_offsets) / temperature
+    column_scale = tl.load(y_scale + first_y + y_offsets)
+    s = products_of_chunks(
+        x + first_row * depth, x_offsets, y + first_y * depth, y_offsets,
+        depth, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+    )  # fmt: skip
+    s = s * row_scale[:, None] * column_scale[None, :]
+    at = (problem * rows + row)[:, None] * columns + column[None, :]
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(out + at, s.to(out.dtype.element_ty), mask=mask)

@@ -1,0 +1,255 @@
+"""Gradients of deep rows: a panel of coefficients ``G`` at a time goes through memory, and the products are the library's."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config
+from .columns import Columns
+from .launch import cdiv, launch, temperature_arguments
+from .rows import Rows, input_precision
+from .tiles import (
+    GIVEN,
+    LN_2,
+    SUP_CON,
+    TWO_C,
+    coefficients,
+    counts,
+    inside,
+    load_statistics,
+    products_of_chunks,
+    to_base_2,
+)
+
+# fp16 has too few small numbers for the weights of many columns; statistics' weights are at most 1.
+_SCALE = {torch.float16: 1024.0}
+
+
+def pass_arguments(x, columns, temperature, x_statistics, y_statistics, given):
+    y = columns.y
+    return {
+        "x": x.x,
+        "x_scale": x.scale,
+        "y": y.x,
+        "y_scale": y.scale,
+        "labels": columns.labels,
+        "x_statistics": x_statistics,
+        "y_statistics": y_statistics,
+        "given": given,
+        "given_strides": (0, 0, 0) if given is None else given.stride(),
+        "total_columns": len(y),
+        "depth": x.padded,
+        "KIND": columns.kind,
+        "SCALE": _SCALE.get(x.x.dtype, 1.0),
+        "PRECISION": input_precision(),
+        **temperature_arguments(temperature),
+    }
+
+
+def panel_products(
+    x: Rows,
+    columns: Columns,
+    temperature: float | Tensor,
+    x_statistics: Tensor | None,
+    y_statistics: Tensor | None,
+    raw_x: Tensor | None,
+    raw_y: Tensor | None,
+    term: Tensor | None = None,
+    given: Tensor | None = None,
+) -> None:
+    """Both products through panels of coefficients ``G_ij scale_i scale_j``.
+
+    Fills ``raw_x`` (R, padded depth) with ``scale_i sum_j G_ij y^_j``, adds ``scale_j sum_i G_ij x^_i`` to ``raw_y``
+    (C, padded depth), and fills ``term`` (R,); the rest as in :func:`both_products`; problems are not ragged.
+    """
+    tile = columns.tile(x, "panel", rich=term is not None)
+    problems, count, width = (
+        columns.problems,
+        len(x) // columns.problems,
+        len(columns.y) // columns.problems,
+    )
+    x_rows = x.x.view(problems, count, -1)
+    y_rows = columns.y.x.view(problems, width, -1)
+    column_blocks = cdiv(width, tile.n)
+    height = max(tile.m, min(count, config.PANEL_ELEMENTS // width) // tile.m * tile.m)
+    together = max(1, config.PANEL_ELEMENTS // (width * count)) if height >= count else 1
+    for problem in range(0, problems, together):
+        chosen = slice(problem, min(problem + together, problems))
+        for start in range(0, count, height):
+            size = min(height, count - start)
+            number = chosen.stop - chosen.start
+            # Whole vectors in each row, for quick stores.
+            panel = x.x.new_empty((number, size, cdiv(width, 16) * 16))[..., :width]
+            terms = None
+            if term is not None:
+                terms = term.new_empty((column_blocks, number, size))
+            launch(
+                _panel_kernel,
+                (number * cdiv(size, tile.m), column_blocks),
+                tile.options,
+                panel=panel,
+                part_term=terms,
+                first_problem=problem,
+                first_row_in_problem=start,
+                size=size,
+                panel_width=panel.stride(1),
+                BLOCK_M=tile.m,
+                BLOCK_N=tile.n,
+                BLOCK_D=tile.d,
+                rows=count,
+                columns=width,
+                total_rows=len(x),
+                **pass_arguments(x, columns, temperature, x_statistics, y_statistics, given),
+            )
+            part = slice(start, start + size)
+            if raw_x is not None:
+                raw_x.view(problems, count, -1)[chosen, part] = _bmm(panel, y_rows[chosen])
+            if raw_y is not None:
+                product = _bmm(panel.mT, x_rows[chosen, part])
+                raw_y.view(problems, width, -1)[chosen] += product
+            if term is not None:
+                term.view(problems, count)[chosen, part] = terms.sum(0)
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b / SCALE`` in fp32, by the library's tensor cores."""
+    if a.dtype == torch.float32:
+        return torch.bmm(a, b)
+    if a.device.type == "cpu":  # PyTorch has this product on accelerators alone
+        product = torch.bmm(a.float(), b.float())
+    else:
+        product = torch.bmm(a, b, out_dtype=torch.float32)
+    return product.mul_(1 / _SCALE[a.dtype]) if a.dtype in _SCALE else product
+
+
+@triton.jit
+def tile_coefficients(
+    s,
+    row,
+    column,
+    first_y,
+    y_offsets,
+    row_scale,
+    column_scale,
+    row_labels,
+    labels,
+    x_statistics,
+    y_statistics,
+    x_lse,
+    x_weight,
+    x_third,
+    given,
+    given_strides,
+    rows,
+    columns,
+    total_columns,
+    KIND: tl.constexpr,
+):
+    """Coefficients and logits of a tile, from its products ``s``."""
+    z = s * row_scale[:, None] * column_scale[None, :]
+    keep = counts(row, column, columns, KIND)
+    if KIND == GIVEN:
+        at = row.to(tl.int64)[:, None] * given_strides[1]
+        at += column.to(tl.int64)[None, :] * given_strides[2]
+        g = tl.load(given + at, mask=keep & (row < rows)[:, None], other=0.0).to(tl.float32)
+    else:
+        y_lse, y_weight, y_third = x_lse, x_weight, x_third
+        if y_statistics is not None:
+            y_lse, y_weight, y_third = load_statistics(
+                y_statistics, first_y, y_offsets, total_columns
+            )
+        same = keep
+        if KIND == SUP_CON or KIND == TWO_C:
+            same = row_labels[:, None] == tl.load(labels + first_y + y_offsets)[None, :]
+        g = coefficients(
+            z, x_lse, x_weight, x_third, y_lse, y_weight, y_third, same,
+            KIND, x_statistics is not None, y_statistics is not None,
+        )  # fmt: skip
+        g = tl.where(keep, g, 0.0)
+    return g, z, keep
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows", "columns", "total_rows", "total_columns", "first_problem", "first_row_in_problem", "size",
+    ]
+)  # fmt: skip
+def _panel_kernel(
+    x,
+    x_scale,
+    y,
+    y_scale,
+    labels,
+    temperature,
+    x_statistics,
+    y_statistics,
+    given,
+    given_strides,
+    panel,
+    part_term,
+    first_problem,
+    first_row_in_problem,
+    size,
+    panel_width,
+    rows,
+    columns,
+    total_rows,
+    total_columns,
+    depth,
+    KIND: tl.constexpr,
+    TENSOR: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    blocks = tl.cdiv(size, BLOCK_M)
+    number = (tl.program_id(0) // blocks).to(tl.int64)  # of the problem, in the panel
+    problem = number + first_problem
+    panel_start = tl.program_id(0) % blocks * BLOCK_M
+    start = panel_start + first_row_in_problem
+    there = panel_start + tl.arange(0, BLOCK_M) < size
+    row = start + tl.arange(0, BLOCK_M)
+    j = tl.program_id(1) * BLOCK_N
+    column = j + tl.arange(0, BLOCK_N)
+    x_offsets = inside(start, rows, BLOCK_M)
+    y_offsets = inside(j, columns, BLOCK_N)
+    first_row = problem * rows + start
+    first_y = problem * columns + j
+    if TENSOR:
+        temperature = tl.load(temperature)
+    x_unit = tl.load(x_scale + first_row + x_offsets)
+    row_scale = to_base_2(x_unit, temperature)
+    column_scale = tl.load(y_scale + first_y + y_offsets)
+    row_labels = row
+    if labels is not None:
+        row_labels = tl.load(labels + first_row + x_offsets)
+    x_lse, x_weight, x_third = row_scale, row_scale, row_scale
+    if x_statistics is not None:
+        x_lse, x_weight, x_third = load_statistics(x_statistics, first_row, x_offsets, total_rows)
+    if given is not None:
+        given += problem * given_strides[0]
+
+    s = products_of_chunks(
+        x + first_row * depth, x_offsets, y + first_y * depth, y_offsets,
+        depth, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+    )  # fmt: skip
+    g, z, keep = tile_coefficients(
+        s, row, column, first_y, y_offsets, row_scale, column_scale, row_labels, labels,
+        x_statistics, y_statistics, x_lse, x_weight, x_third, given, given_strides,
+        rows, columns, total_columns, KIND,
+    )  # fmt: skip
+    panel_row = panel_start + tl.arange(0, BLOCK_M)
+    if part_term is not None:
+        problems = tl.num_programs(0) // blocks
+        at = (tl.program_id(1).to(tl.int64) * problems + number) * size
+        terms = tl.sum(tl.where(keep, g * z, 0.0), 1) * LN_2
+        tl.store(part_term + at + panel_row, terms, mask=there)
+    g *= (x_unit * SCALE)[:, None] * column_scale[None, :]
+    out = panel + (number * size + panel_row)[:, None] * panel_width + column[None, :]
+    mask = there[:, None] & (column < columns)[None, :]
+    tl.store(out, g.to(panel.dtype.element_ty), mask=mask)

@@ -1,0 +1,342 @@
+"""Single rows: packing them with their norms before the products, and the way back through the normalisation after them.
+
+Rows are packed as ``x' = 2^e x``, contiguous and padded with zeros. The power of two is exact, and brings the largest element to
+[1, 2), so that no product of rows of any size overflows. The unit row is ``x^ = scale x'``: scale multiplies products, not rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config
+from .launch import cdiv, launch, temperature_arguments
+
+_OPTIONS = {"num_warps": 4, "num_stages": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Packed rows; all leading dimensions are one."""
+
+    x: Tensor  # (R, padded depth)
+    scale: Tensor  # (R,) fp32: x^ = scale x'
+    inverse: Tensor  # (R,) fp32: 1 / ||x||, 0 for a zero row; 1 where rows are not normalised
+    depth: int
+    normalize: bool
+
+    def __len__(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def padded(self) -> int:
+        return self.x.shape[1]
+
+    @property
+    def split(self) -> tuple[int, int]:
+        """Head and tail of the depth where tiles of whole rows stay on the chip, else (0, 0)."""
+        resident = self.depth <= resident_depth(self.x.dtype)
+        return config.split_depth(self.depth) if resident else (0, 0)
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What rows are packed as: their own dtype, but bf16 for fp32 where the user allows it."""
+    medium = dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
+    return torch.bfloat16 if medium else dtype
+
+
+def input_precision() -> str:
+    """How Triton multiplies fp32 tiles."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def resident_depth(dtype: torch.dtype) -> int:
+    """Up to which depth tiles of whole rows stay on the chip."""
+    ieee = product_dtype(dtype) == torch.float32 and input_precision() == "ieee"
+    return config.RESIDENT_DEPTH_IEEE if ieee else config.RESIDENT_DEPTH
+
+
+def pack(x: Tensor, normalize: bool) -> Rows:
+    """Rows (B, N, D) or (N, D), any strides."""
+    rows, _, _ = _pack(x, None, normalize)
+    return rows
+
+
+def pack_pairs(x: Tensor, y: Tensor, normalize: bool) -> tuple[Rows, Rows, Tensor]:
+    """Both, (B, N, D) or (N, D), in one launch, and the products ``x'_i . y'_i`` (R,) fp32."""
+    return _pack(x, y, normalize)
+
+
+def _pack(x: Tensor, y: Tensor | None, normalize: bool):
+    x, y = (v.unsqueeze(0) if v is not None and v.dim() == 2 else v for v in (x, y))
+    batch, count, depth = x.shape
+    total, padded = batch * count, config.padded_depth(depth)
+    packed = []
+    for _ in range(1 if y is None else 2):
+        out = x.new_empty((total, padded), dtype=product_dtype(x.dtype))
+        packed += [out, *x.new_empty((2, total), dtype=torch.float32)]
+    pair = packed[3:] if y is not None else [None] * 3
+    dot = None if y is None else x.new_empty((total,), dtype=torch.float32)
+    block_d = min(128, triton.next_power_of_2(padded))
+    block = max(1, 1024 // block_d)
+    launch(
+        _pack_kernel,
+        (cdiv(total, block),),
+        _OPTIONS,
+        x=x,
+        out=packed[0],
+        scale=packed[1],
+        inverse=packed[2],
+        y=y,
+        y_out=pair[0],
+        y_scale=pair[1],
+        y_inverse=pair[2],
+        dot=dot,
+        x_strides=x.stride(),
+        y_strides=(0, 0, 0) if y is None else y.stride(),
+        count=count,
+        total=total,
+        depth=depth,
+        padded=padded,
+        NORMALIZE=normalize,
+        PAIR=y is not None,
+        BLOCK=block,
+        BLOCK_D=block_d,
+    )
+    rows = Rows(*packed[:3], depth, normalize)
+    return rows, None if y is None else Rows(*pair, depth, normalize), dot
+
+
+@triton.jit
+def _power_of_two(largest):
+    """2^e with largest * 2^e in [1, 2), as far as e fits."""
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+    shifted = tl.minimum(tl.maximum(254 - exponent, 1), 254) << 23
+    return shifted.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _inverse_root(squares):
+    """1 / sqrt, 0 for 0, of sums in fp64: logits are as exact as the norms in them, and there are few norms."""
+    root = tl.sqrt(tl.where(squares == 0, 1.0, squares))
+    return tl.where(squares == 0, 0.0, 1.0 / root).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["count", "total"])
+def _pack_kernel(
+    x,
+    out,
+    scale,
+    inverse,
+    y,
+    y_out,
+    y_scale,
+    y_inverse,
+    dot,
+    x_strides,
+    y_strides,
+    count,
+    total,
+    depth,
+    padded,
+    NORMALIZE: tl.constexpr,
+    PAIR: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = rows < total
+    x += (rows // count * x_strides[0] + rows % count * x_strides[1])[:, None]
+    if PAIR:
+        y += (rows // count * y_strides[0] + rows % count * y_strides[1])[:, None]
+
+    x_power = tl.full((BLOCK,), 1.0, tl.float32)
+    y_power = tl.full((BLOCK,), 1.0, tl.float32)
+    if NORMALIZE:
+        x_largest = tl.zeros((BLOCK,), tl.float32)
+        y_largest = tl.zeros((BLOCK,), tl.float32)
+        for begin in range(0, depth, BLOCK_D):
+            d = (begin + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
+            mask = there[:, None] & (d < depth)
+            x_chunk = tl.load(x + d * x_strides[2], mask=mask, other=0.0).to(tl.float32)
+            x_largest = tl.maximum(x_largest, tl.max(tl.abs(x_chunk), 1))
+            if PAIR:
+                y_chunk = tl.load(y + d * y_strides[2], mask=mask, other=0.0).to(tl.float32)
+                y_largest = tl.maximum(y_largest, tl.max(tl.abs(y_chunk), 1))
+        x_power = _power_of_two(x_largest)
+        y_power = _power_of_two(y_largest)
+
+    x_squares = tl.zeros((BLOCK,), tl.float64)
+    y_squares = tl.zeros((BLOCK,), tl.float64)
+    products = tl.zeros((BLOCK,), tl.float64)
+    for begin in range(0, padded, BLOCK_D):
+        d = (begin + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
+        mask = there[:, None] & (d < depth)
+        inside = there[:, None] & (d < padded)
+        at = rows[:, None] * padded + d
+        x_chunk = tl.load(x + d * x_strides[2], mask=mask, other=0.0).to(tl.float32)
+        x_chunk *= x_power[:, None]
+        tl.store(out + at, x_chunk.to(out.dtype.element_ty), mask=inside)
+        x_wide = x_chunk.to(tl.float64)
+        x_squares += tl.sum(x_wide * x_wide, 1)
+        if PAIR:
+            y_chunk = tl.load(y + d * y_strides[2], mask=mask, other=0.0).to(tl.float32)
+            y_chunk *= y_power[:, None]
+            tl.store(y_out + at, y_chunk.to(out.dtype.element_ty), mask=inside)
+            y_wide = y_chunk.to(tl.float64)
+            y_squares += tl.sum(y_wide * y_wide, 1)
+            products += tl.sum(x_wide * y_wide, 1)
+
+    x_unit = x_power
+    y_unit = y_power
+    if NORMALIZE:
+        x_unit = _inverse_root(x_squares)
+        y_unit = _inverse_root(y_squares)
+    tl.store(scale + rows, x_unit, mask=there)
+    tl.store(inverse + rows, x_unit * x_power, mask=there)
+    if PAIR:
+        tl.store(y_scale + rows, y_unit, mask=there)
+        tl.store(y_inverse + rows, y_unit * y_power, mask=there)
+        tl.store(dot + rows, products.to(tl.float32), mask=there)
+
+
+def pair_logits(x: Rows, y: Rows, products: Tensor, temperature: float | Tensor) -> Tensor:
+    """The logits of the pairs of :func:`pack_pairs`, (R,)."""
+    return products * x.scale * y.scale / temperature
+
+
+def row_gradients(
+    rows: Rows,
+    raw: Tensor | None,
+    factor: Tensor | None,
+    pair: Rows | None,
+    pair_weight: Tensor | None,
+    temperature: float | Tensor,
+    upstream: float | Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The gradient of the inputs behind ``rows``: (R, depth) in ``dtype``.
+
+    With respect to the unit row it is ``g = (sum_p factor_p raw_p + pair_weight pair^) upstream / t``; through the normalisation
+    ``(g - x^ (x^ . g)) / ||x||``.
+
+    Args:
+        rows: the rows themselves.
+        raw: (P, R, padded depth) fp32, products by parts of the columns; None for no such part.
+        factor: (P, R) fp32, or None for ones.
+        pair: rows of which each takes part alone, or None.
+        pair_weight: (R,) fp32.
+        temperature: t.
+        upstream: a factor of everything, a float or a 0-d tensor.
+        dtype: of the result.
+    """
+    total, depth = len(rows), rows.depth
+    out = rows.x.new_empty((total, depth), dtype=dtype)
+    block_d = min(128, triton.next_power_of_2(rows.padded))
+    block = max(1, 1024 // block_d)
+    launch(
+        _row_gradients_kernel,
+        (cdiv(total, block),),
+        _OPTIONS,
+        x=rows.x,
+        x_scale=rows.scale,
+        inverse=rows.inverse,
+        raw=raw,
+        factor=factor,
+        pair=None if pair is None else pair.x,
+        pair_scale=None if pair is None else pair.scale,
+        pair_weight=pair_weight,
+        upstream=upstream,
+        out=out,
+        parts=0 if raw is None else raw.shape[0],
+        total=total,
+        depth=depth,
+        padded=rows.padded,
+        NORMALIZE=rows.normalize,
+        UPSTREAM_TENSOR=isinstance(upstream, Tensor),
+        BLOCK=block,
+        BLOCK_D=block_d,
+        **temperature_arguments(temperature),
+    )
+    return out
+
+
+@triton.jit
+def _unit_gradient(raw, factor, pair, pair_factor, rows, d, mask, parts, total, padded, to_input):
+    g = tl.zeros(mask.shape, tl.float32)
+    at = rows[:, None] * padded + d
+    if raw is not None:
+        for part in range(parts):
+            first = tl.cast(part, tl.int64) * total
+            term = tl.load(raw + first * padded + at, mask=mask, other=0.0)
+            if factor is not None:
+                inside = rows < total
+                term *= tl.load(factor + first + rows, mask=inside, other=0.0)[:, None]
+            g += term
+    if pair is not None:
+        g += pair_factor[:, None] * tl.load(pair + at, mask=mask, other=0.0).to(tl.float32)
+    return g * to_input
+
+
+@triton.jit(do_not_specialize=["parts", "total"])
+def _row_gradients_kernel(
+    x,
+    x_scale,
+    inverse,
+    raw,
+    factor,
+    pair,
+    pair_scale,
+    pair_weight,
+    upstream,
+    temperature,
+    out,
+    parts,
+    total,
+    depth,
+    padded,
+    NORMALIZE: tl.constexpr,
+    TENSOR: tl.constexpr,
+    UPSTREAM_TENSOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = rows < total
+    if TENSOR:
+        temperature = tl.load(temperature)
+    if UPSTREAM_TENSOR:
+        upstream = tl.load(upstream)
+    to_input = upstream / temperature
+    pair_factor = tl.zeros((BLOCK,), tl.float32)
+    if pair is not None:
+        pair_factor = tl.load(pair_weight + rows, mask=there, other=0.0)
+        pair_factor *= tl.load(pair_scale + rows, mask=there, other=0.0)
+    unit = tl.load(x_scale + rows, mask=there, other=0.0)[:, None]
+
+    along = tl.zeros((BLOCK,), tl.float32)  # x^ . g
+    if NORMALIZE:
+        for begin in range(0, depth, BLOCK_D):
+            d = (begin + tl.arange(0, BLOCK_D))[None, :]
+            mask = there[:, None] & (d < depth)
+            g = _unit_gradient(
+                raw, factor, pair, pair_factor, rows, d, mask, parts, total, padded, to_input
+            )
+            row = tl.load(x + rows[:, None] * padded + d, mask=mask, other=0.0).to(tl.float32)
+            along += tl.sum(row * unit * g, 1)
+    for begin in range(0, depth, BLOCK_D):
+        d = (begin + tl.arange(0, BLOCK_D))[None, :]
+        mask = there[:, None] & (d < depth)
+        g = _unit_gradient(
+            raw, factor, pair, pair_factor, rows, d, mask, parts, total, padded, to_input
+        )
+        if NORMALIZE:
+            row = tl.load(x + rows[:, None] * padded + d, mask=mask, other=0.0).to(tl.float32)
+            g = (g - row * unit * along[:, None]) * tl.load(inverse + rows, mask=there, other=0.0)[
+                :, None
+            ]
+        tl.store(out + rows[:, None] * depth + d, g.to(out.dtype.element_ty), mask=mask)

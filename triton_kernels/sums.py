@@ -1,0 +1,354 @@
+"""The pass that sums exponentials: of rows, of columns as well, and with the product that a gradient needs if it can."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config
+from .columns import Columns
+from .launch import launch, temperature_arguments
+from .rows import Rows, input_precision
+from .tiles import (
+    LN_2,
+    LOG2_E,
+    SUP_CON,
+    TWO_C,
+    counts,
+    inside,
+    load_rows,
+    multiply,
+    products_of_chunks,
+    span,
+    to_base_2,
+)
+
+# What the exponentials are relative to.
+FIXED = tl.constexpr(0)  # one offset, from the bound of a cosine
+RUNNING = tl.constexpr(1)  # the running maximum
+BY_TEMPERATURE = tl.constexpr(2)  # the temperature, known on the device alone, decides
+
+
+def offset_kind(temperature: float | Tensor, normalize: bool, dtype: torch.dtype) -> int:
+    """How to keep exponentials in range. fp16 products need those of at most 1 that the running maximum gives."""
+    if not normalize or dtype == torch.float16:
+        return RUNNING.value
+    if isinstance(temperature, Tensor):
+        return BY_TEMPERATURE.value
+    return FIXED.value if 1 / temperature <= config.LARGEST_FIXED_LOGIT else RUNNING.value
+
+
+@dataclasses.dataclass
+class Parts:
+    """Sums of exponentials by parts of the columns, ``sum 2^largest``, to base 2."""
+
+    largest: Tensor  # (P, R)
+    sum: Tensor  # (P, R)
+    a: Tensor | None = (
+        None  # SupCon: sum of the positives' logits; 2C: like `largest`, of the positives
+    )
+    b: Tensor | None = None  # SupCon: number of positives; 2C: like `sum`, of the positives
+    term: Tensor | None = None  # sum of exp times logit (natural)
+    raw: Tensor | None = None  # (P, R, padded depth), sum of exp times y^
+
+    def __getitem__(self, which: slice) -> Parts:
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return Parts(*(None if x is None else x[which] for x in values))
+
+
+def new_parts(x: Rows, count: int, *, labelled: bool, term: bool, product: bool) -> Parts:
+    """Room for ``count`` parts."""
+
+    def rows(wanted: bool) -> Tensor | None:
+        return x.x.new_empty((count, len(x)), dtype=torch.float32) if wanted else None
+
+    raw = x.x.new_empty((count, *x.x.shape), dtype=torch.float32) if product else None
+    return Parts(rows(True), rows(True), rows(labelled), rows(labelled), rows(term), raw)
+
+
+def sums_tile(x: Rows, columns: Columns, offset: int, product: bool, term: bool) -> config.Tile:
+    """The tile of :func:`sum_exponentials`."""
+    rich = term or offset != FIXED.value
+    return columns.tile(x, "products", rich) if product else columns.tile(x, "sums")
+
+
+def sum_exponentials(
+    x: Rows,
+    columns: Columns,
+    temperature: float | Tensor,
+    offset: int,
+    parts: Parts,
+    *,
+    column_parts: tuple[Tensor, Tensor] | None = None,
+    block_range: tuple[int, int] | None = None,
+) -> None:
+    """Fills ``parts``, as many as it has, for the rows ``x``.
+
+    Args:
+        x: the rows.
+        columns: the columns.
+        temperature: a float or a 0-d tensor.
+        offset: from :func:`offset_kind`.
+        parts: what to fill; ``raw`` and ``term`` if they are there.
+        column_parts: (P, C) largest and sum of the columns, one part for each block of rows of a problem, or None.
+        block_range: first block of rows and number of blocks, of a single problem; all by default.
+    """
+    tile = sums_tile(x, columns, offset, parts.raw is not None, parts.term is not None)
+    head, tail = x.split
+    first, blocks = block_range or (0, columns.row_blocks(x, tile.m))
+    largest, total = column_parts or (None, None)
+    launch(
+        _sums_kernel,
+        (blocks, parts.sum.shape[0]),
+        tile.options,
+        x=x.x,
+        x_scale=x.scale,
+        y=columns.y.x,
+        y_scale=columns.y.scale,
+        labels=columns.labels,
+        part_largest=parts.largest,
+        part_sum=parts.sum,
+        part_a=parts.a,
+        part_b=parts.b,
+        part_term=parts.term,
+        raw=parts.raw,
+        column_largest=largest,
+        column_sum=total,
+        total_columns=len(columns.y),
+        first_block=first,
+        depth=x.padded,
+        KIND=columns.kind,
+        OFFSET=offset,
+        LIMIT=config.LARGEST_FIXED_LOGIT,
+        TOP=config.EXPONENT_TOP,
+        HEAD=head,
+        TAIL=tail,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_D=tile.d,
+        PRECISION=input_precision(),
+        **columns.span_arguments(x, tile.m),
+        **temperature_arguments(temperature),
+    )
+
+
+@triton.jit
+def _relative_to(z, keep, largest, ONLINE: tl.constexpr):
+    """The new maximum of each row, a finite stand-in for it, and what turns earlier sums into its units."""
+    if ONLINE:
+        new = tl.maximum(largest, tl.max(tl.where(keep, z, float("-inf")), 1))
+        finite = tl.where(new == float("-inf"), 0.0, new)
+        return new, finite, tl.exp2(largest - finite)
+    return largest, largest, largest
+
+
+@triton.jit
+def _sweep(
+    x,
+    y,
+    y_scale,
+    labels,
+    row_labels,
+    column_largest,
+    column_sum,
+    row,
+    x_offsets,
+    row_scale,
+    offset,
+    rows,
+    columns,
+    begin,
+    end,
+    depth,
+    KIND: tl.constexpr,
+    ONLINE: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    TERM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if not ONLINE:
+        largest = tl.zeros((BLOCK_M,), tl.float32) + offset
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    a = largest if KIND == TWO_C else tl.zeros((BLOCK_M,), tl.float32)
+    b = tl.zeros((BLOCK_M,), tl.float32)
+    term = tl.zeros((BLOCK_M,), tl.float32)
+    raw = tl.zeros((BLOCK_M, HEAD if PRODUCT else 1), tl.float32)
+    raw_tail = tl.zeros((BLOCK_M, TAIL if PRODUCT and TAIL else 1), tl.float32)
+    if HEAD:
+        x_head = load_rows(x, x_offsets, depth, tl.arange(0, HEAD))
+        if TAIL:
+            x_tail = load_rows(x, x_offsets, depth, HEAD + tl.arange(0, TAIL))
+    for j in tl.range(begin, end, BLOCK_N):
+        column = j + tl.arange(0, BLOCK_N)
+        y_offsets = inside(j, columns, BLOCK_N)
+        y_block = y + tl.cast(j, tl.int64) * depth
+        if HEAD:
+            y_head = load_rows(y_block, y_offsets, depth, tl.arange(0, HEAD))
+            z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            z = multiply(x_head, tl.trans(y_head), z, PRECISION)
+            if TAIL:
+                y_tail = load_rows(y_block, y_offsets, depth, HEAD + tl.arange(0, TAIL))
+                z = multiply(x_tail, tl.trans(y_tail), z, PRECISION)
+        else:
+            z = products_of_chunks(
+                x, x_offsets, y_block, y_offsets, depth, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION
+            )
+        column_scale = tl.load(y_scale + j + y_offsets)
+        z = z * row_scale[:, None] * column_scale[None, :]
+        keep = counts(row, column, columns, KIND)
+        if COLUMNS:
+            keep = keep & (row < rows)[:, None]
+        largest, finite, shrink = _relative_to(z, keep, largest, ONLINE)
+        e = tl.where(keep, tl.exp2(z - finite[:, None]), 0.0)
+        if ONLINE:
+            total *= shrink
+        total += tl.sum(e, 1)
+        if TERM:
+            if ONLINE:
+                term *= shrink
+            term += tl.sum(tl.where(keep, e * z, 0.0), 1)
+        if KIND == SUP_CON or KIND == TWO_C:
+            same = keep & (row_labels[:, None] == tl.load(labels + j + y_offsets)[None, :])
+            if KIND == SUP_CON:
+                a += tl.sum(tl.where(same, z, 0.0), 1)
+                b += tl.sum(same.to(tl.int32), 1).to(tl.float32)
+            else:
+                a, finite_a, shrink_a = _relative_to(z, same, a, ONLINE)
+                if ONLINE:
+                    b *= shrink_a
+                b += tl.sum(tl.where(same, tl.exp2(z - finite_a[:, None]), 0.0), 1)
+        if COLUMNS:
+            there = column < columns
+            if ONLINE:
+                top = tl.max(tl.where(keep, z, float("-inf")), 0)
+                finite_top = tl.where(top == float("-inf"), 0.0, top)
+                by_column = tl.where(keep, tl.exp2(z - finite_top[None, :]), 0.0)
+                tl.store(column_largest + column, top, mask=there)
+                tl.store(column_sum + column, tl.sum(by_column, 0), mask=there)
+            else:
+                fixed = tl.zeros((BLOCK_N,), tl.float32) + offset
+                tl.store(column_largest + column, fixed, mask=there)
+                tl.store(column_sum + column, tl.sum(e, 0), mask=there)
+        if PRODUCT:
+            weight = (e * column_scale[None, :]).to(y_head.dtype)
+            if ONLINE:
+                raw *= shrink[:, None]
+            raw = multiply(weight, y_head, raw, PRECISION)
+            if TAIL:
+                if ONLINE:
+                    raw_tail *= shrink[:, None]
+                raw_tail = multiply(weight, y_tail, raw_tail, PRECISION)
+    return largest, total, a, b, term, raw, raw_tail
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "total_rows", "total_columns", "first_block"])
+def _sums_kernel(
+    x,
+    x_scale,
+    y,
+    y_scale,
+    labels,
+    temperature,
+    table,
+    part_largest,
+    part_sum,
+    part_a,
+    part_b,
+    part_term,
+    raw,
+    column_largest,
+    column_sum,
+    rows,
+    columns,
+    total_rows,
+    total_columns,
+    first_block,
+    depth,
+    KIND: tl.constexpr,
+    OFFSET: tl.constexpr,
+    TENSOR: tl.constexpr,
+    RAGGED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    TOP: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    block = tl.program_id(0) + first_block
+    part = tl.program_id(1)
+    first_row, first_column, rows, columns, start = span(
+        block, rows, columns, table, RAGGED, BLOCK_M
+    )
+    row = start + tl.arange(0, BLOCK_M)
+    there = row < rows
+    x_offsets = inside(start, rows, BLOCK_M)
+    first_row += start
+    x += first_row * depth
+    y += first_column * depth
+    y_scale += first_column
+    if TENSOR:
+        temperature = tl.load(temperature)
+    row_scale = to_base_2(tl.load(x_scale + first_row + x_offsets), temperature)
+    row_labels = row
+    if labels is not None:
+        row_labels = tl.load(labels + first_row + x_offsets)
+        labels += first_column
+
+    steps = tl.cdiv(tl.cdiv(columns, BLOCK_N), tl.num_programs(1))
+    begin = part * steps * BLOCK_N
+    end = tl.minimum(begin + steps * BLOCK_N, columns)
+    offset = tl.maximum(1 / temperature - TOP, 0.0) * LOG2_E
+    if column_sum is not None:
+        column_part = (start // BLOCK_M - first_block).to(tl.int64) * total_columns + first_column
+        column_largest += column_part
+        column_sum += column_part
+
+    PRODUCT: tl.constexpr = raw is not None
+    TERM: tl.constexpr = part_term is not None
+    COLUMNS: tl.constexpr = column_sum is not None
+    running = OFFSET == RUNNING
+    if OFFSET == BY_TEMPERATURE:
+        running = 1 / temperature > LIMIT
+    if running:
+        largest, total, a, b, term, product, product_tail = _sweep(
+            x, y, y_scale, labels, row_labels, column_largest, column_sum, row, x_offsets, row_scale,
+            offset, rows, columns, begin, end, depth, KIND, True, PRODUCT, TERM,
+            COLUMNS, HEAD, TAIL, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    else:
+        largest, total, a, b, term, product, product_tail = _sweep(
+            x, y, y_scale, labels, row_labels, column_largest, column_sum, row, x_offsets, row_scale,
+            offset, rows, columns, begin, end, depth, KIND, False, PRODUCT, TERM,
+            COLUMNS, HEAD, TAIL, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+
+    at = tl.cast(part, tl.int64) * total_rows + first_row
+    tl.store(part_largest + at + x_offsets, largest, mask=there)
+    tl.store(part_sum + at + x_offsets, total, mask=there)
+    if KIND == SUP_CON:
+        a *= LN_2
+    if part_a is not None:
+        tl.store(part_a + at + x_offsets, a, mask=there)
+        tl.store(part_b + at + x_offsets, b, mask=there)
+    if TERM:
+        tl.store(part_term + at + x_offsets, term * LN_2, mask=there)
+    if PRODUCT:
+        out = raw + at * depth + (x_offsets * depth)[:, None]
+        tl.store(out + tl.arange(0, HEAD)[None, :], product, mask=there[:, None])
+        if TAIL:
+            d = HEAD + tl.arange(0, TAIL)
+            tl.store(out + d[None, :], product_tail, mask=there[:, None])

@@ -1,0 +1,151 @@
+"""What the passes over the matrix of similarities share: where a program works, a tile of logits, and what counts in it.
+
+Logits are in units of log 2, so that exponentials are ``exp2``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .launch import INTERPRETED
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+# Which columns count for a row, and how:
+QUEUE = tl.constexpr(0)  # all
+IN_BATCH = tl.constexpr(1)  # all but the row's own, which is its positive and kept apart
+SUP_CON = tl.constexpr(2)  # all but the row's own; those with its label are positives
+TWO_C = tl.constexpr(3)  # the same, positives by their own log-sum-exp
+GIVEN = tl.constexpr(4)  # coefficients from memory
+
+
+@triton.jit
+def span(block, rows, columns, table, RAGGED: tl.constexpr, BLOCK: tl.constexpr):
+    """The problem of a block of rows: its first row and column in the packed ones, its rows and columns, the block's row in it.
+
+    All problems have ``rows`` rows and ``columns`` columns; or, if RAGGED, the table has for each block the problem's first row,
+    its number of rows, and the block's row in it. The first two are int64: an address is theirs, plus a small offset in a tile.
+    """
+    if RAGGED:
+        first = tl.load(table + 3 * block)
+        rows = tl.load(table + 3 * block + 1).to(tl.int32)
+        return first, first, rows, rows, tl.load(table + 3 * block + 2).to(tl.int32)
+    blocks = tl.cdiv(rows, BLOCK)
+    problem = (block // blocks).to(tl.int64)
+    return problem * rows, problem * columns, rows, columns, block % blocks * BLOCK
+
+
+@triton.jit
+def to_base_2(x, temperature):
+    """``x / temperature`` in units of log 2, rounded once."""
+    return (x.to(tl.float64) * (LOG2_E / tl.cast(temperature, tl.float64))).to(tl.float32)
+
+
+@triton.jit
+def load_pair_logits(products, x_scale, y_scale, at, there, temperature):
+    """Logits of single pairs, rounded as those of a tile are: of equal rows, they are equal."""
+    row_scale = to_base_2(tl.load(x_scale + at, mask=there, other=0.0), temperature)
+    logits = tl.load(products + at, mask=there, other=0.0) * row_scale
+    return logits * tl.load(y_scale + at, mask=there, other=0.0)
+
+
+@triton.jit
+def inside(start, count, BLOCK: tl.constexpr):
+    """Offsets from ``start`` for a block of rows; beyond the end the last row again, so that no load needs a mask."""
+    return tl.minimum(tl.arange(0, BLOCK), count - 1 - start)
+
+
+@triton.jit
+def load_rows(x, offsets, depth, d):
+    """Elements ``d`` of packed rows at small offsets from ``x``."""
+    return tl.load(x + offsets[:, None] * depth + d[None, :])
+
+
+@triton.jit
+def multiply(a, b, accumulator, PRECISION: tl.constexpr):
+    """``accumulator + a @ b``; the interpreter knows no product of bf16."""
+    if _INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def products_of_chunks(
+    x,
+    x_offsets,
+    y,
+    y_offsets,
+    depth,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``x_i . y_j``, by chunks of the depth."""
+    s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for begin in range(0, depth, BLOCK_D):
+        d = begin + tl.arange(0, BLOCK_D)
+        x_chunk = load_rows(x, x_offsets, depth, d)
+        y_chunk = load_rows(y, y_offsets, depth, d)
+        s = multiply(x_chunk, tl.trans(y_chunk), s, PRECISION)
+    return s
+
+
+@triton.jit
+def counts(row, column, columns, KIND: tl.constexpr):
+    """Which pairs of a row and a column of one problem take part; rows beyond the end are the caller's to leave out."""
+    keep = (column < columns)[None, :]
+    if KIND != QUEUE and KIND != GIVEN:
+        keep = keep & (row[:, None] != column[None, :])
+    return keep
+
+
+@triton.jit
+def load_statistics(statistics, first, offsets, total):
+    """Of each row log-sum-exp (to base 2), weight and the third number that its loss needs."""
+    statistics += first
+    lse = tl.load(statistics + offsets) * LOG2_E
+    weight = tl.load(statistics + total + offsets)
+    third = tl.load(statistics + 2 * tl.cast(total, tl.int64) + offsets)
+    return lse, weight, third
+
+
+@triton.jit
+def coefficients(
+    z,
+    x_lse,
+    x_weight,
+    x_third,
+    y_lse,
+    y_weight,
+    y_third,
+    same,
+    KIND: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+):
+    """d L / d z of a tile: ``weight softmax`` of the row's loss, of the column's, or both, less the targets."""
+    g = tl.zeros(z.shape, tl.float32)
+    if BY_ROW:
+        g += x_weight[:, None] * tl.exp2(z - x_lse[:, None])
+    if BY_COLUMN:
+        g += y_weight[None, :] * tl.exp2(z - y_lse[None, :])
+    if KIND == SUP_CON:
+        target = tl.zeros(z.shape, tl.float32)
+        if BY_ROW:
+            target += x_third[:, None]
+        if BY_COLUMN:
+            target += y_third[None, :]
+        g -= tl.where(same, target, 0.0)
+    if KIND == TWO_C:
+        target = tl.zeros(z.shape, tl.float32)
+        if BY_ROW:
+            target += x_weight[:, None] * tl.exp2(z - x_third[:, None] * LOG2_E)
+        if BY_COLUMN:
+            target += y_weight[None, :] * tl.exp2(z - y_third[None, :] * LOG2_E)
+        g -= tl.where(same, target, 0.0)
+    return g
