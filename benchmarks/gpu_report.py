@@ -122,7 +122,8 @@ def _tests(limit: float) -> dict[str, str]:
     if not (machine.ROOT / "tests" / "ops").is_dir():
         return {"status": "no tests", "output": ""}
     options = ["-q", "--no-header", "-p", "no:cacheprovider", "--tb=short"]
-    status, output = _step(["-m", "pytest", "tests/ops", *options], limit)
+    suites = ["tests/ops", "tests/triton_kernels/test_triton_numerics.py"]
+    status, output = _step(["-m", "pytest", *suites, *options], limit)
     return {"status": status, "output": output}
 
 

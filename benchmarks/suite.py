@@ -30,7 +30,7 @@ OPS = (
 )
 
 # Those that have products of bfloat16 for float32 inputs at torch's precision "medium".
-ROUNDING_OPS = ("info_nce", "patch_nce")
+ROUNDING_OPS = ("info_nce", "patch_nce", "pairwise_cosine_similarity")
 
 # Plain PyTorch keeps about this many bytes per pair (i, j): a few N x M arrays in fp32.
 EAGER_BYTES_PER_PAIR = 24
@@ -79,8 +79,8 @@ def providers(
     for name in _fused_names():
         exact = _fused_provider(case, device, dtype, name)
         out.append(exact)
-        # On a GPU the products' precision is the whole run's, for all providers: --precision.
-        if device.type == "cpu" and dtype == torch.float32 and case.op in ROUNDING_OPS:
+        # Of other backends the products' precision is the whole run's, for all providers: --precision.
+        if name == "native" and dtype == torch.float32 and case.op in ROUNDING_OPS:
             out.append(_rounding(exact))
     return out
 
