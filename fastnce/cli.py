@@ -45,7 +45,7 @@ def train(args: list[str]) -> int:
         prog=f"fastnce train {variant}",
         args=rest,
         description=(
-            f"Also: --preset {{{','.join(PRESETS)}}} sets several options at once; --config FILE reads options from a JSON "
+            f"Also: --preset {{{','.join(PRESETS[config_class.system])}}} sets several options at once; --config FILE reads options from a JSON "
             "file, such as the config.json of a run; --dry-run prints the resulting configuration and stops. "
             "Later ones win: defaults, preset, file, options."
         ),

@@ -17,8 +17,6 @@ _GAP = 4
 _LABEL_SIZE = 15
 _BACKGROUND = (255, 255, 255)
 
-# One panel each; a name that a system does not log is left out, and a name that is in no panel gets into the last one.
-_PANELS = (("G_GAN", "D_real", "D_fake"), ("NCE", "NCE_Y"), ("G",))
 _NOT_A_LOSS = ("step", "epoch", "lr_factor", "seconds")
 
 
@@ -57,23 +55,54 @@ def save_sample_grid(rows: Mapping[str, Sequence[Tensor]], path: Path) -> None:
         grid.save(temporary)
 
 
-def save_loss_plot(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Plots the losses of `metrics` (the lines of metrics.jsonl) over the steps; does nothing for fewer than two lines."""
+def save_loss_plot(
+    metrics: Sequence[Mapping[str, float]], panels: Sequence[Sequence[str]], path: Path
+) -> None:
+    """Plots the losses of `metrics` (the lines of metrics.jsonl) over the steps; does nothing for fewer than two lines.
+
+    Args:
+        metrics: lines with "step" and losses.
+        panels: the names of the losses in each panel. A name that is not in `metrics` is left out, and one that is in no
+            panel gets into the last one.
+        path: PNG file.
+    """
     if len(metrics) < 2:
         return
+    names = [name for name in metrics[-1] if name not in _NOT_A_LOSS]
+    save_curves(metrics, _grouped(names, panels), path, ylabel="loss")
+
+
+def save_measurement_plot(measurements: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Plots the lines of measurements.jsonl over the steps, one panel per kind: the part of a name before the slash."""
+    if len(measurements) < 2:
+        return
+    kinds: dict[str, list[str]] = {}
+    for name in measurements[-1]:
+        if name not in _NOT_A_LOSS:
+            kinds.setdefault(name.split("/")[0], []).append(name)
+    save_curves(measurements, list(kinds.values()), path)
+
+
+def save_curves(
+    lines: Sequence[Mapping[str, float]],
+    panels: Sequence[Sequence[str]],
+    path: Path,
+    ylabel: str | None = None,
+) -> None:
+    """Plots named values over "step", a panel for each sequence of names; `ylabel` None: the names' common first part."""
     # Imported here because it takes half a second, and off screen whatever the user's settings are.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = _panels([name for name in metrics[-1] if name not in _NOT_A_LOSS])
     figure = Figure(figsize=(9, 2.6 * len(panels) + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, names in zip(all_axes, panels, strict=True):
         for name in names:
-            points = [(line["step"], line[name]) for line in metrics if name in line]
-            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.3)
-        axes.set_ylabel("loss")
+            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, linewidth=1.3)
+        axes.set_ylabel(names[0].split("/")[0] if ylabel is None else ylabel)
         axes.grid(alpha=0.3)
         # Beside the axes, where it hides no curve.
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
@@ -82,8 +111,8 @@ def save_loss_plot(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
         figure.savefig(temporary, dpi=110)
 
 
-def _panels(names: Sequence[str]) -> list[list[str]]:
-    grouped = [[name for name in panel if name in names] for panel in _PANELS]
+def _grouped(names: Sequence[str], panels: Sequence[Sequence[str]]) -> list[list[str]]:
+    grouped = [[name for name in panel if name in names] for panel in panels]
     placed = {name for panel in grouped for name in panel}
     grouped[-1] += [name for name in names if name not in placed]
     return [panel for panel in grouped if panel]

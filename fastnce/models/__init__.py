@@ -1,5 +1,6 @@
 """The objective of each system: which losses, on what, in which order."""
 
+from fastnce.models.contragan import ContraGAN, ContraGANConfig
 from fastnce.models.cut import CUT, CUTConfig
 
-__all__ = ["CUT", "CUTConfig"]
+__all__ = ["CUT", "CUTConfig", "ContraGAN", "ContraGANConfig"]

@@ -127,7 +127,7 @@ class CUT(nn.Module):
 
     def __init__(self, config: CUTConfig, image_size: tuple[int, int] | None = None) -> None:
         super().__init__()
-        _check_backend(config.backend)
+        options.backend_is_there(config.backend)
         self.config = config
         self.uses_nce = config.lambda_nce > 0
         self.uses_identity = self.uses_nce and config.nce_idt
@@ -324,16 +324,6 @@ def _tap_shapes(config: CUTConfig, image_size: tuple[int, int]) -> list[tuple[in
             f"{len(generator.model) - 1}; its {config.num_blocks} residual blocks are the layers "
             f"{generator.first_block} to {generator.first_block + config.num_blocks - 1}."
         ) from error
-
-
-def _check_backend(name: str | None) -> None:
-    if name is None:
-        return
-    reasons = fastnce.backends.available()
-    if name not in reasons:
-        raise UserError(f"backend={name} is unknown. Use one of: {', '.join(reasons)}.")
-    if reasons[name] != "ok":
-        raise UserError(f"backend={name} cannot run here: {reasons[name]}. Use backend=torch.")
 
 
 def _check_num_patches(config: CUTConfig, shapes: Sequence[tuple[int, int, int]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import fastnce
 from fastnce.errors import UserError
 
 
@@ -37,3 +38,14 @@ def one_of(config: object, name: str, choices: Collection[object]) -> None:
     if value not in choices:
         allowed = ", ".join(map(str, choices))
         raise UserError(f"{name}={value} is unknown. Use one of: {allowed}.")
+
+
+def backend_is_there(name: str | None) -> None:
+    """Raises `UserError` unless the backend `name` can run here; None always can."""
+    if name is None:
+        return
+    reasons = fastnce.backends.available()
+    if name not in reasons:
+        raise UserError(f"backend={name} is unknown. Use one of: {', '.join(reasons)}.")
+    if reasons[name] != "ok":
+        raise UserError(f"backend={name} cannot run here: {reasons[name]}. Use backend=torch.")

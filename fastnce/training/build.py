@@ -58,7 +58,8 @@ def layered_values(
     config_class = CONFIGS[system]
     layers = [values]
     if preset is not None:
-        layers.append(PRESETS[known(preset, PRESETS, "preset")])
+        presets = PRESETS[system]
+        layers.append(presets[known(preset, presets, "preset")])
     if config_file is not None:
         layers.append(_read_file(Path(config_file), system))
     merged: dict[str, object] = {}

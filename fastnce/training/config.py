@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from fastnce.errors import UserError
-from fastnce.models import CUTConfig, options
+from fastnce.models import ContraGANConfig, CUTConfig, options
 
 # Fields that change how a run is carried out or watched, not what it computes: a resumed run may change them.
 FREE_FIELDS = frozenset(
@@ -19,11 +19,12 @@ FREE_FIELDS = frozenset(
         "log_every",
         "sample_every",
         "sample_count",
+        "measure_every",
         "checkpoint_every",
     }
 )
 # Fields that a resumed run may change as long as the steps already made stay what they were.
-SCHEDULE_FIELDS = frozenset({"epochs", "decay_epochs", "steps"})
+SCHEDULE_FIELDS = frozenset({"epochs", "decay_epochs", "warmup_epochs", "steps"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,27 +34,66 @@ class TrainConfig:
     system: ClassVar[str]
 
     data: Path
-    """Folder with trainA and trainB, and testA and testB for the sample grids."""
+    """Folder of the data."""
     out: Path
     """Folder of the run; created. A run that is there already is continued."""
     seed: int = 0
-    """Seed of the initialisation, the data order, the augmentation and the patches."""
+    """Seed of the initialisation, the data order and everything else that is drawn."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; auto takes a GPU if there is one."""
     deterministic: bool = False
     """On a GPU: only deterministic algorithms, which may be slower. On a CPU runs are always repeatable."""
     batch_size: int = 1
-    """Images of each domain per step."""
+    """Images per step."""
     workers: int = 2
     """Processes that read images; 0 reads in the training process. The run is the same with any number."""
+    steps: int | None = None
+    """Stop after this many steps."""
+    ema_decay: float = 0.999
+    """Decay of the running average of the weights; 0 keeps the last weights."""
+    ema_start: int | None = None
+    """First step of the average, which copies the weights until then; by default it starts at once, corrected for its start."""
+    log_every: int = 50
+    """Steps between two lines of metrics.jsonl; a line holds the means over these steps."""
+    sample_every: int = 500
+    """Steps between two sample grids."""
+    sample_count: int = 8
+    """Images in a row of a sample grid."""
+    measure_every: int = 0
+    """Steps between two lines of measurements.jsonl, for systems that measure while they train; 0: never."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        options.at_least(self, 1, "batch_size", "log_every", "sample_every", "checkpoint_every")
+        options.at_least(self, 1, "sample_count")
+        options.at_least(self, 0, "workers", "seed", "measure_every")
+        options.in_unit_interval(self, "ema_decay")
+        if self.steps is not None:
+            options.at_least(self, 1, "steps")
+        if self.ema_start is not None:
+            options.at_least(self, 0, "ema_start")
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of the training stream that one step takes."""
+        return self.batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnpairedTrainConfig(TrainConfig):
+    """Options of the systems that translate between two folders of images."""
+
+    data: Path
+    """Folder with trainA and trainB, and testA and testB for the sample grids."""
+    batch_size: int = 1
+    """Images of each domain per step."""
     epochs: int = 200
     """Epochs at the full learning rate."""
     decay_epochs: int = 200
     """Further epochs in which the learning rate falls linearly towards 0."""
     steps: int | None = None
     """Stop after this many steps; by default after epochs + decay_epochs."""
-    ema_decay: float = 0.999
-    """Decay of the running average of the generator's weights; 0 keeps the last weights."""
     load_size: int = 286
     """Images are scaled to this size before the crop; in the decay epochs to crop_size."""
     crop_size: int = 256
@@ -68,40 +108,64 @@ class TrainConfig:
     """Which domain is translated to which."""
     serial: bool = False
     """Read both folders in order instead of shuffling A and drawing from B."""
-    log_every: int = 50
-    """Steps between two lines of metrics.jsonl; a line holds the means over these steps."""
-    sample_every: int = 500
-    """Steps between two sample grids."""
-    sample_count: int = 8
-    """Test images in a sample grid."""
-    checkpoint_every: int = 500
-    """Steps between two checkpoints."""
 
     def __post_init__(self) -> None:
-        options.at_least(self, 1, "batch_size", "log_every", "sample_every", "checkpoint_every")
-        options.at_least(self, 1, "load_size", "crop_size", "sample_count")
-        options.at_least(self, 0, "workers", "epochs", "decay_epochs", "seed")
-        options.in_unit_interval(self, "ema_decay")
+        super().__post_init__()
+        options.at_least(self, 1, "load_size", "crop_size")
+        options.at_least(self, 0, "epochs", "decay_epochs")
         options.one_of(self, "augment_a", ("none", "affine"))
         options.one_of(self, "direction", ("AtoB", "BtoA"))
-        if self.steps is not None:
-            options.at_least(self, 1, "steps")
         if self.epochs + self.decay_epochs == 0:
             raise UserError("epochs=0 and decay_epochs=0 leave nothing to train. Use epochs >= 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CUTTrainConfig(CUTConfig, TrainConfig):
+class CUTTrainConfig(CUTConfig, UnpairedTrainConfig):
     """Training of CUT or FastCUT."""
 
     system: ClassVar[str] = "cut"
 
     def __post_init__(self) -> None:
-        TrainConfig.__post_init__(self)
+        UnpairedTrainConfig.__post_init__(self)
         CUTConfig.__post_init__(self)
 
 
-CONFIGS: dict[str, type[TrainConfig]] = {"cut": CUTTrainConfig}
+@dataclass(frozen=True, kw_only=True)
+class ContraGANTrainConfig(ContraGANConfig, TrainConfig):
+    """Training of ContraGAN, or of a GAN with another conditioning on the same networks."""
+
+    system: ClassVar[str] = "contragan"
+
+    data: Path
+    """Folder of labelled images: train/CLASS/*.png and test/CLASS/*.png, or CIFAR-10 as distributed."""
+    batch_size: int = 64
+    """Images per update of a network."""
+    steps: int = 100_000
+    """Steps, each of `d_steps` updates of D and one of G."""
+    flip: bool = True
+    """Mirror each training image with probability 1/2."""
+    ema_decay: float = 0.9999
+    """Decay of the running average of the generator's weights; 0 keeps the last weights."""
+    ema_start: int | None = 1000
+    """First step of the average, which copies the weights until then; None: it starts at once, corrected for its start."""
+    sample_count: int = 10
+    """Images of each class in a sample grid."""
+    extractor: Path | None = None
+    """TorchScript file whose features measure the samples (FID and others); the digits set has its own."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        ContraGANConfig.__post_init__(self)
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.batch_size * self.d_steps
+
+
+CONFIGS: dict[str, type[TrainConfig]] = {
+    "cut": CUTTrainConfig,
+    "contragan": ContraGANTrainConfig,
+}
 
 
 def to_dict(config: TrainConfig) -> dict[str, object]:

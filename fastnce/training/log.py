@@ -26,6 +26,27 @@ def read_metrics(path: Path) -> list[dict]:
     return lines
 
 
+def append_line(path: Path, values: dict[str, float]) -> None:
+    """Appends a line to a file such as metrics.jsonl."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}). Free some space and run the same command again."
+        ) from error
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Removes the lines of steps after `step`, which a run that goes on from there will write again."""
+    if not path.exists():
+        return
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    with atomic_path(path) as temporary:
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        temporary.write_text(text, encoding="utf-8")
+
+
 class MetricLog:
     """Averages losses over the steps between two lines and appends the lines to `path`.
 
@@ -65,24 +86,9 @@ class MetricLog:
     def write(self, **values: float) -> dict[str, float]:
         """Appends a line: `values`, then the means, which start anew. Returns the means."""
         means = self.means()
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values | means) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}). Free some space and run the same command again."
-            ) from error
+        append_line(self.path, values | means)
         self._sums, self._count = {}, 0
         return means
-
-    def drop_after(self, step: int) -> None:
-        """Removes the lines of steps after `step`, which a run that goes on from there will write again."""
-        if not self.path.exists():
-            return
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        with atomic_path(self.path) as temporary:
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            temporary.write_text(text, encoding="utf-8")
 
     def state_dict(self) -> dict[str, object]:
         """The sums since the last line."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -18,9 +19,10 @@ from fastnce.data.files import write_json
 from fastnce.errors import UserError
 from fastnce.training import runtime
 from fastnce.training.checkpoint import load_checkpoint, save_checkpoint
-from fastnce.training.config import TrainConfig, differing_fields, to_dict
+from fastnce.training.build import checked_values
+from fastnce.training.config import SCHEDULE_FIELDS, TrainConfig, differing_fields, to_dict
 from fastnce.training.ema import WeightAverage
-from fastnce.training.log import MetricLog, read_metrics
+from fastnce.training.log import MetricLog, append_line, drop_lines_after, read_metrics
 from fastnce.training.schedule import Schedule
 from fastnce.training.systems import SYSTEMS
 
@@ -36,7 +38,8 @@ def train(config: TrainConfig) -> Path:
     """Trains a system, or continues the run that is in `config.out`.
 
     A run that was stopped and continued is on a CPU bit for bit the run that was never stopped. The folder gets
-    `config.json`, `metrics.jsonl`, `loss.png`, `samples/step_XXXXXX.png` and `checkpoints/last.pt`.
+    `config.json`, `metrics.jsonl`, `loss.png`, `samples/step_XXXXXX.png` and `checkpoints/last.pt`; with `measure_every` also
+    `measurements.jsonl`, `measurements.png` and `checkpoints/best.pt`.
 
     Returns:
         `config.out`.
@@ -52,8 +55,9 @@ def train(config: TrainConfig) -> Path:
     checkpoint = _checkpoint_to_continue(config)
     if config.deterministic:
         runtime.use_deterministic_algorithms()
-    dataset = SYSTEMS[config.system].dataset(config)
-    schedule = Schedule.of(config, len(dataset))
+    system = SYSTEMS[config.system]
+    dataset = system.dataset(config)
+    schedule = system.schedule(config, len(dataset))
     run = _Run(config, device, dataset, schedule)
     if checkpoint is not None:
         run.restore(checkpoint)
@@ -64,7 +68,7 @@ def train(config: TrainConfig) -> Path:
             return config.out
         print(f"{config.out}: going on after step {run.step} of {schedule.total_steps}")
     else:
-        run.metrics.drop_after(0)
+        run.drop_lines_after(0)
     write_json(to_dict(config), config.out / "config.json")
     with runtime.StopOnSignal() as stop:
         run.go(stop)
@@ -106,50 +110,64 @@ class _Run:
         self.system = SYSTEMS[config.system]
         self.checkpoint_path = config.out / "checkpoints" / "last.pt"
         runtime.seed_everything(config.seed)
-        self.model = self.system.model(config, dataset[0]).to(device)
-        self.average = WeightAverage(self.model.generator, config.ema_decay)
+        self.model = self.system.model(config, dataset).to(device)
+        self.average = WeightAverage(self.network, config.ema_decay, config.ema_start)
         self.metrics = MetricLog(config.out / "metrics.jsonl")
-        self.preview_inputs = self.system.preview_inputs(config)
+        self.measurements_path = config.out / "measurements.jsonl"
+        self.preview = self.system.preview(config, dataset)
+        self.measure = None
+        if config.measure_every and self.system.measure is not None:
+            self.measure = self.system.measure(config, dataset)
         self.step = 0
         self.seconds = 0.0
+        self.best = math.inf
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that is used after the training."""
+        return getattr(self.model, self.system.network_name)
+
+    def drop_lines_after(self, step: int) -> None:
+        """Removes what an interrupted run logged after its checkpoint."""
+        drop_lines_after(self.metrics.path, step)
+        drop_lines_after(self.measurements_path, step)
 
     def restore(self, state: dict) -> None:
         """Takes over a checkpoint's state."""
-        theirs = state["config"]
-        before = Schedule(
-            theirs["epochs"],
-            theirs["decay_epochs"],
-            theirs["steps"],
-            theirs["batch_size"],
-            state["epoch_samples"],
-        )
         if state["epoch_samples"] != len(self.dataset):
             raise UserError(
                 f"data={self.config.data} now has {len(self.dataset)} images per epoch, but the run in {self.config.out} was "
                 f"made with {state['epoch_samples']}. Restore the folder, or train anew with another out."
             )
+        theirs = type(self.config)(**checked_values(type(self.config), state["config"], "option"))
+        before = self.system.schedule(theirs, state["epoch_samples"])
         if not self.schedule.agrees_until(before, state["step"]):
+            names = [name for name in SCHEDULE_FIELDS if hasattr(theirs, name)]
+            was, now = (
+                ", ".join(f"{name}={getattr(config, name)}" for name in names)
+                for config in (theirs, self.config)
+            )
             raise UserError(
-                f"out={self.config.out} holds a run with epochs={before.epochs} and decay_epochs={before.decay_epochs}, and its "
-                f"first {state['step']} steps would have been others with epochs={self.config.epochs} and "
-                f"decay_epochs={self.config.decay_epochs}. Name another folder, or give the same values to go on."
+                f"out={self.config.out} holds a run with {was}, and its first {state['step']} steps would have been others "
+                f"with {now}. Name another folder, or give the same values to go on."
             )
         self.model.load_state_dict(state["model"])
         for name, optimizer in self.model.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.average.load_state_dict(state["average"])
         self.metrics.load_state_dict(state["metrics"], self.device)
-        self.metrics.drop_after(state["step"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.drop_lines_after(state["step"])
+        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         runtime.set_rng_state(state["rng"])
 
-    def save(self) -> None:
-        """Writes the checkpoint; refuses to if a loss is not finite."""
+    def save(self, name: str = "last") -> None:
+        """Writes a checkpoint; refuses to if a loss is not finite."""
         self.metrics.means()
         save_checkpoint(
             {
                 "step": self.step,
                 "seconds": self.seconds,
+                "best": self.best,
                 "config": to_dict(self.config),
                 "epoch_samples": len(self.dataset),
                 "model": self.model.state_dict(),
@@ -161,7 +179,7 @@ class _Run:
                 "metrics": self.metrics.state_dict(),
                 "rng": runtime.rng_state(),
             },
-            self.checkpoint_path,
+            self.checkpoint_path.with_name(f"{name}.pt"),
         )
 
     def go(self, stop: runtime.StopOnSignal) -> None:
@@ -177,6 +195,8 @@ class _Run:
                     self._log(bar)
                 if self.step % config.sample_every == 0 or self.step == total:
                     self._show()
+                if self.measure and (self.step % config.measure_every == 0 or self.step == total):
+                    self._measure()
                 if done or self.step % config.checkpoint_every == 0:
                     self.save()
                 if done:
@@ -185,13 +205,12 @@ class _Run:
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         """The batches from the current step on; reading ahead, in any number of workers."""
         config = self.config
-        samples = range(
-            self.step * config.batch_size, self.schedule.total_steps * config.batch_size
-        )
+        per_step = config.samples_per_step
+        samples = range(self.step * per_step, self.schedule.total_steps * per_step)
         on_gpu = self.device.type == "cuda"
         loader = DataLoader(
             self.dataset,
-            config.batch_size,
+            per_step,
             sampler=samples,
             num_workers=config.workers,
             pin_memory=on_gpu,
@@ -209,7 +228,7 @@ class _Run:
             for group in optimizer.param_groups:
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         self.metrics.add(self.model.training_step(batch))
-        self.average.update(self.model.generator)
+        self.average.update(self.network)
         self.step += 1
         self.seconds += time.perf_counter() - started
 
@@ -229,6 +248,22 @@ class _Run:
 
     def _show(self) -> None:
         """Writes the sample grid and the loss plot."""
-        rows = self.system.preview(self.average.module, self.preview_inputs)
+        with runtime.rng_kept():
+            rows = self.preview(self.average.module)
         viz.save_sample_grid(rows, self.config.out / "samples" / f"step_{self.step:06d}.png")
-        viz.save_loss_plot(read_metrics(self.metrics.path), self.config.out / "loss.png")
+        metrics = read_metrics(self.metrics.path)
+        viz.save_loss_plot(metrics, self.system.panels, self.config.out / "loss.png")
+
+    def _measure(self) -> None:
+        """Appends a line to measurements.jsonl, plots it, and saves the best checkpoint so far."""
+        with runtime.rng_kept():
+            values = self.measure(self.model, self.average.module)
+        self.model.train()
+        append_line(self.measurements_path, {"step": self.step} | values)
+        viz.save_measurement_plot(
+            read_metrics(self.measurements_path), self.config.out / "measurements.png"
+        )
+        value = values.get(self.system.best, math.nan)
+        if value < self.best:  # never with NaN
+            self.best = value
+            self.save("best")

@@ -15,9 +15,14 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
             "decay_epochs": 50,
         },
     ),
+    # On the same networks: ContraGAN and what it is compared with.
+    "contragan": ("contragan", {}),
+    "acgan": ("contragan", {"conditioning": "AC"}),
+    "projgan": ("contragan", {"conditioning": "PD"}),
+    "reacgan": ("contragan", {"conditioning": "D2DCE", "temperature": 0.5, "lambda_cond": 0.5}),
 }
 
-PRESETS: dict[str, dict[str, object]] = {
+_CUT: dict[str, dict[str, object]] = {
     # The demo: 32x32 digits to digits over a photograph, about two minutes on two CPU cores.
     "digits": {
         "base_channels": 16,
@@ -44,3 +49,62 @@ PRESETS: dict[str, dict[str, object]] = {
         "checkpoint_every": 200,
     },
 }
+
+_CONTRAGAN: dict[str, dict[str, object]] = {
+    # As published (StudioGAN). The defaults are those of CIFAR-10.
+    "cifar10": {},
+    "tiny-imagenet": {
+        "image_size": 64,
+        "num_classes": 200,
+        "latent_dim": 100,
+        "gen_channels": 80,
+        "disc_channels": 80,
+        "gen_attention": 3,
+        "embed_dim": 768,
+        "batch_size": 1024,
+        "d_steps": 1,
+        "lr_g": 1e-4,
+        "lr_d": 4e-4,
+        "beta1": 0.0,
+        "ema_start": 20_000,
+    },
+    "imagenet": {
+        "image_size": 128,
+        "num_classes": 1000,
+        "latent_dim": 120,
+        "gen_attention": 4,
+        "embed_dim": 1536,
+        "batch_size": 256,
+        "d_steps": 2,
+        "lr_g": 5e-5,
+        "lr_d": 2e-4,
+        "beta1": 0.0,
+        "ema_start": 20_000,
+        "steps": 200_000,
+    },
+    # The built-in digits, 16x16: a few minutes on two CPU cores.
+    "digits": {
+        "backbone": "sngan",
+        "image_size": 16,
+        "image_channels": 1,
+        "latent_dim": 32,
+        "gen_channels": 32,
+        "disc_channels": 32,
+        "embed_dim": 64,
+        "contrast_set": "real",
+        "d_steps": 2,
+        "lr_g": 4e-4,
+        "lr_d": 4e-4,
+        "ema_decay": 0.995,
+        "ema_start": None,
+        "flip": False,
+        "workers": 0,
+        "steps": 2000,
+        "log_every": 50,
+        "sample_every": 500,
+        "measure_every": 500,
+        "checkpoint_every": 500,
+    },
+}
+
+PRESETS: dict[str, dict[str, dict[str, object]]] = {"cut": _CUT, "contragan": _CONTRAGAN}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -71,6 +73,16 @@ def set_rng_state(state: dict) -> None:
     for index, cuda_state in enumerate(state.get("cuda", [])):
         if index < torch.cuda.device_count():
             torch.cuda.set_rng_state(cuda_state, index)
+
+
+@contextlib.contextmanager
+def rng_kept() -> Iterator[None]:
+    """Context whose random numbers leave no trace in the generators."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
 
 
 class StopOnSignal:

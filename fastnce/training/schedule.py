@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Self
 
 from fastnce.errors import UserError
-from fastnce.training.config import TrainConfig
 
 
 def linear_decay(epoch: int, epochs: int, decay_epochs: int) -> float:
@@ -16,59 +17,84 @@ def linear_decay(epoch: int, epochs: int, decay_epochs: int) -> float:
     return max(0.0, 1.0 - max(0, epoch - epochs) / (decay_epochs + 1))
 
 
-@dataclass(frozen=True)
+def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Learning-rate factor of the 0-based `step`: rising linearly over `warmup_steps`, then half a cosine towards 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The schedule of a run of `batch_size` samples a step on an endless stream with `epoch_samples` per epoch."""
+    """A run of `total_steps` steps of `samples_per_step` samples each, at a constant learning rate.
+
+    The samples come from an endless stream with `epoch_samples` per epoch.
+    """
+
+    total_steps: int
+    samples_per_step: int
+    epoch_samples: int
+
+    def epoch(self, step: int) -> int:
+        """The 1-based epoch of the first sample of the 0-based `step`."""
+        return step * self.samples_per_step // self.epoch_samples + 1
+
+    def lr_factor(self, step: int) -> float:
+        """What the learning rate is multiplied by in the 0-based `step`."""
+        return 1.0
+
+    def agrees_until(self, other: Self, steps: int) -> bool:
+        """Whether the first `steps` steps are the same under both schedules."""
+        return all(self.lr_factor(step) == other.lr_factor(step) for step in range(steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearDecay(Schedule):
+    """CUT's schedule: `epochs` at the full learning rate, then `decay_epochs` in which it falls linearly."""
 
     epochs: int
     decay_epochs: int
-    steps: int | None
-    batch_size: int
-    epoch_samples: int
 
     @classmethod
-    def of(cls, config: TrainConfig, epoch_samples: int) -> Schedule:
-        """The schedule of `config`.
+    def of(
+        cls,
+        *,
+        epochs: int,
+        decay_epochs: int,
+        steps: int | None,
+        samples_per_step: int,
+        epoch_samples: int,
+    ) -> Self:
+        """The schedule that ends with the epochs, or after `steps` if that is not None.
 
         Raises:
             UserError: `steps` reach beyond the epochs, or a batch is larger than all of them.
         """
-        schedule = cls(
-            config.epochs, config.decay_epochs, config.steps, config.batch_size, epoch_samples
-        )
-        limit = schedule._steps_of_all_epochs
+        limit = (epochs + decay_epochs) * epoch_samples // samples_per_step
         if limit == 0:
             raise UserError(
-                f"batch_size={config.batch_size} is larger than all epochs together, {epoch_samples} samples each. "
+                f"batch_size={samples_per_step} is larger than all epochs together, {epoch_samples} samples each. "
                 "Use a smaller batch_size or more epochs."
             )
-        if config.steps is not None and config.steps > limit:
+        if steps is not None and steps > limit:
             raise UserError(
-                f"steps={config.steps} goes beyond the {limit} steps of epochs={config.epochs} and "
-                f"decay_epochs={config.decay_epochs}, after which the learning rate is 0. "
-                f"Use steps <= {limit}, or more epochs."
+                f"steps={steps} goes beyond the {limit} steps of epochs={epochs} and decay_epochs={decay_epochs}, after "
+                f"which the learning rate is 0. Use steps <= {limit}, or more epochs."
             )
-        return schedule
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.steps if self.steps is not None else self._steps_of_all_epochs
-
-    @property
-    def _steps_of_all_epochs(self) -> int:
-        return (self.epochs + self.decay_epochs) * self.epoch_samples // self.batch_size
-
-    def epoch(self, step: int) -> int:
-        """The 1-based epoch of the first sample of the 0-based `step`."""
-        return step * self.batch_size // self.epoch_samples + 1
+        return cls(
+            total_steps=limit if steps is None else steps,
+            samples_per_step=samples_per_step,
+            epoch_samples=epoch_samples,
+            epochs=epochs,
+            decay_epochs=decay_epochs,
+        )
 
     def lr_factor(self, step: int) -> float:
-        """What the learning rate is multiplied by in the 0-based `step`."""
         return linear_decay(self.epoch(step), self.epochs, self.decay_epochs)
 
-    def agrees_until(self, other: Schedule, steps: int) -> bool:
-        """Whether the first `steps` steps are the same under both: learning rate, and scaling of the images.
+    def agrees_until(self, other: Self, steps: int) -> bool:
+        """Whether the first `steps` steps are the same: the learning rate, and the scaling of the images.
 
         Images are scaled to `crop_size` from the first decay epoch on.
         """
@@ -79,3 +105,13 @@ class Schedule:
             and (epoch > self.epochs) == (epoch > other.epochs)
             for epoch in range(1, last + 1)
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupCosine(Schedule):
+    """Linear warm-up over `warmup_steps`, then half a cosine down to 0 at `total_steps`."""
+
+    warmup_steps: int
+
+    def lr_factor(self, step: int) -> float:
+        return warmup_cosine(step, self.warmup_steps, self.total_steps)

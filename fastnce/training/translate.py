@@ -53,7 +53,7 @@ def load_generator(
     Args:
         run: folder of the run.
         which: "ema" for the running average of the weights, "raw" for the weights themselves.
-        checkpoint: "last", or the path of a checkpoint file.
+        checkpoint: "last", "best", or the path of a checkpoint file.
         device: where to put the generator.
 
     Raises:
@@ -62,15 +62,18 @@ def load_generator(
     if which not in ("ema", "raw"):
         raise UserError(f"which={which} is unknown. Use ema or raw.")
     config = load_config(run)
-    path = Path(run) / "checkpoints" / "last.pt" if checkpoint == "last" else Path(checkpoint)
+    path = Path(checkpoint)
+    if checkpoint in ("last", "best"):
+        path = Path(run) / "checkpoints" / f"{checkpoint}.pt"
     state = load_checkpoint(path)
-    prefix = "generator."
+    system = SYSTEMS[config.system]
+    prefix = f"{system.network_name}."
     weights = (
         state["average"]["module"]
         if which == "ema"
         else {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
     )
-    generator = SYSTEMS[config.system].generator(config)
+    generator = system.network(config)
     try:
         generator.load_state_dict(weights)
     except RuntimeError as error:
