@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from fastnce.data.demo import read_labels
 from fastnce.data.files import atomic_path
 from fastnce.data.folders import SIGNED_UNIT
+from fastnce.data.recipe import read_labels
 from fastnce.data.samples import (
     BACKGROUND_SIDE,
     DIGIT_MARGIN,

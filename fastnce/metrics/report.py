@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnce.data.demo import read_labels
 from fastnce.data.files import atomic_path, write_json
 from fastnce.data.folders import SIGNED_UNIT, list_images, load_image, split_folder, to_uint8
+from fastnce.data.recipe import read_labels
 from fastnce.data.samples import composite, load_background, load_digits
 from fastnce.data.transforms import counter_rng
 from fastnce.errors import UserError
