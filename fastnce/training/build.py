@@ -81,6 +81,18 @@ def checked_values(
     }
 
 
+def from_dict(values: Mapping[str, object], what: str = "option") -> TrainConfig:
+    """The configuration that `to_dict` made into JSON values; `what` names them in errors.
+
+    Raises:
+        KeyError: they name no system that is known.
+        UserError: an unknown field or a wrong type.
+    """
+    rest = dict(values)
+    config_class = CONFIGS[rest.pop("system")]
+    return config_class(**checked_values(config_class, rest, what))
+
+
 def check_options(
     config_class: type[TrainConfig], values: Mapping[str, object], args: Sequence[str]
 ) -> None:

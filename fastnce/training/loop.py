@@ -19,7 +19,7 @@ from fastnce.data.files import write_json
 from fastnce.errors import UserError
 from fastnce.training import runtime
 from fastnce.training.checkpoint import load_checkpoint, save_checkpoint
-from fastnce.training.build import checked_values
+from fastnce.training.build import from_dict
 from fastnce.training.config import SCHEDULE_FIELDS, TrainConfig, differing_fields, to_dict
 from fastnce.training.ema import WeightAverage
 from fastnce.training.log import MetricLog, append_line, drop_lines_after, read_metrics
@@ -139,7 +139,7 @@ class _Run:
                 f"data={self.config.data} now has {len(self.dataset)} images per epoch, but the run in {self.config.out} was "
                 f"made with {state['epoch_samples']}. Restore the folder, or train anew with another out."
             )
-        theirs = type(self.config)(**checked_values(type(self.config), state["config"], "option"))
+        theirs = from_dict(state["config"])
         before = self.system.schedule(theirs, state["epoch_samples"])
         if not self.schedule.agrees_until(before, state["step"]):
             names = [name for name in SCHEDULE_FIELDS if hasattr(theirs, name)]
@@ -157,7 +157,7 @@ class _Run:
         self.average.load_state_dict(state["average"])
         self.metrics.load_state_dict(state["metrics"], self.device)
         self.drop_lines_after(state["step"])
-        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+        self.step, self.seconds, self.best = state["step"], state["seconds"], state.get("best", math.inf)
         runtime.set_rng_state(state["rng"])
 
     def save(self, name: str = "last") -> None:

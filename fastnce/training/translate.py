@@ -15,9 +15,9 @@ from tqdm import tqdm
 from fastnce.data import Preprocess, list_images, save_image
 from fastnce.data.folders import read_image, to_tensor
 from fastnce.errors import UserError
-from fastnce.training.build import checked_values
+from fastnce.training.build import from_dict
 from fastnce.training.checkpoint import load_checkpoint
-from fastnce.training.config import CONFIGS, TrainConfig
+from fastnce.training.config import TrainConfig
 from fastnce.training.runtime import resolve_device
 from fastnce.training.systems import SYSTEMS
 
@@ -34,11 +34,9 @@ def load_config(run: Path) -> TrainConfig:
             f"run={run} is no training run: it has no config.json. Name the --out folder of a `fastnce train`."
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        config_class = CONFIGS[values.pop("system")]
-    except (ValueError, KeyError, AttributeError) as error:
+        return from_dict(json.loads(path.read_text(encoding="utf-8")), f"{path}: option")
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is damaged or not from this program ({error}).") from error
-    return config_class(**checked_values(config_class, values, f"{path}: option"))
 
 
 def load_generator(

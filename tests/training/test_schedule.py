@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fastnce.errors import UserError
-from fastnce.training.schedule import Schedule, linear_decay
+from fastnce.training.schedule import LinearDecay, Schedule, WarmupCosine, linear_decay
 
 
 @pytest.mark.parametrize(
@@ -27,38 +27,48 @@ def test_learning_rate_is_never_negative():
     assert linear_decay(10, 2, 3) == 0.0
 
 
+def decay(epochs=2, decay_epochs=1, steps=None, samples_per_step=1, epoch_samples=5):
+    return LinearDecay.of(
+        epochs=epochs,
+        decay_epochs=decay_epochs,
+        steps=steps,
+        samples_per_step=samples_per_step,
+        epoch_samples=epoch_samples,
+    )
+
+
 def test_epochs_and_total_with_batch_1():
-    schedule = Schedule(2, 1, None, batch_size=1, epoch_samples=5)
+    schedule = decay()
     assert schedule.total_steps == 15
     assert [schedule.epoch(step) for step in (0, 4, 5, 9, 10, 14)] == [1, 1, 2, 2, 3, 3]
     assert [schedule.lr_factor(step) for step in (0, 9, 10, 14)] == [1.0, 1.0, 0.5, 0.5]
 
 
 def test_batches_may_straddle_epochs():
-    schedule = Schedule(2, 1, None, batch_size=2, epoch_samples=5)
+    schedule = decay(samples_per_step=2)
     assert schedule.total_steps == 7
     assert [schedule.epoch(step) for step in range(7)] == [1, 1, 1, 2, 2, 3, 3]
 
 
 def test_steps_win():
-    assert Schedule(2, 1, 4, batch_size=1, epoch_samples=5).total_steps == 4
+    assert decay(steps=4).total_steps == 4
 
 
-def test_steps_beyond_the_epochs(tiny):
+def test_steps_beyond_the_epochs():
     with pytest.raises(UserError) as error:
-        Schedule.of(tiny(epochs=2, decay_epochs=1, steps=8), 5)
+        decay(steps=8, samples_per_step=2)
     assert "steps=8 goes beyond the 7 steps of epochs=2 and decay_epochs=1" in str(error.value)
-    assert Schedule.of(tiny(epochs=2, decay_epochs=1, steps=7), 5).total_steps == 7
+    assert decay(steps=7, samples_per_step=2).total_steps == 7
 
 
-def test_batch_larger_than_everything(tiny):
+def test_batch_larger_than_everything():
     with pytest.raises(UserError, match="batch_size=50 is larger than all epochs together"):
-        Schedule.of(tiny(epochs=2, decay_epochs=1, batch_size=50), 5)
+        decay(samples_per_step=50)
 
 
 def test_agreement_on_the_steps_already_made():
-    schedule = Schedule(4, 4, None, batch_size=1, epoch_samples=5)
-    assert schedule.agrees_until(replace(schedule, steps=3), 40)
+    schedule = decay(4, 4)
+    assert schedule.agrees_until(replace(schedule, total_steps=3), 40)
     longer = replace(schedule, epochs=6)
     assert schedule.agrees_until(longer, 0)
     assert schedule.agrees_until(longer, 20)  # the first 4 epochs
@@ -67,4 +77,21 @@ def test_agreement_on_the_steps_already_made():
     assert schedule.agrees_until(slower, 20)
     assert not schedule.agrees_until(slower, 21)
     # Without decay the factor stays 1, but the images' scaling changes after `epochs`.
-    assert not Schedule(4, 0, None, 1, 5).agrees_until(Schedule(3, 0, None, 1, 5), 20)
+    assert not decay(4, 0).agrees_until(decay(3, 0), 20)
+
+
+def test_a_constant_rate_agrees_with_any_length():
+    one = Schedule(total_steps=10, samples_per_step=3, epoch_samples=5)
+    assert one.agrees_until(replace(one, total_steps=20), 10)
+    assert [one.epoch(step) for step in range(4)] == [1, 1, 2, 2]
+    assert one.lr_factor(9) == 1.0
+
+
+def test_warmup_and_cosine():
+    schedule = WarmupCosine(total_steps=12, samples_per_step=1, epoch_samples=4, warmup_steps=4)
+    factors = [schedule.lr_factor(step) for step in range(12)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[8] == pytest.approx(0.5)  # half way down
+    assert 0 < factors[11] < 0.05
+    assert schedule.agrees_until(replace(schedule, total_steps=24), 5)  # the warm-up and its end
+    assert not schedule.agrees_until(replace(schedule, total_steps=24), 6)
