@@ -179,7 +179,36 @@ def data(args: list[str]) -> int:
 
         write_photos(out, size=size, seed=seed)
 
-    _tyro("data", {"digits-photos": digits_photos, "photos": photos}, args)
+    def digits(out: Path, size: int = 16, seed: int = 0) -> None:
+        """Real handwritten digits in 10 class folders, greyscale.
+
+        Args:
+            out: Folder for train/<digit> and test/<digit>; created.
+            size: Side of the images in pixels, 16 or 32.
+            seed: Seed of the split.
+        """
+        from fastnce.data import write_digits
+
+        write_digits(out, size=size, seed=seed)
+
+    def photo_crops(out: Path, seed: int = 0) -> None:
+        """Crops of seven real photographs, 32 x 32, in class folders: the class is the photograph.
+
+        Args:
+            out: Folder for train/<photograph> and test/<photograph>; created.
+            seed: Seed of the crops.
+        """
+        from fastnce.data import write_photo_crops
+
+        write_photo_crops(out, seed=seed)
+
+    sets = {
+        "digits": digits,
+        "digits-photos": digits_photos,
+        "photo-crops": photo_crops,
+        "photos": photos,
+    }
+    _tyro("data", sets, args)
     return 0
 
 

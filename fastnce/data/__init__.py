@@ -1,6 +1,7 @@
 """Image folders, their transforms, and demo sets made from images that ship inside packages."""
 
-from fastnce.data.demo import read_labels, write_digits_photos, write_photos
+from fastnce.data.demo import write_digits_photos, write_photos
+from fastnce.data.demo_labelled import write_digits, write_photo_crops
 from fastnce.data.folders import (
     EXTENSIONS,
     list_images,
@@ -9,6 +10,7 @@ from fastnce.data.folders import (
     split_folder,
     to_uint8,
 )
+from fastnce.data.recipe import read_labels
 from fastnce.data.samples import PHOTOS
 from fastnce.data.transforms import Preprocess, resize_to_multiple
 from fastnce.data.unpaired import UnpairedImages
@@ -25,6 +27,8 @@ __all__ = [
     "save_image",
     "split_folder",
     "to_uint8",
+    "write_digits",
     "write_digits_photos",
+    "write_photo_crops",
     "write_photos",
 ]

@@ -1,17 +1,9 @@
 """Demo sets of real images: digits on photographs, and crops of photographs."""
 
-import json
-import os
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from fastnce.data.files import write_json
-from fastnce.data.folders import to_image
+from fastnce.data.recipe import Images, write_once
 from fastnce.data.samples import (
     BACKGROUND_SIDE,
     DIGIT_MARGIN,
@@ -24,17 +16,14 @@ from fastnce.data.samples import (
     load_photo,
     noisy_digit,
     random_crop,
+    split_photo,
 )
 from fastnce.data.transforms import counter_rng
 from fastnce.errors import UserError
 
-LABELS_FILE = "labels.json"
 TEST_EVERY = 3
 
 _HALVES_STREAM, _NOISE_STREAM, _CROP_STREAM, _PHOTOS_STREAM = 10, 11, 12, 13
-
-# Images of a set, one after the other: name below the set's folder, pixels, label.
-Images = Iterator[tuple[str, np.ndarray, dict[str, Any]]]
 
 
 def write_digits_photos(out: Path | str, seed: int = 0, photo: str = "coffee") -> Path:
@@ -69,7 +58,7 @@ def write_digits_photos(out: Path | str, seed: int = 0, photo: str = "coffee") -
         "noise_sigma": NOISE_SIGMA,
         "test_every": TEST_EVERY,
     }
-    return _write_once(Path(out), recipe, lambda: _digits_photos(seed, photo))
+    return write_once(Path(out), recipe, lambda: _digits_photos(seed, photo))
 
 
 def write_photos(
@@ -121,32 +110,7 @@ def write_photos(
     }
     photos = {"A": photo_a, "B": photo_b}
     counts = {"train": train_count, "test": test_count}
-    return _write_once(Path(out), recipe, lambda: _photos(photos, size, counts, seed))
-
-
-def read_labels(root: Path | str) -> dict[str, Any]:
-    """The `labels.json` of a set written here: {"recipe": {...}, "images": {name: {...}, ...}}.
-
-    Names are like "testA/0000.png".
-
-    Raises:
-        UserError: If `root` holds none, or one that cannot be read.
-    """
-    path = Path(root) / LABELS_FILE
-    try:
-        labels = json.loads(path.read_text(encoding="utf-8"))
-        if not {"recipe", "images"} <= labels.keys():
-            raise ValueError("no recipe or no images in it")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(
-            f"{root}: holds no {LABELS_FILE}, so it is not a set that `fastnce data` wrote. "
-            "Write one with `fastnce data digits-photos --out FOLDER`."
-        ) from error
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}). Delete {root} and write the set again."
-        ) from error
-    return labels
+    return write_once(Path(out), recipe, lambda: _photos(photos, size, counts, seed))
 
 
 def _digits_photos(seed: int, photo: str) -> Images:
@@ -180,52 +144,10 @@ def _digits_photos(seed: int, photo: str) -> Images:
 
 def _photos(photos: dict[str, str], size: int, counts: dict[str, int], seed: int) -> Images:
     for domain, photo in photos.items():
-        image = load_photo(photo)
-        height, width = image.shape[:2]
-        test_width = max(size, width // 4)
-        if size < 4 or width - test_width < size or height < size:
-            raise UserError(
-                f'size={size}: does not fit the photograph "{photo}" ({width}x{height}), which is '
-                "divided into a part for training and one for testing. "
-                f"Use a size of 4 to {min(width // 2, height)}, or another photograph."
-            )
-        first_column = {"train": 0, "test": width - test_width}
-        parts = {"train": image[:, :-test_width], "test": image[:, -test_width:]}
-        for split, part in parts.items():
+        parts = split_photo(photo, load_photo(photo), size)
+        for split, (part, start) in parts.items():
             for number in range(counts[split]):
                 rng = counter_rng(seed, _PHOTOS_STREAM, 2 * number + (split == "test"))
                 crop, (y, x) = random_crop(part, size, rng)
-                label = {"photo": photo, "corner": (y, x + first_column[split])}
+                label = {"photo": photo, "corner": (y, x + start)}
                 yield f"{split}{domain}/{number:04d}.png", crop, label
-
-
-def _write_once(out: Path, recipe: dict[str, Any], images: Callable[[], Images]) -> Path:
-    """Writes into a folder beside `out` and renames it when complete; skips what is there."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        if (out / LABELS_FILE).is_file() and read_labels(out)["recipe"] == recipe:
-            return out
-        raise UserError(
-            f"{out}: holds something else already, not the {recipe['kind']} set with these "
-            "settings. Choose another folder, or delete this one first."
-        )
-    # Absolute, so that "." has a name; beside `out`, so that the renaming is one step.
-    target = out.absolute()
-    partial = target.parent / f".{target.name}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        labels = {}
-        for name, array, label in images():
-            path = partial / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            to_image(array).save(path)
-            labels[name] = label
-        write_json({"recipe": recipe, "images": labels}, partial / LABELS_FILE)
-        os.replace(partial, target)
-    except OSError as error:
-        raise UserError(
-            f"{out}: cannot be written ({error.strerror or error}). "
-            "Free some space or choose a folder that you can write to."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return out

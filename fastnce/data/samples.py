@@ -62,18 +62,29 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     Raises:
         UserError: If scikit-learn is not installed.
     """
+    strokes, labels = load_enlarged_digits(DIGIT_SIZE - 2 * DIGIT_MARGIN)
+    margin = (DIGIT_MARGIN, DIGIT_MARGIN)
+    return np.pad(strokes, ((0, 0), margin, margin)), labels
+
+
+def load_enlarged_digits(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same digits, each scaled (bicubic) from its 8x8 pixels to `size` x `size`, without a margin.
+
+    Returns:
+        strokes: (1797, size, size) float32 in [0, 1], 1 for ink.
+        labels: (1797,) int64, 0 to 9.
+
+    Raises:
+        UserError: If scikit-learn is not installed.
+    """
     try:
         from sklearn.datasets import load_digits as load
     except ImportError as error:
         raise _missing("sklearn", "The set of handwritten digits") from error
     bunch = load()
-    margin, inner = DIGIT_MARGIN, DIGIT_SIZE - 2 * DIGIT_MARGIN
-    strokes = np.zeros((len(bunch.images), DIGIT_SIZE, DIGIT_SIZE), dtype=np.float32)
-    for stroke, image in zip(strokes, bunch.images, strict=True):
-        small = Image.fromarray((image / 16).astype(np.float32))
-        large = small.resize((inner, inner), Image.Resampling.BICUBIC)
-        stroke[margin:-margin, margin:-margin] = np.asarray(large)
-    return strokes.clip(0, 1), bunch.target.astype(np.int64)
+    small = (Image.fromarray((image / 16).astype(np.float32)) for image in bunch.images)
+    large = np.stack([x.resize((size, size), Image.Resampling.BICUBIC) for x in small])
+    return large.clip(0, 1), bunch.target.astype(np.int64)
 
 
 def noisy_digit(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -87,7 +98,7 @@ def noisy_digit(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         (..., H, W, 3) uint8.
     """
     noise = rng.standard_normal((*stroke.shape, 3), dtype=np.float32)
-    return _to_bytes(stroke[..., None] + np.float32(NOISE_SIGMA) * noise)
+    return to_bytes(stroke[..., None] + np.float32(NOISE_SIGMA) * noise)
 
 
 def composite(stroke: np.ndarray, background: np.ndarray) -> np.ndarray:
@@ -100,7 +111,35 @@ def composite(stroke: np.ndarray, background: np.ndarray) -> np.ndarray:
     Returns:
         (..., H, W, 3) uint8.
     """
-    return _to_bytes(np.abs(background.astype(np.float32) / 255 - stroke[..., None]))
+    return to_bytes(np.abs(background.astype(np.float32) / 255 - stroke[..., None]))
+
+
+def split_photo(name: str, image: np.ndarray, size: int) -> dict[str, tuple[np.ndarray, int]]:
+    """Divides a photograph into a left part for training and a right one for testing.
+
+    The right part is a quarter of the width, or `size` if that is more.
+
+    Args:
+        name: The photograph's name, for the error.
+        image: (H, W, C) uint8.
+        size: Side of the crops that will be taken.
+
+    Returns:
+        {"train": (part, column), "test": (part, column)}: the pixels, and where in `image` they start.
+
+    Raises:
+        UserError: If a crop does not fit into both parts.
+    """
+    height, width = image.shape[:2]
+    test_width = max(size, width // 4)
+    if size < 4 or width - test_width < size or height < size:
+        raise UserError(
+            f'size={size}: does not fit the photograph "{name}" ({width}x{height}), which is '
+            "divided into a part for training and one for testing. "
+            f"Use a size of 4 to {min(width // 2, height)}, or another photograph."
+        )
+    start = width - test_width
+    return {"train": (image[:, :start], 0), "test": (image[:, start:], start)}
 
 
 def random_crop(
@@ -112,7 +151,8 @@ def random_crop(
     return image[y : y + size, x : x + size], (y, x)
 
 
-def _to_bytes(values: np.ndarray) -> np.ndarray:
+def to_bytes(values: np.ndarray) -> np.ndarray:
+    """[0, 1] to uint8, rounded; values beyond are clipped."""
     return np.rint(values.clip(0, 1) * 255).astype(np.uint8)
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastnce.data.demo import read_labels
 from fastnce.data.folders import SIGNED_UNIT
+from fastnce.data.recipe import read_labels
 from fastnce.data.samples import (
     BACKGROUND_SIDE,
     DIGIT_MARGIN,

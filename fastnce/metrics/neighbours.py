@@ -95,8 +95,9 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """(N, F) and (M, F) to (N, M), through a matrix product; exactly 0 where points coincide."""
     sizes = x.square().sum(1)[:, None] + y.square().sum(1)
     squared = sizes - 2 * x @ y.T
-    # What rounding leaves of the distance between equal points; no real distance is that small.
-    return squared.where(squared > 1e-13 * sizes, 0)
+    # The most that rounding can leave of the distance between equal points.
+    rounding = torch.finfo(squared.dtype).eps * x.shape[1] * sizes
+    return squared.where(squared > rounding, 0)
 
 
 def _blocks(points: Tensor, columns: int) -> list[tuple[int, Tensor]]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnce.data.demo import read_labels
 from fastnce.data.folders import list_images, load_image, split_folder
+from fastnce.data.recipe import read_labels
 from fastnce.data.samples import composite, load_background, load_digits
 from fastnce.data.transforms import counter_rng
 from fastnce.errors import UserError
