@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastnce.data.folders import SIGNED_UNIT, to_uint8
+
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 100
 
@@ -58,8 +60,7 @@ def distance(
 ) -> Distance:
     """FID and KID between two sets of features.
 
-    FID = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) with the means and the unbiased covariances
-    (Heusel et al., 2017); KID as in Binkowski et al., 2018. Both through torchmetrics, in float64.
+    FID as `frechet_distance`, KID as in Binkowski et al., 2018, through torchmetrics; in float64.
     The FID of few images is too large, and the more so the fewer they are: compare values from
     equal numbers of images only.
 
@@ -72,39 +73,86 @@ def distance(
     Raises:
         ValueError: If a set has fewer than two images or the sizes of the features differ.
     """
-    if min(len(features), len(reference)) < 2 or features.shape[1:] != reference.shape[1:]:
-        raise ValueError(
-            "distance: expected features (N, F) and (M, F) of at least two images each, "
-            f"got {tuple(features.shape)} and {tuple(reference.shape)}."
-        )
+    _check_comparable("distance", features, reference)
     counts = (len(features), len(reference))
     subset_size = min(KID_SUBSET_SIZE, *counts)
     if not (features.isfinite().all() and reference.isfinite().all()):
         return Distance(math.nan, math.nan, math.nan, counts, subset_size, extractor)
 
-    from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 
     given = _Given(features.shape[1])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save")
         kid = KernelInceptionDistance(given, subsets=KID_SUBSETS, subset_size=subset_size)
-    fid = FrechetInceptionDistance(given)
-    for metric in (fid.set_dtype(torch.float64), kid):
-        metric.update(reference.double(), real=True)
-        metric.update(features.double(), real=False)
+    kid.update(reference.double(), real=True)
+    kid.update(features.double(), real=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         kid_mean, kid_std = kid.compute()
-    # Rounding can leave the FID of equal sets a hair below zero.
     return Distance(
-        max(fid.compute().item(), 0.0),
+        frechet_distance(features, reference),
         kid_mean.item(),
         kid_std.item(),
         counts,
         subset_size,
         extractor,
     )
+
+
+def frechet_distance(features: Tensor, reference: Tensor) -> float:
+    """FID: the Frechet distance between the Gaussians fitted to two sets of features.
+
+        |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr (C1 C2)^(1/2)
+
+    with the means and the unbiased covariances (Heusel et al., 2017). With centred features A, B,
+    each divided by sqrt(N - 1), C1 = A^T A and C2 = B^T B, and the last trace is the sum of the
+    singular values of A B^T. That needs no eigenvalues of C1 C2, which lose half of their digits
+    where there are fewer images than features, and for few images of many features (the images of
+    one class) it is a hundred times faster.
+
+    Args:
+        features: (N, F).
+        reference: (M, F).
+
+    Returns:
+        The distance, at least 0; NaN if a feature is not finite.
+
+    Raises:
+        ValueError: If a set has fewer than two images or the sizes of the features differ.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 1.0], [2.0, 3.0], [1.0, 5.0]])
+        >>> round(frechet_distance(x, x + 2), 6)
+        8.0
+    """
+    _check_comparable("frechet_distance", features, reference)
+    if not (features.isfinite().all() and reference.isfinite().all()):
+        return math.nan
+    (m1, a), (m2, b) = _moments(features.double()), _moments(reference.double())
+    product = torch.linalg.svdvals(a @ b.T).sum()
+    squared = (m1 - m2).square().sum() + a.square().sum() + b.square().sum() - 2 * product
+    # Rounding can leave the distance of equal sets a hair below zero.
+    return max(squared.item(), 0.0)
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean, and a matrix of at most F rows whose Gram matrix is the unbiased covariance."""
+    mean = features.mean(0)
+    centred = (features - mean) / math.sqrt(len(features) - 1)
+    return mean, torch.linalg.qr(centred, mode="r").R
+
+
+def _check_comparable(function: str, features: Tensor, reference: Tensor) -> None:
+    if (
+        features.ndim != 2
+        or min(len(features), len(reference)) < 2
+        or features.shape[1:] != reference.shape[1:]
+    ):
+        raise ValueError(
+            f"{function}: expected features (N, F) and (M, F) of at least two images each, "
+            f"got {tuple(features.shape)} and {tuple(reference.shape)}."
+        )
 
 
 def compare_images(
@@ -125,6 +173,12 @@ def compare_images(
 def extractor_name(extractor: nn.Module) -> str:
     """What a result calls its extractor."""
     return str(getattr(extractor, "name", type(extractor).__name__))
+
+
+def as_saved(images: Tensor) -> Tensor:
+    """Quantised as `save_image` does, so that the numbers are those of the files; NaN is kept."""
+    saved = torch.from_numpy(SIGNED_UNIT)[to_uint8(images.nan_to_num()).long()]
+    return saved.masked_fill(images.detach().cpu().isnan(), math.nan)
 
 
 class _Given(nn.Module):

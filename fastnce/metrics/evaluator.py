@@ -6,21 +6,15 @@ photograph; having to tell the photographs apart, and plain digits from all of t
 the background too.
 """
 
-import hashlib
-import json
-import os
-import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from fastnce.data.files import atomic_path
 from fastnce.data.folders import SIGNED_UNIT
 from fastnce.data.recipe import read_labels
 from fastnce.data.samples import (
@@ -36,6 +30,13 @@ from fastnce.data.samples import (
 )
 from fastnce.data.transforms import counter_rng
 from fastnce.errors import UserError
+from fastnce.metrics.trained import (
+    conv_norm_relu,
+    fit,
+    load_or_train,
+    random_affine,
+    recipe_digest,
+)
 
 NUM_DIGITS = 10
 
@@ -69,8 +70,7 @@ class EvaluatorRecipe:
 
     def digest(self) -> str:
         """Twelve hexadecimal digits that stand for the recipe."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return recipe_digest(self)
 
 
 class Evaluator(nn.Module):
@@ -86,11 +86,11 @@ class Evaluator(nn.Module):
         super().__init__()
         first, later = base_channels, 2 * base_channels
         self.trunk = nn.Sequential(
-            _conv(3, first, 5, 2),  # 16 x 16
-            _conv(first, later, 3, 1),
-            _conv(later, later, 3, 2),  # 8 x 8
-            _conv(later, later, 3, 1),
-            _conv(later, later, 3, 2),  # 4 x 4
+            conv_norm_relu(3, first, 5, 2),  # 16 x 16
+            conv_norm_relu(first, later, 3, 1),
+            conv_norm_relu(later, later, 3, 2),  # 8 x 8
+            conv_norm_relu(later, later, 3, 1),
+            conv_norm_relu(later, later, 3, 2),  # 4 x 4
             nn.Flatten(),
             nn.Linear(later * 16, num_features),
             nn.ReLU(),
@@ -141,23 +141,12 @@ def load_evaluator(
     Returns:
         The evaluator in eval mode, its parameters frozen, on the CPU.
     """
-    folder = Path(cache or os.environ.get("FASTNCE_CACHE") or Path.home() / ".cache" / "fastnce")
-    path = folder / f"evaluator-{recipe.digest()}.pt"
-    evaluator = _build(recipe)
-    if path.is_file():
-        try:
-            evaluator.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-            return _frozen(evaluator)
-        except Exception as error:  # whatever a damaged file makes torch raise
-            warnings.warn(f"{path}: not readable ({error}); training again.", stacklevel=2)
-            evaluator = _build(recipe)
-    train_evaluator(evaluator, recipe, progress=progress)
-    try:
-        with atomic_path(path) as temporary:
-            torch.save(evaluator.state_dict(), temporary)
-    except UserError as error:
-        warnings.warn(f"The evaluator will be trained anew each time: {error}", stacklevel=2)
-    return _frozen(evaluator)
+    return load_or_train(
+        f"evaluator-{recipe.digest()}.pt",
+        lambda: _build(recipe),
+        lambda evaluator: train_evaluator(evaluator, recipe, progress=progress),
+        cache=cache,
+    )
 
 
 def train_evaluator(
@@ -165,33 +154,17 @@ def train_evaluator(
 ) -> None:
     """Trains in place on images made for each step; the sum of both heads' cross-entropies.
 
-    Runs on one thread, about half a minute: so the weights do not depend on the number of cores,
-    and a busy machine does not make a small network wait for its second thread.
+    Takes about half a minute.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        _train(evaluator, recipe, progress)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _train(evaluator: Evaluator, recipe: EvaluatorRecipe, progress: bool) -> None:
     batches = EvaluatorBatches(recipe)
-    optimizer = torch.optim.AdamW(evaluator.parameters(), recipe.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.learning_rate, total_steps=recipe.steps
-    )
-    evaluator.train()
-    for step in tqdm(range(recipe.steps), "evaluator", disable=not progress, dynamic_ncols=True):
+
+    def loss(step: int) -> Tensor:
         images, digits, photos = batches(step)
         features = evaluator(images)
-        loss = F.cross_entropy(evaluator.digit(features), digits)
-        loss = loss + F.cross_entropy(evaluator.photo(features), photos)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        reading = F.cross_entropy(evaluator.digit(features), digits)
+        return reading + F.cross_entropy(evaluator.photo(features), photos)
+
+    fit(evaluator, loss, recipe.steps, recipe.learning_rate, "evaluator", progress=progress)
 
 
 class EvaluatorBatches:
@@ -209,7 +182,7 @@ class EvaluatorBatches:
         rng = counter_rng(self.seed, _EVALUATOR_STREAM, step)
         chosen = rng.integers(len(self.digits), size=self.batch_size)
         origins = rng.integers(len(self.photos) + 1, size=self.batch_size)
-        strokes = _move(self.strokes[chosen], rng)
+        strokes = random_affine(self.strokes[chosen], rng)
         images = np.empty((*strokes.shape, 3), dtype=np.uint8)
         for number, photo in enumerate(self.photos):
             here = origins == number
@@ -235,32 +208,9 @@ def to_batch(images: np.ndarray | Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(SIGNED_UNIT[np.asarray(images).transpose(0, 3, 1, 2)])
 
 
-def _move(strokes: Tensor, rng: np.random.Generator) -> np.ndarray:
-    """Turns by up to 10 degrees, scales by up to 10 %, shifts by up to 2 pixels. (N, H, W)."""
-    u = torch.from_numpy(2 * rng.random((len(strokes), 4), dtype=np.float32) - 1)
-    angle, scale = u[:, 0] * np.deg2rad(10), 1 + 0.1 * u[:, 1]
-    cos, sin = angle.cos() / scale, angle.sin() / scale
-    shift = u[:, 2:] * (4 / strokes.shape[-1])
-    matrix = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1).view(-1, 2, 3)
-    grid = F.affine_grid(matrix, (len(strokes), 1, *strokes.shape[1:]), align_corners=False)
-    return F.grid_sample(strokes[:, None], grid, align_corners=False)[:, 0].numpy()
-
-
-def _conv(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(),
-    )
-
-
 def _build(recipe: EvaluatorRecipe) -> Evaluator:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         evaluator = Evaluator(len(recipe.photos), recipe.num_features, recipe.base_channels)
     evaluator.name = f"fastnce-digits-photos-v{recipe.version}-{recipe.digest()}"
     return evaluator
-
-
-def _frozen(evaluator: Evaluator) -> Evaluator:
-    return evaluator.eval().requires_grad_(False)

@@ -1,6 +1,5 @@
 """The evaluation of a run: its numbers beside those that tell what they are worth."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnce.data.files import atomic_path, write_json
-from fastnce.data.folders import SIGNED_UNIT, list_images, load_image, split_folder, to_uint8
+from fastnce.data.folders import list_images, load_image, split_folder
 from fastnce.data.recipe import read_labels
 from fastnce.data.samples import composite, load_background, load_digits
 from fastnce.data.transforms import counter_rng
 from fastnce.errors import UserError
 from fastnce.metrics.distribution import (
     Distance,
+    as_saved,
     compare_images,
     distance,
     extract_features,
@@ -29,6 +28,7 @@ from fastnce.metrics.evaluator import (
     recipe_for,
     to_batch,
 )
+from fastnce.metrics.tables import finite_or_none, format_number, markdown_table, write_result
 
 TRANSLATED = "translated"
 WITHOUT_NCE = "translated, contrastive loss off"
@@ -80,20 +80,20 @@ def evaluate(
     """
     measured = {name: row for name, row in rows.items() if isinstance(row, Row)}
     count = min([len(reference), *(len(row.images) for row in measured.values())])
-    common = extract_features(_as_saved(reference[:count]), evaluator)
+    common = extract_features(as_saved(reference[:count]), evaluator)
     results: dict[str, dict[str, Any]] = {}
     for name, row in measured.items():
-        images, own = _as_saved(row.images[:count]), common
+        images, own = as_saved(row.images[:count]), common
         if row.reference is not None:
-            own = extract_features(_as_saved(row.reference[:count]), evaluator)
+            own = extract_features(as_saved(row.reference[:count]), evaluator)
         far = distance(extract_features(images, evaluator), own, extractor=evaluator.name)
         correct = evaluator.read_digits(images) == row.digits[:count]
         correct &= images.isfinite().flatten(1).all(1)
         results[name] = {
             "content_accuracy": correct.double().mean().item(),
-            "fid": _finite(far.fid),
-            "kid": _finite(far.kid),
-            "kid_std": _finite(far.kid_std),
+            "fid": finite_or_none(far.fid),
+            "kid": finite_or_none(far.kid),
+            "kid_std": finite_or_none(far.kid_std),
         }
     unit = results.get(baseline, {}).get("fid")
     for result in results.values():
@@ -211,25 +211,18 @@ def format_table(result: Mapping[str, Any]) -> str:
             (
                 row["name"],
                 f"{row['content_accuracy']:.3f}",
-                _number(row["fid"], ".2f"),
-                _number(row["fid_share"], ".4f"),
+                format_number(row["fid"], ".2f"),
+                format_number(row["fid_share"], ".4f"),
                 kid,
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    table = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
-    table.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     foot = f"{result['count']} images in each row. Features: {result['extractor']}."
-    return "\n".join([*table, "", foot, *notes]) + "\n"
+    return markdown_table(lines, [foot, *notes])
 
 
 def write_report(result: Mapping[str, Any], folder: Path | str) -> list[Path]:
     """Writes `metrics.json` and `metrics.md` into a folder, atomically; returns their paths."""
-    paths = [Path(folder) / "metrics.json", Path(folder) / "metrics.md"]
-    write_json(result, paths[0])
-    with atomic_path(paths[1]) as temporary:
-        temporary.write_text(format_table(result), encoding="utf-8")
-    return paths
+    return write_result(result, format_table(result), folder)
 
 
 def _load_split(
@@ -268,17 +261,3 @@ def _ideal(labels: Mapping[str, Any]) -> Tensor:
     photo = load_background(labels["recipe"]["photo"])
     rng = counter_rng(labels["recipe"]["seed"], _IDEAL_STREAM, 0)
     return to_batch(composite(strokes, random_crops(photo, len(strokes), rng)))
-
-
-def _as_saved(images: Tensor) -> Tensor:
-    """Quantised as `save_image` does, so that the numbers are those of the files; NaN is kept."""
-    saved = torch.from_numpy(SIGNED_UNIT)[to_uint8(images.nan_to_num()).long()]
-    return saved.masked_fill(images.detach().cpu().isnan(), math.nan)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)

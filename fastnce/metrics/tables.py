@@ -1,0 +1,35 @@
+"""Tables of results: Markdown that also reads well as text, and JSON."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastnce.data.files import atomic_path, write_json
+
+
+def markdown_table(lines: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+    """Cells as a Markdown table, the first line its head, with notes below."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
+    table.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join([*table, "", *notes]) + "\n"
+
+
+def write_result(result: Mapping[str, Any], table: str, folder: Path | str) -> list[Path]:
+    """Writes `metrics.json` and `metrics.md` into a folder, atomically; returns their paths."""
+    paths = [Path(folder) / "metrics.json", Path(folder) / "metrics.md"]
+    write_json(result, paths[0])
+    with atomic_path(paths[1]) as temporary:
+        temporary.write_text(table, encoding="utf-8")
+    return paths
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON knows no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def format_number(value: float | None, form: str) -> str:
+    """The value in a format such as ".2f"; a dash if there is none."""
+    return "-" if value is None else format(value, form)
