@@ -1,4 +1,4 @@
-"""Image folders, their transforms, and demo sets made from images that ship inside packages."""
+"""Sets of images, with and without labels, their transforms, and demo sets made from images that ship inside packages."""
 
 from fastnce.data.demo import write_digits_photos, write_photos
 from fastnce.data.demo_labelled import write_digits, write_photo_crops
@@ -10,6 +10,7 @@ from fastnce.data.folders import (
     split_folder,
     to_uint8,
 )
+from fastnce.data.labelled import LabelledImages
 from fastnce.data.recipe import read_labels
 from fastnce.data.samples import PHOTOS
 from fastnce.data.transforms import Preprocess, resize_to_multiple
@@ -18,6 +19,7 @@ from fastnce.data.unpaired import UnpairedImages
 __all__ = [
     "EXTENSIONS",
     "PHOTOS",
+    "LabelledImages",
     "Preprocess",
     "UnpairedImages",
     "list_images",
