@@ -2,15 +2,23 @@
 
 from fastnce.networks.biggan import BigGANDiscriminator, BigGANGenerator
 from fastnce.networks.conditional import DiscriminatorOutput
+from fastnce.networks.dcgan import DCGANDiscriminator, DCGANGenerator
 from fastnce.networks.patch_discriminator import PatchDiscriminator
 from fastnce.networks.patch_projector import PatchProjector
 from fastnce.networks.resnet_generator import ResnetGenerator
+from fastnce.networks.sngan import SNGANDiscriminator, SNGANGenerator
+from fastnce.networks.studiogan import load_studiogan
 
 __all__ = [
     "BigGANDiscriminator",
     "BigGANGenerator",
+    "DCGANDiscriminator",
+    "DCGANGenerator",
     "DiscriminatorOutput",
     "PatchDiscriminator",
     "PatchProjector",
     "ResnetGenerator",
+    "SNGANDiscriminator",
+    "SNGANGenerator",
+    "load_studiogan",
 ]

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from fastnce.networks.class_layers import embedding
-from fastnce.networks.conditional import Conditioning
+from fastnce.networks.conditional import Conditioning, widths_for
 from fastnce.networks.gan_blocks import (
     GENERATOR_WIDTHS,
     ResidualDiscriminator,
     ResidualGenerator,
-    widths_for,
 )
 
 

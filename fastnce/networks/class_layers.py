@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_EPS = 1e-4
 SPECTRAL_EPS = 1e-6
+
+DiscriminatorNorm = Literal["spectral", "batch", "none"]
 
 
 def conv2d(
@@ -43,6 +47,16 @@ def upsample_conv2d(in_channels: int, out_channels: int) -> nn.Module:
 def batch_norm(channels: int, *, affine: bool = True) -> nn.BatchNorm2d:
     """Batch norm with the eps of all these networks, 1e-4."""
     return nn.BatchNorm2d(channels, eps=NORM_EPS, affine=affine)
+
+
+def discriminator_norm(channels: int, norm: DiscriminatorNorm) -> nn.Module:
+    """Batch norm where `norm` says so; spectral norm is a matter of the convolutions."""
+    return batch_norm(channels) if norm == "batch" else nn.Identity()
+
+
+def one_hot(labels: Tensor, num_classes: int, like: Tensor) -> Tensor:
+    """Labels (N,) as rows (N, num_classes) of the dtype of `like`."""
+    return F.one_hot(labels, num_classes).to(like.dtype)
 
 
 def _prepared(layer: nn.Module, spectral: bool) -> nn.Module:

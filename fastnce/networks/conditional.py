@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from fastnce.networks.class_layers import embedding, linear
+from fastnce.networks.class_layers import DiscriminatorNorm, embedding, linear
 
 Conditioning = Literal["none", "2C", "D2DCE", "AC", "PD"]
 
@@ -85,7 +85,7 @@ class ConditionalDiscriminator(nn.Module):
         conditioning: how the class is judged.
         feature_dim: F.
         embed_dim: E, length of embedding and proxy; used by 2C and D2DCE.
-        spectral: spectral norm on the heads.
+        norm: "spectral", also on the heads; "batch" or "none".
 
     Attributes:
         image_size, num_classes, image_channels, conditioning, feature_dim: as given.
@@ -100,13 +100,12 @@ class ConditionalDiscriminator(nn.Module):
         *,
         feature_dim: int,
         embed_dim: int,
-        spectral: bool,
+        norm: DiscriminatorNorm,
     ) -> None:
         super().__init__()
-        if conditioning not in get_args(Conditioning):
-            raise ValueError(
-                f"{type(self).__name__}: conditioning={conditioning!r} must be one of {get_args(Conditioning)}."
-            )
+        _one_of(self, "conditioning", conditioning, get_args(Conditioning))
+        _one_of(self, "norm", norm, get_args(DiscriminatorNorm))
+        spectral = norm == "spectral"
         self.image_size = image_size
         self.num_classes = num_classes
         self.image_channels = image_channels
@@ -149,6 +148,14 @@ class ConditionalDiscriminator(nn.Module):
         raise NotImplementedError
 
 
+def widths_for(
+    network: nn.Module, table: dict[int, tuple[int, ...]], image_size: int
+) -> tuple[int, ...]:
+    """The row of `table` for `image_size`; raises `ValueError` if there is none."""
+    _one_of(network, "image_size", image_size, tuple(table))
+    return table[image_size]
+
+
 def check_labels(name: str, labels: Tensor, count: int, num_classes: int) -> None:
     """Raises `ValueError` unless `labels` are `count` class indices; their values are read on the CPU only.
 
@@ -166,3 +173,8 @@ def check_labels(name: str, labels: Tensor, count: int, num_classes: int) -> Non
                 f"{name}: labels contain {value}, expected class indices from 0 to {num_classes - 1} "
                 f"(num_classes={num_classes}). Correct the labels, or build the network with their number of classes."
             )
+
+
+def _one_of(network: nn.Module, name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{type(network).__name__}: {name}={value!r} must be one of {allowed}.")

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnce.networks.class_layers import (
     ConditionalBatchNorm,
+    DiscriminatorNorm,
     SelfAttention,
     batch_norm,
     conv2d,
+    discriminator_norm,
     linear,
 )
 from fastnce.networks.conditional import (
     ConditionalDiscriminator,
     ConditionalGenerator,
     Conditioning,
+    widths_for,
 )
-
-DiscriminatorNorm = Literal["spectral", "batch", "none"]
 
 # Channels, in units of base_channels, by image size. The rows of 32, 64 and 128 are the published ones; that of 16 is the
 # row of 32 with one block less. Generator: before and after each block. Discriminator: after each block.
@@ -77,8 +77,8 @@ class FirstDiscriminatorBlock(nn.Module):
         self.conv2d0 = conv2d(in_channels, out_channels, 1, spectral=spectral)
         self.conv2d1 = conv2d(in_channels, out_channels, 3, spectral=spectral)
         self.conv2d2 = conv2d(out_channels, out_channels, 3, spectral=spectral)
-        self.bn0 = _discriminator_norm(in_channels, norm)
-        self.bn1 = _discriminator_norm(out_channels, norm)
+        self.bn0 = discriminator_norm(in_channels, norm)
+        self.bn1 = discriminator_norm(out_channels, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv2d2(F.relu(self.bn1(self.conv2d1(x))))
@@ -105,11 +105,11 @@ class DiscriminatorBlock(nn.Module):
         self.has_skip_conv = downsample or in_channels != out_channels
         if self.has_skip_conv:
             self.conv2d0 = conv2d(in_channels, out_channels, 1, spectral=spectral)
-            self.bn0 = _discriminator_norm(in_channels, norm)
+            self.bn0 = discriminator_norm(in_channels, norm)
         self.conv2d1 = conv2d(in_channels, out_channels, 3, spectral=spectral)
         self.conv2d2 = conv2d(out_channels, out_channels, 3, spectral=spectral)
-        self.bn1 = _discriminator_norm(in_channels, norm)
-        self.bn2 = _discriminator_norm(out_channels, norm)
+        self.bn1 = discriminator_norm(in_channels, norm)
+        self.bn2 = discriminator_norm(out_channels, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(self.bn1(x))
@@ -202,7 +202,6 @@ class ResidualDiscriminator(ConditionalDiscriminator):
         norm: DiscriminatorNorm,
     ) -> None:
         widths = [base_channels * w for w in widths_for(self, DISCRIMINATOR_WIDTHS, image_size)]
-        spectral = norm == "spectral"
         super().__init__(
             image_size,
             num_classes,
@@ -210,35 +209,20 @@ class ResidualDiscriminator(ConditionalDiscriminator):
             conditioning,
             feature_dim=widths[-1],
             embed_dim=embed_dim,
-            spectral=spectral,
+            norm=norm,
         )
         blocks: list[nn.Module] = [FirstDiscriminatorBlock(image_channels, widths[0], norm)]
         for index in range(1, len(widths)):
             halves = index < DOWNSAMPLING_BLOCKS[image_size]
             block = DiscriminatorBlock(widths[index - 1], widths[index], norm, downsample=halves)
             blocks.append(block)
-        self.blocks = _with_attention(self, blocks, widths, attention_after, spectral)
+        self.blocks = _with_attention(self, blocks, widths, attention_after, norm == "spectral")
 
     def _features(self, images: Tensor) -> Tensor:
         x = images
         for (layer,) in self.blocks:
             x = layer(x)
         return F.relu(x).sum((2, 3))
-
-
-def widths_for(
-    network: nn.Module, table: dict[int, tuple[int, ...]], image_size: int
-) -> tuple[int, ...]:
-    """The row of `table` for `image_size`; raises `ValueError` if there is none."""
-    if image_size not in table:
-        raise ValueError(
-            f"{type(network).__name__}: image_size={image_size} must be one of {sorted(table)}."
-        )
-    return table[image_size]
-
-
-def _discriminator_norm(channels: int, norm: DiscriminatorNorm) -> nn.Module:
-    return batch_norm(channels) if norm == "batch" else nn.Identity()
 
 
 def _with_attention(

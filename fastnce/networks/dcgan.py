@@ -1,0 +1,150 @@
+"""The small networks without skips, in the manner of DCGAN (SNDCGAN)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastnce.networks.class_layers import (
+    ConditionalBatchNorm,
+    DiscriminatorNorm,
+    conv2d,
+    discriminator_norm,
+    linear,
+    one_hot,
+    upsample_conv2d,
+)
+from fastnce.networks.conditional import (
+    ConditionalDiscriminator,
+    ConditionalGenerator,
+    Conditioning,
+    widths_for,
+)
+
+# Channels, in units of base_channels, by image size: the generator's maps from 4x4 on, the discriminator's reversed.
+WIDTHS = {
+    16: (4, 2, 1),
+    32: (8, 4, 2, 1),
+    64: (16, 8, 4, 2, 1),
+    128: (16, 16, 8, 4, 2, 1),
+}
+SLOPE = 0.1
+
+
+class DCGANGenerator(ConditionalGenerator):
+    """`g(z, labels) -> images` (N, image_channels, image_size, image_size) in [-1, 1].
+
+    Linear layer to a 4x4 map; 4x4 transposed convolutions of stride 2, each with a batch norm conditioned on the one-hot
+    label and ReLU; conv3, tanh.
+
+    Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018, Table 3, which is 32
+    pixels with base_channels=64 and latent_dim=128 and has no labels; the conditional norm is that of its residual network.
+    The other sizes have as many stages as they need.
+
+    Args:
+        image_size: 16, 32, 64 or 128.
+        latent_dim: length of z.
+        num_classes: number of classes.
+        base_channels: channels of the last map, 64 as published.
+        image_channels: channels of the images.
+
+    Example:
+        >>> import torch
+        >>> g = DCGANGenerator(32, latent_dim=128, num_classes=10, base_channels=8)
+        >>> g(torch.randn(2, 128), torch.tensor([3, 7])).shape
+        torch.Size([2, 3, 32, 32])
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        latent_dim: int,
+        num_classes: int,
+        base_channels: int,
+        image_channels: int = 3,
+    ) -> None:
+        super().__init__(image_size, latent_dim, num_classes, image_channels)
+        widths = [base_channels * w for w in widths_for(self, WIDTHS, image_size)]
+        self.linear0 = linear(latent_dim, 16 * widths[0], spectral=False)
+        self.convs = nn.ModuleList(map(upsample_conv2d, widths[:-1], widths[1:]))
+        self.norms = nn.ModuleList(
+            ConditionalBatchNorm(width, num_classes, spectral=False) for width in widths[1:]
+        )
+        self.last = conv2d(widths[-1], image_channels, 3, spectral=False)
+
+    def _generate(self, z: Tensor, labels: Tensor) -> Tensor:
+        condition = one_hot(labels, self.num_classes, z)
+        x = self.linear0(z).unflatten(1, (-1, 4, 4))
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.relu(norm(conv(x), condition))
+        return self.last(x).tanh()
+
+
+class DCGANDiscriminator(ConditionalDiscriminator):
+    """`d(images, labels) -> DiscriminatorOutput`.
+
+    For each width a conv3, and but for the last a 4x4 convolution of stride 2, all with leaky ReLU 0.1; then the sum over
+    all positions, and the heads.
+
+    Source: as `DCGANGenerator`, but for the sum: Table 3 ends in a linear layer over all positions, and the class heads need
+    features that belong to the whole image. The heads: `ConditionalDiscriminator`.
+
+    Args:
+        image_size: 16, 32, 64 or 128.
+        num_classes: number of classes.
+        base_channels: channels of the first map, 64 as published.
+        conditioning: "none", "2C", "D2DCE", "AC" or "PD".
+        embed_dim: length of embedding and proxy (2C, D2DCE).
+        image_channels: channels of the images.
+        norm: "spectral" on every layer, "batch" behind every convolution but the first, or "none".
+
+    Example:
+        >>> import torch
+        >>> d = DCGANDiscriminator(32, num_classes=10, base_channels=8, conditioning="PD")
+        >>> d(torch.zeros(2, 3, 32, 32), torch.tensor([3, 7])).features.shape
+        torch.Size([2, 64])
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        num_classes: int,
+        base_channels: int,
+        conditioning: Conditioning = "2C",
+        embed_dim: int = 512,
+        image_channels: int = 3,
+        norm: DiscriminatorNorm = "spectral",
+    ) -> None:
+        widths = [base_channels * w for w in reversed(widths_for(self, WIDTHS, image_size))]
+        super().__init__(
+            image_size,
+            num_classes,
+            image_channels,
+            conditioning,
+            feature_dim=widths[-1],
+            embed_dim=embed_dim,
+            norm=norm,
+        )
+        self.layers = nn.Sequential()
+        channels = image_channels
+        for width in widths:
+            if self.layers:
+                self._append(channels, channels, 4, 2, norm)
+            self._append(channels, width, 3, 1, norm)
+            channels = width
+
+    def _append(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int,
+        norm: DiscriminatorNorm,
+    ) -> None:
+        spectral = norm == "spectral"
+        behind = discriminator_norm(out_channels, norm) if self.layers else nn.Identity()
+        conv = conv2d(in_channels, out_channels, kernel, stride=stride, spectral=spectral)
+        self.layers.extend([conv, behind, nn.LeakyReLU(SLOPE)])
+
+    def _features(self, images: Tensor) -> Tensor:
+        return self.layers(images).sum((2, 3))
