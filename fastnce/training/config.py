@@ -21,10 +21,11 @@ FREE_FIELDS = frozenset(
         "sample_count",
         "measure_every",
         "checkpoint_every",
+        "extractor",
     }
 )
 # Fields that a resumed run may change as long as the steps already made stay what they were.
-SCHEDULE_FIELDS = frozenset({"epochs", "decay_epochs", "warmup_epochs", "steps"})
+SCHEDULE_FIELDS = frozenset({"epochs", "decay_epochs", "steps"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,13 @@ import pytest
 from fastnce.errors import UserError
 from fastnce.training import CUTTrainConfig, build_config
 from fastnce.training.build import check_options
-from fastnce.training.config import FREE_FIELDS, SCHEDULE_FIELDS, differing_fields, to_dict
+from fastnce.training.config import (
+    CONFIGS,
+    FREE_FIELDS,
+    SCHEDULE_FIELDS,
+    differing_fields,
+    to_dict,
+)
 from fastnce.training.presets import PRESETS, VARIANTS
 
 PATHS = {"data": "images", "out": "run"}
@@ -124,18 +130,19 @@ def test_configs_are_frozen():
         build_config("cut", overrides=PATHS).lr = 1.0
 
 
-def test_every_field_has_a_help_text():
+@pytest.mark.parametrize("config_class", CONFIGS.values())
+def test_every_field_has_a_help_text(config_class):
     import tyro._docstrings
 
-    for field in dataclasses.fields(CUTTrainConfig):
-        assert tyro._docstrings.get_field_docstring(CUTTrainConfig, field.name, ())
+    for field in dataclasses.fields(config_class):
+        assert tyro._docstrings.get_field_docstring(config_class, field.name, ())
 
 
 def test_differing_fields():
     one = build_config("cut", overrides=PATHS)
     other = dataclasses.replace(one, lr=1e-3, workers=7, steps=9, nce_layers=(4,), out=Path("x"))
     assert differing_fields(to_dict(one), to_dict(other)) == ["nce_layers", "lr"]
-    names = {field.name for field in dataclasses.fields(CUTTrainConfig)}
+    names = {field.name for c in CONFIGS.values() for field in dataclasses.fields(c)}
     assert names >= FREE_FIELDS | SCHEDULE_FIELDS
 
 
