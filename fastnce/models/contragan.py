@@ -60,6 +60,10 @@ class ContraGANConfig:
     """BigGAN generator: self-attention after this many blocks; 0: nowhere."""
     disc_attention: int = 1
     """BigGAN discriminator: self-attention after this many blocks; 0: nowhere."""
+    gen_spectral_norm: bool = False
+    """SNGAN generator: spectral norm on every layer; BigGAN's always has it, DCGAN's never."""
+    disc_norm: Literal["spectral", "batch", "none"] = "spectral"
+    """SNGAN and DCGAN discriminators: spectral norm, batch norm or none; BigGAN's always has spectral norm."""
     embed_dim: int = 512
     """Discriminator: length of the embeddings and proxies of 2C and D2DCE."""
     gan_mode: GANMode = "hinge"
@@ -119,6 +123,7 @@ class ContraGANConfig:
         options.in_unit_interval(self, "beta1", "beta2")
         options.one_of(self, "backbone", get_args(Backbone))
         options.one_of(self, "conditioning", get_args(Conditioning))
+        options.one_of(self, "disc_norm", ("spectral", "batch", "none"))
         options.one_of(self, "contrast_set", get_args(ContrastSet))
         options.one_of(self, "gan_mode", get_args(GANMode))
         options.one_of(self, "precision", ("fp32", "bf16"))
@@ -140,8 +145,9 @@ def build_generator(config: ContraGANConfig) -> nn.Module:
             attention_after=config.gen_attention,
             **channels,
         )
-    family = SNGANGenerator if config.backbone == "sngan" else DCGANGenerator
-    return family(*common, **channels)
+    if config.backbone == "sngan":
+        return SNGANGenerator(*common, spectral_norm=config.gen_spectral_norm, **channels)
+    return DCGANGenerator(*common, **channels)
 
 
 def build_discriminator(config: ContraGANConfig) -> nn.Module:
@@ -155,7 +161,7 @@ def build_discriminator(config: ContraGANConfig) -> nn.Module:
     if config.backbone == "biggan":
         return BigGANDiscriminator(*common, attention_after=config.disc_attention, **options)
     family = SNGANDiscriminator if config.backbone == "sngan" else DCGANDiscriminator
-    return family(*common, **options)
+    return family(*common, norm=config.disc_norm, **options)
 
 
 class ContraGAN(nn.Module):
@@ -264,7 +270,7 @@ class ContraGAN(nn.Module):
                 loss.backward()
                 losses.add(terms, share)
         self.optimizers["D"].step()
-        if config.contrast_set == "real":
+        if config.conditioning == "2C" and config.contrast_set == "real":
             self._last_real = ClassSample.of(real_output, parts[-1][1]).detach()
 
     def _discriminator_terms(
