@@ -18,7 +18,7 @@ from fastnce.errors import UserError
 from fastnce.models import options, regularisers
 from fastnce.models.augment import diff_augment, flip_and_translate
 from fastnce.models.class_losses import auxiliary_classifier, contrastive_2c, d2d_ce
-from fastnce.models.gan import GANMode, discriminator_losses, generator_loss
+from fastnce.models.gan import GANMode, at_least_fp32, discriminator_losses, generator_loss
 from fastnce.networks import (
     BigGANDiscriminator,
     BigGANGenerator,
@@ -334,7 +334,7 @@ class ContraGAN(nn.Module):
                 if config.lambda_zcr_g > 0:
                     with self._autocast():
                         near = self.generator(self._near(part[0]), part[1])
-                    distance = F.mse_loss(fake.float(), near.float())
+                    distance = F.mse_loss(at_least_fp32(fake), at_least_fp32(near))
                     terms["G_zcr"] = -config.lambda_zcr_g * distance
                 share = len(part[0]) / len(z)
                 loss = share * sum(terms.values())
@@ -447,7 +447,8 @@ class ClassSample(NamedTuple):
 
     @classmethod
     def of(cls, output: DiscriminatorOutput, labels: Tensor) -> Self:
-        return cls(output.embedding, output.proxy, labels)
+        # Under autocast the embeddings come in half precision, the proxies as stored.
+        return cls(output.embedding.to(output.proxy.dtype), output.proxy, labels)
 
     def detach(self) -> Self:
         return type(self)(*(x.detach() for x in self))
