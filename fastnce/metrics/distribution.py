@@ -176,9 +176,9 @@ def extractor_name(extractor: nn.Module) -> str:
 
 
 def as_saved(images: Tensor) -> Tensor:
-    """Quantised as `save_image` does, so that the numbers are those of the files; NaN is kept."""
+    """Quantised as `save_image` does, so that the numbers are those of the files; NaN where not finite."""
     saved = torch.from_numpy(SIGNED_UNIT)[to_uint8(images.nan_to_num()).long()]
-    return saved.masked_fill(images.detach().cpu().isnan(), math.nan)
+    return saved.masked_fill(~images.detach().cpu().isfinite(), math.nan)
 
 
 class _Given(nn.Module):
