@@ -46,7 +46,7 @@ def result():
         "faithful": draw,
         "permuted": lambda labels: draw((labels + 1) % 3),
         "mixed": lambda labels: draw(torch.arange(len(labels)) % 3),
-        "collapsed": lambda labels: draw(labels)[:3][labels],
+        "collapsed": lambda labels: draw(torch.arange(3))[labels],
         "broken": lambda labels: draw(labels) * math.nan,
     }
     held_out = (draw(LABELS, seed=8), LABELS)  # with it, labels are asked for class by class
