@@ -1,4 +1,4 @@
-"""Image folders, their transforms, and demo sets made from images that ship inside packages."""
+"""Sets of images, with and without labels, their transforms, and demo sets made from images that ship inside packages."""
 
 from fastnce.data.demo import write_digits_photos, write_photos
 from fastnce.data.demo_labelled import write_digits, write_photo_crops
@@ -10,16 +10,22 @@ from fastnce.data.folders import (
     split_folder,
     to_uint8,
 )
+from fastnce.data.labelled import LabelledImages
 from fastnce.data.recipe import read_labels
 from fastnce.data.samples import PHOTOS
 from fastnce.data.transforms import Preprocess, resize_to_multiple
 from fastnce.data.unpaired import UnpairedImages
+from fastnce.data.views import VIEW_RECIPES, TwoViews, ViewRecipe
 
 __all__ = [
     "EXTENSIONS",
     "PHOTOS",
+    "VIEW_RECIPES",
+    "LabelledImages",
     "Preprocess",
+    "TwoViews",
     "UnpairedImages",
+    "ViewRecipe",
     "list_images",
     "load_image",
     "read_labels",

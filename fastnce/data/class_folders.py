@@ -1,0 +1,118 @@
+"""Labelled images in one folder for each class, and Tiny ImageNet as distributed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastnce.data.folders import list_images, read_image
+from fastnce.errors import UserError
+
+ANNOTATIONS = "val_annotations.txt"
+
+# A split's folder, in order of preference; any other split is the folder of its own name.
+FOLDERS = {"test": ("test", "valid", "val"), "valid": ("valid", "val"), "val": ("val", "valid")}
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files with labels; nothing is decoded before it is read.
+
+    Attributes:
+        class_names: the name of each class, by label.
+        labels: (N,) int64.
+        paths: the N files.
+    """
+
+    class_names: tuple[str, ...]
+    labels: np.ndarray
+    paths: list[Path]
+
+    def read(self, index: int, channels: int) -> Image.Image:
+        """Image `index`, RGB or greyscale; UserError, naming the file, if it cannot be read."""
+        return read_image(self.paths[index], channels)
+
+
+def open_class_folders(root: Path, split: str) -> ImageFiles:
+    """Finds `root/SPLIT/CLASS/*.png` and the like, at any depth below the class's folder.
+
+    The classes are the folders of `root/train`, sorted, whatever the split: a label means the same in all.
+    "test" is `root/test`, else `root/valid`, else `root/val`. Tiny ImageNet's validation images, whose classes are
+    in a file and whose test images have none, are found as "test", "valid" and "val".
+
+    Raises:
+        UserError: If a folder is missing, a class has no image, there is one class only, or the split has a
+            class that train does not have.
+    """
+    names = tuple(folder.name for folder in _class_folders(_split_folder(root, "train")))
+    if len(names) < 2:
+        raise UserError(
+            f"{root / 'train'}: holds the one class folder {names[0]}. "
+            "Expected two or more: the label is what there is to learn."
+        )
+    if split in FOLDERS and (root / "val" / ANNOTATIONS).is_file():
+        return _tiny_imagenet_val(root / "val", names)
+    label_of = {name: label for label, name in enumerate(names)}
+    paths, labels = [], []
+    for folder in _class_folders(_split_folder(root, split)):
+        if folder.name not in label_of:
+            raise _unknown_class(folder, folder.name, root)
+        found = list_images(folder)
+        paths += found
+        labels += [label_of[folder.name]] * len(found)
+    return ImageFiles(names, np.array(labels, dtype=np.int64), paths)
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    names = FOLDERS.get(split, (split,))
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise UserError(
+        f"{root}: holds no folder {' or '.join(names)}. Expected train/CLASS/ and test/CLASS/ (or valid, or val) "
+        f"with the images of each class, or CIFAR-10, CIFAR-100 or Tiny ImageNet as distributed; found {_inside(root)}."
+    )
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    found = sorted(x for x in folder.iterdir() if x.is_dir() and not x.name.startswith("."))
+    if not found:
+        raise UserError(
+            f"{folder}: holds no folder for a class. Expected one for each class, with its images; "
+            f"found {_inside(folder)}."
+        )
+    return found
+
+
+def _tiny_imagenet_val(folder: Path, names: tuple[str, ...]) -> ImageFiles:
+    """Each line of the annotations: file name, class, and four numbers of a box, divided by tabs."""
+    label_of = {name: label for label, name in enumerate(names)}
+    annotations = folder / ANNOTATIONS
+    paths, labels = [], []
+    for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), 1):
+        fields = line.split("\t")
+        if len(fields) < 2:
+            raise UserError(
+                f"{annotations}: line {number} is {line!r}, not a file name and a class with a tab between. "
+                "Unpack the archive again."
+            )
+        if fields[1] not in label_of:
+            raise _unknown_class(f"{annotations}, line {number}", fields[1], folder.parent)
+        paths.append(folder / "images" / fields[0])
+        labels.append(label_of[fields[1]])
+    if not paths:
+        raise UserError(f"{annotations}: is empty. Unpack the archive again.")
+    return ImageFiles(names, np.array(labels, dtype=np.int64), paths)
+
+
+def _unknown_class(where: object, name: str, root: Path) -> UserError:
+    return UserError(
+        f"{where}: is of the class {name}, but {root / 'train'} holds no folder of this name. "
+        "Add the class to train, or remove it here."
+    )
+
+
+def _inside(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "nothing"

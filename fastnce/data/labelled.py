@@ -1,0 +1,176 @@
+"""Images with class labels, as an endless stream of samples."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, get_worker_info
+
+from fastnce.data.cifar import ImageArrays, open_cifar
+from fastnce.data.class_folders import ImageFiles, open_class_folders
+from fastnce.data.folders import to_array, to_tensor
+from fastnce.data.transforms import counter_rng
+from fastnce.errors import UserError
+
+_ORDER_STREAM, _FLIP_STREAM = 3, 4
+
+# Up to this many bytes of images are decoded when the dataset is made, the rest when first needed.
+EAGER_BYTES = 64 * 2**20
+
+
+class LabelledImages(Dataset):
+    """Class folders, Tiny ImageNet, CIFAR-10 or CIFAR-100, recognised by what is in the folder.
+
+    Sample i, for any i >= 0, is a pure function of (seed, i) and the arguments, so samples can be read in any order, by
+    any number of workers, and from the middle on. Every `len(self)` samples are an epoch: all images, in an order drawn
+    for that epoch. An image that is not square is cut to its central square, and scaled (bicubic) if it has another size.
+
+    `image` and `all_images` give the images in the order of the files, never flipped, for evaluation.
+
+    Args:
+        root: Folder of one of these:
+            `train/CLASS/*.png` and `test/CLASS/*.png` (or `valid`, or `val`; any format in `EXTENSIONS`, at any depth);
+            Tiny ImageNet as distributed; `cifar-10-batches-py`, `cifar-10-batches-bin`, `cifar-100-python` or
+            `cifar-100-binary` as distributed, or the folder that holds one of these.
+        split: "train" or "test"; for class folders any other folder's name too.
+        image_size: Side of the samples in pixels.
+        channels: 3 for RGB, 1 for greyscale.
+        flip: Mirrors each sample left to right with probability 0.5.
+        seed: Seed of the stream.
+        cache_bytes: Memory for decoded images, shared out among the workers.
+
+    Attributes:
+        class_names: the name of each class, by label; the same for every split.
+        labels: (N,) int64, of the images in the order of the files.
+
+    Raises:
+        UserError: A folder or a class is missing or empty, a file cannot be read, or an argument is out of range. A
+            damaged image of a set too large for decoding it all at once is found when it is first read.
+
+    Example:
+        >>> import tempfile
+        >>> from fastnce.data import write_digits
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> root = write_digits(folder.name)
+        >>> images = LabelledImages(root, image_size=16, channels=1, flip=False)
+        >>> images.num_classes, len(images)
+        (10, 1195)
+        >>> sample = images[5000]
+        >>> sample["image"].shape, sample["label"].dtype
+        (torch.Size([1, 16, 16]), torch.int64)
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        split: str = "train",
+        *,
+        image_size: int,
+        channels: int = 3,
+        flip: bool = True,
+        seed: int = 0,
+        cache_bytes: int = 2 * 2**30,
+    ) -> None:
+        if image_size < 1:
+            raise UserError(f"image_size={image_size}: expected a number of pixels, at least 1.")
+        if channels not in (1, 3):
+            raise UserError(
+                f"channels={channels}: images have 1 (greyscale) or 3 (RGB). Use 1 or 3."
+            )
+        self.image_size, self.channels, self.flip, self.seed = image_size, channels, flip, seed
+        self._source = open_labelled(root, split)
+        # CIFAR's images are in memory already.
+        self.cache_bytes = cache_bytes if isinstance(self._source, ImageFiles) else 0
+        self.class_names = self._source.class_names
+        self.labels = torch.from_numpy(self._source.labels)
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._cache: dict[int, np.ndarray] = {}
+        self._image_bytes = channels * image_size**2
+        if len(self) * self._image_bytes <= min(EAGER_BYTES, self.cache_bytes):
+            for index in range(len(self)):
+                self.pixels(index)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        """Samples in an epoch: the number of images."""
+        return len(self.labels)
+
+    def __iter__(self):
+        """One epoch; without this a plain `for` would never end, as every index is valid."""
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Sample `index` of the stream: {"image": (C, H, W) float32 in [-1, 1], "label": () int64}."""
+        image = self.image_index(index)
+        pixels = self.pixels(image)
+        if self.flip and counter_rng(self.seed, _FLIP_STREAM, index).random() < 0.5:
+            pixels = pixels[:, ::-1]
+        return {"image": to_tensor(pixels), "label": torch.tensor(int(self.labels[image]))}
+
+    def image_index(self, index: int) -> int:
+        """Which image, in the order of the files, sample `index` of the stream shows."""
+        if index < 0:
+            raise IndexError(f"LabelledImages: sample {index} does not exist. Samples start at 0.")
+        epoch, position = divmod(index, len(self))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = counter_rng(self.seed, _ORDER_STREAM, epoch).permutation(len(self))
+        return int(self._order[position])
+
+    def image(self, index: int) -> torch.Tensor:
+        """The image at `index` in the order of the files: (C, H, W) float32 in [-1, 1]."""
+        return to_tensor(self.pixels(index))
+
+    def all_images(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All images in the order of the files, for sets that fit in memory.
+
+        Returns:
+            images: (N, C, H, W) uint8.
+            labels: (N,) int64.
+        """
+        images = np.empty((len(self), self.image_size, self.image_size, self.channels), np.uint8)
+        for index in range(len(self)):
+            images[index] = self.pixels(index)
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), self.labels.clone()
+
+    def pixels(self, index: int) -> np.ndarray:
+        """The image at `index` in the order of the files: (H, W, C) uint8, not to be written to."""
+        cached = self._cache.get(index)
+        if cached is not None:
+            return cached
+        array = to_array(to_square(self._source.read(index, self.channels), self.image_size))
+        worker = get_worker_info()
+        room = self.cache_bytes // (worker.num_workers if worker else 1)
+        if (len(self._cache) + 1) * self._image_bytes <= room:
+            self._cache[index] = array
+        return array
+
+
+def open_labelled(root: Path | str, split: str) -> ImageFiles | ImageArrays:
+    """Recognises what is in `root`, and reads it or, if it is files of images, lists it.
+
+    Raises:
+        UserError: If there is nothing that is known, or it is not whole.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        what = "is a file" if root.exists() else "no such folder"
+        raise UserError(
+            f"{root}: {what}. Expected a folder with train/CLASS/ and test/CLASS/, or with CIFAR-10, CIFAR-100 or "
+            "Tiny ImageNet as distributed."
+        )
+    return open_cifar(root, split) or open_class_folders(root, split)
+
+
+def to_square(image: Image.Image, size: int) -> Image.Image:
+    """The central square of an image, scaled (bicubic) to `size` pixels."""
+    if image.size == (size, size):
+        return image
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((size, size), Image.Resampling.BICUBIC)
