@@ -4,7 +4,6 @@ from fastnce.metrics.digit_classifier import (
     DigitClassifier,
     DigitRecipe,
     load_digit_classifier,
-    load_digit_images,
 )
 from fastnce.metrics.discriminator import (
     Authenticity,
@@ -74,7 +73,6 @@ __all__ = [
     "intra_class_fid",
     "largest_singular_values",
     "load_digit_classifier",
-    "load_digit_images",
     "load_evaluator",
     "overfitting_gap",
     "precision_recall_density_coverage",

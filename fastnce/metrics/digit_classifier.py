@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastnce.data.folders import list_images, load_image, to_uint8
+from fastnce.data.labelled import LabelledImages
 from fastnce.data.recipe import read_labels
 from fastnce.data.transforms import counter_rng
 from fastnce.errors import UserError
@@ -128,32 +128,22 @@ def load_digit_classifier(
     Raises:
         UserError: If `data_root` is no digits set.
     """
-    images, digits = load_digit_images(data_root, "train")
-    data = hashlib.sha256(to_uint8(images).numpy().tobytes() + digits.numpy().tobytes())
-    recipe = DigitRecipe(data.hexdigest()[:12], images.shape[-1], **settings)
+    made = read_labels(data_root)["recipe"]
+    if made.get("kind") != "digits":
+        raise UserError(
+            f'{data_root}: is a "{made.get("kind")}" set, and the digit classifier reads digits '
+            "sets only. Write one with `fastnce data digits --out FOLDER`."
+        )
+    size = made["size"]
+    images, digits = LabelledImages(data_root, image_size=size, channels=1).all_images()
+    data = hashlib.sha256(images.numpy().tobytes() + digits.numpy().tobytes())
+    recipe = DigitRecipe(data.hexdigest()[:12], size, **settings)
     return load_or_train(
         f"digit-classifier-{recipe.digest()}.pt",
         lambda: _build(recipe),
         lambda network: _train(network, recipe, images, digits, progress),
         cache=cache,
     )
-
-
-def load_digit_images(data_root: Path | str, split: str) -> tuple[Tensor, Tensor]:
-    """The images of one split of a digits set: (N, 1, S, S) float32 in [-1, 1], and digits (N,).
-
-    Raises:
-        UserError: If `data_root` is no digits set.
-    """
-    kind = read_labels(data_root)["recipe"].get("kind")
-    if kind != "digits":
-        raise UserError(
-            f'{data_root}: is a "{kind}" set, and the digit classifier reads digits sets only. '
-            "Write one with `fastnce data digits --out FOLDER`."
-        )
-    paths = list_images(Path(data_root, split))
-    images = torch.stack([load_image(path, channels=1) for path in paths])
-    return images, torch.tensor([int(path.parent.name) for path in paths])
 
 
 def _train(
@@ -171,8 +161,8 @@ def _train(
 def _batches(
     recipe: DigitRecipe, images: Tensor, digits: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Training images, turned, scaled and shifted a little."""
-    strokes = (images[:, 0] + 1) / 2  # 0 where there is no ink
+    """Training images (N, 1, S, S) uint8, turned, scaled and shifted a little."""
+    strokes = images[:, 0] / 255  # 0 where there is no ink
     for step in range(recipe.steps):
         rng = counter_rng(recipe.seed, _BATCH_STREAM, step)
         chosen = torch.from_numpy(rng.integers(len(digits), size=recipe.batch_size))

@@ -1,7 +1,7 @@
 """The evaluation of conditional generators: their numbers beside the best and the worst to expect."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def evaluate_generation(
 
     Args:
         sample: The generator; see `evaluate_generators`.
-        real_images: (N, C, H, W) in [-1, 1], the reference.
+        real_images: (N, C, H, W), float in [-1, 1] or uint8, the reference.
         real_labels: (N,) int64.
         evaluator: What judges; see `evaluate_generators`.
         held_out: Other real images and their labels: the best that a generator can hope for.
@@ -91,11 +91,12 @@ def evaluate_generators(
 
     Each generator is asked for the labels of the reference, so that every row has the same number
     of images of every class; FID depends on both. With `held_out` the reference is cut, class by
-    class, to the number that both sets have. All images are quantised to 8 bits as files are.
+    class, to the number that both sets have. Images are quantised to 8 bits as files are, and only
+    a batch of the generated ones is kept at a time.
 
     Args:
         samples: By name, functions from labels (B,) int64 on the CPU to images (B, C, H, W) in [-1, 1].
-        real_images: (N, C, H, W) in [-1, 1], the reference.
+        real_images: (N, C, H, W), float in [-1, 1] or uint8, the reference.
         real_labels: (N,) int64, its classes.
         evaluator: A module from images to features (N, F). If it has a method
             `class_probabilities` from images to (N, K), there is an Inception score; if besides its
@@ -125,15 +126,15 @@ def evaluate_generators(
         own, other = _equal_counts(labels, held_out[1].cpu())
         real_images, labels = real_images[own], labels[own]
         held_out_images = held_out[0][other]
-    judge = _Judge(evaluator, batch_size)
-    reference, _ = judge(real_images)
-    rows = []
-    if held_out is not None:
-        row = _measure(judge, held_out_images, labels, reference, k, splits)
-        rows.append({"name": HELD_OUT} | row)
+    judge = _Judge(evaluator)
+    reference, _ = judge(real_images.split(batch_size))
+    batches = {HELD_OUT: held_out_images.split(batch_size)} if held_out is not None else {}
     for name, sample in samples.items():
-        images = _generate(name, sample, labels, real_images.shape[1:], batch_size)
-        rows.append({"name": name} | _measure(judge, images, labels, reference, k, splits))
+        batches[name] = _generate(name, sample, labels.split(batch_size), real_images.shape[1:])
+    rows = [
+        {"name": name} | _measure(judge, images, labels, reference, k, splits)
+        for name, images in batches.items()
+    ]
     return {
         "extractor": extractor_name(evaluator),
         "count": len(labels),
@@ -174,30 +175,36 @@ def write_generation_report(result: Mapping[str, Any], folder: Path | str) -> li
 class _Judge:
     """Features and class probabilities of images as saved, NaN for images that are not finite."""
 
-    def __init__(self, evaluator: nn.Module, batch_size: int) -> None:
-        self.evaluator, self.batch_size = evaluator, batch_size
+    def __init__(self, evaluator: nn.Module) -> None:
+        self.evaluator = evaluator
         self.reads_labels = getattr(evaluator, "reads_labels", False)
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(N, C, H, W) to (N, F) and (N, K) or None, float64 on the CPU."""
+    def __call__(self, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Batches of (B, C, H, W), N images in all, to (N, F) and (N, K) or None, float64 on the CPU."""
+        features, probabilities = zip(*map(self._batch, batches), strict=True)
+        return torch.cat(features), None if probabilities[0] is None else torch.cat(probabilities)
+
+    def _batch(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         images = as_saved(images)
         broken = ~images.isfinite().flatten(1).all(1, keepdim=True)
         images = images.nan_to_num()  # an extractor may not let NaN through
-        features = extract_features(images, self.evaluator, self.batch_size)
-        return features.masked_fill(broken, math.nan), self._probabilities(images, broken)
-
-    def _probabilities(self, images: Tensor, broken: Tensor) -> Tensor | None:
+        features = extract_features(images, self.evaluator).masked_fill(broken, math.nan)
         function = getattr(self.evaluator, "class_probabilities", None)
-        parts = [function(part) for part in images.split(self.batch_size)] if function else [None]
-        if parts[0] is None:
-            return None
-        return torch.cat([part.double().cpu() for part in parts]).masked_fill(broken, math.nan)
+        probabilities = None if function is None else function(images)
+        if probabilities is not None:
+            probabilities = probabilities.double().cpu().masked_fill(broken, math.nan)
+        return features, probabilities
 
 
 def _measure(
-    judge: _Judge, images: Tensor, labels: Tensor, reference: Tensor, k: int, splits: int
+    judge: _Judge,
+    batches: Iterable[Tensor],
+    labels: Tensor,
+    reference: Tensor,
+    k: int,
+    splits: int,
 ) -> dict[str, Any]:
-    features, probabilities = judge(images)
+    features, probabilities = judge(batches)
     intra, intra_of = intra_class_fid(features, labels, reference, labels)
     score, score_std = math.nan, math.nan
     accuracy = relabelled = math.nan
@@ -222,18 +229,16 @@ def _measure(
 
 
 def _generate(
-    name: str, sample: Sample, labels: Tensor, shape: torch.Size, batch_size: int
-) -> Tensor:
-    parts = []
-    for part in labels.split(batch_size):
-        images = sample(part)
-        if images.shape != (len(part), *shape):
+    name: str, sample: Sample, batches: Iterable[Tensor], shape: torch.Size
+) -> Iterator[Tensor]:
+    for labels in batches:
+        images = sample(labels)
+        if images.shape != (len(labels), *shape):
             raise ValueError(
-                f"evaluate_generators: {name}: expected images {(len(part), *shape)} for "
-                f"{len(part)} labels, as the real ones are, got {tuple(images.shape)}."
+                f"evaluate_generators: {name}: expected images {(len(labels), *shape)} for "
+                f"{len(labels)} labels, as the real ones are, got {tuple(images.shape)}."
             )
-        parts.append(images.float().cpu())
-    return torch.cat(parts)
+        yield images
 
 
 def _check_labelled(name: str, images: Tensor, labels: Tensor) -> None:

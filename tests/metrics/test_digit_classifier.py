@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from fastnce.data import write_digits, write_photos
+from fastnce.data import LabelledImages, read_labels, write_digits, write_photos
 from fastnce.errors import UserError
 from fastnce.metrics import (
     DigitClassifier,
     class_accuracy,
     load_digit_classifier,
-    load_digit_images,
 )
 
 TINY = {"steps": 3, "batch_size": 16, "base_channels": 4, "num_features": 16}
@@ -24,16 +23,16 @@ def load(digits, cache, **settings):
     return load_digit_classifier(digits, cache=cache, progress=False, **(TINY | settings))
 
 
-def test_images_come_with_their_digits(digits):
-    images, labels = load_digit_images(digits, "test")
-    assert images.shape == (len(labels), 1, 16, 16) and images.dtype == torch.float32
-    assert images.min() == -1 and images.max() == 1
-    assert set(labels.tolist()) == set(range(10))
+def images_of(root, split):
+    """(N, 1, S, S) float32 in [-1, 1], and digits (N,)."""
+    size = read_labels(root)["recipe"]["size"]
+    images, labels = LabelledImages(root, split, image_size=size, channels=1).all_images()
+    return images / 127.5 - 1, labels
 
 
 def test_it_learns_to_read_digits_it_has_not_seen(digits, tmp_path):
     network = load(digits, tmp_path, steps=100, batch_size=64, base_channels=16)
-    images, labels = load_digit_images(digits, "test")
+    images, labels = images_of(digits, "test")
     probabilities = network.class_probabilities(images)
     assert class_accuracy(probabilities, labels) > 0.95
     assert probabilities.sum(1).tolist() == pytest.approx([1] * len(labels), abs=1e-5)
@@ -54,7 +53,7 @@ def test_it_is_trained_once_and_repeatably(digits, tmp_path, monkeypatch):
 
     monkeypatch.setattr("fastnce.metrics.digit_classifier.fit", None)  # would fail if called
     again = load(digits, tmp_path / "a")
-    images = load_digit_images(digits, "test")[0][:5]
+    images = images_of(digits, "test")[0][:5]
     assert torch.equal(again(images), one(images))
     with pytest.raises(TypeError):
         load(digits, tmp_path / "a", seed=1)  # another network, which is not there yet
@@ -68,7 +67,7 @@ def test_other_training_images_make_another_classifier(digits, tmp_path):
 def test_images_of_32_pixels(tmp_path):
     large = write_digits(tmp_path / "digits", 32)
     network = load(large, tmp_path)
-    assert network(load_digit_images(large, "test")[0][:3]).shape == (3, 16)
+    assert network(images_of(large, "test")[0][:3]).shape == (3, 16)
     with pytest.raises(ValueError, match=r"expected \(N, 1, 32, 32\).*got \(3, 1, 16, 16\)"):
         network(torch.zeros(3, 1, 16, 16))
     with pytest.raises(ValueError, match="image_size=28: expected 16 or 32"):
