@@ -131,7 +131,9 @@ def test_step_against_the_published_one(conditioning, backbone, dtype, rtol, ste
             assert value.item() == pytest.approx(expected[name], rel=rtol, abs=rtol), name
         pairs = [
             *zip(ours.discriminator.parameters(), d_grads, strict=True),
-            *zip(ours.generator.parameters(), (p.grad for p in networks[0].parameters())),
+            *zip(
+                ours.generator.parameters(), [p.grad for p in networks[0].parameters()], strict=True
+            ),
         ]
         scale = max(grad.abs().max().item() for _, grad in pairs)
         for parameter, grad in pairs:
