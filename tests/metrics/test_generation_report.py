@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastnce.data import to_uint8
 from fastnce.metrics import (
     evaluate_generation,
     evaluate_generators,
@@ -132,6 +133,14 @@ def test_the_numbers_are_those_of_the_saved_images():
     values = (torch.arange(8.0) / 127.5 - 1).repeat(15)[:, None, None, None].expand(120, 1, 2, 2)
     between = evaluate_generation(lambda labels: values + 0.004, values, LABELS, Judge())
     assert between["rows"][0]["fid"] == pytest.approx(0, abs=1e-9)
+
+
+def test_images_as_read_from_files_are_the_same_reference():
+    from_files = to_uint8(REAL)
+    one = evaluate_generation(draw, REAL, LABELS, Judge(), held_out=(REAL, LABELS))
+    assert one == evaluate_generation(
+        draw, from_files, LABELS, Judge(), held_out=(from_files, LABELS)
+    )
 
 
 def test_an_extractor_alone_gives_what_it_can():
