@@ -50,7 +50,7 @@ def result():
         "collapsed": lambda labels: draw(torch.arange(3))[labels],
         "broken": lambda labels: draw(labels) * math.nan,
     }
-    held_out = (draw(LABELS, seed=8), LABELS)  # with it, labels are asked for class by class
+    held_out = (draw(LABELS, seed=8), LABELS)  # its order is class by class
     return evaluate_generators(samples, REAL, LABELS, Judge(), held_out=held_out)
 
 
@@ -118,6 +118,7 @@ def test_every_row_has_the_labels_of_the_reference_cut_to_what_both_sets_have():
     held_out = (draw(fewer), fewer)
     result = measure(REAL, LABELS)
     assert [len(part) for part in asked] == [16, 16, 16, 11]
+    assert all(len(part.unique()) == 3 for part in asked)  # not class by class, as files are
     assert torch.cat(asked).bincount().tolist() == [20, 9, 30] and result["count"] == 59
     assert [row["name"] for row in result["rows"]] == [HELD_OUT, "generated", UNTRAINED]
     assert result["rows"][1]["fid"] != result["rows"][0]["fid"]
