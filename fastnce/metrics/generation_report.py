@@ -155,7 +155,7 @@ def format_generation_table(result: Mapping[str, Any]) -> str:
     }
     lines = [("images", *(title for title, _ in columns.values()))]
     notes = [
-        f"{result['count']} images in each row, of equal classes. Features: {result['extractor']}."
+        f"{result['count']} images in each row, the same of each class. Features: {result['extractor']}."
     ]
     if "relabelled_accuracy" in columns:
         notes.append(
