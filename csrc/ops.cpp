@@ -79,7 +79,7 @@ STABLE_TORCH_LIBRARY(fastnce, m) {
       "bool need_temperature) -> (Tensor grad_features, Tensor grad_temperature)");
 
   // One block of a larger matrix: rows x (N, D) against columns y (M, D), labels int64; rows are
-  // L2-normalised, t the temperature; own: y is x, and no row meets itself.
+  // L2-normalised, t the temperature; own: row i leaves out column i.
   //   lse (N, 2) float64 = log of the sums of exp(x_i . y_j / t) over all j, over those with
   //   y_labels_j = x_labels_i; -inf where there is none
   m.def(

@@ -23,7 +23,7 @@ struct Arguments {
   const char* op;
   const Tensor &x, &y, &x_labels, &y_labels;
   double temperature;
-  bool own;  // y is x: no row meets itself
+  bool own;  // row i leaves out column i
 
   int64_t rows() const { return x.size(0); }
   int64_t columns() const { return y.size(0); }
@@ -36,7 +36,7 @@ void check(const Arguments& a) {
   STD_TORCH_CHECK(is_supported(dtype), a.op, ": x has the unsupported dtype ",
                   torch::headeronly::toString(dtype), ".");
   STD_TORCH_CHECK(a.x.dim() == 2 && a.y.dim() == 2, a.op, ": x and y must be (N, D), (M, D).");
-  STD_TORCH_CHECK(!a.own || a.rows() == a.columns(), a.op, ": own: y must be x.");
+  STD_TORCH_CHECK(!a.own || a.rows() == a.columns(), a.op, ": own needs as many columns as rows.");
   check_rows(a.op, "x", a.x, dtype, {a.rows(), a.depth()});
   check_rows(a.op, "y", a.y, dtype, {a.columns(), a.depth()});
   check_rows(a.op, "x_labels", a.x_labels, ScalarType::Long, {a.rows()});
@@ -165,7 +165,7 @@ class Block {
  private:
   int64_t padded(int64_t count) const { return slab_count(count, kernels_.width) * kernels_.width; }
 
-  // The column, counted from c0, at which row r meets itself.
+  // The column, counted from c0, that row r leaves out.
   int64_t self(int64_t r, int64_t c0) const {
     return a_.own ? r - c0 : std::numeric_limits<int64_t>::min() / 2;
   }

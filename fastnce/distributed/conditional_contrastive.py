@@ -14,6 +14,7 @@ from fastnce.ops import _checks, _common
 from fastnce.reference.normalize import accumulation_dtype, normalize_rows
 
 
+@torch.compiler.disable
 def conditional_contrastive(
     embeddings: Tensor,
     proxies: Tensor,
@@ -86,7 +87,7 @@ def conditional_contrastive(
     kernels = backends.select("labelled_lse", embeddings, backend)
     tau = _checks.expect_temperature(op, temperature, embeddings)
     with _common.no_autocast(embeddings):
-        lse = LabelledLSE.apply(embeddings, tau, labels.long(), plan.exchange, kernels)
+        lse = LabelledLSE.apply(embeddings, tau, labels.long(), plan.exchange, kernels, 1)
         dtype = accumulation_dtype(embeddings.dtype)
         units = normalize_rows(embeddings.to(dtype)) * normalize_rows(proxies.to(dtype))
         to_proxy = units.sum(dim=1).double() / tau

@@ -23,7 +23,7 @@ def labelled_lse_forward(
         x_labels: (N,) int64.
         y_labels: (M,) int64.
         temperature: t, a float or a 0-d tensor.
-        own: ``y`` is ``x``; then no row meets itself.
+        own: row i leaves out column i, as its own or its positive.
 
     Returns:
         (N, 2) float64.
@@ -90,11 +90,11 @@ def _logits(
     temperature: float | Tensor,
     own: bool,
 ) -> tuple[Tensor, Tensor]:
-    """z (N, M), -inf where a row meets itself, and where row and column have the same label and are not the same."""
+    """z (N, M), -inf where left out, and where row and column have the same label and are not left out."""
     dtype = accumulation_dtype(x.dtype)
     z = normalize_rows(x.to(dtype)) @ normalize_rows(y.to(dtype)).T / temperature
     same = x_labels[:, None] == y_labels[None, :]
     if own:
-        is_self = torch.eye(len(x), dtype=torch.bool, device=x.device)
-        z, same = z.masked_fill(is_self, -torch.inf), same & ~is_self
+        left_out = torch.eye(len(x), dtype=torch.bool, device=x.device)
+        z, same = z.masked_fill(left_out, -torch.inf), same & ~left_out
     return z, same
