@@ -18,8 +18,17 @@ every rank must have the same number of rows, and a disagreement hangs or ends i
 """
 
 from fastnce.distributed.conditional_contrastive import conditional_contrastive
+from fastnce.distributed.grad_cache import GradCache
 from fastnce.distributed.info_nce import info_nce
+from fastnce.distributed.negative_queue import NegativeQueue
 from fastnce.distributed.nt_xent import nt_xent
 from fastnce.distributed.sup_con import sup_con
 
-__all__ = ["conditional_contrastive", "info_nce", "nt_xent", "sup_con"]
+__all__ = [
+    "GradCache",
+    "NegativeQueue",
+    "conditional_contrastive",
+    "info_nce",
+    "nt_xent",
+    "sup_con",
+]

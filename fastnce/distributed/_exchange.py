@@ -109,17 +109,23 @@ class Gather(Exchange):
         others = compute(1, tuple(self._others(x) for x in block))
         return self._give_back(own, others)
 
+    def all_rows(self, x: Tensor) -> Tensor:
+        """The rows of all ranks, in the order of the ranks."""
+        return torch.cat(self._gathered(x))
+
     def _others(self, x: Tensor) -> Tensor:
-        """The rows of all other ranks, in the order of the ranks."""
-        most = max(self.rows)
-        padded = x
-        if len(x) < most:
-            padded = torch.cat([x, x.new_zeros((most - len(x), *x.shape[1:]))])
+        parts = self._gathered(x)
+        return torch.cat(parts[: self.ranks.rank] + parts[self.ranks.rank + 1 :])
+
+    def _gathered(self, x: Tensor) -> list[Tensor]:
+        """The rows of each rank. What travels has the most rows of all, for the ranks' messages must have the same size."""
+        padded = x.contiguous()
+        if len(x) < max(self.rows):
+            padded = torch.cat([x, x.new_zeros((max(self.rows) - len(x), *x.shape[1:]))])
         gathered = [torch.empty_like(padded) for _ in self.rows]
         with explained(self.ranks, self.op):
-            dist.all_gather(gathered, padded.contiguous(), group=self.ranks.group)
-        parts = zip(gathered, self.rows, strict=True)
-        return torch.cat([y[:n] for r, (y, n) in enumerate(parts) if r != self.ranks.rank])
+            dist.all_gather(gathered, padded, group=self.ranks.group)
+        return [y[:rows] for y, rows in zip(gathered, self.rows, strict=True)]
 
     def _give_back(self, own: Tensor, others: Tensor) -> Tensor:
         rank, size = self.ranks.rank, self.ranks.size
