@@ -337,3 +337,19 @@ def test_mistakes():
         model(backend="cudnn")
     with pytest.raises(UserError, match="contrast_set=all is unknown"):
         model(contrast_set="all")
+
+
+@pytest.mark.parametrize("scale", ["mean", "published"])
+def test_the_whole_batch_is_that_of_all_ranks(monkeypatch, scale):
+    """Both updates ask for the loss over ranks, which the tests of `fastnce.distributed` show to be exact."""
+    seen = []
+    plain = fastnce.distributed.conditional_contrastive
+
+    def recorded(*args, **kwargs):
+        seen.append(kwargs["gradient_scale"])
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(fastnce.distributed, "conditional_contrastive", recorded)
+    ours = model(rank_gradients=scale)
+    ours.training_step(batch(ours.config))
+    assert seen == [scale] * 3  # two updates of D, one of G
