@@ -15,13 +15,17 @@ from fastnce.data.recipe import read_labels
 from fastnce.data.samples import PHOTOS
 from fastnce.data.transforms import Preprocess, resize_to_multiple
 from fastnce.data.unpaired import UnpairedImages
+from fastnce.data.views import VIEW_RECIPES, TwoViews, ViewRecipe
 
 __all__ = [
     "EXTENSIONS",
     "PHOTOS",
+    "VIEW_RECIPES",
     "LabelledImages",
     "Preprocess",
+    "TwoViews",
     "UnpairedImages",
+    "ViewRecipe",
     "list_images",
     "load_image",
     "read_labels",

@@ -1,0 +1,266 @@
+"""Views: pure in (seed, index), drawn from the recipe's distribution, and made as Pillow and the equations say."""
+
+import dataclasses
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+
+from fastnce.data import VIEW_RECIPES, LabelledImages, TwoViews, ViewRecipe, write_photo_crops
+from fastnce.data.transforms import counter_rng
+from fastnce.data.views import View, draw_view, make_view
+from fastnce.errors import UserError
+
+KEYS = {"view1", "view2", "label"}
+STILL = ViewRecipe((1.0, 1.0), (1.0, 1.0), flip=0, jitter=0, grayscale=0, blur=0)
+AS_IT_IS = View((0, 0, 32, 32), 0, 1, (0, 0), False, (), False, 0)
+DRAWS = 4000
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    out = tmp_path_factory.mktemp("set") / "crops"
+    return write_photo_crops(out, train_count=3, test_count=1)
+
+
+def views(root, recipe="simclr", *, channels=3, seed=0, size=None) -> TwoViews:
+    images = LabelledImages(root, image_size=32, channels=channels, seed=seed)
+    return TwoViews(images, recipe, size=size)
+
+
+def draws(recipe, image_size=(32, 32)) -> list[View]:
+    return [draw_view(recipe, image_size, counter_rng(0, 5, index)) for index in range(DRAWS)]
+
+
+def noise(mode="RGB") -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def made(image, size=32, **changes) -> np.ndarray:
+    return np.asarray(make_view(image, dataclasses.replace(AS_IT_IS, **changes), size)).astype(int)
+
+
+def equal(one, other) -> bool:
+    return one.keys() == other.keys() == KEYS and all(torch.equal(one[k], other[k]) for k in KEYS)
+
+
+@pytest.mark.parametrize("recipe", VIEW_RECIPES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_sample_depends_on_recipe_seed_and_index_only(root, recipe, channels):
+    first, again, other = (views(root, recipe, channels=channels, seed=s) for s in (0, 0, 1))
+    samples = {index: first[index] for index in range(50)}
+    for index in np.random.default_rng(0).permutation(50).tolist():
+        assert equal(samples[index], again[index])
+    assert not any(equal(samples[index], other[index]) for index in samples)
+    for sample in samples.values():
+        for key in ("view1", "view2"):
+            assert sample[key].shape == (channels, 32, 32) and sample[key].dtype == torch.float32
+            assert sample[key].min() >= -1 and sample[key].max() <= 1
+        assert not torch.equal(sample["view1"], sample["view2"])
+
+
+def test_workers_read_the_same_stream_from_the_middle_on(root):
+    part = Subset(views(root), range(15, 39))
+    batches = {n: list(DataLoader(part, batch_size=8, num_workers=n)) for n in (0, 2)}
+    assert len(batches[0]) == 3
+    for one, two in zip(batches[0], batches[2], strict=True):
+        assert equal(one, two)
+
+
+def test_views_follow_the_order_and_the_labels_of_the_set(root):
+    stream = views(root, STILL)
+    plain = LabelledImages(root, image_size=32, flip=False)
+    assert len(stream) == len(list(stream)) == len(plain) == 21
+    for index in (0, 5, 21, 100):
+        sample = stream[index]
+        assert sample["label"] == plain[index]["label"] and sample["label"].dtype == torch.int64
+        assert torch.equal(sample["view1"], plain[index]["image"])
+        assert torch.equal(sample["view2"], plain[index]["image"])
+
+
+def test_an_image_is_seen_differently_in_each_epoch(root):
+    stream = views(root)
+    epochs = [
+        next(stream[i] for i in range(21 * e, 21 * e + 21) if stream.dataset.image_index(i) == 0)
+        for e in range(3)
+    ]
+    assert len({sample["view1"].sum().item() for sample in epochs}) == 3
+
+
+def test_views_may_have_another_size(root):
+    assert views(root, size=24)[0]["view2"].shape == (3, 24, 24)
+
+
+def test_crops_stay_in_range_and_inside_the_image():
+    recipe = ViewRecipe((0.2, 1.0))
+    boxes = np.array([view.box for view in draws(recipe)])
+    left, top, right, bottom = boxes.T
+    assert boxes.min() >= 0 and boxes.max() <= 32
+    width, height = right - left, bottom - top
+    area, aspect = width * height / 32**2, width / height
+    assert area.min() >= 0.2 - 1e-9 and area.min() < 0.21 and 0.98 < area.max() <= 1
+    assert aspect.min() >= 3 / 4 - 1e-9 and aspect.min() < 0.76
+    assert aspect.max() <= 4 / 3 + 1e-9 and aspect.max() > 1.32
+    # Wide and high ones alike, anywhere.
+    spread = math.log(4 / 3) / math.sqrt(3 * DRAWS)
+    assert abs(np.log(aspect).mean()) < 5 * spread
+    assert abs((left + right).mean() / 2 - 16) < 0.5 and abs((top + bottom).mean() / 2 - 16) < 0.5
+    # Where every aspect fits, areas are uniform.
+    small = np.array([view.box for view in draws(ViewRecipe((0.1, 0.5)))])
+    area = (small[:, 2] - small[:, 0]) * (small[:, 3] - small[:, 1]) / 32**2
+    counts = np.histogram(area, 10, (0.1, 0.5))[0]
+    assert np.abs(counts - DRAWS / 10).max() < 5 * math.sqrt(DRAWS / 10)
+
+
+def test_a_crop_that_cannot_fit_is_the_whole_image():
+    recipe = ViewRecipe((1.0, 1.0), (3.0, 3.0))
+    assert {view.box for view in draws(recipe, (20, 30))[:5]} == {(0, 0, 20, 30)}
+
+
+def test_every_step_has_its_probability():
+    recipe = ViewRecipe(flip=0.5, jitter=0.8, grayscale=0.2, blur=0.3)
+    drawn = draws(recipe)
+    for probability, count in (
+        (0.5, sum(view.flip for view in drawn)),
+        (0.8, sum(bool(view.jitter) for view in drawn)),
+        (0.2, sum(view.grayscale for view in drawn)),
+        (0.3, sum(view.blur > 0 for view in drawn)),
+        (0.5 * 0.3, sum(view.flip and view.blur > 0 for view in drawn)),  # independently
+    ):
+        deviation = math.sqrt(DRAWS * probability * (1 - probability))
+        assert abs(count - DRAWS * probability) < 5 * deviation
+
+
+def test_amounts_fill_their_ranges():
+    recipe = ViewRecipe(
+        brightness=0.8, contrast=0.4, saturation=1.5, hue=0.2, rotation=15, zoom=0.1, shift=0.2
+    )
+    drawn = draws(recipe)
+    amounts = {
+        name: np.array([dict(view.jitter)[name] for view in drawn if view.jitter])
+        for name in ("brightness", "contrast", "saturation", "hue")
+    }
+    amounts["sigma"] = np.array([view.blur for view in drawn if view.blur])
+    amounts["rotation"] = np.array([view.rotation for view in drawn])
+    amounts["zoom"] = np.array([view.zoom for view in drawn])
+    amounts["right"], amounts["down"] = np.array([view.shift for view in drawn]).T
+    ranges = {
+        "brightness": (0.2, 1.8), "contrast": (0.6, 1.4), "saturation": (0, 2.5), "hue": (-0.2, 0.2),
+        "sigma": (0.1, 2), "rotation": (-15, 15), "zoom": (0.9, 1.1), "right": (-0.2, 0.2), "down": (-0.2, 0.2),
+    }  # fmt: skip
+    for name, (low, high) in ranges.items():
+        values, width = amounts[name], high - low
+        assert low <= values.min() < low + 0.01 * width, name
+        assert high - 0.01 * width < values.max() <= high, name
+        assert abs(values.mean() - (low + high) / 2) < 5 * width / math.sqrt(12 * len(values)), name
+
+
+def test_the_jitter_comes_in_every_order():
+    orders = Counter(tuple(name for name, _ in view.jitter) for view in draws(ViewRecipe()))
+    del orders[()]
+    assert len(orders) == 24
+    mean = sum(orders.values()) / 24
+    assert max(abs(count - mean) for count in orders.values()) < 5 * math.sqrt(mean)
+
+
+def test_a_digit_is_neither_mirrored_nor_cropped():
+    for view in draws(VIEW_RECIPES["digits"], (16, 16)):
+        assert not view.flip and np.allclose(view.box, (0, 0, 16, 16))
+
+
+def test_a_view_of_everything_is_the_image():
+    assert np.array_equal(made(noise()), np.asarray(noise()))
+
+
+def test_crops_and_flips():
+    crop = np.asarray(noise())[8:24, 4:20]
+    assert np.array_equal(made(noise(), 16, box=(4, 8, 20, 24)), crop)
+    assert np.array_equal(made(noise(), 16, box=(4, 8, 20, 24), flip=True), crop[:, ::-1])
+
+
+def test_brightness_contrast_and_saturation():
+    image = np.asarray(noise()).astype(int)
+    grey = np.asarray(noise("L")).astype(int)
+    for name, centre in (
+        ("brightness", 0),
+        ("contrast", round(grey.mean())),
+        ("saturation", grey[:, :, None]),
+    ):
+        for factor in (0.0, 0.5, 1.0, 1.7):
+            expected = (centre + factor * (image - centre)).clip(0, 255)
+            result = made(noise(), jitter=((name, factor),))
+            assert np.abs(result - expected).max() <= 1, (name, factor)
+
+
+def test_jitter_is_applied_in_its_order():
+    one = (("brightness", 1.8), ("contrast", 0.3))
+    assert not np.array_equal(made(noise(), jitter=one), made(noise(), jitter=one[::-1]))
+
+
+@pytest.mark.parametrize(
+    ("share", "colour"),
+    [(1 / 3, (0, 255, 0)), (-1 / 3, (0, 0, 255)), (0.5, (0, 255, 255)), (0, (255, 0, 0))],
+)
+def test_hue_turns_red_into_other_colours(share, colour):
+    red = Image.new("RGB", (32, 32), (255, 0, 0))
+    assert np.abs(made(red, jitter=(("hue", share),)) - colour).max() <= 6  # one of 256 hues
+
+
+def test_grey_views_keep_three_channels():
+    result = made(noise(), grayscale=True)
+    assert result.shape == (32, 32, 3) and (result == np.asarray(noise("L"))[:, :, None]).all()
+
+
+def test_blur_has_its_standard_deviation():
+    pixels = np.zeros((32, 32), dtype=np.uint8)
+    pixels[16] = 255
+    for sigma in (0.5, 1.0, 2.0):
+        profile = made(Image.fromarray(pixels), blur=sigma)[:, 16]
+        variance = (profile * (np.arange(32) - 16) ** 2).sum() / profile.sum()
+        assert math.sqrt(variance) == pytest.approx(sigma, rel=0.1)
+
+
+def test_rotation_is_pillows():
+    expected = noise("L").rotate(12, Image.Resampling.BILINEAR)
+    difference = np.abs(made(noise("L"), rotation=12) - np.asarray(expected))
+    assert np.percentile(difference, 99) <= 1  # but for rounding at the black border
+
+
+def test_shift_and_zoom():
+    image = np.asarray(noise("L"))
+    shifted = made(noise("L"), shift=(4 / 32, -2 / 32))
+    assert np.array_equal(shifted[:30, 4:], image[2:, :28])
+    assert not shifted[30:].any() and not shifted[:, :4].any()
+    large = made(noise("L"), zoom=2.0)
+    expected = noise("L").crop((8, 8, 24, 24)).resize((32, 32), Image.Resampling.BILINEAR)
+    assert np.abs(large - np.asarray(expected))[1:-1, 1:-1].max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"flip": 1.5}, "flip=1.5: expected a probability"),
+        ({"hue": 0.6}, "hue=0.6: expected 0 to 0.5"),
+        ({"brightness": -0.1}, "brightness=-0.1"),
+        ({"crop_scale": (0.5, 1.2)}, r"crop_scale=\(0.5, 1.2\)"),
+        ({"crop_aspect": (2, 1)}, "crop_aspect"),
+        ({"zoom": 1}, "zoom=1: expected 0 to 0.99"),
+    ],
+)
+def test_recipes_out_of_range_are_explained(arguments, message):
+    with pytest.raises(UserError, match=message):
+        ViewRecipe(**arguments)
+
+
+def test_other_mistakes_are_explained(root):
+    with pytest.raises(UserError, match='recipe="simlcr": use one of simclr, moco-v2'):
+        views(root, "simlcr")
+    with pytest.raises(UserError, match="size=0"):
+        views(root, size=0)
+    with pytest.raises(IndexError, match="sample -1"):
+        views(root)[-1]
