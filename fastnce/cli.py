@@ -18,7 +18,7 @@ INTERRUPTED = 130
 
 
 def train(args: list[str]) -> int:
-    """Train a model on two folders of images. Run the same command again to resume."""
+    """Train a model on folders of images. Run the same command again to resume."""
     tyro = _import_tyro()
     from fastnce.training import train as run_training
     from fastnce.training.build import check_options, known, layered_values
@@ -88,7 +88,7 @@ def translate(args: list[str]) -> int:
             run: Folder of a training run.
             input: Folder of images.
             out: Folder for the translated images; created.
-            checkpoint: "last", or the path of a checkpoint file.
+            checkpoint: "last", "best", or the path of a checkpoint file.
             weights: The running average of the generator's weights, or the weights themselves.
             device: auto, cpu, cuda or cuda:N.
             batch_size: Images translated at a time, where they have the same size.
@@ -104,49 +104,97 @@ def translate(args: list[str]) -> int:
     return 0
 
 
+def generate(args: list[str]) -> int:
+    """Generate images of chosen classes with a trained generator."""
+
+    def run_generate(
+        run: Path,
+        out: Path,
+        classes: tuple[str, ...] = (),
+        count: int = 16,
+        truncation: float | None = None,
+        interpolation: int = 0,
+        seed: int = 0,
+        checkpoint: str = "last",
+        weights: Literal["ema", "raw"] = "ema",
+        device: str = "auto",
+        batch_size: int = 64,
+    ) -> None:
+        """Images of each class in a folder of its own, and a grid with a row for each class.
+
+        Args:
+            run: Folder of a training run.
+            out: Folder for the images; created.
+            classes: Numbers or names of the classes; by default all.
+            count: Images of each class.
+            truncation: Cut the noise off at this value, such as 0.8: less variety, more fidelity.
+            interpolation: Also a picture with so many steps from one noise to another; 0 for none.
+            seed: Seed of the noise.
+            checkpoint: "last", "best", or the path of a checkpoint file.
+            weights: The running average of the generator's weights, or the weights themselves.
+            device: auto, cpu, cuda or cuda:N.
+            batch_size: Images generated at a time.
+        """
+        from fastnce.training import generate_folder, load_generator, resolve_device
+
+        target = resolve_device(device)
+        generator, config = load_generator(run, which=weights, checkpoint=checkpoint, device=target)
+        count = generate_folder(
+            generator,
+            config,
+            out,
+            classes=classes,
+            count=count,
+            truncation=truncation,
+            interpolation=interpolation,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        print(f"Generated {count} images into {out}")
+
+    # One class is a natural thing to ask for.
+    _tyro("generate", run_generate, ["--classes" if arg == "--class" else arg for arg in args])
+    return 0
+
+
 def evaluate(args: list[str]) -> int:
-    """Measure what a run's translations kept and how close they come to the target domain."""
+    """Measure how good a run's translations or samples are, beside baselines."""
 
     def run_evaluate(
         run: Path,
-        data: Path,
+        data: Path | None = None,
         without_nce: Path | None = None,
+        extractor: Path | None = None,
         checkpoint: str = "last",
         weights: Literal["ema", "raw"] = "ema",
         device: str = "auto",
     ) -> None:
-        """Content accuracy, FID and KID of the translated test images, beside their baselines.
+        """CUT: content accuracy, FID and KID of the translated test images. ContraGAN: FID, intra-class FID, IS, precision,
+        recall, density, coverage and class accuracy of samples.
 
         Writes metrics.json and metrics.md into the run's folder.
 
         Args:
             run: Folder of a training run.
-            data: The folder that `fastnce data digits-photos` wrote.
-            without_nce: Folder of the same training with --lambda-nce 0, for the table's last row.
-            checkpoint: "last", or the path of a checkpoint file.
+            data: Folder of the data; by default that of the training. For CUT a set of `fastnce data digits-photos`.
+            without_nce: CUT: folder of the same training with --lambda-nce 0, for the table's last row.
+            extractor: ContraGAN: TorchScript file whose features are compared; a digits set has its own.
+            checkpoint: "last", "best", or the path of a checkpoint file.
             weights: The running average of the generator's weights, or the weights themselves.
             device: auto, cpu, cuda or cuda:N.
         """
-        from fastnce.metrics import digits_to_translate, evaluate_digits, format_table, write_report
-        from fastnce.training import load_generator, resolve_device
-        from fastnce.training import translate as translate_images
+        from fastnce.training import evaluate_run
 
-        target = resolve_device(device)
-        images = digits_to_translate(data)
-
-        def translated(folder: Path):
-            generator, _ = load_generator(
-                folder, which=weights, checkpoint=checkpoint, device=target
-            )
-            return translate_images(generator, images)
-
-        result = evaluate_digits(
-            translated(run),
+        _, table = evaluate_run(
+            run,
             data,
-            without_nce=None if without_nce is None else translated(without_nce),
+            without_nce=without_nce,
+            extractor=extractor,
+            checkpoint=checkpoint,
+            weights=weights,
+            device=device,
         )
-        write_report(result, run)
-        print(format_table(result))
+        print(table)
 
     _tyro("evaluate", run_evaluate, args)
     return 0
@@ -249,6 +297,7 @@ def bench(args: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "translate": translate,
+    "generate": generate,
     "evaluate": evaluate,
     "data": data,
     "bench": bench,
@@ -300,7 +349,7 @@ def _help() -> str:
     lines = [
         "usage: fastnce COMMAND ...",
         "",
-        "Fused exact contrastive losses, and CUT on them.",
+        "Fused exact contrastive losses, and CUT and ContraGAN on them.",
         "",
     ]
     lines += [f"  {name:10} {function.__doc__}" for name, function in COMMANDS.items()]

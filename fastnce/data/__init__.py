@@ -1,4 +1,4 @@
-"""Sets of images, with and without labels, their transforms, and demo sets made from images that ship inside packages."""
+"""Sets of images, with and without labels, their transforms, and demo sets of images that ship inside packages."""
 
 from fastnce.data.demo import write_digits_photos, write_photos
 from fastnce.data.demo_labelled import write_digits, write_photo_crops

@@ -56,10 +56,10 @@ class _Version:
 
 
 def open_cifar(root: Path, split: str) -> ImageArrays | None:
-    """Reads the training or the test images of the CIFAR set in `root`, or in a folder of `root` that is named as in the archive.
+    """Reads the training or the test images of CIFAR-10 or CIFAR-100.
 
     Args:
-        root: The folder.
+        root: The folder with the files of one of the archives, or with the folder that it unpacks to.
         split: "train" or "test".
 
     Returns:
@@ -95,10 +95,9 @@ def open_cifar(root: Path, split: str) -> ImageArrays | None:
 
 def _checked_batch(path: Path, version: _Version, classes: int) -> tuple[np.ndarray, np.ndarray]:
     rows, labels = version.read_batch(path)
-    labels = np.asarray(labels)
     if rows.ndim != 2 or rows.shape[1] != PIXEL_BYTES or not len(rows):
         raise _damaged(path, f"pixels of shape {rows.shape}, expected (N, {PIXEL_BYTES})")
-    if labels.shape != rows.shape[:1] or labels.dtype.kind not in "iu":
+    if labels.shape != rows.shape[:1]:
         raise _damaged(path, f"{len(rows)} images, but labels of shape {labels.shape}")
     if labels.min() < 0 or labels.max() >= classes:
         raise _damaged(path, f"labels {labels.min()} to {labels.max()}, but {classes} classes")
@@ -119,15 +118,18 @@ def _binary_reader(label_bytes: int) -> Callable[[Path], tuple[np.ndarray, np.nd
 
 
 def _read_text_names(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").split()
+    return path.read_text(encoding="utf-8", errors="replace").split()
 
 
 def _pickle_reader(labels_key: str) -> Callable[[Path], tuple[np.ndarray, np.ndarray]]:
     def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
         content = load_pickled_bytes(path)
-        if not isinstance(content.get("data"), np.ndarray) or labels_key not in content:
-            raise _damaged(path, f'no pixels under "data", or no "{labels_key}"')
-        return content["data"], content[labels_key]
+        rows, labels = content.get("data"), content.get(labels_key)
+        if not isinstance(rows, np.ndarray):
+            raise _damaged(path, 'no pixels under "data"')
+        if not isinstance(labels, list) or not all(type(label) is int for label in labels):
+            raise _damaged(path, f'no whole numbers under "{labels_key}"')
+        return rows, np.array(labels)
 
     return read
 
@@ -137,7 +139,7 @@ def _pickled_names(key: str) -> Callable[[Path], list[str]]:
         names = load_pickled_bytes(path).get(key)
         if not isinstance(names, list) or not all(isinstance(x, str | bytes) for x in names):
             raise _damaged(path, f'no names under "{key}"')
-        return [x.decode() if isinstance(x, bytes) else x for x in names]
+        return [x.decode(errors="replace") if isinstance(x, bytes) else x for x in names]
 
     return read
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastnce.data.folders import list_images, read_image
+from fastnce.data.folders import contents, list_images, read_image
 from fastnce.errors import UserError
 
 ANNOTATIONS = "val_annotations.txt"
@@ -71,7 +71,7 @@ def _split_folder(root: Path, split: str) -> Path:
             return root / name
     raise UserError(
         f"{root}: holds no folder {' or '.join(names)}. Expected train/CLASS/ and test/CLASS/ (or valid, or val) "
-        f"with the images of each class, or CIFAR-10, CIFAR-100 or Tiny ImageNet as distributed; found {_inside(root)}."
+        f"with the images of each class, or CIFAR-10, CIFAR-100 or Tiny ImageNet as distributed; found {contents(root)}."
     )
 
 
@@ -80,7 +80,7 @@ def _class_folders(folder: Path) -> list[Path]:
     if not found:
         raise UserError(
             f"{folder}: holds no folder for a class. Expected one for each class, with its images; "
-            f"found {_inside(folder)}."
+            f"found {contents(folder)}."
         )
     return found
 
@@ -89,8 +89,9 @@ def _tiny_imagenet_val(folder: Path, names: tuple[str, ...]) -> ImageFiles:
     """Each line of the annotations: file name, class, and four numbers of a box, divided by tabs."""
     label_of = {name: label for label, name in enumerate(names)}
     annotations = folder / ANNOTATIONS
+    lines = annotations.read_text(encoding="utf-8", errors="replace").splitlines()
     paths, labels = [], []
-    for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         fields = line.split("\t")
         if len(fields) < 2:
             raise UserError(
@@ -111,8 +112,3 @@ def _unknown_class(where: object, name: str, root: Path) -> UserError:
         f"{where}: is of the class {name}, but {root / 'train'} holds no folder of this name. "
         "Add the class to train, or remove it here."
     )
-
-
-def _inside(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "nothing"

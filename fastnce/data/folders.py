@@ -79,12 +79,16 @@ def split_folder(root: Path | str, split: str, domain: str) -> Path:
     for name in names:
         if (root / name).is_dir():
             return root / name
-    inside = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith("."))
-    shown = ", ".join(inside[:6]) + (", ..." if len(inside) > 6 else "") if inside else "nothing"
     raise UserError(
-        f"{root}: holds no folder {' or '.join(names)}. Expected {LAYOUT}; found {shown}. "
+        f"{root}: holds no folder {' or '.join(names)}. Expected {LAYOUT}; found {contents(root)}. "
         "Name the folder that holds these, or rename yours."
     )
+
+
+def contents(folder: Path) -> str:
+    """The first names in a folder, for an error: "testB, trainA, trainB", or "nothing"."""
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "nothing"
 
 
 def image_size(path: Path | str) -> tuple[int, int]:

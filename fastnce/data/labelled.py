@@ -24,7 +24,7 @@ class LabelledImages(Dataset):
 
     Sample i, for any i >= 0, is a pure function of (seed, i) and the arguments, so samples can be read in any order, by
     any number of workers, and from the middle on. Every `len(self)` samples are an epoch: all images, in an order drawn
-    for that epoch. An image that is not square is cut to its central square, and scaled (bicubic) if it has another size.
+    for that epoch. An image that is not square is cut to its central square; one of another size is scaled (bicubic).
 
     `image` and `all_images` give the images in the order of the files, never flipped, for evaluation.
 

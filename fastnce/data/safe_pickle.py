@@ -1,7 +1,7 @@
 """Reading pickled arrays of bytes without giving the file anything to run.
 
-A pickle is a program: it names functions of any module and has them called. `load_pickled_bytes` lets it name the parts of
-NumPy that an array is pickled with, gives it stand-ins for these that only keep what they are handed, and refuses
+A pickle is a program: it names functions of any module and has them called. `load_pickled_bytes` lets it name the parts
+of NumPy that an array is pickled with, gives it stand-ins for these that only keep what they are handed, and refuses
 every other name.
 """
 

@@ -104,7 +104,7 @@ class View:
         zoom: scaling factor.
         shift: to the right and downwards, as shares of the side.
         flip: whether to mirror.
-        jitter: (what, by how much) in the order in which to apply them; the factor, but for the hue the share of the circle.
+        jitter: (what, by how much) in the order in which to apply them: a factor, or of the hue a share of the circle.
         grayscale: whether to lose all colour.
         blur: standard deviation in pixels, or 0.
     """
@@ -185,7 +185,7 @@ def draw_view(recipe: ViewRecipe, image_size: tuple[int, int], rng: np.random.Ge
 def _draw_box(
     recipe: ViewRecipe, width: int, height: int, rng: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """Area uniform and logarithm of the aspect uniform, as in torchvision's RandomResizedCrop, but not rounded to pixels."""
+    """Area and logarithm of the aspect uniform, as published, but not rounded to whole pixels: at 32 that is coarse."""
     for _ in range(_TRIES):
         area = rng.uniform(*recipe.crop_scale) * width * height
         aspect = math.exp(rng.uniform(*map(math.log, recipe.crop_aspect)))
@@ -227,7 +227,7 @@ def make_view(image: Image.Image, view: View, size: int) -> Image.Image:
 
 
 def _inverse(view: View, size: int) -> tuple[float, ...]:
-    """Where in the image each pixel of the view comes from: the map turned and scaled about the centre, then shifted, backwards."""
+    """Where each pixel comes from, as Pillow wants it: the inverse of turning and scaling about the centre, then shifting."""
     cos = math.cos(math.radians(view.rotation)) / view.zoom
     sin = math.sin(math.radians(view.rotation)) / view.zoom
     centre = size / 2

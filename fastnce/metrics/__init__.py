@@ -1,7 +1,39 @@
-"""How good translated images are: what they still show, and how close they come to the target."""
+"""How good translated and generated images are, and what a discriminator does over a training."""
 
-from fastnce.metrics.distribution import Distance, compare_images, distance, extract_features
+from fastnce.metrics.digit_classifier import (
+    DigitClassifier,
+    DigitRecipe,
+    load_digit_classifier,
+)
+from fastnce.metrics.discriminator import (
+    Authenticity,
+    authenticity_accuracy,
+    largest_singular_values,
+    overfitting_gap,
+)
+from fastnce.metrics.distribution import (
+    Distance,
+    compare_images,
+    distance,
+    extract_features,
+    frechet_distance,
+)
 from fastnce.metrics.evaluator import Evaluator, EvaluatorRecipe, load_evaluator, recipe_for
+from fastnce.metrics.extractors import ScriptedExtractor, generation_evaluator
+from fastnce.metrics.generation import (
+    class_accuracy,
+    inception_score,
+    intra_class_fid,
+    relabelled_accuracy,
+    spread_ratio,
+)
+from fastnce.metrics.generation_report import (
+    evaluate_generation,
+    evaluate_generators,
+    format_generation_table,
+    write_generation_report,
+)
+from fastnce.metrics.neighbours import PrecisionRecall, precision_recall_density_coverage
 from fastnce.metrics.report import (
     Row,
     compare_folders,
@@ -13,19 +45,40 @@ from fastnce.metrics.report import (
 )
 
 __all__ = [
+    "Authenticity",
+    "DigitClassifier",
+    "DigitRecipe",
     "Distance",
     "Evaluator",
     "EvaluatorRecipe",
+    "PrecisionRecall",
     "Row",
+    "ScriptedExtractor",
+    "authenticity_accuracy",
+    "class_accuracy",
     "compare_folders",
     "compare_images",
     "digits_to_translate",
     "distance",
     "evaluate",
     "evaluate_digits",
+    "evaluate_generation",
+    "evaluate_generators",
     "extract_features",
+    "format_generation_table",
     "format_table",
+    "frechet_distance",
+    "generation_evaluator",
+    "inception_score",
+    "intra_class_fid",
+    "largest_singular_values",
+    "load_digit_classifier",
     "load_evaluator",
+    "overfitting_gap",
+    "precision_recall_density_coverage",
     "recipe_for",
+    "relabelled_accuracy",
+    "spread_ratio",
+    "write_generation_report",
     "write_report",
 ]

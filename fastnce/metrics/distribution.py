@@ -176,9 +176,17 @@ def extractor_name(extractor: nn.Module) -> str:
 
 
 def as_saved(images: Tensor) -> Tensor:
-    """Quantised as `save_image` does, so that the numbers are those of the files; NaN is kept."""
-    saved = torch.from_numpy(SIGNED_UNIT)[to_uint8(images.nan_to_num()).long()]
-    return saved.masked_fill(images.detach().cpu().isnan(), math.nan)
+    """Images as they are after saving and loading, so that the numbers are those of the files.
+
+    Args:
+        images: Of any shape: float in [-1, 1], quantised as `save_image` does, or uint8 as read from files.
+
+    Returns:
+        float32 in [-1, 1] on the CPU; NaN where a value is not finite.
+    """
+    images = images.detach().cpu()
+    levels = images if images.dtype == torch.uint8 else to_uint8(images.nan_to_num())
+    return torch.from_numpy(SIGNED_UNIT)[levels.long()].masked_fill(~images.isfinite(), math.nan)
 
 
 class _Given(nn.Module):

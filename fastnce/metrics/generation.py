@@ -128,6 +128,49 @@ def intra_class_fid(
     return sum(distances.values()) / len(distances), distances
 
 
+def spread_ratio(features: Tensor, reference: Tensor) -> float:
+    """How varied generated images are against real ones: 0 when all are the same, 1 when as varied.
+
+    The ratio of the traces of the two covariances, which are half the mean squared distances
+    between two images of a set. Of the images of one class it falls when that class collapses,
+    which the ratio of all images hides.
+
+    Args:
+        features: (N, F), of generated images.
+        reference: (M, F), of real ones.
+
+    Returns:
+        The ratio; NaN if a feature is not finite.
+
+    Raises:
+        ValueError: If the shapes do not fit, a set has fewer than two images, or all real images
+            have the same features.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+        >>> spread_ratio(x / 2, x)
+        0.25
+    """
+    if (
+        features.ndim != 2
+        or features.shape[1:] != reference.shape[1:]
+        or min(len(features), len(reference)) < 2
+    ):
+        raise ValueError(
+            "spread_ratio: expected features (N, F) and (M, F) of at least two images each, "
+            f"got {tuple(features.shape)} and {tuple(reference.shape)}."
+        )
+    own, real = (x.double().var(0).sum().item() for x in (features, reference))
+    if not (math.isfinite(own) and math.isfinite(real)):
+        return math.nan
+    if real == 0:
+        raise ValueError(
+            "spread_ratio: reference: all images have the same features, and nothing can be "
+            "compared with that. Give other images or another extractor."
+        )
+    return own / real
+
+
 def _check_probabilities(function: str, probabilities: Tensor) -> None:
     fix = "Give (N, K) class probabilities, for instance logits.softmax(1)."
     if probabilities.ndim != 2 or 0 in probabilities.shape:

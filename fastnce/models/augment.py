@@ -61,9 +61,7 @@ def _translation(images: Tensor, border: str, generator: torch.Generator | None)
     return padded.permute(0, 2, 3, 1)[number, rows, columns].permute(0, 3, 1, 2)
 
 
-def _window(
-    images: Tensor, side: int, reach: int, generator: torch.Generator | None
-) -> Tensor:
+def _window(images: Tensor, side: int, reach: int, generator: torch.Generator | None) -> Tensor:
     """(N, side): positions of the image along one side of the padded image, after its move."""
     move = _integers(images, 0, 2 * reach, generator)
     return move + torch.arange(side, device=images.device)
@@ -85,18 +83,14 @@ def _outside(images: Tensor, side: int, generator: torch.Generator | None) -> Te
     return (position < start) | (position >= start + cut)
 
 
-def _uniform(
-    images: Tensor, low: float, high: float, generator: torch.Generator | None
-) -> Tensor:
+def _uniform(images: Tensor, low: float, high: float, generator: torch.Generator | None) -> Tensor:
     """(N, 1, 1, 1), one draw for each image."""
     shape, device = (len(images), 1, 1, 1), images.device
     draw = torch.rand(shape, dtype=images.dtype, device=device, generator=generator)
     return low + (high - low) * draw
 
 
-def _integers(
-    images: Tensor, low: int, high: int, generator: torch.Generator | None
-) -> Tensor:
+def _integers(images: Tensor, low: int, high: int, generator: torch.Generator | None) -> Tensor:
     """(N, 1), one draw from low to high, both included, for each image."""
     shape, device = (len(images), 1), images.device
     return torch.randint(low, high + 1, shape, device=device, generator=generator)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastnce
+from fastnce.models.gan import at_least_fp32
 
 
 def contrastive_2c(
@@ -77,7 +78,7 @@ def d2d_ce(
     Returns:
         The mean over the samples. Takes N x N memory.
     """
-    embeddings, proxies = F.normalize(embeddings.float()), F.normalize(proxies.float())
+    embeddings, proxies = (F.normalize(at_least_fp32(x)) for x in (embeddings, proxies))
     positive = F.relu((margin - (embeddings * proxies).sum(1)) / temperature)
     logits = (embeddings @ embeddings.T + margin - 1) / temperature
     itself = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
@@ -90,4 +91,4 @@ def d2d_ce(
 
 def auxiliary_classifier(class_logits: Tensor, labels: Tensor) -> Tensor:
     """ACGAN's cross-entropy of the classifier beside the discriminator. (N, K) and (N,) to a scalar."""
-    return F.cross_entropy(class_logits.float(), labels)
+    return F.cross_entropy(at_least_fp32(class_logits), labels)

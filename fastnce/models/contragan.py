@@ -18,7 +18,7 @@ from fastnce.errors import UserError
 from fastnce.models import options, regularisers
 from fastnce.models.augment import diff_augment, flip_and_translate
 from fastnce.models.class_losses import auxiliary_classifier, contrastive_2c, d2d_ce
-from fastnce.models.gan import GANMode, discriminator_losses, generator_loss
+from fastnce.models.gan import GANMode, at_least_fp32, discriminator_losses, generator_loss
 from fastnce.networks import (
     BigGANDiscriminator,
     BigGANGenerator,
@@ -60,6 +60,10 @@ class ContraGANConfig:
     """BigGAN generator: self-attention after this many blocks; 0: nowhere."""
     disc_attention: int = 1
     """BigGAN discriminator: self-attention after this many blocks; 0: nowhere."""
+    gen_spectral_norm: bool = False
+    """SNGAN generator: spectral norm on every layer; BigGAN's always has it, DCGAN's never."""
+    disc_norm: Literal["spectral", "batch", "none"] = "spectral"
+    """SNGAN and DCGAN discriminators: spectral norm, batch norm or none; BigGAN's always has spectral norm."""
     embed_dim: int = 512
     """Discriminator: length of the embeddings and proxies of 2C and D2DCE."""
     gan_mode: GANMode = "hinge"
@@ -119,6 +123,7 @@ class ContraGANConfig:
         options.in_unit_interval(self, "beta1", "beta2")
         options.one_of(self, "backbone", get_args(Backbone))
         options.one_of(self, "conditioning", get_args(Conditioning))
+        options.one_of(self, "disc_norm", ("spectral", "batch", "none"))
         options.one_of(self, "contrast_set", get_args(ContrastSet))
         options.one_of(self, "gan_mode", get_args(GANMode))
         options.one_of(self, "precision", ("fp32", "bf16"))
@@ -140,8 +145,9 @@ def build_generator(config: ContraGANConfig) -> nn.Module:
             attention_after=config.gen_attention,
             **channels,
         )
-    family = SNGANGenerator if config.backbone == "sngan" else DCGANGenerator
-    return family(*common, **channels)
+    if config.backbone == "sngan":
+        return SNGANGenerator(*common, spectral_norm=config.gen_spectral_norm, **channels)
+    return DCGANGenerator(*common, **channels)
 
 
 def build_discriminator(config: ContraGANConfig) -> nn.Module:
@@ -155,7 +161,7 @@ def build_discriminator(config: ContraGANConfig) -> nn.Module:
     if config.backbone == "biggan":
         return BigGANDiscriminator(*common, attention_after=config.disc_attention, **options)
     family = SNGANDiscriminator if config.backbone == "sngan" else DCGANDiscriminator
-    return family(*common, **options)
+    return family(*common, norm=config.disc_norm, **options)
 
 
 class ContraGAN(nn.Module):
@@ -264,7 +270,7 @@ class ContraGAN(nn.Module):
                 loss.backward()
                 losses.add(terms, share)
         self.optimizers["D"].step()
-        if config.contrast_set == "real":
+        if config.conditioning == "2C" and config.contrast_set == "real":
             self._last_real = ClassSample.of(real_output, parts[-1][1]).detach()
 
     def _discriminator_terms(
@@ -328,7 +334,7 @@ class ContraGAN(nn.Module):
                 if config.lambda_zcr_g > 0:
                     with self._autocast():
                         near = self.generator(self._near(part[0]), part[1])
-                    distance = F.mse_loss(fake.float(), near.float())
+                    distance = F.mse_loss(at_least_fp32(fake), at_least_fp32(near))
                     terms["G_zcr"] = -config.lambda_zcr_g * distance
                 share = len(part[0]) / len(z)
                 loss = share * sum(terms.values())
@@ -441,7 +447,8 @@ class ClassSample(NamedTuple):
 
     @classmethod
     def of(cls, output: DiscriminatorOutput, labels: Tensor) -> Self:
-        return cls(output.embedding, output.proxy, labels)
+        # Under autocast the embeddings come in half precision, the proxies as stored.
+        return cls(output.embedding.to(output.proxy.dtype), output.proxy, labels)
 
     def detach(self) -> Self:
         return type(self)(*(x.detach() for x in self))

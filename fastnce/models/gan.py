@@ -17,7 +17,7 @@ def discriminator_losses(real: Tensor, fake: Tensor, mode: GANMode) -> tuple[Ten
     lsgan: (real - 1)^2, fake^2. vanilla and nonsaturating (binary cross-entropy): softplus(-real), softplus(fake).
     hinge: relu(1 - real), relu(1 + fake). Half-precision logits are raised to fp32.
     """
-    real, fake = _at_least_fp32(real), _at_least_fp32(fake)
+    real, fake = at_least_fp32(real), at_least_fp32(fake)
     if mode == "lsgan":
         return (real - 1).square().mean(), fake.square().mean()
     if mode == "hinge":
@@ -27,7 +27,7 @@ def discriminator_losses(real: Tensor, fake: Tensor, mode: GANMode) -> tuple[Ten
 
 def generator_loss(fake: Tensor, mode: GANMode) -> Tensor:
     """The generator's adversarial loss: (fake - 1)^2, softplus(-fake), or -fake for hinge, the mean over all logits."""
-    fake = _at_least_fp32(fake)
+    fake = at_least_fp32(fake)
     if mode == "lsgan":
         return (fake - 1).square().mean()
     if mode == "hinge":
@@ -35,5 +35,6 @@ def generator_loss(fake: Tensor, mode: GANMode) -> Tensor:
     return F.softplus(-fake).mean()
 
 
-def _at_least_fp32(logits: Tensor) -> Tensor:
+def at_least_fp32(logits: Tensor) -> Tensor:
+    """Half-precision values as fp32, others as they are."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnce.models.gan import at_least_fp32
 from fastnce.networks import DiscriminatorOutput
 
 
@@ -14,12 +15,13 @@ def consistency(one: DiscriminatorOutput, other: DiscriminatorOutput) -> Tensor:
 
     Source: CR (Zhang et al. 2020, https://arxiv.org/abs/1910.12027) and ICR (Zhao et al. 2021, https://arxiv.org/abs/2002.04724).
     """
-    total = F.mse_loss(one.adversarial.float(), other.adversarial.float())
+    total = F.mse_loss(*(at_least_fp32(output.adversarial) for output in (one, other)))
     if one.embedding is not None:
-        units = (F.normalize(output.embedding.float()) for output in (one, other))
+        units = (F.normalize(at_least_fp32(output.embedding)) for output in (one, other))
         total = total + F.mse_loss(*units)
     if one.class_logits is not None:
-        total = total + F.mse_loss(one.class_logits.float(), other.class_logits.float())
+        logits = (at_least_fp32(output.class_logits) for output in (one, other))
+        total = total + F.mse_loss(*logits)
     return total
 
 
@@ -33,5 +35,5 @@ def r1(logits: Tensor, images: Tensor) -> Tensor:
     Returns:
         A scalar that has a gradient with respect to D's weights.
     """
-    (gradient,) = torch.autograd.grad(logits.float().sum(), images, create_graph=True)
-    return gradient.float().square().flatten(1).sum(1).mean()
+    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    return at_least_fp32(gradient).square().flatten(1).sum(1).mean()

@@ -31,7 +31,7 @@ class BigGANGenerator(ResidualGenerator):
     layers as in Kang and Park, "ContraGAN", NeurIPS 2020.
 
     Args:
-        image_size: 16, 32, 64 or 128; 16 is ours, with one block less than 32.
+        image_size: 16, 32, 64 or 128; 16 is ours.
         latent_dim: length of z, a multiple of the number of chunks: 3, 4, 5 or 6 for the image sizes above.
         num_classes: number of classes.
         base_channels: unit of the widths; 96 and 80 as published.

@@ -142,8 +142,7 @@ class SelfAttention(nn.Module):
         key = _positions(F.max_pool2d(self.conv1x1_phi(x), 2))  # (N, HW / 4, C / 8)
         value = _positions(F.max_pool2d(self.conv1x1_g(x), 2))  # (N, HW / 4, C / 2)
         weights = torch.softmax(query @ key.transpose(1, 2), dim=-1)  # (N, HW, HW / 4)
-        attended = (weights.to(value.dtype) @ value).transpose(1, 2)
-        attended = attended.unflatten(2, x.shape[2:])
+        attended = (weights @ value).transpose(1, 2).unflatten(2, x.shape[2:])
         return x + self.sigma * self.conv1x1_attn(attended)
 
 

@@ -159,7 +159,7 @@ def widths_for(
 def check_labels(name: str, labels: Tensor, count: int, num_classes: int) -> None:
     """Raises `ValueError` unless `labels` are `count` class indices; their values are read on the CPU only.
 
-    On a GPU reading them would wait for it; there the embedding's own device assertion stops the run.
+    On a GPU reading them would wait for it; there the device's own assertion stops the run, where the labels index anything.
     """
     if labels.shape != (count,) or labels.dtype != torch.int64:
         raise ValueError(

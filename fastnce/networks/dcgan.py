@@ -86,8 +86,8 @@ class DCGANDiscriminator(ConditionalDiscriminator):
     For each width a conv3, and but for the last a 4x4 convolution of stride 2, all with leaky ReLU 0.1; then the sum over
     all positions, and the heads.
 
-    Source: as `DCGANGenerator`, but for the sum: Table 3 ends in a linear layer over all positions, and the class heads need
-    features that belong to the whole image. The heads: `ConditionalDiscriminator`.
+    Source: as `DCGANGenerator`, but for the sum, which gives all families the same kind of features: Table 3 ends in a linear
+    layer over all positions. The heads: `ConditionalDiscriminator`.
 
     Args:
         image_size: 16, 32, 64 or 128.

@@ -23,16 +23,16 @@ from fastnce.networks.conditional import (
     widths_for,
 )
 
-# Channels, in units of base_channels, by image size. The rows of 32, 64 and 128 are the published ones; that of 16 is the
-# row of 32 with one block less. Generator: before and after each block. Discriminator: after each block.
+# Channels, in units of base_channels, by image size. The rows of 32, 64 and 128 are the published ones; that of 16 is ours,
+# narrow where the map is large, as those of 64 and 128 are. Generator: before and after each block. Discriminator: after each block.
 GENERATOR_WIDTHS = {
-    16: (4, 4, 4),
+    16: (4, 2, 1),
     32: (4, 4, 4, 4),
     64: (16, 8, 4, 2, 1),
     128: (16, 16, 8, 4, 2, 1),
 }
 DISCRIMINATOR_WIDTHS = {
-    16: (2, 2, 2),
+    16: (1, 2, 4),
     32: (2, 2, 2, 2),
     64: (1, 2, 4, 8, 16),
     128: (1, 2, 4, 8, 16, 16),

@@ -18,9 +18,10 @@ class SNGANGenerator(ResidualGenerator):
     BigGAN's blocks and widths without its chunks, embedding and attention: the first layer takes the whole of z, the blocks'
     norms are conditioned on the one-hot label.
 
-    Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018, Tables 4 (32 pixels) and
-    5 (128), with base_channels=64 and latent_dim=128. The tables have no row for 64: it is that of 128 with one of the two
-    widest blocks less; 16 is ours.
+    Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018: the tables of its
+    residual networks for CIFAR-10 (32 pixels) and ImageNet (128), which have base_channels=64 and latent_dim=128. 64 pixels
+    are those of 128 with one of the two widest blocks less, 16 those of 32 with one block less. The label enters as in Miyato
+    and Koyama, "cGANs with Projection Discriminator", ICLR 2018.
 
     Args:
         image_size: 16, 32, 64 or 128.

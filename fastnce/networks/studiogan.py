@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _codecs
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ _NUMPY_SCALAR_PARTS = [
     (_SCALAR, "numpy._core.multiarray.scalar"),
     np.dtype,
     type(np.dtype(np.float64)),
-    _codecs.encode,
 ]
 _PREFIX = "module."
 

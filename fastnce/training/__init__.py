@@ -1,16 +1,21 @@
 """Training: configurations, the loop, checkpoints, and trained generators."""
 
 from fastnce.training.build import build_config
-from fastnce.training.config import CUTTrainConfig, TrainConfig
+from fastnce.training.config import ContraGANTrainConfig, CUTTrainConfig, TrainConfig
+from fastnce.training.evaluation import evaluate_run
+from fastnce.training.generate import generate_folder
 from fastnce.training.loop import Interrupted, train
 from fastnce.training.runtime import resolve_device
 from fastnce.training.translate import load_config, load_generator, translate, translate_folder
 
 __all__ = [
     "CUTTrainConfig",
+    "ContraGANTrainConfig",
     "Interrupted",
     "TrainConfig",
     "build_config",
+    "evaluate_run",
+    "generate_folder",
     "load_config",
     "load_generator",
     "resolve_device",

@@ -20,6 +20,7 @@ FREE_FIELDS = frozenset(
         "sample_every",
         "sample_count",
         "measure_every",
+        "measure_count",
         "checkpoint_every",
         "extractor",
     }
@@ -151,12 +152,15 @@ class ContraGANTrainConfig(ContraGANConfig, TrainConfig):
     """First step of the average, which copies the weights until then; None: it starts at once, corrected for its start."""
     sample_count: int = 10
     """Images of each class in a sample grid."""
+    measure_count: int = 10_000
+    """Real test images, and as many samples, in a measurement; all if there are fewer."""
     extractor: Path | None = None
     """TorchScript file whose features measure the samples (FID and others); the digits set has its own."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
         ContraGANConfig.__post_init__(self)
+        options.at_least(self, 2, "measure_count")
 
     @property
     def samples_per_step(self) -> int:

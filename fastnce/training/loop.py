@@ -18,8 +18,8 @@ from fastnce import viz
 from fastnce.data.files import write_json
 from fastnce.errors import UserError
 from fastnce.training import runtime
-from fastnce.training.checkpoint import load_checkpoint, save_checkpoint
 from fastnce.training.build import from_dict
+from fastnce.training.checkpoint import load_checkpoint, save_checkpoint
 from fastnce.training.config import SCHEDULE_FIELDS, TrainConfig, differing_fields, to_dict
 from fastnce.training.ema import WeightAverage
 from fastnce.training.log import MetricLog, append_line, drop_lines_after, read_metrics
@@ -157,7 +157,11 @@ class _Run:
         self.average.load_state_dict(state["average"])
         self.metrics.load_state_dict(state["metrics"], self.device)
         self.drop_lines_after(state["step"])
-        self.step, self.seconds, self.best = state["step"], state["seconds"], state.get("best", math.inf)
+        self.step, self.seconds, self.best = (
+            state["step"],
+            state["seconds"],
+            state.get("best", math.inf),
+        )
         runtime.set_rng_state(state["rng"])
 
     def save(self, name: str = "last") -> None:

@@ -16,7 +16,7 @@ VERSIONS = ("cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "
 
 
 def python2_pickle(entries: dict) -> bytes:
-    """A dictionary with bytes for text and arrays of uint8, as Python 2 pickled it with protocol 2: so are CIFAR's files."""
+    """A dictionary with bytes for text and arrays of uint8, pickled as Python 2 did, and as CIFAR's files are."""
 
     def text(value: bytes) -> bytes:
         return b"T" + struct.pack("<i", len(value)) + value
@@ -208,7 +208,7 @@ ROWS = np.zeros((2, 3072), np.uint8)
         (0, lambda folder: (folder / "batches.meta").unlink(), r"batches\.meta is missing"),
         (0, rewrite({b"data": ROWS, b"labels": [0, 10]}), "labels 0 to 10, but 10 classes"),
         (0, rewrite({b"data": ROWS, b"labels": [0]}), "2 images, but labels of shape"),
-        (0, rewrite({b"data": ROWS, b"labels": [b"a", b"b"]}), "labels of shape"),
+        (0, rewrite({b"data": ROWS, b"labels": [b"a", b"b"]}), "no whole numbers"),
         (0, rewrite({b"data": ROWS[:, :5], b"labels": [0, 1]}), r"shape \(2, 5\)"),
         (0, rewrite({b"data": ROWS[:0], b"labels": []}), r"shape \(0, 3072\)"),
         (0, rewrite({b"data": ROWS}), "labels"),

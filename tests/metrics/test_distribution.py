@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastnce.metrics import compare_images, distance, extract_features
+from fastnce.metrics import compare_images, distance, extract_features, frechet_distance
 
 
 def with_moments(mean: torch.Tensor, covariance: torch.Tensor, count: int) -> torch.Tensor:
@@ -41,6 +41,26 @@ def test_fid_of_gaussians_whose_covariances_do_not_commute():
     assert distance(with_moments(zero, c1, 40), with_moments(zero, c2, 40)).fid == pytest.approx(
         expected, rel=1e-9
     )
+
+
+def test_fid_is_that_of_torchmetrics(generator):
+    from torchmetrics.image.fid import _compute_fid
+
+    x = torch.randn(80, 12, generator=generator, dtype=torch.float64)
+    y = torch.rand(60, 12, generator=generator, dtype=torch.float64) * torch.arange(12)
+    expected = _compute_fid(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
+    assert frechet_distance(x, y) == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_fid_of_fewer_images_than_features_is_exact(generator):
+    # Covariances of rank 4 in 30 dimensions: C and s^2 C commute.
+    x = torch.randn(5, 30, generator=generator, dtype=torch.float64)
+    trace = x.var(0).sum().item()
+    moved = (x - x.mean(0)) * 3 + x.mean(0) + 2
+    assert frechet_distance(moved, x) == pytest.approx(30 * 2**2 + (3 - 1) ** 2 * trace, rel=1e-12)
+    # Equal features have a covariance of 0, and only its trace on the other side is left.
+    same = x.mean(0).expand(3, 30)
+    assert frechet_distance(same, x) == pytest.approx(trace, rel=1e-12)
 
 
 def test_equal_sets_have_no_fid_and_it_is_symmetric():

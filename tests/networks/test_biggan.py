@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastnce.networks import BigGANDiscriminator, BigGANGenerator
@@ -91,6 +92,21 @@ def test_chunks_of_z():
         condition = torch.cat([g.shared.weight[labels], z[:, 20 * index : 20 * index + 20]], dim=1)
         assert torch.equal(seen[index], condition)
     assert len(seen) == 4
+
+
+def test_ends_of_the_generator():
+    g = BigGANGenerator(16, 30, 4, 8)
+    nn.init.normal_(g.bn4.bias)
+    first, last = [], []
+    g.blocks[0][0].register_forward_pre_hook(lambda _module, args: first.append(args[0]))
+    g.blocks[-1][0].register_forward_hook(lambda _module, _args, output: last.append(output))
+    z, labels = torch.randn(3, 30), torch.tensor([0, 1, 3])
+    images = g(z, labels)
+    mapped = F.linear(z[:, :10], g.linear0.weight, g.linear0.bias)
+    torch.testing.assert_close(first[0], mapped.reshape(3, 32, 4, 4))
+    h = F.relu(F.batch_norm(last[0], None, None, g.bn4.weight, g.bn4.bias, True, eps=1e-4))
+    expected = F.conv2d(h, g.conv2d5.weight, g.conv2d5.bias, padding=1).tanh()
+    torch.testing.assert_close(images, expected)
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])

@@ -1,0 +1,105 @@
+"""What judges generated images: a digits set's own classifier, or a TorchScript file of the user's."""
+
+import hashlib
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastnce.data.folders import to_uint8
+from fastnce.data.recipe import LABELS_FILE, read_labels
+from fastnce.errors import UserError
+from fastnce.metrics.digit_classifier import load_digit_classifier
+
+
+class ScriptedExtractor(nn.Module):
+    """A feature extractor from a TorchScript file, for images of any kind.
+
+    The module takes (N, 3, H, W) uint8, resizes by itself if it has to, and returns features (N, F).
+    One whose `forward` has the argument `return_features`, as the widely used Inception-v3 file of
+    2015-12-05 has (2048 features), is called with `return_features=True` for its features, and with
+    `no_output_bias=True` for the class probabilities of the Inception score.
+
+    Args:
+        path: The file, as `torch.jit.save` wrote it. Use only files whose origin you trust.
+        device: Where it runs.
+
+    Raises:
+        UserError: If there is no such file, or it is no TorchScript module.
+    """
+
+    reads_labels = False  # its classes are not those of the data
+
+    def __init__(self, path: Path | str, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"extractor {path}: no such file. Give a TorchScript file.")
+        try:
+            with warnings.catch_warnings():
+                # torch.export is to replace TorchScript, but the published extractors are such files.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self.module = torch.jit.load(str(path), map_location=device).eval()
+        except Exception as error:  # RuntimeError mostly, and whatever a damaged archive raises
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"extractor {path}: not a TorchScript module ({reason}). "
+                "Give a file that torch.jit.save wrote, not a state dict or a pickle."
+            ) from error
+        arguments = {argument.name for argument in self.module.forward.schema.arguments}
+        self._has_features_argument = "return_features" in arguments
+        self._has_probabilities = "no_output_bias" in arguments
+        self.device = torch.device(device)
+        with path.open("rb") as file:
+            self.name = f"{path.name}-{hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 1 or 3, H, W) float in [-1, 1], quantised to 8 bits, to features (N, F)."""
+        arguments = {"return_features": True} if self._has_features_argument else {}
+        return self.module(self._bytes(images), **arguments)
+
+    def class_probabilities(self, images: Tensor) -> Tensor | None:
+        """(N, K) probabilities of the extractor's own classes; None if it has none."""
+        if not self._has_probabilities:
+            return None
+        return self.module(self._bytes(images), no_output_bias=True)
+
+    def _bytes(self, images: Tensor) -> Tensor:
+        return to_uint8(images).expand(-1, 3, -1, -1).to(self.device)
+
+
+def generation_evaluator(
+    data_root: Path | str,
+    extractor: Path | str | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    cache: Path | str | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """What judges images generated after a data set.
+
+    Args:
+        data_root: Folder of the set.
+        extractor: A TorchScript file, see `ScriptedExtractor`; by default a digits set's classifier.
+        device: Where a scripted extractor runs.
+        cache: Folder of the classifier's cache; see `load_digit_classifier`.
+        progress: Shows a bar if the classifier has to be trained first.
+
+    Raises:
+        UserError: If there is no extractor and the set is not a digits set, or the file is no
+            TorchScript module.
+    """
+    if extractor is not None:
+        return ScriptedExtractor(extractor, device)
+    if not Path(data_root).is_dir():
+        raise UserError(f"{data_root}: no such folder. Expected the folder of a data set.")
+    has_recipe = Path(data_root, LABELS_FILE).is_file()
+    kind = read_labels(data_root)["recipe"].get("kind") if has_recipe else None
+    if kind != "digits":
+        raise UserError(
+            f"{data_root}: the built-in judge of generated images reads sets of "
+            "`fastnce data digits` only. For other images give --extractor FILE, a TorchScript "
+            "module from (N, 3, H, W) uint8 to features, such as the Inception-v3 of 2015-12-05."
+        )
+    return load_digit_classifier(data_root, cache=cache, progress=progress)

@@ -1,0 +1,130 @@
+"""Images of chosen classes from a trained conditional generator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastnce import viz
+from fastnce.data import LabelledImages, save_image
+from fastnce.errors import UserError
+from fastnce.training.config import ContraGANTrainConfig, TrainConfig
+from fastnce.training.generation import sample_images
+
+# A grid shows so many images of a class at most; the folders hold all.
+_GRID_COLUMNS = 12
+
+
+def latent(
+    count: int, dim: int, *, truncation: float | None = None, generator: torch.Generator
+) -> Tensor:
+    """Noise (count, dim): normal, or normal cut off at +-truncation, which trades variety for fidelity (BigGAN)."""
+    z = torch.empty(count, dim)
+    if truncation is None:
+        return z.normal_(generator=generator)
+    return nn.init.trunc_normal_(z, a=-truncation, b=truncation, generator=generator)
+
+
+def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """`steps` points (steps, D) on the line from z `start` to z `end`, (D,) each, both included."""
+    return torch.lerp(start, end, torch.linspace(0, 1, steps)[:, None])
+
+
+def generate_folder(
+    generator: nn.Module,
+    config: TrainConfig,
+    out: Path,
+    *,
+    classes: Sequence[str] = (),
+    count: int = 16,
+    truncation: float | None = None,
+    interpolation: int = 0,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> int:
+    """Writes `out/CLASS/NNNN.png` for each class, `out/grid.png`, and `out/interpolation.png` if asked for.
+
+    All classes share their noise, so that a column of the grid shows what the class changes.
+
+    Args:
+        generator: as `load_generator` gives it.
+        config: the configuration of its run.
+        out: folder; created.
+        classes: numbers or names of classes; by default all. Names need the data set of the training.
+        count: images of each class.
+        truncation: cuts the noise off at this value; None: not at all.
+        interpolation: columns of the interpolation picture, each row of which goes from one z to another; 0: none.
+        seed: of the noise.
+        batch_size: images at a time.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        UserError: a run of another system, or a value out of range.
+    """
+    if not isinstance(config, ContraGANTrainConfig):
+        raise UserError(
+            f"a run of {config.system} does not generate images from classes. Use fastnce translate, or name another run."
+        )
+    for name, value, minimum in (("count", count, 1), ("batch_size", batch_size, 1)):
+        if value < minimum:
+            raise UserError(f"{name}={value} is too small. Use {name} >= {minimum}.")
+    if truncation is not None and not truncation > 0:
+        raise UserError(f"truncation={truncation} must be positive. Use about 0.5 to 2.")
+    if interpolation < 0 or interpolation == 1:
+        raise UserError(f"interpolation={interpolation} must be 0 for none, or at least 2 columns.")
+    chosen = _labels(classes, config)
+    random = torch.Generator().manual_seed(seed)
+    z = latent(count, config.latent_dim, truncation=truncation, generator=random)
+    ends = latent(2, config.latent_dim, truncation=truncation, generator=random)
+
+    rows, between = {}, {}
+    for label, name in tqdm(chosen.items(), desc="generate", unit="class", disable=None):
+        images = sample_images(generator, z, torch.full((count,), label), batch_size)
+        for number, image in enumerate(images):
+            save_image(image, Path(out) / name / f"{number:04d}.png")
+        rows[name] = list(images[:_GRID_COLUMNS])
+        if interpolation:
+            line = interpolate(*ends, interpolation)
+            between[name] = list(
+                sample_images(generator, line, torch.full((interpolation,), label))
+            )
+    viz.save_sample_grid(rows, Path(out) / "grid.png")
+    if interpolation:
+        viz.save_sample_grid(between, Path(out) / "interpolation.png")
+    return count * len(chosen)
+
+
+def _labels(classes: Sequence[str], config: ContraGANTrainConfig) -> dict[int, str]:
+    """Label -> name of the chosen classes."""
+    names = _class_names(config)
+    if not classes:
+        return dict(enumerate(names))
+    chosen = {}
+    for text in classes:
+        if text in names:
+            label = names.index(text)
+        elif text.isdecimal() and int(text) < config.num_classes:
+            label = int(text)
+        else:
+            raise UserError(
+                f"class={text} is unknown. Use a number from 0 to {config.num_classes - 1}, or a name such as {names[0]}."
+            )
+        chosen[label] = names[label]
+    return chosen
+
+
+def _class_names(config: ContraGANTrainConfig) -> list[str]:
+    """Those of the data set; numbers if it is no longer there."""
+    try:
+        dataset = LabelledImages(
+            config.data, image_size=config.image_size, channels=config.image_channels
+        )
+    except UserError:
+        return [str(label) for label in range(config.num_classes)]
+    return list(dataset.class_names)

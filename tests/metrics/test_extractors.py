@@ -1,0 +1,95 @@
+"""Extractors from TorchScript files, and which judge a data set gets."""
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastnce.data import write_digits, write_photos
+from fastnce.errors import UserError
+from fastnce.metrics import DigitClassifier, ScriptedExtractor, generation_evaluator
+
+
+class Colours(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        assert images.dtype == torch.uint8
+        return images.float().mean((2, 3))
+
+
+class LikeInception(nn.Module):
+    """Called as the file of 2015-12-05 is."""
+
+    def forward(
+        self, img: Tensor, return_features: bool = False, no_output_bias: bool = False
+    ) -> Tensor:
+        features = img.float().mean((2, 3))
+        if return_features:
+            return features
+        return (features + (0.0 if no_output_bias else 100.0)).softmax(1)
+
+
+def script(module: nn.Module, path) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(module).save(str(path))
+    return str(path)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    levels = torch.tensor([[0, 128, 255], [255, 1, 2]])[:, :, None, None].expand(2, 3, 4, 4)
+    return levels / 127.5 - 1
+
+
+def test_the_module_sees_the_bytes_of_the_images(images, tmp_path):
+    extractor = ScriptedExtractor(script(Colours(), tmp_path / "colours.pt"))
+    assert extractor(images).tolist() == [[0, 128, 255], [255, 1, 2]]
+    assert extractor(images[:, :1]).tolist() == [[0, 0, 0], [255, 255, 255]]  # greyscale
+    assert extractor.class_probabilities(images) is None
+    assert not extractor.reads_labels
+
+
+def test_the_name_tells_the_file_and_its_content(tmp_path):
+    one = ScriptedExtractor(script(Colours(), tmp_path / "net.pt"))
+    script(LikeInception(), tmp_path / "net.pt")
+    other = ScriptedExtractor(tmp_path / "net.pt")
+    assert one.name.startswith("net.pt-") and len(one.name) == len("net.pt-") + 12
+    assert other.name.startswith("net.pt-") and other.name != one.name
+
+
+def test_a_module_with_the_arguments_of_inception(images, tmp_path):
+    extractor = ScriptedExtractor(script(LikeInception(), tmp_path / "inception.pt"))
+    features = extractor(images)
+    assert features.tolist() == [[0, 128, 255], [255, 1, 2]]
+    assert torch.equal(extractor.class_probabilities(images), features.softmax(1))
+
+
+def test_files_that_are_no_module_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"none\.pt: no such file"):
+        ScriptedExtractor(tmp_path / "none.pt")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "state.pt")
+    (tmp_path / "text.pt").write_text("not a network")
+    for name in ("state.pt", "text.pt"):
+        with pytest.raises(UserError, match=rf"{name}: not a TorchScript module.*torch\.jit\.save"):
+            ScriptedExtractor(tmp_path / name)
+
+
+def test_a_digits_set_brings_its_judge_and_others_need_one(tmp_path, monkeypatch):
+    digits = write_digits(tmp_path / "digits", 16)
+    judge = DigitClassifier()
+    monkeypatch.setattr(
+        "fastnce.metrics.extractors.load_digit_classifier", lambda root, **settings: judge
+    )
+    assert generation_evaluator(digits) is judge
+    file = script(Colours(), tmp_path / "colours.pt")
+    assert generation_evaluator(digits, file).name.startswith("colours.pt")
+
+    photos = write_photos(tmp_path / "photos", 16, train_count=1, test_count=1)
+    (tmp_path / "own").mkdir()
+    for root in (photos, tmp_path / "own"):
+        with pytest.raises(UserError, match="--extractor FILE, a TorchScript"):
+            generation_evaluator(root)
+        assert generation_evaluator(root, file).name.startswith("colours.pt")
+    with pytest.raises(UserError, match="no such folder"):
+        generation_evaluator(tmp_path / "nowhere")

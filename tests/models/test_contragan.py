@@ -1,0 +1,338 @@
+"""ContraGAN's training step: against a plain transcription, in parts, its variants, and mistakes."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastnce
+from fastnce.errors import UserError
+from fastnce.models import ContraGAN, ContraGANConfig
+from fastnce.models.contragan import ClassSample, one_power_iteration, statistics_untracked
+
+TINY = {
+    "backbone": "biggan",
+    "num_classes": 4,
+    "image_size": 16,
+    "image_channels": 1,
+    "latent_dim": 6,
+    "gen_channels": 4,
+    "disc_channels": 4,
+    "shared_dim": 4,
+    "gen_attention": 0,
+    "disc_attention": 0,
+    "embed_dim": 8,
+    "d_steps": 2,
+}
+BATCH = 6
+
+
+def model(**changes) -> ContraGAN:
+    torch.manual_seed(0)
+    return ContraGAN(ContraGANConfig(**(TINY | changes)))
+
+
+def batch(config: ContraGANConfig) -> dict:
+    random = torch.Generator().manual_seed(1)
+    count = BATCH * config.d_steps
+    images = torch.rand(count, 1, 16, 16, generator=random) * 2 - 1
+    return {"image": images, "label": torch.randint(4, (count,), generator=random)}
+
+
+def draws(config: ContraGANConfig) -> list:
+    random = torch.Generator().manual_seed(2)
+    return [
+        (
+            torch.randn(BATCH, config.latent_dim, generator=random),
+            torch.randint(4, (BATCH,), generator=random),
+        )
+        for _ in range(config.d_steps + 1)
+    ]
+
+
+def published_2c(embeddings, proxies, labels, temperature):
+    """The published loss, with its (N, N, D) array."""
+    similarity = F.cosine_similarity(embeddings[:, None], embeddings[None], dim=-1)
+    to_proxy = torch.exp(F.cosine_similarity(embeddings, proxies, dim=-1) / temperature)
+    others = torch.exp(similarity / temperature) * (1 - torch.eye(len(labels)).to(similarity))
+    same = (labels[:, None] == labels).to(similarity)
+    numerator = to_proxy + (others * same).sum(1)
+    return -torch.log(numerator / (to_proxy + others.sum(1))).mean()
+
+
+def published_step(networks, images, labels, noise, config, optimizers):
+    """The published step of ContraGAN (hinge), ACGAN or projection, in plain PyTorch. Returns the losses."""
+    generator, discriminator = networks
+
+    def class_loss(output, y):
+        if config.conditioning == "2C":
+            return published_2c(output.embedding, output.proxy, y, config.temperature)
+        if config.conditioning == "AC":
+            return F.cross_entropy(output.class_logits, y)
+        return torch.zeros(())
+
+    norms = [m for m in generator.modules() if isinstance(m, nn.BatchNorm2d)]
+    sums = dict.fromkeys(("D_real", "D_fake", "D_class"), 0.0)
+    for step in range(config.d_steps):
+        part = slice(step * BATCH, (step + 1) * BATCH)
+        x, y = images[part], labels[part]
+        z, c = noise[step]
+        for norm in norms:
+            norm.track_running_stats = False
+        with torch.no_grad():
+            fake = generator(z, c)
+        for norm in norms:
+            norm.track_running_stats = True
+        on_real = discriminator(x, y)
+        on_fake = discriminator(fake, c)
+        real_loss = F.relu(1 - on_real.adversarial).mean()
+        fake_loss = F.relu(1 + on_fake.adversarial).mean()
+        cond = config.lambda_cond * class_loss(on_real, y)
+        optimizers["D"].zero_grad()
+        (real_loss + fake_loss + cond).backward()
+        optimizers["D"].step()
+        for name, value in zip(sums, (real_loss, fake_loss, cond), strict=True):
+            sums[name] += value.item() / config.d_steps
+    d_grads = [p.grad.clone() for p in discriminator.parameters()]
+    z, c = noise[-1]
+    output = discriminator(generator(z, c), c)
+    adversarial = -output.adversarial.mean()
+    cond = config.lambda_cond * class_loss(output, c)
+    optimizers["G"].zero_grad()
+    (adversarial + cond).backward()
+    optimizers["G"].step()
+    return sums | {"G_GAN": adversarial.item(), "G_class": cond.item()}, d_grads
+
+
+@pytest.mark.parametrize("backbone", ["biggan", "sngan", "dcgan"])
+@pytest.mark.parametrize("conditioning", ["2C", "AC", "PD"])
+@pytest.mark.parametrize(
+    ("dtype", "rtol", "steps"), [(torch.float32, 1e-4, 1), (torch.float64, 1e-9, 3)]
+)
+def test_step_against_the_published_one(conditioning, backbone, dtype, rtol, steps):
+    """Over several steps only in fp64: Adam turns the rounding errors of gradients that are 0 into whole updates."""
+    ours = model(conditioning=conditioning, backbone=backbone, lambda_cond=0.7).to(dtype)
+    config = ours.config
+    networks = copy.deepcopy((ours.generator, ours.discriminator))
+    optimizers = {
+        name: torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999), eps=1e-6)
+        for name, network in zip("GD", networks, strict=True)
+    }
+    for _ in range(steps):
+        data, noise = batch(config), [(z.to(dtype), c) for z, c in draws(config)]
+        data["image"] = data["image"].to(dtype)
+        losses = ours.training_step(data, draws=noise)
+        expected, d_grads = published_step(
+            networks, data["image"], data["label"], noise, config, optimizers
+        )
+        for name, value in losses.items():
+            assert value.item() == pytest.approx(expected[name], rel=rtol, abs=rtol), name
+        pairs = [
+            *zip(ours.discriminator.parameters(), d_grads, strict=True),
+            *zip(
+                ours.generator.parameters(), [p.grad for p in networks[0].parameters()], strict=True
+            ),
+        ]
+        scale = max(grad.abs().max().item() for _, grad in pairs)
+        for parameter, grad in pairs:
+            torch.testing.assert_close(parameter.grad, grad, rtol=rtol, atol=0.01 * rtol * scale)
+    if dtype == torch.float32:
+        return
+    for mine, theirs in zip((ours.generator, ours.discriminator), networks, strict=True):
+        for (name, one), other in zip(
+            mine.state_dict().items(), theirs.state_dict().values(), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("conditioning", ["2C", "D2DCE", "AC", "PD"])
+def test_parts_give_the_gradients_of_the_whole_batch(conditioning):
+    """With 3 parts; no spectral norm, whose iterations differ, and G's batch norms in eval mode."""
+
+    def step(parts):
+        ours = model(
+            backbone="sngan", conditioning=conditioning, disc_norm="none", micro_batches=parts
+        )
+        ours.double()
+        for module in ours.generator.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        data = batch(ours.config)
+        data["image"] = data["image"].double()
+        noise = [(z.double(), c) for z, c in draws(ours.config)]
+        losses = ours.training_step(data, draws=noise)
+        grads = [p.grad for n in (ours.discriminator, ours.generator) for p in n.parameters()]
+        return losses, grads
+
+    (losses, grads), (expected_losses, expected) = step(3), step(1)
+    assert losses.keys() == expected_losses.keys()
+    for name, value in losses.items():
+        torch.testing.assert_close(value, expected_losses[name], msg=name)
+    # Three updates of Adam lie before G's gradient, and the losses of 2C are summed in fp64 here, too.
+    for one, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+def test_parts_see_one_spectral_norm():
+    ours = model()
+    normed = [m for m in ours.discriminator.modules() if hasattr(m, "weight_u")]
+    before = [m.weight_u.clone() for m in normed]
+    image, label = torch.randn(2, 1, 16, 16), torch.tensor([0, 1])
+    with one_power_iteration(ours.discriminator):
+        after = [m.weight_u.clone() for m in normed]
+        first = ours.discriminator(image, label)
+        second = ours.discriminator(image, label)
+    assert torch.equal(first.adversarial, second.adversarial)
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(m.weight_u, u) for m, u in zip(normed, after, strict=True))
+    assert all(m.training for m in normed)
+    ours.discriminator(image, label)
+    assert any(not torch.equal(m.weight_u, u) for m, u in zip(normed, after, strict=True))
+
+
+def test_the_discriminators_turn_leaves_the_generators_statistics_alone():
+    ours = model()
+    norms = [m for m in ours.generator.modules() if isinstance(m, nn.BatchNorm2d)]
+    z, labels = ours.draw(3, torch.device("cpu"))
+    with statistics_untracked(ours.generator):
+        ours.generator(z, labels)
+    assert all(m.num_batches_tracked == 0 and (m.running_mean == 0).all() for m in norms)
+    ours.generator(z, labels)
+    assert all(m.num_batches_tracked == 1 and (m.running_mean != 0).any() for m in norms)
+
+
+def test_contrast_sets():
+    random = torch.Generator().manual_seed(0)
+    from fastnce.models.class_losses import contrastive_2c
+
+    e, p = torch.randn(2, 10, 8, generator=random)
+    y = torch.randint(4, (10,), generator=random)
+    whole = contrastive_2c(e, p, y, temperature=0.5)
+    torch.testing.assert_close(whole, published_2c(e, p, y, 0.5))
+    groups = contrastive_2c(e, p, y, temperature=0.5, group_size=4)
+    parts = [published_2c(e[i], p[i], y[i], 0.5) for i in (slice(0, 4), slice(4, 8), slice(8, 10))]
+    torch.testing.assert_close(groups, (4 * parts[0] + 4 * parts[1] + 2 * parts[2]) / 10)
+    # The further samples take part in the sums of the 6 others, and have no loss of their own.
+    extra = contrastive_2c(e[:6], p[:6], y[:6], temperature=0.5, extra=(e[6:], p[6:], y[6:]))
+    rows = fastnce.conditional_contrastive(e, p, y, temperature=0.5, reduction="none")
+    torch.testing.assert_close(extra, rows[:6].mean())
+
+
+def test_real_samples_join_the_generators_contrast():
+    ours = model(contrast_set="real")
+    assert ours._last_real is None
+    losses = ours.training_step(batch(ours.config), draws=draws(ours.config))
+    assert isinstance(ours._last_real, ClassSample)
+    assert not ours._last_real.embeddings.requires_grad
+    other = model(contrast_set="batch")
+    theirs = other.training_step(batch(other.config), draws=draws(other.config))
+    assert torch.equal(losses["D_class"], theirs["D_class"])
+    assert losses["G_class"] != theirs["G_class"]
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ({"lambda_cr": 10.0}, "D_cr"),
+        ({"lambda_bcr": 10.0}, "D_bcr"),
+        ({"lambda_zcr_d": 20.0}, "D_zcr"),
+        ({"lambda_zcr_g": 0.5}, "G_zcr"),
+        ({"lambda_r1": 10.0}, "D_r1"),
+    ],
+)
+def test_regularisers_change_their_networks_gradient(option, name):
+    plain, regular = model(), model(**option)
+    torch.manual_seed(3)
+    without = plain.training_step(batch(plain.config), draws=draws(plain.config))
+    torch.manual_seed(3)
+    losses = regular.training_step(batch(plain.config), draws=draws(plain.config))
+    assert set(losses) == set(without) | {name}
+    assert (losses[name] > 0) == (name != "G_zcr")
+    letter = "generator" if name[0] == "G" else "discriminator"
+    pairs = zip(
+        getattr(plain, letter).parameters(), getattr(regular, letter).parameters(), strict=True
+    )
+    assert any(not torch.allclose(a.grad, b.grad, rtol=1e-3) for a, b in pairs)
+    assert all(p.grad.isfinite().all() for p in regular.parameters())
+
+
+def test_r1_of_a_known_function():
+    from fastnce.models.regularisers import r1
+
+    weight = nn.Parameter(torch.tensor(3.0))
+    images = torch.randn(4, 1, 2, 2, requires_grad=True)
+    logits = weight * images.square().flatten(1).sum(1)
+    penalty = r1(logits, images)
+    torch.testing.assert_close(penalty, (4 * 9 * images.square()).flatten(1).sum(1).mean())
+    penalty.backward()
+    torch.testing.assert_close(weight.grad, 2 * penalty.detach() / 3)
+
+
+def test_diff_augment_reaches_every_network(monkeypatch):
+    from fastnce.models import contragan
+
+    calls = []
+
+    def recorded(images, generator=None):
+        calls.append((len(images), generator is not None))
+        return images * 0.5
+
+    monkeypatch.setattr(contragan, "diff_augment", recorded)
+    ours = model(diff_augment=True)
+    ours.training_step(batch(ours.config))
+    # Real and generated images for D, twice, and those of G's turn.
+    assert calls == [(BATCH, False)] * 4 + [(BATCH, True)]
+
+
+def test_both_passes_of_a_part_draw_the_same_augmentation():
+    ours = model(diff_augment=True, micro_batches=2)
+    torch.manual_seed(0)
+    z, labels = ours.draw(4, torch.device("cpu"))
+    with statistics_untracked(ours.generator), one_power_iteration(ours.discriminator):
+        ours.generator.eval()
+        one = ours._judge_generated(z, labels, 5)[1]
+        same = ours._judge_generated(z, labels, 5)[1]
+        other = ours._judge_generated(z, labels, 6)[1]
+    assert torch.equal(one.embedding, same.embedding)
+    assert not torch.allclose(one.embedding, other.embedding)
+
+
+def test_bf16_step_is_near_the_fp32_one():
+    one, other = model(), model(precision="bf16")
+    exact = one.training_step(batch(one.config), draws=draws(one.config))
+    rounded = other.training_step(batch(one.config), draws=draws(one.config))
+    for name, value in exact.items():
+        assert rounded[name].dtype == torch.float32
+        assert rounded[name].item() == pytest.approx(value.item(), abs=0.05), name
+
+
+@pytest.mark.parametrize("conditioning", ["2C", "D2DCE", "AC", "PD", "none"])
+def test_one_sample_and_missing_classes(conditioning):
+    """One sample per batch, so that all classes but one are missing, has a defined and finite loss."""
+    ours = model(conditioning=conditioning, d_steps=1)
+    losses = ours.training_step({"image": torch.randn(1, 1, 16, 16), "label": torch.tensor([2])})
+    assert all(value.isfinite() for value in losses.values())
+    assert all(p.isfinite().all() for p in ours.parameters())
+    if conditioning == "2C":  # nothing to tell it from
+        assert losses["D_class"] == 0.0
+
+
+def test_a_label_that_is_no_class():
+    ours = model(d_steps=1)
+    with pytest.raises(ValueError, match="4"):
+        ours.training_step(
+            {"image": torch.randn(2, 1, 16, 16), "label": torch.tensor([0, 4])},
+        )
+
+
+def test_mistakes():
+    with pytest.raises(UserError, match="num_classes=1 leaves conditioning=2C nothing to tell"):
+        model(num_classes=1)
+    with pytest.raises(UserError, match="image_size"):
+        model(image_size=48)
+    with pytest.raises(UserError, match="backend=cudnn is unknown"):
+        model(backend="cudnn")
+    with pytest.raises(UserError, match="contrast_set=all is unknown"):
+        model(contrast_set="all")
