@@ -2,5 +2,13 @@
 
 from fastnce.models.contragan import ContraGAN, ContraGANConfig
 from fastnce.models.cut import CUT, CUTConfig
+from fastnce.models.representation import Representation, RepresentationConfig
 
-__all__ = ["CUT", "CUTConfig", "ContraGAN", "ContraGANConfig"]
+__all__ = [
+    "CUT",
+    "CUTConfig",
+    "ContraGAN",
+    "ContraGANConfig",
+    "Representation",
+    "RepresentationConfig",
+]

@@ -5,6 +5,7 @@ from fastnce.networks.conditional import DiscriminatorOutput
 from fastnce.networks.dcgan import DCGANDiscriminator, DCGANGenerator
 from fastnce.networks.patch_discriminator import PatchDiscriminator
 from fastnce.networks.patch_projector import PatchProjector
+from fastnce.networks.resnet_encoder import ProjectionHead, ResNetEncoder, build_encoder
 from fastnce.networks.resnet_generator import ResnetGenerator
 from fastnce.networks.sngan import SNGANDiscriminator, SNGANGenerator
 from fastnce.networks.studiogan import load_studiogan
@@ -17,8 +18,11 @@ __all__ = [
     "DiscriminatorOutput",
     "PatchDiscriminator",
     "PatchProjector",
+    "ProjectionHead",
+    "ResNetEncoder",
     "ResnetGenerator",
     "SNGANDiscriminator",
     "SNGANGenerator",
+    "build_encoder",
     "load_studiogan",
 ]
