@@ -78,6 +78,22 @@ STABLE_TORCH_LIBRARY(fastnce, m) {
       "Tensor? temperature_tensor, float temperature, Tensor lse, bool need_features, "
       "bool need_temperature) -> (Tensor grad_features, Tensor grad_temperature)");
 
+  // One block of a larger matrix: rows x (N, D) against columns y (M, D), labels int64; rows are
+  // L2-normalised, t the temperature; own: row i leaves out column i.
+  //   lse (N, 2) float64 = log of the sums of exp(x_i . y_j / t) over all j, over those with
+  //   y_labels_j = x_labels_i; -inf where there is none
+  m.def(
+      "labelled_lse_forward(Tensor x, Tensor y, Tensor x_labels, Tensor y_labels, "
+      "Tensor? temperature_tensor, float temperature, bool own) -> Tensor");
+
+  // state (count, 4) float64: lse of the whole matrix, and the gradients that arrive for it, of the
+  // rows and of the columns. grad_x (N, D) in acc: the block's part, as rows and as columns of the
+  // whole, which is symmetric; grad_temperature, float64: as rows alone.
+  m.def(
+      "labelled_lse_backward(Tensor x, Tensor y, Tensor x_labels, Tensor y_labels, "
+      "Tensor? temperature_tensor, float temperature, Tensor x_state, Tensor y_state, bool own) -> "
+      "(Tensor grad_x, Tensor grad_temperature)");
+
   // For each layer l: features[l] (B, C, H, W) any strides, patch_ids[l] (S_l,) int64 positions in
   // H * W, which may repeat -> patches[l] (B, S_l, C), divided by their L2 norm if `normalize`;
   // inverse_norms[l] (B, S_l) in acc, 0 for a zero row; no inverse norms without `normalize`.

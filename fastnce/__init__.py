@@ -7,6 +7,7 @@ Example:
     >>> loss.backward()
 """
 
+import importlib
 from pathlib import Path
 
 # In a checkout the kernels lie beside the package, as its sources do; an installation has them inside.
@@ -27,11 +28,17 @@ from fastnce.ops import (  # noqa: E402
     tap_patches,
 )
 
+# Loaded when first asked for: most programs have one process.
+_LAZY = {"distributed": "", "GradCache": "GradCache", "NegativeQueue": "NegativeQueue"}
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "GradCache",
+    "NegativeQueue",
     "backends",
     "conditional_contrastive",
+    "distributed",
     "info_nce",
     "losses",
     "nt_xent",
@@ -42,3 +49,10 @@ __all__ = [
     "tap_patches",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastnce' has no attribute {name!r}")
+    module = importlib.import_module("fastnce.distributed")
+    return getattr(module, _LAZY[name]) if _LAZY[name] else module

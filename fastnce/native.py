@@ -22,6 +22,7 @@ _OPS = (
     "nt_xent",
     "sup_con",
     "pairwise_cosine_similarity",
+    "labelled_lse",
 )
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu",)
@@ -255,6 +256,38 @@ def sup_con_backward(
         grad_loss, features, labels, *_temperature(temperature), lse, *needs
     )
     return _needed(grads, needs)
+
+
+def labelled_lse_forward(
+    x: Tensor,
+    y: Tensor,
+    x_labels: Tensor,
+    y_labels: Tensor,
+    temperature: float | Tensor,
+    *,
+    own: bool,
+) -> Tensor:
+    """(N, 2) float64, see :func:`fastnce.reference.labelled_lse_forward`."""
+    return torch.ops.fastnce.labelled_lse_forward(
+        x, y, x_labels, y_labels, *_temperature(temperature), own
+    )
+
+
+def labelled_lse_backward(
+    x: Tensor,
+    y: Tensor,
+    x_labels: Tensor,
+    y_labels: Tensor,
+    temperature: float | Tensor,
+    x_state: Tensor,
+    y_state: Tensor,
+    *,
+    own: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and the temperature, see :func:`fastnce.reference.labelled_lse_backward`."""
+    return torch.ops.fastnce.labelled_lse_backward(
+        x, y, x_labels, y_labels, *_temperature(temperature), x_state, y_state, own
+    )
 
 
 def sample_patches_forward(
@@ -531,6 +564,16 @@ def _fake_sample_patches_add_(maps, grad_patches, patches, inverse_norms, patch_
     return None
 
 
+def _fake_labelled_lse_forward(x, y, x_labels, y_labels, temperature_tensor, temperature, own):
+    return x.new_empty((x.shape[0], 2), dtype=torch.float64)
+
+
+def _fake_labelled_lse_backward(
+    x, y, x_labels, y_labels, temperature_tensor, temperature, x_state, y_state, own
+):
+    return x.new_empty(x.shape, dtype=_acc(x)), x.new_empty((), dtype=torch.float64)
+
+
 FAKES: dict[str, Callable] = {
     "info_nce_forward": _fake_info_nce_forward,
     "info_nce_backward": _fake_info_nce_backward,
@@ -541,6 +584,8 @@ FAKES: dict[str, Callable] = {
     "sup_con_backward": _fake_sup_con_backward,
     "pairwise_cosine_similarity_forward": _fake_pairwise_cosine_similarity_forward,
     "pairwise_cosine_similarity_backward": _fake_pairwise_cosine_similarity_backward,
+    "labelled_lse_forward": _fake_labelled_lse_forward,
+    "labelled_lse_backward": _fake_labelled_lse_backward,
     "sample_patches_forward": _fake_sample_patches_forward,
     "sample_patches_backward": _fake_sample_patches_backward,
     "sample_patches_add_": _fake_sample_patches_add_,

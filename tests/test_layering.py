@@ -29,6 +29,7 @@ ALLOWED = {
     "backends": KERNELS,
     "ops": OPS,
     "losses": LOSSES,
+    "distributed": {"distributed"} | LOSSES,
     "networks": NETWORKS,
     "models": MODELS,
     "data": NETWORKS | SIDE,
@@ -41,7 +42,7 @@ ALLOWED = {
     "__init__": LOSSES,
     "testing": LOSSES | {"__init__"},
 }
-BELOW_MODELS = {"errors", "build", "testing"} | NETWORKS
+BELOW_MODELS = {"errors", "build", "testing", "distributed"} | NETWORKS
 HEAVY = {"PIL", "tqdm", "tyro", "matplotlib", "torchvision", "sklearn", "skimage", "torchmetrics"}
 
 

@@ -119,6 +119,7 @@ def public_modules() -> list[str]:
     names = ["fastnce", "fastnce.losses", "fastnce.backends"]
     for package in (
         "fastnce.ops",
+        "fastnce.distributed",
         "fastnce.networks",
         "fastnce.models",
         "fastnce.data",

@@ -8,6 +8,7 @@ import torch
 
 from fastnce.reference.conditional_contrastive import conditional_contrastive
 from fastnce.reference.info_nce import info_nce
+from fastnce.reference.labelled_lse import labelled_lse_backward, labelled_lse_forward
 from fastnce.reference.pairwise_cosine_similarity import pairwise_cosine_similarity
 from fastnce.reference.sample_patches import draw_patch_ids, sample_patches
 from fastnce.reference.sup_con import sup_con
@@ -17,6 +18,8 @@ __all__ = [
     "conditional_contrastive",
     "draw_patch_ids",
     "info_nce",
+    "labelled_lse_backward",
+    "labelled_lse_forward",
     "pairwise_cosine_similarity",
     "sample_patches",
     "sup_con",

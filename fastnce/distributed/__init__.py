@@ -1,0 +1,34 @@
+"""Losses against the samples of all ranks of a process group.
+
+The functions are those of the package, over ranks: loss and gradients are those of one process with the rows of all ranks. Every
+rank has to call them, with its own rows and otherwise the same arguments, and to call ``backward`` or not like the others.
+
+**Which gradients a rank gets.** Every rank returns the same loss L of all rows. With ``gradient_scale="mean"`` rank r's rows
+get (number of ranks) x dL/drow: DDP and FSDP *average* the parameters' gradients over ranks, and that average then is dL/dparameter,
+as in one process. With ``"sum"`` they get dL/drow itself, for whoever adds the ranks' gradients up. A learnable temperature
+is a parameter like others: each rank gets its rows' share.
+
+**How the rows travel.** ``strategy="ring"`` passes blocks from rank to rank while the one before is computed; memory is a few times
+the rank's own rows. ``"gather"`` collects all rows on every rank. ``"auto"`` gathers up to 64 MiB. Neither builds a matrix of
+logits of own rows x all rows. ``docs/distributed.md`` counts bytes and times.
+
+**What is checked.** The ranks first compare dtype, D, temperature and options, and learn each other's number of rows, by one small
+message; a disagreement is an error on every rank. On a GPU that makes the host wait. ``check=False`` leaves it out: then
+every rank must have the same number of rows, and a disagreement hangs or ends in the communication library's error.
+"""
+
+from fastnce.distributed.conditional_contrastive import conditional_contrastive
+from fastnce.distributed.grad_cache import GradCache
+from fastnce.distributed.info_nce import info_nce
+from fastnce.distributed.negative_queue import NegativeQueue
+from fastnce.distributed.nt_xent import nt_xent
+from fastnce.distributed.sup_con import sup_con
+
+__all__ = [
+    "GradCache",
+    "NegativeQueue",
+    "conditional_contrastive",
+    "info_nce",
+    "nt_xent",
+    "sup_con",
+]

@@ -1,0 +1,144 @@
+"""Ranks that disagree get an error that says so, on every rank; and so do those whose rank has died."""
+
+import datetime
+import multiprocessing
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fastnce import NegativeQueue, distributed
+
+CASES = {
+    "D": ("ranks disagree on D: rank 0 has 8, rank 1 has 9", {}, {"dim": 9}),
+    "dtype": ("dtype: rank 0 has torch.float32, rank 1 has torch.float64", {}, {"dtype": torch.float64}),
+    "temperature": ("temperature: rank 0 has 0.1, rank 1 has 0.2", {}, {"temperature": 0.2}),
+    "strategy": ("strategy: rank 0 has ring, rank 1 has gather", {"strategy": "ring"}, {"strategy": "gather"}),
+    "reduction": ("reduction: rank 0 has mean, rank 1 has sum", {}, {"reduction": "sum"}),
+    "op": ("the op: rank 0 has info_nce, rank 1 has nt_xent", {}, {"op": "nt_xent"}),
+    "gradients": ("whether query needs a gradient: rank 0 has 1, rank 1 has 0", {}, {"grad": False}),
+    "symmetric": ("symmetric: rank 0 has 0, rank 1 has 1", {}, {"symmetric": True}),
+}  # fmt: skip
+
+
+def call(group, first, others):
+    given = {"op": "info_nce", "dim": 8, "dtype": torch.float32, "grad": True, "temperature": 0.1}
+    given |= first if dist.get_rank(group) == 0 else others
+    shape = (3, given.pop("dim"))
+    x = torch.randn(2, *shape, dtype=given.pop("dtype"), requires_grad=given.pop("grad"))
+    return getattr(distributed, given.pop("op"))(*x, group=group, **given).item()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_disagreement_is_an_error_on_every_rank(case, workers):
+    message, first, others = CASES[case]
+    for answer in workers.run(call, first, others, ranks=3):
+        assert isinstance(answer, ValueError)
+        assert message in str(answer) and "Every rank of the group must pass the same" in str(
+            answer
+        )
+
+
+def test_afterwards_the_ranks_work_as_before(workers):
+    assert len(set(workers.results(call, {}, {}, ranks=3))) == 1
+
+
+def one_sided(group):
+    x = torch.randn(3, 4)
+    return distributed.info_nce(x, x if dist.get_rank(group) == 0 else x[:2], group=group)
+
+
+def test_an_invalid_argument_of_one_rank_ends_the_call_on_all(workers):
+    first, second, third = workers.run(one_sided, ranks=3)
+    assert "the arguments of rank 1, 2 are invalid" in str(first)
+    for answer in (second, third):
+        assert isinstance(answer, ValueError) and "positive_key must have the shape" in str(answer)
+
+
+def no_rows(group):
+    x = torch.zeros(0, 4)
+    return distributed.nt_xent(x, x, group=group)
+
+
+def test_no_row_anywhere(workers):
+    assert all("no rank has any row" in str(answer) for answer in workers.run(no_rows))
+
+
+def unchecked(group):
+    """Loss with and without the check, and how many messages the check takes."""
+    x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(dist.get_rank(group)))
+    calls = []
+    original = dist.all_gather
+    dist.all_gather = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
+    try:
+        found = [
+            distributed.info_nce(*x, strategy="ring", check=c, group=group) for c in (True, False)
+        ]
+    finally:
+        dist.all_gather = original
+    return [loss.item() for loss in found], len(calls)
+
+
+def test_the_check_is_one_message_and_can_be_left_out(workers):
+    for losses, messages in workers.results(unchecked, ranks=2):
+        assert losses[0] == losses[1]
+        assert messages == 1
+
+
+def queues(group):
+    queue = NegativeQueue(8, 4 + dist.get_rank(group))
+    queue.enqueue(torch.randn(2, queue.keys.shape[1]), group=group)
+
+
+def test_queues_that_differ(workers):
+    assert all("disagree on D" in str(answer) for answer in workers.run(queues, ranks=2))
+
+
+def outsider(group):
+    """Rank 0 asks for a group that it is not part of."""
+    return distributed.nt_xent(torch.eye(2), torch.eye(2), group=dist.new_group([1, 2, 3]))
+
+
+def test_a_rank_outside_the_group(workers):
+    answers = workers.run(outsider)
+    assert "not one of its ranks" in str(answers[0])
+    assert all(isinstance(answer, torch.Tensor) for answer in answers[1:])
+
+
+def _dying(rank: int, meet: str, answers) -> None:
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=10)
+    dist.init_process_group("gloo", f"file://{meet}", timeout=limit, rank=rank, world_size=3)
+    x = torch.randn(2, 4, 8, requires_grad=True)
+    loss = distributed.info_nce(*x, strategy="ring")
+    if rank == 2:
+        os._exit(3)
+    for call in (loss.backward, lambda: distributed.info_nce(*x)):
+        start = time.monotonic()
+        try:
+            call()
+            answers.put((rank, "no error", 0.0))
+        except RuntimeError as error:
+            answers.put((rank, str(error), time.monotonic() - start))
+
+
+def test_a_rank_that_dies_ends_the_others_within_the_timeout(tmp_path):
+    """Between forward and backward; and whoever tries again gets the error again."""
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    arguments = (str(tmp_path / "meet"), answers)
+    ranks = [context.Process(target=_dying, args=(rank, *arguments)) for rank in range(3)]
+    for rank in ranks:
+        rank.start()
+    try:
+        found = [answers.get(timeout=120) for _ in range(4)]
+    finally:
+        for rank in ranks:
+            rank.join(timeout=5)
+            rank.kill()
+    assert sorted(rank for rank, *_ in found) == [0, 0, 1, 1]
+    for rank, message, seconds in found:
+        assert f"info_nce: rank {rank} lost the other ranks" in message
+        assert seconds < 25  # the timeout of 10, and a busy machine

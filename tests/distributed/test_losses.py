@@ -1,0 +1,228 @@
+"""Losses and all gradients over ranks against one process with all rows."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import fastnce
+from fastnce import distributed
+
+DIM, CLASSES = 24, 5
+ROWS = {2: [(6, 6), (9, 3)], 3: [(4, 4, 4), (7, 0, 5)], 4: [(3, 3, 3, 3), (1, 6, 2, 3)]}
+VARIANTS = {
+    "info_nce": {},
+    "info_nce, symmetric": {"symmetric": True},
+    "info_nce, dot products": {"normalize": False},
+    "info_nce, queue": {"in_batch_negatives": True},
+    "info_nce, queue alone": {},
+    "nt_xent": {},
+    "sup_con": {},
+    "conditional_contrastive": {},
+}
+
+
+def op_of(variant: str) -> str:
+    return variant.split(",")[0]
+
+
+def draw(variant: str, count: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list]:
+    """The rows of all ranks that get gradients, and the other arguments: per row, or the same everywhere."""
+    generator = torch.Generator().manual_seed(count)
+    x = torch.randn(count, DIM, generator=generator, dtype=torch.float64)
+    noise = torch.randn(count, DIM, generator=generator, dtype=torch.float64)
+    labels = torch.randint(CLASSES, (count,), generator=generator) * 1000
+    queue = torch.randn(11, DIM, generator=generator, dtype=torch.float64)
+    rows = [x] if variant == "sup_con" else [x, x + noise]
+    if "dot" in variant:
+        rows = [0.1 * y for y in rows]
+    others = []
+    if variant in ("sup_con", "conditional_contrastive"):
+        others = [labels]
+    elif "queue" in variant:
+        others = [queue.to(dtype)]
+    return [y.to(dtype) for y in rows], others
+
+
+def one_process(variant, rows, others, temperature, reduction="mean"):
+    """Loss and gradients of the plain op on the rows of all ranks."""
+    leaves = [y.clone().requires_grad_() for y in rows]
+    tau = torch.tensor(temperature, dtype=torch.float64).to(rows[0].dtype).requires_grad_()
+    options = {"temperature": tau, "reduction": reduction}
+    op = getattr(fastnce, op_of(variant))
+    loss = op(*leaves, *others, **VARIANTS[variant], **options)
+    loss.sum().backward()
+    return loss.detach(), [y.grad for y in leaves], tau.grad
+
+
+def over_ranks(group, variant, counts, temperature, dtype, options):
+    """This rank's loss, its rows' gradients, and the temperature's."""
+    rank = dist.get_rank(group)
+    rows, others = draw(variant, sum(counts), dtype)
+    own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    leaves = [y[own].clone().requires_grad_() for y in rows]
+    others = [y if "queue" in variant else y[own] for y in others]
+    tau = torch.tensor(temperature, dtype=torch.float64).to(dtype).requires_grad_()
+    op = getattr(distributed, op_of(variant))
+    loss = op(*leaves, *others, temperature=tau, group=group, **VARIANTS[variant], **options)
+    loss.sum().backward()
+    return loss.detach(), [y.grad for y in leaves], tau.grad
+
+
+def error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """Relative, in the l2 norm of the whole tensor."""
+    return ((found.double() - truth).norm() / truth.norm()).item()
+
+
+def joined(answers):
+    """What one process would have: the loss of rank 0, all rows' gradients as DDP would average them, the temperature's mean."""
+    size = len(answers)
+    grads = [
+        torch.cat(parts) / size for parts in zip(*(grads for _, grads, _ in answers), strict=True)
+    ]
+    return answers[0][0], grads, torch.stack([tau for *_, tau in answers]).mean()
+
+
+@pytest.mark.parametrize("strategy", ["ring", "gather"])
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equal_to_one_process(variant, size, strategy, workers):
+    """1e-6 relative in fp32; where the temperature magnifies rounding, twice what one process is off by."""
+    for counts, temperature, dtype in itertools.product(
+        ROWS[size], (0.5, 0.07, 0.01), (torch.float64, torch.float32)
+    ):
+        options = {"strategy": strategy}
+        answers = workers.results(
+            over_ranks, variant, counts, temperature, dtype, options, ranks=size
+        )
+        losses = [loss for loss, *_ in answers]
+        assert all(torch.equal(loss, losses[0]) for loss in losses)
+        assert losses[0].dtype == dtype
+        rows, others = draw(variant, sum(counts), dtype)
+        wide = [y.double() if y.is_floating_point() else y for y in others]
+        truth = one_process(variant, [y.double() for y in rows], wide, temperature)
+        plain = one_process(variant, rows, others, temperature)
+        compared = zip(flat(joined(answers)), flat(plain), flat(truth), strict=True)
+        for found, single, true in compared:
+            bound = 1e-12 if dtype == torch.float64 else max(1e-6, 2 * error(single, true))
+            assert error(found, true) < bound, (counts, temperature, dtype)
+
+
+def flat(result):
+    loss, grads, tau = result
+    return [loss, *grads, tau]
+
+
+@pytest.mark.parametrize("variant", ["info_nce", "nt_xent", "sup_con", "conditional_contrastive"])
+def test_reductions_and_gradient_scales(variant, workers):
+    counts, size = (4, 2, 3), 3
+    rows, others = draw(variant, sum(counts), torch.float64)
+    for reduction in ("sum", "none", "mean"):
+        truth = one_process(variant, rows, others, 0.2, reduction)
+        for scale in ("mean", "sum"):
+            options = {"reduction": reduction, "gradient_scale": scale}
+            answers = workers.results(
+                over_ranks, variant, counts, 0.2, torch.float64, options, ranks=size
+            )
+            loss, grads, tau = joined(answers)
+            if scale == "sum":
+                grads, tau = [size * grad for grad in grads], size * tau
+            if reduction == "none":
+                loss = by_view([loss for loss, *_ in answers], variant)
+            for found, true in zip([loss, *grads, tau], flat(truth), strict=True):
+                torch.testing.assert_close(found, true)
+
+
+def by_view(losses, variant):
+    """The losses in the order of one process, where all first views come first."""
+    if variant != "nt_xent":
+        return torch.cat(losses)
+    halves = [loss.chunk(2) for loss in losses]
+    return torch.cat([half[view] for view in (0, 1) for half in halves])
+
+
+def test_published_scale_is_one_over_the_number_of_ranks(workers):
+    """StudioGAN's gather gives each rank its own rows' gradient alone, and DDP then divides by the number of ranks."""
+    counts, size = (4, 5, 3), 3
+    rows, others = draw("conditional_contrastive", sum(counts), torch.float64)
+    _, truth, _ = one_process("conditional_contrastive", rows, others, 1.0)
+    options = {"gradient_scale": "published"}
+    answers = workers.results(
+        over_ranks, "conditional_contrastive", counts, 1.0, torch.float64, options, ranks=size
+    )
+    _, grads, _ = joined(answers)
+    for found, true in zip(grads, truth, strict=True):
+        torch.testing.assert_close(found, true / size)
+    with_wrong_op = workers.run(
+        over_ranks, "info_nce", counts, 1.0, torch.float64, options, ranks=3
+    )
+    assert all("gradient_scale must be one of" in str(answer) for answer in with_wrong_op)
+
+
+def half_precision(group, strategy):
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8 * size, DIM, generator=generator).bfloat16()
+    truth = x.double().requires_grad_()
+    fastnce.info_nce(*truth, temperature=0.2).backward()
+    own = x[:, 8 * rank : 8 * rank + 8].clone().requires_grad_()
+    loss = distributed.info_nce(*own, temperature=0.2, group=group, strategy=strategy)
+    loss.backward()
+    assert loss.dtype == torch.float32 and own.grad.dtype == torch.bfloat16
+    return error(own.grad / size, truth.grad[:, 8 * rank : 8 * rank + 8])
+
+
+def test_half_precision_rounds_the_gradients_once(workers):
+    for strategy in ("ring", "gather"):
+        assert max(workers.results(half_precision, strategy)) < 2**-8
+
+
+def torch_backend(group, variant):
+    options = {"strategy": "ring", "backend": "torch"}
+    return over_ranks(group, variant, (3, 5), 0.1, torch.float64, options)
+
+
+@pytest.mark.parametrize("variant", ["info_nce", "nt_xent", "sup_con", "conditional_contrastive"])
+def test_plain_pytorch_gives_the_same(variant, workers):
+    """What runs where there are no fused kernels, such as on a GPU."""
+    found = flat(joined(workers.results(torch_backend, variant, ranks=2)))
+    truth = flat(one_process(variant, *draw(variant, 8, torch.float64), 0.1))
+    for x, true in zip(found, truth, strict=True):
+        torch.testing.assert_close(x, true)
+
+
+def keys_without_gradient(group):
+    rows, _ = draw("info_nce", 12, torch.float64)
+    rank = dist.get_rank(group)
+    query = rows[0][3 * rank : 3 * rank + 3].clone().requires_grad_()
+    distributed.info_nce(query, rows[1][3 * rank : 3 * rank + 3], group=group).backward()
+    return query.grad
+
+
+def test_keys_without_gradient(workers):
+    query, key = draw("info_nce", 12, torch.float64)[0]
+    query.requires_grad_()
+    fastnce.info_nce(query, key).backward()
+    found = torch.cat(workers.results(keys_without_gradient)) / 4
+    torch.testing.assert_close(found, query.grad)
+
+
+def second_derivative(group):
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    loss = distributed.nt_xent(x, x + 1, group=group)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    grad.sum().backward()
+
+
+def test_a_second_derivative_is_an_error(workers):
+    answers = workers.run(second_derivative, ranks=2)
+    assert all("no second derivative" in str(answer) for answer in answers)
+
+
+def test_alone_it_is_the_plain_op():
+    """Without a process group; also what the examples of the docstrings run."""
+    for variant in ("info_nce", "nt_xent", "sup_con", "conditional_contrastive"):
+        rows, others = draw(variant, 6, torch.float32)
+        plain = getattr(fastnce, variant)(*rows, *others)
+        assert torch.equal(plain, getattr(distributed, variant)(*rows, *others))

@@ -1,0 +1,129 @@
+"""Under DDP and FSDP the parameters get the gradients of one process with the whole batch."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import fastnce
+from fastnce import GradCache, distributed
+
+COUNTS = (3, 5, 2, 2)
+CLASSES = 3
+
+
+class Model(nn.Module):
+    """Two encoders, class proxies and a learnable temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+        self.text = nn.Linear(6, 4)
+        self.proxies = nn.Embedding(CLASSES, 4)
+        # fully_shard knows no 0-d parameters.
+        self.log_temperature = nn.Parameter(torch.tensor([math.log(0.2)]))
+
+    def forward(self, x, y, labels):
+        return (
+            self.image(x),
+            self.text(y),
+            self.proxies(labels),
+            self.log_temperature.exp().squeeze(0),
+        )
+
+
+def losses(ops, outputs, labels, **options):
+    """All four losses at once; their sum is differentiated."""
+    image, text, proxies, tau = outputs
+    options |= {"temperature": tau}
+    return (
+        ops.info_nce(image, text, symmetric=True, **options)
+        + ops.nt_xent(image, text, **options)
+        + ops.sup_con(image, labels, **options)
+        + ops.conditional_contrastive(image, proxies, labels, **options)
+    )
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(2, sum(COUNTS), 6, generator=generator)
+    return x, y, torch.randint(CLASSES, (sum(COUNTS),), generator=generator)
+
+
+def whole():
+    """Loss and gradients of one process with the rows of all ranks."""
+    model, (x, y, labels) = Model(), data()
+    loss = losses(fastnce, model(x, y, labels), labels)
+    loss.backward()
+    return loss.detach(), [p.grad for p in model.parameters()]
+
+
+def own_rows(group):
+    rank = dist.get_rank(group)
+    return [x.split(COUNTS)[rank] for x in data()]
+
+
+def one_step(group, wrapper, strategy):
+    """This rank's loss, and all gradients after the wrapper has averaged them."""
+    model = Model()
+    if wrapper == "ddp":
+        model = DistributedDataParallel(model, process_group=group)
+    else:
+        fully_shard(model, mesh=DeviceMesh("cpu", list(range(dist.get_world_size()))))
+    x, y, labels = own_rows(group)
+    loss = losses(distributed, model(x, y, labels), labels, strategy=strategy, group=group)
+    loss.backward()
+    grads = [p.grad.full_tensor() if wrapper == "fsdp" else p.grad for p in model.parameters()]
+    return loss.detach(), grads
+
+
+@pytest.mark.parametrize("strategy", ["ring", "gather"])
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_gradients_of_the_whole_batch(wrapper, strategy, workers):
+    loss, truth = whole()
+    for found_loss, found in workers.results(one_step, wrapper, strategy):
+        torch.testing.assert_close(found_loss, loss, rtol=1e-6, atol=0)
+        for grad, true in zip(found, truth, strict=True):
+            assert (grad - true).norm() <= 2e-6 * true.norm()
+
+
+def cached_step(group, wrapper):
+    """Gradients from chunks, and how often the ranks exchanged them."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    exchanges = []
+    if wrapper == "ddp":
+        net = DistributedDataParallel(net, process_group=group)
+
+        def hook(state, bucket):
+            exchanges.append(1)
+            done = dist.all_reduce(bucket.buffer(), group=group, async_op=True).get_future()
+            return done.then(lambda future: future.value()[0] / dist.get_world_size(group))
+
+        net.register_comm_hook(None, hook)
+    else:
+        fully_shard(net, mesh=DeviceMesh("cpu", list(range(dist.get_world_size()))))
+    # Every forward of a wrapped encoder is a meeting of the ranks: the same number of chunks each.
+    x, y = (x.chunk(len(COUNTS))[dist.get_rank(group)] for x in data()[:2])
+    cache = GradCache(net, net, loss=distributed.nt_xent, chunk_size=2)
+    cache.backward(x, y, group=group)
+    grads = [p.grad.full_tensor() if wrapper == "fsdp" else p.grad for p in net.parameters()]
+    return grads, len(exchanges)
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_chunks_of_one_batch_over_ranks(wrapper, workers):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    x, y, _ = data()
+    fastnce.nt_xent(net(x), net(y)).backward()
+    for grads, exchanges in workers.results(cached_step, wrapper):
+        for found, parameter in zip(grads, net.parameters(), strict=True):
+            assert (found - parameter.grad).norm() <= 2e-6 * parameter.grad.norm()
+        assert wrapper == "fsdp" or exchanges == 1, "the gradients travel once, with the last chunk"

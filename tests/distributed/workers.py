@@ -1,0 +1,94 @@
+"""Gloo ranks that are started once, for starting is slow, and then run one function after the other."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import queue
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_START_SECONDS = 240  # on a busy machine
+_groups: dict[int, dist.ProcessGroup | None] = {}  # in a worker: by size
+
+
+class Workers:
+    """``size`` processes, each a rank of the default group.
+
+    Args:
+        size: how many.
+        folder: where the ranks meet.
+        timeout: of the process group, in seconds.
+    """
+
+    def __init__(self, size: int, folder: Path, timeout: float = 60) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.size, self._results = size, context.Queue()
+        self._tasks = [context.Queue() for _ in range(size)]
+        self.processes = [
+            context.Process(
+                target=_serve,
+                args=(rank, size, str(folder / "meet"), timeout, self._tasks[rank], self._results),
+                daemon=True,
+            )
+            for rank in range(size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, function: Callable, *args: Any, ranks: int | None = None) -> list[Any]:
+        """``function(group, *args)`` on the first ``ranks`` ranks (all), which are ``group``; their results, exceptions as such."""
+        count = ranks or self.size
+        for tasks in self._tasks:
+            tasks.put((function, args, count))
+        answers: dict[int, Any] = {}
+        while len(answers) < count:
+            try:
+                rank, answer = self._results.get(timeout=_START_SECONDS)
+            except queue.Empty:
+                raise TimeoutError(
+                    f"only ranks {sorted(answers)} of {count} have answered"
+                ) from None
+            answers[rank] = answer
+        return [answers[rank] for rank in range(count)]
+
+    def results(self, function: Callable, *args: Any, ranks: int | None = None) -> list[Any]:
+        """The same, where an exception on any rank is one here."""
+        answers = self.run(function, *args, ranks=ranks)
+        for rank, answer in enumerate(answers):
+            if isinstance(answer, BaseException):
+                raise AssertionError(f"rank {rank}: {answer}\n{answer.__notes__[0]}") from answer
+        return answers
+
+    def stop(self) -> None:
+        """Ends the processes."""
+        for tasks in self._tasks:
+            tasks.put(None)
+        for process in self.processes:
+            process.join(timeout=10)
+            process.kill()
+
+
+def _serve(rank: int, size: int, meet: str, timeout: float, tasks: Any, results: Any) -> None:
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=timeout)
+    dist.init_process_group("gloo", f"file://{meet}", timeout=limit, rank=rank, world_size=size)
+    _groups[size] = None
+    for count in range(2, size):
+        _groups[count] = dist.new_group(list(range(count)), timeout=limit)
+    while (task := tasks.get()) is not None:
+        function, args, count = task
+        if rank >= count:
+            continue
+        try:
+            answer = function(_groups[count], *args)
+        except Exception as error:
+            error.add_note(traceback.format_exc())
+            answer = error
+        results.put((rank, answer))
+    dist.destroy_process_group()
