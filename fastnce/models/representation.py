@@ -16,7 +16,6 @@ from fastnce.errors import UserError
 from fastnce.models import options
 from fastnce.models.lars import LARS, lars_groups
 from fastnce.models.metric_losses import n_pair_loss, pair_loss, triplet_loss
-from fastnce.models.negative_queue import NegativeQueue
 from fastnce.networks.resnet_encoder import ProjectionHead, ResNetEncoder, Stem, build_encoder
 
 Method = Literal["simclr", "moco", "supcon"]
@@ -141,7 +140,7 @@ class Representation(nn.Module):
         if config.method == "moco":
             self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
             self.key_head = copy.deepcopy(self.head).requires_grad_(False)
-            self.queue = NegativeQueue(config.queue_size, config.projection_dim)
+            self.queue = fastnce.NegativeQueue(config.queue_size, config.projection_dim)
         self.optimizers = {"encoder": _optimizer(config, [self.encoder, self.head])}
 
     def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -108,7 +108,7 @@ def test_a_stopped_run_continues_bit_for_bit(tiny, variant, tmp_path, monkeypatc
     train(tiny(variant))
     whole, parts = (weights(run) for run in (tmp_path / "whole", tiny().out))
     assert list(whole) == list(parts)
-    assert ("queue.keys" in whole) == (variant == "moco")
+    assert ("queue.queue" in whole) == (variant == "moco")
     for name, value in whole.items():
         assert torch.equal(value, parts[name]), name
     logs = [read_metrics(run / "metrics.jsonl") for run in (tmp_path / "whole", tiny().out)]
@@ -174,7 +174,7 @@ def test_mistakes(tiny, changes, message):
 
 def test_moco_takes_a_queue_that_no_batch_divides_but_not_more_parts_than_images(tiny):
     train(tiny("moco", queue_size=7, steps=4))
-    assert weights(tiny().out)["queue.keys"].shape == (7, 4)
+    assert weights(tiny().out)["queue.queue"].shape == (4, 7)
     with pytest.raises(UserError, match="norm_splits=9 is more than batch_size=4"):
         tiny("moco", norm_splits=9)
 
