@@ -20,7 +20,7 @@ from fastnce.data.files import write_json
 from fastnce.metrics.representation import RANDOM_ENCODER, RAW_PIXELS, TRAINED_ENCODER
 from fastnce.metrics.tables import markdown_table
 from fastnce.training import build_config, evaluate_run, train
-from fastnce.training.log import read_metrics
+from fastnce.training.checkpoint import load_checkpoint
 
 DATASETS = {"digits": write_digits, "photo-crops": write_photo_crops}
 MEASURES = {"knn_200": "k-NN, k=200", "knn_20": "k-NN, k=20", "linear": "linear"}
@@ -64,16 +64,14 @@ def run_row(row: Row, seed: int, folder: Path, common: dict[str, object]) -> lis
     options = {"data": data, "out": out, "seed": seed, "measure_every": 0, "device": "cpu"}
     config = build_config(row.variant, preset=row.dataset, overrides=options | row.options | common)
     train(config)
-    last = read_metrics(out / "metrics.jsonl")[-1]
+    state = load_checkpoint(out / "checkpoints" / "last.pt")
     result, _ = evaluate_run(out, device="cpu")
-    names = {TRAINED_ENCODER: row.name}
-    spent = {"steps": last["step"], "seconds": last["seconds"]}
-    return [
-        {"dataset": row.dataset, "seed": seed}
-        | (entry | {"name": names.get(entry["name"], entry["name"])})
-        | (spent if entry["name"] == TRAINED_ENCODER else {})
-        for entry in result["rows"]
-    ]
+    spent = {"steps": state["step"], "seconds": round(state["seconds"])}
+    entries = [{"dataset": row.dataset, "seed": seed} | entry for entry in result["rows"]]
+    for entry in entries:
+        if entry["name"] == TRAINED_ENCODER:
+            entry |= spent | {"name": row.name}
+    return entries
 
 
 def table(entries: Iterable[dict[str, Any]]) -> str:
