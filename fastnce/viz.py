@@ -83,6 +83,37 @@ def save_measurement_plot(measurements: Sequence[Mapping[str, float]], path: Pat
     save_curves(measurements, list(kinds.values()), path)
 
 
+def save_ablation_plot(values: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
+    """A panel for each measure: a dot for each seed of each choice, and a line at the mean.
+
+    Args:
+        values: choice -> measure -> a value for each seed.
+        path: PNG file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(values)
+    measures = list(values[names[0]])
+    figure = Figure(
+        figsize=(3.4 + 2.6 * len(measures), 0.45 * len(names) + 1.2), layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    all_axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    for axes, measure in zip(all_axes, measures, strict=True):
+        for height, name in enumerate(names):
+            numbers = values[name][measure]
+            mean = sum(numbers) / len(numbers)
+            axes.plot([mean, mean], [height - 0.3, height + 0.3], color="black", linewidth=1.2)
+            axes.scatter(numbers, [height] * len(numbers), s=18, alpha=0.7)
+        axes.set_xlabel(measure)
+        axes.grid(alpha=0.3)
+    all_axes[0].set_yticks(range(len(names)), names)
+    all_axes[0].invert_yaxis()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
 def save_curves(
     lines: Sequence[Mapping[str, float]],
     panels: Sequence[Sequence[str]],

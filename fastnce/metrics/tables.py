@@ -16,9 +16,11 @@ def markdown_table(lines: Sequence[Sequence[str]], notes: Sequence[str] = ()) ->
     return "\n".join([*table, "", *notes]) + "\n"
 
 
-def write_result(result: Mapping[str, Any], table: str, folder: Path | str) -> list[Path]:
-    """Writes `metrics.json` and `metrics.md` into a folder, atomically; returns their paths."""
-    paths = [Path(folder) / "metrics.json", Path(folder) / "metrics.md"]
+def write_result(
+    result: Mapping[str, Any], table: str, folder: Path | str, stem: str = "metrics"
+) -> list[Path]:
+    """Writes `STEM.json` and `STEM.md` into a folder, atomically; returns their paths."""
+    paths = [Path(folder) / f"{stem}.json", Path(folder) / f"{stem}.md"]
     write_json(result, paths[0])
     with atomic_path(paths[1]) as temporary:
         temporary.write_text(table, encoding="utf-8")

@@ -17,7 +17,7 @@ from fastnce.data.folders import read_image, to_tensor
 from fastnce.errors import UserError
 from fastnce.training.build import from_dict
 from fastnce.training.checkpoint import load_checkpoint
-from fastnce.training.config import TrainConfig
+from fastnce.training.config import TrainConfig, UnpairedTrainConfig
 from fastnce.training.runtime import resolve_device
 from fastnce.training.systems import SYSTEMS
 
@@ -119,8 +119,12 @@ def translate_folder(
         The number of images.
 
     Raises:
-        UserError: no images, a broken one, two whose results would have the same name, or `out` cannot be written.
+        UserError: a run that does not translate, no images, a broken one, two whose results would have the same name, or `out` cannot be written.
     """
+    if not isinstance(config, UnpairedTrainConfig):
+        raise UserError(
+            f"a run of {config.system} does not translate images. Use fastnce generate, or name another run."
+        )
     paths = list_images(input)
     targets = _targets(paths, Path(input), Path(out))
     kept = [part for part in config.preprocess.split("_and_") if "crop" not in part]

@@ -1,0 +1,190 @@
+"""Ablations: the same training with one choice changed at a time, over several seeds, as a table and a plot."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastnce import viz
+from fastnce.errors import UserError
+from fastnce.metrics.tables import markdown_table, write_result
+from fastnce.training.build import build_config, known
+from fastnce.training.evaluation import evaluate_run
+from fastnce.training.loop import train
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What is compared.
+
+    Attributes:
+        choices: name -> option values; the first one is what the others are held against.
+        measures: the numbers of an evaluation that are compared: name in its rows -> (title, format).
+        row: name of the evaluation's row that holds the run's own numbers.
+    """
+
+    choices: Mapping[str, Mapping[str, object]]
+    measures: Mapping[str, tuple[str, str]]
+    row: str
+
+
+ABLATIONS: dict[str, Ablation] = {
+    "contragan": Ablation(
+        choices={
+            "2C, real samples in G's contrast": {"conditioning": "2C", "contrast_set": "real"},
+            "2C in groups of 8": {"conditioning": "2C", "contrast_set": "groups"},
+            "2C, published": {"conditioning": "2C", "contrast_set": "batch"},
+            "2C, published, batch of 16": {
+                "conditioning": "2C",
+                "contrast_set": "batch",
+                "batch_size": 16,
+            },
+            "D2D-CE (ReACGAN)": {
+                "conditioning": "D2DCE",
+                "temperature": 0.5,
+                "lambda_cond": 0.5,
+            },
+            "auxiliary classifier (ACGAN)": {"conditioning": "AC"},
+            "projection (ProjGAN)": {"conditioning": "PD"},
+            "none": {"conditioning": "none"},
+        },
+        measures={
+            "class_accuracy": ("class accuracy", ".3f"),
+            "fid": ("FID", ".2f"),
+            "intra_class_fid": ("intra-class FID", ".1f"),
+            "recall": ("recall", ".3f"),
+        },
+        row="generated",
+    ),
+    "cut": Ablation(
+        choices={
+            "CUT": {},
+            "contrastive loss off": {"lambda_nce": 0.0},
+            "identity loss off": {"nce_idt": False},
+            "16 patches": {"num_patches": 16},
+            "last layer only": {"nce_layers": (15,)},
+            "negatives of the whole batch": {"negatives": "batch"},
+        },
+        measures={
+            "content_accuracy": ("content accuracy", ".3f"),
+            "fid_share": ("FID, share of untranslated", ".4f"),
+        },
+        row="translated",
+    ),
+}
+
+
+def ablate(
+    variant: str,
+    *,
+    data: Path,
+    out: Path,
+    preset: str | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    only: Sequence[str] = (),
+    overrides: Mapping[str, object] | None = None,
+) -> tuple[dict[str, Any], str]:
+    """Trains and evaluates every choice with every seed; runs that are there already are continued, finished ones kept.
+
+    A run is in `out/CHOICE/seed-N`. Writes `ablation.json`, `ablation.md` and `ablation.png` into `out`.
+
+    Args:
+        variant: a key of `ABLATIONS`.
+        data: folder of the data.
+        out: folder; created.
+        preset: see `build_config`.
+        seeds: at least one; from two on there is a spread.
+        only: names of the choices to compare; by default all.
+        overrides: option values of all runs; a choice's own win.
+
+    Returns:
+        {"choices": [{"name", "seeds", measure: {"mean", "spread", "values", "beyond_spread"}}]} and the table. The spread is the
+        standard deviation over the seeds; `beyond_spread` says whether the mean differs from the first choice's by more than
+        the spreads of both together, sqrt(a^2 + b^2); None without a spread, and for the first choice.
+
+    Raises:
+        UserError: an unknown name, or whatever a training or an evaluation raises.
+    """
+    ablation = ABLATIONS[known(variant, ABLATIONS, "ablation")]
+    names = [known(name, ablation.choices, "choice") for name in only] or list(ablation.choices)
+    if not seeds:
+        raise UserError("seeds is empty. Give at least one, such as --seeds 0 1 2.")
+    values: dict[str, dict[str, list[float]]] = {}
+    for name in names:
+        collected: dict[str, list[float]] = {measure: [] for measure in ablation.measures}
+        for seed in seeds:
+            run = Path(out) / _folder(name) / f"seed-{seed}"
+            own = {"data": data, "out": run, "seed": seed}
+            merged = dict(overrides or {}) | dict(ablation.choices[name]) | own
+            train(build_config(variant, preset=preset, overrides=merged))
+            row = _row(evaluate_run(run)[0], ablation.row)
+            for measure in ablation.measures:
+                collected[measure].append(math.nan if row[measure] is None else row[measure])
+        values[name] = collected
+    result = compare(values, ablation, seeds)
+    table = format_ablation(result, ablation)
+    write_result(result, table, out, stem="ablation")
+    viz.save_ablation_plot(
+        {
+            name: {ablation.measures[m][0]: v for m, v in kept.items()}
+            for name, kept in values.items()
+        },
+        Path(out) / "ablation.png",
+    )
+    return result, table
+
+
+def compare(
+    values: Mapping[str, Mapping[str, Sequence[float]]], ablation: Ablation, seeds: Sequence[int]
+) -> dict[str, Any]:
+    """Means, spreads and what differs, from choice -> measure -> a value for each seed; see `ablate`."""
+    choices: list[dict[str, Any]] = []
+    for name, measured in values.items():
+        entry: dict[str, Any] = {"name": name, "seeds": list(seeds)}
+        for measure, numbers in measured.items():
+            spread = statistics.stdev(numbers) if len(numbers) > 1 else None
+            mean = statistics.fmean(numbers)
+            beyond = None
+            if choices and spread is not None:
+                first = choices[0][measure]
+                beyond = abs(mean - first["mean"]) > math.hypot(spread, first["spread"])
+            entry[measure] = {
+                "mean": mean,
+                "spread": spread,
+                "values": list(numbers),
+                "beyond_spread": beyond,
+            }
+        choices.append(entry)
+    return {"measures": list(ablation.measures), "choices": choices}
+
+
+def format_ablation(result: Mapping[str, Any], ablation: Ablation) -> str:
+    """The result of `compare` as a Markdown table that also reads well as text."""
+    lines = [("choice", *(title for title, _ in ablation.measures.values()))]
+    for choice in result["choices"]:
+        cells = []
+        for measure, (_, form) in ablation.measures.items():
+            entry = choice[measure]
+            cell = format(entry["mean"], form)
+            if entry["spread"] is not None:
+                cell += f" +- {entry['spread']:{form}}"
+            cells.append(cell + (" *" if entry["beyond_spread"] else ""))
+        lines.append((choice["name"], *cells))
+    count = len(result["choices"][0]["seeds"])
+    notes = [f"Mean and standard deviation over {count} seeds." if count > 1 else "One seed."]
+    if count > 1:
+        first = result["choices"][0]["name"]
+        notes.append(f"* differs from {first!r} by more than both standard deviations together.")
+    return markdown_table(lines, notes)
+
+
+def _row(result: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return next(row for row in result["rows"] if row["name"] == name)
+
+
+def _folder(name: str) -> str:
+    return "".join(c if c.isalnum() or c == "-" else "_" for c in name.replace("'", ""))

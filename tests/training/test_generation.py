@@ -1,0 +1,340 @@
+"""Training of conditional generators on the loop: what a run leaves, resuming, generating, evaluating, mistakes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_loop import assert_identical
+
+from fastnce import cli
+from fastnce.errors import UserError
+from fastnce.models import ContraGAN
+from fastnce.training import build_config, evaluate_run, generate_folder, load_generator, train
+from fastnce.training.ablation import ABLATIONS, Ablation, ablate, compare, format_ablation
+from fastnce.training.checkpoint import load_checkpoint
+from fastnce.training.generate import interpolate, latent
+from fastnce.training.generation import reference_images
+from fastnce.training.log import read_metrics
+
+CLASSES = ("ant", "bee", "cat")
+TINY = {
+    "image_size": 16,
+    "num_classes": 3,
+    "latent_dim": 6,
+    "gen_channels": 4,
+    "disc_channels": 4,
+    "shared_dim": 4,
+    "gen_attention": 0,
+    "disc_attention": 0,
+    "embed_dim": 8,
+    "d_steps": 2,
+    "batch_size": 3,
+    "workers": 0,
+    "device": "cpu",
+    "steps": 6,
+    "log_every": 2,
+    "sample_every": 3,
+    "sample_count": 2,
+    "checkpoint_every": 3,
+    "ema_start": 2,
+    "ema_decay": 0.5,
+}
+
+
+class Extractor(torch.nn.Module):
+    """Mean colours and their products: features (N, 6) of uint8 images."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        mean = images.float().mean((2, 3)) / 255
+        return torch.cat([mean, mean * mean.roll(1, 1)], 1)
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory):
+    """Five training and four test images of each of three classes, 16x16 RGB."""
+    root = tmp_path_factory.mktemp("labelled")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 5), ("test", 4)):
+        for shade, name in enumerate(CLASSES):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(80 * shade, 80 * shade + 80, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def extractor(tmp_path_factory):
+    path = tmp_path_factory.mktemp("extractor") / "colours.pt"
+    torch.jit.script(Extractor()).save(path)
+    return path
+
+
+@pytest.fixture
+def tiny(labelled, tmp_path):
+    def make(variant="contragan", **changes):
+        paths = {"data": labelled, "out": tmp_path / "run"}
+        return build_config(variant, overrides=paths | TINY | changes)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(labelled, extractor, tmp_path_factory):
+    """A run of 6 steps that measured every 2."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    measuring = {"measure_every": 2, "extractor": extractor}
+    return train(
+        build_config("contragan", overrides={"data": labelled, "out": out} | TINY | measuring)
+    )
+
+
+def test_what_a_run_leaves(whole):
+    names = {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}
+    assert names >= {
+        "config.json",
+        "metrics.jsonl",
+        "loss.png",
+        "measurements.jsonl",
+        "measurements.png",
+        "samples/step_000006.png",
+        "checkpoints/last.pt",
+        "checkpoints/best.pt",
+    }
+    lines = read_metrics(whole / "metrics.jsonl")
+    losses = {"D_real", "D_fake", "D_class", "G_GAN", "G_class"}
+    assert set(lines[0]) == losses | {"step", "epoch", "lr_factor", "seconds"}
+    # 15 images; a step takes 2 x 3 of them.
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    grid = Image.open(whole / "samples" / "step_000006.png")
+    assert grid.height > 3 * 96 and grid.width > 2 * 96
+
+
+def test_measurements_and_the_best_checkpoint(whole):
+    lines = read_metrics(whole / "measurements.jsonl")
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    for line in lines:
+        assert line["fid"] > 0
+        for kind in ("real, trained on", "real, held out", "generated"):
+            assert 0 <= line[f"D accuracy/{kind}"] <= 1
+        assert line["singular value/linear1"] > 0
+    best = min(lines, key=lambda line: line["fid"])
+    saved = load_checkpoint(whole / "checkpoints" / "best.pt")
+    assert (saved["step"], saved["best"]) == (best["step"], best["fid"])
+
+
+def test_measuring_leaves_no_trace(whole, tiny, extractor):
+    """A run that does not measure is, weight by weight, the run that does."""
+    train(tiny(measure_every=0))
+    one, other = (load_checkpoint(run / "checkpoints" / "last.pt") for run in (whole, tiny().out))
+    for key in ("model", "optimizers", "average", "rng"):
+        assert_identical(one[key], other[key], key)
+
+
+@pytest.mark.parametrize("contrast_set", ["batch", "real"])
+def test_a_stopped_run_continues_bit_for_bit(tiny, extractor, tmp_path, contrast_set):
+    options = {"measure_every": 2, "extractor": extractor, "contrast_set": contrast_set}
+    train(tiny(out=tmp_path / "one", **options))
+    for steps in (1, 4, 6):
+        train(tiny(out=tmp_path / "other", steps=steps, **options))
+    states = [
+        load_checkpoint(tmp_path / name / "checkpoints" / "last.pt") for name in ("one", "other")
+    ]
+    for key in ("model", "optimizers", "average", "rng", "step"):
+        assert_identical(states[0][key], states[1][key], key)
+    lines = [read_metrics(tmp_path / name / "measurements.jsonl") for name in ("one", "other")]
+    # A finished run is measured at its end, so the one in parts has more lines; those of the same steps agree.
+    common = {line["step"]: line for line in lines[1]}
+    assert all(common[line["step"]] == line for line in lines[0])
+
+
+def test_the_average_starts_late(tiny):
+    train(tiny(steps=2))
+    state = load_checkpoint(tiny().out / "checkpoints" / "last.pt")
+    weights = {k.removeprefix("generator."): v for k, v in state["model"].items()}
+    for name, value in state["average"]["module"].items():
+        assert torch.equal(value, weights[name])
+    train(tiny(steps=3))
+    state = load_checkpoint(tiny().out / "checkpoints" / "last.pt")
+    assert not torch.equal(
+        state["average"]["module"]["linear0.weight_orig"],
+        state["model"]["generator.linear0.weight_orig"],
+    )
+
+
+@pytest.mark.parametrize("variant", ["acgan", "projgan", "reacgan"])
+def test_baselines_train(tiny, variant):
+    train(tiny(variant, steps=2))
+    line = read_metrics(tiny().out / "metrics.jsonl")[0]
+    assert ("D_class" in line) == (variant != "projgan")
+
+
+def test_another_number_of_classes(tiny):
+    with pytest.raises(UserError, match=r"num_classes=7, but .* has 3 classes. Use num_classes=3"):
+        train(tiny(num_classes=7))
+
+
+def test_no_extractor_for_this_data(tiny, capsys):
+    train(tiny(steps=2, measure_every=2))
+    assert "Measuring without FID" in capsys.readouterr().err
+    (line,) = read_metrics(tiny().out / "measurements.jsonl")
+    assert "fid" not in line and "D accuracy/generated" in line
+    assert not (tiny().out / "checkpoints" / "best.pt").exists()
+
+
+def test_divergence_is_an_error(tiny, monkeypatch):
+    training_step = ContraGAN.training_step
+
+    def diverging(self, batch, **kwargs):
+        losses = training_step(self, batch, **kwargs)
+        return losses | {"D_class": losses["D_class"] * float("nan")}
+
+    monkeypatch.setattr(ContraGAN, "training_step", diverging)
+    with pytest.raises(UserError, match="the training has diverged: loss D_class is nan"):
+        train(tiny())
+
+
+def test_reference_images_are_spread_over_the_classes(tiny):
+    from fastnce.training.generation import labelled_images
+
+    dataset = labelled_images(tiny(), "train")
+    images, labels = reference_images(dataset, 3)
+    assert labels.tolist() == [0, 1, 2]
+    everything, all_labels = reference_images(dataset, 100)
+    assert len(everything) == len(all_labels) == 15
+    assert torch.equal(images[0], everything[0]) and torch.equal(images[2], everything[14])
+
+
+def test_generate(whole, tmp_path):
+    generator, config = load_generator(whole)
+    count = generate_folder(
+        generator, config, tmp_path / "one", classes=["bee", "2"], count=3, interpolation=4
+    )
+    assert count == 6
+    names = {str(p.relative_to(tmp_path / "one")) for p in (tmp_path / "one").rglob("*.png")}
+    images = {f"{name}/{i:04d}.png" for name in ("bee", "cat") for i in range(3)}
+    assert names == images | {"grid.png", "interpolation.png"}
+    # The images do not depend on what else is asked for, and do on the seed.
+    generate_folder(generator, config, tmp_path / "two", count=3, batch_size=2)
+    assert len(list((tmp_path / "two").rglob("0*.png"))) == 9
+    name = "cat/0002.png"
+    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    generate_folder(generator, config, tmp_path / "three", count=3, seed=1)
+    assert (tmp_path / "one" / name).read_bytes() != (tmp_path / "three" / name).read_bytes()
+
+
+def test_generate_without_the_data(whole, labelled, tmp_path):
+    generator, config = load_generator(whole)
+    import dataclasses
+
+    gone = dataclasses.replace(config, data=tmp_path / "gone")
+    generate_folder(generator, gone, tmp_path / "out", count=1)
+    assert (tmp_path / "out" / "2" / "0000.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"classes": ["dog"]},
+            "class=dog is unknown. Use a number from 0 to 2, or a name such as ant",
+        ),
+        ({"classes": ["3"]}, "class=3 is unknown"),
+        ({"count": 0}, "count=0 is too small"),
+        ({"truncation": 0.0}, "truncation=0.0 must be positive"),
+        ({"interpolation": 1}, "interpolation=1 must be 0 for none, or at least 2"),
+    ],
+)
+def test_generate_mistakes(whole, tmp_path, options, message):
+    generator, config = load_generator(whole)
+    with pytest.raises(UserError, match=message):
+        generate_folder(generator, config, tmp_path, **options)
+
+
+def test_truncated_noise_and_lines():
+    random = torch.Generator().manual_seed(0)
+    assert latent(1000, 4, generator=random).abs().max() > 3
+    cut = latent(1000, 4, truncation=0.5, generator=random)
+    assert 0.45 < cut.abs().max() <= 0.5
+    line = interpolate(torch.zeros(2), torch.tensor([2.0, 4.0]), 3)
+    assert line.tolist() == [[0, 0], [1, 2], [2, 4]]
+
+
+def test_evaluate(whole):
+    result, table = evaluate_run(whole)
+    assert [row["name"] for row in result["rows"]] == [
+        "other real images",
+        "generated",
+        "untrained generator",
+    ]
+    assert result["count"] == 12
+    assert json.loads((whole / "metrics.json").read_text()) == json.loads(json.dumps(result))
+    assert (whole / "metrics.md").read_text() == table
+    with pytest.raises(UserError, match="without_nce=x is not for a run of contragan"):
+        evaluate_run(whole, without_nce="x")
+
+
+def test_ablation(labelled, extractor, tmp_path, capsys):
+    options = TINY | {"steps": 2, "extractor": extractor}
+    only = ["projection (ProjGAN)", "2C, published"]
+    settings = {"data": labelled, "out": tmp_path, "only": only, "overrides": options}
+    from fastnce.training import ablation
+
+    colours = Ablation(
+        ABLATIONS["contragan"].choices,
+        {"fid": ("FID", ".2f"), "recall": ("recall", ".2f")},
+        "generated",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ablation.ABLATIONS, "contragan", colours)
+        one, _ = ablate("contragan", seeds=[0], **settings)
+        both, table = ablate("contragan", seeds=[0, 1], **settings)
+    assert [choice["name"] for choice in both["choices"]] == only
+    assert one["choices"][0]["fid"]["spread"] is None
+    values = both["choices"][1]["fid"]["values"]
+    assert values[0] == one["choices"][1]["fid"]["values"][0]
+    assert len(values) == 2 and values[0] != values[1]
+    assert (tmp_path / "ablation.md").read_text() == table
+    assert json.loads((tmp_path / "ablation.json").read_text())["choices"]
+    assert (tmp_path / "ablation.png").exists()
+    assert "has finished its 2 steps" in capsys.readouterr().out  # kept, not trained again
+
+
+def test_what_exceeds_the_spread():
+    ablation = Ablation({}, {"fid": ("FID", ".1f")}, "generated")
+    values = {"base": [1.0, 3.0], "near": [3.0, 5.0], "far": [9.0, 11.0]}
+    result = compare({name: {"fid": v} for name, v in values.items()}, ablation, [0, 1])
+    spread = 2**0.5
+    assert [c["fid"]["mean"] for c in result["choices"]] == [2.0, 4.0, 10.0]
+    assert all(c["fid"]["spread"] == pytest.approx(spread) for c in result["choices"])
+    # The difference of 2 equals sqrt(2 + 2): not beyond.
+    assert [c["fid"]["beyond_spread"] for c in result["choices"]] == [None, False, True]
+    table = format_ablation(result, ablation)
+    assert table.count("*") == 2  # of the far one, and of the note
+    assert "10.0 +- 1.4 *" in table
+
+
+def test_every_choice_of_an_ablation_is_valid():
+    for variant, ablation in ABLATIONS.items():
+        for values in ablation.choices.values():
+            build_config(variant, preset="digits", overrides={"data": "d", "out": "o"} | values)
+
+
+def test_command_line(whole, tmp_path, capsys):
+    def run(*args):
+        return cli.main([str(arg) for arg in args])
+
+    out = tmp_path / "made"
+    assert run("generate", "--run", whole, "--out", out, "--class", "ant", "--count", "2") == 0
+    assert "Generated 2 images" in capsys.readouterr().out
+    assert run("evaluate", "--run", whole) == 0
+    assert "intra-class FID" in capsys.readouterr().out
+    assert run("ablate", "contragam") == 2
+    assert "Did you mean 'contragan'" in capsys.readouterr().err
+    assert run("ablate") == 0
+    assert "2C in groups of 8" in capsys.readouterr().out
+    assert run("translate", "--run", whole, "--input", out, "--out", tmp_path / "t") == 2
+    assert "contragan" in capsys.readouterr().err
