@@ -180,7 +180,7 @@ class RepresentationTrainConfig(RepresentationConfig, TrainConfig):
     image_size: int = 32
     """Height and width of the images and of their views."""
     views: str = "simclr-cifar"
-    """How the two views of an image are made: simclr, moco-v2, simclr-cifar, supcon or digits."""
+    """How the two views of an image are made: simclr, moco-v2, simclr-cifar, supcon, digits or digits-crops."""
     batch_size: int = 1024
     """Images per step, each with two views."""
     epochs: int = 1000

@@ -142,8 +142,9 @@ _SMALL: dict[str, object] = {
 }
 
 _REPRESENTATION: dict[str, dict[str, object]] = {
-    "digits": _SMALL | {"image_size": 16, "image_channels": 1, "views": "digits", "steps": 1500},
-    "photo-crops": _SMALL | {"steps": 600},
+    "digits": _SMALL
+    | {"image_size": 16, "image_channels": 1, "views": "digits-crops", "steps": 1000},
+    "photo-crops": _SMALL | {"steps": 400},
     # As published on ImageNet: SimCLR's best batch of its table of batch sizes, and MoCo v2.
     "simclr-imagenet": {
         "stem": "imagenet",

@@ -11,6 +11,7 @@ from fastnce import cli
 from fastnce.errors import UserError
 from fastnce.models import Representation
 from fastnce.training import build_config, evaluate_run, load_generator, train
+from fastnce.training.ablation import ABLATIONS, ablate
 from fastnce.training.checkpoint import load_checkpoint
 from fastnce.training.log import read_metrics
 from fastnce.training.presets import PRESETS, VARIANTS
@@ -187,3 +188,22 @@ def test_presets_keep_what_makes_a_method():
         for variant in ours:
             config = build_config(variant, preset=preset, overrides={"data": "d", "out": "o"})
             assert config.method == variant
+
+
+@pytest.mark.parametrize("name", ["simclr", "moco"])
+def test_ablations(tiny, name, labelled, tmp_path):
+    """Two choices of each are trained and compared; all of them are valid."""
+    ablation = ABLATIONS[name]
+    first, *_, last = ablation.choices
+    result, table = ablate(
+        name,
+        data=labelled,
+        out=tmp_path,
+        seeds=[0],
+        only=[first, last],
+        overrides=TINY | {"steps": 4},
+    )
+    assert [choice["name"] for choice in result["choices"]] == [first, last]
+    assert f"| {first}" in table and "k-NN, k=20" in table
+    for options in ablation.choices.values():
+        build_config(name, preset="digits", overrides={"data": "d", "out": "o"} | options)
