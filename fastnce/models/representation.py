@@ -16,7 +16,7 @@ from fastnce.errors import UserError
 from fastnce.models import options
 from fastnce.models.lars import LARS, lars_groups
 from fastnce.models.metric_losses import n_pair_loss, pair_loss, triplet_loss
-from fastnce.networks.resnet_encoder import ProjectionHead, ResNetEncoder, Stem, build_encoder
+from fastnce.networks.resnet_encoder import RESNETS, ProjectionHead, ResNetEncoder, Stem
 
 Method = Literal["simclr", "moco", "supcon"]
 Encoder = Literal["resnet18", "resnet50", "small"]
@@ -92,10 +92,10 @@ class RepresentationConfig:
             )
 
 
-def encoder_of(config: RepresentationConfig) -> ResNetEncoder:
+def build_encoder(config: RepresentationConfig) -> ResNetEncoder:
     """The encoder that `config` describes, freshly initialised."""
-    return build_encoder(
-        config.encoder,
+    return ResNetEncoder(
+        *RESNETS[config.encoder],
         base_channels=config.encoder_channels,
         image_channels=config.image_channels,
         stem=config.stem,
@@ -132,7 +132,7 @@ class Representation(nn.Module):
         super().__init__()
         options.backend_is_there(config.backend)
         self.config = config
-        self.encoder = encoder_of(config)
+        self.encoder = build_encoder(config)
         features = self.encoder.feature_dim
         self.head = ProjectionHead(features, config.head_dim or features, config.projection_dim)
         # Faster on a GPU and on a CPU.

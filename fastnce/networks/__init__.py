@@ -5,12 +5,13 @@ from fastnce.networks.conditional import DiscriminatorOutput
 from fastnce.networks.dcgan import DCGANDiscriminator, DCGANGenerator
 from fastnce.networks.patch_discriminator import PatchDiscriminator
 from fastnce.networks.patch_projector import PatchProjector
-from fastnce.networks.resnet_encoder import ProjectionHead, ResNetEncoder, build_encoder
+from fastnce.networks.resnet_encoder import RESNETS, ProjectionHead, ResNetEncoder
 from fastnce.networks.resnet_generator import ResnetGenerator
 from fastnce.networks.sngan import SNGANDiscriminator, SNGANGenerator
 from fastnce.networks.studiogan import load_studiogan
 
 __all__ = [
+    "RESNETS",
     "BigGANDiscriminator",
     "BigGANGenerator",
     "DCGANDiscriminator",
@@ -23,6 +24,5 @@ __all__ = [
     "ResnetGenerator",
     "SNGANDiscriminator",
     "SNGANGenerator",
-    "build_encoder",
     "load_studiogan",
 ]

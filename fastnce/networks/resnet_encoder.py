@@ -8,9 +8,14 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnce.errors import UserError
-
 Stem = Literal["cifar", "imagenet"]
+
+# Blocks of each stage, and whether they are bottlenecks. The small one is ours, for images of 16 or 32 pixels on a CPU.
+RESNETS: dict[str, tuple[tuple[int, ...], bool]] = {
+    "resnet18": ((2, 2, 2, 2), False),
+    "resnet50": ((3, 4, 6, 3), True),
+    "small": ((1, 1, 1), False),
+}
 
 
 class BasicBlock(nn.Module):
@@ -63,7 +68,7 @@ class ResNetEncoder(nn.Module):
     stride of a bottleneck in its 3x3 convolution. The cifar stem is that of SimCLR, appendix B.9.
 
     Args:
-        blocks: blocks of each stage.
+        blocks: blocks of each stage; those of ResNet-18 and ResNet-50 are in `RESNETS`.
         bottleneck: bottlenecks instead of basic blocks.
         base_channels: width of the first stage.
         image_channels: 3 for RGB, 1 for grey.
@@ -74,16 +79,16 @@ class ResNetEncoder(nn.Module):
 
     Example:
         >>> import torch
-        >>> encoder = ResNetEncoder(blocks=(1, 1, 1), base_channels=8, stem="cifar")
+        >>> encoder = ResNetEncoder((1, 1, 1), base_channels=8, stem="cifar")
         >>> encoder(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 32])
     """
 
     def __init__(
         self,
-        blocks: Sequence[int] = (2, 2, 2, 2),
-        *,
+        blocks: Sequence[int],
         bottleneck: bool = False,
+        *,
         base_channels: int = 64,
         image_channels: int = 3,
         stem: Stem = "imagenet",
@@ -129,33 +134,6 @@ class ProjectionHead(nn.Sequential):
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
         super().__init__(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, out_dim))
-
-
-def build_encoder(
-    name: str, *, base_channels: int = 64, image_channels: int = 3, stem: Stem = "imagenet"
-) -> ResNetEncoder:
-    """An encoder by its name: "resnet18", "resnet50", or "small" (three stages of one basic block).
-
-    Raises:
-        UserError: an unknown name.
-    """
-    if name not in _FAMILIES:
-        raise UserError(f"encoder={name} is unknown. Use one of: {', '.join(_FAMILIES)}.")
-    blocks, bottleneck = _FAMILIES[name]
-    return ResNetEncoder(
-        blocks,
-        bottleneck=bottleneck,
-        base_channels=base_channels,
-        image_channels=image_channels,
-        stem=stem,
-    )
-
-
-_FAMILIES = {
-    "resnet18": ((2, 2, 2, 2), False),
-    "resnet50": ((3, 4, 6, 3), True),
-    "small": ((1, 1, 1), False),
-}
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:

@@ -13,7 +13,7 @@ from fastnce.errors import UserError
 from fastnce.metrics.knn import accuracy, knn_predict
 from fastnce.metrics.representation import calibrate, encode
 from fastnce.models import Representation
-from fastnce.models.representation import encoder_of
+from fastnce.models.representation import build_encoder
 from fastnce.training import runtime
 from fastnce.training.config import RepresentationTrainConfig
 from fastnce.training.schedule import WarmupCosine
@@ -42,7 +42,7 @@ def random_encoder(config: RepresentationTrainConfig, train: LabelledImages) -> 
     """The encoder before training, with the statistics of the training images in its batch norms."""
     with runtime.rng_kept():
         runtime.seed_everything(config.seed)
-        encoder = encoder_of(config)
+        encoder = build_encoder(config)
     return calibrate(encoder, train)
 
 
@@ -105,7 +105,7 @@ REPRESENTATION_SYSTEM = System(
     schedule=_schedule,
     model=lambda config, dataset: Representation(config),
     network_name="encoder",
-    network=encoder_of,
+    network=build_encoder,
     preview=_nearest_neighbours,
     panels=(("loss",), ("positive_cosine",)),
     measure=_knn_accuracy,
