@@ -13,6 +13,7 @@ from fastnce.data.labelled import LabelledImages
 from fastnce.data.recipe import read_labels
 from fastnce.data.transforms import counter_rng
 from fastnce.errors import UserError
+from fastnce.metrics.distribution import as_saved, extract_features
 from fastnce.metrics.trained import (
     conv_norm_relu,
     fit,
@@ -58,6 +59,10 @@ class DigitRecipe:
 class DigitClassifier(nn.Module):
     """Reads greyscale digits; also a feature extractor.
 
+    The features are divided by one number, after training, that gives those of the training images a
+    variance of 1 on average: without it, the unit of FID would hang on how long the training was.
+    So num_features is the FID of images that all have the mean features.
+
     Args:
         image_size: Height and width of the images, 16 or 32.
         num_features: Size of the features.
@@ -87,11 +92,23 @@ class DigitClassifier(nn.Module):
             nn.ReLU(),
         )
         self.head = nn.Linear(num_features, NUM_DIGITS)
+        self.register_buffer("scale", torch.ones(()))
         self.image_size = image_size
         self.name = "untrained digit classifier"
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 1, S, S) float32 in [-1, 1] to features (N, num_features), none negative."""
+        return self._trunk(images) / self.scale
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The same images to one logit for each digit, (N, 10)."""
+        return self.head(self._trunk(images))
+
+    def class_probabilities(self, images: Tensor) -> Tensor:
+        """The same images to the probability of each digit, (N, 10)."""
+        return self.logits(images).softmax(1)
+
+    def _trunk(self, images: Tensor) -> Tensor:
         expected = (1, self.image_size, self.image_size)
         if images.shape[1:] != expected:
             raise ValueError(
@@ -101,10 +118,6 @@ class DigitClassifier(nn.Module):
             )
         return self.trunk(images)
 
-    def class_probabilities(self, images: Tensor) -> Tensor:
-        """Probability of each digit, (N, 10)."""
-        return self.head(self(images)).softmax(1)
-
 
 def load_digit_classifier(
     data_root: Path | str,
@@ -113,8 +126,10 @@ def load_digit_classifier(
     progress: bool = True,
     **settings: object,
 ) -> DigitClassifier:
-    """The classifier of a digits set, trained on its training images alone: read from the cache, or
-    else trained (about 15 s on one core) and put there.
+    """The classifier of a digits set: from the cache if it is there, else trained and put there.
+
+    It is trained on the training images alone, turned and shifted a little, in about 12 s on one
+    core, and reads 99 % of the test images.
 
     Args:
         data_root: A folder that `fastnce data digits` wrote.
@@ -153,9 +168,11 @@ def _train(
 
     def loss(step: int) -> Tensor:
         batch, labels = next(batches)
-        return F.cross_entropy(network.head(network(batch)), labels)
+        return F.cross_entropy(network.logits(batch), labels)
 
     fit(network, loss, recipe.steps, recipe.learning_rate, "digit classifier", progress=progress)
+    features = extract_features(as_saved(images), network.eval())
+    network.scale.copy_(features.var(0).mean().sqrt())
 
 
 def _batches(

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -126,14 +126,16 @@ def evaluate_generators(
         own, other = _equal_counts(labels, held_out[1].cpu())
         real_images, labels = real_images[own], labels[own]
         held_out_images = held_out[0][other]
-    judge = _Judge(evaluator)
-    reference, _ = judge(real_images.split(batch_size))
-    batches = {HELD_OUT: held_out_images.split(batch_size)} if held_out is not None else {}
+    # Files come class by class; a generator with batch statistics needs batches of all classes.
+    asked = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    reference = _judge(evaluator, real_images.split(batch_size)).features
+    batches = {HELD_OUT: (held_out_images.split(batch_size), labels)} if held_out else {}
     for name, sample in samples.items():
-        batches[name] = _generate(name, sample, labels.split(batch_size), real_images.shape[1:])
+        images = _generate(name, sample, asked.split(batch_size), real_images.shape[1:])
+        batches[name] = images, asked
     rows = [
-        {"name": name} | _measure(judge, images, labels, reference, k, splits)
-        for name, images in batches.items()
+        {"name": name} | _measure(_judge(evaluator, images), shown, reference, labels, k, splits)
+        for name, (images, shown) in batches.items()
     ]
     return {
         "extractor": extractor_name(evaluator),
@@ -153,7 +155,7 @@ def format_generation_table(result: Mapping[str, Any]) -> str:
     }
     lines = [("images", *(title for title, _ in columns.values()))]
     notes = [
-        f"{result['count']} images in each row, of equal classes. Features: {result['extractor']}."
+        f"{result['count']} images in each row, the same of each class. Features: {result['extractor']}."
     ]
     if "relabelled_accuracy" in columns:
         notes.append(
@@ -172,45 +174,50 @@ def write_generation_report(result: Mapping[str, Any], folder: Path | str) -> li
     return write_result(result, format_generation_table(result), folder)
 
 
-class _Judge:
-    """Features and class probabilities of images as saved, NaN for images that are not finite."""
+class _Judged(NamedTuple):
+    """What the evaluator says of the images of a row; NaN for those that are not finite."""
 
-    def __init__(self, evaluator: nn.Module) -> None:
-        self.evaluator = evaluator
-        self.reads_labels = getattr(evaluator, "reads_labels", False)
+    features: Tensor
+    """(N, F) float64 on the CPU."""
+    probabilities: Tensor | None
+    """(N, K) float64 on the CPU."""
+    reads_labels: bool
 
-    def __call__(self, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Batches of (B, C, H, W), N images in all, to (N, F) and (N, K) or None, float64 on the CPU."""
-        features, probabilities = zip(*map(self._batch, batches), strict=True)
-        return torch.cat(features), None if probabilities[0] is None else torch.cat(probabilities)
 
-    def _batch(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        images = as_saved(images)
+def _judge(evaluator: nn.Module, batches: Iterable[Tensor]) -> _Judged:
+    """Judges batches of images (B, C, H, W) as they are when saved."""
+    function = getattr(evaluator, "class_probabilities", lambda images: None)
+    features, probabilities = [], []
+    for batch in batches:
+        images = as_saved(batch)
         broken = ~images.isfinite().flatten(1).all(1, keepdim=True)
         images = images.nan_to_num()  # an extractor may not let NaN through
-        features = extract_features(images, self.evaluator).masked_fill(broken, math.nan)
-        function = getattr(self.evaluator, "class_probabilities", None)
-        probabilities = None if function is None else function(images)
-        if probabilities is not None:
-            probabilities = probabilities.double().cpu().masked_fill(broken, math.nan)
-        return features, probabilities
+        features.append(extract_features(images, evaluator).masked_fill(broken, math.nan))
+        given = function(images)
+        if given is not None:
+            probabilities.append(given.double().cpu().masked_fill(broken, math.nan))
+    return _Judged(
+        torch.cat(features),
+        torch.cat(probabilities) if probabilities else None,
+        getattr(evaluator, "reads_labels", False),
+    )
 
 
 def _measure(
-    judge: _Judge,
-    batches: Iterable[Tensor],
+    judged: _Judged,
     labels: Tensor,
     reference: Tensor,
+    reference_labels: Tensor,
     k: int,
     splits: int,
 ) -> dict[str, Any]:
-    features, probabilities = judge(batches)
-    intra, intra_of = intra_class_fid(features, labels, reference, labels)
+    features, probabilities = judged.features, judged.probabilities
+    intra, intra_of = intra_class_fid(features, labels, reference, reference_labels)
     score, score_std = math.nan, math.nan
     accuracy = relabelled = math.nan
     if probabilities is not None:
         score, score_std = inception_score(probabilities, splits)
-        if judge.reads_labels:
+        if judged.reads_labels:
             accuracy = class_accuracy(probabilities, labels)
             relabelled = relabelled_accuracy(probabilities, labels)
     numbers = {

@@ -1,6 +1,7 @@
 """The objective of each system: which losses, on what, in which order."""
 
-from fastnce.models.contragan import ContraGAN, ContraGANConfig
+from fastnce.models.contragan import ContraGAN
+from fastnce.models.contragan_config import ContraGANConfig
 from fastnce.models.cut import CUT, CUTConfig
 from fastnce.models.representation import Representation, RepresentationConfig
 

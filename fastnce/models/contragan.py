@@ -3,165 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, Self, get_args
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fastnce.errors import UserError
 from fastnce.models import options, regularisers
 from fastnce.models.augment import diff_augment, flip_and_translate
 from fastnce.models.class_losses import auxiliary_classifier, contrastive_2c, d2d_ce
-from fastnce.models.gan import GANMode, at_least_fp32, discriminator_losses, generator_loss
-from fastnce.networks import (
-    BigGANDiscriminator,
-    BigGANGenerator,
-    DCGANDiscriminator,
-    DCGANGenerator,
-    DiscriminatorOutput,
-    SNGANDiscriminator,
-    SNGANGenerator,
+from fastnce.models.contragan_config import (
+    ContraGANConfig,
+    build_discriminator,
+    build_generator,
 )
-
-Backbone = Literal["biggan", "sngan", "dcgan"]
-Conditioning = Literal["2C", "D2DCE", "AC", "PD", "none"]
-ContrastSet = Literal["batch", "groups", "real"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContraGANConfig:
-    """What defines the networks, losses and optimisers. The defaults are the published ContraGAN on CIFAR-10."""
-
-    backbone: Backbone = "biggan"
-    """Networks: BigGAN's, SNGAN's residual ones, or SNDCGAN's small convolutional ones."""
-    conditioning: Conditioning = "2C"
-    """How D is told the class: 2C (ContraGAN), D2DCE (ReACGAN), AC (ACGAN), PD (projection), or none."""
-    num_classes: int = 10
-    """Classes of the data."""
-    image_size: int = 32
-    """Height and width of the images."""
-    image_channels: int = 3
-    """3 for RGB, 1 for grey."""
-    latent_dim: int = 80
-    """Length of z."""
-    gen_channels: int = 96
-    """Generator: base number of channels."""
-    disc_channels: int = 96
-    """Discriminator: base number of channels."""
-    shared_dim: int = 128
-    """BigGAN generator: length of the class embedding that all its layers share."""
-    gen_attention: int = 2
-    """BigGAN generator: self-attention after this many blocks; 0: nowhere."""
-    disc_attention: int = 1
-    """BigGAN discriminator: self-attention after this many blocks; 0: nowhere."""
-    gen_spectral_norm: bool = False
-    """SNGAN generator: spectral norm on every layer; BigGAN's always has it, DCGAN's never."""
-    disc_norm: Literal["spectral", "batch", "none"] = "spectral"
-    """SNGAN and DCGAN discriminators: spectral norm, batch norm or none; BigGAN's always has spectral norm."""
-    embed_dim: int = 512
-    """Discriminator: length of the embeddings and proxies of 2C and D2DCE."""
-    gan_mode: GANMode = "hinge"
-    """Adversarial objective."""
-    lambda_cond: float = 1.0
-    """Weight of the class loss."""
-    temperature: float = 1.0
-    """Temperature of 2C and D2DCE."""
-    margin: float = 0.98
-    """Margin of D2DCE."""
-    contrast_set: ContrastSet = "batch"
-    """What 2C contrasts a sample with. batch, the published form: with all samples of its batch. Ours, which bind labels where
-    that does not: groups, with those of its group of `group_size`; real, in G's step also with D's last real samples."""
-    group_size: int = 8
-    """Samples in a group of `contrast_set=groups`."""
-    lambda_cr: float = 0.0
-    """Consistency regularisation of D between real images and augmented ones (published: 10); 0 turns it off."""
-    lambda_bcr: float = 0.0
-    """ICR: the same for real and for generated images (published: 10); 0 turns it off."""
-    lambda_zcr_d: float = 0.0
-    """ICR: D on z and on z moved a little (published: 20); 0 turns it off."""
-    lambda_zcr_g: float = 0.0
-    """ICR: how much G is rewarded for images that change with z (published: 0.5); 0 turns it off."""
-    zcr_radius: float = 0.05
-    """ICR: standard deviation of the move of z."""
-    diff_augment: bool = False
-    """DiffAugment: colour, translation and cutout on all images that D sees."""
-    lambda_r1: float = 0.0
-    """R1: weight of half the squared gradient of D at real images; 0 turns it off."""
-    d_steps: int = 5
-    """Updates of D before each update of G."""
-    micro_batches: int = 1
-    """Parts in which a batch goes through the networks, to save memory; the class loss still sees the whole batch."""
-    lr_g: float = 2e-4
-    """Adam: learning rate of G."""
-    lr_d: float = 2e-4
-    """Adam: learning rate of D."""
-    beta1: float = 0.5
-    """Adam: decay of the mean gradient."""
-    beta2: float = 0.999
-    """Adam: decay of the squared gradient."""
-    adam_eps: float = 1e-6
-    """Adam: what is added to the root of the squared gradient."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: networks run under autocast; parameters and losses stay fp32."""
-    backend: str | None = None
-    """Backend of the contrastive op; by default the fastest that runs here."""
-
-    def __post_init__(self) -> None:
-        options.at_least(self, 1, "num_classes", "image_channels", "latent_dim", "embed_dim")
-        options.at_least(self, 1, "gen_channels", "disc_channels", "shared_dim", "group_size")
-        options.at_least(self, 1, "d_steps", "micro_batches")
-        options.at_least(self, 0, "gen_attention", "disc_attention")
-        options.at_least(self, 0, "lambda_cond", "lambda_cr", "lambda_bcr", "lambda_zcr_d")
-        options.at_least(self, 0, "lambda_zcr_g", "zcr_radius", "lambda_r1", "margin")
-        options.above_zero(self, "temperature", "lr_g", "lr_d", "adam_eps")
-        options.in_unit_interval(self, "beta1", "beta2")
-        options.one_of(self, "backbone", get_args(Backbone))
-        options.one_of(self, "conditioning", get_args(Conditioning))
-        options.one_of(self, "disc_norm", ("spectral", "batch", "none"))
-        options.one_of(self, "contrast_set", get_args(ContrastSet))
-        options.one_of(self, "gan_mode", get_args(GANMode))
-        options.one_of(self, "precision", ("fp32", "bf16"))
-        if self.conditioning in ("2C", "D2DCE", "AC") and self.num_classes < 2:
-            raise UserError(
-                f"num_classes={self.num_classes} leaves conditioning={self.conditioning} nothing to tell apart. "
-                "Use conditioning=none."
-            )
-
-
-def build_generator(config: ContraGANConfig) -> nn.Module:
-    """The generator that `config` describes, freshly initialised."""
-    common = (config.image_size, config.latent_dim, config.num_classes, config.gen_channels)
-    channels = {"image_channels": config.image_channels}
-    if config.backbone == "biggan":
-        return BigGANGenerator(
-            *common,
-            shared_dim=config.shared_dim,
-            attention_after=config.gen_attention,
-            **channels,
-        )
-    if config.backbone == "sngan":
-        return SNGANGenerator(*common, spectral_norm=config.gen_spectral_norm, **channels)
-    return DCGANGenerator(*common, **channels)
-
-
-def build_discriminator(config: ContraGANConfig) -> nn.Module:
-    """The discriminator that `config` describes, freshly initialised."""
-    common = (config.image_size, config.num_classes, config.disc_channels)
-    options = {
-        "conditioning": config.conditioning,
-        "embed_dim": config.embed_dim,
-        "image_channels": config.image_channels,
-    }
-    if config.backbone == "biggan":
-        return BigGANDiscriminator(*common, attention_after=config.disc_attention, **options)
-    family = SNGANDiscriminator if config.backbone == "sngan" else DCGANDiscriminator
-    return family(*common, norm=config.disc_norm, **options)
+from fastnce.models.gan import at_least_fp32, discriminator_losses, generator_loss
+from fastnce.models.updates import LossMeans, one_power_iteration, statistics_untracked
+from fastnce.networks import DiscriminatorOutput
 
 
 class ContraGAN(nn.Module):
@@ -452,55 +314,3 @@ class ClassSample(NamedTuple):
 
     def detach(self) -> Self:
         return type(self)(*(x.detach() for x in self))
-
-
-class LossMeans:
-    """Means of named losses over the updates of a step, each update's parts weighted by their share of its batch."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._weights: dict[str, float] = {}
-
-    def add(self, losses: Mapping[str, Tensor], share: float) -> None:
-        """Adds the losses of a part."""
-        for name, loss in losses.items():
-            self._sums[name] = self._sums.get(name, 0.0) + share * loss.detach()
-            self._weights[name] = self._weights.get(name, 0.0) + share
-
-    def means(self) -> dict[str, Tensor]:
-        """The means so far."""
-        return {name: total / self._weights[name] for name, total in self._sums.items()}
-
-
-@contextlib.contextmanager
-def statistics_untracked(network: nn.Module) -> Iterator[None]:
-    """Context in which batch norms in training mode leave their running statistics alone."""
-    tracking = [m for m in network.modules() if getattr(m, "track_running_stats", False)]
-    for module in tracking:
-        module.track_running_stats = False
-    try:
-        yield
-    finally:
-        for module in tracking:
-            module.track_running_stats = True
-
-
-@contextlib.contextmanager
-def one_power_iteration(*networks: nn.Module) -> Iterator[None]:
-    """Context that begins with a power iteration of all spectral norms and then keeps them as they are."""
-    normed = [
-        (module, hook)
-        for network in networks
-        for module in network.modules()
-        for hook in module._forward_pre_hooks.values()
-        if isinstance(hook, SpectralNorm) and module.training
-    ]
-    with torch.no_grad():
-        for module, hook in normed:
-            hook.compute_weight(module, do_power_iteration=True)
-            module.training = False
-    try:
-        yield
-    finally:
-        for module, _ in normed:
-            module.training = True

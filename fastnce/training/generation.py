@@ -19,7 +19,7 @@ from fastnce.metrics import (
     largest_singular_values,
 )
 from fastnce.models import ContraGAN
-from fastnce.models.contragan import build_generator
+from fastnce.models.contragan_config import build_generator
 from fastnce.training.config import ContraGANTrainConfig
 from fastnce.training.schedule import Schedule
 from fastnce.training.system import Measure, Rows, System

@@ -36,7 +36,9 @@ def test_it_learns_to_read_digits_it_has_not_seen(digits, tmp_path):
     probabilities = network.class_probabilities(images)
     assert class_accuracy(probabilities, labels) > 0.95
     assert probabilities.sum(1).tolist() == pytest.approx([1] * len(labels), abs=1e-5)
-    assert network(images).shape == (len(labels), 16) and network(images).min() >= 0
+    features = network(images_of(digits, "train")[0])
+    assert features.shape == (1195, 16) and features.min() >= 0
+    assert features.var(0).mean().item() == pytest.approx(1, rel=1e-4)
 
 
 def test_it_is_trained_once_and_repeatably(digits, tmp_path, monkeypatch):

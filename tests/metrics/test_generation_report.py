@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastnce.data import to_uint8
 from fastnce.metrics import (
     evaluate_generation,
     evaluate_generators,
@@ -49,7 +50,7 @@ def result():
         "collapsed": lambda labels: draw(torch.arange(3))[labels],
         "broken": lambda labels: draw(labels) * math.nan,
     }
-    held_out = (draw(LABELS, seed=8), LABELS)  # with it, labels are asked for class by class
+    held_out = (draw(LABELS, seed=8), LABELS)  # its order is class by class
     return evaluate_generators(samples, REAL, LABELS, Judge(), held_out=held_out)
 
 
@@ -117,6 +118,7 @@ def test_every_row_has_the_labels_of_the_reference_cut_to_what_both_sets_have():
     held_out = (draw(fewer), fewer)
     result = measure(REAL, LABELS)
     assert [len(part) for part in asked] == [16, 16, 16, 11]
+    assert all(len(part.unique()) == 3 for part in asked)  # not class by class, as files are
     assert torch.cat(asked).bincount().tolist() == [20, 9, 30] and result["count"] == 59
     assert [row["name"] for row in result["rows"]] == [HELD_OUT, "generated", UNTRAINED]
     assert result["rows"][1]["fid"] != result["rows"][0]["fid"]
@@ -132,6 +134,14 @@ def test_the_numbers_are_those_of_the_saved_images():
     values = (torch.arange(8.0) / 127.5 - 1).repeat(15)[:, None, None, None].expand(120, 1, 2, 2)
     between = evaluate_generation(lambda labels: values + 0.004, values, LABELS, Judge())
     assert between["rows"][0]["fid"] == pytest.approx(0, abs=1e-9)
+
+
+def test_images_as_read_from_files_are_the_same_reference():
+    from_files = to_uint8(REAL)
+    one = evaluate_generation(draw, REAL, LABELS, Judge(), held_out=(REAL, LABELS))
+    assert one == evaluate_generation(
+        draw, from_files, LABELS, Judge(), held_out=(from_files, LABELS)
+    )
 
 
 def test_an_extractor_alone_gives_what_it_can():

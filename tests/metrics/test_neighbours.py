@@ -49,7 +49,7 @@ def test_the_definitions(k, rows, generator, monkeypatch):
 def test_far_from_the_origin_nothing_changes(generator):
     real, fake = torch.randn(2, 50, 4, generator=generator, dtype=torch.float64)
     near = precision_recall_density_coverage(real, fake)
-    assert precision_recall_density_coverage(real + 1e6, fake + 1e6) == near
+    assert precision_recall_density_coverage(real + 1e8, fake + 1e8) == near
 
 
 def test_blocks_keep_to_their_size(generator, monkeypatch):
@@ -81,6 +81,13 @@ def test_a_collapsed_generator_is_precise_and_covers_nothing(generator):
     assert result.precision == 1
     assert result.recall == 1 / 60  # the balls have radius 0, and one real image is on their centre
     assert result.coverage < 0.5
+
+
+def test_points_that_coincide_are_at_distance_zero_whatever_the_rounding(generator):
+    x = torch.randn(50, 200, generator=generator)
+    twins = torch.cat([x, x])  # radius 0 for k = 1
+    result = precision_recall_density_coverage(twins, x, k=1)
+    assert astuple(result) == (1, 1, 2, 1)
 
 
 def test_features_that_are_all_the_same_lie_in_one_another():

@@ -10,7 +10,8 @@ from torch import nn
 import fastnce
 from fastnce.errors import UserError
 from fastnce.models import ContraGAN, ContraGANConfig
-from fastnce.models.contragan import ClassSample, one_power_iteration, statistics_untracked
+from fastnce.models.contragan import ClassSample
+from fastnce.models.updates import one_power_iteration, statistics_untracked
 
 TINY = {
     "backbone": "biggan",
