@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -41,7 +42,7 @@ def images_of(
 def random_encoder(config: RepresentationTrainConfig, train: LabelledImages) -> nn.Module:
     """The encoder before training, with the statistics of the training images in its batch norms."""
     with runtime.rng_kept():
-        runtime.seed_everything(config.seed)
+        torch.manual_seed(config.seed)
         encoder = build_encoder(config)
     return calibrate(encoder, train)
 
