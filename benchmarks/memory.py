@@ -23,7 +23,8 @@ from benchmarks.case import TINY_LIMITS, Case, Provider
 from benchmarks.harness import forget_upstream, quartiles, run
 from benchmarks.machine import ROOT
 
-_GLIBC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+# Arrays of 64 kB and more come from the system and go straight back.
+GLIBC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def add_cuda_peaks(
@@ -104,7 +105,7 @@ def _ask_subprocess(jobs: list[dict[str, str]], deadline: float) -> tuple[list[d
             text=True,
             timeout=limit,
             cwd=ROOT,
-            env=os.environ | _GLIBC,
+            env=os.environ | GLIBC,
         )
         text, note = done.stdout, f"the measuring process ended with status {done.returncode}"
     except subprocess.TimeoutExpired as expired:
@@ -114,7 +115,8 @@ def _ask_subprocess(jobs: list[dict[str, str]], deadline: float) -> tuple[list[d
     return [json.loads(line) for line in text.splitlines() if line.startswith('{"peak"')], note
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """A size that the kernel knows of this process: ``VmRSS``, or ``VmHWM``, its highest so far."""
     with open("/proc/self/status") as lines:
         line = next(line for line in lines if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
@@ -135,13 +137,13 @@ def peak_extra(case: Case, provider: Provider, dtype: torch.dtype) -> dict[str, 
     del outputs
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     with open("/proc/self/clear_refs", "w") as clear:
         clear.write("5")
     start = time.perf_counter()
     results = run(provider.call, inputs, case.wrt)
     seconds = time.perf_counter() - start
-    peak = max(0, _status_bytes("VmHWM") - before)
+    peak = max(0, status_bytes("VmHWM") - before)
     return {"peak": peak, "outputs": storage_bytes(results), "seconds": seconds}
 
 

@@ -117,6 +117,10 @@ def case_table(entry: dict[str, Any]) -> str:
         columns = (*_COLUMNS, "the op's share")
         of_eager = next((r["seconds_above_alone"] for r in timed if r["name"] == "eager"), None)
         rows = [(*cells, _share(row, of_eager)) for cells, row in zip(rows, timed, strict=True)]
+    if any("rank_peak_bytes" in row for row in timed):
+        columns = (*columns, "peak per rank")
+        peaks = [f"{row['rank_peak_bytes'] / 1e6:,.0f} MB" for row in timed]
+        rows = [(*cells, peak) for cells, peak in zip(rows, peaks, strict=True)]
     notes = [
         f"- {row['name']}: {_note(row)}" for row in entry["providers"] if row["status"] != "ok"
     ]

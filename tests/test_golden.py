@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce import conditional_contrastive, info_nce, patch_nce
+from fastnce.models.class_losses import d2d_ce
 
 
 def sines(*shape: int, step: float, start: float) -> Tensor:
@@ -87,3 +88,21 @@ def test_conditional_contrastive(
     of_embeddings, of_table = torch.autograd.grad(got, [embeddings, table])
     assert of_embeddings.norm().item() == pytest.approx(embeddings_norm, abs=1e-6)
     assert of_table.norm().item() == pytest.approx(table_norm, abs=1e-6)
+
+
+def test_d2d_ce():
+    embeddings, classes = sines(6, 8, step=0.37, start=1.0), sines(3, 8, step=0.53, start=0.2)
+    labels = torch.tensor([0, 1, 2, 0, 1, 0])
+    loss = d2d_ce(embeddings, classes[labels], labels, temperature=0.5, margin=0.98)
+    loss.backward()
+    assert loss.item() == pytest.approx(2.811237, rel=1e-6)
+    assert embeddings.grad.norm().item() == pytest.approx(0.495175, rel=3e-6)
+
+
+def test_d2d_ce_of_a_sample_alone():
+    embeddings, proxies = sines(1, 8, step=0.37, start=1.0), sines(1, 8, step=0.53, start=0.2)
+    loss = d2d_ce(embeddings, proxies, torch.tensor([2]))
+    loss.backward()
+    # log(exp(-a)) + a: nothing to tell it from.
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+    assert embeddings.grad.isfinite().all()

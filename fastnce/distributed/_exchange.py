@@ -118,23 +118,30 @@ class Gather(Exchange):
         return torch.cat(parts[: self.ranks.rank] + parts[self.ranks.rank + 1 :])
 
     def _gathered(self, x: Tensor) -> list[Tensor]:
-        """The rows of each rank. What travels has the most rows of all, for the ranks' messages must have the same size."""
-        padded = x.contiguous()
-        if len(x) < max(self.rows):
-            padded = torch.cat([x, x.new_zeros((max(self.rows) - len(x), *x.shape[1:]))])
+        """The rows of each rank."""
+        padded = self._padded(x)
         gathered = [torch.empty_like(padded) for _ in self.rows]
         with explained(self.ranks, self.op):
             dist.all_gather(gathered, padded, group=self.ranks.group)
         return [y[:rows] for y, rows in zip(gathered, self.rows, strict=True)]
 
     def _give_back(self, own: Tensor, others: Tensor) -> Tensor:
-        rank, size = self.ranks.rank, self.ranks.size
-        sent = [0 if r == rank else n for r, n in enumerate(self.rows)]
-        received = [0 if r == rank else len(own) for r in range(size)]
-        parts = own.new_empty((sum(received), *own.shape[1:]))
+        """Each rank's part goes to it; the sum over all ranks of what is for this one."""
+        rank = self.ranks.rank
+        parts = list(others.split(self.rows[:rank] + self.rows[rank + 1 :]))
+        parts.insert(rank, own)
+        parts = [self._padded(x) for x in parts]
+        total = torch.empty_like(parts[0])
         with explained(self.ranks, self.op):
-            dist.all_to_all_single(parts, others, received, sent, group=self.ranks.group)
-        return own + parts.view(size - 1, *own.shape).sum(dim=0)
+            dist.reduce_scatter(total, parts, group=self.ranks.group)
+        return total[: len(own)]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """As many rows as any rank has, for in these collectives all messages have one size."""
+        missing = max(self.rows) - len(x)
+        if missing > 0:
+            x = torch.cat([x, x.new_zeros((missing, *x.shape[1:]))])
+        return x.contiguous()
 
 
 EXCHANGES = {"ring": Ring, "gather": Gather}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fastnce
+import fastnce.distributed
 from fastnce.models.gan import at_least_fp32
 
 
@@ -18,9 +20,12 @@ def contrastive_2c(
     temperature: float = 1.0,
     group_size: int | None = None,
     extra: tuple[Tensor, Tensor, Tensor] | None = None,
+    gradient_scale: Literal["mean", "published"] = "mean",
     backend: str | None = None,
 ) -> Tensor:
     """ContraGAN's 2C loss over a batch, over groups of it, or with further samples to contrast with.
+
+    With `torch.distributed`, the batch is that of all ranks, exactly; groups and further samples are each rank's own.
 
     Args:
         embeddings: (N, E), not normalised.
@@ -30,14 +35,25 @@ def contrastive_2c(
         group_size: contrast each sample only with those of its group of so many consecutive samples; the last group may be
             smaller. None, the published form: with the whole batch.
         extra: embeddings (M, E), proxies (M, E) and labels (M,) of samples that join the contrast but have no loss of their own.
+        gradient_scale: over ranks, see `fastnce.distributed.conditional_contrastive`: "mean" gives, with gradients averaged
+            over ranks, those of one process; "published" divides them by the number of ranks, as the published code does.
         backend: as of `fastnce.conditional_contrastive`.
 
     Returns:
-        The mean over the N samples.
+        The mean over the N samples; those of all ranks for a whole batch.
 
     Source:
         Kang and Park 2020, https://arxiv.org/abs/2006.12681; the groups and the further samples are ours.
     """
+    if group_size is None and extra is None:
+        return fastnce.distributed.conditional_contrastive(
+            embeddings,
+            proxies,
+            labels,
+            temperature=temperature,
+            gradient_scale=gradient_scale,
+            backend=backend,
+        )
     size = group_size or len(embeddings)
     total = embeddings.new_zeros((), dtype=torch.promote_types(embeddings.dtype, torch.float32))
     parts = (embeddings.split(size), proxies.split(size), labels.split(size))

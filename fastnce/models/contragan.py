@@ -280,6 +280,7 @@ class ContraGAN(nn.Module):
             temperature=config.temperature,
             group_size=config.group_size if config.contrast_set == "groups" else None,
             extra=extra,
+            gradient_scale=config.rank_gradients,
             backend=config.backend,
         )
 

@@ -69,6 +69,9 @@ class ContraGANConfig:
     that does not: groups, with those of its group of `group_size`; real, in G's step also with D's last real samples."""
     group_size: int = 8
     """Samples in a group of `contrast_set=groups`."""
+    rank_gradients: Literal["mean", "published"] = "mean"
+    """2C over several processes. mean: exactly the loss of the whole batch in one process. published: as StudioGAN has it, with
+    1 / processes of its weight."""
     lambda_cr: float = 0.0
     """Consistency regularisation of D between real images and augmented ones (published: 10); 0 turns it off."""
     lambda_bcr: float = 0.0
@@ -115,6 +118,7 @@ class ContraGANConfig:
         options.one_of(self, "conditioning", get_args(Conditioning))
         options.one_of(self, "disc_norm", ("spectral", "batch", "none"))
         options.one_of(self, "contrast_set", get_args(ContrastSet))
+        options.one_of(self, "rank_gradients", ("mean", "published"))
         options.one_of(self, "gan_mode", get_args(GANMode))
         options.one_of(self, "precision", ("fp32", "bf16"))
         if self.conditioning in ("2C", "D2DCE", "AC") and self.num_classes < 2:

@@ -57,7 +57,6 @@ ABLATIONS: dict[str, Ablation] = {
             },
             "auxiliary classifier (ACGAN)": {"conditioning": "AC"},
             "projection (ProjGAN)": {"conditioning": "PD"},
-            "none": {"conditioning": "none"},
         },
         measures={
             "class_accuracy": ("class accuracy", ".3f"),

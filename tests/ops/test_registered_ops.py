@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnce
-from fastnce import backends
+from fastnce import backends, native
 from fastnce.testing import SAMPLE_INPUTS, run
 
 pytestmark = pytest.mark.skipif(
@@ -41,7 +41,19 @@ def recorded() -> dict[str, list]:
             options = {"normalize": normalize, "backend": "native"}
             passed, patches, _ = fastnce.tap_patches(maps, 3, **options)
             sum(x.sum() for x in passed + patches).backward()
+        for dtype in (torch.float32, torch.bfloat16):
+            one_block_of_labelled_lse(dtype)
     return recorder.calls
+
+
+def one_block_of_labelled_lse(dtype: torch.dtype) -> None:
+    """Every row has a column of its label, so that all is finite."""
+    x, y = torch.randn(7, 5).to(dtype), torch.randn(40, 5).to(dtype)
+    labels = torch.arange(7) % 3, torch.arange(40) % 3
+    state = torch.zeros(7, 4, dtype=torch.float64), torch.zeros(40, 4, dtype=torch.float64)
+    for tau in (0.5, torch.tensor(0.5)):
+        native.labelled_lse_forward(x, y, *labels, tau, own=False)
+        native.labelled_lse_backward(x, y, *labels, tau, *state, own=False)
 
 
 def registered() -> list[str]:

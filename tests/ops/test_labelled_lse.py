@@ -1,0 +1,125 @@
+"""One block of a larger matrix of similarities: the kernels against plain PyTorch in fp64, and that against autograd."""
+
+import pytest
+import torch
+
+from fastnce import backends, reference
+
+TAUS = (1.0, 0.07, 0.01)
+
+
+@pytest.fixture
+def kernels(backend):
+    reason = backends.supports(backend, "labelled_lse", "cpu", torch.float32)
+    if reason != "ok":
+        pytest.skip(f"{backend}: {reason}")
+    return backends.select("labelled_lse", torch.zeros(1), backend)
+
+
+def block(rows, columns, depth, dtype=torch.float64, seed=0):
+    """x, y, their labels, and their states, the lse of which are those of a larger matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    own = columns is None
+    x = torch.randn(rows, depth, generator=generator, dtype=torch.float64).to(dtype)
+    y = (
+        x
+        if own
+        else torch.randn(columns, depth, generator=generator, dtype=torch.float64).to(dtype)
+    )
+    x_labels = torch.randint(4, (rows,), generator=generator) * 10**12 - 5
+    y_labels = x_labels if own else torch.randint(4, (columns,), generator=generator) * 10**12 - 5
+    return x, y, x_labels, y_labels
+
+
+def state_of(lse, seed):
+    generator = torch.Generator().manual_seed(seed)
+    other = torch.rand(lse.shape, generator=generator, dtype=torch.float64)
+    # As a softmax's gradient: the weights that arrive for the two lse have opposite signs.
+    weights = other * torch.tensor([1.0, -0.5], dtype=torch.float64)
+    return torch.cat([torch.logaddexp(lse, other), weights], dim=1)
+
+
+def states(x, y, x_labels, y_labels, tau, own):
+    forward = reference.labelled_lse_forward
+    x, y = x.double(), y.double()
+    rows = state_of(forward(x, y, x_labels, y_labels, tau, own=own), 1)
+    return rows, rows if own else state_of(forward(y, x, y_labels, x_labels, tau, own=own), 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "columns", "depth"),
+    [(1, 1, 1), (1, None, 3), (5, None, 3), (64, 65, 33), (530, 9, 16), (9, 8300, 7), (130, None, 27)],
+)  # fmt: skip
+def test_against_the_reference_in_double(kernels, rows, columns, depth, dtype):
+    own = columns is None
+    for tau in TAUS:
+        x, y, *labels = block(rows, columns, depth, dtype)
+        arguments = (*labels, tau)
+        lse = kernels.labelled_lse_forward(x, y, *arguments, own=own)
+        truth = reference.labelled_lse_forward(x.double(), y.double(), *arguments, own=own)
+        assert lse.dtype == torch.float64 and lse.shape == (rows, 2)
+        # Logits of 1 / tau are rounded in fp32.
+        close = {"rtol": 0, "atol": (1e-14 if dtype == torch.float64 else 1e-6) / tau}
+        torch.testing.assert_close(lse, truth, **close)
+        both = states(x, y, *labels, tau, own)
+        grad, grad_tau = kernels.labelled_lse_backward(x, y, *arguments, *both, own=own)
+        true = reference.labelled_lse_backward(x.double(), y.double(), *arguments, *both, own=own)
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-6 + 5e-8 / tau
+        assert (grad - true[0]).norm() <= tolerance * true[0].norm() + 1e-12
+        scale = true[0].norm() + true[1].abs()
+        assert (grad_tau - true[1]).abs() <= 10 * tolerance * scale
+
+
+def test_all_blocks_together_have_the_gradients_of_autograd():
+    """Rows in two blocks: the sums of the blocks' parts are the derivative of the whole."""
+    x, _, labels, _ = block(12, None, 5)
+    tau = torch.tensor(0.3, dtype=torch.float64)
+    leaf, leaf_tau = x.clone().requires_grad_(), tau.clone().requires_grad_()
+    z = torch.nn.functional.normalize(leaf) @ torch.nn.functional.normalize(leaf).T / leaf_tau
+    z = z.masked_fill(torch.eye(12, dtype=torch.bool), -torch.inf)
+    same = labels[:, None] == labels[None, :]
+    lse = torch.stack([z.logsumexp(1), z.masked_fill(~same, -torch.inf).logsumexp(1)], dim=1)
+    weights = torch.randn(12, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    (lse * weights).sum().backward()
+    state = torch.cat([lse.detach(), weights], dim=1)
+    parts = slice(0, 5), slice(5, 12)
+    found, found_tau = torch.zeros_like(x), torch.zeros((), dtype=torch.float64)
+    for rows in parts:
+        for columns in parts:
+            own = rows == columns
+            arguments = (x[rows], x[columns], labels[rows], labels[columns], tau)
+            both = state[rows], state[columns]
+            grad, grad_tau = reference.labelled_lse_backward(*arguments, *both, own=own)
+            found[rows] += grad
+            found_tau += grad_tau
+    torch.testing.assert_close(found, leaf.grad)
+    torch.testing.assert_close(found_tau, leaf_tau.grad)
+
+
+def test_strides_and_a_row_of_zeros(kernels):
+    x, y, x_labels, y_labels = block(20, 31, 8)
+    x[3] = 0
+    wide = torch.full((20, 16), torch.nan, dtype=torch.float64)
+    wide[:, ::2] = x
+    labels = torch.stack([x_labels, x_labels + 1], dim=1)[:, 0]
+    arguments = (labels, y_labels, 0.5)
+    lse = kernels.labelled_lse_forward(wide[:, ::2], y.T.contiguous().T, *arguments, own=False)
+    torch.testing.assert_close(lse[3, 0], torch.tensor(31.0, dtype=torch.float64).log())
+    both = states(x, y, x_labels, y_labels, 0.5, False)
+    grad, _ = kernels.labelled_lse_backward(wide[:, ::2], y, *arguments, *both, own=False)
+    true, _ = reference.labelled_lse_backward(x, y, *arguments, *both, own=False)
+    torch.testing.assert_close(grad, true)
+    assert grad[3].eq(0).all()
+
+
+def test_results_do_not_depend_on_the_threads(kernels):
+    x, y, *labels = block(300, 700, 16, torch.float32)
+    both = states(x, y, *labels, 0.1, False)
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        lse = kernels.labelled_lse_forward(x, y, *labels, 0.1, own=False)
+        found.append((lse, *kernels.labelled_lse_backward(x, y, *labels, 0.1, *both, own=False)))
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
