@@ -161,7 +161,7 @@ _SMALL: dict[str, object] = {
 _REPRESENTATION: dict[str, dict[str, object]] = {
     "digits": _SMALL
     | {"image_size": 16, "image_channels": 1, "views": "digits-crops", "steps": 1000},
-    "photo-crops": _SMALL | {"steps": 400},
+    "photo-crops": _SMALL | {"steps": 150, "sample_every": 150, "measure_every": 50},
     # As published on ImageNet: SimCLR's best batch of its table of batch sizes, and MoCo v2.
     "simclr-imagenet": {
         "stem": "imagenet",
