@@ -1,7 +1,5 @@
 """How much of the classes is in a representation: nearest neighbours, and a linear classifier on top."""
 
-import warnings
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,7 +84,7 @@ def linear_predict(
         train_features: (N, F).
         train_labels: (N,) int64.
         test_features: (M, F).
-        steps: the most iterations.
+        steps: the most iterations; scikit-learn warns where they do not suffice.
 
     Returns:
         (M,) int64, on the CPU.
@@ -95,7 +93,6 @@ def linear_predict(
         UserError: scikit-learn is missing.
     """
     try:
-        from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
@@ -104,9 +101,7 @@ def linear_predict(
             "linear evaluation needs scikit-learn. Install it with: pip install 'fastnce[demo]'"
         ) from error
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=steps))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        classifier.fit(train_features.cpu().double().numpy(), train_labels.cpu().numpy())
+    classifier.fit(train_features.cpu().double().numpy(), train_labels.cpu().numpy())
     return torch.from_numpy(classifier.predict(test_features.cpu().double().numpy()))
 
 
