@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 # One rank is one H100 SXM of a DGX H100 (sources in docs/distributed.md).
 FLOPS = 650e12  # bf16 products; the best fused losses reach 650 to 700e12 of a peak of 989e12
 NVLINK = 450e9  # bytes/s and direction, between GPUs of one node
@@ -97,35 +99,28 @@ class Job:
 
     def simulated_ring_seconds(self) -> float:
         """The ring event by event."""
-        start = [0.0] * self.ranks
+        start = np.zeros(self.ranks)
         start = self._trip(start, self.compute(FORWARD_PRODUCTS), with_sums=False)
-        return max(self._trip(start, self.compute(BACKWARD_PRODUCTS), with_sums=True))
+        return float(self._trip(start, self.compute(BACKWARD_PRODUCTS), with_sums=True).max())
 
-    def _trip(self, start: list[float], compute: float, with_sums: bool) -> list[float]:
-        """When each rank is through one trip that it begins at ``start``."""
-        ranks = range(self.ranks)
-        free = [0.0] * self.ranks  # when the link to the next rank is
-        ready, sums_here = list(start), [0.0] * self.ranks
-        for step in ranks:
+    def _trip(self, ready: np.ndarray, compute: float, with_sums: bool) -> np.ndarray:
+        """When each rank is through one trip that it begins when it is ``ready``; all arrays have a time per rank."""
+        free = np.zeros(self.ranks)  # the link to the next rank
+        rates = np.array([self.link(rank) for rank in range(self.ranks)])
+        key, total = (LATENCY + size / rates for size in (self.key_bytes, self.sum_bytes))
+        sums_here = np.zeros(self.ranks)
+        for step in range(self.ranks):
             last = step + 1 == self.ranks
-            # A rank passes its block on as it begins to compute with it.
-            keys_there = [
-                0.0 if last else self._send(free, r, ready[r], self.key_bytes) for r in ranks
-            ]
-            done = [ready[r] + compute for r in ranks]
+            done = ready + compute
+            if not last:  # the block is passed on as computing with it begins
+                free = sent = np.maximum(free, ready) + key
             if with_sums:
-                done = [max(done[r], sums_here[r]) for r in ranks]
-                sums_there = [self._send(free, r, done[r], self.sum_bytes) for r in ranks]
-                sums_here = [sums_there[r - 1] for r in ranks]
-            if not last:
-                # It waits for the next block, and for its own to have left.
-                ready = [max(done[r], keys_there[r], keys_there[r - 1]) for r in ranks]
-        return [max(done[r], sums_here[r]) for r in ranks]
-
-    def _send(self, free: list[float], rank: int, at: float, size: int) -> float:
-        """When ``size`` bytes that ``rank`` has ``at`` arrive at the next."""
-        free[rank] = max(free[rank], at) + LATENCY + size / self.link(rank)
-        return free[rank]
+                done = np.maximum(done, sums_here)
+                free = np.maximum(free, done) + total
+                sums_here = np.roll(free, 1)
+            if not last:  # a rank waits for the next block, and for its own to have left
+                ready = np.maximum.reduce([done, sent, np.roll(sent, 1)])
+        return np.maximum(done, sums_here)
 
 
 def table(n: int, d: int) -> list[str]:

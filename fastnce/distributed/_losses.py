@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastnce import backends
 from fastnce.distributed._exchange import EXCHANGES, Exchange
 from fastnce.distributed._ranks import Fact, Ranks, agree, explained
 from fastnce.ops import _checks, _common
@@ -31,6 +33,7 @@ class Options:
     strategy: str
     gradient_scale: str
     check: bool
+    backend: str | None
 
     def validated(
         self, op: str, rows: Tensor, gradient_scales: tuple[str, ...] = GRADIENT_SCALES
@@ -53,10 +56,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the ranks compute one loss together: the exchange of their rows, and the factor of their gradients."""
+    """How the ranks compute one loss together: the exchange of their rows, the kernels, and the gradients' scale."""
 
     ranks: Ranks
     exchange: Exchange
+    kernels: ModuleType
     options: Options
 
     def reduce(self, losses: Tensor, valid: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -68,6 +72,7 @@ class Plan:
 
 def make_plan(
     op: str,
+    kernel_op: str,
     ranks: Ranks,
     rows: Tensor,
     options: Options,
@@ -77,20 +82,29 @@ def make_plan(
 
     Args:
         op: the public function.
+        kernel_op: the op of the backends that computes its blocks.
         ranks: who takes part.
         rows: (N, D), what travels.
         options: of the call.
         validate: checks all arguments of the op on this rank; see :func:`fastnce.distributed._ranks.agree`.
     """
+
+    def valid() -> dict[str, Fact]:
+        facts = validate()
+        # A rank that lacks the backend must say so before the others wait for its rows.
+        backends.select(kernel_op, rows, options.backend)
+        return facts
+
     device = rows.device if isinstance(rows, Tensor) else torch.device("cpu")
-    counts = agree(ranks, op, device, validate, check=options.check)
+    counts = agree(ranks, op, device, valid, check=options.check)
     if sum(counts) == 0:
         raise ValueError(f"{op}: no rank has any row. Pass at least one row on one rank.")
     strategy = options.strategy
     if strategy == "auto":
         size = sum(counts) * rows.shape[1] * rows.element_size()
         strategy = "gather" if size <= _GATHER_BYTES else "ring"
-    return Plan(ranks, EXCHANGES[strategy](op, ranks, counts), options)
+    kernels = backends.select(kernel_op, rows, options.backend)
+    return Plan(ranks, EXCHANGES[strategy](op, ranks, counts), kernels, options)
 
 
 def expect_rows(op: str, name: str, x: object) -> None:

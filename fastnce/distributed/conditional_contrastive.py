@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastnce import backends, ops
+from fastnce import ops
 from fastnce.distributed._labelled_lse import LabelledLSE
 from fastnce.distributed._losses import GRADIENT_SCALES, Options, expect_rows, make_plan
 from fastnce.distributed._ranks import Fact, ranks_of
@@ -69,7 +69,7 @@ def conditional_contrastive(
             reduction=reduction,
             backend=backend,
         )
-    options = Options(temperature, reduction, strategy, gradient_scale, check)
+    options = Options(temperature, reduction, strategy, gradient_scale, check, backend)
     embeddings, proxies = _checks.same_dtype_under_autocast(embeddings, proxies)
 
     def validate() -> dict[str, Fact]:
@@ -83,11 +83,10 @@ def conditional_contrastive(
         facts = options.validated(op, embeddings, (*GRADIENT_SCALES, "published"))
         return facts | {"whether gradients are needed": grad}
 
-    plan = make_plan(op, ranks, embeddings, options, validate)
-    kernels = backends.select("labelled_lse", embeddings, backend)
+    plan = make_plan(op, "labelled_lse", ranks, embeddings, options, validate)
     tau = _checks.expect_temperature(op, temperature, embeddings)
     with _common.no_autocast(embeddings):
-        lse = LabelledLSE.apply(embeddings, tau, labels.long(), plan.exchange, kernels, 1)
+        lse = LabelledLSE.apply(embeddings, tau, labels.long(), plan.exchange, plan.kernels, 1)
         dtype = accumulation_dtype(embeddings.dtype)
         units = normalize_rows(embeddings.to(dtype)) * normalize_rows(proxies.to(dtype))
         to_proxy = units.sum(dim=1).double() / tau

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastnce import backends, ops, reference
+from fastnce import ops, reference
 from fastnce.distributed._exchange import Block, Exchange
 from fastnce.distributed._losses import Options, expect_rows, make_plan
 from fastnce.distributed._ranks import Fact, ranks_of
@@ -80,7 +80,7 @@ def info_nce(
             backend=backend,
         )
     in_batch = negative_keys is None if in_batch_negatives is None else bool(in_batch_negatives)
-    options = Options(temperature, reduction, strategy, gradient_scale, check)
+    options = Options(temperature, reduction, strategy, gradient_scale, check, backend)
     query, positive_key, negative_keys = _checks.same_dtype_under_autocast(
         query, positive_key, negative_keys
     )
@@ -105,15 +105,14 @@ def info_nce(
             "whether positive_key needs a gradient": _common.wants_grad(positive_key),
         }
 
-    plan = make_plan(op, ranks, query, options, validate)
-    kernels = backends.select(op, query, backend)
+    plan = make_plan(op, "info_nce", ranks, query, options, validate)
     tau = _checks.expect_temperature(op, temperature, query)
     negatives = None if negative_keys is None else negative_keys.detach()
     with _common.no_autocast(query):
 
         def losses(query: Tensor, key: Tensor) -> Tensor:
             exchange = plan.exchange if in_batch else None
-            blocks = _Blocks(kernels, bool(normalize), negatives, exchange)
+            blocks = _Blocks(plan.kernels, bool(normalize), negatives, exchange)
             return _InfoNCE.apply(query, key, tau, blocks)
 
         one_way = losses(query, positive_key)

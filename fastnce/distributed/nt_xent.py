@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastnce import backends, ops
+from fastnce import ops
 from fastnce.distributed._labelled_lse import LabelledLSE
 from fastnce.distributed._losses import Options, expect_rows, make_plan
 from fastnce.distributed._ranks import Fact, ranks_of
@@ -57,7 +57,7 @@ def nt_xent(
     ranks = ranks_of(group)
     if ranks is None:
         return ops.nt_xent(z1, z2, temperature=temperature, reduction=reduction, backend=backend)
-    options = Options(temperature, reduction, strategy, gradient_scale, check)
+    options = Options(temperature, reduction, strategy, gradient_scale, check, backend)
     z1, z2 = _checks.same_dtype_under_autocast(z1, z2)
 
     def validate() -> dict[str, Fact]:
@@ -69,14 +69,13 @@ def nt_xent(
         facts = options.validated(op, z1) | {"whether gradients are needed": grad}
         return facts | {"rows": 2 * len(z1)}
 
-    plan = make_plan(op, ranks, z1, options, validate)
-    kernels = backends.select("labelled_lse", z1, backend)
+    plan = make_plan(op, "labelled_lse", ranks, z1, options, validate)
     tau = _checks.expect_temperature(op, temperature, z1)
     with _common.no_autocast(z1):
         rows = torch.cat([z1, z2])
         no_labels = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         # Without the positives, next to which nothing then cancels where they dominate.
-        others = LabelledLSE.apply(rows, tau, no_labels, plan.exchange, kernels, 2)[:, 0]
+        others = LabelledLSE.apply(rows, tau, no_labels, plan.exchange, plan.kernels, 2)[:, 0]
         dtype = accumulation_dtype(z1.dtype)
         units = normalize_rows(z1.to(dtype)) * normalize_rows(z2.to(dtype))
         positive = (units.sum(dim=1).double() / tau).repeat(2)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastnce import backends, ops
+from fastnce import ops
 from fastnce.distributed._labelled_lse import LabelledLSE, SameLabelSum
 from fastnce.distributed._losses import Options, expect_rows, make_plan
 from fastnce.distributed._ranks import Fact, ranks_of
@@ -60,7 +60,7 @@ def sup_con(
         return ops.sup_con(
             features, labels, temperature=temperature, reduction=reduction, backend=backend
         )
-    options = Options(temperature, reduction, strategy, gradient_scale, check)
+    options = Options(temperature, reduction, strategy, gradient_scale, check, backend)
 
     def validate() -> dict[str, Fact]:
         expect_rows(op, "features", features)
@@ -68,12 +68,11 @@ def sup_con(
         grad = _common.wants_grad(features, temperature)
         return options.validated(op, features) | {"whether gradients are needed": grad}
 
-    plan = make_plan(op, ranks, features, options, validate)
-    kernels = backends.select("labelled_lse", features, backend)
+    plan = make_plan(op, "labelled_lse", ranks, features, options, validate)
     tau = _checks.expect_temperature(op, temperature, features)
     labels = labels.long()
     with _common.no_autocast(features):
-        lse = LabelledLSE.apply(features, tau, labels, plan.exchange, kernels, 1)
+        lse = LabelledLSE.apply(features, tau, labels, plan.exchange, plan.kernels, 1)
         units = normalize_rows(features.to(accumulation_dtype(features.dtype)))
         counted = torch.cat([units, units.new_ones((len(units), 1))], dim=1)
         sums = SameLabelSum.apply(

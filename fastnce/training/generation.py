@@ -17,6 +17,7 @@ from fastnce.metrics import (
     evaluate_generators,
     generation_evaluator,
     largest_singular_values,
+    spread_ratio,
 )
 from fastnce.models import ContraGAN
 from fastnce.models.contragan_config import build_generator
@@ -26,6 +27,8 @@ from fastnce.training.system import Measure, Rows, System
 
 # Of a data set with more classes, a sample grid shows the first ones.
 _GRID_CLASSES = 20
+# Below this share of the real images' variance the samples are hardly more than one image.
+_COLLAPSED = 0.05
 # Of the numbers of an evaluation, those that are measured during the training.
 _MEASURED = ("fid", "intra_class_fid", "inception_score", "recall", "coverage", "class_accuracy")
 
@@ -140,13 +143,20 @@ def _measure(config: ContraGANTrainConfig, dataset: LabelledImages) -> Measure:
         if evaluator is not None:
             row = evaluate_generators({"now": sample}, images, labels, evaluator)["rows"][0]
             values |= {name: row[name] for name in _MEASURED if row[name] is not None}
+        generated, real = sample(labels), signed_unit(images)
+        values["spread"] = spread_ratio(generated.flatten(1), real.flatten(1))
+        if values["spread"] < _COLLAPSED:
+            print(
+                f"The samples have collapsed: their pixels have {100 * values['spread']:.1f} % of the real images' variance.",
+                file=sys.stderr,
+            )
         model.discriminator.eval()
         logits = [
             _logits(model, part, classes)
             for part, classes in (
                 (signed_unit(seen), seen_labels),
-                (signed_unit(images), labels),
-                (sample(labels), labels),
+                (real, labels),
+                (generated, labels),
             )
         ]
         model.discriminator.train()

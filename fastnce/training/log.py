@@ -83,11 +83,16 @@ class MetricLog:
                 )
         return dict(zip(self._sums, values, strict=True))
 
+    def take(self) -> dict[str, float]:
+        """The means since the last line, which start anew."""
+        means = self.means()
+        self._sums, self._count = {}, 0
+        return means
+
     def write(self, **values: float) -> dict[str, float]:
         """Appends a line: `values`, then the means, which start anew. Returns the means."""
-        means = self.means()
+        means = self.take()
         append_line(self.path, values | means)
-        self._sums, self._count = {}, 0
         return means
 
     def state_dict(self) -> dict[str, object]:

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -23,8 +24,12 @@ from fastnce.training.checkpoint import load_checkpoint, save_checkpoint
 from fastnce.training.config import SCHEDULE_FIELDS, TrainConfig, differing_fields, to_dict
 from fastnce.training.ema import WeightAverage
 from fastnce.training.log import MetricLog, append_line, drop_lines_after, read_metrics
+from fastnce.training.ranks import Ranks, joined_from_environment
 from fastnce.training.schedule import Schedule
 from fastnce.training.systems import SYSTEMS
+
+# The seeds of two ranks differ by this.
+_SEEDS_APART = 7919
 
 
 class Interrupted(SystemExit):
@@ -36,6 +41,8 @@ class Interrupted(SystemExit):
 
 def train(config: TrainConfig) -> Path:
     """Trains a system, or continues the run that is in `config.out`.
+
+    Started by `torchrun --nproc-per-node N -m fastnce train ...`, N processes share each batch, one GPU each if there are any.
 
     A run that was stopped and continued is on a CPU bit for bit the run that was never stopped. The folder gets
     `config.json`, `metrics.jsonl`, `loss.png`, `samples/step_XXXXXX.png` and `checkpoints/last.pt`; with `measure_every` also
@@ -49,7 +56,12 @@ def train(config: TrainConfig) -> Path:
             or a loss that is not finite.
         Interrupted: Ctrl-C or SIGTERM, after saving.
     """
-    device = runtime.resolve_device(config.device)
+    device = joined_from_environment(runtime.resolve_device(config.device))
+    ranks = Ranks()
+    if config.batch_size % ranks.size:
+        raise UserError(
+            f"batch_size={config.batch_size} is shared by {ranks.size} processes. Use a multiple of {ranks.size}."
+        )
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"out={config.out} is a file. Name a folder for the run.")
     checkpoint = _checkpoint_to_continue(config)
@@ -58,22 +70,20 @@ def train(config: TrainConfig) -> Path:
     system = SYSTEMS[config.system]
     dataset = system.dataset(config)
     schedule = system.schedule(config, len(dataset))
-    run = _Run(config, device, dataset, schedule)
+    run = _Run(config, device, dataset, schedule, ranks)
     if checkpoint is not None:
         run.restore(checkpoint)
         if run.step >= schedule.total_steps:
-            print(
+            run.say(
                 f"{config.out} has finished its {run.step} steps. To train longer, ask for more steps."
             )
             return config.out
-        print(f"{config.out}: going on after step {run.step} of {schedule.total_steps}")
-    else:
-        run.drop_lines_after(0)
-    write_json(to_dict(config), config.out / "config.json")
+        run.say(f"{config.out}: going on after step {run.step} of {schedule.total_steps}")
+    run.begin_folder()
     with runtime.StopOnSignal() as stop:
         run.go(stop)
-    if stop.requested and run.step < schedule.total_steps:
-        print(
+    if run.step < schedule.total_steps:  # stopped on some rank
+        run.say(
             f"Stopped after step {run.step} of {schedule.total_steps}, saved in {run.checkpoint_path}. "
             "Run the same command again to go on."
         )
@@ -104,19 +114,29 @@ class _Run:
     """A run under way: everything that a checkpoint holds, and the step from one state to the next."""
 
     def __init__(
-        self, config: TrainConfig, device: torch.device, dataset: Dataset, schedule: Schedule
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        dataset: Dataset,
+        schedule: Schedule,
+        ranks: Ranks,
     ) -> None:
         self.config, self.device, self.dataset, self.schedule = config, device, dataset, schedule
+        self.ranks = ranks
         self.system = SYSTEMS[config.system]
         self.checkpoint_path = config.out / "checkpoints" / "last.pt"
         runtime.seed_everything(config.seed)
         self.model = self.system.model(config, dataset).to(device)
+        ranks.average_gradients_before(self.model.optimizers.values())
+        if not ranks.is_first:  # the same weights, but other noise and patches
+            runtime.seed_everything(config.seed + _SEEDS_APART * ranks.rank)
         self.average = WeightAverage(self.network, config.ema_decay, config.ema_start)
         self.metrics = MetricLog(config.out / "metrics.jsonl")
         self.measurements_path = config.out / "measurements.jsonl"
-        self.preview = self.system.preview(config, dataset)
-        self.measure = None
-        if config.measure_every and self.system.measure is not None:
+        self.preview = self.measure = None
+        if ranks.is_first:
+            self.preview = self.system.preview(config, dataset)
+        if ranks.is_first and config.measure_every and self.system.measure is not None:
             self.measure = self.system.measure(config, dataset)
         self.step = 0
         self.seconds = 0.0
@@ -127,10 +147,17 @@ class _Run:
         """The network that is used after the training."""
         return getattr(self.model, self.system.network_name)
 
-    def drop_lines_after(self, step: int) -> None:
-        """Removes what an interrupted run logged after its checkpoint."""
-        drop_lines_after(self.metrics.path, step)
-        drop_lines_after(self.measurements_path, step)
+    def say(self, text: str) -> None:
+        """Prints, once for all ranks."""
+        if self.ranks.is_first:
+            print(text)
+
+    def begin_folder(self) -> None:
+        """Writes the configuration, and removes what an interrupted run logged after its checkpoint."""
+        if self.ranks.is_first:
+            drop_lines_after(self.metrics.path, self.step)
+            drop_lines_after(self.measurements_path, self.step)
+            write_json(to_dict(self.config), self.config.out / "config.json")
 
     def restore(self, state: dict) -> None:
         """Takes over a checkpoint's state."""
@@ -142,7 +169,7 @@ class _Run:
         theirs = from_dict(state["config"])
         before = self.system.schedule(theirs, state["epoch_samples"])
         if not self.schedule.agrees_until(before, state["step"]):
-            names = [name for name in SCHEDULE_FIELDS if hasattr(theirs, name)]
+            names = [field.name for field in fields(theirs) if field.name in SCHEDULE_FIELDS]
             was, now = (
                 ", ".join(f"{name}={getattr(config, name)}" for name in names)
                 for config in (theirs, self.config)
@@ -156,17 +183,26 @@ class _Run:
             optimizer.load_state_dict(state["optimizers"][name])
         self.average.load_state_dict(state["average"])
         self.metrics.load_state_dict(state["metrics"], self.device)
-        self.drop_lines_after(state["step"])
         self.step, self.seconds, self.best = (
             state["step"],
             state["seconds"],
             state.get("best", math.inf),
         )
-        runtime.set_rng_state(state["rng"])
+        states = state["rng"] if isinstance(state["rng"], list) else [state["rng"]]
+        if len(states) != self.ranks.size:
+            self.say(
+                f"{self.config.out} was made by {len(states)} processes and goes on with {self.ranks.size}: "
+                "it will not be the run that was never stopped."
+            )
+        if self.ranks.rank < len(states):
+            runtime.set_rng_state(states[self.ranks.rank])
 
     def save(self, name: str = "last") -> None:
         """Writes a checkpoint; refuses to if a loss is not finite."""
         self.metrics.means()
+        rng = self.ranks.gathered(runtime.rng_state())
+        if not self.ranks.is_first:
+            return
         save_checkpoint(
             {
                 "step": self.step,
@@ -181,7 +217,7 @@ class _Run:
                 },
                 "average": self.average.state_dict(),
                 "metrics": self.metrics.state_dict(),
-                "rng": runtime.rng_state(),
+                "rng": rng,
             },
             self.checkpoint_path.with_name(f"{name}.pt"),
         )
@@ -189,18 +225,28 @@ class _Run:
     def go(self, stop: runtime.StopOnSignal) -> None:
         """Steps to the end of the schedule, or until `stop.requested`; ends with a checkpoint."""
         config, total = self.config, self.schedule.total_steps
-        bar = tqdm(total=total, initial=self.step, desc=config.out.name, unit="step", disable=None)
+        bar = tqdm(
+            total=total,
+            initial=self.step,
+            desc=config.out.name,
+            unit="step",
+            disable=None if self.ranks.is_first else True,
+        )
         with bar:
             for batch in self._batches():
                 self._one_step(batch)
                 bar.update()
-                done = self.step == total or stop.requested
+                done = self.step == total or self.ranks.any(stop.requested)
                 if self.step % config.log_every == 0:
                     self._log(bar)
-                if self.step % config.sample_every == 0 or self.step == total:
+                if self.preview and (self.step % config.sample_every == 0 or self.step == total):
                     self._show()
-                if self.measure and (self.step % config.measure_every == 0 or self.step == total):
-                    self._measure()
+                if config.measure_every and (
+                    self.step % config.measure_every == 0 or self.step == total
+                ):
+                    is_best = self.measure is not None and self._measure()
+                    if self.ranks.any(is_best):
+                        self.save("best")
                 if done or self.step % config.checkpoint_every == 0:
                     self.save()
                 if done:
@@ -211,11 +257,12 @@ class _Run:
         config = self.config
         per_step = config.samples_per_step
         samples = range(self.step * per_step, self.schedule.total_steps * per_step)
+        ranks = self.ranks
         on_gpu = self.device.type == "cuda"
         loader = DataLoader(
             self.dataset,
-            per_step,
-            sampler=samples,
+            per_step // ranks.size,
+            sampler=ranks.share(samples, per_step),
             num_workers=config.workers,
             pin_memory=on_gpu,
             worker_init_fn=runtime.ignore_interrupt,
@@ -231,12 +278,16 @@ class _Run:
         for optimizer in self.model.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-        self.metrics.add(self.model.training_step(batch))
+        self.metrics.add(self.ranks.mean(self.model.training_step(batch)))
+        self.ranks.average_buffers(self.model)
         self.average.update(self.network)
         self.step += 1
         self.seconds += time.perf_counter() - started
 
     def _log(self, bar: tqdm) -> None:
+        if not self.ranks.is_first:
+            self.metrics.take()
+            return
         means = self.metrics.write(
             step=self.step,
             epoch=self.schedule.epoch(self.step - 1),
@@ -258,8 +309,8 @@ class _Run:
         metrics = read_metrics(self.metrics.path)
         viz.save_loss_plot(metrics, self.system.panels, self.config.out / "loss.png")
 
-    def _measure(self) -> None:
-        """Appends a line to measurements.jsonl, plots it, and saves the best checkpoint so far."""
+    def _measure(self) -> bool:
+        """Appends a line to measurements.jsonl and plots it. Returns whether this is the best step so far."""
         with runtime.rng_kept():
             values = self.measure(self.model, self.average.module)
         self.model.train()
@@ -268,6 +319,7 @@ class _Run:
             read_metrics(self.measurements_path), self.config.out / "measurements.png"
         )
         value = values.get(self.system.best, math.nan)
-        if value < self.best:  # never with NaN
+        is_best = value < self.best  # never with NaN
+        if is_best:
             self.best = value
-            self.save("best")
+        return is_best

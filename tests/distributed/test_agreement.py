@@ -57,6 +57,18 @@ def test_an_invalid_argument_of_one_rank_ends_the_call_on_all(workers):
         assert isinstance(answer, ValueError) and "positive_key must have the shape" in str(answer)
 
 
+def without_the_backend(group):
+    x, backend = torch.randn(3, 4), "triton" if dist.get_rank(group) == 1 else "torch"
+    return distributed.nt_xent(x, x, group=group, backend=backend)
+
+
+def test_a_backend_that_one_rank_lacks(workers):
+    """The kernels are chosen before any rank waits for another's rows."""
+    first, second = workers.run(without_the_backend, ranks=2)
+    assert "the arguments of rank 1 are invalid" in str(first)
+    assert "backend 'triton' cannot run it" in str(second)
+
+
 def no_rows(group):
     x = torch.zeros(0, 4)
     return distributed.nt_xent(x, x, group=group)

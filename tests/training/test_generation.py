@@ -121,6 +121,7 @@ def test_measurements_and_the_best_checkpoint(whole):
         for kind in ("real, trained on", "real, held out", "generated"):
             assert 0 <= line[f"D accuracy/{kind}"] <= 1
         assert line["singular value/linear1"] > 0
+        assert line["spread"] > 0
     best = min(lines, key=lambda line: line["fid"])
     saved = load_checkpoint(whole / "checkpoints" / "best.pt")
     assert (saved["step"], saved["best"]) == (best["step"], best["fid"])
@@ -183,6 +184,18 @@ def test_no_extractor_for_this_data(tiny, capsys):
     (line,) = read_metrics(tiny().out / "measurements.jsonl")
     assert "fid" not in line and "D accuracy/generated" in line
     assert not (tiny().out / "checkpoints" / "best.pt").exists()
+
+
+def test_collapse_is_said(tiny, capsys, monkeypatch):
+    from fastnce.training import generation
+
+    monkeypatch.setattr(
+        generation, "sample_images", lambda g, z, labels, size=256: torch.zeros(len(z), 3, 16, 16)
+    )
+    train(tiny(steps=2, measure_every=2))
+    assert "The samples have collapsed: their pixels have 0.0 %" in capsys.readouterr().err
+    (line,) = read_metrics(tiny().out / "measurements.jsonl")
+    assert line["spread"] == 0.0
 
 
 def test_divergence_is_an_error(tiny, monkeypatch):

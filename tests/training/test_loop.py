@@ -220,7 +220,7 @@ def test_a_folder_without_a_checkpoint_is_free(tiny):
 
 def test_epochs_that_would_change_the_past(tiny):
     train(tiny(steps=8, epochs=2, decay_epochs=2))
-    with pytest.raises(UserError, match="first 8 steps would have been others with epochs=9"):
+    with pytest.raises(UserError, match="first 8 steps would have been others with .*epochs=9"):
         train(tiny(steps=9, epochs=9, decay_epochs=2))
 
 

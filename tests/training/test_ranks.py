@@ -1,0 +1,163 @@
+"""Training in several processes: gradients and buffers are averaged, weights stay the same, a run resumes exactly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_loop import assert_identical
+
+from fastnce.errors import UserError
+from fastnce.training import train
+from fastnce.training.checkpoint import load_checkpoint
+from fastnce.training.config import to_dict
+from fastnce.training.log import read_metrics
+from fastnce.training.ranks import Ranks, _Share
+
+WORKER = """
+import sys
+import torch
+import torch.distributed as dist
+from fastnce.training import build_config, train
+from fastnce.training import loop
+torch.set_num_threads(1)
+config = build_config(sys.argv[1], config_file=sys.argv[2])
+kept = {}
+one_step = loop._Run._one_step
+def recorded(self, batch):
+    one_step(self, batch)
+    kept["model"] = self.model
+loop._Run._one_step = recorded
+train(config)
+if kept:
+    state = {k: v for k, v in kept["model"].state_dict().items() if v.is_floating_point()}
+    flat = torch.cat([v.flatten() for v in state.values()])
+    everyone = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, flat)
+    assert all(torch.equal(flat, other) for other in everyone), "the ranks' weights differ"
+dist.destroy_process_group()
+"""
+
+
+def launch(variant, config, tmp_path, ranks=2):
+    """Starts a training in `ranks` processes by torchrun."""
+    script, file = tmp_path / "worker.py", tmp_path / f"{config.out.name}.json"
+    script.write_text(WORKER)
+    file.write_text(json.dumps(to_dict(config)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), str(script), variant, str(file)]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def run(variant, config, tmp_path, ranks=2):
+    process = launch(variant, config, tmp_path, ranks)
+    output, _ = process.communicate(timeout=180)
+    return process.returncode, output
+
+
+def test_two_processes_train_and_resume_exactly(tiny, tmp_path):
+    """CUT: stopped after 4 of 8 steps and continued, against the run that was not stopped."""
+    code, output = run("cut", tiny(out=tmp_path / "whole"), tmp_path)
+    assert code == 0, output
+    for steps in (4, 8):
+        code, output = run("cut", tiny(out=tmp_path / "parts", steps=steps), tmp_path)
+        assert code == 0, output
+    assert "going on after step 4 of 8" in output
+    assert output.count("going on") == 1  # said once
+    one, other = (
+        load_checkpoint(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "parts")
+    )
+    for key in ("model", "optimizers", "average", "rng", "metrics"):
+        assert_identical(one[key], other[key], key)
+    assert len(one["rng"]) == 2
+    assert not torch.equal(one["rng"][0]["cpu"], one["rng"][1]["cpu"])
+    assert [line["step"] for line in read_metrics(tmp_path / "whole" / "metrics.jsonl")] == [3, 6]
+    # One process may go on with it, and says what that means.
+    assert train(tiny(out=tmp_path / "parts", steps=9)) == tmp_path / "parts"
+
+
+def test_a_process_that_dies_ends_the_run(tiny, tmp_path):
+    process = launch("cut", tiny(out=tmp_path / "run", steps=None, epochs=400), tmp_path)
+    deadline = time.monotonic() + 90
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not read_metrics(log) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert "SIGKILL" in output or "exitcode: -9" in output.replace(" ", "").replace(":", ": ")
+
+
+def test_batches_that_cannot_be_shared(tiny, monkeypatch):
+    from fastnce.training import loop
+
+    ranks = Ranks()
+    ranks.size = 2
+    monkeypatch.setattr(loop, "Ranks", lambda: ranks)
+    with pytest.raises(
+        UserError, match="batch_size=3 is shared by 2 processes. Use a multiple of 2"
+    ):
+        train(tiny(batch_size=3))
+
+
+@pytest.fixture
+def pair(monkeypatch):
+    """Ranks of two, without a second process: every message doubles what is sent, as if the other had sent the same."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, *args, **kwargs: tensor.mul_(2))
+    ranks = Ranks()
+    ranks.size = 2
+    return ranks
+
+
+def test_the_mean_of_equal_gradients_is_the_gradient(pair):
+    layer = torch.nn.Linear(2, 2).double()
+    half = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([*layer.parameters(), half], lr=0.0)
+    pair.average_gradients_before([optimizer])
+    layer(torch.ones(1, 2).double()).sum().backward()
+    half.sum().backward()
+    before = [p.grad.clone() for p in (*layer.parameters(), half)]
+    optimizer.step()
+    for parameter, grad in zip((*layer.parameters(), half), before, strict=True):
+        assert torch.equal(parameter.grad, grad)
+
+
+def test_shares_of_a_stream():
+    ranks = Ranks()
+    assert ranks.share(range(3, 9), 3) == range(3, 9)
+    shares = []
+    for rank in range(2):
+        ranks.size, ranks.rank = 2, rank
+        share = ranks.share(range(4, 16), 4)
+        assert isinstance(share, _Share) and len(share) == 6
+        shares.append(list(share))
+    assert shares == [[4, 6, 8, 10, 12, 14], [5, 7, 9, 11, 13, 15]]
+
+
+def test_one_process_is_left_alone():
+    ranks = Ranks()
+    assert (ranks.size, ranks.is_first) == (1, True)
+    assert ranks.any(True) and not ranks.any(False)
+    assert ranks.gathered("x") == ["x"]
+    loss = torch.tensor(2.0)
+    assert ranks.mean({"G": loss})["G"] is loss
+
+
+def test_one_gpu_for_several_processes(monkeypatch):
+    from fastnce.training.ranks import joined_from_environment
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="device=cuda:1 is one GPU, but torchrun started several"):
+        joined_from_environment(torch.device("cuda", 1))
