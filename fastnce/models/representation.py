@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fastnce
+from fastnce import distributed
 from fastnce.errors import UserError
 from fastnce.models import options
 from fastnce.models.lars import LARS, lars_groups
@@ -115,6 +115,9 @@ class Representation(nn.Module):
     SimCLR and SupCon encode both views as one batch. MoCo first moves the key networks, key <- m key + (1 - m) query, then
     encodes, updates, and at last puts the keys into the queue in the place of the oldest.
 
+    In several processes the losses are those of the images of all of them, but for triplet and pair, which stay within each
+    one's own; so do batch norm and MoCo's shuffling.
+
     Source: SimCLR, Chen et al. 2020 (https://arxiv.org/abs/2002.05709); MoCo v2, Chen et al. 2020
     (https://arxiv.org/abs/2003.04297); SupCon, Khosla et al. 2020 (https://arxiv.org/abs/2004.11362).
 
@@ -140,7 +143,7 @@ class Representation(nn.Module):
         if config.method == "moco":
             self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
             self.key_head = copy.deepcopy(self.head).requires_grad_(False)
-            self.queue = fastnce.NegativeQueue(config.queue_size, config.projection_dim)
+            self.queue = distributed.NegativeQueue(config.queue_size, config.projection_dim)
         self.optimizers = {"encoder": _optimizer(config, [self.encoder, self.head])}
 
     def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -186,15 +189,16 @@ class Representation(nn.Module):
 
     def _loss(self, z1: Tensor, z2: Tensor, labels: Tensor | None) -> Tensor:
         config = self.config
-        how = {"temperature": config.temperature, "backend": config.backend}
+        # Over ranks, if there are several. They have equally many images, which need not be checked in each step.
+        how = {"temperature": config.temperature, "backend": config.backend, "check": False}
         if config.method == "moco":
-            return fastnce.info_nce(z1, z2, self.queue.keys, **how)
+            return distributed.info_nce(z1, z2, self.queue.keys, **how)
         if config.method == "supcon":
-            return fastnce.sup_con(torch.cat([z1, z2]), labels.repeat(2), **how)
+            return distributed.sup_con(torch.cat([z1, z2]), labels.repeat(2), **how)
         if config.loss == "nt_xent":
-            return fastnce.nt_xent(z1, z2, **how)
+            return distributed.nt_xent(z1, z2, **how)
         if config.loss == "info_nce":
-            return fastnce.info_nce(z1, z2, **how)
+            return distributed.info_nce(z1, z2, **how)
         if config.loss == "n_pair":
             return n_pair_loss(z1, z2, backend=config.backend)
         margin = {} if config.margin is None else {"margin": config.margin}
