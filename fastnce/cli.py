@@ -158,7 +158,7 @@ def generate(args: list[str]) -> int:
 
 
 def evaluate(args: list[str]) -> int:
-    """Measure how good a run's translations or samples are, beside baselines."""
+    """Measure how good a run's translations, samples or features are, beside baselines."""
 
     def run_evaluate(
         run: Path,
@@ -170,7 +170,7 @@ def evaluate(args: list[str]) -> int:
         device: str = "auto",
     ) -> None:
         """CUT: content accuracy, FID and KID of the translated test images. ContraGAN: FID, intra-class FID, IS, precision,
-        recall, density, coverage and class accuracy of samples.
+        recall, density, coverage and class accuracy of samples. SimCLR, MoCo, SupCon: k-NN and linear accuracy of features.
 
         Writes metrics.json and metrics.md into the run's folder.
 

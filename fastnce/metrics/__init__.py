@@ -1,4 +1,4 @@
-"""How good translated and generated images are, and what a discriminator does over a training."""
+"""How good translated and generated images and representations are, and what a discriminator does over a training."""
 
 from fastnce.metrics.digit_classifier import (
     DigitClassifier,
@@ -33,6 +33,7 @@ from fastnce.metrics.generation_report import (
     format_generation_table,
     write_generation_report,
 )
+from fastnce.metrics.knn import knn_predict, linear_predict
 from fastnce.metrics.neighbours import PrecisionRecall, precision_recall_density_coverage
 from fastnce.metrics.report import (
     Row,
@@ -43,6 +44,7 @@ from fastnce.metrics.report import (
     format_table,
     write_report,
 )
+from fastnce.metrics.representation import encode, evaluate_encoders
 
 __all__ = [
     "Authenticity",
@@ -60,8 +62,10 @@ __all__ = [
     "compare_images",
     "digits_to_translate",
     "distance",
+    "encode",
     "evaluate",
     "evaluate_digits",
+    "evaluate_encoders",
     "evaluate_generation",
     "evaluate_generators",
     "extract_features",
@@ -71,7 +75,9 @@ __all__ = [
     "generation_evaluator",
     "inception_score",
     "intra_class_fid",
+    "knn_predict",
     "largest_singular_values",
+    "linear_predict",
     "load_digit_classifier",
     "load_evaluator",
     "overfitting_gap",

@@ -3,5 +3,13 @@
 from fastnce.models.contragan import ContraGAN
 from fastnce.models.contragan_config import ContraGANConfig
 from fastnce.models.cut import CUT, CUTConfig
+from fastnce.models.representation import Representation, RepresentationConfig
 
-__all__ = ["CUT", "CUTConfig", "ContraGAN", "ContraGANConfig"]
+__all__ = [
+    "CUT",
+    "CUTConfig",
+    "ContraGAN",
+    "ContraGANConfig",
+    "Representation",
+    "RepresentationConfig",
+]

@@ -5,11 +5,13 @@ from fastnce.networks.conditional import DiscriminatorOutput
 from fastnce.networks.dcgan import DCGANDiscriminator, DCGANGenerator
 from fastnce.networks.patch_discriminator import PatchDiscriminator
 from fastnce.networks.patch_projector import PatchProjector
+from fastnce.networks.resnet_encoder import RESNETS, ProjectionHead, ResNetEncoder
 from fastnce.networks.resnet_generator import ResnetGenerator
 from fastnce.networks.sngan import SNGANDiscriminator, SNGANGenerator
 from fastnce.networks.studiogan import load_studiogan
 
 __all__ = [
+    "RESNETS",
     "BigGANDiscriminator",
     "BigGANGenerator",
     "DCGANDiscriminator",
@@ -17,6 +19,8 @@ __all__ = [
     "DiscriminatorOutput",
     "PatchDiscriminator",
     "PatchProjector",
+    "ProjectionHead",
+    "ResNetEncoder",
     "ResnetGenerator",
     "SNGANDiscriminator",
     "SNGANGenerator",

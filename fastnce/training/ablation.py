@@ -11,6 +11,7 @@ from typing import Any
 
 from fastnce import viz
 from fastnce.errors import UserError
+from fastnce.metrics.representation import TRAINED_ENCODER
 from fastnce.metrics.tables import markdown_table, write_result
 from fastnce.training.build import build_config, known
 from fastnce.training.evaluation import evaluate_run
@@ -31,6 +32,12 @@ class Ablation:
     measures: Mapping[str, tuple[str, str]]
     row: str
 
+
+_ENCODER_MEASURES = {
+    "knn_200": ("k-NN, k=200", ".3f"),
+    "knn_20": ("k-NN, k=20", ".3f"),
+    "linear": ("linear", ".3f"),
+}
 
 ABLATIONS: dict[str, Ablation] = {
     "contragan": Ablation(
@@ -73,6 +80,25 @@ ABLATIONS: dict[str, Ablation] = {
             "fid_share": ("FID, share of untranslated", ".4f"),
         },
         row="translated",
+    ),
+    # The methods, and in SimCLR's place the families of losses before it.
+    "simclr": Ablation(
+        choices={
+            "SimCLR": {},
+            "MoCo v2": {"method": "moco", "temperature": 0.1},
+            "SupCon": {"method": "supcon", "temperature": 0.1},
+            "InfoNCE, one direction": {"loss": "info_nce"},
+            "N-pair": {"loss": "n_pair"},
+            "triplet": {"loss": "triplet"},
+            "pair": {"loss": "pair"},
+        },
+        measures=_ENCODER_MEASURES,
+        row=TRAINED_ENCODER,
+    ),
+    "moco": Ablation(
+        choices={f"{2**n} negatives": {"queue_size": 2**n} for n in range(6, 17, 2)},
+        measures=_ENCODER_MEASURES,
+        row=TRAINED_ENCODER,
     ),
 }
 

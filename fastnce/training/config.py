@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from fastnce.data.views import VIEW_RECIPES
 from fastnce.errors import UserError
-from fastnce.models import ContraGANConfig, CUTConfig, options
+from fastnce.models import ContraGANConfig, CUTConfig, RepresentationConfig, options
 
 # Fields that change how a run is carried out or watched, not what it computes: a resumed run may change them.
 FREE_FIELDS = frozenset(
@@ -26,7 +27,7 @@ FREE_FIELDS = frozenset(
     }
 )
 # Fields that a resumed run may change as long as the steps already made stay what they were.
-SCHEDULE_FIELDS = frozenset({"epochs", "decay_epochs", "steps"})
+SCHEDULE_FIELDS = frozenset({"epochs", "decay_epochs", "warmup_epochs", "steps"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,9 +168,53 @@ class ContraGANTrainConfig(ContraGANConfig, TrainConfig):
         return self.batch_size * self.d_steps
 
 
+@dataclass(frozen=True, kw_only=True)
+class RepresentationTrainConfig(RepresentationConfig, TrainConfig):
+    """Training of an encoder with SimCLR, MoCo v2 or SupCon."""
+
+    system: ClassVar[str] = "representation"
+
+    data: Path
+    """Folder of labelled images: train/CLASS/*.png and test/CLASS/*.png, CIFAR or Tiny ImageNet as distributed. Only supcon
+    learns from the labels; the others are measured with them."""
+    image_size: int = 32
+    """Height and width of the images and of their views."""
+    views: str = "simclr-cifar"
+    """How the two views of an image are made: simclr, moco-v2, simclr-cifar, supcon, digits or digits-crops."""
+    batch_size: int = 1024
+    """Images per step, each with two views."""
+    epochs: int = 1000
+    """Epochs, over which the learning rate falls to 0 as half a cosine."""
+    warmup_epochs: int = 10
+    """First epochs, in which the learning rate rises."""
+    steps: int | None = None
+    """Train for this many steps instead of `epochs`."""
+    ema_decay: float = 0.0
+    """Decay of the running average of the encoder's weights; 0 keeps the last weights."""
+    sample_count: int = 8
+    """Neighbours of each test image in a sample grid."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        RepresentationConfig.__post_init__(self)
+        options.at_least(self, 1, "image_size", "epochs")
+        options.at_least(self, 0, "warmup_epochs")
+        options.one_of(self, "views", VIEW_RECIPES)
+        if self.method != "moco" and self.batch_size < 2:
+            raise UserError(
+                f"batch_size={self.batch_size} leaves method={self.method} no negatives: they are the other images of the "
+                "batch. Use batch_size >= 2, the more the better."
+            )
+        if self.method == "moco" and self.norm_splits > self.batch_size:
+            raise UserError(
+                f"norm_splits={self.norm_splits} is more than batch_size={self.batch_size}. Use a smaller norm_splits."
+            )
+
+
 CONFIGS: dict[str, type[TrainConfig]] = {
     "cut": CUTTrainConfig,
     "contragan": ContraGANTrainConfig,
+    "representation": RepresentationTrainConfig,
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastnce.errors import UserError
 from fastnce.metrics import (
@@ -19,8 +19,17 @@ from fastnce.metrics import (
     write_generation_report,
     write_report,
 )
-from fastnce.training.config import ContraGANTrainConfig
+from fastnce.metrics.representation import (
+    RANDOM_ENCODER,
+    RAW_PIXELS,
+    TRAINED_ENCODER,
+    evaluate_encoders,
+    format_encoder_table,
+)
+from fastnce.metrics.tables import write_result
+from fastnce.training.config import ContraGANTrainConfig, RepresentationTrainConfig
 from fastnce.training.generation import labelled_images, reference_images, sampler
+from fastnce.training.representation import images_of, random_encoder
 from fastnce.training.runtime import resolve_device
 from fastnce.training.systems import SYSTEMS
 from fastnce.training.translate import load_config, load_generator, translate
@@ -113,6 +122,41 @@ def evaluate_conditional_generation(
     return result, format_generation_table(result)
 
 
+def evaluate_representation(
+    run: Path,
+    data: Path | None = None,
+    *,
+    checkpoint: str = "last",
+    weights: Literal["ema", "raw"] = "ema",
+    device: str = "auto",
+) -> tuple[dict[str, Any], str]:
+    """k-NN and linear accuracy of the encoder of a run of SimCLR, MoCo or SupCon, on the test images.
+
+    Beside it stand raw pixels and the encoder before its training. Writes `metrics.json` and `metrics.md` into the run's
+    folder.
+
+    Returns:
+        The result, see `fastnce.metrics.evaluate_encoders`, and its table.
+
+    Raises:
+        UserError: no such run, checkpoint or data.
+    """
+    target = resolve_device(device)
+    encoder, config = load_generator(run, which=weights, checkpoint=checkpoint, device=target)
+    assert isinstance(config, RepresentationTrainConfig)
+    train, test = (images_of(config, split, data) for split in ("train", "test"))
+    encoders = {
+        TRAINED_ENCODER: encoder,
+        RANDOM_ENCODER: random_encoder(config, train).to(target),
+        RAW_PIXELS: nn.Flatten(),
+    }
+    result = {"run": {"method": config.method, "checkpoint": checkpoint}}
+    result |= evaluate_encoders(encoders, train, test)
+    table = format_encoder_table(result)
+    write_result(result, table, run)
+    return result, table
+
+
 def evaluate_run(
     run: Path,
     data: Path | None = None,
@@ -131,6 +175,9 @@ def evaluate_run(
         _only_for(system, without_nce=without_nce)
         return evaluate_conditional_generation(run, data, extractor=extractor, **settings)
     _only_for(system, extractor=extractor)
+    if system == "representation":
+        _only_for(system, without_nce=without_nce)
+        return evaluate_representation(run, data, **settings)
     if data is None:
         data = load_config(run).data
     return evaluate_translation(run, data, without_nce=without_nce, **settings)

@@ -69,7 +69,7 @@ def generate_folder(
     """
     if not isinstance(config, ContraGANTrainConfig):
         raise UserError(
-            f"a run of {config.system} does not generate images from classes. Use fastnce translate, or name another run."
+            f"a run of {config.system} does not generate images from classes. Name a run of contragan."
         )
     for name, value, minimum in (("count", count, 1), ("batch_size", batch_size, 1)):
         if value < minimum:

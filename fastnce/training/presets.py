@@ -20,6 +20,23 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "acgan": ("contragan", {"conditioning": "AC"}),
     "projgan": ("contragan", {"conditioning": "PD"}),
     "reacgan": ("contragan", {"conditioning": "D2DCE", "temperature": 0.5, "lambda_cond": 0.5}),
+    # The defaults are SimCLR's on CIFAR-10, and SupCon's are the same but for temperature and views (Khosla et al. 2020).
+    "simclr": ("representation", {"method": "simclr"}),
+    "supcon": ("representation", {"method": "supcon", "temperature": 0.1, "views": "supcon"}),
+    # As in the CIFAR-10 demo of MoCo's authors.
+    "moco": (
+        "representation",
+        {
+            "method": "moco",
+            "temperature": 0.1,
+            "encoder": "resnet18",
+            "batch_size": 512,
+            "lr": 0.06,
+            "weight_decay": 5e-4,
+            "epochs": 200,
+            "warmup_epochs": 0,
+        },
+    ),
 }
 
 _CUT: dict[str, dict[str, object]] = {
@@ -124,4 +141,59 @@ _CONTRAGAN: dict[str, dict[str, object]] = {
     },
 }
 
-PRESETS: dict[str, dict[str, dict[str, object]]] = {"cut": _CUT, "contragan": _CONTRAGAN}
+# The built-in sets, for a few minutes on one CPU core.
+_SMALL: dict[str, object] = {
+    "encoder": "small",
+    "encoder_channels": 16,
+    "norm_splits": 4,
+    "optimizer": "adam",
+    "lr": 2e-3,
+    "weight_decay": 1e-6,
+    "batch_size": 128,
+    "warmup_epochs": 5,
+    "workers": 0,
+    "log_every": 50,
+    "sample_every": 500,
+    "measure_every": 250,
+    "checkpoint_every": 250,
+}
+
+_REPRESENTATION: dict[str, dict[str, object]] = {
+    "digits": _SMALL
+    | {"image_size": 16, "image_channels": 1, "views": "digits-crops", "steps": 1000},
+    "photo-crops": _SMALL | {"steps": 150, "sample_every": 150, "measure_every": 50},
+    # As published on ImageNet: SimCLR with batches of 4096 for 100 epochs, MoCo v2 for 200.
+    "simclr-imagenet": {
+        "stem": "imagenet",
+        "image_size": 224,
+        "views": "simclr",
+        "temperature": 0.1,
+        "optimizer": "lars",
+        "lr": 4.8,
+        "weight_decay": 1e-6,
+        "batch_size": 4096,
+        "epochs": 100,
+        "workers": 16,
+    },
+    "moco-imagenet": {
+        "encoder": "resnet50",
+        "stem": "imagenet",
+        "image_size": 224,
+        "views": "moco-v2",
+        "temperature": 0.2,
+        "queue_size": 65536,
+        "key_momentum": 0.999,
+        "lr": 0.03,
+        "weight_decay": 1e-4,
+        "batch_size": 256,
+        "epochs": 200,
+        "warmup_epochs": 0,
+        "workers": 16,
+    },
+}
+
+PRESETS: dict[str, dict[str, dict[str, object]]] = {
+    "cut": _CUT,
+    "contragan": _CONTRAGAN,
+    "representation": _REPRESENTATION,
+}

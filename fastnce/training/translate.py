@@ -123,7 +123,7 @@ def translate_folder(
     """
     if not isinstance(config, UnpairedTrainConfig):
         raise UserError(
-            f"a run of {config.system} does not translate images. Use fastnce generate, or name another run."
+            f"a run of {config.system} does not translate images. Name a run of cut or fastcut."
         )
     paths = list_images(input)
     targets = _targets(paths, Path(input), Path(out))

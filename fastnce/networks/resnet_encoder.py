@@ -1,0 +1,146 @@
+"""ResNet encoders, under the field's parameter names, and the projection head behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Stem = Literal["cifar", "imagenet"]
+
+# Blocks of each stage, and whether they are bottlenecks. The small one is ours, for images of 16 or 32 pixels on a CPU.
+RESNETS: dict[str, tuple[tuple[int, ...], bool]] = {
+    "resnet18": ((2, 2, 2, 2), False),
+    "resnet50": ((3, 4, 6, 3), True),
+    "small": ((1, 1, 1), False),
+}
+
+
+class BasicBlock(nn.Module):
+    """`relu(shortcut(x) + f(x))`, f = conv3, norm, ReLU, conv3, norm; the first convolution has the stride."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = _conv(in_channels, width, 3, stride)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _conv(width, width, 3)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = _shortcut(in_channels, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    """The same with f = conv1, conv3 and conv1 to four times the width; the middle one has the stride."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        out_channels = width * self.expansion
+        self.conv1 = _conv(in_channels, width, 1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _conv(width, width, 3, stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = _conv(width, out_channels, 1)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.downsample = _shortcut(in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+
+
+class ResNetEncoder(nn.Module):
+    """`encoder(images) -> features`: (N, C, H, W) to (N, `feature_dim`), the mean over all positions of the last map.
+
+    Each stage doubles the width, and all but the first halve height and width. Parameters are named as in the checkpoints of
+    the field: `conv1`, `bn1`, `layer1.0.conv1`, ..., `layer2.0.downsample.0`; there is no `fc`.
+
+    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016 (https://arxiv.org/abs/1512.03385), with the
+    stride of a bottleneck in its 3x3 convolution. The cifar stem is that of SimCLR, appendix B.9.
+
+    Args:
+        blocks: blocks of each stage; those of ResNet-18 and ResNet-50 are in `RESNETS`.
+        bottleneck: bottlenecks instead of basic blocks.
+        base_channels: width of the first stage.
+        image_channels: 3 for RGB, 1 for grey.
+        stem: "imagenet", a 7x7 convolution of stride 2 and a max-pool; "cifar", a 3x3 convolution.
+
+    Raises:
+        ValueError: a size below 1, or an unknown stem.
+
+    Example:
+        >>> import torch
+        >>> encoder = ResNetEncoder((1, 1, 1), base_channels=8, stem="cifar")
+        >>> encoder(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 32])
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[int],
+        bottleneck: bool = False,
+        *,
+        base_channels: int = 64,
+        image_channels: int = 3,
+        stem: Stem = "imagenet",
+    ) -> None:
+        super().__init__()
+        if min(*blocks, len(blocks), base_channels, image_channels) < 1:
+            raise ValueError(
+                f"ResNetEncoder: blocks={tuple(blocks)}, base_channels={base_channels}, image_channels={image_channels}: "
+                "expected numbers of at least 1."
+            )
+        if stem not in ("cifar", "imagenet"):
+            raise ValueError(f'ResNetEncoder: stem="{stem}": use "cifar" or "imagenet".')
+        kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
+        self.conv1 = _conv(image_channels, base_channels, kernel, stride)
+        self.bn1 = nn.BatchNorm2d(base_channels)
+        self.maxpool = nn.MaxPool2d(3, 2, padding=1) if stem == "imagenet" else nn.Identity()
+        self.num_stages = len(blocks)
+        block = Bottleneck if bottleneck else BasicBlock
+        channels = base_channels
+        for stage, count in enumerate(blocks):
+            width, layer = base_channels * 2**stage, nn.Sequential()
+            for index in range(count):
+                layer.append(block(channels, width, 2 if stage and index == 0 else 1))
+                channels = width * block.expansion
+            self.add_module(f"layer{stage + 1}", layer)
+        self.feature_dim = channels
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.maxpool(F.relu(self.bn1(self.conv1(images))))
+        for stage in range(self.num_stages):
+            x = self.get_submodule(f"layer{stage + 1}")(x)
+        return x.mean((2, 3))
+
+
+class ProjectionHead(nn.Sequential):
+    """Linear, ReLU, Linear: (N, `in_dim`) to (N, `out_dim`); not normalised, the losses do that.
+
+    The head of SimCLR, MoCo v2 and SupCon. Its parameters are `0.weight`, `0.bias`, `2.weight`, `2.bias`.
+    """
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
+        super().__init__(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, out_dim))
+
+
+def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))

@@ -1,0 +1,109 @@
+"""k-NN against a loop over all pairs; linear evaluation; the features of an encoder."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastnce.data import LabelledImages, write_digits
+from fastnce.metrics import evaluate_encoders, knn_predict, linear_predict
+from fastnce.metrics.representation import calibrate, encode, format_encoder_table
+
+
+def brute_force(train, labels, test, k, temperature):
+    answers = []
+    for x in test:
+        cosine = [torch.dot(x, t).item() / (x.norm() * t.norm()).item() for t in train]
+        nearest = sorted(range(len(train)), key=lambda i: -cosine[i])[:k]
+        votes = {}
+        for i in nearest:
+            c = int(labels[i])
+            votes[c] = votes.get(c, 0.0) + math.exp(cosine[i] / temperature)
+        answers.append(max(votes, key=votes.get))
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("k", "temperature"), [(1, 0.1), (7, 0.1), (7, 2.0), (30, 0.5), (999, 0.1)]
+)
+def test_knn_is_brute_force(k, temperature, generator):
+    train = torch.randn(30, 4, generator=generator)
+    labels = torch.randint(5, (30,), generator=generator)
+    test = torch.randn(50, 4, generator=generator)
+    predicted = knn_predict(train, labels, test, k=k, temperature=temperature)
+    assert predicted.tolist() == brute_force(train, labels, test, k, temperature)
+
+
+def test_blocks_change_nothing(monkeypatch, generator):
+    from fastnce.metrics import knn
+
+    train, test = torch.randn(20, 3, generator=generator), torch.randn(33, 3, generator=generator)
+    labels = torch.arange(20) % 4
+    whole = knn_predict(train, labels, test, k=5)
+    monkeypatch.setattr(knn, "_BLOCK_ENTRIES", 60)
+    assert torch.equal(knn_predict(train, labels, test, k=5), whole)
+
+
+def test_a_tiny_temperature_does_not_overflow():
+    train = torch.tensor([[1.0, 0.0], [0.9, 0.1]])
+    predicted = knn_predict(train, torch.tensor([1, 0]), train[:1], k=2, temperature=1e-3)
+    assert predicted.tolist() == [1]
+
+
+def test_knn_errors():
+    x, labels = torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"got \(3, 2\), \(3,\) and \(3, 4\)"):
+        knn_predict(x, labels, torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="k=0, temperature=0.1: expected k >= 1"):
+        knn_predict(x, labels, x, k=0)
+    with pytest.raises(ValueError, match="temperature=0"):
+        knn_predict(x, labels, x, temperature=0)
+
+
+def test_linear_separates_what_a_line_separates(generator):
+    """Also where what tells the classes apart is a ten-thousandth of what does not: the penalty must not hide it."""
+    x = torch.randn(200, 2, generator=generator)
+    labels = (x[:, 0] > 0).long()
+    x = x * torch.tensor([1e-4, 1.0])
+    predicted = linear_predict(x[:100], labels[:100], x[100:])
+    assert (predicted == labels[100:]).double().mean() > 0.95
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    root = write_digits(tmp_path_factory.mktemp("digits") / "set")
+    options = {"image_size": 16, "channels": 1, "flip": False}
+    return [LabelledImages(root, split, **options) for split in ("train", "test")]
+
+
+def test_encode_keeps_the_order_of_the_files(digits):
+    train = digits[0]
+    some = [5, 1000, 3]
+    expected = torch.stack([train.image(i) for i in some]).flatten(1)
+    assert torch.equal(encode(nn.Flatten(), train, some), expected)
+    assert encode(nn.Flatten(), train).shape == (len(train), 256)
+
+
+def test_raw_pixels_of_digits_and_the_table(digits):
+    class FirstRow(nn.Module):
+        def forward(self, x):
+            return x[:, 0, 0]
+
+    result = evaluate_encoders({"raw": nn.Flatten(), "one row": FirstRow()}, *digits)
+    raw, row = result["rows"]
+    assert raw["knn_20"] > 0.95 and raw["linear"] > 0.95
+    # The top row of an enlarged digit is nearly all black.
+    assert row["knn_20"] < 0.6
+    text = format_encoder_table(result)
+    assert "| raw" in text and f"{raw['linear']:.3f}" in text and "602 test images" in text
+
+
+def test_calibrated_statistics_are_the_data_s(digits):
+    norm = nn.BatchNorm2d(1, affine=False)
+    train = digits[0]
+    assert calibrate(norm, train) is norm and not norm.training
+    images = torch.stack([train.image(i) for i in range(len(train))])
+    assert norm.running_mean.item() == pytest.approx(images.mean().item(), abs=0.01)
+    assert norm.running_var.item() == pytest.approx(images.var().item(), abs=0.01)
+    assert norm.momentum == 0.1

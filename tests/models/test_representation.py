@@ -1,0 +1,189 @@
+"""SimCLR, MoCo v2 and SupCon: a training step against plain PyTorch, MoCo's momentum and queue, and mistakes."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastnce.errors import UserError
+from fastnce.models import Representation, RepresentationConfig
+
+TINY = {
+    "encoder": "small",
+    "encoder_channels": 2,
+    "image_channels": 1,
+    "head_dim": 5,
+    "projection_dim": 3,
+    "queue_size": 10,
+    "norm_splits": 2,
+    "lr": 0.1,
+}
+
+
+def build(**changes):
+    torch.manual_seed(0)
+    return Representation(RepresentationConfig(**(TINY | changes)))
+
+
+def batch(seed=0, count=6):
+    generator = torch.Generator().manual_seed(seed)
+    view1, view2 = torch.randn(2, count, 1, 8, 8, generator=generator)
+    return {"view1": view1, "view2": view2, "label": torch.arange(count) % 3}
+
+
+def cosines(x, y):
+    return F.normalize(x) @ F.normalize(y).T
+
+
+def nt_xent_by_hand(model, views):
+    """2N logits, each row without itself, its other view the target."""
+    z = model.head(model.encoder(torch.cat([views["view1"], views["view2"]])))
+    count = len(z) // 2
+    logits = cosines(z, z) / model.config.temperature
+    logits.fill_diagonal_(-torch.inf)
+    return F.cross_entropy(logits, torch.cat([torch.arange(count) + count, torch.arange(count)]))
+
+
+def sup_con_by_hand(model, views):
+    z = model.head(model.encoder(torch.cat([views["view1"], views["view2"]])))
+    labels = views["label"].repeat(2)
+    logits = cosines(z, z) / model.config.temperature
+    logits.fill_diagonal_(-torch.inf)
+    log_prob = logits - logits.logsumexp(1, keepdim=True)
+    positive = (labels[:, None] == labels) & ~torch.eye(len(z), dtype=torch.bool)
+    return -(log_prob.where(positive, 0).sum(1) / positive.sum(1)).mean()
+
+
+def sgd_by_hand(model, loss):
+    """One step of SGD from rest: the velocity is the gradient."""
+    gradients = torch.autograd.grad(loss, [*model.encoder.parameters(), *model.head.parameters()])
+    config = model.config
+    parameters = [*model.encoder.parameters(), *model.head.parameters()]
+    with torch.no_grad():
+        for p, g in zip(parameters, gradients, strict=True):
+            p -= config.lr * (g + config.weight_decay * p)
+
+
+def assert_same_networks(model, twin):
+    for (name, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("method", "by_hand"), [("simclr", nt_xent_by_hand), ("supcon", sup_con_by_hand)]
+)
+def test_a_step_is_its_transcription(method, by_hand):
+    model = build(method=method, weight_decay=0.01)
+    twin = copy.deepcopy(model)
+    losses = model.training_step(batch())
+    expected = by_hand(twin, batch())
+    sgd_by_hand(twin, expected)
+    torch.testing.assert_close(losses["loss"], expected.detach())
+    assert_same_networks(model, twin)
+
+
+def test_moco_steps_are_their_transcription():
+    """Three steps: the queue of 10 is written over its end, and the key networks follow."""
+    model = build(method="moco", key_momentum=0.9, momentum=0.0)
+    twin = copy.deepcopy(model)
+    for step in range(3):
+        torch.manual_seed(step)
+        losses = model.training_step(batch(step))
+
+        torch.manual_seed(step)
+        views = batch(step)
+        with torch.no_grad():
+            pairs = zip(
+                [*twin.key_encoder.parameters(), *twin.key_head.parameters()],
+                [*twin.encoder.parameters(), *twin.head.parameters()],
+                strict=True,
+            )
+            for key, query in pairs:
+                key.copy_(0.9 * key + 0.1 * query)
+            order = torch.randperm(6)
+            halves = views["view2"][order].chunk(2)
+            shuffled = torch.cat([twin.key_head(twin.key_encoder(half)) for half in halves])
+            keys = shuffled[order.argsort()]
+        halves = views["view1"].chunk(2)
+        query = torch.cat([twin.head(twin.encoder(half)) for half in halves])
+        positive = (F.normalize(query) * F.normalize(keys)).sum(1, keepdim=True)
+        logits = torch.cat([positive, cosines(query, twin.queue.keys)], 1) / 0.5
+        expected = F.cross_entropy(logits, torch.zeros(6, dtype=torch.int64))
+        sgd_by_hand(twin, expected)
+        for row in range(6):
+            twin.queue.keys[(6 * step + row) % 10] = F.normalize(keys[row], dim=0)
+
+        torch.testing.assert_close(losses["loss"], expected.detach())
+        torch.testing.assert_close(losses["positive_cosine"], positive.mean().detach())
+        torch.testing.assert_close(model.queue.keys, twin.queue.keys)
+        for name in ("encoder", "head", "key_encoder", "key_head"):
+            assert_same_networks(getattr(model, name), getattr(twin, name))
+
+
+def test_the_key_networks_get_no_gradient_and_start_as_copies():
+    model = build(method="moco")
+    assert_same_networks(model.encoder, model.key_encoder)
+    model.training_step(batch())
+    assert all(p.grad is None for p in model.key_encoder.parameters())
+    assert all(p.grad is not None for p in model.encoder.parameters())
+
+
+def test_supcon_follows_the_labels_and_simclr_does_not():
+    other = batch() | {"label": torch.zeros(6, dtype=torch.int64)}
+    for method, differs in (("supcon", True), ("simclr", False)):
+        losses = [build(method=method).training_step(b)["loss"] for b in (batch(), other)]
+        assert (losses[0] != losses[1]).item() == differs
+
+
+def first_and_last_loss(model):
+    first, *_, last = (model.training_step(batch())["loss"].item() for _ in range(16))
+    return first, last
+
+
+@pytest.mark.parametrize("loss", ["nt_xent", "info_nce", "n_pair", "triplet", "pair"])
+def test_every_loss_learns(loss):
+    first, last = first_and_last_loss(build(loss=loss, optimizer="adam", lr=0.01, temperature=0.2))
+    assert last < 0.75 * first
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 0.01), ("lars", 0.3), ("adam", 0.01)])
+def test_every_optimizer_learns(optimizer, lr):
+    first, last = first_and_last_loss(build(loss="pair", optimizer=optimizer, lr=lr))
+    assert last < 0.5 * first
+
+
+def test_bf16():
+    for method in ("simclr", "moco"):
+        low, full = (build(method=method, precision=p) for p in ("bf16", "fp32"))
+        losses = []
+        for model in (low, full):
+            torch.manual_seed(1)
+            losses.append(model.training_step(batch())["loss"])
+        assert losses[0] != losses[1]
+        torch.testing.assert_close(*losses, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "byol"}, "method=byol is unknown. Use one of: simclr, moco, supcon"),
+        ({"loss": "triple"}, "loss=triple is unknown"),
+        ({"method": "moco", "loss": "pair"}, "loss=pair compares the views of a batch"),
+        ({"queue_size": 0}, "queue_size=0 is too small"),
+        ({"temperature": 0.0}, "temperature=0.0 must be positive"),
+        ({"key_momentum": 1.0}, "key_momentum=1.0 is out of range"),
+        ({"optimizer": "adamw"}, "optimizer=adamw is unknown"),
+        ({"margin": 0.0}, "margin=0.0 must be positive"),
+    ],
+)
+def test_mistakes_in_the_configuration(changes, message):
+    with pytest.raises(UserError, match=message):
+        RepresentationConfig(**changes)
+
+
+def test_batches_that_are_too_small():
+    with pytest.raises(ValueError, match="got 1 image, which has no negatives with method=simclr"):
+        build().training_step(batch(count=1))
+    with pytest.raises(ValueError, match="got 3 images, fewer than norm_splits=4"):
+        build(method="moco", norm_splits=4).training_step(batch(count=3))
