@@ -102,18 +102,19 @@ class Gather(Exchange):
 
     def trip(self, block: Block) -> Iterator[tuple[int, Block]]:
         yield 0, block
-        yield 1, tuple(self._others(x) for x in block)
+        yield 1, tuple(self.others(x) for x in block)
 
     def round_trip(self, block: Block, compute: Compute) -> Tensor:
         own = compute(0, block)
-        others = compute(1, tuple(self._others(x) for x in block))
-        return self._give_back(own, others)
+        others = compute(1, tuple(self.others(x) for x in block))
+        return self.give_back(own, others)
 
     def all_rows(self, x: Tensor) -> Tensor:
         """The rows of all ranks, in the order of the ranks."""
         return torch.cat(self._gathered(x))
 
-    def _others(self, x: Tensor) -> Tensor:
+    def others(self, x: Tensor) -> Tensor:
+        """The rows of all other ranks, in the order of the ranks."""
         parts = self._gathered(x)
         return torch.cat(parts[: self.ranks.rank] + parts[self.ranks.rank + 1 :])
 
@@ -125,7 +126,7 @@ class Gather(Exchange):
             dist.all_gather(gathered, padded, group=self.ranks.group)
         return [y[:rows] for y, rows in zip(gathered, self.rows, strict=True)]
 
-    def _give_back(self, own: Tensor, others: Tensor) -> Tensor:
+    def give_back(self, own: Tensor, others: Tensor) -> Tensor:
         """Each rank's part goes to it; the sum over all ranks of what is for this one."""
         rank = self.ranks.rank
         parts = list(others.split(self.rows[:rank] + self.rows[rank + 1 :]))
