@@ -40,11 +40,11 @@ class Exchange:
 
 
 class Ring(Exchange):
-    """Blocks go from rank to rank; the next one arrives while this one is computed. Memory: three blocks."""
+    """Blocks go from rank to rank; the next one arrives while this one is computed. Memory: two blocks, and two sums of gradients."""
 
     def trip(self, block: Block) -> Iterator[tuple[int, Block]]:
         for step in range(self.ranks.size):
-            arriving = self._pass_on(block, self._source(step + 1), step)
+            arriving = self._pass_on(step, block)
             yield step, block
             if arriving is not None:
                 block = arriving()
@@ -53,23 +53,24 @@ class Ring(Exchange):
         """The sums go with their blocks, one step behind; after the last step they are back with the owner."""
         arriving_sum: Callable[[], Block] | None = None
         for step in range(self.ranks.size):
-            arriving = self._pass_on(block, self._source(step + 1), step)
+            arriving = self._pass_on(step, block)
             total = compute(step, block)
             if arriving_sum is not None:
                 total += arriving_sum()[0]
-            arriving_sum = self._send((total,), self.rows[self._source(step + 1)], tag=1)
+            arriving_sum = self._send((total,), self._rows_at(step + 1), tag=1)
             if arriving is not None:
                 block = arriving()
         return arriving_sum()[0]
 
-    def _source(self, step: int) -> int:
-        """Whose block is here at ``step``."""
-        return (self.ranks.rank - step) % self.ranks.size
+    def _rows_at(self, step: int) -> int:
+        """Of the block that is here at ``step``."""
+        return self.rows[(self.ranks.rank - step) % self.ranks.size]
 
-    def _pass_on(self, block: Block, source: int, step: int) -> Callable[[], Block] | None:
+    def _pass_on(self, step: int, block: Block) -> Callable[[], Block] | None:
+        """Sends the block of ``step`` on; the result waits for the next one. None at the last step."""
         if step + 1 == self.ranks.size:
             return None
-        return self._send(block, self.rows[source], tag=2)
+        return self._send(block, self._rows_at(step + 1), tag=2)
 
     def _send(self, block: Block, rows: int, tag: int) -> Callable[[], Block]:
         """Begins to send ``block`` to the next rank and to receive one of ``rows`` rows; the result waits for both."""
@@ -98,7 +99,7 @@ class Ring(Exchange):
 
 
 class Gather(Exchange):
-    """Every rank gets all blocks at once: two messages instead of one per rank. Memory: the blocks of all ranks."""
+    """Every rank gets all blocks at once: one message per tensor instead of one per rank. Memory: the blocks of all ranks."""
 
     def trip(self, block: Block) -> Iterator[tuple[int, Block]]:
         yield 0, block
