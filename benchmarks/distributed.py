@@ -84,9 +84,10 @@ def main(out: Path | None, size: str, seconds: float, log: Callable[[str], None]
         0. A wrong result raises.
     """
     cpu = torch.device("cpu")
-    facts = machine.describe(cpu) | {"threads": RANKS}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts = machine.describe(cpu) | {"threads": RANKS, "usable_cores": cores}
     results: list[dict[str, Any]] = []
-    title = f"InfoNCE over ranks on {facts['device']}"
+    title = f"InfoNCE over {RANKS} ranks on {cores} of the cores of {facts['device']}"
     settings = {"command": "distributed", "size": size, "seconds_per_case": seconds}
     rates = machine.matmul_rates(cpu, [torch.float32])
     for entry in _entries(size, seconds, log):

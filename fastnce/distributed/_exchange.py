@@ -40,11 +40,11 @@ class Exchange:
 
 
 class Ring(Exchange):
-    """Blocks go from rank to rank; the next one arrives while this one is computed. Memory: three blocks."""
+    """Blocks go from rank to rank; the next one arrives while this one is computed. Memory: two blocks, and two sums of gradients."""
 
     def trip(self, block: Block) -> Iterator[tuple[int, Block]]:
         for step in range(self.ranks.size):
-            arriving = self._pass_on(block, self._source(step + 1), step)
+            arriving = self._pass_on(step, block)
             yield step, block
             if arriving is not None:
                 block = arriving()
@@ -53,23 +53,24 @@ class Ring(Exchange):
         """The sums go with their blocks, one step behind; after the last step they are back with the owner."""
         arriving_sum: Callable[[], Block] | None = None
         for step in range(self.ranks.size):
-            arriving = self._pass_on(block, self._source(step + 1), step)
+            arriving = self._pass_on(step, block)
             total = compute(step, block)
             if arriving_sum is not None:
                 total += arriving_sum()[0]
-            arriving_sum = self._send((total,), self.rows[self._source(step + 1)], tag=1)
+            arriving_sum = self._send((total,), self._rows_at(step + 1), tag=1)
             if arriving is not None:
                 block = arriving()
         return arriving_sum()[0]
 
-    def _source(self, step: int) -> int:
-        """Whose block is here at ``step``."""
-        return (self.ranks.rank - step) % self.ranks.size
+    def _rows_at(self, step: int) -> int:
+        """Of the block that is here at ``step``."""
+        return self.rows[(self.ranks.rank - step) % self.ranks.size]
 
-    def _pass_on(self, block: Block, source: int, step: int) -> Callable[[], Block] | None:
+    def _pass_on(self, step: int, block: Block) -> Callable[[], Block] | None:
+        """Sends the block of ``step`` on; the result waits for the next one. None at the last step."""
         if step + 1 == self.ranks.size:
             return None
-        return self._send(block, self.rows[source], tag=2)
+        return self._send(block, self._rows_at(step + 1), tag=2)
 
     def _send(self, block: Block, rows: int, tag: int) -> Callable[[], Block]:
         """Begins to send ``block`` to the next rank and to receive one of ``rows`` rows; the result waits for both."""
@@ -98,22 +99,23 @@ class Ring(Exchange):
 
 
 class Gather(Exchange):
-    """Every rank gets all blocks at once: two messages instead of one per rank. Memory: the blocks of all ranks."""
+    """Every rank gets all blocks at once: one message per tensor instead of one per rank. Memory: the blocks of all ranks."""
 
     def trip(self, block: Block) -> Iterator[tuple[int, Block]]:
         yield 0, block
-        yield 1, tuple(self._others(x) for x in block)
+        yield 1, tuple(self.others(x) for x in block)
 
     def round_trip(self, block: Block, compute: Compute) -> Tensor:
         own = compute(0, block)
-        others = compute(1, tuple(self._others(x) for x in block))
-        return self._give_back(own, others)
+        others = compute(1, tuple(self.others(x) for x in block))
+        return self.give_back(own, others)
 
     def all_rows(self, x: Tensor) -> Tensor:
         """The rows of all ranks, in the order of the ranks."""
         return torch.cat(self._gathered(x))
 
-    def _others(self, x: Tensor) -> Tensor:
+    def others(self, x: Tensor) -> Tensor:
+        """The rows of all other ranks, in the order of the ranks."""
         parts = self._gathered(x)
         return torch.cat(parts[: self.ranks.rank] + parts[self.ranks.rank + 1 :])
 
@@ -125,7 +127,7 @@ class Gather(Exchange):
             dist.all_gather(gathered, padded, group=self.ranks.group)
         return [y[:rows] for y, rows in zip(gathered, self.rows, strict=True)]
 
-    def _give_back(self, own: Tensor, others: Tensor) -> Tensor:
+    def give_back(self, own: Tensor, others: Tensor) -> Tensor:
         """Each rank's part goes to it; the sum over all ranks of what is for this one."""
         rank = self.ranks.rank
         parts = list(others.split(self.rows[:rank] + self.rows[rank + 1 :]))

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import ModuleType
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastnce import ops, reference
-from fastnce.distributed._exchange import Block, Exchange
+from fastnce import ops
+from fastnce.distributed._info_nce_blocks import Blocks, GatheredInfoNCE, InfoNCE
 from fastnce.distributed._losses import Options, expect_rows, make_plan
 from fastnce.distributed._ranks import Fact, ranks_of
 from fastnce.ops import _checks, _common
-from fastnce.reference.normalize import accumulation_dtype
 
 
 @torch.compiler.disable
@@ -109,11 +105,15 @@ def info_nce(
     tau = _checks.expect_temperature(op, temperature, query)
     negatives = None if negative_keys is None else negative_keys.detach()
     with _common.no_autocast(query):
+        exchange = plan.exchange if in_batch else None
+        blocks = Blocks(plan.kernels, bool(normalize), negatives, exchange)
 
         def losses(query: Tensor, key: Tensor) -> Tensor:
-            exchange = plan.exchange if in_batch else None
-            blocks = _Blocks(plan.kernels, bool(normalize), negatives, exchange)
-            return _InfoNCE.apply(query, key, tau, blocks)
+            if reduction == "none" or not blocks.fit_one_call():
+                return InfoNCE.apply(query, key, tau, blocks)
+            return GatheredInfoNCE.apply(
+                query, key, tau, blocks, _common.wants_grad(query, key, tau)
+            )
 
         one_way = losses(query, positive_key)
         both = 0.5 * (one_way + losses(positive_key, query)) if symmetric else one_way
@@ -132,173 +132,4 @@ def _check_negatives(op: str, query: Tensor, negatives: Tensor, symmetric: bool)
     if symmetric:
         raise ValueError(
             f"{op}: symmetric=True has no meaning with negative_keys, which belong to the queries alone. Drop one."
-        )
-
-
-class _Blocks:
-    """This rank's queries and positives against one block of keys after the other, by the kernels of :func:`fastnce.info_nce`.
-
-    Every block has the positives too. A block's loss is ``log(1 + r)``, with r the block's other exponentials relative to the
-    positive's, so that the blocks' r add up, and nothing cancels where the positive dominates.
-    """
-
-    def __init__(
-        self,
-        kernels: ModuleType,
-        normalize: bool,
-        negatives: Tensor | None,
-        exchange: Exchange | None,
-    ) -> None:
-        self._kernels, self.negatives, self.exchange = kernels, negatives, exchange
-        self._options = {"normalize": normalize, "symmetric": False, "self_logit": None}
-
-    def forward(
-        self, query: Tensor, key: Tensor, keys: Tensor | None, tau: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Losses and lse (N,) against ``keys`` (M, D), or the in-batch keys for None."""
-        inputs = (query[None], key[None], keys, tau)
-        options = self._options | {"in_batch": keys is None}
-        if self._kernels is reference:
-            losses = reference.info_nce(*inputs, **options)
-            return losses[0], losses[0]
-        losses, lse, _ = self._kernels.info_nce_forward(
-            *inputs, **options, grad_scale=None, needs=(False,) * 4
-        )
-        return losses[0], lse[0]
-
-    def backward(
-        self,
-        weights: Tensor,
-        query: Tensor,
-        key: Tensor,
-        keys: Tensor | None,
-        tau: float | Tensor,
-        lse: Tensor,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, ...]:
-        """The gradients of ``(weights * losses).sum()`` for query, key, keys and temperature."""
-        inputs = (query[None], key[None], keys, tau)
-        options = self._options | {"in_batch": keys is None}
-        if self._kernels is reference:
-            grads = _reference_gradients(weights, inputs, options, needs)
-        else:
-            grads = self._kernels.info_nce_backward(
-                weights[None], *inputs, lse[None], **options, needs=needs
-            )
-        grad_query, grad_key, grad_keys, grad_tau = grads
-        return (
-            None if grad_query is None else grad_query[0],
-            None if grad_key is None else grad_key[0],
-            grad_keys,
-            grad_tau,
-        )
-
-
-def _reference_gradients(
-    weights: Tensor, inputs: tuple, options: dict, needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    with torch.enable_grad():
-        leaves = [
-            x.detach().requires_grad_(need) if isinstance(x, Tensor) else x
-            for x, need in zip(inputs, needs, strict=True)
-        ]
-        losses = reference.info_nce(*leaves, **options)
-    wanted = [x for x, need in zip(leaves, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(losses, wanted, weights[None]) if wanted else ())
-    return tuple(next(found) if need else None for need in needs)
-
-
-class _InfoNCE(torch.autograd.Function):
-    """Losses (N,) float64 of this rank's queries against the blocks of all ranks."""
-
-    @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, tau: float | Tensor, blocks: _Blocks) -> Tensor:
-        found = []  # the blocks' losses and lse
-        if blocks.exchange is not None:
-            for step, (keys,) in blocks.exchange.trip((key,)):
-                if len(query) > 0 and len(keys) > 0:
-                    found.append(blocks.forward(query, key, keys if step > 0 else None, tau))
-                else:
-                    found.append(None)
-        if blocks.negatives is not None and len(query) > 0:
-            found.append(blocks.forward(query, key, blocks.negatives, tau))
-        losses = query.new_zeros(len(query), dtype=torch.float64)
-        if len(query) > 0:
-            each = torch.stack([x[0] for x in found if x is not None]).double()
-            ratios = each + torch.log(-torch.expm1(-each))  # log r
-            losses = torch.logaddexp(ratios.logsumexp(dim=0), losses)
-        ctx.blocks, ctx.found = blocks, found
-        ctx.tau = None if isinstance(tau, Tensor) else tau
-        ctx.save_for_backward(query, key, tau if ctx.tau is None else None, losses)
-        return losses
-
-    @staticmethod
-    @_common.first_derivative_only
-    def backward(ctx, grad: Tensor):
-        query, key, tau, losses = ctx.saved_tensors
-        blocks, needs = ctx.blocks, ctx.needs_input_grad
-        sums = _Sums(query, key, tau)
-
-        def compute(keys: Tensor | None, found: tuple[Tensor, Tensor] | None) -> Tensor | None:
-            """Adds what a block gives to this rank's rows; returns the gradient of ``keys``."""
-            if found is None:
-                return None
-            block_losses, lse = found
-            weights = grad * torch.exp(block_losses - losses)
-            needs_keys = keys is not None and needs[1] and keys is not blocks.negatives
-            return sums.add(
-                blocks.backward(
-                    weights.to(block_losses.dtype),
-                    query,
-                    key,
-                    keys,
-                    ctx.tau if tau is None else tau,
-                    lse,
-                    (needs[0], needs[1], needs_keys, needs[2]),
-                )
-            )
-
-        if blocks.negatives is not None and len(query) > 0:
-            compute(blocks.negatives, ctx.found[-1])
-        if blocks.exchange is not None:
-
-            def step_gradient(step: int, block: Block) -> Tensor:
-                (keys,) = block
-                found = compute(keys if step > 0 else None, ctx.found[step])
-                acc = accumulation_dtype(keys.dtype)
-                # In-batch keys are this rank's own: their gradient is among the sums.
-                return keys.new_zeros(keys.shape, dtype=acc) if found is None else found.to(acc)
-
-            if needs[1]:
-                sums.key += blocks.exchange.round_trip((key,), step_gradient)
-            else:
-                for step, (keys,) in blocks.exchange.trip((key,)):
-                    compute(keys if step > 0 else None, ctx.found[step])
-        return *sums.result(needs), None
-
-
-class _Sums:
-    """The gradients of this rank's rows and of the temperature, summed over the blocks."""
-
-    def __init__(self, query: Tensor, key: Tensor, tau: Tensor | None) -> None:
-        acc = accumulation_dtype(query.dtype)
-        self._dtype, self._tau_dtype = query.dtype, None if tau is None else tau.dtype
-        self.query = query.new_zeros(query.shape, dtype=acc)
-        self.key = key.new_zeros(key.shape, dtype=acc)
-        self.tau = query.new_zeros((), dtype=torch.float64)
-
-    def add(self, grads: tuple[Tensor | None, ...]) -> Tensor | None:
-        """Adds those of one block; returns that of the block's keys."""
-        query, key, keys, tau = grads
-        for total, part in ((self.query, query), (self.key, key), (self.tau, tau)):
-            if part is not None:
-                total += part
-        return keys
-
-    def result(self, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        """For query, key and temperature, None where not needed."""
-        return (
-            self.query.to(self._dtype) if needs[0] else None,
-            self.key.to(self._dtype) if needs[1] else None,
-            self.tau.to(self._tau_dtype) if needs[2] else None,
         )
