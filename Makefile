@@ -1,4 +1,4 @@
-# make demo | make test | make triton-sweep | make sanitize | make lint | make bench | make gpu-report PYTHON=python3 OUT=dir | make clean
+# make demo | make demo-contragan | make test | make triton-sweep | make sanitize | make lint | make bench | make gpu-report PYTHON=python3 OUT=dir | make clean
 PYTHON ?= python3
 OUT ?= out/gpu-report
 VENV := .venv
@@ -13,6 +13,7 @@ PHOTO ?= coffee
 DATA := $(DEMO)/digits-photos-$(PHOTO)
 RUN := $(DEMO)/cut-seed$(SEED)
 RUN_WITHOUT_NCE := $(DEMO)/cut-without-nce-seed$(SEED)
+CONTRAGAN := $(DEMO)/contragan-seed$(SEED)
 TRAIN := $(FASTNCE) train cut --preset digits --data $(DATA) --seed $(SEED)
 
 # A library of its own, so that neither the package's file nor its stamp is touched.
@@ -25,7 +26,7 @@ SANITIZE_TESTS ?= native and not memory_does_not_grow and not fma_peak and not c
 # The Triton kernels' tests on the host. Left out, for the interpreter is slow: what it cannot show, and more of the same.
 INTERPRETED_TESTS ?= triton and not repeatable and not left_alone and not without_gradients and not transposed and not third
 
-.PHONY: demo test triton-sweep sanitize lint format bench gpu-report install native clean
+.PHONY: demo demo-contragan test triton-sweep sanitize lint format bench gpu-report install native clean
 
 demo: install
 	@$(FASTNCE) doctor
@@ -43,6 +44,13 @@ demo: install
 	@echo "  $(RUN)/loss.png            the losses"
 	@echo "  $(RUN)/metrics.md          content accuracy, FID and KID beside their baselines"
 	@echo "  $(DEMO)/benchmark/demo.md  fused losses against plain PyTorch"
+
+demo-contragan: install
+	@$(FASTNCE) data digits --out $(DEMO)/digits
+	@$(FASTNCE) train contragan --preset digits --data $(DEMO)/digits --seed $(SEED) --out $(CONTRAGAN)
+	@$(FASTNCE) generate --run $(CONTRAGAN) --out $(CONTRAGAN)/generated --interpolation 10
+	@$(FASTNCE) evaluate --run $(CONTRAGAN)
+	@echo "Done. Look at $(CONTRAGAN)/generated/grid.png, samples/, measurements.png and metrics.md."
 
 test: install
 	$(PY) -m pytest -q
