@@ -49,5 +49,5 @@ def test_tables_of_a_run(tmp_path, monkeypatch, capsys):
     assert entries[0]["providers"][0]["rank_peak_bytes"] == 9e8, "the largest of the ranks"
     text = path.with_suffix(".md").read_text()
     assert "peak per rank" in text and "| 900 MB" in text
-    assert "its matrices of local x global alone need 69 GB" in text
+    assert "its matrices of local x global alone need 52 GB" in text
     assert "check=False" in capsys.readouterr().out
