@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from test_loop import assert_identical
 
+import fastnce
 from fastnce.errors import UserError
 from fastnce.training import train
 from fastnce.training.checkpoint import load_checkpoint
@@ -56,7 +58,9 @@ def launch(variant, config, tmp_path, ranks=2):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # The script lies elsewhere; it is to find the package under test.
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(fastnce.__file__).parents[1])},
     )
 
 
