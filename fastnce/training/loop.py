@@ -97,7 +97,8 @@ def _checkpoint_to_continue(config: TrainConfig) -> dict | None:
     if not path.exists():
         return None
     state = load_checkpoint(path)
-    ours, theirs = to_dict(config), state["config"]
+    # Through the configuration, so that options that are newer than the run have their defaults.
+    ours, theirs = to_dict(config), to_dict(from_dict(state["config"]))
     names = differing_fields(ours, theirs)
     if names:
         shown = ", ".join(

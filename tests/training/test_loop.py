@@ -207,6 +207,20 @@ def test_another_run_in_the_folder(tiny):
     assert "Name another folder" in message
 
 
+def test_a_run_from_before_an_option_was_there(tiny):
+    """Options that its configuration lacks had their defaults."""
+    train(tiny(steps=1))
+    path = tiny().out / "checkpoints" / "last.pt"
+    state = checkpoint(tiny().out)
+    del state["config"]["ema_start"], state["config"]["measure_every"], state["best"]
+    torch.save(state, path)
+    train(tiny(steps=2))
+    assert checkpoint(tiny().out)["step"] == 2
+    torch.save(state, path)
+    with pytest.raises(UserError, match=r"ema_start=null \(now 3\)"):
+        train(tiny(steps=2, ema_start=3))
+
+
 def test_a_folder_without_a_checkpoint_is_free(tiny):
     """A first attempt that failed at once must not stand in the way of the corrected one."""
     out = tiny().out
