@@ -289,8 +289,8 @@ def test_norms_of_the_discriminator(family):
         layers = [m for m in d.modules() if isinstance(m, nn.Conv2d | nn.Linear | nn.Embedding)]
         assert {hasattr(layer, "weight_orig") for layer in layers} == {norm == "spectral"}
         norms = [m for m in d.modules() if isinstance(m, nn.BatchNorm2d)]
-        # DCGAN: behind 4 of 5 convolutions. SNGAN: 2 in the first block, 3 in one with a convolution in its skip, else 2.
-        expected = {"dcgan": 4, "sngan": 2 + 3 + 2}[family]
+        # DCGAN: behind 4 of 5 convolutions. SNGAN: 2 in the first block, 3 in those with a convolution in their skip.
+        expected = {"dcgan": 4, "sngan": 2 + 3 + 3}[family]
         assert len(norms) == (expected if norm == "batch" else 0)
         assert all(layer.eps == 1e-4 for layer in norms)
         out = d(torch.randn(2, 1, 16, 16), torch.tensor([0, 1]))
