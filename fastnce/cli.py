@@ -24,6 +24,7 @@ def train(args: list[str]) -> int:
     from fastnce.training.build import check_options, known, layered_values
     from fastnce.training.config import to_dict
     from fastnce.training.presets import PRESETS, VARIANTS
+    from fastnce.training.ranks import leave
 
     if not args or args[0] in ("-h", "--help"):
         print(f"usage: fastnce train {{{','.join(VARIANTS)}}} --data DIR --out DIR [OPTIONS]\n")
@@ -55,6 +56,7 @@ def train(args: list[str]) -> int:
         return 0
     _check_requested_backend()
     run_training(config)
+    leave()
     return 0
 
 

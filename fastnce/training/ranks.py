@@ -45,6 +45,14 @@ def joined_from_environment(device: torch.device) -> torch.device:
     return device
 
 
+def leave() -> None:
+    """Leaves the group of ranks, if there is one, together with the others."""
+    if dist.is_available() and dist.is_initialized():
+        # gloo ends the process when a rank leaves while another one still works.
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 class Ranks:
     """The ranks of a training; a single one without `torch.distributed`.
 

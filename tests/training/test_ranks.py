@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from fastnce.training import build_config, train
 from fastnce.training import loop
+from fastnce.training.ranks import leave
 torch.set_num_threads(1)
 config = build_config(sys.argv[1], config_file=sys.argv[2])
 kept = {}
@@ -42,7 +43,7 @@ if kept:
     everyone = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, flat)
     assert all(torch.equal(flat, other) for other in everyone), "the ranks' weights differ"
-dist.destroy_process_group()
+leave()
 """
 
 
