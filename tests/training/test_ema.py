@@ -58,3 +58,22 @@ def test_state():
 def test_needs_the_same_module():
     with pytest.raises((ValueError, RuntimeError)):
         WeightAverage(nn.Linear(2, 2), 0.9).update(nn.Linear(3, 3))
+
+
+def test_late_start_copies_and_then_averages_buffers_too():
+    """The form of GANs: copies until `start`, then the plain average, of batch norm's statistics as well."""
+    source = nn.BatchNorm1d(2)
+    average = WeightAverage(source, 0.75, start=2)
+
+    def step(value):
+        with torch.no_grad():
+            source.weight.fill_(value)
+            source.running_mean.fill_(10 * value)
+            source.num_batches_tracked += 1
+        average.update(source)
+        return average.module.weight[0].item(), average.module.running_mean[0].item()
+
+    assert step(1.0) == (1.0, 10.0)
+    assert step(3.0) == (3.0, 30.0)
+    assert step(7.0) == (0.75 * 3 + 0.25 * 7, 0.75 * 30 + 0.25 * 70)
+    assert average.module.num_batches_tracked == 3
