@@ -162,6 +162,11 @@ class ContraGANTrainConfig(ContraGANConfig, TrainConfig):
         TrainConfig.__post_init__(self)
         ContraGANConfig.__post_init__(self)
         options.at_least(self, 2, "measure_count")
+        if self.micro_batches > self.batch_size:
+            raise UserError(
+                f"micro_batches={self.micro_batches} are more parts than batch_size={self.batch_size} has images. "
+                f"Use micro_batches <= {self.batch_size}."
+            )
 
     @property
     def samples_per_step(self) -> int:

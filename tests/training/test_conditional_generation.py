@@ -178,6 +178,12 @@ def test_another_number_of_classes(tiny):
         train(tiny(num_classes=7))
 
 
+def test_more_parts_than_images(tiny):
+    with pytest.raises(UserError, match="micro_batches=4 are more parts than batch_size=3 has"):
+        tiny(micro_batches=4)
+    assert tiny(micro_batches=3).micro_batches == 3
+
+
 def test_no_extractor_for_this_data(tiny, capsys):
     train(tiny(steps=2, measure_every=2))
     assert "Measuring without FID" in capsys.readouterr().err
