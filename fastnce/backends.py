@@ -89,6 +89,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         _requested = previous
 
 
+def requested() -> str | None:
+    """The backend that :func:`use_backend` or ``FASTNCE_BACKEND`` asks for; None: chosen automatically."""
+    return _requested
+
+
 def select(op: str, tensor: torch.Tensor, backend: str | None = None) -> ModuleType:
     """The module that runs ``op`` on tensors like ``tensor``.
 

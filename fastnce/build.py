@@ -42,6 +42,8 @@ _FLAGS = (
 )
 # Compiled once per instruction set, chosen at run time; everything else is for any processor.
 _ISA_FLAGS = {
+    "image_kernels_avx2.cpp": ("-mavx2", "-mfma"),
+    "image_kernels_avx512.cpp": ("-mavx512f", "-mavx2", "-mfma"),
     "tile_kernels_avx2.cpp": ("-mavx2", "-mfma"),
     "tile_kernels_avx512.cpp": ("-mavx512f", "-mavx2", "-mfma"),
     "tile_kernels_avx512bf16.cpp": (

@@ -12,7 +12,7 @@ import fastnce
 ROOT = Path(fastnce.__file__).parent
 
 # What the modules under each name of the package may import from it, besides themselves and `errors`.
-KERNELS = {"reference", "triton_kernels", "triton_ops", "native"}
+KERNELS = {"reference", "triton_kernels", "triton_ops", "native", "native_maps"}
 OPS = {"ops", "backends"} | KERNELS
 LOSSES = {"losses"} | OPS
 NETWORKS = {"networks", "__init__"} | LOSSES  # the package itself offers the ops and the losses
@@ -25,6 +25,7 @@ ALLOWED = {
     "triton_kernels": set(),
     "build": set(),
     "native": {"build"},
+    "native_maps": {"native"},
     "triton_ops": {"triton_kernels", "native"},
     "backends": KERNELS,
     "ops": OPS,

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../common/image_kernels.h"
 #include "../common/tile_kernels.h"
 
 namespace fastnce {
@@ -13,6 +14,9 @@ namespace fastnce {
   namespace isa {                                  \
   extern const TileKernels<float> kFloatKernels;   \
   extern const TileKernels<double> kDoubleKernels; \
+  extern const ImageKernels<float> kFloatImages; \
+  extern const ImageKernels<Bfloat16> kBfloat16Images; \
+  extern const WinogradKernels kWinograd; \
   }
 FASTNCE_DECLARE_TABLES(portable)
 #ifdef __x86_64__
@@ -103,5 +107,33 @@ const TileKernels<double>& tile_kernels<double>() {
       return portable::kDoubleKernels;
   }
 }
+
+// The levels beyond AVX-512 add nothing here.
+#ifdef __x86_64__
+#define FASTNCE_CHOOSE(name)                          \
+  switch (chosen_isa()) {                             \
+    case Isa::kAvx512Bf16:                            \
+    case Isa::kAvx512:                                \
+      return avx512::name;                            \
+    case Isa::kAvx2:                                  \
+      return avx2::name;                              \
+    default:                                          \
+      return portable::name;                          \
+  }
+#else
+#define FASTNCE_CHOOSE(name) return portable::name;
+#endif
+
+template <>
+const ImageKernels<float>& image_kernels<float>() {
+  FASTNCE_CHOOSE(kFloatImages)
+}
+template <>
+const ImageKernels<Bfloat16>& image_kernels<Bfloat16>() {
+  FASTNCE_CHOOSE(kBfloat16Images)
+}
+const WinogradKernels& winograd_kernels() { FASTNCE_CHOOSE(kWinograd) }
+
+#undef FASTNCE_CHOOSE
 
 }  // namespace fastnce

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def _depthwise_filter(taps: list[float], scale: float, channels: int) -> Tensor:
-    """Outer product of `taps` with itself times `scale`, once per channel: (channels, 1, k, k)."""
-    row = torch.tensor(taps)
-    kernel = torch.outer(row, row) * scale
-    return kernel.expand(channels, 1, -1, -1).clone()
+from fastnce.ops.blur_resample import blur_kernel, blur_resample
+from fastnce.ops.conv3x3 import conv3x3
+from fastnce.ops.instance_norm import instance_norm
 
 
 class Downsample(nn.Module):
@@ -25,12 +20,10 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.channels = channels
-        self.register_buffer("filt", _depthwise_filter([1.0, 2.0, 1.0], 1 / 16, channels))
+        self.register_buffer("filt", blur_kernel(channels, halve=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
-        return F.conv2d(padded, self.filt, stride=2, groups=self.channels)
+        return blur_resample(x, self.filt, halve=True)
 
 
 class Upsample(nn.Module):
@@ -43,13 +36,33 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.channels = channels
-        self.register_buffer("filt", _depthwise_filter([1.0, 3.0, 3.0, 1.0], 1 / 16, channels))
+        self.register_buffer("filt", blur_kernel(channels, halve=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
-        # padding=3 drops the border that the replicated pixels produce, one pixel more than the filter's own 2.
-        return F.conv_transpose2d(padded, self.filt, stride=2, padding=3, groups=self.channels)
+        return blur_resample(x, self.filt, halve=False)
+
+
+class Conv3x3(nn.Conv2d):
+    """3x3 convolution that keeps the size, padded with zeros; with `reflect` with the mirror image, in this op itself."""
+
+    def __init__(self, in_channels: int, out_channels: int, reflect: bool = False) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self.reflect = reflect
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv3x3(x, self.weight, self.bias, reflect=self.reflect)
+
+
+class InstanceNorm(nn.Module):
+    """Instance norm without parameters, followed by leaky ReLU: `slope` 0 is ReLU, 1 leaves it out."""
+
+    def __init__(self, slope: float = 1.0) -> None:
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`(B, C, H, W)`; the sum with `residual`, if given."""
+        return instance_norm(x, residual, slope=self.slope)
 
 
 class ResnetBlock(nn.Module):
@@ -57,18 +70,23 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        # Identities stand for what the layer behind or before them does, so that the state-dict keys are the published ones.
         self.conv_block = nn.Sequential(
-            nn.ReflectionPad2d(1),
-            nn.Conv2d(channels, channels, 3),
-            nn.InstanceNorm2d(channels),
-            nn.ReLU(),
-            nn.ReflectionPad2d(1),
-            nn.Conv2d(channels, channels, 3),
-            nn.InstanceNorm2d(channels),
+            nn.Identity(),
+            Conv3x3(channels, channels, reflect=True),
+            InstanceNorm(slope=0.0),
+            nn.Identity(),
+            nn.Identity(),
+            Conv3x3(channels, channels, reflect=True),
+            InstanceNorm(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv_block(x)
+        *inner, last_norm = self.conv_block
+        y = x
+        for layer in inner:
+            y = layer(y)
+        return last_norm(y, residual=x)
 
 
 def init_xavier(module: nn.Module, gain: float = 0.02) -> None:

@@ -6,7 +6,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fastnce.networks.layers import Downsample, init_xavier
+from fastnce.networks.layers import Downsample, InstanceNorm, init_xavier
+from fastnce.ops import maps
 
 
 class PatchDiscriminator(nn.Module):
@@ -16,7 +17,7 @@ class PatchDiscriminator(nn.Module):
     `antialias=True`, stride 2 otherwise), one more keeps it, the last gives the logit. 256x256 -> 30x30 for 3 layers.
 
     State-dict keys are `model.{0,3,7,11,14}...` and `model.{2,6,10}.filt` for the default, as in the published
-    checkpoints. `norm="none"` puts an identity where the instance norm was and keeps every bias, so the indices, the
+    checkpoints: an identity has the index of each ReLU that follows a norm, which is part of that norm. `norm="none"` puts an identity where the instance norm was and keeps every bias, so the indices, the
     keys and the parameter count are the same as with the norm.
 
     Source: Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks", CVPR 2017; blurred
@@ -53,9 +54,12 @@ class PatchDiscriminator(nn.Module):
             width = base_channels * min(2**index, 8)
             stride = 2 if downsamples and not antialias else 1
             layers.append(nn.Conv2d(channels, width, 4, stride=stride, padding=1))
-            if index > 0:
-                layers.append(nn.InstanceNorm2d(width) if norm == "instance" else nn.Identity())
-            layers.append(nn.LeakyReLU(0.2))
+            if index > 0 and norm == "instance":
+                layers += [InstanceNorm(slope=0.2), nn.Identity()]
+            elif index > 0:
+                layers += [nn.Identity(), nn.LeakyReLU(0.2)]
+            else:
+                layers.append(nn.LeakyReLU(0.2))
             if downsamples and antialias:
                 layers.append(Downsample(width))
             channels = width
@@ -65,4 +69,4 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Patch logits of the images `x`."""
-        return self.model(x)
+        return self.model(maps.in_kernel_layout(x))

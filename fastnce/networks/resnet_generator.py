@@ -6,7 +6,15 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fastnce.networks.layers import Downsample, ResnetBlock, Upsample, init_xavier
+from fastnce.networks.layers import (
+    Conv3x3,
+    Downsample,
+    InstanceNorm,
+    ResnetBlock,
+    Upsample,
+    init_xavier,
+)
+from fastnce.ops import maps
 
 
 class ResnetGenerator(nn.Module):
@@ -22,7 +30,7 @@ class ResnetGenerator(nn.Module):
     indices are lower by up to two (residual blocks start at 10). Upsampling is anti-aliased in both.
 
     **Taps** are layer indices. A tap gives the output of that layer, except directly before a ReLU, where it gives the
-    value after the ReLU: the published ReLU works in place and so overwrites the tapped map. With `antialias=True` the
+    value after the ReLU, which is part of the norm here: the published ReLU works in place and so overwrites the tapped map. With `antialias=True` the
     default taps 0 (the padded image), 4 and 8 (convolutions before their norm), 12 and 16 are not concerned; with
     `antialias=False` tap 8 is the output of a norm, and the published value there is the one after the ReLU.
 
@@ -57,7 +65,7 @@ class ResnetGenerator(nn.Module):
         super().__init__()
         c = base_channels
         layers: list[nn.Module] = [nn.ReflectionPad2d(3), nn.Conv2d(in_channels, c, 7)]
-        layers += [nn.InstanceNorm2d(c), nn.ReLU()]
+        layers += _norm_and_relu()
         for width in (c, 2 * c):
             layers += _downsampling(width, 2 * width, antialias)
         self.first_block = len(layers)
@@ -72,44 +80,45 @@ class ResnetGenerator(nn.Module):
         self, x: Tensor, taps: Sequence[int] | None = None
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Translates `x`; with `taps` (ascending layer indices) also returns those layers' features."""
-        if taps is None:
-            return self.model(x)
-        return self._run(x, self._feature_layers(taps), stop=len(self.model))
+        taps_or_none = [] if taps is None else self._checked(taps)
+        y, features = self._run(x, taps_or_none, stop=len(self.model))
+        return y if taps is None else (y, features)
 
     def encode(self, x: Tensor, taps: Sequence[int]) -> list[Tensor]:
         """Features of the layers `taps` (ascending), computing nothing behind the last of them."""
-        layers = self._feature_layers(taps)
-        return self._run(x, layers, stop=layers[-1] + 1)[1]
+        taps = self._checked(taps)
+        return self._run(x, taps, stop=taps[-1] + 1)[1]
 
-    def _run(self, x: Tensor, feature_layers: list[int], stop: int) -> tuple[Tensor, list[Tensor]]:
+    def _run(self, x: Tensor, taps: list[int], stop: int) -> tuple[Tensor, list[Tensor]]:
+        x = maps.in_kernel_layout(x)
         features = []
         for index, layer in enumerate(self.model[:stop]):
             x = layer(x)
-            features += [x] * feature_layers.count(index)
+            if index in taps:
+                features.append(x)
         return x, features
 
-    def _feature_layers(self, taps: Sequence[int]) -> list[int]:
-        """The layer whose output each tap gives: the tap itself, or the in-place ReLU right behind it."""
+    def _checked(self, taps: Sequence[int]) -> list[int]:
         taps = list(taps)
         if not taps or taps != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < len(self.model):
             raise ValueError(
                 f"ResnetGenerator: taps={taps} must be ascending, distinct layer indices from 0 to "
                 f"{len(self.model) - 1} (this generator has {len(self.model)} layers)."
             )
-        layers = []
-        for tap in taps:
-            behind = self.model[tap + 1] if tap + 1 < len(self.model) else None
-            layers.append(tap + 1 if isinstance(behind, nn.ReLU) else tap)
-        return layers
+        return taps
 
 
 def _downsampling(in_channels: int, out_channels: int, antialias: bool) -> list[nn.Module]:
-    conv = nn.Conv2d(in_channels, out_channels, 3, stride=1 if antialias else 2, padding=1)
-    layers = [conv, nn.InstanceNorm2d(out_channels), nn.ReLU()]
-    return [*layers, Downsample(out_channels)] if antialias else layers
+    if antialias:
+        conv = Conv3x3(in_channels, out_channels)
+        return [conv, *_norm_and_relu(), Downsample(out_channels)]
+    return [nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1), *_norm_and_relu()]
 
 
 def _upsampling(in_channels: int, out_channels: int) -> list[nn.Module]:
-    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-    norm = nn.InstanceNorm2d(out_channels)
-    return [Upsample(in_channels), conv, norm, nn.ReLU()]
+    return [Upsample(in_channels), Conv3x3(in_channels, out_channels), *_norm_and_relu()]
+
+
+def _norm_and_relu() -> list[nn.Module]:
+    # The identity has the index of the published ReLU.
+    return [InstanceNorm(slope=0.0), nn.Identity()]

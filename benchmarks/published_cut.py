@@ -1,0 +1,199 @@
+"""The published CUT step in plain eager PyTorch: what :class:`fastnce.models.CUT` is timed against.
+
+Written from the equations and the published step's order, and sharing nothing with the package: an encoder pass of its own for
+the keys and for the queries of both contrastive terms, D called on the fake and on the real image apart, positions drawn on the
+host, patches taken by index, F and the loss layer after layer, one Adam per network. In-place ReLUs, as published. State-dict
+keys are the published ones, so that weights go from one to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import baselines
+
+TAPS = (0, 4, 8, 12, 16)
+_TAP_CHANNELS = (3, 128, 256, 256, 256)
+_NUM_PATCHES = 256
+
+
+class _Downsample(nn.Module):
+    filt: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        row = torch.tensor([1.0, 2.0, 1.0])
+        kernel = torch.outer(row, row) / 16
+        self.register_buffer("filt", kernel.repeat(channels, 1, 1, 1))
+        self.pad = nn.ReflectionPad2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(self.pad(x), self.filt, stride=2, groups=self.channels)
+
+
+class _Upsample(nn.Module):
+    filt: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        row = torch.tensor([1.0, 3.0, 3.0, 1.0])
+        kernel = torch.outer(row, row) / 64 * 4
+        self.register_buffer("filt", kernel.repeat(channels, 1, 1, 1))
+        self.pad = nn.ReplicationPad2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = F.conv_transpose2d(self.pad(x), self.filt, stride=2, padding=2, groups=self.channels)
+        return up[:, :, 1:, 1:][:, :, :-1, :-1]
+
+
+class _ResnetBlock(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv_block = nn.Sequential(
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(channels, channels, 3),
+            nn.InstanceNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(channels, channels, 3),
+            nn.InstanceNorm2d(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv_block(x)
+
+
+class Generator(nn.Module):
+    """ResNet generator, 9 blocks, 64 channels, anti-aliased."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.ReflectionPad2d(3), *_convolution(3, 64, 7, 0)]
+        for width in (64, 128):
+            layers += [*_convolution(width, 2 * width, 3, 1), _Downsample(2 * width)]
+        layers += [_ResnetBlock(256) for _ in range(9)]
+        for width in (256, 128):
+            layers += [_Upsample(width), *_convolution(width, width // 2, 3, 1)]
+        layers += [nn.ReflectionPad2d(3), nn.Conv2d(64, 3, 7), nn.Tanh()]
+        self.model = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        features = []
+        for index, layer in enumerate(self.model[: TAPS[-1] + 1]):
+            x = layer(x)
+            if index in TAPS:
+                features.append(x)
+        return features
+
+
+def _convolution(in_channels: int, out_channels: int, size: int, padding: int) -> list[nn.Module]:
+    conv = nn.Conv2d(in_channels, out_channels, size, padding=padding)
+    return [conv, nn.InstanceNorm2d(out_channels), nn.ReLU(inplace=True)]
+
+
+class Discriminator(nn.Module):
+    """70x70 PatchGAN, 64 channels, anti-aliased."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [
+            nn.Conv2d(3, 64, 4, padding=1),
+            nn.LeakyReLU(0.2, inplace=True),
+            _Downsample(64),
+        ]
+        for width in (64, 128, 256):
+            layers += [nn.Conv2d(width, 2 * width, 4, padding=1), nn.InstanceNorm2d(2 * width)]
+            layers += [nn.LeakyReLU(0.2, inplace=True)]
+            layers += [_Downsample(2 * width)] if width < 256 else []
+        self.model = nn.Sequential(*layers, nn.Conv2d(512, 1, 4, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+class Projector(nn.Module):
+    """One two-layer MLP per tap, 256 wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for index, channels in enumerate(_TAP_CHANNELS):
+            mlp = nn.Sequential(nn.Linear(channels, 256), nn.ReLU(), nn.Linear(256, 256))
+            self.add_module(f"mlp_{index}", mlp)
+
+    def forward(
+        self, features: Sequence[Tensor], ids: Sequence[Tensor] | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Projected patches (B, 256, 256) of each map, and their positions, drawn unless given."""
+        projected, positions = [], []
+        for index, feature in enumerate(features):
+            rows = feature.permute(0, 2, 3, 1).flatten(1, 2)
+            if ids is None:
+                drawn = np.random.permutation(rows.shape[1])[:_NUM_PATCHES]
+                chosen = torch.from_numpy(drawn)
+            else:
+                chosen = ids[index]
+            positions.append(chosen)
+            projected.append(self.get_submodule(f"mlp_{index}")(rows[:, chosen]))
+        return projected, positions
+
+
+class PublishedCUT:
+    """Networks `g`, `d`, `f` with their optimisers, and one training step of CUT's defaults with `nce_idt`."""
+
+    def __init__(self) -> None:
+        self.g, self.d, self.f = Generator(), Discriminator(), Projector()
+        self.optimizers = {
+            name: torch.optim.Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999))
+            for name, net in (("G", self.g), ("D", self.d), ("F", self.f))
+        }
+
+    def training_step(
+        self,
+        batch: Mapping[str, Tensor],
+        *,
+        patch_ids: Mapping[str, Sequence[Tensor]] | None = None,
+    ) -> dict[str, Tensor]:
+        """One update of D, then one of G and F; the losses under their published names."""
+        ids = patch_ids or {}
+        real_a, real_b = batch["A"], batch["B"]
+        generated = self.g(torch.cat([real_a, real_b]))
+        fake_b, identity_b = generated[: len(real_a)], generated[len(real_a) :]
+
+        self.d.requires_grad_(True)
+        self.optimizers["D"].zero_grad()
+        d_fake = self.d(fake_b.detach()).square().mean()
+        d_real = (self.d(real_b) - 1).square().mean()
+        ((d_fake + d_real) * 0.5).backward()
+        self.optimizers["D"].step()
+
+        self.d.requires_grad_(False)
+        self.optimizers["G"].zero_grad()
+        self.optimizers["F"].zero_grad()
+        g_gan = (self.d(fake_b) - 1).square().mean()
+        nce = self._contrastive_loss(real_a, fake_b, ids.get("NCE"))
+        nce_y = self._contrastive_loss(real_b, identity_b, ids.get("NCE_Y"))
+        total = g_gan + (nce + nce_y) * 0.5
+        total.backward()
+        self.optimizers["G"].step()
+        self.optimizers["F"].step()
+        losses = {"G_GAN": g_gan, "D_real": d_real, "D_fake": d_fake}
+        losses |= {"G": total, "NCE": nce, "NCE_Y": nce_y}
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _contrastive_loss(
+        self, source: Tensor, target: Tensor, ids: Sequence[Tensor] | None
+    ) -> Tensor:
+        queries = self.g.encode(target)
+        keys, ids = self.f(self.g.encode(source), ids)
+        queries, _ = self.f(queries, ids)
+        return baselines.patch_nce(queries, [key.detach() for key in keys])

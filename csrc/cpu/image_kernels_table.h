@@ -1,0 +1,27 @@
+// Fills the tables of loops over feature maps for the instruction set of the including file.
+#pragma once
+
+#include "../common/normalization.h"
+#include "../common/resampling.h"
+#include "../common/winograd.h"
+
+namespace fastnce::FASTNCE_ISA {
+
+template <class Element>
+constexpr ImageKernels<Element> make_image_table() {
+  return {transform_patches<Element>, transform_patch_row<Element>, transform_gradient_row<Element>,
+          transform_products<Element>, channel_sums<Element>, normalize<Element>,
+          normalize_sums<Element>, normalize_gradient<Element>, blend_rows<Element>,
+          blend_pixels<Element>};
+}
+
+constexpr WinogradKernels make_winograd_table() {
+  return {multiply_planes, multiply_planes_transposed, transform_filters,
+          transform_filter_gradients};
+}
+
+extern const ImageKernels<float> kFloatImages;
+extern const ImageKernels<Bfloat16> kBfloat16Images;
+extern const WinogradKernels kWinograd;
+
+}  // namespace fastnce::FASTNCE_ISA

@@ -1,0 +1,59 @@
+"""Anti-aliased resampling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastnce import native_maps
+from fastnce.ops import maps
+from fastnce.reference.blur_resample import blur_resample as reference_blur_resample
+
+
+def blur_resample(x: Tensor, kernel: Tensor, *, halve: bool) -> Tensor:
+    """Half or twice the height and width, anti-aliased.
+
+    Halved: every second pixel of ``x`` blurred by ``outer([1, 2, 1]) / 16``, mirrored at the border. Doubled: between two pixels,
+    a quarter and three quarters of the way, ``outer([1, 3, 3, 1]) / 16``, the border repeated.
+
+    Source: Zhang, "Making Convolutional Networks Shift-Invariant Again", ICML 2019.
+
+    Args:
+        x: (B, C, H, W), H and W at least 2.
+        kernel: that of :func:`blur_kernel`, which plain PyTorch convolves with.
+        halve: half the size, else twice the size.
+
+    Returns:
+        (B, C, ceil(H / 2), ceil(W / 2)), or (B, C, 2 H, 2 W).
+
+    Example:
+        >>> import torch
+        >>> from fastnce.ops.blur_resample import blur_kernel, blur_resample
+        >>> blur_resample(torch.randn(2, 16, 7, 8), blur_kernel(16, halve=True), halve=True).shape
+        torch.Size([2, 16, 4, 4])
+    """
+    if min(x.shape[2:]) >= 2 and maps.has_kernels(x, x.shape[1:2]):
+        height, width = x.shape[2:]
+        size = ((height + 1) // 2, (width + 1) // 2) if halve else (2 * height, 2 * width)
+        return BlurResampleFunction.apply(maps.autocast_map(x), halve, size, False)
+    return reference_blur_resample(x, kernel, halve)
+
+
+def blur_kernel(channels: int, *, halve: bool) -> Tensor:
+    """The filter, once per channel: (channels, 1, 3, 3), or (channels, 1, 4, 4) for twice the size."""
+    row = torch.tensor([1.0, 2.0, 1.0] if halve else [1.0, 3.0, 3.0, 1.0])
+    return (torch.outer(row, row) / 16).repeat(channels, 1, 1, 1)
+
+
+class BlurResampleFunction(torch.autograd.Function):
+    """A linear map, or its adjoint: the gradient of each is the other, so it has all derivatives."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, halve: bool, size: tuple[int, int], adjoint: bool) -> Tensor:
+        ctx.halve, ctx.size, ctx.adjoint = halve, tuple(x.shape[2:]), adjoint
+        return native_maps.blur_resample(x, halve=halve, size=size, adjoint=adjoint)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        back = BlurResampleFunction.apply(grad, ctx.halve, ctx.size, not ctx.adjoint)
+        return back, None, None, None

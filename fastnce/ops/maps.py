@@ -1,0 +1,58 @@
+"""What the ops over feature maps share: whether the compiled kernels run them, and derivatives of their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastnce import backends, native_maps
+
+
+def has_kernels(x: Tensor, channels: Sequence[int]) -> bool:
+    """Whether the compiled kernels, and not plain PyTorch, run an op on ``x`` (B, C, H, W), between maps of these channels.
+
+    Not while a compiler traces, which fuses plain PyTorch itself, nor under transforms such as ``torch.func.vmap``; nor when
+    another backend was asked for.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if backends.requested() not in (None, "native") or x.device.type != "cpu" or x.numel() == 0:
+        return False
+    return native_maps.supports("cpu", _autocast_dtype(x), *channels) == "ok"
+
+
+def in_kernel_layout(x: Tensor) -> Tensor:
+    """An image in the memory format of the compiled kernels, if they are there; then all maps made from it are in it, too."""
+    if x.dim() == 4 and has_kernels(x, channels=()):
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def autocast_map(x: Tensor) -> Tensor:
+    """``x`` in the dtype that autocast asks convolutions to work in."""
+    return x.to(_autocast_dtype(x))
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    if torch.is_autocast_enabled("cpu") and x.dtype == torch.float32:
+        return torch.get_autocast_dtype("cpu")
+    return x.dtype
+
+
+def plain_gradients(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grad: Tensor,
+) -> list[Tensor | None]:
+    """The gradients of ``function(*inputs)`` that ``needs`` asks for, as differentiable functions of ``inputs`` and ``grad``.
+
+    For second derivatives (R1, WGAN-GP): the compiled kernels give first ones only.
+    """
+    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+        out = function(*inputs)
+        wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True))
+    return [next(found) if need else None for need in needs]
