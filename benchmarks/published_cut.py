@@ -93,6 +93,10 @@ class Generator(nn.Module):
             x = layer(x)
             if index in TAPS:
                 features.append(x)
+                if x.requires_grad:
+                    # Of the channels-last gradient of rows taken by index, the instance norm of PyTorch 2.13 makes a wrong
+                    # one on the CPU if there is one image.
+                    x.register_hook(torch.Tensor.contiguous)
         return features
 
 

@@ -82,6 +82,9 @@ class ResnetGenerator(nn.Module):
         """Translates `x`; with `taps` (ascending layer indices) also returns those layers' features."""
         taps_or_none = [] if taps is None else self._checked(taps)
         y, features = self._run(x, taps_or_none, stop=len(self.model))
+        y = (
+            y.contiguous()
+        )  # an image is small, and whoever takes it need not know of memory formats
         return y if taps is None else (y, features)
 
     def encode(self, x: Tensor, taps: Sequence[int]) -> list[Tensor]:

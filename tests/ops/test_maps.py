@@ -165,6 +165,17 @@ def test_a_large_mean_does_not_cancel():
     assert (instance_norm(x) - truth).abs().max() < 2e-4
 
 
+def test_plain_norm_of_one_image_takes_a_channels_last_gradient():
+    """PyTorch's own gives a gradient that is wrong by its whole size."""
+    x, grad = torch.randn(2, 1, 3, 5, 5, dtype=torch.float64)
+    x.requires_grad_()
+    mean, variance = x.mean((2, 3), keepdim=True), x.var((2, 3), correction=0, keepdim=True)
+    (truth,) = torch.autograd.grad((x - mean) / (variance + 1e-5).sqrt(), x, grad)
+    channels_last = grad.contiguous(memory_format=torch.channels_last)
+    (got,) = torch.autograd.grad(instance_norm(x), x, channels_last)
+    torch.testing.assert_close(got, truth)
+
+
 @needs_kernels
 def test_under_autocast_maps_are_bfloat16_and_weights_keep_their_gradient():
     case = CASES["conv_reflect"]

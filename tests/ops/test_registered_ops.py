@@ -6,6 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnce
 from fastnce import backends, native
+from fastnce.ops.blur_resample import blur_kernel, blur_resample
+from fastnce.ops.conv3x3 import conv3x3
+from fastnce.ops.instance_norm import instance_norm
 from fastnce.testing import SAMPLE_INPUTS, run
 
 pytestmark = pytest.mark.skipif(
@@ -43,7 +46,18 @@ def recorded() -> dict[str, list]:
             sum(x.sum() for x in passed + patches).backward()
         for dtype in (torch.float32, torch.bfloat16):
             one_block_of_labelled_lse(dtype)
+            every_op_over_maps(dtype)
     return recorder.calls
+
+
+def every_op_over_maps(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 16, 6, 5).to(dtype).requires_grad_()
+    weight, bias = torch.randn(32, 16, 3, 3, requires_grad=True), torch.randn(32)
+    for reflect in (False, True):
+        conv3x3(x, weight, bias, reflect=reflect).sum().backward()
+    instance_norm(instance_norm(x, slope=0.2), x).square().sum().backward()
+    for halve in (False, True):
+        blur_resample(x, blur_kernel(16, halve=halve), halve=halve).sum().backward()
 
 
 def one_block_of_labelled_lse(dtype: torch.dtype) -> None:
