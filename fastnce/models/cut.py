@@ -20,8 +20,7 @@ from fastnce.models.patch_contrast import (
     check_num_patches,
     projected_dims,
 )
-from fastnce.models.translation_networks import (
-    build_adam,
+from fastnce.models.cut_networks import (
     build_discriminator,
     build_generator,
     feature_shapes,
@@ -70,12 +69,12 @@ class CUT(nn.Module):
         if config.lambda_nce == 0:
             self.nce_names = ()
         self.translates_b = "NCE_Y" in self.nce_names
-        self.generator = build_generator(config, image_size)
+        self.generator = build_generator(config)
         self.discriminator = build_discriminator(config, image_size)
         networks = {"G": self.generator, "D": self.discriminator}
         self.projector = None
         if self.nce_names:
-            shapes = feature_shapes(config, config.nce_layers, image_size)
+            shapes = feature_shapes(config, image_size)
             if image_size is not None:
                 check_num_patches(config, shapes)
             channels = [shape[0] for shape in shapes]
@@ -86,7 +85,10 @@ class CUT(nn.Module):
         for network in networks.values():
             initialise(network, config.init_gain)
         self.optimizers = {
-            letter: build_adam(config, network) for letter, network in networks.items()
+            letter: torch.optim.Adam(
+                network.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True
+            )
+            for letter, network in networks.items()
         }
 
     def training_step(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fastnce
 from fastnce import distributed
 from fastnce.errors import UserError
-from fastnce.models.translation_config import PatchContrastConfig
+from fastnce.models.patch_contrast_config import PatchContrastConfig
 from fastnce.networks import PatchProjector
 
 
