@@ -3,6 +3,8 @@
 from fastnce.models.contragan import ContraGAN
 from fastnce.models.contragan_config import ContraGANConfig
 from fastnce.models.cut import CUT, CUTConfig
+from fastnce.models.cyclegan import CycleGAN, CycleGANConfig
+from fastnce.models.pix2pix import Pix2Pix, Pix2PixConfig
 from fastnce.models.representation import Representation, RepresentationConfig
 
 __all__ = [
@@ -10,6 +12,10 @@ __all__ = [
     "CUTConfig",
     "ContraGAN",
     "ContraGANConfig",
+    "CycleGAN",
+    "CycleGANConfig",
+    "Pix2Pix",
+    "Pix2PixConfig",
     "Representation",
     "RepresentationConfig",
 ]
