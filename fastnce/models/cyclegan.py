@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastnce.errors import UserError
 from fastnce.models import options
-from fastnce.models.gan import discriminator_losses, generator_loss
-from fastnce.models.image_pool import ImagePool
-from fastnce.models.translation import adam, autocast, descend, images_of_one_size, initialise, l1
-from fastnce.models.two_way import TwoWayConfig, TwoWayGenerators, build_discriminator
+from fastnce.models.gan import generator_loss
+from fastnce.models.translation import descend, images_of_one_size, l1
+from fastnce.models.translation_config import TwoWayConfig
+from fastnce.models.two_way import TwoWayModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +21,7 @@ class CycleGANConfig(TwoWayConfig):
     """What defines CycleGAN's networks, losses and optimisers.
 
     The objective's defaults are the published CycleGAN's; the networks' are CUT's, so that the two can be compared. The
-    networks of the first publication do not blur before downsampling: antialias=False, disc_antialias=False.
+    first publication's networks do not blur before downsampling: antialias=False, disc_antialias=False.
     """
 
     pool_size: int = 50
@@ -32,7 +31,7 @@ class CycleGANConfig(TwoWayConfig):
     lambda_b: float = 10.0
     """Weight of the cycle B to A to B."""
     lambda_identity: float = 0.5
-    """Weight, relative to the cycles', of leaving an image alone that is in the target domain already; 0 turns it off."""
+    """Weight, relative to the cycles', of leaving an image as it is that is in the target domain already; 0 turns it off."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,7 +43,7 @@ class CycleGANConfig(TwoWayConfig):
             )
 
 
-class CycleGAN(nn.Module):
+class CycleGAN(TwoWayModel):
     """The networks `generators`, `discriminator_a` and `discriminator_b`, their Adam `optimizers`, and one training step.
 
     With G_A: A to B and G_B: B to A the generators, and D_A the judge of B and D_B of A, as the publication names them:
@@ -60,24 +59,15 @@ class CycleGAN(nn.Module):
 
     Args:
         config: see `CycleGANConfig`.
+        image_size: (height, width) of the training images; only discriminator=stylegan2 needs it.
 
     Attributes:
         optimizers: "G" for both generators, "D" for both discriminators.
     """
 
-    def __init__(self, config: CycleGANConfig) -> None:
-        super().__init__()
+    def __init__(self, config: CycleGANConfig, image_size: tuple[int, int] | None = None) -> None:
+        super().__init__(config, image_size)
         self.config = config
-        self.generators = TwoWayGenerators(config)
-        self.discriminator_a = build_discriminator(config, config.out_channels)
-        self.discriminator_b = build_discriminator(config, config.in_channels)
-        self.pool_a, self.pool_b = ImagePool(config.pool_size), ImagePool(config.pool_size)
-        self._discriminators = (self.discriminator_a, self.discriminator_b)
-        initialise(config.init_gain, (self.generators, *self._discriminators))
-        self.optimizers = {
-            "G": adam(config, self.generators),
-            "D": adam(config, *self._discriminators),
-        }
 
     def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One update of the generators, then one of the discriminators.
@@ -93,7 +83,7 @@ class CycleGAN(nn.Module):
             UserError: A and B differ in height, width or number.
         """
         real_a, real_b = images_of_one_size(batch)
-        losses, fake_b, fake_a = self._update_generators(real_a, real_b)
+        losses, fake_a, fake_b = self._update_generators(real_a, real_b)
         losses |= self._update_discriminators(real_a, real_b, fake_a, fake_b)
         return {name: loss.detach() for name, loss in losses.items()}
 
@@ -102,8 +92,6 @@ class CycleGAN(nn.Module):
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         config = self.config
         a_to_b, b_to_a = self.generators.a_to_b, self.generators.b_to_a
-        for network in self._discriminators:
-            network.requires_grad_(False)
         with self._autocast():
             if config.lambda_identity > 0:
                 # One batch for both: instance norm keeps the images apart.
@@ -112,7 +100,7 @@ class CycleGAN(nn.Module):
             else:
                 fake_b, fake_a = a_to_b(real_a), b_to_a(real_b)
             again_a, again_b = b_to_a(fake_b), a_to_b(fake_a)
-            logits_a, logits_b = self.discriminator_a(fake_b), self.discriminator_b(fake_a)
+        logits_a, logits_b = self._judge(fake_a, fake_b)
         losses = {
             "G_A": generator_loss(logits_a, config.gan_mode),
             "G_B": generator_loss(logits_b, config.gan_mode),
@@ -124,24 +112,4 @@ class CycleGAN(nn.Module):
             losses["idt_B"] = config.lambda_identity * config.lambda_a * l1(same_a, real_a)
         losses["G"] = sum(losses.values())
         descend(losses["G"], self.optimizers["G"])
-        return losses, fake_b.detach(), fake_a.detach()
-
-    def _update_discriminators(
-        self, real_a: Tensor, real_b: Tensor, fake_a: Tensor, fake_b: Tensor
-    ) -> dict[str, Tensor]:
-        losses = {
-            "D_A": self._discriminator_loss(self.discriminator_a, real_b, self.pool_a(fake_b)),
-            "D_B": self._discriminator_loss(self.discriminator_b, real_a, self.pool_b(fake_a)),
-        }
-        descend(losses["D_A"] + losses["D_B"], self.optimizers["D"])
-        return losses
-
-    def _discriminator_loss(self, discriminator: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
-        discriminator.requires_grad_(True)
-        with self._autocast():
-            real_logits, fake_logits = discriminator(torch.cat([real, fake.to(real)])).chunk(2)
-        real_loss, fake_loss = discriminator_losses(real_logits, fake_logits, self.config.gan_mode)
-        return 0.5 * (real_loss + fake_loss)
-
-    def _autocast(self) -> AbstractContextManager:
-        return autocast(self.config, next(self.parameters()).device)
+        return losses, fake_a.detach(), fake_b.detach()

@@ -13,14 +13,8 @@ from torch import Tensor, nn
 from fastnce.errors import UserError
 from fastnce.models import options
 from fastnce.models.gan import GANMode, discriminator_losses, generator_loss
-from fastnce.models.translation import (
-    TranslationConfig,
-    adam,
-    autocast,
-    descend,
-    images_of_one_size,
-    l1,
-)
+from fastnce.models.translation import adam, autocast, descend, images_of_one_size, l1
+from fastnce.models.translation_config import TranslationConfig
 from fastnce.networks import PatchDiscriminator, UNetGenerator
 from fastnce.networks.layers import init_normal
 from fastnce.networks.unet_generator import TestStatistics

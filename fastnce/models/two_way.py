@@ -1,39 +1,18 @@
-"""What CycleGAN and DCLGAN share: CUT's generator and discriminator, once for each direction."""
+"""What the systems that translate in both directions share, CycleGAN and DCLGAN: networks and the discriminators' side."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from contextlib import AbstractContextManager
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
-from fastnce.models import options
-from fastnce.models.translation import TranslationConfig
-from fastnce.networks import PatchDiscriminator, ResnetGenerator
-
-
-@dataclass(frozen=True, kw_only=True)
-class TwoWayConfig(TranslationConfig):
-    """The options that CycleGAN and DCLGAN share."""
-
-    num_blocks: int = 9
-    """Generator: residual blocks."""
-    antialias: bool = True
-    """Generator: blur before downsampling."""
-    disc_norm: Literal["instance", "none"] = "instance"
-    """Discriminator: normalisation."""
-    init_gain: float | None = 0.02
-    """Gain of the Xavier initialisation of all networks; None: PyTorch's own initialisation, with which short runs start faster."""
-    pool_size: int = 0
-    """Discriminator: earlier translations to draw from (see `ImagePool`); 0: those of this step only."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        options.at_least(self, 1, "num_blocks")
-        options.at_least(self, 0, "pool_size")
-        options.one_of(self, "disc_norm", ("instance", "none"))
-        if self.init_gain is not None:
-            options.above_zero(self, "init_gain")
+from fastnce.models.cut_networks import build_discriminator, build_generator, initialise
+from fastnce.models.gan import discriminator_losses
+from fastnce.models.image_pool import ImagePool
+from fastnce.models.translation import adam, autocast, descend
+from fastnce.models.translation_config import TwoWayConfig
 
 
 class TwoWayGenerators(nn.Module):
@@ -56,21 +35,67 @@ class TwoWayGenerators(nn.Module):
 
     def __init__(self, config: TwoWayConfig) -> None:
         super().__init__()
-        rest = (config.base_channels, config.num_blocks, config.antialias)
-        self.a_to_b = ResnetGenerator(config.in_channels, config.out_channels, *rest)
-        self.b_to_a = ResnetGenerator(config.out_channels, config.in_channels, *rest)
+        self.a_to_b = build_generator(config)
+        self.b_to_a = build_generator(reverse(config))
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` (B, in_channels, H, W) of A, translated to B."""
         return self.a_to_b(x)
 
 
-def build_discriminator(config: TwoWayConfig, in_channels: int) -> PatchDiscriminator:
-    """A discriminator of images with that many channels."""
-    return PatchDiscriminator(
-        in_channels,
-        config.disc_channels,
-        config.disc_layers,
-        antialias=config.disc_antialias,
-        norm=config.disc_norm,
-    )
+class TwoWayModel(nn.Module):
+    """Base of CycleGAN and DCLGAN: `generators`, `discriminator_a`, `discriminator_b`, their Adam `optimizers` and pools.
+
+    As published, D_A judges images of B, the translations of G_A, and D_B judges images of A.
+
+    Args:
+        config: see `TwoWayConfig`.
+        image_size: (height, width) of the training images.
+    """
+
+    def __init__(self, config: TwoWayConfig, image_size: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self.generators = TwoWayGenerators(config)
+        self.discriminator_a = build_discriminator(config, image_size)
+        self.discriminator_b = build_discriminator(reverse(config), image_size)
+        self.pool_a, self.pool_b = ImagePool(config.pool_size), ImagePool(config.pool_size)
+        self._two_way = config
+        discriminators = (self.discriminator_a, self.discriminator_b)
+        for network in (self.generators, *discriminators):
+            initialise(network, config.init_gain)
+        self.optimizers = {"G": adam(config, self.generators), "D": adam(config, *discriminators)}
+
+    def _update_discriminators(
+        self, real_a: Tensor, real_b: Tensor, fake_a: Tensor, fake_b: Tensor
+    ) -> dict[str, Tensor]:
+        """One step of both; their losses "D_A" and "D_B", each the mean of the terms on real and on translated images."""
+        losses = {
+            "D_A": self._discriminator_loss(self.discriminator_a, real_b, self.pool_a(fake_b)),
+            "D_B": self._discriminator_loss(self.discriminator_b, real_a, self.pool_b(fake_a)),
+        }
+        descend(losses["D_A"] + losses["D_B"], self.optimizers["D"])
+        return losses
+
+    def _discriminator_loss(self, discriminator: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+        discriminator.requires_grad_(True)
+        with self._autocast():
+            # One batch for both: instance norm keeps the images apart.
+            real_logits, fake_logits = discriminator(torch.cat([real, fake.to(real)])).chunk(2)
+        mode = self._two_way.gan_mode
+        real_loss, fake_loss = discriminator_losses(real_logits, fake_logits, mode)
+        return 0.5 * (real_loss + fake_loss)
+
+    def _judge(self, fake_a: Tensor, fake_b: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits of the frozen discriminators: D_A on `fake_b` and D_B on `fake_a`."""
+        self.discriminator_a.requires_grad_(False)
+        self.discriminator_b.requires_grad_(False)
+        with self._autocast():
+            return self.discriminator_a(fake_b), self.discriminator_b(fake_a)
+
+    def _autocast(self) -> AbstractContextManager:
+        return autocast(self._two_way, next(self.parameters()).device)
+
+
+def reverse(config: TwoWayConfig) -> TwoWayConfig:
+    """The options of the networks from B to A."""
+    return replace(config, in_channels=config.out_channels, out_channels=config.in_channels)

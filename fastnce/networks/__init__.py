@@ -7,6 +7,7 @@ from fastnce.networks.patch_discriminator import PatchDiscriminator
 from fastnce.networks.patch_projector import PatchProjector
 from fastnce.networks.resnet_encoder import RESNETS, ProjectionHead, ResNetEncoder
 from fastnce.networks.resnet_generator import ResnetGenerator
+from fastnce.networks.similarity_head import SimilarityHead
 from fastnce.networks.sngan import SNGANDiscriminator, SNGANGenerator
 from fastnce.networks.studiogan import load_studiogan
 from fastnce.networks.unet_generator import UNetGenerator
@@ -25,6 +26,7 @@ __all__ = [
     "ResnetGenerator",
     "SNGANDiscriminator",
     "SNGANGenerator",
+    "SimilarityHead",
     "UNetGenerator",
     "load_studiogan",
 ]
