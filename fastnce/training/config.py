@@ -24,6 +24,8 @@ FREE_FIELDS = frozenset(
         "measure_count",
         "checkpoint_every",
         "extractor",
+        "cache_gb",
+        "broken_files",
     }
 )
 # Fields that a resumed run may change as long as the steps already made stay what they were.
@@ -102,7 +104,9 @@ class UnpairedTrainConfig(TrainConfig):
     crop_size: int = 256
     """Size of the random crop."""
     preprocess: str = "resize_and_crop"
-    """Steps before the network: resize, scale_width, scale_shortside, crop or none, joined by _and_."""
+    """Steps before the network, joined by _and_: resize, fixsize, scale_width, scale_shortside, zoom, crop, patch, trim or none."""
+    bits: Literal[8, 16] = 8
+    """Bits of a channel that are read and written; 16 for greyscale images only."""
     flip: bool = True
     """Mirror each training image with probability 1/2."""
     augment_a: Literal["none", "affine"] = "none"
@@ -111,9 +115,16 @@ class UnpairedTrainConfig(TrainConfig):
     """Which domain is translated to which."""
     serial: bool = False
     """Read both folders in order instead of shuffling A and drawing from B."""
+    broken_files: Literal["error", "skip"] = "error"
+    """What a file that cannot be read does: stop the training, or be named once and replaced by the next file."""
+    cache_gb: float = 2.0
+    """Memory for decoded images in GiB, shared out among the workers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        options.at_least(self, 0, "cache_gb")
+        options.one_of(self, "bits", (8, 16))
+        options.one_of(self, "broken_files", ("error", "skip"))
         options.at_least(self, 1, "load_size", "crop_size")
         options.at_least(self, 0, "epochs", "decay_epochs")
         options.one_of(self, "augment_a", ("none", "affine"))

@@ -52,6 +52,9 @@ def _folders(config: UnpairedTrainConfig, split: str, **options: object) -> Unpa
         "direction": config.direction,
         "serial": config.serial,
         "seed": config.seed,
+        "bits": config.bits,
+        "broken_files": config.broken_files,
+        "cache_bytes": int(config.cache_gb * 2**30),
     }
     return UnpairedImages(config.data, split, **(common | options))
 
