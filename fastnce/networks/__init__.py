@@ -9,6 +9,7 @@ from fastnce.networks.resnet_encoder import RESNETS, ProjectionHead, ResNetEncod
 from fastnce.networks.resnet_generator import ResnetGenerator
 from fastnce.networks.sngan import SNGANDiscriminator, SNGANGenerator
 from fastnce.networks.studiogan import load_studiogan
+from fastnce.networks.stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 
 __all__ = [
     "RESNETS",
@@ -24,5 +25,7 @@ __all__ = [
     "ResnetGenerator",
     "SNGANDiscriminator",
     "SNGANGenerator",
+    "StyleGAN2Discriminator",
+    "StyleGAN2Generator",
     "load_studiogan",
 ]
