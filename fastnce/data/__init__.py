@@ -13,6 +13,7 @@ from fastnce.data.folders import (
 from fastnce.data.labelled import LabelledImages
 from fastnce.data.recipe import read_labels
 from fastnce.data.samples import PHOTOS
+from fastnce.data.single_image import SingleImagePatches
 from fastnce.data.transforms import Preprocess, resize_to_multiple
 from fastnce.data.unpaired import UnpairedImages
 from fastnce.data.views import VIEW_RECIPES, TwoViews, ViewRecipe
@@ -23,6 +24,7 @@ __all__ = [
     "VIEW_RECIPES",
     "LabelledImages",
     "Preprocess",
+    "SingleImagePatches",
     "TwoViews",
     "UnpairedImages",
     "ViewRecipe",
