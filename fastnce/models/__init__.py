@@ -2,7 +2,8 @@
 
 from fastnce.models.contragan import ContraGAN
 from fastnce.models.contragan_config import ContraGANConfig
-from fastnce.models.cut import CUT, CUTConfig
+from fastnce.models.cut import CUT
+from fastnce.models.cut_config import CUTConfig
 from fastnce.models.representation import Representation, RepresentationConfig
 
 __all__ = [

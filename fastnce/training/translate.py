@@ -132,7 +132,7 @@ def translate_folder(
 
     def read() -> Iterator[tuple[Path, Tensor]]:
         for path, target in zip(paths, targets, strict=True):
-            array = scale.prepare(read_image(path, config.channels))
+            array = scale.prepare(read_image(path, config.in_channels))
             yield target, to_tensor(array)
 
     with tqdm(total=len(paths), desc="translate", unit="image", disable=None) as bar:

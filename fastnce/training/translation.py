@@ -47,8 +47,8 @@ def _folders(config: UnpairedTrainConfig, split: str, **options: object) -> Unpa
     common = {
         "crop_size": config.crop_size,
         "preprocess": config.preprocess,
-        "channels_a": config.channels,
-        "channels_b": config.channels,
+        "channels_a": config.in_channels,
+        "channels_b": config.out_channels,
         "direction": config.direction,
         "serial": config.serial,
         "seed": config.seed,
