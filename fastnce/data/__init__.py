@@ -1,6 +1,6 @@
 """Sets of images, with and without labels, their transforms, and demo sets of images that ship inside packages."""
 
-from fastnce.data.demo import write_digits_photos, write_photos
+from fastnce.data.demo import write_digits_photos, write_photos, write_single_photos
 from fastnce.data.demo_labelled import write_digits, write_photo_crops
 from fastnce.data.folders import (
     EXTENSIONS,
@@ -39,4 +39,5 @@ __all__ = [
     "write_digits_photos",
     "write_photo_crops",
     "write_photos",
+    "write_single_photos",
 ]
