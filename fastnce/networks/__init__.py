@@ -10,6 +10,7 @@ from fastnce.networks.resnet_generator import ResnetGenerator
 from fastnce.networks.similarity_head import SimilarityHead
 from fastnce.networks.sngan import SNGANDiscriminator, SNGANGenerator
 from fastnce.networks.studiogan import load_studiogan
+from fastnce.networks.stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 from fastnce.networks.unet_generator import UNetGenerator
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "SNGANDiscriminator",
     "SNGANGenerator",
     "SimilarityHead",
+    "StyleGAN2Discriminator",
+    "StyleGAN2Generator",
     "UNetGenerator",
     "load_studiogan",
 ]

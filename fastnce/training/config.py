@@ -135,13 +135,22 @@ class UnpairedTrainConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CUTTrainConfig(CUTConfig, UnpairedTrainConfig):
-    """Training of CUT or FastCUT."""
+    """Training of CUT, FastCUT or SinCUT."""
 
     system: ClassVar[str] = "cut"
+
+    dataset: Literal["folders", "single-image"] = "folders"
+    """single-image: train on patches of crop_size of the one image in trainA and the one in trainB, at random zooms, whatever load_size and preprocess say."""
+    max_zoom_out: float = 3.0
+    """single-image: by how much the image is shrunk at most before a patch is cut out of it."""
+    epoch_samples: int = 100_000
+    """single-image: patches in an epoch."""
 
     def __post_init__(self) -> None:
         UnpairedTrainConfig.__post_init__(self)
         CUTConfig.__post_init__(self)
+        options.one_of(self, "dataset", ("folders", "single-image"))
+        options.at_least(self, 1, "max_zoom_out", "epoch_samples")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Translation between two folders of images: CUT and FastCUT."""
+"""Translation between two folders of images, or two images: CUT, FastCUT and SinCUT."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from fastnce.data import UnpairedImages, list_images, split_folder
+from fastnce.data import SingleImagePatches, UnpairedImages, list_images, split_folder
 from fastnce.errors import UserError
 from fastnce.models import CUT
 from fastnce.models.cut import build_generator
@@ -69,14 +70,31 @@ def _linear_decay(config: UnpairedTrainConfig, epoch_samples: int) -> LinearDeca
     )
 
 
-def _cut(config: CUTTrainConfig, dataset: UnpairedImages) -> CUT:
+def _single_images(config: CUTTrainConfig) -> SingleImagePatches:
+    return SingleImagePatches(
+        config.data,
+        crop_size=config.crop_size,
+        max_zoom_out=config.max_zoom_out,
+        flip=config.flip,
+        channels_a=config.in_channels,
+        channels_b=config.out_channels,
+        direction=config.direction,
+        epoch_samples=config.epoch_samples,
+        seed=config.seed,
+    )
+
+
+def _training_images(config: CUTTrainConfig) -> UnpairedImages | SingleImagePatches:
+    choices = {"folders": _unpaired_images, "single-image": _single_images}
+    return choices[config.dataset](config)
+
+
+def _cut(config: CUTTrainConfig, dataset: UnpairedImages | SingleImagePatches) -> CUT:
     _, height, width = dataset[0]["A"].shape
     return CUT(config, (height, width))
 
 
-def _translations(
-    config: UnpairedTrainConfig, dataset: UnpairedImages
-) -> Callable[[nn.Module], Rows]:
+def _translations(config: UnpairedTrainConfig, dataset: Dataset) -> Callable[[nn.Module], Rows]:
     images = _test_images(config)
 
     @torch.inference_mode()
@@ -90,7 +108,7 @@ def _translations(
 
 
 CUT_SYSTEM = System(
-    dataset=_unpaired_images,
+    dataset=_training_images,
     schedule=_linear_decay,
     model=_cut,
     network_name="generator",
