@@ -1,5 +1,6 @@
 """Sets of images, with and without labels, their transforms, and demo sets of images that ship inside packages."""
 
+from fastnce.data.aligned import AlignedImages
 from fastnce.data.demo import write_digits_photos, write_photos, write_single_photos
 from fastnce.data.demo_labelled import write_digits, write_photo_crops
 from fastnce.data.folders import (
@@ -22,6 +23,7 @@ __all__ = [
     "EXTENSIONS",
     "PHOTOS",
     "VIEW_RECIPES",
+    "AlignedImages",
     "LabelledImages",
     "Preprocess",
     "SingleImagePatches",
