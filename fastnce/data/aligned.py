@@ -38,7 +38,6 @@ class AlignedImages(Dataset):
         bits: 16 keeps all bits of 16-bit greyscale files; 8 scales them to 8.
         direction: "AtoB", or "BtoA" to exchange the samples' "A" and "B".
         serial: takes the pairs in order, without shuffling.
-        jitter_samples: from this sample on `load_size` is `crop_size`.
         seed: seed of the stream.
         cache_bytes: memory for decoded images, shared out among the workers.
         broken_files: "error" stops at the first file that cannot be read. "skip" takes the next readable pair in its place
@@ -63,7 +62,6 @@ class AlignedImages(Dataset):
         bits: int = 8,
         direction: str = "AtoB",
         serial: bool = False,
-        jitter_samples: int | None = None,
         seed: int = 0,
         cache_bytes: int = 2 * 2**30,
         broken_files: str = "error",
@@ -73,8 +71,7 @@ class AlignedImages(Dataset):
         sides = _find_pairs(Path(root), split)
         if direction == "BtoA":
             sides = sides[::-1]
-        sizes = [load_size] if jitter_samples is None else [load_size, crop_size]
-        phases = [Preprocess(preprocess, size, crop_size, flip) for size in sizes]
+        phases = [Preprocess(preprocess, load_size, crop_size, flip)]
 
         def domain(side: _Side, channels: int, broken: torch.Tensor | None = None) -> CachedImages:
             check_depth(channels, bits)
@@ -82,7 +79,7 @@ class AlignedImages(Dataset):
             where, rest = (side.folder, side.paths), (phases, cache_bytes // 2, skip)
             return CachedImages(*where, channels, bits, *rest, side.half, broken)
 
-        self.seed, self.serial, self.jitter_samples = seed, serial, jitter_samples
+        self.seed, self.serial = seed, serial
         self.a = domain(sides[0], channels_a)
         self.b = domain(sides[1], channels_b, self.a.broken)
         self._check_sizes()
@@ -100,14 +97,11 @@ class AlignedImages(Dataset):
         """Sample `index` of the stream: {"A": (C, H, W), "B": (C, H, W)}, float32 in [-1, 1]."""
         if index < 0:
             raise IndexError(f"AlignedImages: sample {index} does not exist. Samples start at 0.")
-        phase = int(self.jitter_samples is not None and index >= self.jitter_samples)
         while True:
             broken = self.broken_count
             pair = {
                 # Two generators that draw the same: the same crop and mirroring.
-                name: domain.sample(
-                    self._index(index), phase, counter_rng(self.seed, A_STREAM, index)
-                )
+                name: domain.sample(self._index(index), 0, counter_rng(self.seed, A_STREAM, index))
                 for name, domain in (("A", self.a), ("B", self.b))
             }
             # Else one of them was just found broken, and the next one in its place is no partner of the other.

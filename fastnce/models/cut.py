@@ -12,6 +12,12 @@ from fastnce.errors import UserError
 from fastnce.models import options
 from fastnce.models.channels import convert_channels
 from fastnce.models.cut_config import CUTConfig
+from fastnce.models.cut_networks import (
+    build_discriminator,
+    build_generator,
+    feature_shapes,
+    initialise,
+)
 from fastnce.models.gan import discriminator_losses, generator_loss
 from fastnce.models.patch_contrast import (
     Comparison,
@@ -19,12 +25,6 @@ from fastnce.models.patch_contrast import (
     build_projector,
     check_num_patches,
     projected_dims,
-)
-from fastnce.models.cut_networks import (
-    build_discriminator,
-    build_generator,
-    feature_shapes,
-    initialise,
 )
 
 

@@ -8,7 +8,15 @@ from typing import ClassVar, Literal
 
 from fastnce.data.views import VIEW_RECIPES
 from fastnce.errors import UserError
-from fastnce.models import ContraGANConfig, CUTConfig, RepresentationConfig, options
+from fastnce.models import (
+    ContraGANConfig,
+    CUTConfig,
+    CycleGANConfig,
+    DCLGANConfig,
+    Pix2PixConfig,
+    RepresentationConfig,
+    options,
+)
 
 # Fields that change how a run is carried out or watched, not what it computes: a resumed run may change them.
 FREE_FIELDS = frozenset(
@@ -154,6 +162,61 @@ class CUTTrainConfig(CUTConfig, UnpairedTrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DCLGANTrainConfig(DCLGANConfig, UnpairedTrainConfig):
+    """Training of DCLGAN or SimDCL."""
+
+    system: ClassVar[str] = "dclgan"
+
+    def __post_init__(self) -> None:
+        UnpairedTrainConfig.__post_init__(self)
+        DCLGANConfig.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CycleGANTrainConfig(CycleGANConfig, UnpairedTrainConfig):
+    """Training of CycleGAN."""
+
+    system: ClassVar[str] = "cyclegan"
+
+    epochs: int = 100
+    """Epochs at the full learning rate."""
+    decay_epochs: int = 100
+    """Further epochs in which the learning rate falls linearly towards 0."""
+
+    def __post_init__(self) -> None:
+        UnpairedTrainConfig.__post_init__(self)
+        CycleGANConfig.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pix2PixTrainConfig(Pix2PixConfig, UnpairedTrainConfig):
+    """Training of pix2pix. The options are those of unpaired images, although the images are pairs."""
+
+    system: ClassVar[str] = "pix2pix"
+
+    data: Path
+    """Folder with train, each of its images A and B side by side, or with trainA and trainB and equal names in both; and test
+    or testA and testB for the sample grids."""
+    batch_size: int = 1
+    """Pairs per step."""
+    epochs: int = 100
+    """Epochs at the full learning rate."""
+    decay_epochs: int = 100
+    """Further epochs in which the learning rate falls linearly towards 0."""
+    load_size: int = 286
+    """Images are scaled to this size before the crop."""
+    flip: bool = True
+    """Mirror each pair with probability 1/2."""
+    augment_a: Literal["none"] = "none"
+    """Only none: the images of a pair would no longer fit."""
+
+    def __post_init__(self) -> None:
+        UnpairedTrainConfig.__post_init__(self)
+        Pix2PixConfig.__post_init__(self)
+        options.one_of(self, "augment_a", ("none",))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ContraGANTrainConfig(ContraGANConfig, TrainConfig):
     """Training of ContraGAN, or of a GAN with another conditioning on the same networks."""
 
@@ -238,6 +301,9 @@ class RepresentationTrainConfig(RepresentationConfig, TrainConfig):
 
 CONFIGS: dict[str, type[TrainConfig]] = {
     "cut": CUTTrainConfig,
+    "dclgan": DCLGANTrainConfig,
+    "cyclegan": CycleGANTrainConfig,
+    "pix2pix": Pix2PixTrainConfig,
     "contragan": ContraGANTrainConfig,
     "representation": RepresentationTrainConfig,
 }

@@ -92,13 +92,6 @@ def test_direction_and_channels(side_by_side):
     assert grey["A"].shape[0] == 1 and torch.equal(grey["B"], there[3]["A"])
 
 
-def test_the_jitter_stops(side_by_side):
-    dataset = make(side_by_side, flip=False, jitter_samples=COUNT)
-    still = make(side_by_side, flip=False, load_size=16)
-    assert not equal(dataset[1], still[1])
-    assert equal(dataset[COUNT], still[COUNT])
-
-
 def test_val_stands_in_for_test(side_by_side, tmp_path):
     (tmp_path / "val").symlink_to(side_by_side / "train")
     assert len(make(tmp_path, split="test")) == COUNT
