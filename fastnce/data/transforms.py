@@ -16,9 +16,8 @@ from PIL import Image
 from fastnce.data.folders import to_array, to_image
 from fastnce.errors import UserError
 
-TOKENS = (
-    "resize", "fixsize", "scale_width", "scale_shortside", "zoom", "crop", "patch", "trim", "none",
-)  # fmt: skip
+RANDOM_TOKENS = ("zoom", "crop", "patch", "trim")
+TOKENS = ("resize", "fixsize", "scale_width", "scale_shortside", *RANDOM_TOKENS, "none")
 
 # zoom scales each side by a factor of its own, drawn uniformly between these.
 ZOOM = (0.8, 1.0)

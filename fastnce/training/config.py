@@ -125,6 +125,8 @@ class UnpairedTrainConfig(TrainConfig):
     """Read both folders in order instead of shuffling A and drawing from B."""
     broken_files: Literal["error", "skip"] = "error"
     """What a file that cannot be read does: stop the training, or be named once and replaced by the next file."""
+    init_from: Path | None = None
+    """Published weights to start from: the folder of latest_net_G.pth and its like, or FOLDER/EPOCH for EPOCH_net_G.pth."""
     cache_gb: float = 2.0
     """Memory for decoded images in GiB, shared out among the workers."""
 

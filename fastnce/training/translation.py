@@ -121,4 +121,5 @@ CUT_SYSTEM = System(
     network=build_generator,
     preview=_translations,
     panels=(("G_GAN", "D_real", "D_fake"), ("NCE", "NCE_Y"), ("G",)),
+    published={"G": "generator", "D": "discriminator", "F": "projector"},
 )
