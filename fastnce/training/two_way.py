@@ -44,7 +44,7 @@ def _both_directions(
     return rows
 
 
-def _system(panels: tuple[tuple[str, ...], ...]) -> System:
+def _system(panels: tuple[tuple[str, ...], ...], projectors: dict[str, str]) -> System:
     return System(
         dataset=unpaired_images,
         schedule=linear_decay,
@@ -53,11 +53,19 @@ def _system(panels: tuple[tuple[str, ...], ...]) -> System:
         network=TwoWayGenerators,
         preview=_both_directions,
         panels=panels,
+        published={
+            "G_A": "generators.a_to_b",
+            "G_B": "generators.b_to_a",
+            "D_A": "discriminator_a",
+            "D_B": "discriminator_b",
+        }
+        | projectors,
     )
 
 
 _ADVERSARIAL = (("G_A", "D_A"), ("G_B", "D_B"))
-CYCLEGAN_SYSTEM = _system((*_ADVERSARIAL, ("cycle_A", "cycle_B", "idt_A", "idt_B"), ("G",)))
+CYCLEGAN_SYSTEM = _system((*_ADVERSARIAL, ("cycle_A", "cycle_B", "idt_A", "idt_B"), ("G",)), {})
 DCLGAN_SYSTEM = _system(
-    (*_ADVERSARIAL, ("NCE1", "NCE2"), ("idt_A", "idt_B", "sim_A", "sim_B"), ("G",))
+    (*_ADVERSARIAL, ("NCE1", "NCE2"), ("idt_A", "idt_B", "sim_A", "sim_B"), ("G",)),
+    {"F1": "projector_a", "F2": "projector_b"},
 )

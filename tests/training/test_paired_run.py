@@ -85,6 +85,8 @@ def test_it_learns_the_pairs(pairs, tmp_path):
         translate(generator, images), translate(generator, images, batch_size=1), rtol=0, atol=1e-5
     )
     assert config.system == "pix2pix"
+    # 13x16 is no size that the U-Net can halve.
+    assert translate(generator, images[:, :, :13]).shape == (4, 3, 13, 16)
 
 
 def test_mistakes(pairs, tmp_path):

@@ -8,6 +8,7 @@ from test_loop import assert_same_run, checkpoint
 from fastnce.errors import UserError
 from fastnce.models import DCLGAN, CycleGAN
 from fastnce.training import build_config, load_generator, train, translate
+from fastnce.training.export import export_published
 from fastnce.training.log import read_metrics
 
 TINY = {
@@ -83,6 +84,22 @@ def test_the_trained_networks_translate(whole):
     assert not torch.allclose(there, back)
     raw, _ = load_generator(run, which="raw")
     assert not torch.equal(translate(raw, images), there)
+
+
+def test_published_files_out_and_in_again(whole, data, tmp_path):
+    variant, run = whole
+    files = export_published(run, tmp_path / "files", which="raw")
+    names = ["G_A", "G_B", "D_A", "D_B"] + ["F1", "F2"] * (variant != "cyclegan")
+    assert [file.name for file in files] == [f"latest_net_{name}.pth" for name in names]
+    # One step that moves nothing.
+    still = dict.fromkeys(["lr"] + ["lr_f"] * (variant != "cyclegan"), 1e-12)
+    start = {"init_from": tmp_path / "files", "steps": 1}
+    config = tiny(variant, data, tmp_path / "run", **start, **still)
+    train(config)
+    before, after = checkpoint(run)["model"], checkpoint(config.out)["model"]
+    for key, value in after.items():
+        if not key.startswith(("heads", "pool")):
+            torch.testing.assert_close(value, before[key], rtol=0, atol=1e-9)
 
 
 def test_the_other_direction(data, tmp_path):
