@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
 from fastnce.data.folders import (
@@ -84,20 +85,28 @@ class UnpairedImages(Dataset):
         cache_bytes: int = 2 * 2**30,
         broken_files: str = "error",
     ) -> None:
-        _expect_one_of("broken_files", broken_files, ("error", "skip"))
-        _expect_one_of("augment_a", augment_a, ("none", "affine"))
-        _expect_one_of("direction", direction, ("AtoB", "BtoA"))
+        expect_one_of("broken_files", broken_files, ("error", "skip"))
+        expect_one_of("augment_a", augment_a, ("none", "affine"))
+        expect_one_of("direction", direction, ("AtoB", "BtoA"))
         first, second = ("A", "B") if direction == "AtoB" else ("B", "A")
         folder_a, folder_b = split_folder(root, split, first), split_folder(root, split, second)
 
-        def domain(folder: Path, channels: int, affine: bool) -> _Domain:
+        def domain(folder: Path, channels: int, affine: bool) -> CachedImages:
             check_depth(channels, bits)
             first_size = (1, 1)  # known when the headers have been read
             phases = [
                 Preprocess(preprocess, size, crop_size, flip, affine, first_size)
                 for size in ([load_size] if jitter_samples is None else [load_size, crop_size])
             ]
-            return _Domain(folder, channels, bits, phases, cache_bytes // 2, broken_files == "skip")
+            return CachedImages(
+                folder,
+                list_images(folder),
+                channels,
+                bits,
+                phases,
+                cache_bytes // 2,
+                broken_files == "skip",
+            )
 
         self.seed, self.serial, self.jitter_samples = seed, serial, jitter_samples
         self.a = domain(folder_a, channels_a, augment_a == "affine")
@@ -145,27 +154,33 @@ class UnpairedImages(Dataset):
         return position % len(self.a.paths)
 
 
-class _Domain:
-    """One folder's images, scaled, and kept in memory as far as they fit.
+class CachedImages:
+    """One domain's images, scaled, and kept in memory as far as they fit.
 
-    `phases` has one `Preprocess` for each part of the training.
+    `phases` has one `Preprocess` for each part of the training. With `half`, "left" or "right", an image is that half of its
+    file. With `broken`, the attribute of another domain, a file that is found broken there is passed over here too.
     """
 
     def __init__(
         self,
         folder: Path,
+        paths: list[Path],
         channels: int,
         bits: int,
         phases: list[Preprocess],
         cache_bytes: int,
         skip_broken: bool,
+        half: str | None = None,
+        broken: torch.Tensor | None = None,
     ) -> None:
-        self.folder, self.paths = folder, list_images(folder)
+        self.folder, self.paths, self.half = folder, paths, half
         self.channels, self.bits = channels, bits
         self.cache_bytes = cache_bytes
         self.skip_broken = skip_broken
         # Shared with the workers, so that a file is named once and not by each of them.
-        self._broken = torch.zeros(len(self.paths), dtype=torch.bool).share_memory_()
+        if broken is None:
+            broken = torch.zeros(len(self.paths), dtype=torch.bool).share_memory_()
+        self.broken = broken
         self._cache: dict[int, tuple[int, np.ndarray]] = {}
         self._cached_bytes = 0
         # Reading every header now finds what would otherwise stop a run hours later.
@@ -182,7 +197,7 @@ class _Domain:
 
     @property
     def broken_count(self) -> int:
-        return int(self._broken.sum())
+        return int(self.broken.sum())
 
     def sample(self, index: int, phase: int, rng: np.random.Generator) -> torch.Tensor:
         """Image `index`, augmented: (C, H, W) float32 in [-1, 1]."""
@@ -209,16 +224,20 @@ class _Domain:
         """(width, height) of each file whose header can be read, by its index."""
         sizes = {}
         for index, path in enumerate(self.paths):
+            if self.broken[index]:
+                continue
             try:
-                sizes[index] = image_size(path)
+                width, height = image_size(path)
             except UserError as error:
                 self._note_broken(index, error)
+            else:
+                sizes[index] = (width if self.half is None else width // 2, height)
         return sizes
 
     def _prepared(self, index: int, phase: int) -> np.ndarray:
         """Image `index`, or the next one in the place of a broken one, as `prepare` makes it."""
         while True:
-            while self._broken[index]:
+            while self.broken[index]:
                 index = (index + 1) % len(self.paths)
             try:
                 return self._prepared_unless_broken(index, phase)
@@ -229,10 +248,10 @@ class _Domain:
         """Marks a file as broken and says so once; raises `error` unless others can take its place."""
         if not self.skip_broken:
             raise error
-        if not self._broken[index]:
-            self._broken[index] = True
+        if not self.broken[index]:
+            self.broken[index] = True
             _log.warning("skipped, %d so far in %s: %s", self.broken_count, self.folder, error)
-        if self._broken.all():
+        if self.broken.all():
             raise UserError(
                 f"{self.folder}: none of its {len(self.paths)} files can be read as an image. Replace them."
             ) from error
@@ -241,7 +260,7 @@ class _Domain:
         cached_phase, cached = self._cache.get(index, (None, None))
         if cached_phase == phase:
             return cached
-        image = read_image(self.paths[index], self.channels, self.bits)
+        image = _half(read_image(self.paths[index], self.channels, self.bits), self.half)
         array = self.phases[phase].prepare(image)
         if cached is not None:
             self._cached_bytes -= cached.nbytes
@@ -254,6 +273,14 @@ class _Domain:
         return array
 
 
-def _expect_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+def _half(image: Image.Image, half: str | None) -> Image.Image:
+    """The "left" or the "right" half of an image, without the column between them if its width is odd."""
+    width, height = image.size
+    if half == "left":
+        return image.crop((0, 0, width // 2, height))
+    return image.crop((width - width // 2, 0, width, height)) if half == "right" else image
+
+
+def expect_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f'{name}="{value}": expected {" or ".join(choices)}.')

@@ -8,7 +8,15 @@ from typing import ClassVar, Literal
 
 from fastnce.data.views import VIEW_RECIPES
 from fastnce.errors import UserError
-from fastnce.models import ContraGANConfig, CUTConfig, RepresentationConfig, options
+from fastnce.models import (
+    ContraGANConfig,
+    CUTConfig,
+    CycleGANConfig,
+    DCLGANConfig,
+    Pix2PixConfig,
+    RepresentationConfig,
+    options,
+)
 
 # Fields that change how a run is carried out or watched, not what it computes: a resumed run may change them.
 FREE_FIELDS = frozenset(
@@ -137,13 +145,77 @@ class UnpairedTrainConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CUTTrainConfig(CUTConfig, UnpairedTrainConfig):
-    """Training of CUT or FastCUT."""
+    """Training of CUT, FastCUT or SinCUT."""
 
     system: ClassVar[str] = "cut"
+
+    dataset: Literal["folders", "single-image"] = "folders"
+    """single-image: train on patches of crop_size of the one image in trainA and the one in trainB, at random zooms, whatever load_size and preprocess say."""
+    max_zoom_out: float = 3.0
+    """single-image: by how much the image is shrunk at most before a patch is cut out of it."""
+    epoch_samples: int = 100_000
+    """single-image: patches in an epoch."""
 
     def __post_init__(self) -> None:
         UnpairedTrainConfig.__post_init__(self)
         CUTConfig.__post_init__(self)
+        options.one_of(self, "dataset", ("folders", "single-image"))
+        options.at_least(self, 1, "max_zoom_out", "epoch_samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCLGANTrainConfig(DCLGANConfig, UnpairedTrainConfig):
+    """Training of DCLGAN or SimDCL."""
+
+    system: ClassVar[str] = "dclgan"
+
+    def __post_init__(self) -> None:
+        UnpairedTrainConfig.__post_init__(self)
+        DCLGANConfig.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CycleGANTrainConfig(CycleGANConfig, UnpairedTrainConfig):
+    """Training of CycleGAN."""
+
+    system: ClassVar[str] = "cyclegan"
+
+    epochs: int = 100
+    """Epochs at the full learning rate."""
+    decay_epochs: int = 100
+    """Further epochs in which the learning rate falls linearly towards 0."""
+
+    def __post_init__(self) -> None:
+        UnpairedTrainConfig.__post_init__(self)
+        CycleGANConfig.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pix2PixTrainConfig(Pix2PixConfig, UnpairedTrainConfig):
+    """Training of pix2pix. The options are those of unpaired images, although the images are pairs."""
+
+    system: ClassVar[str] = "pix2pix"
+
+    data: Path
+    """Folder with train, each of its images A and B side by side, or with trainA and trainB and equal names in both; and test
+    or testA and testB for the sample grids."""
+    batch_size: int = 1
+    """Pairs per step."""
+    epochs: int = 100
+    """Epochs at the full learning rate."""
+    decay_epochs: int = 100
+    """Further epochs in which the learning rate falls linearly towards 0."""
+    load_size: int = 286
+    """Images are scaled to this size before the crop."""
+    flip: bool = True
+    """Mirror each pair with probability 1/2."""
+    augment_a: Literal["none"] = "none"
+    """Only none: the images of a pair would no longer fit."""
+
+    def __post_init__(self) -> None:
+        UnpairedTrainConfig.__post_init__(self)
+        Pix2PixConfig.__post_init__(self)
+        options.one_of(self, "augment_a", ("none",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +303,9 @@ class RepresentationTrainConfig(RepresentationConfig, TrainConfig):
 
 CONFIGS: dict[str, type[TrainConfig]] = {
     "cut": CUTTrainConfig,
+    "dclgan": DCLGANTrainConfig,
+    "cyclegan": CycleGANTrainConfig,
+    "pix2pix": Pix2PixTrainConfig,
     "contragan": ContraGANTrainConfig,
     "representation": RepresentationTrainConfig,
 }

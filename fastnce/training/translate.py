@@ -126,8 +126,8 @@ def translate(
 
     Args:
         generator: as `load_generator` gives it.
-        images: (N, C, H, W) in [-1, 1], on any device. H and W that are no multiples of 4 are mirrored at the right and the
-            bottom up to one, and the result is cut back.
+        images: (N, C, H, W) in [-1, 1], on any device. H and W that are no multiples of 4 (of a U-Net's `size_multiple`) are
+            mirrored at the right and the bottom up to one, and the result is cut back.
         batch_size: images at a time.
         tile: images that are higher or wider are computed in tiles of this size, with the same result: see
             `translate_in_tiles`.
@@ -137,7 +137,8 @@ def translate(
     """
     device = next(generator.parameters()).device
     height, width = images.shape[2:]
-    padding = (0, -width % 4, 0, -height % 4)
+    multiple = getattr(generator, "size_multiple", 4)
+    padding = (0, -width % multiple, 0, -height % multiple)
     in_tiles = tile is not None and max(height, width) > tile
     outputs = []
     for batch in images.split(1 if in_tiles else batch_size):
