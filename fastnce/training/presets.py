@@ -25,6 +25,8 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
             "discriminator": "stylegan2",
             "disc_channels": 32,
             "gan_mode": "nonsaturating",
+            "lambda_r1": 1.0,
+            "lambda_identity": 1.0,
             "lambda_nce": 4.0,
             "nce_layers": (0, 2, 4),
             "num_patches": 1,
@@ -90,7 +92,7 @@ _CUT: dict[str, dict[str, object]] = {
         "sample_count": 16,
         "checkpoint_every": 200,
     },
-    # SinCUT on two photographs of `fastnce data single-photos`, about six minutes on one CPU core.
+    # SinCUT on two photographs of `fastnce data single-photos`, about five minutes on one CPU core.
     "single-photos": {
         "base_channels": 16,
         "num_blocks": 4,
@@ -100,7 +102,7 @@ _CUT: dict[str, dict[str, object]] = {
         "batch_size": 8,
         "ema_decay": 0.99,
         "workers": 0,
-        "steps": 2000,
+        "steps": 1500,
         "log_every": 50,
         "sample_every": 250,
         "checkpoint_every": 250,
