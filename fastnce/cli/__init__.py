@@ -14,6 +14,7 @@ from fastnce.cli.parsing import nearest
 from fastnce.cli.tools import bench, build, doctor
 from fastnce.cli.train import train
 from fastnce.cli.translate import translate
+from fastnce.cli.visualize import visualize
 from fastnce.errors import UserError
 
 INTERRUPTED = 130
@@ -24,6 +25,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": generate,
     "evaluate": evaluate,
     "ablate": ablate,
+    "visualize": visualize,
     "data": data,
     "bench": bench,
     "build": build,
