@@ -10,7 +10,7 @@ from fastnce.errors import UserError
 
 
 def visualize(args: list[str]) -> int:
-    """Show what a model learnt: similarity maps, components of its features."""
+    """Show what a model learnt: similarity maps, components of its features, a run as a page."""
 
     def similarity(
         run: Path,
@@ -86,7 +86,20 @@ def visualize(args: list[str]) -> int:
         for path in visualize_features(encoder, input, out, count=count, layers=layers):
             print(f"Wrote {path}")
 
-    run_with_options("visualize", {"pca": pca, "similarity": similarity}, args)
+    def gallery(run: tuple[Path, ...], out: Path | None = None) -> None:
+        """Write one HTML page that shows a run, or several side by side: samples, curves, evaluation, configuration.
+
+        The page holds everything, needs no network, and stays below about 10 MB. For runs of any system.
+
+        Args:
+            run: Folder of a training run, or of several.
+            out: The HTML file; by default gallery.html in the first run's folder.
+        """
+        from fastnce.training.gallery import write_gallery
+
+        print(f"Wrote {write_gallery(run, out)}")
+
+    run_with_options("visualize", {"gallery": gallery, "pca": pca, "similarity": similarity}, args)
     return 0
 
 

@@ -7,6 +7,7 @@ from fastnce.viz.feature_maps import (
     save_feature_colours,
     save_similarity,
 )
+from fastnce.viz.gallery import GalleryRun, save_gallery
 from fastnce.viz.plots import (
     sample_grid,
     save_ablation_plot,
@@ -18,12 +19,14 @@ from fastnce.viz.plots import (
 
 __all__ = [
     "FeatureColours",
+    "GalleryRun",
     "Scale",
     "SimilarityMap",
     "sample_grid",
     "save_ablation_plot",
     "save_curves",
     "save_feature_colours",
+    "save_gallery",
     "save_loss_plot",
     "save_measurement_plot",
     "save_sample_grid",
