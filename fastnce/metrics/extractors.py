@@ -13,6 +13,38 @@ from fastnce.errors import UserError
 from fastnce.metrics.digit_classifier import load_digit_classifier
 
 
+def load_scripted(
+    what: str, path: Path | str, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, str]:
+    """A module from a TorchScript file in eval mode, and its name: the file's, and twelve digits of the content's hash.
+
+    Args:
+        what: "extractor" or "segmenter", for errors.
+        path: The file, as `torch.jit.save` wrote it. Use only files whose origin you trust.
+        device: Where it runs.
+
+    Raises:
+        UserError: If there is no such file, or it is no TorchScript module.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{what} {path}: no such file. Give a TorchScript file.")
+    try:
+        with warnings.catch_warnings():
+            # torch.export is to replace TorchScript, but the published extractors are such files.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            module = torch.jit.load(str(path), map_location=device).eval()
+    except Exception as error:  # RuntimeError mostly, and whatever a damaged archive raises
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{what} {path}: not a TorchScript module ({reason}). "
+            "Give a file that torch.jit.save wrote, not a state dict or a pickle."
+        ) from error
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return module, f"{path.name}-{digest[:12]}"
+
+
 class ScriptedExtractor(nn.Module):
     """A feature extractor from a TorchScript file, for images of any kind.
 
@@ -33,26 +65,11 @@ class ScriptedExtractor(nn.Module):
 
     def __init__(self, path: Path | str, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        path = Path(path)
-        if not path.is_file():
-            raise UserError(f"extractor {path}: no such file. Give a TorchScript file.")
-        try:
-            with warnings.catch_warnings():
-                # torch.export is to replace TorchScript, but the published extractors are such files.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                self.module = torch.jit.load(str(path), map_location=device).eval()
-        except Exception as error:  # RuntimeError mostly, and whatever a damaged archive raises
-            reason = " ".join(str(error).split())[:120]
-            raise UserError(
-                f"extractor {path}: not a TorchScript module ({reason}). "
-                "Give a file that torch.jit.save wrote, not a state dict or a pickle."
-            ) from error
+        self.module, self.name = load_scripted("extractor", path, device)
         arguments = {argument.name for argument in self.module.forward.schema.arguments}
         self._has_features_argument = "return_features" in arguments
         self._has_probabilities = "no_output_bias" in arguments
         self.device = torch.device(device)
-        with path.open("rb") as file:
-            self.name = f"{path.name}-{hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 1 or 3, H, W) float in [-1, 1], quantised to 8 bits, to features (N, F)."""
