@@ -1,0 +1,67 @@
+"""`fastnce data`: the built-in data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastnce.cli.parsing import run_with_options
+
+
+def data(args: list[str]) -> int:
+    """Write one of the built-in data sets."""
+
+    def digits_photos(out: Path, photo: str = "coffee", seed: int = 0) -> None:
+        """Real handwritten digits (A) and the same kind of digits over a photograph (B), 32 x 32, unpaired.
+
+        Args:
+            out: Folder for trainA, trainB, testA and testB; created.
+            photo: The photograph, one of those that scikit-learn and scikit-image carry.
+            seed: Seed of the split, the noise and the crops.
+        """
+        from fastnce.data import write_digits_photos
+
+        write_digits_photos(out, seed=seed, photo=photo)
+
+    def photos(out: Path, size: int = 128, seed: int = 0) -> None:
+        """Two folders of crops from real photographs, for the real-size path.
+
+        Args:
+            out: Folder for trainA, trainB, testA and testB; created.
+            size: Side of the crops in pixels.
+            seed: Seed of the crops.
+        """
+        from fastnce.data import write_photos
+
+        write_photos(out, size=size, seed=seed)
+
+    def digits(out: Path, size: int = 16, seed: int = 0) -> None:
+        """Real handwritten digits in 10 class folders, greyscale.
+
+        Args:
+            out: Folder for train/<digit> and test/<digit>; created.
+            size: Side of the images in pixels, 16 or 32.
+            seed: Seed of the split.
+        """
+        from fastnce.data import write_digits
+
+        write_digits(out, size=size, seed=seed)
+
+    def photo_crops(out: Path, seed: int = 0) -> None:
+        """Crops of seven real photographs, 32 x 32, in class folders: the class is the photograph.
+
+        Args:
+            out: Folder for train/<photograph> and test/<photograph>; created.
+            seed: Seed of the crops.
+        """
+        from fastnce.data import write_photo_crops
+
+        write_photo_crops(out, seed=seed)
+
+    sets = {
+        "digits": digits,
+        "digits-photos": digits_photos,
+        "photo-crops": photo_crops,
+        "photos": photos,
+    }
+    run_with_options("data", sets, args)
+    return 0
