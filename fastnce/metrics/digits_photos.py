@@ -73,6 +73,7 @@ def evaluate_digits(
     best: Tensor | None = None,
     without_nce: Tensor | None = None,
     direction: str = "AtoB",
+    baselines: bool = True,
     extractor: nn.Module | None = None,
     evaluator: Evaluator | None = None,
     cache: Path | str | None = None,
@@ -92,6 +93,7 @@ def evaluate_digits(
         best: The same from the run's best checkpoint.
         without_nce: The same from a run with the contrastive loss off.
         direction: "AtoB" or "BtoA".
+        baselines: Judge the other rows too; without them there is no `fid_share`.
         extractor: What gives the features; by default the evaluator.
         evaluator: What reads the digits; by default the set's own, trained once and cached.
         cache: Folder for that one; see `load_evaluator`.
@@ -122,12 +124,15 @@ def evaluate_digits(
     rows: dict[str, Row | str] = {TRANSLATED: Row(translated, digits)}
     if best is not None:
         rows[BEST] = Row(best, digits)
-    rows |= {
-        WITHOUT_NCE: WITHOUT_NCE_NOTE if without_nce is None else Row(without_nce, digits),
-        untranslated_name(source): Row(plain, digits),
-        halves_name(target): Row(real, real_digits, reference=more_real),
-        IDEAL if target == "B" else IDEAL_PLAIN: Row(_ideal(labels, source, target), digits),
-    }
+    if without_nce is not None:
+        rows[WITHOUT_NCE] = Row(without_nce, digits)
+    if baselines:
+        rows.setdefault(WITHOUT_NCE, WITHOUT_NCE_NOTE)
+        rows |= {
+            untranslated_name(source): Row(plain, digits),
+            halves_name(target): Row(real, real_digits, reference=more_real),
+            IDEAL if target == "B" else IDEAL_PLAIN: Row(_ideal(labels, source, target), digits),
+        }
     result = evaluate(
         rows,
         real,
@@ -198,7 +203,9 @@ def _ideal(labels: Mapping[str, Any], source: str, target: str) -> Tensor:
     photos = labels["recipe"]["photo"]
     photos = [photos] if isinstance(photos, str) else photos
     if len(photos) == 1:
-        return to_batch(composite(strokes, random_crops(load_background(photos[0]), len(strokes), rng)))
+        return to_batch(
+            composite(strokes, random_crops(load_background(photos[0]), len(strokes), rng))
+        )
     backgrounds = [load_background(photo) for photo in photos]
     drawn = rng.integers(len(photos), size=len(strokes)).tolist()
     crops = np.concatenate([random_crops(backgrounds[photo], 1, rng) for photo in drawn])

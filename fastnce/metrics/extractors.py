@@ -1,4 +1,4 @@
-"""What judges generated images: a digits set's own classifier, or a TorchScript file of the user's."""
+"""What judges images: a digits set's own classifier, a TorchScript file of the user's, or torch-fidelity's Inception."""
 
 import hashlib
 import warnings
@@ -11,6 +11,9 @@ from fastnce.data.folders import to_uint8
 from fastnce.data.recipe import LABELS_FILE, read_labels
 from fastnce.errors import UserError
 from fastnce.metrics.digit_classifier import load_digit_classifier
+
+# The name that stands for torch-fidelity's Inception in the place of a file.
+FIDELITY = "torch-fidelity"
 
 
 def load_scripted(
@@ -86,6 +89,55 @@ class ScriptedExtractor(nn.Module):
         return to_uint8(images).expand(-1, 3, -1, -1).to(self.device)
 
 
+class FidelityInception(nn.Module):
+    """The Inception-v3 of 2015-12-05 as the package torch-fidelity carries it: 2048 features, weights from the hub.
+
+    Through torchmetrics, so that features are those of its FID. Both packages, and torchvision, which torch-fidelity needs,
+    must be installed; the weights are downloaded on the first use and kept in torch's hub folder.
+
+    Args:
+        device: Where it runs.
+
+    Raises:
+        UserError: If a package is missing, or the weights cannot be had.
+    """
+
+    reads_labels = False
+    name = "torch-fidelity-inception-v3-compat-2048"
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        try:
+            from torchmetrics.image.fid import NoTrainInceptionV3
+
+            self.module = NoTrainInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"extractor {FIDELITY}: the package {error.name or FIDELITY} is not installed. Run: pip install torch-fidelity "
+                "torchvision; or give a TorchScript file."
+            ) from error
+        except OSError as error:  # no connection, or no space for the file
+            raise UserError(
+                f"extractor {FIDELITY}: its weights cannot be downloaded ({error}). Give a TorchScript file instead."
+            ) from error
+        self.device = torch.device(device)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 1 or 3, H, W) float in [-1, 1], quantised to 8 bits, to features (N, 2048)."""
+        return self.module(to_uint8(images).expand(-1, 3, -1, -1).to(self.device))
+
+
+def load_extractor(extractor: Path | str, device: torch.device | str = "cpu") -> nn.Module:
+    """A `ScriptedExtractor` from a file, or `FidelityInception` for the name "torch-fidelity".
+
+    Raises:
+        UserError: If it cannot be had.
+    """
+    if str(extractor) == FIDELITY:
+        return FidelityInception(device)
+    return ScriptedExtractor(extractor, device)
+
+
 def generation_evaluator(
     data_root: Path | str,
     extractor: Path | str | None = None,
@@ -98,7 +150,7 @@ def generation_evaluator(
 
     Args:
         data_root: Folder of the set.
-        extractor: A TorchScript file, see `ScriptedExtractor`; by default a digits set's classifier.
+        extractor: See `load_extractor`; by default a digits set's classifier.
         device: Where a scripted extractor runs.
         cache: Folder of the classifier's cache; see `load_digit_classifier`.
         progress: Shows a bar if the classifier has to be trained first.
@@ -108,7 +160,7 @@ def generation_evaluator(
             TorchScript module.
     """
     if extractor is not None:
-        return ScriptedExtractor(extractor, device)
+        return load_extractor(extractor, device)
     if not Path(data_root).is_dir():
         raise UserError(f"{data_root}: no such folder. Expected the folder of a data set.")
     has_recipe = Path(data_root, LABELS_FILE).is_file()

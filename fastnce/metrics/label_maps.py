@@ -55,9 +55,7 @@ _VOID_COLOURS = (
     (0, 0, 110),
 )
 _COLOURS = np.array([colour for _, _, colour in _CLASSES] + list(_VOID_COLOURS), dtype=np.int32)
-_ID_OF_COLOUR = np.array(
-    [*range(len(CLASSES)), *(IGNORED for _ in _VOID_COLOURS)], dtype=np.uint8
-)
+_ID_OF_COLOUR = np.array([*range(len(CLASSES)), *(IGNORED for _ in _VOID_COLOURS)], dtype=np.uint8)
 _TRAIN_ID_OF_ID = np.full(256, IGNORED, dtype=np.uint8)
 _TRAIN_ID_OF_ID[[number for _, number, _ in _CLASSES]] = np.arange(len(CLASSES))
 
@@ -131,7 +129,9 @@ def read_label_map(path: Path, kind: LabelKind) -> Tensor:
     try:
         with Image.open(path) as image:
             if kind == "colours":
-                return torch.from_numpy(_from_colours(path, np.asarray(image.convert("RGB")))).long()
+                return torch.from_numpy(
+                    _from_colours(path, np.asarray(image.convert("RGB")))
+                ).long()
             if image.mode not in ("L", "P"):
                 raise UserError(
                     f"{path}: is of mode {image.mode}, but label maps of {kind} have one 8-bit channel. "

@@ -111,6 +111,9 @@ class UnpairedTrainConfig(TrainConfig):
     """Which domain is translated to which."""
     serial: bool = False
     """Read both folders in order instead of shuffling A and drawing from B."""
+    extractor: Path | None = None
+    """TorchScript file, or torch-fidelity, whose features measure the translations (FID and others); a digits-photos set has
+    its own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -32,7 +32,7 @@ class System:
         preview: from the configuration and the dataset, a function from a network to the rows of a sample grid.
         panels: the losses that are plotted together, a tuple of names for each panel.
         measure: from the configuration and the dataset, what to measure every `measure_every` steps; it may draw random
-            numbers and change modes. None: nothing.
+            numbers and change modes. None, also as its result: nothing.
         best: the measurement that is smallest for the best checkpoint.
     """
 
@@ -43,5 +43,5 @@ class System:
     network: Callable[[TrainConfig], nn.Module]
     preview: Callable[[TrainConfig, Dataset], Callable[[nn.Module], Rows]]
     panels: tuple[tuple[str, ...], ...]
-    measure: Callable[[TrainConfig, Dataset], Measure] | None = None
+    measure: Callable[[TrainConfig, Dataset], Measure | None] | None = None
     best: str | None = None

@@ -14,6 +14,7 @@ from fastnce.models.cut import build_generator
 from fastnce.training.config import CUTTrainConfig, UnpairedTrainConfig
 from fastnce.training.schedule import LinearDecay
 from fastnce.training.system import Rows, System
+from fastnce.training.translation_evaluation import translation_measure
 
 
 def _unpaired_images(config: UnpairedTrainConfig) -> UnpairedImages:
@@ -94,4 +95,6 @@ CUT_SYSTEM = System(
     network=build_generator,
     preview=_translations,
     panels=(("G_GAN", "D_real", "D_fake"), ("NCE", "NCE_Y"), ("G",)),
+    measure=translation_measure,
+    best="fid",
 )

@@ -97,6 +97,7 @@ def test_what_a_run_leaves(whole):
     names = {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}
     assert names == {
         "config.json",
+        "cost.json",
         "metrics.jsonl",
         "loss.png",
         "samples/step_000004.png",
