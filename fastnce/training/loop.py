@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastnce import viz
-from fastnce.data.files import write_json
+from fastnce.data.files import remove_leftovers, write_json
 from fastnce.errors import UserError
 from fastnce.training import runtime
 from fastnce.training.build import from_dict
@@ -155,8 +155,14 @@ class _Run:
             print(text)
 
     def begin_folder(self) -> None:
-        """Writes the configuration, and removes what an interrupted run logged after its checkpoint."""
+        """Writes the configuration, and removes what an interrupted run left half written or logged after its checkpoint."""
         if self.ranks.is_first:
+            for folder in (
+                self.config.out,
+                self.checkpoint_path.parent,
+                self.config.out / "samples",
+            ):
+                remove_leftovers(folder)
             drop_lines_after(self.metrics.path, self.step)
             drop_lines_after(self.measurements_path, self.step)
             write_json(to_dict(self.config), self.config.out / "config.json")

@@ -63,6 +63,7 @@ _CUT: dict[str, dict[str, object]] = {
         "log_every": 20,
         "sample_every": 200,
         "sample_count": 16,
+        "measure_every": 200,
         "checkpoint_every": 200,
     },
 }
