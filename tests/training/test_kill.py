@@ -13,7 +13,7 @@ from fastnce.training import train
 from fastnce.training.config import to_dict
 
 KILLER = Path(__file__).with_name("killer.py")
-STEPS = {"steps": 120, "checkpoint_every": 3, "sample_every": 60, "log_every": 2}
+STEPS = {"steps": 54, "checkpoint_every": 3, "sample_every": 27, "log_every": 2}
 
 
 @pytest.fixture(scope="module")
@@ -48,26 +48,22 @@ def assert_whole(run):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_ten_kills_at_random_moments(tiny, never_killed, workers):
+def test_ten_kills_at_random_moments_and_at_every_stage_of_writing_a_checkpoint(
+    tiny, never_killed, workers
+):
+    """Stages: before the file is there, before it is on the disk, before it has its name; of the first checkpoint, then others."""
     config = tiny(workers=workers, **STEPS)
-    ends = killed(config, ["at random"] * 10)
-    assert [number for number, _ in ends] == [9] * 10  # none had finished before
-    assert_same_run(config.out, never_killed)
-    assert_whole(config.out)
-
-
-def test_kills_at_every_stage_of_writing_a_checkpoint(tiny, never_killed):
-    """Before the file, between file and disk, around the renaming; of the first checkpoint and of later ones."""
-    config = tiny(**STEPS)
-    kills = [
+    stages = [
         ["replace", 1],
         ["mkstemp", 1],
         ["fsync", 1],
         ["fsync", 2],
-        ["mkstemp", 3],
-        ["link", 2],
+        ["link", 1],
+        ["replace", 2],
     ]
-    kills += [["replace", 2], ["fsync", 5], ["fsync", 6]]
-    assert killed(config, kills) == [[9, True]] * len(kills)
+    ends = killed(config, [*stages, *["at random"] * 10])
+    assert ends[: len(stages)] == [[9, True]] * len(stages)
+    assert [number for number, _ in ends] == [9] * len(ends)  # none had finished before
     assert_same_run(config.out, never_killed)
-    assert_whole(config.out)
+    left = [path.name for path in config.out.rglob(".*")]
+    assert left == [] and checkpoint(config.out)["step"] == STEPS["steps"]
