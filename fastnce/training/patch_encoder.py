@@ -71,7 +71,7 @@ class PatchEncoder:
         kept = [part for part in self.config.preprocess.split("_and_") if "crop" not in part]
         size = self.config.crop_size
         scale = Preprocess("_and_".join(kept) or "none", size, size, flip=False)
-        array = scale.prepare(read_image(path, self.config.channels))
+        array = scale.prepare(read_image(path, self.config.in_channels))
         return to_tensor(to_array(resize_to_multiple(to_image(array))))
 
     @torch.inference_mode()
