@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import distributed, gpu_report, machine, report, suite
+from benchmarks import cut_step, distributed, gpu_report, machine, report, suite
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_COMMANDS = (*suite.OPS, "all", "table", "demo", "distributed", "gpu-report")
+_COMMANDS = (*suite.OPS, "all", "table", "demo", "cut_step", "distributed", "gpu-report")
 _OF_ALL_OPS = ("all", "table", "demo")
 _DESCRIPTION = """\
 Times the fused losses against plain PyTorch, torch.compile, fused attention and the published eager forms.
@@ -26,6 +26,7 @@ commands:
   all         all ops
   table       the cases of the published table, all ops, about 15 minutes on 2 cores; as --size table
   demo        one case of the main ops in half a minute; writes demo.md, demo.json, demo.png
+  cut_step    a training step of CUT against the published one in eager PyTorch: time, memory, where the time goes; on a CPU
   distributed info_nce over 4 gloo ranks of this machine: time and memory of each rank; --size full: up to 65536 rows
   gpu-report  on a machine with a GPU: builds, tests, measures; writes results.json, results.md
 
@@ -52,7 +53,11 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("command", metavar="COMMAND", help="an op, all, table, demo, distributed or gpu-report")
+    add(
+        "command",
+        metavar="COMMAND",
+        help="an op, all, table, demo, cut_step, distributed or gpu-report",
+    )
     add(
         "--seconds",
         type=_positive,
@@ -142,6 +147,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "gpu-report":
             return gpu_report.main(args.out or Path("out/gpu-report"), args.minutes)
         with machine.matmul_precision(args.precision):
+            if args.command == "cut_step":
+                return cut_step.main([] if args.out is None else ["--out", str(args.out)])
             if args.command == "distributed":
                 return distributed.main(args.out, args.size, args.seconds or 20.0, _progress)
             return _benchmark(args)

@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from fastnce.cli.ablate import ablate
 from fastnce.cli.data import data
 from fastnce.cli.evaluate import evaluate
+from fastnce.cli.export import export
 from fastnce.cli.generate import generate
 from fastnce.cli.parsing import nearest
 from fastnce.cli.tools import bench, build, doctor
 from fastnce.cli.train import train
 from fastnce.cli.translate import translate
+from fastnce.cli.visualize import visualize
 from fastnce.errors import UserError
 
 INTERRUPTED = 130
@@ -23,7 +25,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "translate": translate,
     "generate": generate,
     "evaluate": evaluate,
+    "export": export,
     "ablate": ablate,
+    "visualize": visualize,
     "data": data,
     "bench": bench,
     "build": build,

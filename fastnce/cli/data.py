@@ -10,12 +10,13 @@ from fastnce.cli.parsing import run_with_options
 def data(args: list[str]) -> int:
     """Write one of the built-in data sets."""
 
-    def digits_photos(out: Path, photo: str = "coffee", seed: int = 0) -> None:
+    def digits_photos(out: Path, photo: tuple[str, ...] = ("coffee",), seed: int = 0) -> None:
         """Real handwritten digits (A) and the same kind of digits over a photograph (B), 32 x 32, unpaired.
 
         Args:
             out: Folder for trainA, trainB, testA and testB; created.
-            photo: The photograph, one of those that scikit-learn and scikit-image carry.
+            photo: The photograph, one of those that scikit-learn and scikit-image carry; or several, then each image of B is on
+                one of them.
             seed: Seed of the split, the noise and the crops.
         """
         from fastnce.data import write_digits_photos
@@ -33,6 +34,21 @@ def data(args: list[str]) -> int:
         from fastnce.data import write_photos
 
         write_photos(out, size=size, seed=seed)
+
+    def single_photos(
+        out: Path, size: int = 192, photo_a: str = "china", photo_b: str = "rocket"
+    ) -> None:
+        """Two real photographs, one for each domain, for SinCUT; by default a temple by day and a rocket at dusk.
+
+        Args:
+            out: Folder for trainA and trainB; created.
+            size: Shorter side of the photographs in pixels.
+            photo_a: The photograph of trainA, one of those that scikit-learn and scikit-image carry.
+            photo_b: The photograph of trainB.
+        """
+        from fastnce.data import write_single_photos
+
+        write_single_photos(out, size=size, photo_a=photo_a, photo_b=photo_b)
 
     def digits(out: Path, size: int = 16, seed: int = 0) -> None:
         """Real handwritten digits in 10 class folders, greyscale.
@@ -62,6 +78,7 @@ def data(args: list[str]) -> int:
         "digits-photos": digits_photos,
         "photo-crops": photo_crops,
         "photos": photos,
+        "single-photos": single_photos,
     }
     run_with_options("data", sets, args)
     return 0

@@ -1,6 +1,7 @@
 """Demo sets of real images: digits on photographs, and crops of photographs."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastnce.data.recipe import Images, write_once
@@ -16,6 +17,7 @@ from fastnce.data.samples import (
     load_photo,
     noisy_digit,
     random_crop,
+    scaled_photo,
     split_photo,
 )
 from fastnce.data.transforms import counter_rng
@@ -23,14 +25,16 @@ from fastnce.errors import UserError
 
 TEST_EVERY = 3
 
-_HALVES_STREAM, _NOISE_STREAM, _CROP_STREAM, _PHOTOS_STREAM = 10, 11, 12, 13
+_HALVES_STREAM, _NOISE_STREAM, _CROP_STREAM, _PHOTOS_STREAM, _PHOTO_STREAM = 10, 11, 12, 13, 14
 
 
-def write_digits_photos(out: Path | str, seed: int = 0, photo: str = "coffee") -> Path:
+def write_digits_photos(
+    out: Path | str, seed: int = 0, photo: str | Sequence[str] = "coffee"
+) -> Path:
     """Writes the digits-photos set: handwritten digits (A), and digits on a photograph (B).
 
     A is one half of the 1,797 digits, each as a `noisy_digit`; B is the other half, each as a
-    `composite` with a random crop of one photograph, scaled to a shorter side of 128 pixels. No sample is in both, a third of
+    `composite` with a random crop of the photograph, scaled to a shorter side of 128 pixels. No sample is in both, a third of
     each is for testing, all have the same share of every digit, and the order tells nothing about which belong together. `out/labels.json` holds the
     recipe and, for each image, its digit, its number in scikit-learn's set and, for B, the
     photograph and the corner of the crop.
@@ -39,26 +43,32 @@ def write_digits_photos(out: Path | str, seed: int = 0, photo: str = "coffee") -
         out: Folder to write: trainA, trainB, testA, testB of 32x32 PNG files. Left as it is if it
             holds this set already.
         seed: Seed of the halves, the noise and the crops.
-        photo: One of `PHOTOS`.
+        photo: One of `PHOTOS`; or several, one of which is drawn for each image of B.
 
     Returns:
         `out`.
 
     Raises:
-        UserError: If `out` holds something else, cannot be written, or a package is missing.
+        UserError: If `out` holds something else, cannot be written, a photograph is unknown, or a package is missing.
     """
+    photos = [photo] if isinstance(photo, str) else list(photo)
+    if not photos or len(set(photos)) < len(photos):
+        raise UserError(
+            f"photo={photo}: expected at least one photograph, none of them twice. Use some of {', '.join(PHOTOS)}."
+        )
     recipe = {
         "kind": "digits-photos",
         "version": 1,
         "seed": seed,
-        "photo": photo,
+        # A single name, as in the sets from before there could be several.
+        "photo": photos[0] if len(photos) == 1 else photos,
         "background_side": BACKGROUND_SIDE,
         "size": DIGIT_SIZE,
         "margin": DIGIT_MARGIN,
         "noise_sigma": NOISE_SIGMA,
         "test_every": TEST_EVERY,
     }
-    return write_once(Path(out), recipe, lambda: _digits_photos(seed, photo))
+    return write_once(Path(out), recipe, lambda: _digits_photos(seed, photos))
 
 
 def write_photos(
@@ -93,11 +103,7 @@ def write_photos(
         UserError: If a photograph is too small, `out` holds something else or cannot be written, or
             a package is missing.
     """
-    if photo_a == photo_b:
-        raise UserError(
-            f'photo_a and photo_b are both "{photo_a}". '
-            f"Use two different ones of {', '.join(PHOTOS)}."
-        )
+    _expect_two_photos(photo_a, photo_b)
     recipe = {
         "kind": "photos",
         "version": 1,
@@ -113,8 +119,46 @@ def write_photos(
     return write_once(Path(out), recipe, lambda: _photos(photos, size, counts, seed))
 
 
-def _digits_photos(seed: int, photo: str) -> Images:
-    background = load_background(photo)
+def write_single_photos(
+    out: Path | str, size: int = 192, *, photo_a: str = "china", photo_b: str = "rocket"
+) -> Path:
+    """Writes one photograph as A and one as B, for SinCUT; by default a temple by day and a rocket at dusk.
+
+    Args:
+        out: Folder to write: trainA and trainB, each of one PNG file. Left as it is if it holds this set already.
+        size: Shorter side, in pixels, to which both photographs are scaled (bicubic).
+        photo_a: One of `PHOTOS`.
+        photo_b: Another one.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: If `size` is below 8 or above that of a photograph, the photographs are the same or unknown, `out` holds
+            something else or cannot be written, or a package is missing.
+    """
+    _expect_two_photos(photo_a, photo_b)
+    recipe = {
+        "kind": "single-photos",
+        "version": 1,
+        "size": size,
+        "photo_a": photo_a,
+        "photo_b": photo_b,
+    }
+    photos = {"A": photo_a, "B": photo_b}
+    return write_once(Path(out), recipe, lambda: _single_photos(photos, size))
+
+
+def _expect_two_photos(photo_a: str, photo_b: str) -> None:
+    if photo_a == photo_b:
+        raise UserError(
+            f'photo_a and photo_b are both "{photo_a}". '
+            f"Use two different ones of {', '.join(PHOTOS)}."
+        )
+
+
+def _digits_photos(seed: int, photos: list[str]) -> Images:
+    backgrounds = {photo: load_background(photo) for photo in photos}
     strokes, digits = load_digits()
     order = counter_rng(seed, _HALVES_STREAM, 0).permutation(len(strokes))
     seen, written = Counter(), Counter()
@@ -135,8 +179,9 @@ def _digits_photos(seed: int, photo: str) -> Images:
                 label,
             )
         else:
+            photo = photos[counter_rng(seed, _PHOTO_STREAM, source).integers(len(photos))]
             crop, corner = random_crop(
-                background, DIGIT_SIZE, counter_rng(seed, _CROP_STREAM, source)
+                backgrounds[photo], DIGIT_SIZE, counter_rng(seed, _CROP_STREAM, source)
             )
             label |= {"photo": photo, "corner": corner}
             yield name, composite(strokes[source], crop), label
@@ -151,3 +196,8 @@ def _photos(photos: dict[str, str], size: int, counts: dict[str, int], seed: int
                 crop, (y, x) = random_crop(part, size, rng)
                 label = {"photo": photo, "corner": (y, x + start)}
                 yield f"{split}{domain}/{number:04d}.png", crop, label
+
+
+def _single_photos(photos: dict[str, str], size: int) -> Images:
+    for domain, photo in photos.items():
+        yield f"train{domain}/{photo}.png", scaled_photo(photo, size), {"photo": photo}

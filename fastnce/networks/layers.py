@@ -59,10 +59,11 @@ class InstanceNorm(nn.Module):
     def __init__(self, slope: float = 1.0) -> None:
         super().__init__()
         self.slope = slope
+        self.eps = 1e-5
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`(B, C, H, W)`; the sum with `residual`, if given."""
-        return instance_norm(x, residual, slope=self.slope)
+        return instance_norm(x, residual, eps=self.eps, slope=self.slope)
 
 
 class ResnetBlock(nn.Module):
@@ -103,3 +104,16 @@ def init_default(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             layer.reset_parameters()
+
+
+def init_normal(module: nn.Module, std: float = 0.02) -> None:
+    """Normal weights and zero biases for convolutions and linear layers; weights around 1 for norms (pix2pix's initialisation)."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            nn.init.normal_(layer.weight, 0.0, std)
+        elif isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.weight, 1.0, std)
+        else:
+            continue
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -32,8 +32,10 @@ class System:
         preview: from the configuration and the dataset, a function from a network to the rows of a sample grid.
         panels: the losses that are plotted together, a tuple of names for each panel.
         measure: from the configuration and the dataset, what to measure every `measure_every` steps; it may draw random
-            numbers and change modes. None: nothing.
+            numbers and change modes. None, also as its result: nothing.
         best: the measurement that is smallest for the best checkpoint.
+        published: where the published repository has weights files for this system, the model's networks in them: the name in
+            the file's name to the attribute's path, the generator first. The configuration then has `init_from`.
     """
 
     dataset: Callable[[TrainConfig], Dataset]
@@ -43,5 +45,6 @@ class System:
     network: Callable[[TrainConfig], nn.Module]
     preview: Callable[[TrainConfig, Dataset], Callable[[nn.Module], Rows]]
     panels: tuple[tuple[str, ...], ...]
-    measure: Callable[[TrainConfig, Dataset], Measure] | None = None
+    measure: Callable[[TrainConfig, Dataset], Measure | None] | None = None
     best: str | None = None
+    published: Mapping[str, str] = field(default_factory=dict)
