@@ -1,8 +1,8 @@
 """One training step of CUT against the published step in plain eager PyTorch: ``python -m benchmarks.cut_step``.
 
 256 x 256, batch 1, the published CUT (9 blocks, 64 channels, identity loss), both in the same process, in turns. Before any
-timing both are checked on a smaller image: in float64 all gradients agree to 1e-4, and in float32 ours are no further from those
-than the eager step's are. Memory is what a process that does nothing else needs at most: networks, Adam, and one step.
+timing both are checked on a smaller image: in float64 all gradients agree to 1e-4, and in float32 ours are at most three times as far
+from those as the eager step's, for Winograd's convolutions round a little more. Memory is what a process that does nothing else needs at most: networks, Adam, and one step.
 """
 
 from __future__ import annotations
@@ -106,9 +106,14 @@ def check() -> dict[str, float]:
         "eager fp32": _difference(results["eager", torch.float32], truth),
         "fastnce fp32": _difference(results["fastnce", torch.float32], truth),
     }
-    if found["float64"] > 1e-4 or found["fastnce fp32"] > 3 * found["eager fp32"]:
-        raise RuntimeError(f"cut_step: not the same step, relative differences {found}")
+    require_same(found)
     return found
+
+
+def require_same(found: Mapping[str, float]) -> None:
+    """Raises a RuntimeError unless the differences that :func:`check` found are those of rounding."""
+    if not (found["float64"] < 1e-4 and found["fastnce fp32"] < 3 * found["eager fp32"]):
+        raise RuntimeError(f"cut_step: not the same step, relative differences {found}")
 
 
 def _difference(got: list[Tensor], truth: list[Tensor]) -> float:

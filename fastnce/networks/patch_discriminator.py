@@ -50,6 +50,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         if norm not in _NORMS:
             raise ValueError(f"PatchDiscriminator: norm={norm!r} must be one of {_NORMS}.")
+        self.base_channels = base_channels
         layers: list[nn.Module] = []
         channels = in_channels
         for index in range(num_layers + 1):
@@ -76,4 +77,4 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Patch logits of the images `x`."""
-        return self.model(maps.in_kernel_layout(x))
+        return self.model(maps.in_kernel_layout(x, self.base_channels))

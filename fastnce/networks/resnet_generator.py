@@ -63,7 +63,7 @@ class ResnetGenerator(nn.Module):
         antialias: bool = True,
     ) -> None:
         super().__init__()
-        c = base_channels
+        c = self.base_channels = base_channels
         layers: list[nn.Module] = [nn.ReflectionPad2d(3), nn.Conv2d(in_channels, c, 7)]
         layers += _norm_and_relu()
         for width in (c, 2 * c):
@@ -93,7 +93,7 @@ class ResnetGenerator(nn.Module):
         return self._run(x, taps, stop=taps[-1] + 1)[1]
 
     def _run(self, x: Tensor, taps: list[int], stop: int) -> tuple[Tensor, list[Tensor]]:
-        x = maps.in_kernel_layout(x)
+        x = maps.in_kernel_layout(x, self.base_channels)
         features = []
         for index, layer in enumerate(self.model[:stop]):
             x = layer(x)

@@ -23,9 +23,12 @@ def has_kernels(x: Tensor, channels: Sequence[int]) -> bool:
     return native_maps.supports("cpu", _autocast_dtype(x), *channels) == "ok"
 
 
-def in_kernel_layout(x: Tensor) -> Tensor:
-    """An image in the memory format of the compiled kernels, if they are there; then all maps made from it are in it, too."""
-    if x.dim() == 4 and has_kernels(x, channels=()):
+def in_kernel_layout(x: Tensor, channels: int) -> Tensor:
+    """An image in the memory format of the compiled kernels, if they run a network of so many channels.
+
+    All maps made from it are then in that format, too.
+    """
+    if x.dim() == 4 and has_kernels(x, (channels,)):
         return x.contiguous(memory_format=torch.channels_last)
     return x
 
