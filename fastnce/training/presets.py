@@ -92,7 +92,7 @@ _CUT: dict[str, dict[str, object]] = {
         "sample_count": 16,
         "checkpoint_every": 200,
     },
-    # SinCUT on two photographs of `fastnce data single-photos`, about five minutes on one CPU core.
+    # SinCUT on two photographs of `fastnce data single-photos`, about four minutes on one CPU core.
     "single-photos": {
         "base_channels": 16,
         "num_blocks": 4,
