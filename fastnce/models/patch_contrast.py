@@ -20,7 +20,7 @@ class Comparison(NamedTuple):
 
     Attributes:
         queries: feature maps (N, C, H, W) of the translated images, one per layer.
-        keys: feature maps of the images they were made of, of the same shapes, without gradient.
+        keys: feature maps of the images they were made of, of the same shapes; they get no gradient.
         query_projector: projects the patches of the queries; None compares the features themselves.
         key_projector: projects those of the keys; the same network as for the queries in CUT, another one in DCLGAN.
     """
@@ -39,8 +39,9 @@ class PatchContrast(nn.Module):
     sees the patches of all of them in one pass. The gradient flows through the queries only.
 
     With a queue among the negatives, each loss and layer has its own first-in-first-out queue of `queue_size` projected keys of
-    earlier batches, filled with random unit vectors at the start. Ranks take in each other's keys. The queues are in the state
-    dict; without one this module has no state.
+    earlier batches, filled with random unit vectors at the start. The loss is then `info_nce`, without the published constant
+    logit -10 in the place of the positive, which is nothing at usual temperatures: exp(-10 / 0.07) = 1e-62. Ranks take in each
+    other's keys. The queues are in the state dict; without one this module has no state.
 
     Call it under the autocast of the networks, but not in the same autocast context as a pass without gradient: autocast would
     hand on the weights that it cast there, without gradient.
@@ -86,7 +87,8 @@ class PatchContrast(nn.Module):
         patch_ids = patch_ids or {}
         query_patches, key_patches = [], []
         for name, pair in comparisons.items():
-            patches, ids = self.sample(pair.keys, patch_ids.get(name))
+            with torch.no_grad():
+                patches, ids = self.sample(pair.keys, patch_ids.get(name))
             key_patches.append((pair.key_projector, patches))
             query_patches.append((pair.query_projector, self.sample(pair.queries, ids)[0]))
         # Queries first: what autocast remembers of a pass without gradient must not serve one with it.
