@@ -37,8 +37,8 @@ def first_test_images(config: UnpairedTrainConfig, domain: str = "A") -> list[Te
     """The first test images of "A" or "B"; of the training images where there is no test folder."""
     split = "test"
     try:
-        for domain in "AB":
-            split_folder(config.data, split, domain)
+        for folder in "AB":
+            split_folder(config.data, split, folder)
     except UserError:
         split = "train"
     dataset = _folders(config, split, load_size=config.crop_size, flip=False, serial=True)
