@@ -120,6 +120,6 @@ CUT_SYSTEM = System(
     network_name="generator",
     network=build_generator,
     preview=_translations,
-    panels=(("G_GAN", "D_real", "D_fake"), ("NCE", "NCE_Y"), ("G",)),
+    panels=(("G_GAN", "D_real", "D_fake", "D_r1"), ("NCE", "NCE_Y", "idt"), ("G",)),
     published={"G": "generator", "D": "discriminator", "F": "projector"},
 )
