@@ -243,7 +243,7 @@ def _evaluation(run: GalleryRun, named: bool) -> str:
         f"<dt>{escape(_words(name))}</dt><dd>{_value(value)}</dd>" for name, value in rest.items()
     )
     heading = f"<h3>{escape(run.name)}</h3>" if named else ""
-    table = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     return heading + (table if rows else "") + (f"<dl>{facts}</dl>" if facts else "")
 
 
@@ -286,7 +286,7 @@ def _configuration(runs: Sequence[GalleryRun]) -> str:
 
     def table(shown: list[str]) -> str:
         body = "".join(_option(runs, name) for name in shown)
-        return f'<div class="wide"><table class="options">{head}<tbody>{body}</tbody></table></div>'
+        return f'<div class="wide" tabindex="0"><table class="options">{head}<tbody>{body}</tbody></table></div>'
 
     note = '<p class="note">Marked with *: differs from the default.</p>'
     return (
