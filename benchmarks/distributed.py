@@ -34,12 +34,20 @@ from benchmarks.memory import GLIBC, status_bytes
 from fastnce import distributed
 
 RANKS, DIM, TEMPERATURE = 4, 256, 0.07
-# Rows of all ranks together, and whether eager PyTorch's matrices fit beside each other on a machine with 16 GB.
+FP32, BF16 = torch.float32, torch.bfloat16
+# Rows of all ranks together, their dtype, and whether eager PyTorch's matrices fit beside each other on a machine with 16 GB.
 CASES = {
-    "quick": [(2048, True)],
-    "full": [(2048, True), (8192, True), (16384, True), (65536, False)],
+    "quick": [(2048, FP32, True)],
+    "full": [
+        (2048, FP32, True),
+        (8192, FP32, True),
+        (16384, FP32, True),
+        (8192, BF16, True),
+        (16384, BF16, True),
+        (65536, FP32, False),
+    ],
 }
-_GATE_ROWS, _GATE_ERROR = 256, 2e-6
+_GATE_ROWS, _GATE_ERROR = 256, {FP32: 2e-6, BF16: 1e-2}
 _MATRICES = 3  # of local x global that eager PyTorch has at its peak, as measured at 16384 rows
 _TIMEOUT = datetime.timedelta(minutes=20)
 
@@ -49,7 +57,7 @@ def _gather_eager(query: Tensor, key: Tensor) -> Tensor:
     keys = torch.cat(all_gather(key))
     logits = normalize(query) @ normalize(keys).T / TEMPERATURE
     target = torch.arange(len(query)) + dist.get_rank() * len(query)
-    return cross_entropy(logits, target)
+    return cross_entropy(logits.float(), target)  # as autocast does
 
 
 def _ours(strategy: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -67,6 +75,7 @@ class _Job:
 
     rows: int
     providers: tuple[str, ...]
+    dtype: torch.dtype = FP32
     seconds: float = 0.0
     once: bool = False
 
@@ -89,7 +98,7 @@ def main(out: Path | None, size: str, seconds: float, log: Callable[[str], None]
     results: list[dict[str, Any]] = []
     title = f"InfoNCE over {RANKS} ranks on {cores} of the cores of {facts['device']}"
     settings = {"command": "distributed", "size": size, "seconds_per_case": seconds}
-    rates = machine.matmul_rates(cpu, [torch.float32])
+    rates = machine.matmul_rates(cpu, [FP32, BF16])
     for entry in _entries(size, seconds, log):
         results.append(entry)
         print(report.case_table(entry), end="\n\n", flush=True)
@@ -104,14 +113,16 @@ def main(out: Path | None, size: str, seconds: float, log: Callable[[str], None]
 
 def _entries(size: str, seconds: float, log: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """As of :func:`benchmarks.suite.run_cases`, with ``rank_peak_bytes`` in the rows."""
-    for rows, eager_fits in CASES.get(size, CASES["full"]):
-        yield _entry(rows, eager_fits, seconds, log)
+    for rows, dtype, eager_fits in CASES.get(size, CASES["full"]):
+        yield _entry(rows, dtype, eager_fits, seconds, log)
     yield _check_entry(log)
 
 
 def _entry(
-    rows: int, eager_fits: bool, seconds: float, log: Callable[[str], None]
+    rows: int, dtype: torch.dtype, eager_fits: bool, seconds: float, log: Callable[[str], None]
 ) -> dict[str, Any]:
+    meter = machine.PeakMeter(torch.device("cpu"), dtype)
+    meter.measure()
     names = tuple(name for name in PROVIDERS if eager_fits or name != "eager")
     found: dict[str, dict[str, Any]] = {name: {"status": "ok", "reason": "ok"} for name in names}
     if not eager_fits:
@@ -120,31 +131,36 @@ def _entry(
         found = {"eager": {"status": "skipped", "reason": reason}, **found}
     else:
         log(f"{rows} rows: timing {', '.join(names)}")
-        times = _on_ranks(_Job(rows, names, seconds))[0]
+        times = _on_ranks(_Job(rows, names, dtype, seconds))[0]
         for name, samples in times.items():
             found[name]["seconds"] = quartiles(samples)
     for name in names:
         log(f"{rows} rows: memory of {name}")
-        answers = _on_ranks(_Job(rows, (name,), once=True))
+        answers = _on_ranks(_Job(rows, (name,), dtype, once=True))
         found[name]["rank_peak_bytes"] = max(answer["peak"] for answer in answers)
         if not eager_fits:
             found[name]["seconds"] = quartiles([max(answer["seconds"] for answer in answers)])
+    meter.measure()
+    peak = meter.rate()
     flop = 3 * 2 * rows * rows * DIM
     providers = []
     for name, row in found.items():
         row = {"name": name, "ours": name != "eager", "seconds": None} | row
         if row["seconds"]:
             row["gflops"] = flop / row["seconds"]["median"] / 1e9
+            if peak:
+                row["share_of_peak"] = row["gflops"] / peak
         providers.append(row)
     return {
         "op": "distributed.info_nce",
         "case": f"{rows} rows on {RANKS} ranks, D = {DIM}",
         "shape": {"N": rows, "ranks": RANKS, "D": DIM},
         "gradients": ["query", "positive_key"],
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
         "device": "cpu",
         "products": 3,
         "flop": flop,
+        "fma_peak_gflops": peak,
         "once": not eager_fits,
         "providers": providers,
     }
@@ -211,11 +227,11 @@ def _rank(rank: int, meet: str, job: _Job) -> Any:
         dist.destroy_process_group()
 
 
-def _inputs(rank: int, rows: int) -> tuple[Tensor, Tensor]:
+def _inputs(rank: int, rows: int, dtype: torch.dtype = FP32) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(rank)
     query = torch.randn(rows // RANKS, DIM, generator=generator)
     key = query + 3 * torch.randn(query.shape, generator=generator)
-    return query.requires_grad_(), key.requires_grad_()
+    return query.to(dtype).requires_grad_(), key.to(dtype).requires_grad_()
 
 
 def _call(name: str, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
@@ -225,8 +241,8 @@ def _call(name: str, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
 
 def _call_once(rank: int, job: _Job, bare: int) -> dict[str, float]:
     (name,) = job.providers
-    _call(name, *_inputs(rank, 8 * RANKS))  # loads the code
-    query, key = _inputs(rank, job.rows)
+    _call(name, *_inputs(rank, 8 * RANKS, job.dtype))  # loads the code
+    query, key = _inputs(rank, job.rows, job.dtype)
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as clear:
         clear.write("5")
@@ -242,8 +258,8 @@ def _call_once(rank: int, job: _Job, bare: int) -> dict[str, float]:
 def _times(rank: int, job: _Job) -> dict[str, list[float]]:
     for name in job.providers:
         if name in PROVIDERS:
-            _gate(rank, name)
-    query, key = _inputs(rank, job.rows)
+            _gate(rank, name, job.dtype)
+    query, key = _inputs(rank, job.rows, job.dtype)
     times: dict[str, list[float]] = {name: [] for name in job.providers}
     end = time.perf_counter() + job.seconds
     goes_on = torch.ones(1)
@@ -259,18 +275,19 @@ def _times(rank: int, job: _Job) -> dict[str, list[float]]:
     return times
 
 
-def _gate(rank: int, name: str) -> None:
+def _gate(rank: int, name: str, dtype: torch.dtype) -> None:
     """Raises unless loss and gradients are those of one process in fp64; with a warm-up thereby."""
-    rows = [_inputs(r, _GATE_ROWS) for r in range(RANKS)]
+    rows = [_inputs(r, _GATE_ROWS, dtype) for r in range(RANKS)]
     query, key = (torch.cat(x).double().detach().requires_grad_() for x in zip(*rows, strict=True))
     truth = fastnce.info_nce(query, key, temperature=TEMPERATURE, backend="torch")
     truth.backward()
     loss, *grads = _call(name, *rows[rank])
-    dist.all_reduce(loss.detach_())
+    loss = loss.detach().float()
+    dist.all_reduce(loss)
     own = slice(rank * _GATE_ROWS // RANKS, (rank + 1) * _GATE_ROWS // RANKS)
     pairs = [(loss, truth.detach())]
     pairs += [(g, x.grad[own]) for g, x in zip(grads, (query, key), strict=True)]
     for got, true in pairs:
         error = (got.double() / RANKS - true).norm() / true.norm()
-        if not error < _GATE_ERROR:
+        if not error < _GATE_ERROR[dtype]:
             raise RuntimeError(f"{name} is wrong: off by {error:.1e} from one process in fp64")

@@ -12,7 +12,8 @@ from benchmarks.__main__ import main
 def gates(group):
     warnings.filterwarnings("ignore", category=FutureWarning)  # of PyTorch about its all_gather
     for name in distributed.PROVIDERS:
-        distributed._gate(dist.get_rank(), name)
+        for dtype in (distributed.FP32, distributed.BF16):
+            distributed._gate(dist.get_rank(), name, dtype)
 
 
 def local_only(query, key):
@@ -22,7 +23,7 @@ def local_only(query, key):
 
 def wrong_gate(group):
     distributed._CALLS["wrong"] = local_only
-    distributed._gate(dist.get_rank(), "wrong")
+    distributed._gate(dist.get_rank(), "wrong", distributed.FP32)
 
 
 def test_every_provider_is_checked_against_one_process(workers):
@@ -43,9 +44,9 @@ def test_tables_of_a_run(tmp_path, monkeypatch, capsys):
     assert main(["distributed", "--size", "full", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*-distributed.json")
     entries = json.loads(path.read_text())["results"]
-    assert [entry["shape"]["N"] for entry in entries] == [2048, 8192, 16384, 65536, 8]
-    assert [row["status"] for row in entries[3]["providers"]] == ["skipped", "ok", "ok"]
-    assert entries[3]["providers"][1]["seconds"]["median"] == 4.0, "the slowest rank's"
+    assert [entry["shape"]["N"] for entry in entries] == [2048, 8192, 16384, 8192, 16384, 65536, 8]
+    assert [row["status"] for row in entries[5]["providers"]] == ["skipped", "ok", "ok"]
+    assert entries[5]["providers"][1]["seconds"]["median"] == 4.0, "the slowest rank's"
     assert entries[0]["providers"][0]["rank_peak_bytes"] == 9e8, "the largest of the ranks"
     text = path.with_suffix(".md").read_text()
     assert "peak per rank" in text and "| 900 MB" in text
