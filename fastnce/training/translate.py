@@ -216,7 +216,7 @@ def translate_folder(
     generator, channels = in_direction(generator, config, direction)
     paths = list_images(input)
     targets = _targets(paths, Path(input), Path(out))
-    scale = _scaling(config, preprocess, size, paths)
+    scale = image_scaling(config, paths, preprocess, size)
 
     def read() -> Iterator[tuple[Path, Tensor]]:
         for path, target in zip(paths, targets, strict=True):
@@ -233,8 +233,11 @@ def translate_folder(
     return len(paths)
 
 
-def _scaling(
-    config: UnpairedTrainConfig, preprocess: str | None, size: int | None, paths: list[Path]
+def image_scaling(
+    config: UnpairedTrainConfig,
+    paths: list[Path],
+    preprocess: str | None = None,
+    size: int | None = None,
 ) -> Preprocess:
     """The steps of the training, or those asked for, that do not depend on chance."""
     steps = config.preprocess if preprocess is None else preprocess
