@@ -17,6 +17,9 @@ _GAP = 4
 _LABEL_SIZE = 15
 _BACKGROUND = (255, 255, 255)
 
+# From this ratio of values on an axis is logarithmic.
+_MANY_TIMES = 10
+
 _NOT_A_LOSS = ("step", "epoch", "lr_factor", "seconds")
 
 
@@ -84,7 +87,9 @@ def save_measurement_plot(measurements: Sequence[Mapping[str, float]], path: Pat
 
 
 def save_ablation_plot(values: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
-    """A panel for each measure: a dot for each seed of each choice, and a line at the mean.
+    """A panel for each measure: a dot for each seed of each choice, a line at the mean, and the mean as a number.
+
+    Where the largest value is many times the smallest, as one failed choice makes it, the axis is logarithmic.
 
     Args:
         values: choice -> measure -> a value for each seed.
@@ -106,6 +111,12 @@ def save_ablation_plot(values: Mapping[str, Mapping[str, Sequence[float]]], path
             mean = sum(numbers) / len(numbers)
             axes.plot([mean, mean], [height - 0.3, height + 0.3], color="black", linewidth=1.2)
             axes.scatter(numbers, [height] * len(numbers), s=18, alpha=0.7)
+            # Beside the plot, in line with the row.
+            place = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 9}
+            axes.annotate(f"{mean:.3g}", (1.01, height), **place)
+        numbers = [number for name in names for number in values[name][measure]]
+        if min(numbers) > 0 and max(numbers) > _MANY_TIMES * min(numbers):
+            axes.set_xscale("log")
         axes.set_xlabel(measure)
         axes.grid(alpha=0.3)
     all_axes[0].set_yticks(range(len(names)), names)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from fastnce.cli.ablate import ablate
 from fastnce.cli.data import data
 from fastnce.cli.evaluate import evaluate
+from fastnce.cli.export import export
 from fastnce.cli.generate import generate
 from fastnce.cli.parsing import nearest
 from fastnce.cli.tools import bench, build, doctor
@@ -23,6 +24,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "translate": translate,
     "generate": generate,
     "evaluate": evaluate,
+    "export": export,
     "ablate": ablate,
     "data": data,
     "bench": bench,

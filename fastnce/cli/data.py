@@ -35,6 +35,21 @@ def data(args: list[str]) -> int:
 
         write_photos(out, size=size, seed=seed)
 
+    def single_photos(
+        out: Path, size: int = 192, photo_a: str = "china", photo_b: str = "rocket"
+    ) -> None:
+        """Two real photographs, one for each domain, for SinCUT; by default a temple by day and a rocket at dusk.
+
+        Args:
+            out: Folder for trainA and trainB; created.
+            size: Shorter side of the photographs in pixels.
+            photo_a: The photograph of trainA, one of those that scikit-learn and scikit-image carry.
+            photo_b: The photograph of trainB.
+        """
+        from fastnce.data import write_single_photos
+
+        write_single_photos(out, size=size, photo_a=photo_a, photo_b=photo_b)
+
     def digits(out: Path, size: int = 16, seed: int = 0) -> None:
         """Real handwritten digits in 10 class folders, greyscale.
 
@@ -63,6 +78,7 @@ def data(args: list[str]) -> int:
         "digits-photos": digits_photos,
         "photo-crops": photo_crops,
         "photos": photos,
+        "single-photos": single_photos,
     }
     run_with_options("data", sets, args)
     return 0

@@ -6,36 +6,69 @@ from pathlib import Path
 from typing import Literal
 
 from fastnce.cli.parsing import run_with_options
+from fastnce.errors import UserError
 
 
 def translate(args: list[str]) -> int:
     """Translate a folder of images with a trained generator."""
 
     def run_translate(
-        run: Path,
         input: Path,
         out: Path,
+        run: Path | None = None,
+        weights: str = "ema",
         checkpoint: str = "last",
-        weights: Literal["ema", "raw"] = "ema",
+        direction: Literal["AtoB", "BtoA"] | None = None,
+        preprocess: str | None = None,
+        size: int | None = None,
+        tile: int | None = None,
         device: str = "auto",
         batch_size: int = 16,
     ) -> None:
         """Translate every image of a folder; the results keep their names, as PNG.
 
         Args:
-            run: Folder of a training run.
             input: Folder of images.
             out: Folder for the translated images; created.
+            run: Folder of a training run.
+            weights: ema: the running average of the generator's weights; raw: the weights themselves. Or, without run, a file of
+                weights: latest_net_G.pth of a published repository, or a .safetensors of `fastnce export`.
             checkpoint: "last", "best", or the path of a checkpoint file.
-            weights: The running average of the generator's weights, or the weights themselves.
+            direction: For systems that learn both directions; by default that of the training.
+            preprocess: How images are scaled, by default as in training; none keeps their size.
+            size: Size to which they are scaled; by default the crop size of the training.
+            tile: Larger images are computed in tiles of this size, with the same result in less memory.
             device: auto, cpu, cuda or cuda:N.
             batch_size: Images translated at a time, where they have the same size.
         """
         from fastnce.training import load_generator, resolve_device, translate_folder
 
         target = resolve_device(device)
-        generator, config = load_generator(run, which=weights, checkpoint=checkpoint, device=target)
-        count = translate_folder(generator, config, input, out, batch_size=batch_size)
+        if weights not in ("ema", "raw"):
+            if run is not None:
+                raise UserError(
+                    f"run={run} and the file weights={weights} are two generators. Leave one out."
+                )
+            generator, config = load_generator(Path(weights), device=target)
+        elif run is None:
+            raise UserError(
+                "name a generator: --run FOLDER of a training, or --weights FILE, .pth or .safetensors."
+            )
+        else:
+            generator, config = load_generator(
+                run, which=weights, checkpoint=checkpoint, device=target
+            )
+        count = translate_folder(
+            generator,
+            config,
+            input,
+            out,
+            batch_size=batch_size,
+            direction=direction,
+            preprocess=preprocess,
+            size=size,
+            tile=tile,
+        )
         print(f"Translated {count} images into {out}")
 
     run_with_options("translate", run_translate, args)

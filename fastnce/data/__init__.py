@@ -1,6 +1,7 @@
 """Sets of images, with and without labels, their transforms, and demo sets of images that ship inside packages."""
 
-from fastnce.data.demo import write_digits_photos, write_photos
+from fastnce.data.aligned import AlignedImages
+from fastnce.data.demo import write_digits_photos, write_photos, write_single_photos
 from fastnce.data.demo_labelled import write_digits, write_photo_crops
 from fastnce.data.folders import (
     EXTENSIONS,
@@ -13,6 +14,7 @@ from fastnce.data.folders import (
 from fastnce.data.labelled import LabelledImages
 from fastnce.data.recipe import read_labels
 from fastnce.data.samples import PHOTOS
+from fastnce.data.single_image import SingleImagePatches
 from fastnce.data.transforms import Preprocess, resize_to_multiple
 from fastnce.data.unpaired import UnpairedImages
 from fastnce.data.views import VIEW_RECIPES, TwoViews, ViewRecipe
@@ -21,8 +23,10 @@ __all__ = [
     "EXTENSIONS",
     "PHOTOS",
     "VIEW_RECIPES",
+    "AlignedImages",
     "LabelledImages",
     "Preprocess",
+    "SingleImagePatches",
     "TwoViews",
     "UnpairedImages",
     "ViewRecipe",
@@ -37,4 +41,5 @@ __all__ = [
     "write_digits_photos",
     "write_photo_crops",
     "write_photos",
+    "write_single_photos",
 ]

@@ -17,6 +17,7 @@ from fastnce.data.samples import (
     load_photo,
     noisy_digit,
     random_crop,
+    scaled_photo,
     split_photo,
 )
 from fastnce.data.transforms import counter_rng
@@ -102,11 +103,7 @@ def write_photos(
         UserError: If a photograph is too small, `out` holds something else or cannot be written, or
             a package is missing.
     """
-    if photo_a == photo_b:
-        raise UserError(
-            f'photo_a and photo_b are both "{photo_a}". '
-            f"Use two different ones of {', '.join(PHOTOS)}."
-        )
+    _expect_two_photos(photo_a, photo_b)
     recipe = {
         "kind": "photos",
         "version": 1,
@@ -120,6 +117,44 @@ def write_photos(
     photos = {"A": photo_a, "B": photo_b}
     counts = {"train": train_count, "test": test_count}
     return write_once(Path(out), recipe, lambda: _photos(photos, size, counts, seed))
+
+
+def write_single_photos(
+    out: Path | str, size: int = 192, *, photo_a: str = "china", photo_b: str = "rocket"
+) -> Path:
+    """Writes one photograph as A and one as B, for SinCUT; by default a temple by day and a rocket at dusk.
+
+    Args:
+        out: Folder to write: trainA and trainB, each of one PNG file. Left as it is if it holds this set already.
+        size: Shorter side, in pixels, to which both photographs are scaled (bicubic).
+        photo_a: One of `PHOTOS`.
+        photo_b: Another one.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: If `size` is below 8 or above that of a photograph, the photographs are the same or unknown, `out` holds
+            something else or cannot be written, or a package is missing.
+    """
+    _expect_two_photos(photo_a, photo_b)
+    recipe = {
+        "kind": "single-photos",
+        "version": 1,
+        "size": size,
+        "photo_a": photo_a,
+        "photo_b": photo_b,
+    }
+    photos = {"A": photo_a, "B": photo_b}
+    return write_once(Path(out), recipe, lambda: _single_photos(photos, size))
+
+
+def _expect_two_photos(photo_a: str, photo_b: str) -> None:
+    if photo_a == photo_b:
+        raise UserError(
+            f'photo_a and photo_b are both "{photo_a}". '
+            f"Use two different ones of {', '.join(PHOTOS)}."
+        )
 
 
 def _digits_photos(seed: int, photos: list[str]) -> Images:
@@ -161,3 +196,8 @@ def _photos(photos: dict[str, str], size: int, counts: dict[str, int], seed: int
                 crop, (y, x) = random_crop(part, size, rng)
                 label = {"photo": photo, "corner": (y, x + start)}
                 yield f"{split}{domain}/{number:04d}.png", crop, label
+
+
+def _single_photos(photos: dict[str, str], size: int) -> Images:
+    for domain, photo in photos.items():
+        yield f"train{domain}/{photo}.png", scaled_photo(photo, size), {"photo": photo}

@@ -14,10 +14,15 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".tif", ".tiff")
 
 LAYOUT = "trainA and trainB (for testing, testA and testB, or valA and valB)"
 
-# (x / 255 - 0.5) / 0.5 in float32 for each of the 256 values.
-SIGNED_UNIT = (np.arange(256, dtype=np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(
-    0.5
-)
+
+def _signed_unit(dtype: type[np.unsignedinteger]) -> np.ndarray:
+    """(x / max - 0.5) / 0.5 in float32 for each value x of an unsigned type."""
+    highest = np.iinfo(dtype).max
+    values = np.arange(highest + 1, dtype=np.float32) / np.float32(highest)
+    return (values - np.float32(0.5)) / np.float32(0.5)
+
+
+SIGNED_UNIT, SIGNED_UNIT_16 = _signed_unit(np.uint8), _signed_unit(np.uint16)
 
 
 def list_images(folder: Path | str) -> list[Path]:
@@ -104,19 +109,21 @@ def image_size(path: Path | str) -> tuple[int, int]:
         raise _broken(path, error) from error
 
 
-def read_image(path: Path | str, channels: int) -> Image.Image:
-    """Reads an image file as 8-bit RGB (`channels=3`) or greyscale (`channels=1`).
+def read_image(path: Path | str, channels: int, bits: int = 8) -> Image.Image:
+    """Reads an image file as RGB (`channels=3`) or greyscale (`channels=1`); an alpha channel is dropped.
 
-    16-bit images are scaled to 8 bits; an alpha channel is dropped.
+    With `bits=8` images of 16 bits are scaled to 8. With `bits=16`, for greyscale only, the image has the mode "I;16", and
+    files of 8 bits are scaled to 16, white to white.
 
     Raises:
-        UserError: If the file is not a readable image, or `channels` is neither 1 nor 3.
+        UserError: If the file is not a readable image, `channels` is neither 1 nor 3, or `bits` is not for such images.
     """
-    if channels not in (1, 3):
-        raise UserError(f"channels={channels}: images have 1 (greyscale) or 3 (RGB). Use 1 or 3.")
+    check_depth(channels, bits)
     try:
         with Image.open(path) as image:
             image.load()
+            if bits == 16:
+                return _as_16_bit(image)
             if image.mode.startswith("I"):
                 # Converting would clip at 255 and leave an image that is almost white.
                 image = Image.fromarray(
@@ -127,12 +134,37 @@ def read_image(path: Path | str, channels: int) -> Image.Image:
         raise _broken(path, error) from error
 
 
-def load_image(path: Path | str, channels: int = 3) -> torch.Tensor:
+def check_depth(channels: int, bits: int) -> None:
+    """Raises UserError unless images of so many channels can be read with so many bits."""
+    if channels not in (1, 3):
+        raise UserError(f"channels={channels}: images have 1 (greyscale) or 3 (RGB). Use 1 or 3.")
+    if bits not in (8, 16):
+        raise UserError(f"bits={bits}: images have 8 or 16 bits per channel. Use 8 or 16.")
+    if bits == 16 and channels != 1:
+        raise UserError(
+            f"bits=16 is for greyscale, got channels={channels}: Pillow reads 16-bit RGB files as 8-bit. "
+            "Use one channel, or bits=8."
+        )
+
+
+def _as_16_bit(image: Image.Image) -> Image.Image:
+    """A greyscale image in the mode "I;16"; an 8-bit one scaled so that white stays white."""
+    if image.mode == "F":
+        raise ValueError("it holds floating-point numbers, expected 8 or 16 bits")
+    if image.mode.startswith("I"):
+        array = np.asarray(image).astype(np.int64).clip(0, 65535)
+    else:
+        array = np.asarray(image.convert("L")).astype(np.int64) * 257
+    return Image.fromarray(array.astype(np.uint16))
+
+
+def load_image(path: Path | str, channels: int = 3, bits: int = 8) -> torch.Tensor:
     """Reads an image file at its own size.
 
     Args:
         path: The file.
         channels: 3 for RGB, 1 for greyscale.
+        bits: 16 keeps all bits of a 16-bit greyscale file, 8 scales it to 8.
 
     Returns:
         (C, H, W) float32 in [-1, 1].
@@ -140,29 +172,32 @@ def load_image(path: Path | str, channels: int = 3) -> torch.Tensor:
     Raises:
         UserError: If the file is not a readable image.
     """
-    return to_tensor(to_array(read_image(path, channels)))
+    return to_tensor(to_array(read_image(path, channels, bits)))
 
 
-def save_image(tensor: torch.Tensor, path: Path | str) -> None:
+def save_image(tensor: torch.Tensor, path: Path | str, bits: int = 8) -> None:
     """Writes an image file, atomically; the format follows from the extension.
 
     Values are clamped to [-1, 1], mapped to (x + 1) / 2 * 255 and truncated to 8 bits, as CUT's
-    result files are.
+    result files are; with `bits=16` they are mapped to 65535 and rounded.
 
     Args:
-        tensor: (C, H, W) float in [-1, 1], C of 1 or 3, on any device.
-        path: The file to write.
+        tensor: (C, H, W) float in [-1, 1], C of 1 or 3, on any device; C of 1 for `bits=16`.
+        path: The file to write; for `bits=16` a .png or .tif.
+        bits: 8 or 16.
 
     Raises:
         ValueError: If the shape is another one.
-        UserError: If the file cannot be written.
+        UserError: If the file cannot be written, or `bits` is not for such images.
     """
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
         raise ValueError(
             "save_image: tensor: expected the shape (C, H, W) with C of 1 or 3, "
             f"got {tuple(tensor.shape)}."
         )
-    image = to_image(to_uint8(tensor).permute(1, 2, 0).numpy())
+    check_depth(tensor.shape[0], bits)
+    values = to_uint8(tensor) if bits == 8 else to_uint16(tensor)
+    image = to_image(values.permute(1, 2, 0).numpy())
     with atomic_path(path) as temporary:
         image.save(temporary)
 
@@ -177,20 +212,30 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return (levels + 1e-4).to("cpu", torch.uint8)
 
 
+def to_uint16(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] of any shape to uint16 on the CPU: clamped, (x + 1) / 2 * 65535, rounded."""
+    levels = (images.detach().double().clamp(-1, 1) + 1) / 2 * 65535
+    return levels.round().to("cpu", torch.uint16)
+
+
 def to_array(image: Image.Image) -> np.ndarray:
-    """An 8-bit greyscale or RGB image as (H, W, C) uint8."""
+    """An image as (H, W, C): uint8 of greyscale or RGB, uint16 of the mode "I;16"."""
     array = np.asarray(image)
     return array[:, :, None] if array.ndim == 2 else array
 
 
 def to_image(array: np.ndarray) -> Image.Image:
-    """(H, W, C) uint8 as an image; the inverse of `to_array`."""
+    """(H, W, C) uint8 or, for C of 1, uint16 as an image; the inverse of `to_array`."""
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
 def to_tensor(array: np.ndarray) -> torch.Tensor:
-    """(H, W, C) uint8 to (C, H, W) float32 in [-1, 1], contiguous."""
-    return torch.from_numpy(SIGNED_UNIT[np.ascontiguousarray(array.transpose(2, 0, 1))])
+    """(H, W, C) uint8 or uint16 to (C, H, W) float32 in [-1, 1], contiguous.
+
+    float32 tells all 65,536 values apart.
+    """
+    values = SIGNED_UNIT_16 if array.dtype == np.uint16 else SIGNED_UNIT
+    return torch.from_numpy(values[np.ascontiguousarray(array.transpose(2, 0, 1))])
 
 
 _BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)

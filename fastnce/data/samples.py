@@ -46,10 +46,24 @@ def load_photo(name: str) -> np.ndarray:
 
 def load_background(name: str) -> np.ndarray:
     """One of `PHOTOS`, scaled (bicubic) to a shorter side of 128 pixels: (H, W, 3) uint8."""
+    return scaled_photo(name, BACKGROUND_SIDE)
+
+
+def scaled_photo(name: str, size: int) -> np.ndarray:
+    """One of `PHOTOS`, scaled down (bicubic) to a shorter side of `size` pixels: (H, W, 3) uint8.
+
+    Raises:
+        UserError: If `size` is below 8 or above the photograph's, there is no such photograph, or its package is not installed.
+    """
     image = to_image(load_photo(name))
-    scale = BACKGROUND_SIDE / min(image.size)
-    size = (round(image.width * scale), round(image.height * scale))
-    return to_array(image.resize(size, Image.Resampling.BICUBIC))
+    if not 8 <= size <= min(image.size):
+        raise UserError(
+            f'size={size}: the photograph "{name}" has {image.width}x{image.height} pixels. '
+            f"Use a size of 8 to {min(image.size)}, or another photograph."
+        )
+    scale = size / min(image.size)
+    scaled = (round(image.width * scale), round(image.height * scale))
+    return to_array(image.resize(scaled, Image.Resampling.BICUBIC))
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:

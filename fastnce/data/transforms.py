@@ -16,7 +16,11 @@ from PIL import Image
 from fastnce.data.folders import to_array, to_image
 from fastnce.errors import UserError
 
-TOKENS = ("resize", "scale_width", "scale_shortside", "crop", "none")
+RANDOM_TOKENS = ("zoom", "crop", "patch", "trim")
+TOKENS = ("resize", "fixsize", "scale_width", "scale_shortside", *RANDOM_TOKENS, "none")
+
+# zoom scales each side by a factor of its own, drawn uniformly between these.
+ZOOM = (0.8, 1.0)
 
 MAX_ROTATION = math.radians(10)
 MAX_SHIFT = 1 / 20
@@ -47,14 +51,25 @@ def resize_to_multiple(image: Image.Image, multiple: int = 4) -> Image.Image:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize, crop, round to a multiple of 4, warp, flip: in this order, each only if asked for.
+    """Scale, cut, round to a multiple of 4, warp, flip: in this order, each only if asked for.
 
     `prepare` is the part that is the same every time and can be cached, `augment` the random part.
 
     `steps` names what is done, matched by substring as CUT's `--preprocess` is, for instance
-    "resize_and_crop": "resize" scales to a square of `load_size`, "scale_width" and
-    "scale_shortside" scale that side to `load_size` and keep the aspect, "crop" cuts a random
-    square of `crop_size`, "none" does neither.
+    "resize_and_crop". Each time the same, in this order:
+
+    - "fixsize" scales to `fixed_size` (for a folder: that of its first image),
+    - "resize" to a square of `load_size`, or "scale_width" or "scale_shortside" that side to
+      `load_size`, keeping the aspect;
+
+    at random:
+
+    - "zoom" shrinks each side by a factor of its own between 0.8 and 1, but not below `crop_size`,
+    - "crop" cuts a square of `crop_size`,
+    - "patch" cuts a cell of a grid of such squares that has a random offset,
+    - "trim" cuts the sides that are longer than `crop_size` to it.
+
+    "none" does nothing.
     """
 
     steps: str = "resize_and_crop"
@@ -62,6 +77,7 @@ class Preprocess:
     crop_size: int = 256
     flip: bool = True
     affine: bool = False
+    fixed_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         # Each part, so that a misspelt one is not silently left out.
@@ -73,6 +89,8 @@ class Preprocess:
         for name, size in (("load_size", self.load_size), ("crop_size", self.crop_size)):
             if size < 1:
                 raise UserError(f"{name}={size}: expected a number of pixels, at least 1.")
+        if "fixsize" in self.steps and self.fixed_size is None:
+            raise ValueError('Preprocess: steps with "fixsize" need fixed_size=(width, height).')
         if self.crops and self._scales and self.load_size < self.crop_size:
             raise UserError(
                 f"load_size={self.load_size} is smaller than crop_size={self.crop_size}: no crop "
@@ -81,7 +99,8 @@ class Preprocess:
 
     @property
     def crops(self) -> bool:
-        return "crop" in self.steps
+        """Whether the result is a square of `crop_size`, whatever the image was."""
+        return "crop" in self.steps or "patch" in self.steps
 
     @property
     def _scales(self) -> bool:
@@ -89,6 +108,8 @@ class Preprocess:
 
     def prepared_size(self, width: int, height: int) -> tuple[int, int]:
         """The size of `prepare`'s result for an image of this width and height."""
+        if "fixsize" in self.steps:
+            width, height = self.fixed_size
         if "resize" in self.steps:
             return self.load_size, self.load_size
         if "scale_width" in self.steps:
@@ -98,18 +119,21 @@ class Preprocess:
             return max(1, round(width * scale)), max(1, round(height * scale))
         return width, height
 
-    def output_size(self, width: int, height: int) -> tuple[int, int]:
-        """The size that an image of this width and height has in the end."""
+    def output_size(self, width: int, height: int) -> tuple[int, int] | None:
+        """The size that an image of this width and height has in the end; None if it is random."""
         if self.crops:
-            width, height = self.crop_size, self.crop_size
-        else:
-            width, height = self.prepared_size(width, height)
+            return multiple_size(self.crop_size, self.crop_size)
+        if "zoom" in self.steps:
+            return None
+        width, height = self.prepared_size(width, height)
+        if "trim" in self.steps:
+            width, height = min(width, self.crop_size), min(height, self.crop_size)
         return multiple_size(width, height)
 
     def check(self, name: object, width: int, height: int) -> None:
         """Raises UserError, naming the file, if an image of this size is smaller than the crop."""
         prepared = self.prepared_size(width, height)
-        if self.crops and min(prepared) < self.crop_size:
+        if self.crops and "zoom" not in self.steps and min(prepared) < self.crop_size:
             size = f"{width}x{height}"
             if prepared != (width, height):
                 size += f" ({prepared[0]}x{prepared[1]} after scaling)"
@@ -120,15 +144,19 @@ class Preprocess:
             )
 
     def prepare(self, image: Image.Image) -> np.ndarray:
-        """Scales (bicubic). Returns (H, W, C) uint8."""
+        """Scales (bicubic). Returns (H, W, C) uint8, or uint16 of an image of 16 bits."""
         return to_array(_resize(image, *self.prepared_size(*image.size)))
 
     def augment(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Crops, rounds to a multiple of 4, warps and flips. (H, W, C) uint8 in and out."""
-        if self.crops:
-            top = rng.integers(array.shape[0] - self.crop_size + 1)
-            left = rng.integers(array.shape[1] - self.crop_size + 1)
-            array = array[top : top + self.crop_size, left : left + self.crop_size]
+        """The random part: (H, W, C) in and out, of the same type."""
+        if "zoom" in self.steps:
+            array = _zoom(array, self.crop_size, rng)
+        if "crop" in self.steps:
+            array = _cut(array, self.crop_size, rng)
+        if "patch" in self.steps:
+            array = _cut_cell(array, self.crop_size, rng)
+        if "trim" in self.steps:
+            array = _cut(array, self.crop_size, rng)
         if array.shape[0] % 4 or array.shape[1] % 4:
             array = to_array(resize_to_multiple(to_image(array)))
         if self.affine:
@@ -136,6 +164,32 @@ class Preprocess:
         if self.flip and rng.random() < 0.5:
             array = array[:, ::-1]
         return array
+
+
+def _zoom(array: np.ndarray, least: int, rng: np.random.Generator) -> np.ndarray:
+    factors = rng.uniform(*ZOOM, size=2)
+    height, width = (
+        max(least, round(side * factor))
+        for side, factor in zip(array.shape[:2], factors, strict=True)
+    )
+    return to_array(_resize(to_image(array), width, height))
+
+
+def _cut(array: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A random piece with sides of `size`, or of the whole length where that is shorter."""
+    top = rng.integers(max(array.shape[0] - size, 0) + 1)
+    left = rng.integers(max(array.shape[1] - size, 0) + 1)
+    return array[top : top + size, left : left + size]
+
+
+def _cut_cell(array: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A random cell of a grid of squares of `size` with a random offset."""
+    starts = []
+    for side in array.shape[:2]:
+        cells, room = divmod(side, size)
+        starts.append(rng.integers(room + 1) + size * rng.integers(cells))
+    top, left = starts
+    return array[top : top + size, left : left + size]
 
 
 class Affine(NamedTuple):
@@ -161,7 +215,7 @@ def warp(array: np.ndarray, affine: Affine) -> np.ndarray:
     leaves no edge without noise either.
 
     Args:
-        array: (H, W, C) uint8.
+        array: (H, W, C).
         affine: What to do.
 
     Returns:
@@ -191,8 +245,11 @@ def _mirror(position: np.ndarray, size: int) -> np.ndarray:
 
 
 def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    return (
-        image
-        if image.size == (width, height)
-        else image.resize((width, height), Image.Resampling.BICUBIC)
-    )
+    if image.size == (width, height):
+        return image
+    if image.mode != "I;16":
+        return image.resize((width, height), Image.Resampling.BICUBIC)
+    # Through float32, which holds 16 bits exactly; bicubic weights overshoot at edges.
+    values = Image.fromarray(np.asarray(image).astype(np.float32))
+    resized = np.asarray(values.resize((width, height), Image.Resampling.BICUBIC))
+    return Image.fromarray(resized.round().clip(0, 65535).astype(np.uint16))

@@ -1,13 +1,23 @@
 """Two folders of images without pairs, as an endless stream of samples."""
 
+import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
-from fastnce.data.folders import image_size, list_images, read_image, split_folder, to_tensor
+from fastnce.data.folders import (
+    check_depth,
+    image_size,
+    list_images,
+    read_image,
+    split_folder,
+    to_tensor,
+)
 from fastnce.data.transforms import Preprocess, counter_rng
 from fastnce.errors import UserError
 
@@ -15,6 +25,8 @@ ORDER_STREAM, A_STREAM, B_STREAM = 0, 1, 2
 
 # Up to this many bytes of images are decoded when the dataset is made, the rest when first needed.
 EAGER_BYTES = 64 * 2**20
+
+_log = logging.getLogger("fastnce")
 
 
 class UnpairedImages(Dataset):
@@ -31,21 +43,26 @@ class UnpairedImages(Dataset):
         split: "train", "test" or any other prefix of the two folders.
         load_size: Side, in pixels, to which `preprocess` scales.
         crop_size: Side of the random crop.
-        preprocess: Steps, matched by substring: see `Preprocess`.
+        preprocess: Steps, matched by substring: see `Preprocess`. "fixsize" scales to the size of
+            a folder's first image.
         flip: Mirrors each image with probability 0.5.
         augment_a: "affine" turns, scales and shifts A slightly; "none" does not.
         channels_a: 3 for RGB, 1 for greyscale, of the samples' "A".
         channels_b: The same for "B".
+        bits: 16 keeps all bits of 16-bit greyscale files; 8 scales them to 8.
         direction: "AtoB", or "BtoA" to read "A" from trainB and "B" from trainA.
         serial: Takes both folders in order, without shuffling.
         jitter_samples: From this sample on `load_size` is `crop_size`, as in the second half of
             CUT's training.
         seed: Seed of the stream.
         cache_bytes: Memory for decoded images, shared out among the workers.
+        broken_files: "error" stops at the first file that cannot be read. "skip" takes the next
+            readable file of the folder in its place, so that all other samples stay what they are,
+            and names the file in the log, once.
 
     Raises:
-        UserError: A folder is missing or empty, a file is not an image, an image is smaller than
-            the crop, or an argument is out of range.
+        UserError: A folder is missing or empty, a file is not an image (all files of a folder, if
+            they are skipped), an image is smaller than the crop, or an argument is out of range.
     """
 
     def __init__(
@@ -60,21 +77,36 @@ class UnpairedImages(Dataset):
         augment_a: str = "none",
         channels_a: int = 3,
         channels_b: int = 3,
+        bits: int = 8,
         direction: str = "AtoB",
         serial: bool = False,
         jitter_samples: int | None = None,
         seed: int = 0,
         cache_bytes: int = 2 * 2**30,
+        broken_files: str = "error",
     ) -> None:
-        _expect_one_of("augment_a", augment_a, ("none", "affine"))
-        _expect_one_of("direction", direction, ("AtoB", "BtoA"))
+        expect_one_of("broken_files", broken_files, ("error", "skip"))
+        expect_one_of("augment_a", augment_a, ("none", "affine"))
+        expect_one_of("direction", direction, ("AtoB", "BtoA"))
         first, second = ("A", "B") if direction == "AtoB" else ("B", "A")
         folder_a, folder_b = split_folder(root, split, first), split_folder(root, split, second)
 
-        def domain(folder: Path, channels: int, affine: bool) -> _Domain:
-            sizes = [load_size] if jitter_samples is None else [load_size, crop_size]
-            phases = [Preprocess(preprocess, size, crop_size, flip, affine) for size in sizes]
-            return _Domain(folder, channels, phases, cache_bytes // 2)
+        def domain(folder: Path, channels: int, affine: bool) -> CachedImages:
+            check_depth(channels, bits)
+            first_size = (1, 1)  # known when the headers have been read
+            phases = [
+                Preprocess(preprocess, size, crop_size, flip, affine, first_size)
+                for size in ([load_size] if jitter_samples is None else [load_size, crop_size])
+            ]
+            return CachedImages(
+                folder,
+                list_images(folder),
+                channels,
+                bits,
+                phases,
+                cache_bytes // 2,
+                broken_files == "skip",
+            )
 
         self.seed, self.serial, self.jitter_samples = seed, serial, jitter_samples
         self.a = domain(folder_a, channels_a, augment_a == "affine")
@@ -102,6 +134,11 @@ class UnpairedImages(Dataset):
             "B": self.b.sample(index_b % len(self.b.paths), phase, rng_b),
         }
 
+    @property
+    def broken_count(self) -> int:
+        """How many files of both folders have been found broken, and skipped, so far."""
+        return self.a.broken_count + self.b.broken_count
+
     def expect_one_size(self) -> None:
         """Raises UserError, naming two files, unless all samples can be stacked into batches."""
         for domain in (self.a, self.b):
@@ -117,51 +154,114 @@ class UnpairedImages(Dataset):
         return position % len(self.a.paths)
 
 
-class _Domain:
-    """One folder's images, scaled, and kept in memory as far as they fit.
+class CachedImages:
+    """One domain's images, scaled, and kept in memory as far as they fit.
 
-    `phases` has one `Preprocess` for each part of the training.
+    `phases` has one `Preprocess` for each part of the training. With `half`, "left" or "right", an image is that half of its
+    file. With `broken`, the attribute of another domain, a file that is found broken there is passed over here too.
     """
 
     def __init__(
-        self, folder: Path, channels: int, phases: list[Preprocess], cache_bytes: int
+        self,
+        folder: Path,
+        paths: list[Path],
+        channels: int,
+        bits: int,
+        phases: list[Preprocess],
+        cache_bytes: int,
+        skip_broken: bool,
+        half: str | None = None,
+        broken: torch.Tensor | None = None,
     ) -> None:
-        self.paths = list_images(folder)
-        self.channels = channels
-        self.phases = phases
+        self.folder, self.paths, self.half = folder, paths, half
+        self.channels, self.bits = channels, bits
         self.cache_bytes = cache_bytes
+        self.skip_broken = skip_broken
+        # Shared with the workers, so that a file is named once and not by each of them.
+        if broken is None:
+            broken = torch.zeros(len(self.paths), dtype=torch.bool).share_memory_()
+        self.broken = broken
         self._cache: dict[int, tuple[int, np.ndarray]] = {}
         self._cached_bytes = 0
         # Reading every header now finds what would otherwise stop a run hours later.
-        self.sizes = [image_size(path) for path in self.paths]
-        for path, size in zip(self.paths, self.sizes, strict=True):
-            for preprocess in phases:
-                preprocess.check(path, *size)
-        pixels = sum(math.prod(phases[0].prepared_size(*size)) for size in self.sizes)
-        if pixels * channels <= min(EAGER_BYTES, cache_bytes):
+        self.sizes = self._read_sizes()
+        first_size = next(iter(self.sizes.values()))
+        self.phases = [replace(phase, fixed_size=first_size) for phase in phases]
+        for index, size in self.sizes.items():
+            for preprocess in self.phases:
+                preprocess.check(self.paths[index], *size)
+        pixels = sum(math.prod(self.phases[0].prepared_size(*s)) for s in self.sizes.values())
+        if pixels * channels * bits // 8 <= min(EAGER_BYTES, cache_bytes):
             for index in range(len(self.paths)):
                 self._prepared(index, 0)
+
+    @property
+    def broken_count(self) -> int:
+        return int(self.broken.sum())
 
     def sample(self, index: int, phase: int, rng: np.random.Generator) -> torch.Tensor:
         """Image `index`, augmented: (C, H, W) float32 in [-1, 1]."""
         return to_tensor(self.phases[phase].augment(self._prepared(index, phase), rng))
 
     def expect_one_size(self) -> None:
-        first = self.phases[0].output_size(*self.sizes[0])
-        for path, size in zip(self.paths, self.sizes, strict=True):
-            result = self.phases[0].output_size(*size)
+        one, first = None, None
+        for index, size in self.sizes.items():
+            path, result = self.paths[index], self.phases[0].output_size(*size)
+            if result is None:
+                raise UserError(
+                    f'preprocess="{self.phases[0].steps}" gives images of random sizes, and a batch needs one. '
+                    "Add _and_crop, or use batch_size=1."
+                )
+            one, first = (path, result) if first is None else (one, first)
             if result != first:
                 raise UserError(
-                    f"{path}: gives {result[0]}x{result[1]}, but {self.paths[0]} {first[0]}x"
+                    f"{path}: gives {result[0]}x{result[1]}, but {one} {first[0]}x"
                     f"{first[1]}, and a batch needs one size. Use batch_size=1, or "
                     'preprocess="resize_and_crop".'
                 )
 
+    def _read_sizes(self) -> dict[int, tuple[int, int]]:
+        """(width, height) of each file whose header can be read, by its index."""
+        sizes = {}
+        for index, path in enumerate(self.paths):
+            if self.broken[index]:
+                continue
+            try:
+                width, height = image_size(path)
+            except UserError as error:
+                self._note_broken(index, error)
+            else:
+                sizes[index] = (width if self.half is None else width // 2, height)
+        return sizes
+
     def _prepared(self, index: int, phase: int) -> np.ndarray:
+        """Image `index`, or the next one in the place of a broken one, as `prepare` makes it."""
+        while True:
+            while self.broken[index]:
+                index = (index + 1) % len(self.paths)
+            try:
+                return self._prepared_unless_broken(index, phase)
+            except UserError as error:
+                self._note_broken(index, error)
+
+    def _note_broken(self, index: int, error: UserError) -> None:
+        """Marks a file as broken and says so once; raises `error` unless others can take its place."""
+        if not self.skip_broken:
+            raise error
+        if not self.broken[index]:
+            self.broken[index] = True
+            _log.warning("skipped, %d so far in %s: %s", self.broken_count, self.folder, error)
+        if self.broken.all():
+            raise UserError(
+                f"{self.folder}: none of its {len(self.paths)} files can be read as an image. Replace them."
+            ) from error
+
+    def _prepared_unless_broken(self, index: int, phase: int) -> np.ndarray:
         cached_phase, cached = self._cache.get(index, (None, None))
         if cached_phase == phase:
             return cached
-        array = self.phases[phase].prepare(read_image(self.paths[index], self.channels))
+        image = _half(read_image(self.paths[index], self.channels, self.bits), self.half)
+        array = self.phases[phase].prepare(image)
         if cached is not None:
             self._cached_bytes -= cached.nbytes
             del self._cache[index]
@@ -173,6 +273,14 @@ class _Domain:
         return array
 
 
-def _expect_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+def _half(image: Image.Image, half: str | None) -> Image.Image:
+    """The "left" or the "right" half of an image, without the column between them if its width is odd."""
+    width, height = image.size
+    if half == "left":
+        return image.crop((0, 0, width // 2, height))
+    return image.crop((width - width // 2, 0, width, height)) if half == "right" else image
+
+
+def expect_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f'{name}="{value}": expected {" or ".join(choices)}.')

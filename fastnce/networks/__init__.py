@@ -7,8 +7,11 @@ from fastnce.networks.patch_discriminator import PatchDiscriminator
 from fastnce.networks.patch_projector import PatchProjector
 from fastnce.networks.resnet_encoder import RESNETS, ProjectionHead, ResNetEncoder
 from fastnce.networks.resnet_generator import ResnetGenerator
+from fastnce.networks.similarity_head import SimilarityHead
 from fastnce.networks.sngan import SNGANDiscriminator, SNGANGenerator
 from fastnce.networks.studiogan import load_studiogan
+from fastnce.networks.stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
+from fastnce.networks.unet_generator import UNetGenerator
 
 __all__ = [
     "RESNETS",
@@ -24,5 +27,9 @@ __all__ = [
     "ResnetGenerator",
     "SNGANDiscriminator",
     "SNGANGenerator",
+    "SimilarityHead",
+    "StyleGAN2Discriminator",
+    "StyleGAN2Generator",
+    "UNetGenerator",
     "load_studiogan",
 ]

@@ -85,3 +85,16 @@ def init_default(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             layer.reset_parameters()
+
+
+def init_normal(module: nn.Module, std: float = 0.02) -> None:
+    """Normal weights and zero biases for convolutions and linear layers; weights around 1 for norms (pix2pix's initialisation)."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            nn.init.normal_(layer.weight, 0.0, std)
+        elif isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.weight, 1.0, std)
+        else:
+            continue
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

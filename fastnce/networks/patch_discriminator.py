@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from fastnce.networks.layers import Downsample, init_xavier
 
+_NORMS = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d, "none": nn.Identity}
+
 
 class PatchDiscriminator(nn.Module):
     """Convolutional classifier of overlapping patches: `(B, in_channels, H, W) -> (B, 1, h, w)` logits.
@@ -17,7 +19,8 @@ class PatchDiscriminator(nn.Module):
 
     State-dict keys are `model.{0,3,7,11,14}...` and `model.{2,6,10}.filt` for the default, as in the published
     checkpoints. `norm="none"` puts an identity where the instance norm was and keeps every bias, so the indices, the
-    keys and the parameter count are the same as with the norm.
+    keys and the parameter count are the same as with the norm. `norm="batch"` is pix2pix's: the norm has the biases, and
+    the convolution before it none.
 
     Source: Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks", CVPR 2017; blurred
     downsampling as in CUT.
@@ -27,7 +30,7 @@ class PatchDiscriminator(nn.Module):
         base_channels: channels of the first layer, doubled per layer up to 8 times as many.
         num_layers: downsampling layers.
         antialias: blur before each downsampling instead of strided convolutions.
-        norm: "instance" or "none".
+        norm: "instance", "batch" or "none".
 
     Example:
         >>> import torch
@@ -41,20 +44,21 @@ class PatchDiscriminator(nn.Module):
         base_channels: int = 64,
         num_layers: int = 3,
         antialias: bool = True,
-        norm: Literal["instance", "none"] = "instance",
+        norm: Literal["instance", "batch", "none"] = "instance",
     ) -> None:
         super().__init__()
-        if norm not in ("instance", "none"):
-            raise ValueError(f'PatchDiscriminator: norm={norm!r} must be "instance" or "none".')
+        if norm not in _NORMS:
+            raise ValueError(f"PatchDiscriminator: norm={norm!r} must be one of {list(_NORMS)}.")
         layers: list[nn.Module] = []
         channels = in_channels
         for index in range(num_layers + 1):
             downsamples = index < num_layers
             width = base_channels * min(2**index, 8)
             stride = 2 if downsamples and not antialias else 1
-            layers.append(nn.Conv2d(channels, width, 4, stride=stride, padding=1))
+            bias = index == 0 or norm != "batch"
+            layers.append(nn.Conv2d(channels, width, 4, stride=stride, padding=1, bias=bias))
             if index > 0:
-                layers.append(nn.InstanceNorm2d(width) if norm == "instance" else nn.Identity())
+                layers.append(_NORMS[norm](width))
             layers.append(nn.LeakyReLU(0.2))
             if downsamples and antialias:
                 layers.append(Downsample(width))

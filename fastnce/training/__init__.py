@@ -3,6 +3,7 @@
 from fastnce.training.build import build_config
 from fastnce.training.config import ContraGANTrainConfig, CUTTrainConfig, TrainConfig
 from fastnce.training.evaluation import evaluate_run
+from fastnce.training.export import export_published, export_shared
 from fastnce.training.generate import generate_folder
 from fastnce.training.loop import Interrupted, train
 from fastnce.training.runtime import resolve_device
@@ -15,6 +16,8 @@ __all__ = [
     "TrainConfig",
     "build_config",
     "evaluate_run",
+    "export_published",
+    "export_shared",
     "generate_folder",
     "load_config",
     "load_generator",

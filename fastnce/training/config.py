@@ -8,7 +8,15 @@ from typing import ClassVar, Literal
 
 from fastnce.data.views import VIEW_RECIPES
 from fastnce.errors import UserError
-from fastnce.models import ContraGANConfig, CUTConfig, RepresentationConfig, options
+from fastnce.models import (
+    ContraGANConfig,
+    CUTConfig,
+    CycleGANConfig,
+    DCLGANConfig,
+    Pix2PixConfig,
+    RepresentationConfig,
+    options,
+)
 
 # Fields that change how a run is carried out or watched, not what it computes: a resumed run may change them.
 FREE_FIELDS = frozenset(
@@ -24,6 +32,8 @@ FREE_FIELDS = frozenset(
         "measure_count",
         "checkpoint_every",
         "extractor",
+        "cache_gb",
+        "broken_files",
     }
 )
 # Fields that a resumed run may change as long as the steps already made stay what they were.
@@ -102,7 +112,9 @@ class UnpairedTrainConfig(TrainConfig):
     crop_size: int = 256
     """Size of the random crop."""
     preprocess: str = "resize_and_crop"
-    """Steps before the network: resize, scale_width, scale_shortside, crop or none, joined by _and_."""
+    """Steps before the network, joined by _and_: resize, fixsize, scale_width, scale_shortside, zoom, crop, patch, trim or none."""
+    bits: Literal[8, 16] = 8
+    """Bits of a channel that are read and written; 16 for greyscale images only."""
     flip: bool = True
     """Mirror each training image with probability 1/2."""
     augment_a: Literal["none", "affine"] = "none"
@@ -111,12 +123,21 @@ class UnpairedTrainConfig(TrainConfig):
     """Which domain is translated to which."""
     serial: bool = False
     """Read both folders in order instead of shuffling A and drawing from B."""
+    broken_files: Literal["error", "skip"] = "error"
+    """What a file that cannot be read does: stop the training, or be named once and replaced by the next file."""
+    init_from: Path | None = None
+    """Published weights to start from: the folder of latest_net_G.pth and its like, or FOLDER/EPOCH for EPOCH_net_G.pth."""
+    cache_gb: float = 2.0
+    """Memory for decoded images in GiB, shared out among the workers."""
     extractor: Path | None = None
     """TorchScript file, or torch-fidelity, whose features measure the translations (FID and others); a digits-photos set has
     its own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        options.at_least(self, 0, "cache_gb")
+        options.one_of(self, "bits", (8, 16))
+        options.one_of(self, "broken_files", ("error", "skip"))
         options.at_least(self, 1, "load_size", "crop_size")
         options.at_least(self, 0, "epochs", "decay_epochs")
         options.one_of(self, "augment_a", ("none", "affine"))
@@ -127,13 +148,77 @@ class UnpairedTrainConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CUTTrainConfig(CUTConfig, UnpairedTrainConfig):
-    """Training of CUT or FastCUT."""
+    """Training of CUT, FastCUT or SinCUT."""
 
     system: ClassVar[str] = "cut"
+
+    dataset: Literal["folders", "single-image"] = "folders"
+    """single-image: train on patches of crop_size of the one image in trainA and the one in trainB, at random zooms, whatever load_size and preprocess say."""
+    max_zoom_out: float = 3.0
+    """single-image: by how much the image is shrunk at most before a patch is cut out of it."""
+    epoch_samples: int = 100_000
+    """single-image: patches in an epoch."""
 
     def __post_init__(self) -> None:
         UnpairedTrainConfig.__post_init__(self)
         CUTConfig.__post_init__(self)
+        options.one_of(self, "dataset", ("folders", "single-image"))
+        options.at_least(self, 1, "max_zoom_out", "epoch_samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCLGANTrainConfig(DCLGANConfig, UnpairedTrainConfig):
+    """Training of DCLGAN or SimDCL."""
+
+    system: ClassVar[str] = "dclgan"
+
+    def __post_init__(self) -> None:
+        UnpairedTrainConfig.__post_init__(self)
+        DCLGANConfig.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CycleGANTrainConfig(CycleGANConfig, UnpairedTrainConfig):
+    """Training of CycleGAN."""
+
+    system: ClassVar[str] = "cyclegan"
+
+    epochs: int = 100
+    """Epochs at the full learning rate."""
+    decay_epochs: int = 100
+    """Further epochs in which the learning rate falls linearly towards 0."""
+
+    def __post_init__(self) -> None:
+        UnpairedTrainConfig.__post_init__(self)
+        CycleGANConfig.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pix2PixTrainConfig(Pix2PixConfig, UnpairedTrainConfig):
+    """Training of pix2pix. The options are those of unpaired images, although the images are pairs."""
+
+    system: ClassVar[str] = "pix2pix"
+
+    data: Path
+    """Folder with train, each of its images A and B side by side, or with trainA and trainB and equal names in both; and test
+    or testA and testB for the sample grids."""
+    batch_size: int = 1
+    """Pairs per step."""
+    epochs: int = 100
+    """Epochs at the full learning rate."""
+    decay_epochs: int = 100
+    """Further epochs in which the learning rate falls linearly towards 0."""
+    load_size: int = 286
+    """Images are scaled to this size before the crop."""
+    flip: bool = True
+    """Mirror each pair with probability 1/2."""
+    augment_a: Literal["none"] = "none"
+    """Only none: the images of a pair would no longer fit."""
+
+    def __post_init__(self) -> None:
+        UnpairedTrainConfig.__post_init__(self)
+        Pix2PixConfig.__post_init__(self)
+        options.one_of(self, "augment_a", ("none",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +306,9 @@ class RepresentationTrainConfig(RepresentationConfig, TrainConfig):
 
 CONFIGS: dict[str, type[TrainConfig]] = {
     "cut": CUTTrainConfig,
+    "dclgan": DCLGANTrainConfig,
+    "cyclegan": CycleGANTrainConfig,
+    "pix2pix": Pix2PixTrainConfig,
     "contragan": ContraGANTrainConfig,
     "representation": RepresentationTrainConfig,
 }

@@ -25,6 +25,7 @@ from fastnce.training.config import SCHEDULE_FIELDS, TrainConfig, differing_fiel
 from fastnce.training.cost import write_cost
 from fastnce.training.ema import WeightAverage
 from fastnce.training.log import MetricLog, append_line, drop_lines_after, read_metrics
+from fastnce.training.published import load_published
 from fastnce.training.ranks import Ranks, joined_from_environment
 from fastnce.training.schedule import Schedule
 from fastnce.training.systems import SYSTEMS
@@ -71,7 +72,7 @@ def train(config: TrainConfig) -> Path:
     system = SYSTEMS[config.system]
     dataset = system.dataset(config)
     schedule = system.schedule(config, len(dataset))
-    run = _Run(config, device, dataset, schedule, ranks)
+    run = _Run(config, device, dataset, schedule, ranks, is_new=checkpoint is None)
     if checkpoint is not None:
         run.restore(checkpoint)
         if run.step >= schedule.total_steps:
@@ -122,6 +123,8 @@ class _Run:
         dataset: Dataset,
         schedule: Schedule,
         ranks: Ranks,
+        *,
+        is_new: bool,
     ) -> None:
         self.config, self.device, self.dataset, self.schedule = config, device, dataset, schedule
         self.ranks = ranks
@@ -129,6 +132,9 @@ class _Run:
         self.checkpoint_path = config.out / "checkpoints" / "last.pt"
         runtime.seed_everything(config.seed)
         self.model = self.system.model(config, dataset).to(device)
+        if is_new and self.system.published:
+            for line in load_published(self.model, config, self.system.published):
+                self.say(line)
         ranks.average_gradients_before(self.model.optimizers.values())
         if not ranks.is_first:  # the same weights, but other noise and patches
             runtime.seed_everything(config.seed + _SEEDS_APART * ranks.rank)

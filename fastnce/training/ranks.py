@@ -7,6 +7,7 @@ running statistics after each training step, so that all ranks hold the same wei
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ def joined_from_environment(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if dist.get_rank() > 0:  # the first one says it for all
+            logging.getLogger("fastnce").setLevel(logging.ERROR)
     return device
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -34,6 +34,8 @@ class System:
         measure: from the configuration and the dataset, what to measure every `measure_every` steps; it may draw random
             numbers and change modes. None, also as its result: nothing.
         best: the measurement that is smallest for the best checkpoint.
+        published: where the published repository has weights files for this system, the model's networks in them: the name in
+            the file's name to the attribute's path, the generator first. The configuration then has `init_from`.
     """
 
     dataset: Callable[[TrainConfig], Dataset]
@@ -45,3 +47,4 @@ class System:
     panels: tuple[tuple[str, ...], ...]
     measure: Callable[[TrainConfig, Dataset], Measure | None] | None = None
     best: str | None = None
+    published: Mapping[str, str] = field(default_factory=dict)

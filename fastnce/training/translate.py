@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastnce.data import Preprocess, list_images, save_image
-from fastnce.data.folders import read_image, to_tensor
+from fastnce.data.folders import image_size, read_image, to_tensor
+from fastnce.data.transforms import RANDOM_TOKENS
 from fastnce.errors import UserError
 from fastnce.training.build import from_dict
 from fastnce.training.checkpoint import load_checkpoint
 from fastnce.training.config import TrainConfig, UnpairedTrainConfig
+from fastnce.training.published import load_strictly, published_config, read_published
 from fastnce.training.runtime import resolve_device
+from fastnce.training.shared import read_shared
 from fastnce.training.systems import SYSTEMS
+from fastnce.training.tiles import translate_in_tiles
 
 
 def load_config(run: Path) -> TrainConfig:
@@ -49,8 +53,9 @@ def load_generator(
     """The trained generator of a run, in eval mode, and the run's configuration.
 
     Args:
-        run: folder of the run.
-        which: "ema" for the running average of the weights, "raw" for the weights themselves.
+        run: folder of the run. Or a file that takes its place: a `.safetensors` of `fastnce export`, or the `.pth` of a
+            generator of a published repository, whose configuration has defaults for all that weights do not tell.
+        which: "ema" for the running average of the weights, "raw" for the weights themselves; a file holds one of them.
         checkpoint: "last", "best", or the path of a checkpoint file.
         device: where to put the generator.
 
@@ -59,10 +64,12 @@ def load_generator(
     """
     if which not in ("ema", "raw"):
         raise UserError(f"which={which} is unknown. Use ema or raw.")
+    target = resolve_device(device) if isinstance(device, str) else device
+    run = Path(run)
+    if run.suffix in (".pth", ".safetensors"):
+        return _ready(*_load_file(run), target)
     config = load_config(run)
-    path = Path(checkpoint)
-    if checkpoint in ("last", "best"):
-        path = Path(run) / "checkpoints" / f"{checkpoint}.pt"
+    path = checkpoint_path(run, checkpoint)
     state = load_checkpoint(path)
     system = SYSTEMS[config.system]
     prefix = f"{system.network_name}."
@@ -78,70 +85,162 @@ def load_generator(
         raise UserError(
             f"{path}: is not a checkpoint of the run {run}. Name one of its own."
         ) from error
-    target = resolve_device(device) if isinstance(device, str) else device
-    return generator.to(target).eval().requires_grad_(False), config
+    return _ready(generator, config, target)
+
+
+def checkpoint_path(run: Path, checkpoint: str | Path) -> Path:
+    """The file of a checkpoint: "last" or "best" of the run in the folder `run`, or a path."""
+    if checkpoint in ("last", "best"):
+        return Path(run) / "checkpoints" / f"{checkpoint}.pt"
+    return Path(checkpoint)
+
+
+def _load_file(path: Path) -> tuple[nn.Module, TrainConfig]:
+    if path.suffix == ".safetensors":
+        state, config = read_shared(path)
+    else:
+        state, config = read_published(path), None
+    if config is None:
+        config = published_config(state, path)
+    generator = SYSTEMS[config.system].network(config)
+    load_strictly(generator, state, path)
+    return generator, config
+
+
+def _ready(
+    generator: nn.Module, config: TrainConfig, device: torch.device
+) -> tuple[nn.Module, TrainConfig]:
+    return generator.to(device).eval().requires_grad_(False), config
 
 
 @torch.inference_mode()
-def translate(generator: nn.Module, images: Tensor, batch_size: int = 16) -> Tensor:
+def translate(
+    generator: nn.Module, images: Tensor, batch_size: int = 16, *, tile: int | None = None
+) -> Tensor:
     """Translates images of any height and width.
 
     Args:
         generator: as `load_generator` gives it.
-        images: (N, C, H, W) in [-1, 1], on any device. H and W that are no multiples of 4 are mirrored at the right and the
-            bottom up to one, and the result is cut back.
+        images: (N, C, H, W) in [-1, 1], on any device. H and W that are no multiples of 4 (of a U-Net's `size_multiple`) are
+            mirrored at the right and the bottom up to one, and the result is cut back.
         batch_size: images at a time.
+        tile: images that are higher or wider are computed in tiles of this size, with the same result: see
+            `translate_in_tiles`.
 
     Returns:
         (N, C, H, W) in [-1, 1], on the device of `images`.
     """
     device = next(generator.parameters()).device
     height, width = images.shape[2:]
-    padding = (0, -width % 4, 0, -height % 4)
+    multiple = getattr(generator, "size_multiple", 4)
+    padding = (0, -width % multiple, 0, -height % multiple)
+    in_tiles = tile is not None and max(height, width) > tile
     outputs = []
-    for batch in images.split(batch_size):
-        padded = (
-            F.pad(batch.to(device), padding, mode="reflect") if any(padding) else batch.to(device)
-        )
-        outputs.append(generator(padded)[..., :height, :width].to(images.device))
+    for batch in images.split(1 if in_tiles else batch_size):
+        padded = F.pad(batch, padding, mode="reflect") if any(padding) else batch
+        if in_tiles:
+            output = translate_in_tiles(generator, padded, tile)
+        else:
+            output = generator(padded.to(device))
+        outputs.append(output[..., :height, :width].to(images.device))
     return torch.cat(outputs) if outputs else images.clone()
 
 
+def in_direction(
+    generator: nn.Module, config: UnpairedTrainConfig, direction: str | None
+) -> tuple[nn.Module, int]:
+    """The part of a generator that translates from one domain to the other, and the channels of its input.
+
+    Args:
+        generator: of a system of one direction, or with the parts `a_to_b` and `b_to_a`.
+        config: of its run.
+        direction: "AtoB" or "BtoA", the names of the data's folders; None: as in the run.
+
+    Raises:
+        UserError: a direction that the generator does not translate in.
+    """
+    if direction is None or direction == config.direction:
+        return getattr(generator, "a_to_b", generator), config.in_channels
+    if not hasattr(generator, "b_to_a"):
+        raise UserError(
+            f"direction={direction}: this generator translates {config.direction} alone. Leave direction out, name a run "
+            "of a system of both directions, or the weights file of the other generator."
+        )
+    return generator.b_to_a, config.out_channels
+
+
 def translate_folder(
-    generator: nn.Module, config: TrainConfig, input: Path, out: Path, batch_size: int = 16
+    generator: nn.Module,
+    config: TrainConfig,
+    input: Path,
+    out: Path,
+    batch_size: int = 16,
+    *,
+    direction: str | None = None,
+    preprocess: str | None = None,
+    size: int | None = None,
+    tile: int | None = None,
 ) -> int:
     """Translates all images of a folder, and of the folders in it, to PNG files of the same names.
 
     Images are scaled as in training, to the size of its crops, but not cropped. Images that follow each other and have the
     same size are translated together.
 
+    Args:
+        generator: as `load_generator` gives it.
+        config: its run's configuration.
+        input: folder of the images.
+        out: folder of the results; created.
+        batch_size: images at a time.
+        direction: see `in_direction`.
+        preprocess: how images are scaled, instead of as in training: "none" keeps their size.
+        size: the size to which they are scaled, instead of the training's crop size.
+        tile: see `translate`.
+
     Returns:
         The number of images.
 
     Raises:
-        UserError: a run that does not translate, no images, a broken one, two whose results would have the same name, or `out` cannot be written.
+        UserError: a run that does not translate, no images, a broken one, two whose results would have the same name, or `out`
+            cannot be written.
     """
     if not isinstance(config, UnpairedTrainConfig):
         raise UserError(
             f"a run of {config.system} does not translate images. Name a run of cut or fastcut."
         )
+    generator, channels = in_direction(generator, config, direction)
     paths = list_images(input)
     targets = _targets(paths, Path(input), Path(out))
-    kept = [part for part in config.preprocess.split("_and_") if "crop" not in part]
-    scale = Preprocess("_and_".join(kept) or "none", config.crop_size, config.crop_size, flip=False)
+    scale = scaling(config, paths, preprocess, size)
 
     def read() -> Iterator[tuple[Path, Tensor]]:
         for path, target in zip(paths, targets, strict=True):
-            array = scale.prepare(read_image(path, config.channels))
+            array = scale.prepare(read_image(path, channels, config.bits))
             yield target, to_tensor(array)
 
     with tqdm(total=len(paths), desc="translate", unit="image", disable=None) as bar:
         for group in _groups_of_one_size(read(), batch_size):
-            results = translate(generator, torch.stack([image for _, image in group]), batch_size)
+            images = torch.stack([image for _, image in group])
+            results = translate(generator, images, batch_size, tile=tile)
             for (target, _), result in zip(group, results, strict=True):
-                save_image(result, target)
+                save_image(result, target, config.bits)
             bar.update(len(group))
     return len(paths)
+
+
+def scaling(
+    config: UnpairedTrainConfig,
+    paths: Sequence[Path],
+    preprocess: str | None = None,
+    size: int | None = None,
+) -> Preprocess:
+    """What is done to the images in `paths` before they are translated: the steps of the training, or those asked for, that do
+    not depend on chance."""
+    steps = config.preprocess if preprocess is None else preprocess
+    kept = [part for part in steps.split("_and_") if not any(t in part for t in RANDOM_TOKENS)]
+    side = config.crop_size if size is None else size
+    first = image_size(paths[0])
+    return Preprocess("_and_".join(kept) or "none", side, side, flip=False, fixed_size=first)
 
 
 def _targets(paths: list[Path], folder: Path, out: Path) -> list[Path]:

@@ -1,13 +1,14 @@
-"""Translation between two folders of images: CUT and FastCUT."""
+"""Translation between two folders of images, or two images: CUT, FastCUT and SinCUT."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from fastnce.data import UnpairedImages, list_images, split_folder
+from fastnce.data import SingleImagePatches, UnpairedImages, list_images, split_folder
 from fastnce.errors import UserError
 from fastnce.models import CUT
 from fastnce.models.cut import build_generator
@@ -17,7 +18,8 @@ from fastnce.training.system import Rows, System
 from fastnce.training.translation_evaluation import translation_measure
 
 
-def _unpaired_images(config: UnpairedTrainConfig) -> UnpairedImages:
+def unpaired_images(config: UnpairedTrainConfig) -> UnpairedImages:
+    """The training images of two folders."""
     epoch_samples = max(len(list_images(split_folder(config.data, "train", d))) for d in "AB")
     dataset = _folders(
         config,
@@ -32,8 +34,8 @@ def _unpaired_images(config: UnpairedTrainConfig) -> UnpairedImages:
     return dataset
 
 
-def _test_images(config: UnpairedTrainConfig) -> list[Tensor]:
-    """The first test images of A; of the training images where there is no test folder."""
+def first_test_images(config: UnpairedTrainConfig, domain: str = "A") -> list[Tensor]:
+    """The first test images of "A" or "B"; of the training images where there is no test folder."""
     split = "test"
     try:
         for domain in "AB":
@@ -41,23 +43,27 @@ def _test_images(config: UnpairedTrainConfig) -> list[Tensor]:
     except UserError:
         split = "train"
     dataset = _folders(config, split, load_size=config.crop_size, flip=False, serial=True)
-    return [dataset[i]["A"] for i in range(min(config.sample_count, len(dataset)))]
+    return [dataset[i][domain] for i in range(min(config.sample_count, len(dataset)))]
 
 
 def _folders(config: UnpairedTrainConfig, split: str, **options: object) -> UnpairedImages:
     common = {
         "crop_size": config.crop_size,
         "preprocess": config.preprocess,
-        "channels_a": config.channels,
-        "channels_b": config.channels,
+        "channels_a": config.in_channels,
+        "channels_b": config.out_channels,
         "direction": config.direction,
         "serial": config.serial,
         "seed": config.seed,
+        "bits": config.bits,
+        "broken_files": config.broken_files,
+        "cache_bytes": int(config.cache_gb * 2**30),
     }
     return UnpairedImages(config.data, split, **(common | options))
 
 
-def _linear_decay(config: UnpairedTrainConfig, epoch_samples: int) -> LinearDecay:
+def linear_decay(config: UnpairedTrainConfig, epoch_samples: int) -> LinearDecay:
+    """The full learning rate for `epochs`, then down to 0 in `decay_epochs`."""
     return LinearDecay.of(
         epochs=config.epochs,
         decay_epochs=config.decay_epochs,
@@ -67,29 +73,50 @@ def _linear_decay(config: UnpairedTrainConfig, epoch_samples: int) -> LinearDeca
     )
 
 
-def _cut(config: CUTTrainConfig, dataset: UnpairedImages) -> CUT:
+def _single_images(config: CUTTrainConfig) -> SingleImagePatches:
+    return SingleImagePatches(
+        config.data,
+        crop_size=config.crop_size,
+        max_zoom_out=config.max_zoom_out,
+        flip=config.flip,
+        channels_a=config.in_channels,
+        channels_b=config.out_channels,
+        direction=config.direction,
+        epoch_samples=config.epoch_samples,
+        seed=config.seed,
+    )
+
+
+def _training_images(config: CUTTrainConfig) -> UnpairedImages | SingleImagePatches:
+    choices = {"folders": unpaired_images, "single-image": _single_images}
+    return choices[config.dataset](config)
+
+
+def _cut(config: CUTTrainConfig, dataset: UnpairedImages | SingleImagePatches) -> CUT:
     _, height, width = dataset[0]["A"].shape
     return CUT(config, (height, width))
 
 
-def _translations(
-    config: UnpairedTrainConfig, dataset: UnpairedImages
-) -> Callable[[nn.Module], Rows]:
-    images = _test_images(config)
+def _translations(config: UnpairedTrainConfig, dataset: Dataset) -> Callable[[nn.Module], Rows]:
+    images = first_test_images(config)
 
-    @torch.inference_mode()
     def rows(generator: nn.Module) -> Rows:
-        device = next(generator.parameters()).device
-        # One at a time: without a crop they may differ in size.
-        outputs = [generator(image[None].to(device))[0].float().cpu() for image in images]
-        return {"input": images, "output": outputs}
+        return {"input": images, "output": translated(generator, images)}
 
     return rows
 
 
+@torch.inference_mode()
+def translated(generator: nn.Module, images: Sequence[Tensor]) -> list[Tensor]:
+    """The translations of images (C, H, W), on the CPU."""
+    device = next(generator.parameters()).device
+    # One at a time: without a crop they may differ in size.
+    return [generator(image[None].to(device))[0].float().cpu() for image in images]
+
+
 CUT_SYSTEM = System(
-    dataset=_unpaired_images,
-    schedule=_linear_decay,
+    dataset=_training_images,
+    schedule=linear_decay,
     model=_cut,
     network_name="generator",
     network=build_generator,
@@ -97,4 +124,5 @@ CUT_SYSTEM = System(
     panels=(("G_GAN", "D_real", "D_fake"), ("NCE", "NCE_Y"), ("G",)),
     measure=translation_measure,
     best="fid",
+    published={"G": "generator", "D": "discriminator", "F": "projector"},
 )

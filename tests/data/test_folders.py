@@ -103,6 +103,43 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     assert (image[0] - expected).abs().max() < 2 / 255
 
 
+def test_sixteen_bits_survive_reading_and_writing(tmp_path):
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    image = load_image(tmp_path / "a.png", channels=1, bits=16)
+    assert image.shape == (1, 256, 256) and image.dtype == torch.float32
+    assert image.min() == -1 and image.max() == 1
+    assert len(image.unique()) == 65536
+    for name in ("b.png", "b.tif"):
+        save_image(image, tmp_path / name, bits=16)
+        with Image.open(tmp_path / name) as again:
+            assert again.mode == "I;16"
+            assert np.array_equal(np.asarray(again), levels)
+
+
+def test_eight_bits_read_as_sixteen_keep_their_brightness(tmp_path):
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    wide, narrow = (load_image(tmp_path / "a.png", channels=1, bits=bits) for bits in (16, 8))
+    torch.testing.assert_close(wide, narrow, rtol=0, atol=1e-6)
+
+
+def test_sixteen_bits_are_for_greyscale(tmp_path):
+    write(tmp_path / "a.png")
+    with pytest.raises(UserError, match="bits=16 is for greyscale, got channels=3") as info:
+        load_image(tmp_path / "a.png", channels=3, bits=16)
+    one_line(info)
+    with pytest.raises(UserError, match="bits=16 is for greyscale"):
+        save_image(torch.zeros(3, 4, 4), tmp_path / "b.png", bits=16)
+    with pytest.raises(UserError, match="bits=12: images have 8 or 16"):
+        load_image(tmp_path / "a.png", channels=1, bits=12)
+    Image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(UserError, match=r"f\.tif: cannot be read.*floating-point"):
+        load_image(tmp_path / "f.tif", channels=1, bits=16)
+    with pytest.raises(UserError, match=r"c\.jpg: cannot be written"):
+        save_image(torch.zeros(1, 4, 4), tmp_path / "c.jpg", bits=16)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_what_is_saved_is_what_is_loaded(tmp_path, channels):
     levels = torch.arange(256).repeat(channels).view(channels, 16, 16)

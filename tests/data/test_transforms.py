@@ -87,6 +87,81 @@ def test_a_crop_that_is_no_multiple_of_four_is_resized():
     assert preprocess.output_size(100, 70) == (32, 32)
 
 
+def windows(preprocess: Preprocess, height: int, width: int, count: int = 300) -> set[tuple]:
+    """(top, left, height, width) of the windows that `augment` cuts out of an image of this size."""
+    array = np.arange(height * width, dtype=np.uint16).reshape(height, width, 1)
+    found = set()
+    for index in range(count):
+        piece = preprocess.augment(array, counter_rng(0, 1, index))
+        top, left = divmod(int(piece[0, 0, 0]), width)
+        assert np.array_equal(
+            piece, array[top : top + piece.shape[0], left : left + piece.shape[1]]
+        )
+        found.add((top, left, *piece.shape[:2]))
+    return found
+
+
+def test_a_patch_is_a_cell_of_a_shifted_grid():
+    preprocess = Preprocess("patch", crop_size=4, flip=False)
+    # 3 cells and room for 1 pixel downwards, 2 cells and room for 2 to the right.
+    assert windows(preprocess, 13, 10) == {
+        (top + offset_y, left + offset_x, 4, 4)
+        for top in (0, 4, 8)
+        for offset_y in range(2)
+        for left in (0, 4)
+        for offset_x in range(3)
+    }
+    assert preprocess.output_size(10, 13) == (4, 4)
+
+
+def test_trim_cuts_only_what_is_too_long():
+    preprocess = Preprocess("trim", crop_size=8, flip=False)
+    assert windows(preprocess, 4, 10) == {(0, left, 4, 8) for left in range(3)}
+    assert preprocess.output_size(10, 4) == (8, 4)
+    assert windows(preprocess, 4, 8, 20) == {(0, 0, 4, 8)}
+
+
+def test_zoom_shrinks_each_side_by_up_to_a_fifth_but_not_below_the_crop():
+    array = noise(200, 100)
+    preprocess = Preprocess("zoom", crop_size=88, flip=False)
+    sizes = np.array(
+        [preprocess.augment(array, counter_rng(0, 1, index)).shape[:2] for index in range(200)]
+    )
+    assert (sizes[:, 0] >= 160).all() and (sizes[:, 0] <= 200).all()
+    assert (sizes[:, 1] >= 88).all() and (sizes[:, 1] <= 100).all()
+    assert sizes[:, 0].min() < 170 and sizes[:, 0].max() > 190
+    assert sizes[:, 1].min() == 88
+    assert preprocess.output_size(100, 200) is None
+    cropped = Preprocess("zoom_and_crop", crop_size=88)
+    assert cropped.output_size(100, 200) == (88, 88)
+    # What is too small for the crop is enlarged to it.
+    cropped.check("x.png", 40, 40)
+    assert cropped.augment(noise(40, 40), counter_rng(0, 1, 0)).shape == (88, 88, 3)
+
+
+def test_fixsize_scales_to_the_given_size():
+    preprocess = Preprocess("fixsize", fixed_size=(12, 8), flip=False)
+    assert preprocess.prepare(Image.fromarray(noise(30, 50))).shape == (8, 12, 3)
+    assert preprocess.output_size(50, 30) == (12, 8)
+    with pytest.raises(ValueError, match="fixed_size"):
+        Preprocess("fixsize")
+
+
+def test_sixteen_bits_are_resized_in_float_and_stay_sixteen():
+    ramp = np.linspace(100, 60000, 64 * 64).reshape(64, 64).astype(np.uint16)
+    resized = Preprocess("resize", load_size=32).prepare(Image.fromarray(ramp))
+    assert resized.dtype == np.uint16 and resized.shape == (32, 32, 1)
+    expected = np.asarray(
+        Image.fromarray(ramp.astype(np.float32)).resize((32, 32), Image.Resampling.BICUBIC)
+    )
+    assert np.abs(resized[:, :, 0] - expected).max() <= 0.5
+    # An edge overshoots beyond what 16 bits hold, and must not wrap around.
+    edge = np.zeros((16, 16), dtype=np.uint16)
+    edge[:, 8:] = 65535
+    enlarged = Preprocess("resize", load_size=40).prepare(Image.fromarray(edge))[:, :, 0]
+    assert (enlarged[:, :12] < 10000).all() and (enlarged[:, -12:] > 55000).all()
+
+
 def test_flip_mirrors_half_of_the_images_and_only_left_to_right():
     array = noise(8, 8)
     preprocess = Preprocess("none", flip=True)
@@ -178,7 +253,7 @@ def test_counter_generators_depend_on_each_of_their_numbers():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": "resize_and_corp"}, "resize_and_corp.*resize, scale_width"),
+        ({"steps": "resize_and_corp"}, "resize_and_corp.*resize, fixsize, scale_width"),
         ({"load_size": 100, "crop_size": 128}, "load_size=100.*crop_size=128"),
         ({"crop_size": 0}, "crop_size=0"),
     ],

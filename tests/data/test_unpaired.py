@@ -1,5 +1,7 @@
 """The stream of unpaired samples: pure in (seed, index), whatever reads it."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -200,6 +202,94 @@ def test_a_file_that_is_no_image_stops_before_the_first_sample(root, tmp_path):
     (tmp_path / "trainB").symlink_to(root / "trainB")
     with pytest.raises(UserError, match=r"x\.png: cannot be read as an image"):
         make(tmp_path, cache_bytes=0)
+
+
+@pytest.fixture
+def broken_root(root, tmp_path):
+    """`root` with a file of A cut off after its header, and one that is no image at all."""
+    shutil.copytree(root, tmp_path / "broken")
+    folder = tmp_path / "broken" / "trainA"
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:200])
+    (folder / "3.png").write_bytes(b"nothing")
+    return tmp_path / "broken"
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 2**20])
+def test_broken_files_are_skipped_named_once_and_change_no_other_sample(
+    root, broken_root, cache_bytes, caplog
+):
+    whole = plain(root, serial=True)
+    part = plain(broken_root, serial=True, broken_files="skip", cache_bytes=cache_bytes)
+    assert len(part) == len(whole)
+    for index in range(2 * COUNT_A):
+        # In the place of file 1 comes 2, in the place of 3 comes 4.
+        stand_in = {1: 2, 3: 4}.get(index % COUNT_A, index % COUNT_A)
+        assert torch.equal(part[index]["A"], whole[stand_in]["A"])
+        assert torch.equal(part[index]["B"], whole[index]["B"])
+    assert part.broken_count == 2
+    for name in ("1.png", "3.png"):
+        assert sum(name in record.getMessage() for record in caplog.records) == 1
+
+
+def test_workers_share_what_they_find_broken(broken_root):
+    dataset = plain(broken_root, broken_files="skip", cache_bytes=0)
+    list(DataLoader(Subset(dataset, range(20)), batch_size=2, num_workers=2))
+    assert dataset.broken_count == 2
+
+
+def test_broken_files_stop_unless_they_are_to_be_skipped(broken_root, root):
+    with pytest.raises(UserError, match=r"3\.png: cannot be read as an image"):
+        plain(broken_root, cache_bytes=0)
+    shutil.copy(root / "trainA" / "3.png", broken_root / "trainA" / "3.png")
+    dataset = plain(broken_root, serial=True, cache_bytes=0)
+    with pytest.raises(UserError, match=r"1\.png: cannot be read as an image"):
+        dataset[1]
+
+
+def test_a_folder_of_broken_files_is_a_mistake(broken_root):
+    for number in range(COUNT_A):
+        (broken_root / "trainA" / f"{number}.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="none of its 5 files can be read"):
+        plain(broken_root, broken_files="skip")
+
+
+def test_bodies_that_are_all_broken_are_a_mistake(root, tmp_path):
+    shutil.copytree(root, tmp_path / "set")
+    for path in (tmp_path / "set" / "trainB").iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    dataset = plain(tmp_path / "set", broken_files="skip", cache_bytes=0)
+    with pytest.raises(UserError, match="trainB: none of its 3 files can be read"):
+        dataset[0]
+
+
+def test_sixteen_bits(root, tmp_path):
+    (tmp_path / "trainB").symlink_to(root / "trainB")
+    (tmp_path / "trainA").mkdir()
+    levels = np.random.default_rng(0).integers(0, 65536, (16, 16)).astype(np.uint16)
+    Image.fromarray(levels).save(tmp_path / "trainA" / "x.png")
+    sample = plain(tmp_path, channels_a=1, channels_b=1, bits=16)[0]
+    values = ((sample["A"][0].double() + 1) / 2 * 65535).round().numpy()
+    assert np.array_equal(values, levels)
+    with pytest.raises(UserError, match="bits=16 is for greyscale"):
+        plain(tmp_path, channels_a=1, channels_b=3, bits=16)
+
+
+def test_fixsize_takes_the_size_of_each_folders_first_image(root, tmp_path):
+    (tmp_path / "trainB").symlink_to(root / "trainB")
+    (tmp_path / "trainA").mkdir()
+    for name, size in (("x.png", (32, 16)), ("y.png", (64, 50))):
+        Image.new("RGB", size).save(tmp_path / "trainA" / name)
+    dataset = make(tmp_path, preprocess="fixsize", serial=True)
+    dataset.expect_one_size()
+    for index in (0, 1):
+        assert dataset[index]["A"].shape == (3, 16, 32)
+        assert dataset[index]["B"].shape == (3, 24, 28)
+
+
+def test_random_sizes_cannot_be_batched(root):
+    with pytest.raises(UserError, match="random sizes.*_and_crop"):
+        make(root, preprocess="zoom").expect_one_size()
+    make(root, preprocess="zoom_and_crop").expect_one_size()
 
 
 def test_sizes_that_cannot_be_batched_are_named(root, tmp_path):

@@ -298,7 +298,7 @@ def test_layers_that_do_not_exist(nce_layers):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("num_patches", 0),
+        ("num_patches", -1),
         ("temperature", 0.0),
         ("temperature", float("nan")),
         ("lambda_nce", -1.0),

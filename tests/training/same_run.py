@@ -27,15 +27,15 @@ def assert_identical(one, other, where="state"):
         assert one == other, where
 
 
-def assert_same_run(one, other):
-    """Checkpoint, metrics and sample grids are the same; only the time taken and the folder differ."""
+def assert_same_run(one, other, free=()):
+    """Checkpoint, metrics and sample grids are the same; only the time taken, the folder and options in `free` differ."""
     states = [checkpoint(run) for run in (one, other)]
     for state in states:
         state.pop("seconds")
         state["config"] = {
             name: value
             for name, value in state["config"].items()
-            if name not in ("out", "steps", "workers", "epochs")
+            if name not in ("out", "steps", "workers", "epochs", *free)
         }
     assert_identical(*states)
     logs = [read_metrics(run / "metrics.jsonl") for run in (one, other)]

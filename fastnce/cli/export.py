@@ -1,0 +1,51 @@
+"""`fastnce export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from fastnce.cli.parsing import run_with_options
+
+
+def export(args: list[str]) -> int:
+    """Write a run's weights for the published repositories, or as safetensors."""
+
+    def run_export(
+        run: Path,
+        out: Path,
+        format: Literal["cut", "safetensors"] = "safetensors",
+        checkpoint: str = "last",
+        weights: Literal["ema", "raw"] = "ema",
+        label: str = "latest",
+        module_prefix: bool = False,
+    ) -> None:
+        """Write a run's weights in another layout.
+
+        Args:
+            run: Folder of a training run.
+            out: Folder for the files; created.
+            format: cut: LABEL_net_G.pth and its like, as the published repositories read them. safetensors: one file,
+                model.safetensors, with the network and its configuration.
+            checkpoint: "last", "best", or the path of a checkpoint file.
+            weights: The running average of the generator's weights, or the weights themselves, from which training goes on.
+            label: The epoch in the names of the published layout.
+            module_prefix: Put "module." before the names of the published layout's weights.
+        """
+        from fastnce.training.export import export_published, export_shared
+
+        if format == "safetensors":
+            print(export_shared(run, out, which=weights, checkpoint=checkpoint))
+            return
+        for path in export_published(
+            run,
+            out,
+            label=label,
+            which=weights,
+            checkpoint=checkpoint,
+            module_prefix=module_prefix,
+        ):
+            print(path)
+
+    run_with_options("export", run_export, args)
+    return 0

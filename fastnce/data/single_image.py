@@ -1,0 +1,139 @@
+"""Patches of one image per domain, at random zooms, as an endless stream of samples: the data of SinCUT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from fastnce.data.folders import list_images, read_image, split_folder, to_array, to_tensor
+from fastnce.data.transforms import counter_rng
+from fastnce.errors import UserError
+
+A_STREAM, B_STREAM = 20, 21
+
+
+class SingleImagePatches(Dataset):
+    """Patches of `root/trainA` and of `root/trainB`, which hold one image each, or a few.
+
+    Sample i, for any i >= 0, is a pure function of (seed, i) and the arguments. It is made for A and for B independently:
+    draw an image of the folder, shrink it to random shares of its width and height, each uniform in
+    [1 / max_zoom_out, 1] but no smaller than the patch, cut a patch of `crop_size` pixels at a uniformly drawn place, and
+    mirror it in half of the cases.
+
+    The patch is that of the whole image shrunk, which the published code does for every patch, but only the patch's own
+    pixels are computed: Pillow's `resize` with a `box` reads beyond the box what the bicubic kernel needs, so that a patch has
+    no borders. Values are rounded and clipped to 8 bits between the horizontal and the vertical pass, and Pillow chooses
+    which comes first by the sizes; where the order differs, so do pixels, by a level or, at edges that overshoot black or
+    white, by some.
+
+    The published code draws zooms for groups of as many samples as a batch has, and then shuffles the samples, so that its
+    batches mix zooms all the same. Here the zoom is drawn for each sample.
+
+    Args:
+        root: Folder that holds trainA and trainB.
+        split: "train" or any other prefix of the two folders.
+        crop_size: Side of a patch in pixels.
+        max_zoom_out: By how much the image is shrunk at most, at least 1; `--random_scale_max` of the published code.
+        flip: Mirrors each patch with probability 0.5.
+        channels_a: 3 for RGB, 1 for greyscale, of the samples' "A".
+        channels_b: The same for "B".
+        direction: "AtoB", or "BtoA" to read "A" from trainB and "B" from trainA.
+        epoch_samples: Samples in an epoch, which only the learning rate's schedule knows.
+        seed: Seed of the stream.
+
+    Raises:
+        UserError: A folder is missing or empty, a file is not an image, an image is smaller than a patch, or an argument is
+            out of range.
+
+    Source: Park et al., "Contrastive Learning for Unpaired Image-to-Image Translation", ECCV 2020 (SinCUT).
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        split: str = "train",
+        *,
+        crop_size: int = 64,
+        max_zoom_out: float = 3.0,
+        flip: bool = True,
+        channels_a: int = 3,
+        channels_b: int = 3,
+        direction: str = "AtoB",
+        epoch_samples: int = 100_000,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("crop_size", crop_size), ("max_zoom_out", max_zoom_out)):
+            if value < 1:
+                raise UserError(f"{name}={value} is too small. Use {name} >= 1.")
+        if epoch_samples < 1:
+            raise UserError(f"epoch_samples={epoch_samples} is too small. Use epoch_samples >= 1.")
+        if direction not in ("AtoB", "BtoA"):
+            raise UserError(f'direction="{direction}": expected AtoB or BtoA.')
+        first, second = direction.split("to")
+        self.a = _images(split_folder(root, split, first), channels_a, crop_size)
+        self.b = _images(split_folder(root, split, second), channels_b, crop_size)
+        self.crop_size, self.max_zoom_out, self.flip = crop_size, max_zoom_out, flip
+        self.epoch_samples, self.seed = epoch_samples, seed
+
+    def __len__(self) -> int:
+        """Samples in an epoch."""
+        return self.epoch_samples
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        """One epoch; without this a plain `for` would never end, as every index is valid."""
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Sample `index` of the stream: {"A": (C, crop_size, crop_size), "B": the same}, float32 in [-1, 1]."""
+        if index < 0:
+            raise IndexError(
+                f"SingleImagePatches: sample {index} does not exist. Samples start at 0."
+            )
+        return {
+            "A": self._patch(self.a, counter_rng(self.seed, A_STREAM, index)),
+            "B": self._patch(self.b, counter_rng(self.seed, B_STREAM, index)),
+        }
+
+    def _patch(self, images: list[Image.Image], rng: np.random.Generator) -> torch.Tensor:
+        image = images[rng.integers(len(images))]
+        shares = rng.uniform(1 / self.max_zoom_out, 1.0, size=2)
+        width, height = (
+            max(self.crop_size, round(side * share))
+            for side, share in zip(image.size, shares, strict=True)
+        )
+        left = int(rng.integers(width - self.crop_size + 1))
+        top = int(rng.integers(height - self.crop_size + 1))
+        patch = to_array(shrunk_patch(image, (width, height), (left, top), self.crop_size))
+        mirrored = self.flip and rng.random() < 0.5
+        return to_tensor(patch[:, ::-1] if mirrored else patch)
+
+
+def shrunk_patch(
+    image: Image.Image, size: tuple[int, int], corner: tuple[int, int], side: int
+) -> Image.Image:
+    """The square at `corner` (left, top) of `image` resized to `size` (bicubic), without resizing the rest of it."""
+    scale_x, scale_y = image.width / size[0], image.height / size[1]
+    left, top = corner
+    box = (left * scale_x, top * scale_y, (left + side) * scale_x, (top + side) * scale_y)
+    # The last edge may come out of the image by a rounding error, which Pillow refuses.
+    box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
+    return image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+
+
+def _images(folder: Path, channels: int, crop_size: int) -> list[Image.Image]:
+    """All images of `folder`, decoded once and for all; each checked to be as large as a patch."""
+    images = []
+    for path in list_images(folder):
+        image = read_image(path, channels)
+        if min(image.size) < crop_size:
+            raise UserError(
+                f"{path}: {image.width}x{image.height} is smaller than the crop of {crop_size}x{crop_size}. Use a crop_size "
+                f"of at most {min(image.size)}, or a larger image."
+            )
+        images.append(image)
+    return images

@@ -1,0 +1,219 @@
+"""DCLGAN and SimDCL: unpaired translation in both directions with a contrastive loss between two encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastnce.models import options
+from fastnce.models.cut_networks import feature_shapes, initialise
+from fastnce.models.dclgan_config import DCLGANConfig
+from fastnce.models.gan import at_least_fp32, generator_loss
+from fastnce.models.patch_contrast import (
+    Comparison,
+    PatchContrast,
+    build_projector,
+    check_num_patches,
+    projected_dims,
+)
+from fastnce.models.translation import descend, images_of_one_size, l1
+from fastnce.models.two_way import TwoWayModel, reverse
+from fastnce.networks import SimilarityHead
+from fastnce.networks.layers import init_normal
+
+Maps = list[Tensor]
+
+
+class DCLGAN(TwoWayModel):
+    """The networks, their Adam `optimizers`, and one training step.
+
+    With G_A: A to B and G_B: B to A the generators, E_A and E_B their encoders, F_1 the projector behind E_A and F_2 the one
+    behind E_B, and D_A the judge of B and D_B of A:
+
+        G loss = (G_A + G_B) / 2 + (NCE1 + NCE2) / 2 + (idt_A + idt_B) / 2 + sim_A + sim_B
+        G_A = lambda_gan l(D_A(G_A(A)), real)                          G_B likewise
+        NCE1 = lambda_nce * mean over layers of patch_nce(F_2(E_B(G_A(A))), F_1(E_A(A)) without gradient)
+        NCE2 = lambda_nce * mean over layers of patch_nce(F_1(E_A(G_B(B))), F_2(E_B(B)) without gradient)
+        idt_A = lambda_idt |G_A(B) - B|                                idt_B = lambda_idt |G_B(A) - A|
+        sim_A = lambda_sim |H_1(F_1(E_A(A))) - H_2(F_1(E_A(G_B(B))))|  sim_B likewise with F_2 E_B on B and G_A(A)
+        D loss = (l(D_A(B), real) + l(D_A(G_A(A)), fake)) / 2 + the same for D_B
+
+    |x| is the mean of the absolute values. First the discriminators are updated, then generators, projectors and heads.
+
+    The keys E_A(A) and E_B(B) come from the forward passes that made G_A(A) and G_B(B): they are the same numbers as those of
+    a second pass.
+
+    The sim terms are SimDCL's. The heads H see the same sampled patches of real images as the contrastive loss does, and
+    patches of the translations that are sampled anew; nothing is detached there.
+
+    What the published code does otherwise than its options and the paper say is kept, as it made the published results: the
+    generators' hinge loss (`generator_hinge`), another Adam for the projectors (`lr_f`), and an L1 loss asked for as a sum
+    that is a mean.
+
+    Source: Han et al., "Dual Contrastive Learning for Unsupervised Image-to-Image Translation", CVPRW 2021.
+
+    Args:
+        config: see `DCLGANConfig`.
+        image_size: (height, width) of the training images. If given, `num_patches` is checked against the smallest map.
+
+    Attributes:
+        optimizers: "G" for both generators, "D" for both discriminators, "F" for projectors and heads where there are any.
+
+    Raises:
+        UserError: `nce_layers` that the generators do not have, more patches than a map has positions, or a backend that is
+            not there.
+    """
+
+    def __init__(self, config: DCLGANConfig, image_size: tuple[int, int] | None = None) -> None:
+        options.backend_is_there(config.backend)
+        super().__init__(config, image_size)
+        self.config = config
+        self.projector_a = self.projector_b = self.heads = None
+        if config.lambda_nce > 0:
+            self._add_contrast(image_size)
+
+    def _add_contrast(self, image_size: tuple[int, int] | None) -> None:
+        config = self.config
+        shapes_a = feature_shapes(config, image_size)
+        shapes_b = feature_shapes(reverse(config), image_size)
+        if image_size is not None:
+            check_num_patches(config, shapes_a)
+        channels_a, channels_b = ([shape[0] for shape in shapes] for shapes in (shapes_a, shapes_b))
+        self.projector_a = build_projector(config, channels_a)
+        self.projector_b = build_projector(config, channels_b)
+        dims = projected_dims(config, channels_a)
+        self.contrast = PatchContrast(config, ("NCE1", "NCE2"), dims)
+        networks = [n for n in (self.projector_a, self.projector_b) if n is not None]
+        for network in networks:
+            initialise(network, config.init_gain)
+        if config.lambda_sim > 0:
+            names = ("real_a", "fake_a", "real_b", "fake_b")
+            self.heads = nn.ModuleDict({name: SimilarityHead(len(shapes_a)) for name in names})
+            if config.init_gain is not None:
+                init_normal(self.heads, config.init_gain)
+            networks.append(self.heads)
+        if networks:
+            self.optimizers["F"] = torch.optim.Adam(
+                [parameter for network in networks for parameter in network.parameters()],
+                lr=config.lr_f,
+                betas=(config.beta1_f, config.beta2_f),
+                fused=True,
+            )
+
+    def training_step(
+        self,
+        batch: Mapping[str, Tensor],
+        *,
+        patch_ids: Mapping[str, Sequence[Tensor]] | None = None,
+    ) -> dict[str, Tensor]:
+        """One update of the discriminators, then one of the other networks.
+
+        Args:
+            batch: "A" and "B", (N, C, H, W) images in [-1, 1] on the device of the networks.
+            patch_ids: positions for "NCE1", "NCE2" and, for SimDCL, "fake_A" and "fake_B", one (S,) int64 tensor per layer;
+                by default drawn.
+
+        Returns:
+            Detached scalars, weights included: "D_A", "D_B", "G_A", "G_B", "G", and as far as they are part of the loss "NCE1",
+            "NCE2", "idt_A", "idt_B", "sim_A", "sim_B".
+
+        Raises:
+            UserError: A and B differ in height, width or number.
+        """
+        real_a, real_b = images_of_one_size(batch)
+        translated_a, keys_a = self._translate(self.generators.a_to_b, real_a, real_b)
+        translated_b, keys_b = self._translate(self.generators.b_to_a, real_b, real_a)
+        fake_b, fake_a = translated_a[0], translated_b[0]
+        losses = self._update_discriminators(real_a, real_b, fake_a.detach(), fake_b.detach())
+
+        logits_a, logits_b = self._judge(fake_a, fake_b)
+        terms = {"G_A": self._adversarial(logits_a), "G_B": self._adversarial(logits_b)}
+        if self.config.lambda_idt > 0:
+            terms["idt_A"] = self.config.lambda_idt * l1(translated_a[1], real_b)
+            terms["idt_B"] = self.config.lambda_idt * l1(translated_b[1], real_a)
+        similarity: dict[str, Tensor] = {}
+        if self.config.lambda_nce > 0:
+            contrastive, similarity = self._patch_losses(
+                (keys_a, keys_b), fake_a, fake_b, dict(patch_ids or {})
+            )
+            terms |= contrastive
+        total = 0.5 * sum(terms.values()) + sum(similarity.values())
+        descend(total, *(o for name, o in self.optimizers.items() if name != "D"))
+        losses |= {"G": total} | terms | similarity
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _translate(
+        self, generator: nn.Module, source: Tensor, target: Tensor
+    ) -> tuple[tuple[Tensor, ...], Maps]:
+        """The generator's translation of `source` (and, for the identity loss, of `target`), and `source`'s features."""
+        config = self.config
+        # One batch for both: instance norm keeps the images apart.
+        images = torch.cat([source, target]) if config.lambda_idt > 0 else source
+        with self._autocast():
+            if config.lambda_nce == 0:
+                return generator(images).split(len(source)), []
+            translated, maps = generator(images, config.nce_layers)
+        keys = [x[: len(source)] for x in maps]
+        if self.heads is None:
+            keys = [key.detach() for key in keys]
+        return translated.split(len(source)), keys
+
+    def _patch_losses(
+        self,
+        keys: tuple[Maps, Maps],
+        fake_a: Tensor,
+        fake_b: Tensor,
+        patch_ids: dict[str, Sequence[Tensor]],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The contrastive terms, and SimDCL's."""
+        config, (keys_a, keys_b) = self.config, keys
+        similarity: dict[str, Tensor] = {}
+        with self._autocast():
+            queries_a = self.generators.a_to_b.encode(fake_a, config.nce_layers)
+            queries_b = self.generators.b_to_a.encode(fake_b, config.nce_layers)
+            if self.heads is not None:
+                similarity, drawn = self._similarity(
+                    keys_a, keys_b, queries_a, queries_b, patch_ids
+                )
+                patch_ids = patch_ids | drawn
+            a, b = self.projector_a, self.projector_b
+            comparisons = {
+                "NCE1": Comparison(queries_b, [key.detach() for key in keys_a], b, a),
+                "NCE2": Comparison(queries_a, [key.detach() for key in keys_b], a, b),
+            }
+            contrastive = self.contrast(comparisons, patch_ids)
+        return {name: config.lambda_nce * x for name, x in contrastive.items()}, similarity
+
+    def _similarity(
+        self,
+        real_a: Maps,
+        real_b: Maps,
+        fake_a: Maps,
+        fake_b: Maps,
+        patch_ids: Mapping[str, Sequence[Tensor]],
+    ) -> tuple[dict[str, Tensor], dict[str, Sequence[Tensor]]]:
+        """SimDCL's terms, and the positions in real images, which the contrastive loss shall use too."""
+        vectors, ids = {}, {}
+        for head, name, maps, projector in (
+            ("real_a", "NCE1", real_a, self.projector_a),
+            ("real_b", "NCE2", real_b, self.projector_b),
+            ("fake_a", "fake_A", fake_a, self.projector_a),
+            ("fake_b", "fake_B", fake_b, self.projector_b),
+        ):
+            patches, ids[name] = self.contrast.sample(maps, patch_ids.get(name))
+            vectors[head] = self.heads[head](torch.stack(projector(patches), dim=1))
+        weight = self.config.lambda_sim
+        terms = {
+            "sim_A": weight * l1(vectors["real_a"], vectors["fake_a"]),
+            "sim_B": weight * l1(vectors["real_b"], vectors["fake_b"]),
+        }
+        return terms, {name: ids[name] for name in ("NCE1", "NCE2")}
+
+    def _adversarial(self, logits: Tensor) -> Tensor:
+        config = self.config
+        if config.gan_mode == "hinge" and config.generator_hinge == "margin":
+            return config.lambda_gan * F.relu(1 - at_least_fp32(logits)).mean()
+        return config.lambda_gan * generator_loss(logits, config.gan_mode)

@@ -1,0 +1,162 @@
+"""The patchwise contrastive loss of a translation system: sample patches, project them, compare them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import fastnce
+from fastnce import distributed
+from fastnce.errors import UserError
+from fastnce.models.patch_contrast_config import PatchContrastConfig
+from fastnce.networks import PatchProjector
+
+
+class Comparison(NamedTuple):
+    """What one contrastive loss compares.
+
+    Attributes:
+        queries: feature maps (N, C, H, W) of the translated images, one per layer.
+        keys: feature maps of the images they were made of, of the same shapes, without gradient.
+        query_projector: projects the patches of the queries; None compares the features themselves.
+        key_projector: projects those of the keys; the same network as for the queries in CUT, another one in DCLGAN.
+    """
+
+    queries: Sequence[Tensor]
+    keys: Sequence[Tensor]
+    query_projector: nn.Module | None
+    key_projector: nn.Module | None
+
+
+class PatchContrast(nn.Module):
+    """The contrastive losses of a step, all at once.
+
+    Of each map of the keys `num_patches` positions are drawn, the same for all images of the batch, and the queries' patches
+    are taken at the same ones. The positive of a query is the key at its own position. A projector that serves several losses
+    sees the patches of all of them in one pass. The gradient flows through the queries only.
+
+    With a queue among the negatives, each loss and layer has its own first-in-first-out queue of `queue_size` projected keys of
+    earlier batches, filled with random unit vectors at the start. Ranks take in each other's keys. The queues are in the state
+    dict; without one this module has no state.
+
+    Call it under the autocast of the networks, but not in the same autocast context as a pass without gradient: autocast would
+    hand on the weights that it cast there, without gradient.
+
+    Args:
+        config: `num_patches`, `temperature`, `negatives`, `queue_size` and `backend`, see `PatchContrastConfig`.
+        names: the losses that will be asked for, and
+        dims: the length of a projected patch in each layer, see `projected_dims`; both only matter for queues.
+
+    Example:
+        >>> import torch
+        >>> contrast = PatchContrast(PatchContrastConfig(num_patches=16), ["NCE1", "NCE2"], [256])
+        >>> f1, f2 = PatchProjector([64]), PatchProjector([64])
+        >>> a, fake_b, b, fake_a = ([torch.randn(2, 64, 8, 8)] for _ in range(4))  # feature maps
+        >>> losses = contrast({"NCE1": Comparison(fake_b, a, f2, f1), "NCE2": Comparison(fake_a, b, f1, f2)})
+        >>> (losses["NCE1"] + losses["NCE2"]).backward()
+    """
+
+    def __init__(
+        self, config: PatchContrastConfig, names: Sequence[str], dims: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.queues = nn.ModuleDict()
+        if config.negatives in ("queue", "image+queue"):
+            for name in names:
+                self.queues[name] = nn.ModuleList(
+                    distributed.NegativeQueue(config.queue_size, dim, seed=layer)
+                    for layer, dim in enumerate(dims)
+                )
+
+    def forward(
+        self,
+        comparisons: Mapping[str, Comparison],
+        patch_ids: Mapping[str, Sequence[Tensor]] | None = None,
+    ) -> dict[str, Tensor]:
+        """The losses, by the names of the comparisons; each the mean over its patches, images and layers.
+
+        Args:
+            comparisons: what to compare. The maps of all of them have the same H and W in the same layer.
+            patch_ids: positions by name, one (S,) int64 tensor per layer; drawn for the names that are not there.
+        """
+        patch_ids = patch_ids or {}
+        query_patches, key_patches = [], []
+        for name, pair in comparisons.items():
+            patches, ids = self.sample(pair.keys, patch_ids.get(name))
+            key_patches.append((pair.key_projector, patches))
+            query_patches.append((pair.query_projector, self.sample(pair.queries, ids)[0]))
+        # Queries first: what autocast remembers of a pass without gradient must not serve one with it.
+        queries = _projected(query_patches)
+        with torch.no_grad():
+            keys = _projected(key_patches)
+        return {
+            name: self._compare(name, *pair)
+            for name, pair in zip(comparisons, zip(queries, keys, strict=True), strict=True)
+        }
+
+    def sample(
+        self, maps: Sequence[Tensor], patch_ids: Sequence[Tensor] | None = None
+    ) -> tuple[list[Tensor], Sequence[Tensor] | None]:
+        """Patches (N, S, C) of each map, at `patch_ids` or at positions drawn anew, and the positions; None for all."""
+        if patch_ids is None and self.config.num_patches == 0:
+            return [x.flatten(2).mT for x in maps], None
+        backend = self.config.backend
+        return fastnce.sample_patches(
+            list(maps), self.config.num_patches or 1, patch_ids=patch_ids, backend=backend
+        )
+
+    def _compare(self, name: str, queries: list[Tensor], keys: list[Tensor]) -> Tensor:
+        config = self.config
+        how = {"temperature": config.temperature, "backend": config.backend}
+        if name not in self.queues:
+            return fastnce.patch_nce(queries, keys, negatives=config.negatives, **how)
+        losses = []
+        for query, key, queue in zip(queries, keys, self.queues[name], strict=True):
+            in_image = config.negatives == "image+queue"
+            earlier = queue.keys.to(query.dtype)
+            losses.append(fastnce.info_nce(query, key, earlier, in_batch_negatives=in_image, **how))
+            queue.enqueue(key.flatten(0, 1).to(queue.queue.dtype))
+        return sum(losses) / len(losses)
+
+
+def _projected(parts: list[tuple[nn.Module | None, list[Tensor]]]) -> list[list[Tensor]]:
+    """Each part's patches, `[layer]` (N, S, C), behind the part's projector; one pass for all parts of the same projector."""
+    results = [patches for _, patches in parts]
+    for projector in dict.fromkeys(projector for projector, _ in parts):
+        if projector is None:
+            continue
+        mine = [index for index, (other, _) in enumerate(parts) if other is projector]
+        sizes = [len(results[index][0]) for index in mine]
+        stacked = [torch.cat(x) for x in zip(*(results[index] for index in mine), strict=True)]
+        split = [layer.split(sizes) for layer in projector(stacked)]
+        for index, patches in zip(mine, zip(*split, strict=True), strict=True):
+            results[index] = list(patches)
+    return results
+
+
+def projected_dims(config: PatchContrastConfig, channels: Sequence[int]) -> list[int]:
+    """The lengths of projected patches, for maps of `channels`."""
+    return list(channels) if config.projector == "none" else [config.projection_dim] * len(channels)
+
+
+def build_projector(config: PatchContrastConfig, channels: Sequence[int]) -> PatchProjector | None:
+    """The projector that `config` describes, for maps of `channels`; None where there is nothing to train."""
+    if config.projector == "none":
+        return None
+    return PatchProjector(channels, config.projection_dim)
+
+
+def check_num_patches(config: PatchContrastConfig, shapes: Sequence[tuple[int, int, int]]) -> None:
+    """Raises `UserError` if a map, of `shapes` (C, H, W), has fewer positions than `num_patches`."""
+    for index, (layer, (_, height, width)) in enumerate(
+        zip(config.nce_layers, shapes, strict=True)
+    ):
+        if config.num_patches > height * width:
+            raise UserError(
+                f"num_patches={config.num_patches} exceeds the {height}x{width} = {height * width} positions of feature "
+                f"map {index} (layer {layer}). Use num_patches <= {height * width}, or drop that layer from nce_layers."
+            )

@@ -1,0 +1,73 @@
+"""Translation learned from pairs of images: pix2pix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from fastnce.data import AlignedImages
+from fastnce.errors import UserError
+from fastnce.models import Pix2Pix
+from fastnce.models.pix2pix import build_generator
+from fastnce.training.config import Pix2PixTrainConfig
+from fastnce.training.system import Rows, System
+from fastnce.training.translation import linear_decay, translated
+
+
+def _pairs(config: Pix2PixTrainConfig) -> AlignedImages:
+    dataset = _folder(config, "train", load_size=config.load_size, flip=config.flip)
+    if config.batch_size > 1:
+        dataset.expect_one_size()
+    return dataset
+
+
+def _folder(config: Pix2PixTrainConfig, split: str, **options: object) -> AlignedImages:
+    common = {
+        "crop_size": config.crop_size,
+        "preprocess": config.preprocess,
+        "channels_a": config.in_channels,
+        "channels_b": config.out_channels,
+        "direction": config.direction,
+        "serial": config.serial,
+        "seed": config.seed,
+        "bits": config.bits,
+        "broken_files": config.broken_files,
+        "cache_bytes": int(config.cache_gb * 2**30),
+    }
+    return AlignedImages(config.data, split, **(common | options))
+
+
+def _model(config: Pix2PixTrainConfig, dataset: AlignedImages) -> Pix2Pix:
+    _, height, width = dataset[0]["A"].shape
+    return Pix2Pix(config, (height, width))
+
+
+def _preview(config: Pix2PixTrainConfig, dataset: AlignedImages) -> Callable[[nn.Module], Rows]:
+    try:
+        shown = _test_pairs(config, "test")
+    except UserError:  # no such folder
+        shown = _test_pairs(config, "train")
+    pairs = [shown[index] for index in range(min(config.sample_count, len(shown)))]
+    images = [pair["A"] for pair in pairs]
+
+    def rows(generator: nn.Module) -> Rows:
+        truth = [pair["B"] for pair in pairs]
+        return {"input": images, "output": translated(generator, images), "truth": truth}
+
+    return rows
+
+
+def _test_pairs(config: Pix2PixTrainConfig, split: str) -> AlignedImages:
+    return _folder(config, split, load_size=config.crop_size, flip=False, serial=True)
+
+
+PIX2PIX_SYSTEM = System(
+    dataset=_pairs,
+    schedule=linear_decay,
+    model=_model,
+    network_name="generator",
+    network=build_generator,
+    preview=_preview,
+    panels=(("G_GAN", "D_real", "D_fake"), ("G_L1",), ("G",)),
+)

@@ -1,0 +1,296 @@
+"""Weights files of the published repositories of CUT, CycleGAN, DCLGAN and pix2pix: finding, reading, recognising.
+
+Those repositories write one file per network, `{latest|EPOCH}_net_{G,D,F}.pth` (`G_A`, `G_B`, ... where there are two
+directions), a plain state dict. Our networks have the same keys, so what is left is to find out from keys and shapes how
+a network was configured, and to say clearly what a file is when it is not the expected one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastnce.errors import UserError
+from fastnce.training.config import CUTTrainConfig, TrainConfig, UnpairedTrainConfig
+
+# What a network of the published repositories is, with how its keys give it away.
+RESNET, PATCH, PROJECTOR = "ResNet generator", "patch discriminator", "patch projector (netF)"
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recognised:
+    """What a published weights file holds.
+
+    Attributes:
+        kind: `RESNET`, `PATCH` or `PROJECTOR`.
+        options: the fields of `CUTConfig` that are fixed by the weights, with their values.
+        layer_channels: for a projector, the channels of each feature map; else empty.
+    """
+
+    kind: str
+    options: dict[str, object]
+    layer_channels: tuple[int, ...] = ()
+
+
+def read_published(path: Path) -> dict[str, Tensor]:
+    """The state dict in a published `.pth` file, tensors on the CPU.
+
+    The prefix `module.`, which the published code leaves on every key when it trains on a CPU, is removed, and so are the
+    statistics that instance norm kept before PyTorch 0.4, which nothing reads.
+
+    Raises:
+        UserError: no such file, a damaged one, one that needs code to be run, or one that holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Name a weights file, such as latest_net_G.pth.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the file.") from error
+    except Exception as error:
+        # torch.load has no exception of its own: what a damaged file raises depends on where it is cut.
+        raise UserError(
+            f"{path}: is damaged or no PyTorch file of plain weights. Copy it again, or save a state dict alone."
+        ) from error
+    if isinstance(state, dict) and "format" in state and "model" in state:
+        raise UserError(
+            f"{path}: is a checkpoint of fastnce training. Name the run's folder with run instead."
+        )
+    return _plain_state_dict(state, path)
+
+
+def _plain_state_dict(state: object, path: Path) -> dict[str, Tensor]:
+    if not isinstance(state, Mapping) or not state:
+        raise UserError(
+            f"{path}: holds {'nothing' if state == {} else type(state).__name__}, expected the state dict of one network."
+        )
+    others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise UserError(
+            f"{path}: expected the state dict of one network, tensors by name, got other values under "
+            f"{', '.join(others[:4])}. Save the state dict of the network alone."
+        )
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        # Without a weight beside them they belong to an instance norm that does not use them.
+        if not (name.endswith(_STATISTICS) and f"{name.rpartition('.')[0]}.weight" not in state)
+    }
+
+
+def recognise(state: Mapping[str, Tensor], path: Path) -> Recognised:
+    """What the network with this state dict is and how it is configured, from keys and shapes.
+
+    Args:
+        state: as `read_published` gives it.
+        path: names the file in errors.
+
+    Raises:
+        UserError: none that fastnce has, named where it is known.
+    """
+    stem, first = state.get("model.1.weight"), state.get("model.0.weight")
+    if stem is not None and stem.ndim == 4 and stem.shape[2:] == (7, 7):
+        return Recognised(RESNET, _resnet_options(state, path))
+    if first is not None and first.ndim == 4 and first.shape[2:] == (4, 4):
+        return Recognised(PATCH, _patch_options(state, path))
+    if "mlp_0.0.weight" in state:
+        return _recognise_projector(state, path)
+    known = {
+        "encoder.convs.": "a StyleGAN2-style generator",
+        "convs.": "a StyleGAN2-style discriminator",
+        "model.model.": "a U-Net generator",
+        "net.": "a pixel discriminator",
+    }
+    what = next((text for key, text in known.items() if any(k.startswith(key) for k in state)), "")
+    raise UserError(
+        f"{path}: holds {what or 'no network that is known here'} (keys {', '.join(list(state)[:3])}, ...), expected a "
+        f"{RESNET}, {PATCH} or {PROJECTOR}. Name another file."
+    )
+
+
+def _resnet_options(state: Mapping[str, Tensor], path: Path) -> dict[str, object]:
+    _only_instance_norm(state, path, "model.1.bias")
+    # (kernel size of the resampling filters, from the first layer on: 3 blurs downwards, 4 upwards)
+    filters = [state[k].shape[-1] for k in _sorted_by_layer(state) if k.endswith(".filt")]
+    if filters not in ([4, 4], [3, 3, 4, 4]):
+        raise UserError(
+            f"{path}: was trained with resampling filters of sizes {filters}, expected [3, 3, 4, 4] or, with "
+            "--no_antialias, [4, 4]. Upsampling without the filter (--no_antialias_up) is not supported."
+        )
+    last = [k for k in _sorted_by_layer(state) if k.endswith(".weight")][-1]
+    return {
+        "in_channels": state["model.1.weight"].shape[1],
+        "out_channels": state[last].shape[0],
+        "base_channels": state["model.1.weight"].shape[0],
+        "num_blocks": sum(k.endswith(".conv_block.1.weight") for k in state),
+        "antialias": len(filters) == 4,
+    }
+
+
+def _patch_options(state: Mapping[str, Tensor], path: Path) -> dict[str, object]:
+    _only_instance_norm(state, path, "model.0.bias")
+    convolutions = [k for k in state if k.endswith(".weight")]
+    return {
+        "disc_channels": state["model.0.weight"].shape[0],
+        "disc_layers": len(convolutions) - 2,
+        "disc_antialias": "model.2.filt" in state,
+    }
+
+
+def _recognise_projector(state: Mapping[str, Tensor], path: Path) -> Recognised:
+    inputs = sorted(k for k in state if re.fullmatch(r"mlp_\d+\.0\.weight", k))
+    channels = tuple(state[f"mlp_{i}.0.weight"].shape[1] for i in range(len(inputs)))
+    return Recognised(
+        PROJECTOR, {"projection_dim": state["mlp_0.0.weight"].shape[0]}, layer_channels=channels
+    )
+
+
+def _only_instance_norm(state: Mapping[str, Tensor], path: Path, bias: str) -> None:
+    """Other norms either have weights of their own or, without biases, leave the convolutions without them."""
+    if any(name.endswith("running_mean") for name in state):
+        raise UserError(
+            f"{path}: was trained with batch norm, and the networks here have instance norm. It cannot be loaded."
+        )
+    biases = sum(name.endswith(".bias") for name in state)
+    weights = sum(name.endswith(".weight") for name in state)
+    if bias not in state or biases != weights:
+        raise UserError(
+            f"{path}: has convolutions without bias, so it was not trained with instance norm (normG, normD), which the "
+            "networks here have. It cannot be loaded."
+        )
+
+
+def _sorted_by_layer(state: Mapping[str, Tensor]) -> list[str]:
+    """Keys `model.<index>...` by their index."""
+    return sorted(state, key=lambda name: int(name.split(".")[1]))
+
+
+def load_strictly(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Loads weights into a network; raises `UserError` with the first difference if they do not fit exactly."""
+    own = network.state_dict()
+    for name in [*own, *state]:
+        if name not in state or name not in own:
+            side = "lacks" if name not in state else "has the unknown"
+            raise UserError(f"{path}: does not fit the network: it {side} weight {name}.")
+        if own[name].shape != state[name].shape:
+            raise UserError(
+                f"{path}: does not fit the network: {name} has the shape {tuple(state[name].shape)}, "
+                f"expected {tuple(own[name].shape)}."
+            )
+    network.load_state_dict(state)
+
+
+def published_config(state: Mapping[str, Tensor], path: Path) -> CUTTrainConfig:
+    """The configuration of the generator in a published file; all that weights do not tell has its default.
+
+    Raises:
+        UserError: the file holds no generator.
+    """
+    found = recognise(state, path)
+    if found.kind != RESNET:
+        raise UserError(
+            f"{path}: holds a {found.kind}, expected a generator. Name its file, such as latest_net_G.pth."
+        )
+    return CUTTrainConfig(data=path.parent, out=path.parent, **found.options)
+
+
+def published_files(where: Path, names: tuple[str, ...]) -> dict[str, Path]:
+    """The published weights files of one epoch, by the network's name.
+
+    Args:
+        where: a folder, for its `latest_net_*.pth`, or the folder and the epoch: `checkpoints/horses/200`.
+        names: of the networks, the first being the generator, which must be there.
+
+    Returns:
+        For `names` in their order, those that there are.
+
+    Raises:
+        UserError: no such generator; the message says which epochs there are.
+    """
+    where = Path(where)
+    folder, label = (where, "latest") if where.is_dir() else (where.parent, where.name)
+    files = {name: folder / f"{label}_net_{name}.pth" for name in names}
+    found = {name: path for name, path in files.items() if path.is_file()}
+    if names[0] not in found:
+        ending = f"_net_{names[0]}.pth"
+        there = sorted(path.name.removesuffix(ending) for path in folder.glob(f"*{ending}"))
+        have = f"found {', '.join(there)}" if there else f"{folder} holds no *{ending}"
+        raise UserError(
+            f"{files[names[0]]}: no such file; {have}. Name a folder that holds latest{ending}, or FOLDER/EPOCH."
+        )
+    return found
+
+
+def load_published(
+    model: nn.Module, config: UnpairedTrainConfig, networks: Mapping[str, str]
+) -> list[str]:
+    """Starts a model from the published weights in `config.init_from`, if it names any.
+
+    Args:
+        model: the model, freshly built from `config`.
+        config: its configuration.
+        networks: the model's networks: published name to the attribute's path, the generator first.
+
+    Returns:
+        A line for each network: where its weights come from.
+
+    Raises:
+        UserError: files that are missing, damaged or of other networks than `config` describes; the message says which
+            options to give.
+    """
+    where = config.init_from
+    if where is None:
+        return []
+    files = published_files(where, tuple(networks))
+    lines = []
+    for name, attribute in networks.items():
+        network = _attribute(model, attribute)
+        if network is None:
+            continue
+        if name not in files:
+            lines.append(f"{name}: {where} has no file of it, so it starts anew")
+            continue
+        state = read_published(files[name])
+        _check_options(recognise(state, files[name]), config, network, files[name])
+        load_strictly(network, state, files[name])
+        lines.append(f"{name}: {files[name]}")
+    return lines
+
+
+def _attribute(model: nn.Module, path: str) -> nn.Module | None:
+    value: object = model
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value if isinstance(value, nn.Module) else None
+
+
+def _check_options(found: Recognised, config: TrainConfig, network: nn.Module, path: Path) -> None:
+    """Raises `UserError` with the options that the weights ask for, if `config` has others."""
+    differing = {k: v for k, v in found.options.items() if getattr(config, k) != v}
+    if differing:
+        theirs = ", ".join(f"{k}={v}" for k, v in differing.items())
+        ours = ", ".join(f"{k}={getattr(config, k)}" for k in differing)
+        options = " ".join(_option(k, v) for k, v in differing.items())
+        raise UserError(f"{path}: has {theirs}, but the options say {ours}. Add {options}.")
+    expected = tuple(getattr(network, "in_channels", ()))
+    if found.kind == PROJECTOR and found.layer_channels != expected:
+        raise UserError(
+            f"{path}: was trained on feature maps of {list(found.layer_channels)} channels, but nce_layers="
+            f"{list(getattr(config, 'nce_layers', ()))} gives {list(expected)}. Give the nce_layers of that training."
+        )
+
+
+def _option(name: str, value: object) -> str:
+    dashed = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{dashed}" if value else f"--no-{dashed}"
+    return f"--{dashed} {value}"

@@ -1,0 +1,76 @@
+"""One file that holds a trained network and how it was configured: safetensors, for sharing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from fastnce.data.files import atomic_path
+from fastnce.errors import UserError
+from fastnce.training.build import from_dict
+from fastnce.training.config import TrainConfig, to_dict
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+_KEY = "fastnce.config"
+# Fields that say where things are on the machine of the training.
+_PRIVATE = ("data", "out", "init_from", "device", "extractor")
+
+
+def write_shared(network: nn.Module, config: TrainConfig, path: Path) -> None:
+    """Writes a network's weights as a safetensors file, with the configuration in the file's metadata.
+
+    Folders and devices of the training are left out of it.
+
+    Raises:
+        UserError: the package safetensors is not installed, or the file cannot be written.
+    """
+    values = {k: v for k, v in to_dict(config).items() if k not in _PRIVATE}
+    data = _safetensors().torch.save(
+        {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()},
+        metadata={"format": "pt", _KEY: json.dumps(values)},
+    )
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def read_shared(path: Path) -> tuple[dict[str, Tensor], TrainConfig | None]:
+    """The weights in a safetensors file, tensors on the CPU, and its configuration; None if the file has none.
+
+    Raises:
+        UserError: no such file, a damaged one, or one of a newer program.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Name a weights file, such as model.safetensors.")
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the file.") from error
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: is damaged or no safetensors file. Copy it again.") from error
+    if _KEY not in metadata:
+        return state, None
+    folders = {"data": str(path.parent), "out": str(path.parent)}
+    try:
+        return state, from_dict(json.loads(metadata[_KEY]) | folders, f"{path}: option")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: its configuration cannot be read ({error}). Update fastnce, or export it again."
+        ) from error
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "safetensors files need the package safetensors. Install it with: pip install 'fastnce[train]'"
+        ) from error
+    return safetensors

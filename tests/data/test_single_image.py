@@ -1,0 +1,169 @@
+"""Patches of single images: pure in (seed, index), equal to the patches of a whole image that was shrunk."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+
+from fastnce.data import SingleImagePatches, load_image
+from fastnce.data.folders import to_array, to_tensor
+from fastnce.data.single_image import shrunk_patch
+from fastnce.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """One smooth image of A, 60x48, with x in red and y in green, and two of B: a black and a noisy one."""
+    root = tmp_path_factory.mktemp("single")
+    y, x = np.mgrid[:48, :60]
+    gradient = np.stack([x * 4, y * 5, 0 * x], axis=2).astype(np.uint8)
+    noise = np.random.default_rng(0).integers(128, 256, (40, 50, 3), dtype=np.uint8)
+    for name, pixels in (("A/a", gradient), ("B/black", noise * 0), ("B/noise", noise)):
+        path = root / f"train{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return root
+
+
+def make(root, **arguments) -> SingleImagePatches:
+    return SingleImagePatches(root, **({"crop_size": 16} | arguments))
+
+
+def equal(one, other) -> bool:
+    return torch.equal(one["A"], other["A"]) and torch.equal(one["B"], other["B"])
+
+
+def test_a_sample_depends_on_seed_and_index_only(root):
+    first, again, other = make(root), make(root), make(root, seed=1)
+    indices = list(range(30))
+    samples = {index: first[index] for index in indices}
+    for index in np.random.default_rng(0).permutation(indices).tolist():
+        assert equal(samples[index], again[index])
+        assert not torch.equal(samples[index]["A"], other[index]["A"])
+    for sample in samples.values():
+        assert sample["A"].shape == sample["B"].shape == (3, 16, 16)
+        assert sample["A"].dtype == torch.float32
+        assert sample["A"].min() >= -1 and sample["A"].max() <= 1
+
+
+def test_workers_read_the_same_stream_from_the_middle_on(root):
+    part = Subset(make(root), range(100_007, 100_015))
+    one, other = (list(DataLoader(part, batch_size=4, num_workers=n)) for n in (0, 2))
+    assert len(one) == len(other) == 2
+    assert all(equal(*pair) for pair in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("size", [(53, 31), (34, 47), (60, 48), (20, 16)])
+def test_a_patch_is_that_of_the_shrunk_image(size):
+    """To one level of 256, also at the patch's borders, where the kernel reads beyond it.
+
+    The noise leaves room for the kernel's overshoot: where that is clipped, the order of the two passes matters.
+    """
+    pixels = np.random.default_rng(1).integers(80, 176, (48, 60, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    whole = to_array(image.resize(size, Image.Resampling.BICUBIC)).astype(int)
+    for left, top in ((0, 0), (size[0] - 16, size[1] - 16), (2, 0)):
+        patch = to_array(shrunk_patch(image, size, (left, top), 16)).astype(int)
+        expected = whole[top : top + 16, left : left + 16]
+        assert np.abs(patch - expected).max() <= 1
+
+
+def test_zooms_and_places_cover_the_image(root):
+    """Red and green tell where in the image each pixel of a patch was: zoom and corner can be read off."""
+    dataset = make(root, flip=False)
+    zooms, places = [], []
+    for index in range(300):
+        red, green = ((dataset[index]["A"][channel] + 1) * 127.5 for channel in (0, 1))
+        x, y = red[8] / 4, green[:, 8] / 5
+        zooms.append([(x[12] - x[3]).item() / 9, (y[12] - y[3]).item() / 9])
+        places.append([x[8].item(), y[8].item()])
+    zooms, places = np.array(zooms), np.array(places)
+    # 60 pixels are shrunk to 20... 60, 48 to 16... 48.
+    assert zooms.min() == pytest.approx(1.0, abs=0.03)
+    assert zooms.max() == pytest.approx(3.0, abs=0.15)
+    # Width and height are shrunk independently; shares are uniform, so their mean is 2/3.
+    assert abs(np.corrcoef(zooms.T)[0, 1]) < 0.2
+    assert (1 / zooms).mean() == pytest.approx(2 / 3, abs=0.05)
+    assert places.min(axis=0) == pytest.approx([8.5, 8.5], abs=2.5)
+    assert places.max(axis=0) == pytest.approx([51.5, 39.5], abs=2.5)
+
+
+def test_samples_of_a_batch_have_zooms_of_their_own(root):
+    dataset = make(root, flip=False)
+    zooms = {
+        round((dataset[i]["A"][0, 8, 12] - dataset[i]["A"][0, 8, 3]).item(), 2) for i in range(16)
+    }
+    assert len(zooms) > 8
+
+
+def test_no_zoom(root):
+    """With max_zoom_out=1 every patch is cut out of the image itself."""
+    dataset = make(root, max_zoom_out=1.0, flip=False)
+    image = load_image(root / "trainA" / "a.png")
+    windows = image.unfold(1, 16, 1).unfold(2, 16, 1)  # (C, y, x, 16, 16)
+    for index in range(5):
+        patch = dataset[index]["A"][:, None, None]
+        assert (windows == patch).all(dim=(0, 3, 4)).sum() == 1
+
+
+def test_patches_are_mirrored_in_half_of_the_cases(root):
+    dataset = make(root)
+    mirrored = [
+        (sample["A"][0, 8, 0] > sample["A"][0, 8, 15]).item()
+        for sample in map(dataset.__getitem__, range(200))
+    ]
+    assert sum(mirrored) / 200 == pytest.approx(0.5, abs=0.12)
+    still = make(root, flip=False)
+    assert all(still[i]["A"][0, 8, 0] < still[i]["A"][0, 8, 15] for i in range(50))
+
+
+def test_images_of_a_folder_are_drawn_equally_and_independently(root):
+    dataset = make(root)
+    noisy = [(dataset[index]["B"].max() > 0).item() for index in range(200)]
+    assert sum(noisy) / 200 == pytest.approx(0.5, abs=0.12)
+
+
+def test_direction_and_channels(root):
+    forth, back = make(root), make(root, direction="BtoA", channels_a=1)
+    assert back[0]["A"].shape == (1, 16, 16) and back[0]["B"].shape == (3, 16, 16)
+    assert back[3]["B"][2].max() == -1  # trainA has no blue
+    assert forth[3]["A"][2].max() == -1
+
+
+def test_an_image_as_large_as_the_patch(root):
+    whole = to_tensor(
+        to_array(
+            Image.open(root / "trainB" / "noise.png").resize((40, 40), Image.Resampling.BICUBIC)
+        )
+    )
+    dataset = make(root, direction="BtoA", crop_size=40, flip=False)
+    matches = [torch.allclose(dataset[i]["A"], whole, atol=2.1 / 127.5) for i in range(20)]
+    assert any(matches) and not all(matches)  # where the width was shrunk to 40 too
+
+
+def test_an_epoch(root):
+    assert len(make(root)) == 100_000
+    assert len(list(make(root, epoch_samples=3))) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"crop_size": 41}, r"black\.png: 50x40 is smaller than the crop of 41x41.*at most 40"),
+        ({"crop_size": 0}, "crop_size=0 is too small"),
+        ({"max_zoom_out": 0.5}, "max_zoom_out=0.5 is too small"),
+        ({"epoch_samples": 0}, "epoch_samples=0 is too small"),
+        ({"direction": "AB"}, 'direction="AB": expected AtoB or BtoA'),
+        ({"split": "test"}, "holds no folder testA or valA"),
+        ({"channels_a": 2}, "channels=2"),
+    ],
+)
+def test_mistakes_stop_before_the_first_sample(root, arguments, message):
+    with pytest.raises(UserError, match=message):
+        make(root, **arguments)
+
+
+def test_negative_index(root):
+    with pytest.raises(IndexError, match="sample -1 does not exist"):
+        make(root)[-1]

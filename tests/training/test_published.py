@@ -1,0 +1,353 @@
+"""Weights files of the published repositories: in, out, and what is said about others.
+
+The stand-ins are made from the list of keys and shapes of the published networks, not from ours.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastnce.data import load_image
+from fastnce.errors import UserError
+from fastnce.training import (
+    export_published,
+    export_shared,
+    load_config,
+    load_generator,
+    train,
+    translate,
+)
+from fastnce.training.checkpoint import load_checkpoint
+from fastnce.training.published import read_published, recognise
+from fastnce.training.shared import read_shared, write_shared
+
+
+def fill(shapes: dict[str, tuple[int, ...]], filters: dict[str, int]) -> dict[str, Tensor]:
+    """Random weights of these shapes, and the resampling filters of these channels by key."""
+    generator = torch.Generator().manual_seed(0)
+    state = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    for name, channels in filters.items():
+        up = int(name.split(".")[1]) > 11
+        row = torch.tensor([1.0, 3.0, 3.0, 1.0] if up else [1.0, 2.0, 1.0])
+        kernel = torch.outer(row, row) / 16
+        state[name] = kernel.expand(channels, 1, -1, -1).clone()
+    return state
+
+
+def convolution(name: str, out: int, into: int, size: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (out, into, size, size), f"{name}.bias": (out,)}
+
+
+def official_generator(c=2, blocks=1, into=3, out=3, antialias=True) -> dict[str, Tensor]:
+    first = 12 if antialias else 10
+    convs = convolution("model.1", c, into, 7) | convolution("model.4", 2 * c, c, 3)
+    convs |= convolution("model.8" if antialias else "model.7", 4 * c, 2 * c, 3)
+    for block in range(first, first + blocks):
+        for index in (1, 5):
+            convs |= convolution(f"model.{block}.conv_block.{index}", 4 * c, 4 * c, 3)
+    up = first + blocks
+    convs |= convolution(f"model.{up + 1}", 2 * c, 4 * c, 3)
+    convs |= convolution(f"model.{up + 5}", c, 2 * c, 3)
+    convs |= convolution(f"model.{up + 9}", out, c, 7)
+    filters = {f"model.{up}.filt": 4 * c, f"model.{up + 4}.filt": 2 * c}
+    if antialias:
+        filters |= {"model.7.filt": 2 * c, "model.11.filt": 4 * c}
+    return fill(convs, filters)
+
+
+def official_discriminator(c=2) -> dict[str, Tensor]:
+    widths = [3, c, 2 * c, 4 * c, 8 * c, 1]
+    convs = {}
+    for index, layer in enumerate((0, 3, 7, 11, 14)):
+        convs |= convolution(f"model.{layer}", widths[index + 1], widths[index], 4)
+    filters = {"model.2.filt": c, "model.6.filt": 2 * c, "model.10.filt": 4 * c}
+    return fill(convs, filters)
+
+
+def official_projector(channels=(4, 8, 8), dim=8) -> dict[str, Tensor]:
+    shapes = {}
+    for index, into in enumerate(channels):
+        shapes |= {f"mlp_{index}.0.weight": (dim, into), f"mlp_{index}.0.bias": (dim,)}
+        shapes |= {f"mlp_{index}.2.weight": (dim, dim), f"mlp_{index}.2.bias": (dim,)}
+    return fill(shapes, {})
+
+
+def prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"module.{name}": tensor for name, tensor in state.items()}
+
+
+@pytest.fixture
+def published(tmp_path) -> Path:
+    """Files as the published training on a CPU leaves them: `module.` before every key."""
+    folder = tmp_path / "checkpoints" / "horses"
+    folder.mkdir(parents=True)
+    for label in ("latest", "5"):
+        torch.save(prefixed(official_generator()), folder / f"{label}_net_G.pth")
+        torch.save(prefixed(official_discriminator()), folder / f"{label}_net_D.pth")
+        torch.save(prefixed(official_projector()), folder / f"{label}_net_F.pth")
+    return folder
+
+
+# The tiny configuration of these stand-ins.
+SAME = {"disc_layers": 3, "crop_size": 32, "load_size": 36}
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"c": 64, "blocks": 9},
+        {"blocks": 6, "into": 1},
+        {"blocks": 2, "out": 1, "antialias": False},
+    ],
+)
+def test_a_published_generator_is_recognised_and_loads_bit_for_bit(tmp_path, shape, prefix):
+    state = official_generator(**shape)
+    torch.save(prefixed(state) if prefix else state, tmp_path / "latest_net_G.pth")
+    generator, config = load_generator(tmp_path / "latest_net_G.pth")
+    own = generator.state_dict()
+    assert own.keys() == state.keys()
+    assert all(torch.equal(own[name], state[name]) for name in state)
+    defaults = {"c": 2, "into": 3, "out": 3, "antialias": True}
+    expected = defaults | shape
+    assert config.base_channels == expected["c"] and config.num_blocks == expected["blocks"]
+    assert config.in_channels == expected["into"] and config.out_channels == expected["out"]
+    assert config.antialias is expected["antialias"]
+
+
+def test_the_published_defaults_are_our_defaults():
+    """11.378M, 2.765M and 0.560M parameters, as published."""
+    states = (
+        official_generator(64, 9),
+        official_discriminator(64),
+        official_projector((3, 128, 256, 256, 256), 256),
+    )
+    counts = [
+        sum(v.numel() for k, v in state.items() if not k.endswith("filt")) for state in states
+    ]
+    assert [round(count / 1e6, 3) for count in counts] == [11.378, 2.765, 0.560]
+    options = {k: v for state in states for k, v in recognise(state, Path("x")).options.items()}
+    assert options == {
+        "in_channels": 3,
+        "out_channels": 3,
+        "base_channels": 64,
+        "num_blocks": 9,
+        "antialias": True,
+        "disc_channels": 64,
+        "disc_layers": 3,
+        "disc_antialias": True,
+        "projection_dim": 256,
+    }
+
+
+def test_statistics_that_nothing_reads_are_left_out(tmp_path):
+    state = official_generator()
+    old = state | {"model.2.running_mean": torch.zeros(2), "model.2.running_var": torch.ones(2)}
+    torch.save(old, tmp_path / "a.pth")
+    assert read_published(tmp_path / "a.pth").keys() == state.keys()
+
+
+def without_biases(state):
+    return {k: v for k, v in state.items() if not k.endswith(".bias")}
+
+
+def with_batch_norm(state):
+    norm = {
+        f"model.2.{k}": torch.ones(2) for k in ("weight", "bias", "running_mean", "running_var")
+    }
+    return state | norm
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (official_discriminator(), "holds a patch discriminator, expected a generator"),
+        (official_projector(), "holds a patch projector .*, expected a generator"),
+        (with_batch_norm(official_generator()), "batch norm"),
+        (without_biases(official_generator()), "convolutions without bias"),
+        (
+            {k: v for k, v in official_generator().items() if not k.endswith("filt")},
+            r"filters of sizes \[\].*no_antialias_up",
+        ),
+        ({"encoder.convs.1.weight": torch.ones(1)}, "StyleGAN2-style generator"),
+        ({"model.model.0.weight": torch.ones(1)}, "U-Net"),
+        ({"fc.weight": torch.ones(1)}, r"no network that is known here \(keys fc.weight"),
+        ({}, "holds nothing"),
+        ([1, 2], "holds list"),
+        ({"state_dict": {}, "epoch": 3}, "got other values under state_dict, epoch"),
+        ({"format": 1, "model": {}}, "is a checkpoint of fastnce training"),
+    ],
+)
+def test_other_files_are_named_for_what_they_are(tmp_path, state, message):
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=message) as info:
+        load_generator(tmp_path / "a.pth")
+    assert "\n" not in str(info.value) and str(info.value).startswith(str(tmp_path / "a.pth"))
+
+
+def test_files_that_run_code_or_are_damaged_are_refused(tmp_path):
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pth")
+    torch.save(official_generator(), tmp_path / "cut.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:2000])
+    for name in ("module.pth", "cut.pth"):
+        with pytest.raises(UserError, match="is damaged or no PyTorch file of plain weights"):
+            load_generator(tmp_path / name)
+    with pytest.raises(UserError, match=r"none\.pth: no such file"):
+        load_generator(tmp_path / "none.pth")
+
+
+def test_a_missing_or_misshapen_weight_is_named(tmp_path):
+    state = official_generator(blocks=2)
+    del state["model.13.conv_block.5.weight"], state["model.13.conv_block.5.bias"]
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"lacks weight model\.13\.conv_block\.5\.weight"):
+        load_generator(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("epoch", ["", "5"])
+def test_training_starts_from_published_weights(published, tiny, capsys, epoch):
+    config = tiny(**SAME, init_from=published / epoch, lr=1e-12, steps=1)
+    run = train(config)
+    state = load_checkpoint(run / "checkpoints" / "last.pt")["model"]
+    for attribute, expected in (
+        ("generator", official_generator()),
+        ("discriminator", official_discriminator()),
+        ("projector", official_projector()),
+    ):
+        for name, tensor in expected.items():
+            torch.testing.assert_close(state[f"{attribute}.{name}"], tensor, rtol=0, atol=1e-6)
+    printed = capsys.readouterr().out
+    for name in "GDF":
+        assert (
+            f"{name}: {published / (epoch or 'latest')}_net_{name}.pth".replace(
+                "latest_net", "latest_net"
+            )
+            in printed
+            or f"/{epoch or 'latest'}_net_{name}.pth" in printed
+        )
+    assert load_config(run).init_from == published / epoch
+
+
+def test_a_run_from_published_weights_resumes_exactly_without_them(published, tiny, tmp_path):
+    whole = train(tiny(**SAME, init_from=published, out=tmp_path / "whole", steps=4))
+    part = train(tiny(**SAME, init_from=published, out=tmp_path / "part", steps=2))
+    published.rename(tmp_path / "gone")
+    train(tiny(**SAME, init_from=published, out=tmp_path / "part", steps=4))
+    one, other = (load_checkpoint(r / "checkpoints" / "last.pt") for r in (whole, part))
+    assert one["step"] == other["step"] == 4
+    for name, tensor in one["model"].items():
+        assert torch.equal(tensor, other["model"][name]), name
+
+
+def test_the_options_that_weights_ask_for_are_told(published, tiny):
+    with pytest.raises(UserError, match=r"base_channels=2, but .*base_channels=4. Add --base-ch"):
+        train(tiny(**SAME, init_from=published, base_channels=4))
+    with pytest.raises(UserError, match="Add --disc-antialias"):
+        train(tiny(**SAME, init_from=published, disc_antialias=False))
+    with pytest.raises(UserError, match=r"channels, but nce_layers=\[4, 8\] gives \[4, 8\]"):
+        train(tiny(**SAME, init_from=published, nce_layers=[4, 8]))
+    with pytest.raises(UserError, match=r"200_net_G\.pth: no such file; found 5, latest"):
+        train(tiny(**SAME, init_from=published / "200"))
+    assert not tiny().out.exists()
+
+
+def test_networks_without_a_file_start_anew(published, tiny, capsys):
+    (published / "latest_net_F.pth").unlink()
+    train(tiny(**SAME, init_from=published, steps=1))
+    assert "F: " in (printed := capsys.readouterr().out) and "starts anew" in printed
+
+
+@pytest.mark.parametrize("module_prefix", [False, True])
+def test_exported_files_are_the_published_ones_bit_for_bit(
+    published, tiny, tmp_path, module_prefix
+):
+    run = train(tiny(**SAME, init_from=published, steps=2))
+    files = export_published(run, tmp_path / "out", module_prefix=module_prefix, which="raw")
+    assert [path.name for path in files] == [f"latest_net_{name}.pth" for name in "GDF"]
+    trained = load_checkpoint(run / "checkpoints" / "last.pt")["model"]
+    for path, attribute, official in zip(
+        files,
+        ("generator", "discriminator", "projector"),
+        (official_generator(), official_discriminator(), official_projector()),
+        strict=True,
+    ):
+        saved = torch.load(path, weights_only=True)
+        assert saved.keys() == (prefixed(official) if module_prefix else official).keys()
+        for name, tensor in read_published(path).items():
+            assert torch.equal(tensor, trained[f"{attribute}.{name}"])
+            assert tensor.shape == official[name].shape
+    # And back in.
+    again = train(
+        tiny(**SAME, init_from=tmp_path / "out", lr=1e-12, steps=1, out=tmp_path / "again")
+    )
+    state = load_checkpoint(again / "checkpoints" / "last.pt")["model"]
+    for name in trained:
+        torch.testing.assert_close(state[name], trained[name], rtol=0, atol=1e-6)
+
+
+def test_the_average_is_exported_under_any_label(tiny, tmp_path):
+    run = train(tiny(steps=3))
+    files = export_published(run, tmp_path, label="200")
+    assert files[0] == tmp_path / "200_net_G.pth"
+    average, _ = load_generator(run, which="ema")
+    raw, _ = load_generator(run, which="raw")
+    loaded, _ = load_generator(files[0])
+    assert torch.equal(loaded.model[1].weight, average.model[1].weight)
+    assert not torch.equal(loaded.model[1].weight, raw.model[1].weight)
+
+
+def test_a_run_without_projector_exports_none(tiny, tmp_path):
+    run = train(tiny(steps=1, lambda_nce=0.0))
+    assert [p.name for p in export_published(run, tmp_path)] == [
+        "latest_net_G.pth",
+        "latest_net_D.pth",
+    ]
+
+
+@pytest.mark.parametrize("which", ["ema", "raw"])
+def test_a_safetensors_file_takes_the_runs_place(tiny, data, tmp_path, which):
+    run = train(tiny(steps=3, temperature=0.5))
+    path = export_shared(run, tmp_path / "out", which=which)
+    assert path == tmp_path / "out" / "model.safetensors"
+    expected, config = load_generator(run, which=which)
+    generator, shared = load_generator(path)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(generator.state_dict()[name], tensor)
+    assert shared.temperature == 0.5 and shared.nce_layers == config.nce_layers
+    image = load_image(data / "testA" / "0.png")[None]
+    assert torch.equal(translate(generator, image), translate(expected, image))
+    # Nothing of the machine it was trained on.
+    assert str(data).encode() not in path.read_bytes()
+
+
+def test_safetensors_files_of_others(tmp_path, tiny):
+    import safetensors.torch
+
+    plain = tmp_path / "plain.safetensors"
+    safetensors.torch.save_file(official_generator(blocks=2), plain)
+    generator, config = load_generator(plain)
+    assert config.num_blocks == 2 and len(generator.model) == len(range(12 + 2 + 11))
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(plain.read_bytes()[:500])
+    with pytest.raises(UserError, match="is damaged or no safetensors file"):
+        load_generator(broken)
+    with pytest.raises(UserError, match="no such file"):
+        load_generator(tmp_path / "none.safetensors")
+    newer = tmp_path / "newer.safetensors"
+    metadata = {"fastnce.config": json.dumps({"system": "cut", "unheard_of": 1})}
+    safetensors.torch.save_file(official_generator(), newer, metadata)
+    with pytest.raises(UserError, match="unheard_of"):
+        load_generator(newer)
+
+
+def test_the_file_is_written_whole_or_not_at_all(tmp_path, tiny):
+    run = train(tiny(steps=1))
+    generator, config = load_generator(run)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_shared(generator, config, tmp_path / "file" / "a.safetensors")
+    write_shared(generator, config, tmp_path / "a.safetensors")
+    assert read_shared(tmp_path / "a.safetensors")[1].system == "cut"

@@ -1,0 +1,100 @@
+"""Tiled translation is the translation of the whole image, without seams."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastnce.errors import UserError
+from fastnce.networks import ResnetGenerator
+from fastnce.training import tiles, translate
+
+TILE = 32
+
+
+def make(antialias: bool = True) -> ResnetGenerator:
+    """A generator whose activations are of the order of 1, so that norms and borders matter."""
+    torch.manual_seed(0)
+    generator = ResnetGenerator(base_channels=8, num_blocks=2, antialias=antialias).eval()
+    for parameter in generator.parameters():
+        if parameter.ndim == 4:
+            torch.nn.init.kaiming_normal_(parameter)
+        else:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return generator.requires_grad_(False)
+
+
+def image() -> Tensor:
+    """Bright on one side and dark on the other: every tile has statistics of its own."""
+    torch.manual_seed(1)
+    ramp = torch.linspace(-0.8, 0.8, 172).expand(1, 3, 108, 172)
+    return (ramp + 0.2 * torch.randn(1, 3, 108, 172)).clamp(-1, 1)
+
+
+def untied_tiles(generator, x: Tensor) -> Tensor:
+    """Each tile translated for itself: what must not come out."""
+    rows = [
+        torch.cat([generator(piece) for piece in row.split(TILE, 3)], 3) for row in x.split(TILE, 2)
+    ]
+    return torch.cat(rows, 2)
+
+
+def largest_steps(x: Tensor) -> tuple[float, float]:
+    """Largest step between neighbouring columns: across the borders of tiles, and elsewhere."""
+    steps = (x[..., 1:] - x[..., :-1]).abs().mean((0, 1, 2))
+    across = torch.zeros(len(steps), dtype=torch.bool)
+    across[TILE - 1 :: TILE] = True
+    return steps[across].max().item(), steps[~across].max().item()
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("tile", [16, TILE, 52, 108])
+def test_tiles_give_the_untiled_result(antialias, tile):
+    generator, x = make(antialias), image()
+    whole, tiled = generator(x), tiles.translate_in_tiles(generator, x, tile)
+    assert whole.std() > 0.3  # not saturated, not flat
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=3e-5)
+    # Tiles for themselves are far from it.
+    assert (untied_tiles(generator, x) - whole).abs().mean() > 0.05
+
+
+def test_there_is_no_seam():
+    generator, x = make(), image()
+    across, inside = largest_steps(tiles.translate_in_tiles(generator, x, TILE))
+    assert across <= inside
+    across, inside = largest_steps(untied_tiles(generator, x))
+    assert across > inside
+
+
+@pytest.mark.parametrize(("name", "halo"), [("ENCODER_HALO", 4), ("DECODER_HALO", 1)])
+def test_the_margins_are_needed(monkeypatch, name, halo):
+    """Guards the comparison above: it sees a margin that is too narrow."""
+    generator, x = make(), image()
+    monkeypatch.setattr(tiles, name, halo)
+    tiled = tiles.translate_in_tiles(generator, x, TILE)
+    assert (tiled - generator(x)).abs().max() > 1e-3
+
+
+def test_translate_uses_tiles_for_large_images_of_any_size():
+    generator = make()
+    x = image()[..., :99, :170]
+    expected = translate(generator, x)
+    result = translate(generator, x, tile=TILE)
+    assert result.shape == x.shape
+    torch.testing.assert_close(result, expected, rtol=0, atol=3e-5)
+    # A batch goes through one by one: norms tie the tiles of an image, not the images.
+    both = translate(generator, torch.cat([x, x.flip(3)]), tile=TILE)
+    torch.testing.assert_close(both[:1], expected, rtol=0, atol=3e-5)
+    # What fits in a tile is translated as ever, by any generator.
+    one = torch.nn.Conv2d(3, 3, 1)
+    assert translate(one, x[..., :TILE, :TILE], tile=TILE).shape == (1, 3, TILE, TILE)
+
+
+@pytest.mark.parametrize("tile", [0, 12, 34])
+def test_odd_tiles_are_refused(tile):
+    with pytest.raises(UserError, match=f"tile={tile} must be a multiple of 4 and at least 16"):
+        tiles.translate_in_tiles(make(), image(), tile)
+
+
+def test_other_generators_are_refused():
+    with pytest.raises(UserError, match="is for the ResNet generator, got a Conv2d"):
+        tiles.translate_in_tiles(torch.nn.Conv2d(3, 3, 1), image(), TILE)
