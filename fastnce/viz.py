@@ -97,6 +97,7 @@ def save_ablation_plot(values: Mapping[str, Mapping[str, Sequence[float]]], path
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     names = list(values)
     measures = list(values[names[0]])
@@ -113,10 +114,13 @@ def save_ablation_plot(values: Mapping[str, Mapping[str, Sequence[float]]], path
             axes.scatter(numbers, [height] * len(numbers), s=18, alpha=0.7)
             # Beside the plot, in line with the row.
             place = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 9}
-            axes.annotate(f"{mean:.3g}", (1.01, height), **place)
+            axes.annotate(f"{mean:#.3g}", (1.01, height), **place)
         numbers = [number for name in names for number in values[name][measure]]
         if min(numbers) > 0 and max(numbers) > _MANY_TIMES * min(numbers):
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(measure)
         axes.grid(alpha=0.3)
     all_axes[0].set_yticks(range(len(names)), names)
