@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -235,11 +235,12 @@ def translate_folder(
 
 def image_scaling(
     config: UnpairedTrainConfig,
-    paths: list[Path],
+    paths: Sequence[Path],
     preprocess: str | None = None,
     size: int | None = None,
 ) -> Preprocess:
-    """The steps of the training, or those asked for, that do not depend on chance."""
+    """What is done to the images in `paths` before they are translated: the steps of the training, or those asked for, that do
+    not depend on chance."""
     steps = config.preprocess if preprocess is None else preprocess
     kept = [part for part in steps.split("_and_") if not any(t in part for t in RANDOM_TOKENS)]
     side = config.crop_size if size is None else size

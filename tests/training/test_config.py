@@ -8,7 +8,7 @@ import pytest
 
 from fastnce.errors import UserError
 from fastnce.training import CUTTrainConfig, build_config
-from fastnce.training.build import check_options
+from fastnce.training.build import check_options, from_dict
 from fastnce.training.config import (
     CONFIGS,
     FREE_FIELDS,
@@ -123,6 +123,13 @@ def test_bad_config_files(tmp_path, text, message):
         build_config("cut", config_file=file, overrides=PATHS)
     assert message in str(error.value)
     assert str(file) in str(error.value)
+
+
+def test_the_channels_of_a_run_from_before_there_were_two_numbers():
+    values = to_dict(build_config("cut", overrides=PATHS))
+    del values["in_channels"], values["out_channels"]
+    config = from_dict(values | {"channels": 1})
+    assert (config.in_channels, config.out_channels) == (1, 1)
 
 
 def test_configs_are_frozen():
