@@ -170,7 +170,7 @@ def _charts(runs: Sequence[GalleryRun], kind: str) -> str:
         for name in names:
             drawn = [_series(run.name, name, lines[run.name]) for run in runs]
             charts.append((name, drawn))
-    shown = [_chart(title, [s for s in drawn if _known(s)]) for title, drawn in charts]
+    shown = [_chart(title, drawn) for title, drawn in charts]
     return f'<div class="charts">{"".join(shown)}</div>' if any(shown) else ""
 
 
@@ -189,7 +189,9 @@ def _known(series: Series) -> list[float]:
 
 
 def _chart(title: str, series: Sequence[Series]) -> str:
-    if not series:
+    """A chart; a series without values is left out, and the others keep their colours."""
+    known = {i: s for i, s in enumerate(series) if _known(s)}
+    if not known:
         return ""
     drawn = line_chart(series, title=f"{title} over the steps")
     scale = ""
@@ -202,10 +204,10 @@ def _chart(title: str, series: Sequence[Series]) -> str:
         f'<svg class="swatch" viewBox="0 0 22 8" aria-hidden="true">'
         f'<path class="{line_class(i)}" d="M2 4H20"/></svg>'
         f"{escape(s.name)}</label> <output>{_known(s)[-1]:.4g}</output></li>"
-        for i, s in enumerate(series)
+        for i, s in known.items()
     )
     # Numbers only: nothing in it can end the script element.
-    lines = [{"steps": s.steps, "values": s.values} for s in series]
+    lines = [{"steps": s.steps, "values": s.values} for s in known.values()]
     data = json.dumps(lines, separators=(",", ":"), allow_nan=False)
     return (
         f'<figure class="chart"><figcaption>{escape(title)} '

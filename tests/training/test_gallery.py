@@ -141,6 +141,15 @@ def test_runs_side_by_side():
     assert cells[4:12] == ["lr", "0.1 *", "0.2", "0.2", "new", "–", "1", "–"]
 
 
+def test_a_run_keeps_its_colour_where_another_has_no_values():
+    lines = [{"step": 1, "own": 5.0}, {"step": 2, "own": 6.0}]
+    page = Page(gallery_page([made_up("a"), made_up("b", losses=lines)]))
+    assert [len(chart) for chart in page.data] == [1]
+    drawn = {p["class"] for p in page.all("path") if "line" in p.get("class", "") and p["d"]}
+    assert drawn == {"series-1 line colour-1", "line colour-1"}
+    assert [i["class"] for i in page.all("input") if "key" in i.get("class", "")] == ["key-1"]
+
+
 def test_hostile_names_stay_text(tmp_path):
     bad = '</script><script>alert(1)</script><img src=x onerror="alert(2)">&"\''
     run = made_up(
