@@ -137,10 +137,12 @@ class Preprocess:
             size = f"{width}x{height}"
             if prepared != (width, height):
                 size += f" ({prepared[0]}x{prepared[1]} after scaling)"
+            other, what = "resize_and_crop", "every image"
+            if "scale_width" in self.steps:
+                other, what = "scale_shortside_and_crop", "the shorter side"
             raise UserError(
                 f"{name}: {size} is smaller than the crop of {self.crop_size}x{self.crop_size}. "
-                f'Use a crop_size of at most {min(prepared)}, or preprocess="resize_and_crop" to '
-                "scale every image to load_size first."
+                f'Use a crop_size of at most {min(prepared)}, or preprocess="{other}" to scale {what} to load_size first.'
             )
 
     def prepare(self, image: Image.Image) -> np.ndarray:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnce.errors import UserError
-from fastnce.models import options
+from fastnce.models import options, regularisers
 from fastnce.models.channels import convert_channels
 from fastnce.models.cut_config import CUTConfig
 from fastnce.models.cut_networks import (
@@ -18,7 +20,7 @@ from fastnce.models.cut_networks import (
     feature_shapes,
     initialise,
 )
-from fastnce.models.gan import discriminator_losses, generator_loss
+from fastnce.models.gan import at_least_fp32, discriminator_losses, generator_loss
 from fastnce.models.patch_contrast import (
     Comparison,
     PatchContrast,
@@ -34,8 +36,12 @@ class CUT(nn.Module):
     With G the generator, D the discriminator, F the projector and E the generator's encoder:
 
         D loss = (l(D(B), real) + l(D(G(A)), fake)) / 2
-        G loss = lambda_gan l(D(G(A)), real) + NCE(A, G(A))                               without `nce_idt`
-        G loss = lambda_gan l(D(G(A)), real) + (NCE(A, G(A)) + NCE_Y(B, G(B))) / 2        with `nce_idt`
+                 + lambda_r1 / 2 r1(D, B)                                                 with R1
+                 + lambda_gp / 2 gradient_penalty(D, B, G(A))                             with `gan_mode` wgangp
+        G loss = lambda_gan l(D(G(A)), real)
+                 + NCE(A, G(A))                                                           without `nce_idt`
+                 + (NCE(A, G(A)) + NCE_Y(B, G(B))) / 2                                    with `nce_idt`
+                 + lambda_identity mean |G(B) - B|
         NCE(x, y) = lambda_nce * mean over layers of patch_nce(F(E(y)), F(E(x)) without gradient)
 
     The features E(x) come from the forward pass that made y = G(x): E is the first part of G, and G does not change in
@@ -68,7 +74,7 @@ class CUT(nn.Module):
         self.nce_names = ("NCE", "NCE_Y") if config.nce_idt else ("NCE",)
         if config.lambda_nce == 0:
             self.nce_names = ()
-        self.translates_b = "NCE_Y" in self.nce_names
+        self.translates_b = "NCE_Y" in self.nce_names or config.lambda_identity > 0
         self.generator = build_generator(config)
         self.discriminator = build_discriminator(config, image_size)
         networks = {"G": self.generator, "D": self.discriminator}
@@ -101,13 +107,13 @@ class CUT(nn.Module):
         """One update of D, then one of G and F.
 
         Args:
-            batch: "A" and "B", (N, C, H, W) images in [-1, 1] on the device of the networks.
+            batch: "A" (N, in_channels, H, W) and "B" (N, out_channels, H, W), in [-1, 1] on the device of the networks.
             flip: whether this step mirrors G's input; by default drawn with probability 1/2 if `flip_equivariance`.
             patch_ids: positions for "NCE" (and "NCE_Y"), one (S,) int64 tensor per layer; by default drawn.
 
         Returns:
-            Detached scalars: "G_GAN", "D_real", "D_fake", "G", and "NCE" and "NCE_Y" where they are part of the loss. The
-            weights `lambda_gan` and `lambda_nce` are included.
+            Detached scalars: "G_GAN", "D_real", "D_fake", "G", and "NCE", "NCE_Y", "idt", "D_r1" and "D_gp" where they are
+            part of a loss. Weights are included.
 
         Raises:
             UserError: A and B differ in number, height or width.
@@ -115,7 +121,7 @@ class CUT(nn.Module):
         if flip is None:
             flip = self.config.flip_equivariance and torch.rand(()).item() < 0.5
         real_a, real_b = batch["A"], batch["B"]
-        if real_a.shape[:1] + real_a.shape[2:] != real_b.shape[:1] + real_b.shape[2:]:
+        if (len(real_a), *real_a.shape[2:]) != (len(real_b), *real_b.shape[2:]):
             raise UserError(
                 f"the images of A and B differ in shape, {tuple(real_a.shape)} and {tuple(real_b.shape)}. "
                 "Use preprocess=resize_and_crop, or another that makes them the same size."
@@ -123,78 +129,91 @@ class CUT(nn.Module):
         source = real_a
         if self.translates_b:
             source = torch.cat([real_a, convert_channels(real_b, self.config.in_channels)])
-        generated, keys = self._generate(source, flip)
-        fake_b = generated[: len(real_a)]
-
-        real_loss, fake_loss = self._update_discriminator(real_b, fake_b.detach())
-        losses = {"D_real": real_loss, "D_fake": fake_loss}
-
-        losses |= self._update_generator(generated, fake_b, keys, flip, patch_ids or {})
+        translated = self._translate(source, len(real_a), flip)
+        losses = self._update_discriminator(real_b, translated.fake_b.detach())
+        losses |= self._update_generator(translated, patch_ids or {})
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def _generate(self, source: Tensor, flip: bool) -> tuple[Tensor, list[Tensor]]:
+    def _translate(self, source: Tensor, count: int, flip: bool) -> _Translated:
         """G(source), mirrored first if `flip`, and the features of the unmirrored source, without gradient."""
         taps = self.config.nce_layers
-        model_input = source.flip(3) if flip else source
+        seen = source.flip(3) if flip else source
+        compared = count * len(self.nce_names)
+        if self.nce_names and self.config.reuse_features and not flip:
+            with self._autocast():
+                images, keys = self.generator(seen, taps)
+            return _Translated(images, seen, count, flip, [key.detach()[:compared] for key in keys])
         with self._autocast():
-            if not self.nce_names:
-                return self.generator(model_input), []
-            if self.config.reuse_features and not flip:
-                generated, keys = self.generator(model_input, taps)
-                return generated, [key.detach() for key in keys]
-            generated = self.generator(model_input)
+            images = self.generator(seen)
+        if not self.nce_names:
+            return _Translated(images, seen, count, flip, [])
         with self._autocast(), torch.no_grad():
-            return generated, self.generator.encode(source, taps)
+            keys = self.generator.encode(source[:compared], taps)
+        return _Translated(images, seen, count, flip, keys)
 
-    def _update_discriminator(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    def _update_discriminator(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        config = self.config
         self.discriminator.requires_grad_(True)
-        with self._autocast():
+        if config.lambda_r1 > 0:
+            # Apart: the penalty's derivatives concern the real images only.
+            real = real.detach().requires_grad_()
+            real_logits, fake_logits = self._judge(real), self._judge(fake)
+        else:
             # One batch for both: instance norm keeps the images apart.
-            real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).chunk(2)
-        real_loss, fake_loss = discriminator_losses(real_logits, fake_logits, self.config.gan_mode)
-        self._descend(0.5 * (real_loss + fake_loss), "D")
-        return real_loss, fake_loss
+            real_logits, fake_logits = self._judge(torch.cat([real, fake])).chunk(2)
+        real_loss, fake_loss = discriminator_losses(real_logits, fake_logits, config.gan_mode)
+        penalties = {}
+        if config.lambda_r1 > 0:
+            penalties["D_r1"] = 0.5 * config.lambda_r1 * regularisers.r1(real_logits, real)
+        if config.gan_mode == "wgangp":
+            penalty = regularisers.gradient_penalty(self._judge, real, fake)
+            penalties["D_gp"] = 0.5 * config.lambda_gp * penalty
+        self._descend(sum(penalties.values(), 0.5 * (real_loss + fake_loss)), "D")
+        return {"D_real": real_loss, "D_fake": fake_loss, **penalties}
 
     def _update_generator(
-        self,
-        generated: Tensor,
-        fake_b: Tensor,
-        keys: list[Tensor],
-        flip: bool,
-        patch_ids: Mapping[str, Sequence[Tensor]],
+        self, translated: _Translated, patch_ids: Mapping[str, Sequence[Tensor]]
     ) -> dict[str, Tensor]:
+        config = self.config
         self.discriminator.requires_grad_(False)
-        with self._autocast():
-            logits = self.discriminator(fake_b)
-        losses = {"G_GAN": self.config.lambda_gan * generator_loss(logits, self.config.gan_mode)}
+        logits = self._judge(translated.fake_b)
+        losses = {"G_GAN": config.lambda_gan * generator_loss(logits, config.gan_mode)}
         total = losses["G_GAN"]
         if self.nce_names:
-            contrastive = self._contrastive_losses(generated, keys, flip, patch_ids)
+            contrastive = self._contrastive_losses(translated, patch_ids)
             losses |= contrastive
             total = total + sum(contrastive.values()) / len(contrastive)
+        if config.lambda_identity > 0:
+            pair = (at_least_fp32(images[translated.count :]) for images in translated[:2])
+            losses["idt"] = config.lambda_identity * F.l1_loss(*pair)
+            total = total + losses["idt"]
         self._descend(total, *("G" if self.projector is None else "GF"))
         return {"G": total, **losses}
 
     def _contrastive_losses(
-        self,
-        generated: Tensor,
-        keys: list[Tensor],
-        flip: bool,
-        patch_ids: Mapping[str, Sequence[Tensor]],
+        self, translated: _Translated, patch_ids: Mapping[str, Sequence[Tensor]]
     ) -> dict[str, Tensor]:
         config, names = self.config, self.nce_names
+        compared = translated.images[: translated.count * len(names)]
         with self._autocast():
-            seen = convert_channels(generated, config.in_channels)
-            queries = self.generator.encode(seen, config.nce_layers)
-            if flip:
+            queries = self.generator.encode(
+                convert_channels(compared, config.in_channels), config.nce_layers
+            )
+            if translated.flip:
                 queries = [query.flip(3) for query in queries]
-            halves = zip(_split(queries, len(names)), _split(keys, len(names)), strict=True)
+            maps = zip(
+                _split(queries, len(names)), _split(translated.keys, len(names)), strict=True
+            )
             comparisons = {
-                name: Comparison(*maps, self.projector, self.projector)
-                for name, maps in zip(names, halves, strict=True)
+                name: Comparison(*pair, self.projector, self.projector)
+                for name, pair in zip(names, maps, strict=True)
             }
             losses = self.contrast(comparisons, patch_ids)
         return {name: config.lambda_nce * loss for name, loss in losses.items()}
+
+    def _judge(self, images: Tensor) -> Tensor:
+        with self._autocast():
+            return self.discriminator(images)
 
     def _descend(self, loss: Tensor, *letters: str) -> None:
         for letter in letters:
@@ -208,6 +227,20 @@ class CUT(nn.Module):
         # discriminator was frozen, must not serve a pass that needs gradients.
         device = next(self.generator.parameters()).device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+
+class _Translated(NamedTuple):
+    """G's output for the `count` images of A and, where a loss needs them, as many of B."""
+
+    images: Tensor
+    seen: Tensor  # what G saw, mirrored if `flip`
+    count: int
+    flip: bool
+    keys: list[Tensor]  # the features of what the contrastive losses compare, not mirrored
+
+    @property
+    def fake_b(self) -> Tensor:
+        return self.images[: self.count]
 
 
 def _split(maps: list[Tensor], parts: int) -> list[list[Tensor]]:

@@ -100,13 +100,13 @@ class PatchContrast(nn.Module):
 
     def sample(
         self, maps: Sequence[Tensor], patch_ids: Sequence[Tensor] | None = None
-    ) -> tuple[list[Tensor], Sequence[Tensor] | None]:
-        """Patches (N, S, C) of each map, at `patch_ids` or at positions drawn anew, and the positions; None for all."""
-        if patch_ids is None and self.config.num_patches == 0:
-            return [x.flatten(2).mT for x in maps], None
-        backend = self.config.backend
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Patches (N, S, C) of each map, at `patch_ids` or at positions drawn anew, and the positions."""
+        config = self.config
+        if patch_ids is None and config.num_patches == 0:
+            patch_ids = [torch.arange(x[0, 0].numel(), device=x.device) for x in maps]
         return fastnce.sample_patches(
-            list(maps), self.config.num_patches or 1, patch_ids=patch_ids, backend=backend
+            list(maps), config.num_patches or 1, patch_ids=patch_ids, backend=config.backend
         )
 
     def _compare(self, name: str, queries: list[Tensor], keys: list[Tensor]) -> Tensor:

@@ -1,6 +1,8 @@
-"""Penalties on a discriminator that keep it smooth: consistency under a change of its input, and R1."""
+"""Penalties on a discriminator that keep it smooth: consistency under a change of its input, R1, and WGAN-GP's."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +31,35 @@ def r1(logits: Tensor, images: Tensor) -> Tensor:
     """R1 (Mescheder et al. 2018, https://arxiv.org/abs/1801.04406): mean over images of |d logit / d image|^2.
 
     Args:
-        logits: (N,), each a function of its own image alone.
+        logits: (N, ...), each a function of its own image alone; of an image's logits the sum counts.
         images: (N, C, H, W) that require gradients.
 
     Returns:
         A scalar that has a gradient with respect to D's weights.
     """
+    return _image_gradients(logits, images).square().sum(1).mean()
+
+
+def gradient_penalty(judge: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor) -> Tensor:
+    """WGAN-GP (Gulrajani et al. 2017, https://arxiv.org/abs/1704.00028): mean of (|d logit / d image| - 1)^2 between images.
+
+    Each image lies at a random place on the line from a translated image to a real one.
+
+    Args:
+        judge: the critic: (N, C, H, W) to logits (N, ...), of which an image's sum counts (as published for patch critics).
+        real: (N, C, H, W).
+        fake: (N, C, H, W).
+
+    Returns:
+        A scalar that has a gradient with respect to the critic's weights.
+    """
+    place = torch.rand(len(real), 1, 1, 1, dtype=real.dtype, device=real.device)
+    between = torch.lerp(fake.detach().to(real.dtype), real.detach(), place).requires_grad_()
+    norms = _image_gradients(judge(between), between).norm(dim=1)
+    return (norms - 1).square().mean()
+
+
+def _image_gradients(logits: Tensor, images: Tensor) -> Tensor:
+    """(N, C * H * W): the gradient of each image's sum of logits, itself differentiable."""
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
-    return at_least_fp32(gradient).square().flatten(1).sum(1).mean()
+    return at_least_fp32(gradient).flatten(1)

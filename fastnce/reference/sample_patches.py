@@ -49,7 +49,9 @@ def sample_patches(features: Tensor, patch_ids: Tensor, normalize: bool) -> Tens
     Returns:
         (B, S, C), in the dtype of the features.
     """
-    patches = features.permute(0, 2, 3, 1).flatten(1, 2)[:, patch_ids]  # (B, S, C)
+    # The gradient of features.permute(0, 2, 3, 1).flatten(1, 2)[:, patch_ids] has the strides of channels_last, for which the
+    # backward of instance norm is wrong by its own size at B = 1 on a CPU (torch 2.13). This one's is contiguous.
+    patches = features.flatten(2)[:, :, patch_ids].mT.contiguous()  # (B, S, C)
     if normalize:
         dtype = accumulation_dtype(patches.dtype)
         patches = normalize_rows(patches.to(dtype)).to(features.dtype)

@@ -21,7 +21,13 @@ from fastnce.errors import UserError
 from fastnce.training import runtime
 from fastnce.training.build import from_dict
 from fastnce.training.checkpoint import load_checkpoint, save_checkpoint
-from fastnce.training.config import SCHEDULE_FIELDS, TrainConfig, differing_fields, to_dict
+from fastnce.training.config import (
+    SCHEDULE_FIELDS,
+    TrainConfig,
+    UnpairedTrainConfig,
+    differing_fields,
+    to_dict,
+)
 from fastnce.training.cost import write_cost
 from fastnce.training.ema import WeightAverage
 from fastnce.training.log import MetricLog, append_line, drop_lines_after, read_metrics
@@ -132,7 +138,7 @@ class _Run:
         self.checkpoint_path = config.out / "checkpoints" / "last.pt"
         runtime.seed_everything(config.seed)
         self.model = self.system.model(config, dataset).to(device)
-        if is_new and self.system.published:
+        if is_new and isinstance(config, UnpairedTrainConfig):
             for line in load_published(self.model, config, self.system.published):
                 self.say(line)
         ranks.average_gradients_before(self.model.optimizers.values())

@@ -25,6 +25,8 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
             "discriminator": "stylegan2",
             "disc_channels": 32,
             "gan_mode": "nonsaturating",
+            "lambda_r1": 1.0,
+            "lambda_identity": 1.0,
             "lambda_nce": 4.0,
             "nce_layers": (0, 2, 4),
             "num_patches": 1,
@@ -101,7 +103,7 @@ _DIGITS_PATCHES: dict[str, object] = {"nce_layers": (4, 8, 12, 15), "num_patches
 _CUT: dict[str, dict[str, object]] = {
     # The demo: about two minutes on two CPU cores.
     "digits": _DIGITS_PHOTOS | _DIGITS_PATCHES,
-    # SinCUT on two photographs of `fastnce data single-photos`, about six minutes on one CPU core.
+    # SinCUT on two photographs of `fastnce data single-photos`, about five minutes on one CPU core.
     "single-photos": {
         "base_channels": 16,
         "num_blocks": 4,
@@ -111,7 +113,7 @@ _CUT: dict[str, dict[str, object]] = {
         "batch_size": 8,
         "ema_decay": 0.99,
         "workers": 0,
-        "steps": 2000,
+        "steps": 1500,
         "log_every": 50,
         "sample_every": 250,
         "checkpoint_every": 250,

@@ -250,6 +250,10 @@ def load_published(
     where = config.init_from
     if where is None:
         return []
+    if not networks:
+        raise UserError(
+            f"init_from={where}: weights of published repositories are not known for {config.system}. Leave it out."
+        )
     files = published_files(where, tuple(networks))
     lines = []
     for name, attribute in networks.items():

@@ -25,13 +25,18 @@ from fastnce.training.shared import read_shared
 from fastnce.training.systems import SYSTEMS
 from fastnce.training.tiles import translate_in_tiles
 
+# Files that take the place of a run's folder.
+WEIGHTS_FILES = (".pth", ".safetensors")
+
 
 def load_config(run: Path) -> TrainConfig:
-    """The configuration of the run in the folder `run`.
+    """The configuration of the run in the folder `run`, or of the generator in a file (see `load_generator`).
 
     Raises:
-        UserError: `run` is no folder of a training run.
+        UserError: `run` is no folder of a training run and no such file.
     """
+    if Path(run).suffix in WEIGHTS_FILES:
+        return _load_file(Path(run))[1]
     path = Path(run) / "config.json"
     if not path.is_file():
         raise UserError(
@@ -66,7 +71,7 @@ def load_generator(
         raise UserError(f"which={which} is unknown. Use ema or raw.")
     target = resolve_device(device) if isinstance(device, str) else device
     run = Path(run)
-    if run.suffix in (".pth", ".safetensors"):
+    if run.suffix in WEIGHTS_FILES:
         return _ready(*_load_file(run), target)
     config = load_config(run)
     path = checkpoint_path(run, checkpoint)

@@ -38,8 +38,8 @@ def first_test_images(config: UnpairedTrainConfig, domain: str = "A") -> list[Te
     """The first test images of "A" or "B"; of the training images where there is no test folder."""
     split = "test"
     try:
-        for domain in "AB":
-            split_folder(config.data, split, domain)
+        for folder in "AB":
+            split_folder(config.data, split, folder)
     except UserError:
         split = "train"
     dataset = _folders(config, split, load_size=config.crop_size, flip=False, serial=True)
@@ -121,8 +121,8 @@ CUT_SYSTEM = System(
     network_name="generator",
     network=build_generator,
     preview=_translations,
-    panels=(("G_GAN", "D_real", "D_fake"), ("NCE", "NCE_Y"), ("G",)),
+    panels=(("G_GAN", "D_real", "D_fake", "D_r1"), ("NCE", "NCE_Y", "idt"), ("G",)),
+    published={"G": "generator", "D": "discriminator", "F": "projector"},
     measure=translation_measure,
     best="fid",
-    published={"G": "generator", "D": "discriminator", "F": "projector"},
 )

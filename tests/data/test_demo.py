@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastnce.data import demo, list_images, read_labels, samples, write_digits_photos, write_photos
+from fastnce.data import (
+    demo,
+    list_images,
+    read_labels,
+    samples,
+    write_digits_photos,
+    write_photos,
+    write_single_photos,
+)
 from fastnce.errors import UserError
 
 FOLDERS = ("trainA", "trainB", "testA", "testB")
@@ -154,6 +162,20 @@ def test_crops_for_training_and_testing_share_no_pixel(tmp_path, size):
     assert {label["photo"] for label in images.values()} == {"coffee", "motorcycle"}
 
 
+def test_single_photos_are_whole_photographs_scaled(tmp_path):
+    root = write_single_photos(tmp_path / "single", 96)
+    assert set(read_labels(root)["images"]) == {"trainA/china.png", "trainB/rocket.png"}
+    for path, photo in (
+        (root / "trainA/china.png", "china"),
+        (root / "trainB/rocket.png", "rocket"),
+    ):
+        image = Image.open(path)
+        assert image.size == (round(640 * 96 / 427), 96)
+        original = samples.load_photo(photo).mean(axis=(0, 1))
+        assert np.asarray(image).mean(axis=(0, 1)) == pytest.approx(original, abs=1)
+    assert write_single_photos(root, 96) == root
+
+
 @pytest.mark.parametrize("name", samples.PHOTOS)
 def test_photographs_are_in_the_installed_packages(name):
     photo = samples.load_photo(name)
@@ -167,6 +189,11 @@ def test_mistakes_are_explained(tmp_path, monkeypatch):
         write_photos(tmp_path / "b", 512)
     with pytest.raises(UserError, match='both "coffee"'):
         write_photos(tmp_path / "c", photo_b="coffee")
+    with pytest.raises(UserError, match='both "coffee"'):
+        write_single_photos(tmp_path / "c", photo_a="coffee", photo_b="coffee")
+    for size in (7, 428):
+        with pytest.raises(UserError, match=f'size={size}: .*"china" has 640x427.*8 to 427'):
+            write_single_photos(tmp_path / "d", size)
     with pytest.raises(UserError, match=r"no labels\.json"):
         read_labels(tmp_path)
     (tmp_path / "labels.json").write_text("{")

@@ -3,13 +3,16 @@
 import pytest
 import torch
 from PIL import Image
-from test_loop import assert_same_run, checkpoint
+from same_run import assert_same_run, checkpoint
+from torch import nn
 
+from fastnce.data import UnpairedImages
 from fastnce.errors import UserError
 from fastnce.models import DCLGAN, CycleGAN
 from fastnce.training import build_config, load_generator, train, translate
 from fastnce.training.export import export_published
 from fastnce.training.log import read_metrics
+from fastnce.training.systems import SYSTEMS
 
 TINY = {
     "base_channels": 2,
@@ -86,6 +89,32 @@ def test_the_trained_networks_translate(whole):
     assert not torch.equal(translate(raw, images), there)
 
 
+def test_a_sample_grid_shows_each_domain_and_its_translation(data, tmp_path):
+    config = tiny("cyclegan", data, tmp_path / "run")
+    system = SYSTEMS[config.system]
+    marked = nn.Module()
+    marked.a_to_b, marked.b_to_a = _Shift(0.25), _Shift(-0.5)
+    rows = system.preview(config, system.dataset(config))(marked)
+    test = UnpairedImages(data, "test", load_size=16, crop_size=16, flip=False, serial=True)
+    for index in range(2):
+        a, b = test[index]["A"], test[index]["B"]
+        expected = {"A": a, "A to B": a + 0.25, "B": b, "B to A": b - 0.5}
+        assert list(rows) == list(expected)
+        for label, image in expected.items():
+            assert torch.equal(rows[label][index], image), label
+
+
+class _Shift(nn.Module):
+    """A translation that can be recognised."""
+
+    def __init__(self, shift):
+        super().__init__()
+        self.shift = nn.Parameter(torch.tensor(shift))
+
+    def forward(self, x):
+        return x + self.shift
+
+
 def test_published_files_out_and_in_again(whole, data, tmp_path):
     variant, run = whole
     files = export_published(run, tmp_path / "files", which="raw")
@@ -110,8 +139,6 @@ def test_the_other_direction(data, tmp_path):
 
 def test_what_trains_what(data, tmp_path):
     kinds = {"cyclegan": CycleGAN, "dclgan": DCLGAN, "simdcl": DCLGAN}
-    from fastnce.training.systems import SYSTEMS
-
     for variant, kind in kinds.items():
         config = tiny(variant, data, tmp_path)
         system = SYSTEMS[config.system]

@@ -1,0 +1,259 @@
+"""CUT's training step written down once more, one pass per term, and what the tests that compare with it share."""
+
+import copy
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastnce.models import CUT, CUTConfig
+
+TINY = CUTConfig(
+    base_channels=4,
+    num_blocks=3,
+    disc_channels=4,
+    disc_layers=2,
+    nce_layers=(0, 4, 8, 12, 14),
+    num_patches=12,
+    projection_dim=8,
+    lr=1e-3,
+)
+FAST = replace(TINY, nce_idt=False, lambda_nce=10.0, flip_equivariance=True)
+SIZE = (16, 20)
+
+
+def make(config: CUTConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> CUT:
+    torch.manual_seed(seed)
+    model = CUT(config, SIZE).to(dtype)
+    # The published initialisation makes all biases 0 and features tiny; the comparison should see every term.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2) if parameter.dim() == 1 else parameter.mul_(20)
+    return model
+
+
+def batches(
+    count: int,
+    size: int = 2,
+    dtype: torch.dtype = torch.float64,
+    channels: tuple[int, int] = (3, 3),
+    side: tuple[int, int] = SIZE,
+) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+
+    def images(c: int) -> Tensor:
+        return torch.rand((size, c, *side), generator=generator, dtype=dtype) * 2 - 1
+
+    return [dict(zip("AB", map(images, channels), strict=True)) for _ in range(count)]
+
+
+def draw_ids(model: CUT, seed: int, side: tuple[int, int] = SIZE) -> dict[str, list[Tensor]]:
+    """`num_patches` positions of each tapped map, for either loss."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        weight = next(model.generator.parameters())
+        image = torch.zeros(1, model.config.in_channels, *side, dtype=weight.dtype)
+        maps = model.generator.encode(image, model.config.nce_layers)
+    return {
+        name: [
+            torch.randperm(x[0, 0].numel(), generator=generator)[: model.config.num_patches]
+            for x in maps
+        ]
+        for name in ("NCE", "NCE_Y")
+    }
+
+
+def as_channels(images: Tensor, channels: int) -> Tensor:
+    if images.shape[1] == channels:
+        return images
+    if channels == 3:
+        return torch.cat([images] * 3, dim=1)
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=images.dtype)
+    return torch.einsum("bchw,c->bhw", images, weights).unsqueeze(1)
+
+
+class Transcription:
+    """CUT written down step by step, one pass per term, with nothing shared, batched or fused.
+
+    `norm_floor` is added to the norm of a patch before it is divided by it: 1e-7 in the published code.
+    """
+
+    def __init__(self, model: CUT, norm_floor: float = 0.0) -> None:
+        self.config = model.config
+        self.norm_floor = norm_floor
+        self.g = copy.deepcopy(model.generator)
+        self.d = copy.deepcopy(model.discriminator)
+        self.f = copy.deepcopy(model.projector)
+        self.optimizers = {
+            letter: torch.optim.Adam(
+                network.parameters(),
+                lr=self.config.lr,
+                betas=(self.config.beta1, self.config.beta2),
+                foreach=False,
+            )
+            for letter, network in (("G", self.g), ("D", self.d), ("F", self.f))
+            if network is not None
+        }
+        self.earlier = {
+            (name, layer): list(F.normalize(queue.keys))
+            for name, queues in (model.contrast.queues.items() if model.nce_names else ())
+            for layer, queue in enumerate(queues)
+        }
+
+    def copy_state(self, model: CUT) -> None:
+        """Goes on from where the model is: weights and optimisers."""
+        networks = {"G": (self.g, model.generator), "D": (self.d, model.discriminator)}
+        networks["F"] = (self.f, model.projector)
+        for letter, optimizer in self.optimizers.items():
+            own, other = networks[letter]
+            own.load_state_dict(other.state_dict())
+            optimizer.load_state_dict(copy.deepcopy(model.optimizers[letter].state_dict()))
+
+    def row_losses(self, q: Tensor, k: Tensor, which: tuple[str, int]) -> list[Tensor]:
+        """The cross-entropies of the patches of B images, q and k (B, P, C): one row after the other."""
+        mode, losses = self.config.negatives, []
+        earlier = self.earlier.get(which)
+        for image, rows in enumerate(q):
+            for place, row in enumerate(rows):
+                logits = [row @ k[image, place]]
+                if mode != "queue":
+                    for i in range(len(k)) if mode == "batch" else [image]:
+                        here = [j for j in range(len(rows)) if (i, j) != (image, place)]
+                        logits += [row @ k[i, j] for j in here]
+                if mode in (
+                    "image",
+                    "batch",
+                ):  # the published constant in the place of the positive
+                    logits.append(torch.full_like(logits[0], -10.0))
+                else:
+                    logits += [row @ negative for negative in earlier]
+                logits = torch.stack(logits) / self.config.temperature
+                losses.append(-F.log_softmax(logits, dim=0)[0])
+        return losses
+
+    def patches(self, feature: Tensor, layer: int, ids: Tensor | None) -> Tensor:
+        ids = torch.arange(feature[0, 0].numel()) if ids is None else ids
+        # Not feature.permute(0, 2, 3, 1).flatten(1, 2)[:, ids]: see the reference of sample_patches.
+        picked = feature.flatten(2)[:, :, ids].mT
+        projected = picked if self.f is None else getattr(self.f, f"mlp_{layer}")(picked)
+        return projected / (projected.square().sum(2, keepdim=True).sqrt() + self.norm_floor)
+
+    def nce(
+        self, name: str, source: Tensor, target: Tensor, ids: list[Tensor] | None, flip: bool
+    ) -> Tensor:
+        total = 0
+        for layer, tap in enumerate(self.config.nce_layers):
+            feature_k = self.g.encode(source, [tap])[0]
+            feature_q = self.g.encode(target, [tap])[0]
+            if flip:
+                feature_q = feature_q.flip(3)
+            places = None if ids is None else ids[layer]
+            query = self.patches(feature_q, layer, places)
+            key = self.patches(feature_k, layer, places).detach()
+            rows = self.row_losses(query, key, (name, layer))
+            if (name, layer) in self.earlier:
+                kept = self.earlier[name, layer] + list(key.flatten(0, 1))
+                self.earlier[name, layer] = kept[-self.config.queue_size :]
+            total = total + sum(rows) / len(rows) * self.config.lambda_nce
+        return total / len(self.config.nce_layers)
+
+    def real_and_fake(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        mode, one = self.config.gan_mode, torch.ones_like
+        if mode == "lsgan":
+            return F.mse_loss(real, one(real)), F.mse_loss(fake, 0 * one(fake))
+        if mode == "hinge":
+            return (1 - real).clamp(min=0).mean(), (1 + fake).clamp(min=0).mean()
+        if mode == "wgangp":
+            return -real.mean(), fake.mean()
+        entropy = F.binary_cross_entropy_with_logits
+        return entropy(real, one(real)), entropy(fake, 0 * one(fake))
+
+    def fooled(self, fake: Tensor) -> Tensor:
+        if self.config.gan_mode in ("hinge", "wgangp"):
+            return -fake.mean()
+        return self.real_and_fake(fake, fake)[0]
+
+    def squared_slopes(self, images: Tensor) -> list[Tensor]:
+        """|d sum D(x) / dx|^2 of each image, one after the other."""
+        slopes = []
+        for image in images:
+            x = image[None].clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self.d(x).sum(), x, create_graph=True)
+            slopes.append(slope.square().sum())
+        return slopes
+
+    def d_loss(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        losses = dict(
+            zip(("D_real", "D_fake"), self.real_and_fake(self.d(real), self.d(fake)), strict=True)
+        )
+        if self.config.lambda_r1:
+            slopes = self.squared_slopes(real)
+            losses["D_r1"] = self.config.lambda_r1 / 2 * sum(slopes) / len(slopes)
+        if self.config.gan_mode == "wgangp":
+            place = torch.rand(len(real), dtype=real.dtype).view(-1, 1, 1, 1)
+            slopes = self.squared_slopes(place * real + (1 - place) * fake)
+            excess = [(slope.sqrt() - 1) ** 2 for slope in slopes]
+            losses["D_gp"] = self.config.lambda_gp / 2 * sum(excess) / len(excess)
+        return losses
+
+    def step(
+        self, batch: dict[str, Tensor], ids: dict[str, list[Tensor] | None], flip: bool
+    ) -> dict[str, Tensor]:
+        real_a, real_b = batch["A"], batch["B"]
+        seen_b = as_channels(real_b, self.config.in_channels)
+
+        def mirrored(images: Tensor) -> Tensor:
+            return images.flip(3) if flip else images
+
+        fake_b = self.g(mirrored(real_a))
+
+        losses = self.d_loss(real_b, fake_b.detach())
+        d_total = (losses["D_real"] + losses["D_fake"]) / 2
+        for name in ("D_r1", "D_gp"):
+            d_total = d_total + losses.get(name, 0)
+        self.descend(d_total, "D")
+
+        losses["G_GAN"] = self.config.lambda_gan * self.fooled(self.d(fake_b))
+        total = losses["G_GAN"]
+        if self.config.lambda_nce:
+            encoded = as_channels(fake_b, self.config.in_channels)
+            losses["NCE"] = self.nce("NCE", real_a, encoded, ids["NCE"], flip)
+            contrastive = losses["NCE"]
+            if self.config.nce_idt:
+                encoded = as_channels(self.g(mirrored(seen_b)), self.config.in_channels)
+                losses["NCE_Y"] = self.nce("NCE_Y", seen_b, encoded, ids["NCE_Y"], flip)
+                contrastive = (losses["NCE"] + losses["NCE_Y"]) / 2
+            total = total + contrastive
+        if self.config.lambda_identity:
+            idt_b = self.g(mirrored(real_b))
+            losses["idt"] = self.config.lambda_identity * (idt_b - mirrored(real_b)).abs().mean()
+            total = total + losses["idt"]
+        losses["G"] = total
+        self.descend(total, *(letter for letter in self.optimizers if letter != "D"))
+        return losses
+
+    def descend(self, loss: Tensor, *letters: str) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        loss.backward()
+        if letters == ("D",):
+            self.d_grads = [parameter.grad.clone() for parameter in self.d.parameters()]
+        for letter in letters:
+            self.optimizers[letter].step()
+
+
+def gradient_pairs(model: CUT, truth: Transcription) -> dict[str, tuple[Tensor, Tensor]]:
+    """Every parameter's gradient in the model and in the transcription after a step."""
+    pairs = {}
+    networks: dict[str, tuple[nn.Module, nn.Module]] = {"G": (model.generator, truth.g)}
+    if truth.f is not None:
+        networks["F"] = (model.projector, truth.f)
+    for letter, (ours, theirs) in networks.items():
+        for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            pairs[f"{letter}.{name}"] = one.grad, other.grad
+    for (name, one), other in zip(
+        model.discriminator.named_parameters(), truth.d_grads, strict=True
+    ):
+        pairs[f"D.{name}"] = one.grad, other
+    return pairs
