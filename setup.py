@@ -102,7 +102,7 @@ setup(
     packages=[*find_packages(include=["fastnce", "fastnce.*"]), *CSRC, "fastnce.triton_kernels"],
     # The bare name belongs to another project.
     package_dir={"fastnce.csrc": "csrc", "fastnce.triton_kernels": "triton_kernels"},
-    package_data={name: ["*.cpp", "*.h"] for name in CSRC},
+    package_data={name: ["*.cpp", "*.h"] for name in CSRC} | {"fastnce.viz": ["*.css", "*.js"]},
     cmdclass={
         "build": build_with_native,
         "build_native": build_native,

@@ -15,6 +15,7 @@ from fastnce.cli.parsing import nearest
 from fastnce.cli.tools import bench, build, doctor
 from fastnce.cli.train import train
 from fastnce.cli.translate import translate
+from fastnce.cli.visualize import visualize
 from fastnce.errors import UserError
 
 INTERRUPTED = 130
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "export": export,
     "ablate": ablate,
+    "visualize": visualize,
     "data": data,
     "bench": bench,
     "build": build,

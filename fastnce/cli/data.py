@@ -10,12 +10,13 @@ from fastnce.cli.parsing import run_with_options
 def data(args: list[str]) -> int:
     """Write one of the built-in data sets."""
 
-    def digits_photos(out: Path, photo: str = "coffee", seed: int = 0) -> None:
+    def digits_photos(out: Path, photo: tuple[str, ...] = ("coffee",), seed: int = 0) -> None:
         """Real handwritten digits (A) and the same kind of digits over a photograph (B), 32 x 32, unpaired.
 
         Args:
             out: Folder for trainA, trainB, testA and testB; created.
-            photo: The photograph, one of those that scikit-learn and scikit-image carry.
+            photo: The photograph, one of those that scikit-learn and scikit-image carry; or several, then each image of B is on
+                one of them.
             seed: Seed of the split, the noise and the crops.
         """
         from fastnce.data import write_digits_photos

@@ -6,45 +6,85 @@ from pathlib import Path
 from typing import Literal
 
 from fastnce.cli.parsing import run_with_options
+from fastnce.errors import UserError
 
 
 def evaluate(args: list[str]) -> int:
     """Measure how good a run's translations, samples or features are, beside baselines."""
 
     def run_evaluate(
-        run: Path,
+        run: Path | None = None,
+        images: Path | None = None,
         data: Path | None = None,
         without_nce: Path | None = None,
         extractor: Path | None = None,
+        segmenter: Path | None = None,
+        labels: Path | None = None,
+        label_kind: Literal["train-ids", "ids", "colours"] = "train-ids",
         checkpoint: str = "last",
         weights: Literal["ema", "raw"] = "ema",
+        direction: Literal["AtoB", "BtoA"] = "AtoB",
+        out: Path | None = None,
         device: str = "auto",
     ) -> None:
-        """CUT: content accuracy, FID and KID of the translated test images. ContraGAN: FID, intra-class FID, IS, precision,
-        recall, density, coverage and class accuracy of samples. SimCLR, MoCo, SupCon: k-NN and linear accuracy of features.
+        """CUT and its kin: FID, KID, precision, recall, density and coverage of the translated test images, and content accuracy
+        of digits. ContraGAN: also intra-class FID, IS and class accuracy of samples. SimCLR, MoCo, SupCon: k-NN and linear
+        accuracy of features.
 
-        Writes metrics.json and metrics.md into the run's folder.
+        Writes metrics.json and metrics.md into the run's folder, or into --out for a folder of images.
 
         Args:
             run: Folder of a training run.
-            data: Folder of the data; by default that of the training. For CUT a set of `fastnce data digits-photos`.
-            without_nce: CUT: folder of the same training with --lambda-nce 0, for the table's last row.
-            extractor: ContraGAN: TorchScript file whose features are compared; a digits set has its own.
-            checkpoint: "last", "best", or the path of a checkpoint file.
+            images: Instead of a run: folder of translated test images, made by any program.
+            data: Folder of the data; by default that of the training.
+            without_nce: CUT: folder of the same training with --lambda-nce 0, for a row of the table.
+            extractor: TorchScript file whose features are compared, or torch-fidelity for its Inception; by default that of the
+                training. The digits sets have their own.
+            segmenter: TorchScript file of a segmentation network with Cityscapes' 19 classes: scores the segmentations too.
+            labels: Folder of the label maps that the translations should show, found by their names.
+            label_kind: What the label maps hold: train ids, Cityscapes' own ids, or its colours.
+            checkpoint: "last", "best", or the path of a checkpoint file. With "last", CUT's best one is judged too.
             weights: The running average of the generator's weights, or the weights themselves.
+            direction: With --images: which domain was translated to which.
+            out: With --images: folder of the report, by default that of the images.
             device: auto, cpu, cuda or cuda:N.
         """
-        from fastnce.training import evaluate_run
+        from fastnce.training.evaluation import Segmentation, evaluate_images, evaluate_run
 
-        _, table = evaluate_run(
-            run,
-            data,
-            without_nce=without_nce,
-            extractor=extractor,
-            checkpoint=checkpoint,
-            weights=weights,
-            device=device,
-        )
+        if (run is None) == (images is None):
+            raise UserError(
+                "give either --run, a training's folder, or --images, one of translated images."
+            )
+        if (segmenter is None) != (labels is None):
+            raise UserError("--segmenter and --labels belong together: give both, or neither.")
+        segmentation = None
+        if segmenter is not None and labels is not None:
+            segmentation = Segmentation(segmenter, labels, label_kind)
+        if images is not None:
+            if without_nce is not None:
+                raise UserError("--without-nce is for --run. Leave it out.")
+            _, table = evaluate_images(
+                images,
+                data,
+                extractor=extractor,
+                segmentation=segmentation,
+                direction=direction,
+                out=out,
+                device=device,
+            )
+        else:
+            if out is not None:
+                raise UserError("--out is for --images; a run's report goes to its folder.")
+            _, table = evaluate_run(
+                run,
+                data,
+                without_nce=without_nce,
+                extractor=extractor,
+                segmentation=segmentation,
+                checkpoint=checkpoint,
+                weights=weights,
+                device=device,
+            )
         print(table)
 
     run_with_options("evaluate", run_evaluate, args)

@@ -1,6 +1,7 @@
 """Demo sets of real images: digits on photographs, and crops of photographs."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastnce.data.recipe import Images, write_once
@@ -24,14 +25,16 @@ from fastnce.errors import UserError
 
 TEST_EVERY = 3
 
-_HALVES_STREAM, _NOISE_STREAM, _CROP_STREAM, _PHOTOS_STREAM = 10, 11, 12, 13
+_HALVES_STREAM, _NOISE_STREAM, _CROP_STREAM, _PHOTOS_STREAM, _PHOTO_STREAM = 10, 11, 12, 13, 14
 
 
-def write_digits_photos(out: Path | str, seed: int = 0, photo: str = "coffee") -> Path:
+def write_digits_photos(
+    out: Path | str, seed: int = 0, photo: str | Sequence[str] = "coffee"
+) -> Path:
     """Writes the digits-photos set: handwritten digits (A), and digits on a photograph (B).
 
     A is one half of the 1,797 digits, each as a `noisy_digit`; B is the other half, each as a
-    `composite` with a random crop of one photograph, scaled to a shorter side of 128 pixels. No sample is in both, a third of
+    `composite` with a random crop of the photograph, scaled to a shorter side of 128 pixels. No sample is in both, a third of
     each is for testing, all have the same share of every digit, and the order tells nothing about which belong together. `out/labels.json` holds the
     recipe and, for each image, its digit, its number in scikit-learn's set and, for B, the
     photograph and the corner of the crop.
@@ -40,26 +43,32 @@ def write_digits_photos(out: Path | str, seed: int = 0, photo: str = "coffee") -
         out: Folder to write: trainA, trainB, testA, testB of 32x32 PNG files. Left as it is if it
             holds this set already.
         seed: Seed of the halves, the noise and the crops.
-        photo: One of `PHOTOS`.
+        photo: One of `PHOTOS`; or several, one of which is drawn for each image of B.
 
     Returns:
         `out`.
 
     Raises:
-        UserError: If `out` holds something else, cannot be written, or a package is missing.
+        UserError: If `out` holds something else, cannot be written, a photograph is unknown, or a package is missing.
     """
+    photos = [photo] if isinstance(photo, str) else list(photo)
+    if not photos or len(set(photos)) < len(photos):
+        raise UserError(
+            f"photo={photo}: expected at least one photograph, none of them twice. Use some of {', '.join(PHOTOS)}."
+        )
     recipe = {
         "kind": "digits-photos",
         "version": 1,
         "seed": seed,
-        "photo": photo,
+        # A single name, as in the sets from before there could be several.
+        "photo": photos[0] if len(photos) == 1 else photos,
         "background_side": BACKGROUND_SIDE,
         "size": DIGIT_SIZE,
         "margin": DIGIT_MARGIN,
         "noise_sigma": NOISE_SIGMA,
         "test_every": TEST_EVERY,
     }
-    return write_once(Path(out), recipe, lambda: _digits_photos(seed, photo))
+    return write_once(Path(out), recipe, lambda: _digits_photos(seed, photos))
 
 
 def write_photos(
@@ -148,8 +157,8 @@ def _expect_two_photos(photo_a: str, photo_b: str) -> None:
         )
 
 
-def _digits_photos(seed: int, photo: str) -> Images:
-    background = load_background(photo)
+def _digits_photos(seed: int, photos: list[str]) -> Images:
+    backgrounds = {photo: load_background(photo) for photo in photos}
     strokes, digits = load_digits()
     order = counter_rng(seed, _HALVES_STREAM, 0).permutation(len(strokes))
     seen, written = Counter(), Counter()
@@ -170,8 +179,9 @@ def _digits_photos(seed: int, photo: str) -> Images:
                 label,
             )
         else:
+            photo = photos[counter_rng(seed, _PHOTO_STREAM, source).integers(len(photos))]
             crop, corner = random_crop(
-                background, DIGIT_SIZE, counter_rng(seed, _CROP_STREAM, source)
+                backgrounds[photo], DIGIT_SIZE, counter_rng(seed, _CROP_STREAM, source)
             )
             label |= {"photo": photo, "corner": corner}
             yield name, composite(strokes[source], crop), label

@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fastnce.errors import UserError
+
+# What mkstemp makes of the prefix ".stem-".
+_TEMPORARY = re.compile(r"\..+-[a-z0-9_]{8}(\.[a-z]+)?")
 
 
 @contextmanager
@@ -45,6 +49,13 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path | str) -> None:
+    """Removes the temporary files that `atomic_path`, or a checkpoint, left in a folder when its process was killed."""
+    for path in Path(folder).glob(".*"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_json(value: object, path: Path | str) -> None:

@@ -5,6 +5,12 @@ from fastnce.metrics.digit_classifier import (
     DigitRecipe,
     load_digit_classifier,
 )
+from fastnce.metrics.digits_photos import (
+    compare_folders,
+    digits_to_translate,
+    evaluate_digits,
+    is_digits_photos,
+)
 from fastnce.metrics.discriminator import (
     Authenticity,
     authenticity_accuracy,
@@ -35,16 +41,8 @@ from fastnce.metrics.generation_report import (
 )
 from fastnce.metrics.knn import knn_predict, linear_predict
 from fastnce.metrics.neighbours import PrecisionRecall, precision_recall_density_coverage
-from fastnce.metrics.report import (
-    Row,
-    compare_folders,
-    digits_to_translate,
-    evaluate,
-    evaluate_digits,
-    format_table,
-    write_report,
-)
 from fastnce.metrics.representation import encode, evaluate_encoders
+from fastnce.metrics.translation import Row, evaluate, format_table, write_report
 
 __all__ = [
     "Authenticity",
@@ -74,6 +72,7 @@ __all__ = [
     "frechet_distance",
     "generation_evaluator",
     "inception_score",
+    "is_digits_photos",
     "intra_class_fid",
     "knn_predict",
     "largest_singular_values",

@@ -1,4 +1,4 @@
-"""What judges generated images: a digits set's own classifier, or a TorchScript file of the user's."""
+"""What judges images: a digits set's own classifier, a TorchScript file of the user's, or torch-fidelity's Inception."""
 
 import hashlib
 import warnings
@@ -11,6 +11,41 @@ from fastnce.data.folders import to_uint8
 from fastnce.data.recipe import LABELS_FILE, read_labels
 from fastnce.errors import UserError
 from fastnce.metrics.digit_classifier import load_digit_classifier
+
+# The name that stands for torch-fidelity's Inception in the place of a file.
+FIDELITY = "torch-fidelity"
+
+
+def load_scripted(
+    what: str, path: Path | str, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, str]:
+    """A module from a TorchScript file in eval mode, and its name: the file's, and twelve digits of the content's hash.
+
+    Args:
+        what: "extractor" or "segmenter", for errors.
+        path: The file, as `torch.jit.save` wrote it. Use only files whose origin you trust.
+        device: Where it runs.
+
+    Raises:
+        UserError: If there is no such file, or it is no TorchScript module.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{what} {path}: no such file. Give a TorchScript file.")
+    try:
+        with warnings.catch_warnings():
+            # torch.export is to replace TorchScript, but the published extractors are such files.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            module = torch.jit.load(str(path), map_location=device).eval()
+    except Exception as error:  # RuntimeError mostly, and whatever a damaged archive raises
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{what} {path}: not a TorchScript module ({reason}). "
+            "Give a file that torch.jit.save wrote, not a state dict or a pickle."
+        ) from error
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return module, f"{path.name}-{digest[:12]}"
 
 
 class ScriptedExtractor(nn.Module):
@@ -33,26 +68,11 @@ class ScriptedExtractor(nn.Module):
 
     def __init__(self, path: Path | str, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        path = Path(path)
-        if not path.is_file():
-            raise UserError(f"extractor {path}: no such file. Give a TorchScript file.")
-        try:
-            with warnings.catch_warnings():
-                # torch.export is to replace TorchScript, but the published extractors are such files.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                self.module = torch.jit.load(str(path), map_location=device).eval()
-        except Exception as error:  # RuntimeError mostly, and whatever a damaged archive raises
-            reason = " ".join(str(error).split())[:120]
-            raise UserError(
-                f"extractor {path}: not a TorchScript module ({reason}). "
-                "Give a file that torch.jit.save wrote, not a state dict or a pickle."
-            ) from error
+        self.module, self.name = load_scripted("extractor", path, device)
         arguments = {argument.name for argument in self.module.forward.schema.arguments}
         self._has_features_argument = "return_features" in arguments
         self._has_probabilities = "no_output_bias" in arguments
         self.device = torch.device(device)
-        with path.open("rb") as file:
-            self.name = f"{path.name}-{hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 1 or 3, H, W) float in [-1, 1], quantised to 8 bits, to features (N, F)."""
@@ -69,6 +89,55 @@ class ScriptedExtractor(nn.Module):
         return to_uint8(images).expand(-1, 3, -1, -1).to(self.device)
 
 
+class FidelityInception(nn.Module):
+    """The Inception-v3 of 2015-12-05 as the package torch-fidelity carries it: 2048 features, weights from the hub.
+
+    Through torchmetrics, so that features are those of its FID. Both packages, and torchvision, which torch-fidelity needs,
+    must be installed; the weights are downloaded on the first use and kept in torch's hub folder.
+
+    Args:
+        device: Where it runs.
+
+    Raises:
+        UserError: If a package is missing, or the weights cannot be had.
+    """
+
+    reads_labels = False
+    name = "torch-fidelity-inception-v3-compat-2048"
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        try:
+            from torchmetrics.image.fid import NoTrainInceptionV3
+
+            self.module = NoTrainInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"extractor {FIDELITY}: the package {error.name or FIDELITY} is not installed. Run: pip install torch-fidelity "
+                "torchvision; or give a TorchScript file."
+            ) from error
+        except OSError as error:  # no connection, or no space for the file
+            raise UserError(
+                f"extractor {FIDELITY}: its weights cannot be downloaded ({error}). Give a TorchScript file instead."
+            ) from error
+        self.device = torch.device(device)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 1 or 3, H, W) float in [-1, 1], quantised to 8 bits, to features (N, 2048)."""
+        return self.module(to_uint8(images).expand(-1, 3, -1, -1).to(self.device))
+
+
+def load_extractor(extractor: Path | str, device: torch.device | str = "cpu") -> nn.Module:
+    """A `ScriptedExtractor` from a file, or `FidelityInception` for the name "torch-fidelity".
+
+    Raises:
+        UserError: If it cannot be had.
+    """
+    if str(extractor) == FIDELITY:
+        return FidelityInception(device)
+    return ScriptedExtractor(extractor, device)
+
+
 def generation_evaluator(
     data_root: Path | str,
     extractor: Path | str | None = None,
@@ -81,7 +150,7 @@ def generation_evaluator(
 
     Args:
         data_root: Folder of the set.
-        extractor: A TorchScript file, see `ScriptedExtractor`; by default a digits set's classifier.
+        extractor: See `load_extractor`; by default a digits set's classifier.
         device: Where a scripted extractor runs.
         cache: Folder of the classifier's cache; see `load_digit_classifier`.
         progress: Shows a bar if the classifier has to be trained first.
@@ -91,7 +160,7 @@ def generation_evaluator(
             TorchScript module.
     """
     if extractor is not None:
-        return ScriptedExtractor(extractor, device)
+        return load_extractor(extractor, device)
     if not Path(data_root).is_dir():
         raise UserError(f"{data_root}: no such folder. Expected the folder of a data set.")
     has_recipe = Path(data_root, LABELS_FILE).is_file()

@@ -129,6 +129,9 @@ class UnpairedTrainConfig(TrainConfig):
     """Published weights to start from: the folder of latest_net_G.pth and its like, or FOLDER/EPOCH for EPOCH_net_G.pth."""
     cache_gb: float = 2.0
     """Memory for decoded images in GiB, shared out among the workers."""
+    extractor: Path | None = None
+    """TorchScript file, or torch-fidelity, whose features measure the translations (FID and others); a digits-photos set has
+    its own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

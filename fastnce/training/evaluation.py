@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fastnce.data import list_images
+from fastnce.data.folders import load_image
 from fastnce.errors import UserError
 from fastnce.metrics import (
-    digits_to_translate,
-    evaluate_digits,
     evaluate_generation,
     format_generation_table,
     format_table,
     generation_evaluator,
+    is_digits_photos,
     write_generation_report,
-    write_report,
 )
+from fastnce.metrics.label_maps import LabelKind, label_files
 from fastnce.metrics.representation import (
     RANDOM_ENCODER,
     RAW_PIXELS,
@@ -26,13 +28,50 @@ from fastnce.metrics.representation import (
     evaluate_encoders,
     format_encoder_table,
 )
+from fastnce.metrics.segmentation import (
+    ScriptedSegmenter,
+    evaluate_segmentation,
+    format_segmentation_table,
+)
 from fastnce.metrics.tables import write_result
-from fastnce.training.config import ContraGANTrainConfig, RepresentationTrainConfig
+from fastnce.metrics.translation import BEST, TRANSLATED, WITHOUT_NCE
+from fastnce.training.config import (
+    ContraGANTrainConfig,
+    RepresentationTrainConfig,
+    UnpairedTrainConfig,
+)
+from fastnce.training.cost import cost_lines, read_cost
 from fastnce.training.generation import labelled_images, reference_images, sampler
 from fastnce.training.representation import images_of, random_encoder
 from fastnce.training.runtime import resolve_device
 from fastnce.training.systems import SYSTEMS
-from fastnce.training.translate import load_config, load_generator, translate
+from fastnce.training.translate import load_config, load_generator
+from fastnce.training.translation_evaluation import (
+    judge_folders,
+    load_judge,
+    scaled_reader,
+    translations,
+)
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """How the segmentation of translated images is scored, with Cityscapes' classes."""
+
+    segmenter: Path
+    """TorchScript file, see `fastnce.metrics.segmentation.ScriptedSegmenter`."""
+    labels: Path
+    """Folder of label maps, found by the images' names: see `fastnce.metrics.label_maps.label_key`."""
+    kind: LabelKind = "train-ids"
+    """What the label maps hold."""
+
+    def scores(self, folder: Path, device: torch.device) -> dict[str, Any]:
+        """Of the images in a folder; see `fastnce.metrics.segmentation.evaluate_segmentation`."""
+        images = ((path, load_image(path)) for path in list_images(folder))
+        segmenter = ScriptedSegmenter(self.segmenter, device)
+        return evaluate_segmentation(
+            images, label_files(self.labels, self.kind), segmenter, self.kind
+        )
 
 
 def evaluate_translation(
@@ -40,34 +79,107 @@ def evaluate_translation(
     data: Path,
     *,
     without_nce: Path | None = None,
+    extractor: Path | None = None,
+    segmentation: Segmentation | None = None,
     checkpoint: str = "last",
     weights: Literal["ema", "raw"] = "ema",
     device: str = "auto",
 ) -> tuple[dict[str, Any], str]:
-    """Content accuracy, FID and KID of a run of CUT on a digits-photos set, beside their baselines.
+    """FID, KID, precision, recall and more of a run's translations of the test images, beside their baselines.
 
-    Writes `metrics.json` and `metrics.md` into the run's folder.
+    Of a digits-photos set also content accuracy. If the run has a best checkpoint, it is judged beside the last one. Writes
+    `metrics.json` and `metrics.md` into the run's folder.
+
+    Args:
+        run: folder of the run.
+        data: folder of the data.
+        without_nce: folder of the same training without the contrastive loss.
+        extractor: what gives the features: see `fastnce.metrics.extractors.load_extractor`; by default that of the run, or a
+            digits-photos set's own network.
+        segmentation: also score the segmentation of the translations; then there need not be an extractor.
+        checkpoint: "last", "best", or a file.
+        weights: the running average, or the weights themselves.
+        device: where to translate.
 
     Returns:
-        The result, see `fastnce.metrics.evaluate_digits`, and its table.
+        The result, see `fastnce.metrics.evaluate`, and its table.
 
     Raises:
-        UserError: no such run, checkpoint or data.
+        UserError: no such run, checkpoint or data, or nothing to judge these images.
     """
     target = resolve_device(device)
-    images = digits_to_translate(data)
 
-    def translated(folder: Path) -> Tensor:
-        generator, _ = load_generator(folder, which=weights, checkpoint=checkpoint, device=target)
-        return translate(generator, images)
+    def network(folder: Path, which: str) -> nn.Module:
+        return load_generator(folder, which=weights, checkpoint=which, device=target)[0]
 
-    result = evaluate_digits(
-        translated(run),
-        data,
-        without_nce=None if without_nce is None else translated(without_nce),
-    )
-    write_report(result, run)
-    return result, format_table(result)
+    config = load_config(run)
+    assert isinstance(config, UnpairedTrainConfig)
+    networks = {TRANSLATED: network(run, checkpoint)}
+    if checkpoint == "last" and Path(run, "checkpoints", "best.pt").is_file():
+        networks[BEST] = network(run, "best")
+    if without_nce is not None:
+        networks[WITHOUT_NCE] = network(without_nce, checkpoint)
+    result: dict[str, Any] = {"run": {"checkpoint": checkpoint} | read_cost(run)}
+    tables = []
+    with translations(networks, config, data) as folders:
+        if segmentation is not None:
+            result["segmentation"] = segmentation.scores(folders[TRANSLATED], target)
+            tables.append(format_segmentation_table(result["segmentation"]))
+        if segmentation is None or extractor or config.extractor or is_digits_photos(data):
+            judge = load_judge(data, extractor or config.extractor, target)
+            result |= judge_folders(
+                folders, data, judge, direction=config.direction, read=scaled_reader(config)
+            )
+            tables.insert(0, format_table(result))
+    table = "\n".join([*tables, *cost_lines(result["run"])])
+    write_result(result, table, run)
+    return result, table
+
+
+def evaluate_images(
+    images: Path,
+    data: Path | None = None,
+    *,
+    extractor: Path | None = None,
+    segmentation: Segmentation | None = None,
+    direction: str = "AtoB",
+    out: Path | None = None,
+    device: str = "auto",
+) -> tuple[dict[str, Any], str]:
+    """The same of a folder of translated images, whatever program made them.
+
+    All images are compared at their own size, whatever resizing there is the extractor does. Writes `metrics.json` and
+    `metrics.md` into `out`, by default the folder of the images.
+
+    Args:
+        images: the translations of the test images of `data`.
+        data: folder with testA and testB; may be left out if there are only segmentations to score.
+        extractor: see `evaluate_translation`.
+        segmentation: see `evaluate_translation`.
+        direction: "AtoB": the images are translations of testA; or "BtoA".
+        out: folder of the report.
+        device: where the extractor runs.
+
+    Raises:
+        UserError: folders or images are missing, or nothing to judge these images.
+    """
+    target = resolve_device(device)
+    result: dict[str, Any] = {"images": str(images)}
+    tables = []
+    if data is not None:
+        judge = load_judge(data, extractor, target)
+        result |= judge_folders({TRANSLATED: images}, data, judge, direction=direction)
+        tables.append(format_table(result))
+    if segmentation is not None:
+        result["segmentation"] = segmentation.scores(images, target)
+        tables.append(format_segmentation_table(result["segmentation"]))
+    if not tables:
+        raise UserError(
+            "images without data have nothing to be compared with. Give --data, or --segmenter and --labels."
+        )
+    table = "\n".join(tables)
+    write_result(result, table, out or images)
+    return result, table
 
 
 def evaluate_conditional_generation(
@@ -163,6 +275,7 @@ def evaluate_run(
     *,
     without_nce: Path | None = None,
     extractor: Path | None = None,
+    segmentation: Segmentation | None = None,
     **settings: Any,
 ) -> tuple[dict[str, Any], str]:
     """Evaluates a run of any system; see the functions above for its settings.
@@ -170,17 +283,21 @@ def evaluate_run(
     Raises:
         UserError: also if a setting is not for this system.
     """
-    system = load_config(run).system
-    if system == "contragan":
-        _only_for(system, without_nce=without_nce)
+    config = load_config(run)
+    if isinstance(config, UnpairedTrainConfig):
+        return evaluate_translation(
+            run,
+            config.data if data is None else data,
+            without_nce=without_nce,
+            extractor=extractor,
+            segmentation=segmentation,
+            **settings,
+        )
+    _only_for(config.system, without_nce=without_nce, segmenter=segmentation)
+    if isinstance(config, ContraGANTrainConfig):
         return evaluate_conditional_generation(run, data, extractor=extractor, **settings)
-    _only_for(system, extractor=extractor)
-    if system == "representation":
-        _only_for(system, without_nce=without_nce)
-        return evaluate_representation(run, data, **settings)
-    if data is None:
-        data = load_config(run).data
-    return evaluate_translation(run, data, without_nce=without_nce, **settings)
+    _only_for(config.system, extractor=extractor)
+    return evaluate_representation(run, data, **settings)
 
 
 def _only_for(system: str, **settings: object) -> None:

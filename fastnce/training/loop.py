@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastnce import viz
-from fastnce.data.files import write_json
+from fastnce.data.files import remove_leftovers, write_json
 from fastnce.errors import UserError
 from fastnce.training import runtime
 from fastnce.training.build import from_dict
@@ -28,6 +28,7 @@ from fastnce.training.config import (
     differing_fields,
     to_dict,
 )
+from fastnce.training.cost import write_cost
 from fastnce.training.ema import WeightAverage
 from fastnce.training.log import MetricLog, append_line, drop_lines_after, read_metrics
 from fastnce.training.published import load_published
@@ -52,7 +53,7 @@ def train(config: TrainConfig) -> Path:
     Started by `torchrun --nproc-per-node N -m fastnce train ...`, N processes share each batch, one GPU each if there are any.
 
     A run that was stopped and continued is on a CPU bit for bit the run that was never stopped. The folder gets
-    `config.json`, `metrics.jsonl`, `loss.png`, `samples/step_XXXXXX.png` and `checkpoints/last.pt`; with `measure_every` also
+    `config.json`, `metrics.jsonl`, `loss.png`, `samples/step_XXXXXX.png`, `cost.json` and `checkpoints/last.pt`; with `measure_every` also
     `measurements.jsonl`, `measurements.png` and `checkpoints/best.pt`.
 
     Returns:
@@ -166,8 +167,14 @@ class _Run:
             print(text)
 
     def begin_folder(self) -> None:
-        """Writes the configuration, and removes what an interrupted run logged after its checkpoint."""
+        """Writes the configuration, and removes what an interrupted run left half written or logged after its checkpoint."""
         if self.ranks.is_first:
+            for folder in (
+                self.config.out,
+                self.checkpoint_path.parent,
+                self.config.out / "samples",
+            ):
+                remove_leftovers(folder)
             drop_lines_after(self.metrics.path, self.step)
             drop_lines_after(self.measurements_path, self.step)
             write_json(to_dict(self.config), self.config.out / "config.json")
@@ -234,6 +241,7 @@ class _Run:
             },
             self.checkpoint_path.with_name(f"{name}.pt"),
         )
+        write_cost(self.config.out, self.device)
 
     def go(self, stop: runtime.StopOnSignal) -> None:
         """Steps to the end of the schedule, or until `stop.requested`; ends with a checkpoint."""
@@ -246,8 +254,12 @@ class _Run:
             disable=None if self.ranks.is_first else True,
         )
         with bar:
+            started = time.perf_counter()
             for batch in self._batches():
                 self._one_step(batch)
+                if self.step % config.log_every == 0:
+                    runtime.wait_for(self.device)
+                self.seconds += time.perf_counter() - started
                 bar.update()
                 done = self.step == total or self.ranks.any(stop.requested)
                 if self.step % config.log_every == 0:
@@ -264,6 +276,7 @@ class _Run:
                     self.save()
                 if done:
                     break
+                started = time.perf_counter()
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         """The batches from the current step on; reading ahead, in any number of workers."""
@@ -286,7 +299,6 @@ class _Run:
             yield {k: v.to(self.device, non_blocking=on_gpu) for k, v in batch.items()}
 
     def _one_step(self, batch: dict[str, Tensor]) -> None:
-        started = time.perf_counter()
         factor = self.schedule.lr_factor(self.step)
         for optimizer in self.model.optimizers.values():
             for group in optimizer.param_groups:
@@ -295,7 +307,6 @@ class _Run:
         self.ranks.average_buffers(self.model)
         self.average.update(self.network)
         self.step += 1
-        self.seconds += time.perf_counter() - started
 
     def _log(self, bar: tqdm) -> None:
         if not self.ranks.is_first:

@@ -95,6 +95,7 @@ _DIGITS_PHOTOS: dict[str, object] = {
     "log_every": 20,
     "sample_every": 200,
     "sample_count": 16,
+    "measure_every": 200,
     "checkpoint_every": 200,
 }
 _DIGITS_PATCHES: dict[str, object] = {"nce_layers": (4, 8, 12, 15), "num_patches": 64}

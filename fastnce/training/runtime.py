@@ -75,6 +75,12 @@ def set_rng_state(state: dict) -> None:
             torch.cuda.set_rng_state(cuda_state, index)
 
 
+def wait_for(device: torch.device) -> None:
+    """Waits until a GPU has done all that was asked of it, so that a clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @contextlib.contextmanager
 def rng_kept() -> Iterator[None]:
     """Context whose random numbers leave no trace in the generators."""

@@ -32,7 +32,7 @@ class System:
         preview: from the configuration and the dataset, a function from a network to the rows of a sample grid.
         panels: the losses that are plotted together, a tuple of names for each panel.
         measure: from the configuration and the dataset, what to measure every `measure_every` steps; it may draw random
-            numbers and change modes. None: nothing.
+            numbers and change modes. None, also as its result: nothing.
         best: the measurement that is smallest for the best checkpoint.
         published: where the published repository has weights files for this system, the model's networks in them: the name in
             the file's name to the attribute's path, the generator first. The configuration then has `init_from`.
@@ -45,6 +45,6 @@ class System:
     network: Callable[[TrainConfig], nn.Module]
     preview: Callable[[TrainConfig, Dataset], Callable[[nn.Module], Rows]]
     panels: tuple[tuple[str, ...], ...]
-    measure: Callable[[TrainConfig, Dataset], Measure] | None = None
+    measure: Callable[[TrainConfig, Dataset], Measure | None] | None = None
     best: str | None = None
     published: Mapping[str, str] = field(default_factory=dict)

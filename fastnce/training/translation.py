@@ -15,6 +15,7 @@ from fastnce.models.cut import build_generator
 from fastnce.training.config import CUTTrainConfig, UnpairedTrainConfig
 from fastnce.training.schedule import LinearDecay
 from fastnce.training.system import Rows, System
+from fastnce.training.translation_evaluation import translation_measure
 
 
 def unpaired_images(config: UnpairedTrainConfig) -> UnpairedImages:
@@ -122,4 +123,6 @@ CUT_SYSTEM = System(
     preview=_translations,
     panels=(("G_GAN", "D_real", "D_fake", "D_r1"), ("NCE", "NCE_Y", "idt"), ("G",)),
     published={"G": "generator", "D": "discriminator", "F": "projector"},
+    measure=translation_measure,
+    best="fid",
 )

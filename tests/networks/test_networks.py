@@ -200,5 +200,5 @@ def test_projector_rejects_another_number_of_maps():
 
 
 def test_discriminator_rejects_unknown_norm():
-    with pytest.raises(ValueError, match=r'must be "instance" or "none"'):
-        PatchDiscriminator(norm="batch")
+    with pytest.raises(ValueError, match=r"norm='group' must be one of"):
+        PatchDiscriminator(norm="group")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_loop import assert_identical
+from same_run import assert_identical
 
 from fastnce import cli
 from fastnce.errors import UserError

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from PIL import Image
+from same_run import assert_same_run, checkpoint
 
 from fastnce.errors import UserError
 from fastnce.models import CUT
@@ -17,48 +18,6 @@ from fastnce.training import Interrupted, train
 from fastnce.training.checkpoint import load_checkpoint
 from fastnce.training.config import to_dict
 from fastnce.training.log import MetricLog, drop_lines_after, read_metrics
-
-
-def checkpoint(run):
-    return load_checkpoint(run / "checkpoints" / "last.pt")
-
-
-def assert_identical(one, other, where="state"):
-    """Equality of nested containers, tensors bit for bit."""
-    assert type(one) is type(other), where
-    if isinstance(one, dict):
-        assert list(one) == list(other), where
-        for key in one:
-            assert_identical(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for index, pair in enumerate(zip(one, other, strict=True)):
-            assert_identical(*pair, f"{where}[{index}]")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    else:
-        assert one == other, where
-
-
-def assert_same_run(one, other, free=()):
-    """Checkpoint, metrics and sample grids are the same; only the time taken, the folder and options in `free` differ."""
-    states = [checkpoint(run) for run in (one, other)]
-    for state in states:
-        state.pop("seconds")
-        state["config"] = {
-            name: value
-            for name, value in state["config"].items()
-            if name not in ("out", "steps", "workers", "epochs", *free)
-        }
-    assert_identical(*states)
-    logs = [read_metrics(run / "metrics.jsonl") for run in (one, other)]
-    for line in [*logs[0], *logs[1]]:
-        line.pop("seconds")
-    assert logs[0] == logs[1]
-    grids = [sorted((run / "samples").iterdir()) for run in (one, other)]
-    assert [grid.name for grid in grids[0]] == [grid.name for grid in grids[1]]
-    for a, b in zip(*grids, strict=True):
-        assert a.read_bytes() == b.read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +56,7 @@ def test_what_a_run_leaves(whole):
     names = {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}
     assert names == {
         "config.json",
+        "cost.json",
         "metrics.jsonl",
         "loss.png",
         "samples/step_000004.png",

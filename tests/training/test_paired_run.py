@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_loop import assert_same_run
+from same_run import assert_same_run
 
 from fastnce.data import AlignedImages
 from fastnce.errors import UserError

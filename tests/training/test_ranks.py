@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_loop import assert_identical
+from same_run import assert_identical
 
 import fastnce
 from fastnce.errors import UserError

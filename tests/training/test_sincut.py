@@ -5,7 +5,8 @@ import signal
 import numpy as np
 import pytest
 from PIL import Image
-from test_loop import assert_same_run, stop_after  # noqa: F401  (stop_after is a fixture)
+from same_run import assert_same_run
+from test_loop import stop_after  # noqa: F401  (stop_after is a fixture)
 
 from fastnce.errors import UserError
 from fastnce.models import CUT

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from test_loop import assert_same_run, checkpoint
+from same_run import assert_same_run, checkpoint
 from torch import nn
 
 from fastnce.data import UnpairedImages

@@ -68,19 +68,34 @@ def save_loss_plot(
     """
     if len(metrics) < 2:
         return
-    names = [name for name in metrics[-1] if name not in _NOT_A_LOSS]
-    save_curves(metrics, _grouped(names, panels), path, ylabel="loss")
+    save_curves(metrics, loss_panels(metrics, panels), path, ylabel="loss")
 
 
 def save_measurement_plot(measurements: Sequence[Mapping[str, float]], path: Path) -> None:
     """Plots the lines of measurements.jsonl over the steps, one panel per kind: the part of a name before the slash."""
     if len(measurements) < 2:
         return
+    save_curves(measurements, measurement_panels(measurements), path)
+
+
+def loss_panels(
+    metrics: Sequence[Mapping[str, float]], panels: Sequence[Sequence[str]]
+) -> list[list[str]]:
+    """The names of the losses in each panel: those of `panels` that there are, and in the last one all others."""
+    names = [name for name in metrics[-1] if name not in _NOT_A_LOSS] if metrics else []
+    grouped = [[name for name in panel if name in names] for panel in panels] or [[]]
+    placed = {name for panel in grouped for name in panel}
+    grouped[-1] += [name for name in names if name not in placed]
+    return [panel for panel in grouped if panel]
+
+
+def measurement_panels(measurements: Sequence[Mapping[str, float]]) -> list[list[str]]:
+    """The names of the measurements in each panel: a panel for each kind, the part of a name before the slash."""
     kinds: dict[str, list[str]] = {}
-    for name in measurements[-1]:
+    for name in measurements[-1] if measurements else ():
         if name not in _NOT_A_LOSS:
             kinds.setdefault(name.split("/")[0], []).append(name)
-    save_curves(measurements, list(kinds.values()), path)
+    return list(kinds.values())
 
 
 def save_ablation_plot(values: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
@@ -140,13 +155,6 @@ def save_curves(
     all_axes[-1].set_xlabel("step")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
-
-
-def _grouped(names: Sequence[str], panels: Sequence[Sequence[str]]) -> list[list[str]]:
-    grouped = [[name for name in panel if name in names] for panel in panels]
-    placed = {name for panel in grouped for name in panel}
-    grouped[-1] += [name for name in names if name not in placed]
-    return [panel for panel in grouped if panel]
 
 
 def _enlarged(image: Tensor) -> Image.Image:

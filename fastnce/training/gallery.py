@@ -1,0 +1,136 @@
+"""Runs as one HTML page: reading what their folders hold."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from fastnce.errors import UserError
+from fastnce.training.build import layered_values
+from fastnce.training.config import TrainConfig, to_dict
+from fastnce.training.log import read_metrics
+from fastnce.training.presets import PRESETS, VARIANTS
+from fastnce.training.systems import SYSTEMS
+from fastnce.training.translate import load_config
+from fastnce.viz import GalleryRun, save_gallery
+
+
+def write_gallery(runs: Sequence[Path], out: Path | None = None) -> Path:
+    """Writes runs of any systems as one HTML page: samples over time, curves, evaluation, configuration, command.
+
+    Args:
+        runs: folders of runs; several are shown side by side.
+        out: the HTML file; by default `gallery.html` in the first run's folder.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: no run, a folder that is none, a damaged file in it, or the page cannot be written.
+    """
+    if not runs:
+        raise UserError("run is missing. Name the folder of a training run, or several.")
+    path = Path(runs[0]) / "gallery.html" if out is None else Path(out)
+    names = distinct_names(runs)
+    save_gallery([read_run(run, name) for run, name in zip(runs, names, strict=True)], path)
+    return path
+
+
+def read_run(run: Path, name: str) -> GalleryRun:
+    """What the gallery shows of the run in the folder `run`.
+
+    Raises:
+        UserError: it is no run, or a file in it is damaged.
+    """
+    run = Path(run)
+    config = load_config(run)
+    return GalleryRun(
+        name=name,
+        command=training_command(config),
+        options=to_dict(config),
+        defaults=_defaults(config),
+        panels=SYSTEMS[config.system].panels,
+        losses=read_metrics(run / "metrics.jsonl"),
+        measurements=read_metrics(run / "measurements.jsonl"),
+        samples=_samples(run / "samples"),
+        evaluation=_evaluation(run / "metrics.json"),
+    )
+
+
+def distinct_names(runs: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many of the folders above as it takes to tell them apart.
+
+    Raises:
+        UserError: a folder is named twice.
+
+    Example:
+        >>> distinct_names([Path("out/cut/seed-0"), Path("out/fastcut/seed-0")])
+        ['cut/seed-0', 'fastcut/seed-0']
+    """
+    parts = [Path(run).resolve().parts for run in runs]
+    if len(set(parts)) < len(parts):
+        raise UserError("run: a folder is named twice. Name each run once.")
+    length = 1
+    while len({path[-length:] for path in parts}) < len(parts):
+        length += 1
+    return ["/".join(path[-length:]) for path in parts]
+
+
+def training_command(config: TrainConfig) -> str:
+    """The shortest `fastnce train` command with this configuration: a variant, a preset if it helps, and what they lack."""
+    values = to_dict(config)
+    commands = []
+    for variant, (system, _) in VARIANTS.items():
+        if system != config.system:
+            continue
+        for preset in (None, *PRESETS.get(system, ())):
+            config_class, given = layered_values(variant, preset, None)
+            base = to_dict(config_class(**{"data": config.data, "out": config.out} | given))
+            names = [
+                name
+                for name in values
+                if name in ("data", "out") or (name != "system" and values[name] != base[name])
+            ]
+            words = ["fastnce", "train", variant]
+            words += ["--preset", preset] if preset else []
+            commands.append(
+                words + [word for name in names for word in _option(name, values[name])]
+            )
+    return shlex.join(min(commands, key=len))
+
+
+def _option(name: str, value: Any) -> list[str]:
+    dashed = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{dashed}" if value else f"--no-{dashed}"]
+    items = value if isinstance(value, list) else [value]
+    return [f"--{dashed}", *map(str, items)]
+
+
+def _defaults(config: TrainConfig) -> dict[str, Any]:
+    """The default of each option that has one, as a JSON value."""
+    without = {f.name for f in fields(config) if f.default is MISSING}
+    required = {name: getattr(config, name) for name in without}
+    values = to_dict(type(config)(**required))
+    return {name: value for name, value in values.items() if name not in without | {"system"}}
+
+
+def _samples(folder: Path) -> list[tuple[int, Path]]:
+    found = [(path.stem.removeprefix("step_"), path) for path in folder.glob("step_*.png")]
+    return sorted((int(step), path) for step, path in found if step.isdigit())
+
+
+def _evaluation(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error}). Evaluate the run again.") from error
+    if not isinstance(result, dict):
+        raise UserError(f"{path}: is no evaluation of fastnce. Evaluate the run again.")
+    return result

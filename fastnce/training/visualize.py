@@ -1,0 +1,242 @@
+"""What the encoder of a translation model learnt: the similarity that it sees, and the main components of its features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnce.data import list_images, save_image
+from fastnce.errors import UserError
+from fastnce.networks.geometry import pixel_grid
+from fastnce.training.patch_encoder import PatchEncoder
+from fastnce.viz import FeatureColours, Scale, SimilarityMap, save_feature_colours, save_similarity
+
+# Points that are chosen keep this share of the image's side away from its border.
+_MARGIN = 1 / 16
+# Colours reach from this quantile of a component to its counterpart.
+_DARKEST = 0.01
+
+
+def visualize_similarity(
+    encoder: PatchEncoder,
+    input: Path,
+    out: Path,
+    *,
+    points: Sequence[tuple[int, int]] = (),
+    count: int = 4,
+    layers: Sequence[int] = (),
+    scale: Scale = "similarity",
+) -> Path:
+    """Translates an image and draws the learned similarity of points of the result to the image, layer by layer.
+
+    Args:
+        encoder: see `PatchEncoder`.
+        input: image file.
+        out: folder; gets `similarity.png`, and the translation as `output.png`.
+        points: (x, y) of pixels of the output; by default `count` of them are chosen, see `distinct_points`.
+        count: points that are chosen.
+        layers: of `nce_layers`; all if empty.
+        scale: "similarity" for exp(cosine / temperature), as the loss has it; "cosine" shows small similarities too.
+
+    Returns:
+        The path of the figure.
+
+    Raises:
+        UserError: see `similarity_maps`; or the image cannot be read, or `out` not be written.
+    """
+    image = encoder.read(input)
+    output = encoder.translate(image)
+    points = list(points) or distinct_points(encoder, output, count)
+    maps = similarity_maps(encoder, image, output, points, layers)
+    path = Path(out) / "similarity.png"
+    save_image(output, path.with_name("output.png"))
+    save_similarity(image, output, maps, path, scale)
+    return path
+
+
+def visualize_features(
+    encoder: PatchEncoder, input: Path, out: Path, *, count: int = 3, layers: Sequence[int] = ()
+) -> list[Path]:
+    """Draws the main components of the features of images and of their translations, layer by layer.
+
+    Args:
+        encoder: see `PatchEncoder`.
+        input: image file, or a folder of images, of which the first ones of the same size are taken.
+        out: folder; gets `pca-encoder.png` and, in a run with the contrastive loss, `pca-projected.png`.
+        count: images of a folder.
+        layers: of `nce_layers`; all if empty.
+
+    Returns:
+        The paths of the figures.
+
+    Raises:
+        UserError: see `feature_colours`; or an image cannot be read, or `out` not be written.
+    """
+    input = Path(input)
+    paths = list_images(input)[:count] if input.is_dir() else [input]
+    inputs = [encoder.read(path) for path in paths]
+    rows: list[tuple[str, Tensor]] = []
+    for image in inputs:
+        if image.shape == inputs[0].shape:
+            rows += [("input", image), ("output", encoder.translate(image))]
+    written = []
+    kinds = {"encoder": False} | ({"projected": True} if encoder.projector is not None else {})
+    for name, projected in kinds.items():
+        colours = feature_colours(
+            encoder, [image for _, image in rows], projected=projected, layers=layers
+        )
+        written.append(Path(out) / f"pca-{name}.png")
+        save_feature_colours(rows, colours, written[-1])
+    return written
+
+
+def similarity_maps(
+    encoder: PatchEncoder,
+    input: Tensor,
+    output: Tensor,
+    points: Sequence[tuple[int, int]],
+    layers: Sequence[int] = (),
+) -> dict[tuple[int, int], list[SimilarityMap]]:
+    """The similarity of every position of the input to points of the output, as the contrastive loss sees it.
+
+    The query of a point is F(E(output)) at the position nearest to it, the keys are F(E(input)) at all positions; the loss
+    wants exp(cosine / temperature) to be large at the query's own position and small at the others.
+
+    Source: Park et al., "Contrastive Learning for Unpaired Image-to-Image Translation", ECCV 2020, the figure of the
+    learned similarity.
+
+    Args:
+        encoder: see `PatchEncoder`.
+        input: (C, H, W) in [-1, 1], sides a multiple of 4.
+        output: (C', H, W), its translation.
+        points: (x, y) of pixels of the output, counted from 0 at the left and the top.
+        layers: of `nce_layers`; all if empty.
+
+    Returns:
+        A list of maps, one for each layer, by point.
+
+    Raises:
+        UserError: a point outside the image, a layer that the run does not compare, or a run without a projector.
+    """
+    height, width = output.shape[1:]
+    for x, y in points:
+        if not (0 <= x < width and 0 <= y < height):
+            raise UserError(
+                f"points: {x},{y} is outside the image, which is {width}x{height} pixels here. "
+                f"Use x from 0 to {width - 1} and y from 0 to {height - 1}."
+            )
+    indices = encoder.chosen(layers)
+    features = encoder.encode(input)
+    keys, queries = encoder.project(features), encoder.project(encoder.encode(output))
+    maps: dict[tuple[int, int], list[SimilarityMap]] = {point: [] for point in points}
+    for index in indices:
+        layer = encoder.config.nce_layers[index]
+        key, query = keys[index][0], queries[index][0]  # (D, h, w)
+        grid = pixel_grid(encoder.generator, layer, features[index], input[None])
+        for x, y in maps:
+            position = grid.nearest(y, key.shape[1]), grid.nearest(x, key.shape[2])
+            cosine = torch.einsum("dhw,d->hw", key, query[:, *position])
+            shown = SimilarityMap(layer, cosine, encoder.config.temperature, position, grid)
+            maps[x, y].append(shown)
+    return maps
+
+
+def distinct_points(encoder: PatchEncoder, output: Tensor, count: int) -> list[tuple[int, int]]:
+    """Pixels (x, y) of the output whose patches differ most, by the encoder's features in the middle layer.
+
+    The first is the most typical patch; each further one is the farthest from those before it (farthest-point sampling).
+    F(E) would be no good here: it tells all patches apart, alike or not. Positions at the border are left out: what they see
+    is partly padding.
+
+    Args:
+        encoder: see `PatchEncoder`.
+        output: (C, H, W) in [-1, 1].
+        count: how many; fewer if the layer has fewer positions.
+    """
+    features = encoder.encode(output)
+    middle = (len(features) - 1) // 2
+    layer = encoder.config.nce_layers[middle]
+    grid = pixel_grid(encoder.generator, layer, features[middle], output[None])
+    feature = features[middle][0]
+    height, width = output.shape[1:]
+    pixels = [
+        (round(grid.pixel(column)), round(grid.pixel(row)))
+        for row in range(feature.shape[1])
+        for column in range(feature.shape[2])
+    ]
+    inside = [
+        index
+        for index, (x, y) in enumerate(pixels)
+        if min(x, width - 1 - x) >= _MARGIN * width and min(y, height - 1 - y) >= _MARGIN * height
+    ]
+    patches = feature.flatten(1).T[inside]  # (S, C)
+    patches = F.normalize(patches - patches.mean(0), dim=1)
+    chosen = [int((patches @ patches.sum(0)).argmax())]
+    while len(chosen) < min(count, len(inside)):
+        nearest = (patches @ patches[chosen].T).max(dim=1).values
+        nearest[chosen] = torch.inf
+        chosen.append(int(nearest.argmin()))
+    return [pixels[inside[index]] for index in chosen]
+
+
+def main_components(maps: Sequence[Tensor]) -> tuple[Tensor, tuple[float, ...]]:
+    """The first three principal components of feature maps, as colours, with one basis for all of them.
+
+    A component's sign is such that its largest coefficient is positive, so the result is the same on every machine. Colours
+    reach from the first to the last percent of a component's values. Features with fewer than three channels leave the rest
+    of the colours at their middle.
+
+    Args:
+        maps: (C, h, w) of one size.
+
+    Returns:
+        (N, h, w, 3) in [0, 1], and the share of the variance that each component has.
+    """
+    stacked = torch.stack(list(maps)).double()  # (N, C, h, w)
+    channels = stacked.shape[1]
+    rows = stacked.movedim(1, 3).reshape(-1, channels)
+    rows = rows - rows.mean(0)
+    # Exact and deterministic, and small: C x C.
+    variances, basis = torch.linalg.eigh(rows.T @ rows / len(rows))
+    variances, basis = variances.flip(0)[:3], basis.flip(1)[:, :3]
+    largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
+    components = rows @ (basis * largest.sign())
+    ends = np.quantile(components.numpy(), [_DARKEST, 1 - _DARKEST], axis=0)
+    low, high = torch.from_numpy(ends)
+    scaled = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    colours = torch.full((len(rows), 3), 0.5)
+    colours[:, : scaled.shape[1]] = scaled.float()
+    total = rows.square().sum(1).mean().clamp(min=1e-12)
+    shares = tuple((variances.clamp(min=0) / total).tolist())
+    return colours.view(len(stacked), *stacked.shape[2:], 3), shares
+
+
+def feature_colours(
+    encoder: PatchEncoder, images: Sequence[Tensor], *, projected: bool, layers: Sequence[int] = ()
+) -> list[FeatureColours]:
+    """The main components of the images' features in each layer, with one basis for all images.
+
+    Args:
+        encoder: see `PatchEncoder`.
+        images: (C, H, W) in [-1, 1], all of one size.
+        projected: of F(E(image)), L2-normalised, rather than of E(image).
+        layers: of `nce_layers`; all if empty.
+
+    Raises:
+        UserError: a layer that the run does not compare, or a run without a projector.
+    """
+    indices = encoder.chosen(layers)
+    features = [encoder.encode(image) for image in images]
+    shown = [encoder.project(maps) for maps in features] if projected else features
+    result = []
+    for index in indices:
+        layer = encoder.config.nce_layers[index]
+        colours, explained = main_components([maps[index][0] for maps in shown])
+        grid = pixel_grid(encoder.generator, layer, features[0][index], images[0][None])
+        result.append(FeatureColours(layer, colours, explained, grid))
+    return result
