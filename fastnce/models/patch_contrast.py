@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import fastnce
 from fastnce import distributed
 from fastnce.errors import UserError
+from fastnce.models.gan import at_least_fp32
 from fastnce.models.patch_contrast_config import PatchContrastConfig
 from fastnce.networks import PatchProjector
 
@@ -114,6 +115,8 @@ class PatchContrast(nn.Module):
     def _compare(self, name: str, queries: list[Tensor], keys: list[Tensor]) -> Tensor:
         config = self.config
         how = {"temperature": config.temperature, "backend": config.backend}
+        if config.norm_floor > 0:
+            return self._compare_with_floor(queries, keys)
         if name not in self.queues:
             return fastnce.patch_nce(queries, keys, negatives=config.negatives, **how)
         losses = []
@@ -123,6 +126,30 @@ class PatchContrast(nn.Module):
             losses.append(fastnce.info_nce(query, key, earlier, in_batch_negatives=in_image, **how))
             queue.enqueue(key.flatten(0, 1).to(queue.queue.dtype))
         return sum(losses) / len(losses)
+
+    def _compare_with_floor(self, queries: list[Tensor], keys: list[Tensor]) -> Tensor:
+        """The same with `norm_floor`, and without the published constant logit -10, which is 1e-62 at a temperature of 0.07."""
+        config, losses = self.config, []
+        for pair in zip(queries, keys, strict=True):
+            query, key = (_shortened(x, config.norm_floor) for x in pair)
+            if config.negatives == "batch":
+                query, key = query.flatten(0, 1), key.flatten(0, 1)
+            losses.append(
+                fastnce.info_nce(
+                    query,
+                    key,
+                    temperature=config.temperature,
+                    normalize=False,
+                    backend=config.backend,
+                )
+            )
+        return sum(losses) / len(losses)
+
+
+def _shortened(rows: Tensor, floor: float) -> Tensor:
+    """Rows divided by their norm plus `floor`."""
+    rows = at_least_fp32(rows)
+    return rows / (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) + floor)
 
 
 def _projected(parts: list[tuple[nn.Module | None, list[Tensor]]]) -> list[list[Tensor]]:

@@ -45,6 +45,11 @@ CASES = {
         replace(TINY, **PATCHES, negatives="image+queue", queue_size=17, projector="none"),
         None,
     ),
+    "floor under norms": (replace(TINY, norm_floor=0.3), None),
+    "floor under norms, all images' negatives": (
+        replace(FAST, norm_floor=0.3, negatives="batch"),
+        MIRRORED,
+    ),
     "as in SinCUT": (
         replace(
             TINY,
@@ -65,7 +70,7 @@ CASES = {
 def test_three_steps_follow_the_equations(case, backend):
     config, flips = CASES[case]
     model = make(replace(config, backend=backend))
-    truth = Transcription(model)
+    truth = Transcription(model, config.norm_floor)
     ids = draw_ids(model, 2) if config.num_patches else {"NCE": None, "NCE_Y": None}
     given = ids if config.num_patches else None
     channels = (config.in_channels, config.out_channels)
@@ -96,7 +101,7 @@ def test_gradients_are_not_trivially_small(config):
 
 
 def distances_at_the_published_initialisation(
-    norm_floor: float, steps: int
+    floor: float, steps: int, **options: float
 ) -> list[dict[str, float]]:
     """A step at a time: how far losses and gradients are from the equations in fp64, relative to their size.
 
@@ -104,9 +109,11 @@ def distances_at_the_published_initialisation(
     some biases of F are sums that cancel to a thousandth.
     """
     torch.manual_seed(0)
-    config = CUTConfig(base_channels=16, disc_channels=16, num_patches=64, projection_dim=64)
+    config = CUTConfig(
+        base_channels=16, disc_channels=16, num_patches=64, projection_dim=64, **options
+    )
     model = CUT(config, (64, 64))
-    plain, exact = Transcription(model, norm_floor), Transcription(model, norm_floor)
+    plain, exact = Transcription(model, floor), Transcription(model, floor)
     for network in (exact.g, exact.d, exact.f):
         network.double()
     found = []
@@ -135,8 +142,11 @@ def distances_at_the_published_initialisation(
     return found
 
 
-def test_three_steps_in_fp32_at_the_published_initialisation():
-    for distances in distances_at_the_published_initialisation(0.0, steps=3):
+@pytest.mark.parametrize("norm_floor", [0.0, 1e-7])
+def test_three_steps_in_fp32_at_the_published_initialisation(norm_floor):
+    for distances in distances_at_the_published_initialisation(
+        norm_floor, steps=3, norm_floor=norm_floor
+    ):
         assert max(distances.values()) < 1e-4, max(distances, key=distances.get)
 
 
