@@ -179,6 +179,17 @@ def test_the_whole_way(capsys, data, tmp_path):
     assert_one_line(result, data, "fastnce data digits-photos")
 
 
+def test_evaluate_says_what_belongs_together(capsys, data, tmp_path):
+    assert_one_line(run(capsys, "evaluate"), "either --run", "or --images")
+    assert_one_line(run(capsys, "evaluate", "--run", "r", "--images", "i"), "either --run")
+    images = ("evaluate", "--images", data / "testA")
+    assert_one_line(run(capsys, *images, "--segmenter", "s.pt"), "belong together")
+    assert_one_line(run(capsys, *images, "--without-nce", "r"), "--without-nce is for --run")
+    assert_one_line(run(capsys, *images), "Give --data, or --segmenter and --labels")
+    assert_one_line(run(capsys, *images, "--data", data), data, "Give --extractor FILE")
+    assert_one_line(run(capsys, "evaluate", "--run", "r", "--out", "o"), "--out is for --images")
+
+
 def test_dry_run_prints_the_configuration(capsys, data, tmp_path):
     code = cli.main(
         ["train", "fastcut", "--data", str(data), "--out", str(tmp_path / "run"), "--dry-run"]

@@ -102,6 +102,7 @@ def test_without_a_compiler_the_wheel_is_pure(checkout, tmp_path):
     assert shipped <= names, "`fastnce build` needs the sources"
     kernels = {f"fastnce/{p.relative_to(ROOT)}" for p in (ROOT / "triton_kernels").glob("*.py")}
     assert len(kernels) > 10 and kernels <= names
+    assert {"fastnce/viz/gallery.css", "fastnce/viz/gallery.js"} <= names
     assert not [name for name in names if name.startswith("triton_kernels")]
 
 

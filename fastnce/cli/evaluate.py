@@ -23,7 +23,7 @@ def evaluate(args: list[str]) -> int:
         label_kind: Literal["train-ids", "ids", "colours"] = "train-ids",
         checkpoint: str = "last",
         weights: Literal["ema", "raw"] = "ema",
-        direction: Literal["AtoB", "BtoA"] = "AtoB",
+        direction: Literal["AtoB", "BtoA"] | None = None,
         out: Path | None = None,
         device: str = "auto",
     ) -> None:
@@ -45,7 +45,7 @@ def evaluate(args: list[str]) -> int:
             label_kind: What the label maps hold: train ids, Cityscapes' own ids, or its colours.
             checkpoint: "last", "best", or the path of a checkpoint file. With "last", CUT's best one is judged too.
             weights: The running average of the generator's weights, or the weights themselves.
-            direction: With --images: which domain was translated to which.
+            direction: For --images, or a system of both directions: which domain is translated to which; AtoB if not given.
             out: With --images: folder of the report, by default that of the images.
             device: auto, cpu, cuda or cuda:N.
         """
@@ -68,7 +68,7 @@ def evaluate(args: list[str]) -> int:
                 data,
                 extractor=extractor,
                 segmentation=segmentation,
-                direction=direction,
+                direction=direction or "AtoB",
                 out=out,
                 device=device,
             )
@@ -81,6 +81,7 @@ def evaluate(args: list[str]) -> int:
                 without_nce=without_nce,
                 extractor=extractor,
                 segmentation=segmentation,
+                direction=direction,
                 checkpoint=checkpoint,
                 weights=weights,
                 device=device,

@@ -1,4 +1,4 @@
-"""The networks that CUT's options describe."""
+"""The networks that the options of CUT, CycleGAN and DCLGAN describe."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from torch import nn
 
 from fastnce.errors import UserError
 from fastnce.models.cut_config import CUTConfig
+from fastnce.models.dclgan_config import DCLGANConfig
+from fastnce.models.translation_config import UnpairedConfig
 from fastnce.networks import PatchDiscriminator, ResnetGenerator
 from fastnce.networks.layers import init_default, init_xavier
 
 
-def build_generator(config: CUTConfig) -> nn.Module:
+def build_generator(config: UnpairedConfig) -> nn.Module:
     """The generator that `config` describes, freshly initialised."""
     channels = (config.in_channels, config.out_channels, config.base_channels, config.num_blocks)
     if config.generator == "stylegan2":
@@ -21,7 +23,7 @@ def build_generator(config: CUTConfig) -> nn.Module:
     return ResnetGenerator(*channels, config.antialias)
 
 
-def build_discriminator(config: CUTConfig, image_size: tuple[int, int] | None) -> nn.Module:
+def build_discriminator(config: UnpairedConfig, image_size: tuple[int, int] | None) -> nn.Module:
     """The discriminator that `config` describes, freshly initialised, for images of `image_size` (height, width).
 
     Raises:
@@ -58,7 +60,7 @@ def initialise(network: nn.Module, gain: float | None) -> None:
 
 
 def feature_shapes(
-    config: CUTConfig, image_size: tuple[int, int] | None
+    config: CUTConfig | DCLGANConfig, image_size: tuple[int, int] | None
 ) -> list[tuple[int, int, int]]:
     """(C, H, W) of the feature maps that `nce_layers` name, found without computing anything.
 

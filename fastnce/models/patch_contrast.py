@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import fastnce
 from fastnce import distributed
 from fastnce.errors import UserError
+from fastnce.models.gan import at_least_fp32
 from fastnce.models.patch_contrast_config import PatchContrastConfig
 from fastnce.networks import PatchProjector
 
@@ -20,7 +21,7 @@ class Comparison(NamedTuple):
 
     Attributes:
         queries: feature maps (N, C, H, W) of the translated images, one per layer.
-        keys: feature maps of the images they were made of, of the same shapes, without gradient.
+        keys: feature maps of the images they were made of, of the same shapes; they get no gradient.
         query_projector: projects the patches of the queries; None compares the features themselves.
         key_projector: projects those of the keys; the same network as for the queries in CUT, another one in DCLGAN.
     """
@@ -39,8 +40,9 @@ class PatchContrast(nn.Module):
     sees the patches of all of them in one pass. The gradient flows through the queries only.
 
     With a queue among the negatives, each loss and layer has its own first-in-first-out queue of `queue_size` projected keys of
-    earlier batches, filled with random unit vectors at the start. Ranks take in each other's keys. The queues are in the state
-    dict; without one this module has no state.
+    earlier batches, filled with random unit vectors at the start. The loss is then `info_nce`, without the published constant
+    logit -10 in the place of the positive, which is nothing at usual temperatures: exp(-10 / 0.07) = 1e-62. Ranks take in each
+    other's keys. The queues are in the state dict; without one this module has no state.
 
     Call it under the autocast of the networks, but not in the same autocast context as a pass without gradient: autocast would
     hand on the weights that it cast there, without gradient.
@@ -86,7 +88,8 @@ class PatchContrast(nn.Module):
         patch_ids = patch_ids or {}
         query_patches, key_patches = [], []
         for name, pair in comparisons.items():
-            patches, ids = self.sample(pair.keys, patch_ids.get(name))
+            with torch.no_grad():
+                patches, ids = self.sample(pair.keys, patch_ids.get(name))
             key_patches.append((pair.key_projector, patches))
             query_patches.append((pair.query_projector, self.sample(pair.queries, ids)[0]))
         # Queries first: what autocast remembers of a pass without gradient must not serve one with it.
@@ -112,6 +115,8 @@ class PatchContrast(nn.Module):
     def _compare(self, name: str, queries: list[Tensor], keys: list[Tensor]) -> Tensor:
         config = self.config
         how = {"temperature": config.temperature, "backend": config.backend}
+        if config.norm_floor > 0:
+            return self._compare_with_floor(queries, keys)
         if name not in self.queues:
             return fastnce.patch_nce(queries, keys, negatives=config.negatives, **how)
         losses = []
@@ -121,6 +126,30 @@ class PatchContrast(nn.Module):
             losses.append(fastnce.info_nce(query, key, earlier, in_batch_negatives=in_image, **how))
             queue.enqueue(key.flatten(0, 1).to(queue.queue.dtype))
         return sum(losses) / len(losses)
+
+    def _compare_with_floor(self, queries: list[Tensor], keys: list[Tensor]) -> Tensor:
+        """The same with `norm_floor`, and without the published constant logit -10, which is 1e-62 at a temperature of 0.07."""
+        config, losses = self.config, []
+        for pair in zip(queries, keys, strict=True):
+            query, key = (_shortened(x, config.norm_floor) for x in pair)
+            if config.negatives == "batch":
+                query, key = query.flatten(0, 1), key.flatten(0, 1)
+            losses.append(
+                fastnce.info_nce(
+                    query,
+                    key,
+                    temperature=config.temperature,
+                    normalize=False,
+                    backend=config.backend,
+                )
+            )
+        return sum(losses) / len(losses)
+
+
+def _shortened(rows: Tensor, floor: float) -> Tensor:
+    """Rows divided by their norm plus `floor`."""
+    rows = at_least_fp32(rows)
+    return rows / (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) + floor)
 
 
 def _projected(parts: list[tuple[nn.Module | None, list[Tensor]]]) -> list[list[Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from fastnce.errors import UserError
 from fastnce.models import options
 
 Negatives = Literal["image", "batch", "queue", "image+queue"]
@@ -32,12 +33,20 @@ class PatchContrastConfig:
     earlier images only; image+queue: others of the same image and those of earlier images."""
     queue_size: int = 4096
     """Patches of earlier images that each layer keeps, with a queue among the negatives."""
+    norm_floor: float = 0.0
+    """Added to the norm of a patch by which it is divided: 1e-7 in the published code, which tells in the first step only.
+    With 0 the normalisation is part of the fused loss."""
     backend: str | None = None
     """Backend of the contrastive ops; by default the fastest that runs here."""
 
     def __post_init__(self) -> None:
         options.at_least(self, 1, "projection_dim", "queue_size")
-        options.at_least(self, 0, "num_patches")
+        options.at_least(self, 0, "num_patches", "norm_floor")
         options.above_zero(self, "temperature")
         options.one_of(self, "projector", ("mlp", "none"))
         options.one_of(self, "negatives", get_args(Negatives))
+        if self.norm_floor > 0 and "queue" in self.negatives:
+            raise UserError(
+                f"norm_floor={self.norm_floor} is for the published negatives, image and batch, got negatives={self.negatives}. "
+                "Use norm_floor=0."
+            )

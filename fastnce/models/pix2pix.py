@@ -48,6 +48,7 @@ class Pix2PixConfig(TranslationConfig):
         options.at_least(self, 2, "num_downs")
         options.at_least(self, 0, "lambda_gan", "lambda_l1")
         options.one_of(self, "test_statistics", get_args(TestStatistics))
+        options.one_of(self, "gan_mode", get_args(GANMode))
         options.one_of(self, "disc_norm", ("batch", "instance", "none"))
         if self.init_gain is not None:
             options.above_zero(self, "init_gain")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from fastnce.errors import UserError
 from fastnce.models import options
 from fastnce.models.gan import GANMode
 
@@ -16,7 +17,7 @@ class TranslationConfig:
     in_channels: int = 3
     """Channels of the images of A: 3 for RGB, 1 for grey."""
     out_channels: int = 3
-    """Channels of the images of B."""
+    """Channels of the images of B and of the translations."""
     base_channels: int = 64
     """Generator: channels after the first layer."""
     disc_antialias: bool = True
@@ -25,8 +26,6 @@ class TranslationConfig:
     """Discriminator: channels of the first layer."""
     disc_layers: int = 3
     """Discriminator: downsampling layers (patch)."""
-    gan_mode: GANMode = "lsgan"
-    """Adversarial objective."""
     lr: float = 2e-4
     """Adam: learning rate of generators and discriminators."""
     beta1: float = 0.5
@@ -41,13 +40,12 @@ class TranslationConfig:
         options.at_least(self, 1, "disc_channels", "disc_layers")
         options.above_zero(self, "lr")
         options.in_unit_interval(self, "beta1", "beta2")
-        options.one_of(self, "gan_mode", get_args(GANMode))
         options.one_of(self, "precision", ("fp32", "bf16"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class TwoWayConfig(TranslationConfig):
-    """The options of the systems with CUT's generator and discriminator once for each direction: CycleGAN and DCLGAN."""
+class UnpairedConfig(TranslationConfig):
+    """The options of CUT's networks, which CycleGAN and DCLGAN have once for each direction."""
 
     generator: Literal["resnet", "stylegan2"] = "resnet"
     """Generator: resnet, or stylegan2 as in SinCUT."""
@@ -61,8 +59,6 @@ class TwoWayConfig(TranslationConfig):
     """Discriminator: normalisation (patch)."""
     init_gain: float | None = 0.02
     """Gain of the Xavier initialisation of all networks but stylegan2; None: PyTorch's own, with which short runs start faster."""
-    pool_size: int = 0
-    """Discriminator: earlier translations to draw from (see `ImagePool`); 0: those of this step only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,6 +66,24 @@ class TwoWayConfig(TranslationConfig):
         options.one_of(self, "discriminator", ("patch", "stylegan2"))
         options.one_of(self, "disc_norm", ("instance", "none"))
         options.at_least(self, 1, "num_blocks")
-        options.at_least(self, 0, "pool_size")
         if self.init_gain is not None:
             options.above_zero(self, "init_gain")
+        if self.generator == "stylegan2" and self.num_blocks % 2:
+            raise UserError(
+                f"num_blocks={self.num_blocks} are shared by encoder and decoder of generator=stylegan2. Use an even number."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoWayConfig(UnpairedConfig):
+    """The options that CycleGAN and DCLGAN share."""
+
+    gan_mode: GANMode = "lsgan"
+    """Adversarial objective."""
+    pool_size: int = 0
+    """Discriminator: earlier translations to draw from (see `ImagePool`); 0: those of this step only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        options.one_of(self, "gan_mode", get_args(GANMode))
+        options.at_least(self, 0, "pool_size")

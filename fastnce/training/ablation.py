@@ -72,8 +72,12 @@ ABLATIONS: dict[str, Ablation] = {
             "contrastive loss off": {"lambda_nce": 0.0},
             "identity loss off": {"nce_idt": False},
             "16 patches": {"num_patches": 16},
+            "4 patches": {"num_patches": 4},
             "last layer only": {"nce_layers": (15,)},
             "negatives of the whole batch": {"negatives": "batch"},
+            "negatives of earlier images": {"negatives": "queue"},
+            "negatives of the image and earlier ones": {"negatives": "image+queue"},
+            "FastCUT": {"nce_idt": False, "lambda_nce": 10.0, "flip_equivariance": True},
         },
         measures={
             "content_accuracy": ("content accuracy", ".3f"),

@@ -16,6 +16,9 @@ from fastnce.errors import UserError
 from fastnce.training.config import CONFIGS, TrainConfig
 from fastnce.training.presets import PRESETS, VARIANTS
 
+# Options of earlier versions, in the configurations of runs that are there, and those that replaced them.
+_RENAMED = {"channels": ("in_channels", "out_channels")}
+
 
 def build_config(
     variant: str,
@@ -90,6 +93,10 @@ def from_dict(values: Mapping[str, object], what: str = "option") -> TrainConfig
     """
     rest = dict(values)
     config_class = CONFIGS[rest.pop("system")]
+    for old, names in _RENAMED.items():
+        if old in rest:
+            value = rest.pop(old)
+            rest |= {name: rest.get(name, value) for name in names}
     return config_class(**checked_values(config_class, rest, what))
 
 

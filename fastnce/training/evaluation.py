@@ -81,6 +81,7 @@ def evaluate_translation(
     without_nce: Path | None = None,
     extractor: Path | None = None,
     segmentation: Segmentation | None = None,
+    direction: str | None = None,
     checkpoint: str = "last",
     weights: Literal["ema", "raw"] = "ema",
     device: str = "auto",
@@ -97,6 +98,7 @@ def evaluate_translation(
         extractor: what gives the features: see `fastnce.metrics.extractors.load_extractor`; by default that of the run, or a
             digits-photos set's own network.
         segmentation: also score the segmentation of the translations; then there need not be an extractor.
+        direction: "AtoB" or "BtoA", for systems of both directions; by default that of the training.
         checkpoint: "last", "best", or a file.
         weights: the running average, or the weights themselves.
         device: where to translate.
@@ -121,14 +123,18 @@ def evaluate_translation(
         networks[WITHOUT_NCE] = network(without_nce, checkpoint)
     result: dict[str, Any] = {"run": {"checkpoint": checkpoint} | read_cost(run)}
     tables = []
-    with translations(networks, config, data) as folders:
+    with translations(networks, config, data, direction) as folders:
         if segmentation is not None:
             result["segmentation"] = segmentation.scores(folders[TRANSLATED], target)
             tables.append(format_segmentation_table(result["segmentation"]))
         if segmentation is None or extractor or config.extractor or is_digits_photos(data):
             judge = load_judge(data, extractor or config.extractor, target)
             result |= judge_folders(
-                folders, data, judge, direction=config.direction, read=scaled_reader(config)
+                folders,
+                data,
+                judge,
+                direction=direction or config.direction,
+                read=scaled_reader(config),
             )
             tables.insert(0, format_table(result))
     table = "\n".join([*tables, *cost_lines(result["run"])])
@@ -276,6 +282,7 @@ def evaluate_run(
     without_nce: Path | None = None,
     extractor: Path | None = None,
     segmentation: Segmentation | None = None,
+    direction: str | None = None,
     **settings: Any,
 ) -> tuple[dict[str, Any], str]:
     """Evaluates a run of any system; see the functions above for its settings.
@@ -291,9 +298,10 @@ def evaluate_run(
             without_nce=without_nce,
             extractor=extractor,
             segmentation=segmentation,
+            direction=direction,
             **settings,
         )
-    _only_for(config.system, without_nce=without_nce, segmenter=segmentation)
+    _only_for(config.system, without_nce=without_nce, segmenter=segmentation, direction=direction)
     if isinstance(config, ContraGANTrainConfig):
         return evaluate_conditional_generation(run, data, extractor=extractor, **settings)
     _only_for(config.system, extractor=extractor)

@@ -103,7 +103,7 @@ _DIGITS_PATCHES: dict[str, object] = {"nce_layers": (4, 8, 12, 15), "num_patches
 _CUT: dict[str, dict[str, object]] = {
     # The demo: about two minutes on two CPU cores.
     "digits": _DIGITS_PHOTOS | _DIGITS_PATCHES,
-    # SinCUT on two photographs of `fastnce data single-photos`, about five minutes on one CPU core.
+    # SinCUT on two photographs of `fastnce data single-photos`, about four minutes on one CPU core.
     "single-photos": {
         "base_channels": 16,
         "num_blocks": 4,

@@ -1,4 +1,4 @@
-"""Weights files of the published repositories of CUT, CycleGAN, DCLGAN and pix2pix: finding, reading, recognising.
+"""Weights files of the published repositories of CUT, CycleGAN and DCLGAN: finding, reading, recognising.
 
 Those repositories write one file per network, `{latest|EPOCH}_net_{G,D,F}.pth` (`G_A`, `G_B`, ... where there are two
 directions), a plain state dict. Our networks have the same keys, so what is left is to find out from keys and shapes how

@@ -28,7 +28,7 @@ def translate_in_tiles(generator: nn.Module, image: Tensor, tile: int) -> Tensor
     have a quarter of the height and width, see the whole map at once. A tile is computed with a margin as wide as the layers
     reach and without it written, so that its border values are those of the whole image.
 
-    The result differs from the untiled one by the rounding of sums in another order. The time is about 1.5 times that of the
+    The result differs from the untiled one by the rounding of sums in another order. It takes about 1.5 times the multiply-adds of the
     untiled translation, and the memory that of the blocks, 64 bytes per pixel and map with 64 base channels, or of a tile.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -216,7 +216,7 @@ def translate_folder(
     generator, channels = in_direction(generator, config, direction)
     paths = list_images(input)
     targets = _targets(paths, Path(input), Path(out))
-    scale = _scaling(config, preprocess, size, paths)
+    scale = image_scaling(config, paths, preprocess, size)
 
     def read() -> Iterator[tuple[Path, Tensor]]:
         for path, target in zip(paths, targets, strict=True):
@@ -233,10 +233,14 @@ def translate_folder(
     return len(paths)
 
 
-def _scaling(
-    config: UnpairedTrainConfig, preprocess: str | None, size: int | None, paths: list[Path]
+def image_scaling(
+    config: UnpairedTrainConfig,
+    paths: Sequence[Path],
+    preprocess: str | None = None,
+    size: int | None = None,
 ) -> Preprocess:
-    """The steps of the training, or those asked for, that do not depend on chance."""
+    """What is done to the images in `paths` before they are translated: the steps of the training, or those asked for, that do
+    not depend on chance."""
     steps = config.preprocess if preprocess is None else preprocess
     kept = [part for part in steps.split("_and_") if not any(t in part for t in RANDOM_TOKENS)]
     side = config.crop_size if size is None else size

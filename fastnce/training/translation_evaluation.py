@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnce.data import Preprocess, list_images, split_folder
+from fastnce.data import list_images, split_folder
 from fastnce.data.folders import image_size, load_image, read_image, to_tensor
 from fastnce.errors import UserError
 from fastnce.metrics import Evaluator, Row, evaluate, evaluate_digits, is_digits_photos
@@ -28,7 +28,7 @@ from fastnce.training.config import UnpairedTrainConfig
 from fastnce.training.system import Measure
 
 # Reads the images of files at the size at which they are compared.
-Read = Callable[[Iterable[Path]], Iterator[Tensor]]
+Read = Callable[[Sequence[Path]], Iterator[Tensor]]
 
 # Of the numbers of an evaluation, those that are measured during the training.
 _MEASURED = ("fid", "kid", "precision", "recall", "density", "coverage", "content_accuracy")
@@ -148,7 +148,10 @@ def translation_measure(config: UnpairedTrainConfig, _: object) -> Measure | Non
 
 @contextmanager
 def translations(
-    networks: Mapping[str, nn.Module], config: UnpairedTrainConfig, data: Path
+    networks: Mapping[str, nn.Module],
+    config: UnpairedTrainConfig,
+    data: Path,
+    direction: str | None = None,
 ) -> Iterator[dict[str, Path]]:
     """Folders, which are removed afterwards, of a set's test images as `fastnce translate` translates them.
 
@@ -156,6 +159,7 @@ def translations(
         networks: by name.
         config: of their run; says how images are scaled.
         data: folder of the data set.
+        direction: "AtoB" or "BtoA", for networks of both directions; by default that of the run.
 
     Yields:
         the folders by name.
@@ -163,24 +167,28 @@ def translations(
     # Here, because `translate` knows all systems, and they know what measures them.
     from fastnce.training.translate import translate_folder
 
-    source = split_folder(data, "test", config.direction[0])
+    source = split_folder(data, "test", (direction or config.direction)[0])
     with tempfile.TemporaryDirectory() as parent:
         folders = {name: Path(parent, str(number)) for number, name in enumerate(networks)}
         for name, network in networks.items():
             was_training = network.training
-            translate_folder(network.eval(), config, source, folders[name])
+            translate_folder(network.eval(), config, source, folders[name], direction=direction)
             network.train(was_training)
         yield folders
 
 
 def scaled_reader(config: UnpairedTrainConfig) -> Read:
     """Reads images scaled as in the training, without its crop: as those to translate are."""
-    kept = [part for part in config.preprocess.split("_and_") if "crop" not in part]
-    scale = Preprocess("_and_".join(kept) or "none", config.crop_size, config.crop_size, flip=False)
-    return lambda paths: (to_tensor(scale.prepare(read_image(path, 3))) for path in paths)
+    from fastnce.training.translate import image_scaling
+
+    def read(paths: Sequence[Path]) -> Iterator[Tensor]:
+        scale = image_scaling(config, paths)
+        return (to_tensor(scale.prepare(read_image(path, 3))) for path in paths)
+
+    return read
 
 
-def _as_they_are(paths: Iterable[Path]) -> Iterator[Tensor]:
+def _as_they_are(paths: Sequence[Path]) -> Iterator[Tensor]:
     return (load_image(path) for path in paths)
 
 

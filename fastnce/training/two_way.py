@@ -17,6 +17,7 @@ from fastnce.training.translation import (
     translated,
     unpaired_images,
 )
+from fastnce.training.translation_evaluation import translation_measure
 
 TwoWayTrainConfig = CycleGANTrainConfig | DCLGANTrainConfig
 
@@ -53,6 +54,8 @@ def _system(panels: tuple[tuple[str, ...], ...], projectors: dict[str, str]) -> 
         network=TwoWayGenerators,
         preview=_both_directions,
         panels=panels,
+        measure=translation_measure,
+        best="fid",
         published={
             "G_A": "generators.a_to_b",
             "G_B": "generators.b_to_a",

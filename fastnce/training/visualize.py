@@ -86,10 +86,13 @@ def visualize_features(
             rows += [("input", image), ("output", encoder.translate(image))]
     written = []
     kinds = {"encoder": False} | ({"projected": True} if encoder.projector is not None else {})
+    # Features of two encoders have nothing in common until they are projected.
+    sides = {"input": encoder, "output": encoder}
     for name, projected in kinds.items():
-        colours = feature_colours(
-            encoder, [image for _, image in rows], projected=projected, layers=layers
-        )
+        if projected:
+            sides["output"] = encoder.of_output
+        images = [(sides[label], image) for label, image in rows]
+        colours = feature_colours(images, projected=projected, layers=layers)
         written.append(Path(out) / f"pca-{name}.png")
         save_feature_colours(rows, colours, written[-1])
     return written
@@ -104,7 +107,7 @@ def similarity_maps(
 ) -> dict[tuple[int, int], list[SimilarityMap]]:
     """The similarity of every position of the input to points of the output, as the contrastive loss sees it.
 
-    The query of a point is F(E(output)) at the position nearest to it, the keys are F(E(input)) at all positions; the loss
+    The query of a point is F(E(output)), in DCLGAN with the other direction's E and F, at the position nearest to it, the keys are F(E(input)) at all positions; the loss
     wants exp(cosine / temperature) to be large at the query's own position and small at the others.
 
     Source: Park et al., "Contrastive Learning for Unpaired Image-to-Image Translation", ECCV 2020, the figure of the
@@ -132,7 +135,8 @@ def similarity_maps(
             )
     indices = encoder.chosen(layers)
     features = encoder.encode(input)
-    keys, queries = encoder.project(features), encoder.project(encoder.encode(output))
+    other = encoder.of_output
+    keys, queries = encoder.project(features), other.project(other.encode(output))
     maps: dict[tuple[int, int], list[SimilarityMap]] = {point: [] for point in points}
     for index in indices:
         layer = encoder.config.nce_layers[index]
@@ -158,7 +162,7 @@ def distinct_points(encoder: PatchEncoder, output: Tensor, count: int) -> list[t
         output: (C, H, W) in [-1, 1].
         count: how many; fewer if the layer has fewer positions.
     """
-    features = encoder.encode(output)
+    features = encoder.of_output.encode(output)
     middle = (len(features) - 1) // 2
     layer = encoder.config.nce_layers[middle]
     grid = pixel_grid(encoder.generator, layer, features[middle], output[None])
@@ -217,26 +221,28 @@ def main_components(maps: Sequence[Tensor]) -> tuple[Tensor, tuple[float, ...]]:
 
 
 def feature_colours(
-    encoder: PatchEncoder, images: Sequence[Tensor], *, projected: bool, layers: Sequence[int] = ()
+    images: Sequence[tuple[PatchEncoder, Tensor]], *, projected: bool, layers: Sequence[int] = ()
 ) -> list[FeatureColours]:
     """The main components of the images' features in each layer, with one basis for all images.
 
     Args:
-        encoder: see `PatchEncoder`.
-        images: (C, H, W) in [-1, 1], all of one size.
+        images: (C, H, W) in [-1, 1], all of one size, each with what encodes it.
         projected: of F(E(image)), L2-normalised, rather than of E(image).
         layers: of `nce_layers`; all if empty.
 
     Raises:
         UserError: a layer that the run does not compare, or a run without a projector.
     """
+    encoder = images[0][0]
     indices = encoder.chosen(layers)
-    features = [encoder.encode(image) for image in images]
-    shown = [encoder.project(maps) for maps in features] if projected else features
+    features = [part.encode(image) for part, image in images]
+    shown = features
+    if projected:
+        shown = [part.project(maps) for (part, _), maps in zip(images, features, strict=True)]
     result = []
     for index in indices:
         layer = encoder.config.nce_layers[index]
         colours, explained = main_components([maps[index][0] for maps in shown])
-        grid = pixel_grid(encoder.generator, layer, features[0][index], images[0][None])
+        grid = pixel_grid(encoder.generator, layer, features[0][index], images[0][1][None])
         result.append(FeatureColours(layer, colours, explained, grid))
     return result

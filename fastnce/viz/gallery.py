@@ -170,7 +170,7 @@ def _charts(runs: Sequence[GalleryRun], kind: str) -> str:
         for name in names:
             drawn = [_series(run.name, name, lines[run.name]) for run in runs]
             charts.append((name, drawn))
-    shown = [_chart(title, [s for s in drawn if _known(s)]) for title, drawn in charts]
+    shown = [_chart(title, drawn) for title, drawn in charts]
     return f'<div class="charts">{"".join(shown)}</div>' if any(shown) else ""
 
 
@@ -189,7 +189,9 @@ def _known(series: Series) -> list[float]:
 
 
 def _chart(title: str, series: Sequence[Series]) -> str:
-    if not series:
+    """A chart; a series without values is left out, and the others keep their colours."""
+    known = {i: s for i, s in enumerate(series) if _known(s)}
+    if not known:
         return ""
     drawn = line_chart(series, title=f"{title} over the steps")
     scale = ""
@@ -202,20 +204,17 @@ def _chart(title: str, series: Sequence[Series]) -> str:
         f'<svg class="swatch" viewBox="0 0 22 8" aria-hidden="true">'
         f'<path class="{line_class(i)}" d="M2 4H20"/></svg>'
         f"{escape(s.name)}</label> <output>{_known(s)[-1]:.4g}</output></li>"
-        for i, s in enumerate(series)
+        for i, s in known.items()
     )
-    data = json_for_html([{"steps": s.steps, "values": s.values} for s in series])
+    # Numbers only: nothing in it can end the script element.
+    lines = [{"steps": s.steps, "values": s.values} for s in known.values()]
+    data = json.dumps(lines, separators=(",", ":"), allow_nan=False)
     return (
         f'<figure class="chart"><figcaption>{escape(title)} '
         f'<output class="at"></output>{scale}</figcaption>'
         f'{drawn}<ul class="legend">{keys}</ul>'
         f'<script type="application/json">{data}</script></figure>'
     )
-
-
-def json_for_html(value: object) -> str:
-    """JSON that can stand in a script element: nothing in it can end the element."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def _evaluation(run: GalleryRun, named: bool) -> str:
@@ -238,12 +237,12 @@ def _evaluation(run: GalleryRun, named: bool) -> str:
         + "</tr>"
         for row in rows
     )
-    rest = {k: v for k, v in _flat(run.evaluation).items() if not k.startswith("rows")}
+    rest = {k: v for k, v in _flat(run.evaluation).items() if k != "rows"}
     facts = "".join(
         f"<dt>{escape(_words(name))}</dt><dd>{_value(value)}</dd>" for name, value in rest.items()
     )
     heading = f"<h3>{escape(run.name)}</h3>" if named else ""
-    table = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     return heading + (table if rows else "") + (f"<dl>{facts}</dl>" if facts else "")
 
 
@@ -286,7 +285,7 @@ def _configuration(runs: Sequence[GalleryRun]) -> str:
 
     def table(shown: list[str]) -> str:
         body = "".join(_option(runs, name) for name in shown)
-        return f'<div class="wide"><table class="options">{head}<tbody>{body}</tbody></table></div>'
+        return f'<div class="wide" tabindex="0"><table class="options">{head}<tbody>{body}</tbody></table></div>'
 
     note = '<p class="note">Marked with *: differs from the default.</p>'
     return (

@@ -17,6 +17,9 @@ _GAP = 4
 _LABEL_SIZE = 15
 _BACKGROUND = (255, 255, 255)
 
+# From this ratio of values on an axis is logarithmic.
+_MANY_TIMES = 10
+
 _NOT_A_LOSS = ("step", "epoch", "lr_factor", "seconds")
 
 
@@ -99,7 +102,9 @@ def measurement_panels(measurements: Sequence[Mapping[str, float]]) -> list[list
 
 
 def save_ablation_plot(values: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
-    """A panel for each measure: a dot for each seed of each choice, and a line at the mean.
+    """A panel for each measure: a dot for each seed of each choice, a line at the mean, and the mean as a number.
+
+    Where the largest value is many times the smallest, as one failed choice makes it, the axis is logarithmic.
 
     Args:
         values: choice -> measure -> a value for each seed.
@@ -107,6 +112,7 @@ def save_ablation_plot(values: Mapping[str, Mapping[str, Sequence[float]]], path
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     names = list(values)
     measures = list(values[names[0]])
@@ -121,6 +127,15 @@ def save_ablation_plot(values: Mapping[str, Mapping[str, Sequence[float]]], path
             mean = sum(numbers) / len(numbers)
             axes.plot([mean, mean], [height - 0.3, height + 0.3], color="black", linewidth=1.2)
             axes.scatter(numbers, [height] * len(numbers), s=18, alpha=0.7)
+            # Beside the plot, in line with the row.
+            place = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 9}
+            axes.annotate(f"{mean:#.3g}", (1.01, height), **place)
+        numbers = [number for name in names for number in values[name][measure]]
+        if min(numbers) > 0 and max(numbers) > _MANY_TIMES * min(numbers):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(measure)
         axes.grid(alpha=0.3)
     all_axes[0].set_yticks(range(len(names)), names)

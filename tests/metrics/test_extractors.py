@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastnce.data import write_digits, write_photos
 from fastnce.errors import UserError
 from fastnce.metrics import DigitClassifier, ScriptedExtractor, generation_evaluator
+from fastnce.metrics.extractors import load_extractor
 
 
 class Colours(nn.Module):
@@ -93,3 +94,34 @@ def test_a_digits_set_brings_its_judge_and_others_need_one(tmp_path, monkeypatch
         assert generation_evaluator(root, file).name.startswith("colours.pt")
     with pytest.raises(UserError, match="no such folder"):
         generation_evaluator(tmp_path / "nowhere")
+
+
+def test_the_inception_of_torch_fidelity(images, monkeypatch):
+    """The package is not a dependency: here a stand-in for torchmetrics' class over it."""
+    import torchmetrics.image.fid
+
+    class Inception(nn.Module):
+        def __init__(self, name: str, features: list[str]) -> None:
+            super().__init__()
+            assert (name, features) == ("inception-v3-compat", ["2048"])
+
+        def forward(self, images: Tensor) -> Tensor:
+            assert images.dtype == torch.uint8
+            return images.float().mean((2, 3))
+
+    monkeypatch.setattr(torchmetrics.image.fid, "NoTrainInceptionV3", Inception)
+    extractor = load_extractor("torch-fidelity")
+    assert extractor(images).tolist() == [[0, 128, 255], [255, 1, 2]]
+    assert extractor(images[:, :1]).tolist() == [[0, 0, 0], [255, 255, 255]]
+    assert extractor.name == "torch-fidelity-inception-v3-compat-2048"
+
+    def missing(*_):
+        raise ModuleNotFoundError("no such module", name="torch_fidelity")
+
+    def offline(*_):
+        raise OSError("no route to host")
+
+    for failing, message in ((missing, "torch_fidelity is not installed"), (offline, "no route")):
+        monkeypatch.setattr(torchmetrics.image.fid, "NoTrainInceptionV3", failing)
+        with pytest.raises(UserError, match=message):
+            load_extractor("torch-fidelity")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastnce.data import list_images, load_image, save_image, write_digits_photos
+from fastnce.data.recipe import read_labels
 from fastnce.errors import UserError
 from fastnce.metrics import (
     Evaluator,
@@ -106,6 +107,30 @@ def test_content_accuracy_counts_the_digits_read(evaluator, digits):
     wrong = torch.where(torch.arange(50) < 20, (read + 1) % 10, read)
     row = evaluate({"x": Row(images, wrong)}, images, evaluator, reader=evaluator)["rows"][0]
     assert row["content_accuracy"] == 0.6
+
+
+def test_the_other_direction(digits, evaluator):
+    images = digits_to_translate(digits, "BtoA")
+    result = evaluate_digits(images, digits, direction="BtoA", evaluator=evaluator)
+    rows = rows_of(result)
+    assert result["reference"] == "testA" and len(images) == 302
+    assert rows["translated"]["fid_share"] == rows["untranslated B"]["fid_share"] == 1
+    for name in ("A against other images of A", "ideal: the same digits plain"):
+        assert rows[name]["fid_share"] < 0.1 and rows[name]["coverage"] > 0.8
+    # Their digits are the ones of testB.
+    assert rows["ideal: the same digits plain"]["content_accuracy"] > 0.8
+
+
+def test_a_set_on_several_photographs(tmp_path, evaluator):
+    root = write_digits_photos(tmp_path / "digits", photo=["coffee", "china"])
+    labels = read_labels(root)
+    photos = {x["photo"] for name, x in labels["images"].items() if name.startswith("testB")}
+    assert photos == {"coffee", "china"} and labels["recipe"]["photo"] == ["coffee", "china"]
+    rows = rows_of(evaluate_digits(digits_to_translate(root), root, evaluator=evaluator))
+    assert rows["ideal: the same digits composited"]["fid_share"] < 0.1
+    for wrong in (["coffee", "coffee"], []):
+        with pytest.raises(UserError, match="expected at least one photograph, none of them twice"):
+            write_digits_photos(tmp_path / "other", photo=wrong)
 
 
 def test_images_that_are_not_finite_are_told(digits, evaluator, tmp_path):

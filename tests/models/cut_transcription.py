@@ -116,20 +116,20 @@ class Transcription:
         earlier = self.earlier.get(which)
         for image, rows in enumerate(q):
             for place, row in enumerate(rows):
-                logits = [row @ k[image, place]]
+                keys = [k[image, place : place + 1]]  # the positive first
                 if mode != "queue":
                     for i in range(len(k)) if mode == "batch" else [image]:
-                        here = [j for j in range(len(rows)) if (i, j) != (image, place)]
-                        logits += [row @ k[i, j] for j in here]
+                        others = [k[i]] if i != image else [k[i, :place], k[i, place + 1 :]]
+                        keys += others
+                if earlier is not None:
+                    keys.append(torch.stack(earlier))
+                logits = torch.cat(keys) @ row
                 if mode in (
                     "image",
                     "batch",
                 ):  # the published constant in the place of the positive
-                    logits.append(torch.full_like(logits[0], -10.0))
-                else:
-                    logits += [row @ negative for negative in earlier]
-                logits = torch.stack(logits) / self.config.temperature
-                losses.append(-F.log_softmax(logits, dim=0)[0])
+                    logits = torch.cat([logits, logits.new_tensor([-10.0])])
+                losses.append(-F.log_softmax(logits / self.config.temperature, dim=0)[0])
         return losses
 
     def patches(self, feature: Tensor, layer: int, ids: Tensor | None) -> Tensor:

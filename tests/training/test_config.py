@@ -8,7 +8,7 @@ import pytest
 
 from fastnce.errors import UserError
 from fastnce.training import CUTTrainConfig, build_config
-from fastnce.training.build import check_options
+from fastnce.training.build import check_options, from_dict
 from fastnce.training.config import (
     CONFIGS,
     FREE_FIELDS,
@@ -125,6 +125,13 @@ def test_bad_config_files(tmp_path, text, message):
     assert str(file) in str(error.value)
 
 
+def test_the_channels_of_a_run_from_before_there_were_two_numbers():
+    values = to_dict(build_config("cut", overrides=PATHS))
+    del values["in_channels"], values["out_channels"]
+    config = from_dict(values | {"channels": 1})
+    assert (config.in_channels, config.out_channels) == (1, 1)
+
+
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         build_config("cut", overrides=PATHS).lr = 1.0
@@ -141,7 +148,7 @@ def test_every_field_has_a_help_text(config_class):
 def test_differing_fields():
     one = build_config("cut", overrides=PATHS)
     other = dataclasses.replace(one, lr=1e-3, workers=7, steps=9, nce_layers=(4,), out=Path("x"))
-    assert differing_fields(to_dict(one), to_dict(other)) == ["nce_layers", "lr"]
+    assert differing_fields(to_dict(one), to_dict(other)) == ["lr", "nce_layers"]
     names = {field.name for c in CONFIGS.values() for field in dataclasses.fields(c)}
     assert names >= FREE_FIELDS | SCHEDULE_FIELDS
 

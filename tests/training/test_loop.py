@@ -162,7 +162,7 @@ def test_another_run_in_the_folder(tiny):
         train(tiny(steps=1, lr=0.5, nce_layers=[4], workers=3))
     message = str(error.value)
     assert (
-        "holds another run, with nce_layers=[4, 8, 12] (now [4]), lr=0.0002 (now 0.5)." in message
+        "holds another run, with lr=0.0002 (now 0.5), nce_layers=[4, 8, 12] (now [4])." in message
     )
     assert "Name another folder" in message
 

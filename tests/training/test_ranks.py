@@ -72,11 +72,12 @@ def run(variant, config, tmp_path, ranks=2):
 
 
 def test_two_processes_train_and_resume_exactly(tiny, tmp_path):
-    """CUT: stopped after 4 of 8 steps and continued, against the run that was not stopped."""
-    code, output = run("cut", tiny(out=tmp_path / "whole"), tmp_path)
+    """CUT, with a queue: stopped after 4 of 8 steps and continued, against the run that was not stopped."""
+    queue = {"negatives": "image+queue", "queue_size": 50}
+    code, output = run("cut", tiny(out=tmp_path / "whole", **queue), tmp_path)
     assert code == 0, output
     for steps in (4, 8):
-        code, output = run("cut", tiny(out=tmp_path / "parts", steps=steps), tmp_path)
+        code, output = run("cut", tiny(out=tmp_path / "parts", steps=steps, **queue), tmp_path)
         assert code == 0, output
     assert "going on after step 4 of 8" in output
     assert output.count("going on") == 1  # said once
@@ -85,11 +86,13 @@ def test_two_processes_train_and_resume_exactly(tiny, tmp_path):
     )
     for key in ("model", "optimizers", "average", "rng", "metrics"):
         assert_identical(one[key], other[key], key)
+    # The queue took in the 8 patches of either rank's image in each step.
+    assert int(one["model"]["contrast.queues.NCE.0.queue_ptr"]) == 8 * 2 * 8 % 50
     assert len(one["rng"]) == 2
     assert not torch.equal(one["rng"][0]["cpu"], one["rng"][1]["cpu"])
     assert [line["step"] for line in read_metrics(tmp_path / "whole" / "metrics.jsonl")] == [3, 6]
     # One process may go on with it, and says what that means.
-    assert train(tiny(out=tmp_path / "parts", steps=9)) == tmp_path / "parts"
+    assert train(tiny(out=tmp_path / "parts", steps=9, **queue)) == tmp_path / "parts"
 
 
 def test_a_process_that_dies_ends_the_run(tiny, tmp_path):

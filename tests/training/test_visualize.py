@@ -1,5 +1,7 @@
 """Similarity maps and the main components of features."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -27,7 +29,7 @@ def encoder(tiny) -> PatchEncoder:
     torch.manual_seed(0)
     config = tiny(nce_layers=[0, 4, 8, 12], init_gain=None, base_channels=8)
     model = CUT(config).eval().requires_grad_(False)
-    return PatchEncoder(model.generator, model.projector, config)
+    return PatchEncoder(model.generator, model.projector, config, 3)
 
 
 @pytest.fixture
@@ -79,7 +81,8 @@ def test_mistakes_are_named(encoder, image):
         similarity_maps(encoder, image, image, [(40, 2)])
     with pytest.raises(UserError, match="layers=5: the run compares the layers 0 4 8 12 only"):
         similarity_maps(encoder, image, image, [(1, 2)], layers=[5])
-    blind = PatchEncoder(encoder.generator, None, encoder.config)
+    config = dataclasses.replace(encoder.config, lambda_nce=0.0)
+    blind = dataclasses.replace(encoder, config=config)
     with pytest.raises(UserError, match="without the contrastive loss"):
         similarity_maps(blind, image, image, [(1, 2)])
 
@@ -131,7 +134,7 @@ def test_features_with_few_channels_and_constant_ones():
 
 
 def test_images_share_a_basis(encoder, image):
-    both = feature_colours(encoder, [image, image], projected=True, layers=[4, 12])
+    both = feature_colours([(encoder, image)] * 2, projected=True, layers=[4, 12])
     assert [layer.layer for layer in both] == [4, 12]
     assert torch.equal(both[0].colours[0], both[0].colours[1])
     assert both[1].grid == (0, 4)
@@ -174,6 +177,34 @@ def test_a_run_without_the_contrastive_loss(tiny, tmp_path):
         visualize_similarity(encoder, tmp_path / "a.png", tmp_path / "out")
     paths = visualize_features(encoder, tmp_path / "a.png", tmp_path / "out")
     assert [p.name for p in paths] == ["pca-encoder.png"]
+
+
+def test_dclgan_compares_with_the_other_directions_encoder(tiny, tmp_path):
+    run = train(tiny("dclgan", steps=1, lambda_sim=0))
+    encoder = PatchEncoder.load(run)
+    state = load_checkpoint(run / "checkpoints" / "last.pt")["model"]
+    other = encoder.of_output
+    assert other is not encoder
+    assert torch.equal(encoder.projector.mlp_0[0].weight, state["projector_a.mlp_0.0.weight"])
+    assert torch.equal(other.projector.mlp_0[0].weight, state["projector_b.mlp_0.0.weight"])
+    image = torch.rand(3, 16, 16) * 2 - 1
+    m = similarity_maps(encoder, image, image, [(8, 8)])[8, 8][0]
+    key, query = (part.project(part.encode(image))[0][0] for part in (encoder, other))
+    assert m.own_cosine == pytest.approx((key[:, 8, 8] @ query[:, 8, 8]).item(), abs=1e-5)
+    assert m.own_cosine < 0.999
+    save(tmp_path / "a.png", (16, 16))
+    assert len(visualize_features(encoder, tmp_path / "a.png", tmp_path / "out")) == 2
+
+
+def test_patches_compared_as_they_are(tiny):
+    """Without a projector the cosine is that of the features."""
+    config = tiny(projector="none")
+    model = CUT(config).eval().requires_grad_(False)
+    encoder = PatchEncoder(model.generator, model.projector, config, 3)
+    features = encoder.encode(torch.rand(3, 16, 16))
+    assert encoder.projector is None
+    for projected, feature in zip(encoder.project(features), features, strict=True):
+        torch.testing.assert_close(projected, torch.nn.functional.normalize(feature, dim=1))
 
 
 def test_the_command_line_names_a_bad_point(capsys, tmp_path):

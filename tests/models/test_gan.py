@@ -1,0 +1,96 @@
+"""Adversarial objectives and penalties: values by hand, gradients by finite differences."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastnce.models.gan import discriminator_losses, generator_loss
+from fastnce.models.regularisers import gradient_penalty, r1
+from fastnce.networks import PatchDiscriminator
+
+
+@pytest.mark.parametrize("mode", ["vanilla", "nonsaturating"])
+def test_cross_entropy_objectives(mode):
+    real, fake = torch.randn(2, 4, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    ones, zeros = torch.ones_like(real), torch.zeros_like(real)
+    real_loss, fake_loss = discriminator_losses(real, fake, mode)
+    torch.testing.assert_close(real_loss, F.binary_cross_entropy_with_logits(real, ones))
+    torch.testing.assert_close(fake_loss, F.binary_cross_entropy_with_logits(fake, zeros))
+    expected = F.binary_cross_entropy_with_logits(fake, ones)
+    torch.testing.assert_close(generator_loss(fake, mode), expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "terms", "generators"),
+    [
+        ("hinge", [0.25, 0.75], 0.75),
+        ("lsgan", [2.125, 2.125], 4.625),
+        ("wgangp", [-1.75, -0.75], 0.75),
+    ],
+)
+def test_objectives_by_hand(mode, terms, generators):
+    real, fake = torch.tensor([0.5, 3.0]), torch.tensor([-2.0, 0.5])
+    assert [x.item() for x in discriminator_losses(real, fake, mode)] == terms
+    assert generator_loss(fake, mode).item() == generators
+
+
+def test_penalties_of_a_known_function():
+    """The slope of 3 x_0 + 4 x_1, summed over two logits, is 10 everywhere."""
+    weight = torch.tensor([3.0, 4.0]).view(1, 2, 1, 1)
+
+    def judge(x: Tensor) -> Tensor:
+        logit = (x * weight).sum((1, 2, 3))
+        return torch.stack([logit, logit], dim=1)
+
+    real, fake = torch.randn(2, 5, 2, 1, 1).requires_grad_()
+    assert r1(judge(real), real).item() == pytest.approx(100)
+    assert gradient_penalty(judge, real, fake).item() == pytest.approx(81)
+
+
+def test_the_penalty_is_taken_between_the_images():
+    """The slope of x^2 / 2 is x: real 3 and fake 1 give places between 1 and 3, an image each."""
+    seen = []
+
+    def judge(x: Tensor) -> Tensor:
+        seen.append(x.detach().flatten())
+        return x.square().sum((1, 2, 3)) / 2
+
+    real, fake = torch.full((50, 1, 1, 1), 3.0), torch.full((50, 1, 1, 1), 1.0)
+    penalty = gradient_penalty(judge, real, fake)
+    assert seen[0].min() >= 1 and seen[0].max() <= 3 and seen[0].std() > 0.3
+    assert penalty.item() == pytest.approx((seen[0] - 1).square().mean().item(), rel=1e-5)
+
+
+def penalty_of(name: str, network: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    if name == "r1":
+        images = real.clone().requires_grad_()
+        return r1(network(images), images)
+    torch.manual_seed(0)
+    return gradient_penalty(network, real, fake)
+
+
+@pytest.mark.parametrize("norm", ["instance", "none"])
+@pytest.mark.parametrize("name", ["r1", "gradient_penalty"])
+def test_gradient_of_the_penalties_by_finite_differences(name, norm):
+    torch.manual_seed(0)
+    network = PatchDiscriminator(base_channels=3, num_layers=2, norm=norm).double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.3)
+    real, fake = torch.randn(2, 2, 3, 16, 16, dtype=torch.float64)
+    penalty_of(name, network, real, fake).backward()
+    slope, step = 0.0, 1e-6
+    up, down = copy.deepcopy(network), copy.deepcopy(network)
+    with torch.no_grad():
+        for one, plus, minus in zip(*(x.parameters() for x in (network, up, down)), strict=True):
+            direction = torch.randn_like(one)
+            plus += step * direction
+            minus -= step * direction
+            # A bias may have no part in the slope at all, such as the last one.
+            slope += 0 if one.grad is None else (one.grad * direction).sum().item()
+    ends = [penalty_of(name, x, real, fake).item() for x in (up, down)]
+    assert abs(slope) > 1e-2
+    assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope, rel=1e-5)

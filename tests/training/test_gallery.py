@@ -1,0 +1,302 @@
+"""The run gallery: what is on the page, and that the page is sound whatever the run holds."""
+
+import base64
+import io
+import json
+import re
+import shlex
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastnce import cli, viz
+from fastnce.errors import UserError
+from fastnce.training import build_config, train
+from fastnce.training.build import from_dict
+from fastnce.training.gallery import distinct_names, training_command, write_gallery
+from fastnce.viz.embedded import embed
+from fastnce.viz.gallery import GalleryRun, gallery_page
+from fastnce.viz.line_chart import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Series,
+    line_chart,
+    log_ticks,
+    thinned,
+    ticks,
+)
+
+VOID = {"meta", "img", "input", "br", "link", "hr"}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, text, and the data of the charts; checks that every element is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.cells: list[str] = []
+        self.data: list = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag in ("td", "th"):
+            self.cells.append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        if self.open and self.open[-1] == "script":
+            if self.tags[-1][1].get("type") == "application/json":
+                self.data.append(json.loads(text))
+            return
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells[-1] += text
+        self.text += text
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def picture(path: Path, size=(60, 40), seed=0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def made_up(name="run", **changes) -> GalleryRun:
+    values = {
+        "command": "fastnce train cut",
+        "options": {"system": "cut", "lr": 0.1, "steps": 4},
+        "defaults": {"lr": 0.2, "steps": 4},
+    }
+    return GalleryRun(name=name, **(values | changes))
+
+
+@pytest.fixture
+def run(tiny):
+    return train(tiny(steps=8, log_every=2))
+
+
+def test_a_run_is_on_the_page(run, tiny):
+    (run / "metrics.json").write_text(
+        json.dumps({"count": 7, "rows": [{"name": "translated", "fid": 1.23456}]})
+    )
+    path = write_gallery([run])
+    assert path == run / "gallery.html"
+    page = Page(path.read_text())
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    charts = {"G_GAN": ["G_GAN", "D_real", "D_fake"], "NCE": ["NCE", "NCE_Y"], "G": ["G"]}
+    assert len(page.data) == len(charts)
+    for chart, names in zip(page.data, charts.values(), strict=True):
+        for series, name in zip(chart, names, strict=True):
+            assert series["steps"] == [2, 4, 6, 8]
+            assert series["values"] == pytest.approx([line[name] for line in lines], rel=1e-5)
+
+    images = page.all("img")
+    assert [image["alt"] for image in images] == [f"Samples of run after step {s}" for s in (4, 8)]
+    shown = Image.open(io.BytesIO(base64.b64decode(images[1]["src"].split(",")[1])))
+    with Image.open(run / "samples" / "step_000008.png") as grid:
+        assert np.array_equal(np.asarray(shown.convert("RGB")), np.asarray(grid.convert("RGB")))
+
+    assert page.cells[2:4] == ["translated", "1.235"]
+    cells = [cell.replace("\xa0", " ") for cell in page.cells]
+    assert cells[cells.index("base_channels") + 1 :][:2] == ["2 *", "64"]
+    assert cells[cells.index("temperature") + 1 :][:2] == ["0.07", "0.07"]
+    assert training_command(tiny(steps=8, log_every=2)) in page.text
+
+
+def test_runs_side_by_side():
+    lines = [{"step": 1, "G": 1.0, "own": 5.0}, {"step": 2, "G": 2.0, "own": 5.0}]
+    other = [{"step": 1, "G": 3.0}]
+    runs = [
+        made_up("a", losses=lines),
+        made_up("b", losses=other, options={"system": "cut", "lr": 0.2, "steps": 4, "new": 1}),
+    ]
+    page = Page(gallery_page(runs))
+    assert [[s["values"] for s in chart] for chart in page.data] == [[[1, 2], [3]], [[5, 5]]]
+    cells = [cell.replace("\xa0", " ") for cell in page.cells]
+    assert cells[:4] == ["option", "a", "b", "default"]
+    assert cells[4:12] == ["lr", "0.1 *", "0.2", "0.2", "new", "–", "1", "–"]
+
+
+def test_a_run_keeps_its_colour_where_another_has_no_values():
+    lines = [{"step": 1, "own": 5.0}, {"step": 2, "own": 6.0}]
+    page = Page(gallery_page([made_up("a"), made_up("b", losses=lines)]))
+    assert [len(chart) for chart in page.data] == [1]
+    drawn = {p["class"] for p in page.all("path") if "line" in p.get("class", "") and p["d"]}
+    assert drawn == {"series-1 line colour-1", "line colour-1"}
+    assert [i["class"] for i in page.all("input") if "key" in i.get("class", "")] == ["key-1"]
+
+
+def test_hostile_names_stay_text(tmp_path):
+    bad = '</script><script>alert(1)</script><img src=x onerror="alert(2)">&"\''
+    run = made_up(
+        bad,
+        command=bad,
+        options={"system": bad, bad: bad},
+        losses=[{"step": 1, bad: 1.0}, {"step": 2, bad: 2.0}],
+        samples=[(1, picture(tmp_path / "a.png"))],
+        evaluation={bad: bad, "rows": [{"name": bad, bad: bad}]},
+    )
+    for runs in ([run], [run, made_up(bad + "2", losses=run.losses)]):
+        page = Page(gallery_page(runs))
+        counts = Counter(tag for tag, _ in page.tags)
+        assert counts["img"] == 1
+        assert counts["script"] == 1 + len(page.data) == 2
+        assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+        assert bad in page.text
+
+
+def test_the_page_loads_nothing(run):
+    text = write_gallery([run]).read_text()
+    page = Page(text)
+    assert not page.all("link")
+    assert all(image["src"].startswith("data:image/") for image in page.all("img"))
+    assert not any("src" in attributes for attributes in page.all("script"))
+    assert not re.search(r"url\(|@import|fetch\(|https?://(?!www\.w3\.org/2000/svg)", text)
+    assert "default-src 'none'" in page.all("meta")[1]["content"]
+
+
+def test_every_chart_and_control_has_a_name():
+    lines = [{"step": 1, "G": 1.0}, {"step": 2, "G": 2.0}]
+    page = Page(gallery_page([made_up(losses=lines, measurements=lines)]))
+    charts = [s for s in page.all("svg") if s.get("role") == "img"]
+    assert len(charts) == 4  # linear and logarithmic
+    assert all(chart["aria-label"].startswith("G over the steps") for chart in charts)
+    assert page.all("html")[0]["lang"] == "en"
+    assert "width=device-width" in str(page.all("meta"))
+
+
+def test_values_that_are_not_numbers_leave_gaps():
+    nan = float("nan")
+    lines = [{"step": s, "fid": v} for s, v in ((1, 1.0), (2, None), (3, nan), (4, 2.0))]
+    page = Page(gallery_page([made_up(measurements=[*lines, {"step": 5, "fid": 3.0}])]))
+    assert page.data[0][0]["values"] == [1, None, None, 2, 3]
+    path = next(p for p in page.all("path") if p.get("class", "").startswith("series-0"))
+    assert path["d"].count("M") == 2
+
+
+def test_long_runs_stay_small(tmp_path):
+    lines = [{"step": s, "G": float(s % 7)} for s in range(1, 10_001)]
+    samples = [(s, picture(tmp_path / f"{s}.png", (900, 300), s)) for s in range(1, 31)]
+    text = gallery_page([made_up(losses=lines, samples=samples)])
+    page = Page(text)
+    (series,) = page.data[0]
+    assert len(series["steps"]) == 400 and series["steps"][-1] == 10_000
+    assert series["values"][0] == pytest.approx(np.mean([s % 7 for s in range(1, 26)]))
+    assert [image["alt"] for image in page.all("img")][:: len(page.all("img")) - 1] == [
+        "Samples of run after step 1",
+        "Samples of run after step 30",
+    ]
+    assert len(page.all("img")) == 24
+    assert "6 of the sample grids in between are left out" in text
+    assert len(text) < 8.5e6
+
+
+def test_a_large_picture_is_reduced(tmp_path):
+    path = picture(tmp_path / "a.png", (400, 300))
+    whole, small = embed(path, 10**6), embed(path, 20_000)
+    assert whole.uri.startswith("data:image/png") and (whole.width, whole.height) == (400, 300)
+    assert small.uri.startswith("data:image/jpeg") and len(small.uri) < 20_100
+    assert small.width < 400 and small.width * 3 == pytest.approx(small.height * 4, abs=4)
+
+
+def test_a_run_that_has_just_begun():
+    page = Page(gallery_page([made_up()]))
+    headings = [tag for tag, _ in page.tags].count("h2")
+    assert headings == 2  # configuration and command
+    Page(gallery_page([made_up(losses=[{"step": 1, "G": 0.0}])]))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 1, [0, 0.5, 1]), (0.21, 0.49, [0.3, 0.4]), (-3, 900, [0, 500]), (7e-5, 9.4e-5, None)],
+)
+def test_ticks_are_round_and_inside(low, high, expected):
+    values = ticks(low, high)
+    assert 2 <= len(values) <= 6 and low <= values[0] and values[-1] <= high
+    assert expected is None or values == expected
+
+
+def test_log_ticks():
+    assert log_ticks(-2, 1) == [0.01, 0.1, 1, 10]
+    assert len(log_ticks(0.1, 0.2)) == 3
+    assert len(log_ticks(-20, 20)) <= 8
+
+
+def test_a_chart_puts_values_where_they_belong():
+    """The first step at the left, the last at the right; equal factors are equal distances with a logarithmic scale."""
+    series = Series("s", (0, 5, 10), (1.0, 10.0, 100.0))
+    text = line_chart([series], title="t", log=True)
+    path = re.search(r'class="series-0[^"]*" d="M([^"]*)"', text)[1]
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split()) for point in path.split("L"))
+    assert (x0, x1, x2) == (56, 253, 450)
+    assert y0 - y1 == pytest.approx(y1 - y2, abs=0.2) and y0 > y1
+    assert thinned(series, 2) == Series("s", (5, 10), (5.5, 100.0))
+
+
+@pytest.mark.parametrize(
+    ("variant", "preset", "changes"),
+    [
+        ("cut", "digits", {"steps": 7, "flip": True, "data": "a folder/it's"}),
+        ("fastcut", None, {"nce_layers": [0, 4], "init_gain": None}),
+        ("reacgan", "digits", {"seed": 3}),
+        ("moco", "digits", {"queue_size": 256}),
+    ],
+)
+def test_the_command_trains_the_same(variant, preset, changes, capsys):
+    """The command is parsed by the command line itself."""
+    config = build_config(variant, preset=preset, overrides={"data": "d", "out": "o"} | changes)
+    program, *words = shlex.split(training_command(config))
+    assert program == "fastnce"
+    assert cli.main([*words, "--dry-run"]) == 0
+    assert from_dict(json.loads(capsys.readouterr().out)) == config
+    assert words[1] == variant and len(words) < 20
+
+
+def test_mistakes_are_named(run, tmp_path, capsys):
+    with pytest.raises(UserError, match="it has no config.json"):
+        write_gallery([tmp_path])
+    with pytest.raises(UserError, match="run is missing"):
+        write_gallery([])
+    with pytest.raises(UserError, match="a folder is named twice"):
+        write_gallery([run, run / ".." / run.name])
+    (run / "metrics.json").write_text("{")
+    with pytest.raises(UserError, match=r"metrics.json: is damaged"):
+        write_gallery([run])
+    assert cli.main(["visualize", "gallery", "--run", str(tmp_path)]) == 2
+
+
+def test_names_are_distinct():
+    assert distinct_names([Path("x/a"), Path("x/b")]) == ["a", "b"]
+    assert distinct_names([Path("x/a/seed-0"), Path("x/b/seed-0")]) == ["a/seed-0", "b/seed-0"]
+
+
+def test_the_script_and_the_charts_agree():
+    """gallery.js knows the charts' size, and uses only elements that the page has."""
+    script = Path(viz.__file__).with_name("gallery.js").read_text()
+    assert f"WIDTH = {WIDTH}, LEFT = {LEFT}, RIGHT = {RIGHT};" in script
+    assert f"M${{x}} {TOP}V{HEIGHT - BOTTOM}" in script
+    assert all(script.count(a) == script.count(b) for a, b in ("()", "[]", "{}"))
