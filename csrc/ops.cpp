@@ -130,8 +130,7 @@ STABLE_TORCH_LIBRARY(fastnce, m) {
   // Maps x (B, H, W, C), grad (B, H, W, K), contiguous, float32 or bfloat16, C and K multiples of
   // 16; weight (K, C, 3, 3), float32, contiguous. The convolution of x, padded by 1 with zeros or,
   // if `reflect`, its mirror image.
-  m.def(
-      "conv3x3_forward(Tensor x, Tensor weight, Tensor? bias, bool reflect) -> Tensor");
+  m.def("conv3x3_forward(Tensor x, Tensor weight, Tensor? bias, bool reflect) -> Tensor");
   m.def("conv3x3_input_gradient(Tensor grad, Tensor weight, bool reflect) -> Tensor");
   // (K, C, 3, 3) in float32.
   m.def("conv3x3_weight_gradient(Tensor grad, Tensor x, bool reflect) -> Tensor");
@@ -143,14 +142,12 @@ STABLE_TORCH_LIBRARY(fastnce, m) {
       "instance_norm_forward(Tensor x, Tensor? residual, float eps, float slope) -> (Tensor y, "
       "Tensor moments)");
   // The gradient of x; that of residual is grad.
-  m.def(
-      "instance_norm_backward(Tensor grad, Tensor x, Tensor moments, float slope) -> Tensor");
+  m.def("instance_norm_backward(Tensor grad, Tensor x, Tensor moments, float slope) -> Tensor");
 
   // A map as above -> (B, height, width, C): half the size, blurred by (1, 2, 1) / 4 in both
-  // directions, mirrored at the border; or twice the size, by (1, 3, 3, 1) / 4, the border repeated.
-  // The adjoint takes a gradient of the result's size to one of height x width.
-  m.def(
-      "blur_resample(Tensor x, bool halve, bool adjoint, int height, int width) -> Tensor");
+  // directions, mirrored at the border; or twice the size, by (1, 3, 3, 1) / 4, the border
+  // repeated. The adjoint takes a gradient of the result's size to one of height x width.
+  m.def("blur_resample(Tensor x, bool halve, bool adjoint, int height, int width) -> Tensor");
 
   // GFLOP/s of multiply-adds in registers, of all threads together over `seconds`: what no product
   // exceeds. Of the instruction set in use; dtype: float64, float32 or, where there are such

@@ -1,5 +1,4 @@
-"""The compiled kernels over feature maps: what the networks of image translation are made of, beside their largest part, the
-convolutions that PyTorch's own library does best.
+"""The compiled kernels over feature maps: 3x3 convolutions, instance norm and resampling, for the networks of image translation.
 
 A map is (B, C, H, W) in PyTorch's ``channels_last`` memory format, float32 or bfloat16, C a multiple of 16. Other maps are
 turned into that format first.

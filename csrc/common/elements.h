@@ -1,5 +1,5 @@
-// Vectors of float read from and written to float or bfloat16. Compiled once per instruction set, see
-// vector.h.
+// Vectors of float read from and written to float or bfloat16. Compiled once per instruction set,
+// see vector.h.
 #pragma once
 
 #include "image_kernels.h"

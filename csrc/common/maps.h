@@ -18,9 +18,9 @@ struct MapSize {
   MapSize(const char* op, const char* name, const Tensor& map) {
     STD_TORCH_CHECK(map.is_cpu() && map.dim() == 4, op, ": ", name,
                     " must be a map (B, H, W, C) on the CPU.");
-    STD_TORCH_CHECK(map.scalar_type() == ScalarType::Float ||
-                        map.scalar_type() == ScalarType::BFloat16,
-                    op, ": ", name, " must be float32 or bfloat16.");
+    STD_TORCH_CHECK(
+        map.scalar_type() == ScalarType::Float || map.scalar_type() == ScalarType::BFloat16, op,
+        ": ", name, " must be float32 or bfloat16.");
     images = map.size(0), height = map.size(1), width = map.size(2), channels = map.size(3);
     STD_TORCH_CHECK(map.is_contiguous() && map.numel() > 0, op, ": ", name,
                     " must be contiguous and not empty.");

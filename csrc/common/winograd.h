@@ -146,8 +146,7 @@ void transform_patch_row(int row, int64_t tiles, int64_t first, int64_t channels
 template <class Element, int kRow>
 void gradient_row(int64_t tiles, int64_t channels, const Element* const* pixels, float* out,
                   int64_t plane_size) {
-  for (int64_t tile = 0; tile < tiles;
-       ++tile, pixels += kOutputs * kOutputs, out += channels) {
+  for (int64_t tile = 0; tile < tiles; ++tile, pixels += kOutputs * kOutputs, out += channels) {
     for (int64_t c = 0; c < channels; c += kFloatLanes) {
       Floats half[kOutputs], row[kPatch];
 #pragma GCC unroll 4
@@ -165,8 +164,8 @@ void gradient_row(int64_t tiles, int64_t channels, const Element* const* pixels,
 }
 
 template <class Element>
-void transform_gradient_row(int row, int64_t tiles, int64_t channels,
-                            const Element* const* pixels, float* out, int64_t plane_size) {
+void transform_gradient_row(int row, int64_t tiles, int64_t channels, const Element* const* pixels,
+                            float* out, int64_t plane_size) {
   using Run = void (*)(int64_t, int64_t, const Element* const*, float*, int64_t);
   constexpr Run kRuns[kPatch] = {gradient_row<Element, 0>, gradient_row<Element, 1>,
                                  gradient_row<Element, 2>, gradient_row<Element, 3>,
@@ -177,8 +176,7 @@ void transform_gradient_row(int row, int64_t tiles, int64_t channels,
 template <class Element>
 void transform_products(int64_t tiles, int64_t first, int64_t lanes, const float* m,
                         int64_t plane_size, const float* bias, Element* const* pixels) {
-  for (int64_t tile = 0; tile < tiles;
-       ++tile, pixels += kOutputs * kOutputs, m += kChannelBlock) {
+  for (int64_t tile = 0; tile < tiles; ++tile, pixels += kOutputs * kOutputs, m += kChannelBlock) {
     for (int64_t c = 0; c < lanes; c += kFloatLanes) {
       Floats half[kOutputs][kPatch];
 #pragma GCC unroll 6

@@ -97,9 +97,7 @@ Tensor blur_resample(const Tensor& x, bool halve, bool adjoint, int64_t height, 
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastnce, CPU, m) {
-  m.impl("blur_resample", TORCH_BOX(&blur_resample));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastnce, CPU, m) { m.impl("blur_resample", TORCH_BOX(&blur_resample)); }
 
 }  // namespace
 }  // namespace fastnce

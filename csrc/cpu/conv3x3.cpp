@@ -1,5 +1,5 @@
-// 3x3 convolutions with stride 1 that keep the size of the map, by Winograd's F(4x4, 3x3): a quarter
-// of the multiply-adds. Sums are in float32, whatever the maps are.
+// 3x3 convolutions with stride 1 that keep the size of the map, by Winograd's F(4x4, 3x3): a
+// quarter of the multiply-adds. Sums are in float32, whatever the maps are.
 //
 // Forward and gradient of the input are the same walk: transform the patches of a block of tiles,
 // multiply plane by plane, transform back. The gradient of the weights needs all tiles of a plane,
@@ -62,8 +62,8 @@ class TileGrid {
       for (int64_t y = top; y < top + kOutputs; ++y) {
         for (int64_t x = left; x < left + kOutputs; ++x) {
           const bool inside = y < out_height_ && x < out_width_;
-          *pixels++ = inside ? outputs + ((image * out_height_ + y) * out_width_ + x) * channels
-                             : outside;
+          *pixels++ =
+              inside ? outputs + ((image * out_height_ + y) * out_width_ + x) * channels : outside;
         }
       }
     }
@@ -234,10 +234,9 @@ void weight_gradient(const Element* map, const Element* gradient, const TileGrid
         kernels.transform_gradient_row(row, tiles, outputs, targets.data(), gradients.data(),
                                        tiles * outputs);
         for (int p = 0; p < kPatch; ++p) {
-          products.multiply_transposed(channels, tiles, outputs,
-                                       patches.data() + p * tiles * channels, channels,
-                                       gradients.data() + p * tiles * outputs, outputs, sum(p),
-                                       outputs);
+          products.multiply_transposed(
+              channels, tiles, outputs, patches.data() + p * tiles * channels, channels,
+              gradients.data() + p * tiles * outputs, outputs, sum(p), outputs);
         }
       }
     }

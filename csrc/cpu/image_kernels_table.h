@@ -9,10 +9,11 @@ namespace fastnce::FASTNCE_ISA {
 
 template <class Element>
 constexpr ImageKernels<Element> make_image_table() {
-  return {transform_patches<Element>, transform_patch_row<Element>, transform_gradient_row<Element>,
-          transform_products<Element>, channel_sums<Element>, normalize<Element>,
-          normalize_sums<Element>, normalize_gradient<Element>, blend_rows<Element>,
-          blend_pixels<Element>};
+  return {
+      transform_patches<Element>,  transform_patch_row<Element>, transform_gradient_row<Element>,
+      transform_products<Element>, channel_sums<Element>,        normalize<Element>,
+      normalize_sums<Element>,     normalize_gradient<Element>,  blend_rows<Element>,
+      blend_pixels<Element>};
 }
 
 constexpr WinogradKernels make_winograd_table() {

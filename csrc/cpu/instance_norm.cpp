@@ -1,5 +1,5 @@
-// Instance norm with what follows it, leaky ReLU or a sum with another map: one pass over the map for
-// the moments and one for the result; backward the same, from the map that was normalised.
+// Instance norm with what follows it, leaky ReLU or a sum with another map: one pass over the map
+// for the moments and one for the result; backward the same, from the map that was normalised.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -110,9 +110,9 @@ std::tuple<Tensor, Tensor> instance_norm_forward(const Tensor& x,
     find_moments<Element>(size, from, eps, moments.mutable_data_ptr<float>());
     run_chunks(size, [&](int64_t image, int64_t pixel, int64_t pixels, int64_t) {
       const int64_t start = pixel * size.channels;
-      image_kernels<Element>().normalize(
-          pixels, size.channels, from + start, normalization(moments, size, image, slope),
-          other == nullptr ? nullptr : other + start, to + start);
+      image_kernels<Element>().normalize(pixels, size.channels, from + start,
+                                         normalization(moments, size, image, slope),
+                                         other == nullptr ? nullptr : other + start, to + start);
     });
   });
   return {out, moments};

@@ -10,13 +10,13 @@
 
 namespace fastnce {
 
-#define FASTNCE_DECLARE_TABLES(isa)                \
-  namespace isa {                                  \
-  extern const TileKernels<float> kFloatKernels;   \
-  extern const TileKernels<double> kDoubleKernels; \
-  extern const ImageKernels<float> kFloatImages; \
+#define FASTNCE_DECLARE_TABLES(isa)                    \
+  namespace isa {                                      \
+  extern const TileKernels<float> kFloatKernels;       \
+  extern const TileKernels<double> kDoubleKernels;     \
+  extern const ImageKernels<float> kFloatImages;       \
   extern const ImageKernels<Bfloat16> kBfloat16Images; \
-  extern const WinogradKernels kWinograd; \
+  extern const WinogradKernels kWinograd;              \
   }
 FASTNCE_DECLARE_TABLES(portable)
 #ifdef __x86_64__
@@ -110,15 +110,15 @@ const TileKernels<double>& tile_kernels<double>() {
 
 // The levels beyond AVX-512 add nothing here.
 #ifdef __x86_64__
-#define FASTNCE_CHOOSE(name)                          \
-  switch (chosen_isa()) {                             \
-    case Isa::kAvx512Bf16:                            \
-    case Isa::kAvx512:                                \
-      return avx512::name;                            \
-    case Isa::kAvx2:                                  \
-      return avx2::name;                              \
-    default:                                          \
-      return portable::name;                          \
+#define FASTNCE_CHOOSE(name) \
+  switch (chosen_isa()) {    \
+    case Isa::kAvx512Bf16:   \
+    case Isa::kAvx512:       \
+      return avx512::name;   \
+    case Isa::kAvx2:         \
+      return avx2::name;     \
+    default:                 \
+      return portable::name; \
   }
 #else
 #define FASTNCE_CHOOSE(name) return portable::name;
