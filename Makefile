@@ -21,7 +21,7 @@ SANITIZED := out/sanitize/libfastnce_cpu.so
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1
 # Of the tests of the ops those that run the kernels. Left out: what measures memory or time, which the sanitizers change, and
 # PyTorch's own checks of the registration, which take long and say nothing about the kernels.
-SANITIZE_TESTS ?= native and not memory_does_not_grow and not fma_peak and not compile and not opcheck and not registered
+SANITIZE_TESTS ?= (native or test_maps) and not memory_does_not_grow and not fma_peak and not compile and not opcheck and not registered and not without_the_library
 
 # The Triton kernels' tests on the host. Left out, for the interpreter is slow: what it cannot show, and more of the same.
 INTERPRETED_TESTS ?= triton and not repeatable and not left_alone and not without_gradients and not transposed and not third

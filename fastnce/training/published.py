@@ -264,7 +264,10 @@ def load_published(
             lines.append(f"{name}: {where} has no file of it, so it starts anew")
             continue
         state = read_published(files[name])
-        _check_options(recognise(state, files[name]), config, network, files[name])
+        found = recognise(state, files[name])
+        if attribute.endswith(".b_to_a"):
+            found = _in_terms_of_the_other_direction(found)
+        _check_options(found, config, network, files[name])
         load_strictly(network, state, files[name])
         lines.append(f"{name}: {files[name]}")
     return lines
@@ -275,6 +278,14 @@ def _attribute(model: nn.Module, path: str) -> nn.Module | None:
     for name in path.split("."):
         value = getattr(value, name)
     return value if isinstance(value, nn.Module) else None
+
+
+def _in_terms_of_the_other_direction(found: Recognised) -> Recognised:
+    """What a generator from B to A tells about the options, which are those of A to B."""
+    channels = (found.options["out_channels"], found.options["in_channels"])
+    names = ("in_channels", "out_channels")
+    options = found.options | dict(zip(names, channels, strict=True))
+    return dataclasses.replace(found, options=options)
 
 
 def _check_options(found: Recognised, config: TrainConfig, network: nn.Module, path: Path) -> None:

@@ -145,6 +145,21 @@ def test_what_trains_what(data, tmp_path):
         assert type(system.model(config, system.dataset(config))) is kind
 
 
+def test_published_files_of_grey_and_rgb(data, tmp_path):
+    grey = {"in_channels": 1, "lambda_identity": 0.0, "steps": 1}
+    run = train(tiny("cyclegan", data, tmp_path / "run", **grey))
+    export_published(run, tmp_path / "files", which="raw")
+    start = {"init_from": tmp_path / "files", "lr": 1e-12}
+    again = train(tiny("cyclegan", data, tmp_path / "again", **grey, **start))
+    before, after = (checkpoint(folder)["model"] for folder in (run, again))
+    for key in ("generators.a_to_b.model.1.weight", "generators.b_to_a.model.1.weight"):
+        torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-9)
+    with pytest.raises(
+        UserError, match=r"G_A.pth: has in_channels=1, but the options say in_channels=3"
+    ):
+        train(tiny("cyclegan", data, tmp_path / "wrong", steps=1, **start))
+
+
 def test_simdcl_is_as_published():
     config = build_config("simdcl", overrides={"data": "images", "out": "run"})
     assert (config.lambda_sim, config.lr, config.epochs + config.decay_epochs) == (10, 2e-4, 200)
