@@ -39,7 +39,7 @@ def killed(config, kills):
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
     )
     ends = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert len(ends) == len(kills) + 1 and ends[-1] == [0, False], done.stderr
