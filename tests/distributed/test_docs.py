@@ -69,13 +69,17 @@ def test_the_training_script_runs_under_torchrun(tmp_path):
     script = re.search(r"```python\n(.*?)```", DOCS, re.DOTALL).group(1)
     (tmp_path / "train.py").write_text(script)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", str(tmp_path / "train.py")],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    for _ in range(3):
+        done = subprocess.run(
+            [*torchrun, "--nproc-per-node", "2", str(tmp_path / "train.py")],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+        # Gloo sometimes ends a process so when it leaves, also without this package.
+        if "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     losses = [float(x) for x in re.findall(r"loss ([\d.]+) of all 128 images", done.stdout)]
     assert len(losses) == 2
