@@ -12,7 +12,7 @@ from fastnce.models import Pix2Pix
 from fastnce.models.pix2pix import build_generator
 from fastnce.training.config import Pix2PixTrainConfig
 from fastnce.training.system import Rows, System
-from fastnce.training.translation import linear_decay, translated
+from fastnce.training.translation import linear_decay, reading_options, translated
 
 
 def _pairs(config: Pix2PixTrainConfig) -> AlignedImages:
@@ -23,19 +23,7 @@ def _pairs(config: Pix2PixTrainConfig) -> AlignedImages:
 
 
 def _folder(config: Pix2PixTrainConfig, split: str, **options: object) -> AlignedImages:
-    common = {
-        "crop_size": config.crop_size,
-        "preprocess": config.preprocess,
-        "channels_a": config.in_channels,
-        "channels_b": config.out_channels,
-        "direction": config.direction,
-        "serial": config.serial,
-        "seed": config.seed,
-        "bits": config.bits,
-        "broken_files": config.broken_files,
-        "cache_bytes": int(config.cache_gb * 2**30),
-    }
-    return AlignedImages(config.data, split, **(common | options))
+    return AlignedImages(config.data, split, **(reading_options(config) | options))
 
 
 def _model(config: Pix2PixTrainConfig, dataset: AlignedImages) -> Pix2Pix:

@@ -47,7 +47,12 @@ def first_test_images(config: UnpairedTrainConfig, domain: str = "A") -> list[Te
 
 
 def _folders(config: UnpairedTrainConfig, split: str, **options: object) -> UnpairedImages:
-    common = {
+    return UnpairedImages(config.data, split, **(reading_options(config) | options))
+
+
+def reading_options(config: UnpairedTrainConfig) -> dict[str, object]:
+    """How a dataset of A and B reads its images, as far as training and test images agree."""
+    return {
         "crop_size": config.crop_size,
         "preprocess": config.preprocess,
         "channels_a": config.in_channels,
@@ -59,7 +64,6 @@ def _folders(config: UnpairedTrainConfig, split: str, **options: object) -> Unpa
         "broken_files": config.broken_files,
         "cache_bytes": int(config.cache_gb * 2**30),
     }
-    return UnpairedImages(config.data, split, **(common | options))
 
 
 def linear_decay(config: UnpairedTrainConfig, epoch_samples: int) -> LinearDecay:
