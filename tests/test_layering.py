@@ -13,7 +13,7 @@ ROOT = Path(fastnce.__file__).parent
 
 # What the modules under each name of the package may import from it, besides themselves and `errors`.
 KERNELS = {"reference", "triton_kernels", "triton_ops", "native", "native_maps"}
-OPS = {"ops", "backends"} | KERNELS
+OPS = {"ops", "backends", "dispatch"} | KERNELS
 LOSSES = {"losses"} | OPS
 NETWORKS = {"networks", "__init__"} | LOSSES  # the package itself offers the ops and the losses
 MODELS = {"models", "distributed"} | NETWORKS
@@ -27,7 +27,8 @@ ALLOWED = {
     "native": {"build"},
     "native_maps": {"native"},
     "triton_ops": {"triton_kernels", "native"},
-    "backends": KERNELS,
+    "dispatch": set(),
+    "backends": KERNELS | {"dispatch"},
     "ops": OPS,
     "losses": LOSSES,
     "distributed": {"distributed"} | LOSSES,
