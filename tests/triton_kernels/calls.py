@@ -6,8 +6,10 @@ import torch
 from recording import Launch, recorded
 
 from fastnce import triton_kernels
+from fastnce.triton_kernels import launch as machine
 
 IN_BATCH = {"normalize": True, "symmetric": False, "in_batch": True, "self_logit": None}
+FP8 = {"similarity_dtype": torch.float8_e4m3fn}
 # One of each tile of the tables and of each way of holding the depth: whole, head and tail, chunks.
 DEPTHS = (64, 96, 128, 192, 256, 768)
 
@@ -37,7 +39,7 @@ def _losses(depth: int, dtype: torch.dtype, count: int) -> None:
     own = _rows(1, count, 64, depth, dtype=dtype)
     everything = (True, True, True, True)
     symmetric = {**IN_BATCH, "symmetric": True}
-    for negatives, temperature, options, needs in (
+    forms = [
         (None, 0.07, IN_BATCH, (True, False, False, False)),  # one pass
         (None, 0.07, IN_BATCH, (False, True, False, False)),  # sums, then keys alone
         (None, 0.005, IN_BATCH, (True, True, False, False)),  # the running maximum
@@ -46,7 +48,16 @@ def _losses(depth: int, dtype: torch.dtype, count: int) -> None:
         (queue, tau, IN_BATCH, everything),
         (own, tau, {**IN_BATCH, "in_batch": False}, everything),
         (None, 5.0, {**IN_BATCH, "normalize": False}, (True, True, False, False)),
-    ):
+    ]
+    if (
+        machine.shared_memory(query.device) >= 228 * 1024
+    ):  # else a target older than fp8 may be meant
+        forms += [
+            (None, 0.07, {**IN_BATCH, **FP8}, (True, False, False, False)),
+            (None, tau, {**symmetric, **FP8}, (True, True, False, True)),
+            (queue, 0.005, {**IN_BATCH, **FP8}, (True, True, True, False)),
+        ]
+    for negatives, temperature, options, needs in forms:
         scale = {"grad_scale": 1.0, "needs": needs}
         loss, lse, _ = triton_kernels.info_nce_forward(
             query, key, negatives, temperature, **options, **scale
