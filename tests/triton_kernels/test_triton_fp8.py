@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 import calls
-from recording import SHARED_MEMORY, compiled, recorded
+from recording import SHARED_MEMORY, Launch, compiled
 
 from fastnce import reference, triton_kernels, triton_ops
 from fastnce.testing import Sample, assert_close_to_truth, rows
@@ -146,21 +146,11 @@ TARGETS = tuple(INSTRUCTION) if _SWEEP else (90,)
 DEPTHS = calls.DEPTHS if _SWEEP else (256, 768)
 
 
-def passes(depth: int, dtype: torch.dtype, count: int) -> list:
-    """Every launch of a pass that multiplies rows in fp8: alone, with a product, for a panel; and the packing."""
-    query, key = (torch.empty(1, count, depth, dtype=dtype, device="meta") for _ in "qk")
-    tau = torch.empty((), device="meta")
-    with recorded() as found:
-        for options, temperature, needs in (
-            (IN_BATCH, 0.07, (True, False, False, False)),
-            (SYMMETRIC, tau, (True, True, False, True)),
-        ):
-            triton_kernels.info_nce_forward(
-                query, key, None, temperature, **options, grad_scale=1.0, needs=needs
-            )
+def passes(depth: int, dtype: torch.dtype, large: bool = True) -> list[Launch]:
+    """Every launch of a pass that multiplies rows in fp8, alone, with a product or for a panel; and the packing."""
     return [
         each
-        for each in dict.fromkeys(found)
+        for each in calls.fp8_launches(depth, dtype, large)
         if each.name == "_pack_kernel" or dict(each.signature).get("x") == "*fp8e4nv"
     ]
 
@@ -171,9 +161,9 @@ def passes(depth: int, dtype: torch.dtype, count: int) -> list:
 def test_compiles_to_the_fp8_instruction(capability, depth, monkeypatch):
     size = SHARED_MEMORY.get(capability, 99 * 1024) + 1024
     monkeypatch.setattr(launch, "shared_memory", lambda device: size)
-    found = passes(depth, torch.bfloat16, 16384)
+    found = passes(depth, torch.bfloat16)
     if _SWEEP:
-        found += passes(depth, torch.bfloat16, 256) + passes(depth, torch.float16, 16384)
+        found += passes(depth, torch.bfloat16, False) + passes(depth, torch.float16)
     names = set()
     for each in dict.fromkeys(found):
         result = compiled(each, capability)
