@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import config
+from . import config, tuning
 from . import launch as machine
 from .launch import cdiv
 from .rows import Rows, input_precision
@@ -29,12 +29,21 @@ class Columns:
         """The tile for the rows ``x``: the small one where there would be fewer tiles than multiprocessors."""
         device = x.x.device
         rich = rich or self.labels is not None or self.kind == GIVEN.value
-        if x.x.dtype == torch.float32:
+        # Without a product the rows in fp8 are all that a pass reads; with one, there are two copies to keep.
+        both = kind == "products" and x.rounded is not None
+        dtype = x.x.dtype if both else x.for_similarity.x.dtype
+        if dtype == torch.float32:
             rich = input_precision() == "ieee"  # multiply-adds, with both operands in registers
         memory = machine.shared_memory(device)
-        tile, small = config.tiles(kind, rich, x.x.dtype, x.padded, memory)
+        tile, small = config.tiles(kind, rich, dtype, x.padded, memory, both)
         count = self.row_blocks(x, tile.m) * cdiv(self._width(), tile.n)
-        return small if count < machine.multiprocessors(device) else tile
+        if count < machine.multiprocessors(device):
+            tile, small = small, tile
+        if tuning.TUNER is None:
+            return tile
+        name = f"{kind}{' fp8' * both}{' rich' * rich}, {dtype.itemsize} bytes, "
+        name += config.problem_class(x.padded, count / machine.multiprocessors(device))
+        return tuning.TUNER.tile(device, name, config.candidates(kind, dtype, tile, small))
 
     def row_blocks(self, x: Rows, block: int) -> int:
         """Blocks of rows of all problems."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from . import tuning
 from .columns import Columns
 from .gradients import Products, both_products
 from .rows import Rows
 from .sums import Parts, new_parts, offset_kind, sum_exponentials, sums_tile
 
 
+@tuning.tuned
 def labelled_sums(rows: Rows, columns: Columns, temperature: float | Tensor, dtype) -> Parts:
     """Sums over all other rows and over those with the same label."""
     offset = offset_kind(temperature, rows.normalize, dtype)
