@@ -48,7 +48,7 @@ def products(jobs: list[tuple[Launch, int]]) -> list[tuple[Launch, int]]:
         tile = tuple(job[0].constant(name) for name in ("HEAD", "TAIL", "BLOCK_M", "BLOCK_N"))
         if job[0].constant("PRECISION"):
             found.setdefault((job[0].name, tile), job)
-    assert len(found) > 5
+    assert {name for name, _ in found} >= {"_sums_kernel", "_row_products_kernel"}
     return list(found.values())
 
 
