@@ -7,7 +7,7 @@ from torch import Tensor
 
 import fastnce
 from fastnce import backends
-from fastnce.testing import Sample, run
+from fastnce.testing import Sample
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -120,23 +120,3 @@ def test_addresses_beyond_2_31(name_of_backend):
     (truth,) = torch.autograd.grad(expected, q)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=0)
     assert (got.double() - truth).norm() < 0.02 * truth.norm()
-
-
-@each_backend
-@each_op
-def test_repeated_runs_are_bitwise_equal(op, name, name_of_backend, sample_on_gpu):
-    runs = [loss_and_gradients(op, sample_on_gpu, name_of_backend) for _ in range(3)]
-    for other in runs[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(other, runs[0], strict=True))
-
-
-@each_backend
-@each_op
-def test_compiled_whole(op, name, name_of_backend, sample_on_gpu):
-    function = torch.compile(getattr(fastnce, op), fullgraph=True)
-    got = run(op, sample_on_gpu, backend=name_of_backend, function=function)
-    expected = run(op, sample_on_gpu, backend=name_of_backend)
-    for key, x in got.items():
-        torch.testing.assert_close(
-            x, expected[key], rtol=0, atol=0, msg=lambda m, key=key: f"{key}: {m}"
-        )
