@@ -32,6 +32,10 @@ class Rows:
     def __len__(self) -> int:
         return self.x.shape[0]
 
+    def __getitem__(self, which: slice) -> Rows:
+        parts = self.x[which], self.scale[which], self.inverse[which]
+        return Rows(*parts, self.depth, self.normalize)
+
     @property
     def padded(self) -> int:
         return self.x.shape[1]
@@ -217,9 +221,9 @@ def row_gradients(
     pair_weight: Tensor | None,
     temperature: float | Tensor,
     upstream: float | Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The gradient of the inputs behind ``rows``: (R, depth) in ``dtype``.
+    out: Tensor,
+) -> None:
+    """Fills ``out`` (R, depth) with the gradient of the inputs behind ``rows``.
 
     With respect to the unit row it is ``g = (sum_p factor_p raw_p + pair_weight pair^) upstream / t``; through the normalisation
     ``(g - x^ (x^ . g)) / ||x||``.
@@ -232,10 +236,9 @@ def row_gradients(
         pair_weight: (R,) fp32.
         temperature: t.
         upstream: a factor of everything, a float or a 0-d tensor.
-        dtype: of the result.
+        out: the result.
     """
     total, depth = len(rows), rows.depth
-    out = rows.x.new_empty((total, depth), dtype=dtype)
     block_d = min(128, triton.next_power_of_2(rows.padded))
     block = max(1, 1024 // block_d)
     launch(
@@ -262,7 +265,6 @@ def row_gradients(
         BLOCK_D=block_d,
         **temperature_arguments(temperature),
     )
-    return out
 
 
 @triton.jit

@@ -96,6 +96,7 @@ def test_kernels_compile_without_spills(capability, multiprocessor):
 
 
 EVERY_KERNEL = {
+    "_fold_kernel",
     "_gather_kernel",
     "_losses_kernel",
     "_normalisation_kernel",

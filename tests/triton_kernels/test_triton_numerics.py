@@ -45,8 +45,10 @@ def small_tiles(monkeypatch):
     """Several of everything in small problems, and NaN in fresh memory."""
     tile = config.Tile(16, 16, 4, 2, 32)
     monkeypatch.setattr(config, "tiles", lambda *arguments: (tile, tile))
-    monkeypatch.setattr(config, "PANEL_ELEMENTS", 16 * 60)
-    monkeypatch.setattr(config, "COLUMN_SUM_ROWS", 32)
+    monkeypatch.setattr(config, "PANEL_ELEMENTS", (16 * 60, 16 * 60))
+    monkeypatch.setattr(config, "ADDED_ELEMENTS", 1)
+    monkeypatch.setattr(config, "COLUMN_PARTS", 250)
+    monkeypatch.setattr(config, "HALF_TILES", (0, 0))
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
