@@ -178,11 +178,6 @@ def tile_coefficients(
     if LABELS:
         same = row_labels[:, None] == tl.load(y_labels + first_y + y_offsets)[None, :]
     g = tl.zeros(z.shape, tl.float32)
-    if x_statistics is not None:
-        g += row_gradient(
-            z, x_lse[:, None], x_weight[:, None], x_third[:, None], x_fourth[:, None], same, KIND
-        )
-    of_rows = g
     if y_statistics is not None:
         y_lse, y_weight, y_third, y_fourth = load_statistics(
             y_statistics, first_y, y_offsets, total_columns
@@ -190,6 +185,12 @@ def tile_coefficients(
         g += row_gradient(
             z, y_lse[None, :], y_weight[None, :], y_third[None, :], y_fourth[None, :], same, KIND
         )
+    of_rows = tl.zeros(z.shape, tl.float32)
+    if x_statistics is not None:
+        of_rows += row_gradient(
+            z, x_lse[:, None], x_weight[:, None], x_third[:, None], x_fourth[:, None], same, KIND
+        )
+    g += of_rows
     # With labels, columns are rows as well, here or in another block, and say there what they have to about the temperature.
     moment = z * (of_rows if LABELS else g)
     return tl.where(keep, g, 0.0), tl.where(keep, moment, 0.0)
