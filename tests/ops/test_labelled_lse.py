@@ -148,6 +148,23 @@ def test_the_temperature_as_a_tensor(kernels, backend, device):
         torch.testing.assert_close(grad_tau.double(), true_tau.double(), rtol=1e-5, atol=1e-5)
 
 
+def test_compiled_without_a_graph_break(kernels, fused_backend, device):
+    x, y, *labels = moved(device, *block(20, 31, 8, torch.float32))
+    tau = torch.tensor(0.5, device=device)
+    both = states(x, y, *labels, tau, False)
+
+    def function(x, y, x_labels, y_labels, tau, x_state, y_state):
+        arguments = (x, y, x_labels, y_labels, tau)
+        lse = kernels.labelled_lse_forward(*arguments, own=False)
+        grads = kernels.labelled_lse_backward(*arguments, x_state, y_state, own=False)
+        return lse, *grads
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    arguments = (x, y, *labels, tau, *both)
+    for got, expected in zip(compiled(*arguments), function(*arguments), strict=True):
+        assert got.dtype == expected.dtype and torch.equal(got, expected)
+
+
 def test_labels_that_a_side_does_not_have(kernels, device):
     """No column of a row's label: the row's second lse is -inf, and has no part in the gradient."""
     x, y, x_labels, y_labels = moved(device, *block(6, 5, 8, torch.float32))
