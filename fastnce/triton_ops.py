@@ -15,10 +15,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastnce import native
+from fastnce import fakes, operators
 from fastnce.triton_schemas import SCHEMAS
 
-Gradients = native.Gradients
+Gradients = operators.Gradients
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -60,13 +60,16 @@ def info_nce_forward(query, key, negatives, temperature, *, grad_scale, needs, *
         options["symmetric"],
         options["in_batch"],
         options["self_logit"],
+        options.get("similarity_dtype") is not None,
         grad_scale,
         *needs,
     )
     return loss, lse, _needed(grads, needs, grad_scale)
 
 
-def _info_nce_forward(q, k, n, tau, t, normalize, symmetric, in_batch, self_logit, scale, *needs):
+def _info_nce_forward(
+    q, k, n, tau, t, normalize, symmetric, in_batch, self_logit, fp8, scale, *needs
+):
     loss, lse, grads = _KERNELS.info_nce_forward(
         q,
         k,
@@ -76,6 +79,7 @@ def _info_nce_forward(q, k, n, tau, t, normalize, symmetric, in_batch, self_logi
         symmetric=symmetric,
         in_batch=in_batch,
         self_logit=self_logit,
+        similarity_dtype=torch.float8_e4m3fn if fp8 else None,
         grad_scale=scale,
         needs=needs,
     )
@@ -98,12 +102,15 @@ def info_nce_backward(grad_loss, query, key, negatives, temperature, lse, *, nee
         options["symmetric"],
         options["in_batch"],
         options["self_logit"],
+        options.get("similarity_dtype") is not None,
         *needs,
     )
     return _needed(grads, needs)
 
 
-def _info_nce_backward(g, q, k, n, tau, t, lse, normalize, symmetric, in_batch, self_logit, *needs):
+def _info_nce_backward(
+    g, q, k, n, tau, t, lse, normalize, symmetric, in_batch, self_logit, fp8, *needs
+):
     grads = _KERNELS.info_nce_backward(
         g,
         q,
@@ -115,6 +122,7 @@ def _info_nce_backward(g, q, k, n, tau, t, lse, normalize, symmetric, in_batch, 
         symmetric=symmetric,
         in_batch=in_batch,
         self_logit=self_logit,
+        similarity_dtype=torch.float8_e4m3fn if fp8 else None,
         needs=needs,
     )
     return _filled(grads, q, lse)
@@ -362,14 +370,15 @@ _OPERATORS: dict[str, Callable] = {
 
 
 def _without_precision(name: str, position: int) -> Callable:
-    """The compiled library's operators have one argument more, which says whether products may round to bfloat16."""
-    fake = native.FAKES[name]
+    """The compiled library's operators have one argument more, which says whether products may round to bfloat16.
+
+    Those of info_nce have as many: where the library is told so, Triton's are told whether similarities round to fp8.
+    """
+    fake = fakes.FAKES[name]
     return lambda *arguments: fake(*arguments[:position], False, *arguments[position:])
 
 
-_FAKES = native.FAKES | {
-    "info_nce_forward": _without_precision("info_nce_forward", 9),
-    "info_nce_backward": _without_precision("info_nce_backward", 11),
+_FAKES = fakes.FAKES | {
     "patch_nce_forward": _without_precision("patch_nce_forward", 5),
     "pairwise_cosine_similarity_forward": _fake_pairwise_forward,
     "pairwise_cosine_similarity_backward": _fake_pairwise_backward,

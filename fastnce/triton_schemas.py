@@ -2,11 +2,12 @@
 
 SCHEMAS = (
     "info_nce_forward(Tensor query, Tensor key, Tensor? negatives, Tensor? temperature_tensor, float temperature, "
-    "bool normalize, bool symmetric, bool in_batch, float? self_logit, float? grad_scale, bool need_query, bool need_key, "
+    "bool normalize, bool symmetric, bool in_batch, float? self_logit, bool fp8, float? grad_scale, bool need_query, "
+    "bool need_key, "
     "bool need_negatives, bool need_temperature) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "info_nce_backward(Tensor grad_loss, Tensor query, Tensor key, Tensor? negatives, Tensor? temperature_tensor, "
-    "float temperature, Tensor lse, bool normalize, bool symmetric, bool in_batch, float? self_logit, bool need_query, "
-    "bool need_key, bool need_negatives, bool need_temperature) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float temperature, Tensor lse, bool normalize, bool symmetric, bool in_batch, float? self_logit, bool fp8, "
+    "bool need_query, bool need_key, bool need_negatives, bool need_temperature) -> (Tensor, Tensor, Tensor, Tensor)",
     "patch_nce_forward(Tensor[] queries, Tensor[] keys, Tensor? temperature_tensor, float temperature, float self_logit, "
     "float[] loss_scales, float[] grad_scales, bool[] need_queries, bool[] need_keys, bool need_temperature) "
     "-> (Tensor, Tensor[], Tensor[], Tensor)",

@@ -18,7 +18,8 @@ from torch import Tensor
 from .columns import Columns
 from .launch import launch
 from .panels import panel_products, pass_arguments, tile_coefficients
-from .rows import Rows, row_gradients
+from .row_gradients import row_gradients
+from .rows import Rows
 from .tiles import (
     LN_2,
     inside,
@@ -56,7 +57,7 @@ class RowGradients:
         self.out = self.rows.x.new_empty((len(self.rows), self.rows.depth), dtype=self.dtype)
 
     def finish(self, *products: Products, part: slice = slice(None)) -> Tensor:
-        """Fills the rows ``part`` of ``out`` (see :func:`rows.row_gradients`), and returns all of it."""
+        """Fills the rows ``part`` of ``out`` (see :func:`row_gradients.row_gradients`), and returns all of it."""
         raw, factor = _joined(products)
         pair = None if self.pair is None else self.pair[part]
         pair_weight = None if self.pair_weight is None else self.pair_weight[part]
@@ -180,10 +181,13 @@ def row_products(
     """Fills ``raw`` (P, R, padded depth) with parts of ``sum_j G_ij y^_j``, and ``term`` (P, R) with ``sum_j G_ij z_ij``."""
     tile = columns.tile(x, "products", rich=term is not None)
     head, tail = x.split
+    apart = columns.y.rounded is not None
     launch(
         _row_products_kernel,
         (columns.row_blocks(x, tile.m), raw.shape[0]),
         tile.options,
+        values=columns.y.x if apart else None,
+        value_scale=columns.y.scale if apart else None,
         raw=raw,
         part_term=term,
         HEAD=head,
@@ -209,6 +213,8 @@ def _row_products_kernel(
     y_statistics,
     given,
     given_strides,
+    values,
+    value_scale,
     raw,
     part_term,
     rows,
@@ -277,6 +283,12 @@ def _row_products_kernel(
         )  # fmt: skip
         if part_term is not None:
             term += tl.sum(moment, 1)
+        if values is not None:
+            block = values + first_y * depth
+            y_head = load_rows(block, y_offsets, depth, tl.arange(0, HEAD))
+            if TAIL:
+                y_tail = load_rows(block, y_offsets, depth, HEAD + tl.arange(0, TAIL))
+            column_scale = tl.load(value_scale + first_y + y_offsets)
         g = (g * (column_scale * SCALE)[None, :]).to(y_head.dtype)
         product = multiply(g, y_head, product, PRECISION)
         if TAIL:

@@ -32,10 +32,10 @@ _SCALE = {torch.float16: 1024.0}
 
 
 def pass_arguments(x, columns, temperature, x_statistics, y_statistics, given):
-    y = columns.y
+    rows, y = x.for_similarity, columns.y.for_similarity
     return {
-        "x": x.x,
-        "x_scale": x.scale,
+        "x": rows.x,
+        "x_scale": rows.scale,
         "y": y.x,
         "y_scale": y.scale,
         "x_labels": columns.row_labels,
@@ -96,6 +96,8 @@ def panel_products(
                 _panel_kernel,
                 (number * cdiv(size, tile.m), column_blocks),
                 tile.options,
+                x_value_scale=None if x.rounded is None else x.scale,
+                y_value_scale=None if x.rounded is None else columns.y.scale,
                 panel=panel,
                 part_term=terms,
                 first_problem=problem,
@@ -104,7 +106,7 @@ def panel_products(
                 panel_width=panel.stride(1),
                 BLOCK_M=tile.m,
                 BLOCK_N=tile.n,
-                BLOCK_D=tile.d,
+                BLOCK_D=x.chunk(tile.d),
                 rows=count,
                 columns=width,
                 total_rows=len(x),
@@ -213,6 +215,8 @@ def _panel_kernel(
     y_statistics,
     given,
     given_strides,
+    x_value_scale,
+    y_value_scale,
     panel,
     part_term,
     first_problem,
@@ -275,6 +279,9 @@ def _panel_kernel(
         problems = tl.num_programs(0) // blocks
         at = (tl.program_id(1).to(tl.int64) * problems + number) * size
         tl.store(part_term + at + panel_row, tl.sum(moment, 1) * LN_2, mask=there)
+    if x_value_scale is not None:
+        x_unit = tl.load(x_value_scale + first_row + x_offsets)
+        column_scale = tl.load(y_value_scale + first_y + y_offsets)
     g *= (x_unit * SCALE)[:, None] * column_scale[None, :]
     out = panel + (number * size + panel_row)[:, None] * panel_width + column[None, :]
     mask = there[:, None] & (column < columns)[None, :]

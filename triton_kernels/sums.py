@@ -73,16 +73,20 @@ def sum_exponentials(
     """
     tile = sums_tile(x, columns, offset, parts.raw is not None, parts.term is not None)
     head, tail = x.split
+    rows, y = x.for_similarity, columns.y.for_similarity
+    apart = columns.y.rounded is not None and parts.raw is not None
     first, blocks = block_range or (0, columns.row_blocks(x, tile.m))
     of_columns = column_parts or Parts()
     launch(
         _sums_kernel,
         (blocks, parts.sum.shape[0]),
         tile.options,
-        x=x.x,
-        x_scale=x.scale,
-        y=columns.y.x,
-        y_scale=columns.y.scale,
+        x=rows.x,
+        x_scale=rows.scale,
+        y=y.x,
+        y_scale=y.scale,
+        values=columns.y.x if apart else None,
+        value_scale=columns.y.scale if apart else None,
         x_labels=columns.row_labels,
         y_labels=columns.labels,
         part_largest=parts.largest,
@@ -107,7 +111,7 @@ def sum_exponentials(
         TAIL=tail,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
-        BLOCK_D=tile.d,
+        BLOCK_D=x.chunk(tile.d),
         PRECISION=input_precision(),
         **columns.span_arguments(x, tile.m),
         **temperature_arguments(temperature),
@@ -140,6 +144,8 @@ def _sweep(
     x,
     y,
     y_scale,
+    values,
+    value_scale,
     y_labels,
     row_labels,
     column_largest,
@@ -237,6 +243,12 @@ def _sweep(
                     column_a, column_b, column, there, z, same, e_same, offset, ONLINE
                 )
         if PRODUCT:
+            if values is not None:
+                block = values + tl.cast(j, tl.int64) * depth
+                y_head = load_rows(block, y_offsets, depth, tl.arange(0, HEAD))
+                if TAIL:
+                    y_tail = load_rows(block, y_offsets, depth, HEAD + tl.arange(0, TAIL))
+                column_scale = tl.load(value_scale + j + y_offsets)
             weight = (e * column_scale[None, :]).to(y_head.dtype)
             if ONLINE:
                 raw *= shrink[:, None]
@@ -254,6 +266,8 @@ def _sums_kernel(
     x_scale,
     y,
     y_scale,
+    values,
+    value_scale,
     x_labels,
     y_labels,
     temperature,
@@ -300,6 +314,9 @@ def _sums_kernel(
     x += first_row * depth
     y += first_column * depth
     y_scale += first_column
+    if values is not None:
+        values += first_column * depth
+        value_scale += first_column
     if TENSOR:
         temperature = tl.load(temperature)
     row_scale = to_base_2(tl.load(x_scale + first_row + x_offsets), temperature)
@@ -332,13 +349,13 @@ def _sums_kernel(
         running = 1 / temperature > LIMIT
     if running:
         largest, total, a, b, term, product, product_tail = _sweep(
-            x, y, y_scale, y_labels, row_labels, column_largest, column_sum, column_a, column_b,
+            x, y, y_scale, values, value_scale, y_labels, row_labels, column_largest, column_sum, column_a, column_b,
             row, x_offsets, row_scale, offset, rows, columns, begin, end, depth, first_of_columns, KIND, True, PRODUCT, TERM,
             COLUMNS, HEAD, TAIL, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
     else:
         largest, total, a, b, term, product, product_tail = _sweep(
-            x, y, y_scale, y_labels, row_labels, column_largest, column_sum, column_a, column_b,
+            x, y, y_scale, values, value_scale, y_labels, row_labels, column_largest, column_sum, column_a, column_b,
             row, x_offsets, row_scale, offset, rows, columns, begin, end, depth, first_of_columns, KIND, False, PRODUCT, TERM,
             COLUMNS, HEAD, TAIL, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
