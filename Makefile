@@ -54,7 +54,7 @@ demo-contragan: install
 
 test: install
 	$(PY) -m pytest -q
-	TRITON_INTERPRET=1 $(PY) -m pytest -q tests/ops/test_every_op.py tests/triton_kernels -k "$(INTERPRETED_TESTS)" -W ignore::RuntimeWarning
+	TRITON_INTERPRET=1 $(PY) -m pytest -q tests/ops/test_every_op.py tests/ops/test_labelled_lse.py tests/triton_kernels -k "$(INTERPRETED_TESTS)" -W ignore::RuntimeWarning
 
 # Every Triton kernel for all depths, dtypes and targets. Stopped, it goes on where it was.
 triton-sweep: install

@@ -14,10 +14,15 @@ import torch
 RESIDENT_DEPTH = 256
 # Likewise for fp32 without tensor cores, whose operands lie in registers whole.
 RESIDENT_DEPTH_IEEE = 64
-# Coefficients of a panel, in elements: 128 Mi, so 256 MiB in bf16.
-PANEL_ELEMENTS = 1 << 27
-# Rows whose column sums are kept by blocks, before they are added up.
-COLUMN_SUM_ROWS = 16384
+# Coefficients of a panel, in elements: as many as the packed rows and columns have, between 32 MiB and 512 MiB in bf16.
+# A panel's rows are the depth of the product for the columns' gradient, which reads and writes all of that gradient's sums.
+PANEL_ELEMENTS = (1 << 24, 1 << 28)
+# Elements of a product that is made to be added elsewhere: 32 MiB in fp32, so that it stays in the cache.
+ADDED_ELEMENTS = 1 << 23
+# Sums of columns by blocks of rows that are kept before they are folded, in elements: 64 MiB.
+COLUMN_PARTS = 1 << 24
+# Rows against themselves: from this depth, and from this many multiply-adds of all pairs, half the tiles (see self_similarity).
+HALF_TILES = (64, 1 << 32)
 # Programs that a grid should have for each multiprocessor, before columns are split among programs.
 PROGRAMS_PER_MULTIPROCESSOR = 2
 # exp(z - offset) with this much of exp's range above the offset 1 / t - EXPONENT_TOP ...
@@ -220,3 +225,15 @@ def padded_depth(depth: int, fp8: bool = False) -> int:
     if depth > RESIDENT_DEPTH:
         return -(-depth // 64) * 64
     return sum(split_depth(depth, 32 if fp8 else 16))
+
+
+def panel_elements(rows: int, columns: int, depth: int) -> int:
+    """How many coefficients of a panel there may be."""
+    least, most = PANEL_ELEMENTS
+    return max(least, min(most, (rows + columns) * depth))
+
+
+def half_tiles(rows: int, depth: int) -> bool:
+    """Whether half the tiles pay for the sums of rows against themselves."""
+    least_depth, least_work = HALF_TILES
+    return depth >= least_depth and rows * rows * depth >= least_work
