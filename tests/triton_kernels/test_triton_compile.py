@@ -18,8 +18,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter has no compiler", allow_module_level=True)
 
 import calls
-from recording import SHARED_MEMORY, Compiled, Launch, compiled, recorded
 
+from benchmarks.launches import SHARED_MEMORY, Compiled, Launch, compiled, recorded
 from fastnce import triton_kernels
 from fastnce.triton_kernels import config, launch
 
