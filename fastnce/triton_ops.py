@@ -15,9 +15,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastnce import native
+from fastnce import fakes, operators
 
-Gradients = native.Gradients
+Gradients = operators.Gradients
 
 _SCHEMAS = (
     "info_nce_forward(Tensor query, Tensor key, Tensor? negatives, Tensor? temperature_tensor, float temperature, "
@@ -377,11 +377,11 @@ def _without_precision(name: str, position: int) -> Callable:
 
     Those of info_nce have as many: where the library is told so, Triton's are told whether similarities round to fp8.
     """
-    fake = native.FAKES[name]
+    fake = fakes.FAKES[name]
     return lambda *arguments: fake(*arguments[:position], False, *arguments[position:])
 
 
-_FAKES = native.FAKES | {
+_FAKES = fakes.FAKES | {
     "patch_nce_forward": _without_precision("patch_nce_forward", 5),
     "pairwise_cosine_similarity_forward": _fake_pairwise_forward,
     "pairwise_cosine_similarity_backward": _fake_pairwise_backward,

@@ -12,8 +12,17 @@ import fastnce
 ROOT = Path(fastnce.__file__).parent
 
 # What the modules under each name of the package may import from it, besides themselves and `errors`.
-KERNELS = {"reference", "triton_kernels", "triton_ops", "native", "native_maps"}
-OPS = {"ops", "backends"} | KERNELS
+KERNELS = {
+    "reference",
+    "triton_kernels",
+    "triton_ops",
+    "cuda",
+    "native",
+    "native_maps",
+    "operators",
+    "fakes",
+}
+OPS = {"ops", "backends", "dispatch"} | KERNELS
 LOSSES = {"losses"} | OPS
 NETWORKS = {"networks", "__init__"} | LOSSES  # the package itself offers the ops and the losses
 MODELS = {"models", "distributed"} | NETWORKS
@@ -24,10 +33,15 @@ ALLOWED = {
     "reference": set(),
     "triton_kernels": set(),
     "build": set(),
-    "native": {"build"},
-    "native_maps": {"native"},
-    "triton_ops": {"triton_kernels", "native"},
-    "backends": KERNELS,
+    "build_cuda": {"build"},
+    "operators": set(),
+    "fakes": set(),
+    "native": {"build", "operators", "fakes"},
+    "native_maps": {"native", "fakes"},
+    "cuda": {"build", "build_cuda", "operators", "fakes"},
+    "triton_ops": {"triton_kernels", "operators", "fakes"},
+    "dispatch": set(),
+    "backends": KERNELS | {"dispatch"},
     "ops": OPS,
     "losses": LOSSES,
     "distributed": {"distributed"} | LOSSES,
@@ -37,13 +51,13 @@ ALLOWED = {
     "metrics": NETWORKS | SIDE,
     "viz": NETWORKS | SIDE,
     "training": TRAINING,
-    "doctor": TRAINING | {"build"},
-    "cli": TRAINING | {"doctor", "build"},
+    "doctor": TRAINING | {"build", "build_cuda"},
+    "cli": TRAINING | {"doctor", "build", "build_cuda"},
     "__main__": {"cli"},
     "__init__": LOSSES,
     "testing": LOSSES | {"__init__"},
 }
-BELOW_MODELS = {"errors", "build", "testing", "distributed"} | NETWORKS
+BELOW_MODELS = {"errors", "build", "build_cuda", "testing", "distributed"} | NETWORKS
 HEAVY = {"PIL", "tqdm", "tyro", "matplotlib", "torchvision", "sklearn", "skimage", "torchmetrics"}
 
 

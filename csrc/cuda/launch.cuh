@@ -1,0 +1,68 @@
+// Starting a kernel, and saying what went wrong.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "device.cuh"
+
+namespace fastnce::cuda {
+
+struct Launch {
+  const char* op;  // for the error's message
+  dim3 grid;
+  dim3 block;           // a multiple of 32 threads
+  size_t shared_bytes;  // dynamic
+  cudaStream_t stream;
+};
+
+// The message names op, shape and cause; the op's shapes are known to the caller, who may add them.
+class LaunchError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+inline std::string describe(const Launch& l) {
+  const auto size = [](dim3 d) {
+    return std::to_string(d.x) + " x " + std::to_string(d.y) + " x " + std::to_string(d.z);
+  };
+  return std::string(l.op) + ": grid " + size(l.grid) + ", block " + size(l.block) + ", " +
+         std::to_string(l.shared_bytes) + " bytes of shared memory";
+}
+
+[[noreturn]] inline void refuse(const Launch& l, const std::string& cause) {
+  throw LaunchError(describe(l) + ": the kernel could not be run: " + cause +
+                    ". Use backend='triton' or backend='torch' for this call.");
+}
+
+inline void check(cudaError_t error, const Launch& l) {
+  if (error != cudaSuccess) refuse(l, cudaGetErrorString(error));
+}
+
+// Runs kernel(arguments...) in the stream. Throws LaunchError.
+template <class... Parameters, class... Arguments>
+void launch(const Launch& l, void (*kernel)(Parameters...), Arguments&&... arguments) {
+#ifdef FASTNCE_EMULATED
+  try {
+    emulator::launch(l.op, l.grid, l.block, l.shared_bytes,
+                     [&] { kernel(static_cast<Parameters>(arguments)...); });
+  } catch (const std::runtime_error& error) {
+    refuse(l, error.what());
+  }
+#else
+  if (l.shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(l.shared_bytes)),
+          l);
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = l.grid;
+  config.blockDim = l.block;
+  config.dynamicSmemBytes = l.shared_bytes;
+  config.stream = l.stream;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), l);
+#endif
+}
+
+}  // namespace fastnce::cuda
