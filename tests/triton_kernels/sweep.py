@@ -165,7 +165,7 @@ def markdown(table: list[dict], wrong: list[str], missing: int, tuned: int) -> s
     more = f", and {tuned} with the further tiles of autotuning" if tuned else ""
     lines += ["", f"{count}{more}; {missing} left out."]
     lines += [f"Spills: {_place(row)}, {row['spills']} bytes." for row in spilling]
-    lines += [f"Wrong: {line}" for line in wrong] or ["Nothing is wrong."]
+    lines += [f"Wrong: {line}" for line in wrong] or ["Nothing is wrong with what was compiled."]
     return "\n".join(lines) + "\n"
 
 
