@@ -54,11 +54,11 @@ demo-contragan: install
 
 test: install
 	$(PY) -m pytest -q
-	TRITON_INTERPRET=1 $(PY) -m pytest -q tests/ops/test_every_op.py tests/triton_kernels -k "$(INTERPRETED_TESTS)" -W ignore::RuntimeWarning
+	TRITON_INTERPRET=1 $(PY) -m pytest -q tests/ops/test_every_op.py tests/ops/test_labelled_lse.py tests/triton_kernels -k "$(INTERPRETED_TESTS)" -W ignore::RuntimeWarning
 
 # Every Triton kernel for all depths, dtypes and targets. Stopped, it goes on where it was.
 triton-sweep: install
-	$(PY) tests/triton_kernels/sweep.py --out benchmarks/results
+	$(PY) tests/triton_kernels/sweep.py --tuned --out benchmarks/results
 
 sanitize: install
 	@FASTNCE_LIBRARY=$(SANITIZED) CXX=g++ CXXFLAGS="$(SANITIZERS)" $(FASTNCE) build

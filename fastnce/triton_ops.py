@@ -16,37 +16,9 @@ import torch
 from torch import Tensor
 
 from fastnce import fakes, operators
+from fastnce.triton_schemas import SCHEMAS
 
 Gradients = operators.Gradients
-
-_SCHEMAS = (
-    "info_nce_forward(Tensor query, Tensor key, Tensor? negatives, Tensor? temperature_tensor, float temperature, "
-    "bool normalize, bool symmetric, bool in_batch, float? self_logit, bool fp8, float? grad_scale, bool need_query, "
-    "bool need_key, "
-    "bool need_negatives, bool need_temperature) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "info_nce_backward(Tensor grad_loss, Tensor query, Tensor key, Tensor? negatives, Tensor? temperature_tensor, "
-    "float temperature, Tensor lse, bool normalize, bool symmetric, bool in_batch, float? self_logit, bool fp8, "
-    "bool need_query, bool need_key, bool need_negatives, bool need_temperature) -> (Tensor, Tensor, Tensor, Tensor)",
-    "patch_nce_forward(Tensor[] queries, Tensor[] keys, Tensor? temperature_tensor, float temperature, float self_logit, "
-    "float[] loss_scales, float[] grad_scales, bool[] need_queries, bool[] need_keys, bool need_temperature) "
-    "-> (Tensor, Tensor[], Tensor[], Tensor)",
-    "conditional_contrastive_forward(Tensor embeddings, Tensor proxies, Tensor labels, Tensor? temperature_tensor, "
-    "float temperature, float? grad_scale, bool need_embeddings, bool need_proxies, bool need_temperature) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "conditional_contrastive_backward(Tensor grad_loss, Tensor embeddings, Tensor proxies, Tensor labels, "
-    "Tensor? temperature_tensor, float temperature, Tensor lse, bool need_embeddings, bool need_proxies, "
-    "bool need_temperature) -> (Tensor, Tensor, Tensor)",
-    "sup_con_forward(Tensor features, Tensor labels, Tensor? temperature_tensor, float temperature, float? grad_scale, "
-    "bool mean, bool need_features, bool need_temperature) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "sup_con_backward(Tensor grad_loss, Tensor features, Tensor labels, Tensor? temperature_tensor, float temperature, "
-    "Tensor lse, bool need_features, bool need_temperature) -> (Tensor, Tensor)",
-    "sample_patches_forward(Tensor[] features, Tensor[] patch_ids, bool normalize) -> (Tensor[], Tensor[])",
-    "sample_patches_backward(Tensor[] grad_patches, Tensor[] patches, Tensor[] inverse_norms, Tensor[] patch_ids, "
-    "Tensor[] feature_likes, bool normalize) -> Tensor[]",
-    "pairwise_cosine_similarity_forward(Tensor x, Tensor y, Tensor? temperature_tensor, float temperature) -> Tensor",
-    "pairwise_cosine_similarity_backward(Tensor grad, Tensor x, Tensor y, Tensor? temperature_tensor, float temperature, "
-    "bool need_x, bool need_y, bool need_temperature) -> (Tensor, Tensor, Tensor)",
-)
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -277,29 +249,27 @@ def _sup_con_backward(g, features, labels, tau, t, lse, *needs):
 
 
 def sample_patches_forward(features, patch_ids, normalize) -> tuple[list[Tensor], list[Tensor]]:
-    return _function("sample_patches_forward")(features, patch_ids, normalize)
+    return _operator("sample_patches_forward")(features, patch_ids, normalize)
 
 
 def sample_patches_backward(*arguments) -> list[Tensor]:
-    return _function("sample_patches_backward")(*arguments)
+    return _operator("sample_patches_backward")(*arguments)
 
 
 def sample_patches_add_(*arguments) -> None:
     _KERNELS.sample_patches_add_(*arguments)
 
 
-def _function(name: str) -> Callable:
-    """Where function and operator take the same arguments."""
-    return getattr(torch.ops.fastnce_triton if torch.compiler.is_compiling() else _KERNELS, name)
+def _operator(name: str) -> Callable:
+    """The operator, or what it runs."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.fastnce_triton, name)
+    return _OPERATORS[name]
 
 
 def pairwise_cosine_similarity_forward(x, y, temperature) -> Tensor:
     y = x if y is None else y
-    if not torch.compiler.is_compiling():
-        return _KERNELS.pairwise_cosine_similarity_forward(x, y, temperature)
-    return torch.ops.fastnce_triton.pairwise_cosine_similarity_forward(
-        x, y, *_temperature(temperature)
-    )
+    return _operator("pairwise_cosine_similarity_forward")(x, y, *_temperature(temperature))
 
 
 def _pairwise_cosine_similarity_forward(x, y, tau, t):
@@ -327,6 +297,31 @@ def _pairwise_cosine_similarity_backward(grad, x, y, tau, t, *needs):
         grad, x, y, t if tau is None else tau, needs=needs
     )
     return _filled(grads, x, x.new_empty(0, dtype=torch.float32))
+
+
+def labelled_lse_forward(x, y, x_labels, y_labels, temperature, *, own) -> Tensor:
+    return _operator("labelled_lse_forward")(
+        x, y, x_labels, y_labels, *_temperature(temperature), own
+    )
+
+
+def _labelled_lse_forward(*arguments):
+    *block, tau, t, own = arguments
+    return _KERNELS.labelled_lse_forward(*block, t if tau is None else tau, own=own)
+
+
+def labelled_lse_backward(
+    x, y, x_labels, y_labels, temperature, x_state, y_state, *, own
+) -> tuple[Tensor, Tensor]:
+    return _operator("labelled_lse_backward")(
+        x, y, x_labels, y_labels, *_temperature(temperature), x_state, y_state, own
+    )
+
+
+def _labelled_lse_backward(*arguments):
+    *block, tau, t, x_state, y_state, own = arguments
+    temperature = t if tau is None else tau
+    return _KERNELS.labelled_lse_backward(*block, temperature, x_state, y_state, own=own)
 
 
 def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
@@ -369,6 +364,8 @@ _OPERATORS: dict[str, Callable] = {
     "sample_patches_backward": lambda *arguments: _KERNELS.sample_patches_backward(*arguments),
     "pairwise_cosine_similarity_forward": _pairwise_cosine_similarity_forward,
     "pairwise_cosine_similarity_backward": _pairwise_cosine_similarity_backward,
+    "labelled_lse_forward": _labelled_lse_forward,
+    "labelled_lse_backward": _labelled_lse_backward,
 }
 
 
@@ -390,7 +387,7 @@ _FAKES = fakes.FAKES | {
 
 def _register() -> torch.library.Library:
     library = torch.library.Library("fastnce_triton", "DEF")
-    for schema in _SCHEMAS:
+    for schema in SCHEMAS:
         name = schema.partition("(")[0]
         library.define(schema)
         library.impl(name, _OPERATORS[name], "CompositeExplicitAutograd")

@@ -19,6 +19,7 @@ else:
         conditional_contrastive_forward,
     )
     from .info_nce import info_nce_backward, info_nce_forward
+    from .labelled_lse import labelled_lse_backward, labelled_lse_forward
     from .launch import INTERPRETED
     from .pairwise_cosine_similarity import (
         pairwise_cosine_similarity_backward,
@@ -38,6 +39,8 @@ __all__ = [
     "conditional_contrastive_forward",
     "info_nce_backward",
     "info_nce_forward",
+    "labelled_lse_backward",
+    "labelled_lse_forward",
     "pairwise_cosine_similarity_backward",
     "pairwise_cosine_similarity_forward",
     "patch_nce_forward",
@@ -59,6 +62,7 @@ _OPS = (
     "nt_xent",
     "sup_con",
     "pairwise_cosine_similarity",
+    "labelled_lse",
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)

@@ -23,6 +23,7 @@ class Columns:
     kind: int
     problems: int = 1
     labels: Tensor | None = None
+    x_labels: Tensor | None = None  # of the rows, if they are not the columns themselves
     ragged: Ragged | None = None
 
     def tile(self, x: Rows, kind: str, rich: bool = False) -> config.Tile:
@@ -34,8 +35,8 @@ class Columns:
         dtype = x.x.dtype if both else x.for_similarity.x.dtype
         if dtype == torch.float32:
             rich = input_precision() == "ieee"  # multiply-adds, with both operands in registers
-        memory = machine.shared_memory(device)
-        tile, small = config.tiles(kind, rich, dtype, x.padded, memory, both)
+        memory, accumulators = machine.shared_memory(device), machine.tensor_memory(device)
+        tile, small = config.tiles(kind, rich, dtype, x.padded, memory, both, accumulators)
         count = self.row_blocks(x, tile.m) * cdiv(self._width(), tile.n)
         if count < machine.multiprocessors(device):
             tile, small = small, tile
@@ -44,6 +45,15 @@ class Columns:
         name = f"{kind}{' fp8' * both}{' rich' * rich}, {dtype.itemsize} bytes, "
         name += config.problem_class(x.padded, count / machine.multiprocessors(device))
         return tuning.TUNER.tile(device, name, config.candidates(kind, dtype, tile, small))
+
+    @property
+    def row_labels(self) -> Tensor | None:
+        """The labels of the rows."""
+        return self.labels if self.x_labels is None else self.x_labels
+
+    def swapped(self, x: Rows) -> Columns:
+        """The rows ``x`` as columns, for these as rows."""
+        return dataclasses.replace(self, y=x, labels=self.row_labels, x_labels=self.labels)
 
     def row_blocks(self, x: Rows, block: int) -> int:
         """Blocks of rows of all problems."""
@@ -54,10 +64,10 @@ class Columns:
     def _width(self) -> int:
         return len(self.y) // self.problems if self.ragged is None else max(self.ragged.counts)
 
-    def splits(self, x: Rows, tile: config.Tile) -> int:
-        """Into how many parts the columns go, so that the programs fill the device."""
+    def splits(self, x: Rows, tile: config.Tile, blocks: int | None = None) -> int:
+        """Into how many parts the columns go, so that the programs for ``blocks`` of rows, all by default, fill the device."""
         wanted = config.PROGRAMS_PER_MULTIPROCESSOR * machine.multiprocessors(x.x.device)
-        spare = wanted // self.row_blocks(x, tile.m)
+        spare = wanted // (blocks or self.row_blocks(x, tile.m))
         return max(1, min(spare, cdiv(self._width(), tile.n)))
 
     def span_arguments(self, x: Rows, block: int) -> dict[str, object]:

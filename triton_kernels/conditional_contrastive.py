@@ -10,12 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .columns import Columns
-from .gradients import joined
+from .gradients import RowGradients
 from .info_nce import relative_weights, statistics
 from .launch import cdiv, launch, temperature_arguments
 from .row_losses import merged
-from .rows import pack_pairs, pair_logits, row_gradients
-from .self_similarity import labelled_sums, self_products
+from .rows import pack_pairs, pair_logits
+from .self_similarity import self_products, self_sums
 from .tiles import LN_2, TWO_C, load_pair_logits
 
 Gradients = tuple[Tensor | None, ...]
@@ -43,7 +43,7 @@ def conditional_contrastive_forward(
     """
     packed = pack_pairs(embeddings, proxies, True)
     columns = Columns(packed[0], TWO_C.value, labels=labels.contiguous())
-    parts = labelled_sums(packed[0], columns, temperature, embeddings.dtype)
+    parts = self_sums(packed[0], columns, temperature, embeddings.dtype)
     total = len(labels)
     loss = packed[2].new_empty((total,))
     lse = packed[2].new_empty((2, total))
@@ -96,18 +96,15 @@ def _gradients(packed, columns, temperature, lse, weight, upstream, needs, dtype
     need_rows, need_proxies, need_temperature = needs
     logit = pair_logits(rows, proxies, to_proxy, temperature)
     at_proxy = weight * (torch.exp(logit - lse[0]) - torch.exp(logit - lse[1]))
-    products = term = None
-    if need_rows or need_temperature:
-        of_rows = statistics(lse[0], weight, lse[1])
-        products, term = self_products(
-            rows, columns, temperature, of_rows, need_rows, need_temperature
-        )
     finish = (temperature, upstream, dtype)
     grad_rows = grad_proxies = grad_temperature = None
-    if need_rows:
-        grad_rows = row_gradients(rows, *joined([products]), proxies, at_proxy, *finish)
+    if need_rows or need_temperature:
+        of_losses = statistics(lse[0], weight, lse[1], -weight)
+        of_rows = RowGradients(rows, *finish, proxies, at_proxy) if need_rows else None
+        term = self_products(rows, columns, temperature, of_losses, of_rows, need_temperature)
+        grad_rows = None if of_rows is None else of_rows.out
     if need_proxies:
-        grad_proxies = row_gradients(proxies, None, None, rows, at_proxy, *finish)
+        grad_proxies = RowGradients(proxies, *finish, rows, at_proxy).finish()
     if need_temperature:
         grad_temperature = -(term + (at_proxy * logit).sum()) * (upstream / temperature)
     return grad_rows, grad_proxies, grad_temperature

@@ -14,10 +14,15 @@ import torch
 RESIDENT_DEPTH = 256
 # Likewise for fp32 without tensor cores, whose operands lie in registers whole.
 RESIDENT_DEPTH_IEEE = 64
-# Coefficients of a panel, in elements: 128 Mi, so 256 MiB in bf16.
-PANEL_ELEMENTS = 1 << 27
-# Rows whose column sums are kept by blocks, before they are added up.
-COLUMN_SUM_ROWS = 16384
+# Coefficients of a panel, in elements: as many as the packed rows and columns have, between 32 MiB and 512 MiB in bf16.
+# A panel's rows are the depth of the product for the columns' gradient, which reads and writes all of that gradient's sums.
+PANEL_ELEMENTS = (1 << 24, 1 << 28)
+# Elements of a product that is made to be added elsewhere: 32 MiB in fp32, so that it stays in the cache.
+ADDED_ELEMENTS = 1 << 23
+# Sums of columns by blocks of rows that are kept before they are folded, in elements: 64 MiB.
+COLUMN_PARTS = 1 << 24
+# Rows against themselves: from this depth, and from this many multiply-adds of all pairs, half the tiles (see self_similarity).
+HALF_TILES = (64, 1 << 32)
 # Programs that a grid should have for each multiprocessor, before columns are split among programs.
 PROGRAMS_PER_MULTIPROCESSOR = 2
 # exp(z - offset) with this much of exp's range above the offset 1 / t - EXPONENT_TOP ...
@@ -47,7 +52,7 @@ class Tile:
 # memory. Where a pass has more to keep in registers (labels, given coefficients, the temperature's gradient, a running
 # maximum; fp32 without tensor cores), its entry "... rich" goes before; and "... fp8" where it has the rows in fp8 beside.
 Table = dict[tuple[str, int], tuple[tuple[int, Tile, Tile], ...]]
-# For 228 KiB of shared memory and asynchronous products: Hopper and data-centre Blackwell.
+# For 228 KiB of shared memory and asynchronous products: Hopper.
 LARGE: Table = {
     ("sums", 2): (
         (RESIDENT_DEPTH, Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
@@ -85,6 +90,25 @@ LARGE: Table = {
     ("sums rich", 4): ((1 << 30, Tile(32, 32, 4, 2, 32), Tile(32, 32, 4, 2, 32)),),
     ("products rich", 4): ((RESIDENT_DEPTH_IEEE, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),),
     ("panel rich", 4): ((1 << 30, Tile(32, 32, 4, 3, 32), Tile(32, 32, 4, 3, 32)),),
+}
+# The same for products that accumulate in tensor memory: data-centre Blackwell. What becomes of a product comes through registers
+# all at once, beside the factors; tiles of half the size leave none spilled.
+TENSOR_MEMORY: Table = LARGE | {
+    ("sums", 2): (
+        (RESIDENT_DEPTH, Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
+        (1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+    ),
+    ("sums rich", 2): ((1 << 30, Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)),),
+    ("products", 2): (
+        (128, Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+        (RESIDENT_DEPTH, Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)),
+    ),
+    ("products rich", 2): (
+        (128, Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        (RESIDENT_DEPTH, Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)),
+    ),
+    ("panel", 2): ((1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 8, 3)),),
+    ("panel rich", 2): ((1 << 30, Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)),),
 }
 # For the 100 KiB or more of the other GPUs since Ampere, and products that keep their operands in registers.
 COMPACT: Table = {
@@ -141,7 +165,13 @@ _TILES_PER_MULTIPROCESSOR = (1, 16)
 
 
 def tiles(
-    kind: str, rich: bool, dtype: torch.dtype, depth: int, shared_memory: int, fp8: bool = False
+    kind: str,
+    rich: bool,
+    dtype: torch.dtype,
+    depth: int,
+    shared_memory: int,
+    fp8: bool = False,
+    tensor_memory: bool = False,
 ) -> tuple[Tile, Tile]:
     """The tile of a pass over rows of ``depth`` padded elements, and the one for small problems.
 
@@ -152,8 +182,11 @@ def tiles(
         depth: padded.
         shared_memory: bytes of a multiprocessor.
         fp8: whether there is a copy of the rows in fp8 beside.
+        tensor_memory: whether products accumulate there.
     """
     table, size = LARGE if shared_memory >= 228 * 1024 else COMPACT, dtype.itemsize
+    if tensor_memory:
+        table = TENSOR_MEMORY
     names = [f"{kind} fp8"] * fp8 + [f"{kind} rich"] * rich + [kind]
     rows = next(table[name, size] for name in names if (name, size) in table)
     return next((tile, small) for limit, tile, small in rows if depth <= limit)
@@ -189,3 +222,15 @@ def padded_depth(depth: int, fp8: bool = False) -> int:
     if depth > RESIDENT_DEPTH:
         return -(-depth // 64) * 64
     return sum(split_depth(depth, 32 if fp8 else 16))
+
+
+def panel_elements(rows: int, columns: int, depth: int) -> int:
+    """How many coefficients of a panel there may be."""
+    least, most = PANEL_ELEMENTS
+    return max(least, min(most, (rows + columns) * depth))
+
+
+def half_tiles(rows: int, depth: int) -> bool:
+    """Whether half the tiles pay for the sums of rows against themselves."""
+    least_depth, least_work = HALF_TILES
+    return depth >= least_depth and rows * rows * depth >= least_work

@@ -19,6 +19,7 @@ from . import tuning
 from .columns import Columns
 from .launch import launch
 from .panels import panel_products, pass_arguments, tile_coefficients
+from .row_gradients import row_gradients
 from .rows import Rows
 from .tiles import (
     LN_2,
@@ -39,7 +40,42 @@ class Products:
     factor: Tensor | None = None  # (P, R)
 
 
-def joined(products: Sequence[Products]) -> tuple[Tensor | None, Tensor | None]:
+@dataclasses.dataclass
+class RowGradients:
+    """The gradient of the inputs behind ``rows`` from their products, of any of them as soon as they are complete.
+
+    The products are in fp32, and need not all be there at once.
+    """
+
+    rows: Rows
+    temperature: float | Tensor
+    upstream: float | Tensor
+    dtype: torch.dtype
+    pair: Rows | None = None
+    pair_weight: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.out = self.rows.x.new_empty((len(self.rows), self.rows.depth), dtype=self.dtype)
+
+    def finish(self, *products: Products, part: slice = slice(None)) -> Tensor:
+        """Fills the rows ``part`` of ``out`` (see :func:`row_gradients.row_gradients`), and returns all of it."""
+        raw, factor = _joined(products)
+        pair = None if self.pair is None else self.pair[part]
+        pair_weight = None if self.pair_weight is None else self.pair_weight[part]
+        row_gradients(
+            self.rows[part],
+            raw,
+            factor,
+            pair,
+            pair_weight,
+            self.temperature,
+            self.upstream,
+            self.out[part],
+        )
+        return self.out
+
+
+def _joined(products: Sequence[Products]) -> tuple[Tensor | None, Tensor | None]:
     """All parts together, and their factors."""
     if len(products) < 2:
         return (products[0].raw, products[0].factor) if products else (None, None)
@@ -59,58 +95,70 @@ def both_products(
     want_y: bool,
     want_term: bool = False,
     given: Tensor | None = None,
+    of_x: RowGradients | None = None,
 ) -> tuple[Products | None, Products | None, Tensor | None]:
-    """``G y^`` for the rows and ``G^T x^`` for the columns, and ``sum_j G_ij z_ij`` (R,).
+    """``G y^`` for the rows and ``G^T x^`` for the columns, and ``sum_j G_ij z_ij`` (R,), all or None.
 
     Args:
         x: the rows.
         columns: the columns.
         temperature: a float or a 0-d tensor.
-        x_statistics: (3, R) of the rows' losses (see ``tiles.load_statistics``), None if they have none.
-        y_statistics: (3, C) of the columns' losses, likewise.
+        x_statistics: (4, R) of the rows' losses (see ``tiles.load_statistics``), None if they have none.
+        y_statistics: (4, C) of the columns' losses, likewise.
         want_x: the first.
         want_y: the second.
-        want_term: the third.
+        want_term: the third; with labels, from the rows' losses alone.
         given: the coefficients (problems, rows, columns) themselves, any strides, for columns of the kind GIVEN.
+        of_x: what finishes the first, if these are all of the rows' products, so that it need not be returned.
     """
     common = (x, columns, temperature, x_statistics, y_statistics)
     if x.split == (0, 0):
-        return _through_panels(*common, want_x, want_y, want_term, given)
-    of_x = of_y = term = None
+        return _through_panels(*common, want_x, want_y, want_term, given, of_x)
+    found_x = found_y = term = None
     if want_x or want_term:
-        of_x, term = _row_products(*common, want_term, given)
+        found_x, term = _row_products(*common, want_term, given)
+    if want_x and of_x is not None:
+        of_x.finish(found_x)
+        found_x = None
     if want_y:
-        back = dataclasses.replace(columns, y=x)
         swapped = None if given is None else given.mT
-        of_y, _ = _row_products(
-            columns.y, back, temperature, y_statistics, x_statistics, False, swapped
+        found_y, _ = _row_products(
+            columns.y, columns.swapped(x), temperature, y_statistics, x_statistics, False, swapped
         )
-    return of_x, of_y, term
+    return found_x, found_y, term
 
 
 def _through_panels(
-    x, columns, temperature, x_statistics, y_statistics, want_x, want_y, want_term, given
+    x, columns, temperature, x_statistics, y_statistics, want_x, want_y, want_term, given, of_x
 ):
-    raw_x = x.x.new_empty((1, *x.x.shape), dtype=torch.float32) if want_x else None
+    raw_x = None
+    if want_x and of_x is None:
+        raw_x = x.x.new_empty((1, *x.x.shape), dtype=torch.float32)
     raw_y = columns.y.x.new_zeros((1, *columns.y.x.shape), dtype=torch.float32) if want_y else None
     term = x.scale.new_empty((len(x),)) if want_term else None
-    panel_products(
-        x,
-        columns,
-        temperature,
-        x_statistics,
-        y_statistics,
-        None if raw_x is None else raw_x[0],
-        None if raw_y is None else raw_y[0],
-        term,
-        given,
-    )
 
     def products(raw: Tensor | None, rows: Rows) -> Products | None:
         # The panel's coefficients hold the scale of rows and columns.
         without = torch.where(rows.scale == 0, 0.0, 1 / rows.scale)
         return None if raw is None else Products(raw, without.unsqueeze(0))
 
+    def take_x(part: slice, raw: Tensor) -> None:
+        if of_x is not None:
+            of_x.finish(products(raw.unsqueeze(0), x[part]), part=part)
+        else:
+            raw_x[0, part] = raw
+
+    panel_products(
+        x,
+        columns,
+        temperature,
+        x_statistics,
+        y_statistics,
+        take_x if want_x else None,
+        None if raw_y is None else raw_y[0],
+        term,
+        given,
+    )
     return products(raw_x, x), products(raw_y, columns.y), term
 
 
@@ -159,7 +207,8 @@ def _row_products_kernel(
     x_scale,
     y,
     y_scale,
-    labels,
+    x_labels,
+    y_labels,
     temperature,
     table,
     x_statistics,
@@ -200,11 +249,13 @@ def _row_products_kernel(
         temperature = tl.load(temperature)
     row_scale = to_base_2(tl.load(x_scale + first_row + x_offsets), temperature)
     row_labels = row
-    if labels is not None:
-        row_labels = tl.load(labels + first_row + x_offsets)
-    x_lse, x_weight, x_third = row_scale, row_scale, row_scale
+    if x_labels is not None:
+        row_labels = tl.load(x_labels + first_row + x_offsets)
+    x_lse, x_weight, x_third, x_fourth = row_scale, row_scale, row_scale, row_scale
     if x_statistics is not None:
-        x_lse, x_weight, x_third = load_statistics(x_statistics, first_row, x_offsets, total_rows)
+        x_lse, x_weight, x_third, x_fourth = load_statistics(
+            x_statistics, first_row, x_offsets, total_rows
+        )
 
     steps = tl.cdiv(tl.cdiv(columns, BLOCK_N), tl.num_programs(1))
     begin = part * steps * BLOCK_N
@@ -227,13 +278,13 @@ def _row_products_kernel(
             y_tail = load_rows(y_block, y_offsets, depth, HEAD + tl.arange(0, TAIL))
             s = multiply(x_tail, tl.trans(y_tail), s, PRECISION)
         column_scale = tl.load(y_scale + first_y + y_offsets)
-        g, z, keep = tile_coefficients(
-            s, row, column, first_y, y_offsets, row_scale, column_scale, row_labels, labels,
-            x_statistics, y_statistics, x_lse, x_weight, x_third, given, given_strides,
+        g, moment = tile_coefficients(
+            s, row, column, first_y, y_offsets, row_scale, column_scale, row_labels, y_labels,
+            x_statistics, y_statistics, x_lse, x_weight, x_third, x_fourth, given, given_strides,
             rows, columns, total_columns, KIND,
         )  # fmt: skip
         if part_term is not None:
-            term += tl.sum(tl.where(keep, g * z, 0.0), 1)
+            term += tl.sum(moment, 1)
         if values is not None:
             block = values + first_y * depth
             y_head = load_rows(block, y_offsets, depth, tl.arange(0, HEAD))

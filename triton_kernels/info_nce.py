@@ -14,12 +14,13 @@ from torch import Tensor
 
 from . import config, tuning
 from .columns import Columns
-from .gradients import Products, both_products, joined
+from .gradients import Products, RowGradients, both_products
 from .launch import cdiv, launch, temperature_arguments
 from .own_negatives import OwnNegatives, own_gradients, own_sums
+from .parts import Parts, fold, new_parts
 from .row_losses import _losses_kernel
-from .rows import Rows, pack, pack_pairs, pair_logits, row_gradients
-from .sums import Parts, new_parts, offset_kind, sum_exponentials, sums_tile
+from .rows import Rows, pack, pack_pairs, pair_logits
+from .sums import offset_kind, sum_exponentials, sums_tile
 from .tiles import IN_BATCH, QUEUE
 
 Gradients = tuple[Tensor | None, ...]
@@ -190,14 +191,9 @@ def solve(problem: Problem, *, with_product: bool, with_term: bool) -> Solution:
     """The losses; with the sums that the queries' gradient needs, where one pass can make both."""
     query = problem.query
     fused = with_product and bool(problem.sets) and not problem.symmetric and query.split != (0, 0)
-    splits = [
-        c.splits(query, sums_tile(query, c, problem.offset, fused, fused and with_term))
-        for c in problem.sets
-    ]
+    splits = [_splits(problem, c, fused, fused and with_term) for c in problem.sets]
     own_parts = int(problem.negatives is not None)
-    parts = new_parts(
-        query, sum(splits) + own_parts, labelled=False, term=fused and with_term, product=False
-    )
+    parts = new_parts(query, sum(splits) + own_parts, labelled=False, term=fused and with_term)
     if fused:
         parts.raw = query.x.new_empty((sum(splits), *query.x.shape), dtype=torch.float32)
     column_parts = None
@@ -219,39 +215,39 @@ def solve(problem: Problem, *, with_product: bool, with_term: bool) -> Solution:
     return _solved(problem, parts, column_parts, fused, own)
 
 
-def _both_sums(problem: Problem, columns: Columns, parts: Parts) -> tuple[Tensor, Tensor]:
-    """Sums of rows into ``parts``, and of columns by blocks of rows, (P, C) largest and sum."""
+def _splits(problem: Problem, columns: Columns, product: bool, term: bool) -> int:
+    """Into how many parts the columns go."""
+    query = problem.query
+    tile = sums_tile(query, columns, problem.offset, product, term)
+    return columns.splits(query, tile, _height(problem, columns, tile))
+
+
+def _height(problem: Problem, columns: Columns, tile: config.Tile) -> int:
+    """How many blocks of rows go together: all, but where they leave sums of columns, no more than those may take."""
+    blocks = columns.row_blocks(problem.query, tile.m)
+    if not problem.symmetric or columns.problems > 1:
+        return blocks
+    return max(1, min(blocks, config.COLUMN_PARTS // (2 * len(columns.y))))
+
+
+def _both_sums(problem: Problem, columns: Columns, parts: Parts) -> Parts:
+    """Sums of rows into ``parts``, and those of columns, by blocks of rows or, where these are many, in one part."""
     query = problem.query
     tile = sums_tile(query, columns, problem.offset, False, False)
+    common = (query, columns, problem.temperature, problem.offset, parts)
     blocks = columns.row_blocks(query, tile.m)
-    apart = columns.problems > 1
-    per_panel = blocks // columns.problems if apart else config.COLUMN_SUM_ROWS // tile.m
-    found = []
-    for first in range(0, blocks // columns.problems, per_panel):
-        count = min(per_panel, blocks // columns.problems - first)
-        of_columns = query.x.new_empty((2, count, len(columns.y)), dtype=torch.float32)
-        chosen = None if apart else (first, count)
-        sum_exponentials(
-            query,
-            columns,
-            problem.temperature,
-            problem.offset,
-            parts,
-            column_parts=(of_columns[0], of_columns[1]),
-            block_range=chosen,
-        )
-        if count < blocks // columns.problems:
-            of_columns = _added(of_columns)
-        found.append(of_columns)
-    both = found[0] if len(found) == 1 else torch.cat(found, dim=1)
-    return both[0], both[1]
-
-
-def _added(parts: Tensor) -> Tensor:
-    """Parts (2, P, C) of largest and sum, as one: (2, 1, C)."""
-    largest = parts[0].amax(0, keepdim=True)
-    finite = torch.where(largest == -torch.inf, 0.0, largest)
-    return torch.stack([largest, (parts[1] * torch.exp2(parts[0] - finite)).sum(0, keepdim=True)])
+    height = _height(problem, columns, tile)
+    by_block = new_parts(columns.y, height // columns.problems, labelled=False)
+    if height == blocks:
+        sum_exponentials(*common, column_parts=by_block)
+        return by_block
+    together = new_parts(columns.y, 1, labelled=False)
+    for first in range(0, blocks, height):
+        chosen = by_block[: min(height, blocks - first)]
+        block_range = (first, len(chosen.sum))
+        sum_exponentials(*common, column_parts=chosen, block_range=block_range)
+        fold(chosen, together, columns.kind, first)
+    return together
 
 
 def _solved(problem, parts, column_parts, fused, own) -> Solution:
@@ -263,7 +259,7 @@ def _solved(problem, parts, column_parts, fused, own) -> Solution:
     loss, logit, missing = (new((total,)) for _ in range(3))
     kept = parts if fused else None
     solution = Solution(loss, lse, logit, missing, factor, term, kept, own)
-    columns = column_parts or (None, None)
+    of_columns = column_parts or Parts()
     launch(
         _losses_kernel,
         (cdiv(total, _BLOCK),),
@@ -274,8 +270,8 @@ def _solved(problem, parts, column_parts, fused, own) -> Solution:
         largest=parts.largest,
         sums=parts.sum,
         terms=parts.term,
-        column_largest=columns[0],
-        column_sums=columns[1],
+        column_largest=of_columns.largest,
+        column_sums=of_columns.sum,
         loss=solution.loss,
         lse=lse,
         logit=solution.logit,
@@ -285,7 +281,7 @@ def _solved(problem, parts, column_parts, fused, own) -> Solution:
         self_logit=float(problem.self_logit or 0.0),
         parts=parts.sum.shape[0],
         factor_parts=factor.shape[0] if fused else 0,
-        column_parts=0 if column_parts is None else column_parts[0].shape[0],
+        column_parts=0 if of_columns.sum is None else len(of_columns.sum),
         total=total,
         SELF=problem.self_logit is not None,
         BLOCK=_BLOCK,
@@ -315,19 +311,38 @@ def gradients(
         column = None
     missing = solution.missing * weight
     want_row = need_query or need_temperature
-    of_query: list[Products] = []
-    of_key = of_queue = grad_negatives = None
-    term = None
-    if solution.parts is not None:
-        of_query.append(Products(solution.parts.raw, solution.factor * weight))
+    fused = solution.parts is not None
+
+    def gradient_of(rows: Rows, pair: Rows | None) -> RowGradients:
+        pair_weight = None if pair is None else -missing
+        return RowGradients(rows, temperature, upstream, dtype, pair, pair_weight)
+
+    of_query = gradient_of(query, problem.key) if need_query else None
+    products: list[Products] = []  # of the queries
+    grad_key = grad_negatives = term = None
+    if fused:
+        products.append(Products(solution.parts.raw, solution.factor * weight))
         term = None if solution.term is None else solution.term * weight
+        solution.parts = None
+    if solution.own is not None and (want_row or need_negatives):
+        raw, grad_negatives, own_term = own_gradients(
+            query, solution.own, temperature, row[0], weight, upstream, need_negatives
+        )
+        products.append(Products(raw))
+        term = _sum(term, own_term)
+    # Products in fp32 take twice the memory of the inputs in bf16, so those of queries and keys do not wait for each other.
+    alone = not products and len(problem.sets) == 1
+    if fused or not problem.sets:
+        if of_query is not None:
+            of_query.finish(*products)
+        products.clear()
     for columns in problem.sets:
         is_key = columns.kind == IN_BATCH.value
-        want_x = want_row and solution.parts is None
+        want_x = want_row and not fused
         want_y = need_key if is_key else need_negatives
         if not (want_x or want_y):
             continue
-        found = both_products(
+        found_x, found_y, found_term = both_products(
             query,
             columns,
             temperature,
@@ -336,31 +351,24 @@ def gradients(
             want_x=want_x,
             want_y=want_y,
             want_term=want_x and need_temperature,
+            of_x=of_query if alone else None,
         )
-        of_query += [found[0]] if want_x else []
-        of_key, of_queue = (found[1], of_queue) if is_key else (of_key, found[1])
-        term = _sum(term, found[2])
-    if solution.own is not None and (want_row or need_negatives):
-        raw, grad_negatives, own_term = own_gradients(
-            query, solution.own, temperature, row[0], weight, upstream, need_negatives
-        )
-        of_query.append(Products(raw))
-        term = _sum(term, own_term)
-
-    def finish(rows: Rows, products: list[Products | None], pair: Rows | None) -> Tensor:
-        raw, factor = joined([x for x in products if x is not None])
-        pair_weight = None if pair is None else -missing
-        return row_gradients(rows, raw, factor, pair, pair_weight, temperature, upstream, dtype)
-
-    grad_query = finish(query, of_query, problem.key) if need_query else None
-    grad_key = finish(problem.key, [of_key], query) if need_key else None
-    if need_negatives and problem.queue is not None:
-        grad_negatives = finish(problem.queue.y, [of_queue], None)
+        term = _sum(term, found_term)
+        products += [] if found_x is None else [found_x]
+        if want_y and is_key:
+            grad_key = gradient_of(problem.key, query).finish(found_y)
+        elif want_y:
+            grad_negatives = gradient_of(columns.y, None).finish(found_y)
+    if of_query is not None and products:
+        of_query.finish(*products)
+    if need_key and problem.in_batch is None:
+        grad_key = gradient_of(problem.key, query).finish()
+    grad_query = None if of_query is None else of_query.out
     grad_temperature = None
     if need_temperature:
         by_row = -missing * solution.logit
         by_row = by_row if term is None else by_row + term
-        if problem.self_logit is not None and solution.parts is None:
+        if problem.self_logit is not None and not fused:
             constant = problem.self_logit / temperature
             by_row = by_row + weight * torch.exp(constant - lses[0]) * constant
         grad_temperature = -by_row.sum() * (upstream / temperature)
@@ -371,6 +379,9 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def statistics(lse: Tensor, weight: Tensor, third: Tensor | None = None) -> Tensor:
-    """(3, R) for ``tiles.load_statistics``."""
-    return torch.stack([lse, weight, weight if third is None else third])
+def statistics(
+    lse: Tensor, weight: Tensor, third: Tensor | None = None, fourth: Tensor | None = None
+) -> Tensor:
+    """(4, R) for ``tiles.load_statistics``."""
+    rest = (weight if x is None else x for x in (third, fourth))
+    return torch.stack([lse, weight, *rest])

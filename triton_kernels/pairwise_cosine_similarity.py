@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .columns import Columns
-from .gradients import both_products, joined
+from .gradients import RowGradients, both_products
 from .launch import cdiv, launch, temperature_arguments
-from .rows import Rows, input_precision, pack, row_gradients
+from .rows import Rows, input_precision, pack
 from .tiles import GIVEN, inside, products_of_chunks
 
 Gradients = tuple[Tensor | None, ...]
@@ -50,7 +50,11 @@ def pairwise_cosine_similarity_backward(
     rows, columns = _packed(x, y)
     need_x, need_y, need_temperature = needs
     given = grad.reshape(columns.problems, x.shape[-2], y.shape[-2])
-    products_x, products_y, term = both_products(
+    of_x, of_y = (
+        RowGradients(of, temperature, 1.0, x.dtype) if needed else None
+        for of, needed in ((rows, need_x), (columns.y, need_y))
+    )
+    _, found_y, term = both_products(
         rows,
         columns,
         temperature,
@@ -60,16 +64,11 @@ def pairwise_cosine_similarity_backward(
         want_y=need_y,
         want_term=need_temperature,
         given=given,
+        of_x=of_x,
     )
-
-    def finish(packed: Rows, products, like: Tensor) -> Tensor:
-        raw, factor = joined([products])
-        out = row_gradients(packed, raw, factor, None, None, temperature, 1.0, like.dtype)
-        return out.view(like.shape)
-
     return (
-        finish(rows, products_x, x) if need_x else None,
-        finish(columns.y, products_y, y) if need_y else None,
+        of_x.out.view(x.shape) if need_x else None,
+        of_y.finish(found_y).view(y.shape) if need_y else None,
         -term.sum() / temperature if need_temperature else None,
     )
 

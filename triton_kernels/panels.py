@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -13,14 +15,15 @@ from .launch import cdiv, launch, temperature_arguments
 from .rows import Rows, input_precision
 from .tiles import (
     GIVEN,
+    LABELLED,
     LN_2,
     SUP_CON,
     TWO_C,
-    coefficients,
     counts,
     inside,
     load_statistics,
     products_of_chunks,
+    row_gradient,
     to_base_2,
 )
 
@@ -35,7 +38,8 @@ def pass_arguments(x, columns, temperature, x_statistics, y_statistics, given):
         "x_scale": rows.scale,
         "y": y.x,
         "y_scale": y.scale,
-        "labels": columns.labels,
+        "x_labels": columns.row_labels,
+        "y_labels": columns.labels,
         "x_statistics": x_statistics,
         "y_statistics": y_statistics,
         "given": given,
@@ -55,15 +59,16 @@ def panel_products(
     temperature: float | Tensor,
     x_statistics: Tensor | None,
     y_statistics: Tensor | None,
-    raw_x: Tensor | None,
+    take_x: Callable[[slice, Tensor], None] | None,
     raw_y: Tensor | None,
     term: Tensor | None = None,
     given: Tensor | None = None,
 ) -> None:
     """Both products through panels of coefficients ``G_ij scale_i scale_j``.
 
-    Fills ``raw_x`` (R, padded depth) with ``scale_i sum_j G_ij y^_j``, adds ``scale_j sum_i G_ij x^_i`` to ``raw_y``
-    (C, padded depth), and fills ``term`` (R,); the rest as in :func:`both_products`; problems are not ragged.
+    Calls ``take_x`` with ``scale_i sum_j G_ij y^_j`` (r, padded depth) of each r rows as soon as they are complete; adds
+    ``scale_j sum_i G_ij x^_i`` to ``raw_y`` (C, padded depth), and fills ``term`` (R,); the rest as in
+    :func:`gradients.both_products`; problems are not ragged.
     """
     tile = columns.tile(x, "panel", rich=term is not None)
     problems, count, width = (
@@ -74,8 +79,9 @@ def panel_products(
     x_rows = x.x.view(problems, count, -1)
     y_rows = columns.y.x.view(problems, width, -1)
     column_blocks = cdiv(width, tile.n)
-    height = max(tile.m, min(count, config.PANEL_ELEMENTS // width) // tile.m * tile.m)
-    together = max(1, config.PANEL_ELEMENTS // (width * count)) if height >= count else 1
+    elements = config.panel_elements(len(x), len(columns.y), x.padded)
+    height = max(tile.m, min(count, elements // width) // tile.m * tile.m)
+    together = max(1, elements // (width * count)) if height >= count else 1
     for problem in range(0, problems, together):
         chosen = slice(problem, min(problem + together, problems))
         for start in range(0, count, height):
@@ -85,7 +91,7 @@ def panel_products(
             panel = x.x.new_empty((number, size, cdiv(width, 16) * 16))[..., :width]
             terms = None
             if term is not None:
-                terms = term.new_empty((column_blocks, number, size))
+                terms = term.new_empty((column_blocks, number * size))
             launch(
                 _panel_kernel,
                 (number * cdiv(size, tile.m), column_blocks),
@@ -106,14 +112,24 @@ def panel_products(
                 total_rows=len(x),
                 **pass_arguments(x, columns, temperature, x_statistics, y_statistics, given),
             )
-            part = slice(start, start + size)
-            if raw_x is not None:
-                raw_x.view(problems, count, -1)[chosen, part] = _bmm(panel, y_rows[chosen])
-            if raw_y is not None:
-                product = _bmm(panel.mT, x_rows[chosen, part])
-                raw_y.view(problems, width, -1)[chosen] += product
+            # Whole problems, or rows of one.
+            first = problem * count + start
+            rows = slice(first, first + number * size)
             if term is not None:
-                term.view(problems, count)[chosen, part] = terms.sum(0)
+                term[rows] = terms.sum(0)
+            if take_x is not None:
+                take_x(rows, _bmm(panel, y_rows[chosen]).flatten(0, 1))
+            if raw_y is not None:
+                into = raw_y.view(problems, width, -1)[chosen]
+                _add_bmm(into, panel.mT, x_rows[chosen, start : start + size])
+            del panel  # before the next one
+
+
+def _add_bmm(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds ``a @ b / SCALE`` to ``into`` (B, M, N), some rows at a time, so that no second array of that size is needed."""
+    count = max(128, config.ADDED_ELEMENTS // (len(into) * into.shape[2]))
+    for of_into, of_a in zip(into.split(count, 1), a.split(count, 1), strict=True):
+        of_into.add_(_bmm(of_a, b))
 
 
 def _bmm(a: Tensor, b: Tensor) -> Tensor:
@@ -137,12 +153,13 @@ def tile_coefficients(
     row_scale,
     column_scale,
     row_labels,
-    labels,
+    y_labels,
     x_statistics,
     y_statistics,
     x_lse,
     x_weight,
     x_third,
+    x_fourth,
     given,
     given_strides,
     rows,
@@ -150,28 +167,35 @@ def tile_coefficients(
     total_columns,
     KIND: tl.constexpr,
 ):
-    """Coefficients and logits of a tile, from its products ``s``."""
+    """Coefficients of a tile, from its products ``s``, and their products with the logits."""
     z = s * row_scale[:, None] * column_scale[None, :]
     keep = counts(row, column, columns, KIND)
     if KIND == GIVEN:
         at = row.to(tl.int64)[:, None] * given_strides[1]
         at += column.to(tl.int64)[None, :] * given_strides[2]
         g = tl.load(given + at, mask=keep & (row < rows)[:, None], other=0.0).to(tl.float32)
-    else:
-        y_lse, y_weight, y_third = x_lse, x_weight, x_third
-        if y_statistics is not None:
-            y_lse, y_weight, y_third = load_statistics(
-                y_statistics, first_y, y_offsets, total_columns
-            )
-        same = keep
-        if KIND == SUP_CON or KIND == TWO_C:
-            same = row_labels[:, None] == tl.load(labels + first_y + y_offsets)[None, :]
-        g = coefficients(
-            z, x_lse, x_weight, x_third, y_lse, y_weight, y_third, same,
-            KIND, x_statistics is not None, y_statistics is not None,
-        )  # fmt: skip
-        g = tl.where(keep, g, 0.0)
-    return g, z, keep
+        return g, tl.where(keep, g * z, 0.0)
+    same = keep
+    LABELS: tl.constexpr = KIND == SUP_CON or KIND == TWO_C or KIND == LABELLED
+    if LABELS:
+        same = row_labels[:, None] == tl.load(y_labels + first_y + y_offsets)[None, :]
+    g = tl.zeros(z.shape, tl.float32)
+    if y_statistics is not None:
+        y_lse, y_weight, y_third, y_fourth = load_statistics(
+            y_statistics, first_y, y_offsets, total_columns
+        )
+        g += row_gradient(
+            z, y_lse[None, :], y_weight[None, :], y_third[None, :], y_fourth[None, :], same, KIND
+        )
+    of_rows = tl.zeros(z.shape, tl.float32)
+    if x_statistics is not None:
+        of_rows += row_gradient(
+            z, x_lse[:, None], x_weight[:, None], x_third[:, None], x_fourth[:, None], same, KIND
+        )
+    g += of_rows
+    # With labels, columns are rows as well, here or in another block, and say there what they have to about the temperature.
+    moment = z * (of_rows if LABELS else g)
+    return tl.where(keep, g, 0.0), tl.where(keep, moment, 0.0)
 
 
 @triton.jit(
@@ -184,7 +208,8 @@ def _panel_kernel(
     x_scale,
     y,
     y_scale,
-    labels,
+    x_labels,
+    y_labels,
     temperature,
     x_statistics,
     y_statistics,
@@ -230,11 +255,13 @@ def _panel_kernel(
     row_scale = to_base_2(x_unit, temperature)
     column_scale = tl.load(y_scale + first_y + y_offsets)
     row_labels = row
-    if labels is not None:
-        row_labels = tl.load(labels + first_row + x_offsets)
-    x_lse, x_weight, x_third = row_scale, row_scale, row_scale
+    if x_labels is not None:
+        row_labels = tl.load(x_labels + first_row + x_offsets)
+    x_lse, x_weight, x_third, x_fourth = row_scale, row_scale, row_scale, row_scale
     if x_statistics is not None:
-        x_lse, x_weight, x_third = load_statistics(x_statistics, first_row, x_offsets, total_rows)
+        x_lse, x_weight, x_third, x_fourth = load_statistics(
+            x_statistics, first_row, x_offsets, total_rows
+        )
     if given is not None:
         given += problem * given_strides[0]
 
@@ -242,17 +269,16 @@ def _panel_kernel(
         x + first_row * depth, x_offsets, y + first_y * depth, y_offsets,
         depth, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
     )  # fmt: skip
-    g, z, keep = tile_coefficients(
-        s, row, column, first_y, y_offsets, row_scale, column_scale, row_labels, labels,
-        x_statistics, y_statistics, x_lse, x_weight, x_third, given, given_strides,
+    g, moment = tile_coefficients(
+        s, row, column, first_y, y_offsets, row_scale, column_scale, row_labels, y_labels,
+        x_statistics, y_statistics, x_lse, x_weight, x_third, x_fourth, given, given_strides,
         rows, columns, total_columns, KIND,
     )  # fmt: skip
     panel_row = panel_start + tl.arange(0, BLOCK_M)
     if part_term is not None:
         problems = tl.num_programs(0) // blocks
         at = (tl.program_id(1).to(tl.int64) * problems + number) * size
-        terms = tl.sum(tl.where(keep, g * z, 0.0), 1) * LN_2
-        tl.store(part_term + at + panel_row, terms, mask=there)
+        tl.store(part_term + at + panel_row, tl.sum(moment, 1) * LN_2, mask=there)
     if x_value_scale is not None:
         x_unit = tl.load(x_value_scale + first_row + x_offsets)
         column_scale = tl.load(y_value_scale + first_y + y_offsets)

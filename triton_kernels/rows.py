@@ -1,4 +1,4 @@
-"""Single rows: packing them with their norms before the products, and the way back through the normalisation after them.
+"""Single rows: packing them with their norms before the products. The way back is in ``row_gradients``.
 
 Rows are packed as ``x' = 2^e x``, contiguous and padded with zeros. The power of two is exact, and brings the largest element to
 [1, 2), so that no product of rows of any size overflows. The unit row is ``x^ = scale x'``: scale multiplies products, not rows.
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .launch import INTERPRETED, cdiv, launch, temperature_arguments
+from .launch import INTERPRETED, cdiv, launch
 
 FP8 = torch.float8_e4m3fn
 _LARGEST = tl.constexpr(torch.finfo(FP8).max)
@@ -36,6 +36,11 @@ class Rows:
 
     def __len__(self) -> int:
         return self.x.shape[0]
+
+    def __getitem__(self, which: slice) -> Rows:
+        parts = self.x[which], self.scale[which], self.inverse[which]
+        rounded = None if self.rounded is None else self.rounded[which]
+        return Rows(*parts, self.depth, self.normalize, rounded)
 
     @property
     def padded(self) -> int:
@@ -266,136 +271,3 @@ def _pack_kernel(
 def pair_logits(x: Rows, y: Rows, products: Tensor, temperature: float | Tensor) -> Tensor:
     """The logits of the pairs of :func:`pack_pairs`, (R,)."""
     return products * x.for_similarity.scale * y.for_similarity.scale / temperature
-
-
-def row_gradients(
-    rows: Rows,
-    raw: Tensor | None,
-    factor: Tensor | None,
-    pair: Rows | None,
-    pair_weight: Tensor | None,
-    temperature: float | Tensor,
-    upstream: float | Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The gradient of the inputs behind ``rows``: (R, depth) in ``dtype``.
-
-    With respect to the unit row it is ``g = (sum_p factor_p raw_p + pair_weight pair^) upstream / t``; through the normalisation
-    ``(g - x^ (x^ . g)) / ||x||``.
-
-    Args:
-        rows: the rows themselves.
-        raw: (P, R, padded depth) fp32, products by parts of the columns; None for no such part.
-        factor: (P, R) fp32, or None for ones.
-        pair: rows of which each takes part alone, or None.
-        pair_weight: (R,) fp32.
-        temperature: t.
-        upstream: a factor of everything, a float or a 0-d tensor.
-        dtype: of the result.
-    """
-    total, depth = len(rows), rows.depth
-    out = rows.x.new_empty((total, depth), dtype=dtype)
-    block_d = min(128, triton.next_power_of_2(rows.padded))
-    block = max(1, 1024 // block_d)
-    launch(
-        _row_gradients_kernel,
-        (cdiv(total, block),),
-        _OPTIONS,
-        x=rows.x,
-        x_scale=rows.scale,
-        inverse=rows.inverse,
-        raw=raw,
-        factor=factor,
-        pair=None if pair is None else pair.x,
-        pair_scale=None if pair is None else pair.scale,
-        pair_weight=pair_weight,
-        upstream=upstream,
-        out=out,
-        parts=0 if raw is None else raw.shape[0],
-        total=total,
-        depth=depth,
-        padded=rows.padded,
-        NORMALIZE=rows.normalize,
-        UPSTREAM_TENSOR=isinstance(upstream, Tensor),
-        BLOCK=block,
-        BLOCK_D=block_d,
-        **temperature_arguments(temperature),
-    )
-    return out
-
-
-@triton.jit
-def _unit_gradient(raw, factor, pair, pair_factor, rows, d, mask, parts, total, padded, to_input):
-    g = tl.zeros(mask.shape, tl.float32)
-    at = rows[:, None] * padded + d
-    if raw is not None:
-        for part in range(parts):
-            first = tl.cast(part, tl.int64) * total
-            term = tl.load(raw + first * padded + at, mask=mask, other=0.0)
-            if factor is not None:
-                inside = rows < total
-                term *= tl.load(factor + first + rows, mask=inside, other=0.0)[:, None]
-            g += term
-    if pair is not None:
-        g += pair_factor[:, None] * tl.load(pair + at, mask=mask, other=0.0).to(tl.float32)
-    return g * to_input
-
-
-@triton.jit(do_not_specialize=["parts", "total"])
-def _row_gradients_kernel(
-    x,
-    x_scale,
-    inverse,
-    raw,
-    factor,
-    pair,
-    pair_scale,
-    pair_weight,
-    upstream,
-    temperature,
-    out,
-    parts,
-    total,
-    depth,
-    padded,
-    NORMALIZE: tl.constexpr,
-    TENSOR: tl.constexpr,
-    UPSTREAM_TENSOR: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = rows < total
-    if TENSOR:
-        temperature = tl.load(temperature)
-    if UPSTREAM_TENSOR:
-        upstream = tl.load(upstream)
-    to_input = upstream / temperature
-    pair_factor = tl.zeros((BLOCK,), tl.float32)
-    if pair is not None:
-        pair_factor = tl.load(pair_weight + rows, mask=there, other=0.0)
-        pair_factor *= tl.load(pair_scale + rows, mask=there, other=0.0)
-    unit = tl.load(x_scale + rows, mask=there, other=0.0)[:, None]
-
-    along = tl.zeros((BLOCK,), tl.float32)  # x^ . g
-    if NORMALIZE:
-        for begin in range(0, depth, BLOCK_D):
-            d = (begin + tl.arange(0, BLOCK_D))[None, :]
-            mask = there[:, None] & (d < depth)
-            g = _unit_gradient(
-                raw, factor, pair, pair_factor, rows, d, mask, parts, total, padded, to_input
-            )
-            row = tl.load(x + rows[:, None] * padded + d, mask=mask, other=0.0).to(tl.float32)
-            along += tl.sum(row * unit * g, 1)
-    for begin in range(0, depth, BLOCK_D):
-        d = (begin + tl.arange(0, BLOCK_D))[None, :]
-        mask = there[:, None] & (d < depth)
-        g = _unit_gradient(
-            raw, factor, pair, pair_factor, rows, d, mask, parts, total, padded, to_input
-        )
-        if NORMALIZE:
-            row = tl.load(x + rows[:, None] * padded + d, mask=mask, other=0.0).to(tl.float32)
-            g = (g - row * unit * along[:, None]) * tl.load(inverse + rows, mask=there, other=0.0)[
-                :, None
-            ]
-        tl.store(out + rows[:, None] * depth + d, g.to(out.dtype.element_ty), mask=mask)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config
+from . import config, tuning
 from .columns import Columns
 from .launch import launch, temperature_arguments
+from .parts import Parts, new_parts, store_column_sums
 from .rows import Rows, input_precision
 from .tiles import (
+    LABELLED,
     LN_2,
     LOG2_E,
     SUP_CON,
@@ -42,34 +42,6 @@ def offset_kind(temperature: float | Tensor, normalize: bool, dtype: torch.dtype
     return FIXED.value if 1 / temperature <= config.LARGEST_FIXED_LOGIT else RUNNING.value
 
 
-@dataclasses.dataclass
-class Parts:
-    """Sums of exponentials by parts of the columns, ``sum 2^largest``, to base 2."""
-
-    largest: Tensor  # (P, R)
-    sum: Tensor  # (P, R)
-    a: Tensor | None = (
-        None  # SupCon: sum of the positives' logits; 2C: like `largest`, of the positives
-    )
-    b: Tensor | None = None  # SupCon: number of positives; 2C: like `sum`, of the positives
-    term: Tensor | None = None  # sum of exp times logit (natural)
-    raw: Tensor | None = None  # (P, R, padded depth), sum of exp times y^
-
-    def __getitem__(self, which: slice) -> Parts:
-        values = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return Parts(*(None if x is None else x[which] for x in values))
-
-
-def new_parts(x: Rows, count: int, *, labelled: bool, term: bool, product: bool) -> Parts:
-    """Room for ``count`` parts."""
-
-    def rows(wanted: bool) -> Tensor | None:
-        return x.x.new_empty((count, len(x)), dtype=torch.float32) if wanted else None
-
-    raw = x.x.new_empty((count, *x.x.shape), dtype=torch.float32) if product else None
-    return Parts(rows(True), rows(True), rows(labelled), rows(labelled), rows(term), raw)
-
-
 def sums_tile(x: Rows, columns: Columns, offset: int, product: bool, term: bool) -> config.Tile:
     """The tile of :func:`sum_exponentials`."""
     rich = term or offset != FIXED.value
@@ -83,8 +55,9 @@ def sum_exponentials(
     offset: int,
     parts: Parts,
     *,
-    column_parts: tuple[Tensor, Tensor] | None = None,
+    column_parts: Parts | None = None,
     block_range: tuple[int, int] | None = None,
+    half: bool = False,
 ) -> None:
     """Fills ``parts``, as many as it has, for the rows ``x``.
 
@@ -94,39 +67,44 @@ def sum_exponentials(
         temperature: a float or a 0-d tensor.
         offset: from :func:`offset_kind`.
         parts: what to fill; ``raw`` and ``term`` if they are there.
-        column_parts: (P, C) largest and sum of the columns, one part for each block of rows of a problem, or None.
+        column_parts: what to fill for the columns, one part for each block of rows of a problem; or None.
         block_range: first block of rows and number of blocks, of a single problem; all by default.
+        half: rows are their own columns: a block leaves out the columns before it, and counts for the columns after it.
     """
     tile = sums_tile(x, columns, offset, parts.raw is not None, parts.term is not None)
     head, tail = x.split
-    rows, of_columns = x.for_similarity, columns.y.for_similarity
+    rows, y = x.for_similarity, columns.y.for_similarity
     apart = columns.y.rounded is not None and parts.raw is not None
     first, blocks = block_range or (0, columns.row_blocks(x, tile.m))
-    largest, total = column_parts or (None, None)
+    of_columns = column_parts or Parts()
     launch(
         _sums_kernel,
         (blocks, parts.sum.shape[0]),
         tile.options,
         x=rows.x,
         x_scale=rows.scale,
-        y=of_columns.x,
-        y_scale=of_columns.scale,
+        y=y.x,
+        y_scale=y.scale,
         values=columns.y.x if apart else None,
         value_scale=columns.y.scale if apart else None,
-        labels=columns.labels,
+        x_labels=columns.row_labels,
+        y_labels=columns.labels,
         part_largest=parts.largest,
         part_sum=parts.sum,
         part_a=parts.a,
         part_b=parts.b,
         part_term=parts.term,
         raw=parts.raw,
-        column_largest=largest,
-        column_sum=total,
+        column_largest=of_columns.largest,
+        column_sum=of_columns.sum,
+        column_a=of_columns.a,
+        column_b=of_columns.b,
         total_columns=len(columns.y),
         first_block=first,
         depth=x.padded,
         KIND=columns.kind,
         OFFSET=offset,
+        HALF=half,
         LIMIT=config.LARGEST_FIXED_LOGIT,
         TOP=config.EXPONENT_TOP,
         HEAD=head,
@@ -138,6 +116,18 @@ def sum_exponentials(
         **columns.span_arguments(x, tile.m),
         **temperature_arguments(temperature),
     )
+
+
+@tuning.tuned
+def labelled_sums(
+    x: Rows, columns: Columns, temperature: float | Tensor, dtype: torch.dtype
+) -> Parts:
+    """Sums over all columns that count for a row, and over those with its label; ``dtype`` of the inputs."""
+    offset = offset_kind(temperature, x.normalize, dtype)
+    splits = columns.splits(x, sums_tile(x, columns, offset, False, False))
+    parts = new_parts(x, splits, labelled=True)
+    sum_exponentials(x, columns, temperature, offset, parts)
+    return parts
 
 
 @triton.jit
@@ -157,10 +147,12 @@ def _sweep(
     y_scale,
     values,
     value_scale,
-    labels,
+    y_labels,
     row_labels,
     column_largest,
     column_sum,
+    column_a,
+    column_b,
     row,
     x_offsets,
     row_scale,
@@ -170,6 +162,7 @@ def _sweep(
     begin,
     end,
     depth,
+    first_of_columns,
     KIND: tl.constexpr,
     ONLINE: tl.constexpr,
     PRODUCT: tl.constexpr,
@@ -186,7 +179,8 @@ def _sweep(
     if not ONLINE:
         largest = tl.zeros((BLOCK_M,), tl.float32) + offset
     total = tl.zeros((BLOCK_M,), tl.float32)
-    a = largest if KIND == TWO_C else tl.zeros((BLOCK_M,), tl.float32)
+    BY_LSE: tl.constexpr = KIND == TWO_C or KIND == LABELLED
+    a = largest if BY_LSE else tl.zeros((BLOCK_M,), tl.float32)
     b = tl.zeros((BLOCK_M,), tl.float32)
     term = tl.zeros((BLOCK_M,), tl.float32)
     raw = tl.zeros((BLOCK_M, HEAD if PRODUCT else 1), tl.float32)
@@ -224,28 +218,31 @@ def _sweep(
             if ONLINE:
                 term *= shrink
             term += tl.sum(tl.where(keep, e * z, 0.0), 1)
-        if KIND == SUP_CON or KIND == TWO_C:
-            same = keep & (row_labels[:, None] == tl.load(labels + j + y_offsets)[None, :])
-            if KIND == SUP_CON:
-                a += tl.sum(tl.where(same, z, 0.0), 1)
-                b += tl.sum(same.to(tl.int32), 1).to(tl.float32)
-            else:
-                a, finite_a, shrink_a = _relative_to(z, same, a, ONLINE)
-                if ONLINE:
-                    b *= shrink_a
-                b += tl.sum(tl.where(same, tl.exp2(z - finite_a[:, None]), 0.0), 1)
+        there = (column < columns) & (column >= first_of_columns)
         if COLUMNS:
-            there = column < columns
+            store_column_sums(column_largest, column_sum, column, there, z, keep, e, offset, ONLINE)
+        if KIND == SUP_CON or BY_LSE:
+            same = keep & (row_labels[:, None] == tl.load(y_labels + j + y_offsets)[None, :])
+        if KIND == SUP_CON:
+            logits = tl.where(same, z, 0.0)
+            a += tl.sum(logits, 1)
+            b += tl.sum(same.to(tl.int32), 1).to(tl.float32)
+            if COLUMNS:
+                tl.store(column_a + column, tl.sum(logits, 0) * LN_2, mask=there)
+                number = tl.sum(same.to(tl.int32), 0).to(tl.float32)
+                tl.store(column_b + column, number, mask=there)
+        if BY_LSE:
+            a, finite_a, shrink_a = _relative_to(z, same, a, ONLINE)
+            e_same = e
             if ONLINE:
-                top = tl.max(tl.where(keep, z, float("-inf")), 0)
-                finite_top = tl.where(top == float("-inf"), 0.0, top)
-                by_column = tl.where(keep, tl.exp2(z - finite_top[None, :]), 0.0)
-                tl.store(column_largest + column, top, mask=there)
-                tl.store(column_sum + column, tl.sum(by_column, 0), mask=there)
-            else:
-                fixed = tl.zeros((BLOCK_N,), tl.float32) + offset
-                tl.store(column_largest + column, fixed, mask=there)
-                tl.store(column_sum + column, tl.sum(e, 0), mask=there)
+                b *= shrink_a
+                e_same = tl.exp2(z - finite_a[:, None])
+            e_same = tl.where(same, e_same, 0.0)
+            b += tl.sum(e_same, 1)
+            if COLUMNS:
+                store_column_sums(
+                    column_a, column_b, column, there, z, same, e_same, offset, ONLINE
+                )
         if PRODUCT:
             if values is not None:
                 block = values + tl.cast(j, tl.int64) * depth
@@ -272,7 +269,8 @@ def _sums_kernel(
     y_scale,
     values,
     value_scale,
-    labels,
+    x_labels,
+    y_labels,
     temperature,
     table,
     part_largest,
@@ -283,6 +281,8 @@ def _sums_kernel(
     raw,
     column_largest,
     column_sum,
+    column_a,
+    column_b,
     rows,
     columns,
     total_rows,
@@ -291,6 +291,7 @@ def _sums_kernel(
     depth,
     KIND: tl.constexpr,
     OFFSET: tl.constexpr,
+    HALF: tl.constexpr,
     TENSOR: tl.constexpr,
     RAGGED: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -321,18 +322,25 @@ def _sums_kernel(
         temperature = tl.load(temperature)
     row_scale = to_base_2(tl.load(x_scale + first_row + x_offsets), temperature)
     row_labels = row
-    if labels is not None:
-        row_labels = tl.load(labels + first_row + x_offsets)
-        labels += first_column
+    if y_labels is not None:
+        row_labels = tl.load(x_labels + first_row + x_offsets)
+        y_labels += first_column
 
-    steps = tl.cdiv(tl.cdiv(columns, BLOCK_N), tl.num_programs(1))
-    begin = part * steps * BLOCK_N
+    # With half the tiles, first the square on the diagonal, which has both halves, then columns whose own rows will leave
+    # these out. The first blocks have the most to do, and start first.
+    first_of_all = start if HALF else 0
+    first_of_columns = start + BLOCK_M if HALF else 0
+    steps = tl.cdiv(tl.cdiv(columns - first_of_all, BLOCK_N), tl.num_programs(1))
+    begin = first_of_all + part * steps * BLOCK_N
     end = tl.minimum(begin + steps * BLOCK_N, columns)
     offset = tl.maximum(1 / temperature - TOP, 0.0) * LOG2_E
     if column_sum is not None:
         column_part = (start // BLOCK_M - first_block).to(tl.int64) * total_columns + first_column
         column_largest += column_part
         column_sum += column_part
+    if column_a is not None:
+        column_a += column_part
+        column_b += column_part
 
     PRODUCT: tl.constexpr = raw is not None
     TERM: tl.constexpr = part_term is not None
@@ -342,14 +350,14 @@ def _sums_kernel(
         running = 1 / temperature > LIMIT
     if running:
         largest, total, a, b, term, product, product_tail = _sweep(
-            x, y, y_scale, values, value_scale, labels, row_labels, column_largest, column_sum, row, x_offsets,
-            row_scale, offset, rows, columns, begin, end, depth, KIND, True, PRODUCT, TERM,
+            x, y, y_scale, values, value_scale, y_labels, row_labels, column_largest, column_sum, column_a, column_b,
+            row, x_offsets, row_scale, offset, rows, columns, begin, end, depth, first_of_columns, KIND, True, PRODUCT, TERM,
             COLUMNS, HEAD, TAIL, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
     else:
         largest, total, a, b, term, product, product_tail = _sweep(
-            x, y, y_scale, values, value_scale, labels, row_labels, column_largest, column_sum, row, x_offsets,
-            row_scale, offset, rows, columns, begin, end, depth, KIND, False, PRODUCT, TERM,
+            x, y, y_scale, values, value_scale, y_labels, row_labels, column_largest, column_sum, column_a, column_b,
+            row, x_offsets, row_scale, offset, rows, columns, begin, end, depth, first_of_columns, KIND, False, PRODUCT, TERM,
             COLUMNS, HEAD, TAIL, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
 

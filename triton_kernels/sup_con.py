@@ -10,13 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .columns import Columns
-from .gradients import joined
+from .gradients import RowGradients
 from .info_nce import relative_weights, statistics
 from .launch import cdiv, launch
+from .parts import Parts
 from .row_losses import merged
-from .rows import Rows, pack, row_gradients
-from .self_similarity import labelled_sums, self_products
-from .sums import Parts
+from .rows import Rows, pack
+from .self_similarity import self_products, self_sums
 from .tiles import LN_2, SUP_CON
 
 Gradients = tuple[Tensor | None, ...]
@@ -79,7 +79,7 @@ def _sums(
 ) -> tuple[Rows, Columns, Parts]:
     rows = pack(features, True)
     columns = Columns(rows, SUP_CON.value, labels=labels.contiguous())
-    return rows, columns, labelled_sums(rows, columns, temperature, features.dtype)
+    return rows, columns, self_sums(rows, columns, temperature, features.dtype)
 
 
 def _label_counts(labels: Tensor) -> Tensor:
@@ -120,16 +120,13 @@ def _gradients(
     if not (need_rows or need_temperature):
         return None, None
     weight = weight * (positives > 0)
-    of_rows = statistics(lse, weight, weight / positives.clamp(min=1))
-    products, term = self_products(rows, columns, temperature, of_rows, need_rows, need_temperature)
-    grad_rows = grad_temperature = None
-    if need_rows:
-        grad_rows = row_gradients(
-            rows, *joined([products]), None, None, temperature, upstream, dtype
-        )
-    if need_temperature:
-        grad_temperature = -term * (upstream / temperature)
-    return grad_rows, grad_temperature
+    of_losses = statistics(lse, weight, weight / positives.clamp(min=1))
+    of_rows = RowGradients(rows, temperature, upstream, dtype) if need_rows else None
+    term = self_products(rows, columns, temperature, of_losses, of_rows, need_temperature)
+    return (
+        None if of_rows is None else of_rows.out,
+        -term * (upstream / temperature) if need_temperature else None,
+    )
 
 
 @triton.jit(do_not_specialize=["parts", "total"])

@@ -20,6 +20,7 @@ IN_BATCH = tl.constexpr(1)  # all but the row's own, which is its positive and k
 SUP_CON = tl.constexpr(2)  # all but the row's own; those with its label are positives
 TWO_C = tl.constexpr(3)  # the same, positives by their own log-sum-exp
 GIVEN = tl.constexpr(4)  # coefficients from memory
+LABELLED = tl.constexpr(5)  # all; those with its label by their own log-sum-exp as well
 
 
 @triton.jit
@@ -106,53 +107,33 @@ def products_of_chunks(
 def counts(row, column, columns, KIND: tl.constexpr):
     """Which pairs of a row and a column of one problem take part; rows beyond the end are the caller's to leave out."""
     keep = (column < columns)[None, :]
-    if KIND != QUEUE and KIND != GIVEN:
+    if KIND == IN_BATCH or KIND == SUP_CON or KIND == TWO_C:
         keep = keep & (row[:, None] != column[None, :])
     return keep
 
 
 @triton.jit
 def load_statistics(statistics, first, offsets, total):
-    """Of each row log-sum-exp (to base 2), weight and the third number that its loss needs."""
+    """Of each row log-sum-exp (to base 2), weight, and two more numbers that its loss may need (see :func:`row_gradient`)."""
     statistics += first
+    total = tl.cast(total, tl.int64)
     lse = tl.load(statistics + offsets) * LOG2_E
     weight = tl.load(statistics + total + offsets)
-    third = tl.load(statistics + 2 * tl.cast(total, tl.int64) + offsets)
-    return lse, weight, third
+    third = tl.load(statistics + 2 * total + offsets)
+    fourth = tl.load(statistics + 3 * total + offsets)
+    return lse, weight, third, fourth
 
 
 @triton.jit
-def coefficients(
-    z,
-    x_lse,
-    x_weight,
-    x_third,
-    y_lse,
-    y_weight,
-    y_third,
-    same,
-    KIND: tl.constexpr,
-    BY_ROW: tl.constexpr,
-    BY_COLUMN: tl.constexpr,
-):
-    """d L / d z of a tile: ``weight softmax`` of the row's loss, of the column's, or both, less the targets."""
-    g = tl.zeros(z.shape, tl.float32)
-    if BY_ROW:
-        g += x_weight[:, None] * tl.exp2(z - x_lse[:, None])
-    if BY_COLUMN:
-        g += y_weight[None, :] * tl.exp2(z - y_lse[None, :])
+def row_gradient(z, lse, weight, third, fourth, same, KIND: tl.constexpr):
+    """d L / d z of a tile by the losses of its rows, or of its columns, whose statistics have the shape for it.
+
+    ``weight softmax`` over all; over those of the same label, SupCon's ``-third`` each; or ``fourth softmax``, of which
+    ``third`` is the log-sum-exp.
+    """
+    g = weight * tl.exp2(z - lse)
     if KIND == SUP_CON:
-        target = tl.zeros(z.shape, tl.float32)
-        if BY_ROW:
-            target += x_third[:, None]
-        if BY_COLUMN:
-            target += y_third[None, :]
-        g -= tl.where(same, target, 0.0)
-    if KIND == TWO_C:
-        target = tl.zeros(z.shape, tl.float32)
-        if BY_ROW:
-            target += x_weight[:, None] * tl.exp2(z - x_third[:, None] * LOG2_E)
-        if BY_COLUMN:
-            target += y_weight[None, :] * tl.exp2(z - y_third[None, :] * LOG2_E)
-        g -= tl.where(same, target, 0.0)
+        g -= tl.where(same, third, 0.0)
+    if KIND == TWO_C or KIND == LABELLED:
+        g += tl.where(same, fourth * tl.exp2(z - third * LOG2_E), 0.0)
     return g

@@ -5,15 +5,30 @@ import torch
 
 from fastnce import backends, reference
 
-TAUS = (1.0, 0.07, 0.01)
+# As fp32 holds them: some kernels take the temperature as such.
+TAUS = tuple(torch.tensor(tau).item() for tau in (1.0, 0.07, 0.01))
 
 
 @pytest.fixture
-def kernels(backend):
-    reason = backends.supports(backend, "labelled_lse", "cpu", torch.float32)
-    if reason != "ok":
-        pytest.skip(f"{backend}: {reason}")
-    return backends.select("labelled_lse", torch.zeros(1), backend)
+def kernels(backend, device, needs_support):
+    needs_support("labelled_lse", backend)
+    return backends.select("labelled_lse", torch.zeros(1, device=device), backend)
+
+
+def rounding(backend, dtype, tau):
+    """What a backend may add to twice the error of plain PyTorch, relative to the size of all gradients.
+
+    Logits of size 1 / tau are rounded in fp32, which is a relative error of their exponentials. On a GPU the coefficients of the
+    gradients go into the products in the inputs' dtype.
+    """
+    if dtype == torch.float64:
+        return 1e-12
+    of_logits = torch.finfo(torch.float32).eps * max(8.0, 1 / tau)
+    return of_logits + (torch.finfo(dtype).eps if backend == "triton" else 0.0)
+
+
+def moved(device, *tensors):
+    return [x.to(device) if isinstance(x, torch.Tensor) else x for x in tensors]
 
 
 def block(rows, columns, depth, dtype=torch.float64, seed=0):
@@ -33,9 +48,9 @@ def block(rows, columns, depth, dtype=torch.float64, seed=0):
 
 def state_of(lse, seed):
     generator = torch.Generator().manual_seed(seed)
-    other = torch.rand(lse.shape, generator=generator, dtype=torch.float64)
+    other = torch.rand(lse.shape, generator=generator, dtype=torch.float64).to(lse.device)
     # As a softmax's gradient: the weights that arrive for the two lse have opposite signs.
-    weights = other * torch.tensor([1.0, -0.5], dtype=torch.float64)
+    weights = other * other.new_tensor([1.0, -0.5])
     return torch.cat([torch.logaddexp(lse, other), weights], dim=1)
 
 
@@ -46,15 +61,20 @@ def states(x, y, x_labels, y_labels, tau, own):
     return rows, rows if own else state_of(forward(y, x, y_labels, x_labels, tau, own=own), 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("rows", "columns", "depth"),
     [(1, 1, 2), (1, None, 3), (5, None, 3), (64, 65, 33), (530, 9, 16), (9, 8300, 7), (130, None, 27)],
 )  # fmt: skip
-def test_against_the_reference_in_double(kernels, rows, columns, depth, dtype):
+def test_against_the_reference_in_double(
+    kernels, backend, device, needs_support, rows, columns, depth, dtype
+):
+    needs_support("labelled_lse", backend, dtype)
     own = columns is None
+    if backend == "triton" and columns == 8300:
+        columns = 300  # parts enough for its tiles, where each takes the interpreter a while
     for tau in TAUS:
-        x, y, *labels = block(rows, columns, depth, dtype)
+        x, y, *labels = moved(device, *block(rows, columns, depth, dtype))
         arguments = (*labels, tau)
         lse = kernels.labelled_lse_forward(x, y, *arguments, own=own)
         truth = reference.labelled_lse_forward(x.double(), y.double(), *arguments, own=own)
@@ -69,8 +89,7 @@ def test_against_the_reference_in_double(kernels, rows, columns, depth, dtype):
         found = kernels.labelled_lse_backward(x, y, *backward, own=own)
         size = true[0].norm() + true[1].abs() + 1e-30
         for grad, in_dtype, expected in zip(found, plain, true, strict=True):
-            rounding = 1e-12 if dtype == torch.float64 else 1e-6
-            bound = 2 * (in_dtype - expected).norm() + rounding * size
+            bound = 2 * (in_dtype - expected).norm() + rounding(backend, dtype, tau) * size
             assert (grad - expected).norm() <= bound, (tau, grad.shape)
 
 
@@ -100,20 +119,66 @@ def test_all_blocks_together_have_the_gradients_of_autograd():
     torch.testing.assert_close(found_tau, leaf_tau.grad)
 
 
-def test_strides_and_a_row_of_zeros(kernels):
-    x, y, x_labels, y_labels = block(20, 31, 8)
+def test_strides_and_a_row_of_zeros(kernels, backend, device):
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    x, y, x_labels, y_labels = moved(device, *block(20, 31, 8, dtype))
     x[3] = 0
-    wide = torch.full((20, 16), torch.nan, dtype=torch.float64)
+    wide = x.new_full((20, 16), torch.nan)
     wide[:, ::2] = x
     labels = torch.stack([x_labels, x_labels + 1], dim=1)[:, 0]
     arguments = (labels, y_labels, 0.5)
     lse = kernels.labelled_lse_forward(wide[:, ::2], y.T.contiguous().T, *arguments, own=False)
-    torch.testing.assert_close(lse[3, 0], torch.tensor(31.0, dtype=torch.float64).log())
+    torch.testing.assert_close(lse[3, 0], lse.new_tensor(31.0).log(), rtol=1e-6, atol=0)
     both = states(x, y, x_labels, y_labels, 0.5, False)
     grad, _ = kernels.labelled_lse_backward(wide[:, ::2], y, *arguments, *both, own=False)
     true, _ = reference.labelled_lse_backward(x, y, *arguments, *both, own=False)
     torch.testing.assert_close(grad, true)
     assert grad[3].eq(0).all()
+
+
+def test_the_temperature_as_a_tensor(kernels, backend, device):
+    x, y, *labels = moved(device, *block(20, 31, 8, torch.float32))
+    both = states(x, y, *labels, 0.5, False)
+    for tau in (0.5, torch.tensor(0.5, device=device)):
+        lse = kernels.labelled_lse_forward(x, y, *labels, tau, own=False)
+        _, grad_tau = kernels.labelled_lse_backward(x, y, *labels, tau, *both, own=False)
+        true = reference.labelled_lse_forward(x, y, *labels, tau, own=False)
+        torch.testing.assert_close(lse, true, rtol=1e-6, atol=1e-6)
+        _, true_tau = reference.labelled_lse_backward(x, y, *labels, tau, *both, own=False)
+        torch.testing.assert_close(grad_tau.double(), true_tau.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_without_a_graph_break(kernels, fused_backend, device):
+    x, y, *labels = moved(device, *block(20, 31, 8, torch.float32))
+    tau = torch.tensor(0.5, device=device)
+    both = states(x, y, *labels, tau, False)
+
+    def function(x, y, x_labels, y_labels, tau, x_state, y_state):
+        arguments = (x, y, x_labels, y_labels, tau)
+        lse = kernels.labelled_lse_forward(*arguments, own=False)
+        grads = kernels.labelled_lse_backward(*arguments, x_state, y_state, own=False)
+        return lse, *grads
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    arguments = (x, y, *labels, tau, *both)
+    for got, expected in zip(compiled(*arguments), function(*arguments), strict=True):
+        assert got.dtype == expected.dtype and torch.equal(got, expected)
+
+
+def test_labels_that_a_side_does_not_have(kernels, device):
+    """No column of a row's label: the row's second lse is -inf, and has no part in the gradient."""
+    x, y, x_labels, y_labels = moved(device, *block(6, 5, 8, torch.float32))
+    labels = (torch.full_like(x_labels, 7), torch.full_like(y_labels, 8))
+    lse = kernels.labelled_lse_forward(x, y, *labels, 0.5, own=False)
+    assert lse[:, 0].isfinite().all() and lse[:, 1].eq(-torch.inf).all()
+    weights = torch.ones_like(lse)
+    other = reference.labelled_lse_forward(y, x, labels[1], labels[0], 0.5, own=False)
+    both = torch.cat([lse, weights], 1), torch.cat([other, torch.ones_like(other)], 1)
+    arguments = (x, y, *labels, 0.5, *both)
+    got = kernels.labelled_lse_backward(*arguments, own=False)
+    true = reference.labelled_lse_backward(*arguments, own=False)
+    for grad, expected in zip(got, true, strict=True):
+        torch.testing.assert_close(grad.to(expected.dtype), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_results_do_not_depend_on_the_threads(kernels, fused_backend):

@@ -93,6 +93,12 @@ def _losses(depth: int, dtype: torch.dtype, count: int) -> None:
         triton_kernels.sup_con_forward(
             query[0], labels, temperature, grad_scale=1.0, mean=True, needs=needs[1:]
         )
+        # One rank's rows against another's, and against themselves.
+        for y, own in ((torch.cat([query[0]] * 2), False), (query[0], True)):
+            block = (query[0], y, labels, labels if own else torch.cat([labels] * 2), temperature)
+            triton_kernels.labelled_lse_forward(*block, own=own)
+            states = (_rows(len(x), 4, dtype=torch.float64) for x in block[:2])
+            triton_kernels.labelled_lse_backward(*block, *states, own=own)
     matrix = triton_kernels.pairwise_cosine_similarity_forward(query, key, tau)
     triton_kernels.pairwise_cosine_similarity_backward(matrix, query, key, tau, needs=(True,) * 3)
 

@@ -13,7 +13,7 @@ if triton_ops.available() != "ok":
     pytest.skip(triton_ops.available(), allow_module_level=True)
 
 from fastnce import triton_kernels
-from fastnce.testing import Sample, assert_close_to_truth, rows
+from fastnce.testing import Sample, assert_close_to_truth, rows, run
 from fastnce.triton_kernels import config, launch
 
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
@@ -45,8 +45,10 @@ def small_tiles(monkeypatch):
     """Several of everything in small problems, and NaN in fresh memory."""
     tile = config.Tile(16, 16, 4, 2, 32)
     monkeypatch.setattr(config, "tiles", lambda *arguments: (tile, tile))
-    monkeypatch.setattr(config, "PANEL_ELEMENTS", 16 * 60)
-    monkeypatch.setattr(config, "COLUMN_SUM_ROWS", 32)
+    monkeypatch.setattr(config, "PANEL_ELEMENTS", (16 * 60, 16 * 60))
+    monkeypatch.setattr(config, "ADDED_ELEMENTS", 1)
+    monkeypatch.setattr(config, "COLUMN_PARTS", 250)
+    monkeypatch.setattr(config, "HALF_TILES", (0, 0))
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -159,6 +161,70 @@ def test_labelled_rows_in_tiles_and_panels(op, tau, dim):
     else:
         arguments |= {"embeddings": x, "proxies": proxies}
     assert_close_to_truth(op, "triton", Sample("labels", arguments), torch.float32)
+
+
+def labelled(op: str, count: int, dtype: torch.dtype, tau: float) -> Sample:
+    """Rows of which one is there twice, of labels that many, two and one of them have; or of one label alone."""
+    generator = torch.Generator().manual_seed(count)
+    x, proxies = (
+        rows(count, 20, dtype=dtype, device=DEVICE, generator=generator, grad=False) for _ in "xp"
+    )
+    x[count // 2] = x[0]
+    labels = torch.randint(5, (count,), generator=generator)
+    labels[count // 3] = labels[count - 1] = 5
+    labels[1] = 6
+    arguments = {"labels": labels.to(DEVICE), "temperature": torch.tensor(tau, requires_grad=True)}
+    names = ("features",) if op == "sup_con" else ("embeddings", "proxies")
+    arguments |= {n: v.requires_grad_() for n, v in zip(names, (x, proxies), strict=False)}
+    return Sample(f"{count} rows", arguments)
+
+
+@pytest.mark.parametrize("op", ["sup_con", "conditional_contrastive"])
+@pytest.mark.parametrize(
+    ("count", "dtype", "tau", "height"),
+    [
+        (63, torch.float32, 0.1, 16),
+        (64, torch.float32, 0.005, 16),
+        (65, torch.bfloat16, 0.1, 32),
+        (100, torch.float16, 0.1, 16),
+        (252, torch.float32, 0.1, 32),
+    ],
+)
+def test_half_the_tiles(op, count, dtype, tau, height, monkeypatch):
+    tile = config.Tile(height, 16, 4, 2, 32)
+    monkeypatch.setattr(config, "tiles", lambda *arguments: (tile, tile))
+    monkeypatch.setattr(config, "COLUMN_PARTS", 10 * count)  # two blocks at a time
+    assert_close_to_truth(op, "triton", labelled(op, count, dtype, tau), dtype)
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="only the interpreter can be asked")
+@pytest.mark.parametrize("op", ["sup_con", "conditional_contrastive"])
+def test_half_the_tiles_are_half_the_products(op, monkeypatch):
+    """Of 7 x 7 tiles those on and above the diagonal, 28; and the results are the same but for rounding."""
+    from fastnce.triton_kernels import sums
+
+    multiply, found = sums.multiply, []
+
+    def counting(*arguments):
+        found.append(arguments)
+        return multiply(*arguments)
+
+    monkeypatch.setattr(sums, "multiply", counting)
+    sample = labelled(op, 100, torch.float32, 0.1)
+    losses = []
+    for threshold, tiles in ((0, 28), (1 << 62, 49)):
+        monkeypatch.setattr(config, "HALF_TILES", (0, threshold))
+        found.clear()
+        losses.append(run(op, sample, backend="triton")["out"])
+        assert len(found) == tiles
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
+
+
+def test_small_problems_keep_all_tiles(monkeypatch):
+    """The thresholds, as they are."""
+    monkeypatch.undo()
+    assert not config.half_tiles(1024, 768) and config.half_tiles(2048, 1536)
+    assert not config.half_tiles(65536, 32) and config.half_tiles(65536, 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
