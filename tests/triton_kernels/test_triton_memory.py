@@ -11,8 +11,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import calls
 from memory import LiveBytes
-from recording import recorded
 
+from benchmarks.launches import recorded
 from fastnce import triton_kernels
 
 MIB = 1 << 20
