@@ -40,7 +40,7 @@ def small_tiles(monkeypatch):
     """Several of everything in small problems, and NaN in fresh memory."""
     tile = config.Tile(16, 16, 4, 2, 64)
     monkeypatch.setattr(config, "tiles", lambda *arguments: (tile, tile))
-    monkeypatch.setattr(config, "PANEL_ELEMENTS", 16 * 60)
+    monkeypatch.setattr(config, "PANEL_ELEMENTS", (16 * 60, 16 * 60))
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
