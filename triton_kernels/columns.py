@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import config
+from . import config, tuning
 from . import launch as machine
 from .launch import cdiv
 from .rows import Rows, input_precision
@@ -38,7 +38,13 @@ class Columns:
         memory = machine.shared_memory(device)
         tile, small = config.tiles(kind, rich, dtype, x.padded, memory, both)
         count = self.row_blocks(x, tile.m) * cdiv(self._width(), tile.n)
-        return small if count < machine.multiprocessors(device) else tile
+        if count < machine.multiprocessors(device):
+            tile, small = small, tile
+        if tuning.TUNER is None:
+            return tile
+        name = f"{kind}{' fp8' * both}{' rich' * rich}, {dtype.itemsize} bytes, "
+        name += config.problem_class(x.padded, count / machine.multiprocessors(device))
+        return tuning.TUNER.tile(device, name, config.candidates(kind, dtype, tile, small))
 
     @property
     def row_labels(self) -> Tensor | None:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
 from .columns import Columns
 from .launch import launch
 from .panels import panel_products, pass_arguments, tile_coefficients
@@ -82,6 +83,7 @@ def _joined(products: Sequence[Products]) -> tuple[Tensor | None, Tensor | None]
     return torch.cat([x.raw for x in products]), torch.cat(ones)
 
 
+@tuning.tuned
 def both_products(
     x: Rows,
     columns: Columns,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import config
+from . import config, tuning
 from .columns import Columns
 from .gradients import Products, RowGradients, both_products
 from .launch import cdiv, launch, temperature_arguments
@@ -186,6 +186,7 @@ def relative_weights(grad_loss: Tensor) -> tuple[Tensor, Tensor]:
     return flat / top, top
 
 
+@tuning.tuned
 def solve(problem: Problem, *, with_product: bool, with_term: bool) -> Solution:
     """The losses; with the sums that the queries' gradient needs, where one pass can make both."""
     query = problem.query

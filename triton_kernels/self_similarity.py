@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import config
+from . import config, tuning
 from .columns import Columns
 from .gradients import RowGradients, both_products
 from .launch import cdiv
@@ -17,6 +17,7 @@ from .rows import Rows
 from .sums import labelled_sums, offset_kind, sum_exponentials, sums_tile
 
 
+@tuning.tuned
 def self_sums(rows: Rows, columns: Columns, temperature: float | Tensor, dtype) -> Parts:
     """Sums over all other rows and over those with the same label; ``dtype`` of the inputs."""
     if config.half_tiles(len(rows), rows.depth):

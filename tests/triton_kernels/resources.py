@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import triton
-from recording import SHARED_MEMORY, Launch, compiled
+
+from benchmarks.launches import SHARED_MEMORY, Launch, compiled
 
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # Reasoned exceptions: kernel -> bytes. They multiply no matrices and wait for memory; ptxas keeps them at 48 and 96 registers,

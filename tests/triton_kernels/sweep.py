@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import calls  # noqa: E402
-from recording import SHARED_MEMORY, Launch  # noqa: E402
 from resources import Memory, Resources, all_resources  # noqa: E402
 
+from benchmarks.launches import SHARED_MEMORY, Launch  # noqa: E402
 from fastnce.triton_kernels import launch  # noqa: E402
 
 TARGETS = (80, 90, 100)

@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("triton")
 
 import calls
-from recording import SHARED_MEMORY, Launch, compiled
 
+from benchmarks.launches import SHARED_MEMORY, Launch, compiled
 from fastnce import reference, triton_kernels, triton_ops
 from fastnce.testing import Sample, assert_close_to_truth, rows
 from fastnce.triton_kernels import config, launch

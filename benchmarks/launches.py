@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import re
 import subprocess
 import tempfile
@@ -131,10 +132,8 @@ class Compiled:
         )
 
 
-def compiled(launch: Launch, capability: int) -> Compiled:
-    """Compiles a launch for a compute capability such as 90."""
-    import importlib
-
+def build(launch: Launch, capability: int):
+    """What Triton's compiler makes of a launch for a compute capability such as 90."""
     module, _, name = launch.kernel.rpartition(".")
     kernel = getattr(importlib.import_module(module), name)
     source = ASTSource(
@@ -146,9 +145,13 @@ def compiled(launch: Launch, capability: int) -> Compiled:
         },
         attrs={path: [["tt.divisibility", 16]] for path in launch.attributes},
     )
-    options = dict(launch.options)
     target = GPUTarget("cuda", capability, 32)
-    result = triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=dict(launch.options))
+
+
+def compiled(launch: Launch, capability: int) -> Compiled:
+    """Compiles a launch, and asks ptxas what it takes."""
+    result = build(launch, capability)
     ptx = result.asm["ptx"]
     registers, spills = _resources(ptx, capability)
     return Compiled(
