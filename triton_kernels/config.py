@@ -52,7 +52,7 @@ class Tile:
 # memory. Where a pass has more to keep in registers (labels, given coefficients, the temperature's gradient, a running
 # maximum; fp32 without tensor cores), its entry "... rich" goes before; and "... fp8" where it has the rows in fp8 beside.
 Table = dict[tuple[str, int], tuple[tuple[int, Tile, Tile], ...]]
-# For 228 KiB of shared memory and asynchronous products: Hopper and data-centre Blackwell.
+# For 228 KiB of shared memory and asynchronous products: Hopper.
 LARGE: Table = {
     ("sums", 2): (
         (RESIDENT_DEPTH, Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
@@ -90,6 +90,25 @@ LARGE: Table = {
     ("sums rich", 4): ((1 << 30, Tile(32, 32, 4, 2, 32), Tile(32, 32, 4, 2, 32)),),
     ("products rich", 4): ((RESIDENT_DEPTH_IEEE, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),),
     ("panel rich", 4): ((1 << 30, Tile(32, 32, 4, 3, 32), Tile(32, 32, 4, 3, 32)),),
+}
+# The same for products that accumulate in tensor memory: data-centre Blackwell. What becomes of a product comes through registers
+# all at once, beside the factors; tiles of half the size leave none spilled.
+TENSOR_MEMORY: Table = LARGE | {
+    ("sums", 2): (
+        (RESIDENT_DEPTH, Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
+        (1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+    ),
+    ("sums rich", 2): ((1 << 30, Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)),),
+    ("products", 2): (
+        (128, Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+        (RESIDENT_DEPTH, Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)),
+    ),
+    ("products rich", 2): (
+        (128, Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        (RESIDENT_DEPTH, Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)),
+    ),
+    ("panel", 2): ((1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 8, 3)),),
+    ("panel rich", 2): ((1 << 30, Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)),),
 }
 # For the 100 KiB or more of the other GPUs since Ampere, and products that keep their operands in registers.
 COMPACT: Table = {
@@ -146,7 +165,13 @@ _TILES_PER_MULTIPROCESSOR = (1, 16)
 
 
 def tiles(
-    kind: str, rich: bool, dtype: torch.dtype, depth: int, shared_memory: int, fp8: bool = False
+    kind: str,
+    rich: bool,
+    dtype: torch.dtype,
+    depth: int,
+    shared_memory: int,
+    fp8: bool = False,
+    tensor_memory: bool = False,
 ) -> tuple[Tile, Tile]:
     """The tile of a pass over rows of ``depth`` padded elements, and the one for small problems.
 
@@ -157,8 +182,11 @@ def tiles(
         depth: padded.
         shared_memory: bytes of a multiprocessor.
         fp8: whether there is a copy of the rows in fp8 beside.
+        tensor_memory: whether products accumulate there.
     """
     table, size = LARGE if shared_memory >= 228 * 1024 else COMPACT, dtype.itemsize
+    if tensor_memory:
+        table = TENSOR_MEMORY
     names = [f"{kind} fp8"] * fp8 + [f"{kind} rich"] * rich + [kind]
     rows = next(table[name, size] for name in names if (name, size) in table)
     return next((tile, small) for limit, tile, small in rows if depth <= limit)

@@ -56,6 +56,12 @@ def shared_memory(device: torch.device) -> int:
     return 228 * 1024
 
 
+@functools.cache
+def tensor_memory(device: torch.device) -> bool:
+    """Whether products accumulate in tensor memory, as they do from compute capability 10.0 to 11."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (10, 11)
+
+
 def temperature_arguments(temperature: float | Tensor) -> dict[str, object]:
     """A float goes to the kernels by value, a tensor by address: neither makes the host wait or compiles anew."""
     return {"temperature": temperature, "TENSOR": isinstance(temperature, Tensor)}

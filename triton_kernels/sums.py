@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config
+from . import config, tuning
 from .columns import Columns
 from .launch import launch, temperature_arguments
 from .parts import Parts, new_parts, store_column_sums
@@ -118,6 +118,7 @@ def sum_exponentials(
     )
 
 
+@tuning.tuned
 def labelled_sums(
     x: Rows, columns: Columns, temperature: float | Tensor, dtype: torch.dtype
 ) -> Parts:

@@ -24,7 +24,7 @@ import calls  # noqa: E402
 from resources import Memory, Resources, all_resources  # noqa: E402
 
 from benchmarks.launches import SHARED_MEMORY, Launch  # noqa: E402
-from fastnce.triton_kernels import launch  # noqa: E402
+from fastnce.triton_kernels import config, launch  # noqa: E402
 
 TARGETS = (80, 90, 100)
 # Of the rows given, and what torch.set_float32_matmul_precision makes of products of float32.
@@ -40,12 +40,30 @@ DTYPES = {
 @contextlib.contextmanager
 def target(capability: int) -> Iterator[None]:
     """Tiles are chosen as on a GPU of that compute capability."""
-    before = launch.shared_memory
+    before = launch.shared_memory, launch.tensor_memory
     launch.shared_memory = lambda device: SHARED_MEMORY[capability] + 1024
+    launch.tensor_memory = lambda device: capability == 100
     try:
         yield
     finally:
-        launch.shared_memory = before
+        launch.shared_memory, launch.tensor_memory = before
+
+
+@contextlib.contextmanager
+def candidate(index: int) -> Iterator[None]:
+    """Of what autotuning tries for a pass the tile at ``index``, where there are so many; else the first."""
+    tiles = config.tiles
+
+    def one(kind: str, rich: bool, dtype: torch.dtype, *rest) -> tuple[config.Tile, config.Tile]:
+        found = config.candidates(kind, dtype, *tiles(kind, rich, dtype, *rest))
+        tile = found[index if index < len(found) else 0]
+        return tile, tile
+
+    config.tiles = one
+    try:
+        yield
+    finally:
+        config.tiles = tiles
 
 
 @contextlib.contextmanager
@@ -65,7 +83,7 @@ def jobs(
     depths: Iterable[int] = calls.DEPTHS,
     sizes: Iterable[bool] = (True, False),
 ) -> list[tuple[Launch, int]]:
-    """All different launches for a target; ``sizes``: of large problems, of small ones."""
+    """All different launches for a target with the tiles of the tables; ``sizes``: of large problems, of small ones."""
     found: list[Launch] = []
     for name in dtypes:
         dtype, products = DTYPES[name]
@@ -74,7 +92,23 @@ def jobs(
             for depth in depths:
                 for large in sizes:
                     found += calls.launches(depth, dtype, large)
+                    # fp8 products came with compute capability 8.9.
+                    if capability >= 90 and name == "bf16":
+                        found += calls.fp8_launches(depth, dtype, large)
     return [(each, capability) for each in dict.fromkeys(found)]
+
+
+def tuned_jobs(capability: int) -> list[tuple[Launch, int]]:
+    """Those with the further tiles that autotuning tries, in bf16 and fp32."""
+    known = set(jobs(capability))
+    found: list[Launch] = []
+    for index in range(2, 2 + max(map(len, config.CANDIDATES.values()))):
+        for dtype in (torch.bfloat16, torch.float32):
+            with target(capability), candidate(index):
+                for depth in calls.DEPTHS:
+                    found += calls.launches(depth, dtype)
+    passes = [each for each in dict.fromkeys(found) if each.constant("PRECISION")]
+    return [(each, capability) for each in passes if (each, capability) not in known]
 
 
 def rows(results: list[Resources]) -> list[dict[str, object]]:
@@ -102,7 +136,7 @@ def rows(results: list[Resources]) -> list[dict[str, object]]:
     return sorted(table, key=lambda row: str([*row.values()][:6]))
 
 
-def markdown(table: list[dict], wrong: list[str], missing: int) -> str:
+def markdown(table: list[dict], wrong: list[str], missing: int, tuned: int) -> str:
     """The table, a line for each kernel and dtype."""
     lines = [
         "# Triton kernels: what they take",
@@ -127,7 +161,9 @@ def markdown(table: list[dict], wrong: list[str], missing: int) -> str:
             f"| `{kernel.strip('_').removesuffix('_kernel')}` | {dtype} | {' | '.join(cells)} |"
         )
     spilling = [row for row in table if row["spills"]]
-    lines += ["", f"{sum(row['forms'] for row in table)} launches compiled, {missing} left out."]
+    count = f"{sum(row['forms'] for row in table)} launches compiled"
+    more = f", and {tuned} with the further tiles of autotuning" if tuned else ""
+    lines += ["", f"{count}{more}; {missing} left out."]
     lines += [f"Spills: {_place(row)}, {row['spills']} bytes." for row in spilling]
     lines += [f"Wrong: {line}" for line in wrong] or ["Nothing is wrong."]
     return "\n".join(lines) + "\n"
@@ -151,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--targets", type=int, nargs="+", choices=TARGETS, default=TARGETS)
     add("--dtypes", nargs="+", choices=DTYPES, default=tuple(DTYPES))
     add("--depths", type=int, nargs="+", default=calls.DEPTHS)
+    add("--tuned", action="store_true", help="the further tiles of autotuning as well")
     add("--processes", type=int, default=2)
     add("--seconds", type=float, default=float("inf"), help="begin none after this time")
     add("--out", type=Path, help="folder of the table; without it only faults are printed")
@@ -158,20 +195,25 @@ def main(argv: list[str] | None = None) -> int:
 
     deadline = time.monotonic() + args.seconds
     chosen = [x for capability in args.targets for x in jobs(capability, args.dtypes, args.depths)]
+    tuned = (
+        {x for capability in args.targets for x in tuned_jobs(capability)} if args.tuned else set()
+    )
     memory = Memory(ROOT / "out/triton-sweep/resources.jsonl")
-    found = all_resources(chosen, memory, args.processes, deadline)
-    good = [each for each in found.values() if isinstance(each, Resources)]
+    found = all_resources((*chosen, *tuned), memory, args.processes, deadline)
+    good = {job: each for job, each in found.items() if isinstance(each, Resources)}
     wrong = [each for each in found.values() if isinstance(each, str)]
-    wrong += [fault for each in good for fault in each.faults()]
-    missing = len(chosen) - len(found)
+    wrong += [fault for job, each in good.items() for fault in each.faults(job in tuned)]
+    missing = len(chosen) + len(tuned) - len(found)
     if args.out:
-        table = rows(good)
+        table = rows([each for job, each in good.items() if job not in tuned])
         text = ",\n".join(json.dumps(row) for row in table)
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "triton-resources.json").write_text(f"[\n{text}\n]\n")
-        (args.out / "triton-resources.md").write_text(markdown(table, wrong, missing))
+        (args.out / "triton-resources.md").write_text(
+            markdown(table, wrong, missing, len(good.keys() & tuned))
+        )
     print("\n".join(wrong))
-    print(f"{len(found)} of {len(chosen)} launches compiled, {len(wrong)} wrong")
+    print(f"{len(found)} of {len(chosen) + len(tuned)} launches compiled, {len(wrong)} wrong")
     return 1 if wrong or missing else 0
 
 
