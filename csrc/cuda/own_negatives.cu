@@ -1,5 +1,6 @@
-// A block takes a query, each of its warps every eighth negative. The sums read a negative twice, the second time from
-// the cache; the gradients read it once, in chunks of 128 elements that different blocks take.
+// A block takes a query, each of its warps every eighth negative. The sums read a negative twice,
+// the second time from the cache; the gradients read it once, in chunks of 128 elements that
+// different blocks take.
 #include "own_negatives.h"
 
 #include "launch.cuh"

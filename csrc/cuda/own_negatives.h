@@ -1,4 +1,5 @@
-// InfoNCE's negatives that belong to a single query each: matrices times vectors, as fast as memory gives the negatives.
+// InfoNCE's negatives that belong to a single query each: matrices times vectors, as fast as memory
+// gives the negatives.
 #pragma once
 
 #include "arguments.h"

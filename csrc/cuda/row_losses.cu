@@ -1,6 +1,7 @@
-// A thread takes a row. Numbers that all rows share (the largest gradient that arrives, the number of rows with a
-// positive) every block finds for itself, from all rows: at most two blocks for each multiprocessor read R floats from
-// the cache, which up to many thousand rows takes less time than another launch, and beyond is nothing beside R^2.
+// A thread takes a row. Numbers that all rows share (the largest gradient that arrives, the number
+// of rows with a positive) every block finds for itself, from all rows: at most two blocks for each
+// multiprocessor read R floats from the cache, which up to many thousand rows takes less time than
+// another launch, and beyond is nothing beside R^2.
 #include "row_losses.h"
 
 #include "launch.cuh"
@@ -13,7 +14,8 @@ constexpr int kThreads = 256;
 constexpr int kTemperatureThreads = 1024;  // one block takes all rows
 constexpr float kInfinity = __builtin_inff();
 
-// combine of what all threads have, for all of them. To be called by all threads, again after a barrier only.
+// combine of what all threads have, for all of them. To be called by all threads, again after a
+// barrier only.
 template <class T, class Combine>
 __device__ T of_block(T mine, Combine combine) {
   T* shared = shared_memory<T>();
@@ -86,7 +88,8 @@ __device__ Merged merged(const SumParts& p, int64_t total, int64_t row, float co
 }
 __device__ float log_sum(Merged m) { return (m.top + log2f(m.sum)) * kLn2; }
 
-// Of a row or a column: loss, log-sum-exp (natural), and the softmax's weight on all but the positive.
+// Of a row or a column: loss, log-sum-exp (natural), and the softmax's weight on all but the
+// positive.
 struct Direction {
   float loss, lse, missing;
 };
@@ -100,8 +103,7 @@ __device__ Direction from_sums(Merged others, float positive) {
 __global__ void __launch_bounds__(kThreads)
     info_nce_losses_kernel(const __grid_constant__ InfoNceLosses l) {
   const double temperature = value_of(l.temperature);
-  const float constant =
-      l.has_self_logit ? to_base_2(l.self_logit, temperature) : -kInfinity;
+  const float constant = l.has_self_logit ? to_base_2(l.self_logit, temperature) : -kInfinity;
   for_rows(l.grad_loss, l.total, [&](int64_t row, float weight) {
     const float positive = pair_logit(l.positive, row, temperature);
     Direction along, down = {};
@@ -213,7 +215,8 @@ __global__ void __launch_bounds__(kThreads)
   if (row < total) counts[row] = static_cast<float>(count);
 }
 
-// Of one block: there is one result, and a second launch or blocks that wait for one another cost more than R floats.
+// Of one block: there is one result, and a second launch or blocks that wait for one another cost
+// more than R floats.
 __global__ void __launch_bounds__(kTemperatureThreads)
     temperature_gradient_kernel(const __grid_constant__ TemperatureGradient g) {
   const double temperature = value_of(g.temperature);

@@ -1,5 +1,5 @@
-// From sums of exponentials by parts (pairs.h) to the losses of rows, and from those, or from the log-sum-exps of an
-// earlier call, to what the gradients need.
+// From sums of exponentials by parts (pairs.h) to the losses of rows, and from those, or from the
+// log-sum-exps of an earlier call, to what the gradients need.
 #pragma once
 
 #include "arguments.h"
@@ -14,8 +14,9 @@ struct SumParts {
   int64_t parts = 0;
 };
 
-// The gradients that arrive for the losses, (outer, inner) of these strides; none: 1 for each. Before products they are
-// divided by their largest magnitude, which goes to `upstream`: float16 holds a number of at most 1 times a softmax.
+// The gradients that arrive for the losses, (outer, inner) of these strides; none: 1 for each.
+// Before products they are divided by their largest magnitude, which goes to `upstream`: float16
+// holds a number of at most 1 times a softmax.
 struct LossGradient {
   const float* data = nullptr;
   int64_t inner = 1;
@@ -23,7 +24,8 @@ struct LossGradient {
   float* upstream = nullptr;  // (1,)
 };
 
-// Statistics are those of Products in pairs.h, (3, R): log-sum-exp, weight, third. What is not wanted is null.
+// Statistics are those of Products in pairs.h, (3, R): log-sum-exp, weight, third. What is not
+// wanted is null.
 
 // The logits of pairs (i, i), and what their losses' gradients need.
 struct PairLogits {
@@ -34,9 +36,9 @@ struct PairLogits {
   float* weight = nullptr;  // (R,): d L / d logit
 };
 
-// InfoNCE. The positive of a row is kept out of the sums: with s the sum of the other exponentials relative to the
-// positive's, the loss is log(1 + s) and the gradient at the positive -s / (1 + s). Nothing cancels where the positive
-// dominates.
+// InfoNCE. The positive of a row is kept out of the sums: with s the sum of the other exponentials
+// relative to the positive's, the loss is log(1 + s) and the gradient at the positive -s / (1 + s).
+// Nothing cancels where the positive dominates.
 struct InfoNceLosses {
   const char* op;
   int64_t total;  // R
@@ -44,14 +46,16 @@ struct InfoNceLosses {
   bool symmetric, has_self_logit;
   float self_logit;
   PairLogits positive;
-  // Forward: fills loss (R,) and lse, (R,) or (2, R) if symmetric. Backward: loss is null, lse given.
+  // Forward: fills loss (R,) and lse, (R,) or (2, R) if symmetric. Backward: loss is null, lse
+  // given.
   SumParts rows, columns;  // columns if symmetric
   float* loss = nullptr;
   float* lse = nullptr;
   LossGradient grad_loss;
   float* row_statistics = nullptr;
   float* column_statistics = nullptr;
-  float* factor = nullptr;  // (factor_parts, R): from exponentials of a part of the rows to the softmax
+  float* factor =
+      nullptr;  // (factor_parts, R): from exponentials of a part of the rows to the softmax
   int64_t factor_parts = 0;
 };
 void launch_info_nce_losses(const InfoNceLosses& losses, int multiprocessors, Stream stream);
@@ -62,7 +66,7 @@ struct ConditionalContrastiveLosses {
   int64_t total;
   Temperature temperature;
   PairLogits proxy;
-  SumParts rows, same;   // of all other rows, of those with the row's label
+  SumParts rows, same;    // of all other rows, of those with the row's label
   float* loss = nullptr;  // as above
   float* lse = nullptr;   // (2, R): log denominator, log numerator
   LossGradient grad_loss;
@@ -71,7 +75,8 @@ struct ConditionalContrastiveLosses {
 void launch_conditional_contrastive_losses(const ConditionalContrastiveLosses& losses,
                                            int multiprocessors, Stream stream);
 
-// SupCon. Positives, by parts: the sum of their logits, and their number; backward: the number alone, one part.
+// SupCon. Positives, by parts: the sum of their logits, and their number; backward: the number
+// alone, one part.
 struct SupConLosses {
   const char* op;
   int64_t total;
@@ -83,7 +88,8 @@ struct SupConLosses {
   float* lse = nullptr;   // (R,)
   bool* has_positive = nullptr;
   LossGradient grad_loss;
-  // Forward: `upstream` becomes grad_scale, divided by the number of rows with a positive if `mean`.
+  // Forward: `upstream` becomes grad_scale, divided by the number of rows with a positive if
+  // `mean`.
   float grad_scale = 1.0f;
   bool mean = false;
   float* statistics = nullptr;
@@ -94,7 +100,8 @@ void launch_sup_con_losses(const SupConLosses& losses, int multiprocessors, Stre
 void launch_label_counts(const char* op, const int64_t* labels, int64_t total, float* counts,
                          Stream stream);
 
-// The gradient of the temperature, -upstream / t * sum_i (pair_weight_i pair_logit_i + scale sum_p factor_pi term_pi
+// The gradient of the temperature, -upstream / t * sum_i (pair_weight_i pair_logit_i + scale sum_p
+// factor_pi term_pi
 // + weight_i e^(c / t - lse_i) c / t) with c the constant logit.
 struct TemperatureGradient {
   const char* op;
@@ -103,7 +110,7 @@ struct TemperatureGradient {
   Upstream upstream;
   const float* pair_weight = nullptr;  // (R,)
   const float* pair_logit = nullptr;
-  const float* term = nullptr;    // (parts, R): sum_j G_ij z_ij, or of exponentials
+  const float* term = nullptr;  // (parts, R): sum_j G_ij z_ij, or of exponentials
   int64_t parts = 0;
   const float* factor = nullptr;  // (factor_parts, R), of the first parts; others count as they are
   int64_t factor_parts = 0;

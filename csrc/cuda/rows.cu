@@ -1,6 +1,6 @@
-// A warp takes a row: neighbouring lanes read neighbouring elements, and where instead neighbouring rows lie side by side
-// (a transposed view), the warps of a block use the same sectors of the L1 cache. A row is read twice, first for its
-// largest element, and is in that cache the second time.
+// A warp takes a row: neighbouring lanes read neighbouring elements, and where instead neighbouring
+// rows lie side by side (a transposed view), the warps of a block use the same sectors of the L1
+// cache. A row is read twice, first for its largest element, and is in that cache the second time.
 #include "rows.h"
 
 #include "launch.cuh"
@@ -37,7 +37,8 @@ __device__ float row_power(const T* row, int64_t depth, int64_t stride, bool who
 }
 
 template <class T, class U>
-__global__ void __launch_bounds__(kWarp* kWarps) pack_kernel(const __grid_constant__ PackTable table) {
+__global__ void __launch_bounds__(kWarp* kWarps)
+    pack_kernel(const __grid_constant__ PackTable table) {
   int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (row >= table.total) return;
   const int which = row < table.first_rows ? 0 : 1;
@@ -161,9 +162,8 @@ void launch_pack(const Pack* packs, int count, const PackOptions& o, Stream stre
   table.normalize = o.normalize;
   const auto blocks = static_cast<unsigned>((table.total + kWarps - 1) / kWarps);
   const Launch l{o.op, dim3(blocks), dim3(kWarp * kWarps), 0, stream};
-  with_types(packs[0].x.dtype, o.packed, [&](auto t, auto u) {
-    launch(l, pack_kernel<decltype(t), decltype(u)>, table);
-  });
+  with_types(packs[0].x.dtype, o.packed,
+             [&](auto t, auto u) { launch(l, pack_kernel<decltype(t), decltype(u)>, table); });
 }
 
 void launch_row_gradients(const RowGradient* gradients, int count, const RowGradientOptions& o,
@@ -181,7 +181,8 @@ void launch_row_gradients(const RowGradient* gradients, int count, const RowGrad
   table.normalize = o.normalize;
   table.temperature = o.temperature;
   table.upstream = o.upstream;
-  // As many rows in a block as 48 KiB hold, which every GPU gives unasked: all 8 up to a depth of 1536.
+  // As many rows in a block as 48 KiB hold, which every GPU gives unasked: all 8 up to a depth of
+  // 1536.
   const size_t row_bytes = static_cast<size_t>(o.padded_depth) * sizeof(float);
   const size_t fit = 48 * 1024 / row_bytes;
   const int warps = fit < 1 ? 1 : fit > kWarps ? kWarps : static_cast<int>(fit);

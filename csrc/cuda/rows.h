@@ -1,9 +1,10 @@
-// Single rows: packing them with their norms before the passes (pairs.h), and the way back through the normalisation
-// after them.
+// Single rows: packing them with their norms before the passes (pairs.h), and the way back through
+// the normalisation after them.
 //
-// Rows are packed as x' = 2^e x, contiguous and padded with zeros. The power of two is exact and brings the largest
-// element to [1, 2), so that no product of rows of any size overflows. The unit row is x^ = scale x': scale multiplies
-// products, not rows. Rows that are not normalised have e = 0 and scale 1.
+// Rows are packed as x' = 2^e x, contiguous and padded with zeros. The power of two is exact and
+// brings the largest element to [1, 2), so that no product of rows of any size overflows. The unit
+// row is x^ = scale x': scale multiplies products, not rows. Rows that are not normalised have e =
+// 0 and scale 1.
 #pragma once
 
 #include "arguments.h"
@@ -43,14 +44,14 @@ struct Upstream {
   float value = 1.0f;
 };
 
-// The gradient of rows. That of the unit row is g = (sum_p factor_p product_p + pair_weight pair^) upstream / t, through
-// the normalisation (g - x^ (x^ . g)) / ||x||.
+// The gradient of rows. That of the unit row is g = (sum_p factor_p product_p + pair_weight pair^)
+// upstream / t, through the normalisation (g - x^ (x^ . g)) / ||x||.
 struct RowGradient {
   PackedRows rows;
-  int64_t count;                       // R
-  const float* product = nullptr;      // (parts, R, P)
-  int64_t parts = 0;                   // 0 for no products
-  const float* factor = nullptr;       // (factor_parts, R), of the first parts; others count as they are
+  int64_t count;                   // R
+  const float* product = nullptr;  // (parts, R, P)
+  int64_t parts = 0;               // 0 for no products
+  const float* factor = nullptr;  // (factor_parts, R), of the first parts; others count as they are
   int64_t factor_parts = 0;
   PackedRows pair = {};                // rows of which each takes part alone, or none
   const float* pair_weight = nullptr;  // (R,)

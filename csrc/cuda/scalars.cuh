@@ -37,8 +37,8 @@ __device__ __forceinline__ double warp_sum_double(double x) {
   return x;
 }
 
-// Elements d ... d + 3 of a row, zeros from `depth` on. `whole`: they lie side by side, aligned to their size, and the
-// depth is a multiple of 4.
+// Elements d ... d + 3 of a row, zeros from `depth` on. `whole`: they lie side by side, aligned to
+// their size, and the depth is a multiple of 4.
 template <class T>
 __device__ __forceinline__ float4 load_four(const T* row, int64_t d, int64_t depth, int64_t stride,
                                             bool whole) {
@@ -64,8 +64,7 @@ __device__ __forceinline__ float4 load_four(const T* row, int64_t d, int64_t dep
 
 template <class T>
 __device__ __forceinline__ void store_four(T* row, int64_t d, int64_t depth, float4 x, bool whole) {
-  const T out[4] = {from_float<T>(x.x), from_float<T>(x.y), from_float<T>(x.z),
-                    from_float<T>(x.w)};
+  const T out[4] = {from_float<T>(x.x), from_float<T>(x.y), from_float<T>(x.z), from_float<T>(x.w)};
   if (whole) {
     if (d >= depth) return;
     if constexpr (sizeof(T) == 4) {
