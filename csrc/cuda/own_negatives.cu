@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kWarp* kWarps)
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const T* negatives = negatives_of<T>(own, i);
   const U* query = static_cast<const U*>(own.query.data) + i * own.padded_depth;
-  const float unit = to_base_2(own.query.scale[i], value_of(own.temperature));
+  const float unit = to_base_2(own.query.scale[i], base_2_factor(own.temperature));
   float top = -__builtin_inff(), total = 0;  // of this warp, in every lane
   for (int64_t m = warp; m < own.count; m += kWarps) {
     const T* row = negatives + m * own.strides[2];

@@ -65,8 +65,8 @@ __device__ void store_statistics(float* statistics, int64_t total, int64_t row, 
 }
 
 // To base 2, rounded as the logits of a tile are.
-__device__ float pair_logit(const PairLogits& p, int64_t row, double temperature) {
-  return p.products[row] * to_base_2(p.x_scale[row], temperature) * p.y_scale[row];
+__device__ float pair_logit(const PairLogits& p, int64_t row, double factor) {
+  return p.products[row] * to_base_2(p.x_scale[row], factor) * p.y_scale[row];
 }
 
 // Maximum and sum over the parts, and a constant logit, to base 2.
@@ -102,10 +102,10 @@ __device__ Direction from_sums(Merged others, float positive) {
 
 __global__ void __launch_bounds__(kThreads)
     info_nce_losses_kernel(const __grid_constant__ InfoNceLosses l) {
-  const double temperature = value_of(l.temperature);
-  const float constant = l.has_self_logit ? to_base_2(l.self_logit, temperature) : -kInfinity;
+  const double factor = base_2_factor(l.temperature);
+  const float constant = l.has_self_logit ? to_base_2(l.self_logit, factor) : -kInfinity;
   for_rows(l.grad_loss, l.total, [&](int64_t row, float weight) {
-    const float positive = pair_logit(l.positive, row, temperature);
+    const float positive = pair_logit(l.positive, row, factor);
     Direction along, down = {};
     if (l.loss) {
       along = from_sums(merged(l.rows, l.total, row, constant), positive);
@@ -139,9 +139,9 @@ __global__ void __launch_bounds__(kThreads)
 
 __global__ void __launch_bounds__(kThreads)
     conditional_contrastive_losses_kernel(const __grid_constant__ ConditionalContrastiveLosses l) {
-  const double temperature = value_of(l.temperature);
+  const double factor = base_2_factor(l.temperature);
   for_rows(l.grad_loss, l.total, [&](int64_t row, float weight) {
-    const float proxy = pair_logit(l.proxy, row, temperature);
+    const float proxy = pair_logit(l.proxy, row, factor);
     if (l.loss) {
       const float denominator = log_sum(merged(l.rows, l.total, row, proxy));
       const float numerator = log_sum(merged(l.same, l.total, row, proxy));
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Of one block: there is one result, and a second launch or blocks that wait for one another cost
 // more than R floats.
-__global__ void __launch_bounds__(kTemperatureThreads)
+__global__ void __launch_bounds__(kTemperatureThreads, 1)
     temperature_gradient_kernel(const __grid_constant__ TemperatureGradient g) {
   const double temperature = value_of(g.temperature);
   const auto constant = static_cast<float>(g.self_logit / temperature);

@@ -14,9 +14,12 @@ __device__ __forceinline__ double value_of(const Temperature& t) {
   return t.is_double ? *static_cast<const double*>(t.tensor) : *static_cast<const float*>(t.tensor);
 }
 
-// x / t in units of log 2, rounded once.
-__device__ __forceinline__ float to_base_2(float x, double temperature) {
-  return static_cast<float>(x * (1.4426950408889634 / temperature));
+// What turns a product into a logit in units of log 2: scales and this number multiply it, rounded once.
+__device__ __forceinline__ double base_2_factor(const Temperature& t) {
+  return 1.4426950408889634 / value_of(t);
+}
+__device__ __forceinline__ float to_base_2(float x, double factor) {
+  return static_cast<float>(x * factor);
 }
 
 // 2^e with largest * 2^e in [1, 2), as far as e fits.
