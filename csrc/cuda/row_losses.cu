@@ -1,7 +1,9 @@
-// A thread takes a row. Numbers that all rows share (the largest gradient that arrives, the number
-// of rows with a positive) every block finds for itself, from all rows: at most two blocks for each
-// multiprocessor read R floats from the cache, which up to many thousand rows takes less time than
-// another launch, and beyond is nothing beside R^2.
+// A thread takes a row, or, where a row has many parts (few rows against many columns), a warp: its
+// lanes then load the parts side by side, and all compute and write the same. Numbers that all rows
+// share (the largest gradient that arrives, the number of rows with a positive) every block finds
+// for itself, from all rows: at most two blocks for each multiprocessor read R floats from the
+// cache, which up to many thousand rows takes less time than another launch, and beyond is nothing
+// beside R^2.
 #include "row_losses.h"
 
 #include "launch.cuh"
@@ -12,6 +14,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kTemperatureThreads = 1024;  // one block takes all rows
+// As many as a thread asks for at a time; a warp takes a row of more.
+constexpr int kManyParts = 4;
 constexpr float kInfinity = __builtin_inff();
 
 // combine of what all threads have, for all of them. To be called by all threads, again after a
@@ -45,13 +49,15 @@ __device__ float largest_gradient(const LossGradient& g, int64_t total) {
   return top > 0 && top < kInfinity ? top : 1.0f;
 }
 
-// Calls of(row, weight) for this thread's rows, with the weights of their losses.
+// Calls of(row, weight) for this thread's rows, with the weights of their losses. Of `lanes`
+// neighbours, 1 or a warp, all have the same rows.
 template <class Of>
-__device__ void for_rows(const LossGradient& g, int64_t total, const Of& of) {
+__device__ void for_rows(const LossGradient& g, int64_t total, int lanes, const Of& of) {
   const float top = g.data ? largest_gradient(g, total) : 1.0f;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (first == 0 && g.data) *g.upstream = top;
-  for (int64_t row = first; row < total; row += static_cast<int64_t>(gridDim.x) * kThreads) {
+  if (blockIdx.x == 0 && threadIdx.x == 0 && g.data) *g.upstream = top;
+  const int rows = kThreads / lanes;  // of a block
+  int64_t row = static_cast<int64_t>(blockIdx.x) * rows + static_cast<int>(threadIdx.x) / lanes;
+  for (; row < total; row += static_cast<int64_t>(gridDim.x) * rows) {
     of(row, g.data ? loss_gradient(g, row) / top : 1.0f);
   }
 }
@@ -73,18 +79,23 @@ __device__ float pair_logit(const PairLogits& p, int64_t row, double factor) {
 struct Merged {
   float top, sum;
 };
-__device__ Merged merged(const SumParts& p, int64_t total, int64_t row, float constant) {
+__device__ Merged merged(const SumParts& p, int64_t total, int64_t row, float constant, int lanes) {
+  const int first = static_cast<int>(threadIdx.x) % lanes;
   float top = constant;
 #pragma unroll 4
-  for (int64_t part = 0; part < p.parts; ++part) top = fmaxf(top, p.largest[part * total + row]);
+  for (int64_t part = first; part < p.parts; part += lanes) {
+    top = fmaxf(top, p.largest[part * total + row]);
+  }
+  if (lanes > 1) top = warp_max(top);
   const float finite = top == -kInfinity ? 0.0f : top;
-  float sum = exp2f(constant - finite);
+  float sum = 0;
 #pragma unroll 4
-  for (int64_t part = 0; part < p.parts; ++part) {
+  for (int64_t part = first; part < p.parts; part += lanes) {
     const int64_t at = part * total + row;
     sum += p.sum[at] * exp2f(p.largest[at] - finite);
   }
-  return {top, sum};
+  if (lanes > 1) sum = warp_sum(sum);
+  return {top, sum + exp2f(constant - finite)};
 }
 __device__ float log_sum(Merged m) { return (m.top + log2f(m.sum)) * kLn2; }
 
@@ -101,17 +112,17 @@ __device__ Direction from_sums(Merged others, float positive) {
 }
 
 __global__ void __launch_bounds__(kThreads)
-    info_nce_losses_kernel(const __grid_constant__ InfoNceLosses l) {
+    info_nce_losses_kernel(const __grid_constant__ InfoNceLosses l, int lanes) {
   const double factor = base_2_factor(l.temperature);
   const float constant = l.has_self_logit ? to_base_2(l.self_logit, factor) : -kInfinity;
-  for_rows(l.grad_loss, l.total, [&](int64_t row, float weight) {
+  for_rows(l.grad_loss, l.total, lanes, [&](int64_t row, float weight) {
     const float positive = pair_logit(l.positive, row, factor);
     Direction along, down = {};
     if (l.loss) {
-      along = from_sums(merged(l.rows, l.total, row, constant), positive);
+      along = from_sums(merged(l.rows, l.total, row, constant, lanes), positive);
       l.lse[row] = along.lse;
       if (l.symmetric) {
-        down = from_sums(merged(l.columns, l.total, row, -kInfinity), positive);
+        down = from_sums(merged(l.columns, l.total, row, -kInfinity, lanes), positive);
         l.lse[l.total + row] = down.lse;
       }
       l.loss[row] = l.symmetric ? 0.5f * (along.loss + down.loss) : along.loss;
@@ -130,7 +141,8 @@ __global__ void __launch_bounds__(kThreads)
     const float half = l.symmetric ? 0.5f * weight : weight;
     store_statistics(l.row_statistics, l.total, row, along.lse, half, half);
     store_statistics(l.column_statistics, l.total, row, down.lse, half, half);
-    for (int64_t part = 0; part < l.factor_parts; ++part) {
+    const int first = static_cast<int>(threadIdx.x) % lanes;
+    for (int64_t part = first; part < l.factor_parts; part += lanes) {
       const int64_t at = part * l.total + row;
       l.factor[at] = exp2f(l.rows.largest[at] - along.lse * kLog2E);
     }
@@ -140,11 +152,11 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     conditional_contrastive_losses_kernel(const __grid_constant__ ConditionalContrastiveLosses l) {
   const double factor = base_2_factor(l.temperature);
-  for_rows(l.grad_loss, l.total, [&](int64_t row, float weight) {
+  for_rows(l.grad_loss, l.total, 1, [&](int64_t row, float weight) {
     const float proxy = pair_logit(l.proxy, row, factor);
     if (l.loss) {
-      const float denominator = log_sum(merged(l.rows, l.total, row, proxy));
-      const float numerator = log_sum(merged(l.same, l.total, row, proxy));
+      const float denominator = log_sum(merged(l.rows, l.total, row, proxy, 1));
+      const float numerator = log_sum(merged(l.same, l.total, row, proxy, 1));
       l.loss[row] = denominator - numerator;
       l.lse[row] = denominator;
       l.lse[l.total + row] = numerator;
@@ -179,10 +191,10 @@ __global__ void __launch_bounds__(kThreads)
       *l.grad_loss.upstream = l.grad_scale / (number < 1 ? 1 : number);
     }
   }
-  for_rows(l.grad_loss, l.total, [&](int64_t row, float weight) {
+  for_rows(l.grad_loss, l.total, 1, [&](int64_t row, float weight) {
     const float count = positives_of(l, row);
     if (l.loss) {
-      const Merged all = merged(l.rows, l.total, row, -kInfinity);
+      const Merged all = merged(l.rows, l.total, row, -kInfinity, 1);
       float logits = 0;
       for (int64_t part = 0; part < l.count_parts; ++part) {
         logits += l.positive_logits[part * l.total + row];
@@ -222,20 +234,21 @@ __global__ void __launch_bounds__(kTemperatureThreads, 1)
   const double temperature = value_of(g.temperature);
   const auto constant = static_cast<float>(g.self_logit / temperature);
   double mine = 0;
-  for (int64_t row = threadIdx.x; row < g.total; row += kTemperatureThreads) {
-    float term = 0;
+  const int64_t with_factor = g.factor_parts * g.total;
 #pragma unroll 4
-    for (int64_t part = 0; part < g.parts; ++part) {
-      const int64_t at = part * g.total + row;
-      term += g.term[at] * (part < g.factor_parts ? g.factor[at] : 1.0f);
+  for (int64_t at = threadIdx.x; at < g.parts * g.total; at += kTemperatureThreads) {
+    mine += g.scale * g.term[at] * (at < with_factor ? g.factor[at] : 1.0f);
+  }
+  if (g.pair_weight) {
+    for (int64_t row = threadIdx.x; row < g.total; row += kTemperatureThreads) {
+      mine += g.pair_weight[row] * g.pair_logit[row];
     }
-    term *= g.scale;
-    if (g.pair_weight) term += g.pair_weight[row] * g.pair_logit[row];
-    if (g.row_statistics) {
+  }
+  if (g.row_statistics) {
+    for (int64_t row = threadIdx.x; row < g.total; row += kTemperatureThreads) {
       const float softmax = expf(constant - g.row_statistics[row]);
-      term += g.row_statistics[g.total + row] * softmax * constant;
+      mine += g.row_statistics[g.total + row] * softmax * constant;
     }
-    mine += term;
   }
   const double sum = of_block(mine, [](double a, double b) { return a + b; });
   if (threadIdx.x != 0) return;
@@ -243,8 +256,10 @@ __global__ void __launch_bounds__(kTemperatureThreads, 1)
   *g.out = static_cast<float>(-sum * (upstream / temperature));
 }
 
-Launch launch_of_rows(const char* op, int64_t total, int multiprocessors, Stream stream) {
-  const int64_t wanted = (total + kThreads - 1) / kThreads, most = 2 * multiprocessors;
+Launch launch_of_rows(const char* op, int64_t total, int multiprocessors, Stream stream,
+                      int lanes = 1) {
+  const int64_t rows = kThreads / lanes, wanted = (total + rows - 1) / rows;
+  const int64_t most = 2 * multiprocessors;
   return {op, dim3(static_cast<unsigned>(wanted < most ? wanted : most)), dim3(kThreads),
           kThreads / kWarp * sizeof(float), stream};
 }
@@ -252,8 +267,10 @@ Launch launch_of_rows(const char* op, int64_t total, int multiprocessors, Stream
 }  // namespace
 
 void launch_info_nce_losses(const InfoNceLosses& losses, int multiprocessors, Stream stream) {
-  launch(launch_of_rows(losses.op, losses.total, multiprocessors, stream), info_nce_losses_kernel,
-         losses);
+  const bool many = losses.rows.parts > kManyParts || losses.columns.parts > kManyParts;
+  const int lanes = many ? kWarp : 1;
+  launch(launch_of_rows(losses.op, losses.total, multiprocessors, stream, lanes),
+         info_nce_losses_kernel, losses, lanes);
 }
 
 void launch_conditional_contrastive_losses(const ConditionalContrastiveLosses& losses,

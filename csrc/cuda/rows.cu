@@ -10,6 +10,8 @@ namespace fastnce::cuda {
 namespace {
 
 constexpr int kWarps = 8;
+// As many as a thread asks for at a time; the warps of a block share a row of more.
+constexpr int kManyParts = 4;
 
 struct PackTable {
   Pack packs[kMostPacks];
@@ -91,52 +93,70 @@ struct RowGradientTable {
   Upstream upstream;
 };
 
-// g of a row at d ... d + 3, but for the factor of all of it.
-template <class U>
-__device__ float4 unit_gradient(const RowGradient& of, int64_t row, int64_t d, int64_t padded,
-                                float pair_factor) {
+// sum_p factor_p product_p at d ... d + 3, over every `step`-th part.
+__device__ float4 parts_sum(const RowGradient& of, int64_t row, int64_t d, int64_t padded,
+                            int first, int step) {
   float4 g = make_float4(0, 0, 0, 0);
 #pragma unroll 4
-  for (int64_t part = 0; part < of.parts; ++part) {
+  for (int64_t part = first; part < of.parts; part += step) {
     const int64_t at = part * of.count + row;
     const float factor = part < of.factor_parts ? of.factor[at] : 1.0f;
     add_product(g, factor, *reinterpret_cast<const float4*>(of.product + at * padded + d));
   }
-  if (of.pair.data != nullptr) {
-    const U* pair = static_cast<const U*>(of.pair.data) + row * padded;
-    add_product(g, pair_factor, load_four(pair, d, padded, 1, true));
-  }
   return g;
 }
 
+// A row is taken by `sharers` warps, one or all of the block, which first sum up parts of their
+// own.
 template <class T, class U>
-__global__ void row_gradients_kernel(const __grid_constant__ RowGradientTable table) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + warp;
-  if (row >= table.total) return;
+__global__ void __launch_bounds__(kWarp* kWarps)
+    row_gradients_kernel(const __grid_constant__ RowGradientTable table, int sharers) {
+  const int warps = static_cast<int>(blockDim.x) / kWarp, lane = threadIdx.x % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, sharer = warp % sharers;
+  int64_t row = static_cast<int64_t>(blockIdx.x) * (warps / sharers) + warp / sharers;
+  const bool there = row < table.total;
+  if (!there) row = table.total - 1;  // once more, for the barriers, and not stored
   int which = 0;
   while (row >= table.gradients[which].count) row -= table.gradients[which++].count;
   const RowGradient& of = table.gradients[which];
   const int64_t depth = table.depth, padded = table.padded;
+  const int64_t begin = 4 * (sharer * kWarp + lane), step = 4 * kWarp * sharers;
+
+  float4* sums = shared_memory<float4>() + (warp - sharer) * (padded / 4);  // (sharers, P / 4)
+  float* alongs = reinterpret_cast<float*>(shared_memory<float4>() + warps * (padded / 4));
+  for (int64_t d = 4 * lane; d < padded; d += 4 * kWarp) {
+    sums[(sharer * padded + d) / 4] = parts_sum(of, row, d, padded, sharer, sharers);
+  }
+  sync_threads();
+
   const float upstream = table.upstream.tensor ? *table.upstream.tensor : table.upstream.value;
   const float to_input = static_cast<float>(upstream / value_of(table.temperature));
-  const float pair_factor = of.pair.data ? of.pair_weight[row] * of.pair.scale[row] : 0.0f;
   const U* x = static_cast<const U*>(of.rows.data) + row * padded;
+  const U* pair = static_cast<const U*>(of.pair.data) + (of.pair.data ? row * padded : 0);
+  const float pair_factor = of.pair.data ? of.pair_weight[row] * of.pair.scale[row] : 0.0f;
   const float unit = of.rows.scale[row];
-
-  // Of each lane its own elements, written and read by it alone.
-  float4* own = shared_memory<float4>() + warp * (padded / 4);
   float along = 0;  // x^ . g
-  for (int64_t d = 4 * lane; d < padded; d += 4 * kWarp) {
-    const float4 g = unit_gradient<U>(of, row, d, padded, pair_factor) * to_input;
-    own[d / 4] = g;
+  for (int64_t d = begin; d < padded; d += step) {
+    float4 g = sums[d / 4];
+    for (int other = 1; other < sharers; ++other) {
+      add_product(g, 1, sums[(other * padded + d) / 4]);
+    }
+    if (of.pair.data) add_product(g, pair_factor, load_four(pair, d, padded, 1, true));
+    g = g * to_input;
+    sums[d / 4] = g;
     if (table.normalize) along += dot(load_four(x, d, padded, 1, true) * unit, g);
   }
   along = warp_sum(along);
+  if (lane == 0) alongs[warp] = along;
+  sync_threads();
+  along = 0;
+  for (int other = 0; other < sharers; ++other) along += alongs[warp - sharer + other];
+
+  if (!there) return;
   const float inverse = of.rows.inverse[row];
   T* out = static_cast<T*>(of.out) + row * depth;
-  for (int64_t d = 4 * lane; d < padded; d += 4 * kWarp) {
-    float4 g = own[d / 4];
+  for (int64_t d = begin; d < padded; d += step) {
+    float4 g = sums[d / 4];
     if (table.normalize) {
       add_product(g, -along, load_four(x, d, padded, 1, true) * unit);
       g = g * inverse;
@@ -171,9 +191,11 @@ void launch_row_gradients(const RowGradient* gradients, int count, const RowGrad
   RowGradientTable table{};
   table.whole = o.depth % 4 == 0;
   const int64_t bytes = o.dtype == Dtype::kFloat32 ? 16 : 8;
+  int64_t parts = 0;
   for (int i = 0; i < count; ++i) {
     table.gradients[i] = gradients[i];
     table.total += gradients[i].count;
+    parts = gradients[i].parts > parts ? gradients[i].parts : parts;
     table.whole = table.whole && reinterpret_cast<uintptr_t>(gradients[i].out) % bytes == 0;
   }
   table.depth = o.depth;
@@ -181,16 +203,18 @@ void launch_row_gradients(const RowGradient* gradients, int count, const RowGrad
   table.normalize = o.normalize;
   table.temperature = o.temperature;
   table.upstream = o.upstream;
-  // As many rows in a block as 48 KiB hold, which every GPU gives unasked: all 8 up to a depth of
-  // 1536.
-  const size_t row_bytes = static_cast<size_t>(o.padded_depth) * sizeof(float);
-  const size_t fit = 48 * 1024 / row_bytes;
+  // As many warps in a block as 48 KiB hold, which every GPU gives unasked: all 8 up to a depth of
+  // 1520.
+  const size_t warp_bytes = (static_cast<size_t>(o.padded_depth) + 1) * sizeof(float);
+  const size_t fit = 48 * 1024 / warp_bytes;
   const int warps = fit < 1 ? 1 : fit > kWarps ? kWarps : static_cast<int>(fit);
-  const auto blocks = static_cast<unsigned>((table.total + warps - 1) / warps);
-  const Launch l{o.op, dim3(blocks), dim3(static_cast<unsigned>(kWarp * warps)), warps * row_bytes,
+  const int sharers = parts > kManyParts ? warps : 1;
+  const int rows = warps / sharers;
+  const auto blocks = static_cast<unsigned>((table.total + rows - 1) / rows);
+  const Launch l{o.op, dim3(blocks), dim3(static_cast<unsigned>(kWarp * warps)), warps * warp_bytes,
                  stream};
   with_types(o.dtype, o.packed, [&](auto t, auto u) {
-    launch(l, row_gradients_kernel<decltype(t), decltype(u)>, table);
+    launch(l, row_gradients_kernel<decltype(t), decltype(u)>, table, sharers);
   });
 }
 

@@ -30,7 +30,7 @@ CASES = {
     "batched_queue": ((3, 20, 20), (41, 20), QUEUE),
     "deep": ((1, 20, 530), None, SYMMETRIC),
     "deep_queue": ((1, 12, 270), (30, 270), IN_BATCH),
-    "few_rows": ((1, 3, 20), (150, 20), QUEUE),
+    "many_parts": ((1, 3, 150), (700, 150), QUEUE),
     "few_columns": ((1, 70, 20), (3, 20), QUEUE),
     "one_row": ((1, 1, 20), None, SYMMETRIC),
     "one_element": ((1, 7, 1), None, IN_BATCH),
