@@ -52,7 +52,7 @@ __device__ __forceinline__ Fragment<T, 4> load_panel(const SharedRows& a, int ro
 }
 
 template <class T, bool kTransposed>
-__global__ void __launch_bounds__(256) panel_product_kernel(const PanelProduct p) {
+__global__ void __launch_bounds__(256, 1) panel_product_kernel(const PanelProduct p) {
   using E = ElementType<T>;
   constexpr int kStep = kPanelStep<T>, kStepOfProduct = 32 / static_cast<int>(sizeof(E));
   const int64_t problem = blockIdx.z / p.splits, split = blockIdx.z % p.splits;

@@ -82,7 +82,7 @@ __device__ __forceinline__ void for_each_streamed_tile(const Pairs& pairs, const
 }
 
 template <class T>
-__global__ void __launch_bounds__(256) sums_streamed_kernel(const Pairs pairs, const Sums out) {
+__global__ void __launch_bounds__(256, 1) sums_streamed_kernel(const Pairs pairs, const Sums out) {
   const int row_block = blockDim.x / 2;
   const double temperature = value_of(pairs.temperature);
   const Span span = span_of(pairs, blockIdx.x, row_block, kStreamedColumns);
@@ -124,7 +124,7 @@ struct Panel {
 };
 
 template <class T>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
     coefficients_kernel(const Pairs pairs, const Products out, const Panel panel) {
   using E = ElementType<T>;
   const int row_block = blockDim.x / 2;
