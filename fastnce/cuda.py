@@ -42,7 +42,7 @@ def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
     """``"ok"``, or why ``op`` cannot run here on tensors of ``dtype`` on ``device_type``."""
     if _STATUS != "ok":
         return _STATUS
-    if op not in _OPERATORS or not all(map(_has_kernel, _OPERATORS[op])):
+    if op not in _OPS:
         return f"{op} has no CUDA kernel"
     if device_type != _DEVICE:
         return f"the CUDA kernels run on {_DEVICE} tensors{' where emulated' if _EMULATED else ''}"
@@ -51,34 +51,41 @@ def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
     return "ok"
 
 
-def _has_kernel(operator: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"fastnce_cuda::{operator}", _DEVICE.upper()
-    )
-
-
-def _load() -> str:
-    if not _EMULATED:
-        if not torch.cuda.is_available():
-            return "the CUDA kernels need a GPU, and this torch sees none"
-        if torch.version.hip is not None or torch.cuda.get_device_capability() < _LEAST_CAPABILITY:
-            return f"the CUDA kernels need an NVIDIA GPU of compute capability 8.0, this one is {torch.cuda.get_device_name()}"
+def _load() -> tuple[frozenset[str], str]:
+    """The ops that the loaded library has kernels for, and ``"ok"``, or why nothing is loaded."""
+    reason = "ok" if _EMULATED else _gpu()
+    if reason != "ok":
+        return frozenset(), reason
     how = "python -m tests.cuda_kernels.emulated" if _EMULATED else "FASTNCE_CUDA=1 fastnce build"
     library = Path(_EMULATED) if _EMULATED else build.find_library(build_cuda.LIBRARY)
     if library is None or not library.is_file():
-        return f"the CUDA library is not built. Run: {how}"
+        return frozenset(), f"the CUDA library is not built. Run: {how}"
     if not build.is_current(library, build_cuda.LIBRARY):
-        return f"{library} was built from other sources. Run: {how}"
+        return frozenset(), f"{library} was built from other sources. Run: {how}"
     try:
         torch.ops.load_library(library)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
-        return f"the CUDA library cannot be loaded: {reason}. Run: {how}"
+        return frozenset(), f"the CUDA library cannot be loaded: {reason}. Run: {how}"
     fakes.register("fastnce_cuda")
+    return frozenset(op for op, names in _OPERATORS.items() if all(map(_has_kernel, names))), "ok"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return "the CUDA kernels need an NVIDIA GPU, and this torch sees none"
+    capability = torch.cuda.get_device_capability()
+    if capability < _LEAST_CAPABILITY:
+        return f"the CUDA kernels need a GPU of compute capability 8.0, this one has {capability[0]}.{capability[1]}"
     return "ok"
 
 
-_STATUS = _load()
+def _has_kernel(operator: str) -> bool:
+    name = f"fastnce_cuda::{operator}"
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, _DEVICE.upper())
+
+
+_OPS, _STATUS = _load()
 _operators = Operators("fastnce_cuda")
 info_nce_forward = _operators.info_nce_forward
 info_nce_backward = _operators.info_nce_backward
