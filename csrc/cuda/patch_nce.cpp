@@ -1,4 +1,5 @@
-// PatchNCE of all layers in one call: the kernel for many small problems, and InfoNCE for layers beyond it.
+// PatchNCE of all layers in one call: the kernel for many small problems, and InfoNCE for layers
+// beyond it.
 #include "patch_nce.h"
 
 #include <tuple>

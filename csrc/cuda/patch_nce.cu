@@ -16,21 +16,16 @@
 #include <type_traits>
 
 #include "launch.cuh"
-#include "patch_nce_products.cuh"
+#include "patch_nce_warp.cuh"
 
 namespace fastnce::cuda {
 namespace {
 
 constexpr int64_t kMostDepth = 256;  // of rows in registers and shared memory
 constexpr int64_t kMostRows = 1 << 20;
-constexpr int kLayers = 16;         // of one launch
-constexpr int kStages = 2;          // tiles of columns: one at work, one on its way
-constexpr int kCombined = 64;       // depth of what warps add up at once
-constexpr int kCombinedPitch = 72;  // so that rows are in different banks
+constexpr int kLayers = 16;  // of one launch
 constexpr int kSumThreads = 256;
 constexpr size_t kSumBytes = kSumThreads / kWarp * sizeof(double);
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 struct Layers {
   PatchLayer layer[kLayers];
@@ -46,305 +41,6 @@ struct Options {
       partial;  // of each block: the losses, and their derivative with respect to the temperature
 };
 static_assert(sizeof(Layers) + sizeof(Options) <= 4096);  // the parameters of a kernel
-
-__device__ __forceinline__ double value_of(const Temperature& t) {
-  if (t.tensor == nullptr) return t.value;
-  return t.is_double ? *static_cast<const double*>(t.tensor) : *static_cast<const float*>(t.tensor);
-}
-
-// 2^e with x * 2^e in [1, 2), as far as e fits.
-__device__ __forceinline__ float power_of_two(float x) {
-  const int shifted = 254 - ((__float_as_int(x) >> 23) & 255);
-  return __int_as_float((shifted < 1 ? 1 : shifted) << 23);
-}
-
-__device__ __forceinline__ float load_element(const void* data, Dtype dtype, int64_t at) {
-  if (dtype == Dtype::kFloat32) return static_cast<const float*>(data)[at];
-  if (dtype == Dtype::kBfloat16) return to_float(static_cast<const bfloat16*>(data)[at]);
-  return to_float(static_cast<const float16*>(data)[at]);
-}
-__device__ __forceinline__ void store_element(void* data, Dtype dtype, int64_t at, float x) {
-  if (dtype == Dtype::kFloat32) {
-    static_cast<float*>(data)[at] = x;
-  } else if (dtype == Dtype::kBfloat16) {
-    static_cast<bfloat16*>(data)[at] = from_float<bfloat16>(x);
-  } else {
-    static_cast<float16*>(data)[at] = from_float<float16>(x);
-  }
-}
-
-// P_: what the products multiply. A block has RowTiles times 16 rows, and Splits warps for each 16.
-template <class P_, int Depth, int RowTiles, int Splits>
-struct Shape {
-  using P = P_;
-  static constexpr int kDepth = Depth, kRowTiles = RowTiles, kSplits = Splits;
-  static constexpr int kWarps = RowTiles * Splits, kThreads = kWarps * kWarp;
-  static constexpr int kRows = 16 * RowTiles, kColumns = 16 * Splits;  // of a block, of a tile
-  static constexpr int kRowPitch = kPitch<P, Depth>;
-};
-
-// Rows as they are multiplied are x' = power x, with a norm for which products neither overflow nor
-// vanish; x^ = unit x'.
-template <int Count>
-struct Scales {
-  float unit[Count], power[Count];
-};
-
-template <class S>
-struct Shared {
-  alignas(16) typename S::P rows[S::kRows * S::kRowPitch];
-  union alignas(16) {
-    typename S::P columns[kStages][S::kColumns * S::kRowPitch];
-    float products[S::kWarps][16][kCombinedPitch];  // after the last tile
-  };
-  Scales<S::kRows> row_scales;
-  Scales<S::kColumns> column_scales;  // of the tile at work
-  // Of each row: its positive, and that one's logit to base 2 ...
-  Scales<S::kRows> positive_scales;
-  float positive[S::kRows];
-  // ... the sums of each warp, with largest: of exp, of exp times logit, and x' . product; largest
-  // then becomes the factor from the warp's sums to the softmax ...
-  float largest[S::kSplits][S::kRows], sum[S::kSplits][S::kRows];
-  float term[S::kSplits][S::kRows], along[S::kSplits][S::kRows];
-  // ... and what makes the gradient.
-  float missing[S::kRows], along_row[S::kRows];
-  float loss[S::kRows], by_temperature[S::kRows];
-};
-
-// Rows first ... first + count - 1 of an image; zeros beyond the last row and beyond the depth.
-template <class S>
-__device__ __forceinline__ void load_rows(typename S::P* to, int count, const RowsView& view,
-                                          int image, int first, bool whole) {
-  using P = typename S::P;
-  constexpr int V = 16 / sizeof(P), kVectors = S::kDepth / V;
-  for (int i = static_cast<int>(threadIdx.x); i < count * kVectors; i += S::kThreads) {
-    const int row = i / kVectors, d = i % kVectors * V;
-    P* at = to + row * S::kRowPitch + d;
-    const bool there = first + row < view.rows && d < view.depth;
-    const int64_t from =
-        there ? image * view.strides[0] + (first + row) * view.strides[1] + d * view.strides[2] : 0;
-    if (whole) {
-      copy_async<16>(at, static_cast<const P*>(view.data) + from, there);
-    } else {
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const bool inside = there && d + v < view.depth;
-        at[v] = from_float<P>(
-            inside ? load_element(view.data, view.dtype, from + v * view.strides[2]) : 0.0f);
-      }
-    }
-  }
-}
-
-// Squares that need no power of two. float16 has so few exponents that coefficients are divided by
-// norms near 1 alone.
-template <class P>
-constexpr bool kNarrow = std::is_same_v<P, float16>;
-template <class P>
-constexpr float kLeastSquares = kNarrow<P> ? 0.25f : 0x1p-40f;
-template <class P>
-constexpr float kMostSquares = kNarrow<P> ? 4.0f : 0x1p40f;
-
-// Runs run(x) on this lane's quarter of a row, 16 bytes at a time.
-template <class S, class Run>
-__device__ __forceinline__ void for_quarter(typename S::P* at, const Run& run) {
-  using P = typename S::P;
-  constexpr int V = 16 / sizeof(P);
-#pragma unroll 2  // the sums of products have most registers
-  for (int i = 0; i < S::kDepth / (4 * V); ++i) {
-    auto* const vector = reinterpret_cast<uint4*>(at + 4 * V * i);
-    uint4 bits = *vector;
-    P x[V];
-    memcpy(x, &bits, 16);
-    if (run(x)) {
-      memcpy(&bits, x, 16);
-      *vector = bits;
-    }
-  }
-}
-
-// The sum over a row of the squares of scale x, from four lanes.
-template <class S>
-__device__ __forceinline__ float squares_of(typename S::P* at, float scale) {
-  constexpr int V = 16 / sizeof(typename S::P);
-  float sums[V] = {};
-  for_quarter<S>(at, [&](auto& x) {
-#pragma unroll
-    for (int v = 0; v < V; ++v) sums[v] += (to_float(x[v]) * scale) * (to_float(x[v]) * scale);
-    return false;
-  });
-  float total = 0;
-#pragma unroll
-  for (int v = 0; v < V; ++v) total += sums[v];
-  total += shuffle_xor(total, 1);
-  return total + shuffle_xor(total, 2);
-}
-
-// Fills the scales, and multiplies rows with their powers.
-template <class S, int Count>
-__device__ __forceinline__ void scale_rows(typename S::P* rows, Scales<Count>& scales) {
-  using P = typename S::P;
-  constexpr int V = 16 / sizeof(P);
-  const int lane = threadIdx.x % kWarp;
-  for (int row = static_cast<int>(threadIdx.x) / kWarp * 8 + lane / 4; row < Count;
-       row += S::kWarps * 8) {
-    P* const at = rows + row * S::kRowPitch + lane % 4 * V;
-    float squares = squares_of<S>(at, 1.0f), power = 1;
-    const bool scaled = !(squares >= kLeastSquares<P> && squares <= kMostSquares<P>);
-    if (ballot(scaled) != 0) {
-      float largest = 0;
-      for_quarter<S>(at, [&](auto& x) {
-#pragma unroll
-        for (int v = 0; v < V; ++v) largest = fmaxf(largest, fabsf(to_float(x[v])));
-        return false;
-      });
-      largest = fmaxf(largest, shuffle_xor(largest, 1));
-      largest = fmaxf(largest, shuffle_xor(largest, 2));
-      const float by_largest = power_of_two(largest), again = squares_of<S>(at, by_largest);
-      const float by_norm = again > 0 ? power_of_two(sqrtf(again)) : 1.0f;
-      if (scaled) {
-        power = by_largest * by_norm;
-        squares = again * by_norm * by_norm;
-        for_quarter<S>(at, [&](auto& x) {
-#pragma unroll
-          for (int v = 0; v < V; ++v) x[v] = from_float<P>(to_float(x[v]) * power);
-          return true;
-        });
-      }
-    }
-    if (lane % 4 == 0) {
-      scales.unit[row] = squares == 0 ? 0.0f : 1 / sqrtf(squares);
-      scales.power[row] = power;
-    }
-  }
-}
-
-// The work of one warp: its 16 rows, of which a lane has two, with its share of the columns.
-template <class S>
-struct Warp {
-  using P = typename S::P;
-  Products<P, S::kDepth> products;
-  float total[S::kDepth / 8][4] = {};  // sum of exp times x^
-  float largest[2], sum[2], term[2];  // of this lane's columns; the maximum is of all of the warp's
-  float scale[2];                     // from x' . y^ to a logit to base 2
-  int lane, split, row;               // of the block: the first of the two, the other is 8 behind
-
-  __device__ __forceinline__ void start(const Shared<S>& shared, float constant, float to_logit) {
-    lane = threadIdx.x % kWarp;
-    const int warp = threadIdx.x / kWarp;
-    split = warp / S::kRowTiles;
-    row = warp % S::kRowTiles * 16 + lane / 4;
-    products.load(shared.rows + warp % S::kRowTiles * 16 * S::kRowPitch, lane);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      // The constant logit is one column of the first warp.
-      largest[h] = split == 0 ? constant : -INFINITY;
-      sum[h] = split == 0 && lane % 4 == 0 ? 1.0f : 0.0f;
-      term[h] = sum[h] * constant;
-      scale[h] = shared.row_scales.unit[row + 8 * h] * to_logit;
-    }
-  }
-
-  // 16 columns of a tile that begins at the column `begin`; the block's rows begin at `first`. With
-  // lse, that of each column's loss.
-  __device__ __forceinline__ void step(Shared<S>& shared, const P* tile, int begin, int columns,
-                                       int first, const float* lse, bool with_product) {
-    const P* y = tile + 16 * split * S::kRowPitch;
-    float z[2][4] = {};
-    products.similarities(z, y, lane);
-    float unit[2][2];
-    float top[2] = {largest[0], largest[1]};
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int in_tile = 16 * split + 8 * n + 2 * (lane % 4) + i % 2, h = i / 2;
-        const int column = begin + in_tile;
-        unit[n][i % 2] = shared.column_scales.unit[in_tile];
-        z[n][i] *= scale[h] * unit[n][i % 2];
-        const bool own = column == first + row + 8 * h;
-        if (own) shared.positive[row + 8 * h] = z[n][i];
-        if (own || column >= columns) z[n][i] = -INFINITY;
-        top[h] = fmaxf(top[h], z[n][i]);
-      }
-    }
-    if (lse == nullptr) move_maximum(top);
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int h = i / 2, column = begin + 16 * split + 8 * n + 2 * (lane % 4) + i % 2;
-        const float offset = lse == nullptr ? top[h] : column < columns ? lse[column] : 0.0f;
-        const float e = exp2_fast(z[n][i] - offset);
-        sum[h] += e;
-        term[h] += z[n][i] == -INFINITY ? 0.0f : e * z[n][i];
-        z[n][i] = e * unit[n][i % 2];
-      }
-    }
-    if (with_product) products.accumulate(total, z, y, lane);
-  }
-
-  // To the maximum over the lanes that have a row; `top` becomes a finite stand-in for it.
-  __device__ __forceinline__ void move_maximum(float (&top)[2]) {
-    float shrink[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      top[h] = fmaxf(top[h], shuffle_xor(top[h], 1));
-      top[h] = fmaxf(top[h], shuffle_xor(top[h], 2));
-      const float old = largest[h];
-      largest[h] = top[h];
-      if (top[h] == -INFINITY) top[h] = 0;
-      shrink[h] = exp2_fast(old - top[h]);
-      sum[h] *= shrink[h];
-      term[h] *= shrink[h];
-    }
-    if (ballot(shrink[0] != 1 || shrink[1] != 1) == 0) return;
-#pragma unroll
-    for (auto& tile : total) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) tile[i] *= shrink[i / 2];
-    }
-  }
-
-  // Sums over the lanes that have a row, into shared memory.
-  __device__ __forceinline__ void finish(Shared<S>& shared) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const P* x = shared.rows + (row + 8 * h) * S::kRowPitch + 2 * (lane % 4);
-      float along = 0;
-#pragma unroll
-      for (int n = 0; n < S::kDepth / 8; ++n) {
-        along += total[n][2 * h] * to_float(x[8 * n]);
-        along += total[n][2 * h + 1] * to_float(x[8 * n + 1]);
-      }
-      float all[3] = {sum[h], term[h], along};
-#pragma unroll
-      for (float& each : all) {
-        each += shuffle_xor(each, 1);
-        each += shuffle_xor(each, 2);
-      }
-      if (lane % 4 != 0) continue;
-      shared.largest[split][row + 8 * h] = largest[h];
-      shared.sum[split][row + 8 * h] = all[0];
-      shared.term[split][row + 8 * h] = all[1];
-      shared.along[split][row + 8 * h] = all[2];
-    }
-  }
-
-  // A part of the products, into shared memory.
-  __device__ __forceinline__ void store_part(Shared<S>& shared, int part) const {
-    auto& to = shared.products[threadIdx.x / kWarp];
-#pragma unroll
-    for (int n = 0; n < kCombined / 8; ++n) {
-      const auto& from = total[part * kCombined / 8 + n];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        auto* const pair = &to[lane / 4 + 8 * h][8 * n + 2 * (lane % 4)];
-        *reinterpret_cast<float2*>(pair) = make_float2(from[2 * h], from[2 * h + 1]);
-      }
-    }
-  }
-};
 
 // One row: its loss, the factors from the warps' sums to the softmax, and what its gradient needs.
 template <class S>
@@ -453,7 +149,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   sync_threads();
 
   Warp<S> warp;
-  const double to_logit = 1.4426950408889634 / value_of(options.temperature);
+  const double to_logit = base_2_factor(options.temperature);
   warp.start(shared, static_cast<float>(options.self_logit * to_logit),
              static_cast<float>(to_logit));
   const float* lse = options.keys ? layer.lse + int64_t{image} * columns : nullptr;
@@ -517,8 +213,8 @@ __device__ __forceinline__ double block_sum(double x) {
   return sum;
 }
 
-// In a launch of its own: a block that knew itself to be the last one would need a counter that is zero before, and that
-// calls on other streams and in graphs do not share.
+// In a launch of its own: a block that knew itself to be the last one would need a counter that is
+// zero before, and that calls on other streams and in graphs do not share.
 __global__ void __launch_bounds__(kSumThreads)
     sum_parts_kernel(const float2* parts, int64_t count, float* loss, float* grad_temperature) {
   double sums[2] = {0, 0};
@@ -601,7 +297,7 @@ bool is_whole(const RowsView& view, Dtype of_products) {
 
 template <class S>
 void run_layers(const std::vector<PatchLayer>& layers, const PatchCall& call, bool keys,
-                   float2* partial, Stream stream) {
+                float2* partial, Stream stream) {
   using P = typename S::P;
   const Dtype of_products = std::is_same_v<P, float>      ? Dtype::kFloat32
                             : std::is_same_v<P, bfloat16> ? Dtype::kBfloat16
@@ -617,8 +313,7 @@ void run_layers(const std::vector<PatchLayer>& layers, const PatchCall& call, bo
       group.end[i] = static_cast<int>(blocks);
     }
     launch({"patch_nce", static_cast<unsigned>(blocks), S::kThreads, sizeof(Shared<S>), stream},
-           patch_nce_kernel<S>, group,
-           Options{call.temperature, call.self_logit, keys, partial});
+           patch_nce_kernel<S>, group, Options{call.temperature, call.self_logit, keys, partial});
     if (!keys) partial += blocks;
   }
 }

@@ -1,7 +1,8 @@
 // PatchNCE of all layers and images of a step: many small problems, solved by one kernel.
 //
-// Row i of a problem has the logits z_ij = cos(x_i, y_j) / t of its N columns, of which j = i is its
-// positive, and the constant self_logit / t:  loss_i = log(e^(self_logit / t) + sum_j e^(z_ij)) - z_ii.
+// Row i of a problem has the logits z_ij = cos(x_i, y_j) / t of its N columns, of which j = i is
+// its positive, and the constant self_logit / t:  loss_i = log(e^(self_logit / t) + sum_j e^(z_ij))
+// - z_ii.
 #pragma once
 
 #include <vector>
@@ -10,8 +11,9 @@
 
 namespace fastnce::cuda {
 
-// A layer's problems; all layers of a call have one dtype. Rows are queries and columns keys. For the
-// gradients of keys it is the other way round, and lse and missing, which are of queries, are read.
+// A layer's problems; all layers of a call have one dtype. Rows are queries and columns keys. For
+// the gradients of keys it is the other way round, and lse and missing, which are of queries, are
+// read.
 struct PatchLayer {
   RowsView rows, columns;
   void* gradient = nullptr;  // (batch, N, depth), contiguous, like the rows; null: not wanted

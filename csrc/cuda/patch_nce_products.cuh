@@ -13,7 +13,8 @@ namespace fastnce::cuda {
 template <class P, int Depth>
 constexpr int kPitch = Depth + 16 / static_cast<int>(sizeof(P));
 
-// 16-bit elements. The rows' fragments stay in registers, as many as there is room for beside the sums.
+// 16-bit elements. The rows' fragments stay in registers, as many as there is room for beside the
+// sums.
 template <class P, int Depth>
 struct Products {
   static constexpr int kRowPitch = kPitch<P, Depth>;
