@@ -67,6 +67,7 @@ struct SumsPlan {
   int64_t splits;      // parts of the columns
   int64_t row_block;   // rows of a block; blocks do not cross problems
   int64_t row_blocks;  // of one problem: parts of the column sums
+  int64_t blocks = 0;  // of the grid, where it persists: each takes one piece of work after another
 };
 
 // Base 2, `sum 2^largest`; largest is -inf where nothing was summed up.
@@ -98,6 +99,7 @@ struct ProductsPlan {
   int path;
   int64_t x_splits, y_splits;  // parts of the results, 0 for those not wanted
   int64_t workspace_bytes;     // aligned to 16; 0 for none
+  int64_t blocks = 0;          // of the grid, as in SumsPlan
 };
 
 struct Products {

@@ -1,0 +1,110 @@
+// How the passes of pairs_sm90.cu are cut into pieces of work, and what lies where in shared memory.
+#pragma once
+
+#include "device_sm90.cuh"
+#include "pairs.h"
+
+namespace fastnce::cuda::sm90 {
+
+constexpr int kConsumers = 2;                         // warp groups, each with 64 rows
+constexpr int kConsumerWarps = kConsumers * 4;
+constexpr int kThreads = (kConsumers + 1) * kWarpGroup;
+constexpr int kBlockRows = kConsumers * 64;
+constexpr int kXTileBytes = kBlockRows * kLineBytes;  // 64 elements of each row
+constexpr int kMostSlots = 16;
+constexpr int kSharedBytes = 227 * 1024;
+
+enum class Pass { kSums, kSumsWithProduct, kProducts };
+
+// What a tile of columns needs besides y; slots of two tiles, so that one is loaded ahead.
+constexpr int kColumnSlots = 2;
+template <int kColumns>
+struct alignas(16) ColumnValues {
+  float scale[kColumns], lse[kColumns], weight[kColumns], third[kColumns];
+  int64_t label[kColumns];
+};
+
+// Sums of columns on their way from the four warps of a warp group to one number, twice in turn.
+template <int kColumns>
+struct ColumnSums {
+  float largest[2][kConsumers][4][kColumns], sum[2][kConsumers][4][kColumns];
+};
+
+struct Barriers {
+  uint64_t x_full, x_empty;
+  uint64_t values_full[kColumnSlots], values_empty[kColumnSlots];
+  uint64_t full[kMostSlots], empty[kMostSlots];
+};
+
+// Rows and columns are those of one problem unless said otherwise.
+struct Arguments {
+  const float *x_scale, *y_scale;
+  const int64_t *x_labels, *y_labels;
+  int rows, columns;
+  int64_t problems, depth;
+  Kind kind;
+  bool fixed_offset;  // where the temperature allows it
+  Temperature temperature;
+  int row_blocks, splits;
+  int parts;   // of the depth of the product, each with similarities of its own
+  int chunks;  // of 64 elements, in a row
+  int slots;   // of the ring of tiles of y
+  Sums sums;
+  // Products:
+  const float *x_statistics, *y_statistics;
+  float *product, *term;
+};
+
+// Where the regions of shared memory begin: x, the ring, values of columns, sums of columns, barriers.
+template <int kColumns>
+struct Layout {
+  int x_bytes, ring_bytes;
+  __host__ __device__ explicit Layout(int chunks, int slots)
+      : x_bytes(chunks * kXTileBytes), ring_bytes(slots * kColumns * kLineBytes) {}
+  __host__ __device__ int values() const { return x_bytes + ring_bytes; }
+  __host__ __device__ int column_sums() const {
+    return values() + kColumnSlots * static_cast<int>(sizeof(ColumnValues<kColumns>));
+  }
+  __host__ __device__ int barriers(bool sums) const {
+    return column_sums() + (sums ? static_cast<int>(sizeof(ColumnSums<kColumns>)) : 0);
+  }
+  __host__ __device__ int bytes(bool sums) const {
+    return barriers(sums) + static_cast<int>(sizeof(Barriers));
+  }
+};
+
+// One piece: a block of rows of a problem, a part of its columns, and a part of the product's depth. Neighbouring pieces,
+// which run at the same time, have the columns in common, and find them in the second-level cache.
+struct Work {
+  int64_t problem;
+  int row, split, part, first_tile, last_tile;
+};
+__device__ __forceinline__ int64_t work_count(const Arguments& a) {
+  return a.problems * a.row_blocks * a.splits * a.parts;
+}
+template <int kColumns>
+__device__ __forceinline__ Work work_at(const Arguments& a, int64_t index) {
+  const auto block = static_cast<int>(index % a.row_blocks);
+  index /= a.row_blocks;
+  const int64_t problem = index % a.problems;
+  index /= a.problems;
+  const auto part = static_cast<int>(index % a.parts);
+  const auto split = static_cast<int>(index / a.parts);
+  const int tiles = (a.columns + kColumns - 1) / kColumns;
+  const int steps = (tiles + a.splits - 1) / a.splits;
+  const int first = min(split * steps, tiles);
+  return {problem, block * kBlockRows, split, part, first, min(first + steps, tiles)};
+}
+
+// The place in a ring, and the parity of the phase that a barrier there is in.
+struct Turn {
+  int slot = 0, parity = 0;
+  __device__ __forceinline__ void next(int slots) {
+    if (++slot == slots) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+}  // namespace fastnce::cuda::sm90
