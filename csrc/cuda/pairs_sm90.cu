@@ -15,10 +15,10 @@ int parts_of(int64_t depth) { return depth > 256 ? 2 : 1; }
 int out_chunks(int64_t depth) {
   return static_cast<int>(ceil_div(depth, parts_of(depth) * kLineElements));
 }
-int tile_columns(int out) { return out == 4 ? 64 : 128; }
+int tile_columns(int out) { return out > 2 ? 64 : 128; }
 
-// Parts of the columns: as few as keep the multiprocessors busy 7/8 of the time, a block being on each, and no part so
-// short that its beginning and end count.
+// Parts of the columns: as few as keep the multiprocessors busy 7/8 of the time, a block being on
+// each, and no part so short that its beginning and end count.
 int64_t splits_of(int64_t blocks, int64_t columns, int tile, int64_t multiprocessors) {
   constexpr int64_t kFewestTiles = 4;
   const int64_t most = std::max<int64_t>(1, ceil_div(columns, tile) / kFewestTiles);
@@ -52,8 +52,8 @@ Arguments arguments_of(const Pairs& pairs, int64_t splits, int out) {
   a.y_labels = labelled(pairs.kind) ? pairs.y_labels : nullptr;
   a.rows = static_cast<int>(pairs.rows);
   a.columns = static_cast<int>(pairs.columns);
-  a.problems = pairs.problems;
-  a.depth = pairs.depth;
+  a.problems = static_cast<int>(pairs.problems);
+  a.depth = static_cast<int>(pairs.depth);
   a.kind = pairs.kind;
   // float16 products need the exponentials of at most 1 that the running maximum gives.
   a.fixed_offset = pairs.unit_rows && pairs.dtype != Dtype::kFloat16;
@@ -61,6 +61,7 @@ Arguments arguments_of(const Pairs& pairs, int64_t splits, int out) {
   a.row_blocks = static_cast<int>(ceil_div(pairs.rows, kBlockRows));
   a.splits = static_cast<int>(splits);
   a.parts = out > 0 ? parts_of(pairs.depth) : 1;
+  a.work = a.problems * a.row_blocks * a.splits * a.parts;
   a.chunks = out > 0 ? a.parts * out : static_cast<int>(ceil_div(pairs.depth, kLineElements));
   return a;
 }
@@ -70,10 +71,9 @@ void launch_config(const Pairs& pairs, Arguments a, int64_t blocks, Stream strea
   const bool sums = a.sums.column_sum != nullptr;
   const int fixed = Layout<C::kColumns>(a.chunks, 0).bytes(sums);
   a.slots = std::min(kMostSlots, (kSharedBytes - fixed) / C::kTileBytes);
-  const int64_t work = a.problems * a.row_blocks * a.splits * a.parts;
-  const Launch launch_of{pairs.op, dim3(static_cast<unsigned>(std::min(work, blocks))), dim3(kThreads),
-                         static_cast<size_t>(Layout<C::kColumns>(a.chunks, a.slots).bytes(sums)),
-                         stream};
+  const Launch launch_of{
+      pairs.op, dim3(static_cast<unsigned>(std::min<int64_t>(a.work, blocks))), dim3(kThreads),
+      static_cast<size_t>(Layout<C::kColumns>(a.chunks, a.slots).bytes(sums)), stream};
   const TensorMap x = make_tensor_map(pairs.op, pairs.x, pairs.dtype, pairs.depth, pairs.rows,
                                       pairs.problems, kBlockRows);
   const TensorMap y = make_tensor_map(pairs.op, pairs.y, pairs.dtype, pairs.depth, pairs.columns,
@@ -82,7 +82,8 @@ void launch_config(const Pairs& pairs, Arguments a, int64_t blocks, Stream strea
 }
 
 template <class T, Pass kPass>
-void launch_product(const Pairs& pairs, const Arguments& a, int out, int64_t blocks, Stream stream) {
+void launch_product(const Pairs& pairs, const Arguments& a, int out, int64_t blocks,
+                    Stream stream) {
   if (out == 1) return launch_config<Config<T, kPass, 1>>(pairs, a, blocks, stream);
   if (out == 2) return launch_config<Config<T, kPass, 2>>(pairs, a, blocks, stream);
   if (out == 3) return launch_config<Config<T, kPass, 3>>(pairs, a, blocks, stream);
@@ -90,7 +91,8 @@ void launch_product(const Pairs& pairs, const Arguments& a, int out, int64_t blo
 }
 
 template <class T>
-void launch_sums_of(const Pairs& pairs, const Arguments& a, int out, int64_t blocks, Stream stream) {
+void launch_sums_of(const Pairs& pairs, const Arguments& a, int out, int64_t blocks,
+                    Stream stream) {
   if (out == 0) return launch_config<Config<T, Pass::kSums, 0>>(pairs, a, blocks, stream);
   launch_product<T, Pass::kSumsWithProduct>(pairs, a, out, blocks, stream);
 }
@@ -120,8 +122,7 @@ void launch_products_of(const Pairs& pairs, const ProductsPlan& plan, const Prod
 }  // namespace
 
 SumsPlan plan_sums(const Pairs& pairs, const Machine& machine, bool with_product) {
-  const int64_t splits =
-      splits_of(pairs, machine, with_product ? out_chunks(pairs.depth) : 0);
+  const int64_t splits = splits_of(pairs, machine, with_product ? out_chunks(pairs.depth) : 0);
   return {90, splits, 64, ceil_div(pairs.rows, 64), machine.multiprocessors};
 }
 

@@ -1,30 +1,36 @@
 // The kernel of all passes of pairs_sm90.cu: one warp group brings, two multiply.
 //
-// A block of 128 rows of x stays in shared memory, chunk by chunk of 64 elements; tiles of y, kColumns rows of a chunk,
-// go through a ring. A consumer has 64 of the rows. Of each kColumns columns it
-//   1. makes the similarities S = x y^T, accumulators in registers (kColumns / 2 each), x and y from shared memory;
+// A block of 128 rows of x stays in shared memory, chunk by chunk of 64 elements; tiles of y,
+// kColumns rows of a chunk, go through a ring. A consumer has 64 of the rows. Of each kColumns
+// columns it
+//   1. makes the similarities S = x y^T, accumulators in registers (kColumns / 2 each), x and y
+//   from shared memory;
 //   2. turns them there into exponentials or coefficients E, and adds up what sums there are;
-//   3. multiplies O += E y with E from registers and the same tiles of y, read across (64 accumulators for 2 chunks).
+//   3. multiplies O += E y with E from registers and the same tiles of y, read across (64
+//   accumulators for 2 chunks).
 // While one consumer is at 2, the other one's products have the tensor cores.
 //
-// Depths beyond 256 would need 64 x 512 accumulators, more than a warp group's registers: there the output's depth is done in
-// two parts, each with similarities of its own: 3 products instead of 2, no worse than what else there is: two warp groups
-// that share 64 rows, halves of S exchanged through shared memory, make 2 products, but S then is 64 x 32 a time, whose
-// operands' 24 cycles of shared memory bound its 16 cycles of products, and each tile of y serves 64 rows instead of 128,
-// 32 bytes a cycle from the second-level cache, which gives less. Chunks that the output does not need go back to the ring
-// as soon as S has them; the ones that it does need are the last, so that the ring turns.
+// Depths beyond 256 would need 64 x 512 accumulators, more than a warp group's registers: there the
+// output's depth is done in two parts, each with similarities of its own: 3 products instead of 2,
+// no worse than what else there is: two warp groups that share 64 rows, halves of S exchanged
+// through shared memory, make 2 products, but S then is 64 x 32 a time, whose operands' 24 cycles
+// of shared memory bound its 16 cycles of products, and each tile of y serves 64 rows instead of
+// 128, 32 bytes a cycle from the second-level cache, which gives less. Chunks that the output does
+// not need go back to the ring as soon as S has them; the ones that it does need are the last, so
+// that the ring turns.
 #pragma once
 
 #include "pairs_sm90_columns.cuh"
 
 namespace fastnce::cuda::sm90 {
 
-// kOut chunks of the output's depth; 0 without product. 128 columns, or 64 where the output takes 128 registers.
+// kOut chunks of the output's depth; 0 without product. 128 columns, or 64 where the output takes
+// 96 registers or more.
 template <class T_, Pass kPass_, int kOut_>
 struct Config {
   using T = T_;
   static constexpr Pass kPass = kPass_;
-  static constexpr int kOut = kOut_, kColumns = kOut_ == 4 ? 64 : 128;
+  static constexpr int kOut = kOut_, kColumns = kOut_ > 2 ? 64 : 128;
   static constexpr int kTileBytes = kColumns * kLineBytes;
   // float16 has too few small numbers for the weights of many columns; weights are at most 1.
   static constexpr float kScale =
@@ -58,34 +64,46 @@ __device__ __forceinline__ void init_barriers(Barriers& b, int slots) {
   barrier_init_done();
 }
 
-// One thread: x and the tiles of y. A copy overwrites what products have read; both are of the same proxy, and the
-// barrier is between them, so that no fence is needed.
+// One thread: x and the tiles of y. A copy overwrites what products have read; both are of the same
+// proxy, and the barrier is between them, so that no fence is needed.
 template <class C>
 __device__ __forceinline__ void bring_tiles(const TensorMap& x_map, const TensorMap& y_map,
                                             const Arguments& a, const Shared& shared) {
   Barriers& barriers = *shared.barriers;
   Turn ring, x;
-  for (int64_t index = blockIdx.x; index < work_count(a); index += gridDim.x) {
+  for (int index = blockIdx.x; index < a.work; index += gridDim.x) {
     const Work work = work_at<C::kColumns>(a, index);
-    const auto problem = static_cast<int>(work.problem);
     // Chunks go round so that the output's are the last.
     const int first = (work.part + 1) * C::kOut % a.chunks;
     const auto element = [&](int c) { return (first + c) % a.chunks * kLineElements; };
     barrier_wait(&barriers.x_empty, x.parity ^ 1);
     barrier_arrive_expecting(&barriers.x_full, a.chunks * kXTileBytes);
+#pragma unroll 1
     for (int c = 0; c < a.chunks; ++c) {
-      copy_tensor(shared.x + c * kXTileBytes, &x_map, &barriers.x_full, element(c), work.row, problem);
+      copy_tensor(shared.x + c * kXTileBytes, &x_map, &barriers.x_full, element(c), work.row,
+                  work.problem);
     }
     x.next(1);
     for (int tile = work.first_tile; tile < work.last_tile; ++tile) {
+#pragma unroll 1
       for (int c = 0; c < a.chunks; ++c) {
         barrier_wait(&barriers.empty[ring.slot], ring.parity ^ 1);
         barrier_arrive_expecting(&barriers.full[ring.slot], C::kTileBytes);
         copy_tensor(shared.tiles + ring.slot * C::kTileBytes, &y_map, &barriers.full[ring.slot],
-                    element(c), tile * C::kColumns, problem);
+                    element(c), tile * C::kColumns, work.problem);
         ring.next(a.slots);
       }
     }
+  }
+}
+
+// A warp copies what there is of kCount values, times `unit`; zeros beyond.
+template <int kCount, class Value>
+__device__ __forceinline__ void bring(Value* to, const Value* from, int there, Value unit) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll 2
+  for (int i = 0; i < kCount; i += kWarp) {
+    to[i + lane] = i + lane < there ? from[i + lane] * unit : Value{0};
   }
 }
 
@@ -94,26 +112,23 @@ template <class C>
 __device__ __forceinline__ void bring_values(const Arguments& a, const Shared& shared) {
   constexpr int kColumns = C::kColumns;
   auto* slots = reinterpret_cast<ColumnValues<kColumns>*>(shared.values);
-  const int64_t all = a.problems * a.columns;
+  const int64_t all = static_cast<int64_t>(a.problems) * a.columns;
+  const float third_unit = a.kind == Kind::kTwoC ? kLog2E : 1.0f;
   Turn turn;
-  for (int64_t index = blockIdx.x; index < work_count(a); index += gridDim.x) {
+  for (int index = blockIdx.x; index < a.work; index += gridDim.x) {
     const Work work = work_at<kColumns>(a, index);
     for (int tile = work.first_tile; tile < work.last_tile; ++tile) {
+      const int left = a.columns - tile * kColumns;
+      const int64_t at = static_cast<int64_t>(work.problem) * a.columns + tile * kColumns;
       barrier_wait(&shared.barriers->values_empty[turn.slot], turn.parity ^ 1);
       ColumnValues<kColumns>& out = slots[turn.slot];
-#pragma unroll
-      for (int i = static_cast<int>(threadIdx.x) % kWarp; i < kColumns; i += kWarp) {
-        const bool inside = tile * kColumns + i < a.columns;
-        const int64_t at = work.problem * a.columns + tile * kColumns + i;
-        out.scale[i] = inside ? a.y_scale[at] : 0.0f;
-        if (a.y_labels != nullptr) out.label[i] = inside ? a.y_labels[at] : 0;
-        if (a.y_statistics != nullptr && inside) {
-          out.lse[i] = a.y_statistics[at] * kLog2E;
-          out.weight[i] = a.y_statistics[all + at];
-          out.third[i] = a.y_statistics[2 * all + at] * (a.kind == Kind::kTwoC ? kLog2E : 1.0f);
-        } else {
-          out.lse[i] = out.weight[i] = out.third[i] = 0.0f;
-        }
+      bring<kColumns>(out.scale, a.y_scale + at, left, 1.0f);
+      if (a.y_labels != nullptr) bring<kColumns>(out.label, a.y_labels + at, left, int64_t{1});
+      if (a.y_statistics != nullptr) {
+        const float* from = a.y_statistics + at;
+        bring<kColumns>(out.lse, from, left, kLog2E);
+        bring<kColumns>(out.weight, from + all, left, 1.0f);
+        bring<kColumns>(out.third, from + 2 * all, left, third_unit);
       }
       barrier_arrive(&shared.barriers->values_full[turn.slot]);
       turn.next(kColumnSlots);
@@ -138,27 +153,31 @@ struct Consumer {
     if (in_warp == 0) barrier_arrive(barrier);
   }
 
+  __device__ __forceinline__ int64_t output_row(const Work& work, int row) const {
+    return (int64_t{work.split} * a.problems + work.problem) * a.rows + row;
+  }
+
   __device__ __forceinline__ Lane lane_at(const Work& work, double temperature) const {
     Lane lane;
     lane.t = in_warp % 4;
+    lane.first = work.row + 64 * group + 16 * warp + in_warp / 4;
+    lane.end = a.rows;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      lane.row[h] = work.row + 64 * group + 16 * warp + in_warp / 4 + 8 * h;
-      lane.inside[h] = lane.row[h] < a.rows;
-      const int64_t at = work.problem * a.rows + lane.row[h];
-      lane.scale[h] = lane.inside[h] ? to_base_2(a.x_scale[at], temperature) : 0.0f;
-      lane.label[h] = lane.inside[h] && a.x_labels != nullptr ? a.x_labels[at] : 0;
+      const int64_t at = int64_t{work.problem} * a.rows + lane.row(h);
+      lane.scale[h] = lane.inside(h) ? to_base_2(a.x_scale[at], temperature) : 0.0f;
+      lane.label[h] = lane.inside(h) && a.x_labels != nullptr ? a.x_labels[at] : 0;
     }
     return lane;
   }
 
   __device__ __forceinline__ Statistics statistics_at(const Work& work, const Lane& lane) const {
     Statistics out;
-    const int64_t all = a.problems * a.rows;
+    const int64_t all = int64_t{a.problems} * a.rows;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (a.x_statistics == nullptr || !lane.inside[h]) continue;
-      const float* from = a.x_statistics + work.problem * a.rows + lane.row[h];
+      if (a.x_statistics == nullptr || !lane.inside(h)) continue;
+      const float* from = a.x_statistics + int64_t{work.problem} * a.rows + lane.row(h);
       out.lse[h] = from[0] * kLog2E;
       out.weight[h] = from[all];
       out.third[h] = from[2 * all] * (a.kind == Kind::kTwoC ? kLog2E : 1.0f);
@@ -166,7 +185,8 @@ struct Consumer {
     return out;
   }
 
-  // S of a tile. At most one chunk's products are on their way when the chunk before it is given back.
+  // S of a tile. At most one chunk's products are on their way when the chunk before it is given
+  // back.
   __device__ __forceinline__ void similarities(float (&s)[kColumns / 2]) {
     const int held = a.chunks - kOut;  // the first chunk that is kept for the output
     const char* x_tiles = shared.x + group * 64 * kLineBytes;
@@ -226,10 +246,10 @@ struct Consumer {
     if constexpr (kOut == 0) {
       sync_named(1 + group, kWarpGroup);
       const int at = warp * kWarp + in_warp, column = tile * kColumns + at;
-      const int64_t part = work.row / 64 + group;
+      const int part = work.row / 64 + group;
       if (column < a.columns && part * 64 < a.rows) {
         const float2 joined = join_warps(sums.largest[buffer][group], sums.sum[buffer][group], at);
-        const int64_t to = (part * a.problems + work.problem) * a.columns + column;
+        const int64_t to = (int64_t{part} * a.problems + work.problem) * a.columns + column;
         a.sums.column_largest[to] = joined.x;
         a.sums.column_sum[to] = joined.y;
       }
@@ -241,33 +261,33 @@ struct Consumer {
                                                 const Work& work, const Lane& lane, float* out) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (!lane.inside[h]) continue;
-      const int64_t row = (work.split * a.problems + work.problem) * a.rows + lane.row[h];
+      if (!lane.inside(h)) continue;
+      const int64_t row = output_row(work, lane.row(h));
 #pragma unroll
       for (int c = 0; c < kOut; ++c) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const int d = (work.part * kOut + c) * kLineElements + 8 * i + 2 * lane.t;
           if (d >= a.depth) continue;
-          *reinterpret_cast<float2*>(out + row * a.depth + d) =
-              make_float2(o[c][4 * i + 2 * h] * (1 / C::kScale), o[c][4 * i + 2 * h + 1] * (1 / C::kScale));
+          *reinterpret_cast<float2*>(out + row * a.depth + d) = make_float2(
+              o[c][4 * i + 2 * h] * (1 / C::kScale), o[c][4 * i + 2 * h + 1] * (1 / C::kScale));
         }
       }
     }
   }
 
-  __device__ __forceinline__ void store_sums(const RowSums& sums, const Work& work, const Lane& lane,
-                                             bool running, float offset) const {
+  __device__ __forceinline__ void store_sums(const RowSums& sums, const Work& work,
+                                             const Lane& lane, bool running, float offset) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float total = quad_sum(sums.sum[h]), term = quad_sum(sums.term[h]);
       const float label_a = quad_sum(sums.label_a[h]), label_b = quad_sum(sums.label_b[h]);
-      if (!lane.inside[h] || lane.t != 0) continue;
-      const int64_t at = (work.split * a.problems + work.problem) * a.rows + lane.row[h];
+      if (!lane.inside(h) || lane.t != 0) continue;
+      const int64_t at = output_row(work, lane.row(h));
       a.sums.largest[at] = running ? sums.top[h].largest : offset;
       a.sums.sum[at] = total;
       if (a.sums.term != nullptr) a.sums.term[at] = term * kLn2;
-      if (a.x_labels == nullptr) continue;
+      if (kOut > 0 || a.x_labels == nullptr) continue;
       const float label_top = running ? sums.label_top[h].largest : offset;
       a.sums.label_a[at] = a.kind == Kind::kSupCon ? label_a * kLn2 : label_top;
       a.sums.label_b[at] = label_b;
@@ -280,7 +300,7 @@ struct Consumer {
     const bool running = !a.fixed_offset || !(inverse <= kLargestFixedLogit);
     const float offset = fmaxf(inverse - kExponentTop, 0.0f) * kLog2E;
     const bool with_columns = kOut == 0 && a.sums.column_sum != nullptr;
-    for (int64_t index = blockIdx.x; index < work_count(a); index += gridDim.x) {
+    for (int index = blockIdx.x; index < a.work; index += gridDim.x) {
       const Work work = work_at<kColumns>(a, index);
       const Lane lane = lane_at(work, temperature);
       const Statistics statistics = kSumming ? Statistics{} : statistics_at(work, lane);
@@ -305,7 +325,7 @@ struct Consumer {
         to_logits<kColumns>(s, lane, columns, first, a.columns, whole, without_own);
         if constexpr (kSumming) {
           auto& column_sums = *reinterpret_cast<ColumnSums<kColumns>*>(shared.column_sums);
-          if (a.x_labels != nullptr) {
+          if (kOut == 0 && a.x_labels != nullptr) {
             add_labels<kColumns>(sums, s, lane, columns, a.kind, running, offset);
           }
           float shrink[2];
@@ -331,6 +351,7 @@ struct Consumer {
                                     a.y_statistics != nullptr, a.term != nullptr, sums.term);
         }
         uint32_t p[kColumns / 16][4];
+        pin(s);  // the columns' scales are read again: there are no registers to keep them
         if constexpr (kOut > 0) pack_factor<T, kColumns>(p, s, lane, columns, C::kScale);
         sync_warp();  // all lanes have read the values
         arrive(&shared.barriers->values_empty[values.slot]);
@@ -355,14 +376,14 @@ struct Consumer {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float term = quad_sum(sums.term[h]);
-        if (!lane.inside[h] || lane.t != 0) continue;
-        a.term[(work.split * a.problems + work.problem) * a.rows + lane.row[h]] = term * kLn2;
+        if (!lane.inside(h) || lane.t != 0) continue;
+        a.term[output_row(work, lane.row(h))] = term * kLn2;
       }
     }
   }
 };
 
-// 40 registers for a thread that copies, 232 for one that multiplies: 128 x 40 + 256 x 232 <= 65536.
+// 32 registers for a thread that copies, 240 for one that multiplies: 128 x 32 + 256 x 240 = 65536.
 template <class C>
 __global__ void __launch_bounds__(kThreads, 1)
     pairs_kernel(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
@@ -373,11 +394,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (thread == 0) init_barriers(*shared.barriers, a.slots);
   sync_threads();
   if (thread < kWarpGroup) {
-    release_registers<40>();
+    release_registers<32>();
     if (thread == 0) bring_tiles<C>(x_map, y_map, a, shared);
     if (thread / kWarp == 1) bring_values<C>(a, shared);
   } else {
-    claim_registers<232>();
+    claim_registers<240>();
     Consumer<C>{a, shared, thread / kWarpGroup - 1, thread / kWarp % 4, thread % kWarp}.run();
   }
 #endif

@@ -5,8 +5,9 @@
 
 namespace fastnce::cuda::sm90 {
 
-// Half of the sums to each of two lanes: kCount values become kCount / 2, of the first half where the lane's bit is not
-// set. Three steps over the lanes of a column cost 28 exchanges for 32 columns, where sums for all would cost 96.
+// Half of the sums to each of two lanes: kCount values become kCount / 2, of the first half where
+// the lane's bit is not set. Three steps over the lanes of a column cost 28 exchanges for 32
+// columns, where sums for all would cost 96.
 template <int kCount>
 __device__ __forceinline__ void share_sums(float (&v)[32], int bit) {
   const bool upper = (static_cast<int>(threadIdx.x) & bit) != 0;
@@ -18,8 +19,9 @@ __device__ __forceinline__ void share_sums(float (&v)[32], int bit) {
   }
 }
 
-// A thread's share of 128 columns is 2 i + r for column 8 i + 2 t + r. One warp's sums, relative to a maximum of its own 16
-// rows (from logits), or to the offset that they already are relative to (from exponentials).
+// A thread's share of 128 columns is 2 i + r for column 8 i + 2 t + r. One warp's sums, relative to
+// a maximum of its own 16 rows (from logits), or to the offset that they already are relative to
+// (from exponentials).
 struct WarpColumns {
   float *largest, *sum;  // (128,) in shared memory
 

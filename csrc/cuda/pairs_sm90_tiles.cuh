@@ -1,5 +1,6 @@
-// What is done to a tile of 64 rows x kColumns similarities in the registers of a warp group, as wgmma_tiles leaves it:
-// element 4 i + 2 h + r of a thread is row `16 warp + g + 8 h`, column `8 i + 2 t + r`.
+// What is done to a tile of 64 rows x kColumns similarities in the registers of a warp group, as
+// wgmma_tiles leaves it: element 4 i + 2 h + r of a thread is row `16 warp + g + 8 h`, column `8 i
+// + 2 t + r`.
 #pragma once
 
 #include "pairs_sm90_work.cuh"
@@ -7,8 +8,9 @@
 namespace fastnce::cuda::sm90 {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-// exp(z - offset) with this much of exp's range above the offset 1 / t - kExponentTop has a normal float for every cosine
-// while 1 / t does not exceed kLargestFixedLogit. Beyond, the running maximum.
+// exp(z - offset) with this much of exp's range above the offset 1 / t - kExponentTop has a normal
+// float for every cosine while 1 / t does not exceed kLargestFixedLogit. Beyond, the running
+// maximum.
 constexpr float kExponentTop = 40.0f, kLargestFixedLogit = 60.0f;
 
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
@@ -25,10 +27,11 @@ __device__ __forceinline__ float to_base_2(float x, double temperature) {
 // What a thread knows about its two rows, and where it is.
 struct Lane {
   int t;           // columns 8 i + 2 t and the next
-  int row[2];      // in the problem
-  bool inside[2];  // of the problem
+  int first, end;  // row h is first + 8 h of the problem, if that is below end
   float scale[2];  // to logits of base 2
   int64_t label[2];
+  __device__ __forceinline__ int row(int h) const { return first + 8 * h; }
+  __device__ __forceinline__ bool inside(int h) const { return row(h) < end; }
 };
 
 // Sum over the four threads that share a row.
@@ -65,8 +68,8 @@ __device__ __forceinline__ void to_logits(float (&s)[kColumns / 2], const Lane& 
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int column = first_column + 8 * i + 2 * lane.t + e % 2, h = e / 2;
-      const bool counts = column < columns && lane.inside[h] &&
-                          !(without_own && column == lane.row[h]);
+      const bool counts =
+          column < columns && lane.inside(h) && !(without_own && column == lane.row(h));
       if (!counts) s[4 * i + e] = -infinity();
     }
   }
@@ -89,7 +92,8 @@ __device__ __forceinline__ uint64_t same_label(const float (&z)[kColumns / 2], c
   return same;
 }
 
-// A maximum that more logits may raise, as `finite` what to subtract, and in `shrink` what earlier sums are multiplied by.
+// A maximum that more logits may raise, as `finite` what to subtract, and in `shrink` what earlier
+// sums are multiplied by.
 struct Reference {
   float largest = -infinity();
   __device__ __forceinline__ float raise(float candidate, float& finite) {
@@ -101,7 +105,8 @@ struct Reference {
   }
 };
 
-// Sums of a thread's two rows, over its columns; `largest` is the same for the four threads of a row.
+// Sums of a thread's two rows, over its columns; `largest` is the same for the four threads of a
+// row.
 struct RowSums {
   Reference top[2], label_top[2];
   float sum[2] = {0, 0}, term[2] = {0, 0}, label_a[2] = {0, 0}, label_b[2] = {0, 0};
@@ -138,7 +143,8 @@ __device__ __forceinline__ void add_labels(RowSums& sums, const float (&z)[kColu
   }
 }
 
-// From logits to exponentials, which are added up; returns in `shrink` what the rows' earlier sums were multiplied by.
+// From logits to exponentials, which are added up; returns in `shrink` what the rows' earlier sums
+// were multiplied by.
 template <int kColumns>
 __device__ __forceinline__ void to_exponentials(float (&z)[kColumns / 2], RowSums& sums,
                                                 bool running, float offset, bool with_term,
@@ -172,7 +178,8 @@ __device__ __forceinline__ void to_exponentials(float (&z)[kColumns / 2], RowSum
 
 // --- coefficients ---
 
-// [log-sum-exp, weight, third] of a row's loss, the first and for kTwoC the last to base 2; zeros without a loss.
+// [log-sum-exp, weight, third] of a row's loss, the first and for kTwoC the last to base 2; zeros
+// without a loss.
 struct Statistics {
   float lse[2] = {0, 0}, weight[2] = {0, 0}, third[2] = {0, 0};
 };
@@ -182,8 +189,7 @@ template <int kColumns>
 __device__ __forceinline__ void to_coefficients(float (&z)[kColumns / 2], const Lane& lane,
                                                 const ColumnValues<kColumns>& values,
                                                 const Statistics& rows, Kind kind, bool by_row,
-                                                bool by_column, bool with_term,
-                                                float (&term)[2]) {
+                                                bool by_column, bool with_term, float (&term)[2]) {
   const bool has_labels = kind == Kind::kSupCon || kind == Kind::kTwoC;
   const uint64_t same = has_labels ? same_label<kColumns>(z, lane, values) : 0;
 #pragma unroll
@@ -213,7 +219,8 @@ __device__ __forceinline__ void to_coefficients(float (&z)[kColumns / 2], const 
   }
 }
 
-// The first factor of the product with y: coefficients times the columns' scales, rounded, in the order of wgmma_registers.
+// The first factor of the product with y: coefficients times the columns' scales, rounded, in the
+// order of wgmma_registers.
 template <class T, int kColumns>
 __device__ __forceinline__ void pack_factor(uint32_t (&p)[kColumns / 16][4],
                                             const float (&e)[kColumns / 2], const Lane& lane,

@@ -1,4 +1,5 @@
-// How the passes of pairs_sm90.cu are cut into pieces of work, and what lies where in shared memory.
+// How the passes of pairs_sm90.cu are cut into pieces of work, and what lies where in shared
+// memory.
 #pragma once
 
 #include "device_sm90.cuh"
@@ -6,7 +7,7 @@
 
 namespace fastnce::cuda::sm90 {
 
-constexpr int kConsumers = 2;                         // warp groups, each with 64 rows
+constexpr int kConsumers = 2;  // warp groups, each with 64 rows
 constexpr int kConsumerWarps = kConsumers * 4;
 constexpr int kThreads = (kConsumers + 1) * kWarpGroup;
 constexpr int kBlockRows = kConsumers * 64;
@@ -40,22 +41,22 @@ struct Barriers {
 struct Arguments {
   const float *x_scale, *y_scale;
   const int64_t *x_labels, *y_labels;
-  int rows, columns;
-  int64_t problems, depth;
+  int rows, columns, problems, depth;
   Kind kind;
   bool fixed_offset;  // where the temperature allows it
   Temperature temperature;
-  int row_blocks, splits;
-  int parts;   // of the depth of the product, each with similarities of its own
-  int chunks;  // of 64 elements, in a row
-  int slots;   // of the ring of tiles of y
+  int row_blocks, splits, work;  // `work` pieces, see below
+  int parts;                     // of the depth of the product, each with similarities of its own
+  int chunks;                    // of 64 elements, in a row
+  int slots;                     // of the ring of tiles of y
   Sums sums;
   // Products:
   const float *x_statistics, *y_statistics;
   float *product, *term;
 };
 
-// Where the regions of shared memory begin: x, the ring, values of columns, sums of columns, barriers.
+// Where the regions of shared memory begin: x, the ring, values of columns, sums of columns,
+// barriers.
 template <int kColumns>
 struct Layout {
   int x_bytes, ring_bytes;
@@ -73,23 +74,19 @@ struct Layout {
   }
 };
 
-// One piece: a block of rows of a problem, a part of its columns, and a part of the product's depth. Neighbouring pieces,
-// which run at the same time, have the columns in common, and find them in the second-level cache.
+// One piece: a block of rows of a problem, a part of its columns, and a part of the product's
+// depth. Neighbouring pieces, which run at the same time, have the columns in common, and find them
+// in the second-level cache.
 struct Work {
-  int64_t problem;
-  int row, split, part, first_tile, last_tile;
+  int problem, row, split, part, first_tile, last_tile;
 };
-__device__ __forceinline__ int64_t work_count(const Arguments& a) {
-  return a.problems * a.row_blocks * a.splits * a.parts;
-}
 template <int kColumns>
-__device__ __forceinline__ Work work_at(const Arguments& a, int64_t index) {
-  const auto block = static_cast<int>(index % a.row_blocks);
+__device__ __forceinline__ Work work_at(const Arguments& a, int index) {
+  const int block = index % a.row_blocks;
   index /= a.row_blocks;
-  const int64_t problem = index % a.problems;
+  const int problem = index % a.problems;
   index /= a.problems;
-  const auto part = static_cast<int>(index % a.parts);
-  const auto split = static_cast<int>(index / a.parts);
+  const int part = index % a.parts, split = index / a.parts;
   const int tiles = (a.columns + kColumns - 1) / kColumns;
   const int steps = (tiles + a.splits - 1) / a.splits;
   const int first = min(split * steps, tiles);

@@ -1,8 +1,10 @@
-// Hopper's instructions on the host: the other half of csrc/cuda/device_sm90.cuh, written from the PTX ISA.
+// Hopper's instructions on the host: the other half of csrc/cuda/device_sm90.cuh, written from the
+// PTX ISA.
 //
-// Copies arrive and products are made as late as they may: a product when its warp waits for it, with what the tiles and
-// registers hold then. Addresses in descriptors are relative to the block's shared memory, which begins at a multiple of
-// 1024. What the emulator cannot see is the order between ordinary accesses and those of copies and products (proxies).
+// Copies arrive and products are made as late as they may: a product when its warp waits for it,
+// with what the tiles and registers hold then. Addresses in descriptors are relative to the block's
+// shared memory, which begins at a multiple of 1024. What the emulator cannot see is the order
+// between ordinary accesses and those of copies and products (proxies).
 #pragma once
 
 #include <array>
@@ -45,7 +47,8 @@ inline uint32_t shared_offset(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const char*>(pointer) - place().shared);
 }
 
-// A barrier's 64 bits: the phase, the bytes that are due, arrivals that are due, and their number in a phase.
+// A barrier's 64 bits: the phase, the bytes that are due, arrivals that are due, and their number
+// in a phase.
 struct BarrierState {
   uint32_t phase : 1, set : 7;
   int32_t bytes : 24;
@@ -136,12 +139,15 @@ inline uint64_t tile_descriptor(const void* start) {
   return address / 16 | uint64_t{64} << 16 | uint64_t{64} << 32 | uint64_t{1} << 62;
 }
 
-// Element (line, k) of the matrix behind a descriptor with the swizzle of 128 bytes, in the terms of the PTX ISA: along the
-// lines ("K-major"), lines are in groups of eight, `stride` apart; across ("MN-major"), the lines are the depth, 64 columns
-// to a line, and groups of eight are `stride` apart, further columns `leading`.
+// Element (line, k) of the matrix behind a descriptor with the swizzle of 128 bytes, in the terms
+// of the PTX ISA: along the lines ("K-major"), lines are in groups of eight, `stride` apart; across
+// ("MN-major"), the lines are the depth, 64 columns to a line, and groups of eight are `stride`
+// apart, further columns `leading`.
 template <class T>
 inline float operand(const char* shared, uint64_t descriptor, int line, int k, bool across) {
-  const auto field = [=](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) * 16; };
+  const auto field = [=](int bit) {
+    return static_cast<uint32_t>(descriptor >> bit & 0x3fff) * 16;
+  };
   if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) fail("wgmma: no such descriptor");
   const uint32_t start = field(0), leading = field(16), stride = field(32);
   uint32_t address = start;
@@ -158,8 +164,8 @@ inline float operand(const char* shared, uint64_t descriptor, int line, int k, b
 }
 
 struct Product {
-  uint64_t a, b;              // descriptors; a is 0 if the first factor is in registers
-  const uint32_t* registers;  // this lane's, in the instruction's order
+  uint64_t a, b;                        // descriptors; a is 0 if the first factor is in registers
+  const uint32_t* registers;            // this lane's, in the instruction's order
   std::array<const uint32_t*, 4> quad;  // those of the four lanes with this lane's rows
   float* d;
   bool accumulate;
@@ -191,14 +197,16 @@ inline void run_product(const Product& p, const char* shared, int rank) {
   for (int half = 0; half < 2; ++half) {
     for (int k = 0; k < 16; ++k) {
       a[half][k] = FromRegisters
-                       ? to_float(element<T>(p.quad[static_cast<size_t>(k % 8 / 2)][half + k / 8 * 2], k % 2))
+                       ? to_float(element<T>(
+                             p.quad[static_cast<size_t>(k % 8 / 2)][half + k / 8 * 2], k % 2))
                        : operand<T>(shared, p.a, 16 * warp + g + 8 * half, k, false);
     }
   }
   for (int i = 0; i < Columns / 8; ++i) {
     for (int r = 0; r < 2; ++r) {
       double b[16];
-      for (int k = 0; k < 16; ++k) b[k] = operand<T>(shared, p.b, 8 * i + 2 * t + r, k, FromRegisters);
+      for (int k = 0; k < 16; ++k)
+        b[k] = operand<T>(shared, p.b, 8 * i + 2 * t + r, k, FromRegisters);
       for (int half = 0; half < 2; ++half) {
         float& d = p.d[4 * i + 2 * half + r];
         double sum = p.accumulate ? d : 0.0f;
@@ -224,7 +232,8 @@ inline void wgmma_fence() {
 inline void wgmma_commit() { close_group(); }
 template <int Pending>
 inline void wgmma_wait() {
-  sync_warp();  // the warp waits as one: no lane goes on and changes what another's product still reads
+  sync_warp();  // the warp waits as one: no lane goes on and changes what another's product still
+                // reads
   finish_groups(Pending);
   fenced() = false;
   sync_warp();
