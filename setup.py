@@ -1,11 +1,13 @@
-"""Builds the native library into the package. The metadata is in pyproject.toml.
+"""Builds the native library, and where there is a GPU the CUDA library, into the package. The metadata is in pyproject.toml.
 
-FASTNCE_NATIVE=1 makes a failed build an error, FASTNCE_NATIVE=0 skips it. Without either the package is installed as pure
-Python where the library cannot be built, and `fastnce build` can do it later.
+FASTNCE_NATIVE=1 and FASTNCE_CUDA=1 make a failed build an error, 0 skips it. Without either the package is installed as pure
+Python where the libraries cannot be built, and `fastnce build` can do it later.
 """
 
-import importlib.util
+import importlib
 import os
+import sys
+import types
 from pathlib import Path
 
 from setuptools import Command, Distribution, find_packages, setup
@@ -16,27 +18,28 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 
 
-def _load_build_module():
-    """fastnce/build.py alone: importing the package would need torch."""
-    spec = importlib.util.spec_from_file_location("fastnce_build", ROOT / "fastnce" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _build_modules():
+    """fastnce/build.py and fastnce/build_cuda.py alone: the package itself would need torch."""
+    package = types.ModuleType("fastnce_sources")
+    package.__path__ = [str(ROOT / "fastnce")]
+    sys.modules[package.__name__] = package
+    names = ("build", "build_cuda")
+    return [importlib.import_module(f"{package.__name__}.{name}") for name in names]
 
 
-class DistributionWithLibrary(Distribution):
-    """Belongs to one platform from the moment that it has the library."""
+class DistributionWithLibraries(Distribution):
+    """Belongs to one platform from the moment that it has a library."""
 
-    library: Path | None = None
+    libraries_built: tuple[Path, ...] = ()
 
     def has_ext_modules(self):
-        return self.library is not None
+        return bool(self.libraries_built)
 
 
-class build_native(Command):
+class build_libraries(Command):
     """Compiles csrc/ into the package that is being built."""
 
-    description = "compile the native library"
+    description = "compile the native library and the CUDA library"
     user_options = []
 
     def initialize_options(self):
@@ -46,24 +49,25 @@ class build_native(Command):
     def finalize_options(self):
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
-    @property
-    def library(self) -> Path:
-        package = ROOT if self.editable_mode else Path(self.build_lib)
-        return package / "fastnce" / _load_build_module().LIBRARY
-
     def run(self):
-        native = _load_build_module()
-        wanted = os.environ.get("FASTNCE_NATIVE", "")
+        native, cuda = _build_modules()
+        self.distribution.libraries_built = ()
+        self._build(native, "FASTNCE_NATIVE", native.LIBRARY, native.wanted(), native.BuildError)
+        self._build(cuda, "FASTNCE_CUDA", cuda.LIBRARY.file, cuda.wanted(), native.BuildError)
+
+    def _build(self, module, variable, file, wanted, build_error):
+        package = ROOT if self.editable_mode else Path(self.build_lib)
+        library = package / "fastnce" / file
         try:
-            if wanted == "0":
-                raise native.BuildError("FASTNCE_NATIVE=0")
-            self.distribution.library = native.build(self.library, sources=ROOT / "csrc")
-        except native.BuildError as error:
+            if wanted != "ok":
+                raise build_error(wanted)
+            self.distribution.libraries_built += (module.build(library, sources=ROOT / "csrc"),)
+        except build_error as error:
             if not self.editable_mode:
-                self.library.unlink(missing_ok=True)  # one from an earlier build
-            if wanted == "1":
-                raise CompileError(f"FASTNCE_NATIVE=1, but {error}") from error
-            self.warn(f"installing without the native library: {error}")
+                library.unlink(missing_ok=True)  # one from an earlier build
+            if os.environ.get(variable) == "1":
+                raise CompileError(f"{variable}=1, but {error}") from error
+            self.warn(f"installing without {file}: {error}")
 
     def get_source_files(self):
         return [
@@ -71,22 +75,22 @@ class build_native(Command):
         ]
 
     def get_outputs(self):
-        return [str(self.library)] if self.distribution.library else []
+        return [str(library) for library in self.distribution.libraries_built]
 
     def get_output_mapping(self):
         return {}
 
 
-class build_with_native(build):
-    sub_commands = [*build.sub_commands, ("build_native", None)]
+class build_with_libraries(build):
+    sub_commands = [*build.sub_commands, ("build_libraries", None)]
 
 
 class platform_wheel(bdist_wheel):
-    """A wheel for one platform where it holds the library, which serves every Python; else a pure one."""
+    """A wheel for one platform where it holds a library, which serves every Python; else a pure one."""
 
     def run(self):
         self.run_command("build")
-        self.root_is_pure = self.distribution.library is None
+        self.root_is_pure = not self.distribution.libraries_built
         super().run()
 
     def get_tag(self):
@@ -94,18 +98,19 @@ class platform_wheel(bdist_wheel):
         return tag if self.root_is_pure else ("py3", "none", tag[2])
 
 
-CSRC = ["fastnce.csrc", "fastnce.csrc.common", "fastnce.csrc.cpu"]
+CSRC = ["fastnce.csrc", "fastnce.csrc.common", "fastnce.csrc.cpu", "fastnce.csrc.cuda"]
+SOURCES = ["*.cpp", "*.h", "*.cu", "*.cuh"]
 
 setup(
-    distclass=DistributionWithLibrary,
+    distclass=DistributionWithLibraries,
     ext_modules=[],
     packages=[*find_packages(include=["fastnce", "fastnce.*"]), *CSRC, "fastnce.triton_kernels"],
     # The bare name belongs to another project.
     package_dir={"fastnce.csrc": "csrc", "fastnce.triton_kernels": "triton_kernels"},
-    package_data={name: ["*.cpp", "*.h"] for name in CSRC} | {"fastnce.viz": ["*.css", "*.js"]},
+    package_data=dict.fromkeys(CSRC, SOURCES) | {"fastnce.viz": ["*.css", "*.js"]},
     cmdclass={
-        "build": build_with_native,
-        "build_native": build_native,
+        "build": build_with_libraries,
+        "build_libraries": build_libraries,
         "bdist_wheel": platform_wheel,
     },
 )

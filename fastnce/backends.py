@@ -18,16 +18,23 @@ from types import ModuleType
 
 import torch
 
-from fastnce import native, reference, triton_ops
+from fastnce import cuda, native, reference, triton_ops
 
 _log = logging.getLogger("fastnce")
 
 # In order of preference.
-_TABLE: dict[str, ModuleType] = {"triton": triton_ops, "native": native, "torch": reference}
+_TABLE: dict[str, ModuleType] = {
+    "triton": triton_ops,
+    "cuda": cuda,
+    "native": native,
+    "torch": reference,
+}
 # What a backend can do but nobody wants unless asked for.
 _ONLY_BY_NAME = {
     ("triton", "cpu"): "Triton's interpreter is for tests, ask for it by name",
     ("triton", "cuda"): "its kernels have not run on a GPU yet, ask for it by name",
+    ("cuda", "cpu"): "its emulation is for tests, ask for it by name",
+    ("cuda", "cuda"): "its kernels have not run on a GPU yet, ask for it by name",
 }
 
 _requested: str | None = os.environ.get("FASTNCE_BACKEND") or None

@@ -1,9 +1,10 @@
-"""Compiling the native library. One code path for ``setup.py`` and ``fastnce build``.
+"""Compiling the native library, and what :mod:`fastnce.build_cuda` does the same way. One code path for ``setup.py`` and ``fastnce build``.
 
 ``setup.py`` loads this file by its path, where torch, and so the package, may not be importable: nothing but the standard
 library is imported at the top.
 
 Environment:
+    FASTNCE_NATIVE: 0 leaves the library out of an installation; 1 makes a failed build an error.
     CXX: the compiler, ``g++`` by default.
     CXXFLAGS: further flags for compiling and linking.
     FASTNCE_LIBRARY: the one file to build and to load, in place of the package's (``make sanitize``).
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -24,13 +26,26 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-LIBRARY = "libfastnce_cpu.so"
 
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """A compiled library: its file's name, its sources as patterns inside ``csrc``, and what may name another file."""
+
+    file: str
+    sources: tuple[str, ...]
+    variable: str = ""
+
+
+LIBRARY = "libfastnce_cpu.so"
+NATIVE = Library(LIBRARY, ("common/*", "cpu/*", "ops.cpp"), "FASTNCE_LIBRARY")
+
+TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10
 _STAMP = b"fastnce-build:"
-_TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10
 _FLAGS = (
     "-std=c++17",
     "-O3",
@@ -70,23 +85,28 @@ def source_folder() -> Path | None:
     return None
 
 
-def library_candidates() -> list[Path]:
+def library_candidates(library: Library = NATIVE) -> list[Path]:
     """Where the library may be, in the order in which it is looked for."""
-    if named := os.environ.get("FASTNCE_LIBRARY"):
+    if library.variable and (named := os.environ.get(library.variable)):
         return [Path(named).absolute()]
-    return [PACKAGE / LIBRARY, _user_folder() / LIBRARY]
+    return [PACKAGE / library.file, _user_folder() / library.file]
 
 
-def find_library() -> Path | None:
-    """The library that was built from the present sources, else any; None if there is none."""
-    found = [path for path in library_candidates() if path.is_file()]
-    return next((path for path in found if is_current(path)), found[0] if found else None)
+def find_library(library: Library = NATIVE) -> Path | None:
+    """The file that was built from the present sources, else any; None if there is none."""
+    found = [path for path in library_candidates(library) if path.is_file()]
+    return next((path for path in found if is_current(path, library)), found[0] if found else None)
 
 
-def is_current(library: Path) -> bool:
-    """Whether a library was built from the present sources (True where there are no sources to compare with)."""
+def is_current(file: Path, library: Library = NATIVE) -> bool:
+    """Whether a file was built from the present sources (True where there are no sources to compare with)."""
     folder = source_folder()
-    return folder is None or _read_stamp(library).startswith(_source_hash(folder))
+    return folder is None or read_stamp(file).startswith(source_hash(folder, library))
+
+
+def wanted() -> str:
+    """``"ok"``, or why the library is not to be built here."""
+    return "FASTNCE_NATIVE=0" if os.environ.get("FASTNCE_NATIVE") == "0" else "ok"
 
 
 def build(
@@ -108,64 +128,72 @@ def build(
     sources = sources or source_folder()
     if sources is None:
         raise BuildError(f"there is no csrc folder in or beside {PACKAGE}. Reinstall fastnce.")
-    output = output or _writable_output()
-    compiler = _compiler()
-    include, libraries = _torch_folders()
-    stamp = f"{_source_hash(sources)}-{_configuration_hash(compiler)}"
-    if output.is_file() and _read_stamp(output) == stamp:
+    output = output or writable_output(NATIVE)
+    compiler = cxx()
+    include, libraries = torch_folders()
+    stamp = f"{source_hash(sources, NATIVE)}-{_configuration_hash(compiler)}"
+    if output.is_file() and read_stamp(output) == stamp:
         return output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="fastnce-build-") as folder:
-        objects = _compile(compiler, sources, include, stamp, Path(folder), verbose)
-        _link(compiler, objects, libraries, output, verbose)
-    _tell_installer(output)
-    return output
-
-
-def _compile(
-    compiler: list[str], sources: Path, include: Path, stamp: str, folder: Path, verbose: bool
-) -> list[Path]:
-    """Compiles every source file, as many at a time as there are processors, the slowest first."""
-    files = [*sorted(sources.glob("cpu/*.cpp")), sources / "ops.cpp"]
-    if platform.machine().lower() not in _X86:
-        files = [file for file in files if file.name not in _ISA_FLAGS]
     common = [
+        *compiler,
         *_FLAGS,
-        f"-DTORCH_TARGET_VERSION={_TORCH_TARGET}",
-        f'-DFASTNCE_BUILD_STAMP="{_STAMP.decode()}{stamp};"',
+        *stamp_flags(stamp),
         f"-ffile-prefix-map={sources}=csrc",
         f"-isystem{include}",
         *shlex.split(os.environ.get("CXXFLAGS", "")),  # once more: the last of two -O counts
     ]
+    files = [*sorted(sources.glob("cpu/*.cpp")), sources / "ops.cpp"]
+    if platform.machine().lower() not in _X86:
+        files = [file for file in files if file.name not in _ISA_FLAGS]
+
+    def command(file: Path) -> list[str]:
+        return [*common, *_ISA_FLAGS.get(file.name, ())]
+
+    with tempfile.TemporaryDirectory(prefix="fastnce-build-") as folder:
+        objects = compile_files(files, command, Path(folder), verbose)
+        link = [*compiler, "-shared", *map(str, objects)]
+        link += [f"-L{libraries}", "-Wl,--as-needed", "-ltorch_cpu", "-Wl,-z,defs"]
+        link_library(link, output, verbose)
+    tell_installer(output)
+    return output
+
+
+def stamp_flags(stamp: str) -> list[str]:
+    """For every file: the torch whose interface is used, and what the library is built from."""
+    return [
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+        f'-DFASTNCE_BUILD_STAMP="{_STAMP.decode()}{stamp};"',
+    ]
+
+
+def compile_files(
+    files: Iterable[Path], command: Callable[[Path], list[str]], folder: Path, verbose: bool
+) -> list[Path]:
+    """The objects of ``files`` in ``folder``, as many at a time as there are processors."""
 
     def compile_one(file: Path) -> Path:
-        target = folder / f"{file.stem}.o"
-        flags = [*common, *_ISA_FLAGS.get(file.name, ())]
-        _run([*compiler, *flags, "-c", str(file), "-o", str(target)], verbose)
+        target = folder / f"{file.name}.o"
+        run_compiler([*command(file), "-c", str(file), "-o", str(target)], verbose)
         return target
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compile_one, files))
 
 
-def _link(
-    compiler: list[str], objects: list[Path], libraries: Path, output: Path, verbose: bool
-) -> None:
-    # Written beside its place and renamed: nobody ever loads half a library, and a process that has the old one
-    # mapped keeps it.
+def link_library(command: list[str], output: Path, verbose: bool) -> None:
+    """Written beside its place and renamed: nobody ever loads half a library, and a process that has the old one mapped keeps it."""
+    output.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=".fastnce-", suffix=".so")
     os.close(handle)
     try:
-        command = [*compiler, "-shared", *map(str, objects), "-o", temporary]
-        command += [f"-L{libraries}", "-Wl,--as-needed", "-ltorch_cpu", "-Wl,-z,defs"]
-        _run(command, verbose)
+        run_compiler([*command, "-o", temporary], verbose)
         os.chmod(temporary, 0o755)
         os.replace(temporary, output)
     finally:
         Path(temporary).unlink(missing_ok=True)
 
 
-def _tell_installer(library: Path) -> None:
+def tell_installer(library: Path) -> None:
     """Adds a library built after the installation to the installer's list, so that uninstalling removes it.
 
     Left behind, its folder would stand in the way of an editable installation.
@@ -185,7 +213,8 @@ def _tell_installer(library: Path) -> None:
             file.write(f"{name},,\n")
 
 
-def _run(command: list[str], verbose: bool) -> None:
+def run_compiler(command: list[str], verbose: bool) -> None:
+    """Raises :class:`BuildError` with the compiler's message."""
     if verbose:
         print(shlex.join(command), flush=True)
     result = subprocess.run(command, capture_output=True, text=True)
@@ -196,7 +225,8 @@ def _run(command: list[str], verbose: bool) -> None:
         )
 
 
-def _compiler() -> list[str]:
+def cxx() -> list[str]:
+    """The C++ compiler with the caller's flags."""
     command = shlex.split(os.environ.get("CXX") or "g++")
     if shutil.which(command[0]) is None:
         raise BuildError(
@@ -205,7 +235,7 @@ def _compiler() -> list[str]:
     return [*command, *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
 
-def _torch_folders() -> tuple[Path, Path]:
+def torch_folders() -> tuple[Path, Path]:
     """torch's folders of headers and of libraries, found without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
@@ -220,8 +250,9 @@ def _torch_folders() -> tuple[Path, Path]:
     return include, root / "lib"
 
 
-def _writable_output() -> Path:
-    first, *others = library_candidates()
+def writable_output(library: Library) -> Path:
+    """Where to build a library that nobody gave a place."""
+    first, *others = library_candidates(library)
     return first if not others or os.access(PACKAGE, os.W_OK) else others[0]
 
 
@@ -235,10 +266,11 @@ def _user_folder() -> Path:
     return cache.expanduser() / "fastnce" / place
 
 
-def _source_hash(folder: Path) -> str:
+def source_hash(folder: Path, library: Library) -> str:
+    """Of what a library is built from."""
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        if file.suffix in (".cpp", ".h"):
+    for file in sorted(file for pattern in library.sources for file in folder.glob(pattern)):
+        if file.suffix in (".cpp", ".h", ".cu", ".cuh"):
             content = file.read_bytes()
             digest.update(f"{file.relative_to(folder).as_posix()}:{len(content)}:".encode())
             digest.update(content)
@@ -246,18 +278,18 @@ def _source_hash(folder: Path) -> str:
 
 
 @functools.cache
-def _compiler_version(compiler: str) -> str:
+def compiler_version(compiler: str) -> str:
     result = subprocess.run([compiler, "--version"], capture_output=True, text=True)
     return result.stdout
 
 
 def _configuration_hash(compiler: list[str]) -> str:
-    parts = (*compiler, _compiler_version(compiler[0]), *_FLAGS, str(_ISA_FLAGS), _TORCH_TARGET)
+    parts = (*compiler, compiler_version(compiler[0]), *_FLAGS, str(_ISA_FLAGS), TORCH_TARGET)
     return hashlib.sha256("\n".join((*parts, platform.machine())).encode()).hexdigest()[:12]
 
 
-def _read_stamp(library: Path) -> str:
-    """The stamp is compiled into the library, so the two cannot part."""
+def read_stamp(library: Path) -> str:
+    """What a library was built from. The stamp is compiled into the library, so the two cannot part."""
     data = library.read_bytes()
     start = data.find(_STAMP)
     if start < 0:

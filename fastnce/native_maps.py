@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastnce import native
+from fastnce import fakes, native
 
 # Channels of a map are a multiple of this.
 CHANNEL_STEP = 16
@@ -114,5 +114,4 @@ FAKES: dict[str, Callable] = {
     "blur_resample": _fake_blur_resample,
 }
 if native.available() == "ok":
-    for _op, _fake in FAKES.items():
-        torch.library.register_fake(f"fastnce::{_op}", _fake)
+    fakes.register("fastnce", FAKES)

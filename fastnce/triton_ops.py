@@ -15,9 +15,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastnce import native
+from fastnce import fakes, operators
 
-Gradients = native.Gradients
+Gradients = operators.Gradients
 
 _SCHEMAS = (
     "info_nce_forward(Tensor query, Tensor key, Tensor? negatives, Tensor? temperature_tensor, float temperature, "
@@ -365,11 +365,11 @@ _OPERATORS: dict[str, Callable] = {
 
 def _without_precision(name: str, position: int) -> Callable:
     """The compiled library's operators have one argument more, which says whether products may round to bfloat16."""
-    fake = native.FAKES[name]
+    fake = fakes.FAKES[name]
     return lambda *arguments: fake(*arguments[:position], False, *arguments[position:])
 
 
-_FAKES = native.FAKES | {
+_FAKES = fakes.FAKES | {
     "info_nce_forward": _without_precision("info_nce_forward", 9),
     "info_nce_backward": _without_precision("info_nce_backward", 11),
     "patch_nce_forward": _without_precision("patch_nce_forward", 5),

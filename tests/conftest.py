@@ -9,6 +9,7 @@ import python_kernels
 import torch
 
 from fastnce import backends
+from fastnce.testing import SAMPLE_INPUTS
 
 hypothesis.settings.register_profile("fastnce", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("fastnce")
@@ -27,8 +28,9 @@ def pytest_report_header() -> list[str]:
     return [f"backend {name}: {reason}" for name, reason in _REASONS.items()]
 
 
-# Triton where it runs only: elsewhere every test would be skipped once more. The header tells.
-_PARAMS = [name for name in _REASONS if name != "triton" or _REASONS[name] == "ok"]
+# The GPU's backends where they run only: elsewhere every test would be skipped once more. The header tells.
+_OF_THE_GPU = ("triton", "cuda")
+_PARAMS = [name for name in _REASONS if name not in _OF_THE_GPU or _REASONS[name] == "ok"]
 
 
 @pytest.fixture(params=_PARAMS if _FUSED else [*_PARAMS, STAND_IN])
@@ -41,8 +43,8 @@ def backend(request, monkeypatch) -> Iterator[str]:
         monkeypatch.setitem(backends._TABLE, STAND_IN, python_kernels)
     elif _REASONS[request.param] != "ok":
         pytest.skip(f"{request.param}: {_REASONS[request.param]}")
-    elif request.param == "triton" and "device" not in _arguments(request.function):
-        pytest.skip("triton: this test has its tensors on the host, or in float64")
+    elif request.param in _OF_THE_GPU and "device" not in _arguments(request.function):
+        pytest.skip(f"{request.param}: this test has its tensors on the host, or in float64")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield request.param
@@ -51,8 +53,9 @@ def backend(request, monkeypatch) -> Iterator[str]:
 
 @pytest.fixture
 def device(backend) -> str:
-    """Where the backend's tests run: on the GPU what runs there alone. Triton's interpreter runs on the host."""
-    return "cuda" if backends.supports(backend, "info_nce", "cpu", torch.float32) != "ok" else "cpu"
+    """Where the backend's tests run: on the GPU what runs there alone. Interpreted or emulated, kernels run on the host."""
+    on_host = [backends.supports(backend, op, "cpu", torch.float32) for op in SAMPLE_INPUTS]
+    return "cpu" if "ok" in on_host else "cuda"
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ FUSED = ["info_nce", "patch_nce", "conditional_contrastive", "sample_patches"]
 
 
 def test_names_and_available():
-    assert backends.names() == ("triton", "native", "torch")
+    assert backends.names() == ("triton", "cuda", "native", "torch")
     assert set(backends.available()) == set(backends.names())
     assert backends.available()["torch"] == "ok"
 

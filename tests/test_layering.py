@@ -12,7 +12,16 @@ import fastnce
 ROOT = Path(fastnce.__file__).parent
 
 # What the modules under each name of the package may import from it, besides themselves and `errors`.
-KERNELS = {"reference", "triton_kernels", "triton_ops", "native", "native_maps"}
+KERNELS = {
+    "reference",
+    "triton_kernels",
+    "triton_ops",
+    "cuda",
+    "native",
+    "native_maps",
+    "operators",
+    "fakes",
+}
 OPS = {"ops", "backends"} | KERNELS
 LOSSES = {"losses"} | OPS
 NETWORKS = {"networks", "__init__"} | LOSSES  # the package itself offers the ops and the losses
@@ -24,9 +33,13 @@ ALLOWED = {
     "reference": set(),
     "triton_kernels": set(),
     "build": set(),
-    "native": {"build"},
-    "native_maps": {"native"},
-    "triton_ops": {"triton_kernels", "native"},
+    "build_cuda": {"build"},
+    "operators": set(),
+    "fakes": set(),
+    "native": {"build", "operators", "fakes"},
+    "native_maps": {"native", "fakes"},
+    "cuda": {"build", "build_cuda", "operators", "fakes"},
+    "triton_ops": {"triton_kernels", "operators", "fakes"},
     "backends": KERNELS,
     "ops": OPS,
     "losses": LOSSES,
@@ -37,13 +50,13 @@ ALLOWED = {
     "metrics": NETWORKS | SIDE,
     "viz": NETWORKS | SIDE,
     "training": TRAINING,
-    "doctor": TRAINING | {"build"},
-    "cli": TRAINING | {"doctor", "build"},
+    "doctor": TRAINING | {"build", "build_cuda"},
+    "cli": TRAINING | {"doctor", "build", "build_cuda"},
     "__main__": {"cli"},
     "__init__": LOSSES,
     "testing": LOSSES | {"__init__"},
 }
-BELOW_MODELS = {"errors", "build", "testing", "distributed"} | NETWORKS
+BELOW_MODELS = {"errors", "build", "build_cuda", "testing", "distributed"} | NETWORKS
 HEAVY = {"PIL", "tqdm", "tyro", "matplotlib", "torchvision", "sklearn", "skimage", "torchmetrics"}
 
 

@@ -181,7 +181,7 @@ def sources(tmp_path) -> Path:
 def test_only_changed_sources_are_compiled_again(sources, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, COMPILES))
     monkeypatch.delenv("CXXFLAGS", raising=False)
-    build._compiler_version.cache_clear()
+    build.compiler_version.cache_clear()
     library, calls = tmp_path / "lib" / build.LIBRARY, tmp_path / "calls"
 
     def count() -> int:
@@ -210,7 +210,7 @@ def test_a_named_library_takes_the_place_of_the_package_s(sources, tmp_path, mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert build.find_library() == own
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, COMPILES))
-    build._compiler_version.cache_clear()
+    build.compiler_version.cache_clear()
     named = tmp_path / "out" / "sanitize" / build.LIBRARY
     monkeypatch.setenv("FASTNCE_LIBRARY", str(named))
     assert build.find_library() is None
@@ -225,7 +225,7 @@ def test_a_named_library_takes_the_place_of_the_package_s(sources, tmp_path, mon
 def test_flags_of_the_caller_have_the_last_word(sources, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, COMPILES))
     monkeypatch.setenv("CXXFLAGS", "-O1 -fsanitize=address")
-    build._compiler_version.cache_clear()
+    build.compiler_version.cache_clear()
     build.build(tmp_path / "lib" / build.LIBRARY, sources=sources)
     calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
     compiles = [call for call in calls if "-c" in call]
@@ -238,7 +238,7 @@ def test_flags_of_the_caller_have_the_last_word(sources, tmp_path, monkeypatch):
 
 def test_a_failed_build_leaves_the_old_library(sources, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, BROKEN))
-    build._compiler_version.cache_clear()
+    build.compiler_version.cache_clear()
     library = tmp_path / build.LIBRARY
     library.write_bytes(b"old")
     with pytest.raises(build.BuildError, match="exit code 3:(.|\n)*out of ideas"):
@@ -255,7 +255,7 @@ def test_torch_that_cannot_be_seen(sources, tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_gives_way_to_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build.os, "access", lambda path, mode: False)
-    assert tmp_path in build._writable_output().parents
+    assert tmp_path in build.writable_output(build.NATIVE).parents
 
 
 @pytest.mark.parametrize(
@@ -270,16 +270,16 @@ def test_available_says_why_not(content, reason, tmp_path, monkeypatch):
     library = tmp_path / build.LIBRARY
     if content is not None:
         library.write_bytes(content)
-    monkeypatch.setattr(build, "library_candidates", lambda: [library])
+    monkeypatch.setattr(build, "library_candidates", lambda _: [library])
     assert reason in native._load()
     assert native._load().endswith("Run: fastnce build")
 
 
 def test_a_library_that_does_not_load_is_a_reason_not_an_exception(tmp_path, monkeypatch):
     library = tmp_path / build.LIBRARY
-    stamp = build._source_hash(build.source_folder())
+    stamp = build.source_hash(build.source_folder(), build.NATIVE)
     library.write_bytes(f"not ELF; fastnce-build:{stamp}-0;".encode())
-    monkeypatch.setattr(build, "library_candidates", lambda: [library])
+    monkeypatch.setattr(build, "library_candidates", lambda _: [library])
     assert "cannot be loaded" in native._load()
 
 

@@ -1,7 +1,7 @@
 // For the thin <op>.cpp: PyTorch's tensors to the launchers' plain arguments, and the registration.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -20,6 +20,10 @@
 #define FASTNCE_CUDA_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fastnce_cuda, CUDA, m)
 #endif
 
+// TORCH_BOX of an op that makes the device of its first tensor the current one meanwhile:
+//   m.impl("info_nce_forward", FASTNCE_CUDA_BOX(&info_nce_forward));
+#define FASTNCE_CUDA_BOX(function) TORCH_BOX((&::fastnce::cuda::OnDevice<function>::run))
+
 namespace fastnce::cuda {
 
 using torch::headeronly::ScalarType;
@@ -28,31 +32,19 @@ using Tensors = std::vector<Tensor>;
 
 // PyTorch's current stream on the tensor's device.
 Stream current_stream(const Tensor& tensor);
-// Multiprocessors of the tensor's device; compute capability as 80, 90, 100. Emulated: 4, and what
-// FASTNCE_EMULATED_CAPABILITY says, or 80.
+// Of the tensor's device; see device_properties.h.
 int multiprocessors(const Tensor& tensor);
 int compute_capability(const Tensor& tensor);
 
-inline Dtype dtype_of(const char* op, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::BFloat16:
-      return Dtype::kBfloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    default:
-      break;
-  }
-  STD_TORCH_CHECK(false, op, ": the CUDA kernels take float32, bfloat16 and float16, got ",
-                  torch::headeronly::toString(tensor.scalar_type()),
-                  ". Use backend='torch' for others.");
-  return Dtype::kFloat32;
-}
-
+Dtype dtype_of(const char* op, const Tensor& tensor);
+// What keeps memory safe; users' mistakes are caught in Python, with better words. Tensors must be
+// on the current device.
 Temperature temperature_of(const char* op, const std::optional<Tensor>& tensor, double value);
 // (N, D) or (B, N, D).
 RowsView rows_of(const char* op, const Tensor& tensor);
+// Of that dtype and shape, and not empty; any strides.
+void check_tensor(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
+                  const std::vector<int64_t>& shape);
 
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);
@@ -61,5 +53,24 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, 
 Tensor new_gradient(const Tensor& like, bool needed);
 // A float32 scalar likewise.
 Tensor new_scalar(const Tensor& like, bool needed);
+
+inline const Tensor* first_tensor(const Tensor& tensor) { return &tensor; }
+inline const Tensor* first_tensor(const Tensors& tensors) {
+  return tensors.empty() ? nullptr : &tensors[0];
+}
+
+template <auto function>
+struct OnDevice;
+template <class Result, class First, class... Others, Result (*function)(First, Others...)>
+struct OnDevice<function> {
+  static Result run(First first, Others... others) {
+#ifndef FASTNCE_EMULATED
+    std::optional<torch::stable::accelerator::DeviceGuard> guard;
+    const Tensor* tensor = first_tensor(first);
+    if (tensor && tensor->is_cuda()) guard.emplace(tensor->get_device_index());
+#endif
+    return function(first, others...);
+  }
+};
 
 }  // namespace fastnce::cuda

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from fastnce.cli.parsing import no_arguments
 from fastnce.errors import UserError
@@ -19,16 +20,31 @@ def doctor(args: list[str]) -> int:
 
 
 def build(args: list[str]) -> int:
-    """Compile the native library against the installed torch."""
-    from fastnce.build import BuildError
-    from fastnce.build import build as build_library
+    """Compile the native library and, where there is a GPU or with FASTNCE_CUDA=1, the CUDA library."""
+    from fastnce import build as native
 
     no_arguments("build", build.__doc__, args)
     try:
-        print(f"Native library: {build_library()}")
-    except BuildError as error:
+        print(f"Native library: {native.build()}")
+        print(f"CUDA library: {_build_cuda()}")
+    except native.BuildError as error:
         raise UserError(str(error)) from error
     return 0
+
+
+def _build_cuda() -> Path | str:
+    """The library, or why there is none: without a compiler that is no error, unless it was asked for."""
+    from fastnce import build_cuda
+
+    reason = build_cuda.wanted()
+    if reason == "ok":
+        try:
+            return build_cuda.build()
+        except build_cuda.BuildError as error:
+            if os.environ.get("FASTNCE_CUDA") == "1":
+                raise
+            reason = str(error)
+    return f"not built: {reason}"
 
 
 def bench(args: list[str]) -> int:

@@ -49,7 +49,7 @@ CASES = [
     error(ValueError, r"reduction must be one of 'mean', 'sum', 'none', got 'average'", "info_nce", x, x, reduction="average"),
     error(ValueError, r"in_batch_negatives=False leaves no negatives.*Pass negative_keys", "info_nce", x, x, in_batch_negatives=False),
     error(ValueError, r"symmetric=True has no meaning with negative_keys.*Drop one", "info_nce", x, x, x, symmetric=True),
-    error(ValueError, r"backend='cuda' is unknown\. Expected one of: triton, native, torch", "info_nce", x, x, backend="cuda"),
+    error(ValueError, r"backend='tpu' is unknown\. Expected one of: triton, cuda, native, torch", "info_nce", x, x, backend="tpu"),
     # patch_nce
     error(TypeError, r"query_features and key_features must both be .*key_features is Tensor", "patch_nce", [images], images),
     error(TypeError, r"query_features and key_features must both be .*query_features is int", "patch_nce", 3, images),

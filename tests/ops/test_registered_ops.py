@@ -11,20 +11,24 @@ from fastnce.ops.conv3x3 import conv3x3
 from fastnce.ops.instance_norm import instance_norm
 from fastnce.testing import SAMPLE_INPUTS, run
 
-pytestmark = pytest.mark.skipif(
-    backends.available()["native"] != "ok", reason=backends.available()["native"]
-)
+# Backend, and the namespace of its operators, where it can run.
+NAMESPACES = {
+    name: namespace
+    for name, namespace in (("native", "fastnce"), ("cuda", "fastnce_cuda"))
+    if backends.available()[name] == "ok"
+}
+pytestmark = pytest.mark.skipif(not NAMESPACES, reason=str(backends.available()))
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps the arguments of every call of a torch.ops.fastnce op."""
+    """Keeps the arguments of every call of an op of these namespaces."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[str, list] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "fastnce":
+        if func.namespace in NAMESPACES.values():
             self.calls.setdefault(func.name(), []).append((func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -33,21 +37,32 @@ class Recorder(TorchDispatchMode):
 def recorded() -> dict[str, list]:
     """Calls of every op, in every form of the samples, forward and backward, fp32 and bf16."""
     with Recorder() as recorder:
-        for op, samples in SAMPLE_INPUTS.items():
+        for backend in NAMESPACES:
+            every_sample(backend)
+        if "native" in NAMESPACES:
             for dtype in (torch.float32, torch.bfloat16):
-                if backends.supports("native", op, "cpu", dtype) != "ok":
-                    continue
-                for sample in samples(dtype, "cpu", torch.Generator().manual_seed(0)):
-                    run(op, sample, backend="native")
-        for normalize in (False, True):
-            maps = [torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(1, 6, 2, 2)]
-            options = {"normalize": normalize, "backend": "native"}
-            passed, patches, _ = fastnce.tap_patches(maps, 3, **options)
-            sum(x.sum() for x in passed + patches).backward()
-        for dtype in (torch.float32, torch.bfloat16):
-            one_block_of_labelled_lse(dtype)
-            every_op_over_maps(dtype)
+                one_block_of_labelled_lse(dtype)
+                every_op_over_maps(dtype)
     return recorder.calls
+
+
+def every_sample(backend: str) -> None:
+    on_host = backends.supports(backend, "sample_patches", "cpu", torch.float32) == "ok"
+    device = "cpu" if on_host else "cuda"
+    for op, samples in SAMPLE_INPUTS.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            if backends.supports(backend, op, device, dtype) != "ok":
+                continue
+            for sample in samples(dtype, device, torch.Generator().manual_seed(0)):
+                run(op, sample, backend=backend)
+    for normalize in (False, True):
+        maps = [
+            torch.randn(2, 3, 4, 5, device=device, requires_grad=True),
+            torch.randn(1, 6, 2, 2, device=device),
+        ]
+        if backends.supports(backend, "tap_patches", device, torch.float32) == "ok":
+            passed, patches, _ = fastnce.tap_patches(maps, 3, normalize=normalize, backend=backend)
+            sum(x.sum() for x in passed + patches).backward()
 
 
 def every_op_over_maps(dtype: torch.dtype) -> None:
@@ -71,19 +86,26 @@ def one_block_of_labelled_lse(dtype: torch.dtype) -> None:
 
 
 def registered() -> list[str]:
-    names = torch._C._dispatch_get_all_op_names()
-    return sorted({name.split(".")[0] for name in names if name.startswith("fastnce::")})
+    """The operators that have a kernel."""
+    keys = ("CPU", "CUDA")
+    return [
+        name
+        for name in sorted({name.split(".")[0] for name in torch._C._dispatch_get_all_op_names()})
+        if name.split("::")[0] in NAMESPACES.values()
+        and any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)
+    ]
 
 
 def test_samples_reach_every_registered_op(recorded):
-    assert registered()
     # What has no tensor argument is a query of the library, not an op.
     with_tensors = {name for name in registered() if takes_tensors(name)}
     assert {name.split(".")[0] for name in recorded} == with_tensors
+    assert {name.split("::")[0] for name in recorded} == set(NAMESPACES.values())
 
 
 def takes_tensors(name: str) -> bool:
-    overload = getattr(torch.ops.fastnce, name.removeprefix("fastnce::")).default
+    namespace, _, op = name.partition("::")
+    overload = getattr(getattr(torch.ops, namespace), op).default
     return any("Tensor" in str(argument.type) for argument in overload._schema.arguments)
 
 

@@ -1,0 +1,51 @@
+#include "device_properties.h"
+
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+#include "device.cuh"
+
+namespace fastnce::cuda {
+
+#ifdef FASTNCE_EMULATED
+
+DeviceProperties device_properties(int) {
+  const char* capability = std::getenv("FASTNCE_EMULATED_CAPABILITY");
+  return {4, capability ? std::atoi(capability) : 80};
+}
+
+#else
+
+namespace {
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
+  if (error != cudaSuccess) {
+    throw std::runtime_error("fastnce: the properties of GPU " + std::to_string(device) +
+                             " cannot be read: " + cudaGetErrorString(error) +
+                             ". Use backend='triton' or backend='torch'.");
+  }
+  return value;
+}
+
+}  // namespace
+
+DeviceProperties device_properties(int device) {
+  static std::mutex mutex;
+  static std::map<int, DeviceProperties> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  const DeviceProperties properties = {attribute(cudaDevAttrMultiProcessorCount, device),
+                                       10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                                           attribute(cudaDevAttrComputeCapabilityMinor, device)};
+  return known[device] = properties;
+}
+
+#endif
+
+}  // namespace fastnce::cuda

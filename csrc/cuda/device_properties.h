@@ -1,0 +1,15 @@
+// What the choice of a kernel depends on.
+#pragma once
+
+namespace fastnce::cuda {
+
+struct DeviceProperties {
+  int multiprocessors;
+  int capability;  // 80, 90, 100: ten times the compute capability
+};
+
+// Asked for once per device; never waits for the device. Throws std::runtime_error.
+// Emulated: 4 multiprocessors, and the capability in FASTNCE_EMULATED_CAPABILITY, or 80.
+DeviceProperties device_properties(int device);
+
+}  // namespace fastnce::cuda
