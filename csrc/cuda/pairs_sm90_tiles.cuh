@@ -7,7 +7,6 @@
 
 namespace fastnce::cuda::sm90 {
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // exp(z - offset) with this much of exp's range above the offset 1 / t - kExponentTop has a normal
 // float for every cosine while 1 / t does not exceed kLargestFixedLogit. Beyond, the running
 // maximum.

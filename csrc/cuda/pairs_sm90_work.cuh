@@ -7,6 +7,8 @@
 
 namespace fastnce::cuda::sm90 {
 
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
 constexpr int kConsumers = 2;  // warp groups, each with 64 rows
 constexpr int kConsumerWarps = kConsumers * 4;
 constexpr int kThreads = (kConsumers + 1) * kWarpGroup;
@@ -16,6 +18,19 @@ constexpr int kMostSlots = 16;
 constexpr int kSharedBytes = 227 * 1024;
 
 enum class Pass { kSums, kSumsWithProduct, kProducts };
+
+// kOut chunks of the output's depth; 0 without product. 128 columns, or 64 where the output takes
+// 96 registers or more.
+template <class T_, Pass kPass_, int kOut_>
+struct Config {
+  using T = T_;
+  static constexpr Pass kPass = kPass_;
+  static constexpr int kOut = kOut_, kColumns = kOut_ > 2 ? 64 : 128;
+  static constexpr int kTileBytes = kColumns * kLineBytes;
+  // float16 has too few small numbers for the weights of many columns; weights are at most 1.
+  static constexpr float kScale =
+      kPass_ == Pass::kProducts && std::is_same_v<T_, float16> ? 1024.0f : 1.0f;
+};
 
 // What a tile of columns needs besides y; slots of two tiles, so that one is loaded ahead.
 constexpr int kColumnSlots = 2;
@@ -103,5 +118,32 @@ struct Turn {
     }
   }
 };
+
+struct Shared {
+  char *x, *tiles, *values, *column_sums;
+  Barriers* barriers;
+};
+template <class C>
+__device__ __forceinline__ Shared shared_of(const Arguments& a) {
+  const Layout<C::kColumns> layout(a.chunks, a.slots);
+  char* base = shared_memory<char>();
+  const bool sums = a.sums.column_sum != nullptr;
+  return {base, base + layout.x_bytes, base + layout.values(), base + layout.column_sums(),
+          reinterpret_cast<Barriers*>(base + layout.barriers(sums))};
+}
+
+__device__ __forceinline__ void init_barriers(Barriers& b, int slots) {
+  barrier_init(&b.x_full, 1);
+  barrier_init(&b.x_empty, kConsumerWarps);
+  for (int i = 0; i < kColumnSlots; ++i) {
+    barrier_init(&b.values_full[i], kWarp);
+    barrier_init(&b.values_empty[i], kConsumerWarps);
+  }
+  for (int i = 0; i < slots; ++i) {
+    barrier_init(&b.full[i], 1);
+    barrier_init(&b.empty[i], kConsumerWarps);
+  }
+  barrier_init_done();
+}
 
 }  // namespace fastnce::cuda::sm90
