@@ -31,19 +31,25 @@ inline std::string describe(const Launch& l) {
          std::to_string(l.shared_bytes) + " bytes of shared memory";
 }
 
-inline void check(cudaError_t error, const Launch& l) {
-  if (error == cudaSuccess) return;
-  throw LaunchError(describe(l) + ": the kernel could not be launched: " +
-                    cudaGetErrorString(error) +
+[[noreturn]] inline void refuse(const Launch& l, const std::string& cause) {
+  throw LaunchError(describe(l) + ": the kernel could not be run: " + cause +
                     ". Use backend='triton' or backend='torch' for this call.");
+}
+
+inline void check(cudaError_t error, const Launch& l) {
+  if (error != cudaSuccess) refuse(l, cudaGetErrorString(error));
 }
 
 // Runs kernel(arguments...) in the stream. Throws LaunchError.
 template <class... Parameters, class... Arguments>
 void launch(const Launch& l, void (*kernel)(Parameters...), Arguments&&... arguments) {
 #ifdef FASTNCE_EMULATED
-  emulator::launch(l.op, l.grid, l.block, l.shared_bytes,
-                   [&] { kernel(static_cast<Parameters>(arguments)...); });
+  try {
+    emulator::launch(l.op, l.grid, l.block, l.shared_bytes,
+                     [&] { kernel(static_cast<Parameters>(arguments)...); });
+  } catch (const std::runtime_error& error) {
+    refuse(l, error.what());
+  }
 #else
   if (l.shared_bytes > 48 * 1024) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -20,7 +20,7 @@ FOLDER = ROOT / "out" / "cuda-emulated"
 LIBRARY = FOLDER / "libfastnce_cuda_emulated.so"
 
 # -O1: half the time of -O2 to compile, and the fibers' switches decide how fast the tests run.
-_FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-DFASTNCE_EMULATED")
+FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-DFASTNCE_EMULATED")
 
 
 def build_emulated(output: Path = LIBRARY, *, verbose: bool = False) -> Path:
@@ -28,7 +28,7 @@ def build_emulated(output: Path = LIBRARY, *, verbose: bool = False) -> Path:
     sources = SOURCES.parent
     include, libraries = build.torch_folders()
     headers = [*sources.glob("common/*.h"), *SOURCES.glob("*.h"), *SOURCES.glob("*.cuh")]
-    common = hashlib.sha256(" ".join(_FLAGS).encode())
+    common = hashlib.sha256(" ".join(FLAGS).encode())
     for header in sorted([*headers, HERE / "emulator.h"]):
         common.update(header.read_bytes())
     objects = FOLDER / "objects"
@@ -45,7 +45,7 @@ def build_emulated(output: Path = LIBRARY, *, verbose: bool = False) -> Path:
         target = objects / f"{file.name}-{digest.hexdigest()[:16]}.o"
         if not target.is_file():
             flags = [
-                *_FLAGS,
+                *FLAGS,
                 *build.stamp_flags(stamp),
                 f"-isystem{include}",
                 f"-I{SOURCES}",
