@@ -63,24 +63,29 @@ constexpr int64_t padded_depth(int64_t depth) { return (depth + 15) / 16 * 16; }
 // --- sums ---
 
 struct SumsPlan {
-  int path;            // of this library
   int64_t splits;      // parts of the columns
   int64_t row_block;   // rows of a block; blocks do not cross problems
   int64_t row_blocks;  // of one problem: parts of the column sums
-  int64_t blocks = 0;  // of the grid, where it persists: each takes one piece of work after another
+  int64_t blocks = 0;  // of the persistent grid of pairs_sm90.cu; 0 for the kernels of pairs_sm80.h
 };
 
-// Base 2, `sum 2^largest`; largest is -inf where nothing was summed up.
+// Base 2, `sum 2^largest`; largest may be -inf where nothing was summed up.
 struct Sums {
   float* largest = nullptr;  // (splits, R)
   float* sum = nullptr;      // (splits, R)
+
+  // With the product alone, optional:
+  float* product = nullptr;  // (splits, R, P): sum_j E_ij r_j y_j
+  float* term = nullptr;     // (splits, R): sum_j E_ij z_ij, z natural
+
+  // Without the product alone.
   // Of labelled kinds, (splits, R): kSupCon: the sum of the positives' logits (natural), and their
   // number; kTwoC: largest and sum as above, of the positives.
   float* label_a = nullptr;
   float* label_b = nullptr;
-  float* term = nullptr;            // optional, (splits, R): sum_j E_ij z_ij, z natural
-  float* product = nullptr;         // optional, (splits, R, P): sum_j E_ij r_j y_j
-  float* column_largest = nullptr;  // optional, (row_blocks, C), with column_sum
+  // Optional, of kinds without labels, with splits of any number: (row_blocks, C), largest and sum
+  // of columns.
+  float* column_largest = nullptr;
   float* column_sum = nullptr;
 };
 
@@ -96,10 +101,14 @@ void launch_sums(const Pairs& pairs, const SumsPlan& plan, const Sums& out, Stre
 // positive: kSupCon: third; kTwoC: weight 2^(z - third). G adds up those of rows and those of
 // columns, as far as there are statistics.
 struct ProductsPlan {
-  int path;
-  int64_t x_splits, y_splits;  // parts of the results, 0 for those not wanted
+  int64_t x_splits, y_splits;  // parts of the products, 0 for those not wanted
+  int64_t term_splits;         // of the term
   int64_t workspace_bytes;     // aligned to 16; 0 for none
-  int64_t blocks = 0;          // of the grid, as in SumsPlan
+  // For the launch: rows of a block, of x and of y, or rows and problems of a panel of
+  // coefficients.
+  int64_t x_row_block, y_row_block;
+  int64_t panel_rows, panel_problems;
+  int64_t blocks = 0;  // as in SumsPlan
 };
 
 struct Products {
@@ -107,7 +116,8 @@ struct Products {
   const float* y_statistics = nullptr;  // (3, C), or none
   float* x_product = nullptr;           // (x_splits, R, P): sum_j G_ij r_j y_j
   float* y_product = nullptr;           // (y_splits, C, P): sum_i G_ij r_i x_i
-  float* x_term = nullptr;  // optional with x_product, (x_splits, R): sum_j G_ij z_ij, z natural
+  // Optional with x_product, (term_splits, R): sum_j G_ij z_ij, z natural.
+  float* x_term = nullptr;
   void* workspace = nullptr;
 };
 

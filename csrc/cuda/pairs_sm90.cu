@@ -123,7 +123,7 @@ void launch_products_of(const Pairs& pairs, const ProductsPlan& plan, const Prod
 
 SumsPlan plan_sums(const Pairs& pairs, const Machine& machine, bool with_product) {
   const int64_t splits = splits_of(pairs, machine, with_product ? out_chunks(pairs.depth) : 0);
-  return {90, splits, 64, ceil_div(pairs.rows, 64), machine.multiprocessors};
+  return {splits, 64, ceil_div(pairs.rows, 64), machine.multiprocessors};
 }
 
 void launch_sums(const Pairs& pairs, const SumsPlan& plan, const Sums& out, Stream stream) {
@@ -139,8 +139,11 @@ void launch_sums(const Pairs& pairs, const SumsPlan& plan, const Sums& out, Stre
 
 ProductsPlan plan_products(const Pairs& pairs, const Machine& machine, bool of_x, bool of_y) {
   const int chunks = out_chunks(pairs.depth);
-  return {90, of_x ? splits_of(pairs, machine, chunks) : 0,
-          of_y ? splits_of(exchanged(pairs), machine, chunks) : 0, 0, machine.multiprocessors};
+  ProductsPlan plan{};
+  plan.blocks = machine.multiprocessors;
+  if (of_x) plan.x_splits = plan.term_splits = splits_of(pairs, machine, chunks);
+  if (of_y) plan.y_splits = splits_of(exchanged(pairs), machine, chunks);
+  return plan;
 }
 
 void launch_products(const Pairs& pairs, const ProductsPlan& plan, const Products& out,
