@@ -204,7 +204,7 @@ __device__ __forceinline__ void to_coefficients(float (&z)[kColumns / 2], const 
       const float column_weight = e % 2 == 0 ? weight.x : weight.y;
       if (by_column) g += column_weight * exp2_fast(logit - (e % 2 == 0 ? lse.x : lse.y));
       if (has_labels && (same >> (4 * i + e) & 1) != 0) {
-        const float column_third = e % 2 == 0 ? third.x : third.y;
+        const float column_third = !by_column ? 0.0f : e % 2 == 0 ? third.x : third.y;
         if (kind == Kind::kSupCon) {
           g -= rows.third[h] + column_third;
         } else {

@@ -4,8 +4,6 @@
 #include <exception>
 #include <string>
 
-#include "pairs_sm90.h"
-
 namespace {
 
 using namespace fastnce::cuda;
@@ -64,27 +62,35 @@ const char* caught(Call call) {
 // Each function's result is the error's message, or "".
 extern "C" const char* plan_sums_of(const Problem* p, int with_product, int64_t* out) {
   return caught([=] {
-    const SumsPlan plan = sm90::plan_sums(p->pairs(), p->machine(), with_product != 0);
+    const SumsPlan plan = plan_sums(p->pairs(), p->machine(), with_product != 0);
     out[0] = plan.splits;
     out[1] = plan.row_blocks;
   });
 }
 
-// Pointers in the order of Sums.
+// Pointers in the order of Case.sums.
 extern "C" const char* sums_of(const Problem* p, int with_product, float* const* out) {
   return caught([=] {
-    const SumsPlan plan = sm90::plan_sums(p->pairs(), p->machine(), with_product != 0);
-    const Sums sums{out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7]};
-    sm90::launch_sums(p->pairs(), plan, sums, nullptr);
+    const SumsPlan plan = plan_sums(p->pairs(), p->machine(), with_product != 0);
+    Sums sums{};
+    sums.largest = out[0];
+    sums.sum = out[1];
+    sums.label_a = out[2];
+    sums.label_b = out[3];
+    sums.term = out[4];
+    sums.product = out[5];
+    sums.column_largest = out[6];
+    sums.column_sum = out[7];
+    launch_sums(p->pairs(), plan, sums, nullptr);
   });
 }
 
 extern "C" const char* plan_products_of(const Problem* p, int of_x, int of_y, int64_t* out) {
   return caught([=] {
-    const ProductsPlan plan = sm90::plan_products(p->pairs(), p->machine(), of_x != 0, of_y != 0);
+    const ProductsPlan plan = plan_products(p->pairs(), p->machine(), of_x != 0, of_y != 0);
     out[0] = plan.x_splits;
     out[1] = plan.y_splits;
-    out[2] = plan.x_splits;
+    out[2] = plan.term_splits;
     out[3] = plan.workspace_bytes;
   });
 }
@@ -92,7 +98,7 @@ extern "C" const char* plan_products_of(const Problem* p, int of_x, int of_y, in
 // Statistics of x and y, products of x and y, term, workspace.
 extern "C" const char* products_of(const Problem* p, float* const* values) {
   return caught([=] {
-    const ProductsPlan plan = sm90::plan_products(p->pairs(), p->machine(), values[2] != nullptr,
+    const ProductsPlan plan = plan_products(p->pairs(), p->machine(), values[2] != nullptr,
                                                   values[3] != nullptr);
     Products products{};
     products.x_statistics = values[0];
@@ -101,6 +107,6 @@ extern "C" const char* products_of(const Problem* p, float* const* values) {
     products.y_product = values[3];
     products.x_term = values[4];
     products.workspace = values[5];
-    sm90::launch_products(p->pairs(), plan, products, nullptr);
+    launch_products(p->pairs(), plan, products, nullptr);
   });
 }

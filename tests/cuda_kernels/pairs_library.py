@@ -21,14 +21,17 @@ from fastnce import build
 
 QUEUE, IN_BATCH, SUP_CON, TWO_C = range(4)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FILES = ("pairs_sm90.cu",)
+FILES = ("pairs.cpp", "pairs_sm80_float.cu", "pairs_sm80_half.cu", "pairs_sm90.cu")
 
 
 class Problem(ctypes.Structure):
     """As in pairs_calls.cpp."""
 
     _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("x", "x_scale", "y", "y_scale", "x_labels", "y_labels")]
+        [
+            (name, ctypes.c_void_p)
+            for name in ("x", "x_scale", "y", "y_scale", "x_labels", "y_labels")
+        ]
         + [(name, ctypes.c_int64) for name in ("problems", "rows", "columns", "depth")]
         + [("temperature", ctypes.c_double)]
         + [
@@ -159,21 +162,21 @@ class Case:
         return out
 
     def products(
-        self, of_rows: Tensor | None, of_columns: Tensor | None, *, y: bool = True, term: bool = True
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        self, of_rows: Tensor | None, of_columns: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """``sum_j G_ij y^_j``, ``sum_i G_ij x^_i`` and ``sum_j G_ij z_ij``, from statistics (3, problems, rows or columns)."""
         plan = (ctypes.c_int64 * 4)()
         problem = self.problem()
-        call("plan_products_of", ctypes.byref(problem), 1, int(y), plan)
+        call("plan_products_of", ctypes.byref(problem), 1, 1, plan)
         x_splits, y_splits, term_splits, workspace = plan
         depth = self.x.shape[-1]
         x_product = fresh(x_splits, self.problems, self.rows, depth)
-        y_product = fresh(y_splits, self.problems, self.columns, depth) if y else None
-        terms = fresh(term_splits, self.problems, self.rows) if term else None
+        y_product = fresh(y_splits, self.problems, self.columns, depth)
+        term = fresh(term_splits, self.problems, self.rows)
         room = torch.empty(workspace, dtype=torch.uint8)
-        values = [of_rows, of_columns, x_product, y_product, terms, room]
+        values = [of_rows, of_columns, x_product, y_product, term, room]
         call("products_of", ctypes.byref(problem), pointers(values))
-        return x_product.sum(0), None if y is None or not y else y_product.sum(0), None if not term else terms.sum(0)
+        return x_product.sum(0), y_product.sum(0), term.sum(0)
 
     # --- what they should give, in fp64 ---
 
