@@ -10,7 +10,7 @@
 //   on request,
 //              sum_j E_ij z_ij, sum_j E_ij r_j y_j, sums of the row's own label, and sums of
 //              columns
-//   products   sum_j G_ij r_j y_j and sum_i G_ij r_i x_i with G = d L / d z, from the statistics of
+//   products   (of rows that have r > 0) sum_j G_ij r_j y_j and sum_i G_ij r_i x_i with G = d L / d z, from the statistics of
 //   the rows' and the
 //              columns' losses; sum_j G_ij z_ij
 //
@@ -65,8 +65,9 @@ constexpr int64_t padded_depth(int64_t depth) { return (depth + 15) / 16 * 16; }
 struct SumsPlan {
   int64_t splits;     // parts of the columns
   int64_t row_block;  // rows of a block; blocks do not cross problems
-  int64_t
-      row_blocks;  // of one problem: parts of the column sums, of one or more blocks of rows each
+  // Of one problem: parts of the column sums, of one or more blocks of rows each.
+  int64_t row_blocks;
+  int64_t blocks = 0;  // of the persistent grid of pairs_sm90.cu; 0 for the kernels of pairs_sm80.h
 };
 
 // Base 2, `sum 2^largest`; largest may be -inf where nothing was summed up.
@@ -107,6 +108,7 @@ struct ProductsPlan {
   // coefficients.
   int64_t x_row_block, y_row_block;
   int64_t panel_rows, panel_problems, panel_splits;
+  int64_t blocks = 0;  // as in SumsPlan
 };
 
 struct Products {
