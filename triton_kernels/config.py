@@ -14,11 +14,12 @@ import torch
 RESIDENT_DEPTH = 256
 # Likewise for fp32 without tensor cores, whose operands lie in registers whole.
 RESIDENT_DEPTH_IEEE = 64
-# Coefficients of a panel, in elements: as many as the packed rows and columns have, between 32 MiB and 512 MiB in bf16.
-# A panel's rows are the depth of the product for the columns' gradient, which reads and writes all of that gradient's sums.
+# Coefficients of a panel, in elements: 3/4 of those of the packed rows and columns, between 32 MiB and 512 MiB in bf16. More
+# are better, for each panel reads and writes all sums of the columns' gradient once; but both gradients are to take less than 4
+# times the inputs, of which the packed rows are 1, in fp8 as well 1/2 more, those sums 1, and the first gradient 1/2.
 PANEL_ELEMENTS = (1 << 24, 1 << 28)
-# Elements of a product that is made to be added elsewhere: 32 MiB in fp32, so that it stays in the cache.
-ADDED_ELEMENTS = 1 << 23
+# Elements of a product that is made to be added elsewhere: 16 MiB in fp32, so that it stays in the cache.
+ADDED_ELEMENTS = 1 << 22
 # Sums of columns by blocks of rows that are kept before they are folded, in elements: 64 MiB.
 COLUMN_PARTS = 1 << 24
 # Rows against themselves: from this depth, and from this many multiply-adds of all pairs, half the tiles (see self_similarity).
@@ -227,7 +228,7 @@ def padded_depth(depth: int, fp8: bool = False) -> int:
 def panel_elements(rows: int, columns: int, depth: int) -> int:
     """How many coefficients of a panel there may be."""
     least, most = PANEL_ELEMENTS
-    return max(least, min(most, (rows + columns) * depth))
+    return max(least, min(most, (rows + columns) * depth * 3 // 4))
 
 
 def half_tiles(rows: int, depth: int) -> bool:

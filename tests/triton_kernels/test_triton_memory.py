@@ -11,25 +11,42 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import calls
 from memory import LiveBytes
-from recording import recorded
 
 from fastnce import triton_kernels
+from fastnce.triton_kernels import launch
 
 MIB = 1 << 20
+FORMS = {
+    "symmetric": {"symmetric": True},
+    "one_direction": {},
+    "fp8": {"symmetric": True, **calls.FP8},
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_starts(monkeypatch):
+    monkeypatch.setattr(launch, "_start", lambda *arguments: None)
 
 
 def rows(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
 
-def peak_of_info_nce(count: int, depth: int, *, needs=(True, True, False, False), **options) -> int:
-    """Bytes of a mean loss with its gradients."""
+def peak_of_info_nce(count: int, depth: int, at_once: bool, **options) -> int:
+    """Bytes of both gradients of a mean loss, at once with it, or from the log-sum-exp of an earlier call."""
     query, key = rows(1, count, depth), rows(1, count, depth)
-    with recorded(), LiveBytes() as memory:
-        triton_kernels.info_nce_forward(
-            query, key, None, 0.07, **{**calls.IN_BATCH, **options}, grad_scale=1.0, needs=needs
+    options = {**calls.IN_BATCH, **options}
+    needs = (True, True, False, False)
+    scale = 1.0 if at_once else None
+    with LiveBytes() as forward:
+        loss, lse, _ = triton_kernels.info_nce_forward(
+            query, key, None, 0.07, **options, grad_scale=scale, needs=needs
         )
-    return memory.peak
+    if at_once:
+        return forward.peak
+    with LiveBytes() as backward:
+        triton_kernels.info_nce_backward(loss, query, key, None, 0.07, lse, **options, needs=needs)
+    return max(forward.peak, backward.peak)
 
 
 def test_the_count_is_of_what_lives():
@@ -48,10 +65,29 @@ def test_the_count_is_of_what_lives():
     assert memory.peak == 2000 + b.nbytes
 
 
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "one_direction"])
+@pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize(
-    ("count", "depth"), [(262144, 512), (65536, 256), (65536, 512), (65536, 1024)]
+    ("count", "depth", "at_once"),
+    [
+        (262144, 512, True),
+        (65536, 256, True),
+        (65536, 512, True),
+        (65536, 1024, True),
+        (65536, 256, False),
+        (65536, 512, False),
+    ],
 )
-def test_both_gradients_take_less_than_four_times_the_inputs(count, depth, symmetric):
+def test_both_gradients_take_less_than_four_times_the_inputs(count, depth, at_once, options):
     inputs = 2 * count * depth * 2
-    assert peak_of_info_nce(count, depth, symmetric=symmetric) < 4 * inputs
+    assert peak_of_info_nce(count, depth, at_once, **options) < 4 * inputs
+
+
+@pytest.mark.parametrize("depth", [128, 512])
+def test_half_the_tiles_take_little_memory(depth):
+    """The columns' sums by blocks of rows, of which there would be 1 GiB in all."""
+    features, labels = rows(65536, depth), torch.empty(65536, dtype=torch.int64, device="meta")
+    with LiveBytes() as memory:
+        triton_kernels.sup_con_forward(
+            features, labels, 0.07, grad_scale=None, mean=True, needs=(False, False)
+        )
+    assert memory.peak < features.nbytes + 100 * MIB
