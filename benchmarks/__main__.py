@@ -11,7 +11,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cut_step, distributed, gpu_report, gpu_targets, machine, report, suite
+from benchmarks import (
+    cold_start,
+    cut_step,
+    distributed,
+    gpu_report,
+    gpu_targets,
+    machine,
+    report,
+    suite,
+)
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _COMMANDS = (
@@ -21,6 +30,7 @@ _COMMANDS = (
     "demo",
     "cut_step",
     "distributed",
+    "cold_start",
     "gpu-report",
     "gpu-targets",
 )
@@ -37,6 +47,7 @@ commands:
   demo        one case of the main ops in half a minute; writes demo.md, demo.json, demo.png
   cut_step    a training step of CUT against the published one in eager PyTorch: time, memory, where the time goes; on a CPU
   distributed info_nce over 4 gloo ranks of this machine: time and memory of each rank; --size full: up to 65536 rows
+  cold_start  compiling the Triton kernels of a step for every GPU generation; on a GPU the first call against the second
   gpu-report  on a machine with a GPU: builds, tests, measures, judges; writes results.json, results.md
   gpu-targets what the GPU kernels must reach, row by row: judges the --results of a gpu-report, or says what is not measured
 
@@ -66,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "command",
         metavar="COMMAND",
-        help="an op, all, table, demo, cut_step, distributed, gpu-report or gpu-targets",
+        help="an op, all, table, demo, cut_step, distributed, cold_start, gpu-report or gpu-targets",
     )
     add(
         "--seconds",
@@ -161,6 +172,8 @@ def main(argv: list[str] | None = None) -> int:
             return gpu_report.main(args.out or Path("out/gpu-report"), args.minutes)
         if args.command == "gpu-targets":
             return gpu_targets.main(args.out, args.results)
+        if args.command == "cold_start":
+            return cold_start.main([] if args.out is None else ["--out", str(args.out)])
         with machine.matmul_precision(args.precision):
             if args.command == "cut_step":
                 return cut_step.main([] if args.out is None else ["--out", str(args.out)])

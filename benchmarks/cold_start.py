@@ -1,4 +1,4 @@
-"""What a first step waits for: compiling the Triton kernels. ``python -m benchmarks.cold_start``.
+"""What a first step waits for: compiling the Triton kernels. ``python -m benchmarks cold_start``.
 
 Without a GPU: the CPU time in which Triton, LLVM and ptxas compile, for each generation of GPUs, what a training step launches.
 Kernels compile one after another, on one core; Triton keeps them on disk, so that later processes wait for none of it. On a GPU
@@ -8,6 +8,7 @@ besides: the first call of a step against the second, in a process with an empty
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import resource
@@ -178,7 +179,7 @@ def table(found: dict, device: str) -> str:
     lines = [
         f"# Cold start on {device}",
         "",
-        "CPU seconds of one core to compile what a step launches (`python -m benchmarks.cold_start`): a symmetric `info_nce` of "
+        "CPU seconds of one core to compile what a step launches (`python -m benchmarks cold_start`): a symmetric `info_nce` of "
         f"{_ROWS} x {_DEPTH} in bfloat16; a CUT step's patches and PatchNCE, batch 1 in float32. No GPU takes part.",
         "",
         "| step | target | kernels | together | the longest |",
@@ -216,6 +217,12 @@ def main(argv: list[str] | None = None) -> int:
         times = first_calls(args.call, torch.device("cuda"), "triton")
         print(json.dumps({"seconds": times}))
         return 0
+    if importlib.util.find_spec("triton") is None:
+        print(
+            "benchmarks cold_start: Triton is not installed. Run: pip install triton",
+            file=sys.stderr,
+        )
+        return 1
     facts = machine.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     found = measure(tuple(args.targets))
     text = table(found, facts["device"])

@@ -91,8 +91,8 @@ CASES = [
         *_CUT,
         drawn=True,
     ),
-    _case("the same, forward alone", 1, 256, 256, *_CUT, drawn=True, forward=True),
-    _case("the same, inside a network", 1, 256, 256, *_CUT, drawn=True, tap=True),
+    _case("CUT's 5 maps, 1 image, forward alone", 1, 256, 256, *_CUT, drawn=True, forward=True),
+    _case("CUT's 5 maps, 1 image, inside a network", 1, 256, 256, *_CUT, drawn=True, tap=True),
     _case("CUT's 5 maps, 4 images, drawn positions", 4, 256, 256, "full", drawn=True),
     _case("digits, 8 images of 32 x 32", 8, 32, 64, "full", drawn=True),
 ]

@@ -287,6 +287,17 @@ def test_another_function_is_still_checked():
     assert found["status"] == "wrong"
 
 
+def test_fp8_similarities_are_held_against_the_reference_that_rounds_too():
+    case = small("keys without gradient, 65536 x 256")
+    exact = Provider("torch", suite.fused(case, "torch"), ours=True)
+    rounded = suite._fp8(exact, case)
+    unrounded = dataclasses.replace(rounded, name="unrounded", call=exact.call)
+    arguments = (suite.fused(case, "torch"), CPU, torch.float32, 0.01)
+    found = harness.measure(case, [rounded, unrounded], *arguments)["providers"]
+    assert [x["status"] for x in found] == ["ok", "wrong"]
+    assert found[0]["rounds_products"] and found[0]["other_function"]
+
+
 def test_the_sigmoid_loss_is_its_sum_over_pairs():
     draw = Draw(CPU, torch.float64)
     query, key = draw.normal(3, 5), draw.normal(3, 5)
@@ -446,7 +457,7 @@ def test_points_have_the_sizes_by_which_the_ops_choose(monkeypatch):
     monkeypatch.setattr(
         dispatch, "quickest", lambda op, tensor: asked.append((op, tuple(tensor.shape))) or ()
     )
-    tap = suite.find_case("sample_patches", "the same, inside a network")
+    tap = suite.find_case("sample_patches", "CUT's 5 maps, 1 image, inside a network")
     for case in (*(suite.cases(op, "quick", CPU)[0] for op in suite.OPS), tap):
         case = dataclasses.replace(
             case, shape=case.cut({"N": 24, "M": 40, "S": 16, "image": 32, "D": 40})

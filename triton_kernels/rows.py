@@ -49,7 +49,7 @@ class Rows:
     @property
     def for_similarity(self) -> Rows:
         """The rows that similarities multiply; the products of the gradients take the others."""
-        return self.rounded or self
+        return self if self.rounded is None else self.rounded
 
     def chunk(self, largest: int) -> int:
         """The depth of a step where rows are not resident: no step goes beyond their end."""
