@@ -108,6 +108,10 @@ TENSOR_MEMORY: Table = LARGE | {
         (128, Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
         (RESIDENT_DEPTH, Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)),
     ),
+    ("products fp8", 2): (
+        (128, Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        (RESIDENT_DEPTH, Tile(64, 64, 8, 3), Tile(64, 32, 8, 2)),
+    ),
     ("panel", 2): ((1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 8, 3)),),
     ("panel rich", 2): ((1 << 30, Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)),),
 }
