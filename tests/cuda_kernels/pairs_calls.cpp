@@ -98,8 +98,8 @@ extern "C" const char* plan_products_of(const Problem* p, int of_x, int of_y, in
 // Statistics of x and y, products of x and y, term, workspace.
 extern "C" const char* products_of(const Problem* p, float* const* values) {
   return caught([=] {
-    const ProductsPlan plan = plan_products(p->pairs(), p->machine(), values[2] != nullptr,
-                                                  values[3] != nullptr);
+    const ProductsPlan plan =
+        plan_products(p->pairs(), p->machine(), values[2] != nullptr, values[3] != nullptr);
     Products products{};
     products.x_statistics = values[0];
     products.y_statistics = values[1];
