@@ -178,7 +178,6 @@ struct Product {
   const uint32_t* registers;            // this lane's, in the instruction's order
   std::array<const uint32_t*, 4> quad;  // those of the four lanes with this lane's rows
   float* d;
-  bool accumulate;
 };
 
 // All four warps issue the same product.
@@ -186,7 +185,7 @@ inline void meet_for_product(void* const* threads) {
   const auto& first = *static_cast<Product*>(threads[0]);
   for (int i = 0; i < 128; ++i) {
     auto& mine = *static_cast<Product*>(threads[i]);
-    if (mine.a != first.a || mine.b != first.b || mine.accumulate != first.accumulate) {
+    if (mine.a != first.a || mine.b != first.b) {
       fail("wgmma: the threads of a warp group disagree");
     }
     for (int t = 0; t < 4; ++t) {
@@ -213,8 +212,8 @@ inline void run_product(const Product& p, const char* shared, int rank) {
       for (int k = 0; k < 16; ++k)
         b[k] = operand<T>(shared, p.b, 8 * i + 2 * t + r, k, FromRegisters);
       for (int half = 0; half < 2; ++half) {
-        float& d = p.d[4 * i + 2 * half + r];
-        double sum = p.accumulate ? d : 0.0f;
+        float& d = p.d[4 * i + 2 * half + r];  // d[i][2 * half + r]
+        double sum = d;
         for (int k = 0; k < 16; ++k) sum += a[half][k] * b[k];
         d = static_cast<float>(sum);
       }
@@ -243,16 +242,16 @@ inline void wgmma_wait() {
   place().fenced = false;
   sync_warp();
 }
-template <int Count>
-inline void pin(float (&)[Count]) {}
+template <class Value, int Count>
+inline void pin(Value (&)[Count][4]) {}
 
 template <class T, int Columns>
-inline void wgmma_tiles(float (&d)[Columns / 2], uint64_t a, uint64_t b, int accumulate) {
-  issue_product<T, Columns, false>({a, b, nullptr, {}, d, accumulate != 0});
+inline void wgmma_tiles(float (&d)[Columns / 8][4], uint64_t a, uint64_t b) {
+  issue_product<T, Columns, false>({a, b, nullptr, {}, d[0]});
 }
 template <class T>
-inline void wgmma_registers(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
-  issue_product<T, 64, true>({0, b, a, {}, d, true});
+inline void wgmma_registers(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
+  issue_product<T, 64, true>({0, b, a, {}, d[0]});
 }
 
 }  // namespace emulator::sm90

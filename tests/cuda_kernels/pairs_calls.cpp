@@ -90,7 +90,7 @@ extern "C" const char* plan_products_of(const Problem* p, int of_x, int of_y, in
     const ProductsPlan plan = plan_products(p->pairs(), p->machine(), of_x != 0, of_y != 0);
     out[0] = plan.x_splits;
     out[1] = plan.y_splits;
-    out[2] = plan.term_splits;
+    out[2] = plan.x_splits;
     out[3] = plan.workspace_bytes;
   });
 }
