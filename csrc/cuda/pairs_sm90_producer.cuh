@@ -38,13 +38,12 @@ __device__ __forceinline__ void bring_tiles(const TensorMap& x_map, const Tensor
   }
 }
 
-// A warp copies what there is of kCount values; zeros beyond.
+// A lane's share of kCount values, of which `there` are there, in the background; zeros beyond.
 template <int kCount, class Value>
 __device__ __forceinline__ void bring(Value (&to)[kCount], const Value* from, int there) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-#pragma unroll 2
-  for (int i = 0; i < kCount; i += kWarp) {
-    to[i + lane] = i + lane < there ? from[i + lane] : Value{0};
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x) % kWarp; i < kCount; i += kWarp) {
+    copy_async<sizeof(Value)>(&to[i], from + i, i < there);
   }
 }
 
@@ -68,6 +67,8 @@ __device__ __forceinline__ void bring_data(const Arguments& a, const Memory<C::k
 #pragma unroll
         for (int i = 0; i < 3; ++i) bring(data.statistics[i], statistics + i * total + at, there);
       }
+      copy_async_commit();
+      copy_async_wait<0>();
       barrier_arrive(&barriers.data_full[turn.slot]);
       turn.next(kDataSlots);
     }

@@ -17,6 +17,8 @@ struct Problem {
   const int64_t *x_labels, *y_labels;
   int64_t problems, rows, columns, depth;
   double temperature;
+  const double* temperature_tensor;
+  int64_t panel_rows, panel_problems;  // of a plan that has panels; 0 for what is planned
   int dtype, precision, kind, unit_rows, capability, multiprocessors;
 
   Pairs pairs() const {
@@ -36,10 +38,18 @@ struct Problem {
     p.kind = static_cast<Kind>(kind);
     p.x_labels = x_labels;
     p.y_labels = y_labels;
-    p.temperature = {nullptr, false, static_cast<float>(temperature)};
+    p.temperature = {temperature_tensor, true, static_cast<float>(temperature)};
     return p;
   }
   Machine machine() const { return {capability, multiprocessors}; }
+  ProductsPlan products(bool of_x, bool of_y) const {
+    ProductsPlan plan = plan_products(pairs(), machine(), of_x, of_y);
+    if (plan.panel_rows != 0 && panel_rows != 0) {
+      plan.panel_rows = panel_rows;
+      plan.panel_problems = panel_problems;
+    }
+    return plan;
+  }
 };
 
 std::string message;
@@ -87,19 +97,17 @@ extern "C" const char* sums_of(const Problem* p, int with_product, float* const*
 
 extern "C" const char* plan_products_of(const Problem* p, int of_x, int of_y, int64_t* out) {
   return caught([=] {
-    const ProductsPlan plan = plan_products(p->pairs(), p->machine(), of_x != 0, of_y != 0);
+    const ProductsPlan plan = p->products(of_x != 0, of_y != 0);
     out[0] = plan.x_splits;
     out[1] = plan.y_splits;
-    out[2] = plan.x_splits;
-    out[3] = plan.workspace_bytes;
+    out[2] = plan.workspace_bytes;
   });
 }
 
 // Statistics of x and y, products of x and y, term, workspace.
 extern "C" const char* products_of(const Problem* p, float* const* values) {
   return caught([=] {
-    const ProductsPlan plan =
-        plan_products(p->pairs(), p->machine(), values[2] != nullptr, values[3] != nullptr);
+    const ProductsPlan plan = p->products(values[2] != nullptr, values[3] != nullptr);
     Products products{};
     products.x_statistics = values[0];
     products.y_statistics = values[1];

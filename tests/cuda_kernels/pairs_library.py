@@ -9,19 +9,18 @@ import ctypes
 import dataclasses
 import functools
 import math
-import subprocess
 import tempfile
 from pathlib import Path
 
 import torch
-from emulated import FLAGS, HERE, SOURCES
+from emulated import FLAGS, FOLDER, HERE, SOURCES, build_emulated
 from torch import Tensor
 
 from fastnce import build
 
 QUEUE, IN_BATCH, SUP_CON, TWO_C = range(4)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FILES = ("pairs.cpp", "pairs_sm80_float.cu", "pairs_sm80_half.cu", "pairs_sm90.cu")
+OBJECTS = FOLDER / "objects"
 
 
 class Problem(ctypes.Structure):
@@ -33,7 +32,8 @@ class Problem(ctypes.Structure):
             for name in ("x", "x_scale", "y", "y_scale", "x_labels", "y_labels")
         ]
         + [(name, ctypes.c_int64) for name in ("problems", "rows", "columns", "depth")]
-        + [("temperature", ctypes.c_double)]
+        + [("temperature", ctypes.c_double), ("temperature_tensor", ctypes.c_void_p)]
+        + [("panel_rows", ctypes.c_int64), ("panel_problems", ctypes.c_int64)]
         + [
             (name, ctypes.c_int)
             for name in ("dtype", "precision", "kind", "unit_rows", "capability", "multiprocessors")
@@ -43,16 +43,13 @@ class Problem(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Raises ``build.BuildError`` without a compiler."""
-    folder = Path(tempfile.mkdtemp(prefix="fastnce-pairs-"))
-    files = [*(SOURCES / name for name in FILES), HERE / "emulator.cpp", HERE / "pairs_calls.cpp"]
-
-    def command(file: Path) -> list[str]:
-        return [*build.cxx(), *FLAGS, f"-I{SOURCES}", f"-I{HERE}", "-x", "c++"]
-
-    objects = build.compile_files(files, command, folder, False)
-    output = folder / "pairs.so"
-    subprocess.run([*build.cxx(), "-shared", *map(str, objects), "-o", str(output)], check=True)
+    """From the objects of the emulated library. Raises ``build.BuildError`` without a compiler."""
+    build_emulated()
+    output = Path(tempfile.mkdtemp(prefix="fastnce-pairs-")) / "pairs.so"
+    objects = [*OBJECTS.glob("pairs*.o"), *OBJECTS.glob("emulator.cpp-*.o")]
+    command = [*build.cxx(), *FLAGS, "-shared", f"-I{SOURCES}", f"-I{HERE}"]
+    command += [str(HERE / "pairs_calls.cpp"), *map(str, objects), "-o", str(output)]
+    build.run_compiler(command, False)
     loaded = ctypes.CDLL(str(output))
     for name in ("plan_sums_of", "sums_of", "plan_products_of", "products_of"):
         getattr(loaded, name).restype = ctypes.c_char_p
@@ -68,9 +65,15 @@ def pointers(tensors: list[Tensor | None]) -> ctypes.Array:
     return (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
 
 
-def fresh(*shape: int) -> Tensor:
-    """An output not written is seen."""
-    return torch.full(shape, math.nan)
+def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """NaN between NaN: what is not written, or read beyond the end, is seen."""
+    size = math.prod(shape)
+    return torch.full((size + 64,), math.nan, dtype=dtype)[32 : 32 + size].view(shape)
+
+
+def rounded_to_tf32(x: Tensor) -> Tensor:
+    """To 11 bits, to the nearest."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 @dataclasses.dataclass
@@ -82,6 +85,10 @@ class Case:
         kind: of the pairs.
         temperature: of the logits.
         dtype: of the packed rows.
+        tf32: how float32 rows are multiplied, else as good as float32.
+        unit: rows have a scale to unit length, else 1.
+        on_device: the temperature is a tensor.
+        panel: rows and problems of a panel of coefficients, instead of what is planned.
         problems: how many.
         capability: of the GPU.
         multiprocessors: of the GPU; columns are split where there are more than blocks of rows.
@@ -94,6 +101,10 @@ class Case:
     kind: int = QUEUE
     temperature: float = 0.07
     dtype: torch.dtype = torch.bfloat16
+    tf32: bool = False
+    unit: bool = True
+    on_device: bool = False
+    panel: tuple[int, int] = (0, 0)
     problems: int = 1
     capability: int = 90
     multiprocessors: int = 4
@@ -106,16 +117,23 @@ class Case:
         def rows(count: int) -> Tensor:
             values = torch.randn(self.problems, count, self.depth, generator=generator)
             values = torch.nn.functional.pad(values, (0, -self.depth % 16))
-            return values.to(self.dtype)
+            return fresh(*values.shape, dtype=self.dtype).copy_(values)
+
+        def labels(count: int) -> Tensor:  # that differ in their upper halves
+            return torch.randint(4, (self.problems, count), generator=generator) << 40
 
         self.x, self.y = rows(n), rows(m)
-        self.x_labels = torch.randint(4, (self.problems, n), generator=generator)
-        self.y_labels = torch.randint(4, (self.problems, m), generator=generator)
-        if self.kind != QUEUE:  # rows against themselves, or their positives
+        self.x_labels, self.y_labels = labels(n), labels(m)
+        if self.kind in (SUP_CON, TWO_C):  # rows against themselves
             self.y[:, :both] = self.x[:, :both]
             self.y_labels[:, :both] = self.x_labels[:, :both]
-        self.x_scale, self.y_scale = (1 / t.double().norm(dim=-1) for t in (self.x, self.y))
-        self.x_scale, self.y_scale = self.x_scale.float(), self.y_scale.float()
+        self.x_scale, self.y_scale = (self._scale(t) for t in (self.x, self.y))
+        self.on_the_device = torch.tensor(self.temperature, dtype=torch.float64)
+
+    def _scale(self, rows: Tensor) -> Tensor:
+        norms = rows.double().norm(dim=-1)
+        scale = 1 / norms if self.unit else torch.ones_like(norms)
+        return fresh(*scale.shape).copy_(scale)
 
     def problem(self) -> Problem:
         labels = self.kind in (SUP_CON, TWO_C)
@@ -130,11 +148,13 @@ class Case:
             self.rows,
             self.columns,
             self.x.shape[-1],
-            self.temperature,
+            math.nan if self.on_device else self.temperature,
+            self.on_the_device.data_ptr() if self.on_device else None,
+            *self.panel,
             DTYPES.index(self.dtype),
-            0,
+            int(self.tf32),
             self.kind,
-            1,
+            int(self.unit),
             self.capability,
             self.multiprocessors,
         )
@@ -165,35 +185,53 @@ class Case:
         self, of_rows: Tensor | None, of_columns: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``sum_j G_ij y^_j``, ``sum_i G_ij x^_i`` and ``sum_j G_ij z_ij``, from statistics (3, problems, rows or columns)."""
-        plan = (ctypes.c_int64 * 4)()
+        plan = (ctypes.c_int64 * 3)()
         problem = self.problem()
         call("plan_products_of", ctypes.byref(problem), 1, 1, plan)
-        x_splits, y_splits, term_splits, workspace = plan
+        x_splits, y_splits, workspace = plan
         depth = self.x.shape[-1]
         x_product = fresh(x_splits, self.problems, self.rows, depth)
         y_product = fresh(y_splits, self.problems, self.columns, depth)
-        term = fresh(term_splits, self.problems, self.rows)
-        room = torch.empty(workspace, dtype=torch.uint8)
+        term = fresh(x_splits, self.problems, self.rows)
+        room = torch.full((workspace + 64,), 255, dtype=torch.uint8)
         values = [of_rows, of_columns, x_product, y_product, term, room]
         call("products_of", ctypes.byref(problem), pointers(values))
+        assert (room[workspace:] == 255).all()
         return x_product.sum(0), y_product.sum(0), term.sum(0)
 
-    # --- what they should give, in fp64 ---
+    # --- what they should give: in float64, and as plain PyTorch has it in float32, with the products' factors rounded ---
+
+    def rounded(self, factor: Tensor) -> Tensor:
+        """A factor of a product in float32, as the products' precision has it."""
+        if factor.dtype == torch.float64:
+            return factor
+        if self.tf32:
+            return rounded_to_tf32(factor.contiguous())
+        return factor.to(self.dtype).float()
+
+    def units_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return (
+            self.x.to(dtype) * self.x_scale.to(dtype)[..., None],
+            self.y.to(dtype) * self.y_scale.to(dtype)[..., None],
+        )
+
+    def logits_in(self, dtype: torch.dtype) -> Tensor:
+        """-inf for pairs that do not count."""
+        x, y = (self.rounded(rows.to(dtype)) for rows in (self.x, self.y))
+        scale = self.x_scale.to(dtype)[:, :, None], self.y_scale.to(dtype)[:, None, :]
+        precision = torch.float64 if self.on_device else torch.float32  # the kernels' argument
+        temperature = torch.tensor(self.temperature, dtype=precision).to(dtype)
+        z = x @ y.mT * scale[0] * scale[1] / temperature
+        own = torch.eye(self.rows, self.columns, dtype=torch.bool)
+        return z if self.kind == QUEUE else z.masked_fill(own, -math.inf)
 
     @functools.cached_property
     def units(self) -> tuple[Tensor, Tensor]:
-        return (
-            self.x.double() * self.x_scale.double()[..., None],
-            self.y.double() * self.y_scale.double()[..., None],
-        )
+        return self.units_in(torch.float64)
 
     @functools.cached_property
     def logits(self) -> Tensor:
-        """-inf for pairs that do not count."""
-        x, y = self.units
-        z = x @ y.mT / self.temperature
-        own = torch.eye(self.rows, self.columns, dtype=torch.bool)
-        return z if self.kind == QUEUE else z.masked_fill(own, -math.inf)
+        return self.logits_in(torch.float64)
 
     @functools.cached_property
     def same(self) -> Tensor:
@@ -203,25 +241,37 @@ class Case:
     def statistics(self, dim: int) -> Tensor:
         """Log-sum-exp, random weights and the third number of the losses of rows (dim -1) or columns (-2): (3, problems, n)."""
         lse = self.logits.logsumexp(dim)
+        lse = lse.masked_fill(lse == -math.inf, 0)  # of a single row, as the ops have it
         weight = torch.rand(lse.shape, generator=torch.Generator().manual_seed(self.seed)).double()
         third = torch.zeros_like(lse)
         if self.kind == SUP_CON:
             third = weight / self.same.sum(dim).clamp(min=1)
         if self.kind == TWO_C:
             third = self.logits.masked_fill(~self.same, -math.inf).logsumexp(dim)
+            third = third.masked_fill(third == -math.inf, 0)
         return torch.stack([lse, weight, third])
 
-    def coefficients(self, of_rows: Tensor | None, of_columns: Tensor | None) -> Tensor:
-        z, g = self.logits, torch.zeros_like(self.logits)
+    def coefficients(
+        self,
+        of_rows: Tensor | None,
+        of_columns: Tensor | None,
+        dtype: torch.dtype = torch.float64,
+        *,
+        sizes: bool = False,
+    ) -> Tensor:
+        """G; or the sizes of what it is the sum of."""
+        z = self.logits_in(dtype)
+        g = torch.zeros_like(z)
         for statistics, dim in ((of_rows, -1), (of_columns, -2)):
             if statistics is None:
                 continue
-            lse, weight, third = (value.unsqueeze(dim) for value in statistics)
+            lse, weight, third = (value.unsqueeze(dim).to(dtype) for value in statistics)
+            sign = 1 if sizes else -1
             g += weight * (z - lse).exp()
             if self.kind == SUP_CON:
-                g -= torch.where(self.same, third, 0.0)
+                g += sign * torch.where(self.same, third, 0.0)
             if self.kind == TWO_C:
-                g -= torch.where(self.same, weight * (z - third).exp(), 0.0)
+                g += sign * torch.where(self.same, weight * (z - third).exp(), 0.0)
         return g
 
 
