@@ -26,6 +26,10 @@ SANITIZE_TESTS ?= (native or test_maps) and not memory_does_not_grow and not fma
 # The Triton kernels' tests on the host. Left out, for the interpreter is slow: what it cannot show, and more of the same.
 INTERPRETED_TESTS ?= triton and not repeatable and not left_alone and not without_gradients and not transposed and not third
 
+# The CUDA kernels' tests on the host. Left out: what the first run has done, and more of the same.
+EMULATED := out/cuda-emulated/libfastnce_cuda_emulated.so
+EMULATED_TESTS ?= cuda and not test_cuda_build and not test_emulator
+
 .PHONY: demo demo-contragan test triton-sweep sanitize lint format bench gpu-report install native clean
 
 demo: install
@@ -55,6 +59,8 @@ demo-contragan: install
 test: install
 	$(PY) -m pytest -q
 	TRITON_INTERPRET=1 $(PY) -m pytest -q tests/ops/test_every_op.py tests/triton_kernels -k "$(INTERPRETED_TESTS)" -W ignore::RuntimeWarning
+	$(PY) -m tests.cuda_kernels.emulated
+	FASTNCE_CUDA_EMULATED=$(EMULATED) $(PY) -m pytest -q tests/ops/test_every_op.py tests/ops/test_registered_ops.py tests/cuda_kernels -k "$(EMULATED_TESTS)"
 
 # Every Triton kernel for all depths, dtypes and targets.
 triton-sweep: install
@@ -67,16 +73,18 @@ sanitize: install
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	$(PY) -m pytest -q -x -p no:faulthandler --capture=sys tests/ops -k "$(SANITIZE_TESTS)"
 
+CXX_FILES := '*.cpp' '*.h' '*.cu' '*.cuh'
+
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files $(CXX_FILES))
 	$(VENV)/bin/mypy
 
 format: install
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(VENV)/bin/clang-format -i $$(git ls-files $(CXX_FILES))
 
 bench: install
 	$(PY) -m benchmarks all --out out/benchmarks

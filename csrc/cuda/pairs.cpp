@@ -92,8 +92,9 @@ ProductsPlan plan_panels(const Pairs& p, const Machine& machine, bool of_x, bool
   ProductsPlan plan{};
   plan.x_splits = of_x ? panel_splits(together, height, p.columns, p, machine) : 0;
   plan.y_splits = of_y ? panel_splits(together, p.columns, height, p, machine) : 0;
-  plan.term_splits = coefficients.splits;
-  plan.workspace_bytes = together * height * pitch * element_bytes(p.dtype);
+  plan.panel_splits = coefficients.splits;
+  plan.workspace_bytes =
+      term_bytes(p, coefficients.splits) + together * height * pitch * element_bytes(p.dtype);
   plan.x_row_block = block;
   plan.panel_rows = height;
   plan.panel_problems = together;
@@ -108,9 +109,15 @@ bool can_sum_with_product(const Pairs& pairs, const Machine&) {
 
 SumsPlan plan_sums(const Pairs& pairs, const Machine& machine, bool with_product) {
   check(pairs);
-  const Cut c = with_product ? resident_cut(pairs, pairs.rows, pairs.columns, machine)
-                             : streamed_cut(pairs, machine);
-  return {c.splits, c.row_block, blocks_of(pairs.rows, c.row_block)};
+  if (with_product) {
+    const Cut c = resident_cut(pairs, pairs.rows, pairs.columns, machine);
+    return {c.splits, c.row_block, blocks_of(pairs.rows, c.row_block)};
+  }
+  // Where there are more blocks of rows than multiprocessors, they follow one another in groups.
+  const Cut c = streamed_cut(pairs, machine);
+  const int64_t blocks = blocks_of(pairs.rows, c.row_block);
+  const int64_t each = blocks_of(pairs.problems * blocks, machine.multiprocessors);
+  return {c.splits, c.row_block, blocks_of(blocks, std::min(each, blocks))};
 }
 
 void launch_sums(const Pairs& pairs, const SumsPlan& plan, const Sums& out, Stream stream) {
@@ -124,7 +131,7 @@ ProductsPlan plan_products(const Pairs& pairs, const Machine& machine, bool of_x
   ProductsPlan plan{};
   if (of_x) {
     const Cut c = resident_cut(pairs, pairs.rows, pairs.columns, machine);
-    plan.x_splits = plan.term_splits = c.splits;
+    plan.x_splits = c.splits;
     plan.x_row_block = c.row_block;
   }
   if (of_y) {

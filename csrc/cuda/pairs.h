@@ -63,9 +63,10 @@ constexpr int64_t padded_depth(int64_t depth) { return (depth + 15) / 16 * 16; }
 // --- sums ---
 
 struct SumsPlan {
-  int64_t splits;      // parts of the columns
-  int64_t row_block;   // rows of a block; blocks do not cross problems
-  int64_t row_blocks;  // of one problem: parts of the column sums
+  int64_t splits;     // parts of the columns
+  int64_t row_block;  // rows of a block; blocks do not cross problems
+  int64_t
+      row_blocks;  // of one problem: parts of the column sums, of one or more blocks of rows each
 };
 
 // Base 2, `sum 2^largest`; largest may be -inf where nothing was summed up.
@@ -100,13 +101,12 @@ void launch_sums(const Pairs& pairs, const SumsPlan& plan, const Sums& out, Stre
 // positive: kSupCon: third; kTwoC: weight 2^(z - third). G adds up those of rows and those of
 // columns, as far as there are statistics.
 struct ProductsPlan {
-  int64_t x_splits, y_splits;  // parts of the products, 0 for those not wanted
-  int64_t term_splits;         // of the term
+  int64_t x_splits, y_splits;  // parts of the products, 0 for those not wanted; of the term as of x
   int64_t workspace_bytes;     // aligned to 16; 0 for none
   // For the launch: rows of a block, of x and of y, or rows and problems of a panel of
   // coefficients.
   int64_t x_row_block, y_row_block;
-  int64_t panel_rows, panel_problems;
+  int64_t panel_rows, panel_problems, panel_splits;
 };
 
 struct Products {
@@ -114,7 +114,7 @@ struct Products {
   const float* y_statistics = nullptr;  // (3, C), or none
   float* x_product = nullptr;           // (x_splits, R, P): sum_j G_ij r_j y_j
   float* y_product = nullptr;           // (y_splits, C, P): sum_i G_ij r_i x_i
-  // Optional with x_product, (term_splits, R): sum_j G_ij z_ij, z natural.
+  // Optional with x_product, (x_splits, R): sum_j G_ij z_ij, z natural.
   float* x_term = nullptr;
   void* workspace = nullptr;
 };

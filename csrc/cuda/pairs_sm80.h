@@ -19,6 +19,11 @@ constexpr int kPanelTile = 128;            // rows and columns of a tile of a pa
 
 inline int64_t element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
+// Of a workspace for panels: parts of the rows' terms.
+inline int64_t term_bytes(const Pairs& pairs, int64_t parts) {
+  return (parts * pairs.problems * pairs.rows * 4 + 15) / 16 * 16;
+}
+
 // Instances of the resident kernels: the product's depth is at most this.
 inline int64_t resident_out(int64_t depth) { return depth <= 128 ? 128 : 256; }
 

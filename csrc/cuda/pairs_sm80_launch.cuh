@@ -38,7 +38,7 @@ void launch_sums_of(const Pairs& p, const SumsPlan& plan, const Sums& out, Strea
     const StreamedMemory memory{static_cast<int>(plan.row_block)};
     launch(launch_of(p, p.problems * plan.row_blocks, plan.splits, plan.row_block, memory.bytes(),
                      stream),
-           sums_streamed_kernel<T>, p, out);
+           sums_streamed_kernel<T>, p, out, static_cast<int>(plan.row_blocks));
   } else if (resident_out(p.depth) == 128) {
     launch(resident_launch<T, 128>(p, plan.splits, plan.row_block, stream),
            sums_resident_kernel<T, 128>, p, out);
@@ -82,32 +82,54 @@ void launch_panel(const Pairs& p, const ProductsPlan& plan, const Products& out,
   const int64_t pitch = padded_depth(p.columns), total = p.problems * p.rows;
   const int64_t first_row = problem * p.rows + start, first_column = problem * p.columns;
   const int64_t blocks = row_blocks_of(1, p.rows, plan.x_row_block);
-  const Panel panel{out.workspace, pitch, first_row, problem * blocks + start / plan.x_row_block};
+  // The workspace: the parts of the terms, then the panel.
+  float* const terms = out.x_term == nullptr ? nullptr : static_cast<float*>(out.workspace);
+  auto* const coefficients =
+      static_cast<unsigned char*>(out.workspace) + term_bytes(p, plan.panel_splits);
+  const Panel panel{coefficients, pitch, first_row, problem * blocks + start / plan.x_row_block,
+                    terms};
   const StreamedMemory memory{static_cast<int>(plan.x_row_block)};
-  launch(launch_of(p, row_blocks_of(count, size, plan.x_row_block), plan.term_splits,
+  launch(launch_of(p, row_blocks_of(count, size, plan.x_row_block), plan.panel_splits,
                    plan.x_row_block, memory.bytes(), stream),
          coefficients_kernel<T>, p, out, panel);
 
-  const float factor = 1.0f / coefficient_scale(p.dtype);
-  const auto depth = static_cast<int>(p.depth), rows = static_cast<int>(size);
-  const auto columns = static_cast<int>(p.columns);
+  PanelProduct product{};
+  product.a = coefficients;
+  product.a_pitch = pitch;
+  product.a_problem = size * pitch;
+  product.depth = static_cast<int>(p.depth);
+  product.factor = 1.0f / coefficient_scale(p.dtype);
   if (out.x_product != nullptr) {
-    const E* y = static_cast<const E*>(p.y) + first_column * p.depth;
-    launch_panel_product<T, false>(
-        p, count,
-        {panel.data, pitch, size * pitch, y, p.columns, rows, columns, depth,
-         static_cast<int>(plan.x_splits), out.x_product + first_row * p.depth, size, total,
-         p.x_scale + first_row, factor, false},
-        stream);
+    PanelProduct of_x = product;
+    of_x.b = static_cast<const E*>(p.y) + first_column * p.depth;
+    of_x.b_problem = p.columns;
+    of_x.m = static_cast<int>(size);
+    of_x.k = static_cast<int>(p.columns);
+    of_x.splits = static_cast<int>(plan.x_splits);
+    of_x.out = out.x_product + first_row * p.depth;
+    of_x.out_problem = size;
+    of_x.out_split = total;
+    of_x.row_scale = p.x_scale + first_row;
+    if (terms != nullptr) {
+      of_x.terms = terms + first_row;
+      of_x.term_parts = static_cast<int>(plan.panel_splits);
+      of_x.term = out.x_term + first_row;
+    }
+    launch_panel_product<T, false>(p, count, of_x, stream);
   }
   if (out.y_product != nullptr) {
-    const E* x = static_cast<const E*>(p.x) + first_row * p.depth;
-    launch_panel_product<T, true>(
-        p, count,
-        {panel.data, pitch, size * pitch, x, size, columns, rows, depth,
-         static_cast<int>(plan.y_splits), out.y_product + first_column * p.depth, p.columns,
-         p.problems * p.columns, p.y_scale + first_column, factor, start > 0},
-        stream);
+    PanelProduct of_y = product;
+    of_y.b = static_cast<const E*>(p.x) + first_row * p.depth;
+    of_y.b_problem = size;
+    of_y.m = static_cast<int>(p.columns);
+    of_y.k = static_cast<int>(size);
+    of_y.splits = static_cast<int>(plan.y_splits);
+    of_y.out = out.y_product + first_column * p.depth;
+    of_y.out_problem = p.columns;
+    of_y.out_split = p.problems * p.columns;
+    of_y.row_scale = p.y_scale + first_column;
+    of_y.accumulate = start > 0;
+    launch_panel_product<T, true>(p, count, of_y, stream);
   }
 }
 

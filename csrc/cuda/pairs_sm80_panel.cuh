@@ -26,6 +26,11 @@ struct PanelProduct {
   const float* row_scale;          // of out's rows: what A holds of it is taken out again
   float factor;
   bool accumulate;  // onto `out`
+  // Parts of the rows' terms, (term_parts, all rows), to be added up in `splits` parts (splits, all
+  // rows); or none.
+  const float* terms;
+  int term_parts;
+  float* term;
 };
 
 // Depth of the product in a step: 128 bytes of A's rows; transposed, as many of its columns.
@@ -52,7 +57,7 @@ __device__ __forceinline__ Fragment<T, 4> load_panel(const SharedRows& a, int ro
 }
 
 template <class T, bool kTransposed>
-__global__ void __launch_bounds__(256) panel_product_kernel(const PanelProduct p) {
+__global__ void __launch_bounds__(256, 1) panel_product_kernel(const PanelProduct p) {
   using E = ElementType<T>;
   constexpr int kStep = kPanelStep<T>, kStepOfProduct = 32 / static_cast<int>(sizeof(E));
   const int64_t problem = blockIdx.z / p.splits, split = blockIdx.z % p.splits;
@@ -137,6 +142,15 @@ __global__ void __launch_bounds__(256) panel_product_kernel(const PanelProduct p
                           old.y + out[i / 2][n][2 * (i % 2) + 1] * factor);
     }
   }
+
+  const int own = m + static_cast<int>(threadIdx.x);
+  if (p.term == nullptr || blockIdx.y != 0 || threadIdx.x >= kPanelTile || own >= p.m) return;
+  const int64_t at = problem * p.out_problem + own;
+  float sum = 0.0f;
+  for (int i = static_cast<int>(split); i < p.term_parts; i += p.splits) {
+    sum += p.terms[i * p.out_split + at];
+  }
+  p.term[split * p.out_split + at] = sum;
 }
 
 }  // namespace fastnce::cuda

@@ -92,7 +92,7 @@ __device__ __forceinline__ void store_outputs(const float (&out)[kOut / 8][4], f
 }
 
 template <class T, int kOut>
-__global__ void __launch_bounds__(256) sums_resident_kernel(const Pairs pairs, const Sums out) {
+__global__ void __launch_bounds__(256, 1) sums_resident_kernel(const Pairs pairs, const Sums out) {
   constexpr int kColumns = kResidentColumns<T, kOut>;
   const double temperature = value_of(pairs.temperature);
   const Span span = span_of(pairs, blockIdx.x, blockDim.x / 2, kColumns);
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(256) sums_resident_kernel(const Pairs pairs, c
 }
 
 template <class T, int kOut>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
     products_resident_kernel(const Pairs pairs, const Products out) {
   constexpr int kColumns = kResidentColumns<T, kOut>;
   const double temperature = value_of(pairs.temperature);

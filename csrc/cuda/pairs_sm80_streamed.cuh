@@ -81,50 +81,62 @@ __device__ __forceinline__ void for_each_streamed_tile(const Pairs& pairs, const
   copy_async_wait<0>();
 }
 
+// Block blockIdx.x takes the blocks of rows of one of the `groups` of its problem one after the
+// other: there are no more parts of the column sums than groups.
 template <class T>
-__global__ void __launch_bounds__(256) sums_streamed_kernel(const Pairs pairs, const Sums out) {
+__global__ void __launch_bounds__(256, 1)
+    sums_streamed_kernel(const Pairs pairs, const Sums out, const int groups) {
   const int row_block = blockDim.x / 2;
+  const int blocks = (static_cast<int>(pairs.rows) + row_block - 1) / row_block;
+  const int each = (blocks + groups - 1) / groups;
+  const int64_t problem = blockIdx.x / groups;
+  const int group = static_cast<int>(blockIdx.x) % groups, begin = group * each;
+  const int end = begin + each < blocks ? begin + each : blocks;
   const double temperature = value_of(pairs.temperature);
-  const Span span = span_of(pairs, blockIdx.x, row_block, kStreamedColumns);
-  const ThreadRows rows = rows_of_thread(pairs, span, threadIdx.x / kWarp, temperature);
-  const StreamedMemory memory{row_block};
   const Offset offset = offset_of(pairs, temperature);
-  const int64_t column_part =
-      span.row / row_block * pairs.problems * pairs.columns + span.first_column;
-  RowSums<false> sums(offset);
-  LabelSums labels(pairs.kind, offset);
-  for_each_streamed_tile<T>(pairs, span, memory, nullptr,
-                            [&](StreamedTile& tile, int first, const StreamedMemory::Data& data) {
-                              to_logits(tile, data, rows, span, first, pairs.kind);
-                              if (out.label_a != nullptr) labels.add(tile, data, rows);
-                              const bool columns = out.column_sum != nullptr;
-                              if (columns && offset.running)
-                                sum_columns_of_warp(tile, offset, memory.scratch());
-                              float shrink[2];
-                              sums.add(tile, shrink);
-                              if (columns) {
-                                if (!offset.running)
+  const StreamedMemory memory{row_block};
+  const bool columns = out.column_sum != nullptr;
+  for (int block = begin; block < end; ++block) {
+    const Span span = span_of(pairs, problem * blocks + block, row_block, kStreamedColumns);
+    const ThreadRows rows = rows_of_thread(pairs, span, threadIdx.x / kWarp, temperature);
+    const int64_t column_part = group * pairs.problems * pairs.columns + span.first_column;
+    RowSums<false> sums(offset);
+    LabelSums labels(pairs.kind, offset);
+    for_each_streamed_tile<T>(pairs, span, memory, nullptr,
+                              [&](StreamedTile& tile, int first, const StreamedMemory::Data& data) {
+                                to_logits(tile, data, rows, span, first, pairs.kind);
+                                if (out.label_a != nullptr) labels.add(tile, data, rows);
+                                if (columns && offset.running)
                                   sum_columns_of_warp(tile, offset, memory.scratch());
-                                sync_threads();
-                                store_column_sums(memory.scratch(), out, column_part, first,
-                                                  span.columns);
-                              }
-                            });
-  const int64_t part = int64_t{blockIdx.y} * pairs.problems * pairs.rows;
-  sums.store(out, rows, span, part);
-  if (out.label_a != nullptr) labels.store(out, rows, span, part);
+                                float shrink[2];
+                                sums.add(tile, shrink);
+                                if (columns) {
+                                  if (!offset.running)
+                                    sum_columns_of_warp(tile, offset, memory.scratch());
+                                  sync_threads();
+                                  store_column_sums(memory.scratch(), out, column_part, first,
+                                                    span.columns, block > begin);
+                                }
+                              });
+    const int64_t part = int64_t{blockIdx.y} * pairs.problems * pairs.rows;
+    sums.store(out, rows, span, part);
+    if (out.label_a != nullptr) labels.store(out, rows, span, part);
+    sync_threads();  // nobody reads this block's tiles any more
+  }
 }
 
-// Coefficients G_ij r_i r_j of a range of x's rows, which are blocks from `first_block` on.
+// Coefficients G_ij r_i r_j of a range of x's rows, which are blocks from `first_block` on, and the
+// parts of their terms.
 struct Panel {
   void* data;         // (rows of the range, pitch), in the products' dtype
   int64_t pitch;      // columns of a problem, rounded up to 16; zeros beyond the end
   int64_t first_row;  // in x
   int64_t first_block;
+  float* terms;  // (gridDim.y, R), or none
 };
 
 template <class T>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
     coefficients_kernel(const Pairs pairs, const Products out, const Panel panel) {
   using E = ElementType<T>;
   const int row_block = blockDim.x / 2;
@@ -157,9 +169,9 @@ __global__ void __launch_bounds__(256)
                                 }
                               }
                             });
-  if (out.x_term != nullptr) {
+  if (panel.terms != nullptr) {
     const int64_t part = int64_t{blockIdx.y} * pairs.problems * pairs.rows;
-    coefficients.store_term(out.x_term, rows, span, part);
+    coefficients.store_term(panel.terms, rows, span, part);
   }
 }
 

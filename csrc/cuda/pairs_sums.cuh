@@ -171,20 +171,24 @@ __device__ __forceinline__ void sum_columns_of_warp(const float (&tile)[kTiles][
 }
 
 // The block's warps together, after a barrier. `part` is where the block's sums of the problem's
-// columns begin.
+// columns begin; what is there is of the block's earlier rows if `more`.
 template <int kColumns, int kWarps>
 __device__ __forceinline__ void store_column_sums(const ColumnScratch<kColumns, kWarps>& scratch,
                                                   const Sums& out, int64_t part, int first,
-                                                  int columns) {
+                                                  int columns, bool more) {
   const int warps = blockDim.x / kWarp;
   for (int j = threadIdx.x; j < kColumns && first + j < columns; j += blockDim.x) {
-    float top = FASTNCE_NO_LOGIT, sum = 0.0f;
+    float* const largest = out.column_largest + part + first + j;
+    float* const total = out.column_sum + part + first + j;
+    const float old = more ? *largest : FASTNCE_NO_LOGIT;
+    float top = old, sum = 0.0f;
     for (int w = 0; w < warps; ++w) top = fmaxf(top, scratch.largest[w][j]);
+    if (more) sum = *total * exp2_fast(old - finite(top));
     for (int w = 0; w < warps; ++w) {
       sum += scratch.sum[w][j] * exp2_fast(scratch.largest[w][j] - finite(top));
     }
-    out.column_largest[part + first + j] = top;
-    out.column_sum[part + first + j] = sum;
+    *largest = top;
+    *total = sum;
   }
 }
 
