@@ -1,12 +1,15 @@
 // A block has 16 rows or 64 of one image of one layer, goes through all columns of that image, and
 // finishes its rows: loss and gradient.
 //
-// 5 layers of 256 rows, 256 columns and depth 256 are, for an image, 2 * 5 * 256 * 256 * 256 = 168
-// M multiply-adds, and each block reads all columns of its image: 128 KB in bfloat16.
-//   Batch 1: 64 rows would make 20 blocks for a hundred multiprocessors or more. 16 rows make 80,
-//   of 2.1 M multiply-adds each. A matrix instruction has 16 rows, so the warps of a block share
-//   the columns, and add up their results at the end. Batch 16: 64 rows make 320 blocks, which read
-//   42 MB, mostly from the cache; with 16 rows it would be 168 MB.
+// The 5 layers of CUT, 256 rows, 256 columns and depth 256, are 2 * 5 * 256 * 256 * 256 = 168 M
+// multiply-adds an image, and each block reads all columns of its image: 128 KB in bfloat16.
+//
+// Batch 1: with 64 rows there would be 20 blocks for a hundred multiprocessors or more; with 16
+// there are 80, of 2.1 M multiply-adds each. A matrix instruction has 16 rows, so the warps of a
+// block share the columns and add up their results at the end.
+//
+// Batch 16: 64 rows make 320 blocks, which read 42 MB, mostly from the cache; with 16 rows it would
+// be 168 MB.
 //
 // Exponentials are relative to a running maximum always: a warp sees few columns, so that it seldom
 // moves, and one way serves every temperature.
@@ -21,8 +24,9 @@
 namespace fastnce::cuda {
 namespace {
 
-constexpr int64_t kMostDepth = 256;  // of rows in registers and shared memory
-constexpr int64_t kMostRows = 1 << 20;
+constexpr int64_t kMostDepth = 256;  // the sums of products of 16 rows fill the registers of a warp
+constexpr int64_t kMostRows =
+    4096;                    // beyond, a problem alone fills a GPU, and larger tiles read less
 constexpr int kLayers = 16;  // of one launch
 constexpr int kSumThreads = 256;
 constexpr size_t kSumBytes = kSumThreads / kWarp * sizeof(double);
@@ -36,9 +40,8 @@ struct Layers {
 struct Options {
   Temperature temperature;
   float self_logit;
-  bool keys;  // the gradients of the keys: lse and missing are given
-  float2*
-      partial;  // of each block: the losses, and their derivative with respect to the temperature
+  bool keys;      // the gradients of keys: lse and missing are given
+  float2* parts;  // of each block: its losses, and their derivative with respect to the temperature
 };
 static_assert(sizeof(Layers) + sizeof(Options) <= 4096);  // the parameters of a kernel
 
@@ -209,7 +212,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       by_temperature += shared.by_temperature[row];
     }
     loss = warp_sum(loss), by_temperature = warp_sum(by_temperature);
-    if (thread == 0) options.partial[blockIdx.x] = make_float2(loss, by_temperature);
+    if (thread == 0) options.parts[blockIdx.x] = make_float2(loss, by_temperature);
   }
   if (problem.layer.gradient == nullptr) return;
   store_gradient<0>(shared, warp, static_cast<float>(problem.layer.grad_scale / temperature));
@@ -219,8 +222,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 __device__ __forceinline__ double block_sum(double x) {
   double* const of_warps = shared_memory<double>();
   const int thread = static_cast<int>(threadIdx.x);
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+  x = warp_sum_double(x);
   sync_threads();
   if (thread % kWarp == 0) of_warps[thread / kWarp] = x;
   sync_threads();
@@ -314,7 +316,7 @@ bool is_whole(const RowsView& view, Dtype of_products) {
 
 template <class S>
 void run_layers(const std::vector<PatchLayer>& layers, const PatchCall& call, bool keys,
-                float2* partial, Stream stream) {
+                float2* parts, Stream stream) {
   using P = typename S::P;
   const Dtype of_products = std::is_same_v<P, float>      ? Dtype::kFloat32
                             : std::is_same_v<P, bfloat16> ? Dtype::kBfloat16
@@ -330,8 +332,8 @@ void run_layers(const std::vector<PatchLayer>& layers, const PatchCall& call, bo
       group.end[i] = static_cast<int>(blocks);
     }
     launch({"patch_nce", static_cast<unsigned>(blocks), S::kThreads, sizeof(Shared<S>), stream},
-           patch_nce_kernel<S>, group, Options{call.temperature, call.self_logit, keys, partial});
-    if (!keys) partial += blocks;
+           patch_nce_kernel<S>, group, Options{call.temperature, call.self_logit, keys, parts});
+    if (!keys) parts += blocks;
   }
 }
 
