@@ -1,18 +1,17 @@
 // The passes over the matrix of similarities, which is never built: s_ij = r_i r_j x_i . y_j,
 // logits z_ij = s_ij / t.
 //
-// Rows x and columns y of `problems` equal problems are packed, contiguous: x (R, P), R = problems
-// * rows, and y (C, P), C = problems * columns; problem b has the rows from b * rows and the
-// columns from b * columns. P is padded_depth(depth); elements beyond the depth are zero. Scales r
-// and all results are float. Logits inside are in units of log 2.
+// Rows x and columns y of `problems` equal problems are packed, contiguous: x (R, P) with R =
+// problems * rows, and y (C, P) with C = problems * columns; problem b has the rows from b * rows
+// and the columns from b * columns. P is padded_depth(depth); elements beyond the depth are zero.
+// Scales r and all results are float. Logits inside are in units of log 2.
 //
-//   sums       of each row: the largest logit m_i and sum_j E_ij, E_ij = 2^(z_ij - m_i); with them,
-//   on request,
-//              sum_j E_ij z_ij, sum_j E_ij r_j y_j, sums of the row's own label, and sums of
-//              columns
-//   products   (of rows that have r > 0) sum_j G_ij r_j y_j and sum_i G_ij r_i x_i with G = d L / d z, from the statistics of
-//   the rows' and the
-//              columns' losses; sum_j G_ij z_ij
+// Sums: of each row the largest logit m_i and sum_j E_ij with E_ij = 2^(z_ij - m_i); with them, on
+// request, sum_j E_ij z_ij, sum_j E_ij r_j y_j, sums over the row's own label, and sums of columns.
+//
+// Products: sum_j G_ij r_j y_j of rows and sum_i G_ij r_i x_i of columns, where G = d L / d z
+// follows from the statistics of the rows' and the columns' losses; sum_j G_ij z_ij. A row of scale
+// 0, which has no gradient, may have 0 instead.
 //
 // A pass is planned from sizes alone (plan_*), so that a call always gives the same bits; the plan
 // says how much room the results take; then it is launched. Columns are cut into `splits` parts,
