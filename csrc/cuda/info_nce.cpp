@@ -13,11 +13,6 @@
 namespace fastnce::cuda {
 namespace {
 
-// Up to here the sums of columns are kept by blocks of rows: 65536 columns with blocks of 64 rows.
-// Beyond, they are made as sums of rows with the roles exchanged: five products in all instead of
-// four.
-constexpr int64_t kColumnSumBytes = int64_t{512} << 20;
-
 struct Needs {
   bool query, key, negatives, temperature;
   bool rows() const { return query || temperature; }
@@ -64,11 +59,9 @@ class InfoNce {
 
   void forward(const Tensor& loss, const Tensor& lse, float grad_scale) {
     pack();
-    sum();
-    Workspace column_sums;
     InfoNceLosses l = losses();
+    l.columns = sum();
     l.rows = {largest_, sum_, sum_parts_};
-    if (symmetric_) l.columns = sum_columns(&column_sums);
     l.loss = loss.mutable_data_ptr<float>();
     l.lse = lse.mutable_data_ptr<float>();
     l.factor = factor_;
@@ -118,6 +111,9 @@ class InfoNce {
     w.want(&pair_products_, total_);
     w.want(&largest_, sum_parts_ * total_);
     w.want(&sum_, sum_parts_ * total_);
+    const int64_t column_parts = forward && symmetric_ ? sets_[0].sums.row_blocks : 0;
+    w.want(&column_largest_, column_parts * total_);
+    w.want(&column_sum_, column_parts * total_);
     w.want(&pair_logit_, gradients ? total_ : 0);
     w.want(&pair_weight_, gradients ? total_ : 0);
     w.want(&row_statistics_, gradients ? 3 * total_ : 0);
@@ -150,7 +146,9 @@ class InfoNce {
     launch_pack(packs, count, c_.pack_options(), c_.stream);
   }
 
-  void sum() {
+  // Of a symmetric loss, whose columns are one set, those of columns as well.
+  SumParts sum() {
+    SumParts of_columns;
     int64_t part = 0;
     for (const Columns& set : sets_) {
       Sums out;
@@ -158,35 +156,16 @@ class InfoNce {
       out.sum = sum_ + part * total_;
       if (fused_) out.product = product_ + part * total_ * c_.padded;
       if (fused_ && needs_.temperature) out.term = term_ + part * total_;
+      if (symmetric_) {
+        out.column_largest = column_largest_;
+        out.column_sum = column_sum_;
+        of_columns = {out.column_largest, out.column_sum, set.sums.row_blocks};
+      }
       part += set.sums.splits;
-      if (!symmetric_) launch_sums(pairs(set), set.sums, out, c_.stream);
+      launch_sums(pairs(set), set.sums, out, c_.stream);
     }
     if (own_) launch_own_sums(own(), largest_ + part * total_, sum_ + part * total_, c_.stream);
-  }
-
-  // The sums of rows and of columns of a symmetric loss, which has one set of columns.
-  SumParts sum_columns(Workspace* memory) {
-    const Columns& set = sets_[0];
-    const Pairs there = pairs(set);
-    Sums rows, columns;
-    rows.largest = largest_;
-    rows.sum = sum_;
-    const int64_t parts = set.sums.row_blocks;
-    if (2 * parts * total_ * static_cast<int64_t>(sizeof(float)) <= kColumnSumBytes) {
-      memory->want(&rows.column_largest, parts * total_);
-      memory->want(&rows.column_sum, parts * total_);
-      memory->allocate(query_);
-      launch_sums(there, set.sums, rows, c_.stream);
-      return {rows.column_largest, rows.column_sum, parts};
-    }
-    const Pairs back = c_.pairs(Kind::kInBatch, batch_, rows_, rows_, packed_key_, packed_query_);
-    const SumsPlan plan = plan_sums(back, c_.machine, false);
-    memory->want(&columns.largest, plan.splits * total_);
-    memory->want(&columns.sum, plan.splits * total_);
-    memory->allocate(query_);
-    launch_sums(there, set.sums, rows, c_.stream);
-    launch_sums(back, plan, columns, c_.stream);
-    return {columns.largest, columns.sum, plan.splits};
+    return of_columns;
   }
 
   InfoNceLosses losses() const {
@@ -309,8 +288,9 @@ class InfoNce {
   int64_t product_parts_ = 0;  // of the sets; that of own negatives follows
   std::vector<Columns> sets_;
   PackedRows packed_query_, packed_key_, packed_queue_;
-  float *pair_products_, *largest_, *sum_, *pair_logit_, *pair_weight_, *row_statistics_,
-      *column_statistics_, *factor_, *upstream_, *own_logits_, *own_inverse_, *product_, *term_;
+  float *pair_products_, *largest_, *sum_, *column_largest_, *column_sum_, *pair_logit_,
+      *pair_weight_, *row_statistics_, *column_statistics_, *factor_, *upstream_, *own_logits_,
+      *own_inverse_, *product_, *term_;
   Workspace workspace_;
 
  public:

@@ -1,6 +1,6 @@
-// A block takes a query, each of its warps every eighth negative. The sums read a negative twice,
-// the second time from the cache; the gradients read it once, in chunks of 128 elements that
-// different blocks take.
+// A block takes a query, each of its warps every eighth negative. Both kernels read a negative once;
+// for the gradients, different blocks take chunks of 128 elements. Squares are summed up in double,
+// which has room for those of any float.
 #include "own_negatives.h"
 
 #include "launch.cuh"
@@ -36,18 +36,10 @@ __global__ void __launch_bounds__(kWarp* kWarps)
   float top = -__builtin_inff(), total = 0;  // of this warp, in every lane
   for (int64_t m = warp; m < own.count; m += kWarps) {
     const T* row = negatives + m * own.strides[2];
-    float power = 1;
-    if (own.normalize) {
-      float most = 0;
-      for (int64_t d = 4 * lane; d < depth; d += kChunk) {
-        most = fmaxf(most, largest_of(load_four(row, d, depth, stride, table.whole)));
-      }
-      power = power_of_two(warp_max(most));
-    }
     float product = 0;
     double squares = 0;
     for (int64_t d = 4 * lane; d < depth; d += kChunk) {
-      const float4 n = load_four(row, d, depth, stride, table.whole) * power;
+      const float4 n = load_four(row, d, depth, stride, table.whole);
       product += dot(n, load_four(query, d, own.padded_depth, 1, true));
       squares += dot_double(n, n);
     }
@@ -55,7 +47,7 @@ __global__ void __launch_bounds__(kWarp* kWarps)
     const float z = warp_sum(product) * length * unit;
     if (lane == 0) {
       own.logits[i * own.count + m] = z;
-      own.inverse[i * own.count + m] = length * power;
+      own.inverse[i * own.count + m] = length;
     }
     const float now = fmaxf(top, z), finite = now == -__builtin_inff() ? 0.0f : now;
     total = total * exp2f(top - finite) + exp2f(z - finite);
