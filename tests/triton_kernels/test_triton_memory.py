@@ -12,7 +12,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import calls
 from memory import LiveBytes
 
-from benchmarks.launches import recorded
 from fastnce import triton_kernels
 from fastnce.triton_kernels import launch
 
