@@ -31,35 +31,32 @@ def faults(jobs: list[tuple[Launch, int]]) -> list[str]:
     return [fault for x in found for fault in ([x] if isinstance(x, str) else x.faults())]
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_without_spills(capability):
-    sizes = (True, False) if capability == 90 else (True,)
-    jobs = sweep.jobs(capability, ["bf16"], DEPTHS, sizes)
-    wrong = faults(jobs)
-    assert not wrong, "\n".join(wrong)
-    kernels = {job[0].name for job in jobs}
-    assert kernels == EVERY_KERNEL, kernels ^ EVERY_KERNEL
+TILE = ("HEAD", "TAIL", "BLOCK_M", "BLOCK_N")
 
 
-def products(jobs: list[tuple[Launch, int]]) -> list[tuple[Launch, int]]:
-    """Of the kernels that multiply one form with each tile."""
+def one_of_each(jobs: list[tuple[Launch, int]], *constants: str) -> list[tuple[Launch, int]]:
+    """The first form of every kernel with each value of the constants; the sweep compiles all forms."""
     found = {}
     for job in jobs:
-        tile = tuple(job[0].constant(name) for name in ("HEAD", "TAIL", "BLOCK_M", "BLOCK_N"))
-        if job[0].constant("PRECISION"):
-            found.setdefault((job[0].name, tile), job)
-    assert {name for name, _ in found} >= {"_sums_kernel", "_row_products_kernel"}
+        found.setdefault((job[0].name, *(job[0].constant(name) for name in constants)), job)
     return list(found.values())
 
 
-def test_products_compile_for_blackwell():
-    """Where the compiler takes another way than for Hopper."""
-    wrong = faults(products(sweep.jobs(100, ["bf16"], DEPTHS, (True,))))
+@pytest.mark.parametrize(
+    ("capability", "sizes", "constants"),
+    [(80, (True,), TILE), (90, (True, False), (*TILE, "KIND")), (100, (True,), TILE)],
+)
+def test_kernels_compile_without_spills(capability, sizes, constants):
+    jobs = one_of_each(sweep.jobs(capability, ["bf16"], DEPTHS, sizes), *constants)
+    kernels = {job[0].name for job in jobs}
+    assert kernels == EVERY_KERNEL, kernels ^ EVERY_KERNEL
+    wrong = faults(jobs)
     assert not wrong, "\n".join(wrong)
 
 
 def test_products_compile_without_tensor_cores():
-    wrong = faults(products(sweep.jobs(90, ["fp32"], (64,), (True,))))
+    jobs = one_of_each(sweep.jobs(90, ["fp32"], (64,), (True,)), *TILE)
+    wrong = faults([job for job in jobs if job[0].constant("PRECISION")])
     assert not wrong, "\n".join(wrong)
 
 

@@ -1,6 +1,7 @@
 """Autotuning with a made-up clock: which tile wins, for which problems, how it is remembered, and when nothing is timed."""
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -12,19 +13,20 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter launches nothing that could be recorded", allow_module_level=True)
 
 import calls
 
 from benchmarks.launches import SHARED_MEMORY, compiled, recorded
-from fastnce import triton_kernels
+from fastnce import reference, triton_kernels
 from fastnce.triton_kernels import config, gradients, info_nce, launch, tuning
 from fastnce.triton_kernels.config import Tile
 
 SLOW, FAST, FASTER = Tile(16, 16, 4, 2), Tile(32, 32, 4, 2), Tile(64, 64, 4, 2)
 TILES = (SLOW, FAST, FASTER)
 DEVICE = torch.device("meta")
+records = pytest.mark.skipif(
+    launch.INTERPRETED, reason="the interpreter launches nothing that could be recorded"
+)
 
 
 class Clock:
@@ -222,6 +224,7 @@ def forward(count: int, depth: int, **options) -> None:
     )  # fmt: skip
 
 
+@records
 def test_every_candidate_of_a_pass_is_launched_and_the_next_call_has_one(tuner):
     with recorded() as found:
         forward(16384, 256, symmetric=True)
@@ -241,6 +244,33 @@ def test_every_candidate_of_a_pass_is_launched_and_the_next_call_has_one(tuner):
     assert len(passes) == 3
 
 
+@pytest.mark.skipif(not launch.INTERPRETED, reason="runs the kernels")
+def test_what_is_being_timed_gives_right_results(tuner, monkeypatch):
+    """In a problem that every candidate cuts differently, before, while and after one is chosen."""
+    first, second, third = Tile(16, 16, 4, 2), Tile(32, 16, 4, 2), Tile(16, 32, 4, 2)
+    monkeypatch.setattr(config, "tiles", lambda *arguments: (first, second))
+    monkeypatch.setattr(config, "CANDIDATES", dict.fromkeys(config.CANDIDATES, (third,)))
+    seconds = (0.5**i for i in itertools.count())  # the last is the fastest
+    monkeypatch.setattr(tuner, "_clock", lambda function, device: (function(), next(seconds))[1])
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 40, 20, generator=generator).requires_grad_() for _ in "qk")
+    options = {**calls.IN_BATCH, "symmetric": True}
+    exact = reference.info_nce(query.double(), key.double(), None, 0.1, **options)
+    expected = [exact, *torch.autograd.grad(exact.sum(), (query, key))]
+    for _ in "tuning", "tuned":
+        loss, _, grads = triton_kernels.info_nce_forward(
+            query.detach(), key.detach(), None, 0.1, **options,
+            grad_scale=1.0, needs=(True, True, False, False),
+        )  # fmt: skip
+        for a, b in zip((loss, *grads[:2]), expected, strict=True):
+            torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-5)
+    assert {name.partition(",")[0]: tile for (_, name), tile in tuner._known.items()} == {
+        "sums rich": third,
+        "products rich": third,
+    }
+
+
+@records
 def test_classes_are_few(tuner):
     with recorded():
         for count in (64, 1000, 5000, 300_000):
@@ -268,6 +298,7 @@ def test_the_variable_turns_it_on(monkeypatch, tmp_path):
     assert module.tuned(forward).__wrapped__ is forward
 
 
+@records
 def test_candidates_in_fp8_compile(monkeypatch):
     """Those of the other dtypes are part of ``make triton-sweep``. One that does not fit would be passed over."""
     monkeypatch.setattr(launch, "shared_memory", lambda device: SHARED_MEMORY[90] + 1024)
