@@ -7,6 +7,7 @@
 #include <string>
 
 #include "pairs_sm80.h"
+#include "pairs_sm90.h"
 
 namespace fastnce::cuda {
 namespace {
@@ -103,12 +104,13 @@ ProductsPlan plan_panels(const Pairs& p, const Machine& machine, bool of_x, bool
 
 }  // namespace
 
-bool can_sum_with_product(const Pairs& pairs, const Machine&) {
-  return resident(pairs) && !labelled(pairs.kind);
+bool can_sum_with_product(const Pairs& pairs, const Machine& machine) {
+  return (resident(pairs) || sm90::runs(pairs, machine)) && !labelled(pairs.kind);
 }
 
 SumsPlan plan_sums(const Pairs& pairs, const Machine& machine, bool with_product) {
   check(pairs);
+  if (sm90::runs(pairs, machine)) return sm90::plan_sums(pairs, machine, with_product);
   if (with_product) {
     const Cut c = resident_cut(pairs, pairs.rows, pairs.columns, machine);
     return {c.splits, c.row_block, blocks_of(pairs.rows, c.row_block)};
@@ -121,12 +123,14 @@ SumsPlan plan_sums(const Pairs& pairs, const Machine& machine, bool with_product
 }
 
 void launch_sums(const Pairs& pairs, const SumsPlan& plan, const Sums& out, Stream stream) {
+  if (plan.blocks > 0) return sm90::launch_sums(pairs, plan, out, stream);
   const bool wide = pairs.dtype == Dtype::kFloat32;
   (wide ? launch_sums_float : launch_sums_half)(pairs, plan, out, stream);
 }
 
 ProductsPlan plan_products(const Pairs& pairs, const Machine& machine, bool of_x, bool of_y) {
   check(pairs);
+  if (sm90::runs(pairs, machine)) return sm90::plan_products(pairs, machine, of_x, of_y);
   if (!resident(pairs)) return plan_panels(pairs, machine, of_x, of_y);
   ProductsPlan plan{};
   if (of_x) {
@@ -144,6 +148,7 @@ ProductsPlan plan_products(const Pairs& pairs, const Machine& machine, bool of_x
 
 void launch_products(const Pairs& pairs, const ProductsPlan& plan, const Products& out,
                      Stream stream) {
+  if (plan.blocks > 0) return sm90::launch_products(pairs, plan, out, stream);
   const bool wide = pairs.dtype == Dtype::kFloat32;
   (wide ? launch_products_float : launch_products_half)(pairs, plan, out, stream);
 }

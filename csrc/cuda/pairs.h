@@ -1,18 +1,17 @@
 // The passes over the matrix of similarities, which is never built: s_ij = r_i r_j x_i . y_j,
 // logits z_ij = s_ij / t.
 //
-// Rows x and columns y of `problems` equal problems are packed, contiguous: x (R, P), R = problems
-// * rows, and y (C, P), C = problems * columns; problem b has the rows from b * rows and the
-// columns from b * columns. P is padded_depth(depth); elements beyond the depth are zero. Scales r
-// and all results are float. Logits inside are in units of log 2.
+// Rows x and columns y of `problems` equal problems are packed, contiguous: x (R, P) with R =
+// problems * rows, and y (C, P) with C = problems * columns; problem b has the rows from b * rows
+// and the columns from b * columns. P is padded_depth(depth); elements beyond the depth are zero.
+// Scales r and all results are float. Logits inside are in units of log 2.
 //
-//   sums       of each row: the largest logit m_i and sum_j E_ij, E_ij = 2^(z_ij - m_i); with them,
-//   on request,
-//              sum_j E_ij z_ij, sum_j E_ij r_j y_j, sums of the row's own label, and sums of
-//              columns
-//   products   sum_j G_ij r_j y_j and sum_i G_ij r_i x_i with G = d L / d z, from the statistics of
-//   the rows' and the
-//              columns' losses; sum_j G_ij z_ij
+// Sums: of each row the largest logit m_i and sum_j E_ij with E_ij = 2^(z_ij - m_i); with them, on
+// request, sum_j E_ij z_ij, sum_j E_ij r_j y_j, sums over the row's own label, and sums of columns.
+//
+// Products: sum_j G_ij r_j y_j of rows and sum_i G_ij r_i x_i of columns, where G = d L / d z
+// follows from the statistics of the rows' and the columns' losses; sum_j G_ij z_ij. A row of scale
+// 0, which has no gradient, may have 0 instead.
 //
 // A pass is planned from sizes alone (plan_*), so that a call always gives the same bits; the plan
 // says how much room the results take; then it is launched. Columns are cut into `splits` parts,
@@ -65,8 +64,9 @@ constexpr int64_t padded_depth(int64_t depth) { return (depth + 15) / 16 * 16; }
 struct SumsPlan {
   int64_t splits;     // parts of the columns
   int64_t row_block;  // rows of a block; blocks do not cross problems
-  int64_t
-      row_blocks;  // of one problem: parts of the column sums, of one or more blocks of rows each
+  // Of one problem: parts of the column sums, of one or more blocks of rows each.
+  int64_t row_blocks;
+  int64_t blocks = 0;  // of the persistent grid of pairs_sm90.cu; 0 for the kernels of pairs_sm80.h
 };
 
 // Base 2, `sum 2^largest`; largest may be -inf where nothing was summed up.
@@ -107,6 +107,7 @@ struct ProductsPlan {
   // coefficients.
   int64_t x_row_block, y_row_block;
   int64_t panel_rows, panel_problems, panel_splits;
+  int64_t blocks = 0;  // as in SumsPlan
 };
 
 struct Products {

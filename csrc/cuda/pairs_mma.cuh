@@ -121,7 +121,8 @@ __device__ __forceinline__ void multiply_similarities(float (&tile)[kTiles][4], 
                                                       int x_row, const SharedRows& y, int chunks) {
   static_assert(kTiles % 2 == 0);
   const int lane = threadIdx.x % kWarp;
-#pragma unroll 2
+  constexpr int kSteps = kTiles < 16 ? 2 : 1;  // side by side, as registers allow
+#pragma unroll kSteps
   for (int chunk = 0; chunk < chunks; chunk += 2) {
     const Fragment<T, 4> a = load_a<T>(x, x_row, chunk);
 #pragma unroll

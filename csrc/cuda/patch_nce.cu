@@ -1,12 +1,15 @@
 // A block has 16 rows or 64 of one image of one layer, goes through all columns of that image, and
 // finishes its rows: loss and gradient.
 //
-// 5 layers of 256 rows, 256 columns and depth 256 are, for an image, 2 * 5 * 256 * 256 * 256 = 168
-// M multiply-adds, and each block reads all columns of its image: 128 KB in bfloat16.
-//   Batch 1: 64 rows would make 20 blocks for a hundred multiprocessors or more. 16 rows make 80,
-//   of 2.1 M multiply-adds each. A matrix instruction has 16 rows, so the warps of a block share
-//   the columns, and add up their results at the end. Batch 16: 64 rows make 320 blocks, which read
-//   42 MB, mostly from the cache; with 16 rows it would be 168 MB.
+// The 5 layers of CUT, 256 rows, 256 columns and depth 256, are 2 * 5 * 256 * 256 * 256 = 168 M
+// multiply-adds an image, and each block reads all columns of its image: 128 KB in bfloat16.
+//
+// Batch 1: with 64 rows there would be 20 blocks for a hundred multiprocessors or more; with 16
+// there are 80, of 2.1 M multiply-adds each. A matrix instruction has 16 rows, so the warps of a
+// block share the columns and add up their results at the end.
+//
+// Batch 16: 64 rows make 320 blocks, which read 42 MB, mostly from the cache; with 16 rows it would
+// be 168 MB.
 //
 // Exponentials are relative to a running maximum always: a warp sees few columns, so that it seldom
 // moves, and one way serves every temperature.
@@ -21,8 +24,9 @@
 namespace fastnce::cuda {
 namespace {
 
-constexpr int64_t kMostDepth = 256;  // of rows in registers and shared memory
-constexpr int64_t kMostRows = 1 << 20;
+constexpr int64_t kMostDepth = 256;  // the sums of products of 16 rows fill the registers of a warp
+constexpr int64_t kMostRows =
+    4096;                    // beyond, a problem alone fills a GPU, and larger tiles read less
 constexpr int kLayers = 16;  // of one launch
 constexpr int kSumThreads = 256;
 constexpr size_t kSumBytes = kSumThreads / kWarp * sizeof(double);
@@ -36,113 +40,139 @@ struct Layers {
 struct Options {
   Temperature temperature;
   float self_logit;
-  bool keys;  // the gradients of the keys: lse and missing are given
-  float2*
-      partial;  // of each block: the losses, and their derivative with respect to the temperature
+  bool keys;      // the gradients of keys: lse and missing are given
+  float2* parts;  // of each block: its losses, and their derivative with respect to the temperature
 };
 static_assert(sizeof(Layers) + sizeof(Options) <= 4096);  // the parameters of a kernel
 
-// One row: its loss, the factors from the warps' sums to the softmax, and what its gradient needs.
+// The block's problem, into shared memory by its first thread.
 template <class S>
-__device__ __forceinline__ void finish_row(Shared<S>& s, int row, int64_t at,
-                                           const PatchLayer& layer, bool keys, double temperature) {
-  const float positive = s.positive[row];
-  float missing, along = 0;
-  if (keys) {
-    missing = layer.missing[at];
-#pragma unroll
-    for (int k = 0; k < S::kSplits; ++k) {
-      s.largest[k][row] = 1;
-      along += s.along[k][row];
-    }
-  } else {
-    float top = s.largest[0][row], sum = 0, term = 0;
-#pragma unroll
-    for (int k = 1; k < S::kSplits; ++k) top = fmaxf(top, s.largest[k][row]);
-#pragma unroll
-    for (int k = 0; k < S::kSplits; ++k) {
-      const float factor = exp2_fast(s.largest[k][row] - top);
-      s.largest[k][row] = factor;
-      sum += factor * s.sum[k][row];
-      term += factor * s.term[k][row];
-      along += factor * s.along[k][row];
-    }
-    // Large numbers meet before anything is rounded.
-    const float d = ((top - positive) + log2f(sum)) * kLn2;
-    const float loss = fmaxf(d, 0.0f) + log1pf(expf(-fabsf(d)));
-    missing = 1 / (1 + expf(-d));
-    const float to_softmax = missing / sum;
-#pragma unroll
-    for (int k = 0; k < S::kSplits; ++k) s.largest[k][row] *= to_softmax;
-    along *= to_softmax;
-    if (layer.lse != nullptr) layer.lse[at] = positive + loss * kLog2E;
-    if (layer.missing != nullptr) layer.missing[at] = missing;
-    s.loss[row] = layer.loss_scale * loss;
-    s.by_temperature[row] = static_cast<float>(
-        layer.loss_scale * kLn2 * (missing * positive - to_softmax * term) / temperature);
+__device__ __forceinline__ void find_problem(Shared<S>& shared, const Layers& layers, bool keys) {
+  int l = 0, block = static_cast<int>(blockIdx.x);
+  while (block >= layers.end[l]) ++l;
+  if (l > 0) block -= layers.end[l - 1];
+  Problem& p = shared.problem;
+  p.layer = layers.layer[l];
+  p.whole_rows = layers.whole_rows[l];
+  p.whole_columns = layers.whole_columns[l];
+  p.columns = static_cast<int>(p.layer.columns.rows);
+  const int blocks = (p.columns + S::kRows - 1) / S::kRows;
+  p.image = block / blocks;
+  p.first = block % blocks * S::kRows;
+  p.column_lse = keys ? p.layer.lse + p.of_image(0) : nullptr;
+}
+
+template <class S>
+__device__ __forceinline__ void load_columns(Shared<S>& shared, int tile) {
+  const Problem& p = shared.problem;
+  const int begin = tile * S::kColumns;
+  if (begin < p.columns) {
+    load_rows<S>(shared.columns[tile % kStages], S::kColumns, p.layer.columns, p.image, begin,
+                 p.whole_columns);
   }
+  copy_async_commit();
+}
+
+// Keeps the scales of those columns of a tile that are positives of the block's rows.
+template <class S>
+__device__ __forceinline__ void keep_positives(Shared<S>& shared, int begin) {
+  const int thread = static_cast<int>(threadIdx.x), row = begin + thread - shared.problem.first;
+  if (thread >= S::kColumns || row < 0 || row >= S::kRows) return;
+  shared.positive_scales.unit[row] = shared.column_scales.unit[thread];
+  shared.positive_scales.power[row] = shared.column_scales.power[thread];
+}
+
+// One query: its loss, the factors from the warps' sums to the softmax, and the others' share of
+// it.
+template <class S>
+__device__ __forceinline__ void finish_query(Shared<S>& s, int row, double temperature) {
+  const PatchLayer& layer = s.problem.layer;
+  const float positive = s.positive[row];
+  float top = s.largest[0][row], sum = 0, term = 0;
+#pragma unroll
+  for (int k = 1; k < S::kSplits; ++k) top = fmaxf(top, s.largest[k][row]);
+#pragma unroll
+  for (int k = 0; k < S::kSplits; ++k) {
+    const float factor = exp2_fast(s.largest[k][row] - top);
+    s.largest[k][row] = factor;
+    sum += factor * s.sum[k][row];
+    term += factor * s.term[k][row];
+  }
+  // Large numbers meet before anything is rounded.
+  const float d = ((top - positive) + log2f(sum)) * kLn2;
+  const float loss = fmaxf(d, 0.0f) + log1pf(expf(-fabsf(d)));
+  const float missing = 1 / (1 + expf(-d)), to_softmax = missing / sum;
+#pragma unroll
+  for (int k = 0; k < S::kSplits; ++k) s.largest[k][row] *= to_softmax;
   s.missing[row] = missing;
-  const auto cosine = static_cast<float>(positive * (temperature * kLn2));
-  s.along_row[row] = along * s.row_scales.unit[row] - missing * cosine;
+  const int64_t at = s.problem.of_image(s.problem.first + row);
+  if (layer.lse != nullptr) layer.lse[at] = positive + loss * kLog2E;
+  if (layer.missing != nullptr) layer.missing[at] = missing;
+  s.loss[row] = layer.loss_scale * loss;
+  s.by_temperature[row] = static_cast<float>(
+      layer.loss_scale * kLn2 * (missing * positive - to_softmax * term) / temperature);
+}
+
+// One row, before its gradient. A key's coefficients are softmaxes already.
+template <class S>
+__device__ __forceinline__ void finish_row(Shared<S>& s, int row, bool keys, double temperature) {
+  if (keys) {
+    s.missing[row] = s.problem.layer.missing[s.problem.of_image(s.problem.first + row)];
+#pragma unroll
+    for (int k = 0; k < S::kSplits; ++k) s.largest[k][row] = 1;
+  } else {
+    finish_query(s, row, temperature);
+  }
+  float along = 0;
+#pragma unroll
+  for (int k = 0; k < S::kSplits; ++k) along += s.largest[k][row] * s.along[k][row];
+  const auto cosine = static_cast<float>(s.positive[row] * (temperature * kLn2));
+  s.along_row[row] = along * s.row_scales.unit[row] - s.missing[row] * cosine;
 }
 
 // With x^ = x / ||x||, p the softmax and w the row's weight, dx^ = w / t (sum_j p_j y^_j - missing
 // y^_row), and dx = (dx^ - x^ (x^ . dx^)) / ||x||.
 template <int Part, class S>
-__device__ __forceinline__ void store_gradient(Shared<S>& s, const Warp<S>& warp,
-                                               const PatchLayer& layer, int image, int first,
-                                               float weight) {
+__device__ __forceinline__ void store_gradient(Shared<S>& s, const Warp<S>& warp, float weight) {
   warp.store_part(s, Part);
   sync_threads();
-  const RowsView& y = layer.columns;
+  const Problem& p = s.problem;
+  const RowsView& y = p.layer.columns;
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < S::kRows * kCombined; i += S::kThreads) {
     const int row = i / kCombined, in_part = i % kCombined, d = Part * kCombined + in_part;
-    if (first + row >= y.rows || d >= y.depth) continue;
+    if (p.first + row >= p.columns || d >= y.depth) continue;
     float g = 0;
 #pragma unroll
     for (int k = 0; k < S::kSplits; ++k) {
       const int of_warp = k * S::kRowTiles + row / 16;
       g += s.largest[k][row] * s.products[of_warp][row % 16][in_part];
     }
-    const float own = load_element(
-        y.data, y.dtype, image * y.strides[0] + (first + row) * y.strides[1] + d * y.strides[2]);
-    g -= s.missing[row] * (own * s.positive_scales.power[row] * s.positive_scales.unit[row]);
+    const int64_t own = p.image * y.strides[0] + (p.first + row) * y.strides[1] + d * y.strides[2];
+    g -= s.missing[row] * (load_element(y.data, y.dtype, own) * s.positive_scales.power[row] *
+                           s.positive_scales.unit[row]);
     const float unit = s.row_scales.unit[row];
     g -= to_float(s.rows[row * S::kRowPitch + d]) * unit * s.along_row[row];
     g *= weight * (unit * s.row_scales.power[row]);
-    store_element(layer.gradient, y.dtype, (image * y.rows + first + row) * y.depth + d, g);
+    store_element(p.layer.gradient, y.dtype, p.of_image(p.first + row) * y.depth + d, g);
   }
   sync_threads();
-  if constexpr ((Part + 1) * kCombined < S::kDepth) {
-    store_gradient<Part + 1>(s, warp, layer, image, first, weight);
-  }
+  if constexpr ((Part + 1) * kCombined < S::kDepth) store_gradient<Part + 1>(s, warp, weight);
 }
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     patch_nce_kernel(const __grid_constant__ Layers layers, const Options options) {
   auto& shared = *shared_memory<Shared<S>>();
+  const Problem& problem = shared.problem;
   const int thread = static_cast<int>(threadIdx.x);
-  int l = 0, block = static_cast<int>(blockIdx.x);
-  while (block >= layers.end[l]) ++l;
-  if (l > 0) block -= layers.end[l - 1];
-  const PatchLayer& layer = layers.layer[l];
-  const int columns = static_cast<int>(layer.columns.rows);  // and as many rows
-  const int blocks = (columns + S::kRows - 1) / S::kRows;
-  const int image = block / blocks, first = block % blocks * S::kRows;
-
-  load_rows<S>(shared.rows, S::kRows, layer.rows, image, first, layers.whole_rows[l]);
+  if (thread == 0) find_problem(shared, layers, options.keys);
+  sync_threads();
+  load_rows<S>(shared.rows, S::kRows, problem.layer.rows, problem.image, problem.first,
+               problem.whole_rows);
   copy_async_commit();
-  const auto load_tile = [&](int tile) {
-    const int begin = tile * S::kColumns;
-    if (begin < columns) {
-      load_rows<S>(shared.columns[tile % kStages], S::kColumns, layer.columns, image, begin,
-                   layers.whole_columns[l]);
-    }
-    copy_async_commit();
-  };
-#pragma unroll
-  for (int tile = 0; tile < kStages; ++tile) load_tile(tile);
+#pragma unroll 1
+  for (int tile = 0; tile < kStages; ++tile) load_columns(shared, tile);
   copy_async_wait<kStages>();
   sync_threads();
   scale_rows<S>(shared.rows, shared.row_scales);
@@ -152,35 +182,26 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const double to_logit = base_2_factor(options.temperature);
   warp.start(shared, static_cast<float>(options.self_logit * to_logit),
              static_cast<float>(to_logit));
-  const float* lse = options.keys ? layer.lse + int64_t{image} * columns : nullptr;
-  for (int tile = 0; tile * S::kColumns < columns; ++tile) {
+  for (int tile = 0; tile * S::kColumns < problem.columns; ++tile) {
     auto& at_work = shared.columns[tile % kStages];
-    const int begin = tile * S::kColumns;
     copy_async_wait<kStages - 1>();
     sync_threads();
     scale_rows<S>(at_work, shared.column_scales);
     sync_threads();
-    if (thread < S::kColumns) {
-      const int row = begin + thread - first;
-      if (row >= 0 && row < S::kRows) {
-        shared.positive_scales.unit[row] = shared.column_scales.unit[thread];
-        shared.positive_scales.power[row] = shared.column_scales.power[thread];
-      }
-    }
-    warp.step(shared, at_work, begin, columns, first, lse, layer.gradient != nullptr);
+    keep_positives(shared, tile * S::kColumns);
+    warp.step(shared, at_work, tile * S::kColumns);
     sync_threads();
-    load_tile(tile + kStages);
+    load_columns(shared, tile + kStages);
   }
   copy_async_wait<0>();
-  // Asked for again: it would take registers from the products.
-  const double temperature = value_of(options.temperature);
   warp.finish(shared);
   sync_threads();
+
+  const double temperature = value_of(options.temperature);
   if (thread < S::kRows) {
     shared.loss[thread] = shared.by_temperature[thread] = 0;
-    if (first + thread < columns) {
-      finish_row(shared, thread, int64_t{image} * columns + first + thread, layer, options.keys,
-                 temperature);
+    if (problem.first + thread < problem.columns) {
+      finish_row(shared, thread, options.keys, temperature);
     }
   }
   sync_threads();
@@ -191,19 +212,17 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       by_temperature += shared.by_temperature[row];
     }
     loss = warp_sum(loss), by_temperature = warp_sum(by_temperature);
-    if (thread == 0) options.partial[blockIdx.x] = make_float2(loss, by_temperature);
+    if (thread == 0) options.parts[blockIdx.x] = make_float2(loss, by_temperature);
   }
-  if (layer.gradient == nullptr) return;
-  const auto weight = static_cast<float>(layer.grad_scale / temperature);
-  store_gradient<0>(shared, warp, layer, image, first, weight);
+  if (problem.layer.gradient == nullptr) return;
+  store_gradient<0>(shared, warp, static_cast<float>(problem.layer.grad_scale / temperature));
 }
 
 // The sum over a block, in double, for its first thread.
 __device__ __forceinline__ double block_sum(double x) {
   double* const of_warps = shared_memory<double>();
   const int thread = static_cast<int>(threadIdx.x);
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+  x = warp_sum_double(x);
   sync_threads();
   if (thread % kWarp == 0) of_warps[thread / kWarp] = x;
   sync_threads();
@@ -297,7 +316,7 @@ bool is_whole(const RowsView& view, Dtype of_products) {
 
 template <class S>
 void run_layers(const std::vector<PatchLayer>& layers, const PatchCall& call, bool keys,
-                float2* partial, Stream stream) {
+                float2* parts, Stream stream) {
   using P = typename S::P;
   const Dtype of_products = std::is_same_v<P, float>      ? Dtype::kFloat32
                             : std::is_same_v<P, bfloat16> ? Dtype::kBfloat16
@@ -313,8 +332,8 @@ void run_layers(const std::vector<PatchLayer>& layers, const PatchCall& call, bo
       group.end[i] = static_cast<int>(blocks);
     }
     launch({"patch_nce", static_cast<unsigned>(blocks), S::kThreads, sizeof(Shared<S>), stream},
-           patch_nce_kernel<S>, group, Options{call.temperature, call.self_logit, keys, partial});
-    if (!keys) partial += blocks;
+           patch_nce_kernel<S>, group, Options{call.temperature, call.self_logit, keys, parts});
+    if (!keys) parts += blocks;
   }
 }
 

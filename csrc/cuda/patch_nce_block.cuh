@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "patch_nce.h"
 #include "patch_nce_products.cuh"
 #include "scalars.cuh"
 
@@ -44,6 +45,19 @@ struct Scales {
   float unit[Count], power[Count];
 };
 
+// What a block works on. It is in shared memory so that it does not take registers, of which the
+// sums of products leave few.
+struct Problem {
+  PatchLayer layer;
+  bool whole_rows, whole_columns;  // can be copied 16 bytes at a time
+  int columns;                     // and as many rows
+  int image, first;                // the block's first row
+  const float* column_lse;         // of the image where columns are queries, else null
+  __device__ __forceinline__ int64_t of_image(int row) const {
+    return int64_t{image} * columns + row;
+  }
+};
+
 template <class S>
 struct Shared {
   alignas(16) typename S::P rows[S::kRows * S::kRowPitch];
@@ -51,6 +65,7 @@ struct Shared {
     typename S::P columns[kStages][S::kColumns * S::kRowPitch];
     float products[S::kWarps][16][kCombinedPitch];  // after the last tile
   };
+  Problem problem;
   Scales<S::kRows> row_scales;
   Scales<S::kColumns> column_scales;  // of the tile at work
   // Of each row: its positive, and that one's logit to base 2 ...
@@ -71,6 +86,7 @@ __device__ __forceinline__ void load_rows(typename S::P* to, int count, const Ro
                                           int image, int first, bool whole) {
   using P = typename S::P;
   constexpr int V = 16 / sizeof(P), kVectors = S::kDepth / V;
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < count * kVectors; i += S::kThreads) {
     const int row = i / kVectors, d = i % kVectors * V;
     P* at = to + row * S::kRowPitch + d;
@@ -80,7 +96,7 @@ __device__ __forceinline__ void load_rows(typename S::P* to, int count, const Ro
     if (whole) {
       copy_async<16>(at, static_cast<const P*>(view.data) + from, there);
     } else {
-#pragma unroll
+#pragma unroll 1
       for (int v = 0; v < V; ++v) {
         const bool inside = there && d + v < view.depth;
         at[v] = from_float<P>(
@@ -140,6 +156,7 @@ __device__ __forceinline__ void scale_rows(typename S::P* rows, Scales<Count>& s
   using P = typename S::P;
   constexpr int V = 16 / sizeof(P);
   const int lane = threadIdx.x % kWarp;
+#pragma unroll 1
   for (int row = static_cast<int>(threadIdx.x) / kWarp * 8 + lane / 4; row < Count;
        row += S::kWarps * 8) {
     P* const at = rows + row * S::kRowPitch + lane % 4 * V;

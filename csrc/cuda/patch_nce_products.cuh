@@ -13,12 +13,12 @@ namespace fastnce::cuda {
 template <class P, int Depth>
 constexpr int kPitch = Depth + 16 / static_cast<int>(sizeof(P));
 
-// 16-bit elements. The rows' fragments stay in registers, as many as there is room for beside the
-// sums.
+// 16-bit elements. Fragments of rows stay in registers up to a depth of 128; beyond, the sums need
+// them.
 template <class P, int Depth>
 struct Products {
   static constexpr int kRowPitch = kPitch<P, Depth>;
-  static constexpr int kHeld = Depth / 16 < 14 ? Depth / 16 : 14;
+  static constexpr int kSteps = Depth / 16, kHeld = kSteps < 8 ? kSteps : 8;
   const P* rows;
   uint32_t held[kHeld][4];
 
@@ -33,18 +33,21 @@ struct Products {
   __device__ __forceinline__ void similarities(float (&s)[2][4], const P* y, int lane) const {
     const P* at = y + (lane / 16 * 8 + lane % 8) * kRowPitch + lane / 8 % 2 * 8;
     float odd[2][4] = {};
-#pragma unroll
-    for (int d = 0; d < Depth / 16; ++d) {
-      uint32_t a[4], b[4];
+    const auto add = [&](float (&sum)[2][4], const uint32_t (&a)[4], int d) {
+      uint32_t b[4];
       load_matrix_x4(b, at + 16 * d);
-      if (d < kHeld) {
-        for (int i = 0; i < 4; ++i) a[i] = held[d][i];
-      } else {
-        load_matrix_x4(a, rows + 16 * d);
-      }
-      auto& sum = d % 2 ? odd : s;
       multiply_m16n8k16<P>(sum[0], a, {b[0], b[1]});
       multiply_m16n8k16<P>(sum[1], a, {b[2], b[3]});
+    };
+#pragma unroll
+    for (int d = 0; d < kHeld; ++d) add(d % 2 ? odd : s, held[d], d);
+#pragma unroll 1
+    for (int d = kHeld; d < kSteps; d += 2) {
+      uint32_t a[2][4];
+      load_matrix_x4(a[0], rows + 16 * d);
+      load_matrix_x4(a[1], rows + 16 * d + 16);
+      add(s, a[0], d);
+      add(odd, a[1], d + 1);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) s[i / 4][i % 4] += odd[i / 4][i % 4];

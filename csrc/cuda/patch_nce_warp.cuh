@@ -31,10 +31,11 @@ struct Warp {
     }
   }
 
-  // 16 columns of a tile that begins at the column `begin`; the block's rows begin at `first`. With
-  // lse, that of each column's loss.
-  __device__ __forceinline__ void step(Shared<S>& shared, const P* tile, int begin, int columns,
-                                       int first, const float* lse, bool with_product) {
+  // This warp's columns of a tile that begins at the column `begin`.
+  __device__ __forceinline__ void step(Shared<S>& shared, const P* tile, int begin) {
+    const Problem& problem = shared.problem;
+    const float* const lse = problem.column_lse;
+    const int columns = problem.columns, first = problem.first;
     const P* y = tile + 16 * split * S::kRowPitch;
     float z[2][4] = {};
     products.similarities(z, y, lane);
@@ -67,7 +68,7 @@ struct Warp {
         z[n][i] = e * unit[n][i % 2];
       }
     }
-    if (with_product) products.accumulate(total, z, y, lane);
+    if (problem.layer.gradient != nullptr) products.accumulate(total, z, y, lane);
   }
 
   // To the maximum over the lanes that have a row; `top` becomes a finite stand-in for it.

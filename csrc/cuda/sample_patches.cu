@@ -10,12 +10,12 @@
 #include <algorithm>
 
 #include "launch.cuh"
+#include "scalars.cuh"
 
 namespace fastnce::cuda {
 namespace {
 
-constexpr int kMaps =
-    16;  // of one launch; their descriptors are a parameter of the kernel, which has room for 4 KB
+constexpr int kMaps = 16;  // of one launch: what describes them is its parameter, of up to 4 KB
 // Few warps a block: the 1280 patches of CUT at batch 1 are then 320 blocks, which spread evenly.
 constexpr int kWarpsPerBlock = 4;
 constexpr int kFillThreads = 256;
@@ -114,8 +114,7 @@ __device__ __forceinline__ void gather_row(const PatchMap& map, int image, int s
   }
   if (map.inverse_norms == nullptr) return;
 
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) squares += shuffle_xor(squares, mask);
+  squares = warp_sum_double(squares);
   const double inverse = squares == 0 ? 0.0 : 1 / sqrt(squares);
   if (lane == 0) map.inverse_norms[row] = static_cast<float>(inverse);
   for (int c = lane * V; c < channels; c += kWarp * V) {  // what this lane wrote

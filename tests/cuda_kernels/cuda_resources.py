@@ -46,9 +46,10 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A file for a target: its kernels, and the seconds of one processor that compiling them took."""
+    """A file for a target: its kernels, what the compiler warns of, and the seconds of one processor that it took."""
 
     kernels: list[Kernel]
+    warnings: list[str]
     seconds: float
 
 
@@ -77,7 +78,7 @@ def _kept(file: Path, target: str) -> Compiled:
             old.unlink(missing_ok=True)
         place.write_text(json.dumps(dataclasses.asdict(done)))
     data = json.loads(place.read_text())
-    return Compiled([Kernel(**kernel) for kernel in data["kernels"]], data["seconds"])
+    return Compiled(**data | {"kernels": [Kernel(**kernel) for kernel in data["kernels"]]})
 
 
 def _digest(file: Path) -> str:
@@ -107,7 +108,11 @@ def compile_one(file: Path, target: str) -> Compiled:
         Kernel(file.name, target, names[symbol], **numbers, instructions=counts.get(symbol, {}))
         for symbol, numbers in reports.items()
     ]
-    return Compiled(sorted(kernels, key=lambda kernel: kernel.name), round(seconds, 1))
+    # For example of wgmma instructions that it makes wait for one another.
+    warnings = [
+        line for line in log.splitlines() if "warning" in line or "Performance Loss" in line
+    ]
+    return Compiled(sorted(kernels, key=lambda kernel: kernel.name), warnings, round(seconds, 1))
 
 
 def _run(command: list[str]) -> tuple[float, str]:

@@ -1,116 +1,120 @@
-// The passes of csrc/cuda/pairs.h for ctypes (test_cuda_pairs.py).
+// The passes of csrc/cuda/pairs.h for ctypes: see pairs_library.py.
 #include "pairs.h"
 
-#include <cstdio>
 #include <exception>
-
-using namespace fastnce::cuda;
+#include <string>
 
 namespace {
 
+using namespace fastnce::cuda;
+
+// In the order of pairs_library.Problem.
 struct Problem {
-  Pairs pairs;
-  Machine machine;
+  const void* x;
+  const float* x_scale;
+  const void* y;
+  const float* y_scale;
+  const int64_t *x_labels, *y_labels;
+  int64_t problems, rows, columns, depth;
+  double temperature;
+  const double* temperature_tensor;
+  int64_t panel_rows, panel_problems;  // of a plan that has panels; 0 for what is planned
+  int dtype, precision, kind, unit_rows, capability, multiprocessors;
+
+  Pairs pairs() const {
+    Pairs p{};
+    p.op = "pairs";
+    p.x = x;
+    p.x_scale = x_scale;
+    p.y = y;
+    p.y_scale = y_scale;
+    p.problems = problems;
+    p.rows = rows;
+    p.columns = columns;
+    p.depth = depth;
+    p.dtype = static_cast<Dtype>(dtype);
+    p.precision = static_cast<Precision>(precision);
+    p.unit_rows = unit_rows != 0;
+    p.kind = static_cast<Kind>(kind);
+    p.x_labels = x_labels;
+    p.y_labels = y_labels;
+    p.temperature = {temperature_tensor, true, static_cast<float>(temperature)};
+    return p;
+  }
+  Machine machine() const { return {capability, multiprocessors}; }
+  ProductsPlan products(bool of_x, bool of_y) const {
+    ProductsPlan plan = plan_products(pairs(), machine(), of_x, of_y);
+    if (plan.panel_rows != 0 && panel_rows != 0) {
+      plan.panel_rows = panel_rows;
+      plan.panel_problems = panel_problems;
+    }
+    return plan;
+  }
 };
 
-// sizes: problems, rows, columns, depth, dtype, precision, unit_rows, kind, multiprocessors, capability
-Problem problem_of(const int64_t* sizes, const void* const* in, double temperature) {
-  Problem p{};
-  p.pairs.op = "test";
-  p.pairs.x = in[0];
-  p.pairs.x_scale = static_cast<const float*>(in[1]);
-  p.pairs.y = in[2];
-  p.pairs.y_scale = static_cast<const float*>(in[3]);
-  p.pairs.x_labels = static_cast<const int64_t*>(in[4]);
-  p.pairs.y_labels = static_cast<const int64_t*>(in[5]);
-  p.pairs.temperature.tensor = in[6];
-  p.pairs.temperature.is_double = true;
-  p.pairs.temperature.value = static_cast<float>(temperature);
-  p.pairs.problems = sizes[0];
-  p.pairs.rows = sizes[1];
-  p.pairs.columns = sizes[2];
-  p.pairs.depth = sizes[3];
-  p.pairs.dtype = static_cast<Dtype>(sizes[4]);
-  p.pairs.precision = static_cast<Precision>(sizes[5]);
-  p.pairs.unit_rows = sizes[6] != 0;
-  p.pairs.kind = static_cast<Kind>(sizes[7]);
-  p.machine = {static_cast<int>(sizes[9]), static_cast<int>(sizes[8])};
-  return p;
-}
+std::string message;
 
-template <class Body>
-int guarded(Body body) {
+template <class Call>
+const char* caught(Call call) {
+  message.clear();
   try {
-    body();
-    return 0;
+    call();
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return 1;
+    message = error.what();
   }
+  return message.c_str();
 }
 
 }  // namespace
 
-extern "C" {
+#pragma GCC visibility push(default)
 
-// plan: can_sum_with_product, splits, row_blocks
-int pairs_plan_sums(const int64_t* sizes, const void* const* in, double temperature,
-                    int with_product, int64_t* plan) {
-  return guarded([&] {
-    const Problem p = problem_of(sizes, in, temperature);
-    const SumsPlan s = plan_sums(p.pairs, p.machine, with_product != 0);
-    plan[0] = can_sum_with_product(p.pairs, p.machine);
-    plan[1] = s.splits;
-    plan[2] = s.row_blocks;
+// Each function's result is the error's message, or "".
+extern "C" const char* plan_sums_of(const Problem* p, int with_product, int64_t* out) {
+  return caught([=] {
+    const SumsPlan plan = plan_sums(p->pairs(), p->machine(), with_product != 0);
+    out[0] = plan.splits;
+    out[1] = plan.row_blocks;
   });
 }
 
-int pairs_sums(const int64_t* sizes, const void* const* in, double temperature, int with_product,
-               float* const* out) {
-  return guarded([&] {
-    const Problem p = problem_of(sizes, in, temperature);
-    const Sums sums{out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7]};
-    launch_sums(p.pairs, plan_sums(p.pairs, p.machine, with_product != 0), sums, nullptr);
+// Pointers in the order of Case.sums.
+extern "C" const char* sums_of(const Problem* p, int with_product, float* const* out) {
+  return caught([=] {
+    const SumsPlan plan = plan_sums(p->pairs(), p->machine(), with_product != 0);
+    Sums sums{};
+    sums.largest = out[0];
+    sums.sum = out[1];
+    sums.label_a = out[2];
+    sums.label_b = out[3];
+    sums.term = out[4];
+    sums.product = out[5];
+    sums.column_largest = out[6];
+    sums.column_sum = out[7];
+    launch_sums(p->pairs(), plan, sums, nullptr);
   });
 }
 
-// plan: x_splits, y_splits, term_splits, workspace_bytes, panel_rows, panel_problems. A panel of `panel_rows` rows of
-// `panel_problems` problems instead of what is planned, if they are not 0.
-ProductsPlan plan_of(const Problem& p, bool of_x, bool of_y, const int64_t* panel) {
-  ProductsPlan plan = plan_products(p.pairs, p.machine, of_x, of_y);
-  if (plan.panel_rows != 0 && panel[0] != 0) {
-    plan.panel_rows = panel[0];
-    plan.panel_problems = panel[1];
-  }
-  return plan;
-}
-
-int pairs_plan_products(const int64_t* sizes, const void* const* in, double temperature, int of_x,
-                        int of_y, const int64_t* panel, int64_t* plan) {
-  return guarded([&] {
-    const Problem p = problem_of(sizes, in, temperature);
-    const ProductsPlan s = plan_of(p, of_x != 0, of_y != 0, panel);
-    const int64_t found[] = {s.x_splits,        s.y_splits,   s.term_splits,
-                             s.workspace_bytes, s.panel_rows, s.panel_problems};
-    for (int i = 0; i < 6; ++i) plan[i] = found[i];
+extern "C" const char* plan_products_of(const Problem* p, int of_x, int of_y, int64_t* out) {
+  return caught([=] {
+    const ProductsPlan plan = p->products(of_x != 0, of_y != 0);
+    out[0] = plan.x_splits;
+    out[1] = plan.y_splits;
+    out[2] = plan.workspace_bytes;
   });
 }
 
-int pairs_products(const int64_t* sizes, const void* const* in, double temperature,
-                   const float* const* statistics, const int64_t* panel, float* const* out,
-                   void* workspace) {
-  return guarded([&] {
-    const Problem p = problem_of(sizes, in, temperature);
-    Products products;
-    products.x_statistics = statistics[0];
-    products.y_statistics = statistics[1];
-    products.x_product = out[0];
-    products.y_product = out[1];
-    products.x_term = out[2];
-    products.workspace = workspace;
-    const ProductsPlan plan = plan_of(p, out[0] != nullptr, out[1] != nullptr, panel);
-    launch_products(p.pairs, plan, products, nullptr);
+// Statistics of x and y, products of x and y, term, workspace.
+extern "C" const char* products_of(const Problem* p, float* const* values) {
+  return caught([=] {
+    const ProductsPlan plan = p->products(values[2] != nullptr, values[3] != nullptr);
+    Products products{};
+    products.x_statistics = values[0];
+    products.y_statistics = values[1];
+    products.x_product = values[2];
+    products.y_product = values[3];
+    products.x_term = values[4];
+    products.workspace = values[5];
+    launch_products(p->pairs(), plan, products, nullptr);
   });
 }
-
-}  // extern "C"
