@@ -167,11 +167,23 @@ template <int Pending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
-// Holds the compiler from moving reads or writes of registers across.
+// Holds the compiler from moving what reads or writes these registers across: an operand that is
+// written after the fence makes it wait for each product in turn.
 template <int Count>
-__device__ __forceinline__ void pin(float (&d)[Count]) {
+__device__ __forceinline__ void pin(float (&d)[Count][4]) {
 #pragma unroll
-  for (int i = 0; i < Count; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < Count; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(d[i][j])::"memory");
+  }
+}
+template <int Count>
+__device__ __forceinline__ void pin(uint32_t (&a)[Count][4]) {
+#pragma unroll
+  for (int i = 0; i < Count; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(a[i][j])::"memory");
+  }
 }
 
 // Operands of 32 and of 64 registers.
@@ -182,37 +194,33 @@ __device__ __forceinline__ void pin(float (&d)[Count]) {
   FASTNCE_D32_NAMES                                                                              \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define FASTNCE_D8(d, i)                                                                      \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
-      "+f"(d[i + 6]), "+f"(d[i + 7])
-#define FASTNCE_D32(d, i) \
-  FASTNCE_D8(d, i), FASTNCE_D8(d, i + 8), FASTNCE_D8(d, i + 16), FASTNCE_D8(d, i + 24)
+#define FASTNCE_D4(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+#define FASTNCE_D32(d, i)                                                             \
+  FASTNCE_D4(d[i]), FASTNCE_D4(d[i + 1]), FASTNCE_D4(d[i + 2]), FASTNCE_D4(d[i + 3]), \
+      FASTNCE_D4(d[i + 4]), FASTNCE_D4(d[i + 5]), FASTNCE_D4(d[i + 6]), FASTNCE_D4(d[i + 7])
 
-#define FASTNCE_WGMMA_SHARED_64(type)                                                           \
-  asm volatile(                                                                                 \
-      "{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type \
-      "." type " " FASTNCE_D32_NAMES "}, %32, %33, p, 1, 1, 0, 0; }"                            \
-      : FASTNCE_D32(d, 0)                                                                       \
-      : "l"(a), "l"(b), "r"(accumulate))
-#define FASTNCE_WGMMA_SHARED_128(type)                                                           \
-  asm volatile(                                                                                  \
-      "{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." type \
-      "." type " " FASTNCE_D64_NAMES "}, %64, %65, p, 1, 1, 0, 0; }"                             \
-      : FASTNCE_D32(d, 0), FASTNCE_D32(d, 32)                                                    \
-      : "l"(a), "l"(b), "r"(accumulate))
+#define FASTNCE_WGMMA_SHARED_64(type)                                                            \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " FASTNCE_D32_NAMES \
+               "}, %32, %33, 1, 1, 1, 0, 0;"                                                     \
+               : FASTNCE_D32(d, 0)                                                               \
+               : "l"(a), "l"(b))
+#define FASTNCE_WGMMA_SHARED_128(type)                                                            \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " FASTNCE_D64_NAMES \
+               "}, %64, %65, 1, 1, 1, 0, 0;"                                                      \
+               : FASTNCE_D32(d, 0), FASTNCE_D32(d, 8)                                             \
+               : "l"(a), "l"(b))
 #define FASTNCE_WGMMA_REGISTERS_64(type)                                                         \
   asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " FASTNCE_D32_NAMES \
                "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                       \
                : FASTNCE_D32(d, 0)                                                               \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 
-// d (64 x Columns) = a b^T, or += if `accumulate`: a has 64 lines, b has Columns, both along their
+// d (64 x Columns) += a b^T: a has 64 lines, b has Columns, both along their
 // lines, from the descriptors on 16 elements deep. Warp w of the warp group has rows 16 w ... of d;
 // with g = lane / 4, t = lane % 4:
-//   d[4 i ...] = {(g, 8 i + 2 t), (g, 8 i + 2 t + 1), (g + 8, 8 i + 2 t), (g + 8, 8 i + 2 t + 1)}
+//   d[i] = {(g, 8 i + 2 t), (g, 8 i + 2 t + 1), (g + 8, 8 i + 2 t), (g + 8, 8 i + 2 t + 1)}
 template <class T, int Columns>
-__device__ __forceinline__ void wgmma_tiles(float (&d)[Columns / 2], uint64_t a, uint64_t b,
-                                            int accumulate) {
+__device__ __forceinline__ void wgmma_tiles(float (&d)[Columns / 8][4], uint64_t a, uint64_t b) {
   static_assert(Columns == 64 || Columns == 128);
   constexpr bool kBfloat16 = sizeof(T) == 2 && std::is_same_v<T, bfloat16>;
 #ifdef FASTNCE_SM90A
@@ -236,7 +244,7 @@ __device__ __forceinline__ void wgmma_tiles(float (&d)[Columns / 2], uint64_t a,
 // (g + 8, 2t + 8 ..)} in the warp's 16 rows, two elements each; b is 16 lines of a tile,
 // transposed.
 template <class T>
-__device__ __forceinline__ void wgmma_registers(float (&d)[32], const uint32_t (&a)[4],
+__device__ __forceinline__ void wgmma_registers(float (&d)[8][4], const uint32_t (&a)[4],
                                                 uint64_t b) {
 #ifdef FASTNCE_SM90A
   if constexpr (std::is_same_v<T, bfloat16>) {
@@ -249,7 +257,7 @@ __device__ __forceinline__ void wgmma_registers(float (&d)[32], const uint32_t (
 
 #undef FASTNCE_D32_NAMES
 #undef FASTNCE_D64_NAMES
-#undef FASTNCE_D8
+#undef FASTNCE_D4
 #undef FASTNCE_D32
 #undef FASTNCE_WGMMA_SHARED_64
 #undef FASTNCE_WGMMA_SHARED_128

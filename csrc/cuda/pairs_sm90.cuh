@@ -20,6 +20,7 @@
 // that the ring turns.
 #pragma once
 
+#include "pairs_coefficients.cuh"
 #include "pairs_sm90_columns.cuh"
 #include "pairs_sm90_producer.cuh"
 
@@ -30,71 +31,43 @@ template <class C>
 struct Consumer {
   using T = typename C::T;
   static constexpr int kColumns = C::kColumns, kOut = C::kOut;
-  static constexpr bool kSumming = C::kPass != Pass::kProducts;
+  using Tile = float[kColumns / 8][4];
+  using Output = float[kOut > 0 ? kOut : 1][8][4];
 
   const Arguments& a;
-  const Shared& shared;
-  const int group, warp, in_warp;  // group of consumers, warp in it, lane
-  Turn ring, values, x;
-  int buffer = 0;  // of column sums
+  const Memory<kColumns>& memory;
+  const int group, warp, lane;  // of the consumers, in the group, in the warp
+  Turn ring, data, x;
+  int buffer = 0;  // of the scratch for column sums
 
+  // For the warp; its lanes have met.
   __device__ __forceinline__ void arrive(uint64_t* barrier) const {
-    if (in_warp == 0) barrier_arrive(barrier);
+    if (lane == 0) barrier_arrive(barrier);
   }
 
-  __device__ __forceinline__ int64_t output_row(const Work& work, int row) const {
-    return (int64_t{work.split} * a.problems + work.problem) * a.rows + row;
-  }
-
-  __device__ __forceinline__ Lane lane_at(const Work& work, double temperature) const {
-    Lane lane;
-    lane.t = in_warp % 4;
-    lane.first = work.row + 64 * group + 16 * warp + in_warp / 4;
-    lane.end = a.rows;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int64_t at = int64_t{work.problem} * a.rows + lane.row(h);
-      lane.scale[h] = lane.inside(h) ? to_base_2(a.x_scale[at], temperature) : 0.0f;
-      lane.label[h] = lane.inside(h) && a.x_labels != nullptr ? a.x_labels[at] : 0;
-    }
-    return lane;
-  }
-
-  __device__ __forceinline__ Statistics statistics_at(const Work& work, const Lane& lane) const {
-    Statistics out;
-    const int64_t all = int64_t{a.problems} * a.rows;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (a.x_statistics == nullptr || !lane.inside(h)) continue;
-      const float* from = a.x_statistics + int64_t{work.problem} * a.rows + lane.row(h);
-      out.lse[h] = from[0] * kLog2E;
-      out.weight[h] = from[all];
-      out.third[h] = from[2 * all] * (a.kind == Kind::kTwoC ? kLog2E : 1.0f);
-    }
-    return out;
-  }
-
-  // S of a tile. At most one chunk's products are on their way when the chunk before it is given
-  // back.
-  __device__ __forceinline__ void similarities(float (&s)[kColumns / 2]) {
-    const int held = a.chunks - kOut;  // the first chunk that is kept for the output
-    const char* x_tiles = shared.x + group * 64 * kLineBytes;
+  // Adds S to a tile of zeros. At most one chunk's products are on their way when the chunk before
+  // it is given back.
+  __device__ __forceinline__ void similarities(Tile& s) {
+    Barriers& barriers = memory.barriers();
+    const int kept = a.chunks - kOut;  // the first chunk that the output needs
     uint64_t* last = nullptr;
+    pin(s);
     for (int c = 0; c < a.chunks; ++c) {
-      barrier_wait(&shared.barriers->full[ring.slot], ring.parity);
-      const uint64_t rows = tile_descriptor(x_tiles + c * kXTileBytes);
-      const uint64_t columns = tile_descriptor(shared.tiles + ring.slot * C::kTileBytes);
+      barrier_wait(&barriers.full[ring.slot], ring.parity);
+      const uint64_t x_rows =
+          tile_descriptor(memory.x() + c * kXTileBytes + group * 64 * kLineBytes);
+      const uint64_t y_rows = tile_descriptor(memory.tile(ring.slot));
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        wgmma_tiles<T, kColumns>(s, rows + 2 * k, columns + 2 * k, c + k > 0);
+        wgmma_tiles<T, kColumns>(s, x_rows + 2 * k, y_rows + 2 * k);
       }
       wgmma_commit();
       if (c > 0) {
         wgmma_wait<1>();
-        if (c <= held) arrive(last);
+        if (c <= kept) arrive(last);
       }
-      last = &shared.barriers->empty[ring.slot];
+      last = &barriers.empty[ring.slot];
       ring.next(a.slots);
     }
     wgmma_wait<0>();
@@ -103,174 +76,190 @@ struct Consumer {
   }
 
   // O += E y from the last kOut slots, which are then given back.
-  __device__ __forceinline__ void product(float (&o)[kOut > 0 ? kOut : 1][32],
-                                          const uint32_t (&p)[kColumns / 16][4]) {
-    if constexpr (kOut > 0) {
-      const auto slot = [&](int c) {
-        const int at = ring.slot - kOut + c;
-        return at < 0 ? at + a.slots : at;
-      };
+  __device__ __forceinline__ void multiply(Output& o, uint32_t (&e)[kColumns / 16][4]) {
+    const auto slot = [&](int c) {
+      const int at = ring.slot - kOut + c;
+      return at < 0 ? at + a.slots : at;
+    };
 #pragma unroll
-      for (int c = 0; c < kOut; ++c) pin(o[c]);
-      wgmma_fence();
+    for (int c = 0; c < kOut; ++c) pin(o[c]);
+    pin(e);
+    wgmma_fence();
 #pragma unroll
-      for (int c = 0; c < kOut; ++c) {
-        const uint64_t tile = tile_descriptor(shared.tiles + slot(c) * C::kTileBytes);
+    for (int c = 0; c < kOut; ++c) {
+      const uint64_t tile = tile_descriptor(memory.tile(slot(c)));
 #pragma unroll
-        for (int k = 0; k < kColumns / 16; ++k) wgmma_registers<T>(o[c], p[k], tile + 128 * k);
-      }
-      wgmma_commit();
-      wgmma_wait<0>();
+      for (int k = 0; k < kColumns / 16; ++k) wgmma_registers<T>(o[c], e[k], tile + 128 * k);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
 #pragma unroll
-      for (int c = 0; c < kOut; ++c) {
-        pin(o[c]);
-        arrive(&shared.barriers->empty[slot(c)]);
-      }
+    for (int c = 0; c < kOut; ++c) {
+      pin(o[c]);
+      arrive(&memory.barriers().empty[slot(c)]);
     }
   }
 
-  // Both warp groups of a block write parts of their own: neither waits for the other.
-  __device__ __forceinline__ void store_columns(const ColumnSums<kColumns>& sums, const Work& work,
-                                                int tile) {
-    if constexpr (kOut == 0) {
-      sync_named(1 + group, kWarpGroup);
-      const int at = warp * kWarp + in_warp, column = tile * kColumns + at;
-      const int part = work.row / 64 + group;
-      if (column < a.columns && part * 64 < a.rows) {
-        const float2 joined = join_warps(sums.largest[buffer][group], sums.sum[buffer][group], at);
-        const int64_t to = (int64_t{part} * a.problems + work.problem) * a.columns + column;
-        a.sums.column_largest[to] = joined.x;
-        a.sums.column_sum[to] = joined.y;
+  // Calls body(tile of products, first column, column data) for each tile of the columns, which
+  // leaves the factor of y in the tile, if there is an output.
+  template <class Body>
+  __device__ __forceinline__ void for_each_tile(const Span& span, Output& o, Body body) {
+    Barriers& barriers = memory.barriers();
+    barrier_wait(&barriers.x_full, x.parity);
+    for (int column = span.begin; column < span.end; column += kColumns) {
+      Tile s = {};
+      similarities(s);
+      barrier_wait(&barriers.data_full[data.slot], data.parity);
+      body(s, column, memory.data(data.slot));
+      sync_warp();  // all lanes have read the data
+      arrive(&barriers.data_empty[data.slot]);
+      data.next(kDataSlots);
+      if constexpr (kOut > 0) {
+        uint32_t e[kColumns / 16][4];  // in the order of wgmma_registers
+#pragma unroll
+        for (int i = 0; i < kColumns / 8; ++i) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            e[i / 2][2 * (i % 2) + h] = pack_pair<T>(s[i][2 * h], s[i][2 * h + 1]);
+          }
+        }
+        multiply(o, e);
       }
-      buffer ^= 1;
     }
+    arrive(&barriers.x_empty);
+    x.next(1);
   }
 
-  __device__ __forceinline__ void store_product(const float (&o)[kOut > 0 ? kOut : 1][32],
-                                                const Work& work, const Lane& lane, float* out) {
+  __device__ __forceinline__ void store_output(const Output& o, float* to, const ThreadRows& rows,
+                                               const Span& span, const Piece<kColumns>& piece,
+                                               float factor) const {
+    const auto depth = static_cast<int>(a.pairs.depth);
+    const int first = piece.part * kOut * kLineElements + 2 * (lane % 4);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (!lane.inside(h)) continue;
-      const int64_t row = output_row(work, lane.row(h));
+      if (rows.row[h] >= span.rows) continue;
+      float* line = to + (first_row_of(piece) + rows.at[h]) * depth;
 #pragma unroll
       for (int c = 0; c < kOut; ++c) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          const int d = (work.part * kOut + c) * kLineElements + 8 * i + 2 * lane.t;
-          if (d >= a.depth) continue;
-          *reinterpret_cast<float2*>(out + row * a.depth + d) = make_float2(
-              o[c][4 * i + 2 * h] * (1 / C::kScale), o[c][4 * i + 2 * h + 1] * (1 / C::kScale));
+          const int d = first + c * kLineElements + 8 * i;
+          if (d >= depth) continue;
+          *reinterpret_cast<float2*>(line + d) =
+              make_float2(o[c][i][2 * h] * factor, o[c][i][2 * h + 1] * factor);
         }
       }
     }
   }
+  __device__ __forceinline__ int64_t first_row_of(const Piece<kColumns>& piece) const {
+    return piece.split * a.pairs.problems * a.pairs.rows;
+  }
 
-  __device__ __forceinline__ void store_sums(const RowSums& sums, const Work& work,
-                                             const Lane& lane, bool running, float offset) const {
+  static __device__ __forceinline__ void clear(Output& o) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float total = quad_sum(sums.sum[h]), term = quad_sum(sums.term[h]);
-      const float label_a = quad_sum(sums.label_a[h]), label_b = quad_sum(sums.label_b[h]);
-      if (!lane.inside(h) || lane.t != 0) continue;
-      const int64_t at = output_row(work, lane.row(h));
-      a.sums.largest[at] = running ? sums.top[h].largest : offset;
-      a.sums.sum[at] = total;
-      if (a.sums.term != nullptr) a.sums.term[at] = term * kLn2;
-      if (kOut > 0 || a.x_labels == nullptr) continue;
-      const float label_top = running ? sums.label_top[h].largest : offset;
-      a.sums.label_a[at] = a.kind == Kind::kSupCon ? label_a * kLn2 : label_top;
-      a.sums.label_b[at] = label_b;
+    for (auto& chunk : o) {
+#pragma unroll
+      for (auto& four : chunk) {
+#pragma unroll
+        for (float& value : four) value = 0.0f;
+      }
     }
   }
 
-  __device__ __forceinline__ void run() {
-    const double temperature = read_temperature(a.temperature);
-    const auto inverse = static_cast<float>(1 / temperature);
-    const bool running = !a.fixed_offset || !(inverse <= kLargestFixedLogit);
-    const float offset = fmaxf(inverse - kExponentTop, 0.0f) * kLog2E;
-    const bool with_columns = kOut == 0 && a.sums.column_sum != nullptr;
-    for (int index = blockIdx.x; index < a.work; index += gridDim.x) {
-      const Work work = work_at<kColumns>(a, index);
-      const Lane lane = lane_at(work, temperature);
-      const Statistics statistics = kSumming ? Statistics{} : statistics_at(work, lane);
-      RowSums sums;
-      float o[kOut > 0 ? kOut : 1][32];
+  // The two warp groups of a block have parts of their own: neither waits for the other.
+  __device__ __forceinline__ void add_columns(const Tile& tile, Offset offset, const Span& span,
+                                              const Piece<kColumns>& piece, int column) {
+    ColumnScratch& scratch = memory.scratch();
+    auto& largest = scratch.largest[buffer][group];
+    auto& sum = scratch.sum[buffer][group];
+    sum_columns_of_warp(tile, offset, largest[warp], sum[warp]);
+    sync_named(1 + group, kWarpGroup);
+    const int mine = warp * kWarp + lane;
+    if (column + mine < span.columns && span.row + 64 * group < span.rows) {
+      const int64_t part = piece.block * kConsumers + group;
+      const int64_t at = part * a.pairs.problems * span.columns + span.first_column + column + mine;
+      store_column(largest, sum, mine, a.sums.column_largest + at, a.sums.column_sum + at,
+                   piece.step > 0);
+    }
+    buffer ^= 1;  // whoever writes there next has met those who read here
+  }
+
+  __device__ __forceinline__ void sum() {
+    const double temperature = value_of(a.pairs.temperature);
+    const Offset offset = offset_of(a.pairs, temperature);
+    for (Piece<kColumns> piece(a); piece.there(a); piece.next(a)) {
+      const Span span = piece.span(a);
+      const ThreadRows rows = rows_of_thread(a.pairs, span, 4 * group + warp, temperature);
+      RowSums<(kOut > 0)> sums(offset);
+      LabelSums labels(a.pairs.kind, offset);
+      Output o;
+      clear(o);
+      for_each_tile(span, o, [&](Tile& tile, int column, const ColumnData<kColumns>& values) {
+        to_logits(tile, values, rows, span, column, a.pairs.kind);
+        float shrink[2];
+        if constexpr (kOut == 0) {
+          if (a.pairs.x_labels != nullptr) labels.add(tile, values, rows);
+          if (a.column_sums() && offset.running) add_columns(tile, offset, span, piece, column);
+          sums.add(tile, shrink);
+          if (a.column_sums() && !offset.running) add_columns(tile, offset, span, piece, column);
+        } else {
+          sums.add(tile, shrink);
+          if (!(shrink[0] == 1.0f && shrink[1] == 1.0f)) {  // a new maximum is rare
 #pragma unroll
-      for (auto& chunk : o) {
+            for (auto& chunk : o) {
 #pragma unroll
-        for (float& value : chunk) value = 0.0f;
-      }
-      barrier_wait(&shared.barriers->x_full, x.parity);
-      for (int tile = work.first_tile; tile < work.last_tile; ++tile) {
-        float s[kColumns / 2];
-        similarities(s);
-        barrier_wait(&shared.barriers->values_full[values.slot], values.parity);
-        const auto& columns =
-            reinterpret_cast<const ColumnValues<kColumns>*>(shared.values)[values.slot];
-        const int first = tile * kColumns, row = work.row + 64 * group;
-        const bool without_own = a.kind != Kind::kQueue;
-        const bool on_diagonal = without_own && first < row + 64 && row < first + kColumns;
-        const bool whole = first + kColumns <= a.columns && row + 64 <= a.rows && !on_diagonal;
-        to_logits<kColumns>(s, lane, columns, first, a.columns, whole, without_own);
-        if constexpr (kSumming) {
-          auto& column_sums = *reinterpret_cast<ColumnSums<kColumns>*>(shared.column_sums);
-          if (kOut == 0 && a.x_labels != nullptr) {
-            add_labels<kColumns>(sums, s, lane, columns, a.kind, running, offset);
-          }
-          float shrink[2];
-          if constexpr (kOut == 0) {
-            const WarpColumns by_warp{column_sums.largest[buffer][group][warp],
-                                      column_sums.sum[buffer][group][warp]};
-            if (with_columns && running) by_warp.from_logits(s, lane);
-            to_exponentials<kColumns>(s, sums, running, offset, a.sums.term != nullptr, shrink);
-            if (with_columns && !running) by_warp.from_exponentials(s, offset, lane);
-            if (with_columns) store_columns(column_sums, work, tile);
-          } else {
-            to_exponentials<kColumns>(s, sums, running, offset, a.sums.term != nullptr, shrink);
-            if (running) {
+              for (auto& four : chunk) {
 #pragma unroll
-              for (auto& chunk : o) {
-#pragma unroll
-                for (int i = 0; i < 32; ++i) chunk[i] *= shrink[i / 2 % 2];
+                for (int i = 0; i < 4; ++i) four[i] *= shrink[i / 2];
               }
             }
           }
-        } else {
-          to_coefficients<kColumns>(s, lane, columns, statistics, a.kind, a.x_statistics != nullptr,
-                                    a.y_statistics != nullptr, a.term != nullptr, sums.term);
+          scale_columns(tile, values.scale);
         }
-        uint32_t p[kColumns / 16][4];
-        pin(s);  // the columns' scales are read again: there are no registers to keep them
-        if constexpr (kOut > 0) pack_factor<T, kColumns>(p, s, lane, columns, C::kScale);
-        sync_warp();  // all lanes have read the values
-        arrive(&shared.barriers->values_empty[values.slot]);
-        values.next(kColumnSlots);
-        product(o, p);
+      });
+      if (piece.part == 0) sums.store(a.sums, rows, span, first_row_of(piece));
+      if constexpr (kOut > 0) {
+        store_output(o, a.sums.product, rows, span, piece, 1.0f);
+      } else if (a.pairs.x_labels != nullptr) {
+        labels.store(a.sums, rows, span, first_row_of(piece));
       }
-      arrive(&shared.barriers->x_empty);
-      x.next(1);
-      finish(work, lane, sums, o, running, offset);
     }
   }
 
-  __device__ __forceinline__ void finish(const Work& work, const Lane& lane, const RowSums& sums,
-                                         const float (&o)[kOut > 0 ? kOut : 1][32], bool running,
-                                         float offset) {
-    if constexpr (kSumming) {
-      if (work.part == 0) store_sums(sums, work, lane, running, offset);
-      if (kOut > 0) store_product(o, work, lane, a.sums.product);
-    } else {
-      store_product(o, work, lane, a.product);
-      if (a.term == nullptr || work.part != 0) return;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float term = quad_sum(sums.term[h]);
-        if (!lane.inside(h) || lane.t != 0) continue;
-        a.term[output_row(work, lane.row(h))] = term * kLn2;
+  __device__ __forceinline__ void weigh() {
+    const double temperature = value_of(a.pairs.temperature);
+    const float scale = coefficient_scale(a.pairs.dtype);
+    for (Piece<kColumns> piece(a); piece.there(a); piece.next(a)) {
+      const Span span = piece.span(a);
+      const ThreadRows rows = rows_of_thread(a.pairs, span, 4 * group + warp, temperature);
+      Coefficients<true> coefficients(a.pairs, a.products, rows);
+      Output o;
+      clear(o);
+      for_each_tile(span, o, [&](Tile& tile, int column, const ColumnData<kColumns>& values) {
+        to_logits(tile, values, rows, span, column, a.pairs.kind);
+        coefficients.replace(tile, values, rows, {scale, scale});
+      });
+      if (a.products.x_term != nullptr && piece.part == 0) {
+        coefficients.store_term(a.products.x_term, rows, span, first_row_of(piece));
       }
+      store_output(o, a.products.x_product, rows, span, piece, 1.0f / scale);
     }
   }
 };
+
+__device__ __forceinline__ void init_barriers(Barriers& b, int slots) {
+  barrier_init(&b.x_full, 1);
+  barrier_init(&b.x_empty, kConsumerWarps);
+  for (int i = 0; i < kDataSlots; ++i) {
+    barrier_init(&b.data_full[i], kWarp);
+    barrier_init(&b.data_empty[i], kConsumerWarps);
+  }
+  for (int i = 0; i < slots; ++i) {
+    barrier_init(&b.full[i], 1);
+    barrier_init(&b.empty[i], kConsumerWarps);
+  }
+  barrier_init_done();
+}
 
 // 32 registers for a thread that copies, 240 for one that multiplies: 128 x 32 + 256 x 240 = 65536.
 template <class C>
@@ -278,17 +267,22 @@ __global__ void __launch_bounds__(kThreads, 1)
     pairs_kernel(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
                  const __grid_constant__ Arguments a) {
 #ifdef FASTNCE_SM90A
-  const Shared shared = shared_of<C>(a);
+  const Memory<C::kColumns> memory(a.chunks, a.slots, a.column_sums());
   const auto thread = static_cast<int>(threadIdx.x);
-  if (thread == 0) init_barriers(*shared.barriers, a.slots);
+  if (thread == 0) init_barriers(memory.barriers(), a.slots);
   sync_threads();
   if (thread < kWarpGroup) {
     release_registers<32>();
-    if (thread == 0) bring_tiles<C>(x_map, y_map, a, shared);
-    if (thread / kWarp == 1) bring_values<C>(a, shared);
+    if (thread == 0) bring_tiles<C>(x_map, y_map, a, memory);
+    if (thread / kWarp == 1) bring_data<C>(a, memory);
   } else {
     claim_registers<240>();
-    Consumer<C>{a, shared, thread / kWarpGroup - 1, thread / kWarp % 4, thread % kWarp}.run();
+    Consumer<C> consumer{a, memory, thread / kWarpGroup - 1, thread / kWarp % 4, thread % kWarp};
+    if constexpr (C::kPass == Pass::kProducts) {
+      consumer.weigh();
+    } else {
+      consumer.sum();
+    }
   }
 #endif
 }

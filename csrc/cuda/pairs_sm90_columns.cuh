@@ -1,7 +1,8 @@
 // Sums of the columns of a tile over the 64 rows of a warp group, in a fixed order.
 #pragma once
 
-#include "pairs_sm90_tiles.cuh"
+#include "pairs_sm90_work.cuh"
+#include "pairs_sums.cuh"
 
 namespace fastnce::cuda::sm90 {
 
@@ -19,58 +20,45 @@ __device__ __forceinline__ void share_sums(float (&v)[32], int bit) {
   }
 }
 
-// A thread's share of 128 columns is 2 i + r for column 8 i + 2 t + r. One warp's sums, relative to
-// a maximum of its own 16 rows (from logits), or to the offset that they already are relative to
-// (from exponentials).
-struct WarpColumns {
-  float *largest, *sum;  // (128,) in shared memory
-
-  __device__ __forceinline__ void store_sums(float (&v)[32], const Lane& lane) const {
-    share_sums<32>(v, 16);
-    share_sums<16>(v, 8);
-    share_sums<8>(v, 4);
-    const int first = static_cast<int>(threadIdx.x) & 28;
+// One warp's sums to its line of the scratch, of logits with maxima over its own 16 rows if the
+// offset is running, else of exponentials. A thread's share of the columns is 2 n + r for column
+// 8 n + 2 t + r.
+__device__ __forceinline__ void sum_columns_of_warp(const float (&tile)[16][4], Offset offset,
+                                                    float (&largest)[128], float (&sum)[128]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, t2 = 2 * (lane % 4);
+  float v[32];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) sum[8 * ((first + k) / 2) + 2 * lane.t + k % 2] = v[k];
-  }
-
-  __device__ __forceinline__ void from_exponentials(const float (&e)[64], float offset,
-                                                    const Lane& lane) const {
-    float v[32];
-#pragma unroll
-    for (int k = 0; k < 32; ++k) {
-      v[k] = e[4 * (k / 2) + k % 2] + e[4 * (k / 2) + 2 + k % 2];
-      largest[8 * (k / 2) + 2 * lane.t + k % 2] = offset;
+  for (int k = 0; k < 32; ++k) {
+    float first = tile[k / 2][k % 2], second = tile[k / 2][k % 2 + 2], top = offset.fixed;
+    if (offset.running) {
+      top = over_rows_max(fmaxf(first, second));
+      first = exp2_fast(first - finite(top));
+      second = exp2_fast(second - finite(top));
     }
-    store_sums(v, lane);
+    v[k] = first + second;
+    if (lane < 4) largest[8 * (k / 2) + t2 + k % 2] = top;
   }
-
-  __device__ __forceinline__ void from_logits(const float (&z)[64], const Lane& lane) const {
-    float v[32];
+  share_sums<32>(v, 16);
+  share_sums<16>(v, 8);
+  share_sums<8>(v, 4);
 #pragma unroll
-    for (int k = 0; k < 32; ++k) {
-      const float low = z[4 * (k / 2) + k % 2], high = z[4 * (k / 2) + 2 + k % 2];
-      float top = fmaxf(low, high);
-#pragma unroll
-      for (int bit = 4; bit < kWarp; bit *= 2) top = fmaxf(top, shuffle_xor(top, bit));
-      const float finite = top == -infinity() ? 0.0f : top;
-      v[k] = exp2_fast(low - finite) + exp2_fast(high - finite);
-      largest[8 * (k / 2) + 2 * lane.t + k % 2] = top;
-    }
-    store_sums(v, lane);
-  }
-};
+  for (int k = 0; k < 4; ++k) sum[8 * (((lane & 28) + k) / 2) + t2 + k % 2] = v[k];
+}
 
-// The four warps together, by one thread for a column.
-__device__ __forceinline__ float2 join_warps(const float (&largest)[4][128],
-                                             const float (&sum)[4][128], int column) {
-  float top = -infinity(), total = 0.0f;
+// The four warps together with what is in memory of earlier rows if `more`, by one thread for a
+// column.
+__device__ __forceinline__ void store_column(const float (&largest)[4][128],
+                                             const float (&sum)[4][128], int column,
+                                             float* out_largest, float* out_sum, bool more) {
+  const float old = more ? *out_largest : FASTNCE_NO_LOGIT;
+  float top = old;
 #pragma unroll
   for (int w = 0; w < 4; ++w) top = fmaxf(top, largest[w][column]);
-  const float finite = top == -infinity() ? 0.0f : top;
+  float total = more ? *out_sum * exp2_fast(old - finite(top)) : 0.0f;
 #pragma unroll
-  for (int w = 0; w < 4; ++w) total += sum[w][column] * exp2_fast(largest[w][column] - finite);
-  return make_float2(top, total);
+  for (int w = 0; w < 4; ++w) total += sum[w][column] * exp2_fast(largest[w][column] - finite(top));
+  *out_largest = top;
+  *out_sum = total;
 }
 
 }  // namespace fastnce::cuda::sm90

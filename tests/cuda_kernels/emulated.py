@@ -29,7 +29,7 @@ def build_emulated(output: Path = LIBRARY, *, verbose: bool = False) -> Path:
     include, libraries = build.torch_folders()
     headers = [*sources.glob("common/*.h"), *SOURCES.glob("*.h"), *SOURCES.glob("*.cuh")]
     common = hashlib.sha256(" ".join(FLAGS).encode())
-    for header in sorted([*headers, HERE / "emulator.h"]):
+    for header in sorted([*headers, *HERE.glob("*.h")]):
         common.update(header.read_bytes())
     objects = FOLDER / "objects"
     objects.mkdir(parents=True, exist_ok=True)

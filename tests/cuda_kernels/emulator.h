@@ -97,6 +97,7 @@ struct Place {
   dim3 threads, blocks;
   int lane, warp;
   char* shared;
+  mutable bool fenced = false;  // see emulator_sm90.h
 };
 const Place& place();
 

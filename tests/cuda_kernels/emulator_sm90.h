@@ -8,6 +8,7 @@
 #pragma once
 
 #include <array>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -107,12 +108,21 @@ inline void copy_box(char* base, uint32_t to, const TensorMap& map, int depth, i
     }
   }
 }
+// Once the scheduler has come to it `patience` times, or nobody can go on without it.
+inline void much_later(int patience, const std::function<void()>& work) {
+  if (patience == 0) return work();
+  later([=] { much_later(patience - 1, work); });
+}
+
 inline void copy_tensor(void* shared, const TensorMap* map, uint64_t* barrier, int depth, int row,
                         int problem) {
   expect_aligned(shared, 128, "copy_tensor: shared address is not aligned");
   barrier_state(barrier);
   char* base = place().shared;
-  later([=, to = shared_offset(shared), map = *map] {
+  static unsigned number = 0;
+  number = number * 1664525 + 1013904223;
+  const int patience = 1 << (number >> 24) % 8;
+  much_later(patience, [=, to = shared_offset(shared), map = *map] {
     copy_box(base, to, map, depth, row, problem);
     BarrierState* state = barrier_state(barrier);
     state->bytes -= map.box_rows * 128;
@@ -168,7 +178,6 @@ struct Product {
   const uint32_t* registers;            // this lane's, in the instruction's order
   std::array<const uint32_t*, 4> quad;  // those of the four lanes with this lane's rows
   float* d;
-  bool accumulate;
 };
 
 // All four warps issue the same product.
@@ -176,18 +185,13 @@ inline void meet_for_product(void* const* threads) {
   const auto& first = *static_cast<Product*>(threads[0]);
   for (int i = 0; i < 128; ++i) {
     auto& mine = *static_cast<Product*>(threads[i]);
-    if (mine.a != first.a || mine.b != first.b || mine.accumulate != first.accumulate) {
+    if (mine.a != first.a || mine.b != first.b) {
       fail("wgmma: the threads of a warp group disagree");
     }
     for (int t = 0; t < 4; ++t) {
       mine.quad[static_cast<size_t>(t)] = static_cast<Product*>(threads[i / 4 * 4 + t])->registers;
     }
   }
-}
-
-inline bool& fenced() {
-  static std::array<bool, 1024> flags{};
-  return flags[static_cast<size_t>(place().warp * 32 + place().lane)];
 }
 
 template <class T, int Columns, bool FromRegisters>
@@ -208,8 +212,8 @@ inline void run_product(const Product& p, const char* shared, int rank) {
       for (int k = 0; k < 16; ++k)
         b[k] = operand<T>(shared, p.b, 8 * i + 2 * t + r, k, FromRegisters);
       for (int half = 0; half < 2; ++half) {
-        float& d = p.d[4 * i + 2 * half + r];
-        double sum = p.accumulate ? d : 0.0f;
+        float& d = p.d[4 * i + 2 * half + r];  // d[i][2 * half + r]
+        double sum = d;
         for (int k = 0; k < 16; ++k) sum += a[half][k] * b[k];
         d = static_cast<float>(sum);
       }
@@ -219,14 +223,14 @@ inline void run_product(const Product& p, const char* shared, int rank) {
 
 template <class T, int Columns, bool FromRegisters>
 inline void issue_product(Product p) {
-  if (!fenced()) fail("wgmma: no fence after the last wait");
+  if (!place().fenced) fail("wgmma: no fence after the last wait");
   collective(128, meet_for_product, &p);
   const int rank = (place().warp * 32 + place().lane) % 128;
   defer([=, shared = place().shared] { run_product<T, Columns, FromRegisters>(p, shared, rank); });
 }
 
 inline void wgmma_fence() {
-  fenced() = true;
+  place().fenced = true;
   sync_warp();
 }
 inline void wgmma_commit() { close_group(); }
@@ -235,19 +239,19 @@ inline void wgmma_wait() {
   sync_warp();  // the warp waits as one: no lane goes on and changes what another's product still
                 // reads
   finish_groups(Pending);
-  fenced() = false;
+  place().fenced = false;
   sync_warp();
 }
-template <int Count>
-inline void pin(float (&)[Count]) {}
+template <class Value, int Count>
+inline void pin(Value (&)[Count][4]) {}
 
 template <class T, int Columns>
-inline void wgmma_tiles(float (&d)[Columns / 2], uint64_t a, uint64_t b, int accumulate) {
-  issue_product<T, Columns, false>({a, b, nullptr, {}, d, accumulate != 0});
+inline void wgmma_tiles(float (&d)[Columns / 8][4], uint64_t a, uint64_t b) {
+  issue_product<T, Columns, false>({a, b, nullptr, {}, d[0]});
 }
 template <class T>
-inline void wgmma_registers(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
-  issue_product<T, 64, true>({0, b, a, {}, d, true});
+inline void wgmma_registers(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
+  issue_product<T, 64, true>({0, b, a, {}, d[0]});
 }
 
 }  // namespace emulator::sm90
