@@ -48,8 +48,7 @@ struct Pairs {
   int64_t depth;        // P
   Dtype dtype;          // of x and y as packed
   Precision precision;  // of the products, if that is float32: kFloat32 or kTf32
-  bool unit_rows;       // cosines: exponentials may be relative to a fixed offset (see offset_of in
-                        // pairs_tiles.cuh)
+  bool unit_rows;       // s are cosines: see offset_of in pairs_tile.cuh
   Kind kind;
   const int64_t* x_labels = nullptr;  // (R,) and (C,), of labelled kinds
   const int64_t* y_labels = nullptr;
@@ -96,10 +95,6 @@ void launch_sums(const Pairs& pairs, const SumsPlan& plan, const Sums& out, Stre
 
 // --- products ---
 
-// Of each row (column) what d L / d z needs: [log-sum-exp (natural), weight, third], (3, R)
-// contiguous. The coefficient of a row's loss at its column j is weight 2^(z - lse), less for a
-// positive: kSupCon: third; kTwoC: weight 2^(z - third). G adds up those of rows and those of
-// columns, as far as there are statistics.
 struct ProductsPlan {
   int64_t x_splits, y_splits;  // parts of the products, 0 for those not wanted; of the term as of x
   int64_t workspace_bytes;     // aligned to 16; 0 for none
@@ -110,6 +105,10 @@ struct ProductsPlan {
   int64_t blocks = 0;  // as in SumsPlan
 };
 
+// The statistics of a row's (column's) loss: [log-sum-exp (natural), weight, third], (3, R)
+// contiguous. The loss's coefficient at a pair is weight exp(z - lse), less for a positive:
+// kSupCon: third; kTwoC: weight exp(z - third). G adds up those of the row and of the column, as
+// far as there are statistics.
 struct Products {
   const float* x_statistics = nullptr;  // (3, R), or none
   const float* y_statistics = nullptr;  // (3, C), or none

@@ -27,9 +27,10 @@ LABELLED = (SUP_CON, TWO_C)
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
     try:
-        library()
+        build.cxx()
     except build.BuildError as error:
         pytest.skip(str(error))
+    library()
 
 
 @pytest.fixture(params=range(2), ids="threads{}".format)
