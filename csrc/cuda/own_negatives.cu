@@ -1,6 +1,6 @@
-// A block takes a query, each of its warps every eighth negative. Both kernels read a negative once;
-// for the gradients, different blocks take chunks of 128 elements. Squares are summed up in double,
-// which has room for those of any float.
+// A block takes a query, each of its warps every eighth negative. Both kernels read a negative
+// once; for the gradients, different blocks take chunks of 128 elements. Squares are summed up in
+// double, which has room for those of any float.
 #include "own_negatives.h"
 
 #include "launch.cuh"

@@ -54,8 +54,8 @@ struct InfoNceLosses {
   LossGradient grad_loss;
   float* row_statistics = nullptr;
   float* column_statistics = nullptr;
-  float* factor =
-      nullptr;  // (factor_parts, R): from exponentials of a part of the rows to the softmax
+  // (factor_parts, R): from exponentials of a part of the rows to the softmax.
+  float* factor = nullptr;
   int64_t factor_parts = 0;
 };
 void launch_info_nce_losses(const InfoNceLosses& losses, int multiprocessors, Stream stream);

@@ -14,7 +14,8 @@ __device__ __forceinline__ double value_of(const Temperature& t) {
   return t.is_double ? *static_cast<const double*>(t.tensor) : *static_cast<const float*>(t.tensor);
 }
 
-// What turns a product into a logit in units of log 2: scales and this number multiply it, rounded once.
+// What turns a product into a logit in units of log 2: scales and this number multiply it, rounded
+// once.
 __device__ __forceinline__ double base_2_factor(const Temperature& t) {
   return 1.4426950408889634 / value_of(t);
 }
