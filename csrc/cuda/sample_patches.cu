@@ -145,7 +145,8 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarp)
 
 // --- gradients of patches to map ---
 
-// The first patch behind `after` at the position `id`; count if there is none.
+// The first patch behind `after` at the position `id`; count if there is none. A warp looks through
+// 256 ids, 2 KB that stay in the cache, with 8 loads.
 __device__ __forceinline__ int next_at(const PatchMap& map, int id, int after, int lane) {
   for (int begin = (after + 1) / kWarp * kWarp; begin < map.count; begin += kWarp) {
     const int t = begin + lane;
@@ -172,8 +173,8 @@ __device__ __forceinline__ float along_patch(const PatchMap& map, const T* grad,
 }
 
 // map (+)= the gradients of the patches at the position of patch s, unless an earlier patch is
-// there too and does it. Through the normalisation y = x / ||x|| a gradient g becomes (g - y (y .
-// g)) / ||x||.
+// there too and does it. Through the normalisation y = x / ||x||, g becomes (g - y (y . g)) /
+// ||x||.
 template <class T, int V, bool Add>
 __device__ __forceinline__ void scatter_row(const PatchMap& map, int image, int s, int begin,
                                             int end, int lane) {
