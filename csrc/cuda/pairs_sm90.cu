@@ -53,6 +53,7 @@ Pairs exchanged(Pairs pairs) {
 Arguments arguments_of(const Pairs& pairs, int64_t splits, int out, int64_t row_steps = 1) {
   Arguments a{};
   a.pairs = pairs;
+  a.all_columns = pairs.problems * pairs.columns;
   a.row_steps = static_cast<int>(row_steps);
   a.row_blocks = static_cast<int>(ceil_div(pairs.rows, kBlockRows * row_steps));
   a.splits = static_cast<int>(splits);

@@ -38,34 +38,31 @@ __device__ __forceinline__ void bring_tiles(const TensorMap& x_map, const Tensor
   }
 }
 
-// A lane's share of kCount values, of which `there` are there, in the background; zeros beyond.
-template <int kCount, class Value>
-__device__ __forceinline__ void bring(Value (&to)[kCount], const Value* from, int there) {
-#pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x) % kWarp; i < kCount; i += kWarp) {
-    copy_async<sizeof(Value)>(&to[i], from + i, i < there);
-  }
-}
-
-// One warp: what else is known of the columns of a tile.
+// One warp: what else is known of the columns of a tile, in the background too: one after another,
+// loads would take longer than the tile's products. Beyond the last column, zeros.
 template <class C>
 __device__ __forceinline__ void bring_data(const Arguments& a, const Memory<C::kColumns>& memory) {
   Barriers& barriers = memory.barriers();
-  const int64_t total = a.pairs.problems * a.pairs.columns;
-  const float* statistics = a.products.y_statistics;
   Turn turn;
   for (Piece<C::kColumns> piece(a); piece.there(a); piece.next(a)) {
     const Span span = piece.span(a);
     for (int column = span.begin; column < span.end; column += C::kColumns) {
       barrier_wait(&barriers.data_empty[turn.slot], turn.parity ^ 1);
       ColumnData<C::kColumns>& data = memory.data(turn.slot);
-      const int64_t at = span.first_column + column;
-      const int there = span.columns - column;
-      bring(data.scale, a.pairs.y_scale + at, there);
-      if (a.pairs.y_labels != nullptr) bring(data.label, a.pairs.y_labels + at, there);
-      if (statistics != nullptr) {
+#pragma unroll 1
+      for (int i = static_cast<int>(threadIdx.x) % kWarp; i < C::kColumns; i += kWarp) {
+        const int64_t at = span.first_column + column + i;
+        const bool there = column + i < span.columns;
+        copy_async<4>(&data.scale[i], a.pairs.y_scale + at, there);
+        if (a.pairs.y_labels != nullptr) {
+          copy_async<8>(&data.label[i], a.pairs.y_labels + at, there);
+        }
+        if (a.products.y_statistics == nullptr) continue;
 #pragma unroll
-        for (int i = 0; i < 3; ++i) bring(data.statistics[i], statistics + i * total + at, there);
+        for (int k = 0; k < 3; ++k) {
+          copy_async<4>(&data.statistics[k][i], a.products.y_statistics + k * a.all_columns + at,
+                        there);
+        }
       }
       copy_async_commit();
       copy_async_wait<0>();

@@ -29,9 +29,10 @@ struct Config {
 
 struct Arguments {
   Pairs pairs;
-  Sums sums;          // of the passes that sum
-  Products products;  // of the others: x_product and x_term
-  int row_blocks;     // of one problem, with `row_steps` blocks of 128 rows each
+  Sums sums;            // of the passes that sum
+  Products products;    // of the others: x_product and x_term
+  int64_t all_columns;  // of all problems
+  int row_blocks;       // of one problem, with `row_steps` blocks of 128 rows each
   int row_steps;
   int splits;  // of the columns
   int parts;   // of the depth of the product, each with similarities of its own

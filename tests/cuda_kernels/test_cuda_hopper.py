@@ -83,6 +83,9 @@ SUMS = [
     Case(100, 1300, 128, QUEUE, 0.01, multiprocessors=8),
     Case(129, 129, 320, IN_BATCH, 0.07, problems=2),
     Case(65, 130, 512, IN_BATCH, 0.005),
+    # Blocks of rows one after another in one part of the column sums.
+    Case(330, 140, 64, QUEUE, 0.07, multiprocessors=1),
+    Case(330, 140, 64, QUEUE, 0.01, multiprocessors=1),
 ]
 
 
