@@ -262,7 +262,7 @@ __device__ __forceinline__ void fill_zeros(const PatchMap& map, int image, bool 
 // sampled positions in it while the tile is in the cache. Zeros first and add_kernel after would
 // read and write each sampled sector again.
 template <class T>
-__global__ void __launch_bounds__(kFillThreads) fill_kernel(const __grid_constant__ Maps maps) {
+__global__ void __launch_bounds__(kFillThreads, 2) fill_kernel(const __grid_constant__ Maps maps) {
   constexpr int V = 16 / sizeof(T);
   const int lane = threadIdx.x % kWarp;
   int tile = static_cast<int>(blockIdx.x);
