@@ -84,14 +84,21 @@ def _kept(file: Path, target: str) -> Compiled:
 def _digest(file: Path) -> str:
     digest = hashlib.sha256(build.compiler_version(build_cuda.nvcc()[0]).encode())
     digest.update(" ".join((*build_cuda.FLAGS, *build_cuda.nvcc_flags())).encode())
-    for part in (
-        Path(__file__),
-        file,
-        *sorted(SOURCES.glob("*.h")),
-        *sorted(SOURCES.glob("*.cuh")),
-    ):
+    for part in (Path(__file__), *sorted(included(file))):
         digest.update(part.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def included(file: Path) -> set[Path]:
+    """A file of ``csrc/cuda`` and those of that folder that it includes."""
+    found, open_ = set(), {file}
+    while open_:
+        found |= open_
+        names = {
+            name for path in open_ for name in re.findall(r'#include "(.+?)"', path.read_text())
+        }
+        open_ = {SOURCES / name for name in names if (SOURCES / name).is_file()} - found
+    return found
 
 
 def compile_one(file: Path, target: str) -> Compiled:

@@ -5,7 +5,15 @@ import subprocess
 import sys
 
 import pytest
-from cuda_resources import Kernel, compile_all, files, instructions_of, reports_of
+from cuda_resources import (
+    SOURCES,
+    Kernel,
+    compile_all,
+    files,
+    included,
+    instructions_of,
+    reports_of,
+)
 
 from fastnce import build, build_cuda
 
@@ -116,6 +124,13 @@ def test_the_library_loads_into_a_torch_without_cuda(tmp_path, monkeypatch):
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     # The tensors are on the host, and no kernel is registered: the dispatcher says so, of an operator that it knows.
     assert "fastnce_cuda::info_nce_forward" in loaded.stderr
+
+
+def test_what_a_file_includes_is_known():
+    """What is kept of a file's compilation is forgotten when one of these changes."""
+    names = {path.name for path in included(SOURCES / "rows.cu")}
+    assert {"rows.cu", "rows.h", "device.cuh", "launch.cuh", "arguments.h"} <= names
+    assert "patch_nce.h" not in names
 
 
 def test_reports_are_read():
