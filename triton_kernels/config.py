@@ -93,21 +93,15 @@ LARGE: Table = {
     ("panel rich", 4): ((1 << 30, Tile(32, 32, 4, 3, 32), Tile(32, 32, 4, 3, 32)),),
 }
 # The same for products that accumulate in tensor memory: data-centre Blackwell. What becomes of a product comes through registers
-# all at once, beside the factors; tiles of half the size leave none spilled.
+# all at once, beside the factors: tiles of half the size, or registers spill.
 TENSOR_MEMORY: Table = LARGE | {
     ("sums", 2): (
         (RESIDENT_DEPTH, Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
         (1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
     ),
-    ("sums rich", 2): ((1 << 30, Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)),),
-    ("products", 2): (
-        (128, Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
-        (RESIDENT_DEPTH, Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)),
-    ),
-    ("products rich", 2): (
-        (128, Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-        (RESIDENT_DEPTH, Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)),
-    ),
+    ("sums rich", 2): ((1 << 30, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),),
+    ("products", 2): ((RESIDENT_DEPTH, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),),
+    ("products rich", 2): ((RESIDENT_DEPTH, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),),
     ("products fp8", 2): (
         (128, Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
         (RESIDENT_DEPTH, Tile(64, 64, 8, 3), Tile(64, 32, 8, 2)),

@@ -109,8 +109,13 @@ def test_what_is_a_fault():
     assert good.faults() == []
     assert resources_of(kernel="_scatter_kernel", tile={}, spills=8).faults() == []
     assert resources_of(spills=4, shared=228 * 1024).faults(tuned=True) == []
+    blackwell = {"target": 100, "instructions": ("tcgen05.mma",)}
+    assert resources_of(**blackwell, spills=20, registers=128).faults() == []
     for changes, fault in (
         ({"spills": 4}, "spills: "),
+        ({"spills": 4, "registers": 128}, "spills: "),
+        ({**blackwell, "spills": 4}, "spills: "),
+        ({**blackwell, "spills": 24, "registers": 128}, "spills: "),
         ({"shared": 228 * 1024}, "too much shared memory: "),
         ({"atomics": True}, "atomics: "),
         ({"instructions": ()}, "no wgmma.mma_async: "),
