@@ -18,7 +18,14 @@ TRAIN := $(FASTNCE) train cut --preset digits --data $(DATA) --seed $(SEED)
 
 # A library of its own, so that neither the package's file nor its stamp is touched.
 SANITIZED := out/sanitize/libfastnce_cpu.so
+# The CUDA kernels in emulation: what they read and write beyond their tensors shows here.
+SANITIZED_CUDA := out/sanitize/cuda/libfastnce_cuda_emulated.so
+SANITIZE_CUDA_TESTS ?= cuda and (contract or strides)
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1
+SANITIZED_PYTEST = FASTNCE_BACKEND= \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	$(PY) -m pytest -q -x -p no:faulthandler --capture=sys
 # Of the tests of the ops those that run the kernels. Left out: what measures memory or time, which the sanitizers change, and
 # PyTorch's own checks of the registration, which take long and say nothing about the kernels.
 SANITIZE_TESTS ?= (native or test_maps) and not memory_does_not_grow and not fma_peak and not compile and not opcheck and not registered and not without_the_library
@@ -62,16 +69,15 @@ test: install
 	$(PY) -m tests.cuda_kernels.emulated
 	FASTNCE_CUDA_EMULATED=$(EMULATED) $(PY) -m pytest -q tests/ops/test_every_op.py tests/ops/test_registered_ops.py tests/cuda_kernels -k "$(EMULATED_TESTS)"
 
-# Every Triton kernel for all depths, dtypes and targets.
+# Every Triton kernel for all depths, dtypes and targets. Stopped, it goes on where it was.
 triton-sweep: install
-	FASTNCE_TRITON_SWEEP=1 $(PY) -m pytest -q tests/triton_kernels/test_triton_compile.py
+	$(PY) tests/triton_kernels/sweep.py --out benchmarks/results
 
 sanitize: install
 	@FASTNCE_LIBRARY=$(SANITIZED) CXX=g++ CXXFLAGS="$(SANITIZERS)" $(FASTNCE) build
-	FASTNCE_LIBRARY=$(SANITIZED) FASTNCE_BACKEND= \
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	$(PY) -m pytest -q -x -p no:faulthandler --capture=sys tests/ops -k "$(SANITIZE_TESTS)"
+	@CXX=g++ CXXFLAGS="$(SANITIZERS)" $(PY) -m tests.cuda_kernels.emulated $(SANITIZED_CUDA)
+	FASTNCE_LIBRARY=$(SANITIZED) $(SANITIZED_PYTEST) tests/ops -k "$(SANITIZE_TESTS)"
+	FASTNCE_CUDA_EMULATED=$(SANITIZED_CUDA) $(SANITIZED_PYTEST) tests/ops/test_every_op.py -k "$(SANITIZE_CUDA_TESTS)"
 
 CXX_FILES := '*.cpp' '*.h' '*.cu' '*.cuh'
 

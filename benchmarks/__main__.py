@@ -11,10 +11,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cut_step, distributed, gpu_report, machine, report, suite
+from benchmarks import cut_step, distributed, gpu_report, gpu_targets, machine, report, suite
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_COMMANDS = (*suite.OPS, "all", "table", "demo", "cut_step", "distributed", "gpu-report")
+_COMMANDS = (
+    *suite.OPS,
+    "all",
+    "table",
+    "demo",
+    "cut_step",
+    "distributed",
+    "gpu-report",
+    "gpu-targets",
+)
 _OF_ALL_OPS = ("all", "table", "demo")
 _DESCRIPTION = """\
 Times the fused losses against plain PyTorch, torch.compile, fused attention and the published eager forms.
@@ -28,7 +37,8 @@ commands:
   demo        one case of the main ops in half a minute; writes demo.md, demo.json, demo.png
   cut_step    a training step of CUT against the published one in eager PyTorch: time, memory, where the time goes; on a CPU
   distributed info_nce over 4 gloo ranks of this machine: time and memory of each rank; --size full: up to 65536 rows
-  gpu-report  on a machine with a GPU: builds, tests, measures; writes results.json, results.md
+  gpu-report  on a machine with a GPU: builds, tests, measures, judges; writes results.json, results.md
+  gpu-targets what the GPU kernels must reach, row by row: judges the --results of a gpu-report, or says what is not measured
 
 examples:
   python -m benchmarks info_nce
@@ -56,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "command",
         metavar="COMMAND",
-        help="an op, all, table, demo, cut_step, distributed or gpu-report",
+        help="an op, all, table, demo, cut_step, distributed, gpu-report or gpu-targets",
     )
     add(
         "--seconds",
@@ -77,9 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--size",
-        choices=("quick", "full", "table"),
+        choices=("quick", "full", "table", "target"),
         default="quick",
-        help="the set of cases (default quick); table is for a CPU",
+        help="the set of cases (default quick); table is for a CPU, target for a GPU",
     )
     add(
         "--precision",
@@ -106,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         default=9.0,
         help="gpu-report: time for build, tests and benchmarks together (default 9)",
     )
+    add("--results", type=Path, metavar="FILE", help="gpu-targets: results.json of a gpu-report")
     return parser
 
 
@@ -130,6 +141,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--threads must be at least 1, got {args.threads}")
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         parser.error(f"--out {args.out} is a file; give a folder")
+    if args.results is not None and not args.results.is_file():
+        parser.error(f"--results {args.results}: no such file; make gpu-report writes one")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,6 +159,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "gpu-report":
             return gpu_report.main(args.out or Path("out/gpu-report"), args.minutes)
+        if args.command == "gpu-targets":
+            return gpu_targets.main(args.out, args.results)
         with machine.matmul_precision(args.precision):
             if args.command == "cut_step":
                 return cut_step.main([] if args.out is None else ["--out", str(args.out)])

@@ -80,6 +80,28 @@ def conditional_contrastive(
     return -torch.log((to_proxy + same_class.sum(dim=1)) / (to_proxy + others.sum(dim=1))).mean()
 
 
+def conditional_contrastive_matmul(
+    embeddings: Tensor, proxies: Tensor, labels: Tensor, *, temperature: float = 1.0
+) -> Tensor:
+    """The same loss without the cube: one product in the inputs' dtype, two log-sum-exps of masked logits in fp32."""
+    embeddings, proxies = F.normalize(embeddings, dim=-1), F.normalize(proxies, dim=-1)
+    logits = _wide(embeddings @ embeddings.T) / temperature
+    diagonal = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    # The pair of a row with itself is its pair with the proxy.
+    to_proxy = _wide((embeddings * proxies).sum(dim=-1)) / temperature
+    logits = torch.where(diagonal, to_proxy[:, None], logits)
+    other_class = labels[:, None] != labels[None, :]
+    same_class = logits.masked_fill(other_class, -torch.inf)
+    return (logits.logsumexp(dim=1) - same_class.logsumexp(dim=1)).mean()
+
+
+def sigmoid_loss(query: Tensor, key: Tensor, scale: float, bias: float) -> Tensor:
+    """SigLIP's loss of unit rows: the binary cross-entropy of all pairs, summed, for a row; Zhai et al. 2023, equation 1."""
+    logits = scale * _wide(query @ key.T) + bias
+    sign = 2 * torch.eye(len(query), device=query.device, dtype=logits.dtype) - 1
+    return -F.logsigmoid(sign * logits).sum() / len(query)
+
+
 def sample_patches(
     features: list[Tensor], num_patches: int = 256, *, patch_ids: list[Tensor] | None = None
 ) -> list[Tensor]:
@@ -174,7 +196,7 @@ def attention_kernels(device: torch.device, dtype: torch.dtype, dim: int) -> dic
     if dtype == torch.float32:
         return {"efficient": aligned}
     narrow = aligned if dim <= 256 else f"needs D <= 256, D is {dim}"
-    return {"flash": narrow, "cudnn": narrow}
+    return {"flash": narrow, "cudnn": narrow, "efficient": aligned}
 
 
 def attention_info_nce(

@@ -61,7 +61,7 @@ class Case:
         products: how many N x M x D matrix products loss and gradients cannot do without; 0 if there is no product.
         pairs: ``shape -> N * M``, summed over whatever is batched.
         options: further arguments of the op, the same for every provider.
-        sets: the sets (``quick``, ``full``, ``demo``, ``table``) that it belongs to.
+        sets: the sets (``quick``, ``full``, ``demo``, ``table``, ``target``) that it belongs to.
         devices: the device types that it is meant for.
         gate_only: arguments given for the gate but left out (None) when timed, such as positions to be drawn.
         gate_limits: sizes that the gate does not exceed, where a rival needs too much at the timed ones.
@@ -134,7 +134,9 @@ class Provider:
         reason: why it cannot run here, or ``"ok"``.
         extra_bytes: what it is known to allocate at least, at the timed sizes; it is skipped where that is not free.
         compiled: the first call compiles.
-        rounds_products: of float32 inputs, the factors of its products are rounded to bfloat16.
+        rounds_products: the factors of its products are rounded to fewer bits than the inputs have.
+        truth: plain PyTorch of what it computes, where that is another function than the case's: a sigmoid loss, or a loss of
+            rounded similarities.
     """
 
     name: str
@@ -144,6 +146,7 @@ class Provider:
     extra_bytes: int = 0
     compiled: bool = False
     rounds_products: bool = False
+    truth: Call | None = None
 
 
 def leaves(inputs: Inputs, names: Iterable[str]) -> list[Tensor]:

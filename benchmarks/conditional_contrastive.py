@@ -34,18 +34,23 @@ def _case(name: str, n: int, d: int, classes: int, *sets: str) -> Case:
 CASES = [
     _case("CIFAR10", 64, 512, 10, "quick", "full", "demo"),
     _case("ImageNet-128", 256, 1536, 1000, "quick", "full"),
-    _case("Tiny ImageNet", 1024, 768, 200, "full", "table"),
-    _case("large batch", 2048, 1536, 1000, "full"),
+    _case("Tiny ImageNet", 1024, 768, 200, "full", "table", "target"),
+    _case("large batch", 2048, 1536, 1000, "full", "target"),
 ]
 
 
 def rivals(case: Case, device: torch.device, dtype: torch.dtype) -> list[Provider]:
-    """StudioGAN's own form, which holds several N x N x D arrays."""
+    """StudioGAN's own form, which holds several N x N x D arrays, and the form without them."""
     cube = case.shape["N"] ** 2 * case.shape["D"] * dtype.itemsize
     return [
         Provider(
             "published",
             lambda inputs: baselines.conditional_contrastive(**inputs, **case.options),
             extra_bytes=5 * cube,
-        )
+        ),
+        Provider(
+            "matmul + logsumexp",
+            lambda inputs: baselines.conditional_contrastive_matmul(**inputs, **case.options),
+            extra_bytes=20 * case.pairs(case.shape),
+        ),
     ]

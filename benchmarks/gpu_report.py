@@ -1,15 +1,8 @@
-"""One command for a machine with a GPU: build, test, measure, report, within a fixed time and without a network.
-
-Every step is a subprocess with a time limit of its own, so that a crash or a hang on the device costs that step alone.
-"""
+"""One command for a machine with a GPU: build, test, measure, judge, report, within a fixed time and without a network."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,12 +11,16 @@ from typing import Any
 
 import torch
 
-import fastnce
-from benchmarks import machine, report, suite
+from benchmarks import dispatch_table, gpu_steps, gpu_targets, machine, report, suite
+from fastnce import dispatch
 
-# Shares of the whole time at most; what build and tests leave over, the benchmarks get.
-_BUILD_SHARE, _TEST_SHARE = 0.25, 0.35
+# Shares of the whole time at most; what these steps leave over, the benchmarks get.
+_BUILD_SHARE, _TEST_SHARE, _SANITIZE_SHARE = 0.2, 0.25, 0.1
 _DTYPES = ("bfloat16", "float32")
+# (set of cases, dtypes, share of the time that is left): first what the targets are about, then the wider look.
+_PHASES = (("target", ("bfloat16",), 0.7), ("quick", _DTYPES, 1.0))
+# The ops whose targets name torch.compile. For the others it would compile for most of the time.
+_COMPILED = ("patch_nce", "conditional_contrastive")
 
 
 def main(out: Path, minutes: float = 9.0) -> int:
@@ -34,8 +31,8 @@ def main(out: Path, minutes: float = 9.0) -> int:
         minutes: for everything together.
 
     Returns:
-        0 if build and tests passed (or there was nothing to build) and no backend of this package was wrong; 1 otherwise, also on
-        a machine without a GPU.
+        0 if build, tests and sanitizers passed (or there was nothing to run) and no backend of this package was wrong; 1 otherwise,
+        also on a machine without a GPU. Targets that are missed are reported and change nothing.
     """
     if not torch.cuda.is_available():
         print(
@@ -49,17 +46,26 @@ def main(out: Path, minutes: float = 9.0) -> int:
     facts = machine.describe(device)
     _say(f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}")
     rates = machine.matmul_rates(device, [torch.bfloat16, torch.float32], calls=10)
+    bandwidth = machine.bandwidth(device)
     _say(
-        "torch.mm: " + ", ".join(f"{name} {rate / 1e3:.0f} TFLOP/s" for name, rate in rates.items())
+        "torch.mm: "
+        + ", ".join(f"{name} {rate / 1e3:.0f} TFLOP/s" for name, rate in rates.items())
+        + f"; memory {bandwidth:,.0f} GB/s"
     )
 
-    build = _build(_BUILD_SHARE * total)
+    build = gpu_steps.build(_BUILD_SHARE * total)
     _say(f"build: {build['status']}")
-    tests = _tests(_TEST_SHARE * total)
+    tests = gpu_steps.tests(_TEST_SHARE * total)
     _say(f"tests: {tests['status']}")
-    backends = _backends()
+    backends = gpu_steps.backends_on_gpu()
+    sanitizers = gpu_steps.sanitize(backends, _SANITIZE_SHARE * total)
+    for name, found in sanitizers.items():
+        _say(f"{name}: {found['status']}")
     results, failures = _benchmarks(total - (time.monotonic() - start))
 
+    document = {"results": results, "matmul_gflops": rates, "bandwidth_gbs": bandwidth}
+    verdicts = gpu_targets.verdicts_of(document)
+    measured = dispatch_table.points(results)
     title = f"GPU report, {facts['device']}"
     files = report.write(
         out,
@@ -69,112 +75,79 @@ def main(out: Path, minutes: float = 9.0) -> int:
         machine=facts,
         rates=rates,
         settings={"command": "gpu-report", "minutes": minutes, "dtypes": list(_DTYPES)},
-        extra={"build": build, "tests": tests, "backends": backends, "failures": failures},
+        extra={
+            "bandwidth_gbs": bandwidth,
+            "build": build,
+            "tests": tests,
+            "sanitizers": sanitizers,
+            "backends": backends,
+            "failures": failures,
+            "targets": [gpu_targets.as_row(verdict) for verdict in verdicts],
+        },
     )
-    with files[1].open("a") as table:
-        table.write(_steps(build, tests, backends, failures))
+    with files[1].open("a") as text:
+        text.write(f"\n## Targets\n\n{gpu_targets.table(verdicts)}\n")
+        text.write(_steps(build, tests, sanitizers, backends, failures))
+        generation = dispatch.generation(device) or "unknown"
+        lines = dispatch_table.python(generation, measured)
+        text.write(
+            f"\n## For `fastnce.dispatch.MEASURED`\n\n```python\n{lines}\n```\n" if measured else ""
+        )
     report.plot(out / "results.png", results, title)
     print(files[1].read_text())
     good = build["status"] in ("ok", "nothing to build") and tests["status"] in ("ok", "no tests")
-    return 0 if good and results and not failures and not report.has_fault(results) else 1
+    sane = not any(found["status"].startswith("failed") for found in sanitizers.values())
+    faulty = failures or report.has_fault(results)
+    return 0 if good and sane and results and not faulty else 1
 
 
 def _say(line: str) -> None:
     print(f"gpu-report: {line}", file=sys.stderr, flush=True)
 
 
-def _step(arguments: list[str], limit: float) -> tuple[str, str]:
-    """Runs ``python`` with the arguments, in a process group that ends with it; status and the end of what it printed."""
-    begun = time.monotonic()
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        process = subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=machine.ROOT,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONPATH": str(machine.ROOT)},
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(timeout=max(1.0, limit))
-            status = "ok" if code == 0 else f"failed with status {code}"
-        except subprocess.TimeoutExpired:
-            status = f"stopped after {time.monotonic() - begun:.0f} s, its limit"
-        finally:
-            # A worker that outlives its parent would go on loading the device.
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        log.seek(0)
-        return status, log.read()[-4000:]
-
-
-def _build(limit: float) -> dict[str, str]:
-    if importlib.util.find_spec("fastnce.build") is None:
-        return {"status": "nothing to build", "output": ""}
-    status, output = _step(["-c", "from fastnce.build import build; print(build())"], limit)
-    return {"status": status, "output": output}
-
-
-def _tests(limit: float) -> dict[str, str]:
-    if importlib.util.find_spec("pytest") is None:
-        return {"status": "not run: pytest is not installed", "output": ""}
-    if not (machine.ROOT / "tests" / "ops").is_dir():
-        return {"status": "no tests", "output": ""}
-    options = ["-q", "--no-header", "-p", "no:cacheprovider", "--tb=short"]
-    suites = ["tests/ops", "tests/triton_kernels/test_triton_numerics.py"]
-    status, output = _step(["-m", "pytest", *suites, *options], limit)
-    return {"status": status, "output": output}
-
-
-def _backends() -> dict[str, str]:
-    """Each fused backend: "ok", or why it does not run on the GPU. Asked anew, after the build."""
-    code = (
-        "import json, torch, fastnce\n"
-        "out = {}\n"
-        "for name, reason in fastnce.backends.available().items():\n"
-        "    try:\n"
-        "        fastnce.backends.select('info_nce', torch.empty(0, device='cuda'), name)\n"
-        "    except RuntimeError as error:\n"
-        "        reason = str(error)\n"
-        "    out[name] = reason\n"
-        "print(json.dumps(out))\n"
-    )
-    status, output = _step(["-c", code], 60)
-    try:
-        return json.loads(output.splitlines()[-1])
-    except (ValueError, IndexError):
-        return dict.fromkeys(fastnce.backends.names(), f"could not be asked: {status}")
-
-
 def _benchmarks(seconds: float) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Every op in its own process; results, and which ops failed and how."""
+    """Every op in its own process, phase after phase; results, and which ops failed and how."""
     end = time.monotonic() + seconds
-    results, failures = [], {}
-    with tempfile.TemporaryDirectory() as folder:
-        for index, op in enumerate(suite.OPS):
-            share = (end - time.monotonic()) / (len(suite.OPS) - index)
+    found: dict[tuple, dict[str, Any]] = {}
+    failures: dict[str, str] = {}
+    for size, dtypes, share in _PHASES:
+        ops = [op for op in suite.OPS if suite.cases(op, size, torch.device("cuda"))]
+        limit = time.monotonic() + share * (end - time.monotonic())
+        for index, op in enumerate(ops):
+            part = (limit - time.monotonic()) / (len(ops) - index)
             if op == "info_nce":  # the most cases, and the largest
-                share *= 2
-            _say(f"{op}: up to {share:.0f} s")
-            out = Path(folder) / op
-            status, output = _step(
-                ["-m", "benchmarks", op, "--device", "cuda", "--seconds", "1.5", "--out", str(out)]
-                + ["--dtype", *_DTYPES, "--limit", f"{max(1.0, 0.75 * share):.0f}"],
-                share,
-            )
-            written = list(out.glob("*.json")) if out.is_dir() else []
-            for path in written:
-                results += json.loads(path.read_text())["results"]
-            if status != "ok":
-                failures[op] = f"{status}\n{output}"
-                _say(f"{op}: {status}")
-    return results, failures
+                part *= 2
+            with_compile = size != "target" or op in _COMPILED
+            options = ["--size", size, "--dtype", *dtypes]
+            options.append("--compile" if with_compile else "--no-compile")
+            _say(f"{op}, {size} cases: up to {part:.0f} s")
+            entries, failure = _benchmark(op, options, part)
+            for entry in entries:
+                key = (entry["op"], entry["case"], entry["dtype"])
+                if key not in found or "not_run" in found[key]:
+                    found[key] = entry
+            if failure:
+                failures[op] = failure
+                _say(f"{op}: {failure.splitlines()[0]}")
+    return list(found.values()), failures
+
+
+def _benchmark(op: str, options: list[str], seconds: float) -> tuple[list[dict[str, Any]], str]:
+    """One op's cases in a process of their own: entries, and how it failed, if it did."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["-m", "benchmarks", op, "--device", "cuda", "--seconds", "1.5"]
+        arguments += ["--out", folder, "--limit", f"{max(1.0, 0.75 * seconds):.0f}", *options]
+        status, output = gpu_steps.step(arguments, seconds)
+        entries = []
+        for path in Path(folder).glob("*.json"):
+            entries += json.loads(path.read_text())["results"]
+    return entries, "" if status == "ok" else f"{status}\n{output}"
 
 
 def _steps(
     build: dict[str, str],
     tests: dict[str, str],
+    sanitizers: dict[str, dict[str, str]],
     backends: dict[str, str],
     failures: dict[str, str],
 ) -> str:
@@ -182,6 +155,7 @@ def _steps(
     lines.append(f"- tests: {tests['status']}")
     if tests["output"].strip():
         lines.append(f"  - {tests['output'].strip().splitlines()[-1]}")
+    lines += [f"- compute-sanitizer {name}: {x['status']}" for name, x in sanitizers.items()]
     lines += [
         f"- backend {name}: {'runs on the GPU' if reason == 'ok' else reason}"
         for name, reason in backends.items()

@@ -211,11 +211,10 @@ def measure(
     """
     gate_shape = case.gate_shape(_truth_bytes(device))
     gate_inputs = case.inputs(device, dtype, gate_shape)
-    truth = run(reference, in_double(gate_inputs), case.wrt)
-    eager_error = errors(run(reference, gate_inputs, case.wrt), truth)
+    common = _Gate(reference, gate_inputs, case.wrt)
 
     inputs = case.inputs(device, dtype)
-    rows, calls, first_result = [], {}, None
+    rows, calls, first = [], {}, None
     for provider in providers:
         log(f"{case.op}, {case.name}: checking {provider.name}")
         row = {"name": provider.name, "ours": provider.ours, "seconds": None}
@@ -225,25 +224,23 @@ def measure(
             row["status"], row["reason"] = "skipped", "too large here; only ours runs, once"
         if row["status"] != "ok":
             continue
-        bound = gate_bound(eager_error, dtype, provider.ours)
         if provider.rounds_products:
             row["rounds_products"] = True
-            bound = {name: limit + ROUNDED_SLACK for name, limit in bound.items()}
+        if provider.truth:
+            row["other_function"] = True
         try:
-            row["error"] = errors(run(provider.call, gate_inputs, case.wrt), truth)
-            row["allowed"] = bound
+            gate = _Gate(provider.truth, gate_inputs, case.wrt) if provider.truth else common
+            row["error"] = errors(run(provider.call, gate_inputs, case.wrt), gate.truth)
+            row["allowed"] = bound = _bound(provider, gate.error, dtype)
             fault = verdict(row["error"], bound, "fp64")
             if fault == "ok" and not case.once:
                 result = run(provider.call, inputs, case.wrt)
-                if first_result is None:
-                    first_result = result
-                elif not case.gate_only and gate_shape != case.shape:
-                    loose = gate_bound({"output": 0.0, "gradient": 0.0}, dtype, ours=False)
-                    if provider.rounds_products:
-                        loose = bound
-                    fault = verdict(
-                        errors(result, first_result), loose, "the first provider at full size"
-                    )
+                if provider.truth is None:
+                    first = first or (provider.name, result)
+                    if not case.gate_only and gate_shape != case.shape:
+                        loose = gate_bound({"output": 0.0, "gradient": 0.0}, dtype, ours=False)
+                        loose = bound if provider.rounds_products else loose
+                        fault = verdict(errors(result, first[1]), loose, f"{first[0]} at full size")
             if fault != "ok":
                 row["status"], row["reason"] = "wrong", fault
         except Exception as error:  # a rival that breaks must not take the others' numbers along
@@ -251,7 +248,7 @@ def measure(
         if row["status"] == "ok" and not case.once:
             calls[provider.name] = _bind(provider.call, inputs, case.wrt)
 
-    del first_result
+    del first
     if case.alone is not None and calls:
         run(case.alone, inputs, case.wrt)
         calls[ALONE] = _bind(case.alone, inputs, case.wrt)
@@ -275,6 +272,7 @@ def measure(
         "device": device.type,
         "products": case.products,
         "flop": case.flop,
+        "input_bytes": sum(x.nbytes for x in leaves(inputs, inputs) if isinstance(x, Tensor)),
         "once": case.once,
         "providers": rows,
     }
@@ -303,6 +301,21 @@ def add_rates(
             own_peak = rounded_peak if row.get("rounds_products") else peak
             if own_peak:
                 row["share_of_peak"] = row["gflops"] / own_peak
+
+
+class _Gate:
+    """The truth in fp64, and how far plain PyTorch in the inputs' dtype is from it."""
+
+    def __init__(self, reference: Call, inputs: Inputs, wrt: tuple[str, ...]) -> None:
+        self.truth = run(reference, in_double(inputs), wrt)
+        self.error = errors(run(reference, inputs, wrt), self.truth)
+
+
+def _bound(provider: Provider, eager: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
+    bound = gate_bound(eager, dtype, provider.ours)
+    # Where its own truth rounds the products as well, they need no allowance.
+    slack = ROUNDED_SLACK if provider.rounds_products and provider.truth is None else 0.0
+    return {name: limit + slack for name, limit in bound.items()}
 
 
 def _bind(call: Call, inputs: Inputs, wrt: tuple[str, ...]) -> Callable[[], Any]:

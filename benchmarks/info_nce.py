@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from benchmarks import baselines
+from benchmarks import baselines, rivals_info_nce
 from benchmarks.case import Case, Draw, Inputs, Provider
 
 
@@ -70,6 +70,21 @@ def _two_way(n: int, d: int, *sets: str, device: str) -> Case:
     )
 
 
+def _both_ways(n: int, d: int, *sets: str, device: str) -> Case:
+    return Case(
+        "info_nce",
+        f"two directions, both gradients, {n} x {d}",
+        {"N": n, "D": d},
+        _rows,
+        wrt=("query", "positive_key"),
+        products=3,
+        pairs=_square,
+        options={"symmetric": True},
+        sets=sets,
+        devices=(device,),
+    )
+
+
 def _huge(n: int, d: int) -> Case:
     return Case(
         "info_nce",
@@ -116,21 +131,23 @@ CASES = [
     _one_way(32768, 256, "quick", "full", device="cuda"),
     _one_way(65536, 768, "full", device="cuda"),
     _fixed_keys(32768, 128, "quick", "full", device="cuda"),
-    _fixed_keys(32768, 256, "full", device="cuda"),
-    _fixed_keys(32768, 512, "full", device="cuda"),
+    _fixed_keys(65536, 256, "full", "target", device="cuda"),
+    _fixed_keys(65536, 512, "full", "target", device="cuda"),
     _two_way(8192, 512, "quick", "full", device="cuda"),
     _two_way(32768, 512, "full", device="cuda"),
-    _two_way(65536, 256, "full", device="cuda"),
-    _two_way(65536, 512, "full", device="cuda"),
     _two_way(65536, 768, "full", device="cuda"),
-    _two_way(65536, 1024, "full", device="cuda"),
-    _two_way(262144, 512, "full", device="cuda"),
-    _moco(256, 65536, 128, "quick", "full", device="cuda"),
+    _both_ways(32768, 256, "full", "target", device="cuda"),
+    _both_ways(65536, 128, "full", "target", device="cuda"),
+    _both_ways(65536, 256, "full", "target", device="cuda"),
+    _both_ways(65536, 512, "full", "target", device="cuda"),
+    _both_ways(65536, 1024, "full", "target", device="cuda"),
+    _both_ways(262144, 512, "full", "target", device="cuda"),
+    _moco(256, 65536, 128, "quick", "full", "target", device="cuda"),
 ]
 
 
 def rivals(case: Case, device: torch.device, dtype: torch.dtype) -> list[Provider]:
-    """The published form and, for keys without gradient, fused attention."""
+    """The published form; for keys without gradient, fused attention; on a GPU, other people's fused losses."""
     pair_bytes = 4 * dtype.itemsize * case.pairs(case.shape)
     found = [
         Provider(
@@ -145,7 +162,7 @@ def rivals(case: Case, device: torch.device, dtype: torch.dtype) -> list[Provide
             Provider(f"attention ({kernel})", partial(_attention, kernel), reason=reason)
             for kernel, reason in kernels.items()
         ]
-    return found
+    return found + rivals_info_nce.providers(case, device)
 
 
 def _attention(kernel: str, inputs: Inputs) -> torch.Tensor:

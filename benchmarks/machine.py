@@ -113,6 +113,16 @@ def _rate(device: torch.device, dtype: torch.dtype, calls: int) -> float:
     return 2 * size**3 / seconds / 1e9
 
 
+def bandwidth(device: torch.device, calls: int = 10) -> float:
+    """GB/s of the memory: bytes read and written by a copy far larger than any cache, the median of ``calls``."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    clock = clock_for(device)
+    clock(lambda: target.copy_(source), 2)
+    seconds = quartiles(clock(lambda: target.copy_(source), calls))["median"]
+    return 2 * source.nbytes / seconds / 1e9
+
+
 @contextlib.contextmanager
 def matmul_precision(precision: str | None) -> Iterator[None]:
     """torch.set_float32_matmul_precision inside the block; None leaves it as it is."""

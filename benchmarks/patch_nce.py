@@ -39,10 +39,10 @@ def _case(name: str, batch: int, patches: int, *sets: str, negatives: str = "ima
 
 
 CASES = [
-    _case("CUT, 1 image", 1, 256, "quick", "full", "demo", "table"),
+    _case("CUT, 1 image", 1, 256, "quick", "full", "demo", "table", "target"),
     _case("16 patches, 1 image", 1, 16, "full", "table"),
     _case("CUT, 8 images", 8, 256, "full"),
-    _case("CUT, 16 images", 16, 256, "full"),
+    _case("CUT, 16 images", 16, 256, "full", "target"),
     _case("64 patches, 8 images", 8, 64, "quick", "full"),
     _case("negatives from 4 images", 4, 256, "full", negatives="batch"),
     _case("SinCUT, 16 images of 1 patch", 16, 1, "full", negatives="batch"),

@@ -208,9 +208,9 @@ def summary(results: list[dict[str, Any]]) -> list[str]:
             if row["ours"] and row["status"] in ("wrong", "failed"):
                 faults.append(f"- FAULT {where}: {row['name']} is {row['status']}: {row['reason']}")
         timed = [row for row in entry["providers"] if row["seconds"]]
-        # Of the rivals' precision: rounding more than they do is no win.
+        # Of the rivals' precision: rounding more than they do is no win. Nor is being quicker than another loss.
         ours = [row for row in timed if row["ours"] and not row.get("rounds_products")]
-        rivals = [row for row in timed if not row["ours"]]
+        rivals = [row for row in timed if not row["ours"] and not row.get("other_function")]
         if not ours or not rivals:
             continue
         mine, rival = (min(rows, key=_row_median) for rows in (ours, rivals))

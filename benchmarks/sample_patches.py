@@ -78,7 +78,7 @@ def _case(
     )
 
 
-_CUT = ("full", "table")
+_CUT = ("full", "table", "target")
 CASES = [
     _case("CUT's 5 maps, 1 image, given positions", 1, 256, 256, "quick", "full"),
     _case(

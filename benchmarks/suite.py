@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import os
 import shutil
 import time
@@ -31,6 +32,9 @@ OPS = (
 
 # Those that have products of bfloat16 for float32 inputs at torch's precision "medium".
 ROUNDING_OPS = ("info_nce", "patch_nce", "pairwise_cosine_similarity")
+
+# Rivals that are quicker when compiled, and whose products are of the inputs' dtype. The reference multiplies in fp32.
+COMPILED_TOO = ("published", "matmul + logsumexp")
 
 # Plain PyTorch keeps about this many bytes per pair (i, j): a few N x M arrays in fp32.
 EAGER_BYTES_PER_PAIR = 24
@@ -72,13 +76,14 @@ def providers(
     for rival in importlib.import_module(f"benchmarks.{case.op}").rivals(case, device, dtype):
         out.append(rival)
         half = dtype in (torch.bfloat16, torch.float16)
-        # The reference multiplies in fp32; in half precision the published form is the one that is quick when compiled.
-        if half and rival.name == "published" and case.products:
+        if half and rival.name in COMPILED_TOO and case.products:
             half_bytes = rival.extra_bytes // 2
-            out.append(_compiled("published, compiled", rival.call, can_compile, half_bytes))
+            out.append(_compiled(f"{rival.name}, compiled", rival.call, can_compile, half_bytes))
     for name in _fused_names():
         exact = _fused_provider(case, device, dtype, name)
         out.append(exact)
+        if name == "triton" and device.type == "cuda" and _has_fp8(case):
+            out.append(_fp8(exact, case))
         # Of other backends the products' precision is the whole run's, for all providers: --precision.
         if name == "native" and dtype == torch.float32 and case.op in ROUNDING_OPS:
             out.append(_rounding(exact))
@@ -104,6 +109,25 @@ def _rounding(exact: Provider) -> Provider:
 
     return dataclasses.replace(
         exact, name=f"{exact.name}, bf16 products", call=call, rounds_products=True
+    )
+
+
+def _has_fp8(case: Case) -> bool:
+    return case.op == "info_nce" and "M" not in case.shape
+
+
+def _fp8(exact: Provider, case: Case) -> Provider:
+    """The same with similarities of rows rounded to e4m3, for which the reference does so too."""
+    options = {**case.options, "similarity_dtype": torch.float8_e4m3fn}
+    rounded = dataclasses.replace(case, options=options)
+    known = "similarity_dtype" in inspect.signature(fastnce.info_nce).parameters
+    return dataclasses.replace(
+        exact,
+        name=f"{exact.name}, fp8 similarities",
+        call=fused(rounded, exact.name),
+        reason=exact.reason if known else "info_nce has no similarity_dtype",
+        rounds_products=True,
+        truth=fused(rounded, "torch"),
     )
 
 

@@ -5,7 +5,8 @@ predicates: ``available() -> str`` and ``supports(op, device_type, dtype) -> str
 The ``torch`` backend is :mod:`fastnce.reference`: differentiable PyTorch that every other backend is tested against.
 
 Asked for by name (``backend=``, :func:`use_backend`, ``FASTNCE_BACKEND``), a backend runs or raises with its reason.
-Chosen automatically, the first of the table that can run the op does.
+Chosen automatically, the first of the table that can run the op does; on a GPU on which backends were measured
+(:mod:`fastnce.dispatch`), the quickest of these.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from types import ModuleType
 
 import torch
 
-from fastnce import cuda, native, reference, triton_ops
+from fastnce import cuda, dispatch, native, reference, triton_ops
 
 _log = logging.getLogger("fastnce")
 
@@ -38,7 +39,7 @@ _ONLY_BY_NAME = {
 }
 
 _requested: str | None = os.environ.get("FASTNCE_BACKEND") or None
-_logged: set[tuple[str, str, torch.dtype]] = set()
+_logged: set[tuple[str, str, torch.dtype, str]] = set()
 
 
 def names() -> tuple[str, ...]:
@@ -120,9 +121,11 @@ def select(op: str, tensor: torch.Tensor, backend: str | None = None) -> ModuleT
             )
         return module
     reasons: list[str] = []
-    for name, module in _TABLE.items():
+    measured = dispatch.quickest(op, tensor)
+    for name in dict.fromkeys((*measured, *_TABLE)) if measured else _TABLE:
+        module = _module(name, "fastnce.dispatch: backend")
         reason = module.supports(op, device, dtype)
-        if reason == "ok":
+        if reason == "ok" and name not in measured:
             reason = _ONLY_BY_NAME.get((name, device), "ok")
         if reason == "ok":
             if not torch.compiler.is_compiling():
@@ -139,7 +142,7 @@ def _module(name: str, asked_by: str = "backend") -> ModuleType:
 
 
 def _log_choice(op: str, device: str, dtype: torch.dtype, name: str, reasons: list[str]) -> None:
-    if (op, device, dtype) not in _logged:
-        _logged.add((op, device, dtype))
+    if (op, device, dtype, name) not in _logged:
+        _logged.add((op, device, dtype, name))
         why = f" ({'; '.join(reasons)})" if reasons else ""
         _log.info("%s on %s %s: backend %s%s", op, device, dtype, name, why)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from fastnce import ops
@@ -42,6 +43,7 @@ class InfoNCELoss(_Loss):
         symmetric: bool = False,
         in_batch_negatives: bool | None = None,
         reduction: str = "mean",
+        similarity_dtype: torch.dtype | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -50,6 +52,7 @@ class InfoNCELoss(_Loss):
             symmetric=symmetric,
             in_batch_negatives=in_batch_negatives,
             reduction=reduction,
+            similarity_dtype=similarity_dtype,
             backend=backend,
         )
 

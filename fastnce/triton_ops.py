@@ -21,11 +21,12 @@ Gradients = operators.Gradients
 
 _SCHEMAS = (
     "info_nce_forward(Tensor query, Tensor key, Tensor? negatives, Tensor? temperature_tensor, float temperature, "
-    "bool normalize, bool symmetric, bool in_batch, float? self_logit, float? grad_scale, bool need_query, bool need_key, "
+    "bool normalize, bool symmetric, bool in_batch, float? self_logit, bool fp8, float? grad_scale, bool need_query, "
+    "bool need_key, "
     "bool need_negatives, bool need_temperature) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "info_nce_backward(Tensor grad_loss, Tensor query, Tensor key, Tensor? negatives, Tensor? temperature_tensor, "
-    "float temperature, Tensor lse, bool normalize, bool symmetric, bool in_batch, float? self_logit, bool need_query, "
-    "bool need_key, bool need_negatives, bool need_temperature) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float temperature, Tensor lse, bool normalize, bool symmetric, bool in_batch, float? self_logit, bool fp8, "
+    "bool need_query, bool need_key, bool need_negatives, bool need_temperature) -> (Tensor, Tensor, Tensor, Tensor)",
     "patch_nce_forward(Tensor[] queries, Tensor[] keys, Tensor? temperature_tensor, float temperature, float self_logit, "
     "float[] loss_scales, float[] grad_scales, bool[] need_queries, bool[] need_keys, bool need_temperature) "
     "-> (Tensor, Tensor[], Tensor[], Tensor)",
@@ -87,13 +88,16 @@ def info_nce_forward(query, key, negatives, temperature, *, grad_scale, needs, *
         options["symmetric"],
         options["in_batch"],
         options["self_logit"],
+        options.get("similarity_dtype") is not None,
         grad_scale,
         *needs,
     )
     return loss, lse, _needed(grads, needs, grad_scale)
 
 
-def _info_nce_forward(q, k, n, tau, t, normalize, symmetric, in_batch, self_logit, scale, *needs):
+def _info_nce_forward(
+    q, k, n, tau, t, normalize, symmetric, in_batch, self_logit, fp8, scale, *needs
+):
     loss, lse, grads = _KERNELS.info_nce_forward(
         q,
         k,
@@ -103,6 +107,7 @@ def _info_nce_forward(q, k, n, tau, t, normalize, symmetric, in_batch, self_logi
         symmetric=symmetric,
         in_batch=in_batch,
         self_logit=self_logit,
+        similarity_dtype=torch.float8_e4m3fn if fp8 else None,
         grad_scale=scale,
         needs=needs,
     )
@@ -125,12 +130,15 @@ def info_nce_backward(grad_loss, query, key, negatives, temperature, lse, *, nee
         options["symmetric"],
         options["in_batch"],
         options["self_logit"],
+        options.get("similarity_dtype") is not None,
         *needs,
     )
     return _needed(grads, needs)
 
 
-def _info_nce_backward(g, q, k, n, tau, t, lse, normalize, symmetric, in_batch, self_logit, *needs):
+def _info_nce_backward(
+    g, q, k, n, tau, t, lse, normalize, symmetric, in_batch, self_logit, fp8, *needs
+):
     grads = _KERNELS.info_nce_backward(
         g,
         q,
@@ -142,6 +150,7 @@ def _info_nce_backward(g, q, k, n, tau, t, lse, normalize, symmetric, in_batch, 
         symmetric=symmetric,
         in_batch=in_batch,
         self_logit=self_logit,
+        similarity_dtype=torch.float8_e4m3fn if fp8 else None,
         needs=needs,
     )
     return _filled(grads, q, lse)
@@ -364,14 +373,15 @@ _OPERATORS: dict[str, Callable] = {
 
 
 def _without_precision(name: str, position: int) -> Callable:
-    """The compiled library's operators have one argument more, which says whether products may round to bfloat16."""
+    """The compiled library's operators have one argument more, which says whether products may round to bfloat16.
+
+    Those of info_nce have as many: where the library is told so, Triton's are told whether similarities round to fp8.
+    """
     fake = fakes.FAKES[name]
     return lambda *arguments: fake(*arguments[:position], False, *arguments[position:])
 
 
 _FAKES = fakes.FAKES | {
-    "info_nce_forward": _without_precision("info_nce_forward", 9),
-    "info_nce_backward": _without_precision("info_nce_backward", 11),
     "patch_nce_forward": _without_precision("patch_nce_forward", 5),
     "pairwise_cosine_similarity_forward": _fake_pairwise_forward,
     "pairwise_cosine_similarity_backward": _fake_pairwise_backward,

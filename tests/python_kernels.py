@@ -16,6 +16,7 @@ def available() -> str:
 def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
     fused = (
         "info_nce",
+        "info_nce_fp8",
         "patch_nce",
         "conditional_contrastive",
         "sample_patches",

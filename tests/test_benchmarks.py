@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks is not installed
 
 import fastnce  # noqa: E402
-from benchmarks import gpu_report, harness, machine, memory, report, suite  # noqa: E402
+from benchmarks import harness, machine, memory, report, suite  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.case import Case, Provider  # noqa: E402
 
@@ -518,66 +518,3 @@ def test_mistakes_are_one_line(arguments, message, capsys, monkeypatch):
     line = capsys.readouterr().err
     assert message in line
     assert line.count("\n") == 1
-
-
-def test_gpu_report_without_a_gpu_says_so(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["gpu-report", "--out", str(tmp_path / "report")]) == 1
-    line = capsys.readouterr().err
-    assert "sees no GPU" in line
-    assert line.count("\n") == 1
-    assert not (tmp_path / "report").exists()
-
-
-def test_gpu_report_survives_a_crash_and_reports_it(capsys, monkeypatch, tmp_path):
-    """The report's steps, with subprocesses that stand in for those on a GPU: one op crashes after its first case."""
-    cpu_facts = machine.describe(CPU)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(machine, "describe", lambda device: cpu_facts)
-    monkeypatch.setattr(machine, "matmul_rates", lambda *a, **k: {"bfloat16": 7e5, "tf32": 4e5})
-
-    def step(arguments, limit):
-        assert limit > 0
-        if arguments[0] == "-c":
-            return "ok", '{"native": "the compiled kernels run on cpu", "torch": "ok"}'
-        if arguments[1] == "pytest":
-            return "ok", "12 passed"
-        op, out = arguments[2], Path(arguments[arguments.index("--out") + 1])
-        assert arguments[arguments.index("--device") + 1] == "cuda"
-        results = [entry_with(1.0, 2.0) | {"op": op, "shape": {}, "gradients": [], "products": 0}]
-        results[0]["device"] = "cuda"
-        settings = {"title": op, "machine": cpu_facts, "rates": {}, "settings": {}}
-        report.write(out, op, results, **settings)
-        return ("failed with status 1" if op == "sup_con" else "ok"), "illegal memory access"
-
-    monkeypatch.setattr(gpu_report, "_step", step)
-    assert main(["gpu-report", "--out", str(tmp_path)]) == 1
-    document = json.loads((tmp_path / "results.json").read_text())
-    assert [entry["op"] for entry in document["results"]] == list(suite.OPS)
-    assert list(document["failures"]) == ["sup_con"]
-    assert document["tests"]["status"] == "ok"
-    table = (tmp_path / "results.md").read_text()
-    assert "- backend native: the compiled kernels run on cpu" in table
-    assert "- benchmark of sup_con: failed with status 1" in table
-
-
-def test_a_step_that_hangs_is_stopped():
-    status, output = gpu_report._step(
-        ["-u", "-c", "import time; print('begun'); time.sleep(60)"], 1.5
-    )
-    assert status.startswith("stopped after")
-    assert output.strip() in ("", "begun")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_short_run_on_a_gpu(tmp_path):
-    options = ["--seconds", "0.2", "--device", "cuda", "--no-compile", "--out", str(tmp_path)]
-    assert main(["patch_nce", *options]) == 0
-    (path,) = tmp_path.glob("*.json")
-    document = json.loads(path.read_text())
-    assert document["matmul_gflops"]["tf32"] > 0
-    for entry in document["results"]:
-        rows = {row["name"]: row for row in entry["providers"]}
-        assert rows["eager"]["status"] == rows["published"]["status"] == "ok"
-        assert rows["eager"]["peak_extra_bytes"] > 0

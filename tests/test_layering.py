@@ -22,7 +22,7 @@ KERNELS = {
     "operators",
     "fakes",
 }
-OPS = {"ops", "backends"} | KERNELS
+OPS = {"ops", "backends", "dispatch"} | KERNELS
 LOSSES = {"losses"} | OPS
 NETWORKS = {"networks", "__init__"} | LOSSES  # the package itself offers the ops and the losses
 MODELS = {"models", "distributed"} | NETWORKS
@@ -40,7 +40,8 @@ ALLOWED = {
     "native_maps": {"native", "fakes"},
     "cuda": {"build", "build_cuda", "operators", "fakes"},
     "triton_ops": {"triton_kernels", "operators", "fakes"},
-    "backends": KERNELS,
+    "dispatch": set(),
+    "backends": KERNELS | {"dispatch"},
     "ops": OPS,
     "losses": LOSSES,
     "distributed": {"distributed"} | LOSSES,

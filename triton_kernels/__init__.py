@@ -51,6 +51,7 @@ __all__ = [
 
 _OPS = (
     "info_nce",
+    "info_nce_fp8",
     "patch_nce",
     "conditional_contrastive",
     "sample_patches",
@@ -61,6 +62,7 @@ _OPS = (
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)
+_LEAST_CAPABILITY_FP8 = (8, 9)
 
 
 def available() -> str:
@@ -88,4 +90,15 @@ def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
         return "the Triton kernels run on cuda tensors"
     if dtype not in _DTYPES:
         return "the Triton kernels take float32, bfloat16 and float16"
+    if op == "info_nce_fp8" and not INTERPRETED:
+        return _multiplies_fp8()
+    return "ok"
+
+
+def _multiplies_fp8() -> str:
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is not None:
+        return "products in fp8 have been written for NVIDIA GPUs alone"
+    if capability < _LEAST_CAPABILITY_FP8:
+        return f"products in fp8 need a GPU of compute capability 8.9, this one has {capability[0]}.{capability[1]}"
     return "ok"

@@ -29,10 +29,13 @@ class Columns:
         """The tile for the rows ``x``: the small one where there would be fewer tiles than multiprocessors."""
         device = x.x.device
         rich = rich or self.labels is not None or self.kind == GIVEN.value
-        if x.x.dtype == torch.float32:
+        # Without a product the rows in fp8 are all that a pass reads; with one, there are two copies to keep.
+        both = kind == "products" and x.rounded is not None
+        dtype = x.x.dtype if both else x.for_similarity.x.dtype
+        if dtype == torch.float32:
             rich = input_precision() == "ieee"  # multiply-adds, with both operands in registers
         memory = machine.shared_memory(device)
-        tile, small = config.tiles(kind, rich, x.x.dtype, x.padded, memory)
+        tile, small = config.tiles(kind, rich, dtype, x.padded, memory, both)
         count = self.row_blocks(x, tile.m) * cdiv(self._width(), tile.n)
         return small if count < machine.multiprocessors(device) else tile
 

@@ -22,8 +22,9 @@ COLUMN_SUM_ROWS = 16384
 PROGRAMS_PER_MULTIPROCESSOR = 2
 # exp(z - offset) with this much of exp's range above the offset 1 / t - EXPONENT_TOP ...
 EXPONENT_TOP = 40.0
-# ... has a normal float for every cosine while 1 / t does not exceed this. Beyond, the running maximum.
-LARGEST_FIXED_LOGIT = 60.0
+# ... has a normal float for every cosine while 1 / t does not exceed this; those of rows in fp8 reach 1.13. Beyond, the
+# running maximum.
+LARGEST_FIXED_LOGIT = 59.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Tile:
 # (pass, bytes of an element) -> (largest padded depth, tile, tile where tiles of that size would not fill the device), in
 # ascending order. The passes are "sums": similarities alone; "products": and one product with them; "panel": coefficients into
 # memory. Where a pass has more to keep in registers (labels, given coefficients, the temperature's gradient, a running
-# maximum; fp32 without tensor cores), its entry "... rich" goes before.
+# maximum; fp32 without tensor cores), its entry "... rich" goes before; and "... fp8" where it has the rows in fp8 beside.
 Table = dict[tuple[str, int], tuple[tuple[int, Tile, Tile], ...]]
 # For 228 KiB of shared memory and asynchronous products: Hopper and data-centre Blackwell.
 LARGE: Table = {
@@ -61,7 +62,16 @@ LARGE: Table = {
         (128, Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
         (RESIDENT_DEPTH, Tile(128, 32, 8, 3), Tile(64, 32, 8, 2)),
     ),
+    ("products fp8", 2): (
+        (128, Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
+        (RESIDENT_DEPTH, Tile(64, 64, 8, 3), Tile(64, 32, 8, 2)),
+    ),
     ("panel", 2): ((1 << 30, Tile(128, 128, 8, 3), Tile(64, 64, 4, 3)),),
+    ("sums", 1): (
+        (RESIDENT_DEPTH, Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
+        (1 << 30, Tile(128, 128, 8, 3), Tile(64, 64, 4, 3)),
+    ),
+    ("panel", 1): ((1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),),
     ("panel rich", 2): ((1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),),
     ("sums", 4): (
         (64, Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
@@ -97,6 +107,11 @@ COMPACT: Table = {
         (RESIDENT_DEPTH, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     ),
     ("panel", 2): ((1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),),
+    ("sums", 1): (
+        (RESIDENT_DEPTH, Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+        (1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+    ),
+    ("panel", 1): ((1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),),
     ("sums", 4): (
         (64, Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
         (128, Tile(32, 32, 8, 2), Tile(32, 32, 4, 2)),
@@ -116,7 +131,7 @@ COMPACT: Table = {
 
 
 def tiles(
-    kind: str, rich: bool, dtype: torch.dtype, depth: int, shared_memory: int
+    kind: str, rich: bool, dtype: torch.dtype, depth: int, shared_memory: int, fp8: bool = False
 ) -> tuple[Tile, Tile]:
     """The tile of a pass over rows of ``depth`` padded elements, and the one for small problems.
 
@@ -126,22 +141,29 @@ def tiles(
         dtype: of the packed rows.
         depth: padded.
         shared_memory: bytes of a multiprocessor.
+        fp8: whether there is a copy of the rows in fp8 beside.
     """
     table, size = LARGE if shared_memory >= 228 * 1024 else COMPACT, dtype.itemsize
-    rows = (rich and table.get((f"{kind} rich", size))) or table[kind, size]
+    names = [f"{kind} fp8"] * fp8 + [f"{kind} rich"] * rich + [kind]
+    rows = next(table[name, size] for name in names if (name, size) in table)
     return next((tile, small) for limit, tile, small in rows if depth <= limit)
 
 
-def split_depth(depth: int) -> tuple[int, int]:
-    """Powers of two (head, tail) that hold a ``depth`` of at most ``RESIDENT_DEPTH``, with fewer than 64 to spare."""
-    head = 16
+def split_depth(depth: int, least: int = 16) -> tuple[int, int]:
+    """Powers of two (head, tail) that hold a ``depth`` of at most ``RESIDENT_DEPTH``, with fewer than 64 to spare.
+
+    Neither is smaller than ``least``, but for a tail of 0. The split of their sum is the same.
+    """
+    head = least
     while head < depth:
-        if head >= 32 and head + head // 2 >= depth:
+        if head >= 2 * least and head + head // 2 >= depth:
             return head, head // 2
         head *= 2
     return head, 0
 
 
-def padded_depth(depth: int) -> int:
-    """What rows of ``depth`` elements are padded to with zeros."""
-    return sum(split_depth(depth)) if depth <= RESIDENT_DEPTH else -(-depth // 64) * 64
+def padded_depth(depth: int, fp8: bool = False) -> int:
+    """What rows of ``depth`` elements are padded to with zeros; matrix instructions take 32 elements in fp8 at a time."""
+    if depth > RESIDENT_DEPTH:
+        return -(-depth // 64) * 64
+    return sum(split_depth(depth, 32 if fp8 else 16))

@@ -133,10 +133,13 @@ def row_products(
     """Fills ``raw`` (P, R, padded depth) with parts of ``sum_j G_ij y^_j``, and ``term`` (P, R) with ``sum_j G_ij z_ij``."""
     tile = columns.tile(x, "products", rich=term is not None)
     head, tail = x.split
+    apart = columns.y.rounded is not None
     launch(
         _row_products_kernel,
         (columns.row_blocks(x, tile.m), raw.shape[0]),
         tile.options,
+        values=columns.y.x if apart else None,
+        value_scale=columns.y.scale if apart else None,
         raw=raw,
         part_term=term,
         HEAD=head,
@@ -161,6 +164,8 @@ def _row_products_kernel(
     y_statistics,
     given,
     given_strides,
+    values,
+    value_scale,
     raw,
     part_term,
     rows,
@@ -227,6 +232,12 @@ def _row_products_kernel(
         )  # fmt: skip
         if part_term is not None:
             term += tl.sum(tl.where(keep, g * z, 0.0), 1)
+        if values is not None:
+            block = values + first_y * depth
+            y_head = load_rows(block, y_offsets, depth, tl.arange(0, HEAD))
+            if TAIL:
+                y_tail = load_rows(block, y_offsets, depth, HEAD + tl.arange(0, TAIL))
+            column_scale = tl.load(value_scale + first_y + y_offsets)
         g = (g * (column_scale * SCALE)[None, :]).to(y_head.dtype)
         product = multiply(g, y_head, product, PRECISION)
         if TAIL:

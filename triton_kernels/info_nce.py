@@ -75,13 +75,15 @@ def problem_of(
     symmetric: bool,
     in_batch: bool,
     self_logit: float | None,
+    similarity_dtype: torch.dtype | None = None,
 ) -> Problem:
     """Packs the inputs, see :func:`info_nce_forward`."""
-    q, k, positive = pack_pairs(query, key, normalize)
+    fp8 = similarity_dtype is not None
+    q, k, positive = pack_pairs(query, key, normalize, fp8)
     sets = [Columns(k, IN_BATCH.value, query.shape[0])] if in_batch else []
     own = None
     if negatives is not None and negatives.dim() == 2:
-        sets.append(Columns(pack(negatives, normalize), QUEUE.value))
+        sets.append(Columns(pack(negatives, normalize, fp8), QUEUE.value))
     elif negatives is not None:
         own = negatives
     offset = offset_kind(temperature, normalize, query.dtype)
@@ -98,6 +100,7 @@ def info_nce_forward(
     symmetric: bool,
     in_batch: bool,
     self_logit: float | None,
+    similarity_dtype: torch.dtype | None = None,
     grad_scale: float | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Gradients]:
@@ -112,6 +115,7 @@ def info_nce_forward(
         symmetric: the mean of the losses of rows and of columns.
         in_batch: all keys of the batch element are columns, else only a query's own.
         self_logit: a further constant logit, before the division by the temperature.
+        similarity_dtype: None, or torch.float8_e4m3fn (see :func:`fastnce.info_nce`).
         grad_scale: d L / d loss of every row, or None for no gradients now.
         needs: whether query, key, negatives and temperature need a gradient.
 
@@ -119,7 +123,8 @@ def info_nce_forward(
         losses (B, N); lse (B, N), or (2, B, N) if ``symmetric``; the four gradients, None where not needed.
     """
     options = {"normalize": normalize, "symmetric": symmetric, "in_batch": in_batch}
-    problem = problem_of(query, key, negatives, temperature, **options, self_logit=self_logit)
+    options |= {"self_logit": self_logit, "similarity_dtype": similarity_dtype}
+    problem = problem_of(query, key, negatives, temperature, **options)
     now = grad_scale is not None and any(needs)
     solution = solve(
         problem, with_product=now and (needs[0] or needs[3]), with_term=now and needs[3]
@@ -146,11 +151,13 @@ def info_nce_backward(
     symmetric: bool,
     in_batch: bool,
     self_logit: float | None,
+    similarity_dtype: torch.dtype | None = None,
     needs: Sequence[bool],
 ) -> Gradients:
     """The gradients of ``(grad_loss * losses).sum()`` from the ``lse`` of the forward; ``grad_loss`` (B, N), any strides."""
     options = {"normalize": normalize, "symmetric": symmetric, "in_batch": in_batch}
-    problem = problem_of(query, key, negatives, temperature, **options, self_logit=self_logit)
+    options |= {"self_logit": self_logit, "similarity_dtype": similarity_dtype}
+    problem = problem_of(query, key, negatives, temperature, **options)
     weight, upstream = relative_weights(grad_loss)
     lse = lse.reshape(2, -1) if symmetric else lse.reshape(-1)
     positive = pair_logits(problem.query, problem.key, problem.positive, temperature)
@@ -261,8 +268,8 @@ def _solved(problem, parts, column_parts, fused, own) -> Solution:
         (cdiv(total, _BLOCK),),
         {"num_warps": 4, "num_stages": 2},
         positive=problem.positive,
-        query_scale=problem.query.scale,
-        key_scale=problem.key.scale,
+        query_scale=problem.query.for_similarity.scale,
+        key_scale=problem.key.for_similarity.scale,
         largest=parts.largest,
         sums=parts.sum,
         terms=parts.term,

@@ -36,7 +36,7 @@ def pairwise_cosine_similarity_forward(x: Tensor, y: Tensor, temperature: float 
         depth=rows.padded,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
-        BLOCK_D=min(tile.d, rows.padded & -rows.padded),
+        BLOCK_D=rows.chunk(tile.d),
         PRECISION=input_precision(),
         **temperature_arguments(temperature),
     )

@@ -29,10 +29,10 @@ _SCALE = {torch.float16: 1024.0}
 
 
 def pass_arguments(x, columns, temperature, x_statistics, y_statistics, given):
-    y = columns.y
+    rows, y = x.for_similarity, columns.y.for_similarity
     return {
-        "x": x.x,
-        "x_scale": x.scale,
+        "x": rows.x,
+        "x_scale": rows.scale,
         "y": y.x,
         "y_scale": y.scale,
         "labels": columns.labels,
@@ -90,6 +90,8 @@ def panel_products(
                 _panel_kernel,
                 (number * cdiv(size, tile.m), column_blocks),
                 tile.options,
+                x_value_scale=None if x.rounded is None else x.scale,
+                y_value_scale=None if x.rounded is None else columns.y.scale,
                 panel=panel,
                 part_term=terms,
                 first_problem=problem,
@@ -98,7 +100,7 @@ def panel_products(
                 panel_width=panel.stride(1),
                 BLOCK_M=tile.m,
                 BLOCK_N=tile.n,
-                BLOCK_D=tile.d,
+                BLOCK_D=x.chunk(tile.d),
                 rows=count,
                 columns=width,
                 total_rows=len(x),
@@ -188,6 +190,8 @@ def _panel_kernel(
     y_statistics,
     given,
     given_strides,
+    x_value_scale,
+    y_value_scale,
     panel,
     part_term,
     first_problem,
@@ -249,6 +253,9 @@ def _panel_kernel(
         at = (tl.program_id(1).to(tl.int64) * problems + number) * size
         terms = tl.sum(tl.where(keep, g * z, 0.0), 1) * LN_2
         tl.store(part_term + at + panel_row, terms, mask=there)
+    if x_value_scale is not None:
+        x_unit = tl.load(x_value_scale + first_row + x_offsets)
+        column_scale = tl.load(y_value_scale + first_y + y_offsets)
     g *= (x_unit * SCALE)[:, None] * column_scale[None, :]
     out = panel + (number * size + panel_row)[:, None] * panel_width + column[None, :]
     mask = there[:, None] & (column < columns)[None, :]

@@ -2,6 +2,7 @@
 
 Rows are packed as ``x' = 2^e x``, contiguous and padded with zeros. The power of two is exact, and brings the largest element to
 [1, 2), so that no product of rows of any size overflows. The unit row is ``x^ = scale x'``: scale multiplies products, not rows.
+For similarities in fp8 there is a second copy of the rows, scaled to a largest magnitude of 448 and rounded to e4m3.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .launch import cdiv, launch, temperature_arguments
+from .launch import INTERPRETED, cdiv, launch, temperature_arguments
 
+FP8 = torch.float8_e4m3fn
+_LARGEST = tl.constexpr(torch.finfo(FP8).max)
+_INTERPRETED = tl.constexpr(INTERPRETED)
 _OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
@@ -28,6 +32,7 @@ class Rows:
     inverse: Tensor  # (R,) fp32: 1 / ||x||, 0 for a zero row; 1 where rows are not normalised
     depth: int
     normalize: bool
+    rounded: Rows | None = None  # the same in fp8, for similarities
 
     def __len__(self) -> int:
         return self.x.shape[0]
@@ -37,10 +42,19 @@ class Rows:
         return self.x.shape[1]
 
     @property
+    def for_similarity(self) -> Rows:
+        """The rows that similarities multiply; the products of the gradients take the others."""
+        return self.rounded or self
+
+    def chunk(self, largest: int) -> int:
+        """The depth of a step where rows are not resident: no step goes beyond their end."""
+        return min(largest, self.padded & -self.padded)
+
+    @property
     def split(self) -> tuple[int, int]:
         """Head and tail of the depth where tiles of whole rows stay on the chip, else (0, 0)."""
         resident = self.depth <= resident_depth(self.x.dtype)
-        return config.split_depth(self.depth) if resident else (0, 0)
+        return config.split_depth(self.padded) if resident else (0, 0)
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -60,26 +74,34 @@ def resident_depth(dtype: torch.dtype) -> int:
     return config.RESIDENT_DEPTH_IEEE if ieee else config.RESIDENT_DEPTH
 
 
-def pack(x: Tensor, normalize: bool) -> Rows:
-    """Rows (B, N, D) or (N, D), any strides."""
-    rows, _, _ = _pack(x, None, normalize)
+def pack(x: Tensor, normalize: bool, fp8: bool = False) -> Rows:
+    """Rows (B, N, D) or (N, D), any strides; ``fp8`` with a copy for similarities."""
+    rows, _, _ = _pack(x, None, normalize, fp8)
     return rows
 
 
-def pack_pairs(x: Tensor, y: Tensor, normalize: bool) -> tuple[Rows, Rows, Tensor]:
-    """Both, (B, N, D) or (N, D), in one launch, and the products ``x'_i . y'_i`` (R,) fp32."""
-    return _pack(x, y, normalize)
+def pack_pairs(
+    x: Tensor, y: Tensor, normalize: bool, fp8: bool = False
+) -> tuple[Rows, Rows, Tensor]:
+    """Both, (B, N, D) or (N, D), in one launch, and the products of ``for_similarity``'s pairs (R,) fp32."""
+    return _pack(x, y, normalize, fp8)
 
 
-def _pack(x: Tensor, y: Tensor | None, normalize: bool):
+def _pack(x: Tensor, y: Tensor | None, normalize: bool, fp8: bool):
     x, y = (v.unsqueeze(0) if v is not None and v.dim() == 2 else v for v in (x, y))
     batch, count, depth = x.shape
-    total, padded = batch * count, config.padded_depth(depth)
-    packed = []
-    for _ in range(1 if y is None else 2):
-        out = x.new_empty((total, padded), dtype=product_dtype(x.dtype))
-        packed += [out, *x.new_empty((2, total), dtype=torch.float32)]
-    pair = packed[3:] if y is not None else [None] * 3
+    total, padded = batch * count, config.padded_depth(depth, fp8)
+
+    def new() -> Rows:
+        scale, inverse = x.new_empty((2, total), dtype=torch.float32)
+        packed = x.new_empty((total, padded), dtype=product_dtype(x.dtype))
+        rounded = None
+        if fp8:
+            codes = x.new_empty((total, padded), dtype=FP8)
+            rounded = Rows(codes, torch.empty_like(scale), inverse, depth, normalize)
+        return Rows(packed, scale, inverse, depth, normalize, rounded)
+
+    first, second = new(), None if y is None else new()
     dot = None if y is None else x.new_empty((total,), dtype=torch.float32)
     block_d = min(128, triton.next_power_of_2(padded))
     block = max(1, 1024 // block_d)
@@ -88,13 +110,7 @@ def _pack(x: Tensor, y: Tensor | None, normalize: bool):
         (cdiv(total, block),),
         _OPTIONS,
         x=x,
-        out=packed[0],
-        scale=packed[1],
-        inverse=packed[2],
         y=y,
-        y_out=pair[0],
-        y_scale=pair[1],
-        y_inverse=pair[2],
         dot=dot,
         x_strides=x.stride(),
         y_strides=(0, 0, 0) if y is None else y.stride(),
@@ -106,9 +122,21 @@ def _pack(x: Tensor, y: Tensor | None, normalize: bool):
         PAIR=y is not None,
         BLOCK=block,
         BLOCK_D=block_d,
+        **_outputs("", first),
+        **_outputs("y_", second),
     )
-    rows = Rows(*packed[:3], depth, normalize)
-    return rows, None if y is None else Rows(*pair, depth, normalize), dot
+    return first, second, dot
+
+
+def _outputs(prefix: str, rows: Rows | None) -> dict[str, Tensor | None]:
+    rounded = None if rows is None else rows.rounded
+    return {
+        f"{prefix}out": None if rows is None else rows.x,
+        f"{prefix}scale": None if rows is None else rows.scale,
+        f"{prefix}inverse": None if rows is None else rows.inverse,
+        f"{prefix}codes": None if rounded is None else rounded.x,
+        f"{prefix}code_scale": None if rounded is None else rounded.scale,
+    }
 
 
 @triton.jit
@@ -126,16 +154,33 @@ def _inverse_root(squares):
     return tl.where(squares == 0, 0.0, 1.0 / root).to(tl.float32)
 
 
+@triton.jit
+def _codes(chunk, largest):
+    """Rows whose largest magnitude becomes 448, to the nearest e4m3; in the reference's steps."""
+    x = tl.div_rn(chunk * _LARGEST, largest[:, None])
+    if _INTERPRETED:
+        # Its conversion loses the carry of a rounding, so there is nothing left for it to round: with a number added whose last
+        # bit is 2^-3 of the leading one of x, or of the least normal number 2^-6, fp32 rounds to that.
+        leading = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        large = tl.maximum(leading, 0.015625) * 1572864.0  # 1.5 2^20
+        x = (x + large) - large
+    return x.to(tl.float8e4nv)
+
+
 @triton.jit(do_not_specialize=["count", "total"])
 def _pack_kernel(
     x,
     out,
     scale,
     inverse,
+    codes,
+    code_scale,
     y,
     y_out,
     y_scale,
     y_inverse,
+    y_codes,
+    y_code_scale,
     dot,
     x_strides,
     y_strides,
@@ -169,6 +214,8 @@ def _pack_kernel(
                 y_largest = tl.maximum(y_largest, tl.max(tl.abs(y_chunk), 1))
         x_power = _power_of_two(x_largest)
         y_power = _power_of_two(y_largest)
+        x_largest = tl.where(x_largest == 0, 1.0, x_largest * x_power)
+        y_largest = tl.where(y_largest == 0, 1.0, y_largest * y_power)
 
     x_squares = tl.zeros((BLOCK,), tl.float64)
     y_squares = tl.zeros((BLOCK,), tl.float64)
@@ -183,12 +230,20 @@ def _pack_kernel(
         tl.store(out + at, x_chunk.to(out.dtype.element_ty), mask=inside)
         x_wide = x_chunk.to(tl.float64)
         x_squares += tl.sum(x_wide * x_wide, 1)
+        if codes is not None:
+            x_code = _codes(x_chunk, x_largest)
+            tl.store(codes + at, x_code, mask=inside)
+            x_wide = x_code.to(tl.float32).to(tl.float64)
         if PAIR:
             y_chunk = tl.load(y + d * y_strides[2], mask=mask, other=0.0).to(tl.float32)
             y_chunk *= y_power[:, None]
             tl.store(y_out + at, y_chunk.to(out.dtype.element_ty), mask=inside)
             y_wide = y_chunk.to(tl.float64)
             y_squares += tl.sum(y_wide * y_wide, 1)
+            if codes is not None:
+                y_code = _codes(y_chunk, y_largest)
+                tl.store(y_codes + at, y_code, mask=inside)
+                y_wide = y_code.to(tl.float32).to(tl.float64)
             products += tl.sum(x_wide * y_wide, 1)
 
     x_unit = x_power
@@ -198,15 +253,19 @@ def _pack_kernel(
         y_unit = _inverse_root(y_squares)
     tl.store(scale + rows, x_unit, mask=there)
     tl.store(inverse + rows, x_unit * x_power, mask=there)
+    if codes is not None:
+        tl.store(code_scale + rows, x_unit * (x_largest / _LARGEST), mask=there)
     if PAIR:
         tl.store(y_scale + rows, y_unit, mask=there)
         tl.store(y_inverse + rows, y_unit * y_power, mask=there)
+        if codes is not None:
+            tl.store(y_code_scale + rows, y_unit * (y_largest / _LARGEST), mask=there)
         tl.store(dot + rows, products.to(tl.float32), mask=there)
 
 
 def pair_logits(x: Rows, y: Rows, products: Tensor, temperature: float | Tensor) -> Tensor:
     """The logits of the pairs of :func:`pack_pairs`, (R,)."""
-    return products * x.scale * y.scale / temperature
+    return products * x.for_similarity.scale * y.for_similarity.scale / temperature
 
 
 def row_gradients(

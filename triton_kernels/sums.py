@@ -99,16 +99,20 @@ def sum_exponentials(
     """
     tile = sums_tile(x, columns, offset, parts.raw is not None, parts.term is not None)
     head, tail = x.split
+    rows, of_columns = x.for_similarity, columns.y.for_similarity
+    apart = columns.y.rounded is not None and parts.raw is not None
     first, blocks = block_range or (0, columns.row_blocks(x, tile.m))
     largest, total = column_parts or (None, None)
     launch(
         _sums_kernel,
         (blocks, parts.sum.shape[0]),
         tile.options,
-        x=x.x,
-        x_scale=x.scale,
-        y=columns.y.x,
-        y_scale=columns.y.scale,
+        x=rows.x,
+        x_scale=rows.scale,
+        y=of_columns.x,
+        y_scale=of_columns.scale,
+        values=columns.y.x if apart else None,
+        value_scale=columns.y.scale if apart else None,
         labels=columns.labels,
         part_largest=parts.largest,
         part_sum=parts.sum,
@@ -129,7 +133,7 @@ def sum_exponentials(
         TAIL=tail,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
-        BLOCK_D=tile.d,
+        BLOCK_D=x.chunk(tile.d),
         PRECISION=input_precision(),
         **columns.span_arguments(x, tile.m),
         **temperature_arguments(temperature),
@@ -151,6 +155,8 @@ def _sweep(
     x,
     y,
     y_scale,
+    values,
+    value_scale,
     labels,
     row_labels,
     column_largest,
@@ -241,6 +247,12 @@ def _sweep(
                 tl.store(column_largest + column, fixed, mask=there)
                 tl.store(column_sum + column, tl.sum(e, 0), mask=there)
         if PRODUCT:
+            if values is not None:
+                block = values + tl.cast(j, tl.int64) * depth
+                y_head = load_rows(block, y_offsets, depth, tl.arange(0, HEAD))
+                if TAIL:
+                    y_tail = load_rows(block, y_offsets, depth, HEAD + tl.arange(0, TAIL))
+                column_scale = tl.load(value_scale + j + y_offsets)
             weight = (e * column_scale[None, :]).to(y_head.dtype)
             if ONLINE:
                 raw *= shrink[:, None]
@@ -258,6 +270,8 @@ def _sums_kernel(
     x_scale,
     y,
     y_scale,
+    values,
+    value_scale,
     labels,
     temperature,
     table,
@@ -300,6 +314,9 @@ def _sums_kernel(
     x += first_row * depth
     y += first_column * depth
     y_scale += first_column
+    if values is not None:
+        values += first_column * depth
+        value_scale += first_column
     if TENSOR:
         temperature = tl.load(temperature)
     row_scale = to_base_2(tl.load(x_scale + first_row + x_offsets), temperature)
@@ -325,14 +342,14 @@ def _sums_kernel(
         running = 1 / temperature > LIMIT
     if running:
         largest, total, a, b, term, product, product_tail = _sweep(
-            x, y, y_scale, labels, row_labels, column_largest, column_sum, row, x_offsets, row_scale,
-            offset, rows, columns, begin, end, depth, KIND, True, PRODUCT, TERM,
+            x, y, y_scale, values, value_scale, labels, row_labels, column_largest, column_sum, row, x_offsets,
+            row_scale, offset, rows, columns, begin, end, depth, KIND, True, PRODUCT, TERM,
             COLUMNS, HEAD, TAIL, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
     else:
         largest, total, a, b, term, product, product_tail = _sweep(
-            x, y, y_scale, labels, row_labels, column_largest, column_sum, row, x_offsets, row_scale,
-            offset, rows, columns, begin, end, depth, KIND, False, PRODUCT, TERM,
+            x, y, y_scale, values, value_scale, labels, row_labels, column_largest, column_sum, row, x_offsets,
+            row_scale, offset, rows, columns, begin, end, depth, KIND, False, PRODUCT, TERM,
             COLUMNS, HEAD, TAIL, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
 

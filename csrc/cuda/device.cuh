@@ -4,7 +4,7 @@
 // fibers that run in random order from one meeting point to the next, an asynchronous copy arrives as late as it may,
 // and shared memory begins as NaN. A missing barrier or wait is then a wrong number.
 //
-// Lanes of a warp must all take part in: sync_warp, shuffles, load_matrix_*, multiply_*.
+// Lanes of a warp must all take part in: sync_warp, shuffles, ballot, load_matrix_*, multiply_*.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include <cassert>
 #endif
 
 namespace fastnce::cuda {
@@ -63,12 +65,22 @@ __device__ __forceinline__ T shuffle(T value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
 
+// Bit l is what lane l says.
+__device__ __forceinline__ uint32_t ballot(bool predicate) {
+  return __ballot_sync(0xffffffffu, predicate);
+}
+
 // The old value. An int: the result of a sum of floats would depend on the order of arrival.
 __device__ __forceinline__ int atomic_add(int* counter, int value) {
   return atomicAdd(counter, value);
 }
 // What this thread wrote before is seen by whoever sees what it writes after.
 __device__ __forceinline__ void thread_fence() { __threadfence(); }
+
+// Where not `ok`, stops the kernel; the message is printed, and the next call that waits for the device fails.
+__device__ __forceinline__ void report_unless(bool ok, const char* message) {
+  if (!ok) __assert_fail(message, "fastnce", 0, "");
+}
 
 // --- from global to shared memory, in the background ---
 

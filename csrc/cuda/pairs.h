@@ -1,18 +1,17 @@
 // The passes over the matrix of similarities, which is never built: s_ij = r_i r_j x_i . y_j,
 // logits z_ij = s_ij / t.
 //
-// Rows x and columns y of `problems` equal problems are packed, contiguous: x (R, P), R = problems
-// * rows, and y (C, P), C = problems * columns; problem b has the rows from b * rows and the
-// columns from b * columns. P is padded_depth(depth); elements beyond the depth are zero. Scales r
-// and all results are float. Logits inside are in units of log 2.
+// Rows x and columns y of `problems` equal problems are packed, contiguous: x (R, P) with R =
+// problems * rows, and y (C, P) with C = problems * columns; problem b has the rows from b * rows
+// and the columns from b * columns. P is padded_depth(depth); elements beyond the depth are zero.
+// Scales r and all results are float. Logits inside are in units of log 2.
 //
-//   sums       of each row: the largest logit m_i and sum_j E_ij, E_ij = 2^(z_ij - m_i); with them,
-//   on request,
-//              sum_j E_ij z_ij, sum_j E_ij r_j y_j, sums of the row's own label, and sums of
-//              columns
-//   products   (of rows that have r > 0) sum_j G_ij r_j y_j and sum_i G_ij r_i x_i with G = d L / d z, from the statistics of
-//   the rows' and the
-//              columns' losses; sum_j G_ij z_ij
+// Sums: of each row the largest logit m_i and sum_j E_ij with E_ij = 2^(z_ij - m_i); with them, on
+// request, sum_j E_ij z_ij, sum_j E_ij r_j y_j, sums over the row's own label, and sums of columns.
+//
+// Products: sum_j G_ij r_j y_j of rows and sum_i G_ij r_i x_i of columns, where G = d L / d z
+// follows from the statistics of the rows' and the columns' losses; sum_j G_ij z_ij. A row of scale
+// 0, which has no gradient, may have 0 instead.
 //
 // A pass is planned from sizes alone (plan_*), so that a call always gives the same bits; the plan
 // says how much room the results take; then it is launched. Columns are cut into `splits` parts,
@@ -49,8 +48,7 @@ struct Pairs {
   int64_t depth;        // P
   Dtype dtype;          // of x and y as packed
   Precision precision;  // of the products, if that is float32: kFloat32 or kTf32
-  bool unit_rows;       // cosines: exponentials may be relative to a fixed offset (see offset_of in
-                        // pairs_tiles.cuh)
+  bool unit_rows;       // s are cosines: see offset_of in pairs_tile.cuh
   Kind kind;
   const int64_t* x_labels = nullptr;  // (R,) and (C,), of labelled kinds
   const int64_t* y_labels = nullptr;
@@ -97,10 +95,6 @@ void launch_sums(const Pairs& pairs, const SumsPlan& plan, const Sums& out, Stre
 
 // --- products ---
 
-// Of each row (column) what d L / d z needs: [log-sum-exp (natural), weight, third], (3, R)
-// contiguous. The coefficient of a row's loss at its column j is weight 2^(z - lse), less for a
-// positive: kSupCon: third; kTwoC: weight 2^(z - third). G adds up those of rows and those of
-// columns, as far as there are statistics.
 struct ProductsPlan {
   int64_t x_splits, y_splits;  // parts of the products, 0 for those not wanted; of the term as of x
   int64_t workspace_bytes;     // aligned to 16; 0 for none
@@ -111,6 +105,10 @@ struct ProductsPlan {
   int64_t blocks = 0;  // as in SumsPlan
 };
 
+// The statistics of a row's (column's) loss: [log-sum-exp (natural), weight, third], (3, R)
+// contiguous. The loss's coefficient at a pair is weight exp(z - lse), less for a positive:
+// kSupCon: third; kTwoC: weight exp(z - third). G adds up those of the row and of the column, as
+// far as there are statistics.
 struct Products {
   const float* x_statistics = nullptr;  // (3, R), or none
   const float* y_statistics = nullptr;  // (3, C), or none

@@ -121,7 +121,8 @@ __device__ __forceinline__ void multiply_similarities(float (&tile)[kTiles][4], 
                                                       int x_row, const SharedRows& y, int chunks) {
   static_assert(kTiles % 2 == 0);
   const int lane = threadIdx.x % kWarp;
-#pragma unroll 2
+  constexpr int kSteps = kTiles < 16 ? 2 : 1;  // side by side, as registers allow
+#pragma unroll kSteps
   for (int chunk = 0; chunk < chunks; chunk += 2) {
     const Fragment<T, 4> a = load_a<T>(x, x_row, chunk);
 #pragma unroll
@@ -134,13 +135,12 @@ __device__ __forceinline__ void multiply_similarities(float (&tile)[kTiles][4], 
   }
 }
 
-// b of y's elements at depth d ... d + 15 as columns, two fragments of 8, and its rows as depth of
-// the product: 16 rows from `row` on; of tf32 8, where depth t and t + 4 are rows first_of(t) and
-// second_of(t).
+// y as the b of a product over its rows: 16 of them from `row` on (of tf32 8), and its elements d
+// ... d + 15 as columns, in two fragments of 8. For tf32 a lane's two rows are chosen:
 struct RowOrder {
   int first, second;
 };
-// In this order c of a 16 x 8 tile is the a of the next product, and the lanes of a load are in
+// So the c of a 16 x 8 tile is the a of the next product, and the lanes of a load are in
 // different banks: rows 2t in places ^ 2t, so that a quad's 4 rows times 2 chunks are 8 places.
 __device__ __forceinline__ RowOrder paired_rows() {
   const int t = threadIdx.x % 4;

@@ -21,6 +21,7 @@ def info_nce(
     symmetric: bool = False,
     in_batch_negatives: bool | None = None,
     reduction: str = "mean",
+    similarity_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""InfoNCE, the contrastive cross-entropy (van den Oord et al. 2018, https://arxiv.org/abs/1807.03748).
@@ -44,6 +45,11 @@ def info_nce(
         in_batch_negatives: whether the other rows of ``positive_key`` are negatives; by default only without
             ``negative_keys``.
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` for the shape of ``query`` without D.
+        similarity_dtype: None, or ``torch.float8_e4m3fn``: all cosines, the positives' too, are products of rows rounded to
+            e4m3 (each scaled to a largest magnitude of 448), accumulated in float32. A cosine is then off by about
+            ``0.04 / sqrt(D)``; docs/precision.md has the bounds and what they do to the loss. Gradients ignore the rounding:
+            they multiply the coefficients of this loss with the rows as they were. Needs ``normalize=True`` and no
+            negatives of each query's own. The backends know it as the op ``"info_nce_fp8"``.
         backend: one of ``fastnce.backends.available()``; None chooses.
 
     Returns:
@@ -84,6 +90,9 @@ def info_nce(
             f"Drop one, or average two calls."
         )
 
+    if similarity_dtype is not None:
+        _check_similarity_dtype(op, similarity_dtype, normalize, negative_keys)
+
     batched = query.dim() == 3
     if not batched:
         query, positive_key = query.unsqueeze(0), positive_key.unsqueeze(0)
@@ -99,6 +108,7 @@ def info_nce(
         symmetric=bool(symmetric),
         in_batch=in_batch,
         self_logit=None,
+        **({} if similarity_dtype is None else {"similarity_dtype": similarity_dtype}),
         weight=_common.row_weight(query.shape[0] * query.shape[1], reduction),
         backend=backend,
     )
@@ -121,6 +131,26 @@ def _check_negatives(op: str, query: Tensor, negatives: Tensor) -> None:
     _checks.expect_alike(op, "negative_keys", negatives, "query", query)
 
 
+def _check_similarity_dtype(
+    op: str, dtype: object, normalize: bool, negatives: Tensor | None
+) -> None:
+    if dtype != torch.float8_e4m3fn:
+        raise ValueError(
+            f"{op}: similarity_dtype must be None or torch.float8_e4m3fn, got {dtype!r}. "
+            f"None multiplies in the dtype of the inputs: convert those for another, e.g. query.bfloat16()."
+        )
+    if not normalize:
+        raise ValueError(
+            f"{op}: similarity_dtype={dtype} needs normalize=True, got normalize=False: its error is that of cosines. "
+            f"Drop one of the two."
+        )
+    if negatives is not None and negatives.dim() > 2:
+        raise ValueError(
+            f"{op}: similarity_dtype={dtype} needs negative_keys of shape (M, D) or None, got {_checks.shape_of(negatives)}: "
+            f"each query's own negatives are no matrix product. Drop similarity_dtype."
+        )
+
+
 def info_nce_reduced(
     op: str,
     query: Tensor,
@@ -130,13 +160,14 @@ def info_nce_reduced(
     *,
     weight: float | None,
     backend: str | None,
-    **options: bool | float | None,
+    **options: bool | float | torch.dtype | None,
 ) -> Tensor:
     """``weight`` times the sum of the losses, or the losses (B, N) where ``weight`` is None; inputs validated, (B, N, D).
 
     ``options`` are those of :func:`fastnce.reference.info_nce`.
     """
-    kernels = backends.select(op, query, backend)
+    rounded = options.get("similarity_dtype") is not None
+    kernels = backends.select(f"{op}_fp8" if rounded else op, query, backend)
     with _common.no_autocast(query):
         if kernels is reference:
             losses = reference.info_nce(query, key, negatives, temperature, **options)

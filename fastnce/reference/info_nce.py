@@ -3,7 +3,11 @@
 import torch
 from torch import Tensor
 
-from fastnce.reference.normalize import accumulation_dtype, normalize_rows
+from fastnce.reference.normalize import (
+    accumulation_dtype,
+    normalize_rows,
+    rounded_unit_rows,
+)
 
 
 def info_nce(
@@ -16,8 +20,13 @@ def info_nce(
     symmetric: bool,
     in_batch: bool,
     self_logit: float | None,
+    similarity_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``loss_i = log sum_j exp(s_ij / t) - s_ip / t``, one per query.
+
+    With ``similarity_dtype=torch.float8_e4m3fn`` every s, the positive's too, is the product of rows that
+    :func:`~fastnce.reference.normalize.rounded_unit_rows` has rounded. Gradients take no notice of the rounding: they are
+    ``sum_j G_ij k_j`` over the rows as they were, with the coefficients G of the rounded similarities.
 
     Args:
         query: (B, N, D).
@@ -28,6 +37,7 @@ def info_nce(
         symmetric: the mean of this loss and the one with query and key exchanged.
         in_batch: the other keys of the same batch element are negatives too.
         self_logit: a further constant s in every row's sum.
+        similarity_dtype: None, or torch.float8_e4m3fn for normalised rows without negatives of each query's own.
 
     Returns:
         (B, N), fp32 (fp64 for fp64 inputs).
@@ -35,26 +45,32 @@ def info_nce(
     dtype = accumulation_dtype(query.dtype)
     query, key = query.to(dtype), key.to(dtype)
     negatives = None if negatives is None else negatives.to(dtype)
+    rows = (query, key, negatives)
     if normalize:
-        query, key = normalize_rows(query), normalize_rows(key)
-        negatives = None if negatives is None else normalize_rows(negatives)
-
-    if in_batch:
-        similarity = query @ key.mT  # (B, N, N)
-        positive = similarity.diagonal(dim1=-2, dim2=-1)  # (B, N)
-    else:
-        similarity = (query * key).sum(dim=-1, keepdim=True)  # (B, N, 1)
-        positive = similarity.squeeze(-1)
-    columns = [similarity]
-    if negatives is not None and negatives.dim() == 2:
-        columns.append(query @ negatives.T)  # (B, N, M)
-    elif negatives is not None:
-        columns.append((negatives @ query.unsqueeze(-1)).squeeze(-1))  # (B, N, M)
+        query, key, negatives = (x if x is None else normalize_rows(x) for x in rows)
+    columns = _similarities(query, key, negatives, in_batch)
+    if similarity_dtype is not None:
+        rounded = (x if x is None else rounded_unit_rows(x) for x in rows)
+        values = _similarities(*rounded, in_batch)
+        columns = [s + (v - s).detach() for s, v in zip(columns, values, strict=True)]
+    positive = columns[0].diagonal(dim1=-2, dim2=-1) if in_batch else columns[0].squeeze(-1)
     if self_logit is not None:
-        columns.append(torch.full_like(similarity[..., :1], self_logit))
+        columns.append(torch.full_like(columns[0][..., :1], self_logit))
 
     logits = torch.cat(columns, dim=-1) / temperature
     lse = logits.logsumexp(dim=-1)
     if symmetric:
         lse = 0.5 * (lse + logits.logsumexp(dim=-2))
     return lse - positive / temperature
+
+
+def _similarities(
+    query: Tensor, key: Tensor, negatives: Tensor | None, in_batch: bool
+) -> list[Tensor]:
+    """Products of each query with the keys, (B, N, N) or with its own alone (B, N, 1), and with negatives (B, N, M)."""
+    columns = [query @ key.mT if in_batch else (query * key).sum(dim=-1, keepdim=True)]
+    if negatives is not None and negatives.dim() == 2:
+        columns.append(query @ negatives.T)
+    elif negatives is not None:
+        columns.append((negatives @ query.unsqueeze(-1)).squeeze(-1))
+    return columns

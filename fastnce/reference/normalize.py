@@ -1,4 +1,4 @@
-"""L2 normalisation of rows, safe for zero, tiny and huge rows."""
+"""L2 normalisation of rows, safe for zero, tiny and huge rows; and their rounding to eight bits."""
 
 import torch
 from torch import Tensor
@@ -20,3 +20,23 @@ def normalize_rows(x: Tensor) -> Tensor:
     x = x / largest.masked_fill(is_zero, 1)
     norm = x.square().sum(dim=-1, keepdim=True).masked_fill(is_zero, 1).sqrt()
     return (x / norm).masked_fill(is_zero, 0)
+
+
+@torch.no_grad()
+def rounded_unit_rows(x: Tensor) -> Tensor:
+    """The rows ``x / ||x||`` rounded to e4m3 (:data:`torch.float8_e4m3fn`: four significant bits), in the dtype of ``x``.
+
+    Each row is scaled so that its largest magnitude is 448, e4m3's largest number, rounded to the nearest, and scaled back.
+    Elements of at least ``2^-6 / 448`` of the largest keep a relative error of at most ``2^-4``; smaller ones become multiples
+    of ``2^-9 / 448`` of it. The norm is that of the row before rounding.
+    """
+    top = torch.finfo(torch.float8_e4m3fn).max
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    is_zero = largest == 0
+    # The power of two keeps every number below in range. Multiplied before it is divided, a number of a half precision that
+    # lies midway between two of e4m3 arrives there exactly, in every dtype.
+    power = -torch.frexp(largest).exponent.clamp(-126, 126)
+    x, largest = torch.ldexp(x, power), torch.ldexp(largest, power).masked_fill(is_zero, 1)
+    norm = x.square().sum(dim=-1, keepdim=True).masked_fill(is_zero, 1).sqrt()
+    codes = (x * top / largest).to(torch.float8_e4m3fn).to(x.dtype)
+    return codes * (largest / (top * norm))

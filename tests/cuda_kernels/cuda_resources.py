@@ -46,9 +46,10 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A file for a target: its kernels, and the seconds of one processor that compiling them took."""
+    """A file for a target: its kernels, what the compiler warns of, and the seconds of one processor that it took."""
 
     kernels: list[Kernel]
+    warnings: list[str]
     seconds: float
 
 
@@ -77,20 +78,27 @@ def _kept(file: Path, target: str) -> Compiled:
             old.unlink(missing_ok=True)
         place.write_text(json.dumps(dataclasses.asdict(done)))
     data = json.loads(place.read_text())
-    return Compiled([Kernel(**kernel) for kernel in data["kernels"]], data["seconds"])
+    return Compiled(**data | {"kernels": [Kernel(**kernel) for kernel in data["kernels"]]})
 
 
 def _digest(file: Path) -> str:
     digest = hashlib.sha256(build.compiler_version(build_cuda.nvcc()[0]).encode())
     digest.update(" ".join((*build_cuda.FLAGS, *build_cuda.nvcc_flags())).encode())
-    for part in (
-        Path(__file__),
-        file,
-        *sorted(SOURCES.glob("*.h")),
-        *sorted(SOURCES.glob("*.cuh")),
-    ):
+    for part in (Path(__file__), *sorted(included(file))):
         digest.update(part.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def included(file: Path) -> set[Path]:
+    """A file of ``csrc/cuda`` and those of that folder that it includes."""
+    found, open_ = set(), {file}
+    while open_:
+        found |= open_
+        names = {
+            name for path in open_ for name in re.findall(r'#include "(.+?)"', path.read_text())
+        }
+        open_ = {SOURCES / name for name in names if (SOURCES / name).is_file()} - found
+    return found
 
 
 def compile_one(file: Path, target: str) -> Compiled:
@@ -107,7 +115,11 @@ def compile_one(file: Path, target: str) -> Compiled:
         Kernel(file.name, target, names[symbol], **numbers, instructions=counts.get(symbol, {}))
         for symbol, numbers in reports.items()
     ]
-    return Compiled(sorted(kernels, key=lambda kernel: kernel.name), round(seconds, 1))
+    # For example of wgmma instructions that it makes wait for one another.
+    warnings = [
+        line for line in log.splitlines() if "warning" in line or "Performance Loss" in line
+    ]
+    return Compiled(sorted(kernels, key=lambda kernel: kernel.name), warnings, round(seconds, 1))
 
 
 def _run(command: list[str]) -> tuple[float, str]:

@@ -61,6 +61,7 @@ template <class T>
 inline T __ldg(const T* p) {
   return *p;
 }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline int __float_as_int(float x) {
   int out;
@@ -222,6 +223,25 @@ inline T shuffle(T value, int lane) {
 template <class T>
 inline T shuffle_xor(T value, int mask) {
   return shuffle(value, place().lane ^ mask);
+}
+
+struct Ballot {
+  bool in;
+  uint32_t out;
+};
+inline void count_votes(void* const* lanes) {
+  uint32_t votes = 0;
+  for (int l = 0; l < 32; ++l) votes |= uint32_t{static_cast<Ballot*>(lanes[l])->in} << l;
+  for (int l = 0; l < 32; ++l) static_cast<Ballot*>(lanes[l])->out = votes;
+}
+inline uint32_t ballot(bool predicate) {
+  Ballot b{predicate, 0};
+  collective(32, count_votes, &b);
+  return b.out;
+}
+
+inline void report_unless(bool ok, const char* message) {
+  if (!ok) fail(message);
 }
 
 inline void expect_aligned(const void* p, size_t bytes, const char* what) {

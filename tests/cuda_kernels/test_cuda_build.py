@@ -5,7 +5,15 @@ import subprocess
 import sys
 
 import pytest
-from cuda_resources import Kernel, compile_all, files, instructions_of, reports_of
+from cuda_resources import (
+    SOURCES,
+    Kernel,
+    compile_all,
+    files,
+    included,
+    instructions_of,
+    reports_of,
+)
 
 from fastnce import build, build_cuda
 
@@ -14,10 +22,16 @@ try:
 except build.BuildError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-# Files whose kernels multiply matrices, and by which instruction.
-MATRIX = {"pairs_sm80": "HMMA", "pairs_sm90": "HGMMA"}
+# What must stand in every kernel of the files of this name: matrix instructions, and TMA's loads.
+EXPECTED = {
+    "pairs_sm80": {"HMMA"},
+    "pairs_sm90": {"HGMMA", "UTMALDG"},
+    "patch_nce": {"HMMA"},
+}
 # Reasoned exceptions: (file, part of the kernel's name) -> why.
-WITHOUT_MATRIX: dict[tuple[str, str], str] = {}
+WITHOUT: dict[tuple[str, str], str] = {
+    ("patch_nce.cu", "sum_"): "adds up what the blocks leave",
+}
 LOCAL_MEMORY: dict[tuple[str, str], str] = {}
 
 
@@ -60,19 +74,23 @@ def test_nothing_is_kept_in_local_memory(kernels):
 
 
 def test_products_use_the_matrix_instructions(kernels):
-    for start, instruction in MATRIX.items():
+    for start, instructions in EXPECTED.items():
         of = [kernel for kernel in kernels if kernel.file.startswith(start)]
+        assert of, start
         without = [
             f"{kernel.file} {kernel.name} sm_{kernel.target}"
             for kernel in of
-            if instruction not in kernel.instructions and not excused(kernel, WITHOUT_MATRIX)
+            if not instructions <= kernel.instructions.keys() and not excused(kernel, WITHOUT)
         ]
-        assert not without, f"no {instruction} in:\n" + "\n".join(without)
-    assert any(kernel.file.startswith(tuple(MATRIX)) for kernel in kernels)
+        assert not without, f"not all of {instructions} in:\n" + "\n".join(without)
+
+
+def test_the_compiler_has_nothing_to_warn_of(done):
+    assert not [warning for each in done for warning in each.warnings]
 
 
 def test_exceptions_are_needed(kernels):
-    for exceptions in (WITHOUT_MATRIX, LOCAL_MEMORY):
+    for exceptions in (WITHOUT, LOCAL_MEMORY):
         for file, part in exceptions:
             assert any(kernel.file == file and part in kernel.name for kernel in kernels)
 
@@ -106,6 +124,13 @@ def test_the_library_loads_into_a_torch_without_cuda(tmp_path, monkeypatch):
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     # The tensors are on the host, and no kernel is registered: the dispatcher says so, of an operator that it knows.
     assert "fastnce_cuda::info_nce_forward" in loaded.stderr
+
+
+def test_what_a_file_includes_is_known():
+    """What is kept of a file's compilation is forgotten when one of these changes."""
+    names = {path.name for path in included(SOURCES / "rows.cu")}
+    assert {"rows.cu", "rows.h", "device.cuh", "launch.cuh", "arguments.h"} <= names
+    assert "patch_nce.h" not in names
 
 
 def test_reports_are_read():

@@ -27,14 +27,18 @@ LABELLED = (SUP_CON, TWO_C)
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
     try:
-        library()
+        build.cxx()
     except build.BuildError as error:
         pytest.skip(str(error))
+    library()
 
 
-@pytest.fixture(autouse=True, params=range(2), ids="threads{}".format)
+@pytest.fixture(params=range(2), ids="threads{}".format)
 def order_of_threads(request, monkeypatch):
     monkeypatch.setenv("FASTNCE_EMULATOR_SEED", str(request.param))
+
+
+in_any_order = pytest.mark.usefixtures("order_of_threads")
 
 
 @pytest.fixture(params=PRECISIONS)
@@ -134,10 +138,19 @@ def check_products(case: Case, *, by_row: bool = True, by_column: bool = True) -
         return case.rounded(values) @ case.rounded(rows)
 
     # Of zero rows there is no gradient, and so no product is promised.
-    of_x[case.x_scale == 0], of_y[case.y_scale == 0] = 0, 0
-    g_x, g_y = g * (case.x_scale != 0)[:, :, None], g * (case.y_scale != 0)[:, None, :]
-    compare(of_x, plain_product(plain, plain_y), g_x @ y, rounding * (size @ y.abs()))
-    compare(of_y, plain_product(plain.mT, plain_x), g_y.mT @ x, rounding * (size.mT @ x.abs()))
+    some_x, some_y = ((scale != 0)[..., None] for scale in (case.x_scale, case.y_scale))
+    compare(
+        of_x.where(some_x, 0),
+        plain_product(plain, plain_y) * some_x,
+        g @ y * some_x,
+        rounding * (size @ y.abs()),
+    )
+    compare(
+        of_y.where(some_y, 0),
+        plain_product(plain.mT, plain_x) * some_y,
+        g.mT @ x * some_y,
+        rounding * (size.mT @ x.abs()),
+    )
     z = finite(case.logits)
     plain_term = (plain * finite(case.logits_in(torch.float32))).sum(-1)
     compare(term, plain_term, (g * z).sum(-1), (FP32 + known(case)) * (size * z.abs()).sum(-1))
@@ -148,6 +161,7 @@ def check_products(case: Case, *, by_row: bool = True, by_column: bool = True) -
 SIZES = [(65, 100, 27), (17, 252, 200)]
 
 
+@in_any_order
 @pytest.mark.parametrize(("rows", "columns", "depth"), SIZES)
 @pytest.mark.parametrize("kind", [QUEUE, IN_BATCH])
 def test_sums_with_product(precision, kind, rows, columns, depth):
@@ -156,12 +170,14 @@ def test_sums_with_product(precision, kind, rows, columns, depth):
         check_sums_with_product(case_of(precision, rows, columns, depth, kind, temperature))
 
 
+@in_any_order
 @pytest.mark.parametrize("depth", [48, 330])
 def test_sums_of_columns(precision, depth):
     for temperature in (0.07, 0.01):
         check_sums(case_of(precision, 65, 140, depth, IN_BATCH, temperature), columns=True)
 
 
+@in_any_order
 @pytest.mark.parametrize("depth", [48, 330])
 @pytest.mark.parametrize("kind", LABELLED)
 def test_sums_by_label(precision, kind, depth):
@@ -169,6 +185,7 @@ def test_sums_by_label(precision, kind, depth):
         check_sums(case_of(precision, 63, 140, depth, kind, temperature))
 
 
+@in_any_order
 @pytest.mark.parametrize("depth", [27, 200, 330])
 @pytest.mark.parametrize("kind", [QUEUE, IN_BATCH, *LABELLED])
 def test_products(precision, kind, depth):
@@ -179,7 +196,7 @@ def test_products(precision, kind, depth):
 
 
 @pytest.mark.parametrize("depth", [1, 15, 130, 257, 1000])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 1), (1, 63), (130, 2)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 63), (130, 2)])
 def test_few_rows_and_odd_depths(rows, columns, depth):
     for kind in (QUEUE, IN_BATCH):
         case = case_of("float16", rows, columns, depth, kind)
@@ -194,6 +211,7 @@ def test_few_rows_and_odd_depths(rows, columns, depth):
 def test_problems_and_splits(depth, multiprocessors):
     case = case_of("bfloat16", 140, 300, depth, IN_BATCH, problems=2)
     case = dataclasses.replace(case, multiprocessors=multiprocessors)
+    check_sums(case)
     check_sums(case, columns=True)
     check_products(case)
     if depth <= 256:
@@ -203,7 +221,7 @@ def test_problems_and_splits(depth, multiprocessors):
 @pytest.mark.parametrize("panel", [(128, 1), (150, 2), (150, 1)])
 def test_panels(precision, panel):
     """Of a part of one problem's rows, or of a part of the problems."""
-    check_products(case_of(precision, 150, 70, 272, IN_BATCH, problems=3, panel=panel))
+    check_products(case_of(precision, 150, 20, 272, IN_BATCH, problems=3, panel=panel))
 
 
 def test_results_do_not_depend_on_the_order_of_threads():

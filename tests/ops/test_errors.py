@@ -49,6 +49,10 @@ CASES = [
     error(ValueError, r"reduction must be one of 'mean', 'sum', 'none', got 'average'", "info_nce", x, x, reduction="average"),
     error(ValueError, r"in_batch_negatives=False leaves no negatives.*Pass negative_keys", "info_nce", x, x, in_batch_negatives=False),
     error(ValueError, r"symmetric=True has no meaning with negative_keys.*Drop one", "info_nce", x, x, x, symmetric=True),
+    error(ValueError, r"similarity_dtype must be None or torch.float8_e4m3fn, got torch.float8_e5m2\. None multiplies", "info_nce", x, x, similarity_dtype=torch.float8_e5m2),
+    error(ValueError, r"similarity_dtype must be None or torch.float8_e4m3fn, got 'fp8'\.", "info_nce", x, x, similarity_dtype="fp8"),
+    error(ValueError, r"similarity_dtype=torch.float8_e4m3fn needs normalize=True, got normalize=False: .*Drop one", "info_nce", x, x, similarity_dtype=torch.float8_e4m3fn, normalize=False),
+    error(ValueError, r"similarity_dtype=torch.float8_e4m3fn needs negative_keys of shape \(M, D\) or None, got \(4, 2, 3\): .*Drop", "info_nce", x, x, torch.randn(4, 2, 3), similarity_dtype=torch.float8_e4m3fn),
     error(ValueError, r"backend='tpu' is unknown\. Expected one of: triton, cuda, native, torch", "info_nce", x, x, backend="tpu"),
     # patch_nce
     error(TypeError, r"query_features and key_features must both be .*key_features is Tensor", "patch_nce", [images], images),

@@ -8,6 +8,7 @@ from recording import Launch, recorded
 from fastnce import triton_kernels
 
 IN_BATCH = {"normalize": True, "symmetric": False, "in_batch": True, "self_logit": None}
+FP8 = {"similarity_dtype": torch.float8_e4m3fn}
 # One of each tile of the tables and of each way of holding the depth: whole, head and tail, chunks.
 DEPTHS = (64, 96, 128, 192, 256, 768)
 
@@ -15,7 +16,15 @@ DEPTHS = (64, 96, 128, 192, 256, 768)
 def launches(depth: int, dtype: torch.dtype, large: bool = True) -> list[Launch]:
     """All different launches of losses of rows of ``depth``; of the small problems' tiles unless ``large``."""
     with recorded() as found:
+        _info_nce(depth, dtype, 16384 if large else 256)
         _losses(depth, dtype, 16384 if large else 256)
+    return list(dict.fromkeys(found))
+
+
+def fp8_launches(depth: int, dtype: torch.dtype, large: bool = True) -> list[Launch]:
+    """Likewise those with similarities in fp8, from compute capability 8.9 on."""
+    with recorded() as found:
+        _info_nce(depth, dtype, 16384 if large else 256, fp8=True)
     return list(dict.fromkeys(found))
 
 
@@ -30,14 +39,14 @@ def _rows(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _losses(depth: int, dtype: torch.dtype, count: int) -> None:
+def _info_nce(depth: int, dtype: torch.dtype, count: int, fp8: bool = False) -> None:
     tau = torch.empty((), device="meta")
     query, key = (_rows(1, count, depth, dtype=dtype) for _ in "qk")
     queue = _rows(4 * count, depth, dtype=dtype)
     own = _rows(1, count, 64, depth, dtype=dtype)
     everything = (True, True, True, True)
     symmetric = {**IN_BATCH, "symmetric": True}
-    for negatives, temperature, options, needs in (
+    forms = [
         (None, 0.07, IN_BATCH, (True, False, False, False)),  # one pass
         (None, 0.07, IN_BATCH, (False, True, False, False)),  # sums, then keys alone
         (None, 0.005, IN_BATCH, (True, True, False, False)),  # the running maximum
@@ -46,7 +55,14 @@ def _losses(depth: int, dtype: torch.dtype, count: int) -> None:
         (queue, tau, IN_BATCH, everything),
         (own, tau, {**IN_BATCH, "in_batch": False}, everything),
         (None, 5.0, {**IN_BATCH, "normalize": False}, (True, True, False, False)),
-    ):
+    ]
+    if fp8:
+        forms = [
+            (None, 0.07, {**IN_BATCH, **FP8}, (True, False, False, False)),
+            (None, tau, {**symmetric, **FP8}, (True, True, False, True)),
+            (queue, 0.005, {**IN_BATCH, **FP8}, (True, True, True, False)),
+        ]
+    for negatives, temperature, options, needs in forms:
         scale = {"grad_scale": 1.0, "needs": needs}
         loss, lse, _ = triton_kernels.info_nce_forward(
             query, key, negatives, temperature, **options, **scale
@@ -54,6 +70,11 @@ def _losses(depth: int, dtype: torch.dtype, count: int) -> None:
         triton_kernels.info_nce_backward(
             loss, query, key, negatives, temperature, lse, **options, needs=needs
         )
+
+
+def _losses(depth: int, dtype: torch.dtype, count: int) -> None:
+    tau = torch.empty((), device="meta")
+    query, key = (_rows(1, count, depth, dtype=dtype) for _ in "qk")
     layers = [_rows(2, count, depth, dtype=dtype), _rows(2, count // 2, depth, dtype=dtype)]
     triton_kernels.patch_nce_forward(
         layers,

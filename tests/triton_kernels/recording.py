@@ -31,6 +31,7 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.int64: "*i64",
     torch.bool: "*i1",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 
 

@@ -1,14 +1,11 @@
-"""Every kernel in every configuration, compiled for real targets; needs Triton, but no GPU.
+"""The kernels compiled for real targets; needs Triton, but no GPU.
 
 Checked are what ptxas reports (registers spilled to memory), the shared memory of a program, that there are no atomics, and that
-products use the target's matrix instruction. FASTNCE_TRITON_SWEEP=1 (``make triton-sweep``) compiles all depths, dtypes and targets.
+products use the target's matrix instruction. ``make triton-sweep`` does the same for all depths, dtypes and targets.
 """
 
-import concurrent.futures
-import multiprocessing
+import json
 import os
-import re
-import warnings
 
 import pytest
 import torch
@@ -18,81 +15,42 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter has no compiler", allow_module_level=True)
 
 import calls
-from recording import SHARED_MEMORY, Compiled, Launch, compiled, recorded
+import sweep
+import triton
+from recording import Launch, compiled, recorded
+from resources import Memory, Resources, all_resources, resources
 
 from fastnce import triton_kernels
-from fastnce.triton_kernels import config, launch
+from fastnce.triton_kernels import config
 
-SWEEP = os.environ.get("FASTNCE_TRITON_SWEEP") == "1"
-MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-TARGETS = (80, 90, 100) if SWEEP else (80, 90)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32) if SWEEP else (torch.bfloat16,)
-DEPTHS = calls.DEPTHS if SWEEP else (256, 768)
-
-# Reasoned exceptions: kernel -> bytes. They multiply no matrices and wait for memory; ptxas keeps them at 48 and 96 registers,
-# far from the limit, for the sake of occupancy, and saves one to four registers for it.
-SPILLS_ALLOWED = {"_row_gradients_kernel": 16, "_scatter_kernel": 8}
+DEPTHS = (256, 768)
 
 
-@pytest.fixture
-def multiprocessor(monkeypatch):
-    """The shared memory of a target's multiprocessor, for the choice of tiles."""
-
-    def use(capability: int) -> None:
-        size = SHARED_MEMORY[capability] + 1024
-        monkeypatch.setattr(launch, "shared_memory", lambda device: size)
-
-    return use
+def faults(jobs: list[tuple[Launch, int]]) -> list[str]:
+    found = all_resources(jobs, Memory()).values()
+    return [fault for x in found for fault in ([x] if isinstance(x, str) else x.faults())]
 
 
-def _work(job: tuple[Launch, int]) -> Compiled | str:
-    warnings.simplefilter("ignore")
-    try:
-        return compiled(*job)
-    except Exception as error:
-        return f"{job[0].name} for sm_{job[1]}: {type(error).__name__}: {error}"
-
-
-def all_compiled(jobs: list[tuple[Launch, int]]) -> list[Compiled | str]:
-    # Not forked: PyTorch's threads would not survive it.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
-        return list(pool.map(_work, jobs, chunksize=4))
-
-
-def faults(result: Compiled | str) -> list[str]:
-    if isinstance(result, str):
-        return [result]
-    found = []
-    name = result.launch.name
-    if result.spills > SPILLS_ALLOWED.get(name, 0):
-        found.append(f"spills: {result}")
-    if result.shared > SHARED_MEMORY[result.capability]:
-        found.append(f"too much shared memory: {result}")
-    if re.search(r"\b(atom|red)\.", result.ptx):
-        found.append(f"atomics: {result}")
-    multiplies = "PRECISION" in dict(result.launch.constants) and name != "_own_sums_kernel"
-    half = dict(result.launch.signature)["x"] in ("*bf16", "*fp16") if multiplies else False
-    if half and MATRIX_INSTRUCTION[result.capability] not in result.ptx:
-        found.append(f"no {MATRIX_INSTRUCTION[result.capability]}: {result}")
-    return found
-
-
-@pytest.mark.parametrize("capability", TARGETS)
-def test_kernels_compile_without_spills(capability, multiprocessor):
-    multiprocessor(capability)
-    found = [x for dtype in DTYPES for x in calls.sampling_launches(dtype)]
-    for depth in DEPTHS:
-        for dtype in DTYPES:
-            found += calls.launches(depth, dtype)
-            if SWEEP or capability == 90:
-                found += calls.launches(depth, dtype, large=False)
-    jobs = [(each, capability) for each in dict.fromkeys(found)]
-    results = all_compiled(jobs)
-    wrong = [fault for result in results for fault in faults(result)]
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_without_spills(capability):
+    sizes = (True, False) if capability == 90 else (True,)
+    jobs = sweep.jobs(capability, ["bf16"], DEPTHS, sizes)
+    wrong = faults(jobs)
     assert not wrong, "\n".join(wrong)
     kernels = {job[0].name for job in jobs}
     assert kernels == EVERY_KERNEL, kernels ^ EVERY_KERNEL
+
+
+def test_kernels_compile_for_blackwell():
+    """Where it is another compiler's path than Hopper's: products, one form of each kernel and tile."""
+    jobs = {}
+    for job in sweep.jobs(100, ["bf16"], DEPTHS, (True,)):
+        tile = tuple(job[0].constant(name) for name in ("HEAD", "TAIL", "BLOCK_M", "BLOCK_N"))
+        if job[0].constant("PRECISION"):
+            jobs.setdefault((job[0].name, tile), job)
+    assert len(jobs) > 5
+    wrong = faults(list(jobs.values()))
+    assert not wrong, "\n".join(wrong)
 
 
 EVERY_KERNEL = {
@@ -111,35 +69,94 @@ EVERY_KERNEL = {
 }
 
 
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"] if SWEEP else ["highest"])
-def test_fp32_compiles_in_every_precision(precision, multiprocessor):
-    multiprocessor(90)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        found = calls.launches(64, torch.float32)
-    finally:
-        torch.set_float32_matmul_precision(before)
-    sums = [each for each in found if each.name == "_sums_kernel"]
-    assert {each.constant("PRECISION") for each in sums} == {
-        "ieee" if precision == "highest" else "tf32"
-    }
-    assert {dict(each.signature)["x"] for each in sums} == {
-        "*bf16" if precision == "medium" else "*fp32"
-    }
-    results = all_compiled([(each, 90) for each in found])
-    wrong = [fault for result in results for fault in faults(result)]
+def test_fp32_compiles_without_tensor_cores():
+    jobs = sweep.jobs(90, ["fp32"], (64,), (True,))
+    wrong = faults(jobs)
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_report_sees_spills(multiprocessor, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "precision", "rows"),
+    [("fp32", "ieee", "*fp32"), ("tf32", "tf32", "*fp32"), ("fp32 as bf16", "tf32", "*bf16")],
+)
+def test_the_precision_that_torch_is_set_to_reaches_the_products(name, precision, rows):
+    sums = [each for each, _ in sweep.jobs(90, [name], (64,)) if each.name == "_sums_kernel"]
+    assert {each.constant("PRECISION") for each in sums} == {precision}
+    assert {dict(each.signature)["x"] for each in sums} == {rows}
+
+
+def resources_of(**changes) -> Resources:
+    values = {
+        "kernel": "_sums_kernel",
+        "target": 90,
+        "dtype": "bf16",
+        "tile": {"HEAD": 64, "PRECISION": "ieee"},
+        "warps": 8,
+        "stages": 2,
+        "registers": 200,
+        "spills": 0,
+        "shared": 1024,
+        "instructions": ("wgmma.mma_async",),
+        "atomics": False,
+    }
+    return Resources(**(values | changes))
+
+
+def test_what_is_a_fault():
+    good = resources_of()
+    assert good.faults() == []
+    assert resources_of(kernel="_scatter_kernel", tile={}, spills=8).faults() == []
+    for changes, fault in (
+        ({"spills": 4}, "spills: "),
+        ({"shared": 228 * 1024}, "too much shared memory: "),
+        ({"atomics": True}, "atomics: "),
+        ({"instructions": ()}, "no wgmma.mma_async: "),
+        ({"target": 100}, "no tcgen05.mma: "),
+    ):
+        (found,) = resources_of(**changes).faults()
+        assert found.startswith(fault), found
+
+
+def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
+    """A result is remembered on disk; another launch, target or compiler is another result."""
+    (job, other) = sweep.jobs(90, ["bf16"], (64,), (True,))[:2]
+    path = tmp_path / "memory.jsonl"
+    first = Memory(path)
+    first.put(job, resources_of())
+    assert Memory(path).get(job) == resources_of()
+    for missing in (other, (job[0], 80)):
+        assert Memory(path).get(missing) is None
+    assert all_resources([job], Memory(path)) == {job: resources_of()}, "not compiled again"
+    assert all_resources([job, other], Memory(path), deadline=0.0).keys() == {job}
+    monkeypatch.setattr(triton, "__version__", "0")
+    assert Memory(path).get(job) is None
+
+
+def test_the_sweep_writes_its_table(tmp_path, monkeypatch, capsys):
+    spilling = resources_of(spills=4, registers=255)
+    found = iter([spilling, "_x for sm_90: broken"])
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    monkeypatch.setattr(
+        sweep, "all_resources", lambda jobs, *rest: dict(zip(jobs[:2], found, strict=True))
+    )
+    options = ["--targets", "90", "--dtypes", "bf16", "--depths", "64", "--out", str(tmp_path)]
+    assert sweep.main(options) == 1
+    (row,) = json.loads((tmp_path / "triton-resources.json").read_text())
+    assert (row["registers"], row["spills"], row["forms"]) == (255, 4, 1)
+    text = (tmp_path / "triton-resources.md").read_text()
+    assert "| `sums` | bf16 |  | 255, 4, 1 (1) |  |" in text
+    assert "Wrong: spills: " in text and "Wrong: _x for sm_90: broken" in text
+    assert "1 launches compiled" in text
+    assert "2 wrong" in capsys.readouterr().out
+
+
+def test_the_report_sees_spills(monkeypatch):
     """A tile that cannot fit in registers."""
-    multiprocessor(90)
     tile = config.Tile(128, 128, 4, 2)
-    monkeypatch.setattr(config, "tiles", lambda *arguments: (tile, tile))
+    monkeypatch.setattr(config, "tiles", lambda *arguments, **options: (tile, tile))
     found = calls.launches(256, torch.bfloat16)
     worst = next(x for x in found if x.name == "_row_products_kernel" and x.constant("HEAD") == 256)
-    assert any(fault.startswith("spills: ") for fault in faults(compiled(worst, 90)))
+    assert any(fault.startswith("spills: ") for fault in resources(worst, 90).faults())
 
 
 def rows(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -215,10 +232,9 @@ def test_memory_is_linear_in_the_rows():
     assert sum(size for size in sizes if size > inputs) == 0
 
 
-def test_addresses_are_64_bit(multiprocessor):
+def test_addresses_are_64_bit():
     """Rows times depth may exceed 2^31. Packing addresses every element in 64 bits; a pass, the first row of each tile."""
-    multiprocessor(90)
-    with recorded() as found:
+    with sweep.target(90), recorded() as found:
         info_nce(8_400_000, 256)
     for name, what in (("_pack_kernel", "x!tt.ptr<bf16>"), ("_sums_kernel", " !tt.ptr<bf16>")):
         text = compiled(next(x for x in found if x.name == name), 90).ttgir

@@ -1,0 +1,168 @@
+"""What a compiled kernel takes of a multiprocessor, and what is wrong with it; remembered from run to run."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import importlib
+import json
+import multiprocessing
+import re
+import time
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import triton
+from recording import SHARED_MEMORY, Launch, compiled
+
+MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+# Reasoned exceptions: kernel -> bytes. They multiply no matrices and wait for memory; ptxas keeps them at 48 and 96 registers,
+# far from the limit, for the sake of occupancy, and saves one to four registers for it.
+SPILLS_ALLOWED = {"_row_gradients_kernel": 16, "_scatter_kernel": 8}
+_TILE = ("HEAD", "TAIL", "BLOCK_M", "BLOCK_N", "BLOCK_D", "PRECISION")
+# Bumped when the meaning of what is remembered changes.
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """One launch for one target."""
+
+    kernel: str
+    target: int  # compute capability, 90 for 9.0
+    dtype: str  # of the rows, "" where a kernel has none
+    tile: dict[str, object]
+    warps: int
+    stages: int
+    registers: int  # of a thread
+    spills: int  # bytes of a thread that ptxas stores to memory
+    shared: int  # bytes of a program
+    instructions: tuple[str, ...]  # the matrix instructions in the PTX
+    atomics: bool
+
+    def __str__(self) -> str:
+        tile = ", ".join(f"{name} {value}" for name, value in self.tile.items())
+        return (
+            f"sm_{self.target} {self.kernel} {self.dtype} ({tile}; {self.warps} warps, {self.stages} stages): "
+            f"{self.registers} registers, {self.spills} bytes spilled, {self.shared} shared"
+        )
+
+    def faults(self) -> list[str]:
+        """What is wrong, a line each."""
+        found = []
+        if self.spills > SPILLS_ALLOWED.get(self.kernel, 0):
+            found.append(f"spills: {self}")
+        if self.shared > SHARED_MEMORY[self.target]:
+            found.append(f"too much shared memory: {self}")
+        if self.atomics:
+            found.append(f"atomics: {self}")
+        # Each query's own negatives are rows of their own: products of vectors.
+        multiplies = "PRECISION" in self.tile and self.kernel != "_own_sums_kernel"
+        wanted = MATRIX_INSTRUCTION[self.target]
+        if multiplies and self.dtype in ("bf16", "fp16") and wanted not in self.instructions:
+            found.append(f"no {wanted}: {self}")
+        return found
+
+
+def resources(launch: Launch, target: int) -> Resources:
+    """Compiles a launch for a target."""
+    result = compiled(launch, target)
+    options = dict(launch.options)
+    x = dict(launch.signature).get("x", "")
+    return Resources(
+        launch.name,
+        target,
+        x.removeprefix("*") if isinstance(x, str) else "",
+        {name: launch.constant(name) for name in _TILE if launch.constant(name) not in (None, 0)},
+        options["num_warps"],
+        options["num_stages"],
+        result.registers,
+        result.spills,
+        result.shared,
+        tuple(name for name in MATRIX_INSTRUCTION.values() if name in result.ptx),
+        re.search(r"\b(atom|red)\.", result.ptx) is not None,
+    )
+
+
+class Memory:
+    """Results by what they depend on: the kernel's source with all that it calls, the launch, target and compiler.
+
+    One line of JSON each, added as soon as it is known, so that a sweep that was stopped goes on where it was.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._known: dict[str, Resources] = {}
+        if path is not None and path.exists():
+            for line in path.read_text().splitlines():
+                key, values = json.loads(line)
+                values["instructions"] = tuple(values["instructions"])
+                self._known[key] = Resources(**values)
+
+    def get(self, job: tuple[Launch, int]) -> Resources | None:
+        """What is remembered of a launch for a target."""
+        return self._known.get(_key(*job))
+
+    def put(self, job: tuple[Launch, int], result: Resources) -> None:
+        """Remembers a result."""
+        key = _key(*job)
+        self._known[key] = result
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(json.dumps([key, dataclasses.asdict(result)]) + "\n")
+
+
+def _key(launch: Launch, target: int) -> str:
+    module, _, name = launch.kernel.rpartition(".")
+    source = getattr(importlib.import_module(module), name).cache_key
+    text = f"{_FORMAT} {triton.__version__} {target} {source} {launch!r}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _attempt(job: tuple[Launch, int]) -> Resources | str:
+    warnings.simplefilter("ignore")
+    try:
+        return resources(*job)
+    except Exception as error:
+        return f"{job[0].name} for sm_{job[1]}: {type(error).__name__}: {error}"
+
+
+def all_resources(
+    jobs: Iterable[tuple[Launch, int]],
+    memory: Memory,
+    processes: int = 2,
+    deadline: float = float("inf"),
+) -> dict[tuple[Launch, int], Resources | str]:
+    """Compiles what is not remembered.
+
+    Args:
+        jobs: launches and targets.
+        memory: gets every result.
+        processes: how many compile side by side; 1 compiles in this process.
+        deadline: ``time.monotonic()`` after which none is begun.
+
+    Returns:
+        Job -> resources, or the compiler's error. Jobs that were not begun are missing.
+    """
+    jobs = list(dict.fromkeys(jobs))
+    found = {job: known for job in jobs if (known := memory.get(job)) is not None}
+    missing = [job for job in jobs if job not in found]
+
+    def take(results: Iterable[Resources | str]) -> None:
+        for job, result in zip(missing, results, strict=False):
+            found[job] = result
+            if not isinstance(result, str):
+                memory.put(job, result)
+
+    timely = (job for job in missing if time.monotonic() < deadline)
+    if processes == 1 or len(missing) < 4:
+        take(map(_attempt, timely))
+        return found
+    # Not forked: PyTorch's threads would not survive it.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        take(pool.map(_attempt, timely, chunksize=4))
+    return found

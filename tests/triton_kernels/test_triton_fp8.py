@@ -1,0 +1,197 @@
+"""Similarities in fp8 in the Triton kernels: against the reference in the interpreter or on a GPU, and compiled without one."""
+
+import os
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import calls
+from recording import SHARED_MEMORY, Launch, compiled
+
+from fastnce import reference, triton_kernels, triton_ops
+from fastnce.testing import Sample, assert_close_to_truth, rows
+from fastnce.triton_kernels import config, launch
+from fastnce.triton_kernels.rows import pack
+
+FP8 = torch.float8_e4m3fn
+IN_BATCH = {**calls.IN_BATCH, "similarity_dtype": FP8}
+SYMMETRIC = {**IN_BATCH, "symmetric": True}
+QUEUE = {**IN_BATCH, "in_batch": False}
+DEVICE = "cpu" if launch.INTERPRETED else "cuda"
+runs = pytest.mark.skipif(triton_ops.available() != "ok", reason=triton_ops.available())
+compiles = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter has no compiler")
+
+# (B, N, D), rows of a queue, options. Depths: shorter than a matrix instruction's, head and tail, and chunks with panels.
+CASES = {
+    "tiles": ((1, 70, 20), None, IN_BATCH),
+    "tail": ((1, 40, 90), None, SYMMETRIC),
+    "batched": ((3, 20, 40), None, SYMMETRIC),
+    "panels": ((1, 40, 270), None, SYMMETRIC),
+    "panels_queue": ((1, 20, 270), 50, IN_BATCH),
+    "queue": ((1, 70, 40), 30, QUEUE),
+    "constant": ((2, 20, 20), None, {**IN_BATCH, "self_logit": -10.0}),
+}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several of everything in small problems, and NaN in fresh memory."""
+    tile = config.Tile(16, 16, 4, 2, 64)
+    monkeypatch.setattr(config, "tiles", lambda *arguments: (tile, tile))
+    monkeypatch.setattr(config, "PANEL_ELEMENTS", 16 * 60)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def problem(name: str, tau: float, dtype: torch.dtype):
+    shape, queue, options = CASES[name]
+    generator = torch.Generator().manual_seed(0)
+    query, noise = (torch.randn(shape, generator=generator) for _ in "qk")
+    key = 0.3 * query + noise
+    key[0, 0] = 0
+    negatives = None if queue is None else torch.randn(queue, shape[-1], generator=generator)
+    # Values of bf16: those of fp32 may lie so near the middle of two codes that fp32 and fp64 disagree.
+    made = (x if x is None else x.bfloat16().to(DEVICE, dtype) for x in (query, key, negatives))
+    return (*made, torch.tensor(tau, device=DEVICE)), options
+
+
+@runs
+@pytest.mark.parametrize("tau", [0.01, 0.1], ids=["running", "fixed"])
+@pytest.mark.parametrize("name", CASES)
+def test_passes_multiply_rounded_rows(name, tau, small_tiles):
+    """Loss and gradients, at once and from a saved log-sum-exp, in float32: the reference's up to the order of sums."""
+    inputs, options = problem(name, tau, torch.float32)
+    needs = tuple(x is not None for x in inputs)
+    loss, lse, now = triton_kernels.info_nce_forward(
+        *inputs, **options, grad_scale=0.25, needs=needs
+    )
+    upstream = torch.linspace(-1, 1, loss.numel(), device=DEVICE).view_as(loss)
+    later = triton_kernels.info_nce_backward(upstream, *inputs, lse, **options, needs=needs)
+    got = [loss, *(x for x in (*now, *later) if x is not None)]
+
+    leaves = [x if x is None else x.double().requires_grad_() for x in inputs]
+    wanted = [x for x in leaves if x is not None]
+    exact = reference.info_nce(*leaves, **options)
+    first = torch.autograd.grad(exact, wanted, torch.full_like(exact, 0.25), retain_graph=True)
+    second = torch.autograd.grad(exact, wanted, upstream.double())
+    for index, (a, b) in enumerate(zip(got, [exact.detach(), *first, *second], strict=True)):
+        # Rounding of logits of size 1 / tau, in a softmax over tau; the temperature's gradient is one sum over all pairs.
+        size = 1 if index == 0 else 1 / tau * (loss.numel() / tau if b.dim() == 0 else 1)
+        bound = 1e-5 * b.abs().max() + 4 * torch.finfo(torch.float32).eps / tau * size
+        assert (a.double() - b).abs().max() <= bound, (index, a, b)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_half_precision_keeps_the_contract(dtype, reduction, small_tiles):
+    generator = torch.Generator().manual_seed(0)
+    query, key, queue = (
+        rows(n, 40, dtype=dtype, device=DEVICE, generator=generator) for n in (33, 33, 50)
+    )
+    tau = torch.tensor(0.2, device=DEVICE, requires_grad=True)
+    arguments = {"query": query, "positive_key": key, "negative_keys": queue, "temperature": tau}
+    arguments |= {"similarity_dtype": FP8, "in_batch_negatives": True, "reduction": reduction}
+    assert_close_to_truth("info_nce", "triton", Sample(f"fp8 {reduction}", arguments), dtype)
+
+
+@runs
+def test_packed_codes_are_the_reference_s():
+    """Bit for bit, in every dtype, for rows of any size."""
+    x = torch.randn(300, 90, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    x[0] = 0
+    x[1:100] *= torch.logspace(-30, 30, 99, device=DEVICE)[:, None]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        values = x.clamp(-1e4, 1e4).to(dtype)
+        packed = pack(values, True, True)
+        largest = values.float().abs().amax(1, keepdim=True)
+        power = -torch.frexp(largest).exponent
+        scaled, top = (torch.ldexp(v.float(), power) for v in (values, largest))
+        codes = (scaled * 448 / top.masked_fill(largest == 0, 1)).to(FP8)
+        assert torch.equal(packed.rounded.x[:, :90].float(), codes.float())
+        assert not packed.rounded.x[:, 90:].float().any()
+        unit = reference.normalize.rounded_unit_rows(values.float())
+        got = packed.rounded.x[:, :90].float() * packed.rounded.scale[:, None]
+        torch.testing.assert_close(got, unit, rtol=1e-6, atol=1e-12)
+
+
+@runs
+def test_operators_carry_it():
+    inputs, options = problem("tiles", 0.1, torch.float32)
+    needs = (True, True, False, True)
+    plain = {**options, "grad_scale": 1.0, "needs": needs}
+    loss, lse, grads = triton_kernels.info_nce_forward(*inputs, **plain)
+    of_operator = torch.ops.fastnce_triton.info_nce_forward(
+        *inputs[:3], inputs[3], 0.0, True, False, True, None, True, 1.0, *needs
+    )
+    assert torch.equal(of_operator[0], loss) and torch.equal(of_operator[2], grads[0])
+    later = triton_kernels.info_nce_backward(loss, *inputs, lse, **options, needs=needs)
+    by_operator = torch.ops.fastnce_triton.info_nce_backward(
+        loss, *inputs[:3], inputs[3], 0.0, lse, True, False, True, None, True, *needs
+    )
+    assert torch.equal(by_operator[0], later[0])
+
+
+INSTRUCTION = {
+    89: r"mma\.sync\S*\.e4m3\.e4m3",
+    90: r"wgmma\.mma_async\S*\.e4m3\.e4m3",
+    100: r"tcgen05\.mma\S*kind::f8f6f4",
+}
+_SWEEP = os.environ.get("FASTNCE_TRITON_SWEEP") == "1"
+TARGETS = tuple(INSTRUCTION) if _SWEEP else (90,)
+DEPTHS = calls.DEPTHS if _SWEEP else (256, 768)
+
+
+def passes(depth: int, dtype: torch.dtype, large: bool = True) -> list[Launch]:
+    """Every launch of a pass that multiplies rows in fp8, alone, with a product or for a panel; and the packing."""
+    return [
+        each
+        for each in calls.fp8_launches(depth, dtype, large)
+        if each.name == "_pack_kernel" or dict(each.signature).get("x") == "*fp8e4nv"
+    ]
+
+
+@compiles
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_compiles_to_the_fp8_instruction(capability, depth, monkeypatch):
+    size = SHARED_MEMORY.get(capability, 99 * 1024) + 1024
+    monkeypatch.setattr(launch, "shared_memory", lambda device: size)
+    found = passes(depth, torch.bfloat16)
+    if _SWEEP:
+        found += passes(depth, torch.bfloat16, False) + passes(depth, torch.float16)
+    names = set()
+    for each in dict.fromkeys(found):
+        result = compiled(each, capability)
+        names.add(each.name)
+        assert result.spills == 0, result
+        assert result.shared <= size - 1024, result
+        if each.name != "_pack_kernel":
+            assert re.search(INSTRUCTION[capability], result.ptx), result
+    passing = "_row_products_kernel" if depth <= config.RESIDENT_DEPTH else "_panel_kernel"
+    assert names == {"_pack_kernel", "_sums_kernel", passing}
+
+
+@compiles
+@pytest.mark.parametrize(("capability", "works"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
+def test_older_gpus_are_refused_with_a_reason(capability, works, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    reason = triton_kernels.supports("info_nce_fp8", "cuda", torch.bfloat16)
+    version = ".".join(map(str, capability))
+    why = f"products in fp8 need a GPU of compute capability 8.9, this one has {version}"
+    assert reason == ("ok" if works else why)
+    assert triton_kernels.supports("info_nce", "cuda", torch.bfloat16) == "ok"
+
+
+def test_depths_have_room_for_the_instruction():
+    for depth in range(1, 1025):
+        padded = config.padded_depth(depth, fp8=True)
+        assert depth <= padded < depth + 64
+        if depth <= config.RESIDENT_DEPTH:
+            head, tail = config.split_depth(padded)  # as Rows.split has it, of what is packed
+            assert head + tail == padded and head >= 32 and (tail == 0 or tail >= 32)
