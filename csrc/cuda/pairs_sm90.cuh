@@ -188,7 +188,7 @@ struct Consumer {
     const double temperature = value_of(a.pairs.temperature);
     const Offset offset = offset_of(a.pairs, temperature);
     for (Piece<kColumns> piece(a); piece.there(a); piece.next(a)) {
-      const Span span = piece.span(a);
+      const Span& span = piece.span;
       const ThreadRows rows = rows_of_thread(a.pairs, span, 4 * group + warp, temperature);
       RowSums<(kOut > 0)> sums(offset);
       LabelSums labels(a.pairs.kind, offset);
@@ -230,7 +230,7 @@ struct Consumer {
     const double temperature = value_of(a.pairs.temperature);
     const float scale = coefficient_scale(a.pairs.dtype);
     for (Piece<kColumns> piece(a); piece.there(a); piece.next(a)) {
-      const Span span = piece.span(a);
+      const Span& span = piece.span;
       const ThreadRows rows = rows_of_thread(a.pairs, span, 4 * group + warp, temperature);
       Coefficients<true> coefficients(a.pairs, a.products, rows);
       Output o;

@@ -13,7 +13,7 @@ __device__ __forceinline__ void bring_tiles(const TensorMap& x_map, const Tensor
   Barriers& barriers = memory.barriers();
   Turn ring, x;
   for (Piece<C::kColumns> piece(a); piece.there(a); piece.next(a)) {
-    const Span span = piece.span(a);
+    const Span& span = piece.span;
     // Chunks go round so that the output's are the last.
     const int first = (piece.part + 1) * C::kOut % a.chunks;
     const auto element = [&](int c) { return (first + c) % a.chunks * kLineElements; };
@@ -45,7 +45,7 @@ __device__ __forceinline__ void bring_data(const Arguments& a, const Memory<C::k
   Barriers& barriers = memory.barriers();
   Turn turn;
   for (Piece<C::kColumns> piece(a); piece.there(a); piece.next(a)) {
-    const Span span = piece.span(a);
+    const Span& span = piece.span;
     for (int column = span.begin; column < span.end; column += C::kColumns) {
       barrier_wait(&barriers.data_empty[turn.slot], turn.parity ^ 1);
       ColumnData<C::kColumns>& data = memory.data(turn.slot);

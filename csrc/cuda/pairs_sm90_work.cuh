@@ -52,47 +52,49 @@ struct Arguments {
 // sums has of the earlier ones is in memory.
 template <int kColumns>
 struct Piece {
-  int index, step = 0;
-  int problem, block, part, split;
+  int problem, block, part, split, step;
+  Span span;  // the columns are whole tiles but for the problem's last
 
   __device__ __forceinline__ explicit Piece(const Arguments& a)
-      : index(static_cast<int>(blockIdx.x)) {
-    divide(a);
+      : index_(static_cast<int>(blockIdx.x)) {
+    find(a);
   }
-  __device__ __forceinline__ void divide(const Arguments& a) {
-    int rest = index;
-    block = rest % a.row_blocks;
-    rest /= a.row_blocks;
-    problem = rest % static_cast<int>(a.pairs.problems);
-    rest /= static_cast<int>(a.pairs.problems);
+  __device__ __forceinline__ bool there(const Arguments& a) const { return index_ < a.pieces; }
+  __device__ __forceinline__ void next(const Arguments& a) {
+    if (--steps_left_ > 0) {
+      ++step;
+      span.row += kBlockRows;
+      span.first_row += kBlockRows;
+      return;
+    }
+    index_ += static_cast<int>(gridDim.x);
+    find(a);
+  }
+
+ private:
+  int index_, steps_left_;
+
+  __device__ __forceinline__ void find(const Arguments& a) {
+    const auto problems = static_cast<int>(a.pairs.problems);
+    const auto rows = static_cast<int>(a.pairs.rows), columns = static_cast<int>(a.pairs.columns);
+    block = index_ % a.row_blocks;
+    problem = index_ / a.row_blocks % problems;
+    const int rest = index_ / a.row_blocks / problems;
     part = rest % a.parts;
     split = rest / a.parts;
-  }
-  __device__ __forceinline__ bool there(const Arguments& a) const { return index < a.pieces; }
-  __device__ __forceinline__ int row(const Arguments& a) const {
-    return (block * a.row_steps + step) * kBlockRows;
-  }
-  __device__ __forceinline__ void next(const Arguments& a) {
-    if (++step < a.row_steps && row(a) < a.pairs.rows) return;
+    const int row = block * a.row_steps * kBlockRows;
     step = 0;
-    index += static_cast<int>(gridDim.x);
-    divide(a);
-  }
-  // The columns, whole tiles but for the problem's last.
-  __device__ __forceinline__ Span span(const Arguments& a) const {
-    const auto rows = static_cast<int>(a.pairs.rows), columns = static_cast<int>(a.pairs.columns);
+    steps_left_ = min(a.row_steps, (rows - row + kBlockRows - 1) / kBlockRows);
     const int tiles = (columns + kColumns - 1) / kColumns;
-    const int64_t width = int64_t{(tiles + a.splits - 1) / a.splits} * kColumns;
-    const auto begin = static_cast<int>(min(split * width, int64_t{columns}));
-    const auto end = static_cast<int>(min(begin + width, int64_t{columns}));
-    const int first = row(a);
-    return {problem * a.pairs.rows + first,
+    const int width = (tiles + a.splits - 1) / a.splits;
+    const int first = min(split * width, tiles);
+    span = {problem * a.pairs.rows + row,
             problem * a.pairs.columns,
-            first,
+            row,
             rows,
             columns,
-            begin,
-            end};
+            first * kColumns,
+            min((first + width) * kColumns, columns)};
   }
 };
 
