@@ -10,6 +10,11 @@
 //   accumulators for 2 chunks).
 // While one consumer is at 2, the other one's products have the tensor cores.
 //
+// Registers of a thread for the three, at most: 64 columns and 4 chunks of output take 32 for S, 16
+// for E in 16 bits, 128 for O; 128 columns and 2 chunks take 64, 32 and 64. Shared memory of 227
+// KiB: x takes 16 KiB a chunk, a slot of the ring 16 KiB (64 columns: 8), which leaves 11 slots at
+// depth 128 and 512, where a tile takes 2 and 8 of them, and 16, the most, at 256.
+//
 // Depths beyond 256 would need 64 x 512 accumulators, more than a warp group's registers: there the
 // output's depth is done in two parts, each with similarities of its own: 3 products instead of 2,
 // no worse than what else there is: two warp groups that share 64 rows, halves of S exchanged

@@ -7,8 +7,7 @@ namespace fastnce::cuda::sm90 {
 
 // Whether the passes over these pairs can be made here.
 inline bool runs(const Pairs& pairs, const Machine& machine) {
-  constexpr int64_t kMost = int64_t{1}
-                            << 30;  // rows and columns of a problem are counted by an int
+  constexpr int64_t kMost = int64_t{1} << 30;  // columns, and a tile more, are counted by an int
   return machine.capability == 90 && pairs.dtype != Dtype::kFloat32 && pairs.depth >= 64 &&
          pairs.depth <= 512 && pairs.rows <= kMost && pairs.columns <= kMost;
 }
