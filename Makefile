@@ -18,13 +18,24 @@ TRAIN := $(FASTNCE) train cut --preset digits --data $(DATA) --seed $(SEED)
 
 # A library of its own, so that neither the package's file nor its stamp is touched.
 SANITIZED := out/sanitize/libfastnce_cpu.so
+# The CUDA kernels in emulation: what they read and write beyond their tensors shows here.
+SANITIZED_CUDA := out/sanitize/cuda/libfastnce_cuda_emulated.so
+SANITIZE_CUDA_TESTS ?= cuda and (contract or strides)
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1
+SANITIZED_PYTEST = FASTNCE_BACKEND= \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	$(PY) -m pytest -q -x -p no:faulthandler --capture=sys
 # Of the tests of the ops those that run the kernels. Left out: what measures memory or time, which the sanitizers change, and
 # PyTorch's own checks of the registration, which take long and say nothing about the kernels.
 SANITIZE_TESTS ?= (native or test_maps) and not memory_does_not_grow and not fma_peak and not compile and not opcheck and not registered and not without_the_library
 
 # The Triton kernels' tests on the host. Left out, for the interpreter is slow: what it cannot show, and more of the same.
 INTERPRETED_TESTS ?= triton and not repeatable and not left_alone and not without_gradients and not transposed and not third
+
+# The CUDA kernels' tests on the host. Left out: what the first run has done, and more of the same.
+EMULATED := out/cuda-emulated/libfastnce_cuda_emulated.so
+EMULATED_TESTS ?= cuda and not test_cuda_build and not test_emulator
 
 .PHONY: demo demo-contragan test triton-sweep sanitize lint format bench gpu-report install native clean
 
@@ -55,6 +66,8 @@ demo-contragan: install
 test: install
 	$(PY) -m pytest -q
 	TRITON_INTERPRET=1 $(PY) -m pytest -q tests/ops/test_every_op.py tests/ops/test_labelled_lse.py tests/triton_kernels -k "$(INTERPRETED_TESTS)" -W ignore::RuntimeWarning
+	$(PY) -m tests.cuda_kernels.emulated
+	FASTNCE_CUDA_EMULATED=$(EMULATED) $(PY) -m pytest -q tests/ops/test_every_op.py tests/ops/test_registered_ops.py tests/cuda_kernels -k "$(EMULATED_TESTS)"
 
 # Every Triton kernel for all depths, dtypes and targets. Stopped, it goes on where it was.
 triton-sweep: install
@@ -62,21 +75,22 @@ triton-sweep: install
 
 sanitize: install
 	@FASTNCE_LIBRARY=$(SANITIZED) CXX=g++ CXXFLAGS="$(SANITIZERS)" $(FASTNCE) build
-	FASTNCE_LIBRARY=$(SANITIZED) FASTNCE_BACKEND= \
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	$(PY) -m pytest -q -x -p no:faulthandler --capture=sys tests/ops -k "$(SANITIZE_TESTS)"
+	@CXX=g++ CXXFLAGS="$(SANITIZERS)" $(PY) -m tests.cuda_kernels.emulated $(SANITIZED_CUDA)
+	FASTNCE_LIBRARY=$(SANITIZED) $(SANITIZED_PYTEST) tests/ops -k "$(SANITIZE_TESTS)"
+	FASTNCE_CUDA_EMULATED=$(SANITIZED_CUDA) $(SANITIZED_PYTEST) tests/ops/test_every_op.py -k "$(SANITIZE_CUDA_TESTS)"
+
+CXX_FILES := '*.cpp' '*.h' '*.cu' '*.cuh'
 
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files $(CXX_FILES))
 	$(VENV)/bin/mypy
 
 format: install
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(VENV)/bin/clang-format -i $$(git ls-files $(CXX_FILES))
 
 bench: install
 	$(PY) -m benchmarks all --out out/benchmarks

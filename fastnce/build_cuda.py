@@ -24,8 +24,9 @@ from . import build as native
 from .build import BuildError
 
 LIBRARY = native.Library("libfastnce_cuda.so", ("common/schemas.h", "cuda/*"))
-# Ampere and all later GPUs by their own instructions; Hopper; Blackwell. A file may be of one target alone.
+# Ampere, whose code runs on Ada too; Hopper with its own instructions; Blackwell.
 TARGETS = ("80", "90a", "100")
+# Files that only one target can compile: always compiled, for their launchers are linked in whatever GPU is asked for.
 ONLY_FOR = {"pairs_sm90.cu": ("90a",)}
 
 FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden")

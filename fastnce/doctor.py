@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import fastnce
-from fastnce import backends, native
+from fastnce import backends, build, build_cuda, native
 
 OPS = (
     "info_nce",
@@ -36,6 +37,7 @@ def report() -> str:
         f"cpu     {_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
         f"gpu     {_gpu_name()}",
         f"triton  {_version('triton')}",
+        f"nvcc    {_nvcc()}",
         "",
         "Backends:",
     ]
@@ -98,6 +100,16 @@ def _gpu_name() -> str:
         return "none that this torch can use"
     major, minor = torch.cuda.get_device_capability()
     return f"{torch.cuda.get_device_name()}, sm_{major}{minor}, CUDA {torch.version.cuda}"
+
+
+def _nvcc() -> str:
+    """The compiler of the CUDA library, which nothing needs where there is no GPU."""
+    try:
+        command = build_cuda.nvcc()[0]
+    except build.BuildError:
+        return "not installed"
+    found = re.search(r"release ([\d.]+)", build.compiler_version(command))
+    return found.group(1) if found else command
 
 
 def _version(package: str) -> str:

@@ -5,13 +5,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastnce import cli, doctor, native
+from fastnce import build, build_cuda, cli, doctor, native
+from fastnce.cli import tools
+from fastnce.errors import UserError
 from fastnce.training.checkpoint import load_checkpoint
 
 TINY = [
@@ -212,3 +215,16 @@ def test_a_reader_that_stops_reading_is_no_error():
     command = f"{sys.executable} -m fastnce doctor | head -1"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert done.stderr == "" and done.stdout.startswith("fastnce ")
+
+
+def test_build_says_why_there_is_no_cuda_library(monkeypatch, capsys):
+    monkeypatch.setattr(build, "build", lambda: Path("native.so"))
+    monkeypatch.setattr(build_cuda, "gpu_targets", lambda: ("90a",))
+    monkeypatch.setenv("NVCC", "no-such-nvcc")
+    monkeypatch.delenv("FASTNCE_CUDA", raising=False)
+    assert tools.build([]) == 0
+    expected = "Native library: native.so\nCUDA library: not built: there is no CUDA compiler 'no-such-nvcc'."
+    assert capsys.readouterr().out.startswith(expected)
+    monkeypatch.setenv("FASTNCE_CUDA", "1")
+    with pytest.raises(UserError, match="no CUDA compiler 'no-such-nvcc'"):
+        tools.build([])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastnce import build, native
+from fastnce import build, build_cuda, native
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = (
@@ -52,7 +52,8 @@ def make_wheel(checkout: Path, folder: Path, **environment: str) -> subprocess.C
 
 
 def environment_with(**changes: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("CXX", "CXXFLAGS", "FASTNCE_NATIVE")}
+    own = ("CXX", "CXXFLAGS", "NVCC", "NVCCFLAGS", "CUDA_HOME")
+    kept = {k: v for k, v in os.environ.items() if k not in own and not k.startswith("FASTNCE_")}
     return {**kept, **changes}
 
 
@@ -66,9 +67,10 @@ def names_in(wheel: Path) -> set[str]:
         return set(archive.namelist())
 
 
-def fake_compiler(folder: Path, script: str) -> str:
+def fake_compiler(folder: Path, script: str, name: str = "fake-compiler") -> str:
     """A program that logs that it was called, then does as the script says."""
-    compiler = folder / "fake-compiler"
+    folder.mkdir(parents=True, exist_ok=True)
+    compiler = folder / name
     log = folder / "calls"
     compiler.write_text(f'#!/bin/sh\necho "$@" >> {log}\n{script}\n')
     compiler.chmod(0o755)
@@ -98,7 +100,9 @@ def test_without_a_compiler_the_wheel_is_pure(checkout, tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl")
     names = names_in(wheel)
     assert not [name for name in names if name.endswith(".so")]
-    shipped = {f"fastnce/{p.relative_to(ROOT)}" for p in (ROOT / "csrc").rglob("*.[ch]*")}
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert {path.suffix for path in sources} == {".cpp", ".h", ".cu", ".cuh"}
+    shipped = {f"fastnce/{path.relative_to(ROOT)}" for path in sources}
     assert shipped <= names, "`fastnce build` needs the sources"
     kernels = {f"fastnce/{p.relative_to(ROOT)}" for p in (ROOT / "triton_kernels").glob("*.py")}
     assert len(kernels) > 10 and kernels <= names
@@ -281,6 +285,84 @@ def test_a_library_that_does_not_load_is_a_reason_not_an_exception(tmp_path, mon
     library.write_bytes(f"not ELF; fastnce-build:{stamp}-0;".encode())
     monkeypatch.setattr(build, "library_candidates", lambda _: [library])
     assert "cannot be loaded" in native._load()
+
+
+CUDA_FILE = f"fastnce/{build_cuda.LIBRARY.file}"
+GPU = "echo 9.0; echo 9.0"  # nvidia-smi's answer
+
+
+def test_the_cuda_library_is_built_on_request(checkout, tmp_path):
+    compilers = {
+        "CXX": fake_compiler(tmp_path, COMPILES),
+        "NVCC": fake_compiler(tmp_path, COMPILES, "nvcc"),
+    }
+    done = make_wheel(checkout, tmp_path / "with", **compilers, FASTNCE_CUDA="1")
+    assert done.returncode == 0, done.stderr
+    assert {CUDA_FILE, f"fastnce/{build.LIBRARY}"} <= names_in(only_wheel(tmp_path / "with"))
+    done = make_wheel(checkout, tmp_path / "without", **compilers, FASTNCE_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    assert CUDA_FILE not in names_in(only_wheel(tmp_path / "without"))
+
+
+def test_on_a_machine_with_a_gpu_the_cuda_library_is_built_for_that_gpu(checkout, tmp_path):
+    fake_compiler(tmp_path / "bin", GPU, "nvidia-smi")
+    compilers = {
+        "CXX": fake_compiler(tmp_path, COMPILES),
+        "NVCC": fake_compiler(tmp_path, COMPILES, "nvcc"),
+    }
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    done = make_wheel(checkout, tmp_path, **compilers, PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert CUDA_FILE in names_in(only_wheel(tmp_path))
+    calls = (tmp_path / "calls").read_text()
+    assert "code=[sm_90a]" in calls
+    assert "sm_80" not in calls and "sm_100" not in calls
+
+
+def test_a_gpu_without_a_cuda_compiler_is_no_obstacle_unless_forced(checkout, tmp_path):
+    fake_compiler(tmp_path / "bin", GPU, "nvidia-smi")
+    here = {
+        "CXX": fake_compiler(tmp_path, COMPILES),
+        "NVCC": "no-such-nvcc",
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+    }
+    done = make_wheel(checkout, tmp_path, **here)
+    assert done.returncode == 0, done.stderr
+    names = names_in(only_wheel(tmp_path))
+    assert CUDA_FILE not in names and f"fastnce/{build.LIBRARY}" in names
+    done = make_wheel(checkout, tmp_path / "forced", **here, FASTNCE_CUDA="1")
+    assert done.returncode != 0
+    assert (
+        "FASTNCE_CUDA=1, but there is no CUDA compiler 'no-such-nvcc'" in done.stdout + done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [("8.0", "80"), ("8.9", "80"), ("9.0", "90a"), ("10.3", "100"), ("12.0", "120")],
+)
+def test_target_of_a_gpu(capability, target):
+    assert build_cuda.target_of(capability) == target
+
+
+def test_targets_are_those_named_else_those_of_this_machine_else_all(monkeypatch):
+    monkeypatch.delenv("FASTNCE_CUDA_ARCHS", raising=False)
+    monkeypatch.setattr(build_cuda, "gpu_targets", lambda: ())
+    assert build_cuda.targets() == build_cuda.TARGETS
+    monkeypatch.setattr(build_cuda, "gpu_targets", lambda: ("90a",))
+    assert build_cuda.targets() == ("90a",)
+    monkeypatch.setenv("FASTNCE_CUDA_ARCHS", "80; 120")
+    assert build_cuda.targets() == ("80", "120")
+
+
+def test_why_the_cuda_library_is_not_wanted(monkeypatch):
+    monkeypatch.setattr(build_cuda, "gpu_targets", lambda: ())
+    monkeypatch.delenv("FASTNCE_CUDA", raising=False)
+    assert "no GPU" in build_cuda.wanted() and "FASTNCE_CUDA=1" in build_cuda.wanted()
+    monkeypatch.setenv("FASTNCE_CUDA", "1")
+    assert build_cuda.wanted() == "ok"
+    monkeypatch.setenv("FASTNCE_CUDA", "0")
+    assert build_cuda.wanted() == "FASTNCE_CUDA=0"
 
 
 def test_version_is_written_in_one_place(checkout, tmp_path):

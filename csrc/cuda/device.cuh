@@ -1,10 +1,12 @@
-// What the kernels use of a GPU, by name: every instruction that C++ has no word for is here, and nowhere else.
+// What the kernels use of a GPU, by name: every instruction that C++ has no word for is here, and
+// nowhere else.
 //
-// With FASTNCE_EMULATED the same kernels are compiled for the host (tests/cuda_kernels/emulator.h): threads are
-// fibers that run in random order from one meeting point to the next, an asynchronous copy arrives as late as it may,
-// and shared memory begins as NaN. A missing barrier or wait is then a wrong number.
+// With FASTNCE_EMULATED the same kernels are compiled for the host (tests/cuda_kernels/emulator.h):
+// threads are fibers that run in random order from one meeting point to the next, an asynchronous
+// copy arrives as late as it may, and shared memory begins as NaN. A missing barrier or wait is
+// then a wrong number.
 //
-// Lanes of a warp must all take part in: sync_warp, shuffles, load_matrix_*, multiply_*.
+// Lanes of a warp must all take part in: sync_warp, shuffles, ballot, load_matrix_*, multiply_*.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +17,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include <cassert>
 #endif
 
 namespace fastnce::cuda {
@@ -46,7 +50,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 __device__ __forceinline__ void sync_threads() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
-// Barrier `id` (1 ... 15; 0 is sync_threads) of `threads` threads, a multiple of 32: wait for it, or only arrive.
+// Barrier `id` (1 ... 15; 0 is sync_threads) of `threads` threads, a multiple of 32: wait for it,
+// or only arrive.
 __device__ __forceinline__ void sync_named(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -63,6 +68,11 @@ __device__ __forceinline__ T shuffle(T value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
 
+// Bit l is what lane l says.
+__device__ __forceinline__ uint32_t ballot(bool predicate) {
+  return __ballot_sync(0xffffffffu, predicate);
+}
+
 // The old value. An int: the result of a sum of floats would depend on the order of arrival.
 __device__ __forceinline__ int atomic_add(int* counter, int value) {
   return atomicAdd(counter, value);
@@ -70,9 +80,16 @@ __device__ __forceinline__ int atomic_add(int* counter, int value) {
 // What this thread wrote before is seen by whoever sees what it writes after.
 __device__ __forceinline__ void thread_fence() { __threadfence(); }
 
+// Where not `ok`, stops the kernel; the message is printed, and the next call that waits for the
+// device fails.
+__device__ __forceinline__ void report_unless(bool ok, const char* message) {
+  if (!ok) __assert_fail(message, "fastnce", 0, "");
+}
+
 // --- from global to shared memory, in the background ---
 
-// Bytes is 4, 8 or 16, both addresses multiples of it. Where not `valid`, zeros are written and nothing is read.
+// Bytes is 4, 8 or 16, both addresses multiples of it. Where not `valid`, zeros are written and
+// nothing is read.
 template <int Bytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid = true) {
   const int size = valid ? Bytes : 0;
@@ -90,16 +107,19 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// ... and waits until at most the last Pending groups are on their way. Other threads see them after a barrier.
+// ... and waits until at most the last Pending groups are on their way. Other threads see them
+// after a barrier.
 template <int Pending>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// --- matrices of 16-bit elements, in the layout of the matrix instructions (PTX ISA, "mma", "ldmatrix") ---
+// --- matrices of 16-bit elements, in the layout of the matrix instructions (PTX ISA, "mma",
+// "ldmatrix") ---
 
-// Four 8 x 8 matrices: lane l gives the address of row l % 8 of matrix l / 8 (16 bytes, aligned to 16); r[m] gets the
-// elements (l / 4, 2 (l % 4)) and the next one of matrix m; transposed: of its transpose.
+// Four 8 x 8 matrices: lane l gives the address of row l % 8 of matrix l / 8 (16 bytes, aligned to
+// 16); r[m] gets the elements (l / 4, 2 (l % 4)) and the next one of matrix m; transposed: of its
+// transpose.
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -113,10 +133,11 @@ __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&r)[4], cons
                : "memory");
 }
 
-// c += a b with a 16 x 16 (row-major), b 16 x 8 (column-major), c 16 x 8 in float. With g = lane / 4, t = lane % 4:
+// c += a b with a 16 x 16 (row-major), b 16 x 8 (column-major), c 16 x 8 in float. With g = lane /
+// 4, t = lane % 4:
 //   c = {(g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)}
-//   a = {(g, 2t ..), (g + 8, 2t ..), (g, 2t + 8 ..), (g + 8, 2t + 8 ..)}, two elements each, the first in the low half
-//   b = {(2t .., g), (2t + 8 .., g)}
+//   a = {(g, 2t ..), (g + 8, 2t ..), (g, 2t + 8 ..), (g + 8, 2t + 8 ..)}, two elements each, the
+//   first in the low half b = {(2t .., g), (2t + 8 .., g)}
 // so that c of two neighbouring 16 x 8 tiles, rounded and packed, is the a of a next product.
 template <class T>
 __device__ __forceinline__ void multiply_m16n8k16(float (&c)[4], const uint32_t (&a)[4],

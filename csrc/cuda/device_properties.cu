@@ -13,8 +13,11 @@ namespace fastnce::cuda {
 #ifdef FASTNCE_EMULATED
 
 DeviceProperties device_properties(int) {
-  const char* capability = std::getenv("FASTNCE_EMULATED_CAPABILITY");
-  return {4, capability ? std::atoi(capability) : 80};
+  const auto number = [](const char* name, int otherwise) {
+    const char* value = std::getenv(name);
+    return value ? std::atoi(value) : otherwise;
+  };
+  return {number("FASTNCE_EMULATED_MULTIPROCESSORS", 4), number("FASTNCE_EMULATED_CAPABILITY", 80)};
 }
 
 #else

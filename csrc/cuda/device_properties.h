@@ -9,7 +9,7 @@ struct DeviceProperties {
 };
 
 // Asked for once per device; never waits for the device. Throws std::runtime_error.
-// Emulated: 4 multiprocessors, and the capability in FASTNCE_EMULATED_CAPABILITY, or 80.
+// Emulated: what FASTNCE_EMULATED_MULTIPROCESSORS and FASTNCE_EMULATED_CAPABILITY say, or 4 and 80.
 DeviceProperties device_properties(int device);
 
 }  // namespace fastnce::cuda

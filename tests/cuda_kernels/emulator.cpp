@@ -1,6 +1,9 @@
 #include "emulator.h"
 
 #include <sys/mman.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 #ifndef __x86_64__
 #include <ucontext.h>
 #endif
@@ -13,7 +16,8 @@
 #include <string>
 #include <vector>
 
-// Saves the registers that a function must keep and the stack's place in *save, and goes on with those of `load`.
+// Saves the registers that a function must keep and the stack's place in *save, and goes on with
+// those of `load`.
 #ifdef __x86_64__
 extern "C" void fastnce_emulator_switch(void** save, void* load);
 asm(R"(
@@ -161,6 +165,10 @@ void fiber_main() {
 
 void prepare(int fiber) {
   char* top = stack_of(static_cast<size_t>(fiber)) + kStack;
+#ifdef __SANITIZE_ADDRESS__
+  // Whoever ran here before never returned, and so left its frames' borders behind.
+  __asan_unpoison_memory_region(top - kStack + 4096, kStack - 4096);
+#endif
 #ifdef __x86_64__
   auto** words = reinterpret_cast<void**>(top);
   words[-1] = nullptr;  // where fiber_main would return to
@@ -300,7 +308,8 @@ void launch(const char* op, dim3 grid, dim3 threads, size_t shared_bytes,
   const auto refuse = [&](const std::string& what) {
     throw std::runtime_error(std::string(op) + ": " + what);
   };
-  if (count == 0 || count > kMostThreads || count % 32 != 0) refuse("a block cannot have this size");
+  if (count == 0 || count > kMostThreads || count % 32 != 0)
+    refuse("a block cannot have this size");
   if (blocks == 0 || grid.y > 65535 || grid.z > 65535) refuse("a grid cannot have this size");
   if (shared_bytes > 227 * 1024) refuse("more shared memory than a block can have");
   const char* seed = std::getenv("FASTNCE_EMULATOR_SEED");
@@ -319,7 +328,8 @@ void launch(const char* op, dim3 grid, dim3 threads, size_t shared_bytes,
     b.body = &body;
     b.fibers = std::vector<Fiber>(count);
     b.warps = std::vector<Meeting>(count / 32, Meeting{nullptr, std::vector<void*>(32), 0});
-    b.groups = std::vector<Meeting>((count + 127) / 128, Meeting{nullptr, std::vector<void*>(128), 0});
+    b.groups =
+        std::vector<Meeting>((count + 127) / 128, Meeting{nullptr, std::vector<void*>(128), 0});
     for (size_t i = 0; i < count; ++i) {
       Place& p = b.fibers[i].place;
       p.thread = {static_cast<unsigned>(i % threads.x),
@@ -343,7 +353,8 @@ void launch(const char* op, dim3 grid, dim3 threads, size_t shared_bytes,
     }
     block = nullptr;
     for (size_t i = 0; i < kCanary; ++i) {
-      if (shared.get()[shared_bytes + i] != '\xff') refuse("emulator: written beyond the shared memory");
+      if (shared.get()[shared_bytes + i] != '\xff')
+        refuse("emulator: written beyond the shared memory");
     }
   }
 }

@@ -1,8 +1,9 @@
 // CUDA kernels on the host, for tests: the other half of csrc/cuda/device.cuh.
 //
-// The threads of a block are fibers of one thread of the host. One runs until it meets others (a barrier, an operation
-// of its warp) or ends; who runs next is drawn at random, from the seed in FASTNCE_EMULATOR_SEED. So do blocks follow one
-// another, in random order. Work in the background (an asynchronous copy) is done when somebody waits for it.
+// The threads of a block are fibers of one thread of the host. One runs until it meets others (a
+// barrier, an operation of its warp) or ends; who runs next is drawn at random, from the seed in
+// FASTNCE_EMULATOR_SEED. So do blocks follow one another, in random order. Work in the background
+// (an asynchronous copy) is done when somebody waits for it.
 #pragma once
 
 #include <algorithm>
@@ -61,6 +62,7 @@ template <class T>
 inline T __ldg(const T* p) {
   return *p;
 }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline int __float_as_int(float x) {
   int out;
@@ -87,8 +89,8 @@ namespace emulator {
 
 // --- the machine ---
 
-// Runs body() once for every thread of every block. Throws std::runtime_error where threads wait for ever, meet in
-// different operations, or write beyond the shared memory.
+// Runs body() once for every thread of every block. Throws std::runtime_error where threads wait
+// for ever, meet in different operations, or write beyond the shared memory.
 void launch(const char* op, dim3 grid, dim3 block, size_t shared_bytes,
             const std::function<void()>& body);
 
@@ -97,6 +99,7 @@ struct Place {
   dim3 threads, blocks;
   int lane, warp;
   char* shared;
+  mutable bool fenced = false;  // see emulator_sm90.h
 };
 const Place& place();
 
@@ -106,8 +109,8 @@ const Place& place();
 void barrier(int id, int threads, bool wait = true);
 int block_threads();
 
-// Whoever arrives last runs operation(operands of all `size` threads of the group, by rank); then all go on. The group is
-// the warp, or the four warps of a warp group.
+// Whoever arrives last runs operation(operands of all `size` threads of the group, by rank); then
+// all go on. The group is the warp, or the four warps of a warp group.
 using Operation = void (*)(void* const* operands);
 void collective(int size, Operation operation, void* mine);
 
@@ -116,7 +119,8 @@ void wait_until(const std::function<bool()>& condition);
 // To be done at some time, at random, at the latest when nobody can go on without.
 void later(std::function<void()> work);
 
-// Work of this thread, done in groups: `close` ends one, `finish` does all but the last `pending` groups.
+// Work of this thread, done in groups: `close` ends one, `finish` does all but the last `pending`
+// groups.
 void defer(std::function<void()> work);
 void close_group();
 void finish_groups(int pending);
@@ -223,6 +227,25 @@ inline T shuffle_xor(T value, int mask) {
   return shuffle(value, place().lane ^ mask);
 }
 
+struct Ballot {
+  bool in;
+  uint32_t out;
+};
+inline void count_votes(void* const* lanes) {
+  uint32_t votes = 0;
+  for (int l = 0; l < 32; ++l) votes |= uint32_t{static_cast<Ballot*>(lanes[l])->in} << l;
+  for (int l = 0; l < 32; ++l) static_cast<Ballot*>(lanes[l])->out = votes;
+}
+inline uint32_t ballot(bool predicate) {
+  Ballot b{predicate, 0};
+  collective(32, count_votes, &b);
+  return b.out;
+}
+
+inline void report_unless(bool ok, const char* message) {
+  if (!ok) fail(message);
+}
+
 inline void expect_aligned(const void* p, size_t bytes, const char* what) {
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail(what);
 }
@@ -280,7 +303,8 @@ struct Multiply {
   float* c;
   const uint32_t *a, *b;
 };
-// Products of 11 (bfloat16: 8) bits each are exact in float; they are summed in double and rounded with c.
+// Products of 11 (bfloat16: 8) bits each are exact in float; they are summed in double and rounded
+// with c.
 template <class Element, int Depth>
 inline void multiply_16x8(void* const* lanes, Element element_of) {
   double a[16][Depth], b[Depth][8];

@@ -18,11 +18,13 @@ def kernels(backend, device, needs_support):
 def rounding(backend, dtype, tau):
     """What a backend may add to twice the error of plain PyTorch, relative to the size of all gradients.
 
-    Logits of size 1 / tau are rounded in fp32, which is a relative error of their exponentials. On a GPU the coefficients of the
-    gradients go into the products in the inputs' dtype.
+    Logits of size 1 / tau are rounded in fp32, which is a relative error of their exponentials; most of it averages out. In
+    Triton the coefficients of the gradients go into the products in the inputs' dtype.
     """
     if dtype == torch.float64:
         return 1e-12
+    if backend != "triton" and dtype != torch.float16:
+        return 1e-6
     of_logits = torch.finfo(torch.float32).eps * max(8.0, 1 / tau)
     return of_logits + (torch.finfo(dtype).eps if backend == "triton" else 0.0)
 
@@ -128,7 +130,9 @@ def test_strides_and_a_row_of_zeros(kernels, backend, device):
     labels = torch.stack([x_labels, x_labels + 1], dim=1)[:, 0]
     arguments = (labels, y_labels, 0.5)
     lse = kernels.labelled_lse_forward(wide[:, ::2], y.T.contiguous().T, *arguments, own=False)
-    torch.testing.assert_close(lse[3, 0], lse.new_tensor(31.0).log(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        lse[3, 0], lse.new_tensor(31.0).log(), rtol=1e-6 if backend == "triton" else 1e-12, atol=0
+    )
     both = states(x, y, x_labels, y_labels, 0.5, False)
     grad, _ = kernels.labelled_lse_backward(wide[:, ::2], y, *arguments, *both, own=False)
     true, _ = reference.labelled_lse_backward(x, y, *arguments, *both, own=False)

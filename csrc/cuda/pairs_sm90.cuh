@@ -1,0 +1,295 @@
+// The kernel of all passes of pairs_sm90.cu: one warp group brings, two multiply.
+//
+// A block of 128 rows of x stays in shared memory, chunk by chunk of 64 elements; tiles of y,
+// kColumns rows of a chunk, go through a ring. A consumer has 64 of the rows. Of each kColumns
+// columns it
+//   1. makes the similarities S = x y^T, accumulators in registers (kColumns / 2 each), x and y
+//   from shared memory;
+//   2. turns them there into exponentials or coefficients E, and adds up what sums there are;
+//   3. multiplies O += E y with E from registers and the same tiles of y, read across (64
+//   accumulators for 2 chunks).
+// While one consumer is at 2, the other one's products have the tensor cores.
+//
+// Registers of a thread for the three, at most: 64 columns and 4 chunks of output take 32 for S, 16
+// for E in 16 bits, 128 for O; 128 columns and 2 chunks take 64, 32 and 64. Shared memory of 227
+// KiB: x takes 16 KiB a chunk, a slot of the ring 16 KiB (64 columns: 8), which leaves 11 slots at
+// depth 128 and 512, where a tile takes 2 and 8 of them, and 16, the most, at 256.
+//
+// Depths beyond 256 would need 64 x 512 accumulators, more than a warp group's registers: there the
+// output's depth is done in two parts, each with similarities of its own: 3 products instead of 2,
+// no worse than what else there is: two warp groups that share 64 rows, halves of S exchanged
+// through shared memory, make 2 products, but S then is 64 x 32 a time, whose operands' 24 cycles
+// of shared memory bound its 16 cycles of products, and each tile of y serves 64 rows instead of
+// 128, 32 bytes a cycle from the second-level cache, which gives less. Chunks that the output does
+// not need go back to the ring as soon as S has them; the ones that it does need are the last, so
+// that the ring turns.
+#pragma once
+
+#include "pairs_coefficients.cuh"
+#include "pairs_sm90_columns.cuh"
+#include "pairs_sm90_producer.cuh"
+
+namespace fastnce::cuda::sm90 {
+
+// One of two warp groups of consumers.
+template <class C>
+struct Consumer {
+  using T = typename C::T;
+  static constexpr int kColumns = C::kColumns, kOut = C::kOut;
+  using Tile = float[kColumns / 8][4];
+  using Output = float[kOut > 0 ? kOut : 1][8][4];
+
+  const Arguments& a;
+  const Memory<kColumns>& memory;
+  const int group, warp, lane;  // of the consumers, in the group, in the warp
+  Turn ring, data, x;
+  int buffer = 0;  // of the scratch for column sums
+
+  // For the warp; its lanes have met.
+  __device__ __forceinline__ void arrive(uint64_t* barrier) const {
+    if (lane == 0) barrier_arrive(barrier);
+  }
+
+  // Adds S to a tile of zeros. At most one chunk's products are on their way when the chunk before
+  // it is given back.
+  __device__ __forceinline__ void similarities(Tile& s) {
+    Barriers& barriers = memory.barriers();
+    const int kept = a.chunks - kOut;  // the first chunk that the output needs
+    uint64_t* last = nullptr;
+    pin(s);
+    for (int c = 0; c < a.chunks; ++c) {
+      barrier_wait(&barriers.full[ring.slot], ring.parity);
+      const uint64_t x_rows =
+          tile_descriptor(memory.x() + c * kXTileBytes + group * 64 * kLineBytes);
+      const uint64_t y_rows = tile_descriptor(memory.tile(ring.slot));
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        wgmma_tiles<T, kColumns>(s, x_rows + 2 * k, y_rows + 2 * k);
+      }
+      wgmma_commit();
+      if (c > 0) {
+        wgmma_wait<1>();
+        if (c <= kept) arrive(last);
+      }
+      last = &barriers.empty[ring.slot];
+      ring.next(a.slots);
+    }
+    wgmma_wait<0>();
+    pin(s);
+    if (kOut == 0) arrive(last);
+  }
+
+  // O += E y from the last kOut slots, which are then given back.
+  __device__ __forceinline__ void multiply(Output& o, uint32_t (&e)[kColumns / 16][4]) {
+    const auto slot = [&](int c) {
+      const int at = ring.slot - kOut + c;
+      return at < 0 ? at + a.slots : at;
+    };
+#pragma unroll
+    for (int c = 0; c < kOut; ++c) pin(o[c]);
+    pin(e);
+    wgmma_fence();
+#pragma unroll
+    for (int c = 0; c < kOut; ++c) {
+      const uint64_t tile = tile_descriptor(memory.tile(slot(c)));
+#pragma unroll
+      for (int k = 0; k < kColumns / 16; ++k) wgmma_registers<T>(o[c], e[k], tile + 128 * k);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+#pragma unroll
+    for (int c = 0; c < kOut; ++c) {
+      pin(o[c]);
+      arrive(&memory.barriers().empty[slot(c)]);
+    }
+  }
+
+  // Calls body(tile of products, first column, column data) for each tile of the columns, which
+  // leaves the factor of y in the tile, if there is an output.
+  template <class Body>
+  __device__ __forceinline__ void for_each_tile(const Span& span, Output& o, Body body) {
+    Barriers& barriers = memory.barriers();
+    barrier_wait(&barriers.x_full, x.parity);
+    for (int column = span.begin; column < span.end; column += kColumns) {
+      Tile s = {};
+      similarities(s);
+      barrier_wait(&barriers.data_full[data.slot], data.parity);
+      body(s, column, memory.data(data.slot));
+      sync_warp();  // all lanes have read the data
+      arrive(&barriers.data_empty[data.slot]);
+      data.next(kDataSlots);
+      if constexpr (kOut > 0) {
+        uint32_t e[kColumns / 16][4];  // in the order of wgmma_registers
+#pragma unroll
+        for (int i = 0; i < kColumns / 8; ++i) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            e[i / 2][2 * (i % 2) + h] = pack_pair<T>(s[i][2 * h], s[i][2 * h + 1]);
+          }
+        }
+        multiply(o, e);
+      }
+    }
+    arrive(&barriers.x_empty);
+    x.next(1);
+  }
+
+  __device__ __forceinline__ void store_output(const Output& o, float* to, const ThreadRows& rows,
+                                               const Span& span, const Piece<kColumns>& piece,
+                                               float factor) const {
+    const auto depth = static_cast<int>(a.pairs.depth);
+    const int first = piece.part * kOut * kLineElements + 2 * (lane % 4);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (rows.row[h] >= span.rows) continue;
+      float* line = to + (first_row_of(piece) + rows.at[h]) * depth;
+#pragma unroll
+      for (int c = 0; c < kOut; ++c) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int d = first + c * kLineElements + 8 * i;
+          if (d >= depth) continue;
+          *reinterpret_cast<float2*>(line + d) =
+              make_float2(o[c][i][2 * h] * factor, o[c][i][2 * h + 1] * factor);
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ int64_t first_row_of(const Piece<kColumns>& piece) const {
+    return piece.split * a.pairs.problems * a.pairs.rows;
+  }
+
+  static __device__ __forceinline__ void clear(Output& o) {
+#pragma unroll
+    for (auto& chunk : o) {
+#pragma unroll
+      for (auto& four : chunk) {
+#pragma unroll
+        for (float& value : four) value = 0.0f;
+      }
+    }
+  }
+
+  // The two warp groups of a block have parts of their own: neither waits for the other.
+  __device__ __forceinline__ void add_columns(const Tile& tile, Offset offset, const Span& span,
+                                              const Piece<kColumns>& piece, int column) {
+    ColumnScratch& scratch = memory.scratch();
+    auto& largest = scratch.largest[buffer][group];
+    auto& sum = scratch.sum[buffer][group];
+    sum_columns_of_warp(tile, offset, largest[warp], sum[warp]);
+    sync_named(1 + group, kWarpGroup);
+    const int mine = warp * kWarp + lane;
+    if (column + mine < span.columns && span.row + 64 * group < span.rows) {
+      const int64_t part = piece.block * kConsumers + group;
+      const int64_t at = part * a.pairs.problems * span.columns + span.first_column + column + mine;
+      store_column(largest, sum, mine, a.sums.column_largest + at, a.sums.column_sum + at,
+                   piece.step > 0);
+    }
+    buffer ^= 1;  // whoever writes there next has met those who read here
+  }
+
+  __device__ __forceinline__ void sum() {
+    const double temperature = value_of(a.pairs.temperature);
+    const Offset offset = offset_of(a.pairs, temperature);
+    for (Piece<kColumns> piece(a); piece.there(a); piece.next(a)) {
+      const Span& span = piece.span;
+      const ThreadRows rows = rows_of_thread(a.pairs, span, 4 * group + warp, temperature);
+      RowSums<(kOut > 0)> sums(offset);
+      LabelSums labels(a.pairs.kind, offset);
+      Output o;
+      clear(o);
+      for_each_tile(span, o, [&](Tile& tile, int column, const ColumnData<kColumns>& values) {
+        to_logits(tile, values, rows, span, column, a.pairs.kind);
+        float shrink[2];
+        if constexpr (kOut == 0) {
+          if (a.pairs.x_labels != nullptr) labels.add(tile, values, rows);
+          if (a.column_sums() && offset.running) add_columns(tile, offset, span, piece, column);
+          sums.add(tile, shrink);
+          if (a.column_sums() && !offset.running) add_columns(tile, offset, span, piece, column);
+        } else {
+          sums.add(tile, shrink);
+          if (!(shrink[0] == 1.0f && shrink[1] == 1.0f)) {  // a new maximum is rare
+#pragma unroll
+            for (auto& chunk : o) {
+#pragma unroll
+              for (auto& four : chunk) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) four[i] *= shrink[i / 2];
+              }
+            }
+          }
+          scale_columns(tile, values.scale);
+        }
+      });
+      if (piece.part == 0) sums.store(a.sums, rows, span, first_row_of(piece));
+      if constexpr (kOut > 0) {
+        store_output(o, a.sums.product, rows, span, piece, 1.0f);
+      } else if (a.pairs.x_labels != nullptr) {
+        labels.store(a.sums, rows, span, first_row_of(piece));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void weigh() {
+    const double temperature = value_of(a.pairs.temperature);
+    const float scale = coefficient_scale(a.pairs.dtype);
+    for (Piece<kColumns> piece(a); piece.there(a); piece.next(a)) {
+      const Span& span = piece.span;
+      const ThreadRows rows = rows_of_thread(a.pairs, span, 4 * group + warp, temperature);
+      Coefficients<true> coefficients(a.pairs, a.products, rows);
+      Output o;
+      clear(o);
+      for_each_tile(span, o, [&](Tile& tile, int column, const ColumnData<kColumns>& values) {
+        to_logits(tile, values, rows, span, column, a.pairs.kind);
+        coefficients.replace(tile, values, rows, {scale, scale});
+      });
+      if (a.products.x_term != nullptr && piece.part == 0) {
+        coefficients.store_term(a.products.x_term, rows, span, first_row_of(piece));
+      }
+      store_output(o, a.products.x_product, rows, span, piece, 1.0f / scale);
+    }
+  }
+};
+
+__device__ __forceinline__ void init_barriers(Barriers& b, int slots) {
+  barrier_init(&b.x_full, 1);
+  barrier_init(&b.x_empty, kConsumerWarps);
+  for (int i = 0; i < kDataSlots; ++i) {
+    barrier_init(&b.data_full[i], kWarp);
+    barrier_init(&b.data_empty[i], kConsumerWarps);
+  }
+  for (int i = 0; i < slots; ++i) {
+    barrier_init(&b.full[i], 1);
+    barrier_init(&b.empty[i], kConsumerWarps);
+  }
+  barrier_init_done();
+}
+
+// 32 registers for a thread that copies, 240 for one that multiplies: 128 x 32 + 256 x 240 = 65536.
+template <class C>
+__global__ void __launch_bounds__(kThreads, 1)
+    pairs_kernel(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
+                 const __grid_constant__ Arguments a) {
+#ifdef FASTNCE_SM90A
+  const Memory<C::kColumns> memory(a.chunks, a.slots, a.column_sums());
+  const auto thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) init_barriers(memory.barriers(), a.slots);
+  sync_threads();
+  if (thread < kWarpGroup) {
+    release_registers<32>();
+    if (thread == 0) bring_tiles<C>(x_map, y_map, a, memory);
+    if (thread / kWarp == 1) bring_data<C>(a, memory);
+  } else {
+    claim_registers<240>();
+    Consumer<C> consumer{a, memory, thread / kWarpGroup - 1, thread / kWarp % 4, thread % kWarp};
+    if constexpr (C::kPass == Pass::kProducts) {
+      consumer.weigh();
+    } else {
+      consumer.sum();
+    }
+  }
+#endif
+}
+
+}  // namespace fastnce::cuda::sm90

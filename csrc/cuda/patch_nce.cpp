@@ -1,0 +1,119 @@
+// PatchNCE of all layers in one call: the kernel for many small problems, and InfoNCE for layers
+// beyond it.
+#include "patch_nce.h"
+
+#include <tuple>
+#include <utility>
+
+#include "info_nce.h"
+#include "op.h"
+
+namespace fastnce::cuda {
+namespace {
+
+constexpr const char* kOp = "patch_nce_forward";
+
+void check_layer(const Tensor& query, const Tensor& key, const Tensor& first) {
+  STD_TORCH_CHECK(query.dim() == 3, kOp, ": queries must have the shape (B, N, D), got ",
+                  query.dim(), " dimensions.");
+  const std::vector<int64_t> shape = {query.size(0), query.size(1), query.size(2)};
+  check_tensor(kOp, "queries", query, first.scalar_type(), shape);
+  check_tensor(kOp, "keys", key, first.scalar_type(), shape);
+}
+
+// The layers that one launch solves: for their queries, and for those keys that need gradients.
+struct Small {
+  std::vector<PatchLayer> queries, keys;
+  Tensors workspace;
+
+  // Gradients that are wanted are not empty.
+  void add(const Tensor& query, const Tensor& key, double loss_scale, double grad_scale,
+           const Tensor& grad_query, const Tensor& grad_key) {
+    PatchLayer layer{rows_of(kOp, query), rows_of(kOp, key)};
+    layer.loss_scale = static_cast<float>(loss_scale);
+    layer.grad_scale = static_cast<float>(grad_scale);
+    if (grad_query.numel() > 0) layer.gradient = grad_query.mutable_data_ptr();
+    if (grad_key.numel() > 0) {
+      const int64_t rows = query.size(0) * query.size(1);
+      workspace.push_back(new_tensor(query, {2, rows}, ScalarType::Float));
+      layer.lse = workspace.back().mutable_data_ptr<float>();
+      layer.missing = layer.lse + rows;
+      PatchLayer swapped = layer;
+      std::swap(swapped.rows, swapped.columns);
+      swapped.gradient = grad_key.mutable_data_ptr();
+      keys.push_back(swapped);
+    }
+    queries.push_back(layer);
+  }
+};
+
+std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
+    const Tensors& queries, const Tensors& keys, const std::optional<Tensor>& temperature_tensor,
+    double temperature, double self_logit, bool bfloat16_products,
+    const std::vector<double>& loss_scales, const std::vector<double>& grad_scales,
+    const std::vector<bool>& need_queries, const std::vector<bool>& need_keys,
+    bool need_temperature) {
+  const size_t count = queries.size();
+  const bool now = !grad_scales.empty();
+  STD_TORCH_CHECK(count > 0 && keys.size() == count && loss_scales.size() == count &&
+                      (!now || grad_scales.size() == count) && need_queries.size() == count &&
+                      need_keys.size() == count,
+                  kOp, ": the lists differ in length.");
+  need_temperature = need_temperature && now;
+  const Tensor& first = queries[0];
+  const Dtype dtype = dtype_of(kOp, first);
+  const Stream stream = current_stream(first);
+  const PatchCall call{bfloat16_products ? Precision::kBfloat16 : Precision::kFloat32,
+                       temperature_of(kOp, temperature_tensor, temperature),
+                       static_cast<float>(self_logit), compute_capability(first),
+                       multiprocessors(first)};
+  Tensors grad_queries, grad_keys;
+  Small small;
+  std::vector<size_t> large;
+  for (size_t l = 0; l < count; ++l) {
+    check_layer(queries[l], keys[l], first);
+    const bool is_small = can_run_patch_nce(dtype, queries[l].size(2), queries[l].size(1), call);
+    grad_queries.push_back(new_gradient(queries[l], is_small && now && need_queries[l]));
+    grad_keys.push_back(new_gradient(keys[l], is_small && now && need_keys[l]));
+    if (is_small) {
+      small.add(queries[l], keys[l], loss_scales[l], now ? grad_scales[l] : 0, grad_queries[l],
+                grad_keys[l]);
+    } else {
+      large.push_back(l);
+    }
+  }
+
+  const int64_t blocks = patch_nce_blocks(small.queries, call);
+  const int64_t parts = blocks + static_cast<int64_t>(large.size());
+  Tensor part = new_tensor(first, {parts, 2}, ScalarType::Float);
+  float* const data = part.mutable_data_ptr<float>();
+  launch_patch_nce(small.queries, call, data, stream);
+  launch_patch_nce_keys(small.keys, call, stream);
+  for (size_t i = 0; i < large.size(); ++i) {
+    const size_t l = large[i];
+    std::optional<double> grad_scale;
+    if (now) grad_scale = grad_scales[l];
+    const auto [loss, lse, grad_query, grad_key, none, grad_temperature] = info_nce_forward(
+        queries[l], keys[l], std::nullopt, temperature_tensor, temperature, /*normalize=*/true,
+        /*symmetric=*/false, /*in_batch=*/true, self_logit, bfloat16_products, grad_scale,
+        need_queries[l], need_keys[l], /*need_negatives=*/false, need_temperature);
+    grad_queries[l] = grad_query, grad_keys[l] = grad_key;
+    LargeLayer layer{loss.const_data_ptr<float>(), loss.numel(),
+                     static_cast<float>(loss_scales[l])};
+    if (need_temperature) {
+      layer.grad_temperature = grad_temperature.const_data_ptr<float>();
+      layer.to_loss_scale = static_cast<float>(loss_scales[l] / grad_scales[l]);
+    }
+    launch_sum_of_layer(layer, data + 2 * (blocks + static_cast<int64_t>(i)), stream);
+  }
+  Tensor loss = new_scalar(first, true), grad_temperature = new_scalar(first, need_temperature);
+  launch_sum_of_parts(data, parts, loss.mutable_data_ptr<float>(),
+                      need_temperature ? grad_temperature.mutable_data_ptr<float>() : nullptr,
+                      stream);
+  return {loss, grad_queries, grad_keys, grad_temperature};
+}
+
+FASTNCE_CUDA_LIBRARY_IMPL(m) { m.impl("patch_nce_forward", FASTNCE_CUDA_BOX(&patch_nce_forward)); }
+
+}  // namespace
+}  // namespace fastnce::cuda

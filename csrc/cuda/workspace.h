@@ -1,0 +1,60 @@
+// Temporary memory of a call: what it needs is collected first, and is then one allocation of
+// PyTorch's.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "op.h"
+#include "rows.h"
+
+namespace fastnce::cuda {
+
+class Workspace {
+ public:
+  // After allocate(), *where is the address of `count` elements, aligned to 256 bytes; null for
+  // none.
+  template <class T>
+  void want(T** where, int64_t count) {
+    *where = nullptr;
+    if (count > 0)
+      want_bytes(where, count * sizeof(T),
+                 [](void* w, char* at) { *static_cast<T**>(w) = reinterpret_cast<T*>(at); });
+  }
+  void want(void** where, int64_t bytes) {
+    *where = nullptr;
+    if (bytes > 0)
+      want_bytes(where, bytes, [](void* w, char* at) { *static_cast<void**>(w) = at; });
+  }
+  void want(PackedRows* rows, int64_t count, int64_t padded_depth, Dtype dtype) {
+    want(&rows->data, count * padded_depth * (dtype == Dtype::kFloat32 ? 4 : 2));
+    want(&rows->scale, count);
+    want(&rows->inverse, count);
+  }
+
+  // The memory is there as long as this object is; the stream orders its next use.
+  void allocate(const Tensor& like) {
+    if (bytes_ == 0) return;
+    memory_ = new_tensor(like, {bytes_}, ScalarType::Byte);
+    auto* base = static_cast<char*>(memory_->mutable_data_ptr());
+    for (const Item& item : items_) item.set(item.where, base + item.offset);
+  }
+
+ private:
+  using Set = void (*)(void* where, char* at);
+  struct Item {
+    void* where;
+    Set set;
+    int64_t offset;
+  };
+  void want_bytes(void* where, int64_t bytes, Set set) {
+    items_.push_back({where, set, bytes_});
+    bytes_ += (bytes + 255) / 256 * 256;
+  }
+
+  std::vector<Item> items_;
+  int64_t bytes_ = 0;
+  std::optional<Tensor> memory_;
+};
+
+}  // namespace fastnce::cuda

@@ -1,0 +1,151 @@
+"""Every CUDA file compiled for every target, on a machine without a GPU: what the compiler reports of the kernels."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from cuda_resources import (
+    SOURCES,
+    Kernel,
+    compile_all,
+    files,
+    included,
+    instructions_of,
+    reports_of,
+)
+
+from fastnce import build, build_cuda
+
+try:
+    build_cuda.nvcc()
+except build.BuildError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+# What must stand in every kernel of the files of this name: matrix instructions, and TMA's loads.
+EXPECTED = {
+    "pairs_sm80": {"HMMA"},
+    "pairs_sm90": {"HGMMA", "UTMALDG"},
+    "patch_nce": {"HMMA"},
+}
+# Reasoned exceptions: (file, part of the kernel's name) -> why.
+WITHOUT: dict[tuple[str, str], str] = {
+    ("patch_nce.cu", "sum_"): "adds up what the blocks leave",
+}
+LOCAL_MEMORY: dict[tuple[str, str], str] = {}
+
+
+def excused(kernel: Kernel, exceptions: dict[tuple[str, str], str]) -> bool:
+    return any(kernel.file == file and part in kernel.name for file, part in exceptions)
+
+
+@pytest.fixture(scope="module")
+def done():
+    return compile_all()
+
+
+@pytest.fixture(scope="module")
+def kernels(done) -> list[Kernel]:
+    return [kernel for each in done for kernel in each.kernels]
+
+
+def test_every_file_for_every_target(kernels):
+    with_kernels = {file.name for file in files() if "__global__" in file.read_text()}
+    for name in with_kernels:
+        expected = set(build_cuda.ONLY_FOR.get(name, build_cuda.TARGETS))
+        assert {kernel.target for kernel in kernels if kernel.file == name} == expected
+
+
+def test_nothing_is_kept_in_local_memory(kernels):
+    """Neither registers that were spilled nor arrays that the compiler could not keep in registers."""
+    wrong = [
+        f"{kernel.file} {kernel.name} sm_{kernel.target}: {kernel.stack} bytes of stack, "
+        f"{kernel.spill_stores} + {kernel.spill_loads} spilled"
+        for kernel in kernels
+        if (
+            kernel.stack
+            or kernel.spill_stores
+            or kernel.spill_loads
+            or "LDL" in kernel.instructions
+        )
+        and not excused(kernel, LOCAL_MEMORY)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_products_use_the_matrix_instructions(kernels):
+    for start, instructions in EXPECTED.items():
+        of = [kernel for kernel in kernels if kernel.file.startswith(start)]
+        assert of, start
+        without = [
+            f"{kernel.file} {kernel.name} sm_{kernel.target}"
+            for kernel in of
+            if not instructions <= kernel.instructions.keys() and not excused(kernel, WITHOUT)
+        ]
+        assert not without, f"not all of {instructions} in:\n" + "\n".join(without)
+
+
+def test_the_compiler_has_nothing_to_warn_of(done):
+    assert not [warning for each in done for warning in each.warnings]
+
+
+def test_exceptions_are_needed(kernels):
+    for exceptions in (WITHOUT, LOCAL_MEMORY):
+        for file, part in exceptions:
+            assert any(kernel.file == file and part in kernel.name for kernel in kernels)
+
+
+def test_compiling_takes_less_than_three_minutes_on_two_cores(done):
+    seconds = sum(each.seconds for each in done)
+    print(f"{seconds:.0f} s of one core, {seconds / 2:.0f} s on two")
+    assert seconds / 2 < 180
+
+
+BINDING = ("op.cpp", "ops.cpp", "device_properties.cu")
+
+
+def test_the_library_loads_into_a_torch_without_cuda(tmp_path, monkeypatch):
+    """All but the kernels: it links against this torch, whichever it is, and its operators are there."""
+    sources = build.source_folder()
+    shutil.copytree(sources / "common", tmp_path / "csrc" / "common")
+    (tmp_path / "csrc" / "cuda").mkdir()
+    headers = [*sources.glob("cuda/*.h"), *sources.glob("cuda/*.cuh")]
+    for file in [*headers, *(sources / "cuda" / name for name in BINDING)]:
+        shutil.copy(file, tmp_path / "csrc" / "cuda")
+    monkeypatch.setenv("FASTNCE_CUDA_ARCHS", "80")
+    library = build_cuda.build(tmp_path / "lib.so", sources=tmp_path / "csrc")
+    before = library.stat().st_mtime_ns
+    assert build_cuda.build(library, sources=tmp_path / "csrc").stat().st_mtime_ns == before
+    code = (
+        f"import torch; torch.ops.load_library({str(library)!r}); "
+        "op = torch.ops.fastnce_cuda.info_nce_forward; x = torch.ones(1, 2, 3); "
+        "op(x, x, None, None, 0.1, True, False, True, None, False, None, *(False,) * 4)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # The tensors are on the host, and no kernel is registered: the dispatcher says so, of an operator that it knows.
+    assert "fastnce_cuda::info_nce_forward" in loaded.stderr
+
+
+def test_what_a_file_includes_is_known():
+    """What is kept of a file's compilation is forgotten when one of these changes."""
+    names = {path.name for path in included(SOURCES / "rows.cu")}
+    assert {"rows.cu", "rows.h", "device.cuh", "launch.cuh", "arguments.h"} <= names
+    assert "patch_nce.h" not in names
+
+
+def test_reports_are_read():
+    log = """
+ptxas info    : Compiling entry function '_Z1fv' for 'sm_80'
+ptxas info    : Function properties for _Z1fv
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 16 bytes cumulative stack size
+"""
+    expected = {"registers": 40, "stack": 16, "spill_stores": 8, "spill_loads": 12}
+    assert reports_of(log) == {"_Z1fv": expected}
+    listing = """
+	Function : _Z1fv
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                /* 0x00000a00ff017b82 */
+        /*0010*/              @!P0 HMMA.16816.F32.BF16 R4, R4, R2, RZ ;  /* 0x0000000204047220 */
+        /*0020*/               @P1 STL.64 [R1], R2 ;
+"""
+    assert instructions_of(listing) == {"_Z1fv": {"HMMA": 1, "STL": 1}}
