@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -23,95 +24,60 @@ def _queue(shape: dict[str, int], draw: Draw) -> Inputs:
     return _rows(shape, draw) | {"negative_keys": draw.normal(shape["M"], shape["D"])}
 
 
-def _square(shape: dict[str, int]) -> int:
-    return shape["N"] ** 2
+def _pairs(shape: dict[str, int]) -> int:
+    return shape["N"] * shape.get("M", shape["N"])
 
 
-def _one_way(n: int, d: int, *sets: str, device: str) -> Case:
+def _case(
+    name: str,
+    shape: dict[str, int],
+    *sets: str,
+    device: str,
+    draw: Callable[[dict[str, int], Draw], Inputs] = _rows,
+    wrt: tuple[str, ...] = ("query", "positive_key"),
+    symmetric: bool = False,
+    once: bool = False,
+) -> Case:
     return Case(
         "info_nce",
-        f"both gradients, {n} x {d}",
-        {"N": n, "D": d},
-        _rows,
-        wrt=("query", "positive_key"),
-        products=3,
-        pairs=_square,
+        name,
+        shape,
+        draw,
+        wrt=wrt,
+        products=2 if wrt == ("query",) else 3,
+        pairs=_pairs,
+        options={"symmetric": True} if symmetric else {},
         sets=sets,
         devices=(device,),
+        once=once,
     )
+
+
+def _one_way(n: int, d: int, *sets: str, device: str, once: bool = False) -> Case:
+    name = f"both gradients, {n} x {d}"
+    return _case(name, {"N": n, "D": d}, *sets, device=device, once=once)
 
 
 def _fixed_keys(n: int, d: int, *sets: str, device: str) -> Case:
-    return Case(
-        "info_nce",
-        f"keys without gradient, {n} x {d}",
-        {"N": n, "D": d},
-        _rows,
-        wrt=("query",),
-        products=2,
-        pairs=_square,
-        sets=sets,
-        devices=(device,),
-    )
+    name = f"keys without gradient, {n} x {d}"
+    return _case(name, {"N": n, "D": d}, *sets, device=device, wrt=("query",))
 
 
 def _two_way(n: int, d: int, *sets: str, device: str) -> Case:
-    return Case(
-        "info_nce",
-        f"CLIP, two directions, learnt temperature, {n} x {d}",
-        {"N": n, "D": d},
-        _clip,
-        wrt=("query", "positive_key", "temperature"),
-        products=3,
-        pairs=_square,
-        options={"symmetric": True},
-        sets=sets,
-        devices=(device,),
-    )
+    wrt = ("query", "positive_key", "temperature")
+    name = f"CLIP, two directions, learnt temperature, {n} x {d}"
+    return _case(name, {"N": n, "D": d}, *sets, device=device, draw=_clip, wrt=wrt, symmetric=True)
 
 
 def _both_ways(n: int, d: int, *sets: str, device: str) -> Case:
-    return Case(
-        "info_nce",
-        f"two directions, both gradients, {n} x {d}",
-        {"N": n, "D": d},
-        _rows,
-        wrt=("query", "positive_key"),
-        products=3,
-        pairs=_square,
-        options={"symmetric": True},
-        sets=sets,
-        devices=(device,),
-    )
-
-
-def _huge(n: int, d: int) -> Case:
-    return Case(
-        "info_nce",
-        f"both gradients, {n} x {d}",
-        {"N": n, "D": d},
-        _rows,
-        wrt=("query", "positive_key"),
-        products=3,
-        pairs=_square,
-        sets=("table",),
-        devices=("cpu",),
-        once=True,
-    )
+    name = f"two directions, both gradients, {n} x {d}"
+    return _case(name, {"N": n, "D": d}, *sets, device=device, symmetric=True)
 
 
 def _moco(n: int, m: int, d: int, *sets: str, device: str) -> Case:
-    return Case(
-        "info_nce",
-        f"MoCo, queue of {m}, {n} x {d}",
-        {"N": n, "M": m, "D": d},
-        _queue,
-        wrt=("query",),
-        products=2,
-        pairs=lambda shape: shape["N"] * shape["M"],
-        sets=sets,
-        devices=(device,),
-    )
+    name = f"MoCo, queue of {m}, {n} x {d}"
+    shape = {"N": n, "M": m, "D": d}
+    return _case(name, shape, *sets, device=device, draw=_queue, wrt=("query",))
 
 
 CASES = [
@@ -122,7 +88,7 @@ CASES = [
     _one_way(4096, 768, "full", device="cpu"),
     _fixed_keys(2048, 256, "quick", "full", device="cpu"),
     _fixed_keys(16384, 256, "full", "table", device="cpu"),
-    _huge(131072, 128),
+    _one_way(131072, 128, "table", device="cpu", once=True),
     _two_way(1024, 512, "quick", "full", device="cpu"),
     _two_way(4096, 512, "full", device="cpu"),
     _moco(256, 16384, 128, "quick", device="cpu"),

@@ -33,13 +33,7 @@ def conditional_contrastive_forward(
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Losses (N,), lse (2, N) = [log den, log num] and, if ``grad_scale`` is given, the gradients, as in InfoNCE.
 
-    Args:
-        embeddings: (N, D), any strides.
-        proxies: (N, D), each sample's own class proxy.
-        labels: (N,) int64.
-        temperature: a float or a 0-d tensor.
-        grad_scale: d L / d loss of every row, or None for no gradients now.
-        needs: whether embeddings, proxies and temperature need a gradient.
+    Arguments and results: :meth:`fastnce.operators.Operators.conditional_contrastive_forward`.
     """
     packed = pack_pairs(embeddings, proxies, True)
     columns = Columns(packed[0], TWO_C.value, labels=labels.contiguous())

@@ -107,21 +107,7 @@ def info_nce_forward(
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Losses, log-sum-exp and, if ``grad_scale`` is given, the gradients of ``grad_scale * losses.sum()``.
 
-    Args:
-        query: (B, N, D), any strides.
-        key: (B, N, D); row i is the positive of query i.
-        negatives: None, (M, D) shared by all queries, or (B, N, M, D) each query's own.
-        temperature: a float or a 0-d tensor.
-        normalize: L2-normalise all rows.
-        symmetric: the mean of the losses of rows and of columns.
-        in_batch: all keys of the batch element are columns, else only a query's own.
-        self_logit: a further constant logit, before the division by the temperature.
-        similarity_dtype: None, or torch.float8_e4m3fn (see :func:`fastnce.info_nce`).
-        grad_scale: d L / d loss of every row, or None for no gradients now.
-        needs: whether query, key, negatives and temperature need a gradient.
-
-    Returns:
-        losses (B, N); lse (B, N), or (2, B, N) if ``symmetric``; the four gradients, None where not needed.
+    Arguments and results: :meth:`fastnce.operators.Operators.info_nce_forward`; ``similarity_dtype``: :func:`fastnce.info_nce`.
     """
     options = {"normalize": normalize, "symmetric": symmetric, "in_batch": in_batch}
     options |= {"self_logit": self_logit, "similarity_dtype": similarity_dtype}

@@ -26,13 +26,7 @@ def labelled_lse_forward(
 ) -> Tensor:
     """``[log sum_j exp(s_ij / t), log sum_{j of the label of i} exp(s_ij / t)]``, -inf for an empty sum: (N, 2) float64.
 
-    Args:
-        x: (N, D), the rows, any strides.
-        y: (M, D), the columns.
-        x_labels: (N,) int64.
-        y_labels: (M,) int64.
-        temperature: t, a float or a 0-d tensor.
-        own: row i leaves out column i, as its own or its positive.
+    Arguments and results: :func:`fastnce.reference.labelled_lse_forward`.
     """
     rows, columns = _block(x, y, x_labels, y_labels, own)
     parts = labelled_sums(rows, columns, temperature, x.dtype)
@@ -52,18 +46,7 @@ def labelled_lse_backward(
 ) -> tuple[Tensor, Tensor]:
     """This block's part in the gradient of ``x``, as rows and as columns, and of the temperature, as rows alone.
 
-    Args:
-        x: (N, D), like all arguments up to ``temperature`` as in the forward.
-        y: (M, D).
-        x_labels: (N,).
-        y_labels: (M,).
-        temperature: a float or a 0-d tensor.
-        x_state: (N, 4) float64: the two lse of the whole matrix, and the gradients that arrive for them.
-        y_state: (M, 4), the same of the columns.
-        own: as in the forward.
-
-    Returns:
-        (N, D) float32, and 0-d float64.
+    Arguments and results: :func:`fastnce.reference.labelled_lse_backward`.
     """
     rows, columns = _block(x, y, x_labels, y_labels, own)
     weights = torch.cat([x_state[:, 2:], y_state[:, 2:]])

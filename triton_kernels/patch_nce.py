@@ -29,18 +29,7 @@ def patch_nce_forward(
 ) -> tuple[Tensor, Gradients, Gradients, Tensor | None]:
     """InfoNCE of several layers in one call: ``sum_l loss_scales[l] * losses_l.sum()`` and its gradients.
 
-    Args:
-        queries: (B, N, D) of each layer, one dtype, sizes may differ; normalised, in-batch negatives.
-        keys: like ``queries``.
-        temperature: a float or a 0-d tensor.
-        self_logit: a further constant logit, before the division by the temperature.
-        loss_scales: the weight of each layer's losses in the result.
-        grad_scales: d L / d loss of every row of each layer, or None for no gradients now.
-        needs: which queries, which keys, and whether the temperature need a gradient.
-
-    Returns:
-        the loss; the gradients of the queries and of the keys, None where not needed; the gradient of the returned loss with
-        respect to the temperature, or None.
+    Arguments and results: :meth:`fastnce.operators.Operators.patch_nce_forward`.
     """
     depths: dict[int, list[int]] = {}
     for layer, query in enumerate(queries):

@@ -34,13 +34,7 @@ def sup_con_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """Losses, has_positive and lse, all (N,), and, if ``grad_scale`` is given, the gradients, as in InfoNCE.
 
-    Args:
-        features: (N, D), any strides.
-        labels: (N,) int64.
-        temperature: a float or a 0-d tensor.
-        grad_scale: d L / d loss of every row that has a positive, or None for no gradients now.
-        mean: ``grad_scale`` is divided by the number of those rows.
-        needs: whether features and temperature need a gradient.
+    Arguments and results: :meth:`fastnce.operators.Operators.sup_con_forward`.
     """
     rows, columns, parts = _sums(features, labels, temperature)
     loss, lse, positives = _losses(parts)
