@@ -52,15 +52,15 @@ class build_libraries(Command):
     def run(self):
         native, cuda = _build_modules()
         self.distribution.libraries_built = ()
-        self._build(native, "FASTNCE_NATIVE", native.LIBRARY, native.wanted(), native.BuildError)
-        self._build(cuda, "FASTNCE_CUDA", cuda.LIBRARY.file, cuda.wanted(), native.BuildError)
+        self._build(native, "FASTNCE_NATIVE", native.LIBRARY, native.BuildError)
+        self._build(cuda, "FASTNCE_CUDA", cuda.LIBRARY.file, native.BuildError)
 
-    def _build(self, module, variable, file, wanted, build_error):
+    def _build(self, module, variable, file, build_error):
         package = ROOT if self.editable_mode else Path(self.build_lib)
         library = package / "fastnce" / file
         try:
-            if wanted != "ok":
-                raise build_error(wanted)
+            if (reason := module.wanted()) != "ok":
+                raise build_error(reason)
             self.distribution.libraries_built += (module.build(library, sources=ROOT / "csrc"),)
         except build_error as error:
             if not self.editable_mode:

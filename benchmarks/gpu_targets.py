@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,16 @@ def main(out: Path | None, results: Path | None = None) -> int:
         verdicts = targets.judge(targets.ALL, [], {}, reason=NO_HARDWARE)
         device = None
     else:
-        document = json.loads(results.read_text())
-        verdicts = verdicts_of(document)
-        device = document["machine"]["device"]
+        try:
+            document = json.loads(results.read_text())
+            verdicts = verdicts_of(document)
+            device = document["machine"]["device"]
+        except (ValueError, LookupError, TypeError) as error:
+            print(
+                f"benchmarks gpu-targets: --results {results} is no results.json of make gpu-report: {error!r}",
+                file=sys.stderr,
+            )
+            return 1
     text = markdown(verdicts, device)
     print(text)
     if out is not None:

@@ -106,7 +106,19 @@ def is_current(file: Path, library: Library = NATIVE) -> bool:
 
 def wanted() -> str:
     """``"ok"``, or why the library is not to be built here."""
-    return "FASTNCE_NATIVE=0" if os.environ.get("FASTNCE_NATIVE") == "0" else "ok"
+    return "FASTNCE_NATIVE=0" if choice("FASTNCE_NATIVE") == "0" else "ok"
+
+
+def choice(variable: str) -> str:
+    """What an environment variable asks for: "0", "1", or "", which leaves the choice to us.
+
+    Raises:
+        BuildError: it has another value.
+    """
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        raise BuildError(f"{variable} must be 0 or 1, got {value!r}. Set one of them, or unset it")
+    return value
 
 
 def build(

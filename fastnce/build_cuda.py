@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -35,7 +36,7 @@ _HOST_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden")
 
 def wanted() -> str:
     """``"ok"``, or why the library is not to be built here."""
-    choice = os.environ.get("FASTNCE_CUDA", "")
+    choice = native.choice("FASTNCE_CUDA")
     if choice == "0":
         return "FASTNCE_CUDA=0"
     if choice != "1" and not gpu_targets():
@@ -88,8 +89,14 @@ def targets_of(file: Path) -> tuple[str, ...]:
 
 def targets() -> tuple[str, ...]:
     """``FASTNCE_CUDA_ARCHS``, or this machine's GPUs, or all."""
-    named = os.environ.get("FASTNCE_CUDA_ARCHS", "").replace(",", ";").split(";")
-    return tuple(filter(None, map(str.strip, named))) or gpu_targets() or TARGETS
+    value = os.environ.get("FASTNCE_CUDA_ARCHS", "")
+    named = tuple(filter(None, map(str.strip, value.replace(",", ";").split(";"))))
+    for target in named:
+        if re.fullmatch(r"\d{2,3}[af]?", target) is None:
+            raise BuildError(
+                f"FASTNCE_CUDA_ARCHS has no target {target!r}. Name compute capabilities, such as {';'.join(TARGETS)}"
+            )
+    return named or gpu_targets() or TARGETS
 
 
 @functools.cache

@@ -162,6 +162,13 @@ def test_results_of_a_run_are_judged(tmp_path, capsys):
 # Other people's losses.
 
 
+def test_a_file_that_is_no_report_is_refused_in_a_line(tmp_path, capsys):
+    for content in ("[]", "{", '{"results": []}'):
+        (tmp_path / "other.json").write_text(content)
+        assert main(["gpu-targets", "--results", str(tmp_path / "other.json")]) == 1
+        assert "is no results.json of make gpu-report" in capsys.readouterr().err
+
+
 def test_a_rival_that_is_not_installed_says_so(monkeypatch):
     monkeypatch.setattr(rivals_info_nce.importlib.util, "find_spec", lambda name: None)
     case = suite.find_case("info_nce", "two directions, both gradients, 65536 x 256")

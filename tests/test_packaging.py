@@ -353,6 +353,9 @@ def test_targets_are_those_named_else_those_of_this_machine_else_all(monkeypatch
     assert build_cuda.targets() == ("90a",)
     monkeypatch.setenv("FASTNCE_CUDA_ARCHS", "80; 120")
     assert build_cuda.targets() == ("80", "120")
+    monkeypatch.setenv("FASTNCE_CUDA_ARCHS", "80;hopper")
+    with pytest.raises(build.BuildError, match="no target 'hopper'.*such as 80;90a;100"):
+        build_cuda.targets()
 
 
 def test_why_the_cuda_library_is_not_wanted(monkeypatch):
@@ -363,6 +366,9 @@ def test_why_the_cuda_library_is_not_wanted(monkeypatch):
     assert build_cuda.wanted() == "ok"
     monkeypatch.setenv("FASTNCE_CUDA", "0")
     assert build_cuda.wanted() == "FASTNCE_CUDA=0"
+    monkeypatch.setenv("FASTNCE_CUDA", "yes")
+    with pytest.raises(build.BuildError, match="FASTNCE_CUDA must be 0 or 1, got 'yes'"):
+        build_cuda.wanted()
 
 
 def test_version_is_written_in_one_place(checkout, tmp_path):

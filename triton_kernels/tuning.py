@@ -192,4 +192,14 @@ def wrapped(function: Callable) -> Callable:
     return run
 
 
-TUNER = Tuner(default_path()) if os.environ.get("FASTNCE_AUTOTUNE") == "1" else None
+def _asked_for() -> bool:
+    value = os.environ.get("FASTNCE_AUTOTUNE", "")
+    if value not in ("", "0", "1"):
+        warnings.warn(
+            f"fastnce: FASTNCE_AUTOTUNE must be 0 or 1, got {value!r}: tiles are not timed",
+            stacklevel=2,
+        )
+    return value == "1"
+
+
+TUNER = Tuner(default_path()) if _asked_for() else None

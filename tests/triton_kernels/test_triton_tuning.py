@@ -296,6 +296,10 @@ def test_the_variable_turns_it_on(monkeypatch, tmp_path):
     spec.loader.exec_module(module)
     assert module.TUNER._path == tmp_path / "tiles.json"
     assert module.tuned(forward).__wrapped__ is forward
+    monkeypatch.setenv("FASTNCE_AUTOTUNE", "on")
+    with pytest.warns(UserWarning, match="must be 0 or 1, got 'on'"):
+        spec.loader.exec_module(module)
+    assert module.TUNER is None
 
 
 @records
