@@ -1,6 +1,7 @@
 """The fixtures of every test of an op: one suite, run on every backend."""
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Iterator
 
 import hypothesis
@@ -22,6 +23,16 @@ _FUSED = [name for name, reason in _REASONS.items() if name != "torch" and reaso
 
 def _arguments(function: Callable) -> Iterable[str]:
     return inspect.signature(inspect.unwrap(function)).parameters
+
+
+# By these ``make test`` asks for a backend. Were it not there, every test of it would be skipped, and none would fail.
+_ASKED_FOR = {"TRITON_INTERPRET": "triton", "FASTNCE_CUDA_EMULATED": "cuda"}
+
+
+def pytest_configure() -> None:
+    for variable, name in _ASKED_FOR.items():
+        if os.environ.get(variable, "0") != "0" and _REASONS[name] != "ok":
+            raise pytest.UsageError(f"{variable} asks for the {name} backend. {_REASONS[name]}")
 
 
 def pytest_report_header() -> list[str]:
@@ -69,6 +80,14 @@ def fused_backend(backend) -> str:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def nan_in_fresh_memory() -> Iterator[None]:
+    """Memory that PyTorch hands out is filled with NaN, so that what a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

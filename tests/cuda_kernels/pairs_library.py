@@ -43,7 +43,7 @@ class Problem(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """From the objects of the emulated library. Raises ``build.BuildError`` without a compiler."""
+    """From the objects of the emulated library. Raises ``build.BuildError`` with the compiler's message."""
     build_emulated()
     output = Path(tempfile.mkdtemp(prefix="fastnce-pairs-")) / "pairs.so"
     objects = [*OBJECTS.glob("pairs*.o"), *OBJECTS.glob("emulator.cpp-*.o")]

@@ -17,11 +17,6 @@ from cuda_resources import (
 
 from fastnce import build, build_cuda
 
-try:
-    build_cuda.nvcc()
-except build.BuildError as error:
-    pytest.skip(str(error), allow_module_level=True)
-
 # What must stand in every kernel of the files of this name: matrix instructions, and TMA's loads.
 EXPECTED = {
     "pairs_sm80": {"HMMA"},
@@ -40,7 +35,7 @@ def excused(kernel: Kernel, exceptions: dict[tuple[str, str], str]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def done():
+def done(nvcc):
     return compile_all()
 
 
@@ -104,7 +99,7 @@ def test_compiling_takes_less_than_three_minutes_on_two_cores(done):
 BINDING = ("op.cpp", "ops.cpp", "device_properties.cu")
 
 
-def test_the_library_loads_into_a_torch_without_cuda(tmp_path, monkeypatch):
+def test_the_library_loads_into_a_torch_without_cuda(nvcc, tmp_path, monkeypatch):
     """All but the kernels: it links against this torch, whichever it is, and its operators are there."""
     sources = build.source_folder()
     shutil.copytree(sources / "common", tmp_path / "csrc" / "common")

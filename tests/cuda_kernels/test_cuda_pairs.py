@@ -11,8 +11,6 @@ import torch
 from pairs_library import IN_BATCH, QUEUE, SUP_CON, TWO_C, Case, library, log_sum
 from torch import Tensor
 
-from fastnce import build
-
 # The options of Case, and the unit of rounding of what is multiplied.
 PRECISIONS = {
     "bfloat16": ({"dtype": torch.bfloat16}, 2.0**-8),
@@ -25,11 +23,7 @@ LABELLED = (SUP_CON, TWO_C)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled():
-    try:
-        build.cxx()
-    except build.BuildError as error:
-        pytest.skip(str(error))
+def compiled(cxx):
     library()
 
 

@@ -1,38 +1,19 @@
-"""PatchNCE's CUDA kernels: every shape of block, layers of several depths, awkward rows, and what is asked for.
-
-On a GPU, or with FASTNCE_CUDA_EMULATED on the host. Memory that PyTorch hands out is filled with NaN, so that what a kernel leaves
-unwritten shows.
-"""
+"""PatchNCE's CUDA kernels: every shape of block, layers of several depths, awkward rows, and what is asked for."""
 
 import pytest
 import torch
+from emulated_or_gpu import DEVICE
 from torch import Tensor
 
 from fastnce import cuda, reference
 from fastnce.testing import Sample, assert_close_to_truth, rows
 
-DEVICE = next(
-    (d for d in ("cpu", "cuda") if cuda.supports("patch_nce", d, torch.float32) == "ok"), ""
-)
-if not DEVICE:
-    pytest.skip(cuda.supports("patch_nce", "cuda", torch.float32), allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Each depth of the kernel's tiles; few problems, whose columns warps share, and more than there are multiprocessors where
 # emulated; several tiles of columns, more than two of them, whole ones and ragged ones.
 SHAPES = [(1, 40, 20), (5, 33, 64), (1, 128, 100), (4, 40, 128), (1, 260, 256), (4, 70, 250)]
-
-
-@pytest.fixture(autouse=True)
-def nan_in_fresh_memory():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 def gaussian(shape, generator, dtype=torch.float32) -> Tensor:

@@ -1,38 +1,19 @@
-"""The CUDA kernels of patch sampling: any strides, vectors where they are possible, repeated and scattered positions.
-
-On a GPU, or with FASTNCE_CUDA_EMULATED on the host. Memory that PyTorch hands out is filled with NaN, so that what a kernel leaves
-unwritten shows.
-"""
+"""The CUDA kernels of patch sampling: any strides, vectors where they are possible, repeated and scattered positions."""
 
 import pytest
 import torch
+from emulated_or_gpu import DEVICE
 from torch import Tensor
 
 from fastnce import cuda, reference
 from fastnce.testing import rows
 
-DEVICE = next(
-    (d for d in ("cpu", "cuda") if cuda.supports("sample_patches", d, torch.float32) == "ok"), ""
-)
-if not DEVICE:
-    pytest.skip(cuda.supports("sample_patches", "cuda", torch.float32), allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Channels in several tiles; planes of several tiles; planes and channels that no vector divides; one of everything.
 SHAPES = [(2, 40, 8, 6), (1, 33, 40, 44), (2, 3, 5, 7), (1, 300, 3, 3), (2, 16, 1, 1)]
 LAYOUTS = ["planes", "channels_last", "shifted", "sliced", "columns"]
-
-
-@pytest.fixture(autouse=True)
-def nan_in_fresh_memory():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 def gaussian(shape, generator, dtype=torch.float32) -> Tensor:

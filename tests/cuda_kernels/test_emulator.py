@@ -2,13 +2,9 @@
 
 import ctypes
 import re
-import subprocess
 
 import pytest
 import torch
-from emulated import FLAGS, HERE, SOURCES
-
-from fastnce import build
 
 FAULTS = (
     "none",
@@ -28,28 +24,8 @@ SEEDS = range(5)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory) -> ctypes.CDLL:
-    try:
-        compiler = build.cxx()
-    except build.BuildError as error:
-        pytest.skip(str(error))
-    output = tmp_path_factory.mktemp("emulator") / "cases.so"
-    files = ["-x", "c++", str(HERE / "emulator_cases.cu"), str(HERE / "emulator.cpp")]
-    command = [
-        *compiler,
-        *FLAGS,
-        "-fvisibility=default",
-        "-shared",
-        f"-I{SOURCES}",
-        f"-I{HERE}",
-        *files,
-        "-o",
-        str(output),
-    ]
-    subprocess.run(command, check=True)
-    loaded = ctypes.CDLL(str(output))
-    loaded.run_case.restype = ctypes.c_char_p
-    return loaded
+def library(emulator_cases) -> ctypes.CDLL:
+    return emulator_cases("emulator_cases.cu")
 
 
 @pytest.fixture

@@ -1,14 +1,10 @@
 """Hopper's instructions as emulated: layouts by the formulas of the PTX ISA, written here once more, and faults noticed."""
 
 import ctypes
-import subprocess
 
 import pytest
 import torch
-from emulated import FLAGS, HERE, SOURCES
 from torch import Tensor
-
-from fastnce import build
 
 FAULTS = (
     "none",
@@ -27,18 +23,8 @@ SEEDS = range(3)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory) -> ctypes.CDLL:
-    try:
-        compiler = build.cxx()
-    except build.BuildError as error:
-        pytest.skip(str(error))
-    output = tmp_path_factory.mktemp("emulator") / "cases_sm90.so"
-    files = ["-x", "c++", str(HERE / "emulator_sm90_cases.cu"), str(HERE / "emulator.cpp")]
-    command = [*compiler, *FLAGS, "-shared", f"-I{SOURCES}", f"-I{HERE}", *files, "-o", str(output)]
-    subprocess.run(command, check=True)
-    loaded = ctypes.CDLL(str(output))
-    loaded.run_case.restype = ctypes.c_char_p
-    return loaded
+def library(emulator_cases) -> ctypes.CDLL:
+    return emulator_cases("emulator_sm90_cases.cu")
 
 
 @pytest.fixture

@@ -36,14 +36,11 @@ CASES = {
 
 
 @pytest.fixture
-def small_tiles(monkeypatch):
-    """Several of everything in small problems, and NaN in fresh memory."""
+def small_tiles(monkeypatch, nan_in_fresh_memory):
+    """Several of everything in small problems."""
     tile = config.Tile(16, 16, 4, 2, 64)
     monkeypatch.setattr(config, "tiles", lambda *arguments: (tile, tile))
     monkeypatch.setattr(config, "PANEL_ELEMENTS", (16 * 60, 16 * 60))
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def problem(name: str, tau: float, dtype: torch.dtype):

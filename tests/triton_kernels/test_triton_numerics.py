@@ -1,13 +1,22 @@
 """The Triton kernels cut into tiles, parts and panels in every way that they know, against the reference in fp64.
 
-On a GPU, or with TRITON_INTERPRET=1 on the host. Memory that PyTorch hands out is filled with NaN, so that what a kernel leaves
-unwritten shows.
+On a GPU, or with TRITON_INTERPRET=1 on the host.
 """
 
 import pytest
 import torch
+from loss_forms import (
+    awkward,
+    check_a_row_of_nan,
+    check_awkward_rows,
+    check_form,
+    each_form,
+    each_labelled_loss,
+    each_offset,
+    labelled,
+)
 
-from fastnce import backends, reference, triton_ops
+from fastnce import backends, triton_ops
 
 if triton_ops.available() != "ok":
     pytest.skip(triton_ops.available(), allow_module_level=True)
@@ -17,87 +26,23 @@ from fastnce.testing import Sample, assert_close_to_truth, rows, run
 from fastnce.triton_kernels import config, launch
 
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
-IN_BATCH = {"normalize": True, "symmetric": False, "in_batch": True, "self_logit": None}
-SYMMETRIC = {**IN_BATCH, "symmetric": True}
-QUEUE = {**IN_BATCH, "in_batch": False}
-
-# (B, N, D), negatives, options. Depths: one tile, head and tail, and chunks with panels.
-CASES = {
-    "tiles": ((1, 70, 20), None, IN_BATCH),
-    "tail": ((1, 40, 90), None, SYMMETRIC),
-    "tail_queue": ((1, 20, 90), (50, 90), IN_BATCH),
-    "batched": ((3, 20, 20), None, SYMMETRIC),
-    "panels": ((1, 40, 270), None, SYMMETRIC),
-    "panels_of_a_batch": ((3, 20, 270), None, IN_BATCH),
-    "panels_queue": ((1, 20, 270), (50, 270), IN_BATCH),
-    "few_rows": ((1, 3, 20), (150, 20), QUEUE),
-    "few_columns": ((1, 70, 20), (3, 20), QUEUE),
-    "one_row": ((1, 1, 20), None, SYMMETRIC),
-    "constant": ((2, 20, 20), None, {**IN_BATCH, "self_logit": -10.0}),
-    "dot": ((1, 40, 4), None, {**SYMMETRIC, "normalize": False}),
-    "own": ((2, 5, 20), (2, 5, 40, 20), IN_BATCH),
-    "own_alone": ((2, 5, 150), (2, 5, 3, 150), QUEUE),
-}
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    """Several of everything in small problems, and NaN in fresh memory."""
+def small_tiles(monkeypatch, nan_in_fresh_memory):
+    """Several of everything in small problems."""
     tile = config.Tile(16, 16, 4, 2, 32)
     monkeypatch.setattr(config, "tiles", lambda *arguments: (tile, tile))
     monkeypatch.setattr(config, "PANEL_ELEMENTS", (16 * 60, 16 * 60))
     monkeypatch.setattr(config, "ADDED_ELEMENTS", 1)
     monkeypatch.setattr(config, "COLUMN_PARTS", 250)
     monkeypatch.setattr(config, "HALF_TILES", (0, 0))
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
-def problem(name: str, tau: float):
-    shape, negatives, options = CASES[name]
-    generator = torch.Generator().manual_seed(0)
-    query, noise = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in "qk")
-    key = 0.3 * query + noise
-    if negatives is not None:
-        negatives = torch.randn(negatives, generator=generator, dtype=torch.float64)
-    inputs = (query, key, negatives, torch.tensor(tau, dtype=torch.float64))
-    return tuple(None if x is None else x.float().to(DEVICE) for x in inputs), options
-
-
-def assert_close(got, expected, tau: float) -> None:
-    """To 1e-5 of the largest number, and to the rounding of logits of size L = 1 / tau in softmaxes times 1 / tau."""
-    for index, (a, b) in enumerate(zip(got, expected, strict=True)):
-        logit = max(1.0, 1 / tau)
-        count = 1 if index == 0 else logit * (logit * got[0].numel() if b.dim() == 0 else 1)
-        bound = 1e-5 * b.abs().max() + 4 * torch.finfo(torch.float32).eps * logit * count
-        assert (a.double() - b).abs().max() <= bound, (index, a, b)
-
-
-@pytest.mark.parametrize("tau", [0.01, 0.1], ids=["running", "fixed"])
-@pytest.mark.parametrize("name", CASES)
+@each_offset
+@each_form
 def test_tiles_and_panels_add_up(name, tau):
-    tau = 10 * tau if name == "dot" else tau
-    inputs, options = problem(name, tau)
-    needs = tuple(x is not None for x in inputs)
-    query, key, negatives, temperature = inputs
-    loss, lse, now = triton_kernels.info_nce_forward(
-        *inputs, **options, grad_scale=0.25, needs=needs
-    )
-    _, _, alone = triton_kernels.info_nce_forward(
-        query, key, negatives, tau, **options, grad_scale=0.25, needs=(False, True, False, False)
-    )
-    upstream = torch.linspace(-1, 1, loss.numel()).view_as(loss).to(DEVICE)
-    later = triton_kernels.info_nce_backward(upstream, *inputs, lse, **options, needs=needs)
-    got = [loss, alone[1], *(x for x in (*now, *later) if x is not None)]
-
-    leaves = [x if x is None else x.double().requires_grad_() for x in inputs]
-    wanted = [x for x in leaves if x is not None]
-    exact = reference.info_nce(*leaves, **options)
-    weight = torch.full_like(exact, 0.25)
-    first = torch.autograd.grad(exact, wanted, weight, retain_graph=True)
-    second = torch.autograd.grad(exact, wanted, upstream.double())
-    assert_close(got, [exact.detach(), first[1], *first, *second], tau)
+    check_form(triton_kernels, DEVICE, name, tau)
 
 
 def test_the_tests_notice_a_wrong_tile(monkeypatch):
@@ -116,70 +61,26 @@ def test_the_tests_notice_a_wrong_tile(monkeypatch):
         test_tiles_and_panels_add_up("tiles", 0.1)
 
 
-AWKWARD = [
-    (kind, dtype)
-    for kind in ("identical", "zero", "sizes")
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if (kind, dtype) != ("sizes", torch.float16)  # its gradients would be out of range
-]
-
-
-@pytest.mark.parametrize(("kind", "dtype"), AWKWARD)
+@awkward
 @pytest.mark.parametrize("tau", [0.005, 0.07, 10.0])
 def test_awkward_rows(kind, dtype, tau):
-    generator = torch.Generator().manual_seed(0)
-    query, key = (
-        rows(20, 12, dtype=torch.float64, device="cpu", generator=generator, grad=False)
-        for _ in "qk"
-    )
-    if kind == "identical":
-        query, key = query[:1].repeat(20, 1), query[:1].repeat(20, 1)
-    elif kind == "zero":
-        query[3], key[3], key[7] = 0, 0, 0
-    else:
-        query[::3] *= 1e-20
-        key[::2] *= 1e20
-    query, key = (x.to(DEVICE, dtype).requires_grad_() for x in (query, key))
-    arguments = {"query": query, "positive_key": key, "temperature": tau, "symmetric": True}
-    assert_close_to_truth("info_nce", "triton", Sample(f"{kind} {tau}", arguments), dtype)
+    check_awkward_rows("triton", DEVICE, kind, dtype, tau)
 
 
-@pytest.mark.parametrize("op", ["sup_con", "conditional_contrastive"])
+def test_a_row_of_nan_spoils_its_own_loss_alone():
+    check_a_row_of_nan(triton_kernels, DEVICE)
+
+
+@each_labelled_loss
 @pytest.mark.parametrize("tau", [0.005, 0.1, 1.0])
 @pytest.mark.parametrize("dim", [20, 270])
 def test_labelled_rows_in_tiles_and_panels(op, tau, dim):
-    generator = torch.Generator().manual_seed(0)
-    x, proxies = (
-        rows(50, dim, dtype=torch.float32, device=DEVICE, generator=generator) for _ in "xp"
-    )
-    labels = torch.tensor([-(2**63), -1, 0, 2**32, 2**63 - 1])
-    labels = labels[torch.randint(5, (50,), generator=generator)].to(DEVICE)
-    temperature = torch.tensor(tau, requires_grad=True)
-    arguments = {"labels": labels, "temperature": temperature}
-    if op == "sup_con":
-        arguments |= {"features": x}
-    else:
-        arguments |= {"embeddings": x, "proxies": proxies}
-    assert_close_to_truth(op, "triton", Sample("labels", arguments), torch.float32)
+    reduction = "none" if tau == 0.1 else "mean"
+    sample = labelled(op, 50, dim, DEVICE, tau=tau, reduction=reduction)
+    assert_close_to_truth(op, "triton", sample, torch.float32)
 
 
-def labelled(op: str, count: int, dtype: torch.dtype, tau: float) -> Sample:
-    """Rows of which one is there twice, of labels that many, two and one of them have; or of one label alone."""
-    generator = torch.Generator().manual_seed(count)
-    x, proxies = (
-        rows(count, 20, dtype=dtype, device=DEVICE, generator=generator, grad=False) for _ in "xp"
-    )
-    x[count // 2] = x[0]
-    labels = torch.randint(5, (count,), generator=generator)
-    labels[count // 3] = labels[count - 1] = 5
-    labels[1] = 6
-    arguments = {"labels": labels.to(DEVICE), "temperature": torch.tensor(tau, requires_grad=True)}
-    names = ("features",) if op == "sup_con" else ("embeddings", "proxies")
-    arguments |= {n: v.requires_grad_() for n, v in zip(names, (x, proxies), strict=False)}
-    return Sample(f"{count} rows", arguments)
-
-
-@pytest.mark.parametrize("op", ["sup_con", "conditional_contrastive"])
+@each_labelled_loss
 @pytest.mark.parametrize(
     ("count", "dtype", "tau", "height"),
     [
@@ -194,11 +95,12 @@ def test_half_the_tiles(op, count, dtype, tau, height, monkeypatch):
     tile = config.Tile(height, 16, 4, 2, 32)
     monkeypatch.setattr(config, "tiles", lambda *arguments: (tile, tile))
     monkeypatch.setattr(config, "COLUMN_PARTS", 10 * count)  # two blocks at a time
-    assert_close_to_truth(op, "triton", labelled(op, count, dtype, tau), dtype)
+    sample = labelled(op, count, 20, DEVICE, dtype, tau, twins=True)
+    assert_close_to_truth(op, "triton", sample, dtype)
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="only the interpreter can be asked")
-@pytest.mark.parametrize("op", ["sup_con", "conditional_contrastive"])
+@each_labelled_loss
 def test_half_the_tiles_are_half_the_products(op, monkeypatch):
     """Of 7 x 7 tiles those on and above the diagonal, 28; and the results are the same but for rounding."""
     from fastnce.triton_kernels import sums
@@ -210,7 +112,7 @@ def test_half_the_tiles_are_half_the_products(op, monkeypatch):
         return multiply(*arguments)
 
     monkeypatch.setattr(sums, "multiply", counting)
-    sample = labelled(op, 100, torch.float32, 0.1)
+    sample = labelled(op, 100, 20, DEVICE, twins=True)
     losses = []
     for threshold, tiles in ((0, 28), (1 << 62, 49)):
         monkeypatch.setattr(config, "HALF_TILES", (0, threshold))
