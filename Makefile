@@ -35,7 +35,7 @@ INTERPRETED_TESTS ?= triton and not repeatable and not left_alone and not withou
 
 # The CUDA kernels' tests on the host. Left out: what the first run has done, and more of the same.
 EMULATED := out/cuda-emulated/libfastnce_cuda_emulated.so
-EMULATED_TESTS ?= cuda and not test_cuda_build and not test_emulator
+EMULATED_TESTS ?= cuda and not test_cuda_backend and not test_cuda_build and not test_cuda_hopper and not test_cuda_pairs and not test_emulator
 
 .PHONY: demo demo-contragan test triton-sweep sanitize lint format bench gpu-report install native clean
 

@@ -21,6 +21,15 @@ from benchmarks import machine
 _PYTEST = ["-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--tb=short"]
 # Under a sanitizer a kernel runs many times slower: the ops' own tests on the one backend, and of these the plain ones.
 _SANITIZED = ["tests/ops", "-k", "cuda and not repeatable and not compile and not memory"]
+# The ops' suite on every backend, and the kernels' own tests that run on a GPU.
+_SUITES = [
+    "tests/ops",
+    "tests/triton_kernels/test_triton_numerics.py",
+    "tests/triton_kernels/test_triton_fp8.py",
+    "tests/cuda_kernels/test_cuda_losses.py",
+    "tests/cuda_kernels/test_cuda_patch_nce.py",
+    "tests/cuda_kernels/test_cuda_sample_patches.py",
+]
 SANITIZERS = ("memcheck", "racecheck")
 _FOUND = 9  # the status by which compute-sanitizer says that it found something
 
@@ -75,12 +84,11 @@ def build(limit: float) -> dict[str, str]:
 
 
 def tests(limit: float) -> dict[str, str]:
-    """The ops' suite on every backend, and the Triton kernels' own."""
+    """What of the tests a GPU is needed for."""
     reason = _cannot_test()
     if reason:
         return {"status": reason, "output": ""}
-    suites = ["tests/ops", "tests/triton_kernels/test_triton_numerics.py"]
-    status, output = step([*_PYTEST, *suites], limit)
+    status, output = step([*_PYTEST, *_SUITES], limit)
     return {"status": status, "output": output}
 
 

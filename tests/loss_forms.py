@@ -20,6 +20,9 @@ IN_BATCH = {"normalize": True, "symmetric": False, "in_batch": True, "self_logit
 SYMMETRIC = {**IN_BATCH, "symmetric": True}
 QUEUE = {**IN_BATCH, "in_batch": False}
 
+# A constant among the cosines. Of CUT's, -10, nothing can be seen: the exponential of -10 / tau is nothing beside the others.
+VISIBLE = 0.3
+
 # (B, N, D), negatives, options. Depths: of one tile, head and tail, chunks with panels, and deeper than shared memory holds.
 CASES = {
     "tiles": ((1, 70, 20), None, IN_BATCH),
@@ -35,7 +38,7 @@ CASES = {
     "few_columns": ((1, 70, 20), (3, 20), QUEUE),
     "one_row": ((1, 1, 20), None, SYMMETRIC),
     "one_element": ((1, 7, 1), None, IN_BATCH),
-    "constant": ((2, 20, 20), None, {**IN_BATCH, "self_logit": -10.0}),
+    "constant": ((2, 20, 20), None, {**IN_BATCH, "self_logit": VISIBLE}),
     "dot": ((1, 40, 4), None, {**SYMMETRIC, "normalize": False}),
     "own": ((2, 5, 20), (2, 5, 40, 20), IN_BATCH),
     "own_alone": ((2, 5, 150), (2, 5, 3, 150), QUEUE),
@@ -153,6 +156,32 @@ def check_a_row_of_nan(kernels: ModuleType, device: str) -> None:
     spoilt = torch.arange(9, device=device) == 4
     assert torch.equal(loss[0].isnan(), spoilt)
     assert torch.equal(grad[0].isnan().any(-1), spoilt)
+
+
+def check_the_constant_of_patch_nce(kernels: ModuleType, device: str) -> None:
+    """In layers of two depths; one that can be seen, unlike CUT's."""
+    generator = seeded()
+    shapes = [(2, 9, 20), (2, 12, 20), (1, 12, 270)]
+    queries, keys = ([gaussian(x, generator).float().to(device) for x in shapes] for _ in "qk")
+    scales = [0.1, 0.2, 0.3]
+    loss, grads, _, grad_temperature = kernels.patch_nce_forward(
+        queries,
+        keys,
+        0.1,
+        self_logit=VISIBLE,
+        loss_scales=scales,
+        grad_scales=scales,
+        needs=([True] * 3, [False] * 3, True),
+    )
+    leaves = [x.double().requires_grad_() for x in queries]
+    tau = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    options = {**IN_BATCH, "self_logit": VISIBLE}
+    exact = sum(
+        scale * reference.info_nce(query, key.double(), None, tau, **options).sum()
+        for query, key, scale in zip(leaves, keys, scales, strict=True)
+    )
+    expected = torch.autograd.grad(exact, [*leaves, tau])
+    assert_close([loss, *grads, grad_temperature], [exact.detach(), *expected], 0.1)
 
 
 each_labelled_loss = pytest.mark.parametrize("op", ["sup_con", "conditional_contrastive"])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -432,6 +433,21 @@ def test_sanitizers_run_both_tools_over_the_suite(status, output, expected, monk
         ("/bin/compute-sanitizer", "--tool", name) for name in ("memcheck", "racecheck")
     ]
     assert calls[0][1] == pytest.approx(30, abs=1), "half the time each"
+
+
+def test_every_suite_of_kernels_that_runs_on_a_gpu_is_run(monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        gpu_steps, "step", lambda arguments, limit: found.append(arguments) or ("ok", "")
+    )
+    gpu_steps.tests(1.0)
+    suites = {word for word in found[0] if word.startswith("tests/")}
+    on_a_gpu = {
+        file.relative_to(ROOT).as_posix()
+        for file in ROOT.glob("tests/*_kernels/test_*.py")
+        if re.search('^DEVICE = "cpu" if|import DEVICE', file.read_text(), re.MULTILINE)
+    }
+    assert suites == {"tests/ops"} | on_a_gpu
 
 
 def test_a_step_ends_at_its_limit_with_all_that_it_started():

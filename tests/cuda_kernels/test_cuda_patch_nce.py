@@ -3,6 +3,7 @@
 import pytest
 import torch
 from emulated_or_gpu import DEVICE
+from loss_forms import check_the_constant_of_patch_nce
 from torch import Tensor
 
 from fastnce import cuda, reference
@@ -143,6 +144,10 @@ def test_precision_of_float32_products(generator):
         pairs = zip(found, expected, strict=True)
         off = max((a - b).abs().max() / b.abs().max() for a, b in pairs)
         assert least <= off <= largest
+
+
+def test_the_constant():
+    check_the_constant_of_patch_nce(cuda, DEVICE)
 
 
 def test_a_bad_image_leaves_the_others(generator):

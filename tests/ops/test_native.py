@@ -25,7 +25,7 @@ OPS = (
 IN_BATCH = {"normalize": True, "symmetric": False, "in_batch": True, "self_logit": None}
 SYMMETRIC = {**IN_BATCH, "symmetric": True}
 QUEUE = {**IN_BATCH, "in_batch": False}
-PATCHES = {**IN_BATCH, "self_logit": -10.0}
+PATCHES = {**IN_BATCH, "self_logit": 0.3}  # of CUT's -10 nothing could be seen
 
 # (B, N, D), negatives, options: what makes the kernels cut the matrix in every way that they know.
 BLOCKS = {

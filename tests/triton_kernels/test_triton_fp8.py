@@ -31,7 +31,7 @@ CASES = {
     "panels": ((1, 40, 270), None, SYMMETRIC),
     "panels_queue": ((1, 20, 270), 50, IN_BATCH),
     "queue": ((1, 70, 40), 30, QUEUE),
-    "constant": ((2, 20, 20), None, {**IN_BATCH, "self_logit": -10.0}),
+    "constant": ((2, 20, 20), None, {**IN_BATCH, "self_logit": 0.3}),
 }
 
 

@@ -10,6 +10,7 @@ from loss_forms import (
     check_a_row_of_nan,
     check_awkward_rows,
     check_form,
+    check_the_constant_of_patch_nce,
     each_form,
     each_labelled_loss,
     each_offset,
@@ -35,7 +36,7 @@ def small_tiles(monkeypatch, nan_in_fresh_memory):
     monkeypatch.setattr(config, "tiles", lambda *arguments: (tile, tile))
     monkeypatch.setattr(config, "PANEL_ELEMENTS", (16 * 60, 16 * 60))
     monkeypatch.setattr(config, "ADDED_ELEMENTS", 1)
-    monkeypatch.setattr(config, "COLUMN_PARTS", 250)
+    monkeypatch.setattr(config, "COLUMN_PARTS", 160)  # of 40 rows two blocks of three at a time
     monkeypatch.setattr(config, "HALF_TILES", (0, 0))
 
 
@@ -141,6 +142,10 @@ def test_patch_nce_of_layers_of_one_depth(dtype):
     arguments = {"query_features": make[0], "key_features": make[1]}
     arguments["temperature"] = torch.tensor(0.3, requires_grad=True)
     assert_close_to_truth("patch_nce", "triton", Sample("layers", arguments), dtype)
+
+
+def test_the_constant_of_patch_nce():
+    check_the_constant_of_patch_nce(triton_kernels, DEVICE)
 
 
 def test_fp64_is_refused_with_a_reason_and_falls_to_pytorch():
