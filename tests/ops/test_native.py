@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from loss_forms import check_form, check_the_constant_of_patch_nce
 
 from fastnce import native, reference
 from fastnce.testing import SAMPLE_INPUTS, assert_close_to_truth
@@ -25,7 +26,7 @@ OPS = (
 IN_BATCH = {"normalize": True, "symmetric": False, "in_batch": True, "self_logit": None}
 SYMMETRIC = {**IN_BATCH, "symmetric": True}
 QUEUE = {**IN_BATCH, "in_batch": False}
-PATCHES = {**IN_BATCH, "self_logit": 0.3}  # of CUT's -10 nothing could be seen
+PATCHES = {**IN_BATCH, "self_logit": -10.0}
 
 # (B, N, D), negatives, options: what makes the kernels cut the matrix in every way that they know.
 BLOCKS = {
@@ -104,6 +105,12 @@ def test_medium_precision_rounds_the_factors_of_products(name, medium_precision)
     expected = reference_results(name)
     for got, true in zip(kernel_results(name), expected, strict=True):
         assert ((got.double() - true).norm() / true.norm()).item() < 2e-2
+
+
+def test_the_constant_beside_the_columns():
+    """One that can be seen: CUT's, in the blocks above, changes no bit of the results."""
+    check_form(native, "cpu", "constant", 0.1)
+    check_the_constant_of_patch_nce(native, "cpu")
 
 
 @pytest.fixture
