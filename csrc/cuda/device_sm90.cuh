@@ -50,7 +50,7 @@ inline TensorMap make_tensor_map(const char* op, const void* data, Dtype dtype, 
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
+    auto found = cudaDriverEntryPointSymbolNotFound;
     cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
                                      &found);
     return found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
