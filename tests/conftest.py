@@ -103,3 +103,11 @@ def needs_support(device):
             pytest.skip(f"{backend}: {reason}")
 
     return check
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -56,9 +56,11 @@ ALLOWED = {
     "cli": TRAINING | {"doctor", "build", "build_cuda"},
     "__main__": {"cli"},
     "__init__": LOSSES,
-    "testing": LOSSES | {"__init__"},
+    "testing_samples": set(),
+    "testing": LOSSES | {"__init__", "testing_samples"},
 }
-BELOW_MODELS = {"errors", "build", "build_cuda", "testing", "distributed"} | NETWORKS
+BELOW_MODELS = {"errors", "build", "build_cuda", "distributed"} | NETWORKS
+BELOW_MODELS |= {"testing", "testing_samples"}
 HEAVY = {"PIL", "tqdm", "tyro", "matplotlib", "torchvision", "sklearn", "skimage", "torchmetrics"}
 
 

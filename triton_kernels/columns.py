@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import config, tuning
 from . import launch as machine
-from .launch import cdiv
+from .launch import cdiv, kept_for_graphs
 from .rows import Rows, input_precision
 from .tiles import GIVEN
 
@@ -92,7 +92,7 @@ class Ragged:
 
     def table(self, block: int, device: torch.device) -> Tensor:
         """For each block of rows: the first row of its problem, the problem's rows, the block's row in it."""
-        return _table(self.counts, block, device)
+        return kept_for_graphs(_table(self.counts, block, device))
 
 
 @functools.lru_cache(maxsize=64)

@@ -92,9 +92,10 @@ def panel_products(
             terms = None
             if term is not None:
                 terms = term.new_empty((column_blocks, number * size))
+            row_blocks = number * cdiv(size, tile.m)
             launch(
                 _panel_kernel,
-                (number * cdiv(size, tile.m), column_blocks),
+                (row_blocks * column_blocks,),  # in one dimension: others end at 65535
                 tile.options,
                 x_value_scale=None if x.rounded is None else x.scale,
                 y_value_scale=None if x.rounded is None else columns.y.scale,
@@ -102,6 +103,7 @@ def panel_products(
                 part_term=terms,
                 first_problem=problem,
                 first_row_in_problem=start,
+                row_blocks=row_blocks,
                 size=size,
                 panel_width=panel.stride(1),
                 BLOCK_M=tile.m,
@@ -200,7 +202,7 @@ def tile_coefficients(
 
 @triton.jit(
     do_not_specialize=[
-        "rows", "columns", "total_rows", "total_columns", "first_problem", "first_row_in_problem", "size",
+        "rows", "columns", "total_rows", "total_columns", "first_problem", "first_row_in_problem", "row_blocks", "size",
     ]
 )  # fmt: skip
 def _panel_kernel(
@@ -221,6 +223,7 @@ def _panel_kernel(
     part_term,
     first_problem,
     first_row_in_problem,
+    row_blocks,
     size,
     panel_width,
     rows,
@@ -237,13 +240,15 @@ def _panel_kernel(
     PRECISION: tl.constexpr,
 ):
     blocks = tl.cdiv(size, BLOCK_M)
-    number = (tl.program_id(0) // blocks).to(tl.int64)  # of the problem, in the panel
+    row_block = tl.program_id(0) % row_blocks
+    column_block = tl.program_id(0) // row_blocks
+    number = (row_block // blocks).to(tl.int64)  # of the problem, in the panel
     problem = number + first_problem
-    panel_start = tl.program_id(0) % blocks * BLOCK_M
+    panel_start = row_block % blocks * BLOCK_M
     start = panel_start + first_row_in_problem
     there = panel_start + tl.arange(0, BLOCK_M) < size
     row = start + tl.arange(0, BLOCK_M)
-    j = tl.program_id(1) * BLOCK_N
+    j = column_block * BLOCK_N
     column = j + tl.arange(0, BLOCK_N)
     x_offsets = inside(start, rows, BLOCK_M)
     y_offsets = inside(j, columns, BLOCK_N)
@@ -276,8 +281,7 @@ def _panel_kernel(
     )  # fmt: skip
     panel_row = panel_start + tl.arange(0, BLOCK_M)
     if part_term is not None:
-        problems = tl.num_programs(0) // blocks
-        at = (tl.program_id(1).to(tl.int64) * problems + number) * size
+        at = (column_block.to(tl.int64) * (row_blocks // blocks) + number) * size
         tl.store(part_term + at + panel_row, tl.sum(moment, 1) * LN_2, mask=there)
     if x_value_scale is not None:
         x_unit = tl.load(x_value_scale + first_row + x_offsets)

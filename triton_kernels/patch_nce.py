@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .columns import Columns, Ragged
 from .info_nce import Problem, gradients, info_nce_forward, solve
+from .launch import kept_for_graphs
 from .rows import pack_pairs, resident_depth
 from .sums import offset_kind
 from .tiles import IN_BATCH
@@ -78,14 +79,15 @@ def _together(queries, keys, temperature, self_logit, loss_scales, grad_scales, 
     want_row = now and (need_query or need_temperature)
     solution = solve(problem, with_product=want_row, with_term=now and need_temperature)
     counts = tuple(batch * n for batch, n, _ in shapes)
-    in_loss = _per_row(counts, tuple(loss_scales), query.device)
+    in_loss = kept_for_graphs(_per_row(counts, tuple(loss_scales), query.device))
     loss = (solution.loss * in_loss).sum()
     nothing = (None,) * len(queries)
     if not now:
         return loss, nothing, nothing, None
 
     largest = max(grad_scales)
-    weight = _per_row(counts, tuple(scale / largest for scale in grad_scales), query.device)
+    weights = tuple(scale / largest for scale in grad_scales)
+    weight = kept_for_graphs(_per_row(counts, weights, query.device))
     needed = (need_query, need_key, False, False)
     dq, dk, _, _ = gradients(problem, solution, weight, largest, needed, query.dtype)
     grad_temperature = None

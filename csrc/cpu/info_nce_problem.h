@@ -1,6 +1,7 @@
 // One InfoNCE problem: rows of queries against the same columns (the keys of their batch element,
 // shared negatives, both or neither). A batch is a list of problems. Here is what belongs to single
-// rows; info_nce_sweep.h walks the matrix between them, info_nce_schemes.h says in which order.
+// rows; info_nce_sweep.h walks the matrix between them, info_nce_schemes.h says in which order,
+// info_nce_jobs.h makes the list and shares it among the threads.
 //
 // The positive of a row is kept out of the matrix: with s the sum of the other exponentials
 // relative to the positive's, loss = log(1 + s) and the gradient at the positive is -s / (1 + s).

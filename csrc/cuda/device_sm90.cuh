@@ -50,7 +50,7 @@ inline TensorMap make_tensor_map(const char* op, const void* data, Dtype dtype, 
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
+    auto found = cudaDriverEntryPointSymbolNotFound;
     cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
                                      &found);
     return found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
@@ -86,9 +86,10 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
                : "memory");
 }
-// After the last init, before a barrier of the block: tensor copies see the barriers as well.
+// After the last init, before a barrier of the block: tensor copies, which are of the asynchronous
+// proxy, see the barriers as well.
 __device__ __forceinline__ void barrier_init_done() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory");
 }
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))

@@ -266,7 +266,14 @@ __device__ __forceinline__ void init_barriers(Barriers& b, int slots) {
   barrier_init_done();
 }
 
-// 32 registers for a thread that copies, 240 for one that multiplies: 128 x 32 + 256 x 240 = 65536.
+// Registers of a thread. The pool that the warp groups share is what the block was launched with:
+// as many for each thread as the compiler may use, a multiple of 8. A claim beyond it waits for
+// ever (PTX ISA, "setmaxnreg").
+constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+              (1 + kConsumers) * kLaunchRegisters);
+
 template <class C>
 __global__ void __launch_bounds__(kThreads, 1)
     pairs_kernel(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
@@ -277,11 +284,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (thread == 0) init_barriers(memory.barriers(), a.slots);
   sync_threads();
   if (thread < kWarpGroup) {
-    release_registers<32>();
+    release_registers<kProducerRegisters>();
     if (thread == 0) bring_tiles<C>(x_map, y_map, a, memory);
     if (thread / kWarp == 1) bring_data<C>(a, memory);
   } else {
-    claim_registers<240>();
+    claim_registers<kConsumerRegisters>();
     Consumer<C> consumer{a, memory, thread / kWarpGroup - 1, thread / kWarp % 4, thread % kWarp};
     if constexpr (C::kPass == Pass::kProducts) {
       consumer.weigh();

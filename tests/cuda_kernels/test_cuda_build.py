@@ -80,6 +80,12 @@ def test_products_use_the_matrix_instructions(kernels):
         assert not without, f"not all of {instructions} in:\n" + "\n".join(without)
 
 
+def test_warp_groups_exchange_no_more_registers_than_there_are(kernels):
+    """A kernel is launched with as many as pairs_sm90.cuh counts on (kLaunchRegisters), or a claim waits for ever."""
+    launched = {kernel.registers for kernel in kernels if kernel.file == "pairs_sm90.cu"}
+    assert launched == {65536 // 384 // 8 * 8}
+
+
 def test_the_compiler_has_nothing_to_warn_of(done):
     assert not [warning for each in done for warning in each.warnings]
 
