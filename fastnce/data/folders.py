@@ -1,6 +1,8 @@
 """Finding, reading and writing image files."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -175,8 +177,41 @@ def load_image(path: Path | str, channels: int = 3, bits: int = 8) -> torch.Tens
     return to_tensor(to_array(read_image(path, channels, bits)))
 
 
-def save_image(tensor: torch.Tensor, path: Path | str, bits: int = 8) -> None:
-    """Writes an image file, atomically; the format follows from the extension.
+def read_alpha(path: Path | str) -> Image.Image | None:
+    """The alpha channel of an image file, in the mode "L" and turned as `read_image` turns the image; None if it has none.
+
+    Raises:
+        UserError: If the file is not a readable image.
+    """
+    try:
+        with Image.open(path) as image:
+            if not image.has_transparency_data:
+                return None
+            return image.convert("RGBA").getchannel("A")
+    except _BROKEN as error:
+        raise _broken(path, error) from error
+
+
+@contextmanager
+def any_number_of_pixels() -> Iterator[None]:
+    """Context in which images of any size are read. Elsewhere those of more than 179 megapixels are errors, as Pillow takes them for
+    files that were made to fill the memory."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+# Of the formats that lose something, how little: 95 of 100.
+_SAVE_OPTIONS = dict.fromkeys((".jpg", ".jpeg", ".webp"), {"quality": 95})
+
+
+def save_image(
+    tensor: torch.Tensor, path: Path | str, bits: int = 8, alpha: Image.Image | None = None
+) -> None:
+    """Writes an image file, atomically; the format follows from the extension. JPEG and WebP have quality 95.
 
     Values are clamped to [-1, 1], mapped to (x + 1) / 2 * 255 and truncated to 8 bits, as CUT's
     result files are; with `bits=16` they are mapped to 65535 and rounded.
@@ -185,6 +220,7 @@ def save_image(tensor: torch.Tensor, path: Path | str, bits: int = 8) -> None:
         tensor: (C, H, W) float in [-1, 1], C of 1 or 3, on any device; C of 1 for `bits=16`.
         path: The file to write; for `bits=16` a .png or .tif.
         bits: 8 or 16.
+        alpha: An alpha channel of the same size, in the mode "L"; not for JPEG, nor for 16 bits.
 
     Raises:
         ValueError: If the shape is another one.
@@ -198,8 +234,10 @@ def save_image(tensor: torch.Tensor, path: Path | str, bits: int = 8) -> None:
     check_depth(tensor.shape[0], bits)
     values = to_uint8(tensor) if bits == 8 else to_uint16(tensor)
     image = to_image(values.permute(1, 2, 0).numpy())
+    if alpha is not None:
+        image.putalpha(alpha)
     with atomic_path(path) as temporary:
-        image.save(temporary)
+        image.save(temporary, **_SAVE_OPTIONS.get(Path(path).suffix.lower(), {}))
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -243,4 +281,9 @@ _BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 def _broken(path: Path | str, error: BaseException) -> UserError:
     reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+    if isinstance(error, Image.DecompressionBombError):
+        return UserError(
+            f"{path}: is larger than what is read unasked ({reason.partition(',')[0]}), as such files may be made to fill the "
+            "memory. If it is yours: fastnce translate --tile 512 reads any size; for a training, cut it up or scale it down."
+        )
     return UserError(f"{path}: cannot be read as an image ({reason}). Replace or remove this file.")

@@ -260,7 +260,7 @@ class CachedImages:
         cached_phase, cached = self._cache.get(index, (None, None))
         if cached_phase == phase:
             return cached
-        image = _half(read_image(self.paths[index], self.channels, self.bits), self.half)
+        image = half_of(read_image(self.paths[index], self.channels, self.bits), self.half)
         array = self.phases[phase].prepare(image)
         if cached is not None:
             self._cached_bytes -= cached.nbytes
@@ -273,7 +273,7 @@ class CachedImages:
         return array
 
 
-def _half(image: Image.Image, half: str | None) -> Image.Image:
+def half_of(image: Image.Image, half: str | None) -> Image.Image:
     """The "left" or the "right" half of an image, without the column between them if its width is odd."""
     width, height = image.size
     if half == "left":
