@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from fastnce.data.broken import readable
+from fastnce.data.files import named_sizes
 from fastnce.data.folders import list_images, read_image, split_folder, to_array, to_tensor
 from fastnce.data.transforms import counter_rng
 from fastnce.errors import UserError
@@ -45,6 +47,7 @@ class SingleImagePatches(Dataset):
         direction: "AtoB", or "BtoA" to read "A" from trainB and "B" from trainA.
         epoch_samples: Samples in an epoch, which only the learning rate's schedule knows.
         seed: Seed of the stream.
+        broken_files: "error" stops at a file that cannot be read; "skip" leaves it out and names it in the log.
 
     Raises:
         UserError: A folder is missing or empty, a file is not an image, an image is smaller than a patch, or an argument is
@@ -66,6 +69,7 @@ class SingleImagePatches(Dataset):
         direction: str = "AtoB",
         epoch_samples: int = 100_000,
         seed: int = 0,
+        broken_files: str = "error",
     ) -> None:
         for name, value in (("crop_size", crop_size), ("max_zoom_out", max_zoom_out)):
             if value < 1:
@@ -75,10 +79,17 @@ class SingleImagePatches(Dataset):
         if direction not in ("AtoB", "BtoA"):
             raise UserError(f'direction="{direction}": expected AtoB or BtoA.')
         first, second = direction.split("to")
-        self.a = _images(split_folder(root, split, first), channels_a, crop_size)
-        self.b = _images(split_folder(root, split, second), channels_b, crop_size)
+        skip = broken_files == "skip"
+        folder_a, folder_b = split_folder(root, split, first), split_folder(root, split, second)
+        self.a, files_a = _images(folder_a, channels_a, crop_size, skip)
+        self.b, files_b = _images(folder_b, channels_b, crop_size, skip)
+        self._files = {"A": files_a, "B": files_b}
         self.crop_size, self.max_zoom_out, self.flip = crop_size, max_zoom_out, flip
         self.epoch_samples, self.seed = epoch_samples, seed
+
+    def files(self) -> dict[str, dict[str, int | None]]:
+        """The files of "A" and "B" by their names, with their sizes in bytes: see `fastnce.data.files.changed_files`."""
+        return {name: dict(files) for name, files in self._files.items()}
 
     def __len__(self) -> int:
         """Samples in an epoch."""
@@ -125,15 +136,19 @@ def shrunk_patch(
     return image.resize((side, side), Image.Resampling.BICUBIC, box=box)
 
 
-def _images(folder: Path, channels: int, crop_size: int) -> list[Image.Image]:
-    """All images of `folder`, decoded once and for all; each checked to be as large as a patch."""
-    images = []
-    for path in list_images(folder):
-        image = read_image(path, channels)
+def _images(
+    folder: Path, channels: int, crop_size: int, skip: bool
+) -> tuple[list[Image.Image], dict[str, int | None]]:
+    """All images of `folder`, decoded once and for all, each checked to be as large as a patch; and the files' sizes in bytes."""
+    images, paths = [], []
+    for path, image in readable(
+        list_images(folder), lambda path: read_image(path, channels), skip=skip
+    ):
+        paths.append(path)
         if min(image.size) < crop_size:
             raise UserError(
                 f"{path}: {image.width}x{image.height} is smaller than the crop of {crop_size}x{crop_size}. Use a crop_size "
                 f"of at most {min(image.size)}, or a larger image."
             )
         images.append(image)
-    return images
+    return images, named_sizes(folder, paths)

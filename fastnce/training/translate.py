@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastnce.data import Preprocess, list_images, save_image
+from fastnce.data.broken import readable
 from fastnce.data.folders import image_size, read_image, to_tensor
 from fastnce.data.transforms import RANDOM_TOKENS
 from fastnce.errors import UserError
@@ -185,6 +187,7 @@ def translate_folder(
     preprocess: str | None = None,
     size: int | None = None,
     tile: int | None = None,
+    broken_files: Literal["error", "skip"] | None = None,
 ) -> int:
     """Translates all images of a folder, and of the folders in it, to PNG files of the same names.
 
@@ -201,9 +204,11 @@ def translate_folder(
         preprocess: how images are scaled, instead of as in training: "none" keeps their size.
         size: the size to which they are scaled, instead of the training's crop size.
         tile: see `translate`.
+        broken_files: "skip" leaves files out that cannot be read and names them in the log, "error" stops at the first one;
+            None: as in the training.
 
     Returns:
-        The number of images.
+        The number of images translated.
 
     Raises:
         UserError: a run that does not translate, no images, a broken one, two whose results would have the same name, or `out`
@@ -213,24 +218,28 @@ def translate_folder(
         raise UserError(
             f"a run of {config.system} does not translate images. Name a run of cut or fastcut."
         )
+    if broken_files is not None:
+        config = replace(config, broken_files=broken_files)
     generator, channels = in_direction(generator, config, direction)
     paths = list_images(input)
     targets = _targets(paths, Path(input), Path(out))
     scale = image_scaling(config, paths, preprocess, size)
+    skip, count = config.broken_files == "skip", 0
 
-    def read() -> Iterator[tuple[Path, Tensor]]:
-        for path, target in zip(paths, targets, strict=True):
-            array = scale.prepare(read_image(path, channels, config.bits))
-            yield target, to_tensor(array)
+    def read(path: Path) -> Tensor:
+        return to_tensor(scale.prepare(read_image(path, channels, config.bits)))
+
+    images = ((targets[path], image) for path, image in readable(paths, read, skip=skip))
 
     with tqdm(total=len(paths), desc="translate", unit="image", disable=None) as bar:
-        for group in _groups_of_one_size(read(), batch_size):
-            images = torch.stack([image for _, image in group])
-            results = translate(generator, images, batch_size, tile=tile)
+        for group in _groups_of_one_size(images, batch_size):
+            batch = torch.stack([image for _, image in group])
+            results = translate(generator, batch, batch_size, tile=tile)
             for (target, _), result in zip(group, results, strict=True):
                 save_image(result, target, config.bits)
             bar.update(len(group))
-    return len(paths)
+            count += len(group)
+    return count
 
 
 def image_scaling(
@@ -244,11 +253,15 @@ def image_scaling(
     steps = config.preprocess if preprocess is None else preprocess
     kept = [part for part in steps.split("_and_") if not any(t in part for t in RANDOM_TOKENS)]
     side = config.crop_size if size is None else size
-    first = image_size(paths[0])
+    first = (1, 1)
+    if "fixsize" in steps:
+        skip = config.broken_files == "skip"
+        first = next(size for _, size in readable(paths, image_size, skip=skip))
     return Preprocess("_and_".join(kept) or "none", side, side, flip=False, fixed_size=first)
 
 
-def _targets(paths: list[Path], folder: Path, out: Path) -> list[Path]:
+def _targets(paths: list[Path], folder: Path, out: Path) -> dict[Path, Path]:
+    """The file to write for each of `paths`."""
     targets: dict[Path, Path] = {}
     for path in paths:
         target = out / path.relative_to(folder).with_suffix(".png")
@@ -259,7 +272,7 @@ def _targets(paths: list[Path], folder: Path, out: Path) -> list[Path]:
         if target.resolve() == path.resolve():
             raise UserError(f"out={out} would overwrite {path}. Name another folder.")
         targets[target] = path
-    return list(targets)
+    return {path: target for target, path in targets.items()}
 
 
 def _groups_of_one_size(
