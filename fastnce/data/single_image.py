@@ -140,15 +140,16 @@ def _images(
     folder: Path, channels: int, crop_size: int, skip: bool
 ) -> tuple[list[Image.Image], dict[str, int | None]]:
     """All images of `folder`, decoded once and for all, each checked to be as large as a patch; and the files' sizes in bytes."""
-    images, paths = [], []
-    for path, image in readable(
-        list_images(folder), lambda path: read_image(path, channels), skip=skip
-    ):
-        paths.append(path)
+    paths, images = list_images(folder), []
+    sizes: dict[str, int | None] = dict.fromkeys(
+        path.relative_to(folder).as_posix() for path in paths
+    )
+    for path, image in readable(paths, lambda path: read_image(path, channels), skip=skip):
         if min(image.size) < crop_size:
             raise UserError(
                 f"{path}: {image.width}x{image.height} is smaller than the crop of {crop_size}x{crop_size}. Use a crop_size "
                 f"of at most {min(image.size)}, or a larger image."
             )
         images.append(image)
-    return images, named_sizes(folder, paths)
+        sizes |= named_sizes(folder, [path])
+    return images, sizes
