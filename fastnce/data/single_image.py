@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from fastnce.data.folders import list_images, read_image, split_folder, to_array, to_tensor
+from fastnce.data.survey import describe_folder
 from fastnce.data.transforms import counter_rng
 from fastnce.errors import UserError
 
@@ -75,8 +76,10 @@ class SingleImagePatches(Dataset):
         if direction not in ("AtoB", "BtoA"):
             raise UserError(f'direction="{direction}": expected AtoB or BtoA.')
         first, second = direction.split("to")
-        self.a = _images(split_folder(root, split, first), channels_a, crop_size)
-        self.b = _images(split_folder(root, split, second), channels_b, crop_size)
+        folder_a, folder_b = split_folder(root, split, first), split_folder(root, split, second)
+        self._folders = ((folder_a, channels_a), (folder_b, channels_b))
+        self.a = _images(folder_a, channels_a, crop_size)
+        self.b = _images(folder_b, channels_b, crop_size)
         self.crop_size, self.max_zoom_out, self.flip = crop_size, max_zoom_out, flip
         self.epoch_samples, self.seed = epoch_samples, seed
 
@@ -98,6 +101,14 @@ class SingleImagePatches(Dataset):
             "A": self._patch(self.a, counter_rng(self.seed, A_STREAM, index)),
             "B": self._patch(self.b, counter_rng(self.seed, B_STREAM, index)),
         }
+
+    def describe(self) -> list[str]:
+        """What was found, in a line for each folder: see `describe_folder`."""
+        return [
+            line
+            for folder, channels in self._folders
+            for line in describe_folder(folder, list_images(folder), channels)
+        ]
 
     def _patch(self, images: list[Image.Image], rng: np.random.Generator) -> torch.Tensor:
         image = images[rng.integers(len(images))]

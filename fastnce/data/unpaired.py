@@ -18,6 +18,7 @@ from fastnce.data.folders import (
     split_folder,
     to_tensor,
 )
+from fastnce.data.survey import describe_folder
 from fastnce.data.transforms import Preprocess, counter_rng
 from fastnce.errors import UserError
 
@@ -139,6 +140,10 @@ class UnpairedImages(Dataset):
         """How many files of both folders have been found broken, and skipped, so far."""
         return self.a.broken_count + self.b.broken_count
 
+    def describe(self) -> list[str]:
+        """What was found, in a line for each folder: see `describe_folder`."""
+        return self.a.describe() + self.b.describe()
+
     def expect_one_size(self) -> None:
         """Raises UserError, naming two files, unless all samples can be stacked into batches."""
         for domain in (self.a, self.b):
@@ -198,6 +203,11 @@ class CachedImages:
     @property
     def broken_count(self) -> int:
         return int(self.broken.sum())
+
+    def describe(self) -> list[str]:
+        return describe_folder(
+            self.folder, self.paths, self.channels, self.bits, skip_broken=self.skip_broken
+        )
 
     def sample(self, index: int, phase: int, rng: np.random.Generator) -> torch.Tensor:
         """Image `index`, augmented: (C, H, W) float32 in [-1, 1]."""
