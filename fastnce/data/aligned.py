@@ -119,6 +119,11 @@ class AlignedImages(Dataset):
         """How many pairs with a broken file have been found, and skipped, so far."""
         return self.a.broken.count
 
+    def describe(self) -> list[str]:
+        """What was found, in a line for each folder: see `describe_folder`."""
+        one_folder = self.a.folder == self.b.folder
+        return self.a.describe() + ([] if one_folder else self.b.describe())
+
     def expect_one_size(self) -> None:
         """Raises UserError, naming two files, unless all samples can be stacked into batches."""
         self.a.expect_one_size()

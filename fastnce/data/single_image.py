@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from fastnce.data.broken import readable
 from fastnce.data.files import named_sizes
 from fastnce.data.folders import list_images, read_image, split_folder, to_array, to_tensor
+from fastnce.data.survey import describe_folder
 from fastnce.data.transforms import counter_rng
 from fastnce.errors import UserError
 
@@ -79,8 +80,9 @@ class SingleImagePatches(Dataset):
         if direction not in ("AtoB", "BtoA"):
             raise UserError(f'direction="{direction}": expected AtoB or BtoA.')
         first, second = direction.split("to")
-        skip = broken_files == "skip"
         folder_a, folder_b = split_folder(root, split, first), split_folder(root, split, second)
+        self._folders = ((folder_a, channels_a), (folder_b, channels_b))
+        skip = broken_files == "skip"
         self.a, files_a = _images(folder_a, channels_a, crop_size, skip)
         self.b, files_b = _images(folder_b, channels_b, crop_size, skip)
         self._files = {"A": files_a, "B": files_b}
@@ -109,6 +111,14 @@ class SingleImagePatches(Dataset):
             "A": self._patch(self.a, counter_rng(self.seed, A_STREAM, index)),
             "B": self._patch(self.b, counter_rng(self.seed, B_STREAM, index)),
         }
+
+    def describe(self) -> list[str]:
+        """What was found, in a line for each folder: see `describe_folder`."""
+        return [
+            line
+            for folder, channels in self._folders
+            for line in describe_folder(folder, list_images(folder), channels)
+        ]
 
     def _patch(self, images: list[Image.Image], rng: np.random.Generator) -> torch.Tensor:
         image = images[rng.integers(len(images))]

@@ -19,6 +19,7 @@ from fastnce.data.folders import (
     split_folder,
     to_tensor,
 )
+from fastnce.data.survey import describe_folder
 from fastnce.data.transforms import Preprocess, counter_rng
 from fastnce.errors import UserError
 
@@ -136,6 +137,10 @@ class UnpairedImages(Dataset):
         """How many files of both folders have been found broken, and skipped, so far."""
         return self.a.broken.count + self.b.broken.count
 
+    def describe(self) -> list[str]:
+        """What was found, in a line for each folder: see `describe_folder`."""
+        return self.a.describe() + self.b.describe()
+
     def expect_one_size(self) -> None:
         """Raises UserError, naming two files, unless all samples can be stacked into batches."""
         for domain in (self.a, self.b):
@@ -190,6 +195,11 @@ class CachedImages:
     def files(self) -> dict[str, int | None]:
         """The size in bytes of each file by its name; None for a broken one."""
         return self.broken.unsized(self._bytes)
+
+    def describe(self) -> list[str]:
+        return describe_folder(
+            self.folder, self.paths, self.channels, self.bits, skip_broken=self.skip_broken
+        )
 
     def sample(self, index: int, phase: int, rng: np.random.Generator) -> torch.Tensor:
         """Image `index`, augmented: (C, H, W) float32 in [-1, 1]."""
