@@ -48,7 +48,9 @@ def pair_numbers(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     sizes = set()
     for image, truth in pairs:
         if image.shape != truth.shape:
-            raise ValueError(f"pair_numbers: a pair of {tuple(image.shape)} and {tuple(truth.shape)}.")
+            raise ValueError(
+                f"pair_numbers: a pair of {tuple(image.shape)} and {tuple(truth.shape)}."
+            )
         one, other = ((x[None].double() + 1) / 2 for x in (image, truth))
         height, width = image.shape[1:]
         sizes.add(f"{width}x{height}")
