@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from fastnce.data.broken import BrokenFiles
 from fastnce.data.folders import check_depth, contents, list_images
 from fastnce.data.transforms import Preprocess, counter_rng
 from fastnce.data.unpaired import A_STREAM, ORDER_STREAM, CachedImages, expect_one_of
@@ -73,15 +74,16 @@ class AlignedImages(Dataset):
             sides = sides[::-1]
         phases = [Preprocess(preprocess, load_size, crop_size, flip)]
 
-        def domain(side: _Side, channels: int, broken: torch.Tensor | None = None) -> CachedImages:
+        broken = BrokenFiles(sides[0].folder, sides[0].paths, broken_files == "skip")
+
+        def domain(side: _Side, channels: int) -> CachedImages:
             check_depth(channels, bits)
-            skip = broken_files == "skip"
-            where, rest = (side.folder, side.paths), (phases, cache_bytes // 2, skip)
-            return CachedImages(*where, channels, bits, *rest, side.half, broken)
+            rest = (phases, cache_bytes // 2, broken, side.half)
+            return CachedImages(side.folder, side.paths, channels, bits, *rest)
 
         self.seed, self.serial = seed, serial
         self.a = domain(sides[0], channels_a)
-        self.b = domain(sides[1], channels_b, self.a.broken)
+        self.b = domain(sides[1], channels_b)
         self._check_sizes()
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
@@ -108,10 +110,14 @@ class AlignedImages(Dataset):
             if self.broken_count == broken:
                 return pair
 
+    def files(self) -> dict[str, dict[str, int | None]]:
+        """The files of "A" and "B" by their names, with their sizes in bytes: see `fastnce.data.files.changed_files`."""
+        return {"A": self.a.files(), "B": self.b.files()}
+
     @property
     def broken_count(self) -> int:
         """How many pairs with a broken file have been found, and skipped, so far."""
-        return self.a.broken_count
+        return self.a.broken.count
 
     def describe(self) -> list[str]:
         """What was found, in a line for each folder: see `describe_folder`."""
