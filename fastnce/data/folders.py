@@ -148,6 +148,10 @@ def contents(folder: Path) -> str:
     return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "nothing"
 
 
+class UnfitFile(UserError):
+    """A file that is no broken one, but does not fit the options: never passed over as broken files are."""
+
+
 class Header(NamedTuple):
     """What the first bytes of an image file tell.
 
@@ -368,7 +372,7 @@ def _of_bits(path: Path | str, image: Image.Image, channels: int, bits: int) -> 
 def _mode(path: Path | str, channels: int) -> str:
     modes = {1: "L", 3: "RGB", 4: "RGBA"}
     if channels not in modes:
-        raise UserError(
+        raise UnfitFile(
             f"channels={channels}: {path} can be read with 1 (greyscale), 3 (RGB) or 4 (with alpha). Other numbers of channels need "
             ".npy files."
         )
@@ -406,7 +410,7 @@ def _fit_channels(path: Path | str, array: np.ndarray, channels: int) -> np.ndar
         return array
     if array.shape[2] == 1 and channels == 3:
         return array.repeat(3, axis=2)
-    raise UserError(
+    raise UnfitFile(
         f"channels={channels}: {path} has {array.shape[2]}. Use channels={array.shape[2]}, or other files."
     )
 
@@ -420,11 +424,11 @@ def _mapped(numbers: np.ndarray, value_range: tuple[float, float]) -> np.ndarray
     return mapped.clip(-1, 1).astype(np.float32)
 
 
-def _other_numbers(path: Path | str, numbers: Image.Image | np.ndarray) -> UserError:
+def _other_numbers(path: Path | str, numbers: Image.Image | np.ndarray) -> UnfitFile:
     array = np.asarray(numbers)
     kind = array.dtype.name if isinstance(numbers, np.ndarray) else numbers.info["kind"]
     low, high = (f"{value:g}" for value in (array.min(), array.max()))
-    return UserError(
+    return UnfitFile(
         f"{path}: holds {kind} from {low} to {high}, and only 8 bits and 16-bit grey say what is black and white. Give the "
         f"numbers that are: --value-range LOW HIGH, the same for all files, such as {low} {high}; or, as for labelled images, save "
         "the files with 8 bits."
@@ -454,31 +458,86 @@ def load_image(
     return to_tensor(to_array(read_image(path, channels, bits, value_range)))
 
 
-def save_image(tensor: torch.Tensor, path: Path | str, bits: int = 8) -> None:
+def save_image(
+    tensor: torch.Tensor,
+    path: Path | str,
+    bits: int = 8,
+    value_range: tuple[float, float] | None = None,
+) -> None:
     """Writes an image file, atomically; the format follows from the extension.
 
     Values are clamped to [-1, 1], mapped to (x + 1) / 2 * 255 and truncated to 8 bits, as CUT's
-    result files are; with `bits=16` they are mapped to 65535 and rounded.
+    result files are; with `bits=16` they are mapped to 65535 and rounded. With `value_range` they are mapped back to its
+    numbers: rounded to integers of 8 or 16 bits if its ends are such and 255 or more apart, else float32.
 
     Args:
-        tensor: (C, H, W) float in [-1, 1], C of 1 or 3, on any device; C of 1 for `bits=16`.
-        path: The file to write; for `bits=16` a .png or .tif.
+        tensor: (C, H, W) float in [-1, 1], on any device; C of 1 for `bits=16`.
+        path: The file to write; `result_suffix` gives an extension that fits.
         bits: 8 or 16.
+        value_range: The numbers that -1 and 1 stand for, as in `read_image`.
 
     Raises:
         ValueError: If the shape is another one.
-        UserError: If the file cannot be written, or `bits` is not for such images.
+        UserError: If the file cannot be written, or its format, or `bits`, is not for such images.
     """
-    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
+    if tensor.ndim != 3:
         raise ValueError(
-            "save_image: tensor: expected the shape (C, H, W) with C of 1 or 3, "
-            f"got {tuple(tensor.shape)}."
+            f"save_image: tensor: expected the shape (C, H, W), got {tuple(tensor.shape)}."
         )
     check_depth(tensor.shape[0], bits)
-    values = to_uint8(tensor) if bits == 8 else to_uint16(tensor)
-    image = to_image(values.permute(1, 2, 0).numpy())
+    check_value_range(value_range)
+    if value_range is not None:
+        values = _unmapped(tensor, value_range)
+    else:
+        values = to_uint8(tensor) if bits == 8 else to_uint16(tensor)
+    array = values.permute(1, 2, 0).numpy()
+    fitting = _fitting_suffixes(array.shape[2], array.dtype)
+    if fitting and Path(path).suffix.lower() not in fitting:
+        raise UserError(
+            f"{path}: cannot be written in this format: it does not hold {array.dtype.name} with {array.shape[2]} channels. "
+            f"Use {' or '.join(fitting)}."
+        )
     with atomic_path(path) as temporary:
-        image.save(temporary)
+        if _is_array(path):
+            np.save(temporary, array, allow_pickle=False)
+        else:
+            Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(temporary)
+
+
+def result_suffix(
+    channels: int, bits: int = 8, value_range: tuple[float, float] | None = None
+) -> str:
+    """The extension of the files that hold such images without a loss: ".png", ".tif" for floating-point numbers of one channel, or
+    ".npy"."""
+    dtype = {8: np.dtype(np.uint8), 16: np.dtype(np.uint16)}[bits]
+    fitting = _fitting_suffixes(channels, dtype if value_range is None else _dtype(value_range))
+    return fitting[0] if fitting else ".png"
+
+
+def _fitting_suffixes(channels: int, dtype: np.dtype) -> tuple[str, ...]:
+    """The formats that hold such images, the usual one first; empty for images as most formats hold them."""
+    if dtype == np.uint8 and channels in (1, 3, 4):
+        return ()
+    if dtype == np.uint16 and channels == 1:
+        return (".png", ".tif", ".tiff", ".npy")
+    return (".tif", ".tiff", ".npy") if channels == 1 and dtype == np.float32 else (".npy",)
+
+
+def _dtype(value_range: tuple[float, float]) -> np.dtype:
+    """The type that holds the numbers of a range, and no fewer levels of them than 8 bits do."""
+    low, high = value_range
+    whole = low == int(low) and high == int(high) and high - low >= 255
+    if whole and low >= 0 and high <= 65535:
+        return np.dtype(np.uint8 if high <= 255 else np.uint16)
+    return np.dtype(np.float32)
+
+
+def _unmapped(images: torch.Tensor, value_range: tuple[float, float]) -> torch.Tensor:
+    """Images in [-1, 1] as numbers of a range, on the CPU: the inverse of `_mapped`."""
+    low, high = value_range
+    numbers = (images.detach().double().clamp(-1, 1) + 1) / 2 * (high - low) + low
+    dtype = getattr(torch, _dtype(value_range).name)
+    return (numbers.round() if not dtype.is_floating_point else numbers).to("cpu", dtype)
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
