@@ -71,14 +71,12 @@ class AlignedImages(Dataset):
     ) -> None:
         expect_one_of("direction", direction, ("AtoB", "BtoA"))
         expect_one_of("broken_files", broken_files, ("error", "skip"))
-        sides = _find_pairs(Path(root), split)
-        if direction == "BtoA":
-            sides = sides[::-1]
+        sides = find_pairs(root, split, direction)
         phases = [Preprocess(preprocess, load_size, crop_size, flip)]
 
         broken = BrokenFiles(sides[0].folder, sides[0].paths, broken_files == "skip")
 
-        def domain(side: _Side, channels: int) -> CachedImages:
+        def domain(side: Side, channels: int) -> CachedImages:
             check_depth(channels, bits)
             rest = (phases, cache_bytes // 2, broken, side.half)
             return CachedImages(side.folder, side.paths, channels, bits, value_range, *rest)
@@ -149,7 +147,7 @@ class AlignedImages(Dataset):
                 )
 
 
-class _Side(NamedTuple):
+class Side(NamedTuple):
     """One domain's files, in the order of the pairs, and which half of a file it is; None for all of it."""
 
     folder: Path
@@ -157,20 +155,29 @@ class _Side(NamedTuple):
     half: str | None = None
 
 
-def _find_pairs(root: Path, split: str) -> tuple[_Side, _Side]:
-    """The files of A and of B."""
+def find_pairs(root: Path | str, split: str, direction: str = "AtoB") -> tuple[Side, Side]:
+    """The files of the images to translate, and those of what they should become, in the layouts of `AlignedImages`.
+
+    Raises:
+        UserError: no such folders, or a file without a partner.
+    """
+    a, b = _find_a_and_b(Path(root), split)
+    return (a, b) if direction == "AtoB" else (b, a)
+
+
+def _find_a_and_b(root: Path, split: str) -> tuple[Side, Side]:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder. {_LAYOUTS}")
     for name in [split] + (["val"] if split == "test" else []):
         if (root / name).is_dir():
             paths = list_images(root / name)
-            return _Side(root / name, paths, "left"), _Side(root / name, paths, "right")
+            return Side(root / name, paths, "left"), Side(root / name, paths, "right")
         if (root / f"{name}A").is_dir() and (root / f"{name}B").is_dir():
             return _matched(root / f"{name}A", root / f"{name}B")
     raise UserError(f"{root}: no folder {split}. {_LAYOUTS} Found {contents(root)}.")
 
 
-def _matched(folder_a: Path, folder_b: Path) -> tuple[_Side, _Side]:
+def _matched(folder_a: Path, folder_b: Path) -> tuple[Side, Side]:
     named = [
         {path.relative_to(folder).with_suffix(""): path for path in list_images(folder)}
         for folder in (folder_a, folder_b)
@@ -184,4 +191,4 @@ def _matched(folder_a: Path, folder_b: Path) -> tuple[_Side, _Side]:
                     "Give the files of a pair the same name, and each a partner."
                 )
     a, b = ([found[name] for name in names] for found in named)
-    return _Side(folder_a, a), _Side(folder_b, b)
+    return Side(folder_a, a), Side(folder_b, b)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -281,6 +282,8 @@ def check_value_range(value_range: tuple[float, float] | None) -> None:
     """Raises UserError unless it is None or two finite numbers, the lower first."""
     if value_range is None:
         return
+    if len(value_range) != 2:
+        raise UserError(f"value_range={value_range}: expected two numbers, LOW and HIGH.")
     low, high = value_range
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise UserError(
@@ -458,13 +461,47 @@ def load_image(
     return to_tensor(to_array(read_image(path, channels, bits, value_range)))
 
 
+def read_alpha(path: Path | str) -> Image.Image | None:
+    """The alpha channel of an image file, in the mode "L" and turned as `read_image` turns the image; None if it has none.
+
+    Raises:
+        UserError: If the file is not a readable image.
+    """
+    try:
+        if _is_array(path):
+            return None
+        with Image.open(path) as image:
+            if not image.has_transparency_data:
+                return None
+        return _decode(path).convert("RGBA").getchannel("A")
+    except _BROKEN as error:
+        raise _broken(path, error) from error
+
+
+@contextmanager
+def any_number_of_pixels() -> Iterator[None]:
+    """Context in which images of any size are read. Elsewhere those of more than 179 megapixels are errors, as Pillow takes them for
+    files that were made to fill the memory."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+# Of the formats that lose something, how little: 95 of 100.
+_SAVE_OPTIONS = dict.fromkeys((".jpg", ".jpeg", ".webp"), {"quality": 95})
+
+
 def save_image(
     tensor: torch.Tensor,
     path: Path | str,
     bits: int = 8,
     value_range: tuple[float, float] | None = None,
+    alpha: Image.Image | None = None,
 ) -> None:
-    """Writes an image file, atomically; the format follows from the extension.
+    """Writes an image file, atomically; the format follows from the extension. JPEG and WebP have quality 95.
 
     Values are clamped to [-1, 1], mapped to (x + 1) / 2 * 255 and truncated to 8 bits, as CUT's
     result files are; with `bits=16` they are mapped to 65535 and rounded. With `value_range` they are mapped back to its
@@ -472,9 +509,10 @@ def save_image(
 
     Args:
         tensor: (C, H, W) float in [-1, 1], on any device; C of 1 for `bits=16`.
-        path: The file to write; `result_suffix` gives an extension that fits.
+        path: The file to write; see `fitting_suffixes`.
         bits: 8 or 16.
         value_range: The numbers that -1 and 1 stand for, as in `read_image`.
+        alpha: An alpha channel of the same size, in the mode "L"; for 8 bits, and not for JPEG.
 
     Raises:
         ValueError: If the shape is another one.
@@ -486,45 +524,45 @@ def save_image(
         )
     check_depth(tensor.shape[0], bits)
     check_value_range(value_range)
+    suffixes = fitting_suffixes(tensor.shape[0], bits, value_range)
+    if Path(path).suffix.lower() not in suffixes:
+        raise UserError(
+            f"{path}: cannot be written: this format does not hold {_dtype(bits, value_range).name} with {tensor.shape[0]} channels. "
+            f"Use {suffixes[0]}."
+        )
     if value_range is not None:
         values = _unmapped(tensor, value_range)
     else:
         values = to_uint8(tensor) if bits == 8 else to_uint16(tensor)
     array = values.permute(1, 2, 0).numpy()
-    fitting = _fitting_suffixes(array.shape[2], array.dtype)
-    if fitting and Path(path).suffix.lower() not in fitting:
-        raise UserError(
-            f"{path}: cannot be written in this format: it does not hold {array.dtype.name} with {array.shape[2]} channels. "
-            f"Use {' or '.join(fitting)}."
-        )
     with atomic_path(path) as temporary:
         if _is_array(path):
             np.save(temporary, array, allow_pickle=False)
-        else:
-            Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(temporary)
+            return
+        image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+        if alpha is not None:
+            image.putalpha(alpha)
+        image.save(temporary, **_SAVE_OPTIONS.get(Path(path).suffix.lower(), {}))
 
 
-def result_suffix(
+def fitting_suffixes(
     channels: int, bits: int = 8, value_range: tuple[float, float] | None = None
-) -> str:
-    """The extension of the files that hold such images without a loss: ".png", ".tif" for floating-point numbers of one channel, or
-    ".npy"."""
-    dtype = {8: np.dtype(np.uint8), 16: np.dtype(np.uint16)}[bits]
-    fitting = _fitting_suffixes(channels, dtype if value_range is None else _dtype(value_range))
-    return fitting[0] if fitting else ".png"
+) -> tuple[str, ...]:
+    """The extensions of the files that `save_image` can write such images to, the usual one first."""
+    dtype = _dtype(bits, value_range)
+    if dtype == np.uint8 and channels in (1, 3):
+        return (".png", *EXTENSIONS)
+    if dtype == np.uint8 and channels == 4:
+        return (".png", ".tif", ".tiff", ".webp", ".npy")
+    if channels != 1:
+        return (".npy",)
+    return (*([".png"] if dtype == np.uint16 else []), ".tif", ".tiff", ".npy")
 
 
-def _fitting_suffixes(channels: int, dtype: np.dtype) -> tuple[str, ...]:
-    """The formats that hold such images, the usual one first; empty for images as most formats hold them."""
-    if dtype == np.uint8 and channels in (1, 3, 4):
-        return ()
-    if dtype == np.uint16 and channels == 1:
-        return (".png", ".tif", ".tiff", ".npy")
-    return (".tif", ".tiff", ".npy") if channels == 1 and dtype == np.float32 else (".npy",)
-
-
-def _dtype(value_range: tuple[float, float]) -> np.dtype:
-    """The type that holds the numbers of a range, and no fewer levels of them than 8 bits do."""
+def _dtype(bits: int, value_range: tuple[float, float] | None) -> np.dtype:
+    """The type that images are written as; of a range one that holds its numbers, and no fewer levels of them than 8 bits do."""
+    if value_range is None:
+        return np.dtype(np.uint8 if bits == 8 else np.uint16)
     low, high = value_range
     whole = low == int(low) and high == int(high) and high - low >= 255
     if whole and low >= 0 and high <= 65535:
@@ -536,8 +574,8 @@ def _unmapped(images: torch.Tensor, value_range: tuple[float, float]) -> torch.T
     """Images in [-1, 1] as numbers of a range, on the CPU: the inverse of `_mapped`."""
     low, high = value_range
     numbers = (images.detach().double().clamp(-1, 1) + 1) / 2 * (high - low) + low
-    dtype = getattr(torch, _dtype(value_range).name)
-    return (numbers.round() if not dtype.is_floating_point else numbers).to("cpu", dtype)
+    dtype = getattr(torch, _dtype(8, value_range).name)
+    return (numbers if dtype.is_floating_point else numbers.round()).to("cpu", dtype)
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -586,4 +624,9 @@ _BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 def _broken(path: Path | str, error: BaseException) -> UserError:
     reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+    if isinstance(error, Image.DecompressionBombError):
+        return UserError(
+            f"{path}: is larger than what is read unasked ({reason.partition(',')[0]}), as such files may be made to fill the "
+            "memory. If it is yours: fastnce translate --tile 512 reads any size; for a training, cut it up or scale it down."
+        )
     return UserError(f"{path}: cannot be read as an image ({reason}). Replace or remove this file.")

@@ -258,7 +258,7 @@ class CachedImages:
         if cached_phase == phase:
             return cached
         how = self.channels, self.bits, self.value_range
-        image = _half(read_image(self.paths[index], *how), self.half)
+        image = half_of(read_image(self.paths[index], *how), self.half)
         array = self.phases[phase].prepare(image)
         if cached is not None:
             self._cached_bytes -= cached.nbytes
@@ -271,7 +271,7 @@ class CachedImages:
         return array
 
 
-def _half(image: Image.Image | Bands, half: str | None) -> Image.Image | Bands:
+def half_of(image: Image.Image | Bands, half: str | None) -> Image.Image | Bands:
     """The "left" or the "right" half of an image, without the column between them if its width is odd."""
     width, height = image.size
     if half == "left":

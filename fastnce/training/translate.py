@@ -1,21 +1,15 @@
-"""Trained generators: loading one, and translating tensors and folders with it."""
+"""Trained generators: loading one, and translating tensors with it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from fastnce.data import Preprocess, list_images, save_image
-from fastnce.data.broken import readable
-from fastnce.data.folders import image_size, read_image, to_tensor, to_uint8
-from fastnce.data.transforms import RANDOM_TOKENS
+from fastnce.data import to_uint8
 from fastnce.errors import UserError
 from fastnce.networks import ResnetGenerator
 from fastnce.training.build import from_dict
@@ -238,115 +232,3 @@ def in_direction(
             "of a system of both directions, or the weights file of the other generator."
         )
     return generator.b_to_a, config.out_channels
-
-
-def translate_folder(
-    generator: nn.Module,
-    config: TrainConfig,
-    input: Path,
-    out: Path,
-    batch_size: int = 16,
-    *,
-    direction: str | None = None,
-    preprocess: str | None = None,
-    size: int | None = None,
-    tile: int | None = None,
-    broken_files: Literal["error", "skip"] | None = None,
-) -> int:
-    """Translates all images of a folder, and of the folders in it, to PNG files of the same names.
-
-    Images are scaled as in training, to the size of its crops, but not cropped. Images that follow each other and have the
-    same size are translated together.
-
-    Args:
-        generator: as `load_generator` gives it.
-        config: its run's configuration.
-        input: folder of the images.
-        out: folder of the results; created.
-        batch_size: images at a time.
-        direction: see `in_direction`.
-        preprocess: how images are scaled, instead of as in training: "none" keeps their size.
-        size: the size to which they are scaled, instead of the training's crop size.
-        tile: see `translate`.
-        broken_files: "skip" leaves files out that cannot be read and names them in the log, "error" stops at the first one;
-            None: as in the training.
-
-    Returns:
-        The number of images translated.
-
-    Raises:
-        UserError: a run that does not translate, no images, a broken one, two whose results would have the same name, or `out`
-            cannot be written.
-    """
-    if not isinstance(config, UnpairedTrainConfig):
-        raise UserError(
-            f"a run of {config.system} does not translate images. Name a run of cut or fastcut."
-        )
-    if broken_files is not None:
-        config = replace(config, broken_files=broken_files)
-    generator, channels = in_direction(generator, config, direction)
-    paths = list_images(input)
-    targets = _targets(paths, Path(input), Path(out))
-    scale = image_scaling(config, paths, preprocess, size)
-    skip, count = config.broken_files == "skip", 0
-
-    def read(path: Path) -> Tensor:
-        return to_tensor(scale.prepare(read_image(path, channels, config.bits)))
-
-    images = ((targets[path], image) for path, image in readable(paths, read, skip=skip))
-
-    with tqdm(total=len(paths), desc="translate", unit="image", disable=None) as bar:
-        for group in _groups_of_one_size(images, batch_size):
-            batch = torch.stack([image for _, image in group])
-            results = translate(generator, batch, batch_size, tile=tile)
-            for (target, _), result in zip(group, results, strict=True):
-                save_image(result, target, config.bits)
-            bar.update(len(group))
-            count += len(group)
-    return count
-
-
-def image_scaling(
-    config: UnpairedTrainConfig,
-    paths: Sequence[Path],
-    preprocess: str | None = None,
-    size: int | None = None,
-) -> Preprocess:
-    """What is done to the images in `paths` before they are translated: the steps of the training, or those asked for, that do
-    not depend on chance."""
-    steps = config.preprocess if preprocess is None else preprocess
-    kept = [part for part in steps.split("_and_") if not any(t in part for t in RANDOM_TOKENS)]
-    side = config.crop_size if size is None else size
-    first = (1, 1)
-    if "fixsize" in steps:
-        skip = config.broken_files == "skip"
-        first = next(size for _, size in readable(paths, image_size, skip=skip))
-    return Preprocess("_and_".join(kept) or "none", side, side, flip=False, fixed_size=first)
-
-
-def _targets(paths: list[Path], folder: Path, out: Path) -> dict[Path, Path]:
-    """The file to write for each of `paths`."""
-    targets: dict[Path, Path] = {}
-    for path in paths:
-        target = out / path.relative_to(folder).with_suffix(".png")
-        if target in targets:
-            raise UserError(
-                f"{path} and {targets[target]} would both be written to {target}. Rename one of them."
-            )
-        if target.resolve() == path.resolve():
-            raise UserError(f"out={out} would overwrite {path}. Name another folder.")
-        targets[target] = path
-    return {path: target for target, path in targets.items()}
-
-
-def _groups_of_one_size(
-    images: Iterator[tuple[Path, Tensor]], limit: int
-) -> Iterator[list[tuple[Path, Tensor]]]:
-    group: list[tuple[Path, Tensor]] = []
-    for target, image in images:
-        if group and (len(group) == limit or image.shape != group[0][1].shape):
-            yield group
-            group = []
-        group.append((target, image))
-    if group:
-        yield group

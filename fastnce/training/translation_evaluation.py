@@ -166,7 +166,7 @@ def translations(
         the folders by name.
     """
     # Here, because `translate` knows all systems, and they know what measures them.
-    from fastnce.training.translate import translate_folder
+    from fastnce.training.translate_files import translate_folder
 
     source = split_folder(data, "test", (direction or config.direction)[0])
     with tempfile.TemporaryDirectory() as parent:
@@ -181,7 +181,7 @@ def translations(
 def scaled_reader(config: UnpairedTrainConfig) -> Read:
     """Reads images scaled as in the training, without its crop: as those to translate are. What is skipped in the training is
     skipped here."""
-    from fastnce.training.translate import image_scaling
+    from fastnce.training.translate_files import image_scaling
 
     def read(paths: Sequence[Path]) -> Iterator[Tensor]:
         scale = image_scaling(config, paths)
