@@ -24,6 +24,7 @@ def evaluate(args: list[str]) -> int:
         checkpoint: str = "last",
         weights: Literal["ema", "raw"] = "ema",
         direction: Literal["AtoB", "BtoA"] | None = None,
+        value_range: tuple[float, float] | None = None,
         out: Path | None = None,
         device: str = "auto",
     ) -> None:
@@ -46,6 +47,8 @@ def evaluate(args: list[str]) -> int:
             checkpoint: "last", "best", or the path of a checkpoint file. With "last", CUT's best one is judged too.
             weights: The running average of the generator's weights, or the weights themselves.
             direction: For --images, or a system of both directions: which domain is translated to which; AtoB if not given.
+            value_range: The images' numbers that stand for black and white, where they are not of 8 bits or use all of 16; by
+                default as in the training.
             out: With --images: folder of the report, by default that of the images.
             device: auto, cpu, cuda or cuda:N.
         """
@@ -71,6 +74,7 @@ def evaluate(args: list[str]) -> int:
                 direction=direction or "AtoB",
                 out=out,
                 device=device,
+                value_range=value_range,
             )
         else:
             if out is not None:
@@ -85,6 +89,7 @@ def evaluate(args: list[str]) -> int:
                 checkpoint=checkpoint,
                 weights=weights,
                 device=device,
+                value_range=value_range,
             )
         print(table)
 

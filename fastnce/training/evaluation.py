@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,9 +65,11 @@ class Segmentation:
     kind: LabelKind = "train-ids"
     """What the label maps hold."""
 
-    def scores(self, folder: Path, device: torch.device) -> dict[str, Any]:
+    def scores(
+        self, folder: Path, device: torch.device, value_range: tuple[float, float] | None = None
+    ) -> dict[str, Any]:
         """Of the images in a folder; see `fastnce.metrics.segmentation.evaluate_segmentation`."""
-        images = ((path, load_image(path)) for path in list_images(folder))
+        images = ((path, load_image(path, value_range=value_range)) for path in list_images(folder))
         segmenter = ScriptedSegmenter(self.segmenter, device)
         return evaluate_segmentation(
             images, label_files(self.labels, self.kind), segmenter, self.kind
@@ -85,6 +87,7 @@ def evaluate_translation(
     checkpoint: str = "last",
     weights: Literal["ema", "raw"] = "ema",
     device: str = "auto",
+    value_range: tuple[float, float] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """FID, KID, precision, recall and more of a run's translations of the test images, beside their baselines.
 
@@ -102,6 +105,7 @@ def evaluate_translation(
         checkpoint: "last", "best", or a file.
         weights: the running average, or the weights themselves.
         device: where to translate.
+        value_range: the images' numbers that stand for black and white; by default as in the training.
 
     Returns:
         The result, see `fastnce.metrics.evaluate`, and its table.
@@ -116,6 +120,8 @@ def evaluate_translation(
 
     config = load_config(run)
     assert isinstance(config, UnpairedTrainConfig)
+    if value_range is not None:
+        config = replace(config, value_range=value_range)
     networks = {TRANSLATED: network(run, checkpoint)}
     if checkpoint == "last" and Path(run, "checkpoints", "best.pt").is_file():
         networks[BEST] = network(run, "best")
@@ -125,7 +131,9 @@ def evaluate_translation(
     tables = []
     with translations(networks, config, data, direction) as folders:
         if segmentation is not None:
-            result["segmentation"] = segmentation.scores(folders[TRANSLATED], target)
+            result["segmentation"] = segmentation.scores(
+                folders[TRANSLATED], target, config.value_range
+            )
             tables.append(format_segmentation_table(result["segmentation"]))
         if segmentation is None or extractor or config.extractor or is_digits_photos(data):
             judge = load_judge(data, extractor or config.extractor, target)
@@ -135,6 +143,7 @@ def evaluate_translation(
                 judge,
                 direction=direction or config.direction,
                 read=scaled_reader(config),
+                value_range=config.value_range,
             )
             tables.insert(0, format_table(result))
     table = "\n".join([*tables, *cost_lines(result["run"])])
@@ -151,6 +160,7 @@ def evaluate_images(
     direction: str = "AtoB",
     out: Path | None = None,
     device: str = "auto",
+    value_range: tuple[float, float] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """The same of a folder of translated images, whatever program made them.
 
@@ -165,6 +175,7 @@ def evaluate_images(
         direction: "AtoB": the images are translations of testA; or "BtoA".
         out: folder of the report.
         device: where the extractor runs.
+        value_range: the images' numbers that stand for black and white, where they are not of 8 bits or use all of 16.
 
     Raises:
         UserError: folders or images are missing, or nothing to judge these images.
@@ -174,10 +185,12 @@ def evaluate_images(
     tables = []
     if data is not None:
         judge = load_judge(data, extractor, target)
-        result |= judge_folders({TRANSLATED: images}, data, judge, direction=direction)
+        result |= judge_folders(
+            {TRANSLATED: images}, data, judge, direction=direction, value_range=value_range
+        )
         tables.append(format_table(result))
     if segmentation is not None:
-        result["segmentation"] = segmentation.scores(images, target)
+        result["segmentation"] = segmentation.scores(images, target, value_range)
         tables.append(format_segmentation_table(result["segmentation"]))
     if not tables:
         raise UserError(
@@ -283,6 +296,7 @@ def evaluate_run(
     extractor: Path | None = None,
     segmentation: Segmentation | None = None,
     direction: str | None = None,
+    value_range: tuple[float, float] | None = None,
     **settings: Any,
 ) -> tuple[dict[str, Any], str]:
     """Evaluates a run of any system; see the functions above for its settings.
@@ -299,9 +313,11 @@ def evaluate_run(
             extractor=extractor,
             segmentation=segmentation,
             direction=direction,
+            value_range=value_range,
             **settings,
         )
     _only_for(config.system, without_nce=without_nce, segmenter=segmentation, direction=direction)
+    _only_for(config.system, value_range=value_range)
     if isinstance(config, ContraGANTrainConfig):
         return evaluate_conditional_generation(run, data, extractor=extractor, **settings)
     _only_for(config.system, extractor=extractor)

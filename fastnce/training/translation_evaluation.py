@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def judge_folders(
     read: Read | None = None,
     baselines: bool = True,
     evaluator: Evaluator | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """Judges folders of translated test images, beside untranslated images and other real ones.
 
@@ -75,6 +77,7 @@ def judge_folders(
         read: Reads the real images; by default at their own size.
         baselines: Judge the untranslated and the other real images too.
         evaluator: Of a digits-photos set, if it is loaded already.
+        value_range: The images' numbers that stand for black and white: see `fastnce.data.folders.read_image`.
 
     Returns:
         See `fastnce.metrics.evaluate`.
@@ -82,11 +85,12 @@ def judge_folders(
     Raises:
         UserError: folders or images are missing.
     """
-    read = read or _as_they_are
+    as_they_are = partial(_as_they_are, value_range=value_range)
+    read = read or as_they_are
     source, target = direction[0], direction[-1]
     if is_digits_photos(data):
         paths = list_images(split_folder(data, "test", source))
-        images = {name: _stacked(folder, paths) for name, folder in folders.items()}
+        images = {name: _stacked(folder, paths, value_range) for name, folder in folders.items()}
         return evaluate_digits(
             images[TRANSLATED],
             data,
@@ -103,7 +107,7 @@ def judge_folders(
     for name, folder in folders.items():
         paths = list_images(folder)
         _expect_two(folder, paths)
-        rows[name] = Row(_as_they_are(paths))
+        rows[name] = Row(as_they_are(paths))
     if baselines:
         rows[untranslated_name(source)] = Row(read(plain))
         try:
@@ -141,6 +145,7 @@ def translation_measure(config: UnpairedTrainConfig, _: object) -> Measure | Non
                 direction=config.direction,
                 read=scaled_reader(config),
                 baselines=False,
+                value_range=config.value_range,
             )["rows"][0]
         return {name: row[name] for name in _MEASURED if row[name] is not None}
 
@@ -187,15 +192,17 @@ def scaled_reader(config: UnpairedTrainConfig) -> Read:
         scale = image_scaling(config, paths)
 
         def one(path: Path) -> Tensor:
-            return to_tensor(scale.prepare(read_image(path, 3)))
+            return to_tensor(scale.prepare(read_image(path, 3, 8, config.value_range)))
 
         return (image for _, image in readable(paths, one, skip=config.broken_files == "skip"))
 
     return read
 
 
-def _as_they_are(paths: Sequence[Path]) -> Iterator[Tensor]:
-    return (load_image(path) for path in paths)
+def _as_they_are(
+    paths: Sequence[Path], value_range: tuple[float, float] | None
+) -> Iterator[Tensor]:
+    return (load_image(path, value_range=value_range) for path in paths)
 
 
 def _test_images(data: Path, domain: str) -> list[Path]:
@@ -220,7 +227,9 @@ def _spread(paths: Sequence[Path], count: int) -> list[Path]:
     return [paths[i] for i in chosen]
 
 
-def _stacked(folder: Path, sources: Sequence[Path]) -> Tensor:
+def _stacked(
+    folder: Path, sources: Sequence[Path], value_range: tuple[float, float] | None
+) -> Tensor:
     """The translations of `sources` in a folder, found by their names without extension, in that order. (N, 3, H, W)"""
     files = {path.stem: path for path in list_images(folder)}
     missing = [path.stem for path in sources if path.stem not in files]
@@ -232,7 +241,7 @@ def _stacked(folder: Path, sources: Sequence[Path]) -> Tensor:
     images = []
     size = image_size(sources[0])
     for source in sources:
-        image = load_image(files[source.stem])
+        image = load_image(files[source.stem], value_range=value_range)
         if image.shape[:0:-1] != size:
             raise UserError(
                 f"{files[source.stem]}: is {image.shape[2]}x{image.shape[1]}, but the digits are {size[0]}x{size[1]}. "
