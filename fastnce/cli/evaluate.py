@@ -24,13 +24,14 @@ def evaluate(args: list[str]) -> int:
         checkpoint: str = "last",
         weights: Literal["ema", "raw"] = "ema",
         direction: Literal["AtoB", "BtoA"] | None = None,
+        value_range: tuple[float, float] | None = None,
         out: Path | None = None,
         device: str = "auto",
         broken_files: Literal["error", "skip"] | None = None,
     ) -> None:
         """CUT and its kin: FID, KID, precision, recall, density and coverage of the translated test images, and content accuracy
-        of digits. pix2pix: L1, PSNR and SSIM against the truth, and with --extractor those too. ContraGAN: also intra-class FID, IS and class accuracy of samples. SimCLR, MoCo, SupCon: k-NN and linear
-        accuracy of features.
+        of digits. pix2pix: L1, PSNR and SSIM against the truth, and with --extractor those too. ContraGAN: also intra-class FID,
+        IS and class accuracy of samples. SimCLR, MoCo, SupCon: k-NN and linear accuracy of features.
 
         Writes metrics.json and metrics.md into the run's folder, or into --out for a folder of images.
 
@@ -47,6 +48,8 @@ def evaluate(args: list[str]) -> int:
             checkpoint: "last", "best", or the path of a checkpoint file. With "last", CUT's best one is judged too.
             weights: The running average of the generator's weights, or the weights themselves.
             direction: For --images, or a system of both directions: which domain is translated to which; AtoB if not given.
+            value_range: The images' numbers that stand for black and white, where they are not of 8 bits or use all of 16; by
+                default as in the training.
             out: With --images: folder of the report, by default that of the images.
             device: auto, cpu, cuda or cuda:N.
             broken_files: What a file that cannot be read does: skip leaves it out and names it, error stops; by default as in
@@ -75,6 +78,7 @@ def evaluate(args: list[str]) -> int:
                 out=out,
                 device=device,
                 broken_files=broken_files,
+                value_range=value_range,
             )
         else:
             if out is not None:
@@ -90,6 +94,7 @@ def evaluate(args: list[str]) -> int:
                 weights=weights,
                 device=device,
                 broken_files=broken_files,
+                value_range=value_range,
             )
         print(table)
 

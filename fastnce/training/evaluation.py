@@ -71,9 +71,11 @@ class Segmentation:
     kind: LabelKind = "train-ids"
     """What the label maps hold."""
 
-    def scores(self, folder: Path, device: torch.device) -> dict[str, Any]:
+    def scores(
+        self, folder: Path, device: torch.device, value_range: tuple[float, float] | None = None
+    ) -> dict[str, Any]:
         """Of the images in a folder; see `fastnce.metrics.segmentation.evaluate_segmentation`."""
-        images = ((path, load_image(path)) for path in list_images(folder))
+        images = ((path, load_image(path, value_range=value_range)) for path in list_images(folder))
         segmenter = ScriptedSegmenter(self.segmenter, device)
         return evaluate_segmentation(
             images, label_files(self.labels, self.kind), segmenter, self.kind
@@ -92,6 +94,7 @@ def evaluate_translation(
     weights: Literal["ema", "raw"] = "ema",
     device: str = "auto",
     broken_files: Literal["error", "skip"] | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """FID, KID, precision, recall and more of a run's translations of the test images, beside their baselines.
 
@@ -112,6 +115,7 @@ def evaluate_translation(
         device: where to translate.
         broken_files: "skip" leaves out files that cannot be read and names them in the log, "error" stops at the first one; by
             default as in the training.
+        value_range: the images' numbers that stand for black and white; by default as in the training.
 
     Returns:
         The result, see `fastnce.metrics.evaluate`, and its table.
@@ -126,6 +130,8 @@ def evaluate_translation(
 
     config = _with_broken_files(load_config(run), broken_files)
     assert isinstance(config, UnpairedTrainConfig)
+    if value_range is not None:
+        config = replace(config, value_range=value_range)
     paired = isinstance(config, Pix2PixTrainConfig)
     networks = {TRANSLATED: network(run, checkpoint)}
     if checkpoint == "last" and Path(run, "checkpoints", "best.pt").is_file():
@@ -136,7 +142,9 @@ def evaluate_translation(
     tables = []
     with translations(networks, config, data, direction) as folders:
         if segmentation is not None:
-            result["segmentation"] = segmentation.scores(folders[TRANSLATED], target)
+            result["segmentation"] = segmentation.scores(
+                folders[TRANSLATED], target, config.value_range
+            )
             tables.append(format_segmentation_table(result["segmentation"]))
         by_features = extractor or config.extractor or is_digits_photos(data)
         if by_features or (segmentation is None and not paired):
@@ -149,6 +157,7 @@ def evaluate_translation(
                 read=scaled_reader(config),
                 paired=paired,
                 skip=config.broken_files == "skip",
+                value_range=config.value_range,
             )
             tables.insert(0, format_table(result))
         if paired:
@@ -171,6 +180,7 @@ def evaluate_images(
     out: Path | None = None,
     device: str = "auto",
     broken_files: Literal["error", "skip"] | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """The same of a folder of translated images, whatever program made them.
 
@@ -187,6 +197,7 @@ def evaluate_images(
         out: folder of the report.
         device: where the extractor runs.
         broken_files: "skip" leaves out files that cannot be read.
+        value_range: the images' numbers that stand for black and white, where they are not of 8 bits or use all of 16.
 
     Raises:
         UserError: folders or images are missing, or nothing to judge these images.
@@ -195,19 +206,22 @@ def evaluate_images(
     result: dict[str, Any] = {"images": str(images)}
     tables = []
     if data is not None:
-        paired, skip = holds_pairs(data), broken_files == "skip"
+        paired = holds_pairs(data)
+        options: dict[str, Any] = {
+            "direction": direction,
+            "value_range": value_range,
+            "skip": broken_files == "skip",
+        }
         if extractor or not paired:
             judge = load_judge(data, extractor, target)
-            options = {"direction": direction, "paired": paired, "skip": skip}
-            result |= judge_folders({TRANSLATED: images}, data, judge, **options)
+            folders = {TRANSLATED: images}
+            result |= judge_folders(folders, data, judge, paired=paired, **options)
             tables.append(format_table(result))
         if paired:
-            result["pairs"] = judge_pairs(
-                {TRANSLATED: images}, data, direction=direction, skip=skip
-            )
+            result["pairs"] = judge_pairs({TRANSLATED: images}, data, **options)
             tables.insert(0, format_pair_table(result["pairs"]))
     if segmentation is not None:
-        result["segmentation"] = segmentation.scores(images, target)
+        result["segmentation"] = segmentation.scores(images, target, value_range)
         tables.append(format_segmentation_table(result["segmentation"]))
     if not tables:
         raise UserError(
@@ -318,6 +332,7 @@ def evaluate_run(
     extractor: Path | None = None,
     segmentation: Segmentation | None = None,
     direction: str | None = None,
+    value_range: tuple[float, float] | None = None,
     **settings: Any,
 ) -> tuple[dict[str, Any], str]:
     """Evaluates a run of any system; see the functions above for its settings.
@@ -334,9 +349,11 @@ def evaluate_run(
             extractor=extractor,
             segmentation=segmentation,
             direction=direction,
+            value_range=value_range,
             **settings,
         )
     _only_for(config.system, without_nce=without_nce, segmenter=segmentation, direction=direction)
+    _only_for(config.system, value_range=value_range)
     if isinstance(config, ContraGANTrainConfig):
         return evaluate_conditional_generation(run, data, extractor=extractor, **settings)
     _only_for(config.system, extractor=extractor)

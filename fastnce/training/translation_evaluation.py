@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from fastnce.data import list_images, split_folder
 from fastnce.data.aligned import Side, find_pairs
 from fastnce.data.broken import readable
-from fastnce.data.folders import image_size, load_image, read_image, to_array, to_tensor
+from fastnce.data.folders import UnfitFile, image_size, load_image, read_image, to_array, to_tensor
 from fastnce.data.unpaired import half_of
 from fastnce.errors import UserError
 from fastnce.metrics import Evaluator, Row, evaluate, evaluate_digits, is_digits_photos
@@ -69,6 +70,7 @@ def judge_folders(
     evaluator: Evaluator | None = None,
     paired: bool = False,
     skip: bool = False,
+    value_range: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """Judges folders of translated test images, beside untranslated images and other real ones, by features of all of them.
 
@@ -83,6 +85,7 @@ def judge_folders(
         evaluator: Of a digits-photos set, if it is loaded already.
         paired: The data are pairs: see `fastnce.data.AlignedImages`.
         skip: Leave out files that cannot be read.
+        value_range: The images' numbers that stand for black and white: see `fastnce.data.folders.read_image`.
 
     Returns:
         See `fastnce.metrics.evaluate`.
@@ -90,10 +93,11 @@ def judge_folders(
     Raises:
         UserError: folders or images are missing.
     """
-    read = read or _as_they_are
+    as_they_are = partial(_as_they_are, value_range=value_range)
+    read = read or as_they_are
     if is_digits_photos(data):
         paths = list_images(split_folder(data, "test", direction[0]))
-        images = {name: _stacked(folder, paths) for name, folder in folders.items()}
+        images = {name: _stacked(folder, paths, value_range) for name, folder in folders.items()}
         return evaluate_digits(
             images[TRANSLATED],
             data,
@@ -116,7 +120,7 @@ def judge_folders(
     for name, folder in folders.items():
         made = Side(folder, list_images(folder))
         _expect_two(made)
-        rows[name] = images_of(made, _as_they_are)
+        rows[name] = images_of(made, as_they_are)
     source, target = direction[0], direction[-1]
     if baselines:
         rows[untranslated_name(source)] = images_of(plain, read)
@@ -144,6 +148,7 @@ def judge_pairs(
     bits: int = 8,
     baselines: bool = True,
     skip: bool = False,
+    value_range: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """L1, PSNR and SSIM of folders of translated test images of a set of pairs, each against its own truth.
 
@@ -157,6 +162,7 @@ def judge_pairs(
         bits: Of the translated images.
         baselines: Judge the untranslated images too.
         skip: Leave out files that cannot be read.
+        value_range: As of `judge_folders`.
 
     Returns:
         {"reference", "rows": [{"name"} and `fastnce.metrics.pairs.pair_numbers`, ...]}.
@@ -169,14 +175,15 @@ def judge_pairs(
 
     source, truth = find_pairs(data, "test", direction)
     partners = dict(zip(source.paths, truth.paths, strict=True))
-    read = read or (lambda side: _as_they_are(side, channels, bits))
+    as_they_are = partial(_as_they_are, channels=channels, bits=bits, value_range=value_range)
+    read = read or as_they_are
     read_source, read_truth = read(source), read(truth)
 
     def row(name: str, files: Mapping[Path, Path], read_one: Callable[[Path], Tensor]) -> dict:
         def pair(path: Path) -> tuple[Tensor, Tensor]:
             image, true = read_one(files[path]), read_truth(partners[path])
             if image.shape != true.shape:
-                raise UserError(
+                raise UnfitFile(
                     f"{files[path]}: is {image.shape[2]}x{image.shape[1]}, but what it should be, in {partners[path]}, "
                     f"{true.shape[2]}x{true.shape[1]}. Give them one size."
                 )
@@ -197,7 +204,7 @@ def judge_pairs(
             path: target if target.is_file() else there.get(target.with_suffix(""), target)
             for path, target in targets(source.paths, source.folder, folder).items()
         }
-        rows.append(row(name, made, _as_they_are(Side(folder, []), channels, bits)))
+        rows.append(row(name, made, as_they_are(Side(folder, []))))
     if baselines:
         themselves = {path: path for path in source.paths}
         rows.append(row(untranslated_name(direction[0]), themselves, read_source))
@@ -242,6 +249,7 @@ def translation_measure(config: UnpairedTrainConfig, _: object) -> Measure | Non
                     baselines=False,
                     paired=paired,
                     skip=config.broken_files == "skip",
+                    value_range=config.value_range,
                 )
                 row |= result["rows"][0]
         return {name: row[name] for name in _MEASURED if row.get(name) is not None}
@@ -258,6 +266,7 @@ def pair_options(config: UnpairedTrainConfig) -> dict[str, Any]:
         "channels": channels,
         "bits": bits,
         "skip": config.broken_files == "skip",
+        "value_range": config.value_range,
     }
 
 
@@ -280,7 +289,7 @@ def translations(
         the folders by name.
     """
     # Here, because `translate` knows all systems, and they know what measures them.
-    from fastnce.training.translate_files import targets, translate_files
+    from fastnce.training.translate_files import translate_folder
 
     paired = isinstance(config, Pix2PixTrainConfig)
     source = _side(data, "test", direction or config.direction, 0, paired)
@@ -288,12 +297,13 @@ def translations(
         folders = {name: Path(parent, str(number)) for number, name in enumerate(networks)}
         for name, network in networks.items():
             was_training = network.training
-            translate_files(
+            translate_folder(
                 network.eval(),
                 config,
-                targets(source.paths, source.folder, folders[name]),
+                source.folder,
+                folders[name],
                 direction=direction,
-                half=source.half,
+                half=source.half or "none",
             )
             network.train(was_training)
         yield folders
@@ -307,16 +317,23 @@ def scaled_reader(config: UnpairedTrainConfig, channels: int = 3, bits: int = 8)
         scale = image_scaling(config, side.paths, half=side.half)
 
         def read(path: Path) -> Tensor:
-            return to_tensor(scale.prepare(half_of(read_image(path, channels, bits), side.half)))
+            image = read_image(path, channels, bits, config.value_range)
+            return to_tensor(scale.prepare(half_of(image, side.half)))
 
         return read
 
     return reader
 
 
-def _as_they_are(side: Side, channels: int = 3, bits: int = 8) -> Callable[[Path], Tensor]:
+def _as_they_are(
+    side: Side,
+    channels: int = 3,
+    bits: int = 8,
+    value_range: tuple[float, float] | None = None,
+) -> Callable[[Path], Tensor]:
     def read(path: Path) -> Tensor:
-        return to_tensor(to_array(half_of(read_image(path, channels, bits), side.half)))
+        image = read_image(path, channels, bits, value_range)
+        return to_tensor(to_array(half_of(image, side.half)))
 
     return read
 
@@ -349,7 +366,9 @@ def _spread(paths: Sequence[Path], count: int) -> list[Path]:
     return [paths[i] for i in chosen]
 
 
-def _stacked(folder: Path, sources: Sequence[Path]) -> Tensor:
+def _stacked(
+    folder: Path, sources: Sequence[Path], value_range: tuple[float, float] | None
+) -> Tensor:
     """The translations of `sources` in a folder, found by their names without extension, in that order. (N, 3, H, W)"""
     files = {path.stem: path for path in list_images(folder)}
     missing = [path.stem for path in sources if path.stem not in files]
@@ -361,7 +380,7 @@ def _stacked(folder: Path, sources: Sequence[Path]) -> Tensor:
     images = []
     size = image_size(sources[0])
     for source in sources:
-        image = load_image(files[source.stem])
+        image = load_image(files[source.stem], value_range=value_range)
         if image.shape[:0:-1] != size:
             raise UserError(
                 f"{files[source.stem]}: is {image.shape[2]}x{image.shape[1]}, but the digits are {size[0]}x{size[1]}. "
