@@ -508,7 +508,7 @@ def save_image(
     numbers: rounded to integers of 8 or 16 bits if its ends are such and 255 or more apart, else float32.
 
     Args:
-        tensor: (C, H, W) float in [-1, 1], on any device; C of 1 for `bits=16`.
+        tensor: (C, H, W) float in [-1, 1], or uint8 for 8 bits, on any device; C of 1 for `bits=16`.
         path: The file to write; see `fitting_suffixes`.
         bits: 8 or 16.
         value_range: The numbers that -1 and 1 stand for, as in `read_image`.
@@ -521,6 +521,10 @@ def save_image(
     if tensor.ndim != 3:
         raise ValueError(
             f"save_image: tensor: expected the shape (C, H, W), got {tuple(tensor.shape)}."
+        )
+    if tensor.dtype == torch.uint8 and (bits != 8 or value_range is not None):
+        raise ValueError(
+            "save_image: tensor: uint8 is for 8 bits. Give floating-point values in [-1, 1]."
         )
     check_depth(tensor.shape[0], bits)
     check_value_range(value_range)
@@ -579,11 +583,13 @@ def _unmapped(images: torch.Tensor, value_range: tuple[float, float]) -> torch.T
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] of any shape to uint8 on the CPU: clamped, (x + 1) / 2 * 255, truncated.
+    """Images in [-1, 1] of any shape to uint8 on the CPU: clamped, (x + 1) / 2 * 255, truncated. uint8 stays as it is.
 
     A ten-thousandth of a level is added first: float32 arithmetic leaves 63 of the 256 levels just
     below themselves, and truncation would darken an image each time it is loaded and saved.
     """
+    if images.dtype == torch.uint8:
+        return images.cpu()
     levels = (images.detach().float().clamp(-1, 1) + 1) / 2 * 255
     return (levels + 1e-4).to("cpu", torch.uint8)
 

@@ -145,6 +145,7 @@ def translate(
         >>> translate(generator, photo).shape, translate(generator, photo).dtype
         (torch.Size([3, 21, 34]), torch.uint8)
     """
+    generator = getattr(generator, "a_to_b", generator)
     _check_images(generator, images)
     if images.ndim == 3:
         return translate(generator, images[None], batch_size, tile=tile)[0]
