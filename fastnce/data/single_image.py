@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ class SingleImagePatches(Dataset):
     batches mix zooms all the same. Here the zoom is drawn for each sample.
 
     Args:
-        root: Folder that holds trainA and trainB.
+        root: Folder that holds trainA and trainB; or the two folders by these names, wherever they are.
         split: "train" or any other prefix of the two folders.
         crop_size: Side of a patch in pixels.
         max_zoom_out: By how much the image is shrunk at most, at least 1; `--random_scale_max` of the published code.
@@ -59,7 +59,7 @@ class SingleImagePatches(Dataset):
 
     def __init__(
         self,
-        root: Path | str,
+        root: Path | str | Mapping[str, Path],
         split: str = "train",
         *,
         crop_size: int = 64,
@@ -82,7 +82,7 @@ class SingleImagePatches(Dataset):
         first, second = direction.split("to")
         folder_a, folder_b = split_folder(root, split, first), split_folder(root, split, second)
         self._folders = ((folder_a, channels_a), (folder_b, channels_b))
-        skip = broken_files == "skip"
+        self._skip = skip = broken_files == "skip"
         self.a, files_a = _images(folder_a, channels_a, crop_size, skip)
         self.b, files_b = _images(folder_b, channels_b, crop_size, skip)
         self._files = {"A": files_a, "B": files_b}
@@ -117,7 +117,9 @@ class SingleImagePatches(Dataset):
         return [
             line
             for folder, channels in self._folders
-            for line in describe_folder(folder, list_images(folder), channels)
+            for line in describe_folder(
+                folder, list_images(folder), channels, skip_broken=self._skip
+            )
         ]
 
     def _patch(self, images: list[Image.Image], rng: np.random.Generator) -> torch.Tensor:

@@ -125,7 +125,7 @@ def translation_measure(config: UnpairedTrainConfig, _: object) -> Measure | Non
         UserError: the extractor or the test images cannot be had.
     """
     try:
-        extractor = load_judge(config.data, config.extractor)
+        extractor = load_judge(config.folders, config.extractor)
     except UserError as error:
         if config.extractor is not None:
             raise
@@ -133,10 +133,10 @@ def translation_measure(config: UnpairedTrainConfig, _: object) -> Measure | Non
         return None
 
     def measure(_: nn.Module, network: nn.Module) -> dict[str, float]:
-        with translations({TRANSLATED: network}, config, config.data) as folders:
+        with translations({TRANSLATED: network}, config, config.folders) as folders:
             row = judge_folders(
                 folders,
-                config.data,
+                config.folders,
                 extractor,
                 direction=config.direction,
                 read=scaled_reader(config),
