@@ -344,7 +344,7 @@ def evaluate_run(
     if isinstance(config, UnpairedTrainConfig):
         return evaluate_translation(
             run,
-            config.data if data is None else data,
+            config.folders if data is None else data,
             without_nce=without_nce,
             extractor=extractor,
             segmentation=segmentation,

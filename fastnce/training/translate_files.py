@@ -18,6 +18,7 @@ from tqdm import tqdm
 from fastnce.data import EXTENSIONS, Preprocess, list_images, save_image
 from fastnce.data.aligned import find_pairs
 from fastnce.data.broken import readable
+from fastnce.data.files import expect_apart
 from fastnce.data.folders import (
     UnfitFile,
     any_number_of_pixels,
@@ -108,7 +109,10 @@ def translate_folder(
         raise UserError(
             f"input={input}: no such file or folder. Name an image, or a folder of images."
         )
-    paths = list_images(input) if input.is_dir() else [input]
+    paths = [input]
+    if input.is_dir():
+        expect_apart(out, [input])
+        paths = list_images(input)
     if half is None:
         half = input_half(config, paths)
     return translate_files(
@@ -208,7 +212,7 @@ def input_half(config: UnpairedTrainConfig, paths: Sequence[Path]) -> Half:
     _, (width, height) = next(readable(paths, image_size, skip=skip))
     half: Half = "left" if config.direction == "AtoB" else "right"
     try:
-        trained = find_pairs(config.data, "train")[0]
+        trained = find_pairs(config.folders, "train")[0]
         _, (pair_width, pair_height) = next(readable(trained.paths, image_size, skip=True))
     except UserError:
         if width != 2 * height:
