@@ -93,7 +93,7 @@ class ResnetBlock(nn.Module):
 def init_xavier(module: nn.Module, gain: float = 0.02) -> None:
     """Xavier-normal weights and zero biases for every convolution and linear layer (CUT's initialisation)."""
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             nn.init.xavier_normal_(layer.weight, gain=gain)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -102,7 +102,7 @@ def init_xavier(module: nn.Module, gain: float = 0.02) -> None:
 def init_default(module: nn.Module) -> None:
     """PyTorch's own initialisation of every convolution and linear layer."""
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             layer.reset_parameters()
 
 
