@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnce.ops.blur_resample import blur_kernel, blur_resample
@@ -51,6 +52,32 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return conv3x3(x, self.weight, self.bias, reflect=self.reflect)
+
+
+class StridedConv1x1(nn.Conv2d):
+    """1x1 convolution that keeps every `stride`-th position; no bias. Use it wherever a stride is above 1.
+
+    On the CPU, few channels are computed in contiguous format whatever the format of input and weight is: on processors with
+    AVX2 but without AVX-512, the oneDNN of torch 2.13 and 2.14 writes beyond its memory in the weight gradient of a
+    channels-last layer with 2 to 6 input channels, and the process aborts later, anywhere. Values are the same; the output's
+    format is the computed one.
+
+    Args:
+        in_channels, out_channels: of the maps, (N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride)).
+        stride: of both axes.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or self.in_channels >= 8:
+            return super().forward(x)
+        # Format is told by the strides. Those of axes of size 1 survive contiguous(), so they are made anew.
+        n, c, h, w = x.shape
+        x = x.contiguous().flatten().view(n, c, h, w)
+        weight = self.weight.contiguous().flatten().view(-1, c, 1, 1)
+        return F.conv2d(x, weight, stride=self.stride)
 
 
 class InstanceNorm(nn.Module):
