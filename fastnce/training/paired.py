@@ -61,4 +61,5 @@ PIX2PIX_SYSTEM = System(
     panels=(("G_GAN", "D_real", "D_fake"), ("G_L1",), ("G",)),
     measure=translation_measure,
     best="l1",
+    published={"G": "generator", "D": "discriminator"},
 )
