@@ -37,7 +37,7 @@ from fastnce.training.tiles import check_tile
 from fastnce.training.translate import in_direction, translate
 
 Format = Literal["png", "jpg", "tiff", "webp", "npy"]
-Half = Literal["left", "right", "none"]
+Part = Literal["left", "right", "whole"]
 # Extensions of single results, by the format that they stand for.
 _FORMATS: dict[str, Format] = {
     ".png": "png",
@@ -61,7 +61,7 @@ def translate_folder(
     preprocess: str | None = None,
     size: int | None = None,
     tile: int | None = None,
-    half: Half | None = None,
+    part: Part | None = None,
     format: Format | None = None,
     broken_files: Literal["error", "skip"] | None = None,
     value_range: tuple[float, float] | None = None,
@@ -81,7 +81,7 @@ def translate_folder(
         preprocess: how images are scaled, instead of as in training: "none" keeps their size.
         size: the size to which they are scaled, instead of the training's crop size.
         tile: see `translate`. With it images of any number of pixels are read.
-        half: the half of each file that is translated, "left" or "right"; "none": all of it; None: see `input_half`.
+        part: the half of each file that is translated, "left" or "right"; "whole": all of it; None: see `input_part`.
         format: of the results; by default what the extension of `out` says, else "png", or what holds the numbers of the
             `value_range` and all channels: "tiff" or "npy". "jpg" and "webp" have quality 95.
         broken_files: "skip" leaves files out that cannot be read and names them in the log; "error" stops at the first one,
@@ -113,8 +113,8 @@ def translate_folder(
     if input.is_dir():
         expect_apart(out, [input])
         paths = list_images(input)
-    if half is None:
-        half = input_half(config, paths)
+    if part is None:
+        part = input_part(config, paths)
     return translate_files(
         generator,
         config,
@@ -124,7 +124,7 @@ def translate_folder(
         preprocess=preprocess,
         size=size,
         tile=tile,
-        half=half,
+        part=part,
     )
 
 
@@ -138,7 +138,7 @@ def translate_files(
     preprocess: str | None = None,
     size: int | None = None,
     tile: int | None = None,
-    half: str | None = None,
+    part: str | None = None,
 ) -> int:
     """`translate_folder` of the files in `targets`, each to the file that it names."""
     if tile is not None:
@@ -156,11 +156,11 @@ def translate_files(
     with contextlib.ExitStack() as stack:
         if tile is not None:
             stack.enter_context(any_number_of_pixels())
-        scale = image_scaling(config, list(targets), preprocess, size, half)
+        scale = image_scaling(config, list(targets), preprocess, size, part)
 
         def read(path: Path) -> _Image:
             try:
-                image = half_of(read_image(path, channels, config.bits, config.value_range), half)
+                image = half_of(read_image(path, channels, config.bits, config.value_range), part)
                 alpha = read_alpha(path) if channels in (1, 3) else None
             except UserError as error:
                 if skip or isinstance(error, UnfitFile):
@@ -170,7 +170,7 @@ def translate_files(
                     "--broken-files skip."
                 ) from error
             if alpha is not None:
-                alpha = to_image(scale.prepare(half_of(alpha, half)))
+                alpha = to_image(scale.prepare(half_of(alpha, part)))
             return _Image(to_tensor(scale.prepare(image)), alpha)
 
         bar = stack.enter_context(
@@ -196,7 +196,7 @@ def translate_files(
     return count
 
 
-def input_half(config: UnpairedTrainConfig, paths: Sequence[Path]) -> Half:
+def input_part(config: UnpairedTrainConfig, paths: Sequence[Path]) -> Part:
     """Which part of the files in `paths` a generator translates.
 
     That is all of each file, but where a run of pix2pix learned from pairs side by side, and these are such: files of its data,
@@ -207,37 +207,38 @@ def input_half(config: UnpairedTrainConfig, paths: Sequence[Path]) -> Half:
         UserError: the training's data are not there any more, and the files may be such pairs.
     """
     if not isinstance(config, Pix2PixTrainConfig):
-        return "none"
+        return "whole"
     skip = config.broken_files == "skip"
     _, (width, height) = next(readable(paths, image_size, skip=skip))
-    half: Half = "left" if config.direction == "AtoB" else "right"
+    half: Part = "left" if config.direction == "AtoB" else "right"
     try:
         trained = find_pairs(config.folders, "train")[0]
         _, (pair_width, pair_height) = next(readable(trained.paths, image_size, skip=True))
     except UserError:
         if width != 2 * height:
-            return "none"
+            return "whole"
         raise UserError(
             f"{paths[0]}: may be a pair side by side ({width}x{height}), or not: the training's data, {config.data}, are not "
-            f"there to compare. Say --half {half}, or --half none for whole files."
+            f"there to compare. Say --part {half}, or --part whole for whole files."
         ) from None
     if trained.half is None:
-        return "none"
-    of_the_data = paths[0].resolve().is_relative_to(config.data.resolve())
+        return "whole"
+    splits = (Path(config.data, name).resolve() for name in ("train", "test", "val"))
+    of_the_data = any(paths[0].resolve().is_relative_to(split) for split in splits)
     same_shape = abs(width * pair_height / (height * pair_width) - 1) < 0.01
     if of_the_data or same_shape:
         print(
             f"{paths[0].parent}: holds pairs as in the training; the {half} half of each file is translated. "
-            "For whole files: --half none.",
+            "For whole files: --part whole.",
             file=sys.stderr,
         )
         return half
     print(
         f"{paths[0].parent}: whole files are translated, as they are no pairs of the training's shape "
-        f"({width}x{height}, there {pair_width}x{pair_height}). For a half of each: --half {half}.",
+        f"({width}x{height}, there {pair_width}x{pair_height}). For a half of each: --part {half}.",
         file=sys.stderr,
     )
-    return "none"
+    return "whole"
 
 
 def image_scaling(
@@ -245,7 +246,7 @@ def image_scaling(
     paths: Sequence[Path],
     preprocess: str | None = None,
     size: int | None = None,
-    half: str | None = None,
+    part: str | None = None,
 ) -> Preprocess:
     """What is done to the images in `paths`, or to a half of each, before they are translated: the steps of the training, or those
     asked for, that do not depend on chance."""
@@ -256,7 +257,7 @@ def image_scaling(
     if "fixsize" in steps:
         skip = config.broken_files == "skip"
         _, (width, height) = next(readable(paths, image_size, skip=skip))
-        first = (width // 2 if half in ("left", "right") else width, height)
+        first = (width // 2 if part in ("left", "right") else width, height)
     return Preprocess("_and_".join(kept) or "none", side, side, flip=False, fixed_size=first)
 
 

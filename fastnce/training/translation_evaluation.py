@@ -305,7 +305,7 @@ def translations(
                 source.folder,
                 folders[name],
                 direction=direction,
-                half=source.half or "none",
+                part=source.half or "whole",
             )
             network.train(was_training)
         yield folders
@@ -316,7 +316,7 @@ def scaled_reader(config: UnpairedTrainConfig, channels: int = 3, bits: int = 8)
     from fastnce.training.translate_files import image_scaling
 
     def reader(side: Side) -> Callable[[Path], Tensor]:
-        scale = image_scaling(config, side.paths, half=side.half)
+        scale = image_scaling(config, side.paths, part=side.half)
 
         def read(path: Path) -> Tensor:
             image = read_image(path, channels, bits, config.value_range)
