@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -100,6 +100,11 @@ def translate_folder(
         raise UserError(
             f"a run of {config.system} does not translate images. Name a run of cut or fastcut."
         )
+    for name, value in (("batch_size", batch_size), ("size", size)):
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} must be at least 1.")
+    if tile is not None:
+        check_tile(tile)
     if broken_files is not None:
         config = replace(config, broken_files=broken_files)
     if value_range is not None:
@@ -113,55 +118,29 @@ def translate_folder(
     if input.is_dir():
         expect_apart(out, [input])
         paths = list_images(input)
-    if part is None:
-        part = input_part(config, paths)
-    return translate_files(
-        generator,
-        config,
-        targets(paths, input, out, format, _suffixes(config, direction)[0]),
-        batch_size,
-        direction=direction,
-        preprocess=preprocess,
-        size=size,
-        tile=tile,
-        part=part,
-    )
-
-
-def translate_files(
-    generator: nn.Module,
-    config: UnpairedTrainConfig,
-    targets: Mapping[Path, Path],
-    batch_size: int = 16,
-    *,
-    direction: str | None = None,
-    preprocess: str | None = None,
-    size: int | None = None,
-    tile: int | None = None,
-    part: str | None = None,
-) -> int:
-    """`translate_folder` of the files in `targets`, each to the file that it names."""
-    if tile is not None:
-        check_tile(tile)
-    suffixes = _suffixes(config, direction)
-    for target in targets.values():
+    forward = direction in (None, config.direction)
+    out_channels = config.out_channels if forward else config.in_channels
+    suffixes = fitting_suffixes(out_channels, config.bits, config.value_range)
+    written = targets(paths, input, out, format, usual=suffixes[0])
+    for target in written.values():
         if target.suffix.lower() not in suffixes:
             raise UserError(
                 f"{target}: this format does not hold the numbers of the run's results, or not all their channels. "
                 f"Use {_FORMATS[suffixes[0]]}."
             )
     generator, channels = in_direction(generator, config, direction)
+    with_alpha = {channels, out_channels} <= {1, 3}  # else it is a channel like the others
     skip, count, lost_alpha = config.broken_files == "skip", 0, 0
 
-    with contextlib.ExitStack() as stack:
-        if tile is not None:
-            stack.enter_context(any_number_of_pixels())
-        scale = image_scaling(config, list(targets), preprocess, size, part)
+    with any_number_of_pixels() if tile is not None else contextlib.nullcontext():
+        if part is None:
+            part = input_part(config, paths)
+        scale = image_scaling(config, paths, preprocess, size, part)
 
         def read(path: Path) -> _Image:
             try:
                 image = half_of(read_image(path, channels, config.bits, config.value_range), part)
-                alpha = read_alpha(path) if channels in (1, 3) else None
+                alpha = read_alpha(path) if with_alpha else None
             except UserError as error:
                 if skip or isinstance(error, UnfitFile):
                     raise
@@ -173,24 +152,20 @@ def translate_files(
                 alpha = to_image(scale.prepare(half_of(alpha, part)))
             return _Image(to_tensor(scale.prepare(image)), alpha)
 
-        bar = stack.enter_context(
-            tqdm(total=len(targets), desc="translate", unit="image", disable=None)
-        )
-        images = readable(targets, read, skip=skip)
-        for group in _groups_of_one_size(images, batch_size, tile):
-            batch = torch.stack([image.pixels for _, image in group])
-            for (path, image), result in zip(
-                group, translate(generator, batch, batch_size, tile=tile), strict=True
-            ):
-                target = targets[path]
-                alpha = image.alpha if _holds_alpha(target, config) else None
-                lost_alpha += alpha is None and image.alpha is not None
-                save_image(result, target, config.bits, config.value_range, alpha)
-                count += 1
-                bar.update()
+        with tqdm(total=len(paths), desc="translate", unit="image", disable=None) as bar:
+            images = readable(paths, read, skip=skip)
+            for group in _groups_of_one_size(images, batch_size, tile):
+                batch = torch.stack([image.pixels for _, image in group])
+                results = translate(generator, batch, batch_size, tile=tile)
+                for (path, image), result in zip(group, results, strict=True):
+                    alpha = image.alpha if _holds_alpha(written[path], config) else None
+                    lost_alpha += alpha is None and image.alpha is not None
+                    save_image(result, written[path], config.bits, config.value_range, alpha)
+                count += len(group)
+                bar.update(len(group))
     if lost_alpha:
         print(
-            f"The alpha channel of {lost_alpha} images is left out: 16-bit files and jpg hold none.",
+            f"Alpha channels left out: {lost_alpha}. Files of this format, or of so many bits, hold none.",
             file=sys.stderr,
         )
     return count
@@ -251,7 +226,7 @@ def image_scaling(
     """What is done to the images in `paths`, or to a half of each, before they are translated: the steps of the training, or those
     asked for, that do not depend on chance."""
     steps = config.preprocess if preprocess is None else preprocess
-    kept = [part for part in steps.split("_and_") if not any(t in part for t in RANDOM_TOKENS)]
+    kept = [step for step in steps.split("_and_") if not any(t in step for t in RANDOM_TOKENS)]
     side = config.crop_size if size is None else size
     first = (1, 1)
     if "fixsize" in steps:
@@ -333,13 +308,6 @@ class _Image(NamedTuple):
 def _holds_alpha(path: Path, config: UnpairedTrainConfig) -> bool:
     eight_bits = config.bits == 8 and config.value_range is None
     return eight_bits and _FORMATS[path.suffix.lower()] not in ("jpg", "npy")
-
-
-def _suffixes(config: UnpairedTrainConfig, direction: str | None) -> tuple[str, ...]:
-    """Extensions of files that hold the results, the usual one first."""
-    forward = direction in (None, config.direction)
-    channels = config.out_channels if forward else config.in_channels
-    return fitting_suffixes(channels, config.bits, config.value_range)
 
 
 def _groups_of_one_size(

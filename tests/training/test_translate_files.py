@@ -58,6 +58,10 @@ def test_one_image_into_a_folder_or_a_file(generator, config, tmp_path):
         translate_folder(generator, config, image, tmp_path / "x.bmp")
     with pytest.raises(UserError, match=r"x\.png and format=jpg are two formats"):
         translate_folder(generator, config, image, tmp_path / "x.png", format="jpg")
+    for option in ({"batch_size": 0}, {"size": 0}, {"tile": 10}):
+        (name, value) = next(iter(option.items()))
+        with pytest.raises(UserError, match=f"{name}={value}"):
+            translate_folder(generator, config, image, tmp_path / "d", **option)
     with pytest.raises(UserError, match=r"none\.png: no such file or folder"):
         translate_folder(generator, config, tmp_path / "none.png", tmp_path / "d")
 
@@ -118,7 +122,7 @@ def test_alpha_is_kept_or_said(generator, config, tmp_path, capsys):
         smaller = alpha.resize((8, 8), Image.Resampling.BICUBIC)
         assert np.array_equal(result.getchannel("A"), smaller)
     translate_folder(generator, config, image, tmp_path / "out", format="jpg")
-    assert "The alpha channel of 1 images is left out" in capsys.readouterr().err
+    assert "Alpha channels left out: 1." in capsys.readouterr().err
     # Turned as the image is.
     exif = Image.Exif()
     exif[0x0112] = 6
