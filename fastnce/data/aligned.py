@@ -125,6 +125,10 @@ class AlignedImages(Dataset):
         one_folder = self.a.folder == self.b.folder
         return self.a.describe() + ([] if one_folder else self.b.describe())
 
+    def output_sizes(self) -> tuple[dict[tuple[int, int], Path], dict[tuple[int, int], Path]]:
+        """The sizes (width, height) that the samples' "A" and "B" can have, each with a file that gives it."""
+        return self.a.output_sizes(), self.b.output_sizes()
+
     def expect_one_size(self) -> None:
         """Raises UserError, naming two files, unless all samples can be stacked into batches."""
         self.a.expect_one_size()

@@ -98,6 +98,12 @@ class SingleImagePatches(Dataset):
         """The files of "A" and "B" by their names, with their sizes in bytes: see `fastnce.data.files.changed_files`."""
         return {name: dict(files) for name, files in self._files.items()}
 
+    def output_sizes(self) -> tuple[dict[tuple[int, int], Path], dict[tuple[int, int], Path]]:
+        """The size (width, height) of the samples' "A" and "B", each with its folder."""
+        size = (self.crop_size, self.crop_size)
+        (folder_a, _), (folder_b, _) = self._folders
+        return {size: folder_a}, {size: folder_b}
+
     def __len__(self) -> int:
         """Samples in an epoch."""
         return self.epoch_samples

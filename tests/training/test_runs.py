@@ -259,3 +259,52 @@ def test_pairs_from_two_folders(tiny, data):
         "0.png",
         "1.png",
     ]
+
+
+@pytest.fixture
+def sizes(tmp_path):
+    """Images of A and of B that all differ in size."""
+    root = tmp_path / "sizes"
+    for folder, count in (("trainA", 3), ("trainB", 2)):
+        for index in range(count):
+            picture(root / folder / f"{index}.png", (24 + 4 * index + len(folder), 32 - 4 * index))
+    picture(root / "trainB" / "wide.png", (60, 24))
+    return root
+
+
+FREE_SIZE = {"preprocess": "none", "batch_size": 1, "steps": 8, "device": "cpu", "workers": 0}
+NETWORKS = {"base_channels": 2, "num_blocks": 1, "disc_channels": 2, "disc_layers": 1}
+
+
+@pytest.mark.parametrize("variant", ["fastcut", "cyclegan", "dclgan"])
+def test_images_of_any_size_are_trained_one_at_a_time(tiny, sizes, variant):
+    changes = NETWORKS | FREE_SIZE | {"data": sizes, "out": tiny().out}
+    if variant != "cyclegan":
+        changes |= {"nce_layers": [4, 8], "num_patches": 8, "projection_dim": 8}
+    out = train(build_config(variant, overrides=changes))
+    assert checkpoint(out)["step"] == 8
+
+
+def test_sizes_that_do_not_fit_are_found_before_the_first_step(tiny, sizes):
+    for changes, message in (
+        ({"batch_size": 2}, r"1\.png: gives .*x.*, but .*0\.png .*batch_size=1"),
+        ({}, r"gives .*x.*, but .*png .*x.*, and nce_idt"),
+        (
+            {"nce_idt": False, "nce_layers": [4, 8], "num_patches": 220},
+            r"A/2\.png: gives 40x24, and num_patches=220",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(tiny(**(FREE_SIZE | {"data": sizes} | changes)))
+        assert not tiny().out.exists()
+
+
+def test_a_crop_that_is_too_small_for_the_published_discriminator(tiny):
+    with pytest.raises(
+        UserError, match=r"gives 20x20, too small for the discriminator, which needs 24x24"
+    ):
+        train(tiny(crop_size=20, disc_layers=3))
+    with pytest.raises(
+        UserError, match=r"0\.png: gives 4x4, too small for the generator, which needs 8x8"
+    ):
+        train(tiny(crop_size=4, disc_layers=1, nce_layers=[4], num_patches=4))
