@@ -132,6 +132,10 @@ def test_what_is_no_image_for_translate(generator):
         translate(generator, torch.zeros(8, 8, 3))
     with pytest.raises(ValueError, match=r"C = 3, got \(8, 8\)"):
         translate(generator, torch.zeros(8, 8))
+    with pytest.raises(ValueError, match=r"C = 3, got \(3, 0, 8\)"):
+        translate(generator, torch.zeros(3, 0, 8))
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+        translate(generator, torch.zeros(3, 8, 8), 0)
     with pytest.raises(ValueError, match=r"values in \[-1, 1\], got 0 to 255"):
         translate(generator, torch.tensor([0.0, 255.0]).expand(3, 8, 2))
     with pytest.raises(TypeError, match="got torch.int64"):
