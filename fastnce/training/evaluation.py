@@ -41,7 +41,7 @@ from fastnce.training.config import (
     UnpairedTrainConfig,
 )
 from fastnce.training.cost import cost_lines, read_cost
-from fastnce.training.generation import labelled_images, reference_images, sampler
+from fastnce.training.generation import labelled_images, reference_and_training, sampler
 from fastnce.training.representation import images_of, random_encoder
 from fastnce.training.runtime import resolve_device
 from fastnce.training.systems import SYSTEMS
@@ -223,8 +223,8 @@ def evaluate_conditional_generation(
     assert isinstance(config, ContraGANTrainConfig)
     root = config.data if data is None else data
     evaluator = generation_evaluator(root, extractor or config.extractor, device=target)
-    images, labels = reference_images(labelled_images(config, "test", root), config.measure_count)
-    training = reference_images(labelled_images(config, "train", root), len(labels))
+    train = labelled_images(config, "train", root)
+    (images, labels), training = reference_and_training(config, train, root)
     torch.manual_seed(config.seed)
     untrained = SYSTEMS[config.system].network(config).to(target).eval()
     result = evaluate_generation(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fastnce.data import LabelledImages, TwoViews
+from fastnce.data.class_folders import NO_CLASSES
+from fastnce.data.labelled import has_split
 from fastnce.errors import UserError
 from fastnce.metrics.knn import accuracy, knn_predict
 from fastnce.metrics.representation import calibrate, encode
@@ -28,7 +32,11 @@ _GRID_IMAGES = 2000
 def images_of(
     config: RepresentationTrainConfig, split: str, data: Path | None = None
 ) -> LabelledImages:
-    """The images of a split, as the encoder of `config` takes them; from its own folder or from `data`."""
+    """The images of a split, as the encoder of `config` takes them; from its own folder or from `data`.
+
+    Of its own folder the classes of the run; labels of another one are compared with each other only, whatever they are.
+    """
+    own = data is None and config.class_names != NO_CLASSES
     return LabelledImages(
         config.data if data is None else data,
         split,
@@ -36,7 +44,16 @@ def images_of(
         channels=config.image_channels,
         flip=False,
         seed=config.seed,
+        classes=config.class_names if own else (),
+        needs_labels=config.method == "supcon",
+        class_balance=config.class_balance and split == "train",
     )
+
+
+def _views(config: RepresentationTrainConfig) -> TwoViews:
+    drop = config.last_batch != "keep"
+    images = images_of(config, "train")
+    return TwoViews(images, config.views, batch_size=config.batch_size if drop else 1)
 
 
 def random_encoder(config: RepresentationTrainConfig, train: LabelledImages) -> nn.Module:
@@ -72,27 +89,45 @@ def _schedule(config: RepresentationTrainConfig, epoch_samples: int) -> WarmupCo
 def _nearest_neighbours(
     config: RepresentationTrainConfig, dataset: TwoViews
 ) -> Callable[[nn.Module], Rows]:
-    """A row for each class: a test image, then the training images whose features are nearest to its own."""
-    train, test = dataset.dataset, images_of(config, "test")
+    """A row for each class: a test image, then the training images whose features are nearest to its own.
+
+    Without classes, rows of images spread over the test set; without test images, of training images, each its own nearest.
+    """
+    train = dataset.dataset
+    test = images_of(config, "test") if has_split(config.data, "test") else train
     gallery = range(0, len(train), max(1, len(train) // _GRID_IMAGES))
-    shown = range(min(test.num_classes, _GRID_CLASSES))
-    queries = [int((test.labels == label).nonzero()[0]) for label in shown]
+    if test.num_classes > 1:
+        # A class may have no test image.
+        labels, first = np.unique(test.labels.numpy(), return_index=True)
+        shown = zip(labels[:_GRID_CLASSES].tolist(), first.tolist(), strict=False)
+        queries = {test.class_names[label]: index for label, index in shown}
+    else:
+        step = max(1, len(test) // _GRID_CLASSES)
+        queries = {str(index): index for index in range(0, len(test), step)[:_GRID_CLASSES]}
 
     def rows(encoder: nn.Module) -> Rows:
         known = F.normalize(encode(encoder, train, gallery))
-        asked = F.normalize(encode(encoder, test, queries))
+        asked = F.normalize(encode(encoder, test, list(queries.values())))
         count = min(config.sample_count, len(gallery))
         nearest = (asked @ known.T).topk(count).indices.tolist()
         return {
-            test.class_names[label]: [test.image(query), *(train.image(gallery[i]) for i in near)]
-            for label, query, near in zip(shown, queries, nearest, strict=True)
+            name: [test.image(query), *(train.image(gallery[i]) for i in near)]
+            for (name, query), near in zip(queries.items(), nearest, strict=True)
         }
 
     return rows
 
 
-def _knn_accuracy(config: RepresentationTrainConfig, dataset: TwoViews) -> Measure:
-    train, test = dataset.dataset, images_of(config, "test")
+def _knn_accuracy(config: RepresentationTrainConfig, dataset: TwoViews) -> Measure | None:
+    train = dataset.dataset
+    missing = "test images" if not has_split(config.data, "test") else "classes"
+    if missing == "test images" or train.num_classes < 2:
+        print(
+            f"{config.data} has no {missing}: trained without measuring k-NN accuracy.",
+            file=sys.stderr,
+        )
+        return None
+    test = images_of(config, "test")
 
     def measure(model: nn.Module, encoder: nn.Module) -> dict[str, float]:
         predicted = knn_predict(encode(encoder, train), train.labels, encode(encoder, test))
@@ -102,7 +137,7 @@ def _knn_accuracy(config: RepresentationTrainConfig, dataset: TwoViews) -> Measu
 
 
 REPRESENTATION_SYSTEM = System(
-    dataset=lambda config: TwoViews(images_of(config, "train"), config.views),
+    dataset=_views,
     schedule=_schedule,
     model=lambda config, dataset: Representation(config),
     network_name="encoder",
