@@ -37,6 +37,11 @@ INTERPRETED_TESTS ?= triton and not repeatable and not left_alone and not withou
 EMULATED := out/cuda-emulated/libfastnce_cuda_emulated.so
 EMULATED_TESTS ?= cuda and not test_cuda_backend and not test_cuda_build and not test_cuda_hopper and not test_cuda_pairs and not test_emulator
 
+# How threads wait, as in the commands (fastnce/waiting.py).
+ifndef OMP_WAIT_POLICY
+export GOMP_SPINCOUNT ?= 1000
+endif
+
 .PHONY: demo demo-contragan test triton-sweep sanitize lint format bench gpu-report install native clean
 
 demo: install
