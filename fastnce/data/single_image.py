@@ -10,7 +10,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from fastnce.data.broken import readable
+from fastnce.data.files import named_sizes
 from fastnce.data.folders import list_images, read_image, split_folder, to_array, to_tensor
+from fastnce.data.survey import describe_folder
 from fastnce.data.transforms import counter_rng
 from fastnce.errors import UserError
 
@@ -45,6 +48,7 @@ class SingleImagePatches(Dataset):
         direction: "AtoB", or "BtoA" to read "A" from trainB and "B" from trainA.
         epoch_samples: Samples in an epoch, which only the learning rate's schedule knows.
         seed: Seed of the stream.
+        broken_files: "error" stops at a file that cannot be read; "skip" leaves it out and names it in the log.
 
     Raises:
         UserError: A folder is missing or empty, a file is not an image, an image is smaller than a patch, or an argument is
@@ -66,6 +70,7 @@ class SingleImagePatches(Dataset):
         direction: str = "AtoB",
         epoch_samples: int = 100_000,
         seed: int = 0,
+        broken_files: str = "error",
     ) -> None:
         for name, value in (("crop_size", crop_size), ("max_zoom_out", max_zoom_out)):
             if value < 1:
@@ -75,10 +80,18 @@ class SingleImagePatches(Dataset):
         if direction not in ("AtoB", "BtoA"):
             raise UserError(f'direction="{direction}": expected AtoB or BtoA.')
         first, second = direction.split("to")
-        self.a = _images(split_folder(root, split, first), channels_a, crop_size)
-        self.b = _images(split_folder(root, split, second), channels_b, crop_size)
+        folder_a, folder_b = split_folder(root, split, first), split_folder(root, split, second)
+        self._folders = ((folder_a, channels_a), (folder_b, channels_b))
+        skip = broken_files == "skip"
+        self.a, files_a = _images(folder_a, channels_a, crop_size, skip)
+        self.b, files_b = _images(folder_b, channels_b, crop_size, skip)
+        self._files = {"A": files_a, "B": files_b}
         self.crop_size, self.max_zoom_out, self.flip = crop_size, max_zoom_out, flip
         self.epoch_samples, self.seed = epoch_samples, seed
+
+    def files(self) -> dict[str, dict[str, int | None]]:
+        """The files of "A" and "B" by their names, with their sizes in bytes: see `fastnce.data.files.changed_files`."""
+        return {name: dict(files) for name, files in self._files.items()}
 
     def __len__(self) -> int:
         """Samples in an epoch."""
@@ -98,6 +111,14 @@ class SingleImagePatches(Dataset):
             "A": self._patch(self.a, counter_rng(self.seed, A_STREAM, index)),
             "B": self._patch(self.b, counter_rng(self.seed, B_STREAM, index)),
         }
+
+    def describe(self) -> list[str]:
+        """What was found, in a line for each folder: see `describe_folder`."""
+        return [
+            line
+            for folder, channels in self._folders
+            for line in describe_folder(folder, list_images(folder), channels)
+        ]
 
     def _patch(self, images: list[Image.Image], rng: np.random.Generator) -> torch.Tensor:
         image = images[rng.integers(len(images))]
@@ -125,15 +146,20 @@ def shrunk_patch(
     return image.resize((side, side), Image.Resampling.BICUBIC, box=box)
 
 
-def _images(folder: Path, channels: int, crop_size: int) -> list[Image.Image]:
-    """All images of `folder`, decoded once and for all; each checked to be as large as a patch."""
-    images = []
-    for path in list_images(folder):
-        image = read_image(path, channels)
+def _images(
+    folder: Path, channels: int, crop_size: int, skip: bool
+) -> tuple[list[Image.Image], dict[str, int | None]]:
+    """All images of `folder`, decoded once and for all, each checked to be as large as a patch; and the files' sizes in bytes."""
+    paths, images = list_images(folder), []
+    sizes: dict[str, int | None] = dict.fromkeys(
+        path.relative_to(folder).as_posix() for path in paths
+    )
+    for path, image in readable(paths, lambda path: read_image(path, channels), skip=skip):
         if min(image.size) < crop_size:
             raise UserError(
                 f"{path}: {image.width}x{image.height} is smaller than the crop of {crop_size}x{crop_size}. Use a crop_size "
                 f"of at most {min(image.size)}, or a larger image."
             )
         images.append(image)
-    return images
+        sizes |= named_sizes(folder, [path])
+    return images, sizes

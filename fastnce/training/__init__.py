@@ -7,7 +7,8 @@ from fastnce.training.export import export_published, export_shared
 from fastnce.training.generate import generate_folder
 from fastnce.training.loop import Interrupted, train
 from fastnce.training.runtime import resolve_device
-from fastnce.training.translate import load_config, load_generator, translate, translate_folder
+from fastnce.training.translate import load_config, load_generator, translate
+from fastnce.training.translate_files import translate_folder
 
 __all__ = [
     "CUTTrainConfig",

@@ -61,6 +61,9 @@ class TrainConfig:
     """Images per step."""
     workers: int = 2
     """Processes that read images; 0 reads in the training process. The run is the same with any number."""
+    broken_files: Literal["error", "skip"] = "error"
+    """What a file that cannot be read does: stop the training, or be named once and replaced by the next file; left out where
+    images are measured."""
     steps: int | None = None
     """Stop after this many steps."""
     ema_decay: float = 0.999
@@ -83,6 +86,7 @@ class TrainConfig:
         options.at_least(self, 1, "sample_count")
         options.at_least(self, 0, "workers", "seed", "measure_every")
         options.in_unit_interval(self, "ema_decay")
+        options.one_of(self, "broken_files", ("error", "skip"))
         if self.steps is not None:
             options.at_least(self, 1, "steps")
         if self.ema_start is not None:
@@ -124,8 +128,6 @@ class UnpairedTrainConfig(TrainConfig):
     """Which domain is translated to which."""
     serial: bool = False
     """Read both folders in order instead of shuffling A and drawing from B."""
-    broken_files: Literal["error", "skip"] = "error"
-    """What a file that cannot be read does: stop the training, or be named once and replaced by the next file."""
     init_from: Path | None = None
     """Published weights to start from: the folder of latest_net_G.pth and its like, or FOLDER/EPOCH for EPOCH_net_G.pth."""
     cache_gb: float = 2.0
@@ -138,7 +140,6 @@ class UnpairedTrainConfig(TrainConfig):
         super().__post_init__()
         options.at_least(self, 0, "cache_gb")
         options.one_of(self, "bits", (8, 16))
-        options.one_of(self, "broken_files", ("error", "skip"))
         options.at_least(self, 1, "load_size", "crop_size")
         options.at_least(self, 0, "epochs", "decay_epochs")
         options.one_of(self, "augment_a", ("none", "affine"))

@@ -18,7 +18,8 @@ from fastnce.models.channels import convert_channels
 from fastnce.networks import PatchProjector
 from fastnce.training.checkpoint import load_checkpoint
 from fastnce.training.config import CUTTrainConfig, DCLGANTrainConfig
-from fastnce.training.translate import checkpoint_path, image_scaling, load_generator
+from fastnce.training.translate import checkpoint_path, load_generator
+from fastnce.training.translate_files import image_scaling
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ def _single_images(config: CUTTrainConfig) -> SingleImagePatches:
         direction=config.direction,
         epoch_samples=config.epoch_samples,
         seed=config.seed,
+        broken_files=config.broken_files,
     )
 
 

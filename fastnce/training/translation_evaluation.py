@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnce.data import list_images, split_folder
+from fastnce.data.broken import readable
 from fastnce.data.folders import image_size, load_image, read_image, to_tensor
 from fastnce.errors import UserError
 from fastnce.metrics import Evaluator, Row, evaluate, evaluate_digits, is_digits_photos
@@ -165,7 +166,7 @@ def translations(
         the folders by name.
     """
     # Here, because `translate` knows all systems, and they know what measures them.
-    from fastnce.training.translate import translate_folder
+    from fastnce.training.translate_files import translate_folder
 
     source = split_folder(data, "test", (direction or config.direction)[0])
     with tempfile.TemporaryDirectory() as parent:
@@ -178,12 +179,17 @@ def translations(
 
 
 def scaled_reader(config: UnpairedTrainConfig) -> Read:
-    """Reads images scaled as in the training, without its crop: as those to translate are."""
-    from fastnce.training.translate import image_scaling
+    """Reads images scaled as in the training, without its crop: as those to translate are. What is skipped in the training is
+    skipped here."""
+    from fastnce.training.translate_files import image_scaling
 
     def read(paths: Sequence[Path]) -> Iterator[Tensor]:
         scale = image_scaling(config, paths)
-        return (to_tensor(scale.prepare(read_image(path, 3))) for path in paths)
+
+        def one(path: Path) -> Tensor:
+            return to_tensor(scale.prepare(read_image(path, 3)))
+
+        return (image for _, image in readable(paths, one, skip=config.broken_files == "skip"))
 
     return read
 
