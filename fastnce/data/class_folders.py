@@ -29,11 +29,13 @@ class ImageFiles:
         class_names: the name of each class, by label.
         labels: (N,) int64.
         paths: the N files.
+        folder: the split's folder, which holds them.
     """
 
     class_names: tuple[str, ...]
     labels: np.ndarray
     paths: list[Path]
+    folder: Path
 
     def read(self, index: int, channels: int) -> Image.Image:
         """Image `index`, RGB or greyscale; UserError, naming the file, if it cannot be read."""
@@ -60,12 +62,7 @@ def open_class_folders(root: Path, split: str, *, needs_labels: bool = True) -> 
             no two classes though labels are needed.
     """
     if not needs_labels and _without_classes(root):
-        if split == "train" and not (root / "train").is_dir():
-            others = {root / name for names in FOLDERS.values() for name in names}
-            paths = [path for path in list_images(root) if others.isdisjoint(path.parents)]
-        else:
-            paths = list_images(_split_folder(root, split))
-        return ImageFiles(NO_CLASSES, np.zeros(len(paths), dtype=np.int64), paths)
+        return _images_without_classes(root, split)
     names = tuple(folder.name for folder in _class_folders(_split_folder(root, "train")))
     if len(names) < 2:
         raise UserError(
@@ -76,13 +73,25 @@ def open_class_folders(root: Path, split: str, *, needs_labels: bool = True) -> 
         return _tiny_imagenet_val(root / "val", names)
     label_of = {name: label for label, name in enumerate(names)}
     paths, labels = [], []
-    for folder in _class_folders(_split_folder(root, split)):
-        if folder.name not in label_of:
-            raise _unknown_class(folder, folder.name, root)
-        found = list_images(folder)
+    folder = _split_folder(root, split)
+    for subfolder in _class_folders(folder):
+        if subfolder.name not in label_of:
+            raise _unknown_class(subfolder, subfolder.name, root)
+        found = list_images(subfolder)
         paths += found
-        labels += [label_of[folder.name]] * len(found)
-    return ImageFiles(names, np.array(labels, dtype=np.int64), paths)
+        labels += [label_of[subfolder.name]] * len(found)
+    return ImageFiles(names, np.array(labels, dtype=np.int64), paths, folder)
+
+
+def _images_without_classes(root: Path, split: str) -> ImageFiles:
+    if split == "train" and not (root / "train").is_dir():
+        folder = root
+        others = {root / name for names in FOLDERS.values() for name in names}
+        paths = [path for path in list_images(root) if others.isdisjoint(path.parents)]
+    else:
+        folder = _split_folder(root, split)
+        paths = list_images(folder)
+    return ImageFiles(NO_CLASSES, np.zeros(len(paths), dtype=np.int64), paths, folder)
 
 
 def has_folder(root: Path, split: str) -> bool:
@@ -146,7 +155,7 @@ def _tiny_imagenet_val(folder: Path, names: tuple[str, ...]) -> ImageFiles:
         labels.append(label_of[fields[1]])
     if not paths:
         raise UserError(f"{annotations}: is empty. Unpack the archive again.")
-    return ImageFiles(names, np.array(labels, dtype=np.int64), paths)
+    return ImageFiles(names, np.array(labels, dtype=np.int64), paths, folder)
 
 
 def _unknown_class(where: object, name: str, root: Path) -> UserError:

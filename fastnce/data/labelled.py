@@ -9,9 +9,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
+from fastnce.data.broken import BrokenFiles, readable
 from fastnce.data.cifar import ImageArrays, holds_cifar, open_cifar
 from fastnce.data.class_folders import ImageFiles, has_folder, open_class_folders
-from fastnce.data.folders import to_array, to_tensor
+from fastnce.data.files import named_sizes
+from fastnce.data.folders import read_image, to_array, to_tensor
+from fastnce.data.survey import describe_folder
 from fastnce.data.transforms import counter_rng
 from fastnce.errors import UserError
 
@@ -21,6 +24,9 @@ _CLASS_STREAM, _IMAGE_STREAM = 6, 7
 
 # Up to this many bytes of images are decoded when the dataset is made, the rest when first needed.
 EAGER_BYTES = 64 * 2**20
+
+# Of larger sets the images are not looked at for `describe`, and `files` has the classes instead of the files.
+_MANY_FILES = 50_000
 
 _log = logging.getLogger("fastnce")
 
@@ -53,6 +59,8 @@ class LabelledImages(Dataset):
         needs_labels: False also takes images without class folders, in `train` or in `root` itself, as the one class
             "images".
         class_balance: Draws every class equally often.
+        broken_files: "error" stops at the first file that cannot be read. "skip" names it in the log, once; of "train" the
+            next one of its class takes its place, of other splits it is left out.
 
     Attributes:
         class_names: the name of each class, by label; the same for every split.
@@ -88,6 +96,7 @@ class LabelledImages(Dataset):
         classes: Sequence[str] = (),
         needs_labels: bool = True,
         class_balance: bool = False,
+        broken_files: str = "error",
     ) -> None:
         if image_size < 1:
             raise UserError(f"image_size={image_size}: expected a number of pixels, at least 1.")
@@ -96,8 +105,14 @@ class LabelledImages(Dataset):
                 f"channels={channels}: images have 1 (greyscale) or 3 (RGB). Use 1 or 3."
             )
         self.image_size, self.channels, self.flip, self.seed = image_size, channels, flip, seed
-        self.root, self.split = Path(root), split
-        self._source = open_labelled(root, split, classes, needs_labels=needs_labels)
+        self._root, self._skip = Path(root), broken_files == "skip"
+        source = open_labelled(root, split, classes, needs_labels=needs_labels)
+        if isinstance(source, ImageFiles) and self._skip and split != "train":
+            source = _readable(source, channels)
+        self._source = source
+        self._broken = None
+        if isinstance(source, ImageFiles):
+            self._broken = BrokenFiles(source.folder, source.paths, self._skip, source.labels)
         # CIFAR's images are in memory already.
         self.cache_bytes = cache_bytes if isinstance(self._source, ImageFiles) else 0
         self.class_names = self._source.class_names
@@ -182,6 +197,40 @@ class LabelledImages(Dataset):
 
     def pixels(self, index: int) -> np.ndarray:
         """The image at `index` in the order of the files: (H, W, C) uint8, not to be written to."""
+        if self._broken is None:
+            return self._pixels(index)
+        return self._broken.read(index, self._pixels)
+
+    def files(self) -> dict[str, dict[str, int | None]]:
+        """The training files by their names, with their sizes in bytes: see `fastnce.data.files.changed_files`.
+
+        Of many files only their classes, each with the size of all its files; of CIFAR nothing.
+        """
+        if self._broken is None:
+            return {"train": {}}
+        sizes = self._broken.unsized(named_sizes(self._source.folder, self._source.paths))
+        if len(sizes) <= _MANY_FILES:
+            return {"train": sizes}
+        totals: dict[str, int | None] = dict.fromkeys(self.class_names, 0)
+        for label, size in zip(self.labels.tolist(), sizes.values(), strict=True):
+            totals[self.class_names[label]] += size or 0
+        return {"train": totals}
+
+    def describe(self) -> list[str]:
+        """What was found: classes and images in each, and the line of `describe_folder`, unless there are very many."""
+        counts = self.labels.bincount(minlength=self.num_classes)
+        least, greatest = int(counts.min()), int(counts.max())
+        each = str(least) if least == greatest else f"{least} to {greatest}"
+        line = f"{self._root}: {self.num_classes} classes, {each} images each"
+        if self.num_classes == 1:
+            line = f"{self._root}: {greatest} images without classes"
+        lines = [line]
+        if self._broken is not None and len(self) <= _MANY_FILES:
+            folder, paths = self._source.folder, self._source.paths
+            lines += describe_folder(folder, paths, self.channels, skip_broken=self._skip)
+        return lines
+
+    def _pixels(self, index: int) -> np.ndarray:
         cached = self._cache.get(index)
         if cached is not None:
             return cached
@@ -212,6 +261,14 @@ def open_labelled(
     if not classes or tuple(classes) == source.class_names:
         return source
     return _of_classes(source, tuple(classes), root)
+
+
+def _readable(source: ImageFiles, channels: int) -> ImageFiles:
+    """Those of the files that can be read."""
+    images = readable(source.paths, lambda path: read_image(path, channels), skip=True)
+    good = {path for path, _ in images}
+    kept = np.array([index for index, path in enumerate(source.paths) if path in good])
+    return source.take(kept, source.class_names, source.labels[kept])
 
 
 def _of_classes(

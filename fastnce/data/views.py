@@ -168,6 +168,14 @@ class TwoViews(Dataset):
         """Those of the images."""
         return self.dataset.class_names
 
+    def files(self) -> dict[str, dict[str, int | None]]:
+        """Those of the images."""
+        return self.dataset.files()
+
+    def describe(self) -> list[str]:
+        """What was found: see `LabelledImages.describe`."""
+        return self.dataset.describe()
+
     def __len__(self) -> int:
         """Samples in an epoch: the images that fill whole batches."""
         return self._epoch_samples

@@ -53,6 +53,7 @@ def labelled_images(
         classes=() if config.class_names == NO_CLASSES else config.class_names,
         needs_labels=config.conditioning != "none",
         class_balance=config.class_balance and split == "train",
+        broken_files=config.broken_files,
     )
     if dataset.class_names != NO_CLASSES and dataset.num_classes != config.num_classes:
         raise UserError(

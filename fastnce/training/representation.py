@@ -47,6 +47,7 @@ def images_of(
         classes=config.class_names if own else (),
         needs_labels=config.method == "supcon",
         class_balance=config.class_balance and split == "train",
+        broken_files=config.broken_files,
     )
 
 
