@@ -11,6 +11,7 @@ from torch import nn
 
 from fastnce.data import list_images
 from fastnce.data.folders import load_image
+from fastnce.data.labelled import has_split
 from fastnce.errors import UserError
 from fastnce.metrics import (
     evaluate_generation,
@@ -262,7 +263,16 @@ def evaluate_representation(
     target = resolve_device(device)
     encoder, config = load_generator(run, which=weights, checkpoint=checkpoint, device=target)
     assert isinstance(config, RepresentationTrainConfig)
+    root = config.data if data is None else data
+    if not has_split(root, "test"):
+        raise UserError(
+            f"data={root} has no test images to measure accuracy on. Name a folder with train/CLASS and test/CLASS."
+        )
     train, test = (images_of(config, split, data) for split in ("train", "test"))
+    if train.num_classes < 2:
+        raise UserError(
+            f"data={root} has no classes to measure accuracy with. Name a folder with train/CLASS and test/CLASS."
+        )
     encoders = {
         TRAINED_ENCODER: encoder,
         RANDOM_ENCODER: random_encoder(config, train).to(target),
