@@ -64,7 +64,7 @@ def test_a_run_on_scans_reads_and_writes_their_numbers(tiny, scans, extractor, t
 
     result, _ = evaluate_run(config.out, extractor=extractor)
     rows = {row["name"]: row for row in result["rows"]}
-    # Real images against others of their kind: nearly all that there is between them and black is not this.
+    # A and B are alike.
     assert rows["untranslated A"]["fid"] < 0.01
     same, _ = evaluate_images(scans / "testB", scans, extractor=extractor, value_range=RANGE)
     assert same["rows"][0]["fid"] == pytest.approx(0, abs=1e-6)
