@@ -27,10 +27,11 @@ def evaluate(args: list[str]) -> int:
         value_range: tuple[float, float] | None = None,
         out: Path | None = None,
         device: str = "auto",
+        broken_files: Literal["error", "skip"] | None = None,
     ) -> None:
         """CUT and its kin: FID, KID, precision, recall, density and coverage of the translated test images, and content accuracy
-        of digits. ContraGAN: also intra-class FID, IS and class accuracy of samples. SimCLR, MoCo, SupCon: k-NN and linear
-        accuracy of features.
+        of digits. pix2pix: L1, PSNR and SSIM against the truth, and with --extractor those too. ContraGAN: also intra-class FID,
+        IS and class accuracy of samples. SimCLR, MoCo, SupCon: k-NN and linear accuracy of features.
 
         Writes metrics.json and metrics.md into the run's folder, or into --out for a folder of images.
 
@@ -51,6 +52,8 @@ def evaluate(args: list[str]) -> int:
                 default as in the training.
             out: With --images: folder of the report, by default that of the images.
             device: auto, cpu, cuda or cuda:N.
+            broken_files: What a file that cannot be read does: skip leaves it out and names it, error stops; by default as in
+                the training.
         """
         from fastnce.training.evaluation import Segmentation, evaluate_images, evaluate_run
 
@@ -74,6 +77,7 @@ def evaluate(args: list[str]) -> int:
                 direction=direction or "AtoB",
                 out=out,
                 device=device,
+                broken_files=broken_files,
                 value_range=value_range,
             )
         else:
@@ -89,6 +93,7 @@ def evaluate(args: list[str]) -> int:
                 checkpoint=checkpoint,
                 weights=weights,
                 device=device,
+                broken_files=broken_files,
                 value_range=value_range,
             )
         print(table)

@@ -165,6 +165,14 @@ def find_pairs(root: Path | str, split: str, direction: str = "AtoB") -> tuple[S
     return (a, b) if direction == "AtoB" else (b, a)
 
 
+def holds_pairs(root: Path | str) -> bool:
+    """Whether a folder holds test images side by side. (Files of equal names in two folders need not be pairs.)"""
+    try:
+        return find_pairs(root, "test")[0].half is not None
+    except UserError:
+        return False
+
+
 def _find_a_and_b(root: Path, split: str) -> tuple[Side, Side]:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder. {_LAYOUTS}")

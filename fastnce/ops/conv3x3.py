@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastnce import native_maps
-from fastnce.ops import maps
+from fastnce.ops import _common, maps
 from fastnce.reference.conv3x3 import conv3x3 as reference_conv3x3
 
 
@@ -75,4 +75,4 @@ def _plain_gradients(x, weight, bias, reflect, needs, grad) -> list[Tensor | Non
         shift = None if bias is None else bias.to(x.dtype)
         return reference_conv3x3(x, weight.to(x.dtype), shift, reflect)
 
-    return maps.plain_gradients(plain, (x, weight, bias), needs, grad)
+    return _common.plain_gradients(plain, (x, weight, bias), needs, grad)

@@ -265,8 +265,9 @@ def targets(
 ) -> dict[Path, Path]:
     """The file to write for each of `paths`, which is the image `input` or lies in that folder.
 
-    A result has the name and the place of its image, with the extension of the format, or the `usual` one. Where images differ in their extensions
-    alone, as `a.jpg` and `a.png`, those of another one than the format's keep it before that: `a.jpg.png` and `a.png`.
+    A result has the name and the place of its image, with the extension of the format, or the `usual` one. Where images differ
+    in their extensions alone, as `a.jpg` and `a.png`, those of another one than the format's keep it before that: `a.jpg.png`
+    and `a.png`.
 
     Raises:
         UserError: results would have the same name or overwrite their images, or `out` or `format` is not for this.
