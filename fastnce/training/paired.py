@@ -18,6 +18,7 @@ from fastnce.training.translation import (
     reading_options,
     translated,
 )
+from fastnce.training.translation_evaluation import translation_measure
 
 
 def _pairs(config: Pix2PixTrainConfig) -> AlignedImages:
@@ -78,4 +79,6 @@ PIX2PIX_SYSTEM = System(
     preview=_preview,
     panels=(("G_GAN", "D_real", "D_fake"), ("G_L1",), ("G",)),
     published={"G": "generator", "D": "discriminator"},
+    measure=translation_measure,
+    best="l1",
 )
