@@ -22,7 +22,7 @@ from fastnce.errors import UserError
 EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
     ".pfm", ".webp", ".avif", ".avifs", ".gif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".tga", ".icb", ".vda", ".vst",
-    ".pcx", ".dcx", ".sgi", ".rgb", ".rgba", ".bw", ".ras", ".qoi", ".psd", ".dds", ".fits", ".fit", ".im", ".msp", ".pxr", ".pcd",
+    ".pcx", ".dcx", ".sgi", ".rgb", ".rgba", ".bw", ".ras", ".qoi", ".psd", ".dds", ".im", ".msp", ".pxr", ".pcd",
     ".xbm", ".xpm", ".npy",
 )
 # fmt: on
@@ -238,7 +238,8 @@ def read_image(
     try:
         numbers = _decode(path)
         if value_range is not None:
-            _refuse_lost_bits(numbers)
+            if isinstance(numbers, Image.Image) and numbers.info["scaled"]:
+                raise _not_its_numbers(path)
             return to_image(_mapped(_numbers(path, numbers, channels), value_range))
         if isinstance(numbers, np.ndarray):
             if numbers.dtype != np.uint8:
@@ -316,6 +317,7 @@ def _decode(path: Path | str) -> Image.Image | np.ndarray:
         return _as_3d(np.load(path, allow_pickle=False))
     with Image.open(path) as image:
         kind = _kind(image)
+        scaled = kind == _LOST_BITS or _ppm_white(image) not in (None, 255)
         # Of a TIFF Pillow itself has done it when it is decoded.
         turned = image.format != "TIFF" and _orientation(image) != 1
         image.load()
@@ -324,11 +326,11 @@ def _decode(path: Path | str) -> Image.Image | np.ndarray:
         if kind == _GREY_16:
             array = np.asarray(image)
             image = Image.fromarray(array.clip(0, 65535).astype(np.uint16))
-        image.info["kind"] = kind
+        image.info |= {"kind": kind, "scaled": scaled}
         return image
 
 
-_GREY_16, _DEEP_COLOUR = "16-bit grey", "16-bit colour, read as 8-bit"
+_GREY_16, _LOST_BITS = "16-bit grey", "16 bits per channel, read as 8"
 _KINDS = {
     "1": "black and white",
     "L": "grey",
@@ -342,13 +344,24 @@ _KINDS = {
 
 def _kind(image: Image.Image) -> str:
     """The type of the pixels of an image that is not decoded yet, in words."""
-    raw = str(image.tile[0][3]) if image.tile else ""
     # Pillow keeps those of PNG and PGM, 0 to 65535, in 32 bits where it has nothing narrower.
     if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
         return _GREY_16
-    if ";16" in raw:
-        return "16-bit integers with a sign" if image.mode == "I" else _DEEP_COLOUR
+    if image.mode == "I" and ";16" in _raw_mode(image):
+        return "16-bit integers with a sign"
+    if image.mode != "I" and (";16" in _raw_mode(image) or (_ppm_white(image) or 0) > 255):
+        return _LOST_BITS
     return _KINDS.get(image.mode, image.mode)
+
+
+def _raw_mode(image: Image.Image) -> str:
+    return str(image.tile[0][3]) if image.tile else ""
+
+
+def _ppm_white(image: Image.Image) -> int | None:
+    """The greatest number of a PPM file that Pillow scales to the whole range of 8 or 16 bits."""
+    scaled = image.format == "PPM" and image.tile and image.tile[0][0].startswith("ppm")
+    return image.tile[0][3][-1] if scaled else None
 
 
 def _orientation(image: Image.Image) -> int:
@@ -368,7 +381,8 @@ def _of_bits(path: Path | str, image: Image.Image, channels: int, bits: int) -> 
     if bits == 16:
         if image.mode == "I;16":
             return image
-        _refuse_lost_bits(image)
+        if image.info["kind"] == _LOST_BITS:
+            raise _not_its_numbers(path)
         return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     if image.mode == "I;16":
         # Converting would clip at 255 and leave an image that is almost white.
@@ -388,9 +402,11 @@ def _mode(path: Path | str, channels: int) -> str:
     return modes[channels]
 
 
-def _refuse_lost_bits(image: Image.Image | np.ndarray) -> None:
-    if isinstance(image, Image.Image) and image.info["kind"] == _DEEP_COLOUR:
-        raise ValueError("Pillow keeps 8 of its 16 bits; a .npy file keeps all")
+def _not_its_numbers(path: Path | str) -> UnfitFile:
+    return UnfitFile(
+        f"{path}: holds other numbers than Pillow gives, which scales them to 8 or 16 bits. Save it as .npy, which keeps them, or "
+        "leave out --value-range and --bits 16."
+    )
 
 
 def read_numbers(path: Path | str, channels: int) -> np.ndarray:
@@ -410,7 +426,7 @@ def _numbers(path: Path | str, numbers: Image.Image | np.ndarray, channels: int)
         return _fit_channels(path, numbers, channels)
     if numbers.mode in ("I;16", "I", "F"):
         return _fit_channels(path, np.asarray(numbers)[:, :, None], channels)
-    return to_array(numbers.convert(_mode(path, channels)))
+    return to_array(_of_bits(path, numbers, channels, 8))
 
 
 def _fit_channels(path: Path | str, array: np.ndarray, channels: int) -> np.ndarray:

@@ -101,7 +101,7 @@ class SingleImagePatches(Dataset):
     def output_sizes(self) -> tuple[dict[tuple[int, int], Path], dict[tuple[int, int], Path]]:
         """The size (width, height) of the samples' "A" and "B", each with its folder."""
         size = (self.crop_size, self.crop_size)
-        (folder_a, _), (folder_b, _) = self._folders
+        folder_a, folder_b = (how[0] for how in self._read_from)
         return {size: folder_a}, {size: folder_b}
 
     def __len__(self) -> int:

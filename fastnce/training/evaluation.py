@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch import nn
 from fastnce.data import list_images
 from fastnce.data.aligned import holds_pairs
 from fastnce.data.folders import load_image
+from fastnce.data.labelled import has_split
 from fastnce.errors import UserError
 from fastnce.metrics import (
     evaluate_generation,
@@ -45,7 +47,7 @@ from fastnce.training.config import (
     UnpairedTrainConfig,
 )
 from fastnce.training.cost import cost_lines, read_cost
-from fastnce.training.generation import labelled_images, reference_images, sampler
+from fastnce.training.generation import labelled_images, reference_and_training, sampler
 from fastnce.training.representation import images_of, random_encoder
 from fastnce.training.runtime import resolve_device
 from fastnce.training.systems import SYSTEMS
@@ -84,7 +86,7 @@ class Segmentation:
 
 def evaluate_translation(
     run: Path,
-    data: Path,
+    data: Path | Mapping[str, Path],
     *,
     without_nce: Path | None = None,
     extractor: Path | None = None,
@@ -104,7 +106,7 @@ def evaluate_translation(
 
     Args:
         run: folder of the run.
-        data: folder of the data.
+        data: folder of the data, or the folders by the names testA, testB and trainB.
         without_nce: folder of the same training without the contrastive loss.
         extractor: what gives the features: see `fastnce.metrics.extractors.load_extractor`; by default that of the run, or a
             digits-photos set's own network.
@@ -270,8 +272,8 @@ def evaluate_conditional_generation(
     assert isinstance(config, ContraGANTrainConfig)
     root = config.data if data is None else data
     evaluator = generation_evaluator(root, extractor or config.extractor, device=target)
-    images, labels = reference_images(labelled_images(config, "test", root), config.measure_count)
-    training = reference_images(labelled_images(config, "train", root), len(labels))
+    train = labelled_images(config, "train", root)
+    (images, labels), training = reference_and_training(config, train, root)
     torch.manual_seed(config.seed)
     untrained = SYSTEMS[config.system].network(config).to(target).eval()
     result = evaluate_generation(
@@ -311,7 +313,16 @@ def evaluate_representation(
     encoder, config = load_generator(run, which=weights, checkpoint=checkpoint, device=target)
     config = _with_broken_files(config, broken_files)
     assert isinstance(config, RepresentationTrainConfig)
+    root = config.data if data is None else data
+    if not has_split(root, "test"):
+        raise UserError(
+            f"data={root} has no test images to measure accuracy on. Name a folder with train/CLASS and test/CLASS."
+        )
     train, test = (images_of(config, split, data) for split in ("train", "test"))
+    if train.num_classes < 2:
+        raise UserError(
+            f"data={root} has no classes to measure accuracy with. Name a folder with train/CLASS and test/CLASS."
+        )
     encoders = {
         TRAINED_ENCODER: encoder,
         RANDOM_ENCODER: random_encoder(config, train).to(target),
@@ -341,6 +352,8 @@ def evaluate_run(
         UserError: also if a setting is not for this system.
     """
     config = load_config(run)
+    if data is None:
+        _expect_data(run, config)
     if isinstance(config, UnpairedTrainConfig):
         return evaluate_translation(
             run,
@@ -358,6 +371,18 @@ def evaluate_run(
         return evaluate_conditional_generation(run, data, extractor=extractor, **settings)
     _only_for(config.system, extractor=extractor)
     return evaluate_representation(run, data, **settings)
+
+
+def _expect_data(run: Path, config: TrainConfig) -> None:
+    """Raises `UserError`, saying where the path is from, if a run's own data are not there."""
+    folders = config.folders if isinstance(config, UnpairedTrainConfig) else config.data
+    for folder in folders.values() if isinstance(folders, dict) else [folders]:
+        if not folder.exists():
+            relative = "" if folder.is_absolute() else f" in {Path.cwd()}"
+            raise UserError(
+                f"data={folder}, which {Path(run) / 'config.json'} names, is not there{relative}. Run this where the training was "
+                "started, or give the folder's place now: --data DIR."
+            )
 
 
 def _with_broken_files(config: TrainConfig, broken_files: str | None) -> TrainConfig:

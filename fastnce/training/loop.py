@@ -25,8 +25,10 @@ from fastnce.training.checkpoint import load_checkpoint, previous_path, save_che
 from fastnce.training.config import (
     DATA_FIELDS,
     SCHEDULE_FIELDS,
+    LabelledTrainConfig,
     TrainConfig,
     differing_fields,
+    settled,
     to_dict,
 )
 from fastnce.training.cost import write_cost
@@ -85,10 +87,13 @@ def train(config: TrainConfig) -> Path:
 
 def _train(config: TrainConfig, device: torch.device, ranks: Ranks) -> Path:
     checkpoint = _checkpoint_to_continue(config)
+    config = settled(config, from_dict(checkpoint["config"]) if checkpoint else None)
     if config.deterministic:
         runtime.use_deterministic_algorithms()
     system = SYSTEMS[config.system]
     dataset = system.dataset(config)
+    if isinstance(config, LabelledTrainConfig):
+        config = config.with_class_names(dataset.class_names)
     schedule = system.schedule(config, len(dataset))
     run = _Run(config, device, dataset, schedule, ranks, is_new=checkpoint is None)
     if checkpoint is not None:
@@ -129,7 +134,8 @@ def _checkpoint_to_continue(config: TrainConfig) -> dict | None:
 def _expect_same_run(config: TrainConfig, state: dict, free: frozenset[str]) -> None:
     """Raises `UserError` if a checkpoint's configuration differs in more than what a run may change, or the fields in `free`."""
     # Through the configuration, so that options that are newer than the run have their defaults.
-    ours, theirs = to_dict(config), to_dict(from_dict(state["config"]))
+    before = from_dict(state["config"])
+    ours, theirs = to_dict(settled(config, before)), to_dict(before)
     names = [
         name
         for name in differing_fields(ours, theirs)

@@ -181,13 +181,13 @@ def input_part(config: UnpairedTrainConfig, paths: Sequence[Path]) -> Part:
     Raises:
         UserError: the training's data are not there any more, and the files may be such pairs.
     """
-    if not isinstance(config, Pix2PixTrainConfig):
+    if not isinstance(config, Pix2PixTrainConfig) or config.data is None:  # A and B in two folders
         return "whole"
     skip = config.broken_files == "skip"
     _, (width, height) = next(readable(paths, image_size, skip=skip))
     half: Part = "left" if config.direction == "AtoB" else "right"
     try:
-        trained = find_pairs(config.folders, "train")[0]
+        trained = find_pairs(config.data, "train")[0]
         _, (pair_width, pair_height) = next(readable(trained.paths, image_size, skip=True))
     except UserError:
         if width != 2 * height:

@@ -84,7 +84,7 @@ def expect_sizes_fit(
     networks: Mapping[str, tuple[nn.Module, int]],
     *,
     one_size: str | None = None,
-    patches: bool = False,
+    compared: str = "",
 ) -> None:
     """Checks the sizes of all training images before the first step, without computing anything.
 
@@ -93,7 +93,7 @@ def expect_sizes_fit(
         dataset: its training images.
         networks: by their names those that see the images, with the channels of their input.
         one_size: why all images of A and B must have one size; None: they need not.
-        patches: whether `num_patches` of each map are compared.
+        compared: "A" or "AB": of whose maps `num_patches` patches are compared.
 
     Raises:
         UserError: an image that a network cannot take, or two of different sizes where there must be one; names the files.
@@ -106,6 +106,15 @@ def expect_sizes_fit(
             f"{other}: gives {second[0]}x{second[1]}, but {one} {first[0]}x{first[1]}, and {one_size}. Use "
             'preprocess="resize_and_crop", or another that makes them one size. fastcut, cyclegan and dclgan take several.'
         )
+    patches = {size: path for name in compared for size, path in {"A": a, "B": b}[name].items()}
+    if patches:
+        width, height = min(patches, key=math.prod)
+        try:
+            check_num_patches(config, feature_shapes(config, (height, width)))
+        except UserError as error:
+            raise UserError(
+                f"{patches[width, height]}: gives {width}x{height}, and {error}"
+            ) from error
     with runtime.rng_kept():
         shapes = {
             name: (copy.deepcopy(network).to("meta"), channels)
@@ -113,12 +122,6 @@ def expect_sizes_fit(
         }
         # What is too small is so by a side or by its number of pixels.
         for width, height in {min(found, key=min), min(found, key=math.prod)}:
-            where = f"{found[width, height]}: gives {width}x{height}"
-            if patches:
-                try:
-                    check_num_patches(config, feature_shapes(config, (height, width)))
-                except UserError as error:
-                    raise UserError(f"{where}, and {error}") from error
             for name, (network, channels) in shapes.items():
                 if _takes(network, config.batch_size, channels, height, width):
                     continue
@@ -129,7 +132,7 @@ def expect_sizes_fit(
                 )
                 least = next((f", which needs {side}x{side} or more" for side in fitting), "")
                 raise UserError(
-                    f"{where}, too small for the {name}{least}. Use a larger crop_size or load_size, larger images, or a "
+                    f"{found[width, height]}: gives {width}x{height}, too small for the {name}{least}. Use a larger crop_size or load_size, larger images, or a "
                     f"smaller {name}."
                 )
 
@@ -188,7 +191,9 @@ def _cut(config: CUTTrainConfig, dataset: UnpairedImages | SingleImagePatches) -
         "generator": (model.generator, config.in_channels),
         "discriminator": (model.discriminator, config.out_channels),
     }
-    expect_sizes_fit(config, dataset, networks, one_size=one_size, patches=bool(model.nce_names))
+    expect_sizes_fit(
+        config, dataset, networks, one_size=one_size, compared="A" if model.nce_names else ""
+    )
     return model
 
 

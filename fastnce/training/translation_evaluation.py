@@ -41,7 +41,9 @@ _MEASURED += ("content_accuracy",)
 
 
 def load_judge(
-    data: Path, extractor: Path | str | None, device: torch.device | str = "cpu"
+    data: Path | Mapping[str, Path],
+    extractor: Path | str | None,
+    device: torch.device | str = "cpu",
 ) -> nn.Module | None:
     """The extractor that judges translations after `data`; None for a digits-photos set, which brings its own.
 
@@ -61,7 +63,7 @@ def load_judge(
 
 def judge_folders(
     folders: Mapping[str, Path],
-    data: Path,
+    data: Path | Mapping[str, Path],
     extractor: nn.Module | None,
     *,
     direction: str = "AtoB",
@@ -137,12 +139,12 @@ def judge_folders(
             spread = others._replace(paths=_spread(others.paths, len(plain.paths)))
             rows[halves_name(target)] = Row(images_of(spread, read))
     result = evaluate(rows, images_of(real, read), extractor, baseline=untranslated_name(source))
-    return {"data": str(data), "reference": _name(real)} | result
+    return {"data": _shown(data), "reference": _name(real)} | result
 
 
 def judge_pairs(
     folders: Mapping[str, Path],
-    data: Path,
+    data: Path | Mapping[str, Path],
     *,
     direction: str = "AtoB",
     read: Reader | None = None,
@@ -278,7 +280,7 @@ def pair_options(config: UnpairedTrainConfig) -> dict[str, Any]:
 def translations(
     networks: Mapping[str, nn.Module],
     config: UnpairedTrainConfig,
-    data: Path,
+    data: Path | Mapping[str, Path],
     direction: str | None = None,
 ) -> Iterator[dict[str, Path]]:
     """Folders, which are removed afterwards, of a set's test images as `fastnce translate` translates them.
@@ -342,7 +344,9 @@ def _as_they_are(
     return read
 
 
-def _side(data: Path, split: str, direction: str, which: int, paired: bool) -> Side:
+def _side(
+    data: Path | Mapping[str, Path], split: str, direction: str, which: int, paired: bool
+) -> Side:
     """The images of a split that are translated (`which` 0), or those that are like what they should become (1)."""
     if paired:
         return find_pairs(data, split, direction)[which]
@@ -385,3 +389,7 @@ def _stacked(
             )
         images.append(image)
     return torch.stack(images)
+
+
+def _shown(data: Path | Mapping[str, Path]) -> str:
+    return ", ".join(map(str, data.values())) if isinstance(data, Mapping) else str(data)

@@ -28,9 +28,9 @@ def _model(config: TwoWayTrainConfig, dataset: UnpairedImages) -> TwoWayModel:
     _, height, width = dataset[0]["A"].shape
     model_class = CycleGAN if isinstance(config, CycleGANTrainConfig) else DCLGAN
     model = model_class(config, (height, width))
-    one_size, patches = fixed_size(config), False
+    one_size, compared = fixed_size(config), ""
     if isinstance(config, DCLGANTrainConfig) and config.lambda_nce > 0:
-        patches = True
+        compared = "AB"
         if config.num_patches == 0:
             one_size = "num_patches=0 compares all positions of A and B at once"
     networks = {
@@ -39,7 +39,7 @@ def _model(config: TwoWayTrainConfig, dataset: UnpairedImages) -> TwoWayModel:
         "discriminator of A": (model.discriminator_b, config.in_channels),
         "discriminator of B": (model.discriminator_a, config.out_channels),
     }
-    expect_sizes_fit(config, dataset, networks, one_size=one_size, patches=patches)
+    expect_sizes_fit(config, dataset, networks, one_size=one_size, compared=compared)
     return model
 
 
