@@ -12,6 +12,7 @@ from torch import nn
 from fastnce.data import list_images
 from fastnce.data.aligned import holds_pairs
 from fastnce.data.folders import load_image
+from fastnce.data.labelled import has_split
 from fastnce.errors import UserError
 from fastnce.metrics import (
     evaluate_generation,
@@ -45,7 +46,7 @@ from fastnce.training.config import (
     UnpairedTrainConfig,
 )
 from fastnce.training.cost import cost_lines, read_cost
-from fastnce.training.generation import labelled_images, reference_images, sampler
+from fastnce.training.generation import labelled_images, reference_and_training, sampler
 from fastnce.training.representation import images_of, random_encoder
 from fastnce.training.runtime import resolve_device
 from fastnce.training.systems import SYSTEMS
@@ -270,8 +271,8 @@ def evaluate_conditional_generation(
     assert isinstance(config, ContraGANTrainConfig)
     root = config.data if data is None else data
     evaluator = generation_evaluator(root, extractor or config.extractor, device=target)
-    images, labels = reference_images(labelled_images(config, "test", root), config.measure_count)
-    training = reference_images(labelled_images(config, "train", root), len(labels))
+    train = labelled_images(config, "train", root)
+    (images, labels), training = reference_and_training(config, train, root)
     torch.manual_seed(config.seed)
     untrained = SYSTEMS[config.system].network(config).to(target).eval()
     result = evaluate_generation(
@@ -311,7 +312,16 @@ def evaluate_representation(
     encoder, config = load_generator(run, which=weights, checkpoint=checkpoint, device=target)
     config = _with_broken_files(config, broken_files)
     assert isinstance(config, RepresentationTrainConfig)
+    root = config.data if data is None else data
+    if not has_split(root, "test"):
+        raise UserError(
+            f"data={root} has no test images to measure accuracy on. Name a folder with train/CLASS and test/CLASS."
+        )
     train, test = (images_of(config, split, data) for split in ("train", "test"))
+    if train.num_classes < 2:
+        raise UserError(
+            f"data={root} has no classes to measure accuracy with. Name a folder with train/CLASS and test/CLASS."
+        )
     encoders = {
         TRAINED_ENCODER: encoder,
         RANDOM_ENCODER: random_encoder(config, train).to(target),

@@ -30,7 +30,7 @@ def write_shared(network: nn.Module, config: TrainConfig, path: Path) -> None:
         UserError: the package safetensors is not installed, or the file cannot be written.
     """
     values = shared_values(config)
-    data = _safetensors().torch.save(
+    data = import_safetensors().torch.save(
         {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()},
         metadata={"format": "pt", CONFIG_KEY: json.dumps(values)},
     )
@@ -51,7 +51,7 @@ def read_shared(path: Path) -> tuple[dict[str, Tensor], TrainConfig | None]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file. Name a weights file, such as model.safetensors.")
-    safetensors = _safetensors()
+    safetensors = import_safetensors()
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -71,7 +71,8 @@ def read_shared(path: Path) -> tuple[dict[str, Tensor], TrainConfig | None]:
         ) from error
 
 
-def _safetensors() -> ModuleType:
+def import_safetensors() -> ModuleType:
+    """The package; raises `UserError` where it is not installed."""
     try:
         import safetensors.torch
     except ModuleNotFoundError as error:
