@@ -101,7 +101,7 @@ def describe_folder(
     if value_range is None and high < DARK_16 and _all_16_bits(headers):
         lines.append(
             f"warning: {folder}: 16-bit images whose greatest value is {high:g} of 65535 are almost black. If that is as bright as "
-            f"they can be, give --value-range 0 {2 ** max(1, int(high)).bit_length() - 1}."
+            f"they can be, give --value-range 0 {2 ** max(1, int(high)).bit_length() - 1}, or, of labelled images, stretch the files."
         )
     return lines
 
