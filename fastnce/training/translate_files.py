@@ -202,7 +202,7 @@ def input_half(config: UnpairedTrainConfig, paths: Sequence[Path]) -> Half:
     Raises:
         UserError: the training's data are not there any more, and the files may be such pairs.
     """
-    if not isinstance(config, Pix2PixTrainConfig):
+    if not isinstance(config, Pix2PixTrainConfig) or config.data is None:  # A and B in two folders
         return "none"
     skip = config.broken_files == "skip"
     _, (width, height) = next(readable(paths, image_size, skip=skip))

@@ -41,7 +41,9 @@ _MEASURED += ("content_accuracy",)
 
 
 def load_judge(
-    data: Path, extractor: Path | str | None, device: torch.device | str = "cpu"
+    data: Path | Mapping[str, Path],
+    extractor: Path | str | None,
+    device: torch.device | str = "cpu",
 ) -> nn.Module | None:
     """The extractor that judges translations after `data`; None for a digits-photos set, which brings its own.
 
@@ -61,7 +63,7 @@ def load_judge(
 
 def judge_folders(
     folders: Mapping[str, Path],
-    data: Path,
+    data: Path | Mapping[str, Path],
     extractor: nn.Module | None,
     *,
     direction: str = "AtoB",
@@ -135,12 +137,12 @@ def judge_folders(
     result = evaluate(
         rows, images_of(real, read).images, extractor, baseline=untranslated_name(source)
     )
-    return {"data": str(data), "reference": _name(real)} | result
+    return {"data": _shown(data), "reference": _name(real)} | result
 
 
 def judge_pairs(
     folders: Mapping[str, Path],
-    data: Path,
+    data: Path | Mapping[str, Path],
     *,
     direction: str = "AtoB",
     read: Reader | None = None,
@@ -224,9 +226,9 @@ def translation_measure(config: UnpairedTrainConfig, _: object) -> Measure | Non
     extractor, by_features = None, not paired or config.extractor is not None
     try:
         if paired:
-            find_pairs(config.data, "test")
+            find_pairs(config.folders, "test")
         if by_features:
-            extractor = load_judge(config.data, config.extractor)
+            extractor = load_judge(config.folders, config.extractor)
     except UserError as error:
         if config.extractor is not None:
             raise
@@ -235,14 +237,16 @@ def translation_measure(config: UnpairedTrainConfig, _: object) -> Measure | Non
 
     def measure(_: nn.Module, network: nn.Module) -> dict[str, float]:
         row: dict[str, Any] = {}
-        with translations({TRANSLATED: network}, config, config.data) as folders:
+        with translations({TRANSLATED: network}, config, config.folders) as folders:
             if paired:
-                numbers = judge_pairs(folders, config.data, baselines=False, **pair_options(config))
+                numbers = judge_pairs(
+                    folders, config.folders, baselines=False, **pair_options(config)
+                )
                 row |= numbers["rows"][0]
             if by_features:
                 result = judge_folders(
                     folders,
-                    config.data,
+                    config.folders,
                     extractor,
                     direction=config.direction,
                     read=scaled_reader(config),
@@ -274,7 +278,7 @@ def pair_options(config: UnpairedTrainConfig) -> dict[str, Any]:
 def translations(
     networks: Mapping[str, nn.Module],
     config: UnpairedTrainConfig,
-    data: Path,
+    data: Path | Mapping[str, Path],
     direction: str | None = None,
 ) -> Iterator[dict[str, Path]]:
     """Folders, which are removed afterwards, of a set's test images as `fastnce translate` translates them.
@@ -338,7 +342,9 @@ def _as_they_are(
     return read
 
 
-def _side(data: Path, split: str, direction: str, which: int, paired: bool) -> Side:
+def _side(
+    data: Path | Mapping[str, Path], split: str, direction: str, which: int, paired: bool
+) -> Side:
     """The images of a split that are translated (`which` 0), or those that are like what they should become (1)."""
     if paired:
         return find_pairs(data, split, direction)[which]
@@ -388,3 +394,7 @@ def _stacked(
             )
         images.append(image)
     return torch.stack(images)
+
+
+def _shown(data: Path | Mapping[str, Path]) -> str:
+    return ", ".join(map(str, data.values())) if isinstance(data, Mapping) else str(data)
