@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce.data import list_images, save_image
+from fastnce.data.files import expect_apart
 from fastnce.data.folders import fitting_suffixes
 from fastnce.errors import UserError
 from fastnce.networks.geometry import pixel_grid
@@ -79,6 +80,8 @@ def visualize_features(
         UserError: see `feature_colours`; or an image cannot be read, or `out` not be written.
     """
     input = Path(input)
+    if input.is_dir():
+        expect_apart(out, [input])
     paths = list_images(input)[:count] if input.is_dir() else [input]
     inputs = [encoder.read(path) for path in paths]
     rows: list[tuple[str, Tensor]] = []
