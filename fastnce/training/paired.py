@@ -78,7 +78,7 @@ PIX2PIX_SYSTEM = System(
     network=build_generator,
     preview=_preview,
     panels=(("G_GAN", "D_real", "D_fake"), ("G_L1",), ("G",)),
-    published={"G": "generator", "D": "discriminator"},
     measure=translation_measure,
     best="l1",
+    published={"G": "generator", "D": "discriminator"},
 )

@@ -112,20 +112,24 @@ def judge_folders(
         )
     assert extractor is not None, "load_judge refuses this"
 
-    def images_of(side: Side, read: Reader) -> Row:
-        return Row(image for _, image in readable(side.paths, read(side), skip=skip))
+    def images_of(side: Side, read: Reader) -> Iterator[Tensor]:
+        count = 0
+        for _, image in readable(side.paths, read(side), skip=skip):
+            count += 1
+            yield image
+        if count < 2:
+            raise UserError(
+                f"{side.folder}: holds one image, and FID needs at least two. Add more, the more the better."
+            )
 
     plain, real = (_side(data, "test", direction, which, paired) for which in (0, 1))
-    _expect_two(plain)
-    _expect_two(real)
-    rows: dict[str, Row | str] = {}
-    for name, folder in folders.items():
-        made = Side(folder, list_images(folder))
-        _expect_two(made)
-        rows[name] = images_of(made, as_they_are)
+    rows: dict[str, Row | str] = {
+        name: Row(images_of(Side(folder, list_images(folder)), as_they_are))
+        for name, folder in folders.items()
+    }
     source, target = direction[0], direction[-1]
     if baselines:
-        rows[untranslated_name(source)] = images_of(plain, read)
+        rows[untranslated_name(source)] = Row(images_of(plain, read))
         try:
             others = _side(data, "train", direction, 1, paired)
         except UserError:
@@ -133,10 +137,8 @@ def judge_folders(
             rows[halves_name(target)] = f"not measured: there is no {folder}"
         else:
             spread = others._replace(paths=_spread(others.paths, len(plain.paths)))
-            rows[halves_name(target)] = images_of(spread, read)
-    result = evaluate(
-        rows, images_of(real, read).images, extractor, baseline=untranslated_name(source)
-    )
+            rows[halves_name(target)] = Row(images_of(spread, read))
+    result = evaluate(rows, images_of(real, read), extractor, baseline=untranslated_name(source))
     return {"data": _shown(data), "reference": _name(real)} | result
 
 
@@ -307,7 +309,7 @@ def translations(
                 source.folder,
                 folders[name],
                 direction=direction,
-                half=source.half or "none",
+                part=source.half or "whole",
             )
             network.train(was_training)
         yield folders
@@ -318,7 +320,7 @@ def scaled_reader(config: UnpairedTrainConfig, channels: int = 3, bits: int = 8)
     from fastnce.training.translate_files import image_scaling
 
     def reader(side: Side) -> Callable[[Path], Tensor]:
-        scale = image_scaling(config, side.paths, half=side.half)
+        scale = image_scaling(config, side.paths, part=side.half)
 
         def read(path: Path) -> Tensor:
             image = read_image(path, channels, bits, config.value_range)
@@ -355,13 +357,6 @@ def _side(
 def _name(side: Side) -> str:
     """testB, or the right halves of test."""
     return f"the {side.half} halves of {side.folder.name}" if side.half else side.folder.name
-
-
-def _expect_two(side: Side) -> None:
-    if len(side.paths) < 2:
-        raise UserError(
-            f"{side.folder}: holds one image, and FID needs at least two. Add more, the more the better."
-        )
 
 
 def _spread(paths: Sequence[Path], count: int) -> list[Path]:
