@@ -23,8 +23,9 @@ def translate(args: list[str]) -> int:
         size: int | None = None,
         tile: int | None = None,
         half: Literal["left", "right", "none"] | None = None,
-        format: Literal["png", "jpg", "tiff", "webp"] | None = None,
+        format: Literal["png", "jpg", "tiff", "webp", "npy"] | None = None,
         broken_files: Literal["error", "skip"] | None = None,
+        value_range: tuple[float, float] | None = None,
         device: str = "auto",
         batch_size: int = 16,
     ) -> None:
@@ -44,9 +45,12 @@ def translate(args: list[str]) -> int:
                 pixels are read.
             half: Translate this half of each file. By default that is the input's half where pix2pix learned from pairs side by
                 side and these are such, else all of each file (none).
-            format: Of the results: png unless --out names a file. jpg and webp have quality 95.
+            format: Of the results, unless --out names a file: png, or what holds all their numbers and channels. jpg and webp have
+                quality 95.
             broken_files: What a file that cannot be read does: skip leaves it out and names it, error stops when the images before
                 it are translated; by default as in the training.
+            value_range: The images' numbers that stand for black and white; by default as in the training. Results are written in
+                these numbers.
             device: auto, cpu, cuda or cuda:N.
             batch_size: Images translated at a time, where they have the same size.
         """
@@ -80,6 +84,7 @@ def translate(args: list[str]) -> int:
             half=half,
             format=format,
             broken_files=broken_files,
+            value_range=value_range,
         )
         print(f"Translated {count} image{'s' * (count != 1)} into {out}")
 

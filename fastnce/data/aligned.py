@@ -37,6 +37,7 @@ class AlignedImages(Dataset):
         channels_a: 3 for RGB, 1 for greyscale, of the samples' "A".
         channels_b: the same for "B".
         bits: 16 keeps all bits of 16-bit greyscale files; 8 scales them to 8.
+        value_range: the files' numbers that become -1 and 1: see `UnpairedImages`.
         direction: "AtoB", or "BtoA" to exchange the samples' "A" and "B".
         serial: takes the pairs in order, without shuffling.
         seed: seed of the stream.
@@ -61,6 +62,7 @@ class AlignedImages(Dataset):
         channels_a: int = 3,
         channels_b: int = 3,
         bits: int = 8,
+        value_range: tuple[float, float] | None = None,
         direction: str = "AtoB",
         serial: bool = False,
         seed: int = 0,
@@ -77,7 +79,7 @@ class AlignedImages(Dataset):
         def domain(side: Side, channels: int) -> CachedImages:
             check_depth(channels, bits)
             rest = (phases, cache_bytes // 2, broken, side.half)
-            return CachedImages(side.folder, side.paths, channels, bits, *rest)
+            return CachedImages(side.folder, side.paths, channels, bits, value_range, *rest)
 
         self.seed, self.serial = seed, serial
         self.a = domain(sides[0], channels_a)
@@ -161,6 +163,14 @@ def find_pairs(root: Path | str, split: str, direction: str = "AtoB") -> tuple[S
     """
     a, b = _find_a_and_b(Path(root), split)
     return (a, b) if direction == "AtoB" else (b, a)
+
+
+def holds_pairs(root: Path | str) -> bool:
+    """Whether a folder holds test images side by side. (Files of equal names in two folders need not be pairs.)"""
+    try:
+        return find_pairs(root, "test")[0].half is not None
+    except UserError:
+        return False
 
 
 def _find_a_and_b(root: Path, split: str) -> tuple[Side, Side]:

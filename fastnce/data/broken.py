@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from fastnce.data.folders import UnfitFile
 from fastnce.errors import UserError
 
 T = TypeVar("T")
@@ -53,8 +54,10 @@ class BrokenFiles:
         """Marks file `index` as broken and names it in the log, once.
 
         Raises:
-            UserError: `error`, unless others take its place; or that there are no others.
+            UserError: `error`, if it is an `UnfitFile` or unless others take its place; or that there are no others.
         """
+        if isinstance(error, UnfitFile):
+            raise error
         known = index in self
         self._found[index] = True
         if not self.skip:
@@ -107,7 +110,7 @@ def readable(
         try:
             value = read(path)
         except UserError as error:
-            if not skip:
+            if not skip or isinstance(error, UnfitFile):
                 raise
             broken += 1
             _log.warning("skipped, %d so far: %s", broken, error)

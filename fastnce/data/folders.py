@@ -22,7 +22,7 @@ from fastnce.errors import UserError
 EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
     ".pfm", ".webp", ".avif", ".avifs", ".gif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".tga", ".icb", ".vda", ".vst",
-    ".pcx", ".dcx", ".sgi", ".rgb", ".rgba", ".bw", ".ras", ".qoi", ".psd", ".dds", ".fits", ".fit", ".im", ".msp", ".pxr", ".pcd",
+    ".pcx", ".dcx", ".sgi", ".rgb", ".rgba", ".bw", ".ras", ".qoi", ".psd", ".dds", ".im", ".msp", ".pxr", ".pcd",
     ".xbm", ".xpm", ".npy",
 )
 # fmt: on
@@ -149,6 +149,10 @@ def contents(folder: Path) -> str:
     return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "nothing"
 
 
+class UnfitFile(UserError):
+    """A file that is no broken one, but does not fit the options: never passed over as broken files are."""
+
+
 class Header(NamedTuple):
     """What the first bytes of an image file tell.
 
@@ -228,7 +232,8 @@ def read_image(
     try:
         numbers = _decode(path)
         if value_range is not None:
-            _refuse_lost_bits(numbers)
+            if isinstance(numbers, Image.Image) and numbers.info["scaled"]:
+                raise _not_its_numbers(path)
             return to_image(_mapped(_numbers(path, numbers, channels), value_range))
         if isinstance(numbers, np.ndarray):
             if numbers.dtype != np.uint8:
@@ -278,6 +283,8 @@ def check_value_range(value_range: tuple[float, float] | None) -> None:
     """Raises UserError unless it is None or two finite numbers, the lower first."""
     if value_range is None:
         return
+    if len(value_range) != 2:
+        raise UserError(f"value_range={value_range}: expected two numbers, LOW and HIGH.")
     low, high = value_range
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise UserError(
@@ -304,6 +311,7 @@ def _decode(path: Path | str) -> Image.Image | np.ndarray:
         return _as_3d(np.load(path, allow_pickle=False))
     with Image.open(path) as image:
         kind = _kind(image)
+        scaled = kind == _LOST_BITS or _ppm_white(image) not in (None, 255)
         # Of a TIFF Pillow itself has done it when it is decoded.
         turned = image.format != "TIFF" and _orientation(image) != 1
         image.load()
@@ -312,11 +320,11 @@ def _decode(path: Path | str) -> Image.Image | np.ndarray:
         if kind == _GREY_16:
             array = np.asarray(image)
             image = Image.fromarray(array.clip(0, 65535).astype(np.uint16))
-        image.info["kind"] = kind
+        image.info |= {"kind": kind, "scaled": scaled}
         return image
 
 
-_GREY_16, _DEEP_COLOUR = "16-bit grey", "16-bit colour, read as 8-bit"
+_GREY_16, _LOST_BITS = "16-bit grey", "16 bits per channel, read as 8"
 _KINDS = {
     "1": "black and white",
     "L": "grey",
@@ -330,13 +338,24 @@ _KINDS = {
 
 def _kind(image: Image.Image) -> str:
     """The type of the pixels of an image that is not decoded yet, in words."""
-    raw = str(image.tile[0][3]) if image.tile else ""
     # Pillow keeps those of PNG and PGM, 0 to 65535, in 32 bits where it has nothing narrower.
     if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
         return _GREY_16
-    if ";16" in raw:
-        return "16-bit integers with a sign" if image.mode == "I" else _DEEP_COLOUR
+    if image.mode == "I" and ";16" in _raw_mode(image):
+        return "16-bit integers with a sign"
+    if image.mode != "I" and (";16" in _raw_mode(image) or (_ppm_white(image) or 0) > 255):
+        return _LOST_BITS
     return _KINDS.get(image.mode, image.mode)
+
+
+def _raw_mode(image: Image.Image) -> str:
+    return str(image.tile[0][3]) if image.tile else ""
+
+
+def _ppm_white(image: Image.Image) -> int | None:
+    """The greatest number of a PPM file that Pillow scales to the whole range of 8 or 16 bits."""
+    scaled = image.format == "PPM" and image.tile and image.tile[0][0].startswith("ppm")
+    return image.tile[0][3][-1] if scaled else None
 
 
 def _orientation(image: Image.Image) -> int:
@@ -356,7 +375,8 @@ def _of_bits(path: Path | str, image: Image.Image, channels: int, bits: int) -> 
     if bits == 16:
         if image.mode == "I;16":
             return image
-        _refuse_lost_bits(image)
+        if image.info["kind"] == _LOST_BITS:
+            raise _not_its_numbers(path)
         return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     if image.mode == "I;16":
         # Converting would clip at 255 and leave an image that is almost white.
@@ -369,16 +389,18 @@ def _of_bits(path: Path | str, image: Image.Image, channels: int, bits: int) -> 
 def _mode(path: Path | str, channels: int) -> str:
     modes = {1: "L", 3: "RGB", 4: "RGBA"}
     if channels not in modes:
-        raise UserError(
+        raise UnfitFile(
             f"channels={channels}: {path} can be read with 1 (greyscale), 3 (RGB) or 4 (with alpha). Other numbers of channels need "
             ".npy files."
         )
     return modes[channels]
 
 
-def _refuse_lost_bits(image: Image.Image | np.ndarray) -> None:
-    if isinstance(image, Image.Image) and image.info["kind"] == _DEEP_COLOUR:
-        raise ValueError("Pillow keeps 8 of its 16 bits; a .npy file keeps all")
+def _not_its_numbers(path: Path | str) -> UnfitFile:
+    return UnfitFile(
+        f"{path}: holds other numbers than Pillow gives, which scales them to 8 or 16 bits. Save it as .npy, which keeps them, or "
+        "leave out --value-range and --bits 16."
+    )
 
 
 def read_numbers(path: Path | str, channels: int) -> np.ndarray:
@@ -398,7 +420,7 @@ def _numbers(path: Path | str, numbers: Image.Image | np.ndarray, channels: int)
         return _fit_channels(path, numbers, channels)
     if numbers.mode in ("I;16", "I", "F"):
         return _fit_channels(path, np.asarray(numbers)[:, :, None], channels)
-    return to_array(numbers.convert(_mode(path, channels)))
+    return to_array(_of_bits(path, numbers, channels, 8))
 
 
 def _fit_channels(path: Path | str, array: np.ndarray, channels: int) -> np.ndarray:
@@ -407,7 +429,7 @@ def _fit_channels(path: Path | str, array: np.ndarray, channels: int) -> np.ndar
         return array
     if array.shape[2] == 1 and channels == 3:
         return array.repeat(3, axis=2)
-    raise UserError(
+    raise UnfitFile(
         f"channels={channels}: {path} has {array.shape[2]}. Use channels={array.shape[2]}, or other files."
     )
 
@@ -421,11 +443,11 @@ def _mapped(numbers: np.ndarray, value_range: tuple[float, float]) -> np.ndarray
     return mapped.clip(-1, 1).astype(np.float32)
 
 
-def _other_numbers(path: Path | str, numbers: Image.Image | np.ndarray) -> UserError:
+def _other_numbers(path: Path | str, numbers: Image.Image | np.ndarray) -> UnfitFile:
     array = np.asarray(numbers)
     kind = array.dtype.name if isinstance(numbers, np.ndarray) else numbers.info["kind"]
     low, high = (f"{value:g}" for value in (array.min(), array.max()))
-    return UserError(
+    return UnfitFile(
         f"{path}: holds {kind} from {low} to {high}, and only 8 bits and 16-bit grey say what is black and white. Give the "
         f"numbers that are: --value-range LOW HIGH, the same for all files, such as {low} {high}; or, as for labelled images, save "
         "the files with 8 bits."
@@ -489,35 +511,87 @@ _SAVE_OPTIONS = dict.fromkeys((".jpg", ".jpeg", ".webp"), {"quality": 95})
 
 
 def save_image(
-    tensor: torch.Tensor, path: Path | str, bits: int = 8, alpha: Image.Image | None = None
+    tensor: torch.Tensor,
+    path: Path | str,
+    bits: int = 8,
+    value_range: tuple[float, float] | None = None,
+    alpha: Image.Image | None = None,
 ) -> None:
     """Writes an image file, atomically; the format follows from the extension. JPEG and WebP have quality 95.
 
     Values are clamped to [-1, 1], mapped to (x + 1) / 2 * 255 and truncated to 8 bits, as CUT's
-    result files are; with `bits=16` they are mapped to 65535 and rounded.
+    result files are; with `bits=16` they are mapped to 65535 and rounded. With `value_range` they are mapped back to its
+    numbers: rounded to integers of 8 or 16 bits if its ends are such and 255 or more apart, else float32.
 
     Args:
-        tensor: (C, H, W) float in [-1, 1], C of 1 or 3, on any device; C of 1 for `bits=16`.
-        path: The file to write; for `bits=16` a .png or .tif.
+        tensor: (C, H, W) float in [-1, 1], on any device; C of 1 for `bits=16`.
+        path: The file to write; see `fitting_suffixes`.
         bits: 8 or 16.
-        alpha: An alpha channel of the same size, in the mode "L"; not for JPEG, nor for 16 bits.
+        value_range: The numbers that -1 and 1 stand for, as in `read_image`.
+        alpha: An alpha channel of the same size, in the mode "L"; for 8 bits, and not for JPEG.
 
     Raises:
         ValueError: If the shape is another one.
-        UserError: If the file cannot be written, or `bits` is not for such images.
+        UserError: If the file cannot be written, or its format, or `bits`, is not for such images.
     """
-    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
+    if tensor.ndim != 3:
         raise ValueError(
-            "save_image: tensor: expected the shape (C, H, W) with C of 1 or 3, "
-            f"got {tuple(tensor.shape)}."
+            f"save_image: tensor: expected the shape (C, H, W), got {tuple(tensor.shape)}."
         )
     check_depth(tensor.shape[0], bits)
-    values = to_uint8(tensor) if bits == 8 else to_uint16(tensor)
-    image = to_image(values.permute(1, 2, 0).numpy())
-    if alpha is not None:
-        image.putalpha(alpha)
+    check_value_range(value_range)
+    suffixes = fitting_suffixes(tensor.shape[0], bits, value_range)
+    if Path(path).suffix.lower() not in suffixes:
+        raise UserError(
+            f"{path}: cannot be written: this format does not hold {_dtype(bits, value_range).name} with {tensor.shape[0]} channels. "
+            f"Use {suffixes[0]}."
+        )
+    if value_range is not None:
+        values = _unmapped(tensor, value_range)
+    else:
+        values = to_uint8(tensor) if bits == 8 else to_uint16(tensor)
+    array = values.permute(1, 2, 0).numpy()
     with atomic_path(path) as temporary:
+        if _is_array(path):
+            np.save(temporary, array, allow_pickle=False)
+            return
+        image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+        if alpha is not None:
+            image.putalpha(alpha)
         image.save(temporary, **_SAVE_OPTIONS.get(Path(path).suffix.lower(), {}))
+
+
+def fitting_suffixes(
+    channels: int, bits: int = 8, value_range: tuple[float, float] | None = None
+) -> tuple[str, ...]:
+    """The extensions of the files that `save_image` can write such images to, the usual one first."""
+    dtype = _dtype(bits, value_range)
+    if dtype == np.uint8 and channels in (1, 3):
+        return (".png", *EXTENSIONS)
+    if dtype == np.uint8 and channels == 4:
+        return (".png", ".tif", ".tiff", ".webp", ".npy")
+    if channels != 1:
+        return (".npy",)
+    return (*([".png"] if dtype == np.uint16 else []), ".tif", ".tiff", ".npy")
+
+
+def _dtype(bits: int, value_range: tuple[float, float] | None) -> np.dtype:
+    """The type that images are written as; of a range one that holds its numbers, and no fewer levels of them than 8 bits do."""
+    if value_range is None:
+        return np.dtype(np.uint8 if bits == 8 else np.uint16)
+    low, high = value_range
+    whole = low == int(low) and high == int(high) and high - low >= 255
+    if whole and low >= 0 and high <= 65535:
+        return np.dtype(np.uint8 if high <= 255 else np.uint16)
+    return np.dtype(np.float32)
+
+
+def _unmapped(images: torch.Tensor, value_range: tuple[float, float]) -> torch.Tensor:
+    """Images in [-1, 1] as numbers of a range, on the CPU: the inverse of `_mapped`."""
+    low, high = value_range
+    numbers = (images.detach().double().clamp(-1, 1) + 1) / 2 * (high - low) + low
+    dtype = getattr(torch, _dtype(8, value_range).name)
+    return (numbers if dtype.is_floating_point else numbers.round()).to("cpu", dtype)
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

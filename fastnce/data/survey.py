@@ -9,7 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fastnce.data.folders import Header, read_header, read_image, read_numbers, scan_folder
+from fastnce.data.folders import (
+    Header,
+    UnfitFile,
+    read_header,
+    read_image,
+    read_numbers,
+    scan_folder,
+)
 from fastnce.errors import UserError
 
 # The values of so many pixels are looked at; decoding all of a large set at each start would take too long.
@@ -69,8 +76,8 @@ def describe_folder(
     for path in _within_limit(headers):
         try:
             numbers = read_numbers(path, channels)
-        except UserError:
-            if not skip_broken:
+        except UserError as error:
+            if not skip_broken or isinstance(error, UnfitFile):
                 raise
             broken += 1
             continue

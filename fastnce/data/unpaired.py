@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, get_worker_info
 from fastnce.data.broken import BrokenFiles
 from fastnce.data.files import named_sizes
 from fastnce.data.folders import (
+    Bands,
     check_depth,
     image_size,
     list_images,
@@ -50,6 +51,8 @@ class UnpairedImages(Dataset):
         channels_a: 3 for RGB, 1 for greyscale, of the samples' "A".
         channels_b: The same for "B".
         bits: 16 keeps all bits of 16-bit greyscale files; 8 scales them to 8.
+        value_range: The files' numbers that become -1 and 1, in float32; those beyond are clipped. Without it files must hold 8
+            bits or 16-bit grey.
         direction: "AtoB", or "BtoA" to read "A" from trainB and "B" from trainA.
         serial: Takes both folders in order, without shuffling.
         jitter_samples: From this sample on `load_size` is `crop_size`, as in the second half of
@@ -78,6 +81,7 @@ class UnpairedImages(Dataset):
         channels_a: int = 3,
         channels_b: int = 3,
         bits: int = 8,
+        value_range: tuple[float, float] | None = None,
         direction: str = "AtoB",
         serial: bool = False,
         jitter_samples: int | None = None,
@@ -100,7 +104,9 @@ class UnpairedImages(Dataset):
                 for size in ([load_size] if jitter_samples is None else [load_size, crop_size])
             ]
             broken = BrokenFiles(folder, paths, broken_files == "skip")
-            return CachedImages(folder, paths, channels, bits, phases, cache_bytes // 2, broken)
+            return CachedImages(
+                folder, paths, channels, bits, value_range, phases, cache_bytes // 2, broken
+            )
 
         self.seed, self.serial, self.jitter_samples = seed, serial, jitter_samples
         self.a = domain(folder_a, channels_a, augment_a == "affine")
@@ -169,13 +175,14 @@ class CachedImages:
         paths: list[Path],
         channels: int,
         bits: int,
+        value_range: tuple[float, float] | None,
         phases: list[Preprocess],
         cache_bytes: int,
         broken: BrokenFiles,
         half: str | None = None,
     ) -> None:
         self.folder, self.paths, self.half = folder, paths, half
-        self.channels, self.bits = channels, bits
+        self.channels, self.bits, self.value_range = channels, bits, value_range
         self.cache_bytes, self.broken = cache_bytes, broken
         self._bytes = named_sizes(folder, paths)
         self._cache: dict[int, tuple[int, np.ndarray]] = {}
@@ -188,7 +195,8 @@ class CachedImages:
             for preprocess in self.phases:
                 preprocess.check(self.paths[index], *size)
         pixels = sum(math.prod(self.phases[0].prepared_size(*s)) for s in self.sizes.values())
-        if pixels * channels * bits // 8 <= min(EAGER_BYTES, cache_bytes):
+        item_bits = bits if value_range is None else 32
+        if pixels * channels * item_bits // 8 <= min(EAGER_BYTES, cache_bytes):
             for index in range(len(self.paths)):
                 self._prepared(index, 0)
 
@@ -198,7 +206,12 @@ class CachedImages:
 
     def describe(self) -> list[str]:
         return describe_folder(
-            self.folder, self.paths, self.channels, self.bits, skip_broken=self.broken.skip
+            self.folder,
+            self.paths,
+            self.channels,
+            self.bits,
+            self.value_range,
+            skip_broken=self.broken.skip,
         )
 
     def sample(self, index: int, phase: int, rng: np.random.Generator) -> torch.Tensor:
@@ -244,7 +257,8 @@ class CachedImages:
         cached_phase, cached = self._cache.get(index, (None, None))
         if cached_phase == phase:
             return cached
-        image = half_of(read_image(self.paths[index], self.channels, self.bits), self.half)
+        how = self.channels, self.bits, self.value_range
+        image = half_of(read_image(self.paths[index], *how), self.half)
         array = self.phases[phase].prepare(image)
         if cached is not None:
             self._cached_bytes -= cached.nbytes
@@ -257,7 +271,7 @@ class CachedImages:
         return array
 
 
-def half_of(image: Image.Image, half: str | None) -> Image.Image:
+def half_of(image: Image.Image | Bands, half: str | None) -> Image.Image | Bands:
     """The "left" or the "right" half of an image, without the column between them if its width is odd."""
     width, height = image.size
     if half == "left":

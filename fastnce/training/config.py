@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from fastnce.data.class_folders import NO_CLASSES
+from fastnce.data.folders import check_value_range
 from fastnce.data.views import VIEW_RECIPES
 from fastnce.errors import UserError
 from fastnce.models import (
@@ -120,6 +121,9 @@ class UnpairedTrainConfig(TrainConfig):
     """Steps before the network, joined by _and_: resize, fixsize, scale_width, scale_shortside, zoom, crop, patch, trim or none."""
     bits: Literal[8, 16] = 8
     """Bits of a channel that are read and written; 16 for greyscale images only."""
+    value_range: tuple[float, float] | None = None
+    """LOW HIGH: the files' numbers that stand for black and white, where they are not of 8 bits or use all of 16; results are
+    written in these numbers."""
     flip: bool = True
     """Mirror each training image with probability 1/2."""
     augment_a: Literal["none", "affine"] = "none"
@@ -140,6 +144,7 @@ class UnpairedTrainConfig(TrainConfig):
         super().__post_init__()
         options.at_least(self, 0, "cache_gb")
         options.one_of(self, "bits", (8, 16))
+        check_value_range(self.value_range)
         options.at_least(self, 1, "load_size", "crop_size")
         options.at_least(self, 0, "epochs", "decay_epochs")
         options.one_of(self, "augment_a", ("none", "affine"))

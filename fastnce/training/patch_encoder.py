@@ -83,7 +83,7 @@ class PatchEncoder:
     def read(self, path: Path) -> Tensor:
         """(C, H, W) in [-1, 1]: an image as for translation, scaled as in training and not cropped, with sides a multiple of 4."""
         config = self.config
-        image = read_image(path, config.in_channels, config.bits)
+        image = read_image(path, config.in_channels, config.bits, config.value_range)
         array = image_scaling(config, [path]).prepare(image)
         return to_tensor(to_array(resize_to_multiple(to_image(array))))
 

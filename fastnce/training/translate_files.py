@@ -19,7 +19,9 @@ from fastnce.data import EXTENSIONS, Preprocess, list_images, save_image
 from fastnce.data.aligned import find_pairs
 from fastnce.data.broken import readable
 from fastnce.data.folders import (
+    UnfitFile,
     any_number_of_pixels,
+    fitting_suffixes,
     image_size,
     read_alpha,
     read_image,
@@ -33,7 +35,7 @@ from fastnce.training.config import Pix2PixTrainConfig, TrainConfig, UnpairedTra
 from fastnce.training.tiles import check_tile
 from fastnce.training.translate import in_direction, translate
 
-Format = Literal["png", "jpg", "tiff", "webp"]
+Format = Literal["png", "jpg", "tiff", "webp", "npy"]
 Half = Literal["left", "right", "none"]
 # Extensions of single results, by the format that they stand for.
 _FORMATS: dict[str, Format] = {
@@ -43,6 +45,7 @@ _FORMATS: dict[str, Format] = {
     ".tif": "tiff",
     ".tiff": "tiff",
     ".webp": "webp",
+    ".npy": "npy",
 }
 
 
@@ -60,6 +63,7 @@ def translate_folder(
     half: Half | None = None,
     format: Format | None = None,
     broken_files: Literal["error", "skip"] | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> int:
     """Translates all images of a folder, and of the folders in it, to files of the same names; or one image.
 
@@ -77,9 +81,12 @@ def translate_folder(
         size: the size to which they are scaled, instead of the training's crop size.
         tile: see `translate`. With it images of any number of pixels are read.
         half: the half of each file that is translated, "left" or "right"; "none": all of it; None: see `input_half`.
-        format: of the results; by default "png", or what the extension of `out` says. "jpg" and "webp" have quality 95.
+        format: of the results; by default what the extension of `out` says, else "png", or what holds the numbers of the
+            `value_range` and all channels: "tiff" or "npy". "jpg" and "webp" have quality 95.
         broken_files: "skip" leaves files out that cannot be read and names them in the log; "error" stops at the first one,
             when those before it are translated; None: as in the training.
+        value_range: the files' numbers that become -1 and 1, to which results are mapped back: see
+            `fastnce.data.folders.read_image`; None: as in the training.
 
     Returns:
         The number of images translated.
@@ -94,6 +101,8 @@ def translate_folder(
         )
     if broken_files is not None:
         config = replace(config, broken_files=broken_files)
+    if value_range is not None:
+        config = replace(config, value_range=value_range)
     input, out = Path(input), Path(out)
     if not input.exists():
         raise UserError(
@@ -105,7 +114,7 @@ def translate_folder(
     return translate_files(
         generator,
         config,
-        targets(paths, input, out, format),
+        targets(paths, input, out, format, _suffixes(config, direction)[0]),
         batch_size,
         direction=direction,
         preprocess=preprocess,
@@ -130,9 +139,13 @@ def translate_files(
     """`translate_folder` of the files in `targets`, each to the file that it names."""
     if tile is not None:
         check_tile(tile)
+    suffixes = _suffixes(config, direction)
     for target in targets.values():
-        if config.bits == 16 and _FORMATS[target.suffix.lower()] in ("jpg", "webp"):
-            raise UserError(f"{target}: this format has 8 bits, but the run 16. Use png or tiff.")
+        if target.suffix.lower() not in suffixes:
+            raise UserError(
+                f"{target}: this format does not hold the numbers of the run's results, or not all their channels. "
+                f"Use {_FORMATS[suffixes[0]]}."
+            )
     generator, channels = in_direction(generator, config, direction)
     skip, count, lost_alpha = config.broken_files == "skip", 0, 0
 
@@ -143,10 +156,10 @@ def translate_files(
 
         def read(path: Path) -> _Image:
             try:
-                image = half_of(read_image(path, channels, config.bits), half)
+                image = half_of(read_image(path, channels, config.bits, config.value_range), half)
                 alpha = read_alpha(path) if channels in (1, 3) else None
             except UserError as error:
-                if skip:
+                if skip or isinstance(error, UnfitFile):
                     raise
                 raise UserError(
                     f"{error} The images before it are translated. To leave out what cannot be read: "
@@ -166,9 +179,9 @@ def translate_files(
                 group, translate(generator, batch, batch_size, tile=tile), strict=True
             ):
                 target = targets[path]
-                alpha = image.alpha if _holds_alpha(target, config.bits) else None
+                alpha = image.alpha if _holds_alpha(target, config) else None
                 lost_alpha += alpha is None and image.alpha is not None
-                save_image(result, target, config.bits, alpha)
+                save_image(result, target, config.bits, config.value_range, alpha)
                 count += 1
                 bar.update()
     if lost_alpha:
@@ -244,12 +257,17 @@ def image_scaling(
 
 
 def targets(
-    paths: Sequence[Path], input: Path, out: Path, format: Format | None = None
+    paths: Sequence[Path],
+    input: Path,
+    out: Path,
+    format: Format | None = None,
+    usual: str = ".png",
 ) -> dict[Path, Path]:
     """The file to write for each of `paths`, which is the image `input` or lies in that folder.
 
-    A result has the name and the place of its image, with the extension of the format. Where images differ in their extensions
-    alone, as `a.jpg` and `a.png`, those of another one than the format's keep it before that: `a.jpg.png` and `a.png`.
+    A result has the name and the place of its image, with the extension of the format, or the `usual` one. Where images differ
+    in their extensions alone, as `a.jpg` and `a.png`, those of another one than the format's keep it before that: `a.jpg.png`
+    and `a.png`.
 
     Raises:
         UserError: results would have the same name or overwrite their images, or `out` or `format` is not for this.
@@ -260,7 +278,7 @@ def targets(
     if suffix in {*EXTENSIONS, *_FORMATS} and not out.is_dir():
         return {_only(paths, input, out): _as_file(out, format)}
     folder = input if input.is_dir() else input.parent
-    extension = f".{format or 'png'}"
+    extension = f".{format}" if format else usual
     stems = Counter(path.with_suffix("") for path in paths)
     found: dict[Path, Path] = {}
     for path in paths:
@@ -307,8 +325,16 @@ class _Image(NamedTuple):
     """Of the same size."""
 
 
-def _holds_alpha(path: Path, bits: int) -> bool:
-    return bits == 8 and _FORMATS[path.suffix.lower()] != "jpg"
+def _holds_alpha(path: Path, config: UnpairedTrainConfig) -> bool:
+    eight_bits = config.bits == 8 and config.value_range is None
+    return eight_bits and _FORMATS[path.suffix.lower()] not in ("jpg", "npy")
+
+
+def _suffixes(config: UnpairedTrainConfig, direction: str | None) -> tuple[str, ...]:
+    """Extensions of files that hold the results, the usual one first."""
+    forward = direction in (None, config.direction)
+    channels = config.out_channels if forward else config.in_channels
+    return fitting_suffixes(channels, config.bits, config.value_range)
 
 
 def _groups_of_one_size(
