@@ -99,6 +99,8 @@ def translate_folder(
         raise UserError(
             f"a run of {config.system} does not translate images. Name a run of cut or fastcut."
         )
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} is too small. Use batch_size >= 1.")
     if broken_files is not None:
         config = replace(config, broken_files=broken_files)
     if value_range is not None:
