@@ -12,12 +12,14 @@ from same_run import assert_identical
 
 from fastnce import cli
 from fastnce.errors import UserError
+from fastnce.metrics.digit_classifier import DigitClassifier
 from fastnce.models import ContraGAN
 from fastnce.training import (
     build_config,
     evaluate_run,
     export_shared,
     generate_folder,
+    generation,
     load_generator,
     train,
 )
@@ -202,8 +204,6 @@ def test_no_extractor_for_this_data(tiny, capsys):
 
 
 def test_collapse_is_said(tiny, capsys, monkeypatch):
-    from fastnce.training import generation
-
     monkeypatch.setattr(
         generation, "sample_images", lambda g, z, labels, size=256: torch.zeros(len(z), 3, 16, 16)
     )
@@ -343,6 +343,18 @@ def test_classes_with_one_or_no_test_image(tiny, labelled, extractor, tmp_path):
     shutil.rmtree(data / "test" / "ant")
     with pytest.raises(UserError, match="one test image is too few"):
         evaluate_run(run)
+
+
+def test_the_judge_of_digits_reads_all_ten_in_their_order_only(tiny, monkeypatch):
+    monkeypatch.setattr(generation, "generation_evaluator", lambda *_, **__: DigitClassifier(16))
+    data, grey = tiny().data, tiny(image_channels=1)
+    assert generation.judge_of(grey, data, None).reads_labels
+    for names, reads in (("0123456789", True), ("73", False), ("1023456789", False)):
+        config = dataclasses.replace(grey, class_names=tuple(names))
+        assert generation.judge_of(config, data, None).reads_labels == reads
+    for changes in ({"image_size": 24}, {"image_channels": 3}):
+        with pytest.raises(UserError, match="reads 16x16 grey digits.*Give --extractor"):
+            generation.judge_of(dataclasses.replace(grey, **changes), data, None)
 
 
 @pytest.mark.parametrize("layout", ["flat", "train"])
