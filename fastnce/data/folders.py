@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -119,8 +119,8 @@ def _without_hidden(names: list[str]) -> tuple[list[str], list[str]]:
     return [name for name in names if not name.startswith(".")], hidden
 
 
-def split_folder(root: Path | str, split: str, domain: str) -> Path:
-    """The folder of one domain of one split: `root/trainA` for ("train", "A").
+def split_folder(root: Path | str | Mapping[str, Path], split: str, domain: str) -> Path:
+    """The folder of one domain of one split: `root/trainA`, or `root["trainA"]`, for ("train", "A").
 
     "test" falls back to "val" when there is no test folder.
 
@@ -128,12 +128,18 @@ def split_folder(root: Path | str, split: str, domain: str) -> Path:
         UserError: If there is no such folder; the message gives the layout expected and what `root`
             holds.
     """
+    names = [f"{split}{domain}"] + ([f"val{domain}"] if split == "test" else [])
+    if isinstance(root, Mapping):
+        if names[0] not in root:
+            raise UserError(
+                f"{split}_{domain.lower()} is missing: no folder of {names[0]} was given."
+            )
+        return Path(root[names[0]])
     root = Path(root)
     if not root.exists():
         raise UserError(f"{root}: no such folder. Expected a folder with {LAYOUT} inside.")
     if not root.is_dir():
         raise UserError(f"{root}: is a file. Expected a folder with {LAYOUT} inside.")
-    names = [f"{split}{domain}"] + ([f"val{domain}"] if split == "test" else [])
     for name in names:
         if (root / name).is_dir():
             return root / name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ class SingleImagePatches(Dataset):
     batches mix zooms all the same. Here the zoom is drawn for each sample.
 
     Args:
-        root: Folder that holds trainA and trainB.
+        root: Folder that holds trainA and trainB; or the two folders by these names, wherever they are.
         split: "train" or any other prefix of the two folders.
         crop_size: Side of a patch in pixels.
         max_zoom_out: By how much the image is shrunk at most, at least 1; `--random_scale_max` of the published code.
@@ -61,7 +61,7 @@ class SingleImagePatches(Dataset):
 
     def __init__(
         self,
-        root: Path | str,
+        root: Path | str | Mapping[str, Path],
         split: str = "train",
         *,
         crop_size: int = 64,

@@ -1,6 +1,7 @@
 """Two folders of images without pairs, as an endless stream of samples."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class UnpairedImages(Dataset):
 
     Args:
         root: Folder that holds trainA and trainB (testA and testB, or valA and valB, for
-            `split="test"`).
+            `split="test"`); or the folders by these names, wherever they are.
         split: "train", "test" or any other prefix of the two folders.
         load_size: Side, in pixels, to which `preprocess` scales.
         crop_size: Side of the random crop.
@@ -70,7 +71,7 @@ class UnpairedImages(Dataset):
 
     def __init__(
         self,
-        root: Path | str,
+        root: Path | str | Mapping[str, Path],
         split: str = "train",
         *,
         load_size: int = 286,

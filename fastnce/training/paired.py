@@ -24,7 +24,7 @@ def _pairs(config: Pix2PixTrainConfig) -> AlignedImages:
 
 
 def _folder(config: Pix2PixTrainConfig, split: str, **options: object) -> AlignedImages:
-    return AlignedImages(config.data, split, **(reading_options(config) | options))
+    return AlignedImages(config.folders, split, **(reading_options(config) | options))
 
 
 def _model(config: Pix2PixTrainConfig, dataset: AlignedImages) -> Pix2Pix:

@@ -20,7 +20,7 @@ from fastnce.training.translation_evaluation import translation_measure
 
 def unpaired_images(config: UnpairedTrainConfig) -> UnpairedImages:
     """The training images of two folders."""
-    epoch_samples = max(len(list_images(split_folder(config.data, "train", d))) for d in "AB")
+    epoch_samples = max(len(list_images(split_folder(config.folders, "train", d))) for d in "AB")
     dataset = _folders(
         config,
         "train",
@@ -39,7 +39,7 @@ def first_test_images(config: UnpairedTrainConfig, domain: str = "A") -> list[Te
     split = "test"
     try:
         for folder in "AB":
-            split_folder(config.data, split, folder)
+            split_folder(config.folders, split, folder)
     except UserError:
         split = "train"
     dataset = _folders(config, split, load_size=config.crop_size, flip=False, serial=True)
@@ -47,7 +47,7 @@ def first_test_images(config: UnpairedTrainConfig, domain: str = "A") -> list[Te
 
 
 def _folders(config: UnpairedTrainConfig, split: str, **options: object) -> UnpairedImages:
-    return UnpairedImages(config.data, split, **(reading_options(config) | options))
+    return UnpairedImages(config.folders, split, **(reading_options(config) | options))
 
 
 def reading_options(config: UnpairedTrainConfig) -> dict[str, object]:
@@ -80,7 +80,7 @@ def linear_decay(config: UnpairedTrainConfig, epoch_samples: int) -> LinearDecay
 
 def _single_images(config: CUTTrainConfig) -> SingleImagePatches:
     return SingleImagePatches(
-        config.data,
+        config.folders,
         crop_size=config.crop_size,
         max_zoom_out=config.max_zoom_out,
         flip=config.flip,

@@ -224,9 +224,9 @@ def translation_measure(config: UnpairedTrainConfig, _: object) -> Measure | Non
     extractor, by_features = None, not paired or config.extractor is not None
     try:
         if paired:
-            find_pairs(config.data, "test")
+            find_pairs(config.folders, "test")
         if by_features:
-            extractor = load_judge(config.data, config.extractor)
+            extractor = load_judge(config.folders, config.extractor)
     except UserError as error:
         if config.extractor is not None:
             raise
@@ -235,14 +235,16 @@ def translation_measure(config: UnpairedTrainConfig, _: object) -> Measure | Non
 
     def measure(_: nn.Module, network: nn.Module) -> dict[str, float]:
         row: dict[str, Any] = {}
-        with translations({TRANSLATED: network}, config, config.data) as folders:
+        with translations({TRANSLATED: network}, config, config.folders) as folders:
             if paired:
-                numbers = judge_pairs(folders, config.data, baselines=False, **pair_options(config))
+                numbers = judge_pairs(
+                    folders, config.folders, baselines=False, **pair_options(config)
+                )
                 row |= numbers["rows"][0]
             if by_features:
                 result = judge_folders(
                     folders,
-                    config.data,
+                    config.folders,
                     extractor,
                     direction=config.direction,
                     read=scaled_reader(config),

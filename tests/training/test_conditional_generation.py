@@ -307,6 +307,11 @@ def test_a_run_keeps_its_classes(tiny, labelled, tmp_path, caplog):
     states = [load_checkpoint(r / "checkpoints" / "last.pt") for r in (run, tmp_path / "whole")]
     for key in ("model", "optimizers", "average", "rng", "step"):
         assert_identical(states[0][key], states[1][key], key)
+    data = data.rename(tmp_path / "moved")
+    train(tiny(data=data))
+    shutil.copy(data / "train" / "bee" / "0.png", data / "train" / "bee" / "9.png")
+    with pytest.raises(UserError, match=r"moved is not what .* made with: train/bee/9\.png is new"):
+        train(tiny(data=data, steps=7))
     shutil.rmtree(data / "train" / "bee")
     with pytest.raises(UserError, match="has no class bee. It has ant, aphid, cat"):
         train(tiny(data=data, steps=7))
