@@ -13,10 +13,12 @@ from fastnce import backends, native_maps
 def has_kernels(x: Tensor, channels: Sequence[int]) -> bool:
     """Whether the compiled kernels, and not plain PyTorch, run an op on ``x`` (B, C, H, W), between maps of these channels.
 
-    Not while a compiler traces, which fuses plain PyTorch itself, nor under transforms such as ``torch.func.vmap``; nor when
-    another backend was asked for.
+    Not while a compiler or an exporter traces: what it records must run without this package. Nor under transforms such as
+    ``torch.func.vmap``, nor when another backend was asked for.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     if backends.requested() not in (None, "native") or x.device.type != "cpu" or x.numel() == 0:
         return False

@@ -126,7 +126,7 @@ def test_reductions_and_gradient_scales(variant, workers):
                 over_ranks, variant, counts, 0.2, torch.float64, options, ranks=size
             )
             loss, grads, tau = joined(answers)
-            if scale == "sum":
+            if scale == "sum" or reduction == "none":
                 grads, tau = [size * grad for grad in grads], size * tau
             if reduction == "none":
                 loss = by_view([loss for loss, *_ in answers], variant)
@@ -158,6 +158,19 @@ def test_published_scale_is_one_over_the_number_of_ranks(workers):
         over_ranks, "info_nce", counts, 1.0, torch.float64, options, ranks=3
     )
     assert all("gradient_scale must be one of" in str(answer) for answer in with_wrong_op)
+
+
+@pytest.mark.parametrize("scale", ["mean", "sum", "published"])
+def test_published_scale_of_own_losses(scale, workers):
+    """Averaged over ranks, the mean of one's own losses has the gradients of one process, and 1 / ranks of it as published."""
+    variant, counts = "conditional_contrastive", (4, 4)
+    _, truth, _ = one_process(variant, *draw(variant, 8, torch.float64), 0.5)
+    options = {"gradient_scale": scale, "reduction": "none"}
+    answers = workers.results(over_ranks, variant, counts, 0.5, torch.float64, options, ranks=2)
+    _, grads, _ = joined(answers)
+    for found, true in zip(grads, truth, strict=True):
+        # The worker sums its 4 losses; their mean is a quarter.
+        torch.testing.assert_close(found / 4, true / 2 if scale == "published" else true)
 
 
 def half_precision(group, strategy):
