@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -125,14 +127,15 @@ class _Input:
         self, at: int, encoder: Callable[[Any], Tensor], value: Any, chunk_size: int
     ) -> None:
         self.at, self.encoder = at, encoder
-        module = _module_of(encoder)
-        # Of a function nobody knows before it has run.
-        self._may_train = module is None or any(x.requires_grad for x in module.parameters())
+        # Of a function or method nobody knows before it has run.
+        self._may_train = not isinstance(encoder, nn.Module) or any(
+            x.requires_grad for x in encoder.parameters()
+        )
         length = _length(value)
         starts = range(0, max(length, 1), chunk_size)
         self._sizes = [min(chunk_size, length - start) for start in starts]
         self._chunks = [_rows(value, slice(start, start + chunk_size)) for start in starts]
-        self._devices = _devices(module, value)
+        self._devices = _devices(encoder, value)
         self._states: list[_RandomState] = []
 
     @torch.no_grad()
@@ -182,10 +185,17 @@ class _Input:
             )
 
 
-def _module_of(encoder: object) -> nn.Module | None:
-    """The module that runs: the encoder itself, or the one that it is a method of."""
-    module = encoder if isinstance(encoder, nn.Module) else getattr(encoder, "__self__", None)
-    return module if isinstance(module, nn.Module) else None
+def _modules_of(encoder: object) -> list[nn.Module]:
+    """What an encoder runs, as far as it can be seen: itself, whose method it is, and what a function names."""
+    if isinstance(encoder, functools.partial):
+        parts = [encoder.func, *encoder.args, *encoder.keywords.values()]
+        return [module for part in parts for module in _modules_of(part)]
+    seen = [encoder, getattr(encoder, "__self__", None)]
+    if inspect.isfunction(encoder):
+        with contextlib.suppress(ValueError):  # a name that has no value yet
+            names = inspect.getclosurevars(encoder)
+            seen += [*names.nonlocals.values(), *names.globals.values()]
+    return [x for x in seen if isinstance(x, nn.Module)]
 
 
 class _RandomState:
@@ -213,13 +223,13 @@ class _RandomState:
             torch.get_device_module(device).set_rng_state(state, device)
 
 
-def _devices(module: nn.Module | None, value: Any) -> set[torch.device]:
+def _devices(encoder: object, value: Any) -> set[torch.device]:
     """Where an encoder may draw random numbers, beside the CPU: where its input and its weights are.
 
-    A function may move its input to weights that nobody sees here; it will use the current device.
+    Some weights nobody sees from here; a function that moves its input to them most likely uses the current device.
     """
     tensors = _tensors(value)
-    if module is not None:
+    for module in _modules_of(encoder):
         tensors += [*module.parameters(), *module.buffers()]
     found = {x.device for x in tensors}
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -290,9 +300,8 @@ def _leaves_of(loss: Tensor, representations: list[Tensor]) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        leaf = getattr(node, "variable", None)  # of the nodes that accumulate gradients
-        if leaf is not None:
-            found[id(leaf)] = leaf
+        if node.name().endswith("AccumulateGrad"):
+            found[id(node.variable)] = node.variable
         waiting += [following for following, _ in node.next_functions]
     for x in representations:
         found.pop(id(x), None)
@@ -305,13 +314,19 @@ def _average(
     """The gradients of the loss's own ``parameters`` over the ranks, of which DDP and ``fully_shard`` know nothing.
 
     Where somebody has averaged them already, they are equal, and stay as they are.
+
+    Args:
+        parameters: of the loss.
+        encoders: all; where none is wrapped, whoever averages their gradients has to average these too.
+        synced: the encoders whose gradients have been exchanged.
     """
-    wrapped = [x for x in encoders if _is_ddp(x) or _is_sharded(x)]
+    modules = [x for encoder in encoders for top in _modules_of(encoder) for x in top.modules()]
+    wrapped = next((x for x in modules if _is_ddp(x) or _is_sharded(x)), None)
     # The user's own no_sync(): gradients are being added up, and exchanged by a later call.
-    if not wrapped or not getattr(wrapped[0], "require_backward_grad_sync", True):
+    if wrapped is None or not getattr(wrapped, "require_backward_grad_sync", True):
         return
     known = {id(x) for encoder in synced if _is_ddp(encoder) for x in encoder.parameters()}
-    group = _group_of(wrapped[0])
+    group = _group_of(wrapped)
     for x in parameters:
         if id(x) not in known and x.grad is not None:
             dist.all_reduce(x.grad, group=group)
@@ -366,13 +381,12 @@ def _length(value: Any) -> int:
 
 
 def _tensors(value: Any) -> list[Tensor]:
+    """All of ``value``; pytree does not look into mappings that it does not know, such as transformers' BatchEncoding."""
     found = []
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, Tensor):
             found.append(leaf)
-        elif isinstance(
-            leaf, Mapping
-        ):  # which pytree does not know, such as transformers' BatchEncoding
+        elif isinstance(leaf, Mapping):
             found += _tensors(list(leaf.values()))
     return found
 
@@ -385,7 +399,7 @@ def _rows(value: Any, rows: slice) -> Any:
             return leaf[rows] if leaf.dim() > 0 else leaf
         if isinstance(leaf, Mapping):
             parts = {name: _rows(x, rows) for name, x in leaf.items()}
-            if not hasattr(leaf, "__setitem__"):
+            if not isinstance(leaf, MutableMapping):
                 return parts
             part = copy.copy(leaf)
             for name, x in parts.items():

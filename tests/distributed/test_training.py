@@ -210,7 +210,7 @@ def towers_and_scale(group, wrapper, scale_inside, options):
     if group is not None:
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         share = slice(rank * 12 // size, (rank + 1) * 12 // size)
-        if wrapper == "ddp":
+        if "ddp" in wrapper:
             net = DistributedDataParallel(model, process_group=group, **options)
         else:
             fully_shard(net, mesh=DeviceMesh("cpu", list(range(size))))
@@ -225,7 +225,8 @@ def towers_and_scale(group, wrapper, scale_inside, options):
             return fastnce.info_nce(image, text, temperature=temperature)
         return distributed.info_nce(image, text, temperature=temperature, group=group)
 
-    cache = GradCache(net, net, loss=loss, chunk_size=2)
+    encoder = (lambda inputs: net(inputs)) if wrapper == "ddp in a function" else net
+    cache = GradCache(encoder, encoder, loss=loss, chunk_size=2)
     found = []
     for step in range(3):
         for parameter in (*parameters, scale):
@@ -250,6 +251,7 @@ def whole_tensor(x):
         ("ddp", True, {"find_unused_parameters": True}),
         ("ddp", True, {"gradient_as_bucket_view": True}),
         ("ddp", False, {}),
+        ("ddp in a function", False, {"find_unused_parameters": True}),
         ("fsdp", True, {}),
         ("fsdp", False, {}),
     ],
@@ -257,7 +259,7 @@ def whole_tensor(x):
 def test_towers_of_one_model_and_a_scale(wrapper, scale_inside, options, workers):
     """Over ranks as in one process, for as many steps as one likes."""
     truth = towers_and_scale(None, wrapper, scale_inside, {})
-    ranks = 2 if wrapper == "ddp" else 4
+    ranks = 4 if wrapper == "fsdp" else 2
     answers = workers.results(towers_and_scale, wrapper, scale_inside, options, ranks=ranks)
     for answer in answers:
         for found, true in zip(answer, truth, strict=True):
