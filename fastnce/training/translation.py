@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -217,10 +219,47 @@ def _translations(config: UnpairedTrainConfig, dataset: Dataset) -> Callable[[nn
 
 @torch.inference_mode()
 def translated(generator: nn.Module, images: Sequence[Tensor]) -> list[Tensor]:
-    """The translations of images (C, H, W), on the CPU."""
+    """The translations of images (C, H, W), on the CPU. A line on standard error says if they have collapsed."""
     device = next(generator.parameters()).device
     # One at a time: without a crop they may differ in size.
-    return [generator(image[None].to(device))[0].float().cpu() for image in images]
+    outputs = [generator(image[None].to(device))[0].float().cpu() for image in images]
+    reason = collapse(images, outputs)
+    if reason is not None:
+        print(f"The translations have collapsed: {reason}.", file=sys.stderr)
+    return outputs
+
+
+# The least that translations should have of their inputs' variety, from image to image, and of their contrast, in each image.
+_LEAST_VARIETY, _LEAST_CONTRAST = 0.02, 1e-4
+
+
+def collapse(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> str | None:
+    """How a generator has collapsed, in words; None if it has not, or that cannot be told from one image or from equal ones.
+
+    Variety is the share of the variance from image to image in that of all pixels, of the images as 16x16 squares of grey.
+    Contrast is the variance of the pixels of an image.
+
+    Args:
+        inputs: (C, H, W) each, in [-1, 1]; sizes may differ.
+        outputs: their translations.
+    """
+    variety_in, contrast_in = _variety_and_contrast(inputs)
+    variety_out, contrast_out = _variety_and_contrast(outputs)
+    if contrast_out < _LEAST_CONTRAST * contrast_in:
+        return "each of them is nearly one colour"
+    if variety_out < _LEAST_VARIETY * variety_in:
+        share = 100 * variety_out / variety_in
+        return f"those of different images are nearly the same, with {share:.1f} % of the variety of their inputs"
+    return None
+
+
+def _variety_and_contrast(images: Sequence[Tensor]) -> tuple[float, float]:
+    grey = [image.double().mean(0, keepdim=True) for image in images]
+    squares = torch.stack([F.adaptive_avg_pool2d(image, 16) for image in grey])  # (N, 1, 16, 16)
+    between = squares.var(0, correction=0).mean()
+    total = squares.var(correction=0).clamp_min(1e-12)
+    contrast = torch.stack([image.double().var((1, 2), correction=0).mean() for image in images])
+    return float(between / total), float(contrast.mean())
 
 
 CUT_SYSTEM = System(

@@ -17,7 +17,9 @@ from fastnce.data import UnpairedImages
 from fastnce.errors import UserError
 from fastnce.models import CUT
 from fastnce.training import build_config, train
+from fastnce.training.evaluation import evaluate_run
 from fastnce.training.lock import locked
+from fastnce.training.translation import collapse
 
 
 def picture(path: Path, size=(20, 20), seed=7) -> None:
@@ -34,7 +36,9 @@ def copy(data, tmp_path):
 HOLDER = """
 import sys
 from pathlib import Path
+from fastnce.training.evaluation import evaluate_run
 from fastnce.training.lock import locked
+from fastnce.training.translation import collapse
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -309,3 +313,42 @@ def test_a_crop_that_is_too_small_for_the_published_discriminator(tiny):
         UserError, match=r"0\.png: gives 4x4, too small for the generator, which needs 8x8"
     ):
         train(tiny(crop_size=4, disc_layers=1, nce_layers=[4], num_patches=4))
+
+
+def test_collapsed_translations_are_told(tiny, monkeypatch, capsys):
+    torch.manual_seed(0)
+    images = [torch.rand(3, 20, width) * 2 - 1 for width in (20, 24, 28)]
+    one = torch.rand(3, 20, 20)
+    assert (
+        collapse(images, [0.02 * image.flip(0) for image in images]) is None
+    )  # faint, but a translation
+    assert "nearly the same, with 0.0 %" in collapse(images, [one, one, one])
+    assert "nearly one colour" in collapse(
+        images, [torch.full_like(x, i / 9) for i, x in enumerate(images)]
+    )
+    assert collapse([one], [one]) is None and collapse([one, one], [one, one]) is None
+
+    def constant(self, batch, **kwargs):
+        losses = training_step(self, batch, **kwargs)
+        with torch.no_grad():
+            self.generator.model[-2].weight.zero_()
+        return losses
+
+    training_step = CUT.training_step
+    monkeypatch.setattr(CUT, "training_step", constant)
+    train(tiny(steps=2, ema_decay=0.0))
+    assert (
+        "translations have collapsed: each of them is nearly one colour" in capsys.readouterr().err
+    )
+
+
+def test_evaluation_says_that_the_path_is_the_runs(tiny, data, tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "images").symlink_to(data)
+    monkeypatch.chdir(tmp_path / "there")
+    train(tiny(steps=1, data="images"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=r"data=images, which .*run/config\.json names, is not there in .*--data"
+    ):
+        evaluate_run(tiny().out)
