@@ -62,7 +62,7 @@ def expect_shape(
 
 def expect_alike(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     """``x`` is on the device of ``like`` and has its dtype; both are of one process, or both are not."""
-    if _is_dtensor(x) != _is_dtensor(like):
+    if type(x) is not type(like) and _is_dtensor(x) != _is_dtensor(like):
         name = name if _is_dtensor(x) else like_name
         raise TypeError(
             f"{op}: {name} is a DTensor, the other rows are not. Pass {name}.full_tensor()."
