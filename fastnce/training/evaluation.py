@@ -19,7 +19,6 @@ from fastnce.metrics import (
     evaluate_generation,
     format_generation_table,
     format_table,
-    generation_evaluator,
     is_digits_photos,
     write_generation_report,
 )
@@ -47,7 +46,7 @@ from fastnce.training.config import (
     UnpairedTrainConfig,
 )
 from fastnce.training.cost import cost_lines, read_cost
-from fastnce.training.generation import labelled_images, reference_and_training, sampler
+from fastnce.training.generation import judge_of, labelled_images, reference_and_training, sampler
 from fastnce.training.representation import images_of, random_encoder
 from fastnce.training.runtime import resolve_device
 from fastnce.training.systems import SYSTEMS
@@ -271,7 +270,7 @@ def evaluate_conditional_generation(
     config = _with_broken_files(config, broken_files)
     assert isinstance(config, ContraGANTrainConfig)
     root = config.data if data is None else data
-    evaluator = generation_evaluator(root, extractor or config.extractor, device=target)
+    evaluator = judge_of(config, root, extractor or config.extractor, target)
     train = labelled_images(config, "train", root)
     (images, labels), training = reference_and_training(config, train, root)
     torch.manual_seed(config.seed)

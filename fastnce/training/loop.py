@@ -136,6 +136,8 @@ def _expect_same_run(config: TrainConfig, state: dict, free: frozenset[str]) -> 
     # Through the configuration, so that options that are newer than the run have their defaults.
     before = from_dict(state["config"])
     ours, theirs = to_dict(settled(config, before)), to_dict(before)
+    if not theirs.get("class_names"):  # a run from before runs kept them
+        free |= {"class_names"}
     names = [
         name
         for name in differing_fields(ours, theirs)
