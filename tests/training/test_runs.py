@@ -1,5 +1,6 @@
 """A run's folder and data over its life: locked, kept apart from its input, moved, started from another run, saved after errors."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from same_run import assert_same_run, checkpoint
 
+from fastnce.cli import main
 from fastnce.data import UnpairedImages
 from fastnce.errors import UserError
 from fastnce.models import CUT
@@ -236,10 +238,10 @@ def test_networks_that_fit_come_from_a_run_of_another_system(tiny, tmp_path):
 
 def test_folders_of_a_and_b_anywhere(tiny, data, tmp_path):
     whole = train(tiny(steps=2, out=tmp_path / "whole"))
-    folders = {"data_a": data / "trainA", "data_b": data / "trainB", "test_a": data / "testA"}
-    train(tiny(steps=2, data=None, **folders, test_b=data / "testB"))
-    names = ("data", "test_b", *folders)
-    assert_same_run(tiny().out, whole, free=names)
+    folders = {"data_a": data / "trainA", "data_b": data / "trainB"}
+    tests = {"test_a": data / "testA", "test_b": data / "testB"}
+    train(tiny(steps=2, data=None, **folders, **tests))
+    assert_same_run(tiny().out, whole, free=("data", *folders, *tests))
     # Without test folders the grids show training images.
     train(
         tiny(steps=2, data=None, data_a=data / "trainA", data_b=data / "trainB", out=tmp_path / "c")
@@ -248,9 +250,25 @@ def test_folders_of_a_and_b_anywhere(tiny, data, tmp_path):
         ({"data": None, "data_a": data / "trainA"}, "data_b is missing"),
         ({"data_a": data / "trainA", "data_b": data / "trainB"}, "data=.* holds all folders"),
         ({"data": None, "test_a": data / "testA"}, "data_a is missing"),
+        ({"data": None, "test_a": data / "testA", **folders}, "test_b is missing"),
     ):
         with pytest.raises(UserError, match=message):
             tiny(**changes)
+
+
+def test_the_command_needs_data_or_both_folders(data, tmp_path, capsys):
+    command = ["train", "cut", "--out", str(tmp_path / "run"), "--dry-run"]
+    folders = ["--data-a", str(data / "trainA"), "--data-b", str(data / "trainB")]
+    assert main([*command, *folders]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["data"] is None and values["data_b"] == str(data / "trainB")
+    for options, message in (
+        ([], "--data is missing"),
+        (folders[:2], "data_b is missing"),
+        ([*folders, "--data", "x"], "data=x holds all folders"),
+    ):
+        assert main([*command, *options]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_pairs_from_two_folders(tiny, data):
