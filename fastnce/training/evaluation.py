@@ -313,15 +313,13 @@ def evaluate_representation(
     config = _with_broken_files(config, broken_files)
     assert isinstance(config, RepresentationTrainConfig)
     root = config.data if data is None else data
-    if not has_split(root, "test"):
+    train = images_of(config, "train", data)
+    if train.num_classes < 2 or not has_split(root, "test"):
+        missing = "classes" if train.num_classes < 2 else "test images"
         raise UserError(
-            f"data={root} has no test images to measure accuracy on. Name a folder with train/CLASS and test/CLASS."
+            f"data={root} has no {missing} to measure accuracy with. Name a folder with train/CLASS and test/CLASS."
         )
-    train, test = (images_of(config, split, data) for split in ("train", "test"))
-    if train.num_classes < 2:
-        raise UserError(
-            f"data={root} has no classes to measure accuracy with. Name a folder with train/CLASS and test/CLASS."
-        )
+    test = images_of(config, "test", data)
     encoders = {
         TRAINED_ENCODER: encoder,
         RANDOM_ENCODER: random_encoder(config, train).to(target),

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from fastnce import viz
 from fastnce.data.files import Files, changed_files, expect_apart, remove_leftovers, write_json
+from fastnce.data.labelled import folders_read
 from fastnce.errors import UserError
 from fastnce.training import runtime
 from fastnce.training.build import from_dict
@@ -165,7 +166,9 @@ def _same_place(one: object, other: object) -> bool:
 def _folders_read(config: TrainConfig) -> list[Path]:
     """The folders that a training may read images from."""
     folders = [getattr(config, name, None) for name in ("data_a", "data_b", "test_a", "test_b")]
-    if config.data is not None:
+    if isinstance(config, LabelledTrainConfig):
+        folders += folders_read(config.data)
+    elif config.data is not None:
         splits = ("train", "test", "val", "valid")
         folders += [config.data / (split + domain) for split in splits for domain in ("", "A", "B")]
     return [folder for folder in folders if folder is not None]
