@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 
-from fastnce.cli.parsing import import_tyro
+from fastnce.cli.parsing import fields_of, import_tyro, parse
 from fastnce.errors import UserError
 
 
@@ -14,7 +14,7 @@ def train(args: list[str]) -> int:
     """Train a model on folders of images. Run the same command again to resume."""
     tyro = import_tyro()
     from fastnce.training import train as run_training
-    from fastnce.training.build import check_options, known, layered_values
+    from fastnce.training.build import known, layered_values
     from fastnce.training.config import to_dict
     from fastnce.training.presets import PRESETS, VARIANTS
     from fastnce.training.ranks import leave
@@ -31,13 +31,14 @@ def train(args: list[str]) -> int:
     chosen, rest = first.parse_known_args(args[1:])
 
     config_class, values = layered_values(variant, chosen.preset, chosen.config)
-    check_options(config_class, values, rest)
-    required = {"data": tyro.MISSING, "out": tyro.MISSING}
-    config = tyro.cli(
+    missing = {"data": tyro.MISSING, "out": tyro.MISSING}
+    config = parse(
         config_class,
-        default=config_class(**(required | values)),
-        prog=f"fastnce train {variant}",
-        args=rest,
+        *fields_of(config_class, values),
+        f"fastnce train {variant}",
+        rest,
+        also=("preset", "config", "dry_run"),
+        default=config_class(**(missing | values)),
         description=(
             f"Also: --preset {{{','.join(PRESETS[config_class.system])}}} sets several options at once; --config FILE reads options from a JSON "
             "file, such as the config.json of a run; --dry-run prints the resulting configuration and stops. "

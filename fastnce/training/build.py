@@ -8,7 +8,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -102,30 +102,6 @@ def from_dict(values: Mapping[str, object], what: str = "option") -> TrainConfig
             value = rest.pop(old)
             rest |= {name: rest.get(name, value) for name in names}
     return config_class(**checked_values(config_class, rest, what))
-
-
-def check_options(
-    config_class: type[TrainConfig], values: Mapping[str, object], args: Sequence[str]
-) -> None:
-    """Checks the names of command-line options before they are parsed: `--num-patches` stands for `num_patches`.
-
-    Raises:
-        UserError: an option that is no field of `config_class`, with the nearest one; or a required field that is neither in
-            `values` nor in `args`.
-    """
-    fields = dataclasses.fields(config_class)
-    dashed = [field.name.replace("_", "-") for field in fields]
-    options = {f"--{prefix}{name}" for name in [*dashed, "help"] for prefix in ("", "no-")}
-    given = {
-        known(a.split("=")[0].replace("_", "-"), options, "option") for a in args if a[:2] == "--"
-    }
-    if given & {"--help"} or "-h" in args:
-        return
-    for field in fields:
-        if field.default is dataclasses.MISSING and field.name not in values:
-            option = f"--{field.name.replace('_', '-')}"
-            if option not in given:
-                raise UserError(f"{option} is missing. Give it as an option or in the config file.")
 
 
 def known(name: str, names: Collection[str], what: str) -> str:
