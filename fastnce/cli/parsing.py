@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import inspect
 import io
@@ -64,7 +63,7 @@ def parse(
     Raises:
         UserError: an option that is not there, with the nearest one; a required one that is missing; a value of another type.
     """
-    names = {name for name in hints if name != "return"}
+    names = set(hints) - {"return", "system"}
     if not {"-h", "--help"} & set(args):
         _check_names({*names, *also}, required, args)
     lists = {_dashed(name) for name in names if _holds_numbers(hints[name])}
@@ -83,16 +82,10 @@ def import_tyro() -> ModuleType:
     return tyro
 
 
-def fields_of(config_class: type, given: typing.Collection[str]) -> tuple[dict[str, object], list]:
-    """For `parse`: the options of a dataclass, and those that are required beside the ``given`` ones."""
-    fields = dataclasses.fields(config_class)
-    hints = typing.get_type_hints(config_class)
-    required = [
-        field.name
-        for field in fields
-        if field.default is dataclasses.MISSING and field.name not in given
-    ]
-    return {field.name: hints[field.name] for field in fields}, required
+def named_in(args: Sequence[str]) -> set[str]:
+    """The names of the options in ``args``: ``num_patches`` of ``--num-patches 3``."""
+    given = (arg.partition("=")[0] for arg in args if arg.startswith("--"))
+    return {option.removeprefix("--").replace("-", "_") for option in given}
 
 
 def no_arguments(command: str, text: str | None, args: list[str]) -> None:
@@ -117,15 +110,15 @@ def _dashed(name: str) -> str:
 
 def _check_names(names: set[str], required: Sequence[str], args: Sequence[str]) -> None:
     known = {_dashed(f"{no}{name}") for name in names for no in ("", "no_")}
-    given = [arg.split("=")[0].replace("_", "-") for arg in args if arg.startswith("--")]
-    for option in given:
+    given = named_in(args)
+    for option in map(_dashed, given):
         if option not in known:
             close = difflib.get_close_matches(option, known, n=1)
             shown = sorted(_dashed(name) for name in names)
             rest = f"Did you mean {close[0]!r}?" if close else f"Use one of: {', '.join(shown)}."
             raise UserError(f"unknown option {option!r}. {rest}")
     for name in required:
-        if _dashed(name) not in given:
+        if name not in given:
             raise UserError(f"{_dashed(name)} is missing. Give it as an option.")
 
 

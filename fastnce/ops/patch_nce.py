@@ -36,7 +36,7 @@ def patch_nce(
             Normalisation is part of the op. Or a list, one entry per layer, S and C may differ.
         key_features: like ``query_features``; patch s of image b is the positive of that query. Gradients are computed only
             if it requires them (CUT detaches it).
-        temperature: positive float, or 0-d tensor, which gets its gradient.
+        temperature: positive float, or tensor of one element, which gets its gradient.
         negatives: ``"image"``: the other patches of the same image; ``"batch"``: those of all images.
         backend: one of ``fastnce.backends.available()``; None chooses.
 
@@ -105,7 +105,7 @@ def _weighted_sum(
                 * weight
                 for query, key, weight in zip(queries, keys, weights, strict=True)
             )
-        _checks.expect_no_functorch(op)
+        _checks.expect_fusable(op, queries[0])
         grad_now = _common.wants_grad(*queries, *keys, temperature)
         loss, _ = PatchNCEFunction.apply(kernels, weights, grad_now, temperature, *queries, *keys)
         return loss
@@ -124,9 +124,10 @@ class PatchNCEFunction(torch.autograd.Function):
         weights: list[float],
         grad_now: bool,
         temperature: float | Tensor,
-        *rows: Tensor,
+        query: Tensor,  # by a name: of two rows after ctx, torch.compile would take ctx for left out
+        *others: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        count = len(weights)
+        count, rows = len(weights), (query, *others)
         scales = [_common.kernel_weight(weight, rows[0].dtype) for weight in weights]
         needs = ctx.needs_input_grad[4:]
         loss, grad_queries, grad_keys, grad_temperature = kernels.patch_nce_forward(
