@@ -57,6 +57,7 @@ def evaluate(args: list[str]) -> int:
                 the training.
         """
         from fastnce.training.evaluation import Report, Segmentation, evaluate_images, evaluate_run
+        from fastnce.training.translate import introduced, load_config
 
         if (run is None) == (images is None):
             raise UserError(
@@ -84,6 +85,7 @@ def evaluate(args: list[str]) -> int:
             )
         else:
             report = Report.of(run, data, out)
+            print(introduced(run, load_config(run), weights, checkpoint))
             _, table = evaluate_run(
                 run,
                 data,
