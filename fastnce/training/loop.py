@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -43,6 +44,8 @@ from fastnce.training.systems import SYSTEMS
 
 # Options that name a place, which may be spelled in several ways.
 _PATHS = DATA_FIELDS | {"init_from"}
+# What a user looks at in a finished run.
+_RESULTS = ("samples", "loss.png", "measurements.png", "checkpoints/best.pt", "checkpoints/last.pt")
 # The seeds of two ranks differ by this.
 _SEEDS_APART = 7919
 
@@ -117,6 +120,9 @@ def _train(config: TrainConfig, device: torch.device, ranks: Ranks) -> Path:
             "Run the same command again to go on."
         )
         raise Interrupted
+    kept = ", ".join(name for name in _RESULTS if (config.out / name).exists())
+    run.say(f"Done: {run.step} steps. Look at {kept} in {config.out}.")
+    run.say(f"Next: {system.next_command.format(run=config.out)}")
     return config.out
 
 
@@ -178,6 +184,19 @@ def _places(config: TrainConfig) -> str:
     """The folders of the training data, for an error."""
     places = [getattr(config, name, None) for name in ("data", "data_a", "data_b")]
     return " and ".join(str(place) for place in places if place is not None)
+
+
+def _fitting(shown: dict[str, str], bar: tqdm) -> dict[str, str]:
+    """The first of the losses, as many as a line of the terminal holds beside the progress."""
+    room = shutil.get_terminal_size().columns - len(
+        bar.format_meter(**bar.format_dict | {"postfix": ""})
+    )
+    fitting: dict[str, str] = {}
+    for name, value in shown.items():
+        room -= len(f", {name}={value}")
+        if room > 0:
+            fitting[name] = value
+    return fitting
 
 
 class _Run:
@@ -363,6 +382,8 @@ class _Run:
             desc=config.out.name,
             unit="step",
             disable=None if self.ranks.is_first else True,
+            dynamic_ncols=True,
+            bar_format="{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         )
         with bar:
             started = time.perf_counter()
@@ -446,7 +467,7 @@ class _Run:
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
             print(f"step {self.step}/{self.schedule.total_steps}  {text}", file=sys.stderr)
         else:
-            bar.set_postfix(shown, refresh=False)
+            bar.set_postfix(_fitting(shown, bar), refresh=False)
 
     def _show(self) -> None:
         """Writes the sample grid and the loss plot."""
