@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastnce import viz
+from fastnce.data.class_folders import holds_images
 from fastnce.data.files import Files, changed_files, expect_apart, remove_leftovers, write_json
 from fastnce.data.labelled import folders_read
 from fastnce.errors import UserError
@@ -177,6 +178,8 @@ def _folders_read(config: TrainConfig) -> list[Path]:
     elif config.data is not None:
         splits = ("train", "test", "val", "valid")
         folders += [config.data / (split + domain) for split in splits for domain in ("", "A", "B")]
+        if isinstance(config, LabelledTrainConfig) and holds_images(config.data):
+            folders.append(config.data)
     return [folder for folder in folders if folder is not None]
 
 
@@ -346,6 +349,8 @@ class _Run:
             },
             self.checkpoint_path.with_name(f"{name}.pt"),
         )
+        if name == "last":
+            self.saved_step = self.step
         write_cost(self.config.out, self.device)
 
     def _save_after_error(self) -> None:
@@ -356,9 +361,8 @@ class _Run:
         tensors = [t for t in self.model.state_dict().values() if isinstance(t, Tensor)]
         if not all(bool(t.isfinite().all()) for t in tensors):
             return
-        with contextlib.suppress(
-            UserError
-        ):  # what was in the way of the training is what is to be said
+        # If this fails too, the first error is what is to be said.
+        with contextlib.suppress(UserError):
             self.save()
             print(
                 f"Stopped by an error after step {self.step} of {self.schedule.total_steps}, saved in {self.checkpoint_path}. "
@@ -410,7 +414,6 @@ class _Run:
                     self._keep()
                 if done or self.step % config.checkpoint_every == 0:
                     self.save()
-                    self.saved_step = self.step
                 if done:
                     break
                 started = time.perf_counter()

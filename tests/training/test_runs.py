@@ -83,6 +83,37 @@ def test_a_run_does_not_feed_on_its_results(tiny, copy, inside):
     train(tiny(data=copy, out=copy / "run", steps=1))
 
 
+def test_a_run_is_not_among_images_without_classes(data, tmp_path):
+    flat = shutil.copytree(data / "trainA", tmp_path / "flat")
+    options = {"data": flat, "out": flat / "run", "device": "cpu", "batch_size": 2}
+    with pytest.raises(UserError, match=r"flat/run is in .*flat, which is read"):
+        train(build_config("simclr", overrides=options))
+
+
+@pytest.fixture
+def classes(tmp_path):
+    root = tmp_path / "classes"
+    for split in ("train", "test"):
+        for index, name in enumerate(("cat", "cat", "dog", "dog")):
+            picture(root / split / name / f"{index}.png", (16, 16), seed=index)
+    return root
+
+
+def test_labelled_data_is_known_by_its_files_too(classes, tmp_path):
+    def config(data, steps):
+        options = {"data": data, "out": tmp_path / "run", "steps": steps, "device": "cpu"}
+        options |= {"batch_size": 2, "image_size": 16, "workers": 0}
+        options |= {"encoder": "small", "sample_every": 100, "warmup_epochs": 0}
+        return build_config("simclr", overrides=options)
+
+    train(config(classes, 1))
+    moved = classes.rename(tmp_path / "moved")
+    train(config(moved, 2))
+    picture(moved / "train" / "cat" / "0.png", (20, 16))
+    with pytest.raises(UserError, match=r"made with: .*cat/0\.png has \d+ bytes instead of"):
+        train(config(moved, 3))
+
+
 def test_moved_data_is_the_same_run(tiny, data, tmp_path, monkeypatch):
     whole = train(tiny(steps=4, sample_every=1, out=tmp_path / "whole"))
     moved = shutil.copytree(data, tmp_path / "moved")
