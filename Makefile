@@ -43,6 +43,11 @@ INTERPRETED_TESTS ?= triton and not repeatable and not left_alone and not withou
 # The CUDA kernels' tests on the host.
 EMULATED := out/cuda-emulated/libfastnce_cuda_emulated.so
 
+# How threads wait, as in the commands (fastnce/waiting.py).
+ifndef OMP_WAIT_POLICY
+export GOMP_SPINCOUNT ?= 1000
+endif
+
 .PHONY: demo demo-contragan test test-kernels triton-sweep sanitize lint format bench gpu-report install native clean
 
 demo: install

@@ -34,13 +34,13 @@ def conditional_contrastive(
         embeddings: (N, D), this rank's; N may differ between ranks, and be 0 on some.
         proxies: (N, D), row i the embedding of the class of sample i.
         labels: (N,) integers.
-        temperature: positive float, or 0-d tensor, which gets its gradient.
+        temperature: positive float, or tensor of one element, which gets its gradient.
         reduction: ``"mean"`` over the samples of all ranks, ``"sum"``, or ``"none"`` for this rank's (N,).
         group: as ``torch.distributed`` has it; None is the default group. Alone, or without one, the plain op runs.
         strategy: see :mod:`fastnce.distributed`.
-        gradient_scale: ``"mean"`` and ``"sum"``, see :mod:`fastnce.distributed`; or ``"published"``, which gives the gradients of
-            the published code (StudioGAN): those of ``"sum"``, which DDP then averages, so that the loss weighs 1 / ranks
-            of what it weighs in one process.
+        gradient_scale: ``"mean"`` and ``"sum"``, see :mod:`fastnce.distributed`; with ``reduction="none"`` both leave one's own
+            ``losses.mean()`` for DDP to average. Or ``"published"``, the gradients of the published code (StudioGAN): 1 / ranks of
+            ``"mean"``, so that under DDP the loss weighs 1 / ranks of what it weighs in one process.
         check: see :mod:`fastnce.distributed`.
         backend: one of ``fastnce.backends.available()``; None chooses.
 

@@ -37,14 +37,14 @@ def info_nce(
         positive_key: (N, D); row i is the positive of query i.
         negative_keys: None, or (M, D), further negatives of this rank's queries, such as a queue that all ranks have. They get
             no gradient.
-        temperature: positive float, or 0-d tensor, which gets its gradient.
+        temperature: positive float, or tensor of one element, which gets its gradient.
         normalize: L2-normalise all rows (cosine); otherwise plain dot products.
         symmetric: the mean of the losses query to key and key to query (CLIP); without ``negative_keys`` only.
         in_batch_negatives: whether the other keys of all ranks are negatives; by default only without ``negative_keys``.
         reduction: ``"mean"`` over the queries of all ranks, ``"sum"``, or ``"none"`` for this rank's (N,).
         group: as ``torch.distributed`` has it; None is the default group. Alone, or without one, the plain op runs.
         strategy: see :mod:`fastnce.distributed`, like the next two.
-        gradient_scale: ``"mean"`` or ``"sum"``.
+        gradient_scale: ``"mean"`` or ``"sum"``; with ``reduction="none"`` both leave one's own ``losses.mean()`` for DDP to average.
         check: whether the ranks compare their arguments first.
         backend: one of ``fastnce.backends.available()``; None chooses.
 

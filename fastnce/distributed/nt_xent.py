@@ -32,12 +32,12 @@ def nt_xent(
     Args:
         z1: (N, D), the first views of this rank's images; N may differ between ranks, and be 0 on some.
         z2: (N, D), the second views.
-        temperature: positive float, or 0-d tensor, which gets its gradient.
+        temperature: positive float, or tensor of one element, which gets its gradient.
         reduction: ``"mean"`` over the views of all ranks, ``"sum"``, or ``"none"`` for this rank's (2N,), the rows of ``z1``
             first.
         group: as ``torch.distributed`` has it; None is the default group. Alone, or without one, the plain op runs.
         strategy: see :mod:`fastnce.distributed`, like the next two.
-        gradient_scale: ``"mean"`` or ``"sum"``.
+        gradient_scale: ``"mean"`` or ``"sum"``; with ``reduction="none"`` both leave one's own ``losses.mean()`` for DDP to average.
         check: whether the ranks compare their arguments first.
         backend: one of ``fastnce.backends.available()``; None chooses.
 

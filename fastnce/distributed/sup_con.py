@@ -32,12 +32,12 @@ def sup_con(
     Args:
         features: (N, D), this rank's; N may differ between ranks, and be 0 on some.
         labels: (N,) integers.
-        temperature: positive float, or 0-d tensor, which gets its gradient.
+        temperature: positive float, or tensor of one element, which gets its gradient.
         reduction: ``"mean"`` over the samples of all ranks that have a positive (0 if none has), ``"sum"``, or ``"none"`` for
             this rank's (N,), with 0 for samples without a positive.
         group: as ``torch.distributed`` has it; None is the default group. Alone, or without one, the plain op runs.
         strategy: see :mod:`fastnce.distributed`, like the next two.
-        gradient_scale: ``"mean"`` or ``"sum"``.
+        gradient_scale: ``"mean"`` or ``"sum"``; with ``reduction="none"`` both leave one's own ``losses.mean()`` for DDP to average.
         check: whether the ranks compare their arguments first.
         backend: one of ``fastnce.backends.available()``; None chooses.
 

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnce.ops.blur_resample import blur_kernel, blur_resample
 from fastnce.ops.conv3x3 import conv3x3
 from fastnce.ops.instance_norm import instance_norm
+
+
+def to_channels_last(module: nn.Module) -> None:
+    """Puts the weights of convolutions into channels_last; state dicts still hold contiguous ones, as safetensors wants them."""
+    module.to(memory_format=torch.channels_last)
+    module.register_state_dict_post_hook(_make_contiguous)
+
+
+def _make_contiguous(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+    for name, x in state.items():
+        # Only with keep_vars=True do they require gradients, and then they have to be the parameters themselves.
+        if name.startswith(prefix) and isinstance(x, Tensor) and not x.requires_grad:
+            state[name] = x.contiguous()
 
 
 class Downsample(nn.Module):
@@ -120,7 +134,7 @@ class ResnetBlock(nn.Module):
 def init_xavier(module: nn.Module, gain: float = 0.02) -> None:
     """Xavier-normal weights and zero biases for every convolution and linear layer (CUT's initialisation)."""
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             nn.init.xavier_normal_(layer.weight, gain=gain)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -129,7 +143,7 @@ def init_xavier(module: nn.Module, gain: float = 0.02) -> None:
 def init_default(module: nn.Module) -> None:
     """PyTorch's own initialisation of every convolution and linear layer."""
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             layer.reset_parameters()
 
 

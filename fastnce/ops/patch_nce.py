@@ -36,7 +36,7 @@ def patch_nce(
             Normalisation is part of the op. Or a list, one entry per layer, S and C may differ.
         key_features: like ``query_features``; patch s of image b is the positive of that query. Gradients are computed only
             if it requires them (CUT detaches it).
-        temperature: positive float, or 0-d tensor, which gets its gradient.
+        temperature: positive float, or tensor of one element, which gets its gradient.
         negatives: ``"image"``: the other patches of the same image; ``"batch"``: those of all images.
         backend: one of ``fastnce.backends.available()``; None chooses.
 
@@ -105,9 +105,10 @@ def _weighted_sum(
                 * weight
                 for query, key, weight in zip(queries, keys, weights, strict=True)
             )
-        _checks.expect_no_functorch(op)
+        _checks.expect_fusable(op, queries[0])
         grad_now = _common.wants_grad(*queries, *keys, temperature)
-        return PatchNCEFunction.apply(kernels, weights, grad_now, temperature, *queries, *keys)
+        loss, _ = PatchNCEFunction.apply(kernels, weights, grad_now, temperature, *queries, *keys)
+        return loss
 
 
 class PatchNCEFunction(torch.autograd.Function):
@@ -123,9 +124,10 @@ class PatchNCEFunction(torch.autograd.Function):
         weights: list[float],
         grad_now: bool,
         temperature: float | Tensor,
-        *rows: Tensor,
-    ) -> Tensor:
-        count = len(weights)
+        query: Tensor,  # by a name: of two rows after ctx, torch.compile would take ctx for left out
+        *others: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        count, rows = len(weights), (query, *others)
         scales = [_common.kernel_weight(weight, rows[0].dtype) for weight in weights]
         needs = ctx.needs_input_grad[4:]
         loss, grad_queries, grad_keys, grad_temperature = kernels.patch_nce_forward(
@@ -138,13 +140,14 @@ class PatchNCEFunction(torch.autograd.Function):
             needs=(needs[:count], needs[count:], ctx.needs_input_grad[3]),
         )
         ctx.factors = [weight / scale for weight, scale in zip(weights, scales, strict=True)] * 2
-        ctx.save_for_backward(grad_temperature, *grad_queries, *grad_keys)
-        return loss
+        handle = _common.handle(ctx, loss, grad_now)
+        ctx.save_for_backward(handle, grad_temperature, *grad_queries, *grad_keys)
+        return loss, handle
 
     @staticmethod
     @_common.first_derivative_only
-    def backward(ctx, grad_loss: Tensor):
-        grad_temperature, *grads = ctx.saved_tensors
+    def backward(ctx, saved: tuple[Tensor | None, ...], grad_loss: Tensor, _: object):
+        _, grad_temperature, *grads = saved
         (grad_temperature,) = _common.scaled((grad_temperature,), grad_loss)
         scaled = [
             _common.scaled((grad,), grad_loss, factor)[0]

@@ -8,7 +8,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -18,6 +18,8 @@ from fastnce.training.presets import PRESETS, VARIANTS
 
 # Options of earlier versions, in the configurations of runs that are there, and those that replaced them.
 _RENAMED = {"channels": ("in_channels", "out_channels")}
+# Options that are newer than some runs, and the values by which those runs were made, where that is not the default.
+_BEFORE: dict[str, dict[str, object]] = {"representation": {"last_batch": "keep"}}
 
 
 def build_config(
@@ -44,13 +46,19 @@ def build_config(
     """
     config_class, values = layered_values(variant, preset, config_file)
     values |= checked_values(config_class, overrides or {}, "option")
-    required = [
-        f.name for f in dataclasses.fields(config_class) if f.default is dataclasses.MISSING
-    ]
-    for name in required:
+    for name in required_fields(config_class, values):
         if name not in values:
             raise UserError(f"{name} is missing. Give {name} as an option or in the config file.")
     return config_class(**values)
+
+
+def required_fields(config_class: type[TrainConfig], given: Collection[str]) -> list[str]:
+    """The fields that must be given; `data` too, unless folders are named one by one."""
+    fields = dataclasses.fields(config_class)
+    names = [field.name for field in fields if field.default is dataclasses.MISSING]
+    if "data" not in names and not {"data_a", "data_b"} & set(given):
+        names.insert(0, "data")
+    return names
 
 
 def layered_values(
@@ -92,36 +100,14 @@ def from_dict(values: Mapping[str, object], what: str = "option") -> TrainConfig
         UserError: an unknown field or a wrong type.
     """
     rest = dict(values)
-    config_class = CONFIGS[rest.pop("system")]
+    system = rest.pop("system")
+    config_class = CONFIGS[system]
+    rest = _BEFORE.get(system, {}) | rest
     for old, names in _RENAMED.items():
         if old in rest:
             value = rest.pop(old)
             rest |= {name: rest.get(name, value) for name in names}
     return config_class(**checked_values(config_class, rest, what))
-
-
-def check_options(
-    config_class: type[TrainConfig], values: Mapping[str, object], args: Sequence[str]
-) -> None:
-    """Checks the names of command-line options before they are parsed: `--num-patches` stands for `num_patches`.
-
-    Raises:
-        UserError: an option that is no field of `config_class`, with the nearest one; or a required field that is neither in
-            `values` nor in `args`.
-    """
-    fields = dataclasses.fields(config_class)
-    dashed = [field.name.replace("_", "-") for field in fields]
-    options = {f"--{prefix}{name}" for name in [*dashed, "help"] for prefix in ("", "no-")}
-    given = {
-        known(a.split("=")[0].replace("_", "-"), options, "option") for a in args if a[:2] == "--"
-    }
-    if given & {"--help"} or "-h" in args:
-        return
-    for field in fields:
-        if field.default is dataclasses.MISSING and field.name not in values:
-            option = f"--{field.name.replace('_', '-')}"
-            if option not in given:
-                raise UserError(f"{option} is missing. Give it as an option or in the config file.")
 
 
 def known(name: str, names: Collection[str], what: str) -> str:

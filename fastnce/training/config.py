@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
+from fastnce.data.class_folders import NO_CLASSES
+from fastnce.data.folders import check_value_range
 from fastnce.data.views import VIEW_RECIPES
 from fastnce.errors import UserError
 from fastnce.models import (
@@ -31,11 +33,16 @@ FREE_FIELDS = frozenset(
         "measure_every",
         "measure_count",
         "checkpoint_every",
+        "keep_every",
+        "test_a",
+        "test_b",
         "extractor",
         "cache_gb",
         "broken_files",
     }
 )
+# Where the training images are: a resumed run may find them elsewhere, if they are the same files.
+DATA_FIELDS = frozenset({"data", "data_a", "data_b"})
 # Fields that a resumed run may change as long as the steps already made stay what they were.
 SCHEDULE_FIELDS = frozenset({"epochs", "decay_epochs", "warmup_epochs", "steps"})
 
@@ -50,6 +57,9 @@ class TrainConfig:
     """Folder of the data."""
     out: Path
     """Folder of the run; created. A run that is there already is continued."""
+    init_from: Path | None = None
+    """Weights to start from. The folder of a run, of any system, or one of its checkpoints: each network that fits. Or of a
+    published repository: the folder of latest_net_G.pth and its like, or FOLDER/EPOCH for EPOCH_net_G.pth."""
     seed: int = 0
     """Seed of the initialisation, the data order and everything else that is drawn."""
     device: str = "auto"
@@ -60,6 +70,9 @@ class TrainConfig:
     """Images per step."""
     workers: int = 2
     """Processes that read images; 0 reads in the training process. The run is the same with any number."""
+    broken_files: Literal["error", "skip"] = "error"
+    """What a file that cannot be read does: stop the training, or be named once and replaced by the next file; left out where
+    images are measured."""
     steps: int | None = None
     """Stop after this many steps."""
     ema_decay: float = 0.999
@@ -76,12 +89,15 @@ class TrainConfig:
     """Steps between two lines of measurements.jsonl, for systems that measure while they train; 0: never."""
     checkpoint_every: int = 500
     """Steps between two checkpoints."""
+    keep_every: int = 0
+    """Steps between two checkpoints that are kept, as checkpoints/step_XXXXXX.pt; 0: only the last two and the best are."""
 
     def __post_init__(self) -> None:
         options.at_least(self, 1, "batch_size", "log_every", "sample_every", "checkpoint_every")
         options.at_least(self, 1, "sample_count")
-        options.at_least(self, 0, "workers", "seed", "measure_every")
+        options.at_least(self, 0, "workers", "seed", "measure_every", "keep_every")
         options.in_unit_interval(self, "ema_decay")
+        options.one_of(self, "broken_files", ("error", "skip"))
         if self.steps is not None:
             options.at_least(self, 1, "steps")
         if self.ema_start is not None:
@@ -97,8 +113,16 @@ class TrainConfig:
 class UnpairedTrainConfig(TrainConfig):
     """Options of the systems that translate between two folders of images."""
 
-    data: Path
+    data: Path | None = None
     """Folder with trainA and trainB, and testA and testB for the sample grids."""
+    data_a: Path | None = None
+    """Instead of data, with data_b: folder of the training images of A, wherever it is."""
+    data_b: Path | None = None
+    """Folder of the training images of B."""
+    test_a: Path | None = None
+    """With data_a and data_b: folder of the test images of A; without it, sample grids show training images."""
+    test_b: Path | None = None
+    """Folder of the test images of B, to go with test_a."""
     batch_size: int = 1
     """Images of each domain per step."""
     epochs: int = 200
@@ -115,6 +139,9 @@ class UnpairedTrainConfig(TrainConfig):
     """Steps before the network, joined by _and_: resize, fixsize, scale_width, scale_shortside, zoom, crop, patch, trim or none."""
     bits: Literal[8, 16] = 8
     """Bits of a channel that are read and written; 16 for greyscale images only."""
+    value_range: tuple[float, float] | None = None
+    """LOW HIGH: the files' numbers that stand for black and white, where they are not of 8 bits or use all of 16; results are
+    written in these numbers."""
     flip: bool = True
     """Mirror each training image with probability 1/2."""
     augment_a: Literal["none", "affine"] = "none"
@@ -123,10 +150,6 @@ class UnpairedTrainConfig(TrainConfig):
     """Which domain is translated to which."""
     serial: bool = False
     """Read both folders in order instead of shuffling A and drawing from B."""
-    broken_files: Literal["error", "skip"] = "error"
-    """What a file that cannot be read does: stop the training, or be named once and replaced by the next file."""
-    init_from: Path | None = None
-    """Published weights to start from: the folder of latest_net_G.pth and its like, or FOLDER/EPOCH for EPOCH_net_G.pth."""
     cache_gb: float = 2.0
     """Memory for decoded images in GiB, shared out among the workers."""
     extractor: Path | None = None
@@ -137,13 +160,52 @@ class UnpairedTrainConfig(TrainConfig):
         super().__post_init__()
         options.at_least(self, 0, "cache_gb")
         options.one_of(self, "bits", (8, 16))
-        options.one_of(self, "broken_files", ("error", "skip"))
+        check_value_range(self.value_range)
         options.at_least(self, 1, "load_size", "crop_size")
         options.at_least(self, 0, "epochs", "decay_epochs")
         options.one_of(self, "augment_a", ("none", "affine"))
         options.one_of(self, "direction", ("AtoB", "BtoA"))
+        self._check_folders()
         if self.epochs + self.decay_epochs == 0:
             raise UserError("epochs=0 and decay_epochs=0 leave nothing to train. Use epochs >= 1.")
+
+    def _check_folders(self) -> None:
+        apart = {
+            name: getattr(self, name)
+            for name in ("data_a", "data_b", "test_a", "test_b")
+            if getattr(self, name) is not None
+        }
+        if self.data is not None and apart:
+            name, folder = next(iter(apart.items()))
+            raise UserError(
+                f"data={self.data} holds all folders, and {name}={folder} names one of them. Give data, or data_a and data_b."
+            )
+        needed = ["data_a", "data_b"] if apart else []
+        if {"test_a", "test_b"} & apart.keys():
+            needed += ["test_a", "test_b"]
+        for name in needed:
+            if name not in apart:
+                raise UserError(f"{name} is missing beside {', '.join(apart)}. Give both folders.")
+
+    @property
+    def folders(self) -> Path | dict[str, Path]:
+        """Where the images are: the folder with trainA and the like, or these by name where each was named.
+
+        Raises:
+            UserError: none was named.
+        """
+        if self.data is not None:
+            return self.data
+        named = {
+            "trainA": self.data_a,
+            "trainB": self.data_b,
+            "testA": self.test_a,
+            "testB": self.test_b,
+        }
+        found = {name: folder for name, folder in named.items() if folder is not None}
+        if not found:
+            raise UserError("data is missing. Give data, or data_a and data_b.")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +261,7 @@ class Pix2PixTrainConfig(Pix2PixConfig, UnpairedTrainConfig):
 
     system: ClassVar[str] = "pix2pix"
 
-    data: Path
+    data: Path | None = None
     """Folder with train, each of its images A and B side by side, or with trainA and trainB and equal names in both; and test
     or testA and testB for the sample grids."""
     batch_size: int = 1
@@ -222,13 +284,35 @@ class Pix2PixTrainConfig(Pix2PixConfig, UnpairedTrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContraGANTrainConfig(ContraGANConfig, TrainConfig):
+class LabelledTrainConfig(TrainConfig):
+    """Options of the systems that train on images with class labels."""
+
+    class_names: tuple[str, ...] = ()
+    """Classes to train on, in the order of their labels; by default all that the data has, sorted. A run keeps its own: a class
+    that the data gets later is left out."""
+    class_balance: bool = False
+    """Draw every class equally often, however many images it has."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        for name in self.class_names:  # `generate` makes folders of them
+            if Path(name).name != name or name == "..":
+                raise UserError(f"class_names={name!r} is no name of a folder. Use one without /.")
+
+    def with_class_names(self, names: tuple[str, ...]) -> Self:
+        """The configuration of a run on these classes."""
+        return replace(self, class_names=names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContraGANTrainConfig(ContraGANConfig, LabelledTrainConfig):
     """Training of ContraGAN, or of a GAN with another conditioning on the same networks."""
 
     system: ClassVar[str] = "contragan"
 
     data: Path
-    """Folder of labelled images: train/CLASS/*.png and test/CLASS/*.png, or CIFAR-10 as distributed."""
+    """Folder of labelled images: train/CLASS/*.png and test/CLASS/*.png, CIFAR or Tiny ImageNet as distributed. With
+    conditioning=none also train/*.png, or a folder of images."""
     batch_size: int = 64
     """Images per update of a network."""
     steps: int = 100_000
@@ -247,7 +331,7 @@ class ContraGANTrainConfig(ContraGANConfig, TrainConfig):
     """TorchScript file whose features measure the samples (FID and others); the digits set has its own."""
 
     def __post_init__(self) -> None:
-        TrainConfig.__post_init__(self)
+        LabelledTrainConfig.__post_init__(self)
         ContraGANConfig.__post_init__(self)
         options.at_least(self, 2, "measure_count")
         if self.micro_batches > self.batch_size:
@@ -260,22 +344,33 @@ class ContraGANTrainConfig(ContraGANConfig, TrainConfig):
     def samples_per_step(self) -> int:
         return self.batch_size * self.d_steps
 
+    def with_class_names(self, names: tuple[str, ...]) -> Self:
+        return replace(
+            self,
+            class_names=names,
+            num_classes=1 if names == NO_CLASSES else self.num_classes,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
-class RepresentationTrainConfig(RepresentationConfig, TrainConfig):
+class RepresentationTrainConfig(RepresentationConfig, LabelledTrainConfig):
     """Training of an encoder with SimCLR, MoCo v2 or SupCon."""
 
     system: ClassVar[str] = "representation"
 
     data: Path
     """Folder of labelled images: train/CLASS/*.png and test/CLASS/*.png, CIFAR or Tiny ImageNet as distributed. Only supcon
-    learns from the labels; the others are measured with them."""
+    learns from the labels; the others are measured with them, and take images without: train/*.png, or a folder of images."""
     image_size: int = 32
     """Height and width of the images and of their views."""
     views: str = "simclr-cifar"
     """How the two views of an image are made: simclr, moco-v2, simclr-cifar, supcon, digits or digits-crops."""
     batch_size: int = 1024
     """Images per step, each with two views."""
+    last_batch: Literal["auto", "drop", "keep"] = "auto"
+    """What becomes of the images of an epoch that fill no whole batch. drop: they are left out, others in each epoch; keep: they
+    share a batch with the next epoch's first ones, where an image may come twice and be its own negative. auto: drop, and a
+    run from before this option goes on with keep."""
     epochs: int = 1000
     """Epochs, over which the learning rate falls to 0 as half a cosine."""
     warmup_epochs: int = 10
@@ -288,11 +383,16 @@ class RepresentationTrainConfig(RepresentationConfig, TrainConfig):
     """Neighbours of each test image in a sample grid."""
 
     def __post_init__(self) -> None:
-        TrainConfig.__post_init__(self)
+        LabelledTrainConfig.__post_init__(self)
         RepresentationConfig.__post_init__(self)
         options.at_least(self, 1, "image_size", "epochs")
         options.at_least(self, 0, "warmup_epochs")
         options.one_of(self, "views", VIEW_RECIPES)
+        options.one_of(self, "last_batch", ("auto", "drop", "keep"))
+        if self.class_balance and self.method != "supcon":
+            raise UserError(
+                f"class_balance is for method=supcon, which learns from the labels, got method={self.method}. Leave it out."
+            )
         if self.method != "moco" and self.batch_size < 2:
             raise UserError(
                 f"batch_size={self.batch_size} leaves method={self.method} no negatives: they are the other images of the "
@@ -325,6 +425,22 @@ def to_dict(config: TrainConfig) -> dict[str, object]:
             value = list(value)
         values[field.name] = value
     return values
+
+
+def settled(config: TrainConfig, before: TrainConfig | None) -> TrainConfig:
+    """`config` with what a run decides when it begins: as in the run `before` that it continues, or anew if that is None."""
+    if isinstance(config, RepresentationTrainConfig) and config.last_batch == "auto":
+        decided = "drop"
+        if isinstance(before, RepresentationTrainConfig):
+            decided = before.last_batch
+        config = replace(config, last_batch=decided)
+    if (
+        isinstance(config, LabelledTrainConfig)
+        and isinstance(before, LabelledTrainConfig)
+        and not config.class_names
+    ):
+        config = config.with_class_names(before.class_names)
+    return config
 
 
 def differing_fields(one: dict[str, object], other: dict[str, object]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastnce import viz
-from fastnce.data import LabelledImages, save_image
+from fastnce.data import save_image
+from fastnce.data.files import expect_apart
+from fastnce.data.labelled import open_labelled
 from fastnce.errors import UserError
 from fastnce.training.config import ContraGANTrainConfig, TrainConfig
 from fastnce.training.generation import sample_images
+from fastnce.training.translate import not_for
 
 # A grid shows so many images of a class at most; the folders hold all.
 _GRID_COLUMNS = 12
@@ -54,7 +58,8 @@ def generate_folder(
         generator: as `load_generator` gives it.
         config: the configuration of its run.
         out: folder; created.
-        classes: numbers or names of classes; by default all. Names need the data set of the training.
+        classes: numbers or names of classes; by default all. The names are the run's own; those of a run from before runs kept
+            them are looked up in its data.
         count: images of each class.
         truncation: cuts the noise off at this value; None: not at all.
         interpolation: columns of the interpolation picture, each row of which goes from one z to another; 0: none.
@@ -68,12 +73,12 @@ def generate_folder(
         UserError: a run of another system, or a value out of range.
     """
     if not isinstance(config, ContraGANTrainConfig):
-        raise UserError(
-            f"a run of {config.system} does not generate images from classes. Name a run of contragan."
-        )
+        raise not_for(config, config.out, "generate images from classes")
     for name, value, minimum in (("count", count, 1), ("batch_size", batch_size, 1)):
         if value < minimum:
             raise UserError(f"{name}={value} is too small. Use {name} >= {minimum}.")
+    # Generated images among those that the run, or its evaluation, reads.
+    expect_apart(out, [Path(config.data) / split for split in ("train", "test", "valid", "val")])
     if truncation is not None and not truncation > 0:
         raise UserError(f"truncation={truncation} must be positive. Use about 0.5 to 2.")
     if interpolation < 0 or interpolation == 1:
@@ -120,11 +125,11 @@ def _labels(classes: Sequence[str], config: ContraGANTrainConfig) -> dict[int, s
 
 
 def _class_names(config: ContraGANTrainConfig) -> list[str]:
-    """Those of the data set; numbers if it is no longer there."""
-    try:
-        dataset = LabelledImages(
-            config.data, image_size=config.image_size, channels=config.image_channels
-        )
-    except UserError:
-        return [str(label) for label in range(config.num_classes)]
-    return list(dataset.class_names)
+    """The run's; of an old run those of its data, or numbers if that is not there or has other classes by now."""
+    if config.class_names:
+        return list(config.class_names)
+    with contextlib.suppress(UserError):
+        names = open_labelled(config.data, "train").class_names
+        if len(names) == config.num_classes:
+            return list(names)
+    return [str(label) for label in range(config.num_classes)]

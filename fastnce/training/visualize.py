@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce.data import list_images, save_image
+from fastnce.data.files import expect_apart
+from fastnce.data.folders import fitting_suffixes
 from fastnce.errors import UserError
 from fastnce.networks.geometry import pixel_grid
 from fastnce.training.patch_encoder import PatchEncoder
@@ -37,7 +39,7 @@ def visualize_similarity(
     Args:
         encoder: see `PatchEncoder`.
         input: image file.
-        out: folder; gets `similarity.png`, and the translation as `output.png`.
+        out: folder; gets `similarity.png`, and the translation as `output.png` (of more than four channels `output.npy`).
         points: (x, y) of pixels of the output; by default `count` of them are chosen, see `distinct_points`.
         count: points that are chosen.
         layers: of `nce_layers`; all if empty.
@@ -49,12 +51,13 @@ def visualize_similarity(
     Raises:
         UserError: see `similarity_maps`; or the image cannot be read, or `out` not be written.
     """
+    _expect_count(count)
     image = encoder.read(input)
     output = encoder.translate(image)
     points = list(points) or distinct_points(encoder, output, count)
     maps = similarity_maps(encoder, image, output, points, layers)
     path = Path(out) / "similarity.png"
-    save_image(output, path.with_name("output.png"))
+    save_image(output, path.with_name(f"output{fitting_suffixes(len(output))[0]}"))
     save_similarity(image, output, maps, path, scale)
     return path
 
@@ -77,7 +80,10 @@ def visualize_features(
     Raises:
         UserError: see `feature_colours`; or an image cannot be read, or `out` not be written.
     """
+    _expect_count(count)
     input = Path(input)
+    if input.is_dir():
+        expect_apart(out, [input])
     paths = list_images(input)[:count] if input.is_dir() else [input]
     inputs = [encoder.read(path) for path in paths]
     rows: list[tuple[str, Tensor]] = []
@@ -96,6 +102,11 @@ def visualize_features(
         written.append(Path(out) / f"pca-{name}.png")
         save_feature_colours(rows, colours, written[-1])
     return written
+
+
+def _expect_count(count: int) -> None:
+    if count < 1:
+        raise UserError(f"count={count} is too small. Use count >= 1.")
 
 
 def similarity_maps(
