@@ -1,4 +1,4 @@
-# make demo | make demo-contragan | make test | make triton-sweep | make sanitize | make lint | make bench | make gpu-report PYTHON=python3 OUT=dir | make clean
+# make demo | make demo-contragan | make test | make test-kernels | make triton-sweep | make sanitize | make lint | make bench | make gpu-report PYTHON=python3 OUT=dir | make clean
 PYTHON ?= python3
 OUT ?= out/gpu-report
 VENV := .venv
@@ -30,14 +30,25 @@ SANITIZED_PYTEST = FASTNCE_BACKEND= \
 # PyTorch's own checks of the registration, which take long and say nothing about the kernels.
 SANITIZE_TESTS ?= (native or test_maps) and not memory_does_not_grow and not fma_peak and not compile and not opcheck and not registered and not without_the_library
 
+# Side by side, each on one thread: tests of threads set their number. Whoever runs out steals from the others, a file's tests at a time.
+WORKERS ?= 2
+TESTS_ENVIRONMENT := OMP_NUM_THREADS=1
+PYTEST = $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
+# What compiles for GPUs, or runs their kernels on the host: minutes, and more than a newcomer needs.
+OF_KERNELS := tests/triton_kernels tests/cuda_kernels
+
 # The Triton kernels' tests on the host. Left out, for the interpreter is slow: what it cannot show, and more of the same.
 INTERPRETED_TESTS ?= triton and not repeatable and not left_alone and not without_gradients and not transposed and not third
 
-# The CUDA kernels' tests on the host. Left out: what the first run has done, and more of the same.
+# The CUDA kernels' tests on the host.
 EMULATED := out/cuda-emulated/libfastnce_cuda_emulated.so
-EMULATED_TESTS ?= cuda and not test_cuda_backend and not test_cuda_build and not test_cuda_hopper and not test_cuda_pairs and not test_emulator
 
-.PHONY: demo demo-contragan test triton-sweep sanitize lint format bench gpu-report install native clean
+# How threads wait, as in the commands (fastnce/waiting.py).
+ifndef OMP_WAIT_POLICY
+export GOMP_SPINCOUNT ?= 1000
+endif
+
+.PHONY: demo demo-contragan test test-kernels triton-sweep sanitize lint format bench gpu-report install native clean
 
 demo: install
 	@$(FASTNCE) doctor
@@ -64,10 +75,13 @@ demo-contragan: install
 	@echo "Done. Look at $(CONTRAGAN)/generated/grid.png, samples/, measurements.png and metrics.md."
 
 test: install
-	$(PY) -m pytest -q
-	TRITON_INTERPRET=1 $(PY) -m pytest -q tests/ops/test_every_op.py tests/ops/test_labelled_lse.py tests/triton_kernels -k "$(INTERPRETED_TESTS)" -W ignore::RuntimeWarning
+	$(TESTS_ENVIRONMENT) $(PYTEST) $(OF_KERNELS:%=--ignore=%)
+
+test-kernels: install
 	$(PY) -m tests.cuda_kernels.emulated
-	FASTNCE_CUDA_EMULATED=$(EMULATED) $(PY) -m pytest -q tests/ops/test_every_op.py tests/ops/test_registered_ops.py tests/cuda_kernels -k "$(EMULATED_TESTS)"
+	$(TESTS_ENVIRONMENT) FASTNCE_CUDA_EMULATED=$(EMULATED) $(PYTEST) tests/cuda_kernels tests/ops/test_every_op.py tests/ops/test_registered_ops.py -k cuda
+	$(TESTS_ENVIRONMENT) $(PYTEST) tests/triton_kernels
+	$(TESTS_ENVIRONMENT) TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_every_op.py tests/ops/test_labelled_lse.py tests/triton_kernels -k "$(INTERPRETED_TESTS)" -W ignore::RuntimeWarning
 
 # Every Triton kernel for all depths, dtypes and targets. Stopped, it goes on where it was.
 triton-sweep: install

@@ -20,6 +20,7 @@ from benchmarks import (
     machine,
     report,
     suite,
+    waiting,
 )
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -31,6 +32,7 @@ _COMMANDS = (
     "cut_step",
     "distributed",
     "cold_start",
+    "waiting",
     "gpu-report",
     "gpu-targets",
 )
@@ -48,6 +50,7 @@ commands:
   cut_step    a training step of CUT against the published one in eager PyTorch: time, memory, where the time goes; on a CPU
   distributed info_nce over 4 gloo ranks of this machine: time and memory of each rank; --size full: up to 65536 rows
   cold_start  compiling the Triton kernels of a step for every GPU generation; on a GPU the first call against the second
+  waiting     training steps under each way that OpenMP's threads can wait, on the machine as it is and beside a busy process
   gpu-report  on a machine with a GPU: builds, tests, measures, judges; writes results.json, results.md
   gpu-targets what the GPU kernels must reach, row by row: judges the --results of a gpu-report, or says what is not measured
 
@@ -77,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "command",
         metavar="COMMAND",
-        help="an op, all, table, demo, cut_step, distributed, cold_start, gpu-report or gpu-targets",
+        help="an op, all, table, demo, cut_step, distributed, cold_start, waiting, gpu-report or gpu-targets",
     )
     add(
         "--seconds",
@@ -174,6 +177,8 @@ def main(argv: list[str] | None = None) -> int:
             return gpu_targets.main(args.out, args.results)
         if args.command == "cold_start":
             return cold_start.main([] if args.out is None else ["--out", str(args.out)])
+        if args.command == "waiting":
+            return waiting.main(args.out, seconds=args.seconds or 1.0)
         with machine.matmul_precision(args.precision):
             if args.command == "cut_step":
                 return cut_step.main([] if args.out is None else ["--out", str(args.out)])

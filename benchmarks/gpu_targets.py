@@ -22,9 +22,9 @@ _INSTEAD = """\
 
 No kernel of either GPU backend has run on a GPU, and none is chosen by default. What shows that they are right, and what they take:
 
-- Triton: `make test` runs every kernel in Triton's interpreter against the reference in fp64, and compiles kernels for sm_80, sm_90
+- Triton: `make test-kernels` runs every kernel in Triton's interpreter against the reference in fp64, and compiles kernels for sm_80, sm_90
   and sm_100; `make triton-sweep` compiles all of them in all forms and writes [triton-resources.md](triton-resources.md).
-- CUDA C++: `make test` builds every file for every target, where `nvcc` is installed, and runs the kernels in an emulator on the
+- CUDA C++: `make test-kernels` builds every file for every target, where `nvcc` is installed, and runs the kernels in an emulator on the
   host; `python -m tests.cuda_kernels.cuda_resources` writes [cuda-resources.md](cuda-resources.md)."""
 
 

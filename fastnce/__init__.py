@@ -10,6 +10,10 @@ Example:
 import importlib
 from pathlib import Path
 
+from fastnce import waiting
+
+waiting.set_for_commands()  # before torch is imported
+
 # In a checkout the kernels lie beside the package, as its sources do; an installation has them inside.
 _here = Path(__file__).resolve().parent
 if not (_here / "triton_kernels").is_dir() and (_here.parent / "triton_kernels").is_dir():

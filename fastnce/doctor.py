@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import fastnce
-from fastnce import backends, build, build_cuda, native
+from fastnce import backends, build, build_cuda, native, waiting
 
 OPS = (
     "info_nce",
@@ -34,6 +34,7 @@ def report() -> str:
         f"python  {platform.python_version()}  {platform.system()} {platform.machine()}",
         f"torch   {torch.__version__}, {torch.get_num_threads()} threads, "
         f"fp32 products: {torch.get_float32_matmul_precision()}",
+        f"waiting {waiting.shown()}",
         f"cpu     {_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
         f"gpu     {_gpu_name()}",
         f"triton  {_version('triton')}",

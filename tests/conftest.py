@@ -28,7 +28,7 @@ def _arguments(function: Callable) -> Iterable[str]:
     return inspect.signature(inspect.unwrap(function)).parameters
 
 
-# By these ``make test`` asks for a backend. Were it not there, every test of it would be skipped, and none would fail.
+# By these ``make test-kernels`` asks for a backend. Were it not there, every test of it would be skipped, and none would fail.
 _ASKED_FOR = {"TRITON_INTERPRET": "triton", "FASTNCE_CUDA_EMULATED": "cuda"}
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastnce import build, build_cuda, cli, doctor, native
+from fastnce import build, build_cuda, cli, doctor, native, waiting
 from fastnce.cli import tools
 from fastnce.errors import UserError
 from fastnce.training.checkpoint import load_checkpoint
@@ -200,6 +200,29 @@ def test_dry_run_prints_the_configuration(capsys, data, tmp_path):
     values = json.loads(capsys.readouterr().out)
     assert code == 0 and values["lambda_nce"] == 10.0 and values["flip_equivariance"]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "shown"),
+    [
+        ({}, f"GOMP_SPINCOUNT={waiting.SPINS}"),
+        ({"GOMP_SPINCOUNT": "77"}, "GOMP_SPINCOUNT=77"),
+        ({"OMP_WAIT_POLICY": "active"}, "OMP_WAIT_POLICY=active"),
+    ],
+)
+def test_commands_wait_briefly_unless_told_otherwise(setting, shown):
+    environment = {k: v for k, v in os.environ.items() if k not in waiting.VARIABLES} | setting
+    command = [sys.executable, "-m", "fastnce", "doctor"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+    assert f"waiting {shown}\n" in found
+
+
+def test_a_program_that_imports_fastnce_keeps_its_waiting():
+    code = "import fastnce.waiting; print(fastnce.waiting.shown())"
+    environment = {k: v for k, v in os.environ.items() if k not in waiting.VARIABLES}
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+    assert found == "OpenMP's default\n"
 
 
 def test_doctor_names_the_instruction_set_or_what_is_wrong_with_the_one_asked_for(monkeypatch):

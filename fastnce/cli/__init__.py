@@ -10,6 +10,7 @@ from fastnce.cli.ablate import ablate
 from fastnce.cli.data import data
 from fastnce.cli.evaluate import evaluate
 from fastnce.cli.export import export
+from fastnce.cli.features import features
 from fastnce.cli.generate import generate
 from fastnce.cli.parsing import nearest
 from fastnce.cli.tools import bench, build, doctor
@@ -24,6 +25,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "translate": translate,
     "generate": generate,
+    "features": features,
     "evaluate": evaluate,
     "export": export,
     "ablate": ablate,

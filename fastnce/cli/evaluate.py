@@ -24,12 +24,14 @@ def evaluate(args: list[str]) -> int:
         checkpoint: str = "last",
         weights: Literal["ema", "raw"] = "ema",
         direction: Literal["AtoB", "BtoA"] | None = None,
+        value_range: tuple[float, float] | None = None,
         out: Path | None = None,
         device: str = "auto",
+        broken_files: Literal["error", "skip"] | None = None,
     ) -> None:
         """CUT and its kin: FID, KID, precision, recall, density and coverage of the translated test images, and content accuracy
-        of digits. ContraGAN: also intra-class FID, IS and class accuracy of samples. SimCLR, MoCo, SupCon: k-NN and linear
-        accuracy of features.
+        of digits. pix2pix: L1, PSNR and SSIM against the truth, and with --extractor those too. ContraGAN: also intra-class FID,
+        IS and class accuracy of samples. SimCLR, MoCo, SupCon: k-NN and linear accuracy of features.
 
         Writes metrics.json and metrics.md into the run's folder, or into --out for a folder of images.
 
@@ -46,8 +48,12 @@ def evaluate(args: list[str]) -> int:
             checkpoint: "last", "best", or the path of a checkpoint file. With "last", CUT's best one is judged too.
             weights: The running average of the generator's weights, or the weights themselves.
             direction: For --images, or a system of both directions: which domain is translated to which; AtoB if not given.
+            value_range: The images' numbers that stand for black and white, where they are not of 8 bits or use all of 16; by
+                default as in the training.
             out: With --images: folder of the report, by default that of the images.
             device: auto, cpu, cuda or cuda:N.
+            broken_files: What a file that cannot be read does: skip leaves it out and names it, error stops; by default as in
+                the training.
         """
         from fastnce.training.evaluation import Segmentation, evaluate_images, evaluate_run
 
@@ -71,6 +77,8 @@ def evaluate(args: list[str]) -> int:
                 direction=direction or "AtoB",
                 out=out,
                 device=device,
+                broken_files=broken_files,
+                value_range=value_range,
             )
         else:
             if out is not None:
@@ -85,6 +93,8 @@ def evaluate(args: list[str]) -> int:
                 checkpoint=checkpoint,
                 weights=weights,
                 device=device,
+                broken_files=broken_files,
+                value_range=value_range,
             )
         print(table)
 

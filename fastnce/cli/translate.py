@@ -10,7 +10,7 @@ from fastnce.errors import UserError
 
 
 def translate(args: list[str]) -> int:
-    """Translate a folder of images with a trained generator."""
+    """Translate a folder of images, or one, with a trained generator."""
 
     def run_translate(
         input: Path,
@@ -22,14 +22,18 @@ def translate(args: list[str]) -> int:
         preprocess: str | None = None,
         size: int | None = None,
         tile: int | None = None,
+        half: Literal["left", "right", "none"] | None = None,
+        format: Literal["png", "jpg", "tiff", "webp", "npy"] | None = None,
+        broken_files: Literal["error", "skip"] | None = None,
+        value_range: tuple[float, float] | None = None,
         device: str = "auto",
         batch_size: int = 16,
     ) -> None:
-        """Translate every image of a folder; the results keep their names, as PNG.
+        """Translate every image of a folder, and of the folders in it; the results keep their names.
 
         Args:
-            input: Folder of images.
-            out: Folder for the translated images; created.
+            input: Folder of images, or one image.
+            out: Folder for the translated images; created. For one image also the file to write.
             run: Folder of a training run.
             weights: ema: the running average of the generator's weights; raw: the weights themselves. Or, without run, a file of
                 weights: latest_net_G.pth of a published repository, or a .safetensors of `fastnce export`.
@@ -37,7 +41,16 @@ def translate(args: list[str]) -> int:
             direction: For systems that learn both directions; by default that of the training.
             preprocess: How images are scaled, by default as in training; none keeps their size.
             size: Size to which they are scaled; by default the crop size of the training.
-            tile: Larger images are computed in tiles of this size, with the same result in less memory.
+            tile: Larger images are computed in tiles of this size, with the same result in less memory. Images of any number of
+                pixels are read.
+            half: Translate this half of each file. By default that is the input's half where pix2pix learned from pairs side by
+                side and these are such, else all of each file (none).
+            format: Of the results, unless --out names a file: png, or what holds all their numbers and channels. jpg and webp have
+                quality 95.
+            broken_files: What a file that cannot be read does: skip leaves it out and names it, error stops when the images before
+                it are translated; by default as in the training.
+            value_range: The images' numbers that stand for black and white; by default as in the training. Results are written in
+                these numbers.
             device: auto, cpu, cuda or cuda:N.
             batch_size: Images translated at a time, where they have the same size.
         """
@@ -68,8 +81,12 @@ def translate(args: list[str]) -> int:
             preprocess=preprocess,
             size=size,
             tile=tile,
+            half=half,
+            format=format,
+            broken_files=broken_files,
+            value_range=value_range,
         )
-        print(f"Translated {count} images into {out}")
+        print(f"Translated {count} image{'s' * (count != 1)} into {out}")
 
     run_with_options("translate", run_translate, args)
     return 0

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from fastnce.data.broken import BrokenFiles
 from fastnce.data.folders import check_depth, contents, list_images
 from fastnce.data.transforms import Preprocess, counter_rng
 from fastnce.data.unpaired import A_STREAM, ORDER_STREAM, CachedImages, expect_one_of
@@ -36,6 +37,7 @@ class AlignedImages(Dataset):
         channels_a: 3 for RGB, 1 for greyscale, of the samples' "A".
         channels_b: the same for "B".
         bits: 16 keeps all bits of 16-bit greyscale files; 8 scales them to 8.
+        value_range: the files' numbers that become -1 and 1: see `UnpairedImages`.
         direction: "AtoB", or "BtoA" to exchange the samples' "A" and "B".
         serial: takes the pairs in order, without shuffling.
         seed: seed of the stream.
@@ -60,6 +62,7 @@ class AlignedImages(Dataset):
         channels_a: int = 3,
         channels_b: int = 3,
         bits: int = 8,
+        value_range: tuple[float, float] | None = None,
         direction: str = "AtoB",
         serial: bool = False,
         seed: int = 0,
@@ -68,20 +71,19 @@ class AlignedImages(Dataset):
     ) -> None:
         expect_one_of("direction", direction, ("AtoB", "BtoA"))
         expect_one_of("broken_files", broken_files, ("error", "skip"))
-        sides = _find_pairs(Path(root), split)
-        if direction == "BtoA":
-            sides = sides[::-1]
+        sides = find_pairs(root, split, direction)
         phases = [Preprocess(preprocess, load_size, crop_size, flip)]
 
-        def domain(side: _Side, channels: int, broken: torch.Tensor | None = None) -> CachedImages:
+        broken = BrokenFiles(sides[0].folder, sides[0].paths, broken_files == "skip")
+
+        def domain(side: Side, channels: int) -> CachedImages:
             check_depth(channels, bits)
-            skip = broken_files == "skip"
-            where, rest = (side.folder, side.paths), (phases, cache_bytes // 2, skip)
-            return CachedImages(*where, channels, bits, *rest, side.half, broken)
+            rest = (phases, cache_bytes // 2, broken, side.half)
+            return CachedImages(side.folder, side.paths, channels, bits, value_range, *rest)
 
         self.seed, self.serial = seed, serial
         self.a = domain(sides[0], channels_a)
-        self.b = domain(sides[1], channels_b, self.a.broken)
+        self.b = domain(sides[1], channels_b)
         self._check_sizes()
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
@@ -108,10 +110,19 @@ class AlignedImages(Dataset):
             if self.broken_count == broken:
                 return pair
 
+    def files(self) -> dict[str, dict[str, int | None]]:
+        """The files of "A" and "B" by their names, with their sizes in bytes: see `fastnce.data.files.changed_files`."""
+        return {"A": self.a.files(), "B": self.b.files()}
+
     @property
     def broken_count(self) -> int:
         """How many pairs with a broken file have been found, and skipped, so far."""
-        return self.a.broken_count
+        return self.a.broken.count
+
+    def describe(self) -> list[str]:
+        """What was found, in a line for each folder: see `describe_folder`."""
+        one_folder = self.a.folder == self.b.folder
+        return self.a.describe() + ([] if one_folder else self.b.describe())
 
     def expect_one_size(self) -> None:
         """Raises UserError, naming two files, unless all samples can be stacked into batches."""
@@ -136,7 +147,7 @@ class AlignedImages(Dataset):
                 )
 
 
-class _Side(NamedTuple):
+class Side(NamedTuple):
     """One domain's files, in the order of the pairs, and which half of a file it is; None for all of it."""
 
     folder: Path
@@ -144,20 +155,37 @@ class _Side(NamedTuple):
     half: str | None = None
 
 
-def _find_pairs(root: Path, split: str) -> tuple[_Side, _Side]:
-    """The files of A and of B."""
+def find_pairs(root: Path | str, split: str, direction: str = "AtoB") -> tuple[Side, Side]:
+    """The files of the images to translate, and those of what they should become, in the layouts of `AlignedImages`.
+
+    Raises:
+        UserError: no such folders, or a file without a partner.
+    """
+    a, b = _find_a_and_b(Path(root), split)
+    return (a, b) if direction == "AtoB" else (b, a)
+
+
+def holds_pairs(root: Path | str) -> bool:
+    """Whether a folder holds test images side by side. (Files of equal names in two folders need not be pairs.)"""
+    try:
+        return find_pairs(root, "test")[0].half is not None
+    except UserError:
+        return False
+
+
+def _find_a_and_b(root: Path, split: str) -> tuple[Side, Side]:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder. {_LAYOUTS}")
     for name in [split] + (["val"] if split == "test" else []):
         if (root / name).is_dir():
             paths = list_images(root / name)
-            return _Side(root / name, paths, "left"), _Side(root / name, paths, "right")
+            return Side(root / name, paths, "left"), Side(root / name, paths, "right")
         if (root / f"{name}A").is_dir() and (root / f"{name}B").is_dir():
             return _matched(root / f"{name}A", root / f"{name}B")
     raise UserError(f"{root}: no folder {split}. {_LAYOUTS} Found {contents(root)}.")
 
 
-def _matched(folder_a: Path, folder_b: Path) -> tuple[_Side, _Side]:
+def _matched(folder_a: Path, folder_b: Path) -> tuple[Side, Side]:
     named = [
         {path.relative_to(folder).with_suffix(""): path for path in list_images(folder)}
         for folder in (folder_a, folder_b)
@@ -171,4 +199,4 @@ def _matched(folder_a: Path, folder_b: Path) -> tuple[_Side, _Side]:
                     "Give the files of a pair the same name, and each a partner."
                 )
     a, b = ([found[name] for name in names] for found in named)
-    return _Side(folder_a, a), _Side(folder_b, b)
+    return Side(folder_a, a), Side(folder_b, b)

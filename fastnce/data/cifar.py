@@ -5,8 +5,9 @@ pickled, so it is read by `safe_pickle`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from PIL import Image
@@ -39,6 +40,11 @@ class ImageArrays:
         """Image `index`, RGB or greyscale."""
         return to_image(self.pixels[index]).convert("L" if channels == 1 else "RGB")
 
+    def take(self, indices: np.ndarray, class_names: tuple[str, ...], labels: np.ndarray) -> Self:
+        """These images, with other labels."""
+        pixels = self.pixels[indices]
+        return replace(self, class_names=class_names, labels=labels, pixels=pixels)
+
 
 @dataclass(frozen=True)
 class _Version:
@@ -69,9 +75,7 @@ def open_cifar(root: Path, split: str) -> ImageArrays | None:
         UserError: If a file is missing or damaged, or tries to run something; if there are several versions, or
             `split` is another one.
     """
-    places = [
-        (folder, v) for v in _VERSIONS for folder in (root, root / v.folder) if v.is_in(folder)
-    ]
+    places = _places(root)
     if not places:
         return None
     if len(places) > 1:
@@ -91,6 +95,15 @@ def open_cifar(root: Path, split: str) -> ImageArrays | None:
     pixels = np.concatenate([rows.reshape(-1, 3, SIDE, SIDE) for rows, _ in batches])
     labels = np.concatenate([labels for _, labels in batches])
     return ImageArrays(names, labels, np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)))
+
+
+def holds_cifar(root: Path) -> bool:
+    """Whether there is a file of CIFAR."""
+    return bool(_places(root))
+
+
+def _places(root: Path) -> list[tuple[Path, "_Version"]]:
+    return [(folder, v) for v in _VERSIONS for folder in (root, root / v.folder) if v.is_in(folder)]
 
 
 def _checked_batch(path: Path, version: _Version, classes: int) -> tuple[np.ndarray, np.ndarray]:

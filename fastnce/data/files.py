@@ -4,7 +4,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,3 +62,36 @@ def write_json(value: object, path: Path | str) -> None:
     """Writes `value` as indented JSON to `path`, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+# What a run was made with: for each of its folders the names in it with their sizes in bytes; None for a broken file.
+Files = Mapping[str, Mapping[str, int | None]]
+
+
+def named_sizes(folder: Path, paths: Sequence[Path]) -> dict[str, int | None]:
+    """The size in bytes of each file by its name relative to `folder`; None for one that is not there."""
+
+    def size(path: Path) -> int | None:
+        try:
+            return path.stat().st_size
+        except OSError:
+            return None
+
+    return {path.relative_to(folder).as_posix(): size(path) for path in paths}
+
+
+def changed_files(before: Files, now: Files) -> list[str]:
+    """How two results of a dataset's `files` differ, a line for each file: "A/x.png is new".
+
+    The size of a file that was or is broken does not count: it may have been replaced by a good one.
+    """
+    lines = []
+    for folder in [*before, *(name for name in now if name not in before)]:
+        old, new = before.get(folder, {}), now.get(folder, {})
+        lines += [f"{folder}/{name} is missing" for name in old if name not in new]
+        for name, size in new.items():
+            if name not in old:
+                lines.append(f"{folder}/{name} is new")
+            elif None not in (size, old[name]) and size != old[name]:
+                lines.append(f"{folder}/{name} has {size} bytes instead of {old[name]}")
+    return lines

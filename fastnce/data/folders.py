@@ -1,16 +1,31 @@
 """Finding, reading and writing image files."""
 
+from __future__ import annotations
+
+import math
 import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from fastnce.data.files import atomic_path
 from fastnce.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".tif", ".tiff")
+# What Pillow reads, but for documents, films, icons and tables, and numpy's arrays.
+# fmt: off
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+    ".pfm", ".webp", ".avif", ".avifs", ".gif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".tga", ".icb", ".vda", ".vst",
+    ".pcx", ".dcx", ".sgi", ".rgb", ".rgba", ".bw", ".ras", ".qoi", ".psd", ".dds", ".im", ".msp", ".pxr", ".pcd",
+    ".xbm", ".xpm", ".npy",
+)
+# fmt: on
 
 LAYOUT = "trainA and trainB (for testing, testA and testB, or valA and valB)"
 
@@ -26,9 +41,9 @@ SIGNED_UNIT, SIGNED_UNIT_16 = _signed_unit(np.uint8), _signed_unit(np.uint16)
 
 
 def list_images(folder: Path | str) -> list[Path]:
-    """All image files in `folder` and the folders below it, sorted by path.
+    """All image files in `folder` and the folders below it, linked ones too, sorted by path.
 
-    Hidden files and folders (names that start with a dot) are left out.
+    Hidden files and folders (names that start with a dot) are left out, and a folder that a link leads to again.
 
     Args:
         folder: The folder to search.
@@ -50,20 +65,58 @@ def list_images(folder: Path | str) -> list[Path]:
         raise UserError(f"{folder}: no such folder. Expected a folder of images.")
     if not folder.is_dir():
         raise UserError(f"{folder}: is a file. Expected a folder of images.")
-    found = []
-    for parent, subfolders, names in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [
-            Path(parent, name)
-            for name in names
-            if not name.startswith(".") and name.lower().endswith(EXTENSIONS)
-        ]
+    found, _ = scan_folder(folder)
     if not found:
         raise UserError(
             f"{folder}: holds no image. Looked in it and below for {' '.join(EXTENSIONS)}. "
             "Put images there, or name another folder."
         )
-    return sorted(found)
+    return found
+
+
+def scan_folder(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """The image files in `folder` and below it, sorted, and how many other things there are of each kind.
+
+    Links to folders are followed. A folder that is reached twice, as by a link to the folder that holds it, is read once: by
+    the path without a link where there is one.
+
+    Returns:
+        paths: the files.
+        left_out: how many of each kind are left out: by extension (".txt"), "hidden", "linked twice".
+    """
+    found: list[Path] = []
+    left_out: Counter[str] = Counter()
+    seen: set[str] = set()
+    starts = [folder]
+    while starts:
+        links = []
+        for start in starts:
+            for parent, subfolders, names in os.walk(start):
+                real = os.path.realpath(parent)
+                if real in seen:
+                    left_out["linked twice"] += 1
+                    subfolders.clear()
+                    continue
+                seen.add(real)
+                subfolders[:], hidden = _without_hidden(subfolders)
+                names, hidden_files = _without_hidden(names)
+                if count := len(hidden) + len(hidden_files):
+                    left_out["hidden"] += count
+                links += [
+                    Path(parent, name) for name in subfolders if Path(parent, name).is_symlink()
+                ]
+                for name in names:
+                    if name.lower().endswith(EXTENSIONS):
+                        found.append(Path(parent, name))
+                    else:
+                        left_out[Path(name).suffix.lower() or "without an extension"] += 1
+        starts = sorted(links)
+    return sorted(found), left_out
+
+
+def _without_hidden(names: list[str]) -> tuple[list[str], list[str]]:
+    hidden = [name for name in names if name.startswith(".")]
+    return [name for name in names if not name.startswith(".")], hidden
 
 
 def split_folder(root: Path | str, split: str, domain: str) -> Path:
@@ -96,48 +149,127 @@ def contents(folder: Path) -> str:
     return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "nothing"
 
 
+class UnfitFile(UserError):
+    """A file that is no broken one, but does not fit the options: never passed over as broken files are."""
+
+
+class Header(NamedTuple):
+    """What the first bytes of an image file tell.
+
+    Attributes:
+        size: width and height in pixels, of the image as it is read: turned as its EXIF tag says.
+        kind: the type of its pixels, in words.
+        frames: pages of a TIFF, frames of an animation; only the first is read.
+        has_white: whether the type says which numbers are black and white, so that reading needs no `value_range`.
+    """
+
+    size: tuple[int, int]
+    kind: str
+    frames: int = 1
+    has_white: bool = True
+
+
 def image_size(path: Path | str) -> tuple[int, int]:
-    """Width and height in pixels, from the file's header alone.
+    """Width and height in pixels of the image as `read_image` gives it, from the file's header alone.
+
+    Raises:
+        UserError: If the file is not a readable image.
+    """
+    return read_header(path).size
+
+
+def read_header(path: Path | str) -> Header:
+    """What is known of an image without decoding it.
 
     Raises:
         UserError: If the file is not a readable image.
     """
     try:
+        if _is_array(path):
+            array = _as_3d(np.load(path, mmap_mode="r", allow_pickle=False))
+            height, width, channels = array.shape
+            kind = f"{array.dtype.name} of {channels} channels"
+            return Header((width, height), kind, has_white=array.dtype == np.uint8)
         with Image.open(path) as image:
-            return image.size
+            turned = image.format != "TIFF" and _orientation(image) >= 5
+            size = image.size[::-1] if turned else image.size
+            # The second picture of a camera's MPO file is a preview of the first.
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            kind = _kind(image)
+            return Header(size, kind, frames, image.mode not in ("I", "F") or kind == _GREY_16)
     except _BROKEN as error:
         raise _broken(path, error) from error
 
 
-def read_image(path: Path | str, channels: int, bits: int = 8) -> Image.Image:
-    """Reads an image file as RGB (`channels=3`) or greyscale (`channels=1`); an alpha channel is dropped.
+def read_image(
+    path: Path | str,
+    channels: int,
+    bits: int = 8,
+    value_range: tuple[float, float] | None = None,
+) -> Image.Image | Bands:
+    """Reads an image file, turned as its EXIF tag says.
 
-    With `bits=8` images of 16 bits are scaled to 8. With `bits=16`, for greyscale only, the image has the mode "I;16", and
-    files of 8 bits are scaled to 16, white to white.
+    Of several pages or frames the first is read. The alpha channel is dropped unless `channels` is 4.
+
+    Args:
+        path: The file.
+        channels: 1 for greyscale, 3 for RGB, 4 for RGB and alpha; any number for `.npy` files, (H, W) or (H, W, C).
+        bits: 8 scales images of 16 bits to 8. 16, for greyscale only, gives the mode "I;16", and files of 8 bits are scaled,
+            white to white.
+        value_range: The file's numbers that become -1 and 1; those between are mapped linearly in float32, those beyond are
+            clipped. `bits` then has no effect.
+
+    Returns:
+        A Pillow image in the mode "L", "RGB" or "I;16"; with `value_range` the numbers in -1 to 1, in the mode "F". `Bands` where
+        Pillow has no such mode for so many channels.
 
     Raises:
-        UserError: If the file is not a readable image, `channels` is neither 1 nor 3, or `bits` is not for such images.
+        UserError: If the file is not a readable image, holds other numbers than 8 or 16 bits and `value_range` does not say
+            what they mean, or has other channels; or an argument is out of range.
     """
     check_depth(channels, bits)
+    check_value_range(value_range)
     try:
-        with Image.open(path) as image:
-            image.load()
-            if bits == 16:
-                return _as_16_bit(image)
-            if image.mode.startswith("I"):
-                # Converting would clip at 255 and leave an image that is almost white.
-                image = Image.fromarray(
-                    (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                )
-            return image.convert("L" if channels == 1 else "RGB")
+        numbers = _decode(path)
+        if value_range is not None:
+            if isinstance(numbers, Image.Image) and numbers.info["scaled"]:
+                raise _not_its_numbers(path)
+            return to_image(_mapped(_numbers(path, numbers, channels), value_range))
+        if isinstance(numbers, np.ndarray):
+            if numbers.dtype != np.uint8:
+                raise _other_numbers(path, numbers)
+            return to_image(_fit_channels(path, numbers, channels))
+        return _of_bits(path, numbers, channels, bits)
     except _BROKEN as error:
         raise _broken(path, error) from error
+
+
+class Bands:
+    """The channels of one image, each a Pillow image, where Pillow has no mode for all of them together.
+
+    Has those methods of a Pillow image that the datasets use; `np.asarray` gives (H, W, C).
+    """
+
+    mode = "bands"
+
+    def __init__(self, bands: Sequence[Image.Image]) -> None:
+        self.bands = list(bands)
+        self.size = self.width, self.height = self.bands[0].size
+
+    def crop(self, box: tuple[int, int, int, int]) -> Bands:
+        return Bands([band.crop(box) for band in self.bands])
+
+    def resize(self, *args: object, **options: object) -> Bands:
+        return Bands([band.resize(*args, **options) for band in self.bands])
+
+    def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
+        return np.stack([np.asarray(band, dtype) for band in self.bands], axis=2)
 
 
 def check_depth(channels: int, bits: int) -> None:
     """Raises UserError unless images of so many channels can be read with so many bits."""
-    if channels not in (1, 3):
-        raise UserError(f"channels={channels}: images have 1 (greyscale) or 3 (RGB). Use 1 or 3.")
+    if channels < 1:
+        raise UserError(f"channels={channels}: expected 1 (greyscale), 3 (RGB) or more.")
     if bits not in (8, 16):
         raise UserError(f"bits={bits}: images have 8 or 16 bits per channel. Use 8 or 16.")
     if bits == 16 and channels != 1:
@@ -147,24 +279,194 @@ def check_depth(channels: int, bits: int) -> None:
         )
 
 
-def _as_16_bit(image: Image.Image) -> Image.Image:
-    """A greyscale image in the mode "I;16"; an 8-bit one scaled so that white stays white."""
-    if image.mode == "F":
-        raise ValueError("it holds floating-point numbers, expected 8 or 16 bits")
-    if image.mode.startswith("I"):
-        array = np.asarray(image).astype(np.int64).clip(0, 65535)
-    else:
-        array = np.asarray(image.convert("L")).astype(np.int64) * 257
-    return Image.fromarray(array.astype(np.uint16))
+def check_value_range(value_range: tuple[float, float] | None) -> None:
+    """Raises UserError unless it is None or two finite numbers, the lower first."""
+    if value_range is None:
+        return
+    if len(value_range) != 2:
+        raise UserError(f"value_range={value_range}: expected two numbers, LOW and HIGH.")
+    low, high = value_range
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise UserError(
+            f"value_range={low:g} {high:g}: expected two finite numbers, the lower first: those that become black and white."
+        )
 
 
-def load_image(path: Path | str, channels: int = 3, bits: int = 8) -> torch.Tensor:
+def _is_array(path: Path | str) -> bool:
+    return str(path).lower().endswith(".npy")
+
+
+def _as_3d(array: np.ndarray) -> np.ndarray:
+    """(H, W, C) of an image's array (H, W) or (H, W, C)."""
+    if array.ndim not in (2, 3) or 0 in array.shape:
+        raise ValueError(f"its shape is {array.shape}, expected (H, W) or (H, W, C)")
+    if array.dtype.kind not in "uif":
+        raise ValueError(f"it holds {array.dtype}, expected integers or floating-point numbers")
+    return array if array.ndim == 3 else array[:, :, None]
+
+
+def _decode(path: Path | str) -> Image.Image | np.ndarray:
+    """A Pillow image, turned as its EXIF tag says, with 16 bits always in the mode "I;16"; of a .npy file (H, W, C)."""
+    if _is_array(path):
+        return _as_3d(np.load(path, allow_pickle=False))
+    with Image.open(path) as image:
+        kind = _kind(image)
+        scaled = kind == _LOST_BITS or _ppm_white(image) not in (None, 255)
+        # Of a TIFF Pillow itself has done it when it is decoded.
+        turned = image.format != "TIFF" and _orientation(image) != 1
+        image.load()
+        if turned:
+            image = ImageOps.exif_transpose(image)
+        if kind == _GREY_16:
+            array = np.asarray(image)
+            image = Image.fromarray(array.clip(0, 65535).astype(np.uint16))
+        image.info |= {"kind": kind, "scaled": scaled}
+        return image
+
+
+_GREY_16, _LOST_BITS = "16-bit grey", "16 bits per channel, read as 8"
+_KINDS = {
+    "1": "black and white",
+    "L": "grey",
+    "LA": "grey with alpha",
+    "P": "palette",
+    "RGBA": "RGB with alpha",
+    "I": "32-bit integers",
+    "F": "32-bit floating-point numbers",
+}
+
+
+def _kind(image: Image.Image) -> str:
+    """The type of the pixels of an image that is not decoded yet, in words."""
+    # Pillow keeps those of PNG and PGM, 0 to 65535, in 32 bits where it has nothing narrower.
+    if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
+        return _GREY_16
+    if image.mode == "I" and ";16" in _raw_mode(image):
+        return "16-bit integers with a sign"
+    if image.mode != "I" and (";16" in _raw_mode(image) or (_ppm_white(image) or 0) > 255):
+        return _LOST_BITS
+    return _KINDS.get(image.mode, image.mode)
+
+
+def _raw_mode(image: Image.Image) -> str:
+    return str(image.tile[0][3]) if image.tile else ""
+
+
+def _ppm_white(image: Image.Image) -> int | None:
+    """The greatest number of a PPM file that Pillow scales to the whole range of 8 or 16 bits."""
+    scaled = image.format == "PPM" and image.tile and image.tile[0][0].startswith("ppm")
+    return image.tile[0][3][-1] if scaled else None
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF tag of an image that is not decoded yet, 1 to 8; 1, as it is, where there is none."""
+    try:
+        # That of PngImageFile would decode the image, for a tag behind it.
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a damaged tag, in whatever way, is none
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _of_bits(path: Path | str, image: Image.Image, channels: int, bits: int) -> Image.Image | Bands:
+    """Greyscale, RGB or RGBA of 8 bits, or greyscale of 16."""
+    if image.mode in ("I", "F"):
+        raise _other_numbers(path, image)
+    if bits == 16:
+        if image.mode == "I;16":
+            return image
+        if image.info["kind"] == _LOST_BITS:
+            raise _not_its_numbers(path)
+        return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    if image.mode == "I;16":
+        # Converting would clip at 255 and leave an image that is almost white.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = image.convert(_mode(path, channels))
+    # Pillow would weight colours by alpha when it resizes; here it is a channel like the others.
+    return Bands(image.split()) if channels == 4 else image
+
+
+def _mode(path: Path | str, channels: int) -> str:
+    modes = {1: "L", 3: "RGB", 4: "RGBA"}
+    if channels not in modes:
+        raise UnfitFile(
+            f"channels={channels}: {path} can be read with 1 (greyscale), 3 (RGB) or 4 (with alpha). Other numbers of channels need "
+            ".npy files."
+        )
+    return modes[channels]
+
+
+def _not_its_numbers(path: Path | str) -> UnfitFile:
+    return UnfitFile(
+        f"{path}: holds other numbers than Pillow gives, which scales them to 8 or 16 bits. Save it as .npy, which keeps them, or "
+        "leave out --value-range and --bits 16."
+    )
+
+
+def read_numbers(path: Path | str, channels: int) -> np.ndarray:
+    """The numbers in an image file as they are, (H, W, C): integers of 8, 16 or 32 bits, or floating-point numbers.
+
+    Raises:
+        UserError: If the file is not a readable image or has other channels.
+    """
+    try:
+        return _numbers(path, _decode(path), channels)
+    except _BROKEN as error:
+        raise _broken(path, error) from error
+
+
+def _numbers(path: Path | str, numbers: Image.Image | np.ndarray, channels: int) -> np.ndarray:
+    if isinstance(numbers, np.ndarray):
+        return _fit_channels(path, numbers, channels)
+    if numbers.mode in ("I;16", "I", "F"):
+        return _fit_channels(path, np.asarray(numbers)[:, :, None], channels)
+    return to_array(_of_bits(path, numbers, channels, 8))
+
+
+def _fit_channels(path: Path | str, array: np.ndarray, channels: int) -> np.ndarray:
+    """(H, W, C) with so many channels; one is repeated for RGB."""
+    if array.shape[2] == channels:
+        return array
+    if array.shape[2] == 1 and channels == 3:
+        return array.repeat(3, axis=2)
+    raise UnfitFile(
+        f"channels={channels}: {path} has {array.shape[2]}. Use channels={array.shape[2]}, or other files."
+    )
+
+
+def _mapped(numbers: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
+    """Numbers in -1 to 1, float32, LOW and HIGH to the ends; those beyond are clipped."""
+    if not np.isfinite(numbers).all():
+        raise ValueError("some of its numbers are not finite")
+    low, high = value_range
+    mapped = (numbers.astype(np.float64) - low) * (2 / (high - low)) - 1
+    return mapped.clip(-1, 1).astype(np.float32)
+
+
+def _other_numbers(path: Path | str, numbers: Image.Image | np.ndarray) -> UnfitFile:
+    array = np.asarray(numbers)
+    kind = array.dtype.name if isinstance(numbers, np.ndarray) else numbers.info["kind"]
+    low, high = (f"{value:g}" for value in (array.min(), array.max()))
+    return UnfitFile(
+        f"{path}: holds {kind} from {low} to {high}, and only 8 bits and 16-bit grey say what is black and white. Give the "
+        f"numbers that are: --value-range LOW HIGH, the same for all files, such as {low} {high}; or, as for labelled images, save "
+        "the files with 8 bits."
+    )
+
+
+def load_image(
+    path: Path | str,
+    channels: int = 3,
+    bits: int = 8,
+    value_range: tuple[float, float] | None = None,
+) -> torch.Tensor:
     """Reads an image file at its own size.
 
     Args:
         path: The file.
-        channels: 3 for RGB, 1 for greyscale.
+        channels: 3 for RGB, 1 for greyscale; others as in `read_image`.
         bits: 16 keeps all bits of a 16-bit greyscale file, 8 scales it to 8.
+        value_range: The numbers that become -1 and 1; see `read_image`.
 
     Returns:
         (C, H, W) float32 in [-1, 1].
@@ -172,34 +474,124 @@ def load_image(path: Path | str, channels: int = 3, bits: int = 8) -> torch.Tens
     Raises:
         UserError: If the file is not a readable image.
     """
-    return to_tensor(to_array(read_image(path, channels, bits)))
+    return to_tensor(to_array(read_image(path, channels, bits, value_range)))
 
 
-def save_image(tensor: torch.Tensor, path: Path | str, bits: int = 8) -> None:
-    """Writes an image file, atomically; the format follows from the extension.
+def read_alpha(path: Path | str) -> Image.Image | None:
+    """The alpha channel of an image file, in the mode "L" and turned as `read_image` turns the image; None if it has none.
+
+    Raises:
+        UserError: If the file is not a readable image.
+    """
+    try:
+        if _is_array(path):
+            return None
+        with Image.open(path) as image:
+            if not image.has_transparency_data:
+                return None
+        return _decode(path).convert("RGBA").getchannel("A")
+    except _BROKEN as error:
+        raise _broken(path, error) from error
+
+
+@contextmanager
+def any_number_of_pixels() -> Iterator[None]:
+    """Context in which images of any size are read. Elsewhere those of more than 179 megapixels are errors, as Pillow takes them for
+    files that were made to fill the memory."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+# Of the formats that lose something, how little: 95 of 100.
+_SAVE_OPTIONS = dict.fromkeys((".jpg", ".jpeg", ".webp"), {"quality": 95})
+
+
+def save_image(
+    tensor: torch.Tensor,
+    path: Path | str,
+    bits: int = 8,
+    value_range: tuple[float, float] | None = None,
+    alpha: Image.Image | None = None,
+) -> None:
+    """Writes an image file, atomically; the format follows from the extension. JPEG and WebP have quality 95.
 
     Values are clamped to [-1, 1], mapped to (x + 1) / 2 * 255 and truncated to 8 bits, as CUT's
-    result files are; with `bits=16` they are mapped to 65535 and rounded.
+    result files are; with `bits=16` they are mapped to 65535 and rounded. With `value_range` they are mapped back to its
+    numbers: rounded to integers of 8 or 16 bits if its ends are such and 255 or more apart, else float32.
 
     Args:
-        tensor: (C, H, W) float in [-1, 1], C of 1 or 3, on any device; C of 1 for `bits=16`.
-        path: The file to write; for `bits=16` a .png or .tif.
+        tensor: (C, H, W) float in [-1, 1], on any device; C of 1 for `bits=16`.
+        path: The file to write; see `fitting_suffixes`.
         bits: 8 or 16.
+        value_range: The numbers that -1 and 1 stand for, as in `read_image`.
+        alpha: An alpha channel of the same size, in the mode "L"; for 8 bits, and not for JPEG.
 
     Raises:
         ValueError: If the shape is another one.
-        UserError: If the file cannot be written, or `bits` is not for such images.
+        UserError: If the file cannot be written, or its format, or `bits`, is not for such images.
     """
-    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
+    if tensor.ndim != 3:
         raise ValueError(
-            "save_image: tensor: expected the shape (C, H, W) with C of 1 or 3, "
-            f"got {tuple(tensor.shape)}."
+            f"save_image: tensor: expected the shape (C, H, W), got {tuple(tensor.shape)}."
         )
     check_depth(tensor.shape[0], bits)
-    values = to_uint8(tensor) if bits == 8 else to_uint16(tensor)
-    image = to_image(values.permute(1, 2, 0).numpy())
+    check_value_range(value_range)
+    suffixes = fitting_suffixes(tensor.shape[0], bits, value_range)
+    if Path(path).suffix.lower() not in suffixes:
+        raise UserError(
+            f"{path}: cannot be written: this format does not hold {_dtype(bits, value_range).name} with {tensor.shape[0]} channels. "
+            f"Use {suffixes[0]}."
+        )
+    if value_range is not None:
+        values = _unmapped(tensor, value_range)
+    else:
+        values = to_uint8(tensor) if bits == 8 else to_uint16(tensor)
+    array = values.permute(1, 2, 0).numpy()
     with atomic_path(path) as temporary:
-        image.save(temporary)
+        if _is_array(path):
+            np.save(temporary, array, allow_pickle=False)
+            return
+        image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+        if alpha is not None:
+            image.putalpha(alpha)
+        image.save(temporary, **_SAVE_OPTIONS.get(Path(path).suffix.lower(), {}))
+
+
+def fitting_suffixes(
+    channels: int, bits: int = 8, value_range: tuple[float, float] | None = None
+) -> tuple[str, ...]:
+    """The extensions of the files that `save_image` can write such images to, the usual one first."""
+    dtype = _dtype(bits, value_range)
+    if dtype == np.uint8 and channels in (1, 3):
+        return (".png", *EXTENSIONS)
+    if dtype == np.uint8 and channels == 4:
+        return (".png", ".tif", ".tiff", ".webp", ".npy")
+    if channels != 1:
+        return (".npy",)
+    return (*([".png"] if dtype == np.uint16 else []), ".tif", ".tiff", ".npy")
+
+
+def _dtype(bits: int, value_range: tuple[float, float] | None) -> np.dtype:
+    """The type that images are written as; of a range one that holds its numbers, and no fewer levels of them than 8 bits do."""
+    if value_range is None:
+        return np.dtype(np.uint8 if bits == 8 else np.uint16)
+    low, high = value_range
+    whole = low == int(low) and high == int(high) and high - low >= 255
+    if whole and low >= 0 and high <= 65535:
+        return np.dtype(np.uint8 if high <= 255 else np.uint16)
+    return np.dtype(np.float32)
+
+
+def _unmapped(images: torch.Tensor, value_range: tuple[float, float]) -> torch.Tensor:
+    """Images in [-1, 1] as numbers of a range, on the CPU: the inverse of `_mapped`."""
+    low, high = value_range
+    numbers = (images.detach().double().clamp(-1, 1) + 1) / 2 * (high - low) + low
+    dtype = getattr(torch, _dtype(8, value_range).name)
+    return (numbers if dtype.is_floating_point else numbers.round()).to("cpu", dtype)
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -218,24 +610,29 @@ def to_uint16(images: torch.Tensor) -> torch.Tensor:
     return levels.round().to("cpu", torch.uint16)
 
 
-def to_array(image: Image.Image) -> np.ndarray:
-    """An image as (H, W, C): uint8 of greyscale or RGB, uint16 of the mode "I;16"."""
+def to_array(image: Image.Image | Bands) -> np.ndarray:
+    """An image as (H, W, C): uint8, uint16 of the mode "I;16", float32 of numbers mapped to -1 to 1."""
     array = np.asarray(image)
     return array[:, :, None] if array.ndim == 2 else array
 
 
-def to_image(array: np.ndarray) -> Image.Image:
-    """(H, W, C) uint8 or, for C of 1, uint16 as an image; the inverse of `to_array`."""
-    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+def to_image(array: np.ndarray) -> Image.Image | Bands:
+    """(H, W, C) uint8, float32 or, for C of 1, uint16 as an image; the inverse of `to_array`."""
+    if array.shape[2] == 3 and array.dtype == np.uint8:
+        return Image.fromarray(array)
+    bands = [Image.fromarray(array[:, :, channel]) for channel in range(array.shape[2])]
+    return bands[0] if len(bands) == 1 else Bands(bands)
 
 
 def to_tensor(array: np.ndarray) -> torch.Tensor:
-    """(H, W, C) uint8 or uint16 to (C, H, W) float32 in [-1, 1], contiguous.
+    """(H, W, C) uint8, uint16, or float32 in [-1, 1] to (C, H, W) float32 in [-1, 1], contiguous.
 
-    float32 tells all 65,536 values apart.
+    float32 tells all 65,536 values apart. Floating-point numbers are clipped: resizing overshoots at edges.
     """
-    values = SIGNED_UNIT_16 if array.dtype == np.uint16 else SIGNED_UNIT
-    return torch.from_numpy(values[np.ascontiguousarray(array.transpose(2, 0, 1))])
+    planes = np.ascontiguousarray(array.transpose(2, 0, 1))
+    if planes.dtype == np.float32:
+        return torch.from_numpy(planes.clip(-1, 1))
+    return torch.from_numpy((SIGNED_UNIT_16 if planes.dtype == np.uint16 else SIGNED_UNIT)[planes])
 
 
 _BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -243,4 +640,9 @@ _BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 def _broken(path: Path | str, error: BaseException) -> UserError:
     reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+    if isinstance(error, Image.DecompressionBombError):
+        return UserError(
+            f"{path}: is larger than what is read unasked ({reason.partition(',')[0]}), as such files may be made to fill the "
+            "memory. If it is yours: fastnce translate --tile 512 reads any size; for a training, cut it up or scale it down."
+        )
     return UserError(f"{path}: cannot be read as an image ({reason}). Replace or remove this file.")

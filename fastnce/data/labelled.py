@@ -1,5 +1,7 @@
 """Images with class labels, as an endless stream of samples."""
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,16 +9,26 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
-from fastnce.data.cifar import ImageArrays, open_cifar
-from fastnce.data.class_folders import ImageFiles, open_class_folders
-from fastnce.data.folders import to_array, to_tensor
+from fastnce.data.broken import BrokenFiles, readable
+from fastnce.data.cifar import ImageArrays, holds_cifar, open_cifar
+from fastnce.data.class_folders import ImageFiles, has_folder, open_class_folders
+from fastnce.data.files import named_sizes
+from fastnce.data.folders import read_image, to_array, to_tensor
+from fastnce.data.survey import describe_folder
 from fastnce.data.transforms import counter_rng
 from fastnce.errors import UserError
 
 _ORDER_STREAM, _FLIP_STREAM = 3, 4
+# Of class-balanced drawing: the order of the classes, and that of a class's images.
+_CLASS_STREAM, _IMAGE_STREAM = 6, 7
 
 # Up to this many bytes of images are decoded when the dataset is made, the rest when first needed.
 EAGER_BYTES = 64 * 2**20
+
+# Of larger sets the images are not looked at for `describe`, and `files` has the classes instead of the files.
+_MANY_FILES = 50_000
+
+_log = logging.getLogger("fastnce")
 
 
 class LabelledImages(Dataset):
@@ -25,6 +37,9 @@ class LabelledImages(Dataset):
     Sample i, for any i >= 0, is a pure function of (seed, i) and the arguments, so samples can be read in any order, by
     any number of workers, and from the middle on. Every `len(self)` samples are an epoch: all images, in an order drawn
     for that epoch. An image that is not square is cut to its central square; one of another size is scaled (bicubic).
+
+    With `class_balance` every class comes equally often: each K samples of K classes show one image of each, in random
+    order, and a class shows all of its images before it repeats one.
 
     `image` and `all_images` give the images in the order of the files, never flipped, for evaluation.
 
@@ -39,6 +54,13 @@ class LabelledImages(Dataset):
         flip: Mirrors each sample left to right with probability 0.5.
         seed: Seed of the stream.
         cache_bytes: Memory for decoded images, shared out among the workers.
+        classes: Names of the classes to read, in the order of their labels; by default all, sorted. Images of others are
+            left out, with a warning.
+        needs_labels: False also takes images without class folders, in `train` or in `root` itself, as the one class
+            "images".
+        class_balance: Draws every class equally often.
+        broken_files: "error" stops at the first file that cannot be read. "skip" names it in the log, once; of "train" the
+            next one of its class takes its place, of other splits it is left out.
 
     Attributes:
         class_names: the name of each class, by label; the same for every split.
@@ -71,6 +93,10 @@ class LabelledImages(Dataset):
         flip: bool = True,
         seed: int = 0,
         cache_bytes: int = 2 * 2**30,
+        classes: Sequence[str] = (),
+        needs_labels: bool = True,
+        class_balance: bool = False,
+        broken_files: str = "error",
     ) -> None:
         if image_size < 1:
             raise UserError(f"image_size={image_size}: expected a number of pixels, at least 1.")
@@ -79,12 +105,26 @@ class LabelledImages(Dataset):
                 f"channels={channels}: images have 1 (greyscale) or 3 (RGB). Use 1 or 3."
             )
         self.image_size, self.channels, self.flip, self.seed = image_size, channels, flip, seed
-        self._source = open_labelled(root, split)
+        self._root, self._skip = Path(root), broken_files == "skip"
+        source = open_labelled(root, split, classes, needs_labels=needs_labels)
+        if isinstance(source, ImageFiles) and self._skip and split != "train":
+            source = _readable(source, channels)
+        self._source = source
+        self._broken = None
+        if isinstance(source, ImageFiles):
+            self._broken = BrokenFiles(source.folder, source.paths, self._skip, source.labels)
         # CIFAR's images are in memory already.
         self.cache_bytes = cache_bytes if isinstance(self._source, ImageFiles) else 0
         self.class_names = self._source.class_names
         self.labels = torch.from_numpy(self._source.labels)
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self.class_balance = class_balance
+        by_class = np.argsort(self._source.labels, kind="stable")
+        counts = np.bincount(self._source.labels, minlength=self.num_classes)
+        self._members = np.split(by_class, np.cumsum(counts)[:-1])
+        if class_balance and split == "train" and counts.min() == 0:
+            empty = self.class_names[int(counts.argmin())]
+            raise UserError(f"class_balance: {root} has no training image of {empty}. Add some.")
+        self._orders: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
         self._cache: dict[int, np.ndarray] = {}
         self._image_bytes = channels * image_size**2
         if len(self) * self._image_bytes <= min(EAGER_BYTES, self.cache_bytes):
@@ -111,15 +151,33 @@ class LabelledImages(Dataset):
             pixels = pixels[:, ::-1]
         return {"image": to_tensor(pixels), "label": torch.tensor(int(self.labels[image]))}
 
-    def image_index(self, index: int) -> int:
-        """Which image, in the order of the files, sample `index` of the stream shows."""
+    def image_index(self, index: int, epoch_samples: int | None = None) -> int:
+        """Which image, in the order of the files, sample `index` of the stream shows.
+
+        With `epoch_samples`, of a stream whose epochs end after so many samples, before they have shown all images; with
+        `class_balance` it does not matter.
+        """
         if index < 0:
             raise IndexError(f"LabelledImages: sample {index} does not exist. Samples start at 0.")
-        epoch, position = divmod(index, len(self))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = counter_rng(self.seed, _ORDER_STREAM, epoch).permutation(len(self))
-        return int(self._order[position])
+        if not self.class_balance:
+            epoch, position = divmod(index, epoch_samples or len(self))
+            return int(self._permutation(_ORDER_STREAM, 0, epoch, len(self))[position])
+        classes = self.num_classes
+        turn, position = divmod(index, classes)
+        label = int(self._permutation(_CLASS_STREAM, 0, turn, classes)[position])
+        images = self._members[label]
+        cycle, position = divmod(turn, len(images))
+        # A class's cycles are told from another's by their numbers.
+        order = self._permutation(_IMAGE_STREAM, label, cycle * classes + label, len(images))
+        return int(images[order[position]])
+
+    def _permutation(self, stream: int, slot: int, number: int, length: int) -> np.ndarray:
+        """Permutation `number` of a stream of random numbers; the last one of each slot is kept."""
+        kept, order = self._orders.get((stream, slot), (-1, np.empty(0)))
+        if kept != number:
+            order = counter_rng(self.seed, stream, number).permutation(length)
+            self._orders[stream, slot] = number, order
+        return order
 
     def image(self, index: int) -> torch.Tensor:
         """The image at `index` in the order of the files: (C, H, W) float32 in [-1, 1]."""
@@ -139,6 +197,40 @@ class LabelledImages(Dataset):
 
     def pixels(self, index: int) -> np.ndarray:
         """The image at `index` in the order of the files: (H, W, C) uint8, not to be written to."""
+        if self._broken is None:
+            return self._pixels(index)
+        return self._broken.read(index, self._pixels)
+
+    def files(self) -> dict[str, dict[str, int | None]]:
+        """The training files by their names, with their sizes in bytes: see `fastnce.data.files.changed_files`.
+
+        Of many files only their classes, each with the size of all its files; of CIFAR nothing.
+        """
+        if self._broken is None:
+            return {"train": {}}
+        sizes = self._broken.unsized(named_sizes(self._source.folder, self._source.paths))
+        if len(sizes) <= _MANY_FILES:
+            return {"train": sizes}
+        totals: dict[str, int | None] = dict.fromkeys(self.class_names, 0)
+        for label, size in zip(self.labels.tolist(), sizes.values(), strict=True):
+            totals[self.class_names[label]] += size or 0
+        return {"train": totals}
+
+    def describe(self) -> list[str]:
+        """What was found: classes and images in each, and the line of `describe_folder`, unless there are very many."""
+        counts = self.labels.bincount(minlength=self.num_classes)
+        least, greatest = int(counts.min()), int(counts.max())
+        each = str(least) if least == greatest else f"{least} to {greatest}"
+        line = f"{self._root}: {self.num_classes} classes, {each} images each"
+        if self.num_classes == 1:
+            line = f"{self._root}: {greatest} images without classes"
+        lines = [line]
+        if self._broken is not None and len(self) <= _MANY_FILES:
+            folder, paths = self._source.folder, self._source.paths
+            lines += describe_folder(folder, paths, self.channels, skip_broken=self._skip)
+        return lines
+
+    def _pixels(self, index: int) -> np.ndarray:
         cached = self._cache.get(index)
         if cached is not None:
             return cached
@@ -150,11 +242,13 @@ class LabelledImages(Dataset):
         return array
 
 
-def open_labelled(root: Path | str, split: str) -> ImageFiles | ImageArrays:
+def open_labelled(
+    root: Path | str, split: str, classes: Sequence[str] = (), *, needs_labels: bool = True
+) -> ImageFiles | ImageArrays:
     """Recognises what is in `root`, and reads it or, if it is files of images, lists it.
 
     Raises:
-        UserError: If there is nothing that is known, or it is not whole.
+        UserError: If there is nothing that is known, it is not whole, or a class of `classes` is missing.
     """
     root = Path(root)
     if not root.is_dir():
@@ -163,7 +257,51 @@ def open_labelled(root: Path | str, split: str) -> ImageFiles | ImageArrays:
             f"{root}: {what}. Expected a folder with train/CLASS/ and test/CLASS/, or with CIFAR-10, CIFAR-100 or "
             "Tiny ImageNet as distributed."
         )
-    return open_cifar(root, split) or open_class_folders(root, split)
+    source = open_cifar(root, split) or open_class_folders(root, split, needs_labels=needs_labels)
+    if not classes or tuple(classes) == source.class_names:
+        return source
+    return _of_classes(source, tuple(classes), root)
+
+
+def _readable(source: ImageFiles, channels: int) -> ImageFiles:
+    """Those of the files that can be read."""
+    images = readable(source.paths, lambda path: read_image(path, channels), skip=True)
+    good = {path for path, _ in images}
+    kept = np.array([index for index, path in enumerate(source.paths) if path in good])
+    return source.take(kept, source.class_names, source.labels[kept])
+
+
+def _of_classes(
+    source: ImageFiles | ImageArrays, classes: tuple[str, ...], root: Path
+) -> ImageFiles | ImageArrays:
+    found = source.class_names
+    missing = [name for name in classes if name not in found]
+    if missing or len(set(classes)) < len(classes):
+        why = f"{root} has no class {missing[0]}" if missing else "a class is named twice"
+        raise UserError(
+            f"class_names={_shown(classes)}: {why}. It has {_shown(found)}. Name classes of these, or other data."
+        )
+    left_out = [name for name in found if name not in classes]
+    if left_out:
+        _log.warning(
+            "%s: images of %s are left out, the classes are %s",
+            root,
+            _shown(left_out),
+            _shown(classes),
+        )
+    label_of = np.array([classes.index(name) if name in classes else -1 for name in found])
+    labels = label_of[source.labels]
+    kept = np.flatnonzero(labels >= 0)
+    return source.take(kept, classes, labels[kept])
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def has_split(root: Path | str, split: str) -> bool:
+    """Whether a labelled set has this split: CIFAR always, folders if there is one of its name."""
+    return holds_cifar(Path(root)) or has_folder(Path(root), split)
 
 
 def to_square(image: Image.Image, size: int) -> Image.Image:

@@ -10,8 +10,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from fastnce.data.folders import list_images, read_image, split_folder, to_array, to_tensor
-from fastnce.data.transforms import counter_rng
+from fastnce.data.broken import readable
+from fastnce.data.files import named_sizes
+from fastnce.data.folders import Bands, list_images, read_image, split_folder, to_array, to_tensor
+from fastnce.data.survey import describe_folder
+from fastnce.data.transforms import counter_rng, resize
 from fastnce.errors import UserError
 
 A_STREAM, B_STREAM = 20, 21
@@ -42,9 +45,12 @@ class SingleImagePatches(Dataset):
         flip: Mirrors each patch with probability 0.5.
         channels_a: 3 for RGB, 1 for greyscale, of the samples' "A".
         channels_b: The same for "B".
+        bits: 16 keeps all bits of 16-bit greyscale files; 8 scales them to 8.
+        value_range: The files' numbers that become -1 and 1: see `UnpairedImages`.
         direction: "AtoB", or "BtoA" to read "A" from trainB and "B" from trainA.
         epoch_samples: Samples in an epoch, which only the learning rate's schedule knows.
         seed: Seed of the stream.
+        broken_files: "error" stops at a file that cannot be read; "skip" leaves it out and names it in the log.
 
     Raises:
         UserError: A folder is missing or empty, a file is not an image, an image is smaller than a patch, or an argument is
@@ -63,9 +69,12 @@ class SingleImagePatches(Dataset):
         flip: bool = True,
         channels_a: int = 3,
         channels_b: int = 3,
+        bits: int = 8,
+        value_range: tuple[float, float] | None = None,
         direction: str = "AtoB",
         epoch_samples: int = 100_000,
         seed: int = 0,
+        broken_files: str = "error",
     ) -> None:
         for name, value in (("crop_size", crop_size), ("max_zoom_out", max_zoom_out)):
             if value < 1:
@@ -75,10 +84,19 @@ class SingleImagePatches(Dataset):
         if direction not in ("AtoB", "BtoA"):
             raise UserError(f'direction="{direction}": expected AtoB or BtoA.')
         first, second = direction.split("to")
-        self.a = _images(split_folder(root, split, first), channels_a, crop_size)
-        self.b = _images(split_folder(root, split, second), channels_b, crop_size)
+        folder_a, folder_b = split_folder(root, split, first), split_folder(root, split, second)
+        rest = bits, value_range
+        self._read_from = ((folder_a, channels_a, *rest), (folder_b, channels_b, *rest))
+        self._skip = broken_files == "skip"
+        self.a, files_a = _images(*self._read_from[0], crop_size, self._skip)
+        self.b, files_b = _images(*self._read_from[1], crop_size, self._skip)
+        self._files = {"A": files_a, "B": files_b}
         self.crop_size, self.max_zoom_out, self.flip = crop_size, max_zoom_out, flip
         self.epoch_samples, self.seed = epoch_samples, seed
+
+    def files(self) -> dict[str, dict[str, int | None]]:
+        """The files of "A" and "B" by their names, with their sizes in bytes: see `fastnce.data.files.changed_files`."""
+        return {name: dict(files) for name, files in self._files.items()}
 
     def __len__(self) -> int:
         """Samples in an epoch."""
@@ -99,7 +117,15 @@ class SingleImagePatches(Dataset):
             "B": self._patch(self.b, counter_rng(self.seed, B_STREAM, index)),
         }
 
-    def _patch(self, images: list[Image.Image], rng: np.random.Generator) -> torch.Tensor:
+    def describe(self) -> list[str]:
+        """What was found, in a line for each folder: see `describe_folder`."""
+        return [
+            line
+            for folder, *how in self._read_from
+            for line in describe_folder(folder, list_images(folder), *how, skip_broken=self._skip)
+        ]
+
+    def _patch(self, images: list[Image.Image | Bands], rng: np.random.Generator) -> torch.Tensor:
         image = images[rng.integers(len(images))]
         shares = rng.uniform(1 / self.max_zoom_out, 1.0, size=2)
         width, height = (
@@ -114,26 +140,40 @@ class SingleImagePatches(Dataset):
 
 
 def shrunk_patch(
-    image: Image.Image, size: tuple[int, int], corner: tuple[int, int], side: int
-) -> Image.Image:
+    image: Image.Image | Bands, size: tuple[int, int], corner: tuple[int, int], side: int
+) -> Image.Image | Bands:
     """The square at `corner` (left, top) of `image` resized to `size` (bicubic), without resizing the rest of it."""
     scale_x, scale_y = image.width / size[0], image.height / size[1]
     left, top = corner
     box = (left * scale_x, top * scale_y, (left + side) * scale_x, (top + side) * scale_y)
     # The last edge may come out of the image by a rounding error, which Pillow refuses.
     box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
-    return image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+    return resize(image, side, side, box)
 
 
-def _images(folder: Path, channels: int, crop_size: int) -> list[Image.Image]:
-    """All images of `folder`, decoded once and for all; each checked to be as large as a patch."""
-    images = []
-    for path in list_images(folder):
-        image = read_image(path, channels)
+def _images(
+    folder: Path,
+    channels: int,
+    bits: int,
+    value_range: tuple[float, float] | None,
+    crop_size: int,
+    skip: bool,
+) -> tuple[list[Image.Image | Bands], dict[str, int | None]]:
+    """All images of `folder`, decoded once and for all, each checked to be as large as a patch; and the files' sizes in bytes."""
+    paths, images = list_images(folder), []
+    sizes: dict[str, int | None] = dict.fromkeys(
+        path.relative_to(folder).as_posix() for path in paths
+    )
+
+    def read(path: Path) -> Image.Image | Bands:
+        return read_image(path, channels, bits, value_range)
+
+    for path, image in readable(paths, read, skip=skip):
         if min(image.size) < crop_size:
             raise UserError(
                 f"{path}: {image.width}x{image.height} is smaller than the crop of {crop_size}x{crop_size}. Use a crop_size "
                 f"of at most {min(image.size)}, or a larger image."
             )
         images.append(image)
-    return images
+        sizes |= named_sizes(folder, [path])
+    return images, sizes

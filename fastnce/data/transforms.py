@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from fastnce.data.folders import to_array, to_image
+from fastnce.data.folders import Bands, to_array, to_image
 from fastnce.errors import UserError
 
 RANDOM_TOKENS = ("zoom", "crop", "patch", "trim")
@@ -44,9 +44,9 @@ def multiple_size(width: int, height: int, multiple: int = 4) -> tuple[int, int]
     return tuple(max(multiple, round(side / multiple) * multiple) for side in (width, height))
 
 
-def resize_to_multiple(image: Image.Image, multiple: int = 4) -> Image.Image:
+def resize_to_multiple(image: Image.Image | Bands, multiple: int = 4) -> Image.Image | Bands:
     """Resizes (bicubic) so that both sides are multiples, which two halvings and doublings need."""
-    return _resize(image, *multiple_size(*image.size, multiple))
+    return resize(image, *multiple_size(*image.size, multiple))
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,9 @@ class Preprocess:
                 f'Use a crop_size of at most {min(prepared)}, or preprocess="{other}" to scale {what} to load_size first.'
             )
 
-    def prepare(self, image: Image.Image) -> np.ndarray:
-        """Scales (bicubic). Returns (H, W, C) uint8, or uint16 of an image of 16 bits."""
-        return to_array(_resize(image, *self.prepared_size(*image.size)))
+    def prepare(self, image: Image.Image | Bands) -> np.ndarray:
+        """Scales (bicubic). Returns (H, W, C) uint8, uint16 of an image of 16 bits, or float32 of one with a range of values."""
+        return to_array(resize(image, *self.prepared_size(*image.size)))
 
     def augment(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The random part: (H, W, C) in and out, of the same type."""
@@ -174,7 +174,7 @@ def _zoom(array: np.ndarray, least: int, rng: np.random.Generator) -> np.ndarray
         max(least, round(side * factor))
         for side, factor in zip(array.shape[:2], factors, strict=True)
     )
-    return to_array(_resize(to_image(array), width, height))
+    return to_array(resize(to_image(array), width, height))
 
 
 def _cut(array: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -246,12 +246,19 @@ def _mirror(position: np.ndarray, size: int) -> np.ndarray:
     return np.maximum(size - 1 - np.abs(size - 1 - index), 0)
 
 
-def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    if image.size == (width, height):
+def resize(
+    image: Image.Image | Bands,
+    width: int,
+    height: int,
+    box: tuple[float, float, float, float] | None = None,
+) -> Image.Image | Bands:
+    """Resizes (bicubic) an image as `read_image` gives it, or the part of it in `box` (left, top, right, bottom)."""
+    size = (width, height)
+    if image.size == size and box in (None, (0, 0, *size)):
         return image
     if image.mode != "I;16":
-        return image.resize((width, height), Image.Resampling.BICUBIC)
+        return image.resize(size, Image.Resampling.BICUBIC, box)
     # Through float32, which holds 16 bits exactly; bicubic weights overshoot at edges.
     values = Image.fromarray(np.asarray(image).astype(np.float32))
-    resized = np.asarray(values.resize((width, height), Image.Resampling.BICUBIC))
+    resized = np.asarray(values.resize(size, Image.Resampling.BICUBIC, box))
     return Image.fromarray(resized.round().clip(0, 65535).astype(np.uint16))

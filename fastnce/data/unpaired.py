@@ -1,6 +1,5 @@
 """Two folders of images without pairs, as an endless stream of samples."""
 
-import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
+from fastnce.data.broken import BrokenFiles
+from fastnce.data.files import named_sizes
 from fastnce.data.folders import (
+    Bands,
     check_depth,
     image_size,
     list_images,
@@ -18,6 +20,7 @@ from fastnce.data.folders import (
     split_folder,
     to_tensor,
 )
+from fastnce.data.survey import describe_folder
 from fastnce.data.transforms import Preprocess, counter_rng
 from fastnce.errors import UserError
 
@@ -25,8 +28,6 @@ ORDER_STREAM, A_STREAM, B_STREAM = 0, 1, 2
 
 # Up to this many bytes of images are decoded when the dataset is made, the rest when first needed.
 EAGER_BYTES = 64 * 2**20
-
-_log = logging.getLogger("fastnce")
 
 
 class UnpairedImages(Dataset):
@@ -50,6 +51,8 @@ class UnpairedImages(Dataset):
         channels_a: 3 for RGB, 1 for greyscale, of the samples' "A".
         channels_b: The same for "B".
         bits: 16 keeps all bits of 16-bit greyscale files; 8 scales them to 8.
+        value_range: The files' numbers that become -1 and 1, in float32; those beyond are clipped. Without it files must hold 8
+            bits or 16-bit grey.
         direction: "AtoB", or "BtoA" to read "A" from trainB and "B" from trainA.
         serial: Takes both folders in order, without shuffling.
         jitter_samples: From this sample on `load_size` is `crop_size`, as in the second half of
@@ -78,6 +81,7 @@ class UnpairedImages(Dataset):
         channels_a: int = 3,
         channels_b: int = 3,
         bits: int = 8,
+        value_range: tuple[float, float] | None = None,
         direction: str = "AtoB",
         serial: bool = False,
         jitter_samples: int | None = None,
@@ -93,19 +97,15 @@ class UnpairedImages(Dataset):
 
         def domain(folder: Path, channels: int, affine: bool) -> CachedImages:
             check_depth(channels, bits)
+            paths = list_images(folder)
             first_size = (1, 1)  # known when the headers have been read
             phases = [
                 Preprocess(preprocess, size, crop_size, flip, affine, first_size)
                 for size in ([load_size] if jitter_samples is None else [load_size, crop_size])
             ]
+            broken = BrokenFiles(folder, paths, broken_files == "skip")
             return CachedImages(
-                folder,
-                list_images(folder),
-                channels,
-                bits,
-                phases,
-                cache_bytes // 2,
-                broken_files == "skip",
+                folder, paths, channels, bits, value_range, phases, cache_bytes // 2, broken
             )
 
         self.seed, self.serial, self.jitter_samples = seed, serial, jitter_samples
@@ -134,10 +134,18 @@ class UnpairedImages(Dataset):
             "B": self.b.sample(index_b % len(self.b.paths), phase, rng_b),
         }
 
+    def files(self) -> dict[str, dict[str, int | None]]:
+        """The files of "A" and "B" by their names, with their sizes in bytes: see `fastnce.data.files.changed_files`."""
+        return {"A": self.a.files(), "B": self.b.files()}
+
     @property
     def broken_count(self) -> int:
         """How many files of both folders have been found broken, and skipped, so far."""
-        return self.a.broken_count + self.b.broken_count
+        return self.a.broken.count + self.b.broken.count
+
+    def describe(self) -> list[str]:
+        """What was found, in a line for each folder: see `describe_folder`."""
+        return self.a.describe() + self.b.describe()
 
     def expect_one_size(self) -> None:
         """Raises UserError, naming two files, unless all samples can be stacked into batches."""
@@ -158,7 +166,7 @@ class CachedImages:
     """One domain's images, scaled, and kept in memory as far as they fit.
 
     `phases` has one `Preprocess` for each part of the training. With `half`, "left" or "right", an image is that half of its
-    file. With `broken`, the attribute of another domain, a file that is found broken there is passed over here too.
+    file. With the `broken` of another domain, a file that is found broken there is passed over here too.
     """
 
     def __init__(
@@ -167,20 +175,16 @@ class CachedImages:
         paths: list[Path],
         channels: int,
         bits: int,
+        value_range: tuple[float, float] | None,
         phases: list[Preprocess],
         cache_bytes: int,
-        skip_broken: bool,
+        broken: BrokenFiles,
         half: str | None = None,
-        broken: torch.Tensor | None = None,
     ) -> None:
         self.folder, self.paths, self.half = folder, paths, half
-        self.channels, self.bits = channels, bits
-        self.cache_bytes = cache_bytes
-        self.skip_broken = skip_broken
-        # Shared with the workers, so that a file is named once and not by each of them.
-        if broken is None:
-            broken = torch.zeros(len(self.paths), dtype=torch.bool).share_memory_()
-        self.broken = broken
+        self.channels, self.bits, self.value_range = channels, bits, value_range
+        self.cache_bytes, self.broken = cache_bytes, broken
+        self._bytes = named_sizes(folder, paths)
         self._cache: dict[int, tuple[int, np.ndarray]] = {}
         self._cached_bytes = 0
         # Reading every header now finds what would otherwise stop a run hours later.
@@ -191,13 +195,24 @@ class CachedImages:
             for preprocess in self.phases:
                 preprocess.check(self.paths[index], *size)
         pixels = sum(math.prod(self.phases[0].prepared_size(*s)) for s in self.sizes.values())
-        if pixels * channels * bits // 8 <= min(EAGER_BYTES, cache_bytes):
+        item_bits = bits if value_range is None else 32
+        if pixels * channels * item_bits // 8 <= min(EAGER_BYTES, cache_bytes):
             for index in range(len(self.paths)):
                 self._prepared(index, 0)
 
-    @property
-    def broken_count(self) -> int:
-        return int(self.broken.sum())
+    def files(self) -> dict[str, int | None]:
+        """The size in bytes of each file by its name; None for a broken one."""
+        return self.broken.unsized(self._bytes)
+
+    def describe(self) -> list[str]:
+        return describe_folder(
+            self.folder,
+            self.paths,
+            self.channels,
+            self.bits,
+            self.value_range,
+            skip_broken=self.broken.skip,
+        )
 
     def sample(self, index: int, phase: int, rng: np.random.Generator) -> torch.Tensor:
         """Image `index`, augmented: (C, H, W) float32 in [-1, 1]."""
@@ -224,43 +239,26 @@ class CachedImages:
         """(width, height) of each file whose header can be read, by its index."""
         sizes = {}
         for index, path in enumerate(self.paths):
-            if self.broken[index]:
+            if index in self.broken:
                 continue
             try:
                 width, height = image_size(path)
             except UserError as error:
-                self._note_broken(index, error)
+                self.broken.note(index, error)
             else:
                 sizes[index] = (width if self.half is None else width // 2, height)
         return sizes
 
     def _prepared(self, index: int, phase: int) -> np.ndarray:
         """Image `index`, or the next one in the place of a broken one, as `prepare` makes it."""
-        while True:
-            while self.broken[index]:
-                index = (index + 1) % len(self.paths)
-            try:
-                return self._prepared_unless_broken(index, phase)
-            except UserError as error:
-                self._note_broken(index, error)
-
-    def _note_broken(self, index: int, error: UserError) -> None:
-        """Marks a file as broken and says so once; raises `error` unless others can take its place."""
-        if not self.skip_broken:
-            raise error
-        if not self.broken[index]:
-            self.broken[index] = True
-            _log.warning("skipped, %d so far in %s: %s", self.broken_count, self.folder, error)
-        if self.broken.all():
-            raise UserError(
-                f"{self.folder}: none of its {len(self.paths)} files can be read as an image. Replace them."
-            ) from error
+        return self.broken.read(index, lambda i: self._prepared_unless_broken(i, phase))
 
     def _prepared_unless_broken(self, index: int, phase: int) -> np.ndarray:
         cached_phase, cached = self._cache.get(index, (None, None))
         if cached_phase == phase:
             return cached
-        image = _half(read_image(self.paths[index], self.channels, self.bits), self.half)
+        how = self.channels, self.bits, self.value_range
+        image = half_of(read_image(self.paths[index], *how), self.half)
         array = self.phases[phase].prepare(image)
         if cached is not None:
             self._cached_bytes -= cached.nbytes
@@ -273,7 +271,7 @@ class CachedImages:
         return array
 
 
-def _half(image: Image.Image, half: str | None) -> Image.Image:
+def half_of(image: Image.Image | Bands, half: str | None) -> Image.Image | Bands:
     """The "left" or the "right" half of an image, without the column between them if its width is odd."""
     width, height = image.size
     if half == "left":

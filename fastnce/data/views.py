@@ -134,13 +134,20 @@ class TwoViews(Dataset):
         dataset: The images; views are cut out of them at the size that they have there.
         recipe: What a view may look like: one of `VIEW_RECIPES`, by name, or one of your own.
         size: Side of the views in pixels; that of the images by default.
+        batch_size: The images of an epoch that fill no batch of this size are left out, others in each epoch, so that no batch
+            reaches over two epochs and holds an image twice (unless the set draws with `class_balance`). 1 leaves out none.
 
     Raises:
-        UserError: If there is no recipe of that name, or `size` is out of range.
+        UserError: If there is no recipe of that name, or `size` or `batch_size` is out of range.
     """
 
     def __init__(
-        self, dataset: LabelledImages, recipe: ViewRecipe | str, *, size: int | None = None
+        self,
+        dataset: LabelledImages,
+        recipe: ViewRecipe | str,
+        *,
+        size: int | None = None,
+        batch_size: int = 1,
     ) -> None:
         if isinstance(recipe, str):
             if recipe not in VIEW_RECIPES:
@@ -149,10 +156,29 @@ class TwoViews(Dataset):
         if size is not None and size < 1:
             raise UserError(f"size={size}: expected a number of pixels, at least 1.")
         self.dataset, self.recipe, self.size = dataset, recipe, size or dataset.image_size
+        if not 1 <= batch_size <= len(dataset):
+            raise UserError(
+                f"batch_size={batch_size} is larger than the {len(dataset)} images of an epoch, so that a batch would hold images "
+                f"twice, as each other's negatives. Use batch_size <= {len(dataset)}, or last_batch=keep."
+            )
+        self._epoch_samples = len(dataset) // batch_size * batch_size
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Those of the images."""
+        return self.dataset.class_names
+
+    def files(self) -> dict[str, dict[str, int | None]]:
+        """Those of the images."""
+        return self.dataset.files()
+
+    def describe(self) -> list[str]:
+        """What was found: see `LabelledImages.describe`."""
+        return self.dataset.describe()
 
     def __len__(self) -> int:
-        """Samples in an epoch: the number of images."""
-        return len(self.dataset)
+        """Samples in an epoch: the images that fill whole batches."""
+        return self._epoch_samples
 
     def __iter__(self):
         """One epoch."""
@@ -160,7 +186,7 @@ class TwoViews(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Sample `index`: {"view1", "view2": (C, H, W) float32 in [-1, 1], "label": () int64}."""
-        number = self.dataset.image_index(index)
+        number = self.dataset.image_index(index, len(self))
         image = to_image(self.dataset.pixels(number))
         rng = counter_rng(self.dataset.seed, _VIEW_STREAM, index)
         views = [

@@ -145,8 +145,8 @@ class InfoNCE(torch.autograd.Function):
 
     @staticmethod
     @_common.first_derivative_only
-    def backward(ctx, grad: Tensor):
-        query, key, tau, losses = ctx.saved_tensors
+    def backward(ctx, saved: tuple[Tensor | None, ...], grad: Tensor):
+        query, key, tau, losses = saved
         blocks, needs = ctx.blocks, ctx.needs_input_grad
         sums = _Sums(query, key, tau)
 
@@ -199,14 +199,15 @@ class GatheredInfoNCE(torch.autograd.Function):
         needs = (need_query, need_key, need_key, need_tau) if grad_now else None
         ctx.exchange = blocks.exchange
         losses, grads = blocks.at_once(query, key, blocks.exchange.others(key), tau, needs)
-        ctx.save_for_backward(*grads)
-        return losses.double()
+        losses = losses.double()
+        ctx.save_for_backward(losses, *grads)
+        return losses
 
     @staticmethod
     @_common.first_derivative_only
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, saved: tuple[Tensor | None, ...], grad: Tensor):
         weight = grad[0] if len(grad) > 0 else grad.new_zeros(())
-        query, key, others, tau = _common.scaled(ctx.saved_tensors, weight)
+        query, key, others, tau = _common.scaled(saved[1:], weight)
         if key is not None and ctx.needs_input_grad[1]:
             acc = accumulation_dtype(key.dtype)
             if others is None:  # no other rank has rows

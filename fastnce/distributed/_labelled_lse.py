@@ -47,8 +47,8 @@ class LabelledLSE(torch.autograd.Function):
 
     @staticmethod
     @_common.first_derivative_only
-    def backward(ctx, grad: Tensor):
-        x, labels, lse, temperature = ctx.saved_tensors
+    def backward(ctx, saved: tuple[Tensor | None, ...], grad: Tensor):
+        x, labels, lse, temperature = saved
         tau = ctx.temperature if temperature is None else temperature
         state = torch.cat([lse, grad], dim=1)  # (N, 4)
         grad_x = x.new_zeros(x.shape, dtype=accumulation_dtype(x.dtype))
@@ -96,8 +96,8 @@ class SameLabelSum(torch.autograd.Function):
 
     @staticmethod
     @_common.first_derivative_only
-    def backward(ctx, grad: Tensor):
-        (labels,) = ctx.saved_tensors
+    def backward(ctx, saved: tuple[Tensor], grad: Tensor):
+        (labels,) = saved
         return _same_label_sum(grad.contiguous(), labels, ctx.exchange), None, None
 
 

@@ -17,7 +17,7 @@ from fastnce.ops import _checks, _common
 from fastnce.reference.normalize import accumulation_dtype
 
 STRATEGIES = ("auto", "ring", "gather")
-GRADIENT_SCALES = ("mean", "sum")
+GRADIENT_SCALES = ("mean", "sum")  # and "published", of one loss; see Plan.reduce
 
 # What "auto" lets a rank gather, in bytes of the rows of all ranks. Up to here two messages beat one per rank, and the memory is
 # nothing beside a model's; docs/distributed.md counts it.
@@ -65,9 +65,20 @@ class Plan:
 
     def reduce(self, losses: Tensor, valid: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The mean or sum over all ranks of ``losses`` (N,) or of the ``valid`` ones; or this rank's losses, for "none"."""
-        factor = self.ranks.size if self.options.gradient_scale == "mean" else 1
-        loss = _Reduce.apply(losses, valid, self, factor)
+        loss = _Reduce.apply(losses, valid, self, self._gradient_factor())
         return loss.to(accumulation_dtype(dtype))
+
+    def _gradient_factor(self) -> float:
+        """What rank r's rows get, relative to ``d(sum over all ranks of gradient * losses)/drow``.
+
+        An average over ranks has to be the gradient of the mean over ranks of what the ranks go backward from. A reduced loss
+        is the same on all, so that this mean is the loss itself; of the losses of one's own rows each rank makes another number,
+        and the sum of these is what ``gradient * losses`` adds up to.
+        """
+        scale, size = self.options.gradient_scale, self.ranks.size
+        if self.options.reduction == "none":
+            return 1 / size if scale == "published" else 1.0
+        return float(size) if scale == "mean" else 1.0
 
 
 def make_plan(
@@ -118,7 +129,7 @@ class _Reduce(torch.autograd.Function):
     """Where the gradients get their scale: everything before it differentiates the sum over ranks of ``gradient * losses``."""
 
     @staticmethod
-    def forward(ctx, losses: Tensor, valid: Tensor | None, plan: Plan, factor: int) -> Tensor:
+    def forward(ctx, losses: Tensor, valid: Tensor | None, plan: Plan, factor: float) -> Tensor:
         reduction = plan.options.reduction
         ctx.factor, ctx.none, ctx.rows = factor, reduction == "none", losses.shape
         if ctx.none:

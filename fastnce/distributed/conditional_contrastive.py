@@ -38,9 +38,9 @@ def conditional_contrastive(
         reduction: ``"mean"`` over the samples of all ranks, ``"sum"``, or ``"none"`` for this rank's (N,).
         group: as ``torch.distributed`` has it; None is the default group. Alone, or without one, the plain op runs.
         strategy: see :mod:`fastnce.distributed`.
-        gradient_scale: ``"mean"`` and ``"sum"``, see :mod:`fastnce.distributed`; or ``"published"``, which gives the gradients of
-            the published code (StudioGAN): those of ``"sum"``, which DDP then averages, so that the loss weighs 1 / ranks
-            of what it weighs in one process.
+        gradient_scale: ``"mean"`` and ``"sum"``, see :mod:`fastnce.distributed`; with ``reduction="none"`` both leave one's own
+            ``losses.mean()`` for DDP to average. Or ``"published"``, the gradients of the published code (StudioGAN): 1 / ranks of
+            ``"mean"``, so that under DDP the loss weighs 1 / ranks of what it weighs in one process.
         check: see :mod:`fastnce.distributed`.
         backend: one of ``fastnce.backends.available()``; None chooses.
 

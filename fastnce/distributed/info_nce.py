@@ -44,7 +44,7 @@ def info_nce(
         reduction: ``"mean"`` over the queries of all ranks, ``"sum"``, or ``"none"`` for this rank's (N,).
         group: as ``torch.distributed`` has it; None is the default group. Alone, or without one, the plain op runs.
         strategy: see :mod:`fastnce.distributed`, like the next two.
-        gradient_scale: ``"mean"`` or ``"sum"``.
+        gradient_scale: ``"mean"`` or ``"sum"``; with ``reduction="none"`` both leave one's own ``losses.mean()`` for DDP to average.
         check: whether the ranks compare their arguments first.
         backend: one of ``fastnce.backends.available()``; None chooses.
 

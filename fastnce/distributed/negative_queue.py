@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,12 +21,12 @@ _OP = "NegativeQueue.enqueue"
 class NegativeQueue(nn.Module):
     """A first-in-first-out queue of keys as negatives (He et al. 2020, https://arxiv.org/abs/1911.05722).
 
-    Its state dict has the published names and shapes, ``queue`` (dim, size) and ``queue_ptr`` (1,); in memory each key is one run
-    of numbers, so that the fused loss reads the queue where it lies. Ranks begin with the same random unit keys and take in the
-    same keys, so that they stay alike.
+    Its state dict has the published names and shapes, ``queue`` (dim, size) and ``queue_ptr`` (1,), contiguous as safetensors wants
+    them; in memory each key is one run of numbers, so that the fused loss reads the queue where it lies. Ranks begin with the
+    same random unit keys and take in the same keys, so that they stay alike.
 
     What :meth:`enqueue` is given is written when :attr:`keys` are next read: autograd may still need the present ones for the
-    backward of the loss.
+    backward of the loss. Until then it waits: it moves and converts with the module, and is in its copies and state dicts.
 
     Args:
         size: how many keys; need not be a multiple of the batch.
@@ -68,7 +71,8 @@ class NegativeQueue(nn.Module):
     @property
     def keys(self) -> Tensor:
         """(size, dim), a view of the queue: ``negative_keys`` of the loss. Unit rows."""
-        self._write()
+        _write(self._waiting, self.queue, self.queue_ptr)
+        self._waiting.clear()
         return self.queue.T
 
     def enqueue(
@@ -77,23 +81,27 @@ class NegativeQueue(nn.Module):
         """Takes in this rank's keys (N, dim), of all ranks in the order of the ranks, in place of the oldest.
 
         Args:
-            keys: (N, dim), any N, normalised here; no gradient. Of more than ``size`` keys the last stay.
+            keys: (N, dim), any N, normalised here; no gradient. Of more than ``size`` keys the last stay. In the queue's dtype, or
+                under autocast in any.
             group: the ranks; None is the default group.
             check: whether the ranks compare dim, dtype and N first, see :mod:`fastnce.distributed`. On a GPU that makes the
                 host wait; without it nothing does, and all ranks must have the same N.
 
         Raises:
-            TypeError: ``keys`` has not the queue's dtype.
+            TypeError: ``keys`` has not the queue's dtype, outside autocast.
             ValueError: a wrong shape or device, or ranks that disagree.
         """
         ranks = ranks_of(group)
+        # The wider of both dtypes: of it the unit rows are made, and only these are rounded to the queue's.
+        keys, _ = _checks.same_dtype_under_autocast(keys, self._none())
         if ranks is None:
             self._validate(keys)
-            self._waiting.append(normalize_rows(keys.detach()))
-            return
-        rows = agree(ranks, _OP, self.queue.device, lambda: self._validate(keys), check=check)
-        gathered = Gather(_OP, ranks, rows).all_rows(normalize_rows(keys.detach()))
-        self._waiting.append(gathered)
+            rows = None
+        else:
+            validate = functools.partial(self._validate, keys)
+            rows = agree(ranks, _OP, self.queue.device, validate, check=check)
+        unit = normalize_rows(keys.detach()).to(self.queue.dtype)
+        self._waiting.append(unit if ranks is None else Gather(_OP, ranks, rows).all_rows(unit))
 
     def extra_repr(self) -> str:
         dim, size = self.queue.shape
@@ -103,30 +111,48 @@ class NegativeQueue(nn.Module):
         expect_rows(_OP, "keys", keys)
         dim = self.queue.shape[0]
         _checks.expect_shape(_OP, "keys", keys, (keys.shape[0], dim), f"the queue has dim={dim}")
-        _checks.expect_alike(_OP, "keys", keys, "the queue", self.queue)
+        like, _ = _checks.same_dtype_under_autocast(self._none(), keys)
+        _checks.expect_alike(_OP, "keys", keys, "the queue", like)
         return {
             "rows": len(keys),
             "D": dim,
-            "dtype": str(keys.dtype),
+            "dtype": str(self.queue.dtype),
             "the queue's size": self.queue.shape[1],
         }
 
-    @torch.no_grad()
-    def _write(self) -> None:
-        if not self._waiting:
-            return
-        size = self.queue.shape[1]
-        keys = torch.cat(self._waiting)
-        self._waiting.clear()
-        # Positions stay on the device: no host has to know where the queue stands.
-        places = self.queue_ptr + torch.arange(len(keys), device=keys.device)
-        self.queue.index_copy_(1, places[-size:] % size, keys[-size:].T)
-        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % size)
+    def _none(self) -> Tensor:
+        """No key, in the queue's dtype and on its device."""
+        return self.queue[:, :0]
 
-    def _save_to_state_dict(self, *args, **kwargs) -> None:
-        self._write()
-        super()._save_to_state_dict(*args, **kwargs)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NegativeQueue:
+        super()._apply(fn, recurse)
+        self._waiting = [fn(keys) for keys in self._waiting]
+        return self
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._waiting.clear()
-        super()._load_from_state_dict(*args, **kwargs)
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        """Copies, with what waits written into them: autograd may still need the queue as it is."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        names = [f"{prefix}{name}" for name in ("queue", "queue_ptr")]
+        copies = [destination[name].clone(memory_format=torch.contiguous_format) for name in names]
+        _write(self._waiting, *copies)
+        destination.update(zip(names, copies, strict=True))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if f"{prefix}queue" in state_dict:
+            self._waiting.clear()
+        if not self.queue.T.is_contiguous():  # assign=True takes the tensor of the file
+            self.queue = self.queue.T.contiguous().T
+
+
+@torch.no_grad()
+def _write(waiting: list[Tensor], queue: Tensor, queue_ptr: Tensor) -> None:
+    """Writes keys (N, dim) each into ``queue`` (dim, size) from ``queue_ptr`` (1,) on, which goes on with them."""
+    if not waiting:
+        return
+    size = queue.shape[1]
+    keys = torch.cat(waiting)
+    # Positions stay on the device: no host has to know where the queue stands.
+    places = queue_ptr + torch.arange(len(keys), device=keys.device)
+    queue.index_copy_(1, places[-size:] % size, keys[-size:].T)
+    queue_ptr.copy_((queue_ptr + len(keys)) % size)

@@ -112,10 +112,11 @@ def evaluate_generators(
         "intra_class_fid_of": {class: value}, "inception_score", "inception_score_std", "precision",
         "recall", "density", "coverage", "class_accuracy", "relabelled_accuracy"}, ...]}. None where
         the evaluator does not give it, and for all but the accuracies if an image of the row is not
-        finite; such an image counts as misread.
+        finite; such an image counts as misread. Classes with one image are left out of the
+        intra-class FID, and k is at most the number of images less one.
 
     Raises:
-        ValueError: If shapes or counts do not fit: among others if a class has fewer than two images.
+        ValueError: If shapes or counts do not fit: among others if there are fewer than two images.
     """
     _check_labelled("real", real_images, real_labels)
     if not real_images.isfinite().all():
@@ -128,6 +129,7 @@ def evaluate_generators(
         held_out_images = held_out[0][other]
     # Files come class by class; a generator with batch statistics needs batches of all classes.
     asked = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    k = max(1, min(k, len(labels) - 1))
     reference = _judge(evaluator, real_images.split(batch_size)).features
     batches = {HELD_OUT: (held_out_images.split(batch_size), labels)} if held_out else {}
     for name, sample in samples.items():
@@ -212,7 +214,14 @@ def _measure(
     splits: int,
 ) -> dict[str, Any]:
     features, probabilities = judged.features, judged.probabilities
-    intra, intra_of = intra_class_fid(features, labels, reference, reference_labels)
+    intra, intra_of = math.nan, {}
+    # A class's distance needs two images; the rows have as many of each class as the reference.
+    known = reference_labels.bincount() > 1
+    if known.any():
+        own, real = known[labels], known[reference_labels]
+        intra, intra_of = intra_class_fid(
+            features[own], labels[own], reference[real], reference_labels[real]
+        )
     score, score_std = math.nan, math.nan
     accuracy = relabelled = math.nan
     if probabilities is not None:

@@ -100,7 +100,7 @@ def label_files(folder: Path | str, kind: LabelKind) -> dict[str, Path]:
     Raises:
         UserError: no folder, no image, or two maps of one scene.
     """
-    paths = list_images(folder)
+    paths = [path for path in list_images(folder) if path.suffix.lower() != ".npy"]
     of_kind = [path for path in paths if path.stem.endswith(_SUFFIX[kind])]
     files: dict[str, Path] = {}
     for path in of_kind or paths:

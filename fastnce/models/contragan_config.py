@@ -35,7 +35,7 @@ class ContraGANConfig:
     num_classes: int = 10
     """Classes of the data."""
     image_size: int = 32
-    """Height and width of the images."""
+    """Height and width of the images: 4, 5, 6 or 7 times a power of two, from 16 to 448."""
     image_channels: int = 3
     """3 for RGB, 1 for grey."""
     latent_dim: int = 80

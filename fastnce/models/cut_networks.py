@@ -20,7 +20,7 @@ def build_generator(config: UnpairedConfig) -> nn.Module:
         from fastnce.networks import StyleGAN2Generator
 
         return StyleGAN2Generator(*channels)
-    return ResnetGenerator(*channels, config.antialias)
+    return ResnetGenerator(*channels, config.antialias, config.antialias_up)
 
 
 def build_discriminator(config: UnpairedConfig, image_size: tuple[int, int] | None) -> nn.Module:

@@ -16,6 +16,7 @@ from fastnce.errors import UserError
 from fastnce.models import options
 from fastnce.models.lars import LARS, lars_groups
 from fastnce.models.metric_losses import n_pair_loss, pair_loss, triplet_loss
+from fastnce.networks.layers import to_channels_last
 from fastnce.networks.resnet_encoder import RESNETS, ProjectionHead, ResNetEncoder, Stem
 
 Method = Literal["simclr", "moco", "supcon"]
@@ -139,7 +140,7 @@ class Representation(nn.Module):
         features = self.encoder.feature_dim
         self.head = ProjectionHead(features, config.head_dim or features, config.projection_dim)
         # Faster on a GPU and on a CPU.
-        self.to(memory_format=torch.channels_last)
+        to_channels_last(self)
         if config.method == "moco":
             self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
             self.key_head = copy.deepcopy(self.head).requires_grad_(False)

@@ -53,6 +53,8 @@ class UnpairedConfig(TranslationConfig):
     """Generator: residual blocks."""
     antialias: bool = True
     """Generator: blur before downsampling (resnet)."""
+    antialias_up: bool = True
+    """Generator: upsample with a filter; with it off, transposed convolutions (resnet)."""
     discriminator: Literal["patch", "stylegan2"] = "patch"
     """Discriminator: patch, or stylegan2 as in SinCUT."""
     disc_norm: Literal["instance", "none"] = "instance"

@@ -31,8 +31,8 @@ class BigGANGenerator(ResidualGenerator):
     layers as in Kang and Park, "ContraGAN", NeurIPS 2020.
 
     Args:
-        image_size: 16, 32, 64 or 128; 16 is ours.
-        latent_dim: length of z, a multiple of the number of chunks: 3, 4, 5 or 6 for the image sizes above.
+        image_size: 4, 5, 6 or 7 times a power of two, from 16 to 448; below 32 it is ours.
+        latent_dim: length of z, a multiple of the number of chunks: 3 from 16 pixels on, 4 from 32, 5 from 64, 6 from 128, 7 from 256.
         num_classes: number of classes.
         base_channels: unit of the widths; 96 and 80 as published.
         shared_dim: length of the label's embedding.
@@ -96,7 +96,7 @@ class BigGANDiscriminator(ResidualDiscriminator):
     Source: as `BigGANGenerator`; the heads: `ConditionalDiscriminator`.
 
     Args:
-        image_size: 16, 32, 64 or 128.
+        image_size: 4, 5, 6 or 7 times a power of two, from 16 to 448.
         num_classes: number of classes.
         base_channels: unit of the widths; 96 and 80 as published.
         attention_after: self-attention behind the block of this number, counted from 1; 0 for none.

@@ -151,9 +151,26 @@ class ConditionalDiscriminator(nn.Module):
 def widths_for(
     network: nn.Module, table: dict[int, tuple[int, ...]], image_size: int
 ) -> tuple[int, ...]:
-    """The row of `table` for `image_size`; raises `ValueError` if there is none."""
-    _one_of(network, "image_size", image_size, tuple(table))
-    return table[image_size]
+    """The row of `table` for `image_size`, see `nominal_size`; raises `ValueError` if there is none."""
+    nominal = nominal_size(image_size)
+    if nominal not in table or nominal * smallest_map(image_size) != 4 * image_size:
+        sizes = [base * size // 4 for size in table for base in (4, 5, 6, 7)]
+        near = sorted(sorted(sizes, key=lambda size: abs(size - image_size))[:2])
+        raise ValueError(
+            f"{type(network).__name__}: image_size={image_size} must be 4, 5, 6 or 7 times a power of two, from "
+            f"{min(sizes)} to {max(sizes)}. Use {near[0]} or {near[1]}."
+        )
+    return table[nominal]
+
+
+def nominal_size(image_size: int) -> int:
+    """The power of two whose networks have the layers for images of this size: the largest that is not larger."""
+    return 1 << max(image_size, 1).bit_length() - 1
+
+
+def smallest_map(image_size: int) -> int:
+    """Side of the generator's first map: 4 where the size is a power of two, as published, else 5, 6 or 7."""
+    return 4 * image_size // nominal_size(image_size)
 
 
 def check_labels(name: str, labels: Tensor, count: int, num_classes: int) -> None:

@@ -18,15 +18,17 @@ from fastnce.networks.conditional import (
     ConditionalDiscriminator,
     ConditionalGenerator,
     Conditioning,
+    smallest_map,
     widths_for,
 )
 
-# Channels, in units of base_channels, by image size: the generator's maps from 4x4 on, the discriminator's reversed.
+# Channels, in units of base_channels, by image size: the generator's maps from the smallest on, the discriminator's reversed.
 WIDTHS = {
     16: (4, 2, 1),
     32: (8, 4, 2, 1),
     64: (16, 8, 4, 2, 1),
     128: (16, 16, 8, 4, 2, 1),
+    256: (16, 16, 16, 8, 4, 2, 1),
 }
 SLOPE = 0.1
 
@@ -34,7 +36,7 @@ SLOPE = 0.1
 class DCGANGenerator(ConditionalGenerator):
     """`g(z, labels) -> images` (N, image_channels, image_size, image_size) in [-1, 1].
 
-    Linear layer to a 4x4 map; 4x4 transposed convolutions of stride 2, each with a batch norm conditioned on the one-hot
+    Linear layer to a 4x4 map (or 5x5 to 7x7, see `smallest_map`); 4x4 transposed convolutions of stride 2, each with a batch norm conditioned on the one-hot
     label and ReLU; conv3, tanh.
 
     Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018, Table 3, which is 32
@@ -42,7 +44,7 @@ class DCGANGenerator(ConditionalGenerator):
     The other sizes have as many stages as they need.
 
     Args:
-        image_size: 16, 32, 64 or 128.
+        image_size: 4, 5, 6 or 7 times a power of two, from 16 to 448.
         latent_dim: length of z.
         num_classes: number of classes.
         base_channels: channels of the last map, 64 as published.
@@ -65,7 +67,8 @@ class DCGANGenerator(ConditionalGenerator):
     ) -> None:
         super().__init__(image_size, latent_dim, num_classes, image_channels)
         widths = [base_channels * w for w in widths_for(self, WIDTHS, image_size)]
-        self.linear0 = linear(latent_dim, 16 * widths[0], spectral=False)
+        self.first_map = smallest_map(image_size)
+        self.linear0 = linear(latent_dim, self.first_map**2 * widths[0], spectral=False)
         self.convs = nn.ModuleList(map(upsample_conv2d, widths[:-1], widths[1:]))
         self.norms = nn.ModuleList(
             ConditionalBatchNorm(width, num_classes, spectral=False) for width in widths[1:]
@@ -74,7 +77,7 @@ class DCGANGenerator(ConditionalGenerator):
 
     def _generate(self, z: Tensor, labels: Tensor) -> Tensor:
         condition = one_hot(labels, self.num_classes, z)
-        x = self.linear0(z).unflatten(1, (-1, 4, 4))
+        x = self.linear0(z).unflatten(1, (-1, self.first_map, self.first_map))
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.relu(norm(conv(x), condition))
         return self.last(x).tanh()
@@ -90,7 +93,7 @@ class DCGANDiscriminator(ConditionalDiscriminator):
     layer over all positions. The heads: `ConditionalDiscriminator`.
 
     Args:
-        image_size: 16, 32, 64 or 128.
+        image_size: 4, 5, 6 or 7 times a power of two, from 16 to 448.
         num_classes: number of classes.
         base_channels: channels of the first map, 64 as published.
         conditioning: "none", "2C", "D2DCE", "AC" or "PD".

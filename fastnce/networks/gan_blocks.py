@@ -20,25 +20,30 @@ from fastnce.networks.conditional import (
     ConditionalDiscriminator,
     ConditionalGenerator,
     Conditioning,
+    nominal_size,
+    smallest_map,
     widths_for,
 )
 
-# Channels, in units of base_channels, by image size. The rows of 32, 64 and 128 are the published ones; that of 16 is ours,
+# Channels, in units of base_channels, by image size. The rows of 32 to 256 are the published ones; that of 16 is ours,
 # narrow where the map is large, as those of 64 and 128 are. Generator: before and after each block. Discriminator: after each block.
+# Sizes in between take the row below them, and start from a larger map.
 GENERATOR_WIDTHS = {
     16: (4, 2, 1),
     32: (4, 4, 4, 4),
     64: (16, 8, 4, 2, 1),
     128: (16, 16, 8, 4, 2, 1),
+    256: (16, 16, 8, 8, 4, 2, 1),
 }
 DISCRIMINATOR_WIDTHS = {
     16: (1, 2, 4),
     32: (2, 2, 2, 2),
     64: (1, 2, 4, 8, 16),
     128: (1, 2, 4, 8, 16, 16),
+    256: (1, 2, 4, 8, 8, 16, 16),
 }
 # So many blocks at the front of the discriminator halve the map.
-DOWNSAMPLING_BLOCKS = {16: 2, 32: 2, 64: 4, 128: 5}
+DOWNSAMPLING_BLOCKS = {16: 2, 32: 2, 64: 4, 128: 5, 256: 6}
 
 
 class GeneratorBlock(nn.Module):
@@ -125,7 +130,7 @@ class DiscriminatorBlock(nn.Module):
 
 
 class ResidualGenerator(ConditionalGenerator):
-    """Linear layer to a 4x4 map, `GeneratorBlock`s, batch norm, ReLU, conv3, tanh.
+    """Linear layer to a 4x4 map (or 5x5 to 7x7, see `smallest_map`), `GeneratorBlock`s, batch norm, ReLU, conv3, tanh.
 
     A family implements `_conditions(z, labels)`: the input of the linear layer and the condition of each block.
 
@@ -155,7 +160,8 @@ class ResidualGenerator(ConditionalGenerator):
     ) -> None:
         super().__init__(image_size, latent_dim, num_classes, image_channels)
         widths = [base_channels * w for w in widths_for(self, GENERATOR_WIDTHS, image_size)]
-        self.linear0 = linear(first_dim, 16 * widths[0], spectral=spectral)
+        self.first_map = smallest_map(image_size)
+        self.linear0 = linear(first_dim, self.first_map**2 * widths[0], spectral=spectral)
         blocks = [
             GeneratorBlock(before, after, condition_dim, spectral=spectral)
             for before, after in zip(widths, widths[1:], strict=False)
@@ -167,7 +173,7 @@ class ResidualGenerator(ConditionalGenerator):
     def _generate(self, z: Tensor, labels: Tensor) -> Tensor:
         first, conditions = self._conditions(z, labels)
         remaining = iter(conditions)
-        x = self.linear0(first).unflatten(1, (-1, 4, 4))
+        x = self.linear0(first).unflatten(1, (-1, self.first_map, self.first_map))
         for (layer,) in self.blocks:
             x = layer(x) if isinstance(layer, SelfAttention) else layer(x, next(remaining))
         return self.conv2d5(F.relu(self.bn4(x))).tanh()
@@ -213,7 +219,7 @@ class ResidualDiscriminator(ConditionalDiscriminator):
         )
         blocks: list[nn.Module] = [FirstDiscriminatorBlock(image_channels, widths[0], norm)]
         for index in range(1, len(widths)):
-            halves = index < DOWNSAMPLING_BLOCKS[image_size]
+            halves = index < DOWNSAMPLING_BLOCKS[nominal_size(image_size)]
             block = DiscriminatorBlock(widths[index - 1], widths[index], norm, downsample=halves)
             blocks.append(block)
         self.blocks = _with_attention(self, blocks, widths, attention_after, norm == "spectral")

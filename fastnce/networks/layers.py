@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnce.ops.blur_resample import blur_kernel, blur_resample
 from fastnce.ops.conv3x3 import conv3x3
 from fastnce.ops.instance_norm import instance_norm
+
+
+def to_channels_last(module: nn.Module) -> None:
+    """Puts the weights of convolutions into channels_last; state dicts still hold contiguous ones, as safetensors wants them."""
+    module.to(memory_format=torch.channels_last)
+    module.register_state_dict_post_hook(_make_contiguous)
+
+
+def _make_contiguous(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+    for name, x in state.items():
+        # Only with keep_vars=True do they require gradients, and then they have to be the parameters themselves.
+        if name.startswith(prefix) and isinstance(x, Tensor) and not x.requires_grad:
+            state[name] = x.contiguous()
 
 
 class Downsample(nn.Module):
@@ -53,6 +68,32 @@ class Conv3x3(nn.Conv2d):
         return conv3x3(x, self.weight, self.bias, reflect=self.reflect)
 
 
+class StridedConv1x1(nn.Conv2d):
+    """1x1 convolution that keeps every `stride`-th position; no bias. Use it wherever a stride is above 1.
+
+    On the CPU, few channels are computed in contiguous format whatever the format of input and weight is: on processors with
+    AVX2 but without AVX-512, the oneDNN of torch 2.13 and 2.14 writes beyond its memory in the weight gradient of a
+    channels-last layer with 2 to 6 input channels, and the process aborts later, anywhere. Values are the same; the output's
+    format is the computed one.
+
+    Args:
+        in_channels, out_channels: of the maps, (N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride)).
+        stride: of both axes.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or self.in_channels >= 8:
+            return super().forward(x)
+        # Format is told by the strides. Those of axes of size 1 survive contiguous(), so they are made anew.
+        n, c, h, w = x.shape
+        x = x.contiguous().flatten().view(n, c, h, w)
+        weight = self.weight.contiguous().flatten().view(-1, c, 1, 1)
+        return F.conv2d(x, weight, stride=self.stride)
+
+
 class InstanceNorm(nn.Module):
     """Instance norm without parameters, followed by leaky ReLU: `slope` 0 is ReLU, 1 leaves it out."""
 
@@ -93,7 +134,7 @@ class ResnetBlock(nn.Module):
 def init_xavier(module: nn.Module, gain: float = 0.02) -> None:
     """Xavier-normal weights and zero biases for every convolution and linear layer (CUT's initialisation)."""
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             nn.init.xavier_normal_(layer.weight, gain=gain)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -102,7 +143,7 @@ def init_xavier(module: nn.Module, gain: float = 0.02) -> None:
 def init_default(module: nn.Module) -> None:
     """PyTorch's own initialisation of every convolution and linear layer."""
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             layer.reset_parameters()
 
 

@@ -8,6 +8,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastnce.networks.layers import StridedConv1x1
+
 Stem = Literal["cifar", "imagenet"]
 
 # Blocks of each stage, and whether they are bottlenecks. The small one is ours, for images of 16 or 32 pixels on a CPU.
@@ -143,4 +145,9 @@ def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> 
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
-    return nn.Sequential(_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+    conv = (
+        _conv(in_channels, out_channels, 1)
+        if stride == 1
+        else StridedConv1x1(in_channels, out_channels, stride)
+    )
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))

@@ -27,7 +27,8 @@ class ResnetGenerator(nn.Module):
     With `antialias=True` (the published default) the layers are: 0 pad, 1 conv 7x7, 2 norm, 3 ReLU, 4 conv, 5 norm,
     6 ReLU, 7 downsample, 8 conv, 9 norm, 10 ReLU, 11 downsample, 12... residual blocks, then the decoder. With
     `antialias=False` the two convolutions of the encoder have stride 2 and there is no downsample layer, so later
-    indices are lower by up to two (residual blocks start at 10). Upsampling is anti-aliased in both.
+    indices are lower by up to two (residual blocks start at 10). With `antialias_up=False` a transposed convolution stands for
+    each upsampling and the convolution behind it. Both off is the generator of the older repository of CycleGAN and pix2pix.
 
     **Taps** are layer indices. A tap gives the output of that layer, except directly before a ReLU, where it gives the
     value after the ReLU, which is part of the norm here: the published ReLU works in place and so overwrites the tapped map. With `antialias=True` the
@@ -42,6 +43,7 @@ class ResnetGenerator(nn.Module):
         base_channels: channels after the stem; doubled by each downsampling.
         num_blocks: residual blocks.
         antialias: blur before each downsampling instead of strided convolutions.
+        antialias_up: double with a filter and convolve, instead of transposed convolutions of stride 2.
 
     Attributes:
         first_block: index of the first residual block.
@@ -61,6 +63,7 @@ class ResnetGenerator(nn.Module):
         base_channels: int = 64,
         num_blocks: int = 9,
         antialias: bool = True,
+        antialias_up: bool = True,
     ) -> None:
         super().__init__()
         c = self.base_channels = base_channels
@@ -71,7 +74,7 @@ class ResnetGenerator(nn.Module):
         self.first_block = len(layers)
         layers += [ResnetBlock(4 * c) for _ in range(num_blocks)]
         for width in (4 * c, 2 * c):
-            layers += _upsampling(width, width // 2)
+            layers += _upsampling(width, width // 2, antialias_up)
         layers += [nn.ReflectionPad2d(3), nn.Conv2d(c, out_channels, 7), nn.Tanh()]
         self.model = nn.Sequential(*layers)
         init_xavier(self)
@@ -118,8 +121,11 @@ def _downsampling(in_channels: int, out_channels: int, antialias: bool) -> list[
     return [nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1), *_norm_and_relu()]
 
 
-def _upsampling(in_channels: int, out_channels: int) -> list[nn.Module]:
-    return [Upsample(in_channels), Conv3x3(in_channels, out_channels), *_norm_and_relu()]
+def _upsampling(in_channels: int, out_channels: int, antialias: bool) -> list[nn.Module]:
+    if antialias:
+        return [Upsample(in_channels), Conv3x3(in_channels, out_channels), *_norm_and_relu()]
+    doubled = {"stride": 2, "padding": 1, "output_padding": 1}
+    return [nn.ConvTranspose2d(in_channels, out_channels, 3, **doubled), *_norm_and_relu()]
 
 
 def _norm_and_relu() -> list[nn.Module]:

@@ -24,7 +24,7 @@ class SNGANGenerator(ResidualGenerator):
     and Koyama, "cGANs with Projection Discriminator", ICLR 2018.
 
     Args:
-        image_size: 16, 32, 64 or 128.
+        image_size: 4, 5, 6 or 7 times a power of two, from 16 to 448.
         latent_dim: length of z.
         num_classes: number of classes.
         base_channels: unit of the widths, 64 as published.
@@ -72,7 +72,7 @@ class SNGANDiscriminator(ResidualDiscriminator):
     `ConditionalDiscriminator`.
 
     Args:
-        image_size: 16, 32, 64 or 128.
+        image_size: 4, 5, 6 or 7 times a power of two, from 16 to 448.
         num_classes: number of classes.
         base_channels: unit of the widths, 64 as published.
         conditioning: "none", "2C", "D2DCE", "AC" or "PD".

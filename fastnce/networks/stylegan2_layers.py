@@ -210,9 +210,14 @@ class NoiseInjection(nn.Module):
         if self.training:
             noise = x.new_empty(batch, 1, height, width).normal_()
         else:
-            generator = torch.Generator().manual_seed(_EVAL_NOISE_SEED)
-            noise = torch.randn(1, 1, height, width, generator=generator).to(x)
+            noise = fixed_noise(height, width).to(x)
         return x + self.weight * noise
+
+
+def fixed_noise(height: int, width: int) -> Tensor:
+    """The noise of `NoiseInjection` in eval mode, before its weight: (1, 1, height, width) on the CPU."""
+    generator = torch.Generator().manual_seed(_EVAL_NOISE_SEED)
+    return torch.randn(1, 1, height, width, generator=generator)
 
 
 class UpsamplingStyledConv(nn.Module):

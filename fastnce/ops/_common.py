@@ -74,30 +74,62 @@ def scaled(
 
 
 def first_derivative_only(backward: Callable) -> Callable:
-    """Makes the ``backward`` of a Function raise, when the gradients that it gives are themselves differentiated.
+    """Makes a Function raise when the gradients that its ``backward(ctx, saved, *gradients)`` gives are differentiated.
 
     ``once_differentiable`` does so only if the gradient that arrives requires a gradient. It usually does not, and the second
-    derivative would be taken for zero in silence. ``ctx.create_graph`` tells the ``backward`` whether they may be.
+    derivative would be taken for zero in silence. So the gradients pass a node that raises, and that lies on every way on: to the
+    gradients that arrive, and to what was saved, so that saved inputs, or results, must lead to all inputs; a Function that saves
+    neither returns a :func:`handle`.
     """
 
     @functools.wraps(backward)
-    def wrapper(ctx, *grad_outputs: Tensor):
-        ctx.create_graph = torch.is_grad_enabled()
+    def wrapper(ctx, *grad_outputs: Tensor | None):
+        saved = ctx.saved_tensors  # once: checkpointing allows no more
         with torch.no_grad():
-            grads = backward(ctx, *grad_outputs)
-        if not ctx.create_graph:
+            grads = backward(ctx, saved, *grad_outputs)
+        # Of what it has compiled, PyTorch gives no second derivatives, whatever is done here.
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return grads
-        leaves = [None if grad is None else grad.detach().requires_grad_() for grad in grads]
-        return _NoSecondDerivative.apply(*leaves)
+        ways = [x for x in (*grad_outputs, *saved) if x is not None and x.requires_grad]
+        return _NoSecondDerivative.apply(len(ways), *ways, *grads)
 
     return wrapper
 
 
 class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *grads: Tensor | None):
-        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
+    def forward(ctx, ways: int, *ways_and_grads: Tensor | None):
+        return tuple(None if grad is None else grad.detach() for grad in ways_and_grads[ways:])
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError("the fused kernels have no second derivative. Use backend='torch'.")
+        raise RuntimeError(
+            "the fused kernels have no second derivative, nor have losses over ranks. Use backend='torch' on one rank."
+        )
+
+
+def handle(like: Tensor, grad_now: bool) -> Tensor | None:
+    """An empty second result of a Function that saves gradients alone: saved, it leads from its node to all its inputs.
+
+    The first result would do, but may be changed in place, as in ``loss /= steps``.
+    """
+    return like.new_empty(0) if grad_now and not torch.compiler.is_compiling() else None
+
+
+def plain_gradients(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grad: Tensor,
+) -> list[Tensor | None]:
+    """The gradients of ``function(*inputs)`` that ``needs`` asks for, as differentiable functions of ``inputs`` and ``grad``.
+
+    For second derivatives (R1, WGAN-GP) of ops whose kernels give first ones only.
+    """
+    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+        # One input may be made from another: each gradient is that of a name of its own.
+        inputs = [None if x is None else x.view_as(x) for x in inputs]
+        out = function(*inputs)
+        wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True))
+    return [next(found) if need else None for need in needs]

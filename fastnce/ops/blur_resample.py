@@ -32,7 +32,7 @@ def blur_resample(x: Tensor, kernel: Tensor, *, halve: bool) -> Tensor:
         >>> blur_resample(torch.randn(2, 16, 7, 8), blur_kernel(16, halve=True), halve=True).shape
         torch.Size([2, 16, 4, 4])
     """
-    if min(x.shape[2:]) >= 2 and maps.has_kernels(x, x.shape[1:2]):
+    if maps.has_kernels(x, x.shape[1:2]) and min(x.shape[2:]) >= 2:
         height, width = x.shape[2:]
         size = ((height + 1) // 2, (width + 1) // 2) if halve else (2 * height, 2 * width)
         return BlurResampleFunction.apply(maps.autocast_map(x), halve, size, False)

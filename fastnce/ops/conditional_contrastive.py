@@ -70,9 +70,10 @@ def conditional_contrastive(
         _checks.expect_no_functorch(op)
         weight = _common.row_weight(embeddings.shape[0], reduction)
         grad_now = _common.wants_grad(embeddings, proxies, temperature)
-        return ConditionalContrastiveFunction.apply(
+        loss, _ = ConditionalContrastiveFunction.apply(
             embeddings, proxies, temperature, labels, kernels, weight, grad_now
         )
+        return loss
 
 
 class ConditionalContrastiveFunction(torch.autograd.Function):
@@ -88,7 +89,7 @@ class ConditionalContrastiveFunction(torch.autograd.Function):
         kernels: ModuleType,
         weight: float | None,
         grad_now: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         needs = ctx.needs_input_grad[:3]
         scale = None if weight is None else _common.kernel_weight(weight, embeddings.dtype)
         losses, lse, grads = kernels.conditional_contrastive_forward(
@@ -102,21 +103,22 @@ class ConditionalContrastiveFunction(torch.autograd.Function):
         ctx.reduced = weight is not None
         if ctx.reduced:
             ctx.factor = weight / scale
-            ctx.save_for_backward(*grads)
-            return losses.sum() * weight
+            handle = _common.handle(embeddings, grad_now)
+            ctx.save_for_backward(handle, *grads)
+            return losses.sum() * weight, handle
         ctx.kernels, ctx.needs = kernels, needs
         ctx.temperature = None if isinstance(temperature, Tensor) else temperature
         saved = temperature if ctx.temperature is None else None
         ctx.save_for_backward(embeddings, proxies, labels, lse, saved)
-        return losses
+        return losses, None
 
     @staticmethod
     @_common.first_derivative_only
-    def backward(ctx, grad_loss: Tensor):
+    def backward(ctx, saved: tuple[Tensor | None, ...], grad_loss: Tensor, _: object):
         nothing = (None,) * 4
         if ctx.reduced:
-            return *_common.scaled(ctx.saved_tensors, grad_loss, ctx.factor), *nothing
-        embeddings, proxies, labels, lse, temperature = ctx.saved_tensors
+            return *_common.scaled(saved[1:], grad_loss, ctx.factor), *nothing
+        embeddings, proxies, labels, lse, temperature = saved
         temperature = ctx.temperature if temperature is None else temperature
         grads = ctx.kernels.conditional_contrastive_backward(
             grad_loss, embeddings, proxies, labels, temperature, lse, needs=ctx.needs

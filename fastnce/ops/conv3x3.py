@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastnce import native_maps
-from fastnce.ops import maps
+from fastnce.ops import _common, maps
 from fastnce.reference.conv3x3 import conv3x3 as reference_conv3x3
 
 
@@ -38,8 +38,8 @@ def conv3x3(
         >>> conv3x3(torch.randn(2, 16, 8, 8), torch.randn(32, 16, 3, 3), reflect=True).shape
         torch.Size([2, 32, 8, 8])
     """
-    fits = min(x.shape[2:]) >= 2 and weight.dtype in (torch.float32, torch.bfloat16)
-    if fits and maps.has_kernels(x, weight.shape[:2]):
+    fits = weight.dtype in (torch.float32, torch.bfloat16)
+    if fits and maps.has_kernels(x, weight.shape[:2]) and min(x.shape[2:]) >= 2:
         return Conv3x3Function.apply(maps.autocast_map(x), weight, bias, reflect)
     return reference_conv3x3(x, weight, bias, reflect)
 
@@ -75,4 +75,4 @@ def _plain_gradients(x, weight, bias, reflect, needs, grad) -> list[Tensor | Non
         shift = None if bias is None else bias.to(x.dtype)
         return reference_conv3x3(x, weight.to(x.dtype), shift, reflect)
 
-    return maps.plain_gradients(plain, (x, weight, bias), needs, grad)
+    return _common.plain_gradients(plain, (x, weight, bias), needs, grad)

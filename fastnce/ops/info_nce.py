@@ -174,9 +174,10 @@ def info_nce_reduced(
             return losses if weight is None else losses.sum() * weight
         _checks.expect_no_functorch(op)
         grad_now = _common.wants_grad(query, key, negatives, temperature)
-        return InfoNCEFunction.apply(
+        loss, _ = InfoNCEFunction.apply(
             query, key, negatives, temperature, kernels, weight, grad_now, options
         )
+        return loss
 
 
 class InfoNCEFunction(torch.autograd.Function):
@@ -197,7 +198,7 @@ class InfoNCEFunction(torch.autograd.Function):
         weight: float | None,
         grad_now: bool,
         options: dict,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         needs = ctx.needs_input_grad[:4]
         scale = None if weight is None else _common.kernel_weight(weight, query.dtype)
         losses, lse, grads = kernels.info_nce_forward(
@@ -212,21 +213,22 @@ class InfoNCEFunction(torch.autograd.Function):
         ctx.reduced = weight is not None
         if ctx.reduced:
             ctx.factor = weight / scale
-            ctx.save_for_backward(*grads)
-            return losses.sum() * weight
+            handle = _common.handle(query, grad_now)
+            ctx.save_for_backward(handle, *grads)
+            return losses.sum() * weight, handle
         ctx.kernels, ctx.options, ctx.needs = kernels, options, needs
         ctx.temperature = None if isinstance(temperature, Tensor) else temperature
         saved = temperature if ctx.temperature is None else None
         ctx.save_for_backward(query, key, negatives, lse, saved)
-        return losses
+        return losses, None
 
     @staticmethod
     @_common.first_derivative_only
-    def backward(ctx, grad_loss: Tensor):
+    def backward(ctx, saved: tuple[Tensor | None, ...], grad_loss: Tensor, _: object):
         nothing = (None,) * 4
         if ctx.reduced:
-            return *_common.scaled(ctx.saved_tensors, grad_loss, ctx.factor), *nothing
-        query, key, negatives, lse, temperature = ctx.saved_tensors
+            return *_common.scaled(saved[1:], grad_loss, ctx.factor), *nothing
+        query, key, negatives, lse, temperature = saved
         temperature = ctx.temperature if temperature is None else temperature
         grads = ctx.kernels.info_nce_backward(
             grad_loss, query, key, negatives, temperature, lse, **ctx.options, needs=ctx.needs

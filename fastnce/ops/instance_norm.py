@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastnce import native_maps
-from fastnce.ops import maps
+from fastnce.ops import _common, maps
 from fastnce.reference.instance_norm import instance_norm as reference_instance_norm
 
 
@@ -68,7 +68,7 @@ class InstanceNormFunction(torch.autograd.Function):
             return None, grad_residual, None, None
         if torch.is_grad_enabled():
             plain = partial(reference_instance_norm, residual=None, eps=ctx.eps, slope=ctx.slope)
-            (grad_x,) = maps.plain_gradients(plain, (x,), (True,), grad)
+            (grad_x,) = _common.plain_gradients(plain, (x,), (True,), grad)
         else:
             grad_x = native_maps.instance_norm_backward(grad, x, moments, ctx.slope)
         return grad_x, grad_residual, None, None

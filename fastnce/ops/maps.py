@@ -1,8 +1,8 @@
-"""What the ops over feature maps share: whether the compiled kernels run them, and derivatives of their gradients."""
+"""What the ops over feature maps share: whether the compiled kernels run them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,10 +13,12 @@ from fastnce import backends, native_maps
 def has_kernels(x: Tensor, channels: Sequence[int]) -> bool:
     """Whether the compiled kernels, and not plain PyTorch, run an op on ``x`` (B, C, H, W), between maps of these channels.
 
-    Not while a compiler traces, which fuses plain PyTorch itself, nor under transforms such as ``torch.func.vmap``; nor when
-    another backend was asked for.
+    Not while a compiler or an exporter traces: what it records must run without this package. Nor under transforms such as
+    ``torch.func.vmap``, nor when another backend was asked for.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     if backends.requested() not in (None, "native") or x.device.type != "cpu" or x.numel() == 0:
         return False
@@ -42,20 +44,3 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled("cpu") and x.dtype == torch.float32:
         return torch.get_autocast_dtype("cpu")
     return x.dtype
-
-
-def plain_gradients(
-    function: Callable[..., Tensor],
-    inputs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    grad: Tensor,
-) -> list[Tensor | None]:
-    """The gradients of ``function(*inputs)`` that ``needs`` asks for, as differentiable functions of ``inputs`` and ``grad``.
-
-    For second derivatives (R1, WGAN-GP): the compiled kernels give first ones only.
-    """
-    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
-        out = function(*inputs)
-        wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True))
-    return [next(found) if need else None for need in needs]

@@ -83,8 +83,8 @@ class PairwiseCosineSimilarityFunction(torch.autograd.Function):
 
     @staticmethod
     @_common.first_derivative_only
-    def backward(ctx, grad: Tensor):
-        x, y, temperature = ctx.saved_tensors
+    def backward(ctx, saved: tuple[Tensor | None, ...], grad: Tensor):
+        x, y, temperature = saved
         temperature = ctx.temperature if temperature is None else temperature
         grads = ctx.kernels.pairwise_cosine_similarity_backward(
             grad, x, y, temperature, needs=ctx.needs

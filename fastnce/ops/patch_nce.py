@@ -107,7 +107,8 @@ def _weighted_sum(
             )
         _checks.expect_no_functorch(op)
         grad_now = _common.wants_grad(*queries, *keys, temperature)
-        return PatchNCEFunction.apply(kernels, weights, grad_now, temperature, *queries, *keys)
+        loss, _ = PatchNCEFunction.apply(kernels, weights, grad_now, temperature, *queries, *keys)
+        return loss
 
 
 class PatchNCEFunction(torch.autograd.Function):
@@ -124,7 +125,7 @@ class PatchNCEFunction(torch.autograd.Function):
         grad_now: bool,
         temperature: float | Tensor,
         *rows: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         count = len(weights)
         scales = [_common.kernel_weight(weight, rows[0].dtype) for weight in weights]
         needs = ctx.needs_input_grad[4:]
@@ -138,13 +139,14 @@ class PatchNCEFunction(torch.autograd.Function):
             needs=(needs[:count], needs[count:], ctx.needs_input_grad[3]),
         )
         ctx.factors = [weight / scale for weight, scale in zip(weights, scales, strict=True)] * 2
-        ctx.save_for_backward(grad_temperature, *grad_queries, *grad_keys)
-        return loss
+        handle = _common.handle(loss, grad_now)
+        ctx.save_for_backward(handle, grad_temperature, *grad_queries, *grad_keys)
+        return loss, handle
 
     @staticmethod
     @_common.first_derivative_only
-    def backward(ctx, grad_loss: Tensor):
-        grad_temperature, *grads = ctx.saved_tensors
+    def backward(ctx, saved: tuple[Tensor | None, ...], grad_loss: Tensor, _: object):
+        _, grad_temperature, *grads = saved
         (grad_temperature,) = _common.scaled((grad_temperature,), grad_loss)
         scaled = [
             _common.scaled((grad,), grad_loss, factor)[0]

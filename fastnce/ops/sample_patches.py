@@ -245,10 +245,13 @@ class SamplePatchesFunction(torch.autograd.Function):
         return tuple(patches)
 
     @staticmethod
-    @_common.first_derivative_only
     def backward(ctx, *grad_patches: Tensor):
-        grads = _dense_gradients(ctx, list(grad_patches))
-        return None, None, *grads, *(None,) * len(ctx.layouts)
+        count = len(grad_patches)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not ctx.normalize:
+            grads = _linear_gradients(ctx, grad_patches)
+        else:
+            grads = _sampled_gradients(ctx, *grad_patches)
+        return None, None, *grads, *(None,) * count
 
 
 class TapFunction(torch.autograd.Function):
@@ -264,26 +267,17 @@ class TapFunction(torch.autograd.Function):
         return *maps_and_ids[: len(patches)], *patches
 
     @staticmethod
-    @_common.first_derivative_only
     def backward(ctx, *gradients: Tensor | None):
         count = len(ctx.layouts)
-        grads, grad_patches = list(gradients[:count]), gradients[count:]
-        sampled = [layer for layer in range(count) if grad_patches[layer] is not None]
-        alone = [layer for layer in sampled if grads[layer] is None]
-        joined = [layer for layer in sampled if grads[layer] is not None]
-        for layer in joined:
-            of_another_library = not grads[layer].untyped_storage().resizable()  # such as NumPy
-            if ctx.create_graph or of_another_library:
-                grads[layer] = grads[layer].clone()
-        if alone:
-            dense = _dense_gradients(ctx, [grad_patches[layer] for layer in alone], alone)
-            for layer, grad in zip(alone, dense, strict=True):
-                grads[layer] = grad
-        if joined:
-            into = [grads[layer] for layer in joined]
-            arriving = [grad_patches[layer] for layer in joined]
-            patches, norms, ids = _saved(ctx, joined)
-            ctx.kernels.sample_patches_add_(into, arriving, patches, norms, ids, ctx.normalize)
+        grads, grad_patches = gradients[:count], gradients[count:]
+        if not torch.is_grad_enabled():
+            grads = _tapped_gradients(ctx, *gradients)
+        elif ctx.normalize:
+            mine = [None if grad is None else grad.clone() for grad in grads]
+            grads = _tapped_gradients(ctx, *mine, *grad_patches)
+        else:
+            found = zip(grads, _linear_gradients(ctx, grad_patches), strict=True)
+            grads = [b if a is None else a if b is None else a + b for a, b in found]
         return None, None, *grads, *(None,) * count
 
 
@@ -294,7 +288,7 @@ class OwnGradientFunction(torch.autograd.Function):
     sparse gradient is sent to the same map, first. Where PyTorch adds a gradient to a sparse one that came before, it
     adds in place if nobody else holds the tensor or its memory, and otherwise into a new tensor. So the sum belongs to the
     receiver alone, and there was no copy unless it was needed. Where a graph is made of the gradients (``create_graph``),
-    PyTorch has no such sum, and the receiver copies.
+    PyTorch has no such sum, and the receiver copies or adds out of place.
     """
 
     @staticmethod
@@ -304,14 +298,12 @@ class OwnGradientFunction(torch.autograd.Function):
         return *maps_and_patches[:count], *(x.detach() for x in maps_and_patches[2 * count :])
 
     @staticmethod
-    @_common.first_derivative_only
     def backward(ctx, *gradients: Tensor | None):
         count = len(gradients) // 2
+        if torch.is_grad_enabled():
+            return *(None,) * count, *gradients
         both = zip(gradients[:count], gradients[count:], strict=True)
-        empty = [
-            None if g is None or patch is None or ctx.create_graph else _empty_like(g)
-            for g, patch in both
-        ]
+        empty = [None if g is None or patch is None else _empty_like(g) for g, patch in both]
         return *empty, *gradients
 
 
@@ -321,27 +313,72 @@ def _empty_like(x: Tensor) -> Tensor:
     )
 
 
-def _saved(ctx, layers: Sequence[int]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _linear_gradients(ctx, grad_patches: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients of the maps, differentiable: patches that are not normalised are linear in their map."""
+    ids, grads = ctx.saved_tensors[: len(grad_patches)], []
+    for grad, positions, (shape, _) in zip(grad_patches, ids, ctx.layouts, strict=True):
+        if grad is not None:
+            flat = grad.new_zeros((*shape[:2], shape[2] * shape[3]))
+            grad = flat.index_add(2, positions, grad.mT).view(shape)
+        grads.append(grad)
+    return grads
+
+
+@_common.first_derivative_only
+def _sampled_gradients(
+    ctx, saved: tuple[Tensor, ...], *grad_patches: Tensor
+) -> list[Tensor | None]:
+    """The gradients of the maps where only patches have one."""
+    return _dense_gradients(ctx, saved, grad_patches, range(len(grad_patches)))
+
+
+@_common.first_derivative_only
+def _tapped_gradients(
+    ctx, saved: tuple[Tensor, ...], *gradients: Tensor | None
+) -> list[Tensor | None]:
+    """The gradients of the maps; those that arrive for maps are the caller's own, and changed."""
+    count = len(ctx.layouts)
+    grads, grad_patches = list(gradients[:count]), gradients[count:]
+    sampled = [layer for layer in range(count) if grad_patches[layer] is not None]
+    alone = [layer for layer in sampled if grads[layer] is None]
+    joined = [layer for layer in sampled if grads[layer] is not None]
+    for layer in joined:
+        if not grads[layer].untyped_storage().resizable():  # of another library, such as NumPy
+            grads[layer] = grads[layer].clone()
+    if alone:
+        dense = _dense_gradients(ctx, saved, [grad_patches[layer] for layer in alone], alone)
+        for layer, grad in zip(alone, dense, strict=True):
+            grads[layer] = grad
+    if joined:
+        into = [grads[layer] for layer in joined]
+        arriving = [grad_patches[layer] for layer in joined]
+        patches, norms, ids = _parts(ctx, saved, joined)
+        ctx.kernels.sample_patches_add_(into, arriving, patches, norms, ids, ctx.normalize)
+    return grads
+
+
+def _parts(
+    ctx, saved: tuple[Tensor, ...], layers: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Patches, inverse norms and positions of ``layers``; the first two are empty unless patches are normalised."""
-    saved, count = list(ctx.saved_tensors), len(ctx.layouts)
+    count = len(ctx.layouts)
     ids, patches, norms = saved[:count], saved[count : 2 * count], saved[2 * count :]
     return tuple([x[layer] for layer in layers] if x else [] for x in (patches, norms, ids))
 
 
 def _dense_gradients(
-    ctx, grad_patches: list[Tensor], layers: Sequence[int] | None = None
+    ctx, saved: tuple[Tensor, ...], grad_patches: Sequence[Tensor], layers: Sequence[int]
 ) -> list[Tensor]:
-    """The gradients of the maps ``layers`` (all by default) where only patches have one."""
-    layers = range(len(ctx.layouts)) if layers is None else layers
+    """The gradients of the maps ``layers`` from those of their patches."""
     maps = []
     for grad, layer in zip(grad_patches, layers, strict=True):
         shape, memory_format = ctx.layouts[layer]
         maps.append(
             torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
         )
-    patches, norms, ids = _saved(ctx, layers)
+    patches, norms, ids = _parts(ctx, saved, layers)
     return ctx.kernels.sample_patches_backward(
-        grad_patches, patches, norms, ids, maps, ctx.normalize
+        list(grad_patches), patches, norms, ids, maps, ctx.normalize
     )
 
 

@@ -72,7 +72,8 @@ def sup_con_reduced(
             return _common.reduce(losses, reduction)
         _checks.expect_no_functorch(op)
         grad_now = reduction != "none" and _common.wants_grad(features, temperature)
-        return SupConFunction.apply(features, temperature, labels, kernels, reduction, grad_now)
+        loss, _ = SupConFunction.apply(features, temperature, labels, kernels, reduction, grad_now)
+        return loss
 
 
 def _mean_count(has_positive: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ class SupConFunction(torch.autograd.Function):
         kernels: ModuleType,
         reduction: str,
         grad_now: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         needs = ctx.needs_input_grad[:2]
         # In fp16 the gradient of a mean underflows (see _common.kernel_weight): there the division comes with the backward.
         kernel_mean = reduction == "mean" and features.dtype != torch.float16
@@ -106,23 +107,24 @@ class SupConFunction(torch.autograd.Function):
         ctx.reduced = reduction != "none"
         if ctx.reduced:
             count = _mean_count(has_positive) if reduction == "mean" else None
-            ctx.save_for_backward(None if kernel_mean else count, *grads)
-            return losses.sum() if count is None else losses.sum() / count
+            handle = _common.handle(features, grad_now)
+            ctx.save_for_backward(handle, None if kernel_mean else count, *grads)
+            return losses.sum() if count is None else losses.sum() / count, handle
         ctx.kernels, ctx.needs = kernels, needs
         ctx.temperature = None if isinstance(temperature, Tensor) else temperature
         saved = temperature if ctx.temperature is None else None
         ctx.save_for_backward(features, labels, lse, saved)
-        return losses
+        return losses, None
 
     @staticmethod
     @_common.first_derivative_only
-    def backward(ctx, grad_loss: Tensor):
+    def backward(ctx, saved: tuple[Tensor | None, ...], grad_loss: Tensor, _: object):
         nothing = (None,) * 4
         if ctx.reduced:
-            count, *grads = ctx.saved_tensors
+            _, count, *grads = saved
             by = grad_loss if count is None else grad_loss / count
             return *_common.scaled(grads, by), *nothing
-        features, labels, lse, temperature = ctx.saved_tensors
+        features, labels, lse, temperature = saved
         temperature = ctx.temperature if temperature is None else temperature
         grads = ctx.kernels.sup_con_backward(
             grad_loss, features, labels, temperature, lse, needs=ctx.needs

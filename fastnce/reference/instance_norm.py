@@ -8,7 +8,7 @@ from torch import Tensor
 def instance_norm(x: Tensor, residual: Tensor | None, eps: float, slope: float) -> Tensor:
     """``leaky_relu((x - mean) / sqrt(variance + eps), slope) + residual``, moments of each image and channel of ``x``."""
     y = F.instance_norm(x, eps=eps)
-    if len(x) == 1 and x.device.type == "cpu":
+    if not torch.jit.is_tracing() and len(x) == 1 and x.device.type == "cpu":
         y = _ContiguousGradient.apply(y)
     if slope != 1:
         y = F.relu(y) if slope == 0 else F.leaky_relu(y, slope)

@@ -6,8 +6,10 @@ from fastnce.training.evaluation import evaluate_run
 from fastnce.training.export import export_published, export_shared
 from fastnce.training.generate import generate_folder
 from fastnce.training.loop import Interrupted, train
+from fastnce.training.representation import write_features
 from fastnce.training.runtime import resolve_device
-from fastnce.training.translate import load_config, load_generator, translate, translate_folder
+from fastnce.training.translate import load_config, load_generator, translate
+from fastnce.training.translate_files import translate_folder
 
 __all__ = [
     "CUTTrainConfig",
@@ -25,4 +27,5 @@ __all__ = [
     "train",
     "translate",
     "translate_folder",
+    "write_features",
 ]

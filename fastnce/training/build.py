@@ -18,6 +18,8 @@ from fastnce.training.presets import PRESETS, VARIANTS
 
 # Options of earlier versions, in the configurations of runs that are there, and those that replaced them.
 _RENAMED = {"channels": ("in_channels", "out_channels")}
+# Options that are newer than some runs, and the values by which those runs were made, where that is not the default.
+_BEFORE: dict[str, dict[str, object]] = {"representation": {"last_batch": "keep"}}
 
 
 def build_config(
@@ -92,7 +94,9 @@ def from_dict(values: Mapping[str, object], what: str = "option") -> TrainConfig
         UserError: an unknown field or a wrong type.
     """
     rest = dict(values)
-    config_class = CONFIGS[rest.pop("system")]
+    system = rest.pop("system")
+    config_class = CONFIGS[system]
+    rest = _BEFORE.get(system, {}) | rest
     for old, names in _RENAMED.items():
         if old in rest:
             value = rest.pop(old)

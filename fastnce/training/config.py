@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
+from fastnce.data.class_folders import NO_CLASSES
+from fastnce.data.folders import check_value_range
 from fastnce.data.views import VIEW_RECIPES
 from fastnce.errors import UserError
 from fastnce.models import (
@@ -60,6 +62,9 @@ class TrainConfig:
     """Images per step."""
     workers: int = 2
     """Processes that read images; 0 reads in the training process. The run is the same with any number."""
+    broken_files: Literal["error", "skip"] = "error"
+    """What a file that cannot be read does: stop the training, or be named once and replaced by the next file; left out where
+    images are measured."""
     steps: int | None = None
     """Stop after this many steps."""
     ema_decay: float = 0.999
@@ -82,6 +87,7 @@ class TrainConfig:
         options.at_least(self, 1, "sample_count")
         options.at_least(self, 0, "workers", "seed", "measure_every")
         options.in_unit_interval(self, "ema_decay")
+        options.one_of(self, "broken_files", ("error", "skip"))
         if self.steps is not None:
             options.at_least(self, 1, "steps")
         if self.ema_start is not None:
@@ -115,6 +121,9 @@ class UnpairedTrainConfig(TrainConfig):
     """Steps before the network, joined by _and_: resize, fixsize, scale_width, scale_shortside, zoom, crop, patch, trim or none."""
     bits: Literal[8, 16] = 8
     """Bits of a channel that are read and written; 16 for greyscale images only."""
+    value_range: tuple[float, float] | None = None
+    """LOW HIGH: the files' numbers that stand for black and white, where they are not of 8 bits or use all of 16; results are
+    written in these numbers."""
     flip: bool = True
     """Mirror each training image with probability 1/2."""
     augment_a: Literal["none", "affine"] = "none"
@@ -123,8 +132,6 @@ class UnpairedTrainConfig(TrainConfig):
     """Which domain is translated to which."""
     serial: bool = False
     """Read both folders in order instead of shuffling A and drawing from B."""
-    broken_files: Literal["error", "skip"] = "error"
-    """What a file that cannot be read does: stop the training, or be named once and replaced by the next file."""
     init_from: Path | None = None
     """Published weights to start from: the folder of latest_net_G.pth and its like, or FOLDER/EPOCH for EPOCH_net_G.pth."""
     cache_gb: float = 2.0
@@ -137,7 +144,7 @@ class UnpairedTrainConfig(TrainConfig):
         super().__post_init__()
         options.at_least(self, 0, "cache_gb")
         options.one_of(self, "bits", (8, 16))
-        options.one_of(self, "broken_files", ("error", "skip"))
+        check_value_range(self.value_range)
         options.at_least(self, 1, "load_size", "crop_size")
         options.at_least(self, 0, "epochs", "decay_epochs")
         options.one_of(self, "augment_a", ("none", "affine"))
@@ -222,13 +229,35 @@ class Pix2PixTrainConfig(Pix2PixConfig, UnpairedTrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContraGANTrainConfig(ContraGANConfig, TrainConfig):
+class LabelledTrainConfig(TrainConfig):
+    """Options of the systems that train on images with class labels."""
+
+    class_names: tuple[str, ...] = ()
+    """Classes to train on, in the order of their labels; by default all that the data has, sorted. A run keeps its own: a class
+    that the data gets later is left out."""
+    class_balance: bool = False
+    """Draw every class equally often, however many images it has."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        for name in self.class_names:  # `generate` makes folders of them
+            if Path(name).name != name or name == "..":
+                raise UserError(f"class_names={name!r} is no name of a folder. Use one without /.")
+
+    def with_class_names(self, names: tuple[str, ...]) -> Self:
+        """The configuration of a run on these classes."""
+        return replace(self, class_names=names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContraGANTrainConfig(ContraGANConfig, LabelledTrainConfig):
     """Training of ContraGAN, or of a GAN with another conditioning on the same networks."""
 
     system: ClassVar[str] = "contragan"
 
     data: Path
-    """Folder of labelled images: train/CLASS/*.png and test/CLASS/*.png, or CIFAR-10 as distributed."""
+    """Folder of labelled images: train/CLASS/*.png and test/CLASS/*.png, CIFAR or Tiny ImageNet as distributed. With
+    conditioning=none also train/*.png, or a folder of images."""
     batch_size: int = 64
     """Images per update of a network."""
     steps: int = 100_000
@@ -247,7 +276,7 @@ class ContraGANTrainConfig(ContraGANConfig, TrainConfig):
     """TorchScript file whose features measure the samples (FID and others); the digits set has its own."""
 
     def __post_init__(self) -> None:
-        TrainConfig.__post_init__(self)
+        LabelledTrainConfig.__post_init__(self)
         ContraGANConfig.__post_init__(self)
         options.at_least(self, 2, "measure_count")
         if self.micro_batches > self.batch_size:
@@ -260,22 +289,33 @@ class ContraGANTrainConfig(ContraGANConfig, TrainConfig):
     def samples_per_step(self) -> int:
         return self.batch_size * self.d_steps
 
+    def with_class_names(self, names: tuple[str, ...]) -> Self:
+        return replace(
+            self,
+            class_names=names,
+            num_classes=1 if names == NO_CLASSES else self.num_classes,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
-class RepresentationTrainConfig(RepresentationConfig, TrainConfig):
+class RepresentationTrainConfig(RepresentationConfig, LabelledTrainConfig):
     """Training of an encoder with SimCLR, MoCo v2 or SupCon."""
 
     system: ClassVar[str] = "representation"
 
     data: Path
     """Folder of labelled images: train/CLASS/*.png and test/CLASS/*.png, CIFAR or Tiny ImageNet as distributed. Only supcon
-    learns from the labels; the others are measured with them."""
+    learns from the labels; the others are measured with them, and take images without: train/*.png, or a folder of images."""
     image_size: int = 32
     """Height and width of the images and of their views."""
     views: str = "simclr-cifar"
     """How the two views of an image are made: simclr, moco-v2, simclr-cifar, supcon, digits or digits-crops."""
     batch_size: int = 1024
     """Images per step, each with two views."""
+    last_batch: Literal["auto", "drop", "keep"] = "auto"
+    """What becomes of the images of an epoch that fill no whole batch. drop: they are left out, others in each epoch; keep: they
+    share a batch with the next epoch's first ones, where an image may come twice and be its own negative. auto: drop, and a
+    run from before this option goes on with keep."""
     epochs: int = 1000
     """Epochs, over which the learning rate falls to 0 as half a cosine."""
     warmup_epochs: int = 10
@@ -288,11 +328,16 @@ class RepresentationTrainConfig(RepresentationConfig, TrainConfig):
     """Neighbours of each test image in a sample grid."""
 
     def __post_init__(self) -> None:
-        TrainConfig.__post_init__(self)
+        LabelledTrainConfig.__post_init__(self)
         RepresentationConfig.__post_init__(self)
         options.at_least(self, 1, "image_size", "epochs")
         options.at_least(self, 0, "warmup_epochs")
         options.one_of(self, "views", VIEW_RECIPES)
+        options.one_of(self, "last_batch", ("auto", "drop", "keep"))
+        if self.class_balance and self.method != "supcon":
+            raise UserError(
+                f"class_balance is for method=supcon, which learns from the labels, got method={self.method}. Leave it out."
+            )
         if self.method != "moco" and self.batch_size < 2:
             raise UserError(
                 f"batch_size={self.batch_size} leaves method={self.method} no negatives: they are the other images of the "
@@ -325,6 +370,22 @@ def to_dict(config: TrainConfig) -> dict[str, object]:
             value = list(value)
         values[field.name] = value
     return values
+
+
+def settled(config: TrainConfig, before: TrainConfig | None) -> TrainConfig:
+    """`config` with what a run decides when it begins: as in the run `before` that it continues, or anew if that is None."""
+    if isinstance(config, RepresentationTrainConfig) and config.last_batch == "auto":
+        decided = "drop"
+        if isinstance(before, RepresentationTrainConfig):
+            decided = before.last_batch
+        config = replace(config, last_batch=decided)
+    if (
+        isinstance(config, LabelledTrainConfig)
+        and isinstance(before, LabelledTrainConfig)
+        and not config.class_names
+    ):
+        config = config.with_class_names(before.class_names)
+    return config
 
 
 def differing_fields(one: dict[str, object], other: dict[str, object]) -> list[str]:

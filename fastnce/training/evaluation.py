@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from fastnce.data import list_images
+from fastnce.data.aligned import holds_pairs
 from fastnce.data.folders import load_image
+from fastnce.data.labelled import has_split
 from fastnce.errors import UserError
 from fastnce.metrics import (
     evaluate_generation,
@@ -21,6 +23,7 @@ from fastnce.metrics import (
     write_generation_report,
 )
 from fastnce.metrics.label_maps import LabelKind, label_files
+from fastnce.metrics.pairs import format_pair_table
 from fastnce.metrics.representation import (
     RANDOM_ENCODER,
     RAW_PIXELS,
@@ -37,18 +40,22 @@ from fastnce.metrics.tables import write_result
 from fastnce.metrics.translation import BEST, TRANSLATED, WITHOUT_NCE
 from fastnce.training.config import (
     ContraGANTrainConfig,
+    Pix2PixTrainConfig,
     RepresentationTrainConfig,
+    TrainConfig,
     UnpairedTrainConfig,
 )
 from fastnce.training.cost import cost_lines, read_cost
-from fastnce.training.generation import labelled_images, reference_images, sampler
+from fastnce.training.generation import labelled_images, reference_and_training, sampler
 from fastnce.training.representation import images_of, random_encoder
 from fastnce.training.runtime import resolve_device
 from fastnce.training.systems import SYSTEMS
 from fastnce.training.translate import load_config, load_generator
 from fastnce.training.translation_evaluation import (
     judge_folders,
+    judge_pairs,
     load_judge,
+    pair_options,
     scaled_reader,
     translations,
 )
@@ -65,9 +72,11 @@ class Segmentation:
     kind: LabelKind = "train-ids"
     """What the label maps hold."""
 
-    def scores(self, folder: Path, device: torch.device) -> dict[str, Any]:
+    def scores(
+        self, folder: Path, device: torch.device, value_range: tuple[float, float] | None = None
+    ) -> dict[str, Any]:
         """Of the images in a folder; see `fastnce.metrics.segmentation.evaluate_segmentation`."""
-        images = ((path, load_image(path)) for path in list_images(folder))
+        images = ((path, load_image(path, value_range=value_range)) for path in list_images(folder))
         segmenter = ScriptedSegmenter(self.segmenter, device)
         return evaluate_segmentation(
             images, label_files(self.labels, self.kind), segmenter, self.kind
@@ -85,10 +94,13 @@ def evaluate_translation(
     checkpoint: str = "last",
     weights: Literal["ema", "raw"] = "ema",
     device: str = "auto",
+    broken_files: Literal["error", "skip"] | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """FID, KID, precision, recall and more of a run's translations of the test images, beside their baselines.
 
-    Of a digits-photos set also content accuracy. If the run has a best checkpoint, it is judged beside the last one. Writes
+    Of a digits-photos set also content accuracy. Of pix2pix's pairs L1, PSNR and SSIM of each translation against its own truth,
+    and the others only with an extractor. If the run has a best checkpoint, it is judged beside the last one. Writes
     `metrics.json` and `metrics.md` into the run's folder.
 
     Args:
@@ -102,6 +114,9 @@ def evaluate_translation(
         checkpoint: "last", "best", or a file.
         weights: the running average, or the weights themselves.
         device: where to translate.
+        broken_files: "skip" leaves out files that cannot be read and names them in the log, "error" stops at the first one; by
+            default as in the training.
+        value_range: the images' numbers that stand for black and white; by default as in the training.
 
     Returns:
         The result, see `fastnce.metrics.evaluate`, and its table.
@@ -114,8 +129,11 @@ def evaluate_translation(
     def network(folder: Path, which: str) -> nn.Module:
         return load_generator(folder, which=weights, checkpoint=which, device=target)[0]
 
-    config = load_config(run)
+    config = _with_broken_files(load_config(run), broken_files)
     assert isinstance(config, UnpairedTrainConfig)
+    if value_range is not None:
+        config = replace(config, value_range=value_range)
+    paired = isinstance(config, Pix2PixTrainConfig)
     networks = {TRANSLATED: network(run, checkpoint)}
     if checkpoint == "last" and Path(run, "checkpoints", "best.pt").is_file():
         networks[BEST] = network(run, "best")
@@ -125,9 +143,12 @@ def evaluate_translation(
     tables = []
     with translations(networks, config, data, direction) as folders:
         if segmentation is not None:
-            result["segmentation"] = segmentation.scores(folders[TRANSLATED], target)
+            result["segmentation"] = segmentation.scores(
+                folders[TRANSLATED], target, config.value_range
+            )
             tables.append(format_segmentation_table(result["segmentation"]))
-        if segmentation is None or extractor or config.extractor or is_digits_photos(data):
+        by_features = extractor or config.extractor or is_digits_photos(data)
+        if by_features or (segmentation is None and not paired):
             judge = load_judge(data, extractor or config.extractor, target)
             result |= judge_folders(
                 folders,
@@ -135,8 +156,16 @@ def evaluate_translation(
                 judge,
                 direction=direction or config.direction,
                 read=scaled_reader(config),
+                paired=paired,
+                skip=config.broken_files == "skip",
+                value_range=config.value_range,
             )
             tables.insert(0, format_table(result))
+        if paired:
+            result["pairs"] = judge_pairs(folders, data, **pair_options(config))
+            tables.insert(0, format_pair_table(result["pairs"]))
+            if not by_features:
+                tables.append("FID and its kin: not measured without --extractor FILE.\n")
     table = "\n".join([*tables, *cost_lines(result["run"])])
     write_result(result, table, run)
     return result, table
@@ -151,6 +180,8 @@ def evaluate_images(
     direction: str = "AtoB",
     out: Path | None = None,
     device: str = "auto",
+    broken_files: Literal["error", "skip"] | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """The same of a folder of translated images, whatever program made them.
 
@@ -159,12 +190,15 @@ def evaluate_images(
 
     Args:
         images: the translations of the test images of `data`.
-        data: folder with testA and testB; may be left out if there are only segmentations to score.
+        data: folder with testA and testB, or with test of pairs side by side; may be left out if there are only segmentations to
+            score.
         extractor: see `evaluate_translation`.
         segmentation: see `evaluate_translation`.
         direction: "AtoB": the images are translations of testA; or "BtoA".
         out: folder of the report.
         device: where the extractor runs.
+        broken_files: "skip" leaves out files that cannot be read.
+        value_range: the images' numbers that stand for black and white, where they are not of 8 bits or use all of 16.
 
     Raises:
         UserError: folders or images are missing, or nothing to judge these images.
@@ -173,11 +207,22 @@ def evaluate_images(
     result: dict[str, Any] = {"images": str(images)}
     tables = []
     if data is not None:
-        judge = load_judge(data, extractor, target)
-        result |= judge_folders({TRANSLATED: images}, data, judge, direction=direction)
-        tables.append(format_table(result))
+        paired = holds_pairs(data)
+        options: dict[str, Any] = {
+            "direction": direction,
+            "value_range": value_range,
+            "skip": broken_files == "skip",
+        }
+        if extractor or not paired:
+            judge = load_judge(data, extractor, target)
+            folders = {TRANSLATED: images}
+            result |= judge_folders(folders, data, judge, paired=paired, **options)
+            tables.append(format_table(result))
+        if paired:
+            result["pairs"] = judge_pairs({TRANSLATED: images}, data, **options)
+            tables.insert(0, format_pair_table(result["pairs"]))
     if segmentation is not None:
-        result["segmentation"] = segmentation.scores(images, target)
+        result["segmentation"] = segmentation.scores(images, target, value_range)
         tables.append(format_segmentation_table(result["segmentation"]))
     if not tables:
         raise UserError(
@@ -197,6 +242,7 @@ def evaluate_conditional_generation(
     weights: Literal["ema", "raw"] = "ema",
     device: str = "auto",
     seed: int = 0,
+    broken_files: Literal["error", "skip"] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """FID, intra-class FID, precision, recall and more of a run of ContraGAN, against the test images.
 
@@ -211,6 +257,7 @@ def evaluate_conditional_generation(
         weights: the running average, or the weights themselves.
         device: where to generate.
         seed: of the noise.
+        broken_files: "skip" leaves out files that cannot be read; by default as in the training.
 
     Returns:
         The result, see `fastnce.metrics.evaluate_generation`, and its table.
@@ -220,11 +267,12 @@ def evaluate_conditional_generation(
     """
     target = resolve_device(device)
     generator, config = load_generator(run, which=weights, checkpoint=checkpoint, device=target)
+    config = _with_broken_files(config, broken_files)
     assert isinstance(config, ContraGANTrainConfig)
     root = config.data if data is None else data
     evaluator = generation_evaluator(root, extractor or config.extractor, device=target)
-    images, labels = reference_images(labelled_images(config, "test", root), config.measure_count)
-    training = reference_images(labelled_images(config, "train", root), len(labels))
+    train = labelled_images(config, "train", root)
+    (images, labels), training = reference_and_training(config, train, root)
     torch.manual_seed(config.seed)
     untrained = SYSTEMS[config.system].network(config).to(target).eval()
     result = evaluate_generation(
@@ -247,6 +295,7 @@ def evaluate_representation(
     checkpoint: str = "last",
     weights: Literal["ema", "raw"] = "ema",
     device: str = "auto",
+    broken_files: Literal["error", "skip"] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """k-NN and linear accuracy of the encoder of a run of SimCLR, MoCo or SupCon, on the test images.
 
@@ -261,8 +310,18 @@ def evaluate_representation(
     """
     target = resolve_device(device)
     encoder, config = load_generator(run, which=weights, checkpoint=checkpoint, device=target)
+    config = _with_broken_files(config, broken_files)
     assert isinstance(config, RepresentationTrainConfig)
+    root = config.data if data is None else data
+    if not has_split(root, "test"):
+        raise UserError(
+            f"data={root} has no test images to measure accuracy on. Name a folder with train/CLASS and test/CLASS."
+        )
     train, test = (images_of(config, split, data) for split in ("train", "test"))
+    if train.num_classes < 2:
+        raise UserError(
+            f"data={root} has no classes to measure accuracy with. Name a folder with train/CLASS and test/CLASS."
+        )
     encoders = {
         TRAINED_ENCODER: encoder,
         RANDOM_ENCODER: random_encoder(config, train).to(target),
@@ -283,6 +342,7 @@ def evaluate_run(
     extractor: Path | None = None,
     segmentation: Segmentation | None = None,
     direction: str | None = None,
+    value_range: tuple[float, float] | None = None,
     **settings: Any,
 ) -> tuple[dict[str, Any], str]:
     """Evaluates a run of any system; see the functions above for its settings.
@@ -299,13 +359,19 @@ def evaluate_run(
             extractor=extractor,
             segmentation=segmentation,
             direction=direction,
+            value_range=value_range,
             **settings,
         )
     _only_for(config.system, without_nce=without_nce, segmenter=segmentation, direction=direction)
+    _only_for(config.system, value_range=value_range)
     if isinstance(config, ContraGANTrainConfig):
         return evaluate_conditional_generation(run, data, extractor=extractor, **settings)
     _only_for(config.system, extractor=extractor)
     return evaluate_representation(run, data, **settings)
+
+
+def _with_broken_files(config: TrainConfig, broken_files: str | None) -> TrainConfig:
+    return config if broken_files is None else replace(config, broken_files=broken_files)
 
 
 def _only_for(system: str, **settings: object) -> None:

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import importlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import Dim
 
 from fastnce.data.files import atomic_path
 from fastnce.errors import UserError
+from fastnce.networks.stylegan2_layers import NoiseInjection
 from fastnce.training.checkpoint import load_checkpoint
-from fastnce.training.shared import write_shared
+from fastnce.training.config import (
+    ContraGANTrainConfig,
+    RepresentationTrainConfig,
+    TrainConfig,
+    UnpairedTrainConfig,
+)
+from fastnce.training.shared import CONFIG_KEY, shared_values, write_shared
 from fastnce.training.systems import SYSTEMS
-from fastnce.training.translate import checkpoint_path, load_config, load_generator
+from fastnce.training.translate import (
+    checkpoint_path,
+    in_direction,
+    load_config,
+    load_generator,
+)
+
+# How far the exported graph may be from the network, as a share of the largest output: rounding.
+_TOLERANCE = 1e-3
 
 
 def export_published(
@@ -85,6 +108,167 @@ def export_shared(
     path = Path(out) / "model.safetensors"
     write_shared(network, config, path)
     return path
+
+
+def export_graph(
+    run: Path,
+    out: Path,
+    format: Literal["onnx", "torchscript"],
+    *,
+    which: Literal["ema", "raw"] = "ema",
+    checkpoint: str | Path = "last",
+    direction: str | None = None,
+) -> tuple[Path, str]:
+    """Writes the network that a run was made for as a graph that runs without this package, in plain operations.
+
+    `out/model.onnx` or `out/model.torchscript.pt`, float32, with any batch size and, for image translation, any height and width
+    that the network takes. Inputs and outputs are named: `image` to `translation`; `z` and `label` to `image`; `image` to
+    `features`. Images are (N, C, H, W) in [-1, 1]. The run's configuration is in the file, under `fastnce.config`. The noise that
+    SinCUT's generator adds is left out: it is drawn anew for each size of image.
+
+    The file is then run with a batch and a size that the export did not see, in onnxruntime or by PyTorch, and compared.
+
+    Args:
+        run: folder of the run, or a file that takes its place.
+        out: folder for the file; created.
+        format: "onnx" or "torchscript".
+        which: "ema" for the running average of the weights, "raw" for the weights themselves.
+        checkpoint: "last", "best", or the path of a checkpoint file.
+        direction: "AtoB" or "BtoA" for systems that learn both; None: that of the training.
+
+    Returns:
+        The file, and a line on how it was checked.
+
+    Raises:
+        UserError: no such run or checkpoint, a package is missing, the file differs from the network, or it cannot be written.
+    """
+    network, config = load_generator(run, which=which, checkpoint=checkpoint)
+    channels = getattr(config, "image_channels", 3)
+    if isinstance(config, UnpairedTrainConfig):
+        network, channels = in_direction(network, config, direction)
+    elif direction is not None:
+        raise UserError(f"direction={direction}: a run of {config.system} has none. Leave it out.")
+    without_noise = _leave_out_noise(network)
+    seen, unseen = (_graph_inputs(network, config, channels, n) for n in (2, 3))
+    text = json.dumps(shared_values(config))
+    if format == "onnx":
+        path = Path(out) / "model.onnx"
+        data = _onnx(network, config, seen, text)
+    else:
+        path = Path(out) / "model.torchscript.pt"
+        data = _torchscript(network, seen, text)
+    expected = network(*unseen.values())
+    result, by = _run_graph(data, format, unseen)
+    if result is not None:
+        error = ((result - expected).abs().max() / expected.abs().max()).item()
+        if not error < _TOLERANCE:
+            raise UserError(
+                f"format={format}: the exported graph differs from the network by {error:.1e} of the largest output. "
+                "Export with the other format, and report this."
+            )
+        by += f": differs from the network by {error:.0e} of the largest output"
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+    return path, f"without SinCUT's noise, {by}" if without_noise else by
+
+
+def _leave_out_noise(network: nn.Module) -> bool:
+    """Whether there was any."""
+    places = [
+        (parent, name)
+        for parent in network.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, NoiseInjection)
+    ]
+    for parent, name in places:
+        setattr(parent, name, nn.Identity())
+    return bool(places)
+
+
+def _graph_inputs(
+    network: nn.Module, config: TrainConfig, channels: int, count: int
+) -> dict[str, Tensor]:
+    """Random inputs by name: `count` of them, for translation in a size of their own."""
+    random = torch.Generator().manual_seed(count)
+    if isinstance(config, ContraGANTrainConfig):
+        z = torch.randn(count, config.latent_dim, generator=random)
+        return {"z": z, "label": torch.arange(count) % config.num_classes}
+    if isinstance(config, RepresentationTrainConfig):
+        height = width = config.image_size
+    else:
+        multiple = getattr(network, "size_multiple", 4)
+        least = -(-32 // multiple)
+        height, width = multiple * (least + count - 2), multiple * (least + 1)
+    return {"image": torch.rand(count, channels, height, width, generator=random) * 2 - 1}
+
+
+_OUTPUTS = {"contragan": "image", "representation": "features"}
+
+
+def _onnx(network: nn.Module, config: TrainConfig, inputs: dict[str, Tensor], text: str) -> bytes:
+    _package("onnx"), _package("onnxscript")
+    sized = isinstance(config, UnpairedTrainConfig)
+    axes = {0: Dim.DYNAMIC, **({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if sized else {})}
+    with _quiet():
+        program = torch.onnx.export(
+            network,
+            tuple(inputs.values()),
+            dynamo=True,
+            dynamic_shapes=tuple(
+                axes if x.is_floating_point() else {0: Dim.DYNAMIC} for x in inputs.values()
+            ),
+            input_names=list(inputs),
+            output_names=[_OUTPUTS.get(config.system, "translation")],
+            verbose=False,
+        )
+        proto = program.model_proto
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = CONFIG_KEY, text
+    return proto.SerializeToString()
+
+
+def _torchscript(network: nn.Module, inputs: dict[str, Tensor], text: str) -> bytes:
+    with _quiet():
+        traced = torch.jit.trace(network, tuple(inputs.values()), check_trace=False)
+        return traced.save_to_buffer(_extra_files={CONFIG_KEY: text})
+
+
+def _run_graph(data: bytes, format: str, inputs: dict[str, Tensor]) -> tuple[Tensor | None, str]:
+    """What the graph makes of `inputs`, and a line on who ran it."""
+    if format == "torchscript":
+        with _quiet():
+            return torch.jit.load(io.BytesIO(data))(*inputs.values()), "checked by running it"
+    try:
+        onnxruntime = importlib.import_module("onnxruntime")
+    except ModuleNotFoundError:
+        return None, "not checked: onnxruntime is not installed"
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {name: x.numpy() for name, x in inputs.items()})
+    return torch.from_numpy(
+        found
+    ), f"checked by running it in onnxruntime {onnxruntime.__version__}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' remarks on their own future."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), torch.inference_mode():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _package(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"format=onnx needs the package {name}. Install it with: pip install 'fastnce[export]'"
+        ) from error
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

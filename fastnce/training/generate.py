@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastnce import viz
-from fastnce.data import LabelledImages, save_image
+from fastnce.data import save_image
+from fastnce.data.labelled import open_labelled
 from fastnce.errors import UserError
 from fastnce.training.config import ContraGANTrainConfig, TrainConfig
 from fastnce.training.generation import sample_images
@@ -54,7 +56,8 @@ def generate_folder(
         generator: as `load_generator` gives it.
         config: the configuration of its run.
         out: folder; created.
-        classes: numbers or names of classes; by default all. Names need the data set of the training.
+        classes: numbers or names of classes; by default all. The names are the run's own; those of a run from before runs kept
+            them are looked up in its data.
         count: images of each class.
         truncation: cuts the noise off at this value; None: not at all.
         interpolation: columns of the interpolation picture, each row of which goes from one z to another; 0: none.
@@ -120,11 +123,11 @@ def _labels(classes: Sequence[str], config: ContraGANTrainConfig) -> dict[int, s
 
 
 def _class_names(config: ContraGANTrainConfig) -> list[str]:
-    """Those of the data set; numbers if it is no longer there."""
-    try:
-        dataset = LabelledImages(
-            config.data, image_size=config.image_size, channels=config.image_channels
-        )
-    except UserError:
-        return [str(label) for label in range(config.num_classes)]
-    return list(dataset.class_names)
+    """The run's; of an old run those of its data, or numbers if that is not there or has other classes by now."""
+    if config.class_names:
+        return list(config.class_names)
+    with contextlib.suppress(UserError):
+        names = open_labelled(config.data, "train").class_names
+        if len(names) == config.num_classes:
+            return list(names)
+    return [str(label) for label in range(config.num_classes)]

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastnce.data import LabelledImages
+from fastnce.data.class_folders import NO_CLASSES
 from fastnce.data.folders import SIGNED_UNIT
+from fastnce.data.labelled import has_split
 from fastnce.errors import UserError
 from fastnce.metrics import (
     authenticity_accuracy,
@@ -36,7 +38,7 @@ _MEASURED = ("fid", "intra_class_fid", "inception_score", "recall", "coverage", 
 def labelled_images(
     config: ContraGANTrainConfig, split: str, root: Path | None = None
 ) -> LabelledImages:
-    """The images of a split of `root`, by default `config.data`, as the networks of `config` take them.
+    """The images of a split of `root`, by default `config.data`, as the networks of `config` take them; of the run's classes.
 
     Raises:
         UserError: the folder is not what it should be, or has another number of classes than the networks.
@@ -48,8 +50,12 @@ def labelled_images(
         channels=config.image_channels,
         flip=config.flip and split == "train",
         seed=config.seed,
+        classes=() if config.class_names == NO_CLASSES else config.class_names,
+        needs_labels=config.conditioning != "none",
+        class_balance=config.class_balance and split == "train",
+        broken_files=config.broken_files,
     )
-    if dataset.num_classes != config.num_classes:
+    if dataset.class_names != NO_CLASSES and dataset.num_classes != config.num_classes:
         raise UserError(
             f"num_classes={config.num_classes}, but data={root or config.data} has {dataset.num_classes} classes. "
             f"Use num_classes={dataset.num_classes}."
@@ -61,9 +67,53 @@ def reference_images(dataset: LabelledImages, limit: int) -> tuple[Tensor, Tenso
     """Images (N, C, H, W) uint8 and labels (N,) of a split: all, or `limit` spread evenly over them."""
     if len(dataset) <= limit:
         return dataset.all_images()
-    chosen = torch.linspace(0, len(dataset) - 1, limit, dtype=torch.float64).long()
-    images = [torch.from_numpy(dataset.pixels(i).transpose(2, 0, 1).copy()) for i in chosen]
+    return _images_at(
+        dataset, torch.linspace(0, len(dataset) - 1, limit, dtype=torch.float64).long()
+    )
+
+
+def _images_at(dataset: LabelledImages, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    images = [
+        torch.from_numpy(dataset.pixels(i).transpose(2, 0, 1).copy()) for i in chosen.tolist()
+    ]
     return torch.stack(images), dataset.labels[chosen]
+
+
+def reference_and_training(
+    config: ContraGANTrainConfig, train: LabelledImages, root: Path | None = None
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    """The real images that samples are judged by, and as many training images to judge beside them.
+
+    The test images, with training images of the same classes; without a test set the training images, and None.
+
+    Raises:
+        UserError: as `labelled_images`, or there are fewer than two images.
+    """
+    data = root or config.data
+    if not has_split(data, "test"):
+        print(
+            f"{data} has no test images: samples are compared with the training images.",
+            file=sys.stderr,
+        )
+        images, labels = reference_images(train, config.measure_count)
+        training = None
+    else:
+        held_out = labelled_images(config, "test", root)
+        images, labels = reference_images(held_out, config.measure_count)
+        training = reference_images(train, len(labels))
+        if set(training[1].tolist()) != set(labels.tolist()):  # test images of some classes only
+            chosen = torch.cat(
+                [
+                    (train.labels == k).nonzero()[:count, 0]
+                    for k, count in enumerate(labels.bincount())
+                ]
+            )
+            training = _images_at(train, chosen)
+    if len(labels) < 2:
+        raise UserError(
+            f"data={data}: one test image is too few to compare samples with. Add some."
+        )
+    return (images, labels), training
 
 
 @torch.inference_mode()
@@ -126,9 +176,10 @@ def sampler(generator: nn.Module, seed: int) -> Callable[[Tensor], Tensor]:
 
 def _measure(config: ContraGANTrainConfig, dataset: LabelledImages) -> Measure:
     """Quality of the samples against the test images, and what D does: accuracies, and its layers' singular values."""
-    held_out = labelled_images(config, "test")
-    images, labels = reference_images(held_out, config.measure_count)
-    seen, seen_labels = reference_images(dataset, len(labels))
+    (images, labels), training = reference_and_training(config, dataset)
+    seen = {"real, trained on": training or (images, labels)}
+    if training is not None:
+        seen["real, held out"] = (images, labels)
     try:
         evaluator = generation_evaluator(config.data, config.extractor)
     except UserError as error:
@@ -151,20 +202,14 @@ def _measure(config: ContraGANTrainConfig, dataset: LabelledImages) -> Measure:
                 file=sys.stderr,
             )
         model.discriminator.eval()
-        logits = [
-            _logits(model, part, classes)
-            for part, classes in (
-                (signed_unit(seen), seen_labels),
-                (real, labels),
-                (generated, labels),
-            )
-        ]
-        model.discriminator.train()
+        fake = _logits(model, generated, labels)
         cutoff = 0.5 if config.gan_mode == "lsgan" else 0.0
-        trained, other = (authenticity_accuracy(x, logits[2], cutoff) for x in logits[:2])
-        values["D accuracy/real, trained on"] = trained.real
-        values["D accuracy/real, held out"] = other.real
-        values["D accuracy/generated"] = other.fake
+        for name, (part, classes) in seen.items():
+            logits = _logits(model, signed_unit(part), classes)
+            accuracies = authenticity_accuracy(logits, fake, cutoff)
+            values[f"D accuracy/{name}"] = accuracies.real
+        values["D accuracy/generated"] = accuracies.fake
+        model.discriminator.train()
         norms = largest_singular_values(model.discriminator, raw=True)
         return values | {f"singular value/{name}": value for name, value in norms.items()}
 

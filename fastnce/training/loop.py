@@ -23,9 +23,11 @@ from fastnce.training.build import from_dict
 from fastnce.training.checkpoint import load_checkpoint, save_checkpoint
 from fastnce.training.config import (
     SCHEDULE_FIELDS,
+    LabelledTrainConfig,
     TrainConfig,
     UnpairedTrainConfig,
     differing_fields,
+    settled,
     to_dict,
 )
 from fastnce.training.cost import write_cost
@@ -73,10 +75,13 @@ def train(config: TrainConfig) -> Path:
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"out={config.out} is a file. Name a folder for the run.")
     checkpoint = _checkpoint_to_continue(config)
+    config = settled(config, from_dict(checkpoint["config"]) if checkpoint else None)
     if config.deterministic:
         runtime.use_deterministic_algorithms()
     system = SYSTEMS[config.system]
     dataset = system.dataset(config)
+    if isinstance(config, LabelledTrainConfig):
+        config = config.with_class_names(dataset.class_names)
     schedule = system.schedule(config, len(dataset))
     run = _Run(config, device, dataset, schedule, ranks, is_new=checkpoint is None)
     if checkpoint is not None:
@@ -106,7 +111,8 @@ def _checkpoint_to_continue(config: TrainConfig) -> dict | None:
         return None
     state = load_checkpoint(path)
     # Through the configuration, so that options that are newer than the run have their defaults.
-    ours, theirs = to_dict(config), to_dict(from_dict(state["config"]))
+    before = from_dict(state["config"])
+    ours, theirs = to_dict(settled(config, before)), to_dict(before)
     names = differing_fields(ours, theirs)
     if names:
         shown = ", ".join(

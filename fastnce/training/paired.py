@@ -13,6 +13,7 @@ from fastnce.models.pix2pix import build_generator
 from fastnce.training.config import Pix2PixTrainConfig
 from fastnce.training.system import Rows, System
 from fastnce.training.translation import linear_decay, reading_options, translated
+from fastnce.training.translation_evaluation import translation_measure
 
 
 def _pairs(config: Pix2PixTrainConfig) -> AlignedImages:
@@ -58,4 +59,7 @@ PIX2PIX_SYSTEM = System(
     network=build_generator,
     preview=_preview,
     panels=(("G_GAN", "D_real", "D_fake"), ("G_L1",), ("G",)),
+    published={"G": "generator", "D": "discriminator"},
+    measure=translation_measure,
+    best="l1",
 )

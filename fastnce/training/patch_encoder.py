@@ -18,7 +18,8 @@ from fastnce.models.channels import convert_channels
 from fastnce.networks import PatchProjector
 from fastnce.training.checkpoint import load_checkpoint
 from fastnce.training.config import CUTTrainConfig, DCLGANTrainConfig
-from fastnce.training.translate import checkpoint_path, image_scaling, load_generator
+from fastnce.training.translate import checkpoint_path, load_generator
+from fastnce.training.translate_files import image_scaling
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class PatchEncoder:
     def read(self, path: Path) -> Tensor:
         """(C, H, W) in [-1, 1]: an image as for translation, scaled as in training and not cropped, with sides a multiple of 4."""
         config = self.config
-        image = read_image(path, config.in_channels, config.bits)
+        image = read_image(path, config.in_channels, config.bits, config.value_range)
         array = image_scaling(config, [path]).prepare(image)
         return to_tensor(to_array(resize_to_multiple(to_image(array))))
 

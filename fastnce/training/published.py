@@ -1,4 +1,4 @@
-"""Weights files of the published repositories of CUT, CycleGAN and DCLGAN: finding, reading, recognising.
+"""Weights files of the published repositories of CUT, CycleGAN, pix2pix and DCLGAN: finding, reading, recognising.
 
 Those repositories write one file per network, `{latest|EPOCH}_net_{G,D,F}.pth` (`G_A`, `G_B`, ... where there are two
 directions), a plain state dict. Our networks have the same keys, so what is left is to find out from keys and shapes how
@@ -16,10 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from fastnce.errors import UserError
-from fastnce.training.config import CUTTrainConfig, TrainConfig, UnpairedTrainConfig
+from fastnce.training.config import (
+    CUTTrainConfig,
+    Pix2PixTrainConfig,
+    TrainConfig,
+    UnpairedTrainConfig,
+)
 
 # What a network of the published repositories is, with how its keys give it away.
 RESNET, PATCH, PROJECTOR = "ResNet generator", "patch discriminator", "patch projector (netF)"
+UNET = "U-Net generator"
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -28,8 +34,8 @@ class Recognised:
     """What a published weights file holds.
 
     Attributes:
-        kind: `RESNET`, `PATCH` or `PROJECTOR`.
-        options: the fields of `CUTConfig` that are fixed by the weights, with their values.
+        kind: `RESNET`, `UNET`, `PATCH` or `PROJECTOR`.
+        options: the fields of the system's configuration that are fixed by the weights, with their values.
         layer_channels: for a projector, the channels of each feature map; else empty.
     """
 
@@ -102,29 +108,35 @@ def recognise(state: Mapping[str, Tensor], path: Path) -> Recognised:
         return Recognised(RESNET, _resnet_options(state, path))
     if first is not None and first.ndim == 4 and first.shape[2:] == (4, 4):
         return Recognised(PATCH, _patch_options(state, path))
+    if "model.model.0.weight" in state:
+        return Recognised(UNET, _unet_options(state, path))
     if "mlp_0.0.weight" in state:
         return _recognise_projector(state, path)
     known = {
         "encoder.convs.": "a StyleGAN2-style generator",
         "convs.": "a StyleGAN2-style discriminator",
-        "model.model.": "a U-Net generator",
         "net.": "a pixel discriminator",
     }
     what = next((text for key, text in known.items() if any(k.startswith(key) for k in state)), "")
     raise UserError(
         f"{path}: holds {what or 'no network that is known here'} (keys {', '.join(list(state)[:3])}, ...), expected a "
-        f"{RESNET}, {PATCH} or {PROJECTOR}. Name another file."
+        f"{RESNET}, {UNET}, {PATCH} or {PROJECTOR}. Name another file."
     )
 
 
 def _resnet_options(state: Mapping[str, Tensor], path: Path) -> dict[str, object]:
+    if any(k.endswith(".conv_block.6.weight") for k in state):
+        raise UserError(
+            f"{path}: was trained with dropout in its residual blocks (--no_dropout False), which the networks here do not have. "
+            "It cannot be loaded."
+        )
     _only_instance_norm(state, path, "model.1.bias")
     # (kernel size of the resampling filters, from the first layer on: 3 blurs downwards, 4 upwards)
     filters = [state[k].shape[-1] for k in _sorted_by_layer(state) if k.endswith(".filt")]
-    if filters not in ([4, 4], [3, 3, 4, 4]):
+    if filters not in ([], [3, 3], [4, 4], [3, 3, 4, 4]):
         raise UserError(
-            f"{path}: was trained with resampling filters of sizes {filters}, expected [3, 3, 4, 4] or, with "
-            "--no_antialias, [4, 4]. Upsampling without the filter (--no_antialias_up) is not supported."
+            f"{path}: was trained with resampling filters of sizes {filters}, expected two of 3 for downsampling, two of 4 for "
+            "upsampling, or none of either. It cannot be loaded."
         )
     last = [k for k in _sorted_by_layer(state) if k.endswith(".weight")][-1]
     return {
@@ -132,17 +144,38 @@ def _resnet_options(state: Mapping[str, Tensor], path: Path) -> dict[str, object
         "out_channels": state[last].shape[0],
         "base_channels": state["model.1.weight"].shape[0],
         "num_blocks": sum(k.endswith(".conv_block.1.weight") for k in state),
-        "antialias": len(filters) == 4,
+        "antialias": 3 in filters,
+        "antialias_up": 4 in filters,
+    }
+
+
+def _unet_options(state: Mapping[str, Tensor], path: Path) -> dict[str, object]:
+    first, last = state["model.model.0.weight"], state.get("model.model.3.weight")
+    level, levels = "model.model.1.model.", 1
+    while f"{level}1.weight" in state:
+        level, levels = f"{level}3.model.", levels + 1
+    if last is None or f"model.model.1.model.{2 if levels > 2 else 4}.weight" not in state:
+        raise UserError(
+            f"{path}: holds a U-Net that was not trained with batch norm (--norm batch), which the one here has. It cannot be loaded."
+        )
+    return {
+        "in_channels": first.shape[1],
+        "out_channels": last.shape[1],
+        "base_channels": first.shape[0],
+        "num_downs": levels,
     }
 
 
 def _patch_options(state: Mapping[str, Tensor], path: Path) -> dict[str, object]:
-    _only_instance_norm(state, path, "model.0.bias")
-    convolutions = [k for k in state if k.endswith(".weight")]
+    batch_norm = any(name.endswith("running_mean") for name in state)
+    if not batch_norm:
+        _only_instance_norm(state, path, "model.0.bias")
+    convolutions = [k for k, weight in state.items() if k.endswith(".weight") and weight.ndim == 4]
     return {
         "disc_channels": state["model.0.weight"].shape[0],
         "disc_layers": len(convolutions) - 2,
         "disc_antialias": "model.2.filt" in state,
+        **({"disc_norm": "batch"} if batch_norm else {}),
     }
 
 
@@ -177,6 +210,9 @@ def _sorted_by_layer(state: Mapping[str, Tensor]) -> list[str]:
 def load_strictly(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     """Loads weights into a network; raises `UserError` with the first difference if they do not fit exactly."""
     own = network.state_dict()
+    # Files from before PyTorch 0.4.1 do not count batches, and nothing here reads the count.
+    counts = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
+    state = {**counts, **state}
     for name in [*own, *state]:
         if name not in state or name not in own:
             side = "lacks" if name not in state else "has the unknown"
@@ -189,18 +225,19 @@ def load_strictly(network: nn.Module, state: Mapping[str, Tensor], path: Path) -
     network.load_state_dict(state)
 
 
-def published_config(state: Mapping[str, Tensor], path: Path) -> CUTTrainConfig:
+def published_config(state: Mapping[str, Tensor], path: Path) -> UnpairedTrainConfig:
     """The configuration of the generator in a published file; all that weights do not tell has its default.
 
     Raises:
         UserError: the file holds no generator.
     """
     found = recognise(state, path)
-    if found.kind != RESNET:
+    if found.kind not in (RESNET, UNET):
         raise UserError(
             f"{path}: holds a {found.kind}, expected a generator. Name its file, such as latest_net_G.pth."
         )
-    return CUTTrainConfig(data=path.parent, out=path.parent, **found.options)
+    config_class = CUTTrainConfig if found.kind == RESNET else Pix2PixTrainConfig
+    return config_class(data=path.parent, out=path.parent, **found.options)
 
 
 def published_files(where: Path, names: tuple[str, ...]) -> dict[str, Path]:

@@ -16,7 +16,7 @@ from fastnce.training.config import TrainConfig, to_dict
 if TYPE_CHECKING:
     from types import ModuleType
 
-_KEY = "fastnce.config"
+CONFIG_KEY = "fastnce.config"
 # Fields that say where things are on the machine of the training.
 _PRIVATE = ("data", "out", "init_from", "device", "extractor")
 
@@ -29,13 +29,18 @@ def write_shared(network: nn.Module, config: TrainConfig, path: Path) -> None:
     Raises:
         UserError: the package safetensors is not installed, or the file cannot be written.
     """
-    values = {k: v for k, v in to_dict(config).items() if k not in _PRIVATE}
-    data = _safetensors().torch.save(
+    values = shared_values(config)
+    data = import_safetensors().torch.save(
         {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()},
-        metadata={"format": "pt", _KEY: json.dumps(values)},
+        metadata={"format": "pt", CONFIG_KEY: json.dumps(values)},
     )
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def shared_values(config: TrainConfig) -> dict[str, object]:
+    """The configuration as JSON values, without the folders and devices of the training."""
+    return {k: v for k, v in to_dict(config).items() if k not in _PRIVATE}
 
 
 def read_shared(path: Path) -> tuple[dict[str, Tensor], TrainConfig | None]:
@@ -46,7 +51,7 @@ def read_shared(path: Path) -> tuple[dict[str, Tensor], TrainConfig | None]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file. Name a weights file, such as model.safetensors.")
-    safetensors = _safetensors()
+    safetensors = import_safetensors()
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -55,18 +60,19 @@ def read_shared(path: Path) -> tuple[dict[str, Tensor], TrainConfig | None]:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check the file.") from error
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: is damaged or no safetensors file. Copy it again.") from error
-    if _KEY not in metadata:
+    if CONFIG_KEY not in metadata:
         return state, None
     folders = {"data": str(path.parent), "out": str(path.parent)}
     try:
-        return state, from_dict(json.loads(metadata[_KEY]) | folders, f"{path}: option")
+        return state, from_dict(json.loads(metadata[CONFIG_KEY]) | folders, f"{path}: option")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: its configuration cannot be read ({error}). Update fastnce, or export it again."
         ) from error
 
 
-def _safetensors() -> ModuleType:
+def import_safetensors() -> ModuleType:
+    """The package; raises `UserError` where it is not installed."""
     try:
         import safetensors.torch
     except ModuleNotFoundError as error:

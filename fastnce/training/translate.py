@@ -1,21 +1,17 @@
-"""Trained generators: loading one, and translating tensors and folders with it."""
+"""Trained generators: loading one, and translating tensors with it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from fastnce.data import Preprocess, list_images, save_image
-from fastnce.data.folders import image_size, read_image, to_tensor
-from fastnce.data.transforms import RANDOM_TOKENS
+from fastnce.data import to_uint8
 from fastnce.errors import UserError
+from fastnce.networks import ResnetGenerator
 from fastnce.training.build import from_dict
 from fastnce.training.checkpoint import load_checkpoint
 from fastnce.training.config import TrainConfig, UnpairedTrainConfig
@@ -122,33 +118,97 @@ def _ready(
 def translate(
     generator: nn.Module, images: Tensor, batch_size: int = 16, *, tile: int | None = None
 ) -> Tensor:
-    """Translates images of any height and width.
+    """Translates an image or a batch of them, of any height and width.
 
     Args:
-        generator: as `load_generator` gives it.
-        images: (N, C, H, W) in [-1, 1], on any device. H and W that are no multiples of 4 (of a U-Net's `size_multiple`) are
-            mirrored at the right and the bottom up to one, and the result is cut back.
+        generator: as `load_generator` gives it; of a system of both directions one of its parts `a_to_b` and `b_to_a`, or all
+            of it for A to B.
+        images: (C, H, W) or (N, C, H, W), on any device: uint8, from 0 to 255, or floating-point in [-1, 1]. H and W that are
+            no multiples of 4 (of a U-Net's `size_multiple`) are mirrored at the right and the bottom up to one, and the result
+            is cut back.
         batch_size: images at a time.
         tile: images that are higher or wider are computed in tiles of this size, with the same result: see
             `translate_in_tiles`.
 
     Returns:
-        (N, C, H, W) in [-1, 1], on the device of `images`.
+        The translations as `images` are: (C', H, W) or (N, C', H, W), of the same dtype and on the same device. uint8 holds what
+        `save_image` writes. Floating-point values are in [-1, 1], but for SinCUT's, which may lie beyond.
+
+    Raises:
+        TypeError: another dtype, or no tensor.
+        ValueError: another shape or number of channels, or values beyond [-1, 1].
+
+    Example:
+        >>> from fastnce.networks import ResnetGenerator
+        >>> generator = ResnetGenerator(base_channels=2, num_blocks=1).eval()
+        >>> photo = torch.randint(256, (3, 21, 34), dtype=torch.uint8)
+        >>> translate(generator, photo).shape, translate(generator, photo).dtype
+        (torch.Size([3, 21, 34]), torch.uint8)
     """
-    device = next(generator.parameters()).device
+    _check_images(generator, images)
+    if images.ndim == 3:
+        return translate(generator, images[None], batch_size, tile=tile)[0]
+    like = next(generator.parameters())
     height, width = images.shape[2:]
-    multiple = getattr(generator, "size_multiple", 4)
-    padding = (0, -width % multiple, 0, -height % multiple)
     in_tiles = tile is not None and max(height, width) > tile
     outputs = []
     for batch in images.split(1 if in_tiles else batch_size):
-        padded = F.pad(batch, padding, mode="reflect") if any(padding) else batch
+        padded = _mirrored_up(_in_unit_range(batch).to(like.dtype), generator)
         if in_tiles:
             output = translate_in_tiles(generator, padded, tile)
         else:
-            output = generator(padded.to(device))
-        outputs.append(output[..., :height, :width].to(images.device))
+            output = generator(padded.to(like.device))
+        output = output[..., :height, :width]
+        outputs.append((to_uint8(output) if images.dtype == torch.uint8 else output).to(images))
     return torch.cat(outputs) if outputs else images.clone()
+
+
+def _check_images(generator: nn.Module, images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"translate: images: expected a tensor, got a {type(images).__name__}. For an array: torch.from_numpy(...)."
+        )
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise TypeError(
+            f"translate: images: expected uint8 (0 to 255) or floating-point ([-1, 1]), got {images.dtype}. "
+            "Use images.to(torch.uint8) for values from 0 to 255."
+        )
+    # The first convolution's weight; a module of one's own may have none.
+    channels = next((p.shape[1] for p in generator.parameters() if p.ndim == 4), None)
+    if images.ndim not in (3, 4) or channels not in (None, images.shape[-3]):
+        raise ValueError(
+            f"translate: images: expected (C, H, W) or (N, C, H, W) with C = {channels}, got {tuple(images.shape)}. "
+            "Of (H, W, C) make that with images.permute(2, 0, 1)."
+        )
+    if images.is_floating_point() and images.numel():
+        least, greatest = (value.item() for value in images.aminmax())
+        if least < -1.001 or greatest > 1.001:  # false with NaN, which is translated to NaN
+            raise ValueError(
+                f"translate: images: expected values in [-1, 1], got {least:g} to {greatest:g}. Pass 0 to 255 as uint8, or "
+                "use images / 127.5 - 1."
+            )
+
+
+def _in_unit_range(images: Tensor) -> Tensor:
+    """[-1, 1], of uint8 as `load_image` does."""
+    return (images / 255 - 0.5) / 0.5 if images.dtype == torch.uint8 else images
+
+
+def _mirrored_up(images: Tensor, generator: nn.Module) -> Tensor:
+    """The images, mirrored at the right and the bottom up to a size that the generator can halve."""
+    multiple = getattr(generator, "size_multiple", 4)
+    least = 8 if isinstance(generator, ResnetGenerator) else multiple
+    for dim in (2, 3):
+        size = images.shape[dim]
+        length = max(size + -size % multiple, least)
+        if length > size:
+            # To and fro, so that also an image that is smaller than what it lacks is filled.
+            period = max(2 * (size - 1), 1)
+            place = torch.arange(length, device=images.device) % period
+            images = images.index_select(
+                dim, torch.minimum(place, period - place) if size > 1 else place
+            )
+    return images
 
 
 def in_direction(
@@ -172,104 +232,3 @@ def in_direction(
             "of a system of both directions, or the weights file of the other generator."
         )
     return generator.b_to_a, config.out_channels
-
-
-def translate_folder(
-    generator: nn.Module,
-    config: TrainConfig,
-    input: Path,
-    out: Path,
-    batch_size: int = 16,
-    *,
-    direction: str | None = None,
-    preprocess: str | None = None,
-    size: int | None = None,
-    tile: int | None = None,
-) -> int:
-    """Translates all images of a folder, and of the folders in it, to PNG files of the same names.
-
-    Images are scaled as in training, to the size of its crops, but not cropped. Images that follow each other and have the
-    same size are translated together.
-
-    Args:
-        generator: as `load_generator` gives it.
-        config: its run's configuration.
-        input: folder of the images.
-        out: folder of the results; created.
-        batch_size: images at a time.
-        direction: see `in_direction`.
-        preprocess: how images are scaled, instead of as in training: "none" keeps their size.
-        size: the size to which they are scaled, instead of the training's crop size.
-        tile: see `translate`.
-
-    Returns:
-        The number of images.
-
-    Raises:
-        UserError: a run that does not translate, no images, a broken one, two whose results would have the same name, or `out`
-            cannot be written.
-    """
-    if not isinstance(config, UnpairedTrainConfig):
-        raise UserError(
-            f"a run of {config.system} does not translate images. Name a run of cut or fastcut."
-        )
-    generator, channels = in_direction(generator, config, direction)
-    paths = list_images(input)
-    targets = _targets(paths, Path(input), Path(out))
-    scale = image_scaling(config, paths, preprocess, size)
-
-    def read() -> Iterator[tuple[Path, Tensor]]:
-        for path, target in zip(paths, targets, strict=True):
-            array = scale.prepare(read_image(path, channels, config.bits))
-            yield target, to_tensor(array)
-
-    with tqdm(total=len(paths), desc="translate", unit="image", disable=None) as bar:
-        for group in _groups_of_one_size(read(), batch_size):
-            images = torch.stack([image for _, image in group])
-            results = translate(generator, images, batch_size, tile=tile)
-            for (target, _), result in zip(group, results, strict=True):
-                save_image(result, target, config.bits)
-            bar.update(len(group))
-    return len(paths)
-
-
-def image_scaling(
-    config: UnpairedTrainConfig,
-    paths: Sequence[Path],
-    preprocess: str | None = None,
-    size: int | None = None,
-) -> Preprocess:
-    """What is done to the images in `paths` before they are translated: the steps of the training, or those asked for, that do
-    not depend on chance."""
-    steps = config.preprocess if preprocess is None else preprocess
-    kept = [part for part in steps.split("_and_") if not any(t in part for t in RANDOM_TOKENS)]
-    side = config.crop_size if size is None else size
-    first = image_size(paths[0])
-    return Preprocess("_and_".join(kept) or "none", side, side, flip=False, fixed_size=first)
-
-
-def _targets(paths: list[Path], folder: Path, out: Path) -> list[Path]:
-    targets: dict[Path, Path] = {}
-    for path in paths:
-        target = out / path.relative_to(folder).with_suffix(".png")
-        if target in targets:
-            raise UserError(
-                f"{path} and {targets[target]} would both be written to {target}. Rename one of them."
-            )
-        if target.resolve() == path.resolve():
-            raise UserError(f"out={out} would overwrite {path}. Name another folder.")
-        targets[target] = path
-    return list(targets)
-
-
-def _groups_of_one_size(
-    images: Iterator[tuple[Path, Tensor]], limit: int
-) -> Iterator[list[tuple[Path, Tensor]]]:
-    group: list[tuple[Path, Tensor]] = []
-    for target, image in images:
-        if group and (len(group) == limit or image.shape != group[0][1].shape):
-            yield group
-            group = []
-        group.append((target, image))
-    if group:
-        yield group

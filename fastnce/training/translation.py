@@ -61,6 +61,7 @@ def reading_options(config: UnpairedTrainConfig) -> dict[str, object]:
         "serial": config.serial,
         "seed": config.seed,
         "bits": config.bits,
+        "value_range": config.value_range,
         "broken_files": config.broken_files,
         "cache_bytes": int(config.cache_gb * 2**30),
     }
@@ -85,9 +86,12 @@ def _single_images(config: CUTTrainConfig) -> SingleImagePatches:
         flip=config.flip,
         channels_a=config.in_channels,
         channels_b=config.out_channels,
+        bits=config.bits,
+        value_range=config.value_range,
         direction=config.direction,
         epoch_samples=config.epoch_samples,
         seed=config.seed,
+        broken_files=config.broken_files,
     )
 
 

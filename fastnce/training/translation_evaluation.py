@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fastnce.data import list_images, split_folder
-from fastnce.data.folders import image_size, load_image, read_image, to_tensor
+from fastnce.data.aligned import Side, find_pairs
+from fastnce.data.broken import readable
+from fastnce.data.folders import UnfitFile, image_size, load_image, read_image, to_array, to_tensor
+from fastnce.data.unpaired import half_of
 from fastnce.errors import UserError
 from fastnce.metrics import Evaluator, Row, evaluate, evaluate_digits, is_digits_photos
 from fastnce.metrics.extractors import load_extractor
+from fastnce.metrics.pairs import pair_numbers
 from fastnce.metrics.translation import (
     BEST,
     TRANSLATED,
@@ -24,14 +29,15 @@ from fastnce.metrics.translation import (
     halves_name,
     untranslated_name,
 )
-from fastnce.training.config import UnpairedTrainConfig
+from fastnce.training.config import Pix2PixTrainConfig, UnpairedTrainConfig
 from fastnce.training.system import Measure
 
-# Reads the images of files at the size at which they are compared.
-Read = Callable[[Sequence[Path]], Iterator[Tensor]]
+# For some files, what reads the image of one of them at the size at which they are compared.
+Reader = Callable[[Side], Callable[[Path], Tensor]]
 
 # Of the numbers of an evaluation, those that are measured during the training.
-_MEASURED = ("fid", "kid", "precision", "recall", "density", "coverage", "content_accuracy")
+_MEASURED = ("l1", "psnr", "ssim", "fid", "kid", "precision", "recall", "density", "coverage")
+_MEASURED += ("content_accuracy",)
 
 
 def load_judge(
@@ -59,11 +65,14 @@ def judge_folders(
     extractor: nn.Module | None,
     *,
     direction: str = "AtoB",
-    read: Read | None = None,
+    read: Reader | None = None,
     baselines: bool = True,
     evaluator: Evaluator | None = None,
+    paired: bool = False,
+    skip: bool = False,
+    value_range: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    """Judges folders of translated test images, beside untranslated images and other real ones.
+    """Judges folders of translated test images, beside untranslated images and other real ones, by features of all of them.
 
     Args:
         folders: By the name of the row. Of a digits-photos set the files have the names of the source's test images, with any
@@ -74,6 +83,9 @@ def judge_folders(
         read: Reads the real images; by default at their own size.
         baselines: Judge the untranslated and the other real images too.
         evaluator: Of a digits-photos set, if it is loaded already.
+        paired: The data are pairs: see `fastnce.data.AlignedImages`.
+        skip: Leave out files that cannot be read.
+        value_range: The images' numbers that stand for black and white: see `fastnce.data.folders.read_image`.
 
     Returns:
         See `fastnce.metrics.evaluate`.
@@ -81,11 +93,11 @@ def judge_folders(
     Raises:
         UserError: folders or images are missing.
     """
-    read = read or _as_they_are
-    source, target = direction[0], direction[-1]
+    as_they_are = partial(_as_they_are, value_range=value_range)
+    read = read or as_they_are
     if is_digits_photos(data):
-        paths = list_images(split_folder(data, "test", source))
-        images = {name: _stacked(folder, paths) for name, folder in folders.items()}
+        paths = list_images(split_folder(data, "test", direction[0]))
+        images = {name: _stacked(folder, paths, value_range) for name, folder in folders.items()}
         return evaluate_digits(
             images[TRANSLATED],
             data,
@@ -97,34 +109,124 @@ def judge_folders(
             baselines=baselines,
         )
     assert extractor is not None, "load_judge refuses this"
-    plain, real = (_test_images(data, domain) for domain in (source, target))
+
+    def images_of(side: Side, read: Reader) -> Row:
+        return Row(image for _, image in readable(side.paths, read(side), skip=skip))
+
+    plain, real = (_side(data, "test", direction, which, paired) for which in (0, 1))
+    _expect_two(plain)
+    _expect_two(real)
     rows: dict[str, Row | str] = {}
     for name, folder in folders.items():
-        paths = list_images(folder)
-        _expect_two(folder, paths)
-        rows[name] = Row(_as_they_are(paths))
+        made = Side(folder, list_images(folder))
+        _expect_two(made)
+        rows[name] = images_of(made, as_they_are)
+    source, target = direction[0], direction[-1]
     if baselines:
-        rows[untranslated_name(source)] = Row(read(plain))
+        rows[untranslated_name(source)] = images_of(plain, read)
         try:
-            others = list_images(split_folder(data, "train", target))
+            others = _side(data, "train", direction, 1, paired)
         except UserError:
-            rows[halves_name(target)] = f"not measured: there is no train{target}"
+            folder = "train" if paired else f"train{target}"
+            rows[halves_name(target)] = f"not measured: there is no {folder}"
         else:
-            rows[halves_name(target)] = Row(read(_spread(others, len(plain))))
-    result = evaluate(rows, read(real), extractor, baseline=untranslated_name(source))
-    return {"data": str(data), "reference": f"test{target}"} | result
+            spread = others._replace(paths=_spread(others.paths, len(plain.paths)))
+            rows[halves_name(target)] = images_of(spread, read)
+    result = evaluate(
+        rows, images_of(real, read).images, extractor, baseline=untranslated_name(source)
+    )
+    return {"data": str(data), "reference": _name(real)} | result
+
+
+def judge_pairs(
+    folders: Mapping[str, Path],
+    data: Path,
+    *,
+    direction: str = "AtoB",
+    read: Reader | None = None,
+    channels: int = 3,
+    bits: int = 8,
+    baselines: bool = True,
+    skip: bool = False,
+    value_range: tuple[float, float] | None = None,
+) -> dict[str, Any]:
+    """L1, PSNR and SSIM of folders of translated test images of a set of pairs, each against its own truth.
+
+    Args:
+        folders: By the name of the row. The files have the names of the test images, as `fastnce translate` gives them, with any
+            extension; some may be missing, as those of broken images are.
+        data: Folder of the set.
+        direction: As of `judge_folders`.
+        read: Reads the real images; by default at their own size.
+        channels: Of the translated images, to which all are converted.
+        bits: Of the translated images.
+        baselines: Judge the untranslated images too.
+        skip: Leave out files that cannot be read.
+        value_range: As of `judge_folders`.
+
+    Returns:
+        {"reference", "rows": [{"name"} and `fastnce.metrics.pairs.pair_numbers`, ...]}.
+
+    Raises:
+        UserError: folders or images are missing, or an image has another size than its truth.
+    """
+    # Here, as in `translations`.
+    from fastnce.training.translate_files import targets
+
+    source, truth = find_pairs(data, "test", direction)
+    partners = dict(zip(source.paths, truth.paths, strict=True))
+    as_they_are = partial(_as_they_are, channels=channels, bits=bits, value_range=value_range)
+    read = read or as_they_are
+    read_source, read_truth = read(source), read(truth)
+
+    def row(name: str, files: Mapping[Path, Path], read_one: Callable[[Path], Tensor]) -> dict:
+        def pair(path: Path) -> tuple[Tensor, Tensor]:
+            image, true = read_one(files[path]), read_truth(partners[path])
+            if image.shape != true.shape:
+                raise UnfitFile(
+                    f"{files[path]}: is {image.shape[2]}x{image.shape[1]}, but what it should be, in {partners[path]}, "
+                    f"{true.shape[2]}x{true.shape[1]}. Give them one size."
+                )
+            return image, true
+
+        there = [path for path in source.paths if files[path].is_file()]
+        if not there:
+            raise UserError(
+                f"{next(iter(files.values())).parent}: holds no translation of {source.paths[0].name} or another test image. "
+                "Keep the files' names."
+            )
+        return {"name": name} | pair_numbers(both for _, both in readable(there, pair, skip=skip))
+
+    rows = []
+    for name, folder in folders.items():
+        there = {path.with_suffix(""): path for path in list_images(folder)}
+        made = {
+            path: target if target.is_file() else there.get(target.with_suffix(""), target)
+            for path, target in targets(source.paths, source.folder, folder).items()
+        }
+        rows.append(row(name, made, as_they_are(Side(folder, []))))
+    if baselines:
+        themselves = {path: path for path in source.paths}
+        rows.append(row(untranslated_name(direction[0]), themselves, read_source))
+    return {"reference": _name(truth), "rows": rows}
 
 
 def translation_measure(config: UnpairedTrainConfig, _: object) -> Measure | None:
     """What `measure_every` measures: the averaged network's translations of the test images.
 
-    None, and a line that says why, if nothing is there to judge them.
+    Where the training learns from pairs, also L1, PSNR and SSIM. None, and a line that says why, if nothing is there to judge
+    them.
 
     Raises:
         UserError: the extractor or the test images cannot be had.
     """
+    paired = isinstance(config, Pix2PixTrainConfig)
+    extractor, by_features = None, not paired or config.extractor is not None
     try:
-        extractor = load_judge(config.data, config.extractor)
+        if paired:
+            find_pairs(config.data, "test")
+        if by_features:
+            extractor = load_judge(config.data, config.extractor)
     except UserError as error:
         if config.extractor is not None:
             raise
@@ -132,18 +234,40 @@ def translation_measure(config: UnpairedTrainConfig, _: object) -> Measure | Non
         return None
 
     def measure(_: nn.Module, network: nn.Module) -> dict[str, float]:
+        row: dict[str, Any] = {}
         with translations({TRANSLATED: network}, config, config.data) as folders:
-            row = judge_folders(
-                folders,
-                config.data,
-                extractor,
-                direction=config.direction,
-                read=scaled_reader(config),
-                baselines=False,
-            )["rows"][0]
-        return {name: row[name] for name in _MEASURED if row[name] is not None}
+            if paired:
+                numbers = judge_pairs(folders, config.data, baselines=False, **pair_options(config))
+                row |= numbers["rows"][0]
+            if by_features:
+                result = judge_folders(
+                    folders,
+                    config.data,
+                    extractor,
+                    direction=config.direction,
+                    read=scaled_reader(config),
+                    baselines=False,
+                    paired=paired,
+                    skip=config.broken_files == "skip",
+                    value_range=config.value_range,
+                )
+                row |= result["rows"][0]
+        return {name: row[name] for name in _MEASURED if row.get(name) is not None}
 
     return measure
+
+
+def pair_options(config: UnpairedTrainConfig) -> dict[str, Any]:
+    """How `judge_pairs` reads what belongs to a run: as its training did."""
+    channels, bits = config.out_channels, config.bits
+    return {
+        "direction": config.direction,
+        "read": scaled_reader(config, channels, bits),
+        "channels": channels,
+        "bits": bits,
+        "skip": config.broken_files == "skip",
+        "value_range": config.value_range,
+    }
 
 
 @contextmanager
@@ -165,44 +289,72 @@ def translations(
         the folders by name.
     """
     # Here, because `translate` knows all systems, and they know what measures them.
-    from fastnce.training.translate import translate_folder
+    from fastnce.training.translate_files import translate_folder
 
-    source = split_folder(data, "test", (direction or config.direction)[0])
+    paired = isinstance(config, Pix2PixTrainConfig)
+    source = _side(data, "test", direction or config.direction, 0, paired)
     with tempfile.TemporaryDirectory() as parent:
         folders = {name: Path(parent, str(number)) for number, name in enumerate(networks)}
         for name, network in networks.items():
             was_training = network.training
-            translate_folder(network.eval(), config, source, folders[name], direction=direction)
+            translate_folder(
+                network.eval(),
+                config,
+                source.folder,
+                folders[name],
+                direction=direction,
+                half=source.half or "none",
+            )
             network.train(was_training)
         yield folders
 
 
-def scaled_reader(config: UnpairedTrainConfig) -> Read:
+def scaled_reader(config: UnpairedTrainConfig, channels: int = 3, bits: int = 8) -> Reader:
     """Reads images scaled as in the training, without its crop: as those to translate are."""
-    from fastnce.training.translate import image_scaling
+    from fastnce.training.translate_files import image_scaling
 
-    def read(paths: Sequence[Path]) -> Iterator[Tensor]:
-        scale = image_scaling(config, paths)
-        return (to_tensor(scale.prepare(read_image(path, 3))) for path in paths)
+    def reader(side: Side) -> Callable[[Path], Tensor]:
+        scale = image_scaling(config, side.paths, half=side.half)
+
+        def read(path: Path) -> Tensor:
+            image = read_image(path, channels, bits, config.value_range)
+            return to_tensor(scale.prepare(half_of(image, side.half)))
+
+        return read
+
+    return reader
+
+
+def _as_they_are(
+    side: Side,
+    channels: int = 3,
+    bits: int = 8,
+    value_range: tuple[float, float] | None = None,
+) -> Callable[[Path], Tensor]:
+    def read(path: Path) -> Tensor:
+        image = read_image(path, channels, bits, value_range)
+        return to_tensor(to_array(half_of(image, side.half)))
 
     return read
 
 
-def _as_they_are(paths: Sequence[Path]) -> Iterator[Tensor]:
-    return (load_image(path) for path in paths)
+def _side(data: Path, split: str, direction: str, which: int, paired: bool) -> Side:
+    """The images of a split that are translated (`which` 0), or those that are like what they should become (1)."""
+    if paired:
+        return find_pairs(data, split, direction)[which]
+    folder = split_folder(data, split, direction.split("to")[which])
+    return Side(folder, list_images(folder))
 
 
-def _test_images(data: Path, domain: str) -> list[Path]:
-    folder = split_folder(data, "test", domain)
-    paths = list_images(folder)
-    _expect_two(folder, paths)
-    return paths
+def _name(side: Side) -> str:
+    """testB, or the right halves of test."""
+    return f"the {side.half} halves of {side.folder.name}" if side.half else side.folder.name
 
 
-def _expect_two(folder: Path, paths: Sequence[Path]) -> None:
-    if len(paths) < 2:
+def _expect_two(side: Side) -> None:
+    if len(side.paths) < 2:
         raise UserError(
-            f"{folder}: holds one image, and FID needs at least two. Add more, the more the better."
+            f"{side.folder}: holds one image, and FID needs at least two. Add more, the more the better."
         )
 
 
@@ -214,7 +366,9 @@ def _spread(paths: Sequence[Path], count: int) -> list[Path]:
     return [paths[i] for i in chosen]
 
 
-def _stacked(folder: Path, sources: Sequence[Path]) -> Tensor:
+def _stacked(
+    folder: Path, sources: Sequence[Path], value_range: tuple[float, float] | None
+) -> Tensor:
     """The translations of `sources` in a folder, found by their names without extension, in that order. (N, 3, H, W)"""
     files = {path.stem: path for path in list_images(folder)}
     missing = [path.stem for path in sources if path.stem not in files]
@@ -226,7 +380,7 @@ def _stacked(folder: Path, sources: Sequence[Path]) -> Tensor:
     images = []
     size = image_size(sources[0])
     for source in sources:
-        image = load_image(files[source.stem])
+        image = load_image(files[source.stem], value_range=value_range)
         if image.shape[:0:-1] != size:
             raise UserError(
                 f"{files[source.stem]}: is {image.shape[2]}x{image.shape[1]}, but the digits are {size[0]}x{size[1]}. "

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce.data import list_images, save_image
+from fastnce.data.folders import fitting_suffixes
 from fastnce.errors import UserError
 from fastnce.networks.geometry import pixel_grid
 from fastnce.training.patch_encoder import PatchEncoder
@@ -37,7 +38,7 @@ def visualize_similarity(
     Args:
         encoder: see `PatchEncoder`.
         input: image file.
-        out: folder; gets `similarity.png`, and the translation as `output.png`.
+        out: folder; gets `similarity.png`, and the translation as `output.png` (of more than four channels `output.npy`).
         points: (x, y) of pixels of the output; by default `count` of them are chosen, see `distinct_points`.
         count: points that are chosen.
         layers: of `nce_layers`; all if empty.
@@ -54,7 +55,7 @@ def visualize_similarity(
     points = list(points) or distinct_points(encoder, output, count)
     maps = similarity_maps(encoder, image, output, points, layers)
     path = Path(out) / "similarity.png"
-    save_image(output, path.with_name("output.png"))
+    save_image(output, path.with_name(f"output{fitting_suffixes(len(output))[0]}"))
     save_similarity(image, output, maps, path, scale)
     return path
 

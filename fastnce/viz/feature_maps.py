@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastnce.data.files import atomic_path
 from fastnce.networks.geometry import PixelGrid
+from fastnce.viz.plots import as_rgb
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -164,7 +165,7 @@ def _grid_of_axes(
 
 def _pixels(image: Tensor) -> np.ndarray:
     """(C, H, W) in [-1, 1] as (H, W, 3) in [0, 1]."""
-    return ((image.clamp(-1, 1) + 1) / 2).permute(1, 2, 0).expand(-1, -1, 3).numpy()
+    return ((as_rgb(image).clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy()
 
 
 def _over_pixels(values: Tensor, grid: PixelGrid, image: Tensor) -> np.ndarray:

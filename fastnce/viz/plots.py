@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -27,7 +26,7 @@ def sample_grid(rows: Mapping[str, Sequence[Tensor]]) -> Image.Image:
     """A picture with a labelled row per entry of `rows`, and the images of an entry side by side.
 
     Args:
-        rows: label -> images (C, H, W) in [-1, 1], C of 1 or 3, on the CPU. Images of different sizes are centred in cells
+        rows: label -> images (C, H, W) in [-1, 1], on the CPU; see `as_rgb`. Images of different sizes are centred in cells
             of the largest one's size.
     """
     tiles = {label: [_enlarged(image) for image in images] for label, images in rows.items()}
@@ -172,10 +171,13 @@ def save_curves(
         figure.savefig(temporary, dpi=110)
 
 
+def as_rgb(image: Tensor) -> Tensor:
+    """(C, H, W) as the (3, H, W) that are shown of it: the first three channels, or the first of fewer as grey."""
+    return image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+
+
 def _enlarged(image: Tensor) -> Image.Image:
-    array = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    if array.shape[2] == 1:
-        array = np.repeat(array, 3, axis=2)
+    array = ((as_rgb(image).clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     picture = Image.fromarray(array)
     factor = max(1, _READABLE_SIDE // max(picture.size))
     size = (picture.width * factor, picture.height * factor)

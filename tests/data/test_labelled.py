@@ -258,6 +258,92 @@ def test_mistakes_stop_before_the_first_sample(root, arguments, message):
         make(root, **arguments)
 
 
+def test_classes_may_be_chosen_and_others_are_left_out_with_a_word(root, caplog):
+    dataset = make(root, classes=("eel", "cat"), flip=False)
+    assert dataset.class_names == ("eel", "cat") and dataset.labels.tolist() == [1, 1, 1, 0, 0]
+    for index in range(10):  # the pixels tell the class among all three
+        assert corner(dataset[index])[0] == {0: 2, 1: 0}[int(dataset[index]["label"])]
+    assert "images of dog are left out" in caplog.text
+    same = make(root, classes=("cat", "dog", "eel"))
+    assert all(equal(same[index], make(root)[index]) for index in range(20))
+    with pytest.raises(UserError, match="class_names=cat, fox: .* has no class fox. It has cat, d"):
+        make(root, classes=("cat", "fox"))
+    with pytest.raises(UserError, match="class_names=cat, cat: a class is named twice"):
+        make(root, classes=("cat", "cat"))
+
+
+@pytest.mark.parametrize("layout", ["train", "one folder in train", "flat"])
+def test_images_without_classes(tmp_path, layout):
+    write_classes(tmp_path, {"train": 3, "test": 2})
+    if layout == "one folder in train":
+        (tmp_path / "train").rename(tmp_path / "all")
+        (tmp_path / "train").mkdir()
+        (tmp_path / "all").rename(tmp_path / "train" / "all")
+    if layout == "flat":
+        for path in (tmp_path / "train").iterdir():
+            path.rename(tmp_path / path.name)
+        (tmp_path / "train").rmdir()
+    for split, count in (("train", 3), ("test", 2)):
+        images = make(tmp_path, split, needs_labels=False, flip=False)
+        assert images.class_names == ("images",) and images.labels.tolist() == [0] * count
+        assert sorted(corner(images[k])[1] for k in range(count)) == list(range(count))
+    assert "3 images without classes" in make(tmp_path, needs_labels=False).describe()[0]
+    with pytest.raises(UserError, match="Images without classes are for simclr, moco"):
+        make(tmp_path)
+
+
+def test_labels_are_used_where_they_are_even_if_they_are_not_needed(root):
+    for index in range(20):
+        assert equal(make(root, needs_labels=False)[index], make(root)[index])
+
+
+def test_class_balance(root):
+    """Each three samples show three classes; a class of n images shows each once in n of these."""
+    dataset, again = make(root, class_balance=True, flip=False), make(root, class_balance=True)
+    assert len(dataset) == 9
+    labels = [int(dataset[index]["label"]) for index in range(72)]
+    turns = [tuple(labels[k : k + 3]) for k in range(0, 72, 3)]
+    assert all(sorted(turn) == [0, 1, 2] for turn in turns) and len(set(turns)) == 6
+    for label, count in enumerate(CLASSES.values()):
+        shown = [dataset.image_index(index) for index in range(72) if labels[index] == label]
+        cycles = [tuple(shown[k : k + count]) for k in range(0, 24, count)]
+        assert all(len(set(cycle)) == count for cycle in cycles) and len(set(cycles)) > 1
+    for index in (50, 3, 71, 4):
+        assert again.image_index(index) == dataset.image_index(index)
+        assert corner(dataset[index])[0] == labels[index]
+    assert [make(root, class_balance=True, seed=1)[k]["label"] for k in range(72)] != labels
+
+
+def test_a_broken_file_is_replaced_by_one_of_its_class_and_left_out_of_the_test(tmp_path, caplog):
+    write_classes(tmp_path / "train")
+    write_classes(tmp_path / "test")
+    for split in ("train", "test"):
+        (tmp_path / split / "dog" / "3.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"dog/3\.png: cannot be read"):
+        make(tmp_path, "test").all_images()
+    train = make(tmp_path, flip=False, broken_files="skip")
+    samples = [train[index] for index in range(30)]
+    assert all(corner(sample)[0] == sample["label"] for sample in samples)
+    assert corner({"image": train.image(6)}) == (1, 0)  # the class's last, so its first
+    assert len(train) == 9 and train.files()["train"]["dog/3.png"] is None
+    assert len(caplog.records) == 1 and "train/dog/3.png" in caplog.text
+    test = make(tmp_path, "test", broken_files="skip")
+    assert test.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert [corner({"image": test.image(k)}) for k in (5, 6)] == [(1, 2), (2, 0)]
+    assert "1 unreadable" in "".join(train.describe())
+
+
+def test_what_was_found(root):
+    first, second = make(root).describe()
+    assert first == f"{root}: 3 classes, 2 to 4 images each"
+    assert second.startswith(f"{root / 'train'}: 9 images, 8x8, RGB, values 0 to")
+    sizes = {
+        path.relative_to(root / "train").as_posix(): path.stat().st_size
+        for path in (root / "train").rglob("*.png")
+    }
+    assert make(root).files() == {"train": sizes}
+
+
 def test_a_missing_folder_and_a_negative_sample(root, tmp_path):
     with pytest.raises(UserError, match="nowhere: no such folder.*train/CLASS/"):
         make(tmp_path / "nowhere")

@@ -1,5 +1,7 @@
 """Patches of single images: pure in (seed, index), equal to the patches of a whole image that was shrunk."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -167,3 +169,13 @@ def test_mistakes_stop_before_the_first_sample(root, arguments, message):
 def test_negative_index(root):
     with pytest.raises(IndexError, match="sample -1 does not exist"):
         make(root)[-1]
+
+
+def test_broken_files_are_left_out_if_they_are_to_be_skipped(root, tmp_path):
+    shutil.copytree(root, tmp_path / "set")
+    (tmp_path / "set" / "trainA" / "broken.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"broken\.png: cannot be read as an image"):
+        SingleImagePatches(tmp_path / "set", crop_size=8)
+    part = SingleImagePatches(tmp_path / "set", crop_size=8, broken_files="skip")
+    whole = SingleImagePatches(root, crop_size=8)
+    assert torch.equal(part[3]["A"], whole[3]["A"])

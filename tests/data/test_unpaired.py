@@ -187,7 +187,7 @@ def test_a_plain_loop_ends_after_an_epoch(root):
         ),
         ({"augment_a": "afine"}, 'augment_a="afine": expected none or affine'),
         ({"direction": "AB"}, 'direction="AB": expected AtoB or BtoA'),
-        ({"channels_a": 4}, "channels=4"),
+        ({"channels_a": 0}, "channels=0"),
     ],
 )
 def test_mistakes_stop_before_the_first_sample(root, arguments, message):

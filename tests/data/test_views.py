@@ -83,6 +83,26 @@ def test_views_follow_the_order_and_the_labels_of_the_set(root):
         assert torch.equal(sample["view2"], plain[index]["image"])
 
 
+def test_no_batch_holds_an_image_twice(root):
+    """21 images in batches of 8: two batches an epoch, 5 images left out, others each time."""
+    images = LabelledImages(root, image_size=32)
+    stream = TwoViews(images, STILL, batch_size=8)
+    assert len(stream) == 16
+    shown = [images.image_index(index, len(stream)) for index in range(160)]
+    assert all(len(set(shown[k : k + 16])) == 16 for k in range(0, 160, 16))
+    assert len(set(shown)) == 21
+    for index in (3, 15, 16, 100):
+        assert torch.equal(stream[index]["view1"], images.image(shown[index]))
+    whole = TwoViews(
+        images, STILL
+    )  # as before: 8 images of the epoch's end and the next one's beginning
+    assert len(whole) == 21
+    for index in (20, 21):
+        assert torch.equal(whole[index]["view1"], images.image(images.image_index(index)))
+    with pytest.raises(UserError, match="batch_size=22 is larger than the 21 images"):
+        TwoViews(images, STILL, batch_size=22)
+
+
 def test_an_image_is_seen_differently_in_each_epoch(root):
     stream = views(root)
     epochs = [

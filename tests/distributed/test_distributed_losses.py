@@ -126,7 +126,7 @@ def test_reductions_and_gradient_scales(variant, workers):
                 over_ranks, variant, counts, 0.2, torch.float64, options, ranks=size
             )
             loss, grads, tau = joined(answers)
-            if scale == "sum":
+            if scale == "sum" or reduction == "none":
                 grads, tau = [size * grad for grad in grads], size * tau
             if reduction == "none":
                 loss = by_view([loss for loss, *_ in answers], variant)
@@ -158,6 +158,19 @@ def test_published_scale_is_one_over_the_number_of_ranks(workers):
         over_ranks, "info_nce", counts, 1.0, torch.float64, options, ranks=3
     )
     assert all("gradient_scale must be one of" in str(answer) for answer in with_wrong_op)
+
+
+@pytest.mark.parametrize("scale", ["mean", "sum", "published"])
+def test_published_scale_of_own_losses(scale, workers):
+    """Averaged over ranks, the mean of one's own losses has the gradients of one process, and 1 / ranks of it as published."""
+    variant, counts = "conditional_contrastive", (4, 4)
+    _, truth, _ = one_process(variant, *draw(variant, 8, torch.float64), 0.5)
+    options = {"gradient_scale": scale, "reduction": "none"}
+    answers = workers.results(over_ranks, variant, counts, 0.5, torch.float64, options, ranks=2)
+    _, grads, _ = joined(answers)
+    for found, true in zip(grads, truth, strict=True):
+        # The worker sums its 4 losses; their mean is a quarter.
+        torch.testing.assert_close(found / 4, true / 2 if scale == "published" else true)
 
 
 def half_precision(group, strategy):
@@ -208,16 +221,32 @@ def test_keys_without_gradient(workers):
     torch.testing.assert_close(found, query.grad)
 
 
-def second_derivative(group):
-    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    loss = distributed.nt_xent(x, x + 1, group=group)
-    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-    grad.sum().backward()
+def second_derivatives(group):
+    """What each loss answers where a penalty on its gradient is differentiated, for the input by name."""
+    answers = {}
+    for variant, strategy, reduction, backend in itertools.product(
+        VARIANTS, ["ring", "gather"], ["mean", "none"], ["torch", None]
+    ):
+        rows, others = draw(variant, 6, torch.float32)
+        start = rows[0].clone().requires_grad_()
+        options = {"strategy": strategy, "reduction": reduction, "backend": backend}
+        op = getattr(distributed, op_of(variant))
+        loss = op(
+            start.sin(), *rows[1:], *others, **VARIANTS[variant], **options, group=group
+        ).sum()
+        (grad,) = torch.autograd.grad(loss, start, create_graph=True)
+        try:
+            torch.autograd.grad(loss + grad.square().sum(), start)
+            answers[variant, strategy, reduction, backend] = "no error"
+        except RuntimeError as error:
+            answers[variant, strategy, reduction, backend] = str(error)
+    return answers
 
 
 def test_a_second_derivative_is_an_error(workers):
-    answers = workers.run(second_derivative, ranks=2)
-    assert all("no second derivative" in str(answer) for answer in answers)
+    for answers in workers.results(second_derivatives, ranks=2):
+        silent = {case for case, answer in answers.items() if "second derivative" not in answer}
+        assert not silent
 
 
 def test_alone_it_is_the_plain_op():

@@ -74,7 +74,7 @@ def test_the_training_script_runs_under_torchrun(tmp_path):
             [*torchrun, "--nproc-per-node", "2", str(tmp_path / "train.py")],
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=600,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         )
         # Gloo sometimes ends a process so when it leaves, also without this package.

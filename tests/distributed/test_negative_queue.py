@@ -1,10 +1,14 @@
 """MoCo's queue."""
 
 import copy
+import io
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import fastnce
 from fastnce import NegativeQueue
@@ -58,6 +62,143 @@ def test_the_loss_reads_the_queue_where_it_lies():
         assert moved.keys.untyped_storage().data_ptr() == moved.queue.untyped_storage().data_ptr()
 
 
+class Holder(nn.Module):
+    """A user's model with a queue."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.net = nn.Linear(6, 6)
+        self.queue = NegativeQueue(5, 6, seed=seed)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("way", ["torch.save", "save_file", "save_model"])
+def test_saving_a_model_with_a_queue(way, assign, tmp_path):
+    model, other = Holder(), Holder(seed=1)
+    model.queue.enqueue(units(2))
+    path = str(tmp_path / "model")
+    if way == "torch.save":
+        torch.save(model.state_dict(), path)
+        other.load_state_dict(torch.load(path), assign=assign)
+    elif way == "save_file":
+        save_file(model.state_dict(), path)
+        other.load_state_dict(load_file(path), assign=assign)
+    else:
+        save_model(model, path)
+        assert load_model(other, path) == (set(), [])
+    state = other.state_dict()
+    assert all(x.is_contiguous() for x in state.values())
+    assert (state["queue.queue"].shape, state["queue.queue_ptr"].tolist()) == ((6, 5), [2])
+    assert torch.equal(other.queue.keys, model.queue.keys) and other.queue.keys.is_contiguous()
+    other.queue.enqueue(units(1, seed=3))
+    torch.testing.assert_close(other.queue.keys[2], units(1, seed=3)[0])
+
+
+def test_a_checkpoint_of_before():
+    """Whose queue was no contiguous tensor."""
+    old = torch.nn.functional.normalize(torch.randn(5, 6)).T
+    stream = io.BytesIO()
+    torch.save({"queue": old, "queue_ptr": torch.tensor([3])}, stream)
+    stream.seek(0)
+    state = torch.load(stream)
+    assert not state["queue"].is_contiguous()
+    queue = NegativeQueue(5, 6)
+    queue.load_state_dict(state)
+    assert torch.equal(queue.keys, old.T) and queue.queue_ptr.tolist() == [3]
+
+
+MOVES = {
+    "half": lambda q: q.half(),
+    "to a dtype": lambda q: q.to(torch.float64),
+    "cpu": lambda q: q.cpu(),
+    "copy": copy.deepcopy,
+    "pickle": lambda q: torch.load(pickled(q), weights_only=False),
+    "state dict": lambda q: loaded(q.state_dict()),
+    "part of a model": lambda q: nn.ModuleList([q]).bfloat16()[0],
+}
+
+
+def pickled(queue):
+    stream = io.BytesIO()
+    torch.save(queue, stream)
+    stream.seek(0)
+    return stream
+
+
+def loaded(state):
+    queue = NegativeQueue(5, 6, seed=9)
+    queue.load_state_dict(state)
+    return queue
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_keys_that_wait_go_with_the_queue(move):
+    queue = NegativeQueue(5, 6)
+    queue.enqueue(units(2))
+    queue.enqueue(units(1, seed=1))
+    moved = MOVES[move](queue)
+    expected = torch.cat([units(2), units(1, seed=1)]).to(moved.queue.dtype)
+    torch.testing.assert_close(moved.keys[:3], expected)
+    assert moved.keys.dtype == moved.queue.dtype and moved.queue_ptr.tolist() == [3]
+
+
+def test_keys_that_wait_move_to_another_device():
+    queue = NegativeQueue(5, 6)
+    queue.enqueue(units(2))
+    assert queue.to("meta").keys.device.type == "meta"
+
+
+def test_a_state_dict_leaves_the_queue_to_the_backward():
+    """Keys that wait are in it; those that the loss has read are not written over."""
+    queue, query = NegativeQueue(8, 6), units(2, seed=5).requires_grad_()
+    loss = fastnce.info_nce(query, units(2), queue.keys, reduction="none", backend="torch")
+    queue.enqueue(units(2))
+    first, second = queue.state_dict(), queue.state_dict()
+    loss.sum().backward()
+    torch.testing.assert_close(first["queue"][:, :2].T, units(2))
+    assert torch.equal(first["queue"], second["queue"]) and first["queue_ptr"].tolist() == [2]
+    queue.load_state_dict({}, strict=False)  # nothing for it: what waits still waits
+    assert torch.equal(queue.keys.T, first["queue"])
+
+
+@pytest.mark.parametrize("queue_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_keys_of_any_dtype_under_autocast(dtype, queue_dtype):
+    """As the loss takes them there; they are normalised in the wider dtype, then rounded to the queue's."""
+    queue, keys = NegativeQueue(4, 6, dtype=queue_dtype), (3 * units(2)).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        queue.enqueue(keys)
+        assert fastnce.info_nce(keys, keys, queue.keys).isfinite()
+    wide = torch.promote_types(dtype, queue_dtype)
+    expected = torch.nn.functional.normalize(keys.double()).to(wide).to(queue_dtype)
+    found = queue.keys[:2]
+    assert found.dtype == queue_dtype
+    torch.testing.assert_close(found, expected)
+
+
+def ddp_with_a_queue(group):
+    """Each rank begins with other keys; DDP sends them rank 0's."""
+    rank = dist.get_rank(group)
+    model = Holder(seed=rank)
+    torch.manual_seed(rank)
+    own = model.queue.keys.clone()
+    ddp = DistributedDataParallel(model, process_group=group)
+    ddp(torch.randn(2, 6)).sum().backward()
+    model.queue.enqueue(units(1, seed=rank), group=group)
+    return own, model.queue.keys, model.queue.keys.is_contiguous(), model.queue.queue_ptr.tolist()
+
+
+def test_ddp_sends_the_queue(workers):
+    (first, keys, contiguous, pointer), other = workers.results(ddp_with_a_queue, ranks=2)
+    expected = torch.cat([units(1), units(1, seed=1), first[2:]])
+    for found in (keys, other[1]):
+        torch.testing.assert_close(found, expected)
+    assert (contiguous, pointer) == (True, [2]) == other[2:]
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_enqueue_between_forward_and_backward(reduction, backend):
     """What every training loop of MoCo does; unreduced, the backward needs the queue as it was."""
@@ -89,6 +230,7 @@ def test_keys_are_normalised_and_without_gradient():
     [
         (torch.randn(2, 5), "keys must have the shape (2, 6) (the queue has dim=6), got (2, 5)"),
         (torch.randn(2, 6).double(), "keys is torch.float64 but the queue is torch.float32"),
+        (torch.randn(2, 6).bfloat16(), "keys is torch.bfloat16 but the queue is torch.float32"),
         (torch.randn(6), "keys must have the shape (N, D), got (6,)"),
     ],
 )

@@ -93,6 +93,63 @@ def test_gradients_of_the_whole_batch(wrapper, strategy, workers):
             assert (grad - true).norm() <= 2e-6 * true.norm()
 
 
+def own_losses(group, wrapper, op, counts, scale):
+    """All gradients after the wrapper has averaged them, of this rank's part of the mean over all rows."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    model = Model()
+    if wrapper == "ddp":
+        model = DistributedDataParallel(model, process_group=group, find_unused_parameters=True)
+    else:
+        fully_shard(model, mesh=DeviceMesh("cpu", list(range(size))))
+    rows = sum(counts)
+    x, y, labels = (part[:rows].split(counts)[rank] for part in data())
+    options = {"reduction": "none", "group": group, "gradient_scale": scale}
+    found = by_name(distributed, op, model(x, y, labels), labels, **options)
+    if len(set(counts)) == 1:
+        loss = found.mean()
+    else:
+        views = len(found) // len(x)  # of nt_xent two
+        loss = found.sum() * size / (views * rows)
+    loss.backward()
+    grads = [p.grad for p in model.parameters()]
+    return [
+        grad.full_tensor() if wrapper == "fsdp" and grad is not None else grad for grad in grads
+    ]
+
+
+def by_name(ops, op, outputs, labels, **options):
+    image, text, proxies, tau = outputs
+    rows = {
+        "info_nce": (image, text),
+        "nt_xent": (image, text),
+        "sup_con": (image, labels),
+        "conditional_contrastive": (image, proxies, labels),
+    }[op]
+    return getattr(ops, op)(*rows, temperature=tau, **options)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "counts", "scale"),
+    [
+        ("ddp", (4, 4, 4), "mean"),
+        ("ddp", (6, 6), "sum"),
+        ("ddp", (3, 7, 2), "mean"),
+        ("fsdp", (3, 3, 3, 3), "mean"),
+    ],
+)
+@pytest.mark.parametrize("op", ["info_nce", "nt_xent", "sup_con", "conditional_contrastive"])
+def test_the_mean_of_own_losses(op, wrapper, counts, scale, workers):
+    """What the wrapper averages is the gradient of one process's mean, with nothing that the user has to multiply."""
+    model, (x, y, labels) = Model(), data()
+    by_name(fastnce, op, model(x, y, labels), labels, reduction="none").mean().backward()
+    answers = workers.results(own_losses, wrapper, op, counts, scale, ranks=len(counts))
+    for grads in answers:
+        for found, parameter in zip(grads, model.parameters(), strict=True):
+            true = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            found = torch.zeros_like(parameter) if found is None else found
+            assert (found - true).norm() <= 2e-6 * true.norm()
+
+
 def cached_step(group, wrapper):
     """Gradients from chunks, and how often the ranks exchanged them."""
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_START_SECONDS = 240  # on a busy machine
+_START_SECONDS = 600  # on a busy machine
 _groups: dict[int, dist.ProcessGroup | None] = {}  # in a worker: by size
 
 
@@ -26,7 +26,7 @@ class Workers:
         timeout: of the process group, in seconds.
     """
 
-    def __init__(self, size: int, folder: Path, timeout: float = 60) -> None:
+    def __init__(self, size: int, folder: Path, timeout: float = 240) -> None:
         context = multiprocessing.get_context("spawn")
         self.size, self._results = size, context.Queue()
         self._tasks = [context.Queue() for _ in range(size)]

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastnce
@@ -353,3 +354,16 @@ def test_the_whole_batch_is_that_of_all_ranks(monkeypatch, scale):
     ours = model(rank_gradients=scale)
     ours.training_step(batch(ours.config))
     assert seen == [scale] * 3  # two updates of D, one of G
+
+
+@pytest.mark.parametrize("backbone", ["biggan", "sngan"])
+def test_a_state_dict_for_safetensors(backbone, tmp_path):
+    """The weights are in channels_last; in the state dict they are contiguous, and no two are one."""
+    system, other = model(backbone=backbone), model(backbone=backbone)
+    save_file(system.state_dict(), tmp_path / "model.safetensors")
+    with torch.no_grad():
+        for x in other.parameters():
+            x.zero_()
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert all(map(torch.equal, system.parameters(), other.parameters()))
+    assert any(not x.is_contiguous() for x in other.parameters())

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from fastnce.errors import UserError
 from fastnce.models import Representation, RepresentationConfig
@@ -187,3 +188,16 @@ def test_batches_that_are_too_small():
         build().training_step(batch(count=1))
     with pytest.raises(ValueError, match="got 3 images, fewer than norm_splits=4"):
         build(method="moco", norm_splits=4).training_step(batch(count=3))
+
+
+def test_a_state_dict_for_safetensors(tmp_path):
+    """The weights are in channels_last, and MoCo's queue lies the other way round: neither is in the state dict."""
+    model, other = build(method="moco"), build(method="moco")
+    model.training_step(batch())
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    x = batch(seed=1)["view1"]
+    model.eval(), other.eval()
+    assert torch.equal(model.encoder(x), other.encoder(x))
+    assert torch.equal(model.queue.keys, other.queue.keys)
+    assert any(not p.is_contiguous() for p in model.parameters())

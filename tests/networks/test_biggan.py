@@ -30,7 +30,7 @@ def test_published_parameter_counts(generator, discriminator, expected):
 
 def test_downsampling_blocks():
     with torch.device("meta"):
-        by_size = {size: BigGANDiscriminator(size, 10, 8) for size in (16, 32, 64, 128)}
+        by_size = {size: BigGANDiscriminator(size, 10, 8) for size in (16, 32, 64, 128, 256)}
     pattern = {
         size: "".join(
             "-T"[block.downsample]
@@ -39,7 +39,13 @@ def test_downsampling_blocks():
         )
         for size, d in by_size.items()
     }
-    assert pattern == {16: "T-", 32: "T--", 64: "TTT-", 128: "TTTT-"}  # after the first, which does
+    assert pattern == {
+        16: "T-",
+        32: "T--",
+        64: "TTT-",
+        128: "TTTT-",
+        256: "TTTTT-",
+    }  # after the first, which does
 
 
 SN = ("weight_orig", "weight_u", "weight_v")

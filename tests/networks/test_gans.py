@@ -62,6 +62,38 @@ def test_shapes(family, image_size):
 
 
 @every_family
+@pytest.mark.parametrize("image_size", [20, 24, 28, 48, 96, 112, 160, 256])
+def test_sizes_between_the_published_ones(family, image_size):
+    """The layers of the power of two below, on a first map of 4 to 7; its weights differ in the first layer alone."""
+    nominal = 1 << image_size.bit_length() - 1
+    latent = 420  # a multiple of every number of chunks
+    with torch.device("meta"):
+        g, d = (
+            network(image_size, *rest, CLASSES, 8)
+            for network, rest in zip(FAMILIES[family], ((latent,), ()), strict=True)
+        )
+        labels = torch.empty(2, dtype=torch.int64)
+        images = g(torch.empty(2, latent), labels)
+        features = d(images, labels).features
+        same_g = FAMILIES[family][0](nominal, latent, CLASSES, 8)
+        same_d = FAMILIES[family][1](nominal, CLASSES, 8)
+    assert images.shape == (2, 3, image_size, image_size)
+    assert features.shape == (2, same_d.feature_dim)
+    assert shapes(d) == shapes(same_d)
+    differing = {name for name, shape in shapes(g).items() if shapes(same_g)[name] != shape}
+    first = {"linear0.weight", "linear0.weight_orig", "linear0.weight_u", "linear0.bias"}
+    assert differing <= first and bool(differing) == (image_size != nominal)
+    weight = g.linear0.bias
+    assert (
+        weight.numel() * (4 * nominal) ** 2 == same_g.linear0.bias.numel() * (4 * image_size) ** 2
+    )
+
+
+def shapes(network):
+    return {name: value.shape for name, value in network.state_dict().items()}
+
+
+@every_family
 def test_images_are_in_range_and_depend_on_their_label(family):
     g, _ = pair(family)
     z, labels = batch(g)
@@ -272,10 +304,10 @@ def test_wrong_inputs(family):
 @every_family
 def test_wrong_options(family):
     g, d = FAMILIES[family]
-    with pytest.raises(ValueError, match=r"image_size=48 must be one of \(16, 32, 64, 128\)"):
-        g(48, LATENT, CLASSES, 8)
-    with pytest.raises(ValueError, match=r"image_size=48 must be one of \(16, 32, 64, 128\)"):
-        d(48, CLASSES, 8)
+    for network, latent in ((g, [LATENT]), (d, [])):
+        for size, near in ((50, "48 or 56"), (8, "16 or 20"), (512, "384 or 448"), (0, "16 or 20")):
+            with pytest.raises(ValueError, match=rf"image_size={size} must be.*Use {near}\."):
+                network(size, *latent, CLASSES, 8)
     with pytest.raises(ValueError, match=r"conditioning='ACGAN' must be one of \('none', '2C',"):
         d(16, CLASSES, 8, conditioning="ACGAN")
 

@@ -1,10 +1,16 @@
-"""ResNet encoders: sizes, the field's parameter names, and one block against its equation."""
+"""ResNet encoders: sizes, the field's parameter names, one block against its equation, and the guard of its shortcut."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnce.networks import RESNETS, ProjectionHead, ResNetEncoder
+from fastnce.networks.layers import StridedConv1x1
 from fastnce.networks.resnet_encoder import Bottleneck
 
 
@@ -71,6 +77,83 @@ def test_a_bottleneck_is_its_equation():
     y = norm(F.conv2d(y, w["conv3.weight"]), "bn3")
     shortcut = norm(F.conv2d(x, w["downsample.0.weight"], stride=2), "downsample.1")
     torch.testing.assert_close(block(x), (y + shortcut).relu())
+
+
+class Convolutions(TorchDispatchMode):
+    """Notes the strides of what the convolutions and their gradients get."""
+
+    def __init__(self):
+        super().__init__()
+        self.strides = {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.overloadpacket.__name__
+        if name in ("convolution", "convolution_backward"):
+            *_, x, weight = [a for a in args[:3] if a is not None and a.dim() == 4]
+            self.strides[name] = [(t.shape, t.stride()) for t in (x, weight)]
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("size", [(12, 2, 8, 8), (3, 6, 5, 7), (4, 2, 1, 1)])
+def test_few_channels_are_contiguous_on_the_cpu(size):
+    """Whatever the format of maps and weight, where oneDNN would write beyond its memory."""
+    torch.manual_seed(0)
+    last = {"memory_format": torch.channels_last}
+    layer = StridedConv1x1(size[1], 4, 2).to(**last)
+    x = torch.randn(size).contiguous(**last).requires_grad_()
+    with Convolutions() as seen:
+        y = layer(x)
+        grad = torch.randn_like(y).contiguous(**last)
+        y.backward(grad)
+    assert seen.strides.keys() == {"convolution", "convolution_backward"}
+    for tensors in seen.strides.values():
+        for shape, strides in tensors:
+            assert strides == torch.empty(shape).stride()
+    exact = [t.detach().double().contiguous().requires_grad_() for t in (x, layer.weight)]
+    expected = F.conv2d(*exact, stride=2)
+    expected.backward(grad.double())
+    torch.testing.assert_close(y, expected.float())
+    torch.testing.assert_close(x.grad, exact[0].grad.float())
+    torch.testing.assert_close(layer.weight.grad, exact[1].grad.float())
+
+
+def test_more_channels_keep_their_format():
+    layer = StridedConv1x1(8, 4, 2)
+    x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    assert layer(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "small"])
+def test_every_strided_1x1_convolution_is_guarded(name):
+    with torch.device("meta"):
+        layers = list(ResNetEncoder(*RESNETS[name]).modules())
+    strided = [
+        x
+        for x in layers
+        if isinstance(x, torch.nn.Conv2d) and x.kernel_size == (1, 1) and x.stride != (1, 1)
+    ]
+    assert strided and all(isinstance(x, StridedConv1x1) for x in strided)
+
+
+TRAIN_A_SMALL_ENCODER = """
+import torch
+from fastnce.networks import ResNetEncoder
+torch.set_num_threads(1)
+last = {"memory_format": torch.channels_last}
+encoder = ResNetEncoder((1, 1, 1), base_channels=2, stem="cifar").to(**last)
+for _ in range(60):
+    images = torch.randn(12, 3, 8, 8).contiguous(**last)
+    encoder(images).square().sum().backward()
+print("done")
+"""
+
+
+def test_small_encoders_train_without_avx512():
+    """oneDNN takes its AVX2 code on any processor that has it. Unguarded, the process aborts within these steps."""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    command = [sys.executable, "-c", TRAIN_A_SMALL_ENCODER]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
 def test_head():

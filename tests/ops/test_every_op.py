@@ -327,21 +327,6 @@ def test_torch_func_works_on_plain_pytorch(op, name):
 
 
 @each_op
-def test_second_derivative_is_refused_by_fused_kernels(
-    op, name, fused_backend, needs_support, device
-):
-    """Also where the upstream gradient is a constant, where PyTorch alone would return a gradient cut off in silence."""
-    needs_support(op, fused_backend)
-    sample = mapped(samples(op, device=device)[name], "", lambda x: x)
-    leaves = [x for x in tensors_of(sample) if x.requires_grad]
-    total = sum(out.sum() for out in call(op, sample, fused_backend))
-    grads = torch.autograd.grad(total, leaves, create_graph=True)
-    penalty = sum(g.square().sum() for g in grads) + sum(x.square().sum() for x in leaves)
-    with pytest.raises(RuntimeError, match="no second derivative.*backend='torch'"):
-        penalty.backward()
-
-
-@each_op
 def test_second_derivative_of_plain_pytorch(op, name):
     sample = mapped(samples(op, torch.float64)[name], "", lambda x: x)
     first = tensors_of(sample)[0]

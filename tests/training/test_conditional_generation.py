@@ -251,6 +251,9 @@ def test_generate_without_the_data(whole, labelled, tmp_path):
 
     gone = dataclasses.replace(config, data=tmp_path / "gone")
     generate_folder(generator, gone, tmp_path / "out", count=1)
+    assert (tmp_path / "out" / "cat" / "0000.png").exists()
+    old = dataclasses.replace(gone, class_names=())
+    generate_folder(generator, old, tmp_path / "out", count=1)
     assert (tmp_path / "out" / "2" / "0000.png").exists()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from same_run import assert_same_run, checkpoint
+from tiny import TINY
 
 from fastnce.training import train
 from fastnce.training.config import to_dict
@@ -19,8 +20,6 @@ STEPS = {"steps": 54, "checkpoint_every": 3, "sample_every": 27, "log_every": 2}
 
 @pytest.fixture(scope="module")
 def never_killed(data, tmp_path_factory):
-    from conftest import TINY
-
     from fastnce.training import build_config
 
     out = tmp_path_factory.mktemp("never-killed") / "run"
@@ -39,7 +38,7 @@ def killed(config, kills):
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
     )
     ends = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert len(ends) == len(kills) + 1 and ends[-1] == [0, False], done.stderr
@@ -54,7 +53,7 @@ def assert_whole(run):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_ten_kills_at_random_moments_and_at_every_stage_of_writing_a_checkpoint(
+def test_kills_at_random_moments_and_at_every_stage_of_writing_a_checkpoint(
     tiny, never_killed, workers
 ):
     """Stages: before the file is there, before it is on the disk, before it has its name; of the first checkpoint, then others."""
@@ -67,7 +66,7 @@ def test_ten_kills_at_random_moments_and_at_every_stage_of_writing_a_checkpoint(
         ["link", 1],
         ["replace", 2],
     ]
-    ends = killed(config, [*stages, *["at random"] * 10])
+    ends = killed(config, [*stages, *range(8)])
     assert ends[: len(stages)] == [[9, True]] * len(stages)
     assert [number for number, _ in ends] == [9] * len(ends)  # none had finished before
     assert_same_run(config.out, never_killed)

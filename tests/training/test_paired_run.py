@@ -1,14 +1,30 @@
-"""Runs of pix2pix on pairs: what they leave, resuming, and that it learns from the pairs."""
+"""Runs of pix2pix on pairs: what they leave, resuming, that it learns from the pairs; translating and judging pairs."""
+
+import json
+import math
+import shutil
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from same_run import assert_same_run
+from skimage.metrics import structural_similarity
+from torch import nn
 
-from fastnce.data import AlignedImages
+from fastnce.data import AlignedImages, list_images
 from fastnce.errors import UserError
-from fastnce.training import build_config, load_generator, train, translate
+from fastnce.metrics.distribution import frechet_distance
+from fastnce.training import (
+    build_config,
+    evaluate_run,
+    load_generator,
+    train,
+    translate,
+    translate_folder,
+)
+from fastnce.training.evaluation import evaluate_images
 from fastnce.training.log import read_metrics
 
 TINY = {
@@ -94,3 +110,175 @@ def test_mistakes(pairs, tmp_path):
         train(tiny(pairs, tmp_path / "run", num_downs=8))
     with pytest.raises(UserError, match="augment_a=affine is unknown. Use one of: none"):
         tiny(pairs, tmp_path / "run", augment_a="affine")
+
+
+def levels(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def halves(folder) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [tuple(np.split(levels(path), 2, axis=1)) for path in list_images(folder)]
+
+
+def by_hand(generator, image: np.ndarray) -> np.ndarray:
+    return translate(generator, torch.tensor(image).permute(2, 0, 1)).permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize(("direction", "which"), [("AtoB", 0), ("BtoA", 1)])
+def test_the_inputs_half_of_side_by_side_files_is_translated(
+    pairs, tmp_path, direction, which, capsys
+):
+    run = train(tiny(pairs, tmp_path / "run", direction=direction, steps=2))
+    generator, config = load_generator(run)
+    translate_folder(generator, config, pairs / "test", tmp_path / "out")
+    half = ("left", "right")[which]
+    assert f"the {half} half of each file is translated" in capsys.readouterr().err
+    for number, pair in enumerate(halves(pairs / "test")):
+        expected = by_hand(generator, pair[which])
+        assert np.array_equal(levels(tmp_path / "out" / f"{number}.png"), expected)
+    # A copy elsewhere has the shape of the training's files.
+    shutil.copytree(pairs / "test", tmp_path / "copy")
+    translate_folder(generator, config, tmp_path / "copy", tmp_path / "again")
+    assert np.array_equal(levels(tmp_path / "again" / "3.png"), levels(tmp_path / "out" / "3.png"))
+    # Asked for, whole files.
+    whole = {"preprocess": "none", "half": "none"}
+    translate_folder(generator, config, pairs / "test", tmp_path / "whole", **whole)
+    assert levels(tmp_path / "whole" / "0.png").shape == (16, 32, 3)
+
+
+def test_inputs_alone_are_translated_whole(whole, pairs, tmp_path, capsys):
+    generator, config = load_generator(whole)
+    left = halves(pairs / "test")[0][0]
+    (tmp_path / "in").mkdir()
+    Image.fromarray(left).save(tmp_path / "in" / "a.png")
+    translate_folder(generator, config, tmp_path / "in", tmp_path / "out")
+    assert "whole files are translated" in capsys.readouterr().err
+    assert np.array_equal(levels(tmp_path / "out" / "a.png"), by_hand(generator, left))
+
+
+def test_pairs_or_not_where_the_training_data_are_gone(whole, pairs, tmp_path):
+    generator, config = load_generator(whole)
+    moved = build_config(
+        "pix2pix", overrides={"data": tmp_path / "gone", "out": tmp_path / "run"} | TINY
+    )
+    with pytest.raises(UserError, match=r"0\.png: may be a pair .*--half left, or --half none"):
+        translate_folder(generator, moved, pairs / "test", tmp_path / "out")
+    assert translate_folder(generator, moved, pairs / "test", tmp_path / "out", half="left") == 4
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "in" / "a.png")
+    assert translate_folder(generator, moved, tmp_path / "in", tmp_path / "out") == 1
+
+
+@pytest.fixture(scope="module")
+def two_folders(pairs, tmp_path_factory):
+    """The same pairs, A and B in folders of their own."""
+    root = tmp_path_factory.mktemp("two_folders")
+    for split in ("train", "test"):
+        for which, domain in enumerate("AB"):
+            (root / f"{split}{domain}").mkdir()
+            for path, pair in zip(list_images(pairs / split), halves(pairs / split), strict=True):
+                Image.fromarray(pair[which]).save(root / f"{split}{domain}" / path.name)
+    return root
+
+
+def numbers(image: np.ndarray, truth: np.ndarray) -> tuple[float, float, float]:
+    one, other = image / 255, truth / 255
+    # Which leaves out a border as wide as half the window: here that is the mirrored one.
+    ssim = structural_similarity(
+        *(np.pad(x, ((5, 5), (5, 5), (0, 0)), mode="reflect") for x in (one, other)),
+        channel_axis=2,
+        data_range=1,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+    )
+    return np.abs(one - other).mean(), -10 * math.log10(((one - other) ** 2).mean()), ssim
+
+
+def test_evaluation_compares_with_the_other_half(whole, pairs, two_folders):
+    result, table = evaluate_run(whole)
+    assert json.loads((whole / "metrics.json").read_text()) == result
+    assert (whole / "metrics.md").read_text() == table
+    generator, _ = load_generator(whole)
+    both = halves(pairs / "test")
+    expected = {
+        "translated": [numbers(by_hand(generator, a), b) for a, b in both],
+        "untranslated A": [numbers(a, b) for a, b in both],
+    }
+    assert [row["name"] for row in result["pairs"]["rows"]] == list(expected)
+    for row in result["pairs"]["rows"]:
+        assert row["count"] == 4 and row["size"] == "16x16"
+        values = (row["l1"], row["psnr"], row["ssim"])
+        assert values == pytest.approx(np.mean(expected[row["name"]], axis=0), rel=1e-4)
+    assert "| images         | L1" in table and "the right halves of test" in table
+    assert "not measured without --extractor" in table and "rows" not in result
+    # The other layout, the same pictures.
+    other, _ = evaluate_run(whole, two_folders)
+    assert other["pairs"] == result["pairs"] | {"reference": "testB"}
+
+
+class Colours(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean((2, 3)) / 255
+
+
+@pytest.fixture(scope="module")
+def extractor(tmp_path_factory):
+    path = tmp_path_factory.mktemp("extractor") / "colours.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Colours()).save(str(path))
+    return path
+
+
+def test_fid_of_pairs_and_images_of_another_program(whole, pairs, extractor, tmp_path):
+    result, table = evaluate_run(whole, extractor=extractor)
+    rows = {row["name"]: row for row in result["rows"]}
+    colours = [
+        torch.tensor(np.stack([pair[which].mean((0, 1)) for pair in halves(pairs / "test")])) / 255
+        for which in (0, 1)
+    ]
+    expected = frechet_distance(*colours)
+    assert rows["untranslated A"]["fid"] == pytest.approx(expected, rel=1e-4)
+    assert rows["B against other images of B"]["count"] == 4
+    assert "PSNR" in table and "| FID" in table
+    # The truth itself, from anywhere, in another format.
+    for path, (_, truth) in zip(list_images(pairs / "test"), halves(pairs / "test"), strict=True):
+        (tmp_path / "made").mkdir(exist_ok=True)
+        Image.fromarray(truth).save(tmp_path / "made" / f"{path.stem}.bmp")
+    result, _ = evaluate_images(tmp_path / "made", pairs, out=tmp_path)
+    row = result["pairs"]["rows"][0]
+    assert (row["l1"], row["psnr"], row["ssim"]) == (0, None, pytest.approx(1))
+    Image.new("RGB", (8, 8)).save(tmp_path / "made" / "2.bmp")
+    with pytest.raises(
+        UserError, match=r"2\.bmp: is 8x8, but what it should be, in .*2\.png, 16x16"
+    ):
+        evaluate_images(tmp_path / "made", pairs, out=tmp_path)
+
+
+def test_measuring_pairs_during_the_training(pairs, tmp_path, capsys):
+    run = train(tiny(pairs, tmp_path / "run", measure_every=2))
+    lines = read_metrics(run / "measurements.jsonl")
+    assert [line["step"] for line in lines] == [2, 4]
+    assert set(lines[0]) == {"step", "l1", "psnr", "ssim"}
+    result, _ = evaluate_run(run)
+    rows = {row["name"]: row for row in result["pairs"]["rows"]}
+    assert rows["translated"]["l1"] == pytest.approx(lines[-1]["l1"])
+    best = min(line["l1"] for line in lines)
+    assert rows["translated, best checkpoint"]["l1"] == pytest.approx(best)
+    capsys.readouterr()
+    (tmp_path / "no_test").mkdir()
+    (tmp_path / "no_test" / "train").symlink_to(pairs / "train")
+    train(tiny(tmp_path / "no_test", tmp_path / "other", measure_every=2, steps=2))
+    assert "Nothing is measured." in capsys.readouterr().err
+
+
+def test_a_broken_pair_is_left_out_of_the_evaluation(whole, pairs, tmp_path):
+    shutil.copytree(pairs, tmp_path / "data")
+    bad = tmp_path / "data" / "test" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"1\.png: cannot be read .*--broken-files skip"):
+        evaluate_run(whole, tmp_path / "data")
+    result, _ = evaluate_run(whole, tmp_path / "data", broken_files="skip")
+    assert [row["count"] for row in result["pairs"]["rows"]] == [3, 3]

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from fastnce.data import load_image
 from fastnce.errors import UserError
 from fastnce.training import (
+    build_config,
     export_published,
     export_shared,
     load_config,
@@ -73,6 +76,62 @@ def official_projector(channels=(4, 8, 8), dim=8) -> dict[str, Tensor]:
         shapes |= {f"mlp_{index}.0.weight": (dim, into), f"mlp_{index}.0.bias": (dim,)}
         shapes |= {f"mlp_{index}.2.weight": (dim, dim), f"mlp_{index}.2.bias": (dim,)}
     return fill(shapes, {})
+
+
+def official_cyclegan_generator(c=2, blocks=1) -> dict[str, Tensor]:
+    """Of the older repository: strided convolutions down, transposed ones up."""
+    convs = convolution("model.1", c, 3, 7) | convolution("model.4", 2 * c, c, 3)
+    convs |= convolution("model.7", 4 * c, 2 * c, 3)
+    for block in range(10, 10 + blocks):
+        for index in (1, 5):
+            convs |= convolution(f"model.{block}.conv_block.{index}", 4 * c, 4 * c, 3)
+    for index, width in ((10 + blocks, 2 * c), (13 + blocks, c)):
+        # The weight of a transposed convolution begins with its input's channels.
+        convs[f"model.{index}.weight"] = (2 * width, width, 3, 3)
+        convs[f"model.{index}.bias"] = (width,)
+    return fill(convs | convolution(f"model.{17 + blocks}", 3, c, 7), {})
+
+
+def batch_norm(name: str, width: int) -> dict[str, Tensor]:
+    state = fill({f"{name}.{key}": (width,) for key in ("weight", "bias", "running_mean")}, {})
+    return state | {
+        f"{name}.running_var": torch.ones(width),
+        f"{name}.num_batches_tracked": torch.tensor(7),
+    }
+
+
+def official_unet(c=2, levels=5, into=3, out=3) -> dict[str, Tensor]:
+    """The U-Net of pix2pix with batch norm: level by level inside one another."""
+    widths = [c * min(2**level, 8) for level in range(levels)]
+    shapes = {"model.model.0.weight": (c, into, 4, 4), "model.model.3.weight": (2 * c, out, 4, 4)}
+    shapes["model.model.3.bias"] = (out,)
+    norms, prefix = {}, "model.model.1.model"
+    for level in range(1, levels):
+        innermost = level == levels - 1
+        up = 3 if innermost else 5
+        below = widths[level] * (1 if innermost else 2)
+        shapes[f"{prefix}.1.weight"] = (widths[level], widths[level - 1], 4, 4)
+        shapes[f"{prefix}.{up}.weight"] = (below, widths[level - 1], 4, 4)
+        norms |= batch_norm(f"{prefix}.{up + 1}", widths[level - 1])
+        if not innermost:
+            norms |= batch_norm(f"{prefix}.2", widths[level])
+        prefix += ".3.model"
+    return fill(shapes, {}) | norms
+
+
+def official_pix2pix_discriminator(c=2) -> dict[str, Tensor]:
+    """Of input and output side by side, with batch norm."""
+    convs, norms = convolution("model.0", c, 6, 4) | convolution("model.11", 1, 8 * c, 4), {}
+    for index, width in ((2, 2 * c), (5, 4 * c), (8, 8 * c)):
+        convs[f"model.{index}.weight"] = (width, width // 2, 4, 4)
+        norms |= batch_norm(f"model.{index + 1}", width)
+    return fill(convs, {}) | norms
+
+
+def parameters(state: dict[str, Tensor]) -> int:
+    return sum(
+        v.numel() for k, v in state.items() if not k.endswith(("filt", "mean", "var", "tracked"))
+    )
 
 
 def prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -136,11 +195,102 @@ def test_the_published_defaults_are_our_defaults():
         "base_channels": 64,
         "num_blocks": 9,
         "antialias": True,
+        "antialias_up": True,
         "disc_channels": 64,
         "disc_layers": 3,
         "disc_antialias": True,
         "projection_dim": 256,
     }
+
+
+@pytest.mark.parametrize("blocks", [1, 6])
+def test_a_generator_of_the_older_repository_is_its_function(tmp_path, blocks):
+    state = official_cyclegan_generator(blocks=blocks)
+    torch.save(state, tmp_path / "latest_net_G.pth")
+    generator, config = load_generator(tmp_path / "latest_net_G.pth")
+    assert (config.antialias, config.antialias_up, config.num_blocks) == (False, False, blocks)
+    image = torch.rand(2, 3, 24, 32) * 2 - 1
+
+    def conv(x, index, **options):
+        return F.conv2d(x, state[f"model.{index}.weight"], state[f"model.{index}.bias"], **options)
+
+    def reflected(x, index, padding):
+        return conv(F.pad(x, (padding,) * 4, mode="reflect"), index)
+
+    x = F.relu(F.instance_norm(reflected(image, 1, 3)))
+    for index in (4, 7):
+        x = F.relu(F.instance_norm(conv(x, index, stride=2, padding=1)))
+    for block in range(10, 10 + blocks):
+        y = F.relu(F.instance_norm(reflected(x, f"{block}.conv_block.1", 1)))
+        x = x + F.instance_norm(reflected(y, f"{block}.conv_block.5", 1))
+    for index in (10 + blocks, 13 + blocks):
+        weight, bias = state[f"model.{index}.weight"], state[f"model.{index}.bias"]
+        x = F.conv_transpose2d(x, weight, bias, stride=2, padding=1, output_padding=1)
+        x = F.relu(F.instance_norm(x))
+    expected = torch.tanh(reflected(x, 17 + blocks, 3))
+    torch.testing.assert_close(generator(image), expected, rtol=0, atol=1e-5)
+    # And in tiles.
+    torch.testing.assert_close(translate(generator, image, tile=16), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("levels", [2, 3, 5])
+def test_a_published_unet_is_recognised_and_loads_bit_for_bit(tmp_path, levels):
+    state = official_unet(levels=levels, into=1)
+    torch.save(prefixed(state), tmp_path / "latest_net_G.pth")
+    generator, config = load_generator(tmp_path / "latest_net_G.pth")
+    assert (config.system, config.num_downs, config.base_channels) == ("pix2pix", levels, 2)
+    assert (config.in_channels, config.out_channels) == (1, 3)
+    own = generator.state_dict()
+    assert own.keys() == state.keys() and all(torch.equal(own[k], state[k]) for k in own)
+
+
+def test_the_published_sizes_of_pix2pix_and_cyclegan():
+    """54.414M for unet_256, 2.769M for its discriminator, 11.378M for resnet_9blocks, as their training prints."""
+    states = (
+        official_unet(64, 8),
+        official_pix2pix_discriminator(64),
+        official_cyclegan_generator(64, 9),
+    )
+    assert [round(parameters(state) / 1e6, 3) for state in states] == [54.414, 2.769, 11.378]
+    assert recognise(states[0], Path("x")).options["num_downs"] == 8
+
+
+def test_pix2pix_starts_from_published_weights(tmp_path):
+    data, folder = tmp_path / "data", tmp_path / "published"
+    (data / "train").mkdir(parents=True)
+    Image.new("RGB", (64, 32)).save(data / "train" / "a.png")
+    folder.mkdir()
+    files = {"generator": official_unet(), "discriminator": official_pix2pix_discriminator()}
+    for name, state in zip("GD", files.values(), strict=True):
+        torch.save(without_counts(state), folder / f"latest_net_{name}.pth")
+    values = {
+        "base_channels": 2,
+        "disc_channels": 2,
+        "num_downs": 5,
+        "load_size": 32,
+        "crop_size": 32,
+    }
+    values |= {
+        "data": data,
+        "out": tmp_path / "run",
+        "init_from": folder,
+        "lr": 1e-12,
+        "steps": 1,
+        "workers": 0,
+    }
+    run = train(build_config("pix2pix", overrides=values))
+    trained = load_checkpoint(run / "checkpoints" / "last.pt")["model"]
+    for attribute, expected in files.items():
+        for name, tensor in expected.items():
+            if name.endswith((".weight", ".bias")):
+                torch.testing.assert_close(
+                    trained[f"{attribute}.{name}"], tensor, rtol=0, atol=1e-6
+                )
+
+
+def without_counts(state):
+    """As before PyTorch 0.4.1."""
+    return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
 
 
 def test_statistics_that_nothing_reads_are_left_out(tmp_path):
@@ -152,6 +302,11 @@ def test_statistics_that_nothing_reads_are_left_out(tmp_path):
 
 def without_biases(state):
     return {k: v for k, v in state.items() if not k.endswith(".bias")}
+
+
+def without_batch_norm(state):
+    """As the U-Net of a CycleGAN, whose instance norm has no weights."""
+    return {k: v for k, v in state.items() if v.ndim == 4}
 
 
 def with_batch_norm(state):
@@ -168,12 +323,9 @@ def with_batch_norm(state):
         (official_projector(), "holds a patch projector .*, expected a generator"),
         (with_batch_norm(official_generator()), "batch norm"),
         (without_biases(official_generator()), "convolutions without bias"),
-        (
-            {k: v for k, v in official_generator().items() if not k.endswith("filt")},
-            r"filters of sizes \[\].*no_antialias_up",
-        ),
+        (official_generator() | {"model.12.conv_block.6.weight": torch.ones(1)}, "dropout"),
+        (without_batch_norm(official_unet()), "not trained with batch norm"),
         ({"encoder.convs.1.weight": torch.ones(1)}, "StyleGAN2-style generator"),
-        ({"model.model.0.weight": torch.ones(1)}, "U-Net"),
         ({"fc.weight": torch.ones(1)}, r"no network that is known here \(keys fc.weight"),
         ({}, "holds nothing"),
         ([1, 2], "holds list"),

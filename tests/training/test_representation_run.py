@@ -166,7 +166,10 @@ def test_the_random_encoder_is_the_runs_own_before_training(tiny, monkeypatch):
         ({"batch_size": 1}, "batch_size=1 leaves method=simclr no negatives"),
         ({"views": "simclear"}, "views=simclear is unknown. Use one of: simclr, moco-v2"),
         ({"steps": 3}, "warmup_epochs=1 takes 3 steps, but the run has 3"),
-        ({"steps": None, "epochs": 1, "batch_size": 13}, "batch_size=13 is larger than all epochs"),
+        (
+            {"steps": None, "epochs": 1, "batch_size": 13},
+            "batch_size=13 is larger than the 12 images",
+        ),
     ],
 )
 def test_mistakes(tiny, changes, message):

@@ -62,4 +62,4 @@ def test_the_second_signal_acts():
         while not stop.requested:
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
+        time.sleep(60)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastnce.errors import UserError
-from fastnce.networks import ResnetGenerator
+from fastnce.networks import ResnetGenerator, StyleGAN2Generator, UNetGenerator
 from fastnce.training import tiles, translate
 
 TILE = 32
@@ -96,5 +96,32 @@ def test_odd_tiles_are_refused(tile):
 
 
 def test_other_generators_are_refused():
-    with pytest.raises(UserError, match="is for the ResNet generator, got a Conv2d"):
+    with pytest.raises(UserError, match="is for the ResNet generator and SinCUT's, got a Conv2d"):
         tiles.translate_in_tiles(torch.nn.Conv2d(3, 3, 1), image(), TILE)
+    with pytest.raises(UserError, match=f"tile={TILE}: each pixel that a U-Net makes depends on"):
+        tiles.translate_in_tiles(UNetGenerator(base_channels=2, num_downs=2), image(), TILE)
+
+
+def make_stylegan2() -> StyleGAN2Generator:
+    torch.manual_seed(0)
+    generator = StyleGAN2Generator(base_channels=8, num_blocks=4).eval()
+    for name, parameter in generator.named_parameters():
+        if name.endswith(("bias", "noise.weight")):  # they start at 0
+            torch.nn.init.constant_(parameter, 0.3)
+    return generator.requires_grad_(False)
+
+
+@pytest.mark.parametrize("tile", [16, TILE, 52, 108])
+def test_tiles_of_sincut_give_the_untiled_result(tile):
+    generator, x = make_stylegan2(), image()
+    whole, tiled = generator(x), tiles.translate_in_tiles(generator, x, tile)
+    assert whole.std() > 0.3
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=3e-5)
+    assert (untied_tiles(generator, x) - whole).abs().mean() > 0.05
+
+
+def test_the_margin_of_sincut_is_needed(monkeypatch):
+    generator, x = make_stylegan2(), image()
+    monkeypatch.setattr(tiles, "STYLEGAN2_BLOCK_HALO", 2)
+    tiled = tiles.translate_in_tiles(generator, x, TILE)
+    assert (tiled - generator(x)).abs().max() > 1e-4

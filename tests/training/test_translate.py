@@ -94,3 +94,51 @@ def test_translate_folder_mistakes(run, tmp_path):
     save(folder / "a.jpg", (16, 16))
     with pytest.raises(UserError, match="would both be written to"):
         translate_folder(generator, config, folder, tmp_path / "out")
+
+
+@pytest.fixture
+def generator():
+    torch.manual_seed(0)
+    return ResnetGenerator(base_channels=2, num_blocks=1).eval()
+
+
+def test_translate_gives_back_the_rank_and_the_type(generator):
+    levels = torch.randint(256, (2, 3, 12, 16), dtype=torch.uint8)
+    floats = levels.float() / 127.5 - 1
+    expected = generator(floats).detach()
+    one, all_of_them = translate(generator, levels[0]), translate(generator, levels)
+    assert one.shape == (3, 12, 16) and torch.equal(one, all_of_them[0])
+    assert one.dtype == torch.uint8
+    # A level is cut off, as files are written.
+    off = (expected + 1) * 127.5 - all_of_them
+    assert off.min() > -0.01 and off.max() < 1.01
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        result = translate(generator, floats[0].to(dtype))
+        assert result.shape == (3, 12, 16) and result.dtype == dtype
+        atol = 1e-5 if dtype.itemsize > 2 else 2e-2
+        torch.testing.assert_close(result.float(), expected[0], rtol=0, atol=atol)
+
+
+def test_what_is_no_image_for_translate(generator):
+    with pytest.raises(ValueError, match=r"C = 3, got \(8, 8, 3\)"):
+        translate(generator, torch.zeros(8, 8, 3))
+    with pytest.raises(ValueError, match=r"C = 3, got \(8, 8\)"):
+        translate(generator, torch.zeros(8, 8))
+    with pytest.raises(ValueError, match=r"values in \[-1, 1\], got 0 to 255"):
+        translate(generator, torch.tensor([0.0, 255.0]).expand(3, 8, 2))
+    with pytest.raises(TypeError, match="got torch.int64"):
+        translate(generator, torch.zeros(3, 8, 8, dtype=torch.int64))
+    with pytest.raises(TypeError, match="got a ndarray"):
+        translate(generator, np.zeros((3, 8, 8)))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (4, 4), (2, 30)])
+def test_images_that_are_smaller_than_their_padding(generator, size):
+    """They are mirrored to and fro, as `numpy.pad` does."""
+    image = torch.rand(3, *size) * 2 - 1
+    height, width = (max(8, -(-side // 4) * 4) for side in size)
+    padded = np.pad(
+        image.numpy(), ((0, 0), (0, height - size[0]), (0, width - size[1])), mode="reflect"
+    )
+    expected = generator(torch.from_numpy(padded)[None]).detach()[0, :, : size[0], : size[1]]
+    torch.testing.assert_close(translate(generator, image), expected, rtol=0, atol=1e-6)

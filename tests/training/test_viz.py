@@ -19,7 +19,7 @@ def test_small_images_are_enlarged_pixel_by_pixel():
 def test_rows_of_different_sizes_and_channels(tmp_path):
     rows = {
         "input": [torch.zeros(3, 128, 64), torch.zeros(3, 100, 200)],
-        "output": [torch.ones(1, 128, 64), torch.ones(1, 100, 200)],
+        "output": [torch.ones(1, 128, 64), torch.ones(7, 100, 200)],
     }
     save_sample_grid(rows, tmp_path / "deep" / "grid.png")
     picture = Image.open(tmp_path / "deep" / "grid.png")

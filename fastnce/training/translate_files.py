@@ -1,0 +1,360 @@
+"""Translating files with a trained generator: a folder of images, or one."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastnce.data import EXTENSIONS, Preprocess, list_images, save_image
+from fastnce.data.aligned import find_pairs
+from fastnce.data.broken import readable
+from fastnce.data.folders import (
+    UnfitFile,
+    any_number_of_pixels,
+    fitting_suffixes,
+    image_size,
+    read_alpha,
+    read_image,
+    to_image,
+    to_tensor,
+)
+from fastnce.data.transforms import RANDOM_TOKENS
+from fastnce.data.unpaired import half_of
+from fastnce.errors import UserError
+from fastnce.training.config import Pix2PixTrainConfig, TrainConfig, UnpairedTrainConfig
+from fastnce.training.tiles import check_tile
+from fastnce.training.translate import in_direction, translate
+
+Format = Literal["png", "jpg", "tiff", "webp", "npy"]
+Half = Literal["left", "right", "none"]
+# Extensions of single results, by the format that they stand for.
+_FORMATS: dict[str, Format] = {
+    ".png": "png",
+    ".jpg": "jpg",
+    ".jpeg": "jpg",
+    ".tif": "tiff",
+    ".tiff": "tiff",
+    ".webp": "webp",
+    ".npy": "npy",
+}
+
+
+def translate_folder(
+    generator: nn.Module,
+    config: TrainConfig,
+    input: Path,
+    out: Path,
+    batch_size: int = 16,
+    *,
+    direction: str | None = None,
+    preprocess: str | None = None,
+    size: int | None = None,
+    tile: int | None = None,
+    half: Half | None = None,
+    format: Format | None = None,
+    broken_files: Literal["error", "skip"] | None = None,
+    value_range: tuple[float, float] | None = None,
+) -> int:
+    """Translates all images of a folder, and of the folders in it, to files of the same names; or one image.
+
+    Images are scaled as in training, to the size of its crops, but not cropped. Images that follow each other and have the
+    same size are translated together. An alpha channel is scaled alike and written back, if the format has one.
+
+    Args:
+        generator: as `load_generator` gives it.
+        config: its run's configuration.
+        input: folder of the images, or an image.
+        out: folder of the results; created. For one image also the file to write.
+        batch_size: images at a time; of images that are computed in tiles, one.
+        direction: see `in_direction`.
+        preprocess: how images are scaled, instead of as in training: "none" keeps their size.
+        size: the size to which they are scaled, instead of the training's crop size.
+        tile: see `translate`. With it images of any number of pixels are read.
+        half: the half of each file that is translated, "left" or "right"; "none": all of it; None: see `input_half`.
+        format: of the results; by default what the extension of `out` says, else "png", or what holds the numbers of the
+            `value_range` and all channels: "tiff" or "npy". "jpg" and "webp" have quality 95.
+        broken_files: "skip" leaves files out that cannot be read and names them in the log; "error" stops at the first one,
+            when those before it are translated; None: as in the training.
+        value_range: the files' numbers that become -1 and 1, to which results are mapped back: see
+            `fastnce.data.folders.read_image`; None: as in the training.
+
+    Returns:
+        The number of images translated.
+
+    Raises:
+        UserError: a run that does not translate, no images, a broken one, two whose results would have the same name, or `out`
+            cannot be written.
+    """
+    if not isinstance(config, UnpairedTrainConfig):
+        raise UserError(
+            f"a run of {config.system} does not translate images. Name a run of cut or fastcut."
+        )
+    if broken_files is not None:
+        config = replace(config, broken_files=broken_files)
+    if value_range is not None:
+        config = replace(config, value_range=value_range)
+    input, out = Path(input), Path(out)
+    if not input.exists():
+        raise UserError(
+            f"input={input}: no such file or folder. Name an image, or a folder of images."
+        )
+    paths = list_images(input) if input.is_dir() else [input]
+    if half is None:
+        half = input_half(config, paths)
+    return translate_files(
+        generator,
+        config,
+        targets(paths, input, out, format, _suffixes(config, direction)[0]),
+        batch_size,
+        direction=direction,
+        preprocess=preprocess,
+        size=size,
+        tile=tile,
+        half=half,
+    )
+
+
+def translate_files(
+    generator: nn.Module,
+    config: UnpairedTrainConfig,
+    targets: Mapping[Path, Path],
+    batch_size: int = 16,
+    *,
+    direction: str | None = None,
+    preprocess: str | None = None,
+    size: int | None = None,
+    tile: int | None = None,
+    half: str | None = None,
+) -> int:
+    """`translate_folder` of the files in `targets`, each to the file that it names."""
+    if tile is not None:
+        check_tile(tile)
+    suffixes = _suffixes(config, direction)
+    for target in targets.values():
+        if target.suffix.lower() not in suffixes:
+            raise UserError(
+                f"{target}: this format does not hold the numbers of the run's results, or not all their channels. "
+                f"Use {_FORMATS[suffixes[0]]}."
+            )
+    generator, channels = in_direction(generator, config, direction)
+    skip, count, lost_alpha = config.broken_files == "skip", 0, 0
+
+    with contextlib.ExitStack() as stack:
+        if tile is not None:
+            stack.enter_context(any_number_of_pixels())
+        scale = image_scaling(config, list(targets), preprocess, size, half)
+
+        def read(path: Path) -> _Image:
+            try:
+                image = half_of(read_image(path, channels, config.bits, config.value_range), half)
+                alpha = read_alpha(path) if channels in (1, 3) else None
+            except UserError as error:
+                if skip or isinstance(error, UnfitFile):
+                    raise
+                raise UserError(
+                    f"{error} The images before it are translated. To leave out what cannot be read: "
+                    "--broken-files skip."
+                ) from error
+            if alpha is not None:
+                alpha = to_image(scale.prepare(half_of(alpha, half)))
+            return _Image(to_tensor(scale.prepare(image)), alpha)
+
+        bar = stack.enter_context(
+            tqdm(total=len(targets), desc="translate", unit="image", disable=None)
+        )
+        images = readable(targets, read, skip=skip)
+        for group in _groups_of_one_size(images, batch_size, tile):
+            batch = torch.stack([image.pixels for _, image in group])
+            for (path, image), result in zip(
+                group, translate(generator, batch, batch_size, tile=tile), strict=True
+            ):
+                target = targets[path]
+                alpha = image.alpha if _holds_alpha(target, config) else None
+                lost_alpha += alpha is None and image.alpha is not None
+                save_image(result, target, config.bits, config.value_range, alpha)
+                count += 1
+                bar.update()
+    if lost_alpha:
+        print(
+            f"The alpha channel of {lost_alpha} images is left out: 16-bit files and jpg hold none.",
+            file=sys.stderr,
+        )
+    return count
+
+
+def input_half(config: UnpairedTrainConfig, paths: Sequence[Path]) -> Half:
+    """Which part of the files in `paths` a generator translates.
+
+    That is all of each file, but where a run of pix2pix learned from pairs side by side, and these are such: files of its data,
+    or of the shape of its training's files. Then it is the half that was the input of the training. A line on standard error
+    says which.
+
+    Raises:
+        UserError: the training's data are not there any more, and the files may be such pairs.
+    """
+    if not isinstance(config, Pix2PixTrainConfig):
+        return "none"
+    skip = config.broken_files == "skip"
+    _, (width, height) = next(readable(paths, image_size, skip=skip))
+    half: Half = "left" if config.direction == "AtoB" else "right"
+    try:
+        trained = find_pairs(config.data, "train")[0]
+        _, (pair_width, pair_height) = next(readable(trained.paths, image_size, skip=True))
+    except UserError:
+        if width != 2 * height:
+            return "none"
+        raise UserError(
+            f"{paths[0]}: may be a pair side by side ({width}x{height}), or not: the training's data, {config.data}, are not "
+            f"there to compare. Say --half {half}, or --half none for whole files."
+        ) from None
+    if trained.half is None:
+        return "none"
+    of_the_data = paths[0].resolve().is_relative_to(config.data.resolve())
+    same_shape = abs(width * pair_height / (height * pair_width) - 1) < 0.01
+    if of_the_data or same_shape:
+        print(
+            f"{paths[0].parent}: holds pairs as in the training; the {half} half of each file is translated. "
+            "For whole files: --half none.",
+            file=sys.stderr,
+        )
+        return half
+    print(
+        f"{paths[0].parent}: whole files are translated, as they are no pairs of the training's shape "
+        f"({width}x{height}, there {pair_width}x{pair_height}). For a half of each: --half {half}.",
+        file=sys.stderr,
+    )
+    return "none"
+
+
+def image_scaling(
+    config: UnpairedTrainConfig,
+    paths: Sequence[Path],
+    preprocess: str | None = None,
+    size: int | None = None,
+    half: str | None = None,
+) -> Preprocess:
+    """What is done to the images in `paths`, or to a half of each, before they are translated: the steps of the training, or those
+    asked for, that do not depend on chance."""
+    steps = config.preprocess if preprocess is None else preprocess
+    kept = [part for part in steps.split("_and_") if not any(t in part for t in RANDOM_TOKENS)]
+    side = config.crop_size if size is None else size
+    first = (1, 1)
+    if "fixsize" in steps:
+        skip = config.broken_files == "skip"
+        _, (width, height) = next(readable(paths, image_size, skip=skip))
+        first = (width // 2 if half in ("left", "right") else width, height)
+    return Preprocess("_and_".join(kept) or "none", side, side, flip=False, fixed_size=first)
+
+
+def targets(
+    paths: Sequence[Path],
+    input: Path,
+    out: Path,
+    format: Format | None = None,
+    usual: str = ".png",
+) -> dict[Path, Path]:
+    """The file to write for each of `paths`, which is the image `input` or lies in that folder.
+
+    A result has the name and the place of its image, with the extension of the format, or the `usual` one. Where images differ
+    in their extensions alone, as `a.jpg` and `a.png`, those of another one than the format's keep it before that: `a.jpg.png`
+    and `a.png`.
+
+    Raises:
+        UserError: results would have the same name or overwrite their images, or `out` or `format` is not for this.
+    """
+    if format is not None and format not in get_args(Format):
+        raise UserError(f"format={format} is unknown. Use {', '.join(get_args(Format))}.")
+    suffix = out.suffix.lower()
+    if suffix in {*EXTENSIONS, *_FORMATS} and not out.is_dir():
+        return {_only(paths, input, out): _as_file(out, format)}
+    folder = input if input.is_dir() else input.parent
+    extension = f".{format}" if format else usual
+    stems = Counter(path.with_suffix("") for path in paths)
+    found: dict[Path, Path] = {}
+    for path in paths:
+        name = path.relative_to(folder)
+        alone = stems[path.with_suffix("")] == 1 or path.suffix.lower() == extension
+        target = out / (name.with_suffix(extension) if alone else f"{name}{extension}")
+        if target in found:
+            raise UserError(
+                f"{path} and {found[target]} would both be written to {target}. Rename one of them."
+            )
+        found[target] = path
+    for target, path in found.items():
+        if target.resolve() == path.resolve():
+            raise UserError(f"out={out} would overwrite {path}. Name another folder.")
+    return {path: target for target, path in found.items()}
+
+
+def _only(paths: Sequence[Path], input: Path, out: Path) -> Path:
+    """The image for which `out` names a file."""
+    if input.is_dir():
+        raise UserError(
+            f"out={out} is the name of a file, but input={input} a folder. Name a folder for its results."
+        )
+    if out.resolve() == input.resolve():
+        raise UserError(f"out={out} would overwrite {input}. Name another file.")
+    return paths[0]
+
+
+def _as_file(out: Path, format: Format | None) -> Path:
+    meant = _FORMATS.get(out.suffix.lower())
+    if meant is None:
+        raise UserError(
+            f"out={out}: results are written as {', '.join(get_args(Format))}. Use one of these extensions."
+        )
+    if format not in (None, meant):
+        raise UserError(f"out={out} and format={format} are two formats. Leave one of them out.")
+    return out
+
+
+class _Image(NamedTuple):
+    pixels: Tensor
+    """(C, H, W) in [-1, 1]."""
+    alpha: Image.Image | None
+    """Of the same size."""
+
+
+def _holds_alpha(path: Path, config: UnpairedTrainConfig) -> bool:
+    eight_bits = config.bits == 8 and config.value_range is None
+    return eight_bits and _FORMATS[path.suffix.lower()] not in ("jpg", "npy")
+
+
+def _suffixes(config: UnpairedTrainConfig, direction: str | None) -> tuple[str, ...]:
+    """Extensions of files that hold the results, the usual one first."""
+    forward = direction in (None, config.direction)
+    channels = config.out_channels if forward else config.in_channels
+    return fitting_suffixes(channels, config.bits, config.value_range)
+
+
+def _groups_of_one_size(
+    images: Iterable[tuple[Path, _Image]], limit: int, tile: int | None
+) -> Iterator[list[tuple[Path, _Image]]]:
+    """At most `limit` images that follow each other and have one size; one, where it is larger than a tile."""
+    group: list[tuple[Path, _Image]] = []
+    try:
+        for path, image in images:
+            in_tiles = tile is not None and max(image.pixels.shape) > tile
+            if group and image.pixels.shape != group[0][1].pixels.shape:
+                yield group
+                group = []
+            group.append((path, image))
+            if in_tiles or len(group) == limit:
+                yield group
+                group = []
+    except UserError:  # a file that cannot be read: those before it are not lost
+        if group:
+            yield group
+        raise
+    if group:
+        yield group

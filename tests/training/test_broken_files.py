@@ -1,0 +1,91 @@
+"""Files that cannot be read, in training, measurement and translation."""
+
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from same_run import checkpoint
+from torch import Tensor, nn
+
+from fastnce.data.broken import BrokenFiles, readable
+from fastnce.errors import UserError
+from fastnce.training import load_generator, train, translate_folder
+from fastnce.training.log import read_metrics
+
+
+class Colours(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float().mean((2, 3)) / 255
+
+
+@pytest.fixture(scope="module")
+def extractor(tmp_path_factory):
+    path = tmp_path_factory.mktemp("extractor") / "colours.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Colours()).save(str(path))
+    return path
+
+
+@pytest.fixture
+def broken(data, tmp_path):
+    """`data` with four images in each test folder, and in each a file that is cut off and one that is no image."""
+    root = tmp_path / "broken"
+    shutil.copytree(data, root)
+    rng = np.random.default_rng(1)
+    for folder in (root / "testA", root / "testB"):
+        for name in ("cut", "x", "y"):
+            Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(
+                folder / f"{name}.png"
+            )
+        (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:200])
+        (folder / "0.png").write_bytes(b"nothing")
+    return root
+
+
+def test_bad_test_images_do_not_end_a_training_that_skips_them(tiny, broken, extractor):
+    changes = {"data": broken, "extractor": extractor, "measure_every": 4, "steps": 4}
+    out = train(tiny(broken_files="skip", **changes))
+    (line,) = read_metrics(out / "measurements.jsonl")
+    assert line["fid"] > 0
+    assert checkpoint(out)["step"] == 4
+
+
+@pytest.mark.parametrize("preprocess", ["none", "fixsize"])
+def test_translation_leaves_broken_files_out_if_asked_to(
+    tiny, broken, tmp_path, caplog, preprocess
+):
+    generator, config = load_generator(train(tiny(steps=1)))
+    folder, out = broken / "testA", tmp_path / "out"
+    with pytest.raises(UserError, match=r"0\.png: cannot be read as an image"):
+        translate_folder(generator, config, folder, out, preprocess=preprocess)
+    options = {"preprocess": preprocess, "broken_files": "skip"}
+    assert translate_folder(generator, config, folder, out, **options) == 3
+    assert sorted(path.name for path in out.iterdir()) == ["1.png", "x.png", "y.png"]
+    assert sum("cut.png" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_only_a_file_of_the_same_group_takes_the_place_of_a_broken_one(tmp_path):
+    paths = [tmp_path / name / "x.png" for name in ("cat", "dog", "cat", "dog")]
+    files = BrokenFiles(tmp_path, paths, skip=True, groups=np.array([0, 1, 0, 1]))
+
+    def read(index: int) -> int:
+        if index in (1, 2):
+            raise UserError(f"{paths[index]}: cannot be read as an image")
+        return index
+
+    assert [files.read(index, read) for index in range(4)] == [0, 3, 0, 3]
+    assert files.count == 2 and 2 in files
+    with pytest.raises(UserError, match="dog: none of its 2 files can be read"):
+        files.note(3, UserError("broken"))
+
+
+def test_a_list_of_broken_files_is_a_mistake(tmp_path):
+    def read(path):
+        raise UserError(f"{path}: cannot be read")
+
+    with pytest.raises(UserError, match="none of its 2 files can be read"):
+        list(readable([tmp_path / "a.png", tmp_path / "b.png"], read, skip=True))
