@@ -102,7 +102,18 @@ def expect_temperature(op: str, temperature: object, like: Tensor) -> float | Te
         raise ValueError(
             f"{op}: temperature must be positive and finite, got {temperature}. Usual values are 0.05 to 1."
         )
+    if torch.compiler.is_compiling():
+        return _variable(float(temperature), like)
     return float(temperature)
+
+
+def _variable(number: float, like: Tensor) -> float | Tensor:
+    """A number that the compiler keeps variable as a tensor: given to an operator, it would be a constant, and compiled anew."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # heavy
+
+    if has_static_value(number):
+        return number
+    return torch.ones((), dtype=torch.float64, device=like.device) * number
 
 
 def expect_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
