@@ -1,6 +1,7 @@
 """The losses as modules: constructor arguments are the options of the op, ``forward`` takes its tensors.
 
-``temperature`` may be a float, or an ``nn.Parameter`` (0-d), which is then trained with the module.
+``temperature`` may be a float; an ``nn.Parameter`` of one element, which is trained with the module; or another tensor of one
+element, a buffer: it moves with the module and is in its ``state_dict``, which loads without it, too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnce import ops
+from fastnce.ops import _checks
 
 
 class _Loss(nn.Module):
@@ -18,13 +20,31 @@ class _Loss(nn.Module):
 
     def __init__(self, temperature: float | Tensor, **options: object) -> None:
         super().__init__()
-        self.temperature = temperature  # registered by nn.Module if it is a Parameter
+        if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
+            self.register_buffer("temperature", temperature)
+        else:
+            self.temperature = temperature
         self.options = options
 
     def extra_repr(self) -> str:
-        shown = {} if isinstance(self.temperature, Tensor) else {"temperature": self.temperature}
-        shown.update(self.options)
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
+        temperature = self.temperature
+        if isinstance(temperature, Tensor):
+            # One that is elsewhere, or in parts, has no number to show.
+            here = type(temperature) in (Tensor, nn.Parameter) and temperature.device.type != "meta"
+            number = f"{temperature.item():g}" if here and temperature.numel() == 1 else "..."
+            shown = f"{type(temperature).__name__}({number})"
+        else:
+            shown = repr(temperature)
+        return ", ".join([f"temperature={shown}", *_shown(self.options)])
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+        if "temperature" in self._buffers:  # which checkpoints of older versions lack
+            state_dict.setdefault(f"{prefix}temperature", self.temperature)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _shown(options: dict[str, object]) -> list[str]:
+    return [f"{name}={value!r}" for name, value in options.items() if value is not None]
 
 
 class InfoNCELoss(_Loss):
@@ -175,11 +195,14 @@ class CLIPLoss(nn.Module):
         super().__init__()
         self.options = {"normalize": normalize, "backend": backend}
 
+    def extra_repr(self) -> str:
+        return ", ".join(_shown(self.options))
+
     def forward(self, image: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:
-        """The loss of ``image`` and ``text`` (N, D), whose cosines are multiplied by ``logit_scale`` (already exponentiated)."""
-        if not isinstance(logit_scale, Tensor) and not logit_scale > 0:
-            raise ValueError(
-                f"CLIPLoss: logit_scale must be positive, got {logit_scale}. CLIP trains its logarithm: pass log_scale.exp()."
-            )
-        temperature = 1 / logit_scale
+        """The loss of ``image`` and ``text`` (N, D), whose cosines are multiplied by ``logit_scale`` (already exponentiated).
+
+        ``logit_scale``: positive float, or tensor of one element and any dtype, which gets its gradient.
+        """
+        _checks.expect_tensor("CLIPLoss", "image", image, "(N, D)")
+        temperature = _checks.expect_scale("CLIPLoss", logit_scale, image)
         return ops.info_nce(image, text, temperature=temperature, symmetric=True, **self.options)

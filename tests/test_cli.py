@@ -182,6 +182,20 @@ def test_the_whole_way(capsys, data, tmp_path):
     assert_one_line(result, data, "fastnce data digits-photos")
 
 
+def test_counts_below_one(capsys, data, tmp_path):
+    out = tmp_path / "run"
+    assert train(capsys, data, out)[0] == 0
+    folder = ("--run", out, "--input", data / "testA", "--out", tmp_path / "x")
+    one = ("--run", out, "--input", data / "testA" / "0.png", "--out", tmp_path / "x")
+    for count in (0, -1):
+        result = run(capsys, "translate", *folder, "--batch-size", count)
+        assert_one_line(result, f"batch_size={count} is too small")
+        result = run(capsys, "visualize", "pca", *folder, "--count", count)
+        assert_one_line(result, f"count={count} is too small")
+        result = run(capsys, "visualize", "similarity", *one, "--count", count)
+        assert_one_line(result, f"count={count} is too small")
+
+
 def test_evaluate_says_what_belongs_together(capsys, data, tmp_path):
     assert_one_line(run(capsys, "evaluate"), "either --run", "or --images")
     assert_one_line(run(capsys, "evaluate", "--run", "r", "--images", "i"), "either --run")

@@ -88,7 +88,33 @@ def test_repr_shows_what_was_chosen():
     assert repr(losses.PatchNCELoss(negatives="batch", backend="torch")) == (
         "PatchNCELoss(temperature=0.07, negatives='batch', backend='torch')"
     )
-    assert "temperature=" not in repr(losses.NTXentLoss(nn.Parameter(torch.tensor(0.5))))
+    assert repr(losses.NTXentLoss(nn.Parameter(torch.tensor([0.5])))) == (
+        "NTXentLoss(temperature=Parameter(0.5), reduction='mean')"
+    )
+    assert "temperature=Tensor(0.25)" in repr(losses.SupConLoss(torch.tensor(0.25)))
+    on_meta = nn.Parameter(torch.empty((), device="meta"))
+    assert "temperature=Parameter(...)" in repr(losses.PatchNCELoss(on_meta))
+    assert repr(losses.CLIPLoss(backend="torch")) == "CLIPLoss(normalize=True, backend='torch')"
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_a_plain_tensor_as_temperature_moves_and_is_saved(op, rows):
+    module, inputs = CASES[op]
+    loss = nn.Sequential(module(torch.tensor([0.25])))
+    assert not list(loss.parameters())
+    expected = module(0.25)(*inputs(*rows))
+    assert torch.equal(loss[0](*inputs(*rows)), expected)
+    assert loss.to("meta")[0].temperature.device.type == "meta"
+
+    saved = nn.Sequential(module(torch.tensor([0.5]))).state_dict()
+    assert saved == {"0.temperature": torch.tensor([0.5])}
+    loss = nn.Sequential(module(torch.tensor([0.25])))
+    loss.load_state_dict({})  # as saved before it was a buffer
+    assert loss[0].temperature.item() == 0.25
+    loss.load_state_dict(saved)
+    assert loss[0].temperature.item() == 0.5
+    with pytest.raises(RuntimeError, match="Missing key.*temperature"):
+        module(nn.Parameter(torch.tensor(0.25))).load_state_dict({})
 
 
 def test_clip_loss(rows):
@@ -111,7 +137,9 @@ def test_clip_loss(rows):
 
 
 def test_clip_loss_refuses_a_scale_of_zero(rows):
-    with pytest.raises(ValueError, match="CLIPLoss: logit_scale must be positive, got 0.*exp"):
+    with pytest.raises(
+        ValueError, match="CLIPLoss: logit_scale must be positive and finite, got 0.*exp"
+    ):
         losses.CLIPLoss()(*rows, 0)
 
 

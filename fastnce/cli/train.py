@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import MISSING, fields
 
 from fastnce.cli.parsing import import_tyro
 from fastnce.errors import UserError
@@ -32,10 +33,10 @@ def train(args: list[str]) -> int:
 
     config_class, values = layered_values(variant, chosen.preset, chosen.config)
     check_options(config_class, values, rest)
-    required = {"data": tyro.MISSING, "out": tyro.MISSING}
+    needed = [f.name for f in fields(config_class) if f.default is MISSING]
     config = tyro.cli(
         config_class,
-        default=config_class(**(required | values)),
+        default=config_class(**(dict.fromkeys(needed, tyro.MISSING) | values)),
         prog=f"fastnce train {variant}",
         args=rest,
         description=(

@@ -22,7 +22,7 @@ def translate(args: list[str]) -> int:
         preprocess: str | None = None,
         size: int | None = None,
         tile: int | None = None,
-        half: Literal["left", "right", "none"] | None = None,
+        part: Literal["left", "right", "whole"] | None = None,
         format: Literal["png", "jpg", "tiff", "webp", "npy"] | None = None,
         broken_files: Literal["error", "skip"] | None = None,
         value_range: tuple[float, float] | None = None,
@@ -43,8 +43,8 @@ def translate(args: list[str]) -> int:
             size: Size to which they are scaled; by default the crop size of the training.
             tile: Larger images are computed in tiles of this size, with the same result in less memory. Images of any number of
                 pixels are read.
-            half: Translate this half of each file. By default that is the input's half where pix2pix learned from pairs side by
-                side and these are such, else all of each file (none).
+            part: Translate this half of each file, or the whole. By default that is the input's half where pix2pix learned from
+                pairs side by side and these are such, else the whole.
             format: Of the results, unless --out names a file: png, or what holds all their numbers and channels. jpg and webp have
                 quality 95.
             broken_files: What a file that cannot be read does: skip leaves it out and names it, error stops when the images before
@@ -81,7 +81,7 @@ def translate(args: list[str]) -> int:
             preprocess=preprocess,
             size=size,
             tile=tile,
-            half=half,
+            part=part,
             format=format,
             broken_files=broken_files,
             value_range=value_range,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from fastnce.data.broken import BrokenFiles
-from fastnce.data.folders import check_depth, contents, list_images
+from fastnce.data.folders import check_depth, contents, list_images, split_folder
 from fastnce.data.transforms import Preprocess, counter_rng
 from fastnce.data.unpaired import A_STREAM, ORDER_STREAM, CachedImages, expect_one_of
 from fastnce.errors import UserError
@@ -28,7 +29,7 @@ class AlignedImages(Dataset):
     pairs, in an order drawn for that epoch. Crop and mirroring are drawn for each sample, the same for both images.
 
     Args:
-        root: folder of the data.
+        root: folder of the data; or the folders by the names trainA, trainB, testA and testB, wherever they are.
         split: "train" or "test".
         load_size: side, in pixels, to which `preprocess` scales.
         crop_size: side of the random crop.
@@ -52,7 +53,7 @@ class AlignedImages(Dataset):
 
     def __init__(
         self,
-        root: Path | str,
+        root: Path | str | Mapping[str, Path],
         split: str = "train",
         *,
         load_size: int = 286,
@@ -124,6 +125,10 @@ class AlignedImages(Dataset):
         one_folder = self.a.folder == self.b.folder
         return self.a.describe() + ([] if one_folder else self.b.describe())
 
+    def output_sizes(self) -> tuple[dict[tuple[int, int], Path], dict[tuple[int, int], Path]]:
+        """The sizes (width, height) that the samples' "A" and "B" can have, each with a file that gives it."""
+        return self.a.output_sizes(), self.b.output_sizes()
+
     def expect_one_size(self) -> None:
         """Raises UserError, naming two files, unless all samples can be stacked into batches."""
         self.a.expect_one_size()
@@ -155,13 +160,18 @@ class Side(NamedTuple):
     half: str | None = None
 
 
-def find_pairs(root: Path | str, split: str, direction: str = "AtoB") -> tuple[Side, Side]:
+def find_pairs(
+    root: Path | str | Mapping[str, Path], split: str, direction: str = "AtoB"
+) -> tuple[Side, Side]:
     """The files of the images to translate, and those of what they should become, in the layouts of `AlignedImages`.
 
     Raises:
         UserError: no such folders, or a file without a partner.
     """
-    a, b = _find_a_and_b(Path(root), split)
+    if isinstance(root, Mapping):
+        a, b = _matched(split_folder(root, split, "A"), split_folder(root, split, "B"))
+    else:
+        a, b = _find_a_and_b(Path(root), split)
     return (a, b) if direction == "AtoB" else (b, a)
 
 

@@ -30,11 +30,15 @@ class ImageArrays:
         class_names: the name of each class, by label.
         labels: (N,) int64.
         pixels: (N, H, W, 3) uint8.
+        paths: the files that hold them.
+        folder: the folder of these files.
     """
 
     class_names: tuple[str, ...]
     labels: np.ndarray
     pixels: np.ndarray
+    paths: list[Path]
+    folder: Path
 
     def read(self, index: int, channels: int) -> Image.Image:
         """Image `index`, RGB or greyscale."""
@@ -94,7 +98,8 @@ def open_cifar(root: Path, split: str) -> ImageArrays | None:
     batches = [_checked_batch(folder / name, version, len(names)) for name in files]
     pixels = np.concatenate([rows.reshape(-1, 3, SIDE, SIDE) for rows, _ in batches])
     labels = np.concatenate([labels for _, labels in batches])
-    return ImageArrays(names, labels, np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)))
+    pixels = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+    return ImageArrays(names, labels, pixels, [folder / name for name in files], folder)
 
 
 def holds_cifar(root: Path) -> bool:

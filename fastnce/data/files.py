@@ -4,7 +4,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,6 +62,16 @@ def write_json(value: object, path: Path | str) -> None:
     """Writes `value` as indented JSON to `path`, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def expect_apart(out: Path | str, folders: Iterable[Path | str]) -> None:
+    """Raises `UserError` if what is written to `out` would be read from one of `folders`, at once or the next time."""
+    target = Path(out).resolve()
+    for folder in folders:
+        if target.is_relative_to(Path(folder).resolve()):
+            raise UserError(
+                f"out={out} is in {folder}, which is read: results would become input. Name a folder outside of it."
+            )
 
 
 # What a run was made with: for each of its folders the names in it with their sizes in bytes; None for a broken file.

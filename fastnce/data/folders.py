@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -65,10 +66,11 @@ def list_images(folder: Path | str) -> list[Path]:
         raise UserError(f"{folder}: no such folder. Expected a folder of images.")
     if not folder.is_dir():
         raise UserError(f"{folder}: is a file. Expected a folder of images.")
-    found, _ = scan_folder(folder)
+    found, left_out = scan_folder(folder)
     if not found:
+        there = f", and found {counted(left_out)}" if left_out else ""
         raise UserError(
-            f"{folder}: holds no image. Looked in it and below for {' '.join(EXTENSIONS)}. "
+            f"{folder}: holds no image. Looked in it and below for .jpg .png .tif .tiff and all else that Pillow reads{there}. "
             "Put images there, or name another folder."
         )
     return found
@@ -82,19 +84,24 @@ def scan_folder(folder: Path) -> tuple[list[Path], Counter[str]]:
 
     Returns:
         paths: the files.
-        left_out: how many of each kind are left out: by extension (".txt"), "hidden", "linked twice".
+        left_out: how many of each kind are left out: by extension (".txt"), "hidden", "folder linked twice", "folder that cannot
+            be opened".
     """
     found: list[Path] = []
     left_out: Counter[str] = Counter()
     seen: set[str] = set()
+
+    def closed(_: OSError) -> None:
+        left_out["folder that cannot be opened"] += 1
+
     starts = [folder]
     while starts:
         links = []
         for start in starts:
-            for parent, subfolders, names in os.walk(start):
+            for parent, subfolders, names in os.walk(start, onerror=closed):
                 real = os.path.realpath(parent)
                 if real in seen:
-                    left_out["linked twice"] += 1
+                    left_out["folder linked twice"] += 1
                     subfolders.clear()
                     continue
                 seen.add(real)
@@ -114,13 +121,19 @@ def scan_folder(folder: Path) -> tuple[list[Path], Counter[str]]:
     return sorted(found), left_out
 
 
+def counted(numbers: Counter[str]) -> str:
+    """How many there are of each kind, most first: "12 .txt, 3 .heic"."""
+    ordered = sorted(numbers.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{number} {name}" for name, number in ordered)
+
+
 def _without_hidden(names: list[str]) -> tuple[list[str], list[str]]:
     hidden = [name for name in names if name.startswith(".")]
     return [name for name in names if not name.startswith(".")], hidden
 
 
-def split_folder(root: Path | str, split: str, domain: str) -> Path:
-    """The folder of one domain of one split: `root/trainA` for ("train", "A").
+def split_folder(root: Path | str | Mapping[str, Path], split: str, domain: str) -> Path:
+    """The folder of one domain of one split: `root/trainA`, or `root["trainA"]`, for ("train", "A").
 
     "test" falls back to "val" when there is no test folder.
 
@@ -128,12 +141,18 @@ def split_folder(root: Path | str, split: str, domain: str) -> Path:
         UserError: If there is no such folder; the message gives the layout expected and what `root`
             holds.
     """
+    names = [f"{split}{domain}"] + ([f"val{domain}"] if split == "test" else [])
+    if isinstance(root, Mapping):
+        if names[0] not in root:
+            raise UserError(
+                f"{split}_{domain.lower()} is missing: no folder of {names[0]} was given."
+            )
+        return Path(root[names[0]])
     root = Path(root)
     if not root.exists():
         raise UserError(f"{root}: no such folder. Expected a folder with {LAYOUT} inside.")
     if not root.is_dir():
         raise UserError(f"{root}: is a file. Expected a folder with {LAYOUT} inside.")
-    names = [f"{split}{domain}"] + ([f"val{domain}"] if split == "test" else [])
     for name in names:
         if (root / name).is_dir():
             return root / name
@@ -191,12 +210,13 @@ def read_header(path: Path | str) -> Header:
             kind = f"{array.dtype.name} of {channels} channels"
             return Header((width, height), kind, has_white=array.dtype == np.uint8)
         with Image.open(path) as image:
-            turned = image.format != "TIFF" and _orientation(image) >= 5
-            size = image.size[::-1] if turned else image.size
-            # The second picture of a camera's MPO file is a preview of the first.
-            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            sideways = _orientation(image) >= 5
+            if image.format == "TIFF" and ExifTags.Base.Orientation in image.tag_v2:
+                sideways = False  # Pillow gives the size after turning
+            size = image.size[::-1] if sideways else image.size
             kind = _kind(image)
-            return Header(size, kind, frames, image.mode not in ("I", "F") or kind == _GREY_16)
+            has_white = image.mode not in ("I", "F") or kind == _GREY_16
+            return Header(size, kind, _frames(image), has_white)
     except _BROKEN as error:
         raise _broken(path, error) from error
 
@@ -298,6 +318,8 @@ def _is_array(path: Path | str) -> bool:
 
 def _as_3d(array: np.ndarray) -> np.ndarray:
     """(H, W, C) of an image's array (H, W) or (H, W, C)."""
+    if not isinstance(array, np.ndarray):
+        raise ValueError("it holds several arrays, expected one")
     if array.ndim not in (2, 3) or 0 in array.shape:
         raise ValueError(f"its shape is {array.shape}, expected (H, W) or (H, W, C)")
     if array.dtype.kind not in "uif":
@@ -358,6 +380,16 @@ def _ppm_white(image: Image.Image) -> int | None:
     return image.tile[0][3][-1] if scaled else None
 
 
+def _frames(image: Image.Image) -> int:
+    # What follows in a camera's MPO file is a preview, and in PSD layers of the first.
+    if image.format in ("MPO", "PSD"):
+        return 1
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception:  # damage behind the first one
+        return 1
+
+
 def _orientation(image: Image.Image) -> int:
     """The EXIF tag of an image that is not decoded yet, 1 to 8; 1, as it is, where there is none."""
     try:
@@ -416,11 +448,13 @@ def read_numbers(path: Path | str, channels: int) -> np.ndarray:
 
 
 def _numbers(path: Path | str, numbers: Image.Image | np.ndarray, channels: int) -> np.ndarray:
-    if isinstance(numbers, np.ndarray):
-        return _fit_channels(path, numbers, channels)
-    if numbers.mode in ("I;16", "I", "F"):
-        return _fit_channels(path, np.asarray(numbers)[:, :, None], channels)
-    return to_array(_of_bits(path, numbers, channels, 8))
+    if isinstance(numbers, Image.Image):
+        if numbers.mode not in ("I;16", "I", "F"):
+            return to_array(_of_bits(path, numbers, channels, 8))
+        numbers = np.asarray(numbers)[:, :, None]
+    if not np.isfinite(numbers).all():
+        raise ValueError("some of its numbers are not finite")
+    return _fit_channels(path, numbers, channels)
 
 
 def _fit_channels(path: Path | str, array: np.ndarray, channels: int) -> np.ndarray:
@@ -436,8 +470,6 @@ def _fit_channels(path: Path | str, array: np.ndarray, channels: int) -> np.ndar
 
 def _mapped(numbers: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
     """Numbers in -1 to 1, float32, LOW and HIGH to the ends; those beyond are clipped."""
-    if not np.isfinite(numbers).all():
-        raise ValueError("some of its numbers are not finite")
     low, high = value_range
     mapped = (numbers.astype(np.float64) - low) * (2 / (high - low)) - 1
     return mapped.clip(-1, 1).astype(np.float32)
@@ -446,7 +478,8 @@ def _mapped(numbers: np.ndarray, value_range: tuple[float, float]) -> np.ndarray
 def _other_numbers(path: Path | str, numbers: Image.Image | np.ndarray) -> UnfitFile:
     array = np.asarray(numbers)
     kind = array.dtype.name if isinstance(numbers, np.ndarray) else numbers.info["kind"]
-    low, high = (f"{value:g}" for value in (array.min(), array.max()))
+    finite = array[np.isfinite(array)] if np.isfinite(array).any() else array
+    low, high = f"{finite.min():g}", f"{finite.max():g}"
     return UnfitFile(
         f"{path}: holds {kind} from {low} to {high}, and only 8 bits and 16-bit grey say what is black and white. Give the "
         f"numbers that are: --value-range LOW HIGH, the same for all files, such as {low} {high}; or, as for labelled images, save "
@@ -524,7 +557,7 @@ def save_image(
     numbers: rounded to integers of 8 or 16 bits if its ends are such and 255 or more apart, else float32.
 
     Args:
-        tensor: (C, H, W) float in [-1, 1], on any device; C of 1 for `bits=16`.
+        tensor: (C, H, W) float in [-1, 1], or uint8 for 8 bits, on any device; C of 1 for `bits=16`.
         path: The file to write; see `fitting_suffixes`.
         bits: 8 or 16.
         value_range: The numbers that -1 and 1 stand for, as in `read_image`.
@@ -537,6 +570,10 @@ def save_image(
     if tensor.ndim != 3:
         raise ValueError(
             f"save_image: tensor: expected the shape (C, H, W), got {tuple(tensor.shape)}."
+        )
+    if tensor.dtype == torch.uint8 and (bits != 8 or value_range is not None):
+        raise ValueError(
+            "save_image: tensor: uint8 is for 8 bits. Give floating-point values in [-1, 1]."
         )
     check_depth(tensor.shape[0], bits)
     check_value_range(value_range)
@@ -595,11 +632,13 @@ def _unmapped(images: torch.Tensor, value_range: tuple[float, float]) -> torch.T
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] of any shape to uint8 on the CPU: clamped, (x + 1) / 2 * 255, truncated.
+    """Images in [-1, 1] of any shape to uint8 on the CPU: clamped, (x + 1) / 2 * 255, truncated. uint8 stays as it is.
 
     A ten-thousandth of a level is added first: float32 arithmetic leaves 63 of the 256 levels just
     below themselves, and truncation would darken an image each time it is loaded and saved.
     """
+    if images.dtype == torch.uint8:
+        return images.cpu()
     levels = (images.detach().float().clamp(-1, 1) + 1) / 2 * 255
     return (levels + 1e-4).to("cpu", torch.uint8)
 
@@ -635,7 +674,11 @@ def to_tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy((SIGNED_UNIT_16 if planes.dtype == np.uint16 else SIGNED_UNIT)[planes])
 
 
-_BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# What Pillow and numpy raise of files that are none of theirs, cut off or damaged.
+_BROKEN = (
+    *(OSError, EOFError, SyntaxError, ValueError, LookupError, NotImplementedError, struct.error),
+    Image.DecompressionBombError,
+)
 
 
 def _broken(path: Path | str, error: BaseException) -> UserError:

@@ -110,7 +110,7 @@ class LabelledImages(Dataset):
         if isinstance(source, ImageFiles) and self._skip and split != "train":
             source = _readable(source, channels)
         self._source = source
-        self._broken = None
+        self._broken, self._sizes = None, None
         if isinstance(source, ImageFiles):
             self._broken = BrokenFiles(source.folder, source.paths, self._skip, source.labels)
         # CIFAR's images are in memory already.
@@ -204,17 +204,18 @@ class LabelledImages(Dataset):
     def files(self) -> dict[str, dict[str, int | None]]:
         """The training files by their names, with their sizes in bytes: see `fastnce.data.files.changed_files`.
 
-        Of many files only their classes, each with the size of all its files; of CIFAR nothing.
+        Of many files only their classes, each with the size of all its files.
         """
+        if self._sizes is None:  # once: of a large set it takes a while
+            self._sizes = named_sizes(self._source.folder, self._source.paths)
         if self._broken is None:
-            return {"train": {}}
-        sizes = self._broken.unsized(named_sizes(self._source.folder, self._source.paths))
-        if len(sizes) <= _MANY_FILES:
-            return {"train": sizes}
-        totals: dict[str, int | None] = dict.fromkeys(self.class_names, 0)
-        for label, size in zip(self.labels.tolist(), sizes.values(), strict=True):
-            totals[self.class_names[label]] += size or 0
-        return {"train": totals}
+            return {"train": self._sizes}
+        sizes = self._broken.unsized(self._sizes)
+        if len(sizes) > _MANY_FILES:
+            known = [size or 0 for size in sizes.values()]
+            totals = np.bincount(self._source.labels, known, self.num_classes)
+            sizes = {k: int(size) for k, size in zip(self.class_names, totals, strict=True)}
+        return {"train": sizes}
 
     def describe(self) -> list[str]:
         """What was found: classes and images in each, and the line of `describe_folder`, unless there are very many."""

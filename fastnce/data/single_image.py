@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ class SingleImagePatches(Dataset):
     batches mix zooms all the same. Here the zoom is drawn for each sample.
 
     Args:
-        root: Folder that holds trainA and trainB.
+        root: Folder that holds trainA and trainB; or the two folders by these names, wherever they are.
         split: "train" or any other prefix of the two folders.
         crop_size: Side of a patch in pixels.
         max_zoom_out: By how much the image is shrunk at most, at least 1; `--random_scale_max` of the published code.
@@ -61,7 +61,7 @@ class SingleImagePatches(Dataset):
 
     def __init__(
         self,
-        root: Path | str,
+        root: Path | str | Mapping[str, Path],
         split: str = "train",
         *,
         crop_size: int = 64,
@@ -97,6 +97,12 @@ class SingleImagePatches(Dataset):
     def files(self) -> dict[str, dict[str, int | None]]:
         """The files of "A" and "B" by their names, with their sizes in bytes: see `fastnce.data.files.changed_files`."""
         return {name: dict(files) for name, files in self._files.items()}
+
+    def output_sizes(self) -> tuple[dict[tuple[int, int], Path], dict[tuple[int, int], Path]]:
+        """The size (width, height) of the samples' "A" and "B", each with its folder."""
+        size = (self.crop_size, self.crop_size)
+        folder_a, folder_b = (how[0] for how in self._read_from)
+        return {size: folder_a}, {size: folder_b}
 
     def __len__(self) -> int:
         """Samples in an epoch."""

@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from fastnce.data.folders import (
     Header,
     UnfitFile,
+    counted,
     read_header,
     read_image,
     read_numbers,
@@ -82,7 +81,7 @@ def describe_folder(
             broken += 1
             continue
         looked_at += 1
-        least, greatest = np.nanmin(numbers, axis=(0, 1)), np.nanmax(numbers, axis=(0, 1))
+        least, greatest = numbers.min((0, 1)), numbers.max((0, 1))
         plain = plain and bool((least == greatest).all())
         low, high = min(low, float(least.min())), max(high, float(greatest.max()))
     if not looked_at:
@@ -92,8 +91,7 @@ def describe_folder(
             f"{folder}: each of its images is one plain colour (values {low:g} to {high:g}), so there is nothing to learn. "
             "Look at the files, or name another folder."
         )
-    line = f"{folder}: {_count(len(paths) - broken, 'image')}, {_sizes(headers)}, {_listed(Counter(h.kind for h in headers.values()))}"
-    line += f", values {low:g} to {high:g}"
+    line = f"{folder}: {_count(len(paths) - broken, 'image')}, {_sizes(headers)}, {_kinds(headers)}, values {low:g} to {high:g}"
     if looked_at + broken < len(paths):
         line += f" in {looked_at} of them"
     if value_range is not None and (low < value_range[0] or high > value_range[1]):
@@ -103,7 +101,7 @@ def describe_folder(
     if value_range is None and high < DARK_16 and _all_16_bits(headers):
         lines.append(
             f"warning: {folder}: 16-bit images whose greatest value is {high:g} of 65535 are almost black. If that is as bright as "
-            f"they can be, give --value-range 0 {2 ** max(1, int(high)).bit_length() - 1}."
+            f"they can be, give --value-range 0 {2 ** max(1, int(high)).bit_length() - 1}, or, of labelled images, stretch the files."
         )
     return lines
 
@@ -122,6 +120,11 @@ def _sizes(headers: dict[Path, Header]) -> str:
     return least if least == greatest else f"{least} to {greatest}"
 
 
+def _kinds(headers: dict[Path, Header]) -> str:
+    kinds = Counter(header.kind for header in headers.values())
+    return counted(kinds) if len(kinds) > 1 else next(iter(kinds))
+
+
 def _left_out(
     folder: Path, paths: Sequence[Path], headers: dict[Path, Header], broken: int
 ) -> list[str]:
@@ -132,7 +135,7 @@ def _left_out(
         others["not used"] = unused
     parts = []
     if others:
-        parts.append(f"{_count(others.total(), 'file')} left out: {_listed(others, always=True)}")
+        parts.append(f"left out: {counted(others)}")
     animated = [path for path, header in headers.items() if header.frames > 1]
     if animated:
         first = (
@@ -145,14 +148,6 @@ def _left_out(
 
 def _all_16_bits(headers: dict[Path, Header]) -> bool:
     return all(header.kind == "16-bit grey" for header in headers.values())
-
-
-def _listed(counts: Counter[str], always: bool = False) -> str:
-    """ "grey", or of several kinds how many there are of each, most first: "12 RGB, 3 grey"."""
-    if len(counts) == 1 and not always:
-        return next(iter(counts))
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{number} {name}" for name, number in ordered)
 
 
 def _count(number: int, what: str) -> str:

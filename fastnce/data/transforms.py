@@ -130,6 +130,19 @@ class Preprocess:
             width, height = min(width, self.crop_size), min(height, self.crop_size)
         return multiple_size(width, height)
 
+    def output_sizes(self, width: int, height: int) -> list[tuple[int, int]]:
+        """The size that an image has in the end; the least and the greatest if it is random."""
+        result = self.output_size(width, height)
+        if result is not None:
+            return [result]
+        width, height = self.prepared_size(width, height)
+        least = (max(self.crop_size, round(side * ZOOM[0])) for side in (width, height))
+        greatest = (max(self.crop_size, side) for side in (width, height))
+        sizes = [tuple(least), tuple(greatest)]
+        if "trim" in self.steps:
+            sizes = [tuple(min(side, self.crop_size) for side in size) for size in sizes]
+        return [multiple_size(*size) for size in sizes]
+
     def check(self, name: object, width: int, height: int) -> None:
         """Raises UserError, naming the file, if an image of this size is smaller than the crop."""
         prepared = self.prepared_size(width, height)

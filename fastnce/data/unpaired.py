@@ -1,6 +1,7 @@
 """Two folders of images without pairs, as an endless stream of samples."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class UnpairedImages(Dataset):
 
     Args:
         root: Folder that holds trainA and trainB (testA and testB, or valA and valB, for
-            `split="test"`).
+            `split="test"`); or the folders by these names, wherever they are.
         split: "train", "test" or any other prefix of the two folders.
         load_size: Side, in pixels, to which `preprocess` scales.
         crop_size: Side of the random crop.
@@ -70,7 +71,7 @@ class UnpairedImages(Dataset):
 
     def __init__(
         self,
-        root: Path | str,
+        root: Path | str | Mapping[str, Path],
         split: str = "train",
         *,
         load_size: int = 286,
@@ -147,6 +148,10 @@ class UnpairedImages(Dataset):
         """What was found, in a line for each folder: see `describe_folder`."""
         return self.a.describe() + self.b.describe()
 
+    def output_sizes(self) -> tuple[dict[tuple[int, int], Path], dict[tuple[int, int], Path]]:
+        """The sizes (width, height) that the samples' "A" and "B" can have, each with a file that gives it."""
+        return self.a.output_sizes(), self.b.output_sizes()
+
     def expect_one_size(self) -> None:
         """Raises UserError, naming two files, unless all samples can be stacked into batches."""
         for domain in (self.a, self.b):
@@ -217,6 +222,15 @@ class CachedImages:
     def sample(self, index: int, phase: int, rng: np.random.Generator) -> torch.Tensor:
         """Image `index`, augmented: (C, H, W) float32 in [-1, 1]."""
         return to_tensor(self.phases[phase].augment(self._prepared(index, phase), rng))
+
+    def output_sizes(self) -> dict[tuple[int, int], Path]:
+        """The sizes that images can have in the end, each with a file that gives it; the least and the greatest of random ones."""
+        return {
+            result: self.paths[index]
+            for index, size in reversed(self.sizes.items())  # so that the first file stays
+            for phase in self.phases
+            for result in phase.output_sizes(*size)
+        }
 
     def expect_one_size(self) -> None:
         one, first = None, None

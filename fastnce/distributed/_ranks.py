@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -111,9 +112,25 @@ def _rows_of(op: str, names: list[str], numbers: list[list[float]]) -> list[int]
         )
     _expect_same(op, "the op", [row[1] for row in numbers], is_word=True)
     for at, name in enumerate(names, start=2):
+        if name == "temperature":
+            _expect_valid_temperature(op, [row[at] for row in numbers])
         if name != "rows":
             _expect_same(op, name, [row[at] for row in numbers], is_word=name in _WORD_FACTS)
     return [int(row[2 + names.index("rows")]) for row in numbers]
+
+
+def _expect_valid_temperature(op: str, values: list[float]) -> None:
+    """Here the host has the numbers of tensors too. NaN differs from itself: it must not reach the comparison."""
+    invalid = [
+        f"rank {rank} has {value:g}"
+        for rank, value in enumerate(values)
+        if not 0 < value < math.inf
+    ]
+    if invalid:
+        raise ValueError(
+            f"{op}: temperature must be positive and finite: {', '.join(invalid)}. "
+            "Look for the step whose gradients were not finite, or keep a learnable temperature in bounds."
+        )
 
 
 def _expect_same(op: str, name: str, values: list[float], *, is_word: bool) -> None:

@@ -34,7 +34,7 @@ def conditional_contrastive(
         embeddings: (N, D), this rank's; N may differ between ranks, and be 0 on some.
         proxies: (N, D), row i the embedding of the class of sample i.
         labels: (N,) integers.
-        temperature: positive float, or 0-d tensor, which gets its gradient.
+        temperature: positive float, or tensor of one element, which gets its gradient.
         reduction: ``"mean"`` over the samples of all ranks, ``"sum"``, or ``"none"`` for this rank's (N,).
         group: as ``torch.distributed`` has it; None is the default group. Alone, or without one, the plain op runs.
         strategy: see :mod:`fastnce.distributed`.

@@ -37,7 +37,7 @@ def info_nce(
         positive_key: (N, D); row i is the positive of query i.
         negative_keys: None, or (M, D), further negatives of this rank's queries, such as a queue that all ranks have. They get
             no gradient.
-        temperature: positive float, or 0-d tensor, which gets its gradient.
+        temperature: positive float, or tensor of one element, which gets its gradient.
         normalize: L2-normalise all rows (cosine); otherwise plain dot products.
         symmetric: the mean of the losses query to key and key to query (CLIP); without ``negative_keys`` only.
         in_batch_negatives: whether the other keys of all ranks are negatives; by default only without ``negative_keys``.

@@ -32,7 +32,7 @@ def nt_xent(
     Args:
         z1: (N, D), the first views of this rank's images; N may differ between ranks, and be 0 on some.
         z2: (N, D), the second views.
-        temperature: positive float, or 0-d tensor, which gets its gradient.
+        temperature: positive float, or tensor of one element, which gets its gradient.
         reduction: ``"mean"`` over the views of all ranks, ``"sum"``, or ``"none"`` for this rank's (2N,), the rows of ``z1``
             first.
         group: as ``torch.distributed`` has it; None is the default group. Alone, or without one, the plain op runs.

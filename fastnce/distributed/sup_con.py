@@ -32,7 +32,7 @@ def sup_con(
     Args:
         features: (N, D), this rank's; N may differ between ranks, and be 0 on some.
         labels: (N,) integers.
-        temperature: positive float, or 0-d tensor, which gets its gradient.
+        temperature: positive float, or tensor of one element, which gets its gradient.
         reduction: ``"mean"`` over the samples of all ranks that have a positive (0 if none has), ``"sum"``, or ``"none"`` for
             this rank's (N,), with 0 for samples without a positive.
         group: as ``torch.distributed`` has it; None is the default group. Alone, or without one, the plain op runs.

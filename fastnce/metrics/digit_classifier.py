@@ -23,6 +23,8 @@ from fastnce.metrics.trained import (
 )
 
 NUM_DIGITS = 10
+# The classes of a digits set, by label.
+DIGITS = tuple(map(str, range(NUM_DIGITS)))
 SIZES = (16, 32)
 
 _BATCH_STREAM = 60
@@ -150,7 +152,8 @@ def load_digit_classifier(
             "sets only. Write one with `fastnce data digits --out FOLDER`."
         )
     size = made["size"]
-    images, digits = LabelledImages(data_root, image_size=size, channels=1).all_images()
+    train = LabelledImages(data_root, image_size=size, channels=1, classes=DIGITS)
+    images, digits = train.all_images()
     data = hashlib.sha256(images.numpy().tobytes() + digits.numpy().tobytes())
     recipe = DigitRecipe(data.hexdigest()[:12], size, **settings)
     return load_or_train(

@@ -42,9 +42,9 @@ WITHOUT_NCE_NOTE = (
 _IDEAL_STREAM = 30
 
 
-def is_digits_photos(data_root: Path | str) -> bool:
-    """Whether a folder is a set that `fastnce data digits-photos` wrote."""
-    if not Path(data_root, LABELS_FILE).is_file():
+def is_digits_photos(data_root: Path | str | Mapping[str, Path]) -> bool:
+    """Whether a folder is a set that `fastnce data digits-photos` wrote; folders by name are not."""
+    if isinstance(data_root, Mapping) or not Path(data_root, LABELS_FILE).is_file():
         return False
     return read_labels(data_root)["recipe"].get("kind") == "digits-photos"
 

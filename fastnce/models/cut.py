@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnce.errors import UserError
 from fastnce.models import options, regularisers
 from fastnce.models.channels import convert_channels
 from fastnce.models.cut_config import CUTConfig
@@ -28,6 +27,7 @@ from fastnce.models.patch_contrast import (
     check_num_patches,
     projected_dims,
 )
+from fastnce.models.translation import images_of_one_size, together
 
 
 class CUT(nn.Module):
@@ -109,7 +109,8 @@ class CUT(nn.Module):
         """One update of D, then one of G and F.
 
         Args:
-            batch: "A" (N, in_channels, H, W) and "B" (N, out_channels, H, W), in [-1, 1] on the device of the networks.
+            batch: "A" (N, in_channels, H, W) and "B" (N, out_channels, H, W), in [-1, 1] on the device of the networks. Sizes of A
+                and B may differ where G translates A alone: without `nce_idt` and `lambda_identity`.
             flip: whether this step mirrors G's input; by default drawn with probability 1/2 if `flip_equivariance`.
             patch_ids: positions for "NCE" (and "NCE_Y"), one (S,) int64 tensor per layer; by default drawn.
 
@@ -118,18 +119,14 @@ class CUT(nn.Module):
             part of a loss. Weights are included.
 
         Raises:
-            UserError: A and B differ in number, height or width.
+            UserError: G translates both, and A and B differ in number, height or width.
         """
         if flip is None:
             flip = self.config.flip_equivariance and torch.rand(()).item() < 0.5
         real_a, real_b = batch["A"], batch["B"]
-        if (len(real_a), *real_a.shape[2:]) != (len(real_b), *real_b.shape[2:]):
-            raise UserError(
-                f"the images of A and B differ in shape, {tuple(real_a.shape)} and {tuple(real_b.shape)}. "
-                "Use preprocess=resize_and_crop, or another that makes them the same size."
-            )
         source = real_a
         if self.translates_b:
+            images_of_one_size(batch)
             source = torch.cat([real_a, convert_channels(real_b, self.config.in_channels)])
         translated = self._translate(source, len(real_a), flip)
         losses = self._update_discriminator(real_b, translated.fake_b.detach())
@@ -161,8 +158,7 @@ class CUT(nn.Module):
             real = real.detach().requires_grad_()
             real_logits, fake_logits = self._judge(real), self._judge(fake)
         else:
-            # One batch for both: instance norm keeps the images apart.
-            real_logits, fake_logits = self._judge(torch.cat([real, fake])).chunk(2)
+            real_logits, fake_logits = together(self._judge, real, fake)
         real_loss, fake_loss = discriminator_losses(real_logits, fake_logits, config.gan_mode)
         penalties = {}
         if config.lambda_r1 > 0:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fastnce.errors import UserError
 from fastnce.models import options
 from fastnce.models.gan import generator_loss
-from fastnce.models.translation import descend, images_of_one_size, l1
+from fastnce.models.translation import descend, l1, together
 from fastnce.models.translation_config import TwoWayConfig
 from fastnce.models.two_way import TwoWayModel
 
@@ -73,16 +72,13 @@ class CycleGAN(TwoWayModel):
         """One update of the generators, then one of the discriminators.
 
         Args:
-            batch: "A" and "B", (N, C, H, W) images in [-1, 1] on the device of the networks.
+            batch: "A" and "B", (N, C, H, W) images in [-1, 1] on the device of the networks; their sizes may differ.
 
         Returns:
             Detached scalars, weights included: "G_A", "G_B", "cycle_A", "cycle_B", "idt_A" and "idt_B" (unless
             `lambda_identity` is 0), "G", "D_A", "D_B".
-
-        Raises:
-            UserError: A and B differ in height, width or number.
         """
-        real_a, real_b = images_of_one_size(batch)
+        real_a, real_b = batch["A"], batch["B"]
         losses, fake_a, fake_b = self._update_generators(real_a, real_b)
         losses |= self._update_discriminators(real_a, real_b, fake_a, fake_b)
         return {name: loss.detach() for name, loss in losses.items()}
@@ -94,9 +90,8 @@ class CycleGAN(TwoWayModel):
         a_to_b, b_to_a = self.generators.a_to_b, self.generators.b_to_a
         with self._autocast():
             if config.lambda_identity > 0:
-                # One batch for both: instance norm keeps the images apart.
-                fake_b, same_b = a_to_b(torch.cat([real_a, real_b])).chunk(2)
-                fake_a, same_a = b_to_a(torch.cat([real_b, real_a])).chunk(2)
+                fake_b, same_b = together(a_to_b, real_a, real_b)
+                fake_a, same_a = together(b_to_a, real_b, real_a)
             else:
                 fake_b, fake_a = a_to_b(real_a), b_to_a(real_b)
             again_a, again_b = b_to_a(fake_b), a_to_b(fake_a)

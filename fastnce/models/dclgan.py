@@ -19,7 +19,7 @@ from fastnce.models.patch_contrast import (
     check_num_patches,
     projected_dims,
 )
-from fastnce.models.translation import descend, images_of_one_size, l1
+from fastnce.models.translation import descend, l1
 from fastnce.models.two_way import TwoWayModel, reverse
 from fastnce.networks import SimilarityHead
 from fastnce.networks.layers import init_normal
@@ -112,18 +112,16 @@ class DCLGAN(TwoWayModel):
         """One update of the discriminators, then one of the other networks.
 
         Args:
-            batch: "A" and "B", (N, C, H, W) images in [-1, 1] on the device of the networks.
+            batch: "A" and "B", (N, C, H, W) images in [-1, 1] on the device of the networks; their sizes may differ, unless
+                `num_patches` is 0.
             patch_ids: positions for "NCE1", "NCE2" and, for SimDCL, "fake_A" and "fake_B", one (S,) int64 tensor per layer;
                 by default drawn.
 
         Returns:
             Detached scalars, weights included: "D_A", "D_B", "G_A", "G_B", "G", and as far as they are part of the loss "NCE1",
             "NCE2", "idt_A", "idt_B", "sim_A", "sim_B".
-
-        Raises:
-            UserError: A and B differ in height, width or number.
         """
-        real_a, real_b = images_of_one_size(batch)
+        real_a, real_b = batch["A"], batch["B"]
         translated_a, keys_a = self._translate(self.generators.a_to_b, real_a, real_b)
         translated_b, keys_b = self._translate(self.generators.b_to_a, real_b, real_a)
         fake_b, fake_a = translated_a[0], translated_b[0]
@@ -150,16 +148,22 @@ class DCLGAN(TwoWayModel):
     ) -> tuple[tuple[Tensor, ...], Maps]:
         """The generator's translation of `source` (and, for the identity loss, of `target`), and `source`'s features."""
         config = self.config
-        # One batch for both: instance norm keeps the images apart.
-        images = torch.cat([source, target]) if config.lambda_idt > 0 else source
+        taps = config.nce_layers if config.lambda_nce > 0 else None
         with self._autocast():
-            if config.lambda_nce == 0:
-                return generator(images).split(len(source)), []
-            translated, maps = generator(images, config.nce_layers)
+            if config.lambda_idt == 0:
+                outputs = [generator(source, taps)]
+            elif source.shape == target.shape:
+                # One batch for both: instance norm keeps the images apart.
+                outputs = [generator(torch.cat([source, target]), taps)]
+            else:
+                outputs = [generator(source, taps), generator(target)]
+        if taps is None:
+            return tuple(part for x in outputs for part in x.split(len(source))), []
+        translated, maps = outputs[0]
         keys = [x[: len(source)] for x in maps]
         if self.heads is None:
             keys = [key.detach() for key in keys]
-        return translated.split(len(source)), keys
+        return (*translated.split(len(source)), *outputs[1:]), keys
 
     def _patch_losses(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -38,6 +38,16 @@ def descend(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
     loss.backward()
     for optimizer in optimizers:
         optimizer.step()
+
+
+def together(
+    network: Callable[[Tensor], Tensor], one: Tensor, other: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`network` of both batches: of images of one size in one pass, as instance norm keeps images apart, else in two."""
+    if one.shape[1:] == other.shape[1:]:
+        first, second = network(torch.cat([one, other])).split([len(one), len(other)])
+        return first, second
+    return network(one), network(other)
 
 
 def images_of_one_size(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

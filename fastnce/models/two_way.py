@@ -5,13 +5,12 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from fastnce.models.cut_networks import build_discriminator, build_generator, initialise
 from fastnce.models.gan import discriminator_losses
 from fastnce.models.image_pool import ImagePool
-from fastnce.models.translation import adam, autocast, descend
+from fastnce.models.translation import adam, autocast, descend, together
 from fastnce.models.translation_config import TwoWayConfig
 
 
@@ -79,8 +78,7 @@ class TwoWayModel(nn.Module):
     def _discriminator_loss(self, discriminator: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
         discriminator.requires_grad_(True)
         with self._autocast():
-            # One batch for both: instance norm keeps the images apart.
-            real_logits, fake_logits = discriminator(torch.cat([real, fake.to(real)])).chunk(2)
+            real_logits, fake_logits = together(discriminator, real, fake.to(real))
         mode = self._two_way.gan_mode
         real_loss, fake_loss = discriminator_losses(real_logits, fake_logits, mode)
         return 0.5 * (real_loss + fake_loss)

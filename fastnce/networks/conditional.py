@@ -155,10 +155,12 @@ def widths_for(
     nominal = nominal_size(image_size)
     if nominal not in table or nominal * smallest_map(image_size) != 4 * image_size:
         sizes = [base * size // 4 for size in table for base in (4, 5, 6, 7)]
-        near = sorted(sorted(sizes, key=lambda size: abs(size - image_size))[:2])
+        below = max((size for size in sizes if size < image_size), default=min(sizes))
+        above = min((size for size in sizes if size > image_size), default=max(sizes))
+        near = " or ".join(map(str, sorted({below, above})))
         raise ValueError(
             f"{type(network).__name__}: image_size={image_size} must be 4, 5, 6 or 7 times a power of two, from "
-            f"{min(sizes)} to {max(sizes)}. Use {near[0]} or {near[1]}."
+            f"{min(sizes)} to {max(sizes)}. Use {near}."
         )
     return table[nominal]
 

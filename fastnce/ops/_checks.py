@@ -7,9 +7,12 @@ an accelerator, so none makes the host wait for it.
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,6 +25,11 @@ def shape_of(x: Tensor) -> str:
 def expect_float_tensor(op: str, name: str, x: object, dims: tuple[int, ...], shape: str) -> None:
     """``x`` is a floating-point tensor with one of ``dims`` dimensions, none of them empty."""
     expect_tensor(op, name, x, shape)
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(
+            f"{op}: {name} must be a dense tensor of shape {shape}, got "
+            f"{'a nested one' if x.is_nested else x.layout}. Use e.g. {name}.to_dense()."
+        )
     if x.dtype not in FLOATS:
         raise TypeError(
             f"{op}: {name} must be float64, float32, bfloat16 or float16, got {x.dtype}. Convert it, e.g. {name}.float()."
@@ -53,7 +61,12 @@ def expect_shape(
 
 
 def expect_alike(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
-    """``x`` is on the device of ``like`` and has its dtype."""
+    """``x`` is on the device of ``like`` and has its dtype; both are of one process, or both are not."""
+    if _is_dtensor(x) != _is_dtensor(like):
+        name = name if _is_dtensor(x) else like_name
+        raise TypeError(
+            f"{op}: {name} is a DTensor, the other rows are not. Pass {name}.full_tensor()."
+        )
     if x.device != like.device:
         raise ValueError(
             f"{op}: {name} is on {x.device} but {like_name} is on {like.device}. "
@@ -82,29 +95,85 @@ def expect_labels(op: str, labels: object, like: Tensor, like_name: str) -> Tens
 
 
 def expect_temperature(op: str, temperature: object, like: Tensor) -> float | Tensor:
-    """``temperature`` as a positive float, or as a 0-d floating-point tensor on the device of ``like``."""
-    if isinstance(temperature, Tensor):
-        if temperature.dim() != 0 or not temperature.is_floating_point():
-            raise ValueError(
-                f"{op}: temperature must be a float or a 0-d floating-point tensor, got a tensor of shape "
-                f"{shape_of(temperature)} and dtype {temperature.dtype}. Use temperature.squeeze(), or a float."
-            )
-        # A copy to an accelerator does not make the host wait.
-        return temperature.to(
-            device=like.device,
-            dtype=torch.float64 if like.dtype == torch.float64 else torch.float32,
-        )
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+    """``temperature`` as a positive float, or as a 0-d tensor on the device of ``like`` and in the dtype of its sums.
+
+    A number that lies on the host is checked. One on an accelerator, or that a compiler traces, is not read: NaN takes its place
+    unless it is positive, and makes the loss NaN.
+    """
+    if not isinstance(temperature, Tensor):
+        number = _expect_number(op, "temperature", temperature, "Usual values are 0.05 to 1.")
+        return _variable(number, like) if torch.compiler.is_compiling() else number
+    _expect_one_number(op, "temperature", temperature, like)
+    if not temperature.is_floating_point():
         raise TypeError(
-            f"{op}: temperature must be a float or a 0-d tensor, got {type(temperature).__name__}."
+            f"{op}: temperature must be a float or a floating-point tensor of one element, got {temperature.dtype}. "
+            f"Use temperature.float()."
         )
-    if not 0 < temperature < math.inf:
+    temperature = temperature.reshape(()) if temperature.dim() > 0 else temperature
+    temperature = temperature.to(torch.promote_types(like.dtype, torch.float32))
+    number = _on_host(temperature)
+    if number is not None:
+        _expect_number(op, "temperature", number, "Usual values are 0.05 to 1.")
+        if like.device.type == "cpu":
+            return temperature
+        if not (temperature.requires_grad and torch.is_grad_enabled()):
+            return number
+    if temperature.device != like.device:
+        if temperature.device.type == "cpu":
+            # A kernel takes a number of the host as an argument: unlike a copy, it makes nobody wait.
+            one = torch.ones((), dtype=temperature.dtype, device=like.device)
+            temperature = temperature * one
+        else:
+            temperature = temperature.to(like.device)
+    return temperature if number is not None else F.threshold(temperature, 0.0, math.nan)
+
+
+def expect_scale(op: str, scale: object, like: Tensor) -> float | Tensor:
+    """The temperature whose inverse is ``scale``, positive and finite: a float, or a tensor of at least float32."""
+    hint = "CLIP trains its logarithm: pass log_scale.exp()."
+    if not isinstance(scale, Tensor):
+        return 1 / _expect_number(op, "logit_scale", scale, hint)
+    _expect_one_number(op, "logit_scale", scale, like)
+    wide = torch.promote_types(torch.promote_types(scale.dtype, torch.float32), like.dtype)
+    scale = scale.to(wide)
+    number = _on_host(scale)
+    if number is not None:
+        _expect_number(op, "logit_scale", number, hint)
+    return 1 / scale
+
+
+def _expect_number(op: str, name: str, number: object, hint: str) -> float:
+    """``number`` (also of NumPy), positive and finite, as a float."""
+    if isinstance(number, bool) or not isinstance(number, (float, int, numbers.Real)):
+        raise TypeError(
+            f"{op}: {name} must be a float or a tensor of one element, got {type(number).__name__}."
+        )
+    if not 0 < number < math.inf:
+        raise ValueError(f"{op}: {name} must be positive and finite, got {number}. {hint}")
+    return float(number)
+
+
+def _expect_one_number(op: str, name: str, x: Tensor, like: Tensor) -> None:
+    """``x`` is a tensor of one element, of any shape: parameters that are sharded cannot be 0-d."""
+    if _is_dtensor(x) and not _is_dtensor(like):
+        raise TypeError(f"{op}: {name} is a DTensor. Pass {name}.full_tensor().")
+    if x.numel() != 1:
         raise ValueError(
-            f"{op}: temperature must be positive and finite, got {temperature}. Usual values are 0.05 to 1."
+            f"{op}: {name} must be a float or a tensor of one element, got a tensor of shape {shape_of(x)}."
         )
-    if torch.compiler.is_compiling():
-        return _variable(float(temperature), like)
-    return float(temperature)
+
+
+def _on_host(x: Tensor) -> float | None:
+    """The number in ``x``, if it lies on the host, and no compiler, transform or fake tensor stands for it."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        return None
+    if x.device.type != "cpu" or torch._C._functorch.peek_interpreter_stack() is not None:
+        return None
+    return x.item() if _get_current_dispatch_mode() is None else None
+
+
+def _is_dtensor(x: Tensor) -> bool:
+    return type(x) is not Tensor and not torch.compiler.is_compiling() and hasattr(x, "full_tensor")
 
 
 def _variable(number: float, like: Tensor) -> float | Tensor:
@@ -132,10 +201,15 @@ def expect_int_at_least(op: str, name: str, value: object, least: int) -> None:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}.")
 
 
-def expect_no_functorch(op: str) -> None:
-    """The fused kernels know no functorch transform; the ``torch`` backend supports all of them."""
+def expect_fusable(op: str, rows: Tensor) -> None:
+    """The fused kernels know no functorch transform, which the ``torch`` backend supports, and no tensor of several ranks."""
     if torch.compiler.is_compiling():
         return
+    if _is_dtensor(rows):
+        raise TypeError(
+            f"{op}: the fused kernels take no DTensor. Pass full_tensor() of all rows; of a loss over ranks, to_local() to "
+            f"fastnce.distributed."
+        )
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
             f"{op}: the fused kernels do not support torch.func transforms (grad, vmap, jvp ...). Use backend='torch'."

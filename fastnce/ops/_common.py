@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -23,8 +25,10 @@ def row_weight(count: int, reduction: str) -> float | None:
     return {"mean": 1 / count, "sum": 1.0, "none": None}[reduction]
 
 
-def no_autocast(x: Tensor) -> torch.autocast:
+def no_autocast(x: Tensor) -> AbstractContextManager:
     """The ops choose their own precision: inputs as they come, sums in fp32 or fp64."""
+    if not torch.amp.is_autocast_available(x.device.type):  # such as meta
+        return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 

@@ -32,7 +32,7 @@ def conditional_contrastive(
         embeddings: (N, D); float64, float32, bfloat16 or float16. Normalisation is part of the op.
         proxies: (N, D), row i the embedding of the class of sample i.
         labels: (N,) integers.
-        temperature: positive float, or 0-d tensor, which gets its gradient.
+        temperature: positive float, or tensor of one element, which gets its gradient.
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` for (N,).
         backend: one of ``fastnce.backends.available()``; None chooses.
 
@@ -67,7 +67,7 @@ def conditional_contrastive(
         if kernels is reference:
             losses = reference.conditional_contrastive(embeddings, proxies, labels, temperature)
             return _common.reduce(losses, reduction)
-        _checks.expect_no_functorch(op)
+        _checks.expect_fusable(op, embeddings)
         grad_now = reduction != "none" and _common.wants_grad(embeddings, proxies, temperature)
         loss, _ = ConditionalContrastiveFunction.apply(
             *_common.distinct((embeddings, proxies)),

@@ -38,7 +38,7 @@ def info_nce(
         positive_key: the shape of ``query``; row i is the positive of query i.
         negative_keys: None for the other rows of ``positive_key``; (M, D) shared by all queries, such as a queue; or
             (N, M, D) / (B, N, M, D), each query's own.
-        temperature: positive float, or 0-d tensor, which gets its gradient.
+        temperature: positive float, or tensor of one element, which gets its gradient.
         normalize: L2-normalise all rows (cosine); otherwise plain dot products. An all-zero row has cosine 0 with everything
             and gradient 0.
         symmetric: the mean of the losses query to key and key to query (CLIP); in-batch negatives only.
@@ -174,7 +174,7 @@ def info_nce_reduced(
             if reduction == "none":
                 return losses
             return losses.sum() * _common.row_weight(losses.numel(), reduction)
-        _checks.expect_no_functorch(op)
+        _checks.expect_fusable(op, query)
         grad_now = reduction != "none" and _common.wants_grad(query, key, negatives, temperature)
         loss, _ = InfoNCEFunction.apply(
             *_common.distinct((query, key, negatives)),

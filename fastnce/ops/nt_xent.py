@@ -27,7 +27,7 @@ def nt_xent(
     Args:
         z1: (N, D), the first views; float64, float32, bfloat16 or float16. Normalisation is part of the op.
         z2: (N, D), the second views.
-        temperature: positive float, or 0-d tensor, which gets its gradient.
+        temperature: positive float, or tensor of one element, which gets its gradient.
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` for (2N,), the rows of ``z1`` first.
         backend: one of ``fastnce.backends.available()``; None chooses.
 

@@ -27,7 +27,7 @@ def pairwise_cosine_similarity(
     Args:
         x: (..., N, D); float64, float32, bfloat16 or float16.
         y: (..., M, D), with the leading dimensions of ``x``; None for ``x`` itself.
-        temperature: positive float, or 0-d tensor, which gets its gradient.
+        temperature: positive float, or tensor of one element, which gets its gradient.
         backend: one of ``fastnce.backends.available()``; None chooses.
 
     Returns:
@@ -56,7 +56,7 @@ def pairwise_cosine_similarity(
     with _common.no_autocast(x):
         if kernels is reference:
             return reference.pairwise_cosine_similarity(x, x if y is None else y, temperature)
-        _checks.expect_no_functorch(op)
+        _checks.expect_fusable(op, x)
         other = None if y is x else y
         return PairwiseCosineSimilarityFunction.apply(x, other, temperature, kernels)
 

@@ -36,7 +36,7 @@ def patch_nce(
             Normalisation is part of the op. Or a list, one entry per layer, S and C may differ.
         key_features: like ``query_features``; patch s of image b is the positive of that query. Gradients are computed only
             if it requires them (CUT detaches it).
-        temperature: positive float, or 0-d tensor, which gets its gradient.
+        temperature: positive float, or tensor of one element, which gets its gradient.
         negatives: ``"image"``: the other patches of the same image; ``"batch"``: those of all images.
         backend: one of ``fastnce.backends.available()``; None chooses.
 
@@ -104,7 +104,7 @@ def _weighted_sum(
                 * _layer_weight(query, count)
                 for query, key in zip(queries, keys, strict=True)
             )
-        _checks.expect_no_functorch(op)
+        _checks.expect_fusable(op, queries[0])
         grad_now = _common.wants_grad(*queries, *keys, temperature)
         loss, _ = PatchNCEFunction.apply(
             kernels, count, grad_now, temperature, *_common.distinct((*queries, *keys))
@@ -130,8 +130,10 @@ class PatchNCEFunction(torch.autograd.Function):
         layers: int,
         grad_now: bool,
         temperature: float | Tensor,
-        *rows: Tensor,
+        query: Tensor,  # by a name: of two rows after ctx, torch.compile would take ctx for left out
+        *others: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
+        rows = (query, *others)
         count = len(rows) // 2
         ones = (1.0,) * count
         kernel_mean = _common.kernel_mean("mean", rows[0].dtype)
@@ -148,7 +150,7 @@ class PatchNCEFunction(torch.autograd.Function):
         )
         ctx.factors = ones * 2
         if not kernel_mean:
-            ctx.factors = [_layer_weight(query, layers) for query in rows[:count]] * 2
+            ctx.factors = [_layer_weight(x, layers) for x in rows[:count]] * 2
         handle = _common.handle(loss, grad_now)
         ctx.save_for_backward(handle, grad_temperature, *grad_queries, *grad_keys)
         return loss, handle

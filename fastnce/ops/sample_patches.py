@@ -205,7 +205,7 @@ def _gather_alike(
         if kernels is reference:
             pairs = zip(maps, ids, strict=True)
             return [reference.sample_patches(feature, id_, normalize) for feature, id_ in pairs]
-        _checks.expect_no_functorch(op)
+        _checks.expect_fusable(op, maps[0])
         return list(
             SamplePatchesFunction.apply(kernels, normalize, *_common.distinct((*maps, *ids)))
         )
@@ -221,7 +221,7 @@ def _tap_alike(
         patches = _gather_alike(op, maps, ids, normalize, backend)
         # A tensor of its own, so that its gradient, too, is the network's alone.
         return [x.view_as(x) for x in maps], patches
-    _checks.expect_no_functorch(op)
+    _checks.expect_fusable(op, maps[0])
     with _common.no_autocast(maps[0]):
         count = len(maps)
         tapped = TapFunction.apply(kernels, normalize, *maps, *ids)
@@ -235,8 +235,9 @@ class SamplePatchesFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, kernels: ModuleType, normalize: bool, *maps_and_ids: Tensor
+        ctx, kernels: ModuleType, normalize: bool, first: Tensor, *others: Tensor
     ) -> tuple[Tensor, ...]:
+        maps_and_ids = (first, *others)  # by a name: as in PatchNCEFunction
         count = len(maps_and_ids) // 2
         maps, ids = list(maps_and_ids[:count]), list(maps_and_ids[count:])
         patches, inverse_norms = kernels.sample_patches_forward(maps, ids, normalize)

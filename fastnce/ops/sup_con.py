@@ -29,7 +29,7 @@ def sup_con(
     Args:
         features: (N, D); float64, float32, bfloat16 or float16. Normalisation is part of the op.
         labels: (N,) integers.
-        temperature: positive float, or 0-d tensor, which gets its gradient.
+        temperature: positive float, or tensor of one element, which gets its gradient.
         reduction: ``"mean"`` over the samples that have a positive (0 if none has), ``"sum"``, or ``"none"`` for (N,), with 0
             for samples without a positive.
         backend: one of ``fastnce.backends.available()``; None chooses.
@@ -70,7 +70,7 @@ def sup_con_reduced(
             if reduction == "mean":
                 return losses.sum() / _mean_count(has_positive)
             return _common.reduce(losses, reduction)
-        _checks.expect_no_functorch(op)
+        _checks.expect_fusable(op, features)
         grad_now = reduction != "none" and _common.wants_grad(features, temperature)
         loss, _ = SupConFunction.apply(features, temperature, labels, kernels, reduction, grad_now)
         return loss

@@ -1,9 +1,10 @@
 """ContraGAN's 2C loss in plain PyTorch."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastnce.reference.normalize import accumulation_dtype, normalize_rows
+from fastnce.reference.normalize import accumulation_dtype, normalize_rows, over_temperature
 
 
 def conditional_contrastive(
@@ -27,10 +28,11 @@ def conditional_contrastive(
 
     is_self = torch.eye(labels.shape[0], dtype=torch.bool, device=labels.device)
     is_other_class = labels[:, None] != labels[None, :]  # (N, N)
-    to_proxy = (embeddings * proxies).sum(dim=-1, keepdim=True) / temperature  # (N, 1)
-    to_others = (embeddings @ embeddings.T / temperature).masked_fill(is_self, -torch.inf)
-    to_same_class = to_others.masked_fill(is_other_class, -torch.inf)
+    to_proxy = (embeddings * proxies).sum(dim=-1, keepdim=True)  # (N, 1)
+    logits = torch.cat([to_proxy, embeddings @ embeddings.T], dim=1)
+    logits = over_temperature(logits, temperature)  # (N, 1 + N)
 
-    log_den = torch.cat([to_proxy, to_others], dim=1).logsumexp(dim=1)
-    log_num = torch.cat([to_proxy, to_same_class], dim=1).logsumexp(dim=1)
-    return log_den - log_num
+    def lse_without(others: Tensor) -> Tensor:
+        return logits.masked_fill(F.pad(others, (1, 0)), -torch.inf).logsumexp(dim=1)
+
+    return lse_without(is_self) - lse_without(is_self | is_other_class)

@@ -6,6 +6,7 @@ from torch import Tensor
 from fastnce.reference.normalize import (
     accumulation_dtype,
     normalize_rows,
+    over_temperature,
     rounded_unit_rows,
 )
 
@@ -53,15 +54,15 @@ def info_nce(
         rounded = (x if x is None else rounded_unit_rows(x) for x in rows)
         values = _similarities(*rounded, in_batch)
         columns = [s + (v - s).detach() for s, v in zip(columns, values, strict=True)]
-    positive = columns[0].diagonal(dim1=-2, dim2=-1) if in_batch else columns[0].squeeze(-1)
     if self_logit is not None:
         columns.append(torch.full_like(columns[0][..., :1], self_logit))
 
-    logits = torch.cat(columns, dim=-1) / temperature
+    logits = over_temperature(torch.cat(columns, dim=-1), temperature)
+    positive = logits.diagonal(dim1=-2, dim2=-1) if in_batch else logits[..., 0]
     lse = logits.logsumexp(dim=-1)
     if symmetric:
         lse = 0.5 * (lse + logits.logsumexp(dim=-2))
-    return lse - positive / temperature
+    return lse - positive
 
 
 def _similarities(

@@ -22,6 +22,17 @@ def normalize_rows(x: Tensor) -> Tensor:
     return (x / norm).masked_fill(is_zero, 0)
 
 
+def over_temperature(similarity: Tensor, temperature: float | Tensor) -> Tensor:
+    """``z = s / t``, where the gradient of t is computed as ``-sum(G z) / t``.
+
+    PyTorch's own of ``s / t`` is ``-sum(G s / t / t)``: of the smallest temperatures the summands overflow, also where G is 0.
+    """
+    if not isinstance(temperature, Tensor):
+        return similarity / temperature
+    constant = temperature.detach()
+    return similarity / constant * (constant / temperature)  # times 1
+
+
 @torch.no_grad()
 def rounded_unit_rows(x: Tensor) -> Tensor:
     """The rows ``x / ||x||`` rounded to e4m3 (:data:`torch.float8_e4m3fn`: four significant bits), in the dtype of ``x``.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastnce.reference.normalize import accumulation_dtype, normalize_rows
+from fastnce.reference.normalize import accumulation_dtype, normalize_rows, over_temperature
 
 
 def sup_con(features: Tensor, labels: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -22,7 +22,7 @@ def sup_con(features: Tensor, labels: Tensor, temperature: float | Tensor) -> tu
     is_self = torch.eye(labels.shape[0], dtype=torch.bool, device=labels.device)
     is_positive = (labels[:, None] == labels[None, :]) & ~is_self  # (N, N)
     num_positives = is_positive.sum(dim=1)  # (N,)
-    logits = features @ features.T / temperature  # (N, N)
+    logits = over_temperature(features @ features.T, temperature)  # (N, N)
 
     lse = logits.masked_fill(is_self, -torch.inf).logsumexp(dim=1)
     positive = logits.masked_fill(~is_positive, 0).sum(dim=1) / num_positives.clamp(min=1)

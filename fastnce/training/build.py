@@ -46,13 +46,19 @@ def build_config(
     """
     config_class, values = layered_values(variant, preset, config_file)
     values |= checked_values(config_class, overrides or {}, "option")
-    required = [
-        f.name for f in dataclasses.fields(config_class) if f.default is dataclasses.MISSING
-    ]
-    for name in required:
+    for name in _required(config_class, values):
         if name not in values:
             raise UserError(f"{name} is missing. Give {name} as an option or in the config file.")
     return config_class(**values)
+
+
+def _required(config_class: type[TrainConfig], given: Collection[str]) -> list[str]:
+    """The fields that must be given; `data` too, unless folders are named one by one."""
+    fields = dataclasses.fields(config_class)
+    names = [field.name for field in fields if field.default is dataclasses.MISSING]
+    if "data" not in names and not {"data_a", "data_b"} & set(given):
+        names.insert(0, "data")
+    return names
 
 
 def layered_values(
@@ -121,11 +127,12 @@ def check_options(
     }
     if given & {"--help"} or "-h" in args:
         return
-    for field in fields:
-        if field.default is dataclasses.MISSING and field.name not in values:
-            option = f"--{field.name.replace('_', '-')}"
-            if option not in given:
-                raise UserError(f"{option} is missing. Give it as an option or in the config file.")
+    named = {option.removeprefix("--").replace("-", "_") for option in given}
+    for name in _required(config_class, {*named, *values}):
+        if name not in named and name not in values:
+            raise UserError(
+                f"--{name.replace('_', '-')} is missing. Give it as an option or in the config file."
+            )
 
 
 def known(name: str, names: Collection[str], what: str) -> str:

@@ -33,11 +33,16 @@ FREE_FIELDS = frozenset(
         "measure_every",
         "measure_count",
         "checkpoint_every",
+        "keep_every",
+        "test_a",
+        "test_b",
         "extractor",
         "cache_gb",
         "broken_files",
     }
 )
+# Where the training images are: a resumed run may find them elsewhere, if they are the same files.
+DATA_FIELDS = frozenset({"data", "data_a", "data_b"})
 # Fields that a resumed run may change as long as the steps already made stay what they were.
 SCHEDULE_FIELDS = frozenset({"epochs", "decay_epochs", "warmup_epochs", "steps"})
 
@@ -52,6 +57,9 @@ class TrainConfig:
     """Folder of the data."""
     out: Path
     """Folder of the run; created. A run that is there already is continued."""
+    init_from: Path | None = None
+    """Weights to start from. The folder of a run, of any system, or one of its checkpoints: each network that fits. Or of a
+    published repository: the folder of latest_net_G.pth and its like, or FOLDER/EPOCH for EPOCH_net_G.pth."""
     seed: int = 0
     """Seed of the initialisation, the data order and everything else that is drawn."""
     device: str = "auto"
@@ -81,11 +89,13 @@ class TrainConfig:
     """Steps between two lines of measurements.jsonl, for systems that measure while they train; 0: never."""
     checkpoint_every: int = 500
     """Steps between two checkpoints."""
+    keep_every: int = 0
+    """Steps between two checkpoints that are kept, as checkpoints/step_XXXXXX.pt; 0: only the last two and the best are."""
 
     def __post_init__(self) -> None:
         options.at_least(self, 1, "batch_size", "log_every", "sample_every", "checkpoint_every")
         options.at_least(self, 1, "sample_count")
-        options.at_least(self, 0, "workers", "seed", "measure_every")
+        options.at_least(self, 0, "workers", "seed", "measure_every", "keep_every")
         options.in_unit_interval(self, "ema_decay")
         options.one_of(self, "broken_files", ("error", "skip"))
         if self.steps is not None:
@@ -103,8 +113,16 @@ class TrainConfig:
 class UnpairedTrainConfig(TrainConfig):
     """Options of the systems that translate between two folders of images."""
 
-    data: Path
+    data: Path | None = None
     """Folder with trainA and trainB, and testA and testB for the sample grids."""
+    data_a: Path | None = None
+    """Instead of data, with data_b: folder of the training images of A, wherever it is."""
+    data_b: Path | None = None
+    """Folder of the training images of B."""
+    test_a: Path | None = None
+    """With data_a and data_b: folder of the test images of A; without one, the sample grids show training images."""
+    test_b: Path | None = None
+    """Folder of the test images of B, with which translations are compared when they are measured."""
     batch_size: int = 1
     """Images of each domain per step."""
     epochs: int = 200
@@ -132,8 +150,6 @@ class UnpairedTrainConfig(TrainConfig):
     """Which domain is translated to which."""
     serial: bool = False
     """Read both folders in order instead of shuffling A and drawing from B."""
-    init_from: Path | None = None
-    """Published weights to start from: the folder of latest_net_G.pth and its like, or FOLDER/EPOCH for EPOCH_net_G.pth."""
     cache_gb: float = 2.0
     """Memory for decoded images in GiB, shared out among the workers."""
     extractor: Path | None = None
@@ -149,8 +165,46 @@ class UnpairedTrainConfig(TrainConfig):
         options.at_least(self, 0, "epochs", "decay_epochs")
         options.one_of(self, "augment_a", ("none", "affine"))
         options.one_of(self, "direction", ("AtoB", "BtoA"))
+        self._check_folders()
         if self.epochs + self.decay_epochs == 0:
             raise UserError("epochs=0 and decay_epochs=0 leave nothing to train. Use epochs >= 1.")
+
+    def _check_folders(self) -> None:
+        apart = {
+            name: getattr(self, name)
+            for name in ("data_a", "data_b", "test_a", "test_b")
+            if getattr(self, name) is not None
+        }
+        if self.data is not None and apart:
+            name, folder = next(iter(apart.items()))
+            raise UserError(
+                f"data={self.data} holds all folders, and {name}={folder} names one of them. Give data, or data_a and data_b."
+            )
+        for name, other in (("data_a", "data_b"), ("data_b", "data_a")):
+            if apart and name not in apart:
+                raise UserError(
+                    f"{name} is missing: {', '.join(apart)} {'needs' if len(apart) == 1 else 'need'} it. Give {name} and {other}."
+                )
+
+    @property
+    def folders(self) -> Path | dict[str, Path]:
+        """Where the images are: the folder with trainA and the like, or these by name where each was named.
+
+        Raises:
+            UserError: none was named.
+        """
+        if self.data is not None:
+            return self.data
+        named = {
+            "trainA": self.data_a,
+            "trainB": self.data_b,
+            "testA": self.test_a,
+            "testB": self.test_b,
+        }
+        found = {name: folder for name, folder in named.items() if folder is not None}
+        if not found:
+            raise UserError("data is missing. Give data, or data_a and data_b.")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +260,7 @@ class Pix2PixTrainConfig(Pix2PixConfig, UnpairedTrainConfig):
 
     system: ClassVar[str] = "pix2pix"
 
-    data: Path
+    data: Path | None = None
     """Folder with train, each of its images A and B side by side, or with trainA and trainB and equal names in both; and test
     or testA and testB for the sample grids."""
     batch_size: int = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,6 @@ from fastnce.metrics import (
     evaluate_generation,
     format_generation_table,
     format_table,
-    generation_evaluator,
     is_digits_photos,
     write_generation_report,
 )
@@ -46,7 +46,7 @@ from fastnce.training.config import (
     UnpairedTrainConfig,
 )
 from fastnce.training.cost import cost_lines, read_cost
-from fastnce.training.generation import labelled_images, reference_and_training, sampler
+from fastnce.training.generation import judge_of, labelled_images, reference_and_training, sampler
 from fastnce.training.representation import images_of, random_encoder
 from fastnce.training.runtime import resolve_device
 from fastnce.training.systems import SYSTEMS
@@ -85,7 +85,7 @@ class Segmentation:
 
 def evaluate_translation(
     run: Path,
-    data: Path,
+    data: Path | Mapping[str, Path],
     *,
     without_nce: Path | None = None,
     extractor: Path | None = None,
@@ -105,7 +105,7 @@ def evaluate_translation(
 
     Args:
         run: folder of the run.
-        data: folder of the data.
+        data: folder of the data, or the folders by the names testA, testB and trainB.
         without_nce: folder of the same training without the contrastive loss.
         extractor: what gives the features: see `fastnce.metrics.extractors.load_extractor`; by default that of the run, or a
             digits-photos set's own network.
@@ -270,7 +270,7 @@ def evaluate_conditional_generation(
     config = _with_broken_files(config, broken_files)
     assert isinstance(config, ContraGANTrainConfig)
     root = config.data if data is None else data
-    evaluator = generation_evaluator(root, extractor or config.extractor, device=target)
+    evaluator = judge_of(config, root, extractor or config.extractor, target)
     train = labelled_images(config, "train", root)
     (images, labels), training = reference_and_training(config, train, root)
     torch.manual_seed(config.seed)
@@ -351,10 +351,12 @@ def evaluate_run(
         UserError: also if a setting is not for this system.
     """
     config = load_config(run)
+    if data is None:
+        _expect_data(run, config)
     if isinstance(config, UnpairedTrainConfig):
         return evaluate_translation(
             run,
-            config.data if data is None else data,
+            config.folders if data is None else data,
             without_nce=without_nce,
             extractor=extractor,
             segmentation=segmentation,
@@ -368,6 +370,18 @@ def evaluate_run(
         return evaluate_conditional_generation(run, data, extractor=extractor, **settings)
     _only_for(config.system, extractor=extractor)
     return evaluate_representation(run, data, **settings)
+
+
+def _expect_data(run: Path, config: TrainConfig) -> None:
+    """Raises `UserError`, saying where the path is from, if a run's own data are not there."""
+    folders = config.folders if isinstance(config, UnpairedTrainConfig) else config.data
+    for folder in folders.values() if isinstance(folders, dict) else [folders]:
+        if not folder.exists():
+            relative = "" if folder.is_absolute() else f" in {Path.cwd()}"
+            raise UserError(
+                f"data={folder}, which {Path(run) / 'config.json'} names, is not there{relative}. Run this where the training was "
+                "started, or give the folder's place now: --data DIR."
+            )
 
 
 def _with_broken_files(config: TrainConfig, broken_files: str | None) -> TrainConfig:

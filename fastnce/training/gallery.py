@@ -93,7 +93,8 @@ def training_command(config: TrainConfig) -> str:
             names = [
                 name
                 for name in values
-                if name in ("data", "out") or (name != "system" and values[name] != base[name])
+                if (name in ("data", "out") and values[name] is not None)
+                or (name != "system" and values[name] != base[name])
             ]
             words = ["fastnce", "train", variant]
             words += ["--preset", preset] if preset else []

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from fastnce import viz
 from fastnce.data import save_image
+from fastnce.data.files import expect_apart
 from fastnce.data.labelled import open_labelled
 from fastnce.errors import UserError
 from fastnce.training.config import ContraGANTrainConfig, TrainConfig
@@ -77,6 +78,8 @@ def generate_folder(
     for name, value, minimum in (("count", count, 1), ("batch_size", batch_size, 1)):
         if value < minimum:
             raise UserError(f"{name}={value} is too small. Use {name} >= {minimum}.")
+    # Generated images among those that the run, or its evaluation, reads.
+    expect_apart(out, [Path(config.data) / split for split in ("train", "test", "valid", "val")])
     if truncation is not None and not truncation > 0:
         raise UserError(f"truncation={truncation} must be positive. Use about 0.5 to 2.")
     if interpolation < 0 or interpolation == 1:

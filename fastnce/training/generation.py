@@ -21,6 +21,7 @@ from fastnce.metrics import (
     largest_singular_values,
     spread_ratio,
 )
+from fastnce.metrics.digit_classifier import DIGITS, DigitClassifier
 from fastnce.models import ContraGAN
 from fastnce.models.contragan_config import build_generator
 from fastnce.training.config import ContraGANTrainConfig
@@ -116,6 +117,30 @@ def reference_and_training(
     return (images, labels), training
 
 
+def judge_of(
+    config: ContraGANTrainConfig,
+    root: Path,
+    extractor: Path | None,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """What judges the samples of a run: see `fastnce.metrics.generation_evaluator`.
+
+    Raises:
+        UserError: there is none, or a digits set's own reads other images than the run makes.
+    """
+    judge = generation_evaluator(root, extractor, device=device)
+    if isinstance(judge, DigitClassifier):
+        side, made = judge.image_size, (config.image_size, config.image_channels)
+        if made != (side, 1):
+            raise UserError(
+                f"{root}: the built-in judge reads {side}x{side} grey digits, and the run makes images with image_size="
+                f"{made[0]} and image_channels={made[1]}. Give --extractor FILE."
+            )
+        # Its classes are the ten digits, in this order.
+        judge.reads_labels = config.class_names in ((), DIGITS)
+    return judge
+
+
 @torch.inference_mode()
 def sample_images(generator: nn.Module, z: Tensor, labels: Tensor, batch_size: int = 256) -> Tensor:
     """Images of a generator in eval mode, on the CPU.
@@ -181,7 +206,7 @@ def _measure(config: ContraGANTrainConfig, dataset: LabelledImages) -> Measure:
     if training is not None:
         seen["real, held out"] = (images, labels)
     try:
-        evaluator = generation_evaluator(config.data, config.extractor)
+        evaluator = judge_of(config, config.data, config.extractor)
     except UserError as error:
         if config.extractor is not None:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -16,28 +17,31 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastnce import viz
-from fastnce.data.files import remove_leftovers, write_json
+from fastnce.data.files import Files, changed_files, expect_apart, remove_leftovers, write_json
 from fastnce.errors import UserError
 from fastnce.training import runtime
 from fastnce.training.build import from_dict
-from fastnce.training.checkpoint import load_checkpoint, save_checkpoint
+from fastnce.training.checkpoint import load_checkpoint, previous_path, save_checkpoint
 from fastnce.training.config import (
+    DATA_FIELDS,
     SCHEDULE_FIELDS,
     LabelledTrainConfig,
     TrainConfig,
-    UnpairedTrainConfig,
     differing_fields,
     settled,
     to_dict,
 )
 from fastnce.training.cost import write_cost
 from fastnce.training.ema import WeightAverage
+from fastnce.training.lock import locked
 from fastnce.training.log import MetricLog, append_line, drop_lines_after, read_metrics
-from fastnce.training.published import load_published
+from fastnce.training.published import load_initial
 from fastnce.training.ranks import Ranks, joined_from_environment
 from fastnce.training.schedule import Schedule
 from fastnce.training.systems import SYSTEMS
 
+# Options that name a place, which may be spelled in several ways.
+_PATHS = DATA_FIELDS | {"init_from"}
 # The seeds of two ranks differ by this.
 _SEEDS_APART = 7919
 
@@ -56,14 +60,16 @@ def train(config: TrainConfig) -> Path:
 
     A run that was stopped and continued is on a CPU bit for bit the run that was never stopped. The folder gets
     `config.json`, `metrics.jsonl`, `loss.png`, `samples/step_XXXXXX.png`, `cost.json` and `checkpoints/last.pt`; with `measure_every` also
-    `measurements.jsonl`, `measurements.png` and `checkpoints/best.pt`.
+    `measurements.jsonl`, `measurements.png` and `checkpoints/best.pt`; with `keep_every` also `checkpoints/step_XXXXXX.pt`.
+
+    After an error the state before it is saved, if it is whole: not when a training step or a log line was under way.
 
     Returns:
         `config.out`.
 
     Raises:
-        UserError: a mistake in the configuration or the data, another run in `config.out`, a damaged checkpoint, a full disk,
-            or a loss that is not finite.
+        UserError: a mistake in the configuration or the data, another run in `config.out` or another process that trains it, a
+            damaged checkpoint, a full disk, or a loss that is not finite.
         Interrupted: Ctrl-C or SIGTERM, after saving.
     """
     device = joined_from_environment(runtime.resolve_device(config.device))
@@ -74,6 +80,12 @@ def train(config: TrainConfig) -> Path:
         )
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"out={config.out} is a file. Name a folder for the run.")
+    expect_apart(config.out, _folders_read(config))
+    with locked(config.out) if ranks.is_first else contextlib.nullcontext():
+        return _train(config, device, ranks)
+
+
+def _train(config: TrainConfig, device: torch.device, ranks: Ranks) -> Path:
     checkpoint = _checkpoint_to_continue(config)
     config = settled(config, from_dict(checkpoint["config"]) if checkpoint else None)
     if config.deterministic:
@@ -92,6 +104,9 @@ def train(config: TrainConfig) -> Path:
             )
             return config.out
         run.say(f"{config.out}: going on after step {run.step} of {schedule.total_steps}")
+    if ranks.is_first:
+        for line in getattr(dataset, "describe", list)():
+            run.say(line)
     run.begin_folder()
     with runtime.StopOnSignal() as stop:
         run.go(stop)
@@ -110,19 +125,56 @@ def _checkpoint_to_continue(config: TrainConfig) -> dict | None:
     if not path.exists():
         return None
     state = load_checkpoint(path)
+    # Where the training images are does not matter, if the run knows their names and sizes: `_Run.restore` compares them.
+    free = DATA_FIELDS if state.get("files") else frozenset()
+    _expect_same_run(config, state, free)
+    return state
+
+
+def _expect_same_run(config: TrainConfig, state: dict, free: frozenset[str]) -> None:
+    """Raises `UserError` if a checkpoint's configuration differs in more than what a run may change, or the fields in `free`."""
     # Through the configuration, so that options that are newer than the run have their defaults.
     before = from_dict(state["config"])
     ours, theirs = to_dict(settled(config, before)), to_dict(before)
-    names = differing_fields(ours, theirs)
+    if not theirs.get("class_names"):  # a run from before runs kept them
+        free |= {"class_names"}
+    names = [
+        name
+        for name in differing_fields(ours, theirs)
+        if name not in free
+        and not (name in _PATHS and _same_place(ours.get(name), theirs.get(name)))
+    ]
     if names:
         shown = ", ".join(
             f"{name}={json.dumps(theirs.get(name))} (now {json.dumps(ours.get(name))})"
             for name in names
         )
         raise UserError(
-            f"out={config.out} holds another run, with {shown}. Name another folder, or give the same values to go on."
+            f"out={config.out} holds another run, with {shown}. Name another folder, or give the same values to go on. A new run "
+            f"starts from its weights with --init-from {config.out}."
         )
-    return state
+
+
+def _same_place(one: object, other: object) -> bool:
+    """Whether two paths, or None, are one place, however they are spelled."""
+    if one is None or other is None:
+        return one is other
+    return Path(str(one)).resolve() == Path(str(other)).resolve()
+
+
+def _folders_read(config: TrainConfig) -> list[Path]:
+    """The folders that a training may read images from."""
+    folders = [getattr(config, name, None) for name in ("data_a", "data_b", "test_a", "test_b")]
+    if config.data is not None:
+        splits = ("train", "test", "val", "valid")
+        folders += [config.data / (split + domain) for split in splits for domain in ("", "A", "B")]
+    return [folder for folder in folders if folder is not None]
+
+
+def _places(config: TrainConfig) -> str:
+    """The folders of the training data, for an error."""
+    places = [getattr(config, name, None) for name in ("data", "data_a", "data_b")]
+    return " and ".join(str(place) for place in places if place is not None)
 
 
 class _Run:
@@ -144,8 +196,9 @@ class _Run:
         self.checkpoint_path = config.out / "checkpoints" / "last.pt"
         runtime.seed_everything(config.seed)
         self.model = self.system.model(config, dataset).to(device)
-        if is_new and isinstance(config, UnpairedTrainConfig):
-            for line in load_published(self.model, config, self.system.published):
+        if is_new and config.init_from is not None:
+            published = {name: system.published for name, system in SYSTEMS.items()}
+            for line in load_initial(self.model, config, published):
                 self.say(line)
         ranks.average_gradients_before(self.model.optimizers.values())
         if not ranks.is_first:  # the same weights, but other noise and patches
@@ -158,19 +211,26 @@ class _Run:
             self.preview = self.system.preview(config, dataset)
         if ranks.is_first and config.measure_every and self.system.measure is not None:
             self.measure = self.system.measure(config, dataset)
-        self.step = 0
+        self.step = self.saved_step = 0
         self.seconds = 0.0
         self.best = math.inf
+        # Whether the state is that between two steps.
+        self.is_whole = True
 
     @property
     def network(self) -> nn.Module:
         """The network that is used after the training."""
         return getattr(self.model, self.system.network_name)
 
+    def files(self) -> Files | None:
+        """The training files with their sizes; None if the dataset does not tell."""
+        files = getattr(self.dataset, "files", None)
+        return None if files is None else files()
+
     def say(self, text: str) -> None:
         """Prints, once for all ranks."""
         if self.ranks.is_first:
-            print(text)
+            print(text, flush=True)  # before data workers are forked, who would print it again
 
     def begin_folder(self) -> None:
         """Writes the configuration, and removes what an interrupted run left half written or logged after its checkpoint."""
@@ -187,9 +247,10 @@ class _Run:
 
     def restore(self, state: dict) -> None:
         """Takes over a checkpoint's state."""
+        self._expect_same_files(state)
         if state["epoch_samples"] != len(self.dataset):
             raise UserError(
-                f"data={self.config.data} now has {len(self.dataset)} images per epoch, but the run in {self.config.out} was "
+                f"data={_places(self.config)} now has {len(self.dataset)} images per epoch, but the run in {self.config.out} was "
                 f"made with {state['epoch_samples']}. Restore the folder, or train anew with another out."
             )
         theirs = from_dict(state["config"])
@@ -214,6 +275,7 @@ class _Run:
             state["seconds"],
             state.get("best", math.inf),
         )
+        self.saved_step = self.step
         states = state["rng"] if isinstance(state["rng"], list) else [state["rng"]]
         if len(states) != self.ranks.size:
             self.say(
@@ -222,6 +284,20 @@ class _Run:
             )
         if self.ranks.rank < len(states):
             runtime.set_rng_state(states[self.ranks.rank])
+
+    def _expect_same_files(self, state: dict) -> None:
+        """Raises `UserError` if the training files are others than those of a checkpoint, by names and sizes."""
+        before, now = state.get("files"), self.files()
+        if not before or now is None:  # of a run that did not keep them
+            _expect_same_run(self.config, state, frozenset())
+            return
+        changed = changed_files(before, now)
+        if changed:
+            more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise UserError(
+                f"data={_places(self.config)} is not what the run in {self.config.out} was made with: {', '.join(changed[:3])}{more}. "
+                f"Restore the files, or start a new run from its weights: another out and --init-from {self.config.out}."
+            )
 
     def save(self, name: str = "last") -> None:
         """Writes a checkpoint; refuses to if a loss is not finite."""
@@ -236,6 +312,7 @@ class _Run:
                 "best": self.best,
                 "config": to_dict(self.config),
                 "epoch_samples": len(self.dataset),
+                "files": self.files(),
                 "model": self.model.state_dict(),
                 "optimizers": {
                     name: optimizer.state_dict()
@@ -249,8 +326,33 @@ class _Run:
         )
         write_cost(self.config.out, self.device)
 
+    def _save_after_error(self) -> None:
+        """Saves the last step before an error, if it was completed and its numbers are finite."""
+        # Several ranks would have to save together, and the others know nothing of the error.
+        if not self.is_whole or self.step == self.saved_step or self.ranks.size > 1:
+            return
+        tensors = [t for t in self.model.state_dict().values() if isinstance(t, Tensor)]
+        if not all(bool(t.isfinite().all()) for t in tensors):
+            return
+        with contextlib.suppress(
+            UserError
+        ):  # what was in the way of the training is what is to be said
+            self.save()
+            print(
+                f"Stopped by an error after step {self.step} of {self.schedule.total_steps}, saved in {self.checkpoint_path}. "
+                "Once its cause is mended, the same command goes on from there.",
+                file=sys.stderr,
+            )
+
     def go(self, stop: runtime.StopOnSignal) -> None:
-        """Steps to the end of the schedule, or until `stop.requested`; ends with a checkpoint."""
+        """Steps to the end of the schedule, or until `stop.requested`; ends with a checkpoint, after an error too if it can."""
+        try:
+            self._go(stop)
+        except Exception:
+            self._save_after_error()
+            raise
+
+    def _go(self, stop: runtime.StopOnSignal) -> None:
         config, total = self.config, self.schedule.total_steps
         bar = tqdm(
             total=total,
@@ -262,6 +364,7 @@ class _Run:
         with bar:
             started = time.perf_counter()
             for batch in self._batches():
+                self.is_whole = False
                 self._one_step(batch)
                 if self.step % config.log_every == 0:
                     runtime.wait_for(self.device)
@@ -270,6 +373,7 @@ class _Run:
                 done = self.step == total or self.ranks.any(stop.requested)
                 if self.step % config.log_every == 0:
                     self._log(bar)
+                self.is_whole = True
                 if self.preview and (self.step % config.sample_every == 0 or self.step == total):
                     self._show()
                 if config.measure_every and (
@@ -278,8 +382,11 @@ class _Run:
                     is_best = self.measure is not None and self._measure()
                     if self.ranks.any(is_best):
                         self.save("best")
+                if config.keep_every and self.step % config.keep_every == 0:
+                    self._keep()
                 if done or self.step % config.checkpoint_every == 0:
                     self.save()
+                    self.saved_step = self.step
                 if done:
                     break
                 started = time.perf_counter()
@@ -313,6 +420,13 @@ class _Run:
         self.ranks.average_buffers(self.model)
         self.average.update(self.network)
         self.step += 1
+
+    def _keep(self) -> None:
+        """Writes a checkpoint that no later one replaces."""
+        name = f"step_{self.step:06d}"
+        self.save(name)
+        if self.ranks.is_first:  # that of an earlier attempt at this step
+            previous_path(self.checkpoint_path.with_name(f"{name}.pt")).unlink(missing_ok=True)
 
     def _log(self, bar: tqdm) -> None:
         if not self.ranks.is_first:

@@ -12,7 +12,12 @@ from fastnce.models import Pix2Pix
 from fastnce.models.pix2pix import build_generator
 from fastnce.training.config import Pix2PixTrainConfig
 from fastnce.training.system import Rows, System
-from fastnce.training.translation import linear_decay, reading_options, translated
+from fastnce.training.translation import (
+    expect_sizes_fit,
+    linear_decay,
+    reading_options,
+    translated,
+)
 from fastnce.training.translation_evaluation import translation_measure
 
 
@@ -24,12 +29,26 @@ def _pairs(config: Pix2PixTrainConfig) -> AlignedImages:
 
 
 def _folder(config: Pix2PixTrainConfig, split: str, **options: object) -> AlignedImages:
-    return AlignedImages(config.data, split, **(reading_options(config) | options))
+    return AlignedImages(config.folders, split, **(reading_options(config) | options))
 
 
 def _model(config: Pix2PixTrainConfig, dataset: AlignedImages) -> Pix2Pix:
     _, height, width = dataset[0]["A"].shape
-    return Pix2Pix(config, (height, width))
+    model = Pix2Pix(config, (height, width))
+    multiple = model.generator.size_multiple
+    for (width, height), path in dataset.output_sizes()[0].items():
+        if width % multiple or height % multiple:
+            raise UserError(
+                f"{path}: gives {width}x{height}, but num_downs={config.num_downs} needs multiples of {multiple}. "
+                'Use preprocess="resize_and_crop", or a smaller num_downs.'
+            )
+    both = config.in_channels + config.out_channels
+    networks = {
+        "generator": (model.generator, config.in_channels),
+        "discriminator": (model.discriminator, both),
+    }
+    expect_sizes_fit(config, dataset, networks)
+    return model
 
 
 def _preview(config: Pix2PixTrainConfig, dataset: AlignedImages) -> Callable[[nn.Module], Rows]:
@@ -59,7 +78,7 @@ PIX2PIX_SYSTEM = System(
     network=build_generator,
     preview=_preview,
     panels=(("G_GAN", "D_real", "D_fake"), ("G_L1",), ("G",)),
-    published={"G": "generator", "D": "discriminator"},
     measure=translation_measure,
     best="l1",
+    published={"G": "generator", "D": "discriminator"},
 )

@@ -1,4 +1,4 @@
-"""Weights files of the published repositories of CUT, CycleGAN, pix2pix and DCLGAN: finding, reading, recognising.
+"""Weights to start from: those of another run, or files of the published repositories of CUT, CycleGAN, pix2pix and DCLGAN.
 
 Those repositories write one file per network, `{latest|EPOCH}_net_{G,D,F}.pth` (`G_A`, `G_B`, ... where there are two
 directions), a plain state dict. Our networks have the same keys, so what is left is to find out from keys and shapes how
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fastnce.errors import UserError
+from fastnce.training.checkpoint import load_checkpoint
 from fastnce.training.config import (
     CUTTrainConfig,
     Pix2PixTrainConfig,
@@ -267,9 +268,111 @@ def published_files(where: Path, names: tuple[str, ...]) -> dict[str, Path]:
     return found
 
 
-def load_published(
-    model: nn.Module, config: UnpairedTrainConfig, networks: Mapping[str, str]
+def load_initial(
+    model: nn.Module, config: TrainConfig, published: Mapping[str, Mapping[str, str]]
 ) -> list[str]:
+    """Starts a model from the weights that `config.init_from` names.
+
+    Args:
+        model: the model, freshly built from `config`.
+        config: its configuration.
+        published: for each system the networks' published names and their attributes' paths, see `System.published`.
+
+    Returns:
+        A line for each network: where its weights come from.
+
+    Raises:
+        UserError: weights that are missing, damaged or of other networks than `config` describes.
+    """
+    where = config.init_from
+    assert where is not None
+    path = where
+    if (where / "config.json").is_file() or (where / "checkpoints").is_dir():
+        path = where / "checkpoints" / "last.pt"
+    if path.suffix == ".pt":
+        return load_run(model, path, config.system, published)
+    return load_published(model, config, published[config.system])
+
+
+# What a network of a translation from A to B is, under its published name in a system of one or of both directions.
+_ROLES = {"G": "G", "G_A": "G", "D": "D", "D_A": "D", "F": "F", "F1": "F"}
+
+
+def load_run(
+    model: nn.Module, path: Path, system: str, published: Mapping[str, Mapping[str, str]]
+) -> list[str]:
+    """Starts a model from a checkpoint of a run of any system: each network whose weights have the same names and shapes.
+
+    Networks are matched by their names in the model, those of a translation from A to B also between systems of one and of both
+    directions: generator, its discriminator, its projector. They are the weights themselves, not their running average.
+
+    Args:
+        model: the model, freshly built.
+        path: a checkpoint file.
+        system: the model's.
+        published: see `load_initial`.
+
+    Returns:
+        A line for each network: whether its weights come from there, and why not.
+
+    Raises:
+        UserError: no such checkpoint, or none of the networks fits.
+    """
+    state = load_checkpoint(path)
+    theirs = published.get(state["config"]["system"], {})
+    by_role = {_ROLES[name]: attribute for name, attribute in theirs.items() if name in _ROLES}
+    roles = {
+        attribute: _ROLES[name] for name, attribute in published[system].items() if name in _ROLES
+    }
+    lines, fitting = [], 0
+    for attribute in _networks(model, published[system].values()):
+        network = _attribute(model, attribute)
+        assert network is not None
+        names = [attribute, by_role.get(roles.get(attribute, ""), attribute)]
+        weights = next(filter(None, (_below(state["model"], name) for name in names)), {})
+        why_not = _difference(network.state_dict(), weights) if weights else f"{path} has none"
+        if why_not is None:
+            network.load_state_dict(weights)
+            fitting += 1
+        lines.append(f"{attribute}: " + (f"starts anew, {why_not}" if why_not else f"from {path}"))
+    if not fitting:
+        raise UserError(
+            f"init_from={path}: none of its networks fits ({lines[0]}). Give the network options of that run, or name another."
+        )
+    return lines
+
+
+def _networks(model: nn.Module, known: Iterable[str]) -> list[str]:
+    """The attributes' paths of a model's networks: the known ones, and what else has parameters."""
+    paths = [path for path in known if _attribute(model, path) is not None]
+    for name, child in model.named_children():
+        if any(True for _ in child.parameters()) and not any(
+            path.split(".")[0] == name for path in paths
+        ):
+            paths.append(name)
+    return paths
+
+
+def _below(state: Mapping[str, object], path: str) -> dict[str, object]:
+    """The part of a state dict that belongs to the attribute `path`."""
+    prefix = f"{path}."
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _difference(own: Mapping[str, object], other: Mapping[str, object]) -> str | None:
+    """The first difference between two networks' weights; None if they have the same names and shapes."""
+    for name in [*own, *other]:
+        if name not in other:
+            return f"it has no {name} there"
+        if name not in own:
+            return f"it has the further {name} there"
+        here, there = (getattr(values[name], "shape", None) for values in (own, other))
+        if here != there:
+            return f"its {name} is {tuple(there)} there and {tuple(here)} here"
+    return None
+
+
+def load_published(model: nn.Module, config: TrainConfig, networks: Mapping[str, str]) -> list[str]:
     """Starts a model from the published weights in `config.init_from`, if it names any.
 
     Args:
@@ -289,7 +392,8 @@ def load_published(
         return []
     if not networks:
         raise UserError(
-            f"init_from={where}: weights of published repositories are not known for {config.system}. Leave it out."
+            f"init_from={where}: is no run, and weights of published repositories are not known for {config.system}. Name the --out "
+            "folder of a run, or leave it out."
         )
     files = published_files(where, tuple(networks))
     lines = []

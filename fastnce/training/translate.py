@@ -136,7 +136,7 @@ def translate(
 
     Raises:
         TypeError: another dtype, or no tensor.
-        ValueError: another shape or number of channels, or values beyond [-1, 1].
+        ValueError: another shape or number of channels, values beyond [-1, 1], or a batch below 1.
 
     Example:
         >>> from fastnce.networks import ResnetGenerator
@@ -145,7 +145,10 @@ def translate(
         >>> translate(generator, photo).shape, translate(generator, photo).dtype
         (torch.Size([3, 21, 34]), torch.uint8)
     """
+    generator = getattr(generator, "a_to_b", generator)
     _check_images(generator, images)
+    if batch_size < 1:
+        raise ValueError(f"translate: batch_size: expected at least 1, got {batch_size}.")
     if images.ndim == 3:
         return translate(generator, images[None], batch_size, tile=tile)[0]
     like = next(generator.parameters())
@@ -175,7 +178,8 @@ def _check_images(generator: nn.Module, images: Tensor) -> None:
         )
     # The first convolution's weight; a module of one's own may have none.
     channels = next((p.shape[1] for p in generator.parameters() if p.ndim == 4), None)
-    if images.ndim not in (3, 4) or channels not in (None, images.shape[-3]):
+    fits = images.ndim in (3, 4) and channels in (None, images.shape[-3])
+    if not fits or 0 in images.shape[-2:]:
         raise ValueError(
             f"translate: images: expected (C, H, W) or (N, C, H, W) with C = {channels}, got {tuple(images.shape)}. "
             "Of (H, W, C) make that with images.permute(2, 0, 1)."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from fastnce.data import EXTENSIONS, Preprocess, list_images, save_image
 from fastnce.data.aligned import find_pairs
 from fastnce.data.broken import readable
+from fastnce.data.files import expect_apart
 from fastnce.data.folders import (
     UnfitFile,
     any_number_of_pixels,
@@ -36,7 +37,7 @@ from fastnce.training.tiles import check_tile
 from fastnce.training.translate import in_direction, translate
 
 Format = Literal["png", "jpg", "tiff", "webp", "npy"]
-Half = Literal["left", "right", "none"]
+Part = Literal["left", "right", "whole"]
 # Extensions of single results, by the format that they stand for.
 _FORMATS: dict[str, Format] = {
     ".png": "png",
@@ -60,7 +61,7 @@ def translate_folder(
     preprocess: str | None = None,
     size: int | None = None,
     tile: int | None = None,
-    half: Half | None = None,
+    part: Part | None = None,
     format: Format | None = None,
     broken_files: Literal["error", "skip"] | None = None,
     value_range: tuple[float, float] | None = None,
@@ -80,7 +81,7 @@ def translate_folder(
         preprocess: how images are scaled, instead of as in training: "none" keeps their size.
         size: the size to which they are scaled, instead of the training's crop size.
         tile: see `translate`. With it images of any number of pixels are read.
-        half: the half of each file that is translated, "left" or "right"; "none": all of it; None: see `input_half`.
+        part: the half of each file that is translated, "left" or "right"; "whole": all of it; None: see `input_part`.
         format: of the results; by default what the extension of `out` says, else "png", or what holds the numbers of the
             `value_range` and all channels: "tiff" or "npy". "jpg" and "webp" have quality 95.
         broken_files: "skip" leaves files out that cannot be read and names them in the log; "error" stops at the first one,
@@ -99,6 +100,11 @@ def translate_folder(
         raise UserError(
             f"a run of {config.system} does not translate images. Name a run of cut or fastcut."
         )
+    for name, value in (("batch_size", batch_size), ("size", size)):
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} must be at least 1.")
+    if tile is not None:
+        check_tile(tile)
     if broken_files is not None:
         config = replace(config, broken_files=broken_files)
     if value_range is not None:
@@ -108,56 +114,33 @@ def translate_folder(
         raise UserError(
             f"input={input}: no such file or folder. Name an image, or a folder of images."
         )
-    paths = list_images(input) if input.is_dir() else [input]
-    if half is None:
-        half = input_half(config, paths)
-    return translate_files(
-        generator,
-        config,
-        targets(paths, input, out, format, _suffixes(config, direction)[0]),
-        batch_size,
-        direction=direction,
-        preprocess=preprocess,
-        size=size,
-        tile=tile,
-        half=half,
-    )
-
-
-def translate_files(
-    generator: nn.Module,
-    config: UnpairedTrainConfig,
-    targets: Mapping[Path, Path],
-    batch_size: int = 16,
-    *,
-    direction: str | None = None,
-    preprocess: str | None = None,
-    size: int | None = None,
-    tile: int | None = None,
-    half: str | None = None,
-) -> int:
-    """`translate_folder` of the files in `targets`, each to the file that it names."""
-    if tile is not None:
-        check_tile(tile)
-    suffixes = _suffixes(config, direction)
-    for target in targets.values():
+    paths = [input]
+    if input.is_dir():
+        expect_apart(out, [input])
+        paths = list_images(input)
+    forward = direction in (None, config.direction)
+    out_channels = config.out_channels if forward else config.in_channels
+    suffixes = fitting_suffixes(out_channels, config.bits, config.value_range)
+    written = targets(paths, input, out, format, usual=suffixes[0])
+    for target in written.values():
         if target.suffix.lower() not in suffixes:
             raise UserError(
                 f"{target}: this format does not hold the numbers of the run's results, or not all their channels. "
                 f"Use {_FORMATS[suffixes[0]]}."
             )
     generator, channels = in_direction(generator, config, direction)
+    with_alpha = {channels, out_channels} <= {1, 3}  # else it is a channel like the others
     skip, count, lost_alpha = config.broken_files == "skip", 0, 0
 
-    with contextlib.ExitStack() as stack:
-        if tile is not None:
-            stack.enter_context(any_number_of_pixels())
-        scale = image_scaling(config, list(targets), preprocess, size, half)
+    with any_number_of_pixels() if tile is not None else contextlib.nullcontext():
+        if part is None:
+            part = input_part(config, paths)
+        scale = image_scaling(config, paths, preprocess, size, part)
 
         def read(path: Path) -> _Image:
             try:
-                image = half_of(read_image(path, channels, config.bits, config.value_range), half)
-                alpha = read_alpha(path) if channels in (1, 3) else None
+                image = half_of(read_image(path, channels, config.bits, config.value_range), part)
+                alpha = read_alpha(path) if with_alpha else None
             except UserError as error:
                 if skip or isinstance(error, UnfitFile):
                     raise
@@ -166,33 +149,29 @@ def translate_files(
                     "--broken-files skip."
                 ) from error
             if alpha is not None:
-                alpha = to_image(scale.prepare(half_of(alpha, half)))
+                alpha = to_image(scale.prepare(half_of(alpha, part)))
             return _Image(to_tensor(scale.prepare(image)), alpha)
 
-        bar = stack.enter_context(
-            tqdm(total=len(targets), desc="translate", unit="image", disable=None)
-        )
-        images = readable(targets, read, skip=skip)
-        for group in _groups_of_one_size(images, batch_size, tile):
-            batch = torch.stack([image.pixels for _, image in group])
-            for (path, image), result in zip(
-                group, translate(generator, batch, batch_size, tile=tile), strict=True
-            ):
-                target = targets[path]
-                alpha = image.alpha if _holds_alpha(target, config) else None
-                lost_alpha += alpha is None and image.alpha is not None
-                save_image(result, target, config.bits, config.value_range, alpha)
-                count += 1
-                bar.update()
+        with tqdm(total=len(paths), desc="translate", unit="image", disable=None) as bar:
+            images = readable(paths, read, skip=skip)
+            for group in _groups_of_one_size(images, batch_size, tile):
+                batch = torch.stack([image.pixels for _, image in group])
+                results = translate(generator, batch, batch_size, tile=tile)
+                for (path, image), result in zip(group, results, strict=True):
+                    alpha = image.alpha if _holds_alpha(written[path], config) else None
+                    lost_alpha += alpha is None and image.alpha is not None
+                    save_image(result, written[path], config.bits, config.value_range, alpha)
+                count += len(group)
+                bar.update(len(group))
     if lost_alpha:
         print(
-            f"The alpha channel of {lost_alpha} images is left out: 16-bit files and jpg hold none.",
+            f"Alpha channels left out: {lost_alpha}. Files of this format, or of so many bits, hold none.",
             file=sys.stderr,
         )
     return count
 
 
-def input_half(config: UnpairedTrainConfig, paths: Sequence[Path]) -> Half:
+def input_part(config: UnpairedTrainConfig, paths: Sequence[Path]) -> Part:
     """Which part of the files in `paths` a generator translates.
 
     That is all of each file, but where a run of pix2pix learned from pairs side by side, and these are such: files of its data,
@@ -202,38 +181,39 @@ def input_half(config: UnpairedTrainConfig, paths: Sequence[Path]) -> Half:
     Raises:
         UserError: the training's data are not there any more, and the files may be such pairs.
     """
-    if not isinstance(config, Pix2PixTrainConfig):
-        return "none"
+    if not isinstance(config, Pix2PixTrainConfig) or config.data is None:  # A and B in two folders
+        return "whole"
     skip = config.broken_files == "skip"
     _, (width, height) = next(readable(paths, image_size, skip=skip))
-    half: Half = "left" if config.direction == "AtoB" else "right"
+    half: Part = "left" if config.direction == "AtoB" else "right"
     try:
         trained = find_pairs(config.data, "train")[0]
         _, (pair_width, pair_height) = next(readable(trained.paths, image_size, skip=True))
     except UserError:
         if width != 2 * height:
-            return "none"
+            return "whole"
         raise UserError(
             f"{paths[0]}: may be a pair side by side ({width}x{height}), or not: the training's data, {config.data}, are not "
-            f"there to compare. Say --half {half}, or --half none for whole files."
+            f"there to compare. Say --part {half}, or --part whole for whole files."
         ) from None
     if trained.half is None:
-        return "none"
-    of_the_data = paths[0].resolve().is_relative_to(config.data.resolve())
+        return "whole"
+    splits = (Path(config.data, name).resolve() for name in ("train", "test", "val"))
+    of_the_data = any(paths[0].resolve().is_relative_to(split) for split in splits)
     same_shape = abs(width * pair_height / (height * pair_width) - 1) < 0.01
     if of_the_data or same_shape:
         print(
             f"{paths[0].parent}: holds pairs as in the training; the {half} half of each file is translated. "
-            "For whole files: --half none.",
+            "For whole files: --part whole.",
             file=sys.stderr,
         )
         return half
     print(
         f"{paths[0].parent}: whole files are translated, as they are no pairs of the training's shape "
-        f"({width}x{height}, there {pair_width}x{pair_height}). For a half of each: --half {half}.",
+        f"({width}x{height}, there {pair_width}x{pair_height}). For a half of each: --part {half}.",
         file=sys.stderr,
     )
-    return "none"
+    return "whole"
 
 
 def image_scaling(
@@ -241,18 +221,18 @@ def image_scaling(
     paths: Sequence[Path],
     preprocess: str | None = None,
     size: int | None = None,
-    half: str | None = None,
+    part: str | None = None,
 ) -> Preprocess:
     """What is done to the images in `paths`, or to a half of each, before they are translated: the steps of the training, or those
     asked for, that do not depend on chance."""
     steps = config.preprocess if preprocess is None else preprocess
-    kept = [part for part in steps.split("_and_") if not any(t in part for t in RANDOM_TOKENS)]
+    kept = [step for step in steps.split("_and_") if not any(t in step for t in RANDOM_TOKENS)]
     side = config.crop_size if size is None else size
     first = (1, 1)
     if "fixsize" in steps:
         skip = config.broken_files == "skip"
         _, (width, height) = next(readable(paths, image_size, skip=skip))
-        first = (width // 2 if half in ("left", "right") else width, height)
+        first = (width // 2 if part in ("left", "right") else width, height)
     return Preprocess("_and_".join(kept) or "none", side, side, flip=False, fixed_size=first)
 
 
@@ -328,13 +308,6 @@ class _Image(NamedTuple):
 def _holds_alpha(path: Path, config: UnpairedTrainConfig) -> bool:
     eight_bits = config.bits == 8 and config.value_range is None
     return eight_bits and _FORMATS[path.suffix.lower()] not in ("jpg", "npy")
-
-
-def _suffixes(config: UnpairedTrainConfig, direction: str | None) -> tuple[str, ...]:
-    """Extensions of files that hold the results, the usual one first."""
-    forward = direction in (None, config.direction)
-    channels = config.out_channels if forward else config.in_channels
-    return fitting_suffixes(channels, config.bits, config.value_range)
 
 
 def _groups_of_one_size(

@@ -41,7 +41,9 @@ _MEASURED += ("content_accuracy",)
 
 
 def load_judge(
-    data: Path, extractor: Path | str | None, device: torch.device | str = "cpu"
+    data: Path | Mapping[str, Path],
+    extractor: Path | str | None,
+    device: torch.device | str = "cpu",
 ) -> nn.Module | None:
     """The extractor that judges translations after `data`; None for a digits-photos set, which brings its own.
 
@@ -61,7 +63,7 @@ def load_judge(
 
 def judge_folders(
     folders: Mapping[str, Path],
-    data: Path,
+    data: Path | Mapping[str, Path],
     extractor: nn.Module | None,
     *,
     direction: str = "AtoB",
@@ -110,20 +112,24 @@ def judge_folders(
         )
     assert extractor is not None, "load_judge refuses this"
 
-    def images_of(side: Side, read: Reader) -> Row:
-        return Row(image for _, image in readable(side.paths, read(side), skip=skip))
+    def images_of(side: Side, read: Reader) -> Iterator[Tensor]:
+        count = 0
+        for _, image in readable(side.paths, read(side), skip=skip):
+            count += 1
+            yield image
+        if count < 2:
+            raise UserError(
+                f"{side.folder}: holds one image, and FID needs at least two. Add more, the more the better."
+            )
 
     plain, real = (_side(data, "test", direction, which, paired) for which in (0, 1))
-    _expect_two(plain)
-    _expect_two(real)
-    rows: dict[str, Row | str] = {}
-    for name, folder in folders.items():
-        made = Side(folder, list_images(folder))
-        _expect_two(made)
-        rows[name] = images_of(made, as_they_are)
+    rows: dict[str, Row | str] = {
+        name: Row(images_of(Side(folder, list_images(folder)), as_they_are))
+        for name, folder in folders.items()
+    }
     source, target = direction[0], direction[-1]
     if baselines:
-        rows[untranslated_name(source)] = images_of(plain, read)
+        rows[untranslated_name(source)] = Row(images_of(plain, read))
         try:
             others = _side(data, "train", direction, 1, paired)
         except UserError:
@@ -131,16 +137,14 @@ def judge_folders(
             rows[halves_name(target)] = f"not measured: there is no {folder}"
         else:
             spread = others._replace(paths=_spread(others.paths, len(plain.paths)))
-            rows[halves_name(target)] = images_of(spread, read)
-    result = evaluate(
-        rows, images_of(real, read).images, extractor, baseline=untranslated_name(source)
-    )
-    return {"data": str(data), "reference": _name(real)} | result
+            rows[halves_name(target)] = Row(images_of(spread, read))
+    result = evaluate(rows, images_of(real, read), extractor, baseline=untranslated_name(source))
+    return {"data": _shown(data), "reference": _name(real)} | result
 
 
 def judge_pairs(
     folders: Mapping[str, Path],
-    data: Path,
+    data: Path | Mapping[str, Path],
     *,
     direction: str = "AtoB",
     read: Reader | None = None,
@@ -224,9 +228,9 @@ def translation_measure(config: UnpairedTrainConfig, _: object) -> Measure | Non
     extractor, by_features = None, not paired or config.extractor is not None
     try:
         if paired:
-            find_pairs(config.data, "test")
+            find_pairs(config.folders, "test")
         if by_features:
-            extractor = load_judge(config.data, config.extractor)
+            extractor = load_judge(config.folders, config.extractor)
     except UserError as error:
         if config.extractor is not None:
             raise
@@ -235,14 +239,16 @@ def translation_measure(config: UnpairedTrainConfig, _: object) -> Measure | Non
 
     def measure(_: nn.Module, network: nn.Module) -> dict[str, float]:
         row: dict[str, Any] = {}
-        with translations({TRANSLATED: network}, config, config.data) as folders:
+        with translations({TRANSLATED: network}, config, config.folders) as folders:
             if paired:
-                numbers = judge_pairs(folders, config.data, baselines=False, **pair_options(config))
+                numbers = judge_pairs(
+                    folders, config.folders, baselines=False, **pair_options(config)
+                )
                 row |= numbers["rows"][0]
             if by_features:
                 result = judge_folders(
                     folders,
-                    config.data,
+                    config.folders,
                     extractor,
                     direction=config.direction,
                     read=scaled_reader(config),
@@ -274,7 +280,7 @@ def pair_options(config: UnpairedTrainConfig) -> dict[str, Any]:
 def translations(
     networks: Mapping[str, nn.Module],
     config: UnpairedTrainConfig,
-    data: Path,
+    data: Path | Mapping[str, Path],
     direction: str | None = None,
 ) -> Iterator[dict[str, Path]]:
     """Folders, which are removed afterwards, of a set's test images as `fastnce translate` translates them.
@@ -303,7 +309,7 @@ def translations(
                 source.folder,
                 folders[name],
                 direction=direction,
-                half=source.half or "none",
+                part=source.half or "whole",
             )
             network.train(was_training)
         yield folders
@@ -314,7 +320,7 @@ def scaled_reader(config: UnpairedTrainConfig, channels: int = 3, bits: int = 8)
     from fastnce.training.translate_files import image_scaling
 
     def reader(side: Side) -> Callable[[Path], Tensor]:
-        scale = image_scaling(config, side.paths, half=side.half)
+        scale = image_scaling(config, side.paths, part=side.half)
 
         def read(path: Path) -> Tensor:
             image = read_image(path, channels, bits, config.value_range)
@@ -338,7 +344,9 @@ def _as_they_are(
     return read
 
 
-def _side(data: Path, split: str, direction: str, which: int, paired: bool) -> Side:
+def _side(
+    data: Path | Mapping[str, Path], split: str, direction: str, which: int, paired: bool
+) -> Side:
     """The images of a split that are translated (`which` 0), or those that are like what they should become (1)."""
     if paired:
         return find_pairs(data, split, direction)[which]
@@ -349,13 +357,6 @@ def _side(data: Path, split: str, direction: str, which: int, paired: bool) -> S
 def _name(side: Side) -> str:
     """testB, or the right halves of test."""
     return f"the {side.half} halves of {side.folder.name}" if side.half else side.folder.name
-
-
-def _expect_two(side: Side) -> None:
-    if len(side.paths) < 2:
-        raise UserError(
-            f"{side.folder}: holds one image, and FID needs at least two. Add more, the more the better."
-        )
 
 
 def _spread(paths: Sequence[Path], count: int) -> list[Path]:
@@ -388,3 +389,7 @@ def _stacked(
             )
         images.append(image)
     return torch.stack(images)
+
+
+def _shown(data: Path | Mapping[str, Path]) -> str:
+    return ", ".join(map(str, data.values())) if isinstance(data, Mapping) else str(data)

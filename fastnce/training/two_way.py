@@ -12,7 +12,9 @@ from fastnce.models.two_way import TwoWayGenerators, TwoWayModel
 from fastnce.training.config import CycleGANTrainConfig, DCLGANTrainConfig
 from fastnce.training.system import Rows, System
 from fastnce.training.translation import (
+    expect_sizes_fit,
     first_test_images,
+    fixed_size,
     linear_decay,
     translated,
     unpaired_images,
@@ -24,9 +26,21 @@ TwoWayTrainConfig = CycleGANTrainConfig | DCLGANTrainConfig
 
 def _model(config: TwoWayTrainConfig, dataset: UnpairedImages) -> TwoWayModel:
     _, height, width = dataset[0]["A"].shape
-    if isinstance(config, CycleGANTrainConfig):
-        return CycleGAN(config, (height, width))
-    return DCLGAN(config, (height, width))
+    model_class = CycleGAN if isinstance(config, CycleGANTrainConfig) else DCLGAN
+    model = model_class(config, (height, width))
+    one_size, compared = fixed_size(config), ""
+    if isinstance(config, DCLGANTrainConfig) and config.lambda_nce > 0:
+        compared = "AB"
+        if config.num_patches == 0:
+            one_size = "num_patches=0 compares all positions of A and B at once"
+    networks = {
+        "generator from A to B": (model.generators.a_to_b, config.in_channels),
+        "generator from B to A": (model.generators.b_to_a, config.out_channels),
+        "discriminator of A": (model.discriminator_b, config.in_channels),
+        "discriminator of B": (model.discriminator_a, config.out_channels),
+    }
+    expect_sizes_fit(config, dataset, networks, one_size=one_size, compared=compared)
+    return model
 
 
 def _both_directions(

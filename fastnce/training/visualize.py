@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce.data import list_images, save_image
+from fastnce.data.files import expect_apart
 from fastnce.data.folders import fitting_suffixes
 from fastnce.errors import UserError
 from fastnce.networks.geometry import pixel_grid
@@ -52,6 +53,7 @@ def visualize_similarity(
     """
     image = encoder.read(input)
     output = encoder.translate(image)
+    _expect_count(count)
     points = list(points) or distinct_points(encoder, output, count)
     maps = similarity_maps(encoder, image, output, points, layers)
     path = Path(out) / "similarity.png"
@@ -78,7 +80,10 @@ def visualize_features(
     Raises:
         UserError: see `feature_colours`; or an image cannot be read, or `out` not be written.
     """
+    _expect_count(count)
     input = Path(input)
+    if input.is_dir():
+        expect_apart(out, [input])
     paths = list_images(input)[:count] if input.is_dir() else [input]
     inputs = [encoder.read(path) for path in paths]
     rows: list[tuple[str, Tensor]] = []
@@ -97,6 +102,11 @@ def visualize_features(
         written.append(Path(out) / f"pca-{name}.png")
         save_feature_colours(rows, colours, written[-1])
     return written
+
+
+def _expect_count(count: int) -> None:
+    if count < 1:
+        raise UserError(f"count={count} is too small. Use count >= 1.")
 
 
 def similarity_maps(

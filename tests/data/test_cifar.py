@@ -98,6 +98,14 @@ def test_every_version(tmp_path, version, inside):
         images, _ = dataset.all_images()
         assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), pixels)
         assert dataset[9]["label"] == labels[dataset.image_index(9)]
+        sizes = dataset.files()["train"]
+        assert all(
+            (tmp_path / version / name).stat().st_size == size for name, size in sizes.items()
+        )
+        two = LabelledImages(root, split, image_size=32, flip=False, classes=("class3", "class0"))
+        assert two.labels.tolist() == [int(label == 0) for label in labels if label in (0, 3)]
+        chosen = np.isin(labels, (0, 3))
+        assert np.array_equal(two.all_images()[0].permute(0, 2, 3, 1).numpy(), pixels[chosen])
     assert LabelledImages(tmp_path, image_size=16, channels=1)[0]["image"].shape == (1, 16, 16)
 
 

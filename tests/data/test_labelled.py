@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
-from fastnce.data import LabelledImages
+from fastnce.data import LabelledImages, labelled
 from fastnce.data.labelled import to_square
 from fastnce.errors import UserError
 
@@ -333,7 +333,7 @@ def test_a_broken_file_is_replaced_by_one_of_its_class_and_left_out_of_the_test(
     assert "1 unreadable" in "".join(train.describe())
 
 
-def test_what_was_found(root):
+def test_what_was_found(root, monkeypatch):
     first, second = make(root).describe()
     assert first == f"{root}: 3 classes, 2 to 4 images each"
     assert second.startswith(f"{root / 'train'}: 9 images, 8x8, RGB, values 0 to")
@@ -342,6 +342,13 @@ def test_what_was_found(root):
         for path in (root / "train").rglob("*.png")
     }
     assert make(root).files() == {"train": sizes}
+    monkeypatch.setattr(labelled, "_MANY_FILES", 8)
+    many = make(root)
+    assert many.describe() == [first]
+    totals = {
+        name: sum(size for path, size in sizes.items() if path.startswith(name)) for name in CLASSES
+    }
+    assert many.files() == {"train": totals}
 
 
 def test_a_missing_folder_and_a_negative_sample(root, tmp_path):

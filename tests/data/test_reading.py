@@ -217,6 +217,12 @@ def test_an_image_is_turned_as_its_tag_says(tmp_path, suffix, orientation):
     assert np.array_equal(np.asarray(image), np.asarray(expected))
 
 
+def test_a_turn_that_only_the_metadata_of_a_tiff_tell(tmp_path):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
+    Image.new("L", (9, 6)).save(tmp_path / "a.tif", tiffinfo={700: xmp})
+    assert image_size(tmp_path / "a.tif") == read_image(tmp_path / "a.tif", 1).size == (6, 9)
+
+
 def test_pairs_fit_when_one_of_them_is_turned(tmp_path):
     for domain in "AB":
         (tmp_path / f"train{domain}").mkdir()
@@ -246,6 +252,13 @@ def test_linked_folders_are_read_once_and_loops_end(tmp_path):
     (data / "a link").symlink_to(data / "real")
     write(data / "real" / "c.png", np.zeros((4, 4), np.uint8))
     assert data / "real" / "c.png" in list_images(data)
+
+
+def test_a_folder_without_images_says_what_it_holds(tmp_path):
+    for name in ("a.heic", "b.heic", "c.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"holds no image\. .* found 2 \.heic, 1 \.txt"):
+        list_images(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", ["webp", "gif", "avif", "jp2", "tga", "pgm", "npy"])
@@ -314,6 +327,9 @@ def test_arrays_have_any_number_of_channels(tmp_path):
         write(tmp_path / "d.npy", wrong)
         with pytest.raises(UserError, match=r"d\.npy: cannot be read"):
             load_image(tmp_path / "d.npy", 1, value_range=(0, 1))
+    (tmp_path / "e.npy").write_bytes(b"")
+    with pytest.raises(UserError, match=r"e\.npy: cannot be read"):
+        image_size(tmp_path / "e.npy")
     np.save(tmp_path / "e.npy", np.array([{}]), allow_pickle=True)
     with pytest.raises(UserError, match=r"e\.npy: cannot be read"):
         load_image(tmp_path / "e.npy", 1)

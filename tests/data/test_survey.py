@@ -30,7 +30,7 @@ def test_a_folder_in_a_line_with_all_that_is_left_out(tmp_path):
     (line,) = describe_folder(tmp_path, paths, 1, skip_broken=True)
     for part in (
         f"{tmp_path}: 3 images, 8x6 to 20x8, 2 grey, 1 RGB, values 0 to 255",
-        "5 files left out: 2 .txt, 1 .heic, 1 hidden, 1 unreadable",
+        "; left out: 2 .txt, 1 .heic, 1 hidden, 1 unreadable",
         "only the first of 3 pages of pages.tif is read",
     ):
         assert part in line

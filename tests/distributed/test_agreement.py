@@ -1,6 +1,7 @@
 """Ranks that disagree get an error that says so, on every rank; and so do those whose rank has died."""
 
 import datetime
+import math
 import multiprocessing
 import os
 
@@ -42,6 +43,27 @@ def test_a_disagreement_is_an_error_on_every_rank(case, workers):
 
 def test_afterwards_the_ranks_work_as_before(workers):
     assert len(set(workers.results(call, {}, {}, ranks=3))) == 1
+
+
+def temperatures(group, values):
+    tau = torch.tensor(values[dist.get_rank(group)], requires_grad=True)
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    return distributed.info_nce(*x, temperature=tau, group=group)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(math.nan, math.nan, math.nan), (0.1, math.nan, 0.1), (math.inf, 0.1, -0.1)],
+)
+def test_a_temperature_that_is_no_number_is_named_with_its_ranks(values, workers):
+    """NaN differs from itself, and no rank may be told that rank 0 disagrees with rank 0."""
+    invalid = [rank for rank, value in enumerate(values) if not 0 < value < math.inf]
+    for rank, answer in enumerate(workers.run(temperatures, values, ranks=3)):
+        assert isinstance(answer, (ValueError, RuntimeError)) and "disagree" not in str(answer)
+        if rank in invalid:
+            assert "temperature" in str(answer) and f"{values[rank]:g}" in str(answer)
+        else:
+            assert all(str(other) in str(answer) for other in invalid)
 
 
 def one_sided(group):

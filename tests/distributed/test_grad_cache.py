@@ -1,8 +1,12 @@
 """Two passes in chunks against one pass."""
 
+import collections
+import types
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastnce
 from fastnce import GradCache
@@ -129,6 +133,137 @@ def test_activations_are_those_of_one_chunk():
     assert (alive[0], most[0]) == (0, 4)
 
 
+class OtherDevice:
+    """The random numbers of a device that is not there, by the names that torch.cuda and torch.mps have for them."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def get_rng_state(self, device: torch.device) -> torch.Tensor:
+        assert device.index == 0
+        return self.generator.get_state()
+
+    def set_rng_state(self, state: torch.Tensor, device: torch.device) -> None:
+        self.generator.set_state(state)
+
+
+class DropoutThere(nn.Module):
+    """Takes CPU inputs, and draws its dropout on the device where one of its buffers is."""
+
+    def __init__(self, generator: torch.Generator, device: str) -> None:
+        super().__init__()
+        self.net, self.generator = encoder(), generator
+        with FakeTensorMode():
+            self.register_buffer("there", torch.empty(2, device=device))
+
+    def forward(self, x):
+        keep = torch.rand(x.shape, generator=self.generator) < 0.5
+        return self.net(x * keep)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+@pytest.mark.parametrize("encoder_is", ["a module", "a method", "a function"])
+def test_the_random_state_is_that_of_the_encoders_device(encoder_is, device, monkeypatch):
+    """Whatever the input's: the model moves it. Of a function, it is that of the current accelerator."""
+    other = OtherDevice()
+    monkeypatch.setattr(torch, "get_device_module", lambda device=None: other)
+    current = torch.device(device) if encoder_is == "a function" else None
+    accelerator = types.SimpleNamespace(
+        current_accelerator=lambda check_available=False: current, current_device_index=lambda: 0
+    )
+    monkeypatch.setattr(torch, "accelerator", accelerator)
+    model = DropoutThere(other.generator, f"{device}:0")
+    net = {"a module": model, "a method": model.forward, "a function": lambda x: model(x)}
+    x, y = batch(seed=0), batch(seed=1)
+    views = [torch.cat([model(part) for part in view.split(4)]) for view in (x, y)]
+    fastnce.nt_xent(*views).backward()
+    following = torch.rand(3, generator=other.generator)
+    truth = gradients(model)
+    model.zero_grad()
+    other.generator.manual_seed(0)
+    cache = GradCache(net[encoder_is], net[encoder_is], loss=fastnce.nt_xent, chunk_size=4)
+    cache.backward(x, y)
+    for found, true in zip(gradients(model), truth, strict=True):
+        assert (found - true).norm() <= 2e-6 * true.norm()
+    assert torch.equal(torch.rand(3, generator=other.generator), following)
+
+
+class Encoding(collections.UserDict):
+    """As transformers' BatchEncoding: a mapping with attributes, of its own and of the tensors' names."""
+
+    def __init__(self, data, origin: str = "") -> None:
+        super().__init__(data)
+        self.origin = origin
+
+    def __getattr__(self, name):
+        try:
+            return self.__dict__["data"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class OfEncoding(OfDict):
+    def forward(self, inputs):
+        assert inputs.origin == "a tokenizer"
+        nested = inputs["nested"][0]
+        return self.net(inputs.x) * nested["weight"][:, None] + inputs["shift"]
+
+
+def test_inputs_may_be_mappings_with_numbers_in_tensors():
+    net = OfEncoding()
+    nested = [types.MappingProxyType({"weight": torch.rand(13)})]
+    inputs = Encoding({"x": batch(), "nested": nested, "shift": torch.tensor(0.5)}, "a tokenizer")
+    fastnce.info_nce(net(inputs), batch(seed=2)[:, :OUT]).backward()
+    truth = gradients(net)
+    net.zero_grad()
+    before = dict(inputs)
+    cache = GradCache(net, lambda x: x[:, :OUT], loss=fastnce.info_nce, chunk_size=5)
+    cache.backward(inputs, batch(seed=2))
+    for found, true in zip(gradients(net), truth, strict=True):
+        assert (found - true).norm() <= 2e-6 * true.norm()
+    assert all(inputs[name] is x for name, x in before.items()), "what was passed is as it was"
+
+
+@pytest.mark.parametrize("kind", ["function", "method", "frozen inside"])
+def test_frozen_callables(kind):
+    net, frozen = encoder(), encoder(1).requires_grad_(False)
+    model = types.SimpleNamespace(net=frozen)
+    other = {
+        "function": lambda x: frozen(x),
+        "method": frozen.forward,
+        "frozen inside": lambda x: model.net(x).detach(),
+    }[kind]
+    x, y = batch(), batch(seed=2)
+    fastnce.info_nce(net(x), frozen(y)).backward()
+    truth = gradients(net)
+    net.zero_grad()
+    GradCache(net, other, loss=fastnce.info_nce, chunk_size=5).backward(x, y)
+    for found, true in zip(gradients(net), truth, strict=True):
+        assert (found - true).norm() <= 2e-6 * true.norm()
+
+
+def test_an_input_that_the_loss_does_not_use():
+    net, idle = encoder(), encoder(1)
+    x, y = batch(), batch(seed=2)
+    fastnce.nt_xent(net(x), net(y)).backward()
+    truth = gradients(net)
+    net.zero_grad()
+    calls = []
+    idle.register_forward_hook(lambda *_: calls.append(1))
+    cache = GradCache(net, idle, net, loss=lambda a, b, c: fastnce.nt_xent(a, c), chunk_size=5)
+    cache.backward(x, x, y)
+    assert len(calls) == 3 and not gradients(idle)
+    for found, true in zip(gradients(net), truth, strict=True):
+        assert (found - true).norm() <= 2e-6 * true.norm()
+
+
+def once(net, inputs, loss=fastnce.nt_xent):
+    return GradCache(net, net, loss=loss, chunk_size=4).backward(inputs, inputs)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -142,9 +277,18 @@ def test_activations_are_those_of_one_chunk():
             lambda: GradCache(encoder(), loss=sum, chunk_size=4).backward([batch(3), batch(4)]),
             "tensors of one length, got lengths [3, 4]",
         ),
+        (lambda: once(encoder(), ["a text"]), "tensors (N, ...), got list without any"),
+        (lambda: once(encoder(), {"x": torch.tensor(1.0)}), "tensors (N, ...), got dict without any"),
+        (lambda: once(lambda x: (x, x), batch()), "encoder 0 must return a tensor (n, D), here (4, D), got tuple"),
+        (lambda: once(lambda x: x.mean(0), batch()), "encoder 0 must return a tensor (n, D), here (4, D), got (7,)"),
+        (lambda: once(encoder(), batch(), loss=lambda a, b: (a - b).square()), "got a tensor of shape (13, 5)"),
+        (lambda: once(encoder(), batch(), loss=lambda a, b: 0.5), "loss must return a scalar tensor, got float"),
+        (lambda: once(encoder().requires_grad_(False), batch()), "depends on nothing that is trained"),
+        (lambda: once(lambda x: x, batch()), "depends on nothing that is trained"),
+        (lambda: once(encoder(), batch(), loss=lambda a, b: a.detach().sum()), "depends on nothing that is trained"),
     ],
 )  # fmt: skip
 def test_errors(build, message):
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises((TypeError, ValueError)) as raised:
         build()
     assert message in str(raised.value)

@@ -184,3 +184,113 @@ def test_chunks_of_one_batch_over_ranks(wrapper, workers):
         for found, parameter in zip(grads, net.parameters(), strict=True):
             assert (found - parameter.grad).norm() <= 2e-6 * parameter.grad.norm()
         assert wrapper == "fsdp" or exchanges == 1, "the gradients travel once, with the last chunk"
+
+
+class Towers(nn.Module):
+    """Two towers and a scale in one model; the input says which tower."""
+
+    def __init__(self, with_scale: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = nn.Linear(6, 4), nn.Linear(6, 4)
+        if with_scale:
+            self.log_scale = nn.Parameter(torch.tensor([math.log(5.0)]))
+
+    def forward(self, inputs):
+        ((name, x),) = inputs.items()
+        return getattr(self, name)(x)
+
+
+def towers_and_scale(group, wrapper, scale_inside, options):
+    """Parameters and gradients after each of three steps; the scale is the last of them."""
+    model = Towers(scale_inside)
+    scale = model.log_scale if scale_inside else nn.Parameter(torch.tensor([math.log(5.0)]))
+    parameters = [x for x in model.parameters() if x is not scale]
+    net, share = model, slice(None)
+    if group is not None:
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        share = slice(rank * 12 // size, (rank + 1) * 12 // size)
+        if "ddp" in wrapper:
+            net = DistributedDataParallel(model, process_group=group, **options)
+        else:
+            fully_shard(net, mesh=DeviceMesh("cpu", list(range(size))))
+            parameters = [x for name, x in net.named_parameters() if name != "log_scale"]
+            scale = net.log_scale if scale_inside else scale
+    x, y, _ = data()
+
+    def loss(image, text, **options):
+        now = model.log_scale if scale_inside else scale  # fully_shard puts another in its place
+        temperature = (-now).exp().squeeze()
+        if group is None:
+            return fastnce.info_nce(image, text, temperature=temperature)
+        return distributed.info_nce(image, text, temperature=temperature, group=group)
+
+    encoder = (lambda inputs: net(inputs)) if wrapper == "ddp in a function" else net
+    cache = GradCache(encoder, encoder, loss=loss, chunk_size=2)
+    found = []
+    for step in range(3):
+        for parameter in (*parameters, scale):
+            parameter.grad = None
+        cache.backward({"image": x[share] + step}, {"text": y[share]})
+        grads = [whole_tensor(p.grad) for p in (*parameters, scale)]
+        found += [whole_tensor(p).detach().clone() for p in (*parameters, scale)] + grads
+        with torch.no_grad():
+            for parameter in (*parameters, scale):
+                parameter -= 0.1 * parameter.grad
+    return found
+
+
+def whole_tensor(x):
+    return x.full_tensor() if hasattr(x, "full_tensor") else x.clone()
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "scale_inside", "options"),
+    [
+        ("ddp", True, {}),
+        ("ddp", True, {"find_unused_parameters": True}),
+        ("ddp", True, {"gradient_as_bucket_view": True}),
+        ("ddp", False, {}),
+        ("ddp in a function", False, {"find_unused_parameters": True}),
+        ("fsdp", True, {}),
+        ("fsdp", False, {}),
+    ],
+)
+def test_towers_of_one_model_and_a_scale(wrapper, scale_inside, options, workers):
+    """Over ranks as in one process, for as many steps as one likes."""
+    truth = towers_and_scale(None, wrapper, scale_inside, {})
+    ranks = 4 if wrapper == "fsdp" else 2
+    answers = workers.results(towers_and_scale, wrapper, scale_inside, options, ranks=ranks)
+    for answer in answers:
+        for found, true in zip(answer, truth, strict=True):
+            torch.testing.assert_close(found, true, rtol=1e-5, atol=1e-6)
+        assert all(map(torch.equal, answer, answers[0])), "the ranks stay alike"
+
+
+def static_graph(group):
+    net = DistributedDataParallel(nn.Linear(6, 4), process_group=group, static_graph=True)
+    cache = GradCache(net, net, loss=distributed.nt_xent, chunk_size=2)
+    cache.backward(*torch.randn(2, 4, 6), group=group)
+
+
+def test_a_static_graph_is_an_error(workers):
+    for answer in workers.run(static_graph, ranks=2):
+        assert isinstance(answer, ValueError) and "static_graph" in str(answer)
+
+
+def sharded_scale(group):
+    model = Towers(with_scale=True)
+    mesh = DeviceMesh("cpu", list(range(dist.get_world_size())))
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+    def loss(image, text):
+        temperature = (-model.log_scale.full_tensor()).exp().squeeze()
+        return distributed.info_nce(image, text, temperature=temperature)
+
+    x, y, _ = data()
+    GradCache(model, model, loss=loss, chunk_size=2).backward({"image": x}, {"text": y})
+
+
+def test_a_scale_that_is_sharded_is_an_error(workers):
+    for answer in workers.run(sharded_scale):
+        assert isinstance(answer, ValueError) and "fully_shard has sharded" in str(answer)

@@ -153,6 +153,26 @@ def test_an_extractor_alone_gives_what_it_can():
     assert "class accuracy" not in head and "IS" not in head
 
 
+def test_a_class_with_one_image_has_no_distance_of_its_own():
+    """With it the others keep theirs; neighbours are as many as there are."""
+    chosen = torch.tensor([0, 3, 6, 1, 4, 2])  # three, two and one of the classes
+    with_all, without = (
+        evaluate_generation(draw_plain, REAL[c], LABELS[c], Judge()) for c in (chosen, chosen[:5])
+    )
+    one, other = (result["rows"][0] for result in (with_all, without))
+    assert list(one["intra_class_fid_of"]) == ["0", "1"]
+    assert one["intra_class_fid_of"] == pytest.approx(other["intra_class_fid_of"])
+    assert one["intra_class_fid"] == pytest.approx(other["intra_class_fid"])
+    assert (with_all["k"], without["k"]) == (5, 4)
+    row = evaluate_generation(draw, REAL[:3], LABELS[:3], Judge())["rows"][0]
+    assert row["intra_class_fid"] is None and row["fid"] > 0
+
+
+def draw_plain(labels: torch.Tensor) -> torch.Tensor:
+    """Images of three classes without noise, as their order differs with the number of labels."""
+    return ((labels - 1) * 0.8)[:, None, None, None].expand(-1, 1, 2, 2)
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"wrong: expected images \(120, 1, 2, 2\).*got \(120, 3"):
         evaluate_generators(
@@ -162,8 +182,8 @@ def test_what_does_not_fit_is_refused():
         evaluate_generation(draw, REAL, LABELS, Judge(), held_out=(REAL[:2], LABELS[:2]))
     with pytest.raises(ValueError, match="class 2 is missing from real_labels"):
         evaluate_generation(draw, REAL[:2], LABELS[:2], Judge(), held_out=(REAL, LABELS))
-    with pytest.raises(ValueError, match="class 0 has 1 images to judge and 1 real ones"):
-        evaluate_generation(draw, REAL[:3], LABELS[:3], Judge())
+    with pytest.raises(ValueError, match="expected .*at least two images"):
+        evaluate_generation(draw, REAL[:1], LABELS[:1], Judge())
     with pytest.raises(ValueError, match=r"real: expected images.*got \(120, 1, 2, 2\) and \(3,\)"):
         evaluate_generation(draw, REAL, LABELS[:3], Judge())
     with pytest.raises(ValueError, match="real_images hold values that are not finite"):

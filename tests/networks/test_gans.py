@@ -305,7 +305,7 @@ def test_wrong_inputs(family):
 def test_wrong_options(family):
     g, d = FAMILIES[family]
     for network, latent in ((g, [LATENT]), (d, [])):
-        for size, near in ((50, "48 or 56"), (8, "16 or 20"), (512, "384 or 448"), (0, "16 or 20")):
+        for size, near in ((50, "48 or 56"), (33, "32 or 40"), (8, "16"), (512, "448")):
             with pytest.raises(ValueError, match=rf"image_size={size} must be.*Use {near}\."):
                 network(size, *latent, CLASSES, 8)
     with pytest.raises(ValueError, match=r"conditioning='ACGAN' must be one of \('none', '2C',"):

@@ -311,6 +311,27 @@ def test_torch_func_is_refused_by_fused_kernels(op, name, fused_backend, needs_s
         torch.func.grad(loss)(x)
 
 
+class LikeDTensor(Tensor):
+    """What the ops know a DTensor by."""
+
+    def full_tensor(self):
+        return self.as_subclass(Tensor)
+
+
+@each_op
+def test_rows_of_several_ranks_are_refused_by_fused_kernels(
+    op, name, fused_backend, needs_support, device
+):
+    needs_support(op, fused_backend)
+    sample = mapped(
+        samples(op, device=device)[name],
+        "of ranks",
+        lambda x: x.as_subclass(LikeDTensor) if x.is_floating_point() and x.dim() > 0 else x,
+    )
+    with pytest.raises(TypeError, match=f"{op}: .*DTensor.*full_tensor"):
+        call(op, sample, fused_backend)
+
+
 @each_op
 def test_torch_func_works_on_plain_pytorch(op, name):
     sample = samples(op)[name]

@@ -345,3 +345,15 @@ def test_chains_with_patch_nce(backend, make):
         loss = fastnce.patch_nce(queries, keys, backend=name)
         results.append((loss.detach(), torch.autograd.grad(loss, target)[0]))
     torch.testing.assert_close(*results)
+
+
+def test_compiles_where_nothing_needs_a_gradient(backend, make):
+    """A single map: in its count of arguments torch.compile once lost the context."""
+    torch._dynamo.reset()
+    x, ids = make(2, 5, 4, 3).detach(), torch.tensor([3, 0])
+    compiled = torch.compile(
+        lambda x: sample_patches(x, patch_ids=ids, backend=backend)[0],
+        backend="eager",
+        fullgraph=True,
+    )
+    assert torch.equal(compiled(x), sample_patches(x, patch_ids=ids, backend=backend)[0])

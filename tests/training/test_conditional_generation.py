@@ -1,6 +1,8 @@
 """Training of conditional generators on the loop: what a run leaves, resuming, generating, evaluating, mistakes."""
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,12 +12,21 @@ from same_run import assert_identical
 
 from fastnce import cli
 from fastnce.errors import UserError
+from fastnce.metrics.digit_classifier import DigitClassifier
 from fastnce.models import ContraGAN
-from fastnce.training import build_config, evaluate_run, generate_folder, load_generator, train
+from fastnce.training import (
+    build_config,
+    evaluate_run,
+    export_shared,
+    generate_folder,
+    generation,
+    load_generator,
+    train,
+)
 from fastnce.training.ablation import ABLATIONS, Ablation, ablate, compare, format_ablation
 from fastnce.training.checkpoint import load_checkpoint
 from fastnce.training.generate import interpolate, latent
-from fastnce.training.generation import reference_images
+from fastnce.training.generation import CONTRAGAN_SYSTEM, reference_images
 from fastnce.training.log import read_metrics
 
 CLASSES = ("ant", "bee", "cat")
@@ -193,8 +204,6 @@ def test_no_extractor_for_this_data(tiny, capsys):
 
 
 def test_collapse_is_said(tiny, capsys, monkeypatch):
-    from fastnce.training import generation
-
     monkeypatch.setattr(
         generation, "sample_images", lambda g, z, labels, size=256: torch.zeros(len(z), 3, 16, 16)
     )
@@ -247,8 +256,6 @@ def test_generate(whole, tmp_path):
 
 def test_generate_without_the_data(whole, labelled, tmp_path):
     generator, config = load_generator(whole)
-    import dataclasses
-
     gone = dataclasses.replace(config, data=tmp_path / "gone")
     generate_folder(generator, gone, tmp_path / "out", count=1)
     assert (tmp_path / "out" / "cat" / "0000.png").exists()
@@ -274,6 +281,134 @@ def test_generate_mistakes(whole, tmp_path, options, message):
     generator, config = load_generator(whole)
     with pytest.raises(UserError, match=message):
         generate_folder(generator, config, tmp_path, **options)
+
+
+def test_a_run_keeps_its_classes(tiny, labelled, tmp_path, caplog):
+    """Whatever becomes of the data: a class that comes before the others would shift their labels."""
+    data = tmp_path / "data"
+    shutil.copytree(labelled, data)
+    run = train(tiny(data=data, steps=3))
+    assert json.loads((run / "config.json").read_text())["class_names"] == list(CLASSES)
+    assert load_checkpoint(run / "checkpoints" / "last.pt")["config"]["class_names"] == [*CLASSES]
+    shared = export_shared(run, tmp_path)
+    assert load_generator(shared)[1].class_names == CLASSES
+    generate_folder(*load_generator(run), tmp_path / "before", classes=["cat"], count=2)
+    for split in ("train", "test"):
+        shutil.copytree(data / split / "bee", data / split / "aphid")
+    for source in (run, shared):
+        generate_folder(*load_generator(source), tmp_path / "after", classes=["cat"], count=2)
+        for name in ("cat/0000.png", "cat/0001.png"):
+            assert (tmp_path / "after" / name).read_bytes() == (
+                tmp_path / "before" / name
+            ).read_bytes()
+    train(tiny(data=data))
+    assert "images of aphid are left out" in caplog.text
+    train(tiny(out=tmp_path / "whole"))
+    states = [load_checkpoint(r / "checkpoints" / "last.pt") for r in (run, tmp_path / "whole")]
+    for key in ("model", "optimizers", "average", "rng", "step"):
+        assert_identical(states[0][key], states[1][key], key)
+    data = data.rename(tmp_path / "moved")
+    train(tiny(data=data))
+    shutil.copy(data / "train" / "bee" / "0.png", data / "train" / "bee" / "9.png")
+    with pytest.raises(UserError, match=r"moved is not what .* made with: train/bee/9\.png is new"):
+        train(tiny(data=data, steps=7))
+    shutil.rmtree(data / "train" / "bee")
+    with pytest.raises(UserError, match="has no class bee. It has ant, aphid, cat"):
+        train(tiny(data=data, steps=7))
+    with pytest.raises(UserError, match="class_names"):
+        train(tiny(data=data, steps=7, class_names=("aphid", "ant", "cat")))
+
+
+def test_an_old_run_whose_data_has_more_classes_by_now(whole, labelled, tmp_path):
+    """Its names are not known, so it has numbers."""
+    shutil.copytree(labelled, tmp_path / "data")
+    shutil.copytree(labelled / "train" / "bee", tmp_path / "data" / "train" / "aphid")
+    generator, config = load_generator(whole)
+    old = dataclasses.replace(config, class_names=(), data=tmp_path / "data")
+    assert generate_folder(generator, old, tmp_path / "out", count=1) == 3
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"0", "1", "2", "grid.png"}
+
+
+def test_classes_with_one_or_no_test_image(tiny, labelled, extractor, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(labelled, data)
+    shutil.rmtree(data / "test" / "bee")
+    for number in (1, 2, 3):
+        (data / "test" / "cat" / f"{number}.png").unlink()
+    run = train(tiny(data=data, steps=2, measure_every=2, extractor=extractor))
+    (line,) = read_metrics(run / "measurements.jsonl")
+    assert line["fid"] > 0 and line["intra_class_fid"] > 0
+    result, table = evaluate_run(run)
+    assert result["count"] == 5 and result["k"] == 4
+    assert [list(row["intra_class_fid_of"]) for row in result["rows"]] == [["0"]] * 3
+    assert all(row["fid"] is not None and row["recall"] is not None for row in result["rows"])
+    for number in (1, 2, 3):
+        (data / "test" / "ant" / f"{number}.png").unlink()
+    assert "intra-class FID" not in evaluate_run(run)[1]
+    shutil.rmtree(data / "test" / "ant")
+    with pytest.raises(UserError, match="one test image is too few"):
+        evaluate_run(run)
+
+
+def test_the_judge_of_digits_reads_all_ten_in_their_order_only(tiny, monkeypatch):
+    monkeypatch.setattr(generation, "generation_evaluator", lambda *_, **__: DigitClassifier(16))
+    data, grey = tiny().data, tiny(image_channels=1)
+    assert generation.judge_of(grey, data, None).reads_labels
+    for names, reads in (("0123456789", True), ("73", False), ("1023456789", False)):
+        config = dataclasses.replace(grey, class_names=tuple(names))
+        assert generation.judge_of(config, data, None).reads_labels == reads
+    for changes in ({"image_size": 24}, {"image_channels": 3}):
+        with pytest.raises(UserError, match="reads 16x16 grey digits.*Give --extractor"):
+            generation.judge_of(dataclasses.replace(grey, **changes), data, None)
+
+
+@pytest.mark.parametrize("layout", ["flat", "train"])
+def test_without_classes(tiny, extractor, tmp_path, capsys, layout):
+    """`num_classes`, by default 10, follows from the data."""
+    data = tmp_path / "data"
+    folder = data / "train" if layout == "train" else data
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for index in range(8):
+        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    options = {"data": data, "num_classes": 10, "measure_every": 3, "extractor": extractor}
+    with pytest.raises(UserError, match="Images without classes are for .*conditioning=none"):
+        train(tiny(**options))
+    for steps in (3, 6):
+        run = train(tiny(conditioning="none", steps=steps, **options))
+    assert "has no test images: samples are compared with the training images" in (
+        capsys.readouterr().err
+    )
+    assert [line["fid"] > 0 for line in read_metrics(run / "measurements.jsonl")] == [True] * 2
+    generator, config = load_generator(run)
+    assert config.num_classes == 1
+    assert generate_folder(generator, config, tmp_path / "out", count=2) == 2
+    assert (tmp_path / "out" / "images" / "0001.png").is_file()
+    assert [row["name"] for row in evaluate_run(run)[0]["rows"]] == [
+        "generated",
+        "untrained generator",
+    ]
+
+
+@pytest.mark.parametrize("backbone", ["biggan", "sngan", "dcgan"])
+def test_sizes_that_are_no_power_of_two(tiny, backbone, tmp_path):
+    config = tiny(image_size=24, backbone=backbone, steps=1)
+    run = train(config)
+    generate_folder(*load_generator(run), tmp_path / "out", count=1)
+    assert Image.open(tmp_path / "out" / "cat" / "0000.png").size == (24, 24)
+    with pytest.raises(UserError, match="image_size=33 must be 4, 5, 6 or 7 times.*Use 32 or 40"):
+        train(tiny(image_size=33, backbone=backbone, out=tmp_path / "other"))
+
+
+def test_class_balance(tiny, labelled, tmp_path):
+    shutil.copytree(labelled, tmp_path / "data")
+    for number in (1, 2, 3, 4):
+        (tmp_path / "data" / "train" / "cat" / f"{number}.png").unlink()
+    config = tiny(data=tmp_path / "data", class_balance=True)
+    stream = CONTRAGAN_SYSTEM.dataset(config)
+    assert torch.stack([stream[k]["label"] for k in range(33)]).bincount().tolist() == [11] * 3
+    train(config)
 
 
 def test_truncated_noise_and_lines():

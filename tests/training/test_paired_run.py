@@ -142,7 +142,7 @@ def test_the_inputs_half_of_side_by_side_files_is_translated(
     translate_folder(generator, config, tmp_path / "copy", tmp_path / "again")
     assert np.array_equal(levels(tmp_path / "again" / "3.png"), levels(tmp_path / "out" / "3.png"))
     # Asked for, whole files.
-    whole = {"preprocess": "none", "half": "none"}
+    whole = {"preprocess": "none", "part": "whole"}
     translate_folder(generator, config, pairs / "test", tmp_path / "whole", **whole)
     assert levels(tmp_path / "whole" / "0.png").shape == (16, 32, 3)
 
@@ -162,9 +162,9 @@ def test_pairs_or_not_where_the_training_data_are_gone(whole, pairs, tmp_path):
     moved = build_config(
         "pix2pix", overrides={"data": tmp_path / "gone", "out": tmp_path / "run"} | TINY
     )
-    with pytest.raises(UserError, match=r"0\.png: may be a pair .*--half left, or --half none"):
+    with pytest.raises(UserError, match=r"0\.png: may be a pair .*--part left, or --part whole"):
         translate_folder(generator, moved, pairs / "test", tmp_path / "out")
-    assert translate_folder(generator, moved, pairs / "test", tmp_path / "out", half="left") == 4
+    assert translate_folder(generator, moved, pairs / "test", tmp_path / "out", part="left") == 4
     (tmp_path / "in").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "in" / "a.png")
     assert translate_folder(generator, moved, tmp_path / "in", tmp_path / "out") == 1

@@ -258,7 +258,7 @@ def test_the_published_sizes_of_pix2pix_and_cyclegan():
 def test_pix2pix_starts_from_published_weights(tmp_path):
     data, folder = tmp_path / "data", tmp_path / "published"
     (data / "train").mkdir(parents=True)
-    Image.new("RGB", (64, 32)).save(data / "train" / "a.png")
+    Image.linear_gradient("L").resize((64, 32)).convert("RGB").save(data / "train" / "a.png")
     folder.mkdir()
     files = {"generator": official_unet(), "discriminator": official_pix2pix_discriminator()}
     for name, state in zip("GD", files.values(), strict=True):

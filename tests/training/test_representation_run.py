@@ -2,19 +2,32 @@
 
 import json
 import math
+import shutil
+import signal
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from safetensors import safe_open
 from test_ranks import run
 
 from fastnce import cli
 from fastnce.errors import UserError
+from fastnce.metrics.representation import encode
 from fastnce.models import Representation
-from fastnce.training import build_config, evaluate_run, load_generator, train
+from fastnce.training import (
+    Interrupted,
+    build_config,
+    evaluate_run,
+    export_shared,
+    load_generator,
+    train,
+    write_features,
+)
 from fastnce.training.ablation import ABLATIONS, ablate
-from fastnce.training.checkpoint import load_checkpoint
+from fastnce.training.checkpoint import load_checkpoint, save_checkpoint
 from fastnce.training.log import read_metrics
 from fastnce.training.presets import PRESETS, VARIANTS
 from fastnce.training.representation import REPRESENTATION_SYSTEM, images_of, random_encoder
@@ -212,6 +225,148 @@ def test_ablations(tiny, name, labelled, tmp_path):
     assert f"| {first}" in table and "k-NN, k=20" in table
     for options in ablation.choices.values():
         build_config(name, preset="digits", overrides={"data": "d", "out": "o"} | options)
+
+
+def flat_images(folder, count=7):
+    """Images without classes: noise of 8x8."""
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    for index in range(count):
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.mark.parametrize("variant", ["simclr", "moco"])
+def test_images_without_labels(tiny, variant, tmp_path, capsys, labelled):
+    """Seven images in batches of four: a batch an epoch. No test images, so no measurement, but a grid."""
+    data = flat_images(tmp_path / "flat")
+    config = tiny(variant, data=data, warmup_epochs=0)
+    train(config)
+    assert [line["epoch"] for line in read_metrics(config.out / "metrics.jsonl")] == [2, 4, 6, 8]
+    assert "has no test images: trained without measuring" in capsys.readouterr().err
+    assert not (config.out / "measurements.jsonl").exists()
+    assert Image.open(config.out / "samples" / "step_000008.png").height > 6 * 96
+    with pytest.raises(
+        UserError, match=r"flat has no test images .* Name a folder with train/CLASS"
+    ):
+        evaluate_run(config.out)
+    result, _ = evaluate_run(config.out, labelled)  # labels that the training did not have
+    assert result["test_count"] == 8
+
+
+def test_supcon_needs_labels(tiny, tmp_path):
+    data = flat_images(tmp_path / "flat")
+    with pytest.raises(UserError, match="Images without classes are for simclr, moco"):
+        train(tiny("supcon", data=data))
+    with pytest.raises(UserError, match="class_balance is for method=supcon.*got method=moco"):
+        tiny("moco", class_balance=True)
+
+
+def test_class_balance(tiny, tmp_path):
+    """A class of 1 image beside one of 6 is half of what is drawn."""
+    root = tmp_path / "data"
+    for name, count in (("few", 1), ("many", 6)):
+        (root / "train").mkdir(parents=True, exist_ok=True)
+        flat_images(root / "train" / name, count)
+    config = tiny("supcon", data=root, class_balance=True, measure_every=0, warmup_epochs=0)
+    stream = REPRESENTATION_SYSTEM.dataset(config)
+    assert sum(int(stream[index]["label"]) for index in range(40)) == 20
+    train(config)
+
+
+def test_a_class_without_test_images(tiny, labelled, tmp_path):
+    shutil.copytree(labelled, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "test" / "left")
+    config = tiny(data=tmp_path / "data")
+    train(config)
+    # One row: of the class that has one.
+    assert Image.open(config.out / "samples" / "step_000008.png").height < 2 * 96
+    assert evaluate_run(config.out)[0]["test_count"] == 4
+
+
+def test_a_run_from_before_goes_on_as_it_was(tiny, tmp_path):
+    """Its batches reach over two epochs, 12 images in batches of 5, and it knows no names of classes."""
+    options = {"batch_size": 5, "warmup_epochs": 0, "measure_every": 0}
+    train(tiny(out=tmp_path / "whole", last_batch="keep", **options))
+    path = tiny().out / "checkpoints" / "last.pt"
+    stop_after(4, tiny(last_batch="keep", **options))
+    state = load_checkpoint(path)
+    for name in ("last_batch", "class_names", "class_balance"):
+        del state["config"][name]
+    del state["files"]
+    save_checkpoint({k: v for k, v in state.items() if k != "format"}, path)
+    stop_after(2, tiny(**options))
+    train(tiny(**options))
+    one, other = weights(tmp_path / "whole"), weights(tiny().out)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    config = json.loads((tiny().out / "config.json").read_text())
+    assert config["last_batch"] == "keep" and config["class_names"] == ["left", "right"]
+    train(tiny(out=tmp_path / "new", **options))
+    assert any(not torch.equal(v, one[name]) for name, v in weights(tmp_path / "new").items())
+    with pytest.raises(UserError, match='last_batch="keep" .now "drop"'):
+        train(tiny(last_batch="drop", **options))
+
+
+def stop_after(steps, config):
+    """Trains for some steps, and is then interrupted, after saving."""
+    training_step, left = Representation.training_step, steps
+
+    def step(self, batch):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            signal.raise_signal(signal.SIGINT)
+        return training_step(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Representation, "training_step", step)
+        train(config)
+
+
+def test_features(tiny, labelled, tmp_path, capsys):
+    run = train(tiny(steps=4, measure_every=0))
+    folder = labelled / "test"
+    encoder, config = load_generator(run)
+    expected = encode(encoder, images_of(config, "test"))
+    names = [f"{name}/{index}.png" for name in ("left", "right") for index in range(4)]
+    out = tmp_path / "features.npz"
+    command = ["features", "--run", str(run), "--input", str(folder), "--device", "cpu"]
+    assert cli.main([*command, "--out", str(out), "--batch-size", "3"]) == 0
+    assert "features of each of 8 images" in capsys.readouterr().out
+    with np.load(out) as file:
+        assert file["names"].tolist() == names and file["features"].dtype == np.float32
+        torch.testing.assert_close(torch.from_numpy(file["features"]), expected)
+    out = tmp_path / "features.safetensors"
+    assert cli.main([*command, "--out", str(out), "--normalize"]) == 0
+    with safe_open(out, "pt") as file:
+        assert json.loads(file.metadata()["names"]) == names
+        torch.testing.assert_close(file.get_tensor("features"), F.normalize(expected))
+    shared = export_shared(run, tmp_path)
+    one = tmp_path / "one.npz"
+    image = str(folder / "left" / "2.png")
+    assert cli.main(["features", "--run", str(shared), "--input", image, "--out", str(one)]) == 0
+    with np.load(one) as file:
+        assert file["names"].tolist() == ["2.png"]
+        torch.testing.assert_close(torch.from_numpy(file["features"]), expected[2:3])
+    for options, message in (
+        (["--out", "x.csv"], "out=x.csv: expected a file that ends in .npz"),
+        (["--out", str(out), "--batch-size", "0"], "batch_size=0 is too small"),
+    ):
+        assert cli.main([*command, *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_features_leave_broken_files_out_if_asked_to(tiny, tmp_path):
+    run = train(tiny(steps=1, measure_every=0, warmup_epochs=0))
+    folder = flat_images(tmp_path / "flat", 3)
+    (folder / "1.png").write_bytes(b"nothing")
+    encoder, config = load_generator(run)
+    with pytest.raises(UserError, match=r"1\.png: cannot be read"):
+        write_features(encoder, config, folder, tmp_path / "x.npz")
+    assert not (tmp_path / "x.npz").exists()
+    count, _ = write_features(encoder, config, folder, tmp_path / "x.npz", broken_files="skip")
+    with np.load(tmp_path / "x.npz") as file:
+        assert count == 2 and file["names"].tolist() == ["0.png", "2.png"]
 
 
 def test_two_processes_share_their_negatives(tiny, tmp_path):

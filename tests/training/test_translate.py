@@ -5,11 +5,21 @@ import pytest
 import torch
 from PIL import Image
 
-from fastnce.data import load_image
+from fastnce.data import load_image, save_image
 from fastnce.errors import UserError
+from fastnce.models.two_way import TwoWayGenerators
 from fastnce.networks import ResnetGenerator
-from fastnce.training import load_config, load_generator, train, translate, translate_folder
+from fastnce.training import (
+    build_config,
+    load_config,
+    load_generator,
+    train,
+    translate,
+    translate_folder,
+)
 from fastnce.training.checkpoint import load_checkpoint
+
+TWO_WAY = {"data": "data", "out": "run", "base_channels": 2, "num_blocks": 1}
 
 
 @pytest.fixture
@@ -89,11 +99,9 @@ def test_translate_folder_mistakes(run, tmp_path):
     generator, config = load_generator(run)
     folder = tmp_path / "in"
     save(folder / "a.png", (16, 16))
-    with pytest.raises(UserError, match=r"would overwrite .*a\.png. Name another folder"):
-        translate_folder(generator, config, folder, folder)
-    save(folder / "a.jpg", (16, 16))
-    with pytest.raises(UserError, match="would both be written to"):
-        translate_folder(generator, config, folder, tmp_path / "out")
+    for out in (folder, folder / "out"):
+        with pytest.raises(UserError, match="out=.* is in .*, which is read"):
+            translate_folder(generator, config, folder, out)
 
 
 @pytest.fixture
@@ -124,6 +132,10 @@ def test_what_is_no_image_for_translate(generator):
         translate(generator, torch.zeros(8, 8, 3))
     with pytest.raises(ValueError, match=r"C = 3, got \(8, 8\)"):
         translate(generator, torch.zeros(8, 8))
+    with pytest.raises(ValueError, match=r"C = 3, got \(3, 0, 8\)"):
+        translate(generator, torch.zeros(3, 0, 8))
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+        translate(generator, torch.zeros(3, 8, 8), 0)
     with pytest.raises(ValueError, match=r"values in \[-1, 1\], got 0 to 255"):
         translate(generator, torch.tensor([0.0, 255.0]).expand(3, 8, 2))
     with pytest.raises(TypeError, match="got torch.int64"):
@@ -142,3 +154,26 @@ def test_images_that_are_smaller_than_their_padding(generator, size):
     )
     expected = generator(torch.from_numpy(padded)[None]).detach()[0, :, : size[0], : size[1]]
     torch.testing.assert_close(translate(generator, image), expected, rtol=0, atol=1e-6)
+
+
+def test_the_script_of_the_documentation(run, data, tmp_path):
+    """docs/cut.md, "In a script"; and the same of pixels."""
+    generator, config = load_generator(run)
+    image = load_image(data / "testA" / "0.png", config.in_channels)
+    save_image(translate(generator, image), tmp_path / "0.png")
+    with Image.open(tmp_path / "0.png") as opened:
+        written = np.asarray(opened)
+    expected = (generator(image[None])[0].permute(1, 2, 0).numpy() + 1) * 127.5
+    assert written.shape == (20, 20, 3) and np.abs(written - expected).max() <= 1.01
+    pixels = torch.tensor(np.asarray(Image.open(data / "testA" / "0.png"))).permute(2, 0, 1)
+    save_image(translate(generator, pixels), tmp_path / "1.png")
+    with Image.open(tmp_path / "1.png") as opened:
+        assert np.array_equal(opened, written)
+
+
+def test_a_system_of_both_directions_translates_a_to_b():
+    both = TwoWayGenerators(build_config("cyclegan", overrides=TWO_WAY))
+    image = torch.rand(3, 24, 40) * 2 - 1
+    expected = translate(both.a_to_b, image)
+    torch.testing.assert_close(translate(both, image), expected)
+    torch.testing.assert_close(translate(both, image, tile=16), expected, rtol=0, atol=3e-5)

@@ -58,6 +58,10 @@ def test_one_image_into_a_folder_or_a_file(generator, config, tmp_path):
         translate_folder(generator, config, image, tmp_path / "x.bmp")
     with pytest.raises(UserError, match=r"x\.png and format=jpg are two formats"):
         translate_folder(generator, config, image, tmp_path / "x.png", format="jpg")
+    for option in ({"batch_size": 0}, {"size": 0}, {"tile": 10}):
+        (name, value) = next(iter(option.items()))
+        with pytest.raises(UserError, match=f"{name}={value}"):
+            translate_folder(generator, config, image, tmp_path / "d", **option)
     with pytest.raises(UserError, match=r"none\.png: no such file or folder"):
         translate_folder(generator, config, tmp_path / "none.png", tmp_path / "d")
 
@@ -118,7 +122,15 @@ def test_alpha_is_kept_or_said(generator, config, tmp_path, capsys):
         smaller = alpha.resize((8, 8), Image.Resampling.BICUBIC)
         assert np.array_equal(result.getchannel("A"), smaller)
     translate_folder(generator, config, image, tmp_path / "out", format="jpg")
-    assert "The alpha channel of 1 images is left out" in capsys.readouterr().err
+    assert "Alpha channels left out: 1." in capsys.readouterr().err
+    # Turned as the image is.
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(image).save(tmp_path / "in" / "turned.png", exif=exif)
+    translate_folder(generator, config, tmp_path / "in" / "turned.png", tmp_path / "out")
+    with Image.open(tmp_path / "out" / "turned.png") as result:
+        turned = alpha.transpose(Image.Transpose.ROTATE_270)
+        assert result.size == (16, 20) and np.array_equal(result.getchannel("A"), turned)
     # A colour of a palette that is transparent.
     palette = Image.new("P", (20, 16), 1)
     palette.paste(0, (0, 0, 7, 16))
@@ -136,9 +148,9 @@ def test_a_half_of_each_file(generator, config, tmp_path):
     both.paste(Image.open(left), (0, 0))
     both.paste(Image.open(right), (20, 0))
     both.save(tmp_path / "both.png")
-    for half, source in (("left", left), ("right", right), ("none", tmp_path / "both.png")):
-        out = tmp_path / f"{half}.tif"
-        translate_folder(generator, config, tmp_path / "both.png", out, half=half)
+    for part, source in (("left", left), ("right", right), ("whole", tmp_path / "both.png")):
+        out = tmp_path / f"{part}.tif"
+        translate_folder(generator, config, tmp_path / "both.png", out, part=part)
         assert (load_image(out) - expected(generator, source)).abs().max() <= 2 / 255
 
 
@@ -207,7 +219,7 @@ def test_the_options_of_the_command(tiny, tmp_path, capsys):
         "jpg",
         "--broken-files",
         "skip",
-        "--half",
+        "--part",
         "left",
         "--preprocess",
         "none",

@@ -1,6 +1,7 @@
 """Judging translations on any folders: of a run, of another program, while training; and what a training costs."""
 
 import json
+import shutil
 import warnings
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fastnce.cli import main
 from fastnce.data import list_images, save_image, write_digits_photos
 from fastnce.errors import UserError
 from fastnce.metrics import Evaluator
@@ -157,6 +159,31 @@ def test_a_set_that_nothing_can_judge(tiny, folders, capsys):
         evaluate_run(run)
     with pytest.raises(UserError, match=r"none\.pt: no such file"):
         train(tiny(data=folders, measure_every=2, steps=3, extractor=folders / "none.pt"))
+
+
+def test_broken_files_are_left_out_of_an_evaluation(tiny, folders, extractor, tmp_path, capsys):
+    run = train(tiny(data=folders, steps=1))
+    shutil.copytree(folders, tmp_path / "data")
+    for path in ("testA/3.png", "testB/5.png", "trainB/9.png"):
+        broken = tmp_path / "data" / path
+        broken.write_bytes(broken.read_bytes()[:200])
+    command = ["evaluate", "--run", str(run), "--data", str(tmp_path / "data"), "--device", "cpu"]
+    command += ["--extractor", str(extractor)]
+    assert main(command) == 2
+    assert "3.png: cannot be read" in capsys.readouterr().err
+    assert main([*command, "--broken-files", "skip"]) == 0
+    result = json.loads((run / "metrics.json").read_text())
+    assert result["reference_count"] == 9
+    assert [row["count"] for row in result["rows"]] == [7, 7, 7]
+    made = tmp_path / "data" / "testA"
+    result, _ = evaluate_images(
+        made, tmp_path / "data", extractor=extractor, out=tmp_path, broken_files="skip"
+    )
+    assert result["rows"][0]["count"] == 7 and result["reference_count"] == 9
+    for path in list_images(made)[:-1]:
+        path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="testA: holds one image, and FID needs at least two"):
+        evaluate_images(made, tmp_path / "data", extractor=extractor, broken_files="skip")
 
 
 def test_folders_with_too_few_images(folders, extractor, tmp_path):

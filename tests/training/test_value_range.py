@@ -46,12 +46,15 @@ def extractor(tmp_path_factory):
     return path
 
 
-def test_a_run_on_scans_reads_and_writes_their_numbers(tiny, scans, extractor, tmp_path):
+def test_a_run_on_scans_reads_and_writes_their_numbers(tiny, scans, extractor, tmp_path, capsys):
     options = {"data": scans, "in_channels": 1, "out_channels": 1, "steps": 2}
     with pytest.raises(UserError, match=r"trainA/0\.tif: .*--value-range"):
         train(tiny(**options))
     config = tiny(value_range=RANGE, **options)
     train(config)
+    said = "".join(capsys.readouterr())
+    for domain in "AB":
+        assert f"train{domain}: 3 images, 20x20, 32-bit floating-point numbers, values -10" in said
     generator, loaded = load_generator(config.out)
     assert loaded.value_range == RANGE
     out = tmp_path / "translated"
@@ -70,6 +73,14 @@ def test_a_run_on_scans_reads_and_writes_their_numbers(tiny, scans, extractor, t
     assert same["rows"][0]["fid"] == pytest.approx(0, abs=1e-6)
     with pytest.raises(UserError, match="--value-range"):
         evaluate_images(scans / "testB", scans, extractor=extractor)
+
+
+def test_a_run_on_black_images_stops_at_once(tiny, tmp_path):
+    for domain in "AB":
+        (tmp_path / f"train{domain}").mkdir()
+        Image.new("RGB", (20, 20)).save(tmp_path / f"train{domain}" / "1.png")
+    with pytest.raises(UserError, match="trainA: each of its images is one plain colour"):
+        train(tiny(data=tmp_path))
 
 
 def test_a_run_with_another_range_is_another_run(tiny, scans):
