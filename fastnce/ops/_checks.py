@@ -182,7 +182,13 @@ def _variable(number: float, like: Tensor) -> float | Tensor:
 
     if has_static_value(number):
         return number
-    return torch.ones((), dtype=torch.float64, device=like.device) * number
+    # As the kernels take numbers: in double on the host, in single precision on a GPU.
+    dtype = (
+        torch.float64
+        if like.device.type == "cpu"
+        else torch.promote_types(like.dtype, torch.float32)
+    )
+    return torch.ones((), dtype=dtype, device=like.device) * number
 
 
 def expect_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:

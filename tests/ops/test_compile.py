@@ -109,10 +109,11 @@ def test_two_compilations_for_all_sizes_and_temperatures(
         tensors = [x.to(device) for x in make(size, dtype)]
         options = {"temperature": temperature, "backend": fused_backend}
         got, expected = results(compiled, tensors, **options), results(function, tensors, **options)
-        # Where the host cannot see the temperature, Triton's sums need no smaller offset than the row's maximum.
-        close = 2e-3 if fused_backend == "triton" else 0.0
-        if name == "patch_nce":  # the compiler adds up the gradients of one tensor in another order
-            close = max(close, 4 * torch.finfo(dtype).eps)
+        # Equal to the last bit; but the compiler adds up the gradients of one tensor in another order, and kernels of the GPU
+        # round a number in a tensor at another place. Triton's then take their offset from each row's maximum.
+        close = 0.0
+        if fused_backend != "native" or name == "patch_nce":
+            close = max(2e-3 if fused_backend == "triton" else 2e-5, 4 * torch.finfo(dtype).eps)
         for x, y in zip(got, expected, strict=True):
             torch.testing.assert_close(x, y, rtol=close, atol=close)
     assert counter.frame_count <= 2
