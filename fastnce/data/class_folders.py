@@ -99,11 +99,16 @@ def has_folder(root: Path, split: str) -> bool:
     return any((root / name).is_dir() for name in FOLDERS.get(split, (split,)))
 
 
+def holds_images(root: Path) -> bool:
+    """Whether the images to train on lie in the folder `root` itself: it holds some, and no folder train."""
+    if not root.is_dir() or (root / "train").is_dir():
+        return False
+    return any(_is_image(entry) for entry in root.iterdir())
+
+
 def _without_classes(root: Path) -> bool:
     train = root / "train"
-    if not train.is_dir():  # images right here
-        return any(_is_image(entry) for entry in root.iterdir())
-    return len(_subfolders(train)) < 2
+    return len(_subfolders(train)) < 2 if train.is_dir() else holds_images(root)
 
 
 def _is_image(entry: Path) -> bool:

@@ -109,7 +109,7 @@ class ConditionalContrastiveFunction(torch.autograd.Function):
         if ctx.reduced:
             weight = _common.row_weight(embeddings.shape[0], reduction)
             ctx.factor = 1.0 if kernel_mean else weight
-            handle = _common.handle(embeddings, grad_now)
+            handle = _common.handle(ctx, embeddings, grad_now)
             ctx.save_for_backward(handle, *grads)
             return losses.sum() * weight, handle
         ctx.kernels, ctx.needs = kernels, needs

@@ -222,7 +222,7 @@ class InfoNCEFunction(torch.autograd.Function):
         if ctx.reduced:
             weight = _common.row_weight(losses.numel(), reduction)
             ctx.factor = 1.0 if kernel_mean else weight
-            handle = _common.handle(query, grad_now)
+            handle = _common.handle(ctx, query, grad_now)
             ctx.save_for_backward(handle, *grads)
             return losses.sum() * weight, handle
         ctx.kernels, ctx.options, ctx.needs = kernels, options, needs

@@ -151,7 +151,7 @@ class PatchNCEFunction(torch.autograd.Function):
         ctx.factors = ones * 2
         if not kernel_mean:
             ctx.factors = [_layer_weight(x, layers) for x in rows[:count]] * 2
-        handle = _common.handle(loss, grad_now)
+        handle = _common.handle(ctx, loss, grad_now)
         ctx.save_for_backward(handle, grad_temperature, *grad_queries, *grad_keys)
         return loss, handle
 

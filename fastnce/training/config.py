@@ -120,9 +120,9 @@ class UnpairedTrainConfig(TrainConfig):
     data_b: Path | None = None
     """Folder of the training images of B."""
     test_a: Path | None = None
-    """With data_a and data_b: folder of the test images of A; without one, the sample grids show training images."""
+    """With data_a and data_b: folder of the test images of A; without it, sample grids show training images."""
     test_b: Path | None = None
-    """Folder of the test images of B, with which translations are compared when they are measured."""
+    """Folder of the test images of B, to go with test_a."""
     batch_size: int = 1
     """Images of each domain per step."""
     epochs: int = 200
@@ -180,11 +180,12 @@ class UnpairedTrainConfig(TrainConfig):
             raise UserError(
                 f"data={self.data} holds all folders, and {name}={folder} names one of them. Give data, or data_a and data_b."
             )
-        for name, other in (("data_a", "data_b"), ("data_b", "data_a")):
-            if apart and name not in apart:
-                raise UserError(
-                    f"{name} is missing: {', '.join(apart)} {'needs' if len(apart) == 1 else 'need'} it. Give {name} and {other}."
-                )
+        needed = ["data_a", "data_b"] if apart else []
+        if {"test_a", "test_b"} & apart.keys():
+            needed += ["test_a", "test_b"]
+        for name in needed:
+            if name not in apart:
+                raise UserError(f"{name} is missing beside {', '.join(apart)}. Give both folders.")
 
     @property
     def folders(self) -> Path | dict[str, Path]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from fastnce.data import AlignedImages
+from fastnce.data.aligned import find_pairs
 from fastnce.errors import UserError
 from fastnce.models import Pix2Pix
 from fastnce.models.pix2pix import build_generator
@@ -52,10 +53,12 @@ def _model(config: Pix2PixTrainConfig, dataset: AlignedImages) -> Pix2Pix:
 
 
 def _preview(config: Pix2PixTrainConfig, dataset: AlignedImages) -> Callable[[nn.Module], Rows]:
+    split = "test"
     try:
-        shown = _test_pairs(config, "test")
+        find_pairs(config.folders, split)
     except UserError:  # no such folder
-        shown = _test_pairs(config, "train")
+        split = "train"
+    shown = _test_pairs(config, split)
     pairs = [shown[index] for index in range(min(config.sample_count, len(shown)))]
     images = [pair["A"] for pair in pairs]
 
@@ -77,6 +80,7 @@ PIX2PIX_SYSTEM = System(
     network_name="generator",
     network=build_generator,
     preview=_preview,
+    next_command="fastnce translate --run {run} --input DIR --out DIR",
     panels=(("G_GAN", "D_real", "D_fake"), ("G_L1",), ("G",)),
     measure=translation_measure,
     best="l1",

@@ -54,6 +54,18 @@ def test_bad_test_images_do_not_end_a_training_that_skips_them(tiny, broken, ext
     assert checkpoint(out)["step"] == 4
 
 
+def test_a_measurement_that_fails_loses_nothing(tiny, broken, extractor):
+    for folder in (broken / "testA", broken / "testB"):
+        (folder / "0.png").unlink()
+    changes = {"data": broken, "extractor": extractor, "measure_every": 2, "steps": 4}
+    changes |= {"cache_gb": 0, "sample_count": 1}
+    with pytest.raises(UserError, match=r"cut\.png: cannot be read as an image"):
+        train(tiny(**changes))
+    assert checkpoint(tiny().out)["step"] == 2
+    train(tiny(broken_files="skip", **changes))
+    assert [line["step"] for line in read_metrics(tiny().out / "measurements.jsonl")] == [4]
+
+
 @pytest.mark.parametrize("preprocess", ["none", "fixsize"])
 def test_translation_leaves_broken_files_out_if_asked_to(
     tiny, broken, tmp_path, caplog, preprocess

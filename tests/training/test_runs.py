@@ -1,5 +1,6 @@
 """A run's folder and data over its life: locked, kept apart from its input, moved, started from another run, saved after errors."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from same_run import assert_same_run, checkpoint
 
+from fastnce.cli import main
 from fastnce.data import UnpairedImages
 from fastnce.errors import UserError
 from fastnce.models import CUT
@@ -79,6 +81,37 @@ def test_a_run_does_not_feed_on_its_results(tiny, copy, inside):
     with pytest.raises(UserError, match=f"out={copy / inside} is in {copy / inside[:6]}"):
         train(tiny(data=copy, out=copy / inside))
     train(tiny(data=copy, out=copy / "run", steps=1))
+
+
+def test_a_run_is_not_among_images_without_classes(data, tmp_path):
+    flat = shutil.copytree(data / "trainA", tmp_path / "flat")
+    options = {"data": flat, "out": flat / "run", "device": "cpu", "batch_size": 2}
+    with pytest.raises(UserError, match=r"flat/run is in .*flat, which is read"):
+        train(build_config("simclr", overrides=options))
+
+
+@pytest.fixture
+def classes(tmp_path):
+    root = tmp_path / "classes"
+    for split in ("train", "test"):
+        for index, name in enumerate(("cat", "cat", "dog", "dog")):
+            picture(root / split / name / f"{index}.png", (16, 16), seed=index)
+    return root
+
+
+def test_labelled_data_is_known_by_its_files_too(classes, tmp_path):
+    def config(data, steps):
+        options = {"data": data, "out": tmp_path / "run", "steps": steps, "device": "cpu"}
+        options |= {"batch_size": 2, "image_size": 16, "workers": 0}
+        options |= {"encoder": "small", "sample_every": 100, "warmup_epochs": 0}
+        return build_config("simclr", overrides=options)
+
+    train(config(classes, 1))
+    moved = classes.rename(tmp_path / "moved")
+    train(config(moved, 2))
+    picture(moved / "train" / "cat" / "0.png", (20, 16))
+    with pytest.raises(UserError, match=r"made with: .*cat/0\.png has \d+ bytes instead of"):
+        train(config(moved, 3))
 
 
 def test_moved_data_is_the_same_run(tiny, data, tmp_path, monkeypatch):
@@ -236,10 +269,10 @@ def test_networks_that_fit_come_from_a_run_of_another_system(tiny, tmp_path):
 
 def test_folders_of_a_and_b_anywhere(tiny, data, tmp_path):
     whole = train(tiny(steps=2, out=tmp_path / "whole"))
-    folders = {"data_a": data / "trainA", "data_b": data / "trainB", "test_a": data / "testA"}
-    train(tiny(steps=2, data=None, **folders, test_b=data / "testB"))
-    names = ("data", "test_b", *folders)
-    assert_same_run(tiny().out, whole, free=names)
+    folders = {"data_a": data / "trainA", "data_b": data / "trainB"}
+    tests = {"test_a": data / "testA", "test_b": data / "testB"}
+    train(tiny(steps=2, data=None, **folders, **tests))
+    assert_same_run(tiny().out, whole, free=("data", *folders, *tests))
     # Without test folders the grids show training images.
     train(
         tiny(steps=2, data=None, data_a=data / "trainA", data_b=data / "trainB", out=tmp_path / "c")
@@ -248,9 +281,25 @@ def test_folders_of_a_and_b_anywhere(tiny, data, tmp_path):
         ({"data": None, "data_a": data / "trainA"}, "data_b is missing"),
         ({"data_a": data / "trainA", "data_b": data / "trainB"}, "data=.* holds all folders"),
         ({"data": None, "test_a": data / "testA"}, "data_a is missing"),
+        ({"data": None, "test_a": data / "testA", **folders}, "test_b is missing"),
     ):
         with pytest.raises(UserError, match=message):
             tiny(**changes)
+
+
+def test_the_command_needs_data_or_both_folders(data, tmp_path, capsys):
+    command = ["train", "cut", "--out", str(tmp_path / "run"), "--dry-run"]
+    folders = ["--data-a", str(data / "trainA"), "--data-b", str(data / "trainB")]
+    assert main([*command, *folders]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["data"] is None and values["data_b"] == str(data / "trainB")
+    for options, message in (
+        ([], "--data is missing"),
+        (folders[:2], "data_b is missing"),
+        ([*folders, "--data", "x"], "data=x holds all folders"),
+    ):
+        assert main([*command, *options]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_pairs_from_two_folders(tiny, data):
