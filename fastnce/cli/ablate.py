@@ -49,6 +49,7 @@ def ablate(args: list[str]) -> int:
             overrides={} if steps is None else {"steps": steps},
         )
         print(table)
+        print(f"Written: {out / 'ablation'}.json, .md and .png; a folder for each run")
 
     run_with_options(f"ablate {variant}", run_ablate, args[1:])
     return 0

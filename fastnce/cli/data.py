@@ -21,7 +21,7 @@ def data(args: list[str]) -> int:
         """
         from fastnce.data import write_digits_photos
 
-        write_digits_photos(out, seed=seed, photo=photo)
+        _tell(write_digits_photos(out, seed=seed, photo=photo), "cut --preset digits")
 
     def photos(out: Path, size: int = 128, seed: int = 0) -> None:
         """Two folders of crops from real photographs, for the real-size path.
@@ -33,7 +33,7 @@ def data(args: list[str]) -> int:
         """
         from fastnce.data import write_photos
 
-        write_photos(out, size=size, seed=seed)
+        _tell(write_photos(out, size=size, seed=seed), "cut")
 
     def single_photos(
         out: Path, size: int = 192, photo_a: str = "china", photo_b: str = "rocket"
@@ -48,7 +48,10 @@ def data(args: list[str]) -> int:
         """
         from fastnce.data import write_single_photos
 
-        write_single_photos(out, size=size, photo_a=photo_a, photo_b=photo_b)
+        _tell(
+            write_single_photos(out, size=size, photo_a=photo_a, photo_b=photo_b),
+            "sincut --preset single-photos",
+        )
 
     def digits(out: Path, size: int = 16, seed: int = 0) -> None:
         """Real handwritten digits in 10 class folders, greyscale.
@@ -60,7 +63,7 @@ def data(args: list[str]) -> int:
         """
         from fastnce.data import write_digits
 
-        write_digits(out, size=size, seed=seed)
+        _tell(write_digits(out, size=size, seed=seed), "contragan --preset digits")
 
     def photo_crops(out: Path, seed: int = 0) -> None:
         """Crops of seven real photographs, 32 x 32, in class folders: the class is the photograph.
@@ -71,7 +74,7 @@ def data(args: list[str]) -> int:
         """
         from fastnce.data import write_photo_crops
 
-        write_photo_crops(out, seed=seed)
+        _tell(write_photo_crops(out, seed=seed), "simclr --preset photo-crops")
 
     sets = {
         "digits": digits,
@@ -82,3 +85,12 @@ def data(args: list[str]) -> int:
     }
     run_with_options("data", sets, args)
     return 0
+
+
+def _tell(out: Path, training: str) -> None:
+    """What the set holds, and what it is for."""
+    from fastnce.data import list_images
+
+    folders = sorted(folder for folder in out.iterdir() if folder.is_dir())
+    print(f"{out}: {', '.join(f'{x.name} {len(list_images(x))} images' for x in folders)}")
+    print(f"Next: fastnce train {training} --data {out} --out RUN")

@@ -33,7 +33,8 @@ def evaluate(args: list[str]) -> int:
         of digits. pix2pix: L1, PSNR and SSIM against the truth, and with --extractor those too. ContraGAN: also intra-class FID,
         IS and class accuracy of samples. SimCLR, MoCo, SupCon: k-NN and linear accuracy of features.
 
-        Writes metrics.json and metrics.md into the run's folder, or into --out for a folder of images.
+        Writes metrics.json and metrics.md into the run's folder, or into --out; for other data than the run's own
+        metrics-NAME.json and metrics-NAME.md.
 
         Args:
             run: Folder of a training run.
@@ -50,12 +51,13 @@ def evaluate(args: list[str]) -> int:
             direction: For --images, or a system of both directions: which domain is translated to which; AtoB if not given.
             value_range: The images' numbers that stand for black and white, where they are not of 8 bits or use all of 16; by
                 default as in the training.
-            out: With --images: folder of the report, by default that of the images.
+            out: Folder of the report, by default that of the run or of the images.
             device: auto, cpu, cuda or cuda:N.
             broken_files: What a file that cannot be read does: skip leaves it out and names it, error stops; by default as in
                 the training.
         """
-        from fastnce.training.evaluation import Segmentation, evaluate_images, evaluate_run
+        from fastnce.training.evaluation import Report, Segmentation, evaluate_images, evaluate_run
+        from fastnce.training.translate import introduced, load_config
 
         if (run is None) == (images is None):
             raise UserError(
@@ -67,6 +69,7 @@ def evaluate(args: list[str]) -> int:
         if segmenter is not None and labels is not None:
             segmentation = Segmentation(segmenter, labels, label_kind)
         if images is not None:
+            report = Report(out or images)
             if without_nce is not None:
                 raise UserError("--without-nce is for --run. Leave it out.")
             _, table = evaluate_images(
@@ -81,8 +84,8 @@ def evaluate(args: list[str]) -> int:
                 value_range=value_range,
             )
         else:
-            if out is not None:
-                raise UserError("--out is for --images; a run's report goes to its folder.")
+            report = Report.of(run, data, out)
+            print(introduced(run, load_config(run), weights, checkpoint))
             _, table = evaluate_run(
                 run,
                 data,
@@ -95,8 +98,10 @@ def evaluate(args: list[str]) -> int:
                 device=device,
                 broken_files=broken_files,
                 value_range=value_range,
+                report=report,
             )
         print(table)
+        print(f"Written: {report.folder / report.stem}.json and .md")
 
     run_with_options("evaluate", run_evaluate, args)
     return 0

@@ -37,7 +37,9 @@ def export(args: list[str]) -> int:
             direction: onnx and torchscript, for systems that learn both directions; by default that of the training.
         """
         from fastnce.training.export import export_graph, export_published, export_shared
+        from fastnce.training.translate import introduced, load_config
 
+        print(introduced(run, load_config(run), weights, checkpoint))
         if format in ("onnx", "torchscript"):
             path, check = export_graph(
                 run, out, format, which=weights, checkpoint=checkpoint, direction=direction

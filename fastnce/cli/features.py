@@ -39,9 +39,11 @@ def features(args: list[str]) -> int:
             broken_files: error: stop at a file that cannot be read; skip: leave it out and name it; by default as in training.
         """
         from fastnce.training import load_generator, resolve_device, write_features
+        from fastnce.training.translate import introduced
 
         target = resolve_device(device)
         encoder, config = load_generator(run, which=weights, checkpoint=checkpoint, device=target)
+        print(introduced(run, config, weights, checkpoint))
         count, length = write_features(
             encoder,
             config,

@@ -40,9 +40,11 @@ def generate(args: list[str]) -> int:
             batch_size: Images generated at a time.
         """
         from fastnce.training import generate_folder, load_generator, resolve_device
+        from fastnce.training.translate import introduced
 
         target = resolve_device(device)
         generator, config = load_generator(run, which=weights, checkpoint=checkpoint, device=target)
+        print(introduced(run, config, weights, checkpoint))
         count = generate_folder(
             generator,
             config,
@@ -54,7 +56,7 @@ def generate(args: list[str]) -> int:
             seed=seed,
             batch_size=batch_size,
         )
-        print(f"Generated {count} images into {out}")
+        print(f"Generated {count} images into {out}; grid.png shows them by class")
 
     # One class is a natural thing to ask for.
     run_with_options(

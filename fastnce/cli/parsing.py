@@ -1,12 +1,21 @@
-"""What the commands share: options from a function's signature, and errors that name the nearest word."""
+"""What the commands share: options from a function's signature, and each mistake in one line that names the nearest word."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Callable, Sequence
+import inspect
+import io
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 from fastnce.errors import UserError
+
+Parsed = Callable[..., Any] | type
 
 
 def run_with_options(
@@ -15,9 +24,51 @@ def run_with_options(
     """Parses ``args`` after the signature of ``function`` (or of the one the first argument names), and calls it."""
     tyro, prog = import_tyro(), f"fastnce {command}"
     if isinstance(function, dict):
-        tyro.extras.subcommand_cli_from_dict(function, prog=prog, args=args)
-    else:
-        tyro.cli(function, prog=prog, args=args)
+        if not args or args[0] in ("-h", "--help"):
+            args = ["--help"]
+            tyro.extras.subcommand_cli_from_dict(function, prog=prog, args=args)
+        if args[0] not in function:
+            raise UserError(f"no {args[0]!r}. {nearest(args[0], function)}")
+        prog, function, args = f"{prog} {args[0]}", function[args[0]], args[1:]
+    # What tyro calls only returns the values, so that what it prints is about parsing alone.
+    hints = typing.get_type_hints(function)
+    signature = inspect.signature(function)
+
+    def values(**given: object) -> dict[str, object]:
+        return given
+
+    values.__doc__ = function.__doc__
+    values.__annotations__ = hints
+    values.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[p.replace(annotation=hints[p.name]) for p in signature.parameters.values()],
+        return_annotation=dict,
+    )
+    required = [p.name for p in signature.parameters.values() if p.default is p.empty]
+    function(**parse(values, hints, required, prog, args))
+
+
+def parse(
+    target: Parsed,
+    hints: dict[str, object],
+    required: Sequence[str],
+    prog: str,
+    args: list[str],
+    also: Sequence[str] = (),
+    **options: object,
+) -> Any:
+    """What tyro makes of ``args`` for ``target``, whose options are ``hints``: their types by name.
+
+    Numbers of a list may be joined by commas. A mistake is one line; ``also`` are options that the caller has read already.
+
+    Raises:
+        UserError: an option that is not there, with the nearest one; a required one that is missing; a value of another type.
+    """
+    names = set(hints) - {"return", "system"}
+    if not {"-h", "--help"} & set(args):
+        _check_names({*names, *also}, required, args)
+    lists = {_dashed(name) for name in names if _holds_numbers(hints[name])}
+    with _one_line(prog):
+        return import_tyro().cli(target, prog=prog, args=_without_commas(args, lists), **options)
 
 
 def import_tyro() -> ModuleType:
@@ -31,6 +82,12 @@ def import_tyro() -> ModuleType:
     return tyro
 
 
+def named_in(args: Sequence[str]) -> set[str]:
+    """The names of the options in ``args``: ``num_patches`` of ``--num-patches 3``."""
+    given = (arg.partition("=")[0] for arg in args if arg.startswith("--"))
+    return {option.removeprefix("--").replace("-", "_") for option in given}
+
+
 def no_arguments(command: str, text: str | None, args: list[str]) -> None:
     """For a command without options: shows `text` as its help, and rejects anything else."""
     if args in (["-h"], ["--help"]):
@@ -40,8 +97,65 @@ def no_arguments(command: str, text: str | None, args: list[str]) -> None:
         raise UserError(f"takes no arguments, got {' '.join(args)!r}.")
 
 
-def nearest(name: str, names: Sequence[str] | dict) -> str:
+def nearest(name: str, names: Sequence[str] | dict | set) -> str:
     """``Did you mean 'train'? Expected one of: ...``."""
     close = difflib.get_close_matches(name, names, n=1)
     guess = f"Did you mean {close[0]!r}? " if close else ""
     return f"{guess}Expected one of: {', '.join(names)}."
+
+
+def _dashed(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _check_names(names: set[str], required: Sequence[str], args: Sequence[str]) -> None:
+    known = {_dashed(f"{no}{name}") for name in names for no in ("", "no_")}
+    given = named_in(args)
+    for option in map(_dashed, given):
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            shown = sorted(_dashed(name) for name in names)
+            rest = f"Did you mean {close[0]!r}?" if close else f"Use one of: {', '.join(shown)}."
+            raise UserError(f"unknown option {option!r}. {rest}")
+    for name in required:
+        if name not in given:
+            raise UserError(f"{_dashed(name)} is missing. Give it as an option.")
+
+
+def _holds_numbers(hint: object) -> bool:
+    """Whether a type is, or may be, a tuple of numbers."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return any(_holds_numbers(choice) for choice in typing.get_args(hint))
+    return typing.get_origin(hint) is tuple and typing.get_args(hint)[0] in (int, float)
+
+
+def _without_commas(args: Sequence[str], lists: set[str]) -> list[str]:
+    """``--nce-layers 0,4,8`` as ``--nce-layers 0 4 8``."""
+    found, inside = [], False
+    for arg in args:
+        option, equals, value = arg.partition("=")
+        if arg.startswith("--"):
+            inside = option.replace("_", "-") in lists
+            if not (inside and equals and "," in value):
+                found.append(arg)
+                continue
+            found.append(option)
+            arg = value
+        found += [part for part in arg.split(",") if part] if inside else [arg]
+    return found
+
+
+@contextlib.contextmanager
+def _one_line(prog: str) -> Iterator[None]:
+    """Turns the frame that tyro draws around a mistake into an error of one line."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+    except SystemExit as stop:
+        text = re.sub(r"[╭╮╰╯│]|\x1b\[[0-9;]*m", "", printed.getvalue())
+        # The first line is the title, and below the first rule is the help.
+        message = re.split(r"─{10,}", re.sub(r"^ ?─.*─\s*\n", "", text.lstrip()))[0]
+        if stop.code in (0, None) or not message.strip():
+            raise
+        raise UserError(f"{' '.join(message.split()).rstrip('.')}. See {prog} --help.") from None

@@ -6,8 +6,9 @@ import argparse
 import json
 import os
 from dataclasses import MISSING, fields
+from typing import get_type_hints
 
-from fastnce.cli.parsing import import_tyro
+from fastnce.cli.parsing import import_tyro, named_in, parse
 from fastnce.errors import UserError
 
 
@@ -15,7 +16,7 @@ def train(args: list[str]) -> int:
     """Train a model on folders of images. Run the same command again to resume."""
     tyro = import_tyro()
     from fastnce.training import train as run_training
-    from fastnce.training.build import check_options, known, layered_values
+    from fastnce.training.build import known, layered_values, required_fields
     from fastnce.training.config import to_dict
     from fastnce.training.presets import PRESETS, VARIANTS
     from fastnce.training.ranks import leave
@@ -32,13 +33,16 @@ def train(args: list[str]) -> int:
     chosen, rest = first.parse_known_args(args[1:])
 
     config_class, values = layered_values(variant, chosen.preset, chosen.config)
-    check_options(config_class, values, rest)
     needed = [f.name for f in fields(config_class) if f.default is MISSING]
-    config = tyro.cli(
+    given = {*values, *named_in(rest)}
+    config = parse(
         config_class,
+        get_type_hints(config_class),
+        [name for name in required_fields(config_class, given) if name not in values],
+        f"fastnce train {variant}",
+        rest,
+        also=("preset", "config", "dry_run"),
         default=config_class(**(dict.fromkeys(needed, tyro.MISSING) | values)),
-        prog=f"fastnce train {variant}",
-        args=rest,
         description=(
             f"Also: --preset {{{','.join(PRESETS[config_class.system])}}} sets several options at once; --config FILE reads options from a JSON "
             "file, such as the config.json of a run; --dry-run prints the resulting configuration and stops. "

@@ -55,6 +55,7 @@ def translate(args: list[str]) -> int:
             batch_size: Images translated at a time, where they have the same size.
         """
         from fastnce.training import load_generator, resolve_device, translate_folder
+        from fastnce.training.translate import WEIGHTS_FILES, introduced
 
         target = resolve_device(device)
         if weights not in ("ema", "raw"):
@@ -62,7 +63,13 @@ def translate(args: list[str]) -> int:
                 raise UserError(
                     f"run={run} and the file weights={weights} are two generators. Leave one out."
                 )
-            generator, config = load_generator(Path(weights), device=target)
+            if Path(weights).suffix not in WEIGHTS_FILES:
+                raise UserError(
+                    f"weights={weights} must be ema, raw, or a .pth or .safetensors file of a generator. A checkpoint of a run: "
+                    f"--run RUN --checkpoint {weights}."
+                )
+            run = Path(weights)
+            generator, config = load_generator(run, device=target)
         elif run is None:
             raise UserError(
                 "name a generator: --run FOLDER of a training, or --weights FILE, .pth or .safetensors."
@@ -71,6 +78,7 @@ def translate(args: list[str]) -> int:
             generator, config = load_generator(
                 run, which=weights, checkpoint=checkpoint, device=target
             )
+        print(introduced(run, config, weights, checkpoint))
         count = translate_folder(
             generator,
             config,

@@ -300,6 +300,12 @@ def _shown(names: Sequence[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
+def folders_read(root: Path | str) -> list[Path]:
+    """The folders in which a labelled set is looked for; `root` itself if it can only be one of images without classes."""
+    folders = [Path(root, name) for name in ("train", "test", "valid", "val")]
+    return folders if has_split(root, "train") else [*folders, Path(root)]
+
+
 def has_split(root: Path | str, split: str) -> bool:
     """Whether a labelled set has this split: CIFAR always, folders if there is one of its name."""
     return holds_cifar(Path(root)) or has_folder(Path(root), split)

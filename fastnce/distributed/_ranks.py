@@ -122,7 +122,7 @@ def _rows_of(op: str, names: list[str], numbers: list[list[float]]) -> list[int]
 def _expect_valid_temperature(op: str, values: list[float]) -> None:
     """Here the host has the numbers of tensors too. NaN differs from itself: it must not reach the comparison."""
     invalid = [
-        f"rank {rank} has {value:g}"
+        f"rank {rank} has {value:.12g}"
         for rank, value in enumerate(values)
         if not 0 < value < math.inf
     ]
@@ -136,7 +136,7 @@ def _expect_valid_temperature(op: str, values: list[float]) -> None:
 def _expect_same(op: str, name: str, values: list[float], *, is_word: bool) -> None:
     for rank, value in enumerate(values):
         if value != values[0]:
-            first, other = (_WORDS[int(x)] if is_word else f"{x:g}" for x in (values[0], value))
+            first, other = (_WORDS[int(x)] if is_word else f"{x:.12g}" for x in (values[0], value))
             raise ValueError(
                 f"{op}: ranks disagree on {name}: rank 0 has {first}, rank {rank} has {other}. "
                 f"Every rank of the group must pass the same."

@@ -73,6 +73,8 @@ class NegativeQueue(nn.Module):
         """(size, dim), a view of the queue: ``negative_keys`` of the loss. Unit rows."""
         _write(self._waiting, self.queue, self.queue_ptr)
         self._waiting.clear()
+        if not self.queue.T.is_contiguous():  # a file's tensor, put in place of the buffer
+            self.queue = self.queue.T.contiguous().T
         return self.queue.T
 
     def enqueue(
@@ -141,8 +143,6 @@ class NegativeQueue(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if f"{prefix}queue" in state_dict:
             self._waiting.clear()
-        if not self.queue.T.is_contiguous():  # assign=True takes the tensor of the file
-            self.queue = self.queue.T.contiguous().T
 
 
 @torch.no_grad()

@@ -62,11 +62,7 @@ def expect_shape(
 
 def expect_alike(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     """``x`` is on the device of ``like`` and has its dtype; both are of one process, or both are not."""
-    if _is_dtensor(x) != _is_dtensor(like):
-        name = name if _is_dtensor(x) else like_name
-        raise TypeError(
-            f"{op}: {name} is a DTensor, the other rows are not. Pass {name}.full_tensor()."
-        )
+    _expect_as_local(op, name, x, like_name, like)
     if x.device != like.device:
         raise ValueError(
             f"{op}: {name} is on {x.device} but {like_name} is on {like.device}. "
@@ -85,6 +81,7 @@ def expect_labels(op: str, labels: object, like: Tensor, like_name: str) -> Tens
         raise TypeError(
             f"{op}: labels must be integers (int64), got {labels.dtype}. Convert them with labels.long()."
         )
+    _expect_as_local(op, "labels", labels, like_name, like)
     expect_shape(op, "labels", labels, (like.shape[0],), f"one per row of {like_name}")
     if labels.device != like.device:
         raise ValueError(
@@ -169,6 +166,13 @@ def _on_host(x: Tensor) -> float | None:
     if x.device.type != "cpu" or torch._C._functorch.peek_interpreter_stack() is not None:
         return None
     return x.item() if _get_current_dispatch_mode() is None else None
+
+
+def _expect_as_local(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """Of ``x`` and ``like`` both are tensors of one process, or both of several."""
+    if type(x) is not type(like) and _is_dtensor(x) != _is_dtensor(like):
+        name, other = (name, like_name) if _is_dtensor(x) else (like_name, name)
+        raise TypeError(f"{op}: {name} is a DTensor but {other} is not. Pass {name}.full_tensor().")
 
 
 def _is_dtensor(x: Tensor) -> bool:

@@ -27,7 +27,7 @@ def row_weight(count: int, reduction: str) -> float | None:
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """The ops choose their own precision: inputs as they come, sums in fp32 or fp64."""
-    if not torch.amp.is_autocast_available(x.device.type):  # such as meta
+    if x.is_meta:  # which knows no autocast
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
@@ -60,9 +60,11 @@ def kernel_weight(weight: float, dtype: torch.dtype) -> float:
 
 
 def scaled(
-    grads: tuple[Tensor | None, ...], by: Tensor, factor: float = 1.0
+    grads: Sequence[Tensor | None], by: Tensor | None, factor: float = 1.0
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of a loss, times the gradient that arrives for that loss and ``factor``."""
+    """The gradients of a loss, times the gradient that arrives for that loss, None for zero, and ``factor``."""
+    if by is None:
+        return (None,) * len(grads)
     by = by * factor
 
     def times(grad: Tensor | None) -> Tensor | None:
@@ -112,12 +114,15 @@ class _NoSecondDerivative(torch.autograd.Function):
         )
 
 
-def handle(like: Tensor, grad_now: bool) -> Tensor | None:
+def handle(ctx, like: Tensor, grad_now: bool) -> Tensor | None:
     """An empty second result of a Function that saves gradients alone: saved, it leads from its node to all its inputs.
 
     The first result would do, but may be changed in place, as in ``loss /= steps``.
     """
-    return like.new_empty(0) if grad_now and not torch.compiler.is_compiling() else None
+    if not grad_now or torch.compiler.is_compiling():
+        return None
+    ctx.set_materialize_grads(False)  # its own gradient would be a tensor of zeros
+    return like.new_empty(0)
 
 
 def plain_gradients(

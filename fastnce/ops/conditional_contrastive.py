@@ -103,7 +103,7 @@ class ConditionalContrastiveFunction(torch.autograd.Function):
         ctx.reduced = weight is not None
         if ctx.reduced:
             ctx.factor = weight / scale
-            handle = _common.handle(embeddings, grad_now)
+            handle = _common.handle(ctx, embeddings, grad_now)
             ctx.save_for_backward(handle, *grads)
             return losses.sum() * weight, handle
         ctx.kernels, ctx.needs = kernels, needs

@@ -213,7 +213,7 @@ class InfoNCEFunction(torch.autograd.Function):
         ctx.reduced = weight is not None
         if ctx.reduced:
             ctx.factor = weight / scale
-            handle = _common.handle(query, grad_now)
+            handle = _common.handle(ctx, query, grad_now)
             ctx.save_for_backward(handle, *grads)
             return losses.sum() * weight, handle
         ctx.kernels, ctx.options, ctx.needs = kernels, options, needs

@@ -140,7 +140,7 @@ class PatchNCEFunction(torch.autograd.Function):
             needs=(needs[:count], needs[count:], ctx.needs_input_grad[3]),
         )
         ctx.factors = [weight / scale for weight, scale in zip(weights, scales, strict=True)] * 2
-        handle = _common.handle(loss, grad_now)
+        handle = _common.handle(ctx, loss, grad_now)
         ctx.save_for_backward(handle, grad_temperature, *grad_queries, *grad_keys)
         return loss, handle
 

@@ -107,7 +107,7 @@ class SupConFunction(torch.autograd.Function):
         ctx.reduced = reduction != "none"
         if ctx.reduced:
             count = _mean_count(has_positive) if reduction == "mean" else None
-            handle = _common.handle(features, grad_now)
+            handle = _common.handle(ctx, features, grad_now)
             ctx.save_for_backward(handle, None if kernel_mean else count, *grads)
             return losses.sum() if count is None else losses.sum() / count, handle
         ctx.kernels, ctx.needs = kernels, needs
@@ -122,7 +122,7 @@ class SupConFunction(torch.autograd.Function):
         nothing = (None,) * 4
         if ctx.reduced:
             _, count, *grads = saved
-            by = grad_loss if count is None else grad_loss / count
+            by = grad_loss if count is None or grad_loss is None else grad_loss / count
             return *_common.scaled(grads, by), *nothing
         features, labels, lse, temperature = saved
         temperature = ctx.temperature if temperature is None else temperature

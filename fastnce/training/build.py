@@ -8,7 +8,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -46,13 +46,13 @@ def build_config(
     """
     config_class, values = layered_values(variant, preset, config_file)
     values |= checked_values(config_class, overrides or {}, "option")
-    for name in _required(config_class, values):
+    for name in required_fields(config_class, values):
         if name not in values:
             raise UserError(f"{name} is missing. Give {name} as an option or in the config file.")
     return config_class(**values)
 
 
-def _required(config_class: type[TrainConfig], given: Collection[str]) -> list[str]:
+def required_fields(config_class: type[TrainConfig], given: Collection[str]) -> list[str]:
     """The fields that must be given; `data` too, unless folders are named one by one."""
     fields = dataclasses.fields(config_class)
     names = [field.name for field in fields if field.default is dataclasses.MISSING]
@@ -108,31 +108,6 @@ def from_dict(values: Mapping[str, object], what: str = "option") -> TrainConfig
             value = rest.pop(old)
             rest |= {name: rest.get(name, value) for name in names}
     return config_class(**checked_values(config_class, rest, what))
-
-
-def check_options(
-    config_class: type[TrainConfig], values: Mapping[str, object], args: Sequence[str]
-) -> None:
-    """Checks the names of command-line options before they are parsed: `--num-patches` stands for `num_patches`.
-
-    Raises:
-        UserError: an option that is no field of `config_class`, with the nearest one; or a required field that is neither in
-            `values` nor in `args`.
-    """
-    fields = dataclasses.fields(config_class)
-    dashed = [field.name.replace("_", "-") for field in fields]
-    options = {f"--{prefix}{name}" for name in [*dashed, "help"] for prefix in ("", "no-")}
-    given = {
-        known(a.split("=")[0].replace("_", "-"), options, "option") for a in args if a[:2] == "--"
-    }
-    if given & {"--help"} or "-h" in args:
-        return
-    named = {option.removeprefix("--").replace("-", "_") for option in given}
-    for name in _required(config_class, {*named, *values}):
-        if name not in named and name not in values:
-            raise UserError(
-                f"--{name.replace('_', '-')} is missing. Give it as an option or in the config file."
-            )
 
 
 def known(name: str, names: Collection[str], what: str) -> str:

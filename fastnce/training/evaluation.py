@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -20,7 +20,6 @@ from fastnce.metrics import (
     format_generation_table,
     format_table,
     is_digits_photos,
-    write_generation_report,
 )
 from fastnce.metrics.label_maps import LabelKind, label_files
 from fastnce.metrics.pairs import format_pair_table
@@ -61,6 +60,28 @@ from fastnce.training.translation_evaluation import (
 )
 
 
+class Report(NamedTuple):
+    """Where an evaluation is written: `FOLDER/STEM.json` and `.md`."""
+
+    folder: Path
+    stem: str = "metrics"
+
+    @classmethod
+    def of(cls, run: Path, data: Path | None, out: Path | None) -> Report:
+        """In `out`, else in the run's folder; there under the data's name, if these are not the run's own.
+
+        Raises:
+            UserError: a file takes the run's place, and there is no `out`.
+        """
+        if out is not None:
+            return cls(out)
+        if Path(run).is_file():
+            raise UserError(f"run={run} is a file, and the report needs a folder. Give --out DIR.")
+        config = load_config(run)
+        own = config.data is None or data is None or data.resolve() == config.data.resolve()
+        return cls(run) if own else cls(run, f"metrics-{data.resolve().name}")
+
+
 @dataclass(frozen=True)
 class Segmentation:
     """How the segmentation of translated images is scored, with Cityscapes' classes."""
@@ -96,6 +117,7 @@ def evaluate_translation(
     device: str = "auto",
     broken_files: Literal["error", "skip"] | None = None,
     value_range: tuple[float, float] | None = None,
+    report: Report | None = None,
 ) -> tuple[dict[str, Any], str]:
     """FID, KID, precision, recall and more of a run's translations of the test images, beside their baselines.
 
@@ -117,6 +139,7 @@ def evaluate_translation(
         broken_files: "skip" leaves out files that cannot be read and names them in the log, "error" stops at the first one; by
             default as in the training.
         value_range: the images' numbers that stand for black and white; by default as in the training.
+        report: where it is written instead.
 
     Returns:
         The result, see `fastnce.metrics.evaluate`, and its table.
@@ -167,7 +190,7 @@ def evaluate_translation(
             if not by_features:
                 tables.append("FID and its kin: not measured without --extractor FILE.\n")
     table = "\n".join([*tables, *cost_lines(result["run"])])
-    write_result(result, table, run)
+    write_result(result, table, *(report or Report(run)))
     return result, table
 
 
@@ -243,6 +266,7 @@ def evaluate_conditional_generation(
     device: str = "auto",
     seed: int = 0,
     broken_files: Literal["error", "skip"] | None = None,
+    report: Report | None = None,
 ) -> tuple[dict[str, Any], str]:
     """FID, intra-class FID, precision, recall and more of a run of ContraGAN, against the test images.
 
@@ -284,8 +308,9 @@ def evaluate_conditional_generation(
         untrained=sampler(untrained, seed),
     )
     result = {"run": {"conditioning": config.conditioning, "checkpoint": checkpoint}} | result
-    write_generation_report(result, run)
-    return result, format_generation_table(result)
+    table = format_generation_table(result)
+    write_result(result, table, *(report or Report(run)))
+    return result, table
 
 
 def evaluate_representation(
@@ -296,6 +321,7 @@ def evaluate_representation(
     weights: Literal["ema", "raw"] = "ema",
     device: str = "auto",
     broken_files: Literal["error", "skip"] | None = None,
+    report: Report | None = None,
 ) -> tuple[dict[str, Any], str]:
     """k-NN and linear accuracy of the encoder of a run of SimCLR, MoCo or SupCon, on the test images.
 
@@ -313,15 +339,13 @@ def evaluate_representation(
     config = _with_broken_files(config, broken_files)
     assert isinstance(config, RepresentationTrainConfig)
     root = config.data if data is None else data
-    if not has_split(root, "test"):
+    train = images_of(config, "train", data)
+    if train.num_classes < 2 or not has_split(root, "test"):
+        missing = "classes" if train.num_classes < 2 else "test images"
         raise UserError(
-            f"data={root} has no test images to measure accuracy on. Name a folder with train/CLASS and test/CLASS."
+            f"data={root} has no {missing} to measure accuracy with. Name a folder with train/CLASS and test/CLASS."
         )
-    train, test = (images_of(config, split, data) for split in ("train", "test"))
-    if train.num_classes < 2:
-        raise UserError(
-            f"data={root} has no classes to measure accuracy with. Name a folder with train/CLASS and test/CLASS."
-        )
+    test = images_of(config, "test", data)
     encoders = {
         TRAINED_ENCODER: encoder,
         RANDOM_ENCODER: random_encoder(config, train).to(target),
@@ -330,7 +354,7 @@ def evaluate_representation(
     result = {"run": {"method": config.method, "checkpoint": checkpoint}}
     result |= evaluate_encoders(encoders, train, test)
     table = format_encoder_table(result)
-    write_result(result, table, run)
+    write_result(result, table, *(report or Report(run)))
     return result, table
 
 
@@ -343,14 +367,18 @@ def evaluate_run(
     segmentation: Segmentation | None = None,
     direction: str | None = None,
     value_range: tuple[float, float] | None = None,
+    report: Report | None = None,
     **settings: Any,
 ) -> tuple[dict[str, Any], str]:
     """Evaluates a run of any system; see the functions above for its settings.
+
+    Writes `metrics.json` and `metrics.md` into the run's folder, of other data than its own `metrics-NAME.json` and `.md`.
 
     Raises:
         UserError: also if a setting is not for this system.
     """
     config = load_config(run)
+    settings["report"] = report or Report.of(run, data, None)
     if data is None:
         _expect_data(run, config)
     if isinstance(config, UnpairedTrainConfig):

@@ -17,6 +17,7 @@ from fastnce.data.labelled import open_labelled
 from fastnce.errors import UserError
 from fastnce.training.config import ContraGANTrainConfig, TrainConfig
 from fastnce.training.generation import sample_images
+from fastnce.training.translate import not_for
 
 # A grid shows so many images of a class at most; the folders hold all.
 _GRID_COLUMNS = 12
@@ -72,9 +73,7 @@ def generate_folder(
         UserError: a run of another system, or a value out of range.
     """
     if not isinstance(config, ContraGANTrainConfig):
-        raise UserError(
-            f"a run of {config.system} does not generate images from classes. Name a run of contragan."
-        )
+        raise not_for(config, config.out, "generate images from classes")
     for name, value, minimum in (("count", count, 1), ("batch_size", batch_size, 1)):
         if value < minimum:
             raise UserError(f"{name}={value} is too small. Use {name} >= {minimum}.")

@@ -256,6 +256,7 @@ CONTRAGAN_SYSTEM = System(
     network_name="generator",
     network=build_generator,
     preview=_preview,
+    next_command="fastnce generate --run {run} --out DIR",
     panels=(
         ("D_real", "D_fake", "G_GAN"),
         ("D_class", "G_class"),

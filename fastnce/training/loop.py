@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from fastnce import viz
 from fastnce.data.class_folders import holds_images
 from fastnce.data.files import Files, changed_files, expect_apart, remove_leftovers, write_json
+from fastnce.data.labelled import folders_read
 from fastnce.errors import UserError
 from fastnce.training import runtime
 from fastnce.training.build import from_dict
@@ -43,6 +45,8 @@ from fastnce.training.systems import SYSTEMS
 
 # Options that name a place, which may be spelled in several ways.
 _PATHS = DATA_FIELDS | {"init_from"}
+# What a user looks at in a finished run.
+_RESULTS = ("samples", "loss.png", "measurements.png", "checkpoints/best.pt", "checkpoints/last.pt")
 # The seeds of two ranks differ by this.
 _SEEDS_APART = 7919
 
@@ -117,6 +121,9 @@ def _train(config: TrainConfig, device: torch.device, ranks: Ranks) -> Path:
             "Run the same command again to go on."
         )
         raise Interrupted
+    kept = ", ".join(name for name in _RESULTS if (config.out / name).exists())
+    run.say(f"Done: {run.step} steps. Look at {kept} in {config.out}.")
+    run.say(f"Next: {system.next_command.format(run=config.out)}")
     return config.out
 
 
@@ -166,7 +173,9 @@ def _same_place(one: object, other: object) -> bool:
 def _folders_read(config: TrainConfig) -> list[Path]:
     """The folders that a training may read images from."""
     folders = [getattr(config, name, None) for name in ("data_a", "data_b", "test_a", "test_b")]
-    if config.data is not None:
+    if isinstance(config, LabelledTrainConfig):
+        folders += folders_read(config.data)
+    elif config.data is not None:
         splits = ("train", "test", "val", "valid")
         folders += [config.data / (split + domain) for split in splits for domain in ("", "A", "B")]
         if isinstance(config, LabelledTrainConfig) and holds_images(config.data):
@@ -178,6 +187,19 @@ def _places(config: TrainConfig) -> str:
     """The folders of the training data, for an error."""
     places = [getattr(config, name, None) for name in ("data", "data_a", "data_b")]
     return " and ".join(str(place) for place in places if place is not None)
+
+
+def _fitting(shown: dict[str, str], bar: tqdm) -> dict[str, str]:
+    """The first of the losses, as many as a line of the terminal holds beside the progress."""
+    room = shutil.get_terminal_size().columns - len(
+        bar.format_meter(**bar.format_dict | {"postfix": ""})
+    )
+    fitting: dict[str, str] = {}
+    for name, value in shown.items():
+        room -= len(f", {name}={value}")
+        if room > 0:
+            fitting[name] = value
+    return fitting
 
 
 class _Run:
@@ -364,6 +386,8 @@ class _Run:
             desc=config.out.name,
             unit="step",
             disable=None if self.ranks.is_first else True,
+            dynamic_ncols=True,
+            bar_format="{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         )
         with bar:
             started = time.perf_counter()
@@ -446,7 +470,7 @@ class _Run:
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
             print(f"step {self.step}/{self.schedule.total_steps}  {text}", file=sys.stderr)
         else:
-            bar.set_postfix(shown, refresh=False)
+            bar.set_postfix(_fitting(shown, bar), refresh=False)
 
     def _show(self) -> None:
         """Writes the sample grid and the loss plot."""

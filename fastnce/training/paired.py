@@ -80,6 +80,7 @@ PIX2PIX_SYSTEM = System(
     network_name="generator",
     network=build_generator,
     preview=_preview,
+    next_command="fastnce translate --run {run} --input DIR --out DIR",
     panels=(("G_GAN", "D_real", "D_fake"), ("G_L1",), ("G",)),
     measure=translation_measure,
     best="l1",

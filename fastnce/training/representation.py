@@ -222,6 +222,7 @@ REPRESENTATION_SYSTEM = System(
     network_name="encoder",
     network=build_encoder,
     preview=_nearest_neighbours,
+    next_command="fastnce features --run {run} --input DIR --out features.npz",
     panels=(("loss",), ("positive_cosine",)),
     measure=_knn_accuracy,
 )

@@ -34,6 +34,7 @@ class System:
         measure: from the configuration and the dataset, what to measure every `measure_every` steps; it may draw random
             numbers and change modes. None, also as its result: nothing.
         best: the measurement that is smallest for the best checkpoint.
+        next_command: what to do with a finished run, named by `{run}`.
         published: where the published repository has weights files for this system, the model's networks in them: the name in
             the file's name to the attribute's path, the generator first. The configuration then has `init_from`.
     """
@@ -47,4 +48,5 @@ class System:
     panels: tuple[tuple[str, ...], ...]
     measure: Callable[[TrainConfig, Dataset], Measure | None] | None = None
     best: str | None = None
+    next_command: str
     published: Mapping[str, str] = field(default_factory=dict)

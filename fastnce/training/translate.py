@@ -44,6 +44,24 @@ def load_config(run: Path) -> TrainConfig:
         raise UserError(f"{path}: is damaged or not from this program ({error}).") from error
 
 
+def introduced(
+    run: Path, config: TrainConfig, which: str = "ema", checkpoint: object = "last"
+) -> str:
+    """A line on the trained network that a command works with."""
+    name = getattr(config, "method", config.system)
+    if Path(run).suffix in WEIGHTS_FILES:
+        return f"{run}: a network of {name}"
+    weights = "averaged" if which == "ema" else "unaveraged"
+    return f"{run}: a run of {name}, {weights} weights of its checkpoint {checkpoint}"
+
+
+def not_for(config: TrainConfig, run: object, what: str) -> UserError:
+    """The error of a command that this run is not for, with the one that is."""
+    name = getattr(config, "method", config.system)
+    command = SYSTEMS[config.system].next_command.format(run=run)
+    return UserError(f"a run of {name} does not {what}. What to do with it: {command}")
+
+
 def load_generator(
     run: Path,
     *,

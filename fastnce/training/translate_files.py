@@ -34,7 +34,7 @@ from fastnce.data.unpaired import half_of
 from fastnce.errors import UserError
 from fastnce.training.config import Pix2PixTrainConfig, TrainConfig, UnpairedTrainConfig
 from fastnce.training.tiles import check_tile
-from fastnce.training.translate import in_direction, translate
+from fastnce.training.translate import in_direction, not_for, translate
 
 Format = Literal["png", "jpg", "tiff", "webp", "npy"]
 Part = Literal["left", "right", "whole"]
@@ -97,9 +97,7 @@ def translate_folder(
             cannot be written.
     """
     if not isinstance(config, UnpairedTrainConfig):
-        raise UserError(
-            f"a run of {config.system} does not translate images. Name a run of cut or fastcut."
-        )
+        raise not_for(config, config.out, "translate images")
     for name, value in (("batch_size", batch_size), ("size", size)):
         if value is not None and value < 1:
             raise UserError(f"{name}={value} must be at least 1.")

@@ -269,6 +269,7 @@ CUT_SYSTEM = System(
     network_name="generator",
     network=build_generator,
     preview=_translations,
+    next_command="fastnce translate --run {run} --input DIR --out DIR",
     panels=(("G_GAN", "D_real", "D_fake", "D_r1"), ("NCE", "NCE_Y", "idt"), ("G",)),
     published={"G": "generator", "D": "discriminator", "F": "projector"},
     measure=translation_measure,

@@ -67,6 +67,7 @@ def _system(panels: tuple[tuple[str, ...], ...], projectors: dict[str, str]) -> 
         network_name="generators",
         network=TwoWayGenerators,
         preview=_both_directions,
+        next_command="fastnce translate --run {run} --input DIR --out DIR --direction BtoA",
         panels=panels,
         measure=translation_measure,
         best="fid",

@@ -51,9 +51,9 @@ def visualize_similarity(
     Raises:
         UserError: see `similarity_maps`; or the image cannot be read, or `out` not be written.
     """
+    _expect_count(count)
     image = encoder.read(input)
     output = encoder.translate(image)
-    _expect_count(count)
     points = list(points) or distinct_points(encoder, output, count)
     maps = similarity_maps(encoder, image, output, points, layers)
     path = Path(out) / "similarity.png"

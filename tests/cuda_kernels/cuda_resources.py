@@ -19,6 +19,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import filelock  # torch brings it along
+
 from fastnce import build, build_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,9 +66,15 @@ def files() -> list[Path]:
 
 
 def compile_all() -> list[Compiled]:
-    """All jobs, as many at a time as there are processors; kept in ``out/`` while the sources stay as they are."""
+    """All jobs, as many at a time as there are processors; kept in ``out/`` while the sources stay as they are.
+
+    Who comes while another compiles waits for what that one keeps.
+    """
     CACHE.mkdir(parents=True, exist_ok=True)
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with (
+        filelock.FileLock(CACHE / "lock"),
+        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
         return list(pool.map(lambda job: _kept(*job), jobs()))
 
 

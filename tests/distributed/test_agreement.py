@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 
 from fastnce import NegativeQueue, distributed
+from fastnce.distributed._ranks import agree, ranks_of
 
 CASES = {
     "D": ("ranks disagree on D: rank 0 has 8, rank 1 has 9", {}, {"dim": 9}),
     "dtype": ("dtype: rank 0 has torch.float32, rank 1 has torch.float64", {}, {"dtype": torch.float64}),
     "temperature": ("temperature: rank 0 has 0.1, rank 1 has 0.2", {}, {"temperature": 0.2}),
+    "rounding": ("temperature: rank 0 has 0.1, rank 1 has 0.10000000149", {}, {"temperature": torch.tensor(0.1)}),
     "strategy": ("strategy: rank 0 has ring, rank 1 has gather", {"strategy": "ring"}, {"strategy": "gather"}),
     "reduction": ("reduction: rank 0 has mean, rank 1 has sum", {}, {"reduction": "sum"}),
     "op": ("the op: rank 0 has info_nce, rank 1 has nt_xent", {}, {"op": "nt_xent"}),
@@ -45,6 +47,13 @@ def test_afterwards_the_ranks_work_as_before(workers):
     assert len(set(workers.results(call, {}, {}, ranks=3))) == 1
 
 
+def numbers_of_accelerators(group, values):
+    """What ranks exchange whose temperatures no check has read."""
+    tau = torch.tensor(values[dist.get_rank(group)])
+    facts = {"rows": 3, "temperature": tau}
+    return agree(ranks_of(group), "info_nce", tau.device, lambda: facts, check=True)
+
+
 def temperatures(group, values):
     tau = torch.tensor(values[dist.get_rank(group)], requires_grad=True)
     x = torch.randn(2, 3, 4, dtype=torch.float64)
@@ -55,10 +64,11 @@ def temperatures(group, values):
     "values",
     [(math.nan, math.nan, math.nan), (0.1, math.nan, 0.1), (math.inf, 0.1, -0.1)],
 )
-def test_a_temperature_that_is_no_number_is_named_with_its_ranks(values, workers):
+@pytest.mark.parametrize("call", [temperatures, numbers_of_accelerators])
+def test_a_temperature_that_is_no_number_is_named_with_its_ranks(call, values, workers):
     """NaN differs from itself, and no rank may be told that rank 0 disagrees with rank 0."""
     invalid = [rank for rank, value in enumerate(values) if not 0 < value < math.inf]
-    for rank, answer in enumerate(workers.run(temperatures, values, ranks=3)):
+    for rank, answer in enumerate(workers.run(call, values, ranks=3)):
         assert isinstance(answer, (ValueError, RuntimeError)) and "disagree" not in str(answer)
         if rank in invalid:
             assert "temperature" in str(answer) and f"{values[rank]:g}" in str(answer)

@@ -34,7 +34,7 @@ class Model(nn.Module):
             self.image(x),
             self.text(y),
             self.proxies(labels),
-            self.log_temperature.exp().squeeze(0),
+            self.log_temperature.exp(),
         )
 
 

@@ -123,6 +123,7 @@ CASES = [
     error(ValueError, r"features must have the shape \(N, D\), got \(2, 4, 3\)", "sup_con", images, labels),
     error(ValueError, r"labels must have the shape \(4,\) \(one per row of features\), got \(2,\)", "sup_con", x, labels[:2]),
     error(ValueError, r"temperature must be positive", "sup_con", x, labels, temperature=-1),
+    error(TypeError, r"labels is a DTensor but features is not", "sup_con", x, labels.as_subclass(LikeDTensor)),
     # pairwise_cosine_similarity
     error(TypeError, r"x must be a tensor of shape \(\.\.\., N, D\), got list", "pairwise_cosine_similarity", [1.0]),
     error(ValueError, r"x must have the shape \(\.\.\., N, D\), got \(3,\)", "pairwise_cosine_similarity", x[0]),

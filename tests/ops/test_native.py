@@ -169,8 +169,9 @@ def registered_calls(dtype: torch.dtype):
         yield ops.sample_patches_add_, (maps, *args[:4], normalize)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_opcheck(dtype):
+    """Of the dtypes that tests/ops/test_registered_ops.py leaves out."""
     seen = set()
     for op, arguments in registered_calls(dtype):
         torch.library.opcheck(op, arguments)

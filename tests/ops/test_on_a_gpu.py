@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_every_op import each_op, mapped, samples, tensors_of
+from test_every_op import TYPICAL, each_op, mapped, samples, tensors_of
 from torch import Tensor
 
 import fastnce
@@ -78,6 +78,20 @@ def test_work_is_put_into_the_current_stream(op, name, name_of_backend, sample_o
     side.synchronize()
     for x, y in zip(got, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("op", "name"), [x for x in TYPICAL if x[0] != "sample_patches"])
+def test_no_temperature_makes_the_host_wait(op, name):
+    """Of the host's a kernel takes the number; of the GPU's that is not positive, nobody reads that the loss is NaN."""
+    arguments = samples(op, device="cuda")[name].arguments
+    host = torch.tensor([0.5])
+    for tau in (host, torch.nn.Parameter(host), torch.tensor(-0.5, device="cuda")):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss = getattr(fastnce, op)(**{**arguments, "temperature": tau})
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert loss.isnan().all() if tau.is_cuda else loss.isfinite().all()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

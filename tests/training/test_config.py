@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fastnce.errors import UserError
-from fastnce.training import CUTTrainConfig, build_config
-from fastnce.training.build import check_options, from_dict
+from fastnce.training import build_config
+from fastnce.training.build import from_dict
 from fastnce.training.config import (
     CONFIGS,
     FREE_FIELDS,
@@ -151,13 +151,3 @@ def test_differing_fields():
     assert differing_fields(to_dict(one), to_dict(other)) == ["lr", "nce_layers"]
     names = {field.name for c in CONFIGS.values() for field in dataclasses.fields(c)}
     assert names >= FREE_FIELDS | SCHEDULE_FIELDS
-
-
-def test_check_options():
-    check_options(CUTTrainConfig, {}, ["--data", "a", "--out=b", "--no-flip", "--nce-layers", "4"])
-    check_options(CUTTrainConfig, {}, ["--help"])
-    check_options(CUTTrainConfig, PATHS, [])
-    with pytest.raises(UserError, match="unknown option '--nun-patches'. Did you mean '--num-pat"):
-        check_options(CUTTrainConfig, PATHS, ["--nun-patches", "3"])
-    with pytest.raises(UserError, match="--out is missing"):
-        check_options(CUTTrainConfig, {"data": "a"}, [])

@@ -29,14 +29,14 @@ from fastnce.training import build_config, train
 from fastnce.training import loop
 from fastnce.training.ranks import leave
 torch.set_num_threads(1)
-config = build_config(sys.argv[1], config_file=sys.argv[2])
 kept = {}
 one_step = loop._Run._one_step
 def recorded(self, batch):
     one_step(self, batch)
     kept["model"] = self.model
 loop._Run._one_step = recorded
-train(config)
+for file in sys.argv[2:]:
+    train(build_config(sys.argv[1], config_file=file))
 if kept:
     state = {k: v for k, v in kept["model"].state_dict().items() if v.is_floating_point()}
     flat = torch.cat([v.flatten() for v in state.values()])
@@ -47,13 +47,16 @@ leave()
 """
 
 
-def launch(variant, config, tmp_path, ranks=2):
-    """Starts a training in `ranks` processes by torchrun."""
-    script, file = tmp_path / "worker.py", tmp_path / f"{config.out.name}.json"
+def launch(variant, configs, tmp_path, ranks=2):
+    """Starts trainings, one after the other, in `ranks` processes by torchrun."""
+    script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    file.write_text(json.dumps(to_dict(config)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), str(script), variant, str(file)]
+    command += ["--nproc-per-node", str(ranks), str(script), variant]
+    for config in configs:
+        file = tmp_path / f"{config.out.name}.json"
+        file.write_text(json.dumps(to_dict(config)))
+        command.append(str(file))
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -65,8 +68,8 @@ def launch(variant, config, tmp_path, ranks=2):
     )
 
 
-def run(variant, config, tmp_path, ranks=2):
-    process = launch(variant, config, tmp_path, ranks)
+def run(variant, configs, tmp_path, ranks=2):
+    process = launch(variant, configs, tmp_path, ranks)
     output, _ = process.communicate(timeout=600)
     return process.returncode, output
 
@@ -74,10 +77,12 @@ def run(variant, config, tmp_path, ranks=2):
 def test_two_processes_train_and_resume_exactly(tiny, tmp_path):
     """CUT, with a queue: stopped after 4 of 8 steps and continued, against the run that was not stopped."""
     queue = {"negatives": "image+queue", "queue_size": 50}
-    code, output = run("cut", tiny(out=tmp_path / "whole", **queue), tmp_path)
-    assert code == 0, output
-    for steps in (4, 8):
-        code, output = run("cut", tiny(out=tmp_path / "parts", steps=steps, **queue), tmp_path)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for configs in (
+        [tiny(out=whole, **queue), tiny(out=parts, steps=4, **queue)],
+        [tiny(out=parts, **queue)],
+    ):
+        code, output = run("cut", configs, tmp_path)
         assert code == 0, output
     assert "going on after step 4 of 8" in output
     assert output.count("going on") == 1  # said once
@@ -96,7 +101,7 @@ def test_two_processes_train_and_resume_exactly(tiny, tmp_path):
 
 
 def test_a_process_that_dies_ends_the_run(tiny, tmp_path):
-    process = launch("cut", tiny(out=tmp_path / "run", steps=None, epochs=400), tmp_path)
+    process = launch("cut", [tiny(out=tmp_path / "run", steps=None, epochs=400)], tmp_path)
     deadline = time.monotonic() + 600
     log = tmp_path / "run" / "metrics.jsonl"
     while not read_metrics(log) and time.monotonic() < deadline:

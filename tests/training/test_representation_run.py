@@ -246,10 +246,10 @@ def test_images_without_labels(tiny, variant, tmp_path, capsys, labelled):
     assert "has no test images: trained without measuring" in capsys.readouterr().err
     assert not (config.out / "measurements.jsonl").exists()
     assert Image.open(config.out / "samples" / "step_000008.png").height > 6 * 96
-    with pytest.raises(
-        UserError, match=r"flat has no test images .* Name a folder with train/CLASS"
-    ):
+    with pytest.raises(UserError, match=r"flat has no classes .* Name a folder with train/CLASS"):
         evaluate_run(config.out)
+    with pytest.raises(UserError, match="flat, which is read"):
+        train(tiny(variant, data=data, out=data / "run", warmup_epochs=0))
     result, _ = evaluate_run(config.out, labelled)  # labels that the training did not have
     assert result["test_count"] == 8
 
