@@ -39,6 +39,8 @@ def ablate(args: list[str]) -> int:
             only: Compare these choices only, the first one with the others; by default all.
             steps: Steps of each run, if not those of the preset.
         """
+        count = len(only or ABLATIONS[variant].choices)
+        print(f"{variant}: {count} choices, {len(seeds)} seeds, a run in {out} for each")
         _, table = ablate(
             variant,
             data=data,
@@ -49,7 +51,7 @@ def ablate(args: list[str]) -> int:
             overrides={} if steps is None else {"steps": steps},
         )
         print(table)
-        print(f"Written: {out / 'ablation'}.json, .md and .png; a folder for each run")
+        print(f"Written: {out / 'ablation'}.json, .md and .png")
 
     run_with_options(f"ablate {variant}", run_ablate, args[1:])
     return 0

@@ -42,10 +42,12 @@ def visualize(args: list[str]) -> int:
         """
         from fastnce.training import resolve_device
         from fastnce.training.patch_encoder import PatchEncoder
+        from fastnce.training.translate import introduced, load_config
         from fastnce.training.visualize import visualize_similarity
 
         chosen = [_point(text) for text in points]
         target = resolve_device(device)
+        print(introduced(run, load_config(run), weights, checkpoint))
         encoder = PatchEncoder.load(run, which=weights, checkpoint=checkpoint, device=target)
         path = visualize_similarity(
             encoder, input, out, points=chosen, count=count, layers=layers, scale=scale
@@ -79,9 +81,11 @@ def visualize(args: list[str]) -> int:
         """
         from fastnce.training import resolve_device
         from fastnce.training.patch_encoder import PatchEncoder
+        from fastnce.training.translate import introduced, load_config
         from fastnce.training.visualize import visualize_features
 
         target = resolve_device(device)
+        print(introduced(run, load_config(run), weights, checkpoint))
         encoder = PatchEncoder.load(run, which=weights, checkpoint=checkpoint, device=target)
         for path in visualize_features(encoder, input, out, count=count, layers=layers):
             print(f"Wrote {path}")
