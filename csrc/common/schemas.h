@@ -59,9 +59,8 @@ inline void define_shared_ops(torch::stable::detail::StableLibrary& m) {
   m.def(
       "conditional_contrastive_forward(Tensor embeddings, Tensor proxies, Tensor labels, "
       "Tensor? temperature_tensor, float temperature, float? grad_scale, bool mean, "
-      "bool need_embeddings, bool need_proxies, bool need_temperature) -> (Tensor loss, Tensor "
-      "lse, "
-      "Tensor grad_embeddings, Tensor grad_proxies, Tensor grad_temperature)");
+      "bool need_embeddings, bool need_proxies, bool need_temperature) -> (Tensor loss, "
+      "Tensor lse, Tensor grad_embeddings, Tensor grad_proxies, Tensor grad_temperature)");
   m.def(
       "conditional_contrastive_backward(Tensor grad_loss, Tensor embeddings, Tensor proxies, "
       "Tensor labels, Tensor? temperature_tensor, float temperature, Tensor lse, "

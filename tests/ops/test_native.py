@@ -135,17 +135,20 @@ def registered_calls(dtype: torch.dtype):
     for queue, symmetric, scale in ((None, True, 0.5), (negatives, False, 0.5), (None, True, None)):
         options = (True, symmetric, True, None, dtype == torch.bfloat16)
         inputs = (query, key, queue, tau, 0.0)
-        yield ops.info_nce_forward, (*inputs, *options, scale, *everything)
-        loss, lse, *_ = ops.info_nce_forward(*inputs, *options, scale, *everything)
+        yield ops.info_nce_forward, (*inputs, *options, scale, symmetric, *everything)
+        loss, lse, *_ = ops.info_nce_forward(*inputs, *options, scale, symmetric, *everything)
         yield ops.info_nce_backward, (loss, *inputs, lse, *options, True, True, False, True)
     layers = ([query, query[:, :3]], [key, key[:, :3]], tau, 0.0, -10.0, True, [0.1, 0.2])
     for scales in ([], [0.1, 1.0]):
-        yield ops.patch_nce_forward, (*layers, scales, [True, False], [False, True], True)
+        yield (
+            ops.patch_nce_forward,
+            (*layers, scales, 2, len(scales), [True, False], [False, True], True),
+        )
     labels = torch.tensor([0, 1, 0, 2, 1])
     inputs = (query[0], key[0], labels, None, 0.3)
     for scale in (None, 0.5):
-        yield ops.conditional_contrastive_forward, (*inputs, scale, True, False, False)
-    loss, lse, *_ = ops.conditional_contrastive_forward(*inputs, None, True, True, True)
+        yield ops.conditional_contrastive_forward, (*inputs, scale, True, True, False, False)
+    loss, lse, *_ = ops.conditional_contrastive_forward(*inputs, None, False, True, True, True)
     yield ops.conditional_contrastive_backward, (loss, *inputs, lse, True, True, True)
     inputs = (query[0], labels, tau, 0.0)
     for scale, mean in ((None, False), (0.5, False), (0.5, True)):
