@@ -372,7 +372,7 @@ def test_features_leave_broken_files_out_if_asked_to(tiny, tmp_path):
 def test_two_processes_share_their_negatives(tiny, tmp_path):
     """At a huge temperature the loss is the logarithm of the number of candidates: 7 of the 8 views, not 3 of a rank's 4."""
     config = tiny(temperature=1e4, steps=2, warmup_epochs=0, log_every=1)
-    code, output = run("simclr", config, tmp_path)
+    code, output = run("simclr", [config], tmp_path)
     assert code == 0, output
     for line in read_metrics(config.out / "metrics.jsonl"):
         assert line["loss"] == pytest.approx(math.log(7), abs=1e-3)
