@@ -114,7 +114,7 @@ class UnpairedTrainConfig(TrainConfig):
     """Options of the systems that translate between two folders of images."""
 
     data: Path | None = None
-    """Folder with trainA and trainB, and testA and testB for the sample grids."""
+    """Folder with trainA and trainB, and testA and testB for the sample grids; required, or data_a and data_b."""
     data_a: Path | None = None
     """Instead of data, with data_b: folder of the training images of A, wherever it is."""
     data_b: Path | None = None

@@ -263,7 +263,7 @@ def published_files(where: Path, names: tuple[str, ...]) -> dict[str, Path]:
         there = sorted(path.name.removesuffix(ending) for path in folder.glob(f"*{ending}"))
         have = f"found {', '.join(there)}" if there else f"{folder} holds no *{ending}"
         raise UserError(
-            f"{files[names[0]]}: no such file; {have}. Name a folder that holds latest{ending}, or FOLDER/EPOCH."
+            f"{files[names[0]]}: no such file; {have}. Name a run's --out folder, a folder that holds latest{ending}, or FOLDER/EPOCH."
         )
     return found
 

@@ -18,11 +18,12 @@ from fastnce.cli import main
 from fastnce.data import UnpairedImages
 from fastnce.errors import UserError
 from fastnce.models import CUT
-from fastnce.training import build_config, load_generator, train
+from fastnce.training import build_config, generate_folder, load_generator, train
 from fastnce.training.evaluation import evaluate_run
 from fastnce.training.export import export_shared
 from fastnce.training.lock import locked
 from fastnce.training.translation import collapse
+from fastnce.training.visualize import visualize_features
 
 
 def picture(path: Path, size=(20, 20), seed=7) -> None:
@@ -80,6 +81,15 @@ def test_a_run_does_not_feed_on_its_results(tiny, copy, inside):
     with pytest.raises(UserError, match=f"out={copy / inside} is in {copy / inside[:6]}"):
         train(tiny(data=copy, out=copy / inside))
     train(tiny(data=copy, out=copy / "run", steps=1))
+
+
+def test_other_commands_do_not_write_among_what_they_read(data, tmp_path):
+    # Both stop before they look at the network.
+    with pytest.raises(UserError, match=r"testA is in .*testA, which is read"):
+        visualize_features(None, data / "testA", data / "testA")
+    config = build_config("contragan", overrides={"data": tmp_path, "out": tmp_path / "run"})
+    with pytest.raises(UserError, match=r"train/cat is in .*train, which is read"):
+        generate_folder(None, config, tmp_path / "train" / "cat")
 
 
 def test_a_run_is_not_among_images_without_classes(data, tmp_path):
