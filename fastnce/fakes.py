@@ -43,6 +43,7 @@ def _fake_info_nce_forward(
     self_logit,
     bfloat16_products,
     grad_scale,
+    mean,
     *needs,
 ):
     rows = tuple(query.shape[:2])
@@ -79,6 +80,8 @@ def _fake_patch_nce_forward(
     bfloat16_products,
     loss_scales,
     grad_scales,
+    loss_layers,
+    grad_layers,
     need_queries,
     need_keys,
     need_temperature,
@@ -105,7 +108,7 @@ def _fake_conditional_contrastive_gradients(embeddings, proxies, needs) -> tuple
 
 
 def _fake_conditional_contrastive_forward(
-    embeddings, proxies, labels, temperature_tensor, temperature, grad_scale, *needs
+    embeddings, proxies, labels, temperature_tensor, temperature, grad_scale, mean, *needs
 ):
     rows = embeddings.shape[0]
     loss = embeddings.new_empty((rows,), dtype=_acc(embeddings))

@@ -31,6 +31,7 @@ class Operators:
         in_batch: bool,
         self_logit: float | None,
         grad_scale: float | None,
+        mean: bool = False,
         needs: Sequence[bool],
     ) -> tuple[Tensor, Tensor, Gradients]:
         """Losses, log-sum-exp and, if ``grad_scale`` is given, the gradients of ``grad_scale * losses.sum()``.
@@ -45,6 +46,7 @@ class Operators:
             in_batch: all keys of the batch element are columns, else only a query's own.
             self_logit: a further constant logit, before the division by the temperature.
             grad_scale: d L / d loss of every row, or None for no gradients now.
+            mean: ``grad_scale`` is divided by the number of rows, B * N.
             needs: whether query, key, negatives and temperature need a gradient.
 
         Returns:
@@ -61,6 +63,7 @@ class Operators:
             self_logit,
             _bfloat16_products(query),
             grad_scale,
+            mean,
             *needs,
         )
         return loss, lse, _needed(grads, needs if grad_scale is not None else ())
@@ -106,6 +109,7 @@ class Operators:
         self_logit: float,
         loss_scales: Sequence[float],
         grad_scales: Sequence[float] | None,
+        mean_of: tuple[int, int] = (0, 0),
         needs: tuple[Sequence[bool], Sequence[bool], bool],
     ) -> tuple[Tensor, Gradients, Gradients, Tensor | None]:
         """InfoNCE of several layers in one call: ``sum_l loss_scales[l] * losses_l.sum()`` and its gradients.
@@ -117,6 +121,8 @@ class Operators:
             self_logit: a further constant logit, before the division by the temperature.
             loss_scales: the weight of each layer's losses in the result.
             grad_scales: d L / d loss of every row of each layer, or None for no gradients now.
+            mean_of: where not 0, the ``loss_scales``, and the ``grad_scales``, are divided by this number of layers times the
+                layer's rows, B * N.
             needs: which queries, which keys, and whether the temperature need a gradient.
 
         Returns:
@@ -132,6 +138,7 @@ class Operators:
             _bfloat16_products(queries[0]),
             loss_scales,
             grad_scales or (),
+            *mean_of,
             need_queries,
             need_keys,
             need_temperature,
@@ -154,6 +161,7 @@ class Operators:
         temperature: float | Tensor,
         *,
         grad_scale: float | None,
+        mean: bool = False,
         needs: Sequence[bool],
     ) -> tuple[Tensor, Tensor, Gradients]:
         """Losses (N,), lse (2, N) = [log den, log num] and, if ``grad_scale`` is given, the gradients, as in InfoNCE.
@@ -164,10 +172,11 @@ class Operators:
             labels: (N,) int64.
             temperature: a float or a 0-d tensor.
             grad_scale: d L / d loss of every row, or None for no gradients now.
+            mean: ``grad_scale`` is divided by the number of rows.
             needs: whether embeddings, proxies and temperature need a gradient.
         """
         loss, lse, *grads = self._ops.conditional_contrastive_forward(
-            embeddings, proxies, labels, *_temperature(temperature), grad_scale, *needs
+            embeddings, proxies, labels, *_temperature(temperature), grad_scale, mean, *needs
         )
         return loss, lse, _needed(grads, needs if grad_scale is not None else ())
 

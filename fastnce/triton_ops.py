@@ -46,8 +46,11 @@ def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
 # The functions of the backend. The kernels document them; what follows is how they look as operators.
 
 
-def info_nce_forward(query, key, negatives, temperature, *, grad_scale, needs, **options):
+def info_nce_forward(
+    query, key, negatives, temperature, *, grad_scale, mean=False, needs, **options
+):
     if not torch.compiler.is_compiling():
+        grad_scale = _of_mean(grad_scale, mean, query)
         return _KERNELS.info_nce_forward(
             query, key, negatives, temperature, **options, grad_scale=grad_scale, needs=needs
         )
@@ -62,13 +65,14 @@ def info_nce_forward(query, key, negatives, temperature, *, grad_scale, needs, *
         options["self_logit"],
         options.get("similarity_dtype") is not None,
         grad_scale,
+        mean,
         *needs,
     )
     return loss, lse, _needed(grads, needs, grad_scale)
 
 
 def _info_nce_forward(
-    q, k, n, tau, t, normalize, symmetric, in_batch, self_logit, fp8, scale, *needs
+    q, k, n, tau, t, normalize, symmetric, in_batch, self_logit, fp8, scale, mean, *needs
 ):
     loss, lse, grads = _KERNELS.info_nce_forward(
         q,
@@ -80,7 +84,7 @@ def _info_nce_forward(
         in_batch=in_batch,
         self_logit=self_logit,
         similarity_dtype=torch.float8_e4m3fn if fp8 else None,
-        grad_scale=scale,
+        grad_scale=_of_mean(scale, mean, q),
         needs=needs,
     )
     return loss, lse, *_filled(grads, q, loss)
@@ -129,7 +133,7 @@ def _info_nce_backward(
 
 
 def patch_nce_forward(
-    queries, keys, temperature, *, self_logit, loss_scales, grad_scales, needs
+    queries, keys, temperature, *, self_logit, loss_scales, grad_scales, mean_of=(0, 0), needs
 ) -> tuple[Tensor, Gradients, Gradients, Tensor | None]:
     if not torch.compiler.is_compiling():
         return _KERNELS.patch_nce_forward(
@@ -137,8 +141,8 @@ def patch_nce_forward(
             keys,
             temperature,
             self_logit=self_logit,
-            loss_scales=loss_scales,
-            grad_scales=grad_scales,
+            loss_scales=_of_means(loss_scales, mean_of[0], queries),
+            grad_scales=_of_means(grad_scales, mean_of[1], queries),
             needs=needs,
         )
     loss, grad_queries, grad_keys, grad_temperature = torch.ops.fastnce_triton.patch_nce_forward(
@@ -148,6 +152,7 @@ def patch_nce_forward(
         self_logit,
         loss_scales,
         grad_scales or (),
+        *mean_of,
         *needs,
     )
     return (
@@ -158,14 +163,16 @@ def patch_nce_forward(
     )
 
 
-def _patch_nce_forward(queries, keys, tau, t, self_logit, loss_scales, grad_scales, *needs):
+def _patch_nce_forward(
+    queries, keys, tau, t, self_logit, loss_scales, grad_scales, loss_layers, grad_layers, *needs
+):
     loss, *grads, dt = _KERNELS.patch_nce_forward(
         queries,
         keys,
         t if tau is None else tau,
         self_logit=self_logit,
-        loss_scales=loss_scales,
-        grad_scales=grad_scales or None,
+        loss_scales=_of_means(loss_scales, loss_layers, queries),
+        grad_scales=_of_means(grad_scales or None, grad_layers, queries),
         needs=needs,
     )
     # The layers' gradients share memory, which an operator's results must not.
@@ -174,19 +181,21 @@ def _patch_nce_forward(queries, keys, tau, t, self_logit, loss_scales, grad_scal
 
 
 def conditional_contrastive_forward(
-    embeddings, proxies, labels, temperature, *, grad_scale, needs
+    embeddings, proxies, labels, temperature, *, grad_scale, mean=False, needs
 ) -> tuple[Tensor, Tensor, Gradients]:
     if not torch.compiler.is_compiling():
+        grad_scale = _of_mean(grad_scale, mean, embeddings)
         return _KERNELS.conditional_contrastive_forward(
             embeddings, proxies, labels, temperature, grad_scale=grad_scale, needs=needs
         )
     loss, lse, *grads = torch.ops.fastnce_triton.conditional_contrastive_forward(
-        embeddings, proxies, labels, *_temperature(temperature), grad_scale, *needs
+        embeddings, proxies, labels, *_temperature(temperature), grad_scale, mean, *needs
     )
     return loss, lse, _needed(grads, needs, grad_scale)
 
 
-def _conditional_contrastive_forward(e, p, labels, tau, t, scale, *needs):
+def _conditional_contrastive_forward(e, p, labels, tau, t, scale, mean, *needs):
+    scale = _of_mean(scale, mean, e)
     loss, lse, grads = _KERNELS.conditional_contrastive_forward(
         e, p, labels, t if tau is None else tau, grad_scale=scale, needs=needs
     )
@@ -324,9 +333,24 @@ def _labelled_lse_backward(*arguments):
     return _KERNELS.labelled_lse_backward(*block, temperature, x_state, y_state, own=own)
 
 
+def _of_mean(scale: float | None, mean: bool, rows: Tensor) -> float | None:
+    """``scale``, for the mean over the rows of ``rows`` (..., D) instead of their sum."""
+    return scale / rows.shape[:-1].numel() if mean and scale is not None else scale
+
+
+def _of_means(
+    scales: Sequence[float] | None, layers: int, rows: Sequence[Tensor]
+) -> Sequence[float] | None:
+    if not layers or scales is None:
+        return scales
+    return [scale / (x.shape[:-1].numel() * layers) for scale, x in zip(scales, rows, strict=True)]
+
+
 def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
-    is_tensor = isinstance(temperature, Tensor)
-    return (temperature, 0.0) if is_tensor else (None, float(temperature))
+    if isinstance(temperature, Tensor):
+        # A float that a compiler keeps variable comes in float64.
+        return temperature.float(), 0.0
+    return None, float(temperature)
 
 
 def _filled(grads: Gradients, like: Tensor, like_scalar: Tensor) -> tuple[Tensor, ...]:

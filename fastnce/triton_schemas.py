@@ -2,17 +2,17 @@
 
 SCHEMAS = (
     "info_nce_forward(Tensor query, Tensor key, Tensor? negatives, Tensor? temperature_tensor, float temperature, "
-    "bool normalize, bool symmetric, bool in_batch, float? self_logit, bool fp8, float? grad_scale, bool need_query, "
+    "bool normalize, bool symmetric, bool in_batch, float? self_logit, bool fp8, float? grad_scale, bool mean, bool need_query, "
     "bool need_key, "
     "bool need_negatives, bool need_temperature) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "info_nce_backward(Tensor grad_loss, Tensor query, Tensor key, Tensor? negatives, Tensor? temperature_tensor, "
     "float temperature, Tensor lse, bool normalize, bool symmetric, bool in_batch, float? self_logit, bool fp8, "
     "bool need_query, bool need_key, bool need_negatives, bool need_temperature) -> (Tensor, Tensor, Tensor, Tensor)",
     "patch_nce_forward(Tensor[] queries, Tensor[] keys, Tensor? temperature_tensor, float temperature, float self_logit, "
-    "float[] loss_scales, float[] grad_scales, bool[] need_queries, bool[] need_keys, bool need_temperature) "
+    "float[] loss_scales, float[] grad_scales, int loss_layers, int grad_layers, bool[] need_queries, bool[] need_keys, bool need_temperature) "
     "-> (Tensor, Tensor[], Tensor[], Tensor)",
     "conditional_contrastive_forward(Tensor embeddings, Tensor proxies, Tensor labels, Tensor? temperature_tensor, "
-    "float temperature, float? grad_scale, bool need_embeddings, bool need_proxies, bool need_temperature) "
+    "float temperature, float? grad_scale, bool mean, bool need_embeddings, bool need_proxies, bool need_temperature) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "conditional_contrastive_backward(Tensor grad_loss, Tensor embeddings, Tensor proxies, Tensor labels, "
     "Tensor? temperature_tensor, float temperature, Tensor lse, bool need_embeddings, bool need_proxies, "

@@ -42,13 +42,16 @@ def _leaves(inputs, needs):
     ]
 
 
-def info_nce_forward(query, key, negatives, temperature, *, grad_scale, needs, **options):
+def info_nce_forward(
+    query, key, negatives, temperature, *, grad_scale, mean=False, needs, **options
+):
     with torch.enable_grad():
         inputs = _leaves((query, key, negatives, temperature), needs)
         losses = reference.info_nce(*inputs, **options)
         grads = (None,) * 4
         if grad_scale is not None:
-            grads = _gradients(losses, losses.new_tensor(grad_scale), inputs, needs)
+            weight = grad_scale / losses.numel() if mean else grad_scale
+            grads = _gradients(losses, losses.new_tensor(weight), inputs, needs)
     lse = losses.detach().new_zeros((2, *losses.shape) if options["symmetric"] else losses.shape)
     return losses.detach(), lse, grads
 
@@ -59,31 +62,38 @@ def info_nce_backward(grad_loss, query, key, negatives, temperature, lse, *, nee
         return _gradients(reference.info_nce(*inputs, **options), grad_loss, inputs, needs)
 
 
-def patch_nce_forward(queries, keys, temperature, *, self_logit, loss_scales, grad_scales, needs):
+def patch_nce_forward(
+    queries, keys, temperature, *, self_logit, loss_scales, grad_scales, mean_of=(0, 0), needs
+):
     options = {"normalize": True, "symmetric": False, "in_batch": True, "self_logit": self_logit}
     need_queries, need_keys, need_temperature = needs
     loss, grad_temperature, grads = 0.0, 0.0, []
     for layer, (query, key) in enumerate(zip(queries, keys, strict=True)):
-        scale = None if grad_scales is None else grad_scales[layer]
+        counts = [query.shape[:-1].numel() * layers if layers else 1 for layers in mean_of]
+        loss_scale = loss_scales[layer] / counts[0]
+        scale = None if grad_scales is None else grad_scales[layer] / counts[1]
         needed = (need_queries[layer], need_keys[layer], False, need_temperature)
         losses, _, found = info_nce_forward(
             query, key, None, temperature, **options, grad_scale=scale, needs=needed
         )
-        loss = loss + losses.sum() * loss_scales[layer]
+        loss = loss + losses.sum() * loss_scale
         grads.append(found)
         if found[3] is not None:
-            grad_temperature = grad_temperature + found[3] * (loss_scales[layer] / scale)
+            grad_temperature = grad_temperature + found[3] * (loss_scale / scale)
     grad_temperature = grad_temperature if need_temperature and grad_scales else None
     return loss, [found[0] for found in grads], [found[1] for found in grads], grad_temperature
 
 
-def conditional_contrastive_forward(embeddings, proxies, labels, temperature, *, grad_scale, needs):
+def conditional_contrastive_forward(
+    embeddings, proxies, labels, temperature, *, grad_scale, mean=False, needs
+):
     with torch.enable_grad():
         e, p, t = inputs = _leaves((embeddings, proxies, temperature), needs)
         losses = reference.conditional_contrastive(e, p, labels, t)
         grads = (None,) * 3
         if grad_scale is not None:
-            grads = _gradients(losses, losses.new_tensor(grad_scale), inputs, needs)
+            weight = grad_scale / len(losses) if mean else grad_scale
+            grads = _gradients(losses, losses.new_tensor(weight), inputs, needs)
     return losses.detach(), losses.detach().new_zeros(2, len(losses)), grads
 
 

@@ -21,11 +21,13 @@ inline void define_shared_ops(torch::stable::detail::StableLibrary& m) {
   // first if `normalize`.
   //   loss (B, N) = lse - positive / temperature; symmetric: the mean with the loss of the columns
   //   lse  (B, N), symmetric (2, B, N): of rows, of columns
-  // If grad_scale g is given, also the gradients of g * sum(loss) that need_* ask for.
+  // If grad_scale g is given, also the gradients of g * sum(loss) that need_* ask for, or, if
+  // `mean`, of g times the mean: no number of rows is an argument, for a compiler would take it
+  // for a constant.
   m.def(
       "info_nce_forward(Tensor query, Tensor key, Tensor? negatives, Tensor? temperature_tensor, "
       "float temperature, bool normalize, bool symmetric, bool in_batch, float? self_logit, "
-      "bool bfloat16_products, float? grad_scale, bool need_query, bool need_key, "
+      "bool bfloat16_products, float? grad_scale, bool mean, bool need_query, bool need_key, "
       "bool need_negatives, bool need_temperature) -> (Tensor loss, Tensor lse, "
       "Tensor grad_query, Tensor grad_key, Tensor grad_negatives, Tensor grad_temperature)");
 
@@ -40,11 +42,14 @@ inline void define_shared_ops(torch::stable::detail::StableLibrary& m) {
   // CUT's loss of all layers at once: the sum over layers of loss_scale * sum(loss), the losses
   // those of info_nce_forward with normalize, in_batch and self_logit; queries[l], keys[l] (B, N,
   // D), sizes may differ. If grad_scales is not empty, also the gradients that need_* ask for: of
-  // layer l those of grad_scale * sum(loss), of the temperature that of the loss returned.
+  // layer l those of grad_scale * sum(loss), of the temperature that of the loss returned. Where
+  // loss_layers is not 0, each layer's loss_scale is divided by loss_layers times its rows (B * N);
+  // grad_layers does that to the grad_scales.
   m.def(
       "patch_nce_forward(Tensor[] queries, Tensor[] keys, Tensor? temperature_tensor, "
       "float temperature, float self_logit, bool bfloat16_products, float[] loss_scales, "
-      "float[] grad_scales, bool[] need_queries, bool[] need_keys, bool need_temperature) -> "
+      "float[] grad_scales, int loss_layers, int grad_layers, bool[] need_queries, "
+      "bool[] need_keys, bool need_temperature) -> "
       "(Tensor loss, Tensor[] grad_queries, Tensor[] grad_keys, Tensor grad_temperature)");
 
   // embeddings e, proxies p (N, D), labels y (N,) int64; rows are L2-normalised, t the temperature.
@@ -53,8 +58,9 @@ inline void define_shared_ops(torch::stable::detail::StableLibrary& m) {
   //   loss (N,) = log den - log num; lse (2, N) = [log den, log num]
   m.def(
       "conditional_contrastive_forward(Tensor embeddings, Tensor proxies, Tensor labels, "
-      "Tensor? temperature_tensor, float temperature, float? grad_scale, bool need_embeddings, "
-      "bool need_proxies, bool need_temperature) -> (Tensor loss, Tensor lse, "
+      "Tensor? temperature_tensor, float temperature, float? grad_scale, bool mean, "
+      "bool need_embeddings, bool need_proxies, bool need_temperature) -> (Tensor loss, Tensor "
+      "lse, "
       "Tensor grad_embeddings, Tensor grad_proxies, Tensor grad_temperature)");
   m.def(
       "conditional_contrastive_backward(Tensor grad_loss, Tensor embeddings, Tensor proxies, "

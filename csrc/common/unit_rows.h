@@ -36,11 +36,16 @@ T logit(const TileKernels<T>& kernels, int64_t n, const T* x, const T* y) {
   return static_cast<T>(kernels.dot(n, x, y));
 }
 
-// 1 / ||x||; 0 for a zero row, whose unit vector is 0.
+// 1 / ||x||; 0 for a zero row, whose unit vector is 0; NaN for a row with an infinite element,
+// which has no unit vector: 0 would pass for a zero row's, and take the gradient away.
+inline double inverse_of(double norm) {
+  if (norm == 0) return 0;
+  return std::isfinite(norm) ? 1 / norm : std::numeric_limits<double>::quiet_NaN();
+}
+
 template <class T>
 double inverse_norm(const TileKernels<T>& kernels, int64_t n, const T* x) {
-  const double norm = row_norm(kernels, n, x);
-  return norm == 0 ? 0.0 : 1 / norm;
+  return inverse_of(row_norm(kernels, n, x));
 }
 
 // Back through u = inverse * x, inverse = 1 / ||x|| (without normalisation u = x, inverse 1):
@@ -55,7 +60,11 @@ double unit_row_gradient(const TileKernels<T>& kernels, int64_t n, const T* x, b
     return 0;
   }
   const double along = inverse * kernels.mix_and_dot(n, factor, g, alpha, y, x, out);
-  kernels.subtract_and_scale(n, out, normalize ? inverse * along : 0.0, x, inverse * scale, out);
+  if (normalize) {
+    kernels.subtract_and_scale(n, out, inverse * along, x, inverse * scale, out);
+  } else {
+    kernels.scale(n, out, scale, out);  // not less 0 x, which is NaN where x is infinite
+  }
   return along;
 }
 
@@ -80,7 +89,7 @@ class UnitRowReader {
     const int64_t n = source_.depth();
     x_ = source_.read(row, scratch_.data());
     const double norm = row_norm(kernels_, n, x_);
-    inverse_ = !normalize_ ? 1.0 : norm == 0 ? 0.0 : 1 / norm;
+    inverse_ = normalize_ ? inverse_of(norm) : 1.0;
     const bool usual = norm > 0 && std::isfinite(norm);
     const double power = usual ? std::ldexp(1.0, -std::ilogb(norm)) : 1.0;
     kernels_.pairs->round_row(n, x_, power, pairs);

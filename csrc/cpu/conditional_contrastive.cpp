@@ -115,7 +115,7 @@ void solve(const Arguments& a, const Run& run) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conditional_contrastive_forward(
     const Tensor& embeddings, const Tensor& proxies, const Tensor& labels,
     const std::optional<Tensor>& temperature_tensor, double temperature,
-    std::optional<double> grad_scale, bool need_embeddings, bool need_proxies,
+    std::optional<double> grad_scale, bool mean, bool need_embeddings, bool need_proxies,
     bool need_temperature) {
   const char* op = "conditional_contrastive_forward";
   const bool wanted = grad_scale.has_value();
@@ -138,7 +138,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conditional_contrastive_forwa
     scheme.sum();
     rows.store_losses(loss.mutable_data_ptr<T>(), lse.mutable_data_ptr<T>());
     if (!wanted) return;
-    std::fill(rows.weights.begin(), rows.weights.end(), *grad_scale);
+    const double count = mean ? static_cast<double>(a.rows()) : 1;
+    std::fill(rows.weights.begin(), rows.weights.end(), *grad_scale / count);
     grad_temperature = scheme.gradients(grad_embeddings, grad_proxies);
   });
   return {loss, lse, grad_embeddings, grad_proxies,

@@ -85,8 +85,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_forward(
     const Tensor& query, const Tensor& key, const std::optional<Tensor>& negatives,
     const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
     bool symmetric, bool in_batch, std::optional<double> self_logit, bool bfloat16_products,
-    std::optional<double> grad_scale, bool need_query, bool need_key, bool need_negatives,
-    bool need_temperature) {
+    std::optional<double> grad_scale, bool mean, bool need_query, bool need_key,
+    bool need_negatives, bool need_temperature) {
   const char* op = "info_nce_forward";
   const Arguments a{op,
                     query,
@@ -100,6 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_forward(
                     bfloat16_products,
                     {need_query, need_key, need_negatives, need_temperature}};
   check(a);
+  if (grad_scale && mean) *grad_scale /= static_cast<double>(a.batch() * a.rows());
   Gradients gradients = new_gradients(a, grad_scale.has_value());
   const Tensor loss = new_tensor(query, {a.batch(), a.rows()}, a.acc());
   const Tensor lse = symmetric ? new_tensor(query, {2, a.batch(), a.rows()}, a.acc())
@@ -178,8 +179,8 @@ double solve_layers(const std::vector<Arguments>& layers, const std::vector<doub
 
 std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
     const Tensors& queries, const Tensors& keys, const std::optional<Tensor>& temperature_tensor,
-    double temperature, double self_logit, bool bfloat16_products,
-    const std::vector<double>& loss_scales, const std::vector<double>& grad_scales,
+    double temperature, double self_logit, bool bfloat16_products, std::vector<double> loss_scales,
+    std::vector<double> grad_scales, int64_t loss_layers, int64_t grad_layers,
     const std::vector<bool>& need_queries, const std::vector<bool>& need_keys,
     bool need_temperature) {
   const char* op = "patch_nce_forward";
@@ -197,6 +198,11 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
     layers.push_back({op, queries[l], keys[l], no_negatives, tau, true, false, true, self_logit,
                       bfloat16_products, needs});
     check(layers[l]);
+    const int64_t rows = layers[l].batch() * layers[l].rows();
+    if (loss_layers > 0) loss_scales[l] /= static_cast<double>(rows * loss_layers);
+    if (grad_layers > 0 && !grad_scales.empty()) {
+      grad_scales[l] /= static_cast<double>(rows * grad_layers);
+    }
     STD_TORCH_CHECK(queries[l].scalar_type() == queries[0].scalar_type(), op,
                     ": all layers must have one dtype.");
     gradients.push_back(new_gradients(layers[l], !grad_scales.empty()));

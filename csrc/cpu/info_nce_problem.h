@@ -74,6 +74,12 @@ inline double log_ratio(const ExpSum& others, double positive) {
   return others.log() - positive + 0 * std::max(positive, 0.0);
 }
 
+// log of the sum of all, `ratio` as above. Infinite logits are those of dot products alone.
+inline double log_all(const ExpSum& others, double positive, double ratio) {
+  if (std::isinf(positive)) return others.log() + std::max(positive, 0.0);
+  return positive + softplus(ratio);
+}
+
 // P: what the large products multiply. All else is of T.
 template <class T, class P>
 struct InfoNceProblem {
@@ -226,7 +232,7 @@ struct InfoNceProblem {
         ExpSum others = other_terms(i);
         others.add(offset[i], sum(i));
         const double d = log_ratio(others, positive[i]);
-        lse[i] = positive[i] + softplus(d);
+        lse[i] = log_all(others, positive[i], d);
         call.row_lse[first + i] = static_cast<T>(lse[i]);
         call.loss[first + i] = static_cast<T>(softplus(d));
         if (wants_gradients()) missing[i] = call.weights[first + i] / (1 + std::exp(-d));
@@ -240,8 +246,8 @@ struct InfoNceProblem {
     for (int64_t i = 0; i < rows; ++i) {
       const ExpSum row = row_sum(i), column = column_sum(i);
       const double d = log_ratio(row, positive[i]), c = log_ratio(column, positive[i]);
-      lse[i] = positive[i] + softplus(d);
-      column_lse[i] = positive[i] + softplus(c);
+      lse[i] = log_all(row, positive[i], d);
+      column_lse[i] = log_all(column, positive[i], c);
       call.row_lse[first + i] = static_cast<T>(lse[i]);
       call.column_lse[first + i] = static_cast<T>(column_lse[i]);
       call.loss[first + i] = static_cast<T>(0.5 * (softplus(d) + softplus(c)));

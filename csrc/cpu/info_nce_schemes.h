@@ -154,7 +154,9 @@ void solve_rows_from_lse(InfoNceProblem<T, P>& p, const RowRange& range, const T
     run_blocks(panel.rows, 16, work, [&](int64_t begin, int64_t end) {
       for (int64_t i = panel.r0 + begin; i < panel.r0 + end; ++i) {
         const double others = std::exp(p.other_terms(i).log() - p.lse[i]);
-        p.missing[i] = weight(i) * (panel.sum(i - panel.r0) + others);
+        const double rest = std::isinf(p.lse[i]) ? 1 - std::exp(p.positive[i] - p.lse[i])
+                                                 : panel.sum(i - panel.r0) + others;
+        p.missing[i] = weight(i) * rest;
       }
     });
   });
@@ -178,6 +180,10 @@ void symmetric_gradients(InfoNceProblem<T, P>& p, bool fixed) {
   p.row_weight = Buffer<T>(p.padded_rows(), T(0));
   p.column_weight = Buffer<T>(p.rows);
   if (!fixed) p.column_offset = Buffer<T>(p.rows);
+  // From exponentials relative to an offset to those relative to the lse, which may be infinite.
+  const auto shift = [](double offset, double lse) {
+    return std::isinf(lse) ? 1.0 : std::exp(offset - lse);
+  };
   for (int64_t i = 0; i < p.rows; ++i) {
     const double weight = 0.5 * p.call.weights[p.first + i];
     if (fixed) {
@@ -186,8 +192,8 @@ void symmetric_gradients(InfoNceProblem<T, P>& p, bool fixed) {
     } else {
       p.offset[i] = static_cast<T>(p.lse[i]);
       p.column_offset[i] = static_cast<T>(p.column_lse[i]);
-      p.row_weight[i] = static_cast<T>(weight * std::exp(p.offset[i] - p.lse[i]));
-      p.column_weight[i] = static_cast<T>(weight * std::exp(p.column_offset[i] - p.column_lse[i]));
+      p.row_weight[i] = static_cast<T>(weight * shift(p.offset[i], p.lse[i]));
+      p.column_weight[i] = static_cast<T>(weight * shift(p.column_offset[i], p.column_lse[i]));
     }
   }
 }

@@ -96,6 +96,8 @@ struct Panel {
       const T x = maxima[run * padded() + r];
       top = x > top ? x : top;
     }
+    // Under an infinite maximum every finite logit's exponential is 0, as its softmax.
+    if (top > std::numeric_limits<T>::max()) return std::numeric_limits<T>::max();
     return std::isfinite(top) ? top : T(0);
   }
 };

@@ -65,7 +65,7 @@ void find_moments(const MapSize& size, const Element* x, double eps, float* mome
       [&](int64_t i, double sum, double squares) {
         const auto pixels = static_cast<double>(size.pixels());
         const double offset = sum / pixels;
-        const double variance = std::max(0.0, squares / pixels - offset * offset);
+        const double variance = std::max(squares / pixels - offset * offset, 0.0);
         const double scale = 1 / std::sqrt(variance + eps);
         moments[i] = static_cast<float>(scale);
         moments[count + i] = static_cast<float>(-(near[i] + offset) * scale);

@@ -69,7 +69,7 @@ struct State {
  private:
   // An empty sum has the lse -inf, and no column that would use it.
   static void set(T& offset, T& weight, double lse, double gradient) {
-    if (!(lse > -std::numeric_limits<double>::infinity())) return;
+    if (lse == -std::numeric_limits<double>::infinity()) return;
     offset = static_cast<T>(lse);
     weight = static_cast<T>(gradient * std::exp(static_cast<double>(offset) - lse));
   }

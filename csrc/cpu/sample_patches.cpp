@@ -70,8 +70,7 @@ void normalize_rows(const Layer& layer, int64_t begin, int64_t end, const Tensor
   for (int64_t r = begin; r < end; ++r) {
     load_elements(layer.dtype, data + r * layer.channels * layer.item, 1, layer.channels,
                   row.data());
-    const double norm = row_norm(kernels, layer.channels, row.data());
-    const double inverse = norm == 0 ? 0.0 : 1 / norm;
+    const double inverse = inverse_norm(kernels, layer.channels, row.data());
     kernels.scale(layer.channels, row.data(), inverse, row.data());
     inverse_norms[r] = static_cast<T>(inverse);
     out.store(r, row.data());

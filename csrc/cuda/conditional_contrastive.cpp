@@ -116,10 +116,11 @@ void check(const char* op, const Tensor& embeddings, const Tensor& proxies, cons
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conditional_contrastive_forward(
     const Tensor& embeddings, const Tensor& proxies, const Tensor& labels,
     const std::optional<Tensor>& temperature_tensor, double temperature,
-    std::optional<double> grad_scale, bool need_embeddings, bool need_proxies,
+    std::optional<double> grad_scale, bool mean, bool need_embeddings, bool need_proxies,
     bool need_temperature) {
   const char* op = "conditional_contrastive_forward";
   check(op, embeddings, proxies, labels);
+  if (grad_scale && mean) *grad_scale /= static_cast<double>(embeddings.size(0));
   const RowsCall call(op, embeddings, temperature_tensor, temperature, true, false);
   const bool now = grad_scale.has_value();
   const Tensor in_order = torch::stable::contiguous(labels);

@@ -321,10 +321,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_forward(
     const Tensor& query, const Tensor& key, const std::optional<Tensor>& negatives,
     const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
     bool symmetric, bool in_batch, std::optional<double> self_logit, bool bfloat16_products,
-    std::optional<double> grad_scale, bool need_query, bool need_key, bool need_negatives,
-    bool need_temperature) {
+    std::optional<double> grad_scale, bool mean, bool need_query, bool need_key,
+    bool need_negatives, bool need_temperature) {
   const char* op = "info_nce_forward";
   check(op, query, key, negatives, symmetric, in_batch);
+  if (grad_scale && mean) *grad_scale /= static_cast<double>(query.size(0) * query.size(1));
   const RowsCall call(op, query, temperature_tensor, temperature, normalize, bfloat16_products);
   const bool now = grad_scale.has_value();
   const Needs needs{now && need_query, now && need_key,

@@ -12,8 +12,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_forward(
     const Tensor& query, const Tensor& key, const std::optional<Tensor>& negatives,
     const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
     bool symmetric, bool in_batch, std::optional<double> self_logit, bool bfloat16_products,
-    std::optional<double> grad_scale, bool need_query, bool need_key, bool need_negatives,
-    bool need_temperature);
+    std::optional<double> grad_scale, bool mean, bool need_query, bool need_key,
+    bool need_negatives, bool need_temperature);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward(
     const Tensor& grad_loss, const Tensor& query, const Tensor& key,

@@ -49,8 +49,8 @@ struct Small {
 
 std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
     const Tensors& queries, const Tensors& keys, const std::optional<Tensor>& temperature_tensor,
-    double temperature, double self_logit, bool bfloat16_products,
-    const std::vector<double>& loss_scales, const std::vector<double>& grad_scales,
+    double temperature, double self_logit, bool bfloat16_products, std::vector<double> loss_scales,
+    std::vector<double> grad_scales, int64_t loss_layers, int64_t grad_layers,
     const std::vector<bool>& need_queries, const std::vector<bool>& need_keys,
     bool need_temperature) {
   const size_t count = queries.size();
@@ -72,6 +72,9 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
   std::vector<size_t> large;
   for (size_t l = 0; l < count; ++l) {
     check_layer(queries[l], keys[l], first);
+    const int64_t rows = queries[l].size(0) * queries[l].size(1);
+    if (loss_layers > 0) loss_scales[l] /= static_cast<double>(rows * loss_layers);
+    if (grad_layers > 0 && now) grad_scales[l] /= static_cast<double>(rows * grad_layers);
     const bool is_small = can_run_patch_nce(dtype, queries[l].size(2), queries[l].size(1), call);
     grad_queries.push_back(new_gradient(queries[l], is_small && now && need_queries[l]));
     grad_keys.push_back(new_gradient(keys[l], is_small && now && need_keys[l]));
@@ -96,7 +99,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
     const auto [loss, lse, grad_query, grad_key, none, grad_temperature] = info_nce_forward(
         queries[l], keys[l], std::nullopt, temperature_tensor, temperature, /*normalize=*/true,
         /*symmetric=*/false, /*in_batch=*/true, self_logit, bfloat16_products, grad_scale,
-        need_queries[l], need_keys[l], /*need_negatives=*/false, need_temperature);
+        /*mean=*/false, need_queries[l], need_keys[l], /*need_negatives=*/false, need_temperature);
     grad_queries[l] = grad_query, grad_keys[l] = grad_key;
     LargeLayer layer{loss.const_data_ptr<float>(), loss.numel(),
                      static_cast<float>(loss_scales[l])};

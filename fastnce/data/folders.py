@@ -145,7 +145,8 @@ def split_folder(root: Path | str | Mapping[str, Path], split: str, domain: str)
     if isinstance(root, Mapping):
         if names[0] not in root:
             raise UserError(
-                f"{split}_{domain.lower()} is missing: no folder of {names[0]} was given."
+                f"{split}_{domain.lower()} is missing. Give it beside the folders of the training images, or, for an evaluation, a data "
+                f"folder with {names[0]}."
             )
         return Path(root[names[0]])
     root = Path(root)

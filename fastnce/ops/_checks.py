@@ -98,7 +98,8 @@ def expect_temperature(op: str, temperature: object, like: Tensor) -> float | Te
     unless it is positive, and makes the loss NaN.
     """
     if not isinstance(temperature, Tensor):
-        return _expect_number(op, "temperature", temperature, "Usual values are 0.05 to 1.")
+        number = _expect_number(op, "temperature", temperature, "Usual values are 0.05 to 1.")
+        return _variable(number, like) if torch.compiler.is_compiling() else number
     _expect_one_number(op, "temperature", temperature, like)
     if not temperature.is_floating_point():
         raise TypeError(
@@ -177,6 +178,21 @@ def _expect_as_local(op: str, name: str, x: Tensor, like_name: str, like: Tensor
 
 def _is_dtensor(x: Tensor) -> bool:
     return type(x) is not Tensor and not torch.compiler.is_compiling() and hasattr(x, "full_tensor")
+
+
+def _variable(number: float, like: Tensor) -> float | Tensor:
+    """A number that the compiler keeps variable as a tensor: given to an operator, it would be a constant, and compiled anew."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # heavy
+
+    if has_static_value(number):
+        return number
+    # As the kernels take numbers: in double on the host, in single precision on a GPU.
+    dtype = (
+        torch.float64
+        if like.device.type == "cpu"
+        else torch.promote_types(like.dtype, torch.float32)
+    )
+    return torch.ones((), dtype=dtype, device=like.device) * number
 
 
 def expect_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:

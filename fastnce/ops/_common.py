@@ -50,13 +50,21 @@ def wants_grad(*inputs: object) -> bool:
     )
 
 
-def kernel_weight(weight: float, dtype: torch.dtype) -> float:
-    """The weight that the kernels put on each loss: ``weight``, but 1 in fp16.
+def kernel_mean(reduction: str, dtype: torch.dtype) -> bool:
+    """Whether the kernels return the gradients of the mean: for the mean, but in fp16 those of the sum.
 
     In fp16 the gradient of a mean of many losses underflows. Gradient scaling is there to prevent that, but its factor arrives
-    only with the backward; so there the kernels return the gradients of the sum.
+    only with the backward, and so does the division. The kernels count the losses themselves: a compiler would take a number
+    for a constant, and compile again for every other.
     """
-    return 1.0 if dtype == torch.float16 else weight
+    return reduction == "mean" and dtype != torch.float16
+
+
+def distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors; for ``torch.compile``, which does not pass a Function one tensor twice, a view of each."""
+    if not torch.compiler.is_compiling():
+        return list(tensors)
+    return [None if x is None else x.view_as(x) for x in tensors]
 
 
 def scaled(

@@ -68,10 +68,14 @@ def conditional_contrastive(
             losses = reference.conditional_contrastive(embeddings, proxies, labels, temperature)
             return _common.reduce(losses, reduction)
         _checks.expect_fusable(op, embeddings)
-        weight = _common.row_weight(embeddings.shape[0], reduction)
-        grad_now = _common.wants_grad(embeddings, proxies, temperature)
+        grad_now = reduction != "none" and _common.wants_grad(embeddings, proxies, temperature)
         loss, _ = ConditionalContrastiveFunction.apply(
-            embeddings, proxies, temperature, labels, kernels, weight, grad_now
+            *_common.distinct((embeddings, proxies)),
+            temperature,
+            labels,
+            kernels,
+            reduction,
+            grad_now,
         )
         return loss
 
@@ -87,22 +91,24 @@ class ConditionalContrastiveFunction(torch.autograd.Function):
         temperature: float | Tensor,
         labels: Tensor,
         kernels: ModuleType,
-        weight: float | None,
+        reduction: str,
         grad_now: bool,
     ) -> tuple[Tensor, Tensor | None]:
         needs = ctx.needs_input_grad[:3]
-        scale = None if weight is None else _common.kernel_weight(weight, embeddings.dtype)
+        kernel_mean = _common.kernel_mean(reduction, embeddings.dtype)
         losses, lse, grads = kernels.conditional_contrastive_forward(
             embeddings,
             proxies,
             labels,
             temperature,
-            grad_scale=scale if grad_now else None,
+            grad_scale=1.0 if grad_now else None,
+            mean=kernel_mean,
             needs=needs,
         )
-        ctx.reduced = weight is not None
+        ctx.reduced = reduction != "none"
         if ctx.reduced:
-            ctx.factor = weight / scale
+            weight = _common.row_weight(embeddings.shape[0], reduction)
+            ctx.factor = 1.0 if kernel_mean else weight
             handle = _common.handle(ctx, embeddings, grad_now)
             ctx.save_for_backward(handle, *grads)
             return losses.sum() * weight, handle

@@ -109,7 +109,7 @@ def info_nce(
         in_batch=in_batch,
         self_logit=None,
         **({} if similarity_dtype is None else {"similarity_dtype": similarity_dtype}),
-        weight=_common.row_weight(query.shape[0] * query.shape[1], reduction),
+        reduction=reduction,
         backend=backend,
     )
     return loss.squeeze(0) if reduction == "none" and not batched else loss
@@ -158,11 +158,11 @@ def info_nce_reduced(
     negatives: Tensor | None,
     temperature: float | Tensor,
     *,
-    weight: float | None,
+    reduction: str,
     backend: str | None,
     **options: bool | float | torch.dtype | None,
 ) -> Tensor:
-    """``weight`` times the sum of the losses, or the losses (B, N) where ``weight`` is None; inputs validated, (B, N, D).
+    """The losses (B, N), their sum or mean; inputs validated, (B, N, D).
 
     ``options`` are those of :func:`fastnce.reference.info_nce`.
     """
@@ -171,11 +171,18 @@ def info_nce_reduced(
     with _common.no_autocast(query):
         if kernels is reference:
             losses = reference.info_nce(query, key, negatives, temperature, **options)
-            return losses if weight is None else losses.sum() * weight
+            if reduction == "none":
+                return losses
+            return losses.sum() * _common.row_weight(losses.numel(), reduction)
         _checks.expect_fusable(op, query)
-        grad_now = _common.wants_grad(query, key, negatives, temperature)
+        grad_now = reduction != "none" and _common.wants_grad(query, key, negatives, temperature)
         loss, _ = InfoNCEFunction.apply(
-            query, key, negatives, temperature, kernels, weight, grad_now, options
+            *_common.distinct((query, key, negatives)),
+            temperature,
+            kernels,
+            reduction,
+            grad_now,
+            options,
         )
         return loss
 
@@ -195,24 +202,26 @@ class InfoNCEFunction(torch.autograd.Function):
         negatives: Tensor | None,
         temperature: float | Tensor,
         kernels: ModuleType,
-        weight: float | None,
+        reduction: str,
         grad_now: bool,
         options: dict,
     ) -> tuple[Tensor, Tensor | None]:
         needs = ctx.needs_input_grad[:4]
-        scale = None if weight is None else _common.kernel_weight(weight, query.dtype)
+        kernel_mean = _common.kernel_mean(reduction, query.dtype)
         losses, lse, grads = kernels.info_nce_forward(
             query,
             key,
             negatives,
             temperature,
             **options,
-            grad_scale=scale if grad_now else None,
+            grad_scale=1.0 if grad_now else None,
+            mean=kernel_mean,
             needs=needs,
         )
-        ctx.reduced = weight is not None
+        ctx.reduced = reduction != "none"
         if ctx.reduced:
-            ctx.factor = weight / scale
+            weight = _common.row_weight(losses.numel(), reduction)
+            ctx.factor = 1.0 if kernel_mean else weight
             handle = _common.handle(ctx, query, grad_now)
             ctx.save_for_backward(handle, *grads)
             return losses.sum() * weight, handle

@@ -65,13 +65,12 @@ def patch_nce(
     _expect_one_device(op, [query for query, _ in pairs])
     if negatives == "batch":
         pairs = [tuple(x.flatten(0, 1).unsqueeze(0) for x in pair) for pair in pairs]
-    weights = [1 / (query.shape[0] * query.shape[1] * len(pairs)) for query, _ in pairs]
     loss = None
     for layers in _common.alike([query for query, _ in pairs]):
         part = _weighted_sum(
             op,
             [pairs[layer] for layer in layers],
-            [weights[layer] for layer in layers],
+            len(pairs),
             _checks.expect_temperature(op, temperature, pairs[layers[0]][0]),
             backend,
         )
@@ -82,11 +81,11 @@ def patch_nce(
 def _weighted_sum(
     op: str,
     pairs: list[tuple[Tensor, Tensor]],
-    weights: list[float],
+    count: int,
     temperature: float | Tensor,
     backend: str | None,
 ) -> Tensor:
-    """The sum of each layer's losses times its weight; layers of one device and dtype, (B, N, D) each."""
+    """The part of these layers, (B, N, D) each, of one device and dtype, in the mean over ``count`` layers."""
     queries, keys = ([pair[side] for pair in pairs] for side in (0, 1))
     kernels = backends.select(op, queries[0], backend)
     with _common.no_autocast(queries[0]):
@@ -102,13 +101,20 @@ def _weighted_sum(
                     in_batch=True,
                     self_logit=SELF_LOGIT,
                 ).sum()
-                * weight
-                for query, key, weight in zip(queries, keys, weights, strict=True)
+                * _layer_weight(query, count)
+                for query, key in zip(queries, keys, strict=True)
             )
         _checks.expect_fusable(op, queries[0])
         grad_now = _common.wants_grad(*queries, *keys, temperature)
-        loss, _ = PatchNCEFunction.apply(kernels, weights, grad_now, temperature, *queries, *keys)
+        loss, _ = PatchNCEFunction.apply(
+            kernels, count, grad_now, temperature, *_common.distinct((*queries, *keys))
+        )
         return loss
+
+
+def _layer_weight(query: Tensor, count: int) -> float:
+    """That of each loss of a layer in the mean over ``count`` layers."""
+    return 1 / (query.shape[0] * query.shape[1] * count)
 
 
 class PatchNCEFunction(torch.autograd.Function):
@@ -121,25 +127,30 @@ class PatchNCEFunction(torch.autograd.Function):
     def forward(
         ctx,
         kernels: ModuleType,
-        weights: list[float],
+        layers: int,
         grad_now: bool,
         temperature: float | Tensor,
         query: Tensor,  # by a name: of two rows after ctx, torch.compile would take ctx for left out
         *others: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        count, rows = len(weights), (query, *others)
-        scales = [_common.kernel_weight(weight, rows[0].dtype) for weight in weights]
+        rows = (query, *others)
+        count = len(rows) // 2
+        ones = (1.0,) * count
+        kernel_mean = _common.kernel_mean("mean", rows[0].dtype)
         needs = ctx.needs_input_grad[4:]
         loss, grad_queries, grad_keys, grad_temperature = kernels.patch_nce_forward(
             list(rows[:count]),
             list(rows[count:]),
             temperature,
             self_logit=SELF_LOGIT,
-            loss_scales=weights,
-            grad_scales=scales if grad_now else None,
+            loss_scales=ones,
+            grad_scales=ones if grad_now else None,
+            mean_of=(layers, layers if kernel_mean else 0),
             needs=(needs[:count], needs[count:], ctx.needs_input_grad[3]),
         )
-        ctx.factors = [weight / scale for weight, scale in zip(weights, scales, strict=True)] * 2
+        ctx.factors = ones * 2
+        if not kernel_mean:
+            ctx.factors = [_layer_weight(x, layers) for x in rows[:count]] * 2
         handle = _common.handle(ctx, loss, grad_now)
         ctx.save_for_backward(handle, grad_temperature, *grad_queries, *grad_keys)
         return loss, handle

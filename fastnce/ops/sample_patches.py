@@ -206,7 +206,9 @@ def _gather_alike(
             pairs = zip(maps, ids, strict=True)
             return [reference.sample_patches(feature, id_, normalize) for feature, id_ in pairs]
         _checks.expect_fusable(op, maps[0])
-        return list(SamplePatchesFunction.apply(kernels, normalize, *maps, *ids))
+        return list(
+            SamplePatchesFunction.apply(kernels, normalize, *_common.distinct((*maps, *ids)))
+        )
 
 
 def _tap_alike(

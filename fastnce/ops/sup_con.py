@@ -94,8 +94,7 @@ class SupConFunction(torch.autograd.Function):
         grad_now: bool,
     ) -> tuple[Tensor, Tensor | None]:
         needs = ctx.needs_input_grad[:2]
-        # In fp16 the gradient of a mean underflows (see _common.kernel_weight): there the division comes with the backward.
-        kernel_mean = reduction == "mean" and features.dtype != torch.float16
+        kernel_mean = _common.kernel_mean(reduction, features.dtype)
         losses, has_positive, lse, grads = kernels.sup_con_forward(
             features,
             labels,

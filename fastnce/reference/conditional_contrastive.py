@@ -26,7 +26,7 @@ def conditional_contrastive(
     dtype = accumulation_dtype(embeddings.dtype)
     embeddings, proxies = normalize_rows(embeddings.to(dtype)), normalize_rows(proxies.to(dtype))
 
-    is_self = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    is_self = torch.eye(labels.shape[0], dtype=torch.bool, device=labels.device)
     is_other_class = labels[:, None] != labels[None, :]  # (N, N)
     to_proxy = (embeddings * proxies).sum(dim=-1, keepdim=True)  # (N, 1)
     logits = torch.cat([to_proxy, embeddings @ embeddings.T], dim=1)

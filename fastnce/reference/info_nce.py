@@ -58,7 +58,9 @@ def info_nce(
         columns.append(torch.full_like(columns[0][..., :1], self_logit))
 
     logits = over_temperature(torch.cat(columns, dim=-1), temperature)
-    positive = logits.diagonal(dim1=-2, dim2=-1) if in_batch else logits[..., 0]
+    positive = logits[..., 0]
+    if in_batch:  # of the square part alone: torch.export cannot tell the shorter side of the whole
+        positive = logits[..., : query.shape[-2]].diagonal(dim1=-2, dim2=-1)
     lse = logits.logsumexp(dim=-1)
     if symmetric:
         lse = 0.5 * (lse + logits.logsumexp(dim=-2))

@@ -95,6 +95,6 @@ def _logits(
     z = normalize_rows(x.to(dtype)) @ normalize_rows(y.to(dtype)).T / temperature
     same = x_labels[:, None] == y_labels[None, :]
     if own:
-        left_out = torch.eye(len(x), dtype=torch.bool, device=x.device)
+        left_out = torch.eye(x.shape[0], dtype=torch.bool, device=x.device)
         z, same = z.masked_fill(left_out, -torch.inf), same & ~left_out
     return z, same

@@ -19,7 +19,7 @@ def sup_con(features: Tensor, labels: Tensor, temperature: float | Tensor) -> tu
     """
     features = normalize_rows(features.to(accumulation_dtype(features.dtype)))
 
-    is_self = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    is_self = torch.eye(labels.shape[0], dtype=torch.bool, device=labels.device)
     is_positive = (labels[:, None] == labels[None, :]) & ~is_self  # (N, N)
     num_positives = is_positive.sum(dim=1)  # (N,)
     logits = over_temperature(features @ features.T, temperature)  # (N, N)

@@ -18,7 +18,17 @@ if TYPE_CHECKING:
 
 CONFIG_KEY = "fastnce.config"
 # Fields that say where things are on the machine of the training.
-_PRIVATE = ("data", "out", "init_from", "device", "extractor")
+_PRIVATE = (
+    "data",
+    "data_a",
+    "data_b",
+    "test_a",
+    "test_b",
+    "out",
+    "init_from",
+    "device",
+    "extractor",
+)
 
 
 def write_shared(network: nn.Module, config: TrainConfig, path: Path) -> None:

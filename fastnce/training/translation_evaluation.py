@@ -227,10 +227,10 @@ def translation_measure(config: UnpairedTrainConfig, _: object) -> Measure | Non
     paired = isinstance(config, Pix2PixTrainConfig)
     extractor, by_features = None, not paired or config.extractor is not None
     try:
-        if paired:
-            find_pairs(config.folders, "test")
         if by_features:
             extractor = load_judge(config.folders, config.extractor)
+        for which in (0, 1):  # whether they are there
+            _side(config.folders, "test", config.direction, which, paired)
     except UserError as error:
         if config.extractor is not None:
             raise

@@ -218,12 +218,18 @@ def _chart(title: str, series: Sequence[Series]) -> str:
 
 
 def _evaluation(run: GalleryRun, named: bool) -> str:
-    """The rows of metrics.json as a table, and what else it says below; lists and nested values within a row are left out."""
+    """The rows of metrics.json as a table, and below it the rows' notes and what else it says.
+
+    Lists and nested values within a row are left out. A note is a sentence, which as a column would not fit beside the numbers.
+    """
     if not run.evaluation:
         return ""
     rows = [row for row in run.evaluation.get("rows", []) if isinstance(row, Mapping)]
     columns = dict.fromkeys(
-        key for row in rows for key, value in row.items() if not isinstance(value, Mapping | list)
+        key
+        for row in rows
+        for key, value in row.items()
+        if key != "note" and not isinstance(value, Mapping | list)
     )
     head = "".join(f'<th scope="col">{escape(_words(name))}</th>' for name in columns)
     body = "".join(
@@ -241,9 +247,14 @@ def _evaluation(run: GalleryRun, named: bool) -> str:
     facts = "".join(
         f"<dt>{escape(_words(name))}</dt><dd>{_value(value)}</dd>" for name, value in rest.items()
     )
+    notes = "".join(
+        f'<p class="note">{_value(row.get("name"))}: {escape(str(row["note"]))}</p>'
+        for row in rows
+        if row.get("note")
+    )
     heading = f"<h3>{escape(run.name)}</h3>" if named else ""
     table = f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    return heading + (table if rows else "") + (f"<dl>{facts}</dl>" if facts else "")
+    return heading + (table + notes if rows else "") + (f"<dl>{facts}</dl>" if facts else "")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -114,7 +114,7 @@ def test_the_library_loads_into_a_torch_without_cuda(nvcc, tmp_path, monkeypatch
     code = (
         f"import torch; torch.ops.load_library({str(library)!r}); "
         "op = torch.ops.fastnce_cuda.info_nce_forward; x = torch.ones(1, 2, 3); "
-        "op(x, x, None, None, 0.1, True, False, True, None, False, None, *(False,) * 4)"
+        "op(x, x, None, None, 0.1, True, False, True, None, False, None, False, *(False,) * 4)"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     # The tensors are on the host, and no kernel is registered: the dispatcher says so, of an operator that it knows.

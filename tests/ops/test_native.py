@@ -249,7 +249,7 @@ def test_labels_of_any_size_and_sign():
 
 def test_errors_name_the_op():
     x = torch.randn(1, 4, 3)
-    rest = (None, None, 0.1, True, False, True, None, False, None, *(False,) * 4)
+    rest = (None, None, 0.1, True, False, True, None, False, None, False, *(False,) * 4)
     with pytest.raises(RuntimeError, match="info_nce_forward: key has a wrong or empty shape"):
         torch.ops.fastnce.info_nce_forward(x, x[:, :3], *rest)
     with pytest.raises(RuntimeError, match="info_nce_forward: key must have the dtype Float"):

@@ -1,14 +1,32 @@
 """A tiny unpaired data set and a tiny CUT that takes milliseconds per step."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny import TINY
+from torch import Tensor, nn
 
 from fastnce.training import CUTTrainConfig, build_config
+
+
+class Colours(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float().mean((2, 3)) / 255
+
+
+@pytest.fixture(scope="session")
+def extractor(tmp_path_factory) -> Path:
+    """A TorchScript file whose features are the mean colours."""
+    path = tmp_path_factory.mktemp("extractor") / "colours.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Colours()).save(str(path))
+    return path
 
 
 @pytest.fixture(scope="session")

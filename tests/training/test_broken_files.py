@@ -1,33 +1,16 @@
 """Files that cannot be read, in training, measurement and translation."""
 
 import shutil
-import warnings
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from same_run import checkpoint
-from torch import Tensor, nn
 
 from fastnce.data.broken import BrokenFiles, readable
 from fastnce.errors import UserError
 from fastnce.training import load_generator, train, translate_folder
 from fastnce.training.log import read_metrics
-
-
-class Colours(nn.Module):
-    def forward(self, images: Tensor) -> Tensor:
-        return images.float().mean((2, 3)) / 255
-
-
-@pytest.fixture(scope="module")
-def extractor(tmp_path_factory):
-    path = tmp_path_factory.mktemp("extractor") / "colours.pt"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.script(Colours()).save(str(path))
-    return path
 
 
 @pytest.fixture

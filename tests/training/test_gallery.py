@@ -100,7 +100,9 @@ def run(tiny):
 
 def test_a_run_is_on_the_page(run, tiny):
     (run / "metrics.json").write_text(
-        json.dumps({"count": 7, "rows": [{"name": "translated", "fid": 1.23456}]})
+        json.dumps(
+            {"count": 7, "rows": [{"name": "translated", "fid": 1.23456, "note": "a sentence"}]}
+        )
     )
     path = write_gallery([run])
     assert path == run / "gallery.html"
@@ -121,6 +123,7 @@ def test_a_run_is_on_the_page(run, tiny):
         assert np.array_equal(np.asarray(shown.convert("RGB")), np.asarray(grid.convert("RGB")))
 
     assert page.cells[2:4] == ["translated", "1.235"]
+    assert "translated: a sentence" in page.text and "note" not in page.cells
     cells = [cell.replace("\xa0", " ") for cell in page.cells]
     assert cells[cells.index("base_channels") + 1 :][:2] == ["2 *", "64"]
     assert cells[cells.index("temperature") + 1 :][:2] == ["0.07", "0.07"]

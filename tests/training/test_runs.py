@@ -18,8 +18,9 @@ from fastnce.cli import main
 from fastnce.data import UnpairedImages
 from fastnce.errors import UserError
 from fastnce.models import CUT
-from fastnce.training import build_config, train
+from fastnce.training import build_config, load_generator, train
 from fastnce.training.evaluation import evaluate_run
+from fastnce.training.export import export_shared
 from fastnce.training.lock import locked
 from fastnce.training.translation import collapse
 
@@ -38,9 +39,7 @@ def copy(data, tmp_path):
 HOLDER = """
 import sys
 from pathlib import Path
-from fastnce.training.evaluation import evaluate_run
 from fastnce.training.lock import locked
-from fastnce.training.translation import collapse
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -267,12 +266,20 @@ def test_networks_that_fit_come_from_a_run_of_another_system(tiny, tmp_path):
         started_from(both, tiny(init_from=tmp_path / "none.pt"))
 
 
-def test_folders_of_a_and_b_anywhere(tiny, data, tmp_path):
+def test_folders_of_a_and_b_anywhere(tiny, data, tmp_path, extractor):
     whole = train(tiny(steps=2, out=tmp_path / "whole"))
     folders = {"data_a": data / "trainA", "data_b": data / "trainB"}
     tests = {"test_a": data / "testA", "test_b": data / "testB"}
     train(tiny(steps=2, data=None, **folders, **tests))
     assert_same_run(tiny().out, whole, free=("data", *folders, *tests))
+    # An exported network has none of them.
+    path = export_shared(tiny().out, tmp_path / "shared")
+    config = load_generator(path)[1]
+    assert config.data == tmp_path / "shared" and config.data_a is None
+    # Measured translations need the test images, from the start.
+    with pytest.raises(UserError, match="test_a is missing"):
+        train(tiny(data=None, **folders, measure_every=1, extractor=extractor, out=tmp_path / "m"))
+    assert not (tmp_path / "m").exists()
     # Without test folders the grids show training images.
     train(
         tiny(steps=2, data=None, data_a=data / "trainA", data_b=data / "trainB", out=tmp_path / "c")
