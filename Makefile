@@ -30,10 +30,10 @@ SANITIZED_PYTEST = FASTNCE_BACKEND= \
 # PyTorch's own checks of the registration, which take long and say nothing about the kernels.
 SANITIZE_TESTS ?= (native or test_maps) and not memory_does_not_grow and not fma_peak and not compile and not opcheck and not registered and not without_the_library
 
-# Side by side, each on one thread: tests of threads set their number. Whoever runs out steals from the others, a file's tests at a time.
-WORKERS ?= 2
+# Side by side, each on one thread (tests of threads set their number); who has none left takes some of the other's.
+TEST_WORKERS ?= 2
 TESTS_ENVIRONMENT := OMP_NUM_THREADS=1
-PYTEST = $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
+PYTEST = $(PY) -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 # What compiles for GPUs, or runs their kernels on the host: minutes, and more than a newcomer needs.
 OF_KERNELS := tests/triton_kernels tests/cuda_kernels
 
