@@ -36,11 +36,15 @@ struct ExpSum {
   void add(double offset, double value) {
     if (value == 0) return;
     if (offset > maximum) {
-      sum = sum * std::exp(maximum - offset) + value;
+      sum = scaled(sum, maximum - offset) + value;
       maximum = offset;
     } else {
-      sum += value * std::exp(offset - maximum);
+      sum += scaled(value, offset - maximum);
     }
+  }
+  // An infinite sum stays so, however far below the maximum its offset is.
+  static double scaled(double value, double exponent) {
+    return std::isinf(value) ? value : value * std::exp(exponent);
   }
   void add_logit(double z) {
     const double offset = std::isfinite(z) ? z : 0.0;
