@@ -172,7 +172,7 @@ def test_broken_files_are_left_out_of_an_evaluation(tiny, folders, extractor, tm
     assert main(command) == 2
     assert "3.png: cannot be read" in capsys.readouterr().err
     assert main([*command, "--broken-files", "skip"]) == 0
-    result = json.loads((run / "metrics.json").read_text())
+    result = json.loads((run / "metrics-data.json").read_text())
     assert result["reference_count"] == 9
     assert [row["count"] for row in result["rows"]] == [7, 7, 7]
     made = tmp_path / "data" / "testA"
