@@ -259,9 +259,16 @@ def test_compile_with_dynamic_shapes(op, name, fewer, backend, needs_support, de
     )
     sample = samples(op, device=device)[name]
     for each in (sample, mapped(sample, "fewer", fewer)):
-        assert_same(
-            run(op, each, backend=backend, function=compiled), run(op, each, backend=backend)
-        )
+        got = run(op, each, backend=backend, function=compiled)
+        expected = run(op, each, backend=backend)
+        if backend in ("native", "torch"):
+            assert_same(got, expected)
+            continue
+        # A float temperature is a tensor to the compiler, and kernels of the GPU round a number in a tensor at another place.
+        # Triton's then take their offset from each row's maximum.
+        close = 2e-3 if backend == "triton" else 2e-5
+        for key, x in got.items():
+            torch.testing.assert_close(x, expected[key], rtol=close, atol=close, msg=key)
 
 
 @each_op
