@@ -152,6 +152,8 @@ def _expect_same_run(config: TrainConfig, state: dict, free: frozenset[str]) -> 
         if name not in free
         and not (name in _PATHS and _same_place(ours.get(name), theirs.get(name)))
     ]
+    if "system" in names:  # whose other options say nothing
+        names = ["system"]
     if names:
         shown = ", ".join(
             f"{name}={json.dumps(theirs.get(name))} (now {json.dumps(ours.get(name))})"
