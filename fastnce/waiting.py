@@ -1,7 +1,7 @@
 """How the threads of OpenMP wait for work, in the processes of the command line.
 
-Between two parallel loops a thread spins before it sleeps, by GNU's default for about a millisecond. Where another process wants
-the core, that time is taken from whoever has the work, and a step of many small loops becomes many times slower. So the commands
+Between two parallel loops a thread spins for a while before it sleeps. Where another process wants the core, that time is taken
+from whoever has the work, and a step of many small loops becomes many times slower. So the commands
 let their threads spin briefly; docs/speed.md has the measurements. torch's loops and this package's kernels share these threads.
 
 GNU's OpenMP reads its settings as it is loaded, so this must run before torch is imported. A program that imports fastnce keeps its own.

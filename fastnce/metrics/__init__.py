@@ -37,7 +37,6 @@ from fastnce.metrics.generation_report import (
     evaluate_generation,
     evaluate_generators,
     format_generation_table,
-    write_generation_report,
 )
 from fastnce.metrics.knn import knn_predict, linear_predict
 from fastnce.metrics.neighbours import PrecisionRecall, precision_recall_density_coverage
@@ -84,6 +83,5 @@ __all__ = [
     "recipe_for",
     "relabelled_accuracy",
     "spread_ratio",
-    "write_generation_report",
     "write_report",
 ]

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from fastnce.metrics.generation import (
     relabelled_accuracy,
 )
 from fastnce.metrics.neighbours import precision_recall_density_coverage
-from fastnce.metrics.tables import finite_or_none, format_number, markdown_table, write_result
+from fastnce.metrics.tables import finite_or_none, format_number, markdown_table
 
 GENERATED = "generated"
 HELD_OUT = "other real images"
@@ -169,11 +168,6 @@ def format_generation_table(result: Mapping[str, Any]) -> str:
         if row["fid"] is None:
             notes.append(f"{row['name']}: its images hold values that are not finite.")
     return markdown_table(lines, notes)
-
-
-def write_generation_report(result: Mapping[str, Any], folder: Path | str) -> list[Path]:
-    """Writes `metrics.json` and `metrics.md` into a folder, atomically; returns their paths."""
-    return write_result(result, format_generation_table(result), folder)
 
 
 class _Judged(NamedTuple):

@@ -114,7 +114,7 @@ def _option(name: str, value: Any) -> list[str]:
 
 def _defaults(config: TrainConfig) -> dict[str, Any]:
     """The default of each option that has one, as a JSON value."""
-    without = {f.name for f in fields(config) if f.default is MISSING}
+    without = {f.name for f in fields(config) if f.default is MISSING} | {"data"}
     required = {name: getattr(config, name) for name in without}
     values = to_dict(type(config)(**required))
     return {name: value for name, value in values.items() if name not in without | {"system"}}

@@ -12,9 +12,9 @@ from fastnce.metrics import (
     evaluate_generation,
     evaluate_generators,
     format_generation_table,
-    write_generation_report,
 )
 from fastnce.metrics.generation_report import HELD_OUT, UNTRAINED
+from fastnce.metrics.tables import write_result
 
 
 class Judge(nn.Module):
@@ -93,7 +93,7 @@ def test_images_that_are_not_finite_are_told(result):
 
 
 def test_the_report_is_json_and_a_markdown_table(result, tmp_path):
-    paths = write_generation_report(result, tmp_path / "run")
+    paths = write_result(result, format_generation_table(result), tmp_path / "run")
     assert [path.name for path in paths] == ["metrics.json", "metrics.md"]
     assert json.loads(paths[0].read_text(), parse_constant=pytest.fail) == result
     table = [line for line in paths[1].read_text().splitlines() if line.startswith("|")]
