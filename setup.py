@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent
 
 
 def _build_modules():
-    """fastnce/build.py and fastnce/build_cuda.py alone: the package itself would need torch."""
+    """fastnce/backends/build.py and fastnce/backends/build_cuda.py alone: the package itself would need torch."""
     package = types.ModuleType("fastnce_sources")
-    package.__path__ = [str(ROOT / "fastnce")]
+    package.__path__ = [str(ROOT / "fastnce" / "backends")]
     sys.modules[package.__name__] = package
     names = ("build", "build_cuda")
     return [importlib.import_module(f"{package.__name__}.{name}") for name in names]

@@ -1,10 +1,10 @@
-"""From a run's times to the table of :mod:`fastnce.dispatch`, ready to be pasted."""
+"""From a run's times to the table of :mod:`fastnce.backends.dispatch`, ready to be pasted."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fastnce import dispatch
+from fastnce.backends import dispatch
 
 # The sizes of the tensor by which an op's backend is chosen, from those of a case.
 _CHOSEN_BY = {
@@ -52,7 +52,7 @@ def _times(entry: dict[str, Any]) -> dict[str, float]:
 
 
 def python(generation: str, table: dict[str, tuple[dispatch.Point, ...]]) -> str:
-    """The lines for ``fastnce.dispatch.MEASURED``."""
+    """The lines for ``fastnce.backends.dispatch.MEASURED``."""
     lines = [f'    "{generation}": {{']
     for op, rows in table.items():
         lines += [f'        "{op}": (']

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks import dispatch_table, gpu_steps, gpu_targets, machine, report, suite
-from fastnce import dispatch
+from fastnce.backends import dispatch
 
 # Shares of the whole time at most; what these steps leave over, the benchmarks get.
 _BUILD_SHARE, _TEST_SHARE, _SANITIZE_SHARE = 0.2, 0.25, 0.1
@@ -91,7 +91,9 @@ def main(out: Path, minutes: float = 9.0) -> int:
         generation = dispatch.generation(device) or "unknown"
         lines = dispatch_table.python(generation, measured)
         text.write(
-            f"\n## For `fastnce.dispatch.MEASURED`\n\n```python\n{lines}\n```\n" if measured else ""
+            f"\n## For `fastnce.backends.dispatch.MEASURED`\n\n```python\n{lines}\n```\n"
+            if measured
+            else ""
         )
     report.plot(out / "results.png", results, title)
     print(files[1].read_text())

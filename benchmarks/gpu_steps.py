@@ -77,9 +77,9 @@ def step(
 
 def build(limit: float) -> dict[str, str]:
     """Compiles what is not compiled."""
-    if importlib.util.find_spec("fastnce.build") is None:
+    if importlib.util.find_spec("fastnce.backends.build") is None:
         return {"status": "nothing to build", "output": ""}
-    status, output = step(["-c", "from fastnce.build import build; print(build())"], limit)
+    status, output = step(["-c", "from fastnce.backends.build import build; print(build())"], limit)
     return {"status": status, "output": output}
 
 

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.harness import clock_for, quartiles
-from fastnce import native
+from fastnce.backends import native
 
 ROOT = report.ROOT
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 import fastnce
-from fastnce import backends, build, build_cuda, native, waiting
+from fastnce import backends, waiting
+from fastnce.backends import build, build_cuda, native
 
 OPS = (
     "info_nce",

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import fastnce
-from fastnce import backends, native
+from fastnce import backends
+from fastnce.backends import native
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FUSED = ["info_nce", "patch_nce", "conditional_contrastive", "sample_patches"]

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastnce import build, build_cuda, cli, doctor, native, waiting
+from fastnce import cli, doctor, waiting
+from fastnce.backends import build, build_cuda, native
 from fastnce.cli import tools
 from fastnce.errors import UserError
 from fastnce.training.checkpoint import load_checkpoint

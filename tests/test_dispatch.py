@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import fastnce
-from fastnce import backends, dispatch
-from fastnce.dispatch import Point
+from fastnce import backends
+from fastnce.backends import dispatch
+from fastnce.backends.dispatch import Point
 
 
 class Able:
@@ -111,7 +112,7 @@ def test_a_name_overrides_the_table(table):
 def test_a_name_in_the_table_that_is_no_backend(table, monkeypatch):
     points = (Point("float32", (1, 2, 3), {"qick": 1.0}),)
     monkeypatch.setattr(dispatch, "MEASURED", {"sm_90": {"patch_nce": points}})
-    with pytest.raises(ValueError, match="fastnce.dispatch: backend='qick' is unknown"):
+    with pytest.raises(ValueError, match="fastnce.backends.dispatch: backend='qick' is unknown"):
         chosen(1, 2, 3)
 
 

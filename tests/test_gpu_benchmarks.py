@@ -25,7 +25,7 @@ from benchmarks import (  # noqa: E402
     targets,
 )
 from benchmarks.__main__ import main  # noqa: E402
-from fastnce import dispatch  # noqa: E402
+from fastnce.backends import dispatch  # noqa: E402
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

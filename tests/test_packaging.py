@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastnce import build, build_cuda, native
+from fastnce.backends import build, build_cuda, native
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = (
@@ -116,7 +116,7 @@ def test_the_pure_package_works_and_says_what_is_missing(checkout, tmp_path):
     with zipfile.ZipFile(only_wheel(tmp_path)) as archive:
         archive.extractall(tmp_path / "site")
     script = (
-        "import torch, fastnce; from fastnce import native; print(fastnce.__file__); print(native.available()); "
+        "import torch, fastnce; from fastnce.backends import native; print(fastnce.__file__); print(native.available()); "
         "print(fastnce.info_nce(torch.eye(3), torch.eye(3)).item() > 0)"
     )
     environment = environment_with(

@@ -33,7 +33,7 @@ def conditional_contrastive_forward(
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Losses (N,), lse (2, N) = [log den, log num] and, if ``grad_scale`` is given, the gradients, as in InfoNCE.
 
-    Arguments and results: :meth:`fastnce.operators.Operators.conditional_contrastive_forward`.
+    Arguments and results: :meth:`fastnce.backends.operators.Operators.conditional_contrastive_forward`.
     """
     packed = pack_pairs(embeddings, proxies, True)
     columns = Columns(packed[0], TWO_C.value, labels=labels.contiguous())

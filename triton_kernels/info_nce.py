@@ -107,7 +107,7 @@ def info_nce_forward(
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Losses, log-sum-exp and, if ``grad_scale`` is given, the gradients of ``grad_scale * losses.sum()``.
 
-    Arguments and results: :meth:`fastnce.operators.Operators.info_nce_forward`; ``similarity_dtype``: :func:`fastnce.info_nce`.
+    Arguments and results: :meth:`fastnce.backends.operators.Operators.info_nce_forward`; ``similarity_dtype``: :func:`fastnce.info_nce`.
     """
     options = {"normalize": normalize, "symmetric": symmetric, "in_batch": in_batch}
     options |= {"self_logit": self_logit, "similarity_dtype": similarity_dtype}

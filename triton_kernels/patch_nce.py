@@ -30,7 +30,7 @@ def patch_nce_forward(
 ) -> tuple[Tensor, Gradients, Gradients, Tensor | None]:
     """InfoNCE of several layers in one call: ``sum_l loss_scales[l] * losses_l.sum()`` and its gradients.
 
-    Arguments and results: :meth:`fastnce.operators.Operators.patch_nce_forward`.
+    Arguments and results: :meth:`fastnce.backends.operators.Operators.patch_nce_forward`.
     """
     depths: dict[int, list[int]] = {}
     for layer, query in enumerate(queries):

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <string>
 
-#include "../common/huge_pages.h"
-#include "../common/maps.h"
+#include "huge_pages.h"
+#include "maps.h"
 
 namespace fastnce {
 namespace {

@@ -6,9 +6,9 @@
 #include <cmath>
 #include <vector>
 
-#include "../common/logit_blocks.h"
-#include "../common/op_arguments.h"
-#include "../common/unit_rows.h"
+#include "logit_blocks.h"
+#include "op_arguments.h"
+#include "unit_rows.h"
 
 namespace fastnce::conditional_contrastive {
 

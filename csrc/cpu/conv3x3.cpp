@@ -10,8 +10,8 @@
 #include <cstring>
 #include <tuple>
 
-#include "../common/huge_pages.h"
-#include "../common/maps.h"
+#include "huge_pages.h"
+#include "maps.h"
 
 namespace fastnce {
 namespace {

@@ -1,9 +1,9 @@
 // Fills the tables of loops over feature maps for the instruction set of the including file.
 #pragma once
 
-#include "../common/normalization.h"
-#include "../common/resampling.h"
-#include "../common/winograd.h"
+#include "normalization.h"
+#include "resampling.h"
+#include "winograd.h"
 
 namespace fastnce::FASTNCE_ISA {
 

@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "../common/op_arguments.h"
 #include "info_nce_schemes.h"
+#include "op_arguments.h"
 
 namespace fastnce::info_nce {
 

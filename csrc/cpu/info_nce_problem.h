@@ -14,8 +14,8 @@
 #include <optional>
 #include <vector>
 
-#include "../common/logit_blocks.h"
-#include "../common/unit_rows.h"
+#include "logit_blocks.h"
+#include "unit_rows.h"
 
 namespace fastnce {
 

@@ -5,8 +5,8 @@
 #include <cmath>
 #include <tuple>
 
-#include "../common/huge_pages.h"
-#include "../common/maps.h"
+#include "huge_pages.h"
+#include "maps.h"
 
 namespace fastnce {
 namespace {

@@ -5,8 +5,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../common/image_kernels.h"
-#include "../common/tile_kernels.h"
+#include "image_kernels.h"
+#include "tile_kernels.h"
 
 namespace fastnce {
 

@@ -12,9 +12,9 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/logit_blocks.h"
-#include "../common/op_arguments.h"
-#include "../common/unit_rows.h"
+#include "logit_blocks.h"
+#include "op_arguments.h"
+#include "unit_rows.h"
 
 namespace fastnce::labelled_lse {
 namespace {

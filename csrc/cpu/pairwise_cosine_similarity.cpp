@@ -13,10 +13,10 @@
 #include <utility>
 #include <vector>
 
-#include "../common/huge_pages.h"
-#include "../common/matrix_blocks.h"
-#include "../common/op_arguments.h"
-#include "../common/unit_rows.h"
+#include "huge_pages.h"
+#include "matrix_blocks.h"
+#include "op_arguments.h"
+#include "unit_rows.h"
 
 namespace fastnce {
 namespace {

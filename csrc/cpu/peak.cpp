@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "../common/tile_kernels.h"
+#include "tile_kernels.h"
 
 namespace fastnce {
 namespace {

@@ -8,9 +8,9 @@
 #include <utility>
 #include <vector>
 
-#include "../common/huge_pages.h"
-#include "../common/unit_rows.h"
+#include "huge_pages.h"
 #include "sample_patches_scatter.h"
+#include "unit_rows.h"
 
 namespace fastnce::sample_patches {
 namespace {

@@ -6,8 +6,8 @@
 #include <utility>
 #include <vector>
 
-#include "../common/op_arguments.h"
-#include "../common/parallel.h"
+#include "op_arguments.h"
+#include "parallel.h"
 
 namespace fastnce::sample_patches {
 

@@ -9,8 +9,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "../common/unit_rows.h"
 #include "sample_patches_layers.h"
+#include "unit_rows.h"
 
 namespace fastnce::sample_patches {
 

@@ -16,8 +16,8 @@
 #include <limits>
 #include <vector>
 
-#include "../common/logit_blocks.h"
-#include "../common/unit_rows.h"
+#include "logit_blocks.h"
+#include "unit_rows.h"
 
 namespace fastnce {
 

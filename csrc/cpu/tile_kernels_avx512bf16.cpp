@@ -1,8 +1,8 @@
 #define FASTNCE_ISA avx512bf16
 #define FASTNCE_VECTOR_BYTES 64
-#include "../common/products.h"
+#include "products.h"
 // After the products, whose multiply_add it uses.
-#include "../common/pair_blocks.h"
+#include "pair_blocks.h"
 
 namespace fastnce::avx512bf16 {
 

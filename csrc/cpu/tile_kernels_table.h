@@ -1,11 +1,11 @@
 // Fills the table of inner loops for the instruction set that the including file is compiled for.
 #pragma once
 
-#include "../common/epilogues.h"
-#include "../common/peak.h"
-#include "../common/products.h"
-#include "../common/rows.h"
-#include "../common/tile_kernels.h"
+#include "epilogues.h"
+#include "peak.h"
+#include "products.h"
+#include "rows.h"
+#include "tile_kernels.h"
 
 namespace fastnce::FASTNCE_ISA {
 

@@ -21,7 +21,7 @@ def doctor(args: list[str]) -> int:
 
 def build(args: list[str]) -> int:
     """Compile the native library and, where there is a GPU or with FASTNCE_CUDA=1, the CUDA library."""
-    from fastnce import build as native
+    from fastnce.backends import build as native
 
     no_arguments("build", build.__doc__, args)
     try:
@@ -34,7 +34,7 @@ def build(args: list[str]) -> int:
 
 def _build_cuda() -> Path | str:
     """The library, or why there is none: without a compiler that is no error, unless it was asked for."""
-    from fastnce import build_cuda
+    from fastnce.backends import build_cuda
 
     reason = build_cuda.wanted()
     if reason == "ok":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastnce import native_maps
+from fastnce.backends import native_maps
 from fastnce.ops import maps
 from fastnce.reference.blur_resample import blur_resample as reference_blur_resample
 

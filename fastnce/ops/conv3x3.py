@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastnce import native_maps
+from fastnce.backends import native_maps
 from fastnce.ops import _common, maps
 from fastnce.reference.conv3x3 import conv3x3 as reference_conv3x3
 

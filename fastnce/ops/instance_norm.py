@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastnce import native_maps
+from fastnce.backends import native_maps
 from fastnce.ops import _common, maps
 from fastnce.reference.instance_norm import instance_norm as reference_instance_norm
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastnce import backends, native_maps
+from fastnce import backends
+from fastnce.backends import native_maps
 
 
 def has_kernels(x: Tensor, channels: Sequence[int]) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from emulated import FLAGS, HERE, SOURCES
 
-from fastnce import build, build_cuda
+from fastnce.backends import build, build_cuda
 
 
 def _there_is(compiler: Callable[[], list[str]]) -> None:

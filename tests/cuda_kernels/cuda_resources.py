@@ -21,7 +21,7 @@ from pathlib import Path
 
 import filelock  # torch brings it along
 
-from fastnce import build, build_cuda
+from fastnce.backends import build, build_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -110,7 +110,7 @@ def included(file: Path) -> set[Path]:
 
 
 def compile_one(file: Path, target: str) -> Compiled:
-    """Raises :class:`fastnce.build.BuildError` with the compiler's message."""
+    """Raises :class:`fastnce.backends.build.BuildError` with the compiler's message."""
     with tempfile.TemporaryDirectory(prefix="fastnce-cubin-") as folder:
         cubin = Path(folder) / f"{file.stem}.cubin"
         command = [*build_cuda.nvcc(), *build_cuda.FLAGS, *build_cuda.nvcc_flags(), "-cubin"]

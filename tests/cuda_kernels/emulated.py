@@ -1,6 +1,6 @@
 """The CUDA backend's library for the host, by the emulator beside this file: ``python -m tests.cuda_kernels.emulated [FILE]``.
 
-With ``FASTNCE_CUDA_EMULATED`` naming the file, fastnce runs the CUDA kernels on CPU tensors (see :mod:`fastnce.cuda`).
+With ``FASTNCE_CUDA_EMULATED`` naming the file, fastnce runs the CUDA kernels on CPU tensors (see :mod:`fastnce.backends.cuda`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from fastnce import build, build_cuda
+from fastnce.backends import build, build_cuda
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

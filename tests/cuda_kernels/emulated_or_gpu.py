@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from fastnce import cuda
+from fastnce.backends import cuda
 
 if cuda.available() != "ok":
     pytest.skip(cuda.available(), allow_module_level=True)

@@ -16,7 +16,7 @@ import torch
 from emulated import FLAGS, FOLDER, HERE, SOURCES, build_emulated
 from torch import Tensor
 
-from fastnce import build
+from fastnce.backends import build
 
 QUEUE, IN_BATCH, SUP_CON, TWO_C = range(4)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -5,7 +5,8 @@ import types
 import pytest
 import torch
 
-from fastnce import backends, build, build_cuda, cuda
+from fastnce import backends
+from fastnce.backends import build, build_cuda, cuda
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from cuda_resources import (
     reports_of,
 )
 
-from fastnce import build, build_cuda
+from fastnce.backends import build, build_cuda
 
 # What must stand in every kernel of the files of this name: matrix instructions, and TMA's loads.
 EXPECTED = {

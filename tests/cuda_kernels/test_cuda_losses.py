@@ -18,7 +18,8 @@ from loss_forms import (
 )
 from torch import Tensor
 
-from fastnce import cuda, reference
+from fastnce import reference
+from fastnce.backends import cuda
 from fastnce.testing import Sample, assert_close_to_truth
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")

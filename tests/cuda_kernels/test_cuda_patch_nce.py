@@ -6,7 +6,8 @@ from emulated_or_gpu import DEVICE
 from loss_forms import check_the_constant_of_patch_nce
 from torch import Tensor
 
-from fastnce import cuda, reference
+from fastnce import reference
+from fastnce.backends import cuda
 from fastnce.testing import Sample, assert_close_to_truth, rows
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")

@@ -5,7 +5,8 @@ import torch
 from emulated_or_gpu import DEVICE
 from torch import Tensor
 
-from fastnce import cuda, reference
+from fastnce import reference
+from fastnce.backends import cuda
 from fastnce.testing import rows
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")

@@ -2,7 +2,8 @@
 
 import torch
 
-from fastnce import native, reference
+from fastnce import reference
+from fastnce.backends import native
 
 IN_BATCH = {"normalize": True, "symmetric": False, "in_batch": True, "self_logit": None}
 SYMMETRIC = {**IN_BATCH, "symmetric": True}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastnce
-from fastnce import native, native_maps
+from fastnce.backends import native, native_maps
 from fastnce.ops import maps
 from fastnce.ops.blur_resample import blur_kernel, blur_resample
 from fastnce.ops.conv3x3 import conv3x3

@@ -15,7 +15,7 @@ from native_calls import (
     reference_results,
 )
 
-from fastnce import native
+from fastnce.backends import native
 from fastnce.testing import SAMPLE_INPUTS, assert_close_to_truth
 
 pytestmark = pytest.mark.skipif(native.available() != "ok", reason=native.available())

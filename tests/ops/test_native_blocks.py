@@ -5,7 +5,8 @@ import torch
 from loss_forms import check_form, check_the_constant_of_patch_nce
 from native_calls import BLOCKS, IN_BATCH, SYMMETRIC, deviations, kernel_results, reference_results
 
-from fastnce import native, reference
+from fastnce import reference
+from fastnce.backends import native
 
 pytestmark = pytest.mark.skipif(native.available() != "ok", reason=native.available())
 

@@ -11,7 +11,8 @@ import torch
 from native_calls import available_levels
 from torch import Tensor
 
-from fastnce import backends, native, reference
+from fastnce import backends, reference
+from fastnce.backends import native
 from fastnce.ops.instance_norm import instance_norm
 from fastnce.testing import SAMPLE_INPUTS, Sample, rows, run
 

@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnce
-from fastnce import backends, native
+from fastnce import backends
+from fastnce.backends import native
 from fastnce.ops.blur_resample import blur_kernel, blur_resample
 from fastnce.ops.conv3x3 import conv3x3
 from fastnce.ops.instance_norm import instance_norm

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fastnce
-from fastnce import native
+from fastnce.backends import native
 from fastnce.ops.blur_resample import blur_kernel, blur_resample
 from fastnce.ops.conv3x3 import conv3x3
 from fastnce.ops.instance_norm import instance_norm

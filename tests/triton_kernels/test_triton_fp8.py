@@ -10,7 +10,8 @@ pytest.importorskip("triton")
 import calls
 
 from benchmarks.launches import SHARED_MEMORY, Launch, compiled
-from fastnce import reference, triton_kernels, triton_ops
+from fastnce import reference, triton_kernels
+from fastnce.backends import triton as triton_ops
 from fastnce.testing import Sample, assert_close_to_truth, rows
 from fastnce.triton_kernels import config, launch
 from fastnce.triton_kernels.rows import pack

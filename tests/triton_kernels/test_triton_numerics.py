@@ -17,7 +17,8 @@ from loss_forms import (
     labelled,
 )
 
-from fastnce import backends, triton_ops
+from fastnce import backends
+from fastnce.backends import triton as triton_ops
 
 if triton_ops.available() != "ok":
     pytest.skip(triton_ops.available(), allow_module_level=True)

@@ -15,8 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastnce import fakes, operators
-from fastnce.triton_schemas import SCHEMAS
+from fastnce.backends import fakes, operators
+from fastnce.backends.triton_schemas import SCHEMAS
 
 Gradients = operators.Gradients
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from fastnce import build, build_cuda, fakes
-from fastnce.operators import Operators
+from fastnce.backends import build, build_cuda, fakes
+from fastnce.backends.operators import Operators
 
 # The operators that each op runs. Those without a kernel in the library are not claimed.
 _OPERATORS = {

@@ -6,7 +6,7 @@ The ``torch`` backend is :mod:`fastnce.reference`: differentiable PyTorch that e
 
 Asked for by name (``backend=``, :func:`use_backend`, ``FASTNCE_BACKEND``), a backend runs or raises with its reason.
 Chosen automatically, the first of the table that can run the op does; on a GPU on which backends were measured
-(:mod:`fastnce.dispatch`), the quickest of these.
+(:mod:`fastnce.backends.dispatch`), the quickest of these.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from types import ModuleType
 
 import torch
 
-from fastnce import cuda, dispatch, native, reference, triton_ops
+from fastnce import reference
+from fastnce.backends import cuda, dispatch, native
+from fastnce.backends import triton as triton_ops
 
 _log = logging.getLogger("fastnce")
 
@@ -123,7 +125,7 @@ def select(op: str, tensor: torch.Tensor, backend: str | None = None) -> ModuleT
     reasons: list[str] = []
     measured = dispatch.quickest(op, tensor)
     for name in dict.fromkeys((*measured, *_TABLE)) if measured else _TABLE:
-        module = _module(name, "fastnce.dispatch: backend")
+        module = _module(name, "fastnce.backends.dispatch: backend")
         reason = module.supports(op, device, dtype)
         if reason == "ok" and name not in measured:
             reason = _ONLY_BY_NAME.get((name, device), "ok")

@@ -1,4 +1,4 @@
-"""Compiling the native library, and what :mod:`fastnce.build_cuda` does the same way. One code path for ``setup.py`` and ``fastnce build``.
+"""Compiling the native library, and what :mod:`fastnce.backends.build_cuda` does the same way. One code path for ``setup.py`` and ``fastnce build``.
 
 ``setup.py`` loads this file by its path, where torch, and so the package, may not be importable: nothing but the standard
 library is imported at the top.
@@ -29,7 +29,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclasses.dataclass(frozen=True)

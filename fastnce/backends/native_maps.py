@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastnce import fakes, native
+from fastnce.backends import fakes, native
 
 # Channels of a map are a multiple of this.
 CHANNEL_STEP = 16

@@ -1,6 +1,6 @@
 """Compiling the CUDA library, ``csrc/cuda``, with nvcc. Neither a GPU nor a torch for CUDA is needed.
 
-Like :mod:`fastnce.build`, this file is loaded by ``setup.py`` where the package may not be importable.
+Like :mod:`fastnce.backends.build`, this file is loaded by ``setup.py`` where the package may not be importable.
 
 Environment:
     FASTNCE_CUDA: 1 builds the library, 0 does not; without either it is built where there is a GPU.
@@ -47,7 +47,7 @@ def wanted() -> str:
 def build(
     output: Path | None = None, *, sources: Path | None = None, verbose: bool = False
 ) -> Path:
-    """Compiles the CUDA library, unless it is there already and current. Arguments and errors as :func:`fastnce.build.build`."""
+    """Compiles the CUDA library, unless it is there already and current. Arguments and errors as :func:`fastnce.backends.build.build`."""
     sources = sources or native.source_folder()
     if sources is None:
         raise BuildError(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from fastnce import build, fakes
-from fastnce.operators import Operators
+from fastnce.backends import build, fakes
+from fastnce.backends.operators import Operators
 
 _OPS = (
     "info_nce",
