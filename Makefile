@@ -1,4 +1,4 @@
-# make demo | make demo-contragan | make test | make test-kernels | make triton-sweep | make sanitize | make lint | make bench | make gpu-report PYTHON=python3 OUT=dir | make clean
+# make demo | make demo-contragan | make test | make test-kernels | make faults | make triton-sweep | make sanitize | make lint | make bench | make gpu-report PYTHON=python3 OUT=dir | make clean
 PYTHON ?= python3
 OUT ?= out/gpu-report
 VENV := .venv
@@ -48,7 +48,7 @@ ifndef OMP_WAIT_POLICY
 export GOMP_SPINCOUNT ?= 1000
 endif
 
-.PHONY: demo demo-contragan test test-kernels triton-sweep sanitize lint format bench gpu-report install native clean
+.PHONY: demo demo-contragan test test-kernels faults triton-sweep sanitize lint format bench gpu-report install native clean
 
 demo: install
 	@$(FASTNCE) doctor
@@ -82,6 +82,10 @@ test-kernels: install
 	$(TESTS_ENVIRONMENT) FASTNCE_CUDA_EMULATED=$(EMULATED) $(PYTEST) tests/cuda_kernels tests/ops/test_every_op.py tests/ops/test_registered_ops.py -k cuda
 	$(TESTS_ENVIRONMENT) $(PYTEST) tests/triton_kernels
 	$(TESTS_ENVIRONMENT) TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_every_op.py tests/ops/test_labelled_lse.py tests/triton_kernels -k "$(INTERPRETED_TESTS)" -W ignore::RuntimeWarning
+
+# Mistakes made on purpose, and which test sees each: hours. Stopped, it goes on where it was.
+faults: install
+	$(PY) -m tests.faults
 
 # Every Triton kernel for all depths, dtypes and targets. Stopped, it goes on where it was.
 triton-sweep: install
