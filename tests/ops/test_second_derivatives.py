@@ -42,6 +42,13 @@ def ways(op: Callable[[Tensor], Tensor], start: Tensor) -> dict[str, Callable[[]
         (loss(w) + slope(w).square().sum()).backward(inputs=[w])
         return w.grad
 
+    def plain():
+        """Nothing stands behind the op, so that the gradient that arrives requires none itself."""
+        w = leaf()
+        out = op(w.sin()).sum()
+        (grad,) = torch.autograd.grad(out, w, create_graph=True)
+        return torch.autograd.grad(out + grad.square().sum(), w)[0]
+
     def upstream():
         w = leaf()
         out = op(w.sin())
@@ -53,11 +60,12 @@ def ways(op: Callable[[Tensor], Tensor], start: Tensor) -> dict[str, Callable[[]
         "hessian": lambda: torch.autograd.functional.hessian(loss, start),
         "named": named,
         "backward to": backward_to,
+        "plain": plain,
         "upstream": upstream,
     }
 
 
-each_way = pytest.mark.parametrize("way", ["hessian", "named", "backward to", "upstream"])
+each_way = pytest.mark.parametrize("way", ["hessian", "named", "backward to", "plain", "upstream"])
 
 
 def pair_of(x: Tensor) -> tuple[Tensor, Tensor]:
