@@ -98,7 +98,7 @@ class platform_wheel(bdist_wheel):
         return tag if self.root_is_pure else ("py3", "none", tag[2])
 
 
-CSRC = ["fastnce.csrc", "fastnce.csrc.common", "fastnce.csrc.cpu", "fastnce.csrc.cuda"]
+CSRC = ["fastnce.csrc", "fastnce.csrc.cpu", "fastnce.csrc.cuda"]
 SOURCES = ["*.cpp", "*.h", "*.cu", "*.cuh"]
 
 setup(

@@ -4,6 +4,8 @@ It stands in for the compiled one where that is not built, so that the autograd 
 tested, and it is what the tests break on purpose to show that a wrong kernel is noticed.
 """
 
+import functools
+
 import torch
 
 from fastnce import reference
@@ -62,16 +64,29 @@ def info_nce_backward(grad_loss, query, key, negatives, temperature, lse, *, nee
         return _gradients(reference.info_nce(*inputs, **options), grad_loss, inputs, needs)
 
 
+info_nce_fp8_forward = functools.partial(info_nce_forward, similarity_dtype=torch.float8_e4m3fn)
+info_nce_fp8_backward = functools.partial(info_nce_backward, similarity_dtype=torch.float8_e4m3fn)
+
+
 def patch_nce_forward(
-    queries, keys, temperature, *, self_logit, loss_scales, grad_scales, mean_of=(0, 0), needs
+    queries,
+    keys,
+    temperature,
+    *,
+    self_logit,
+    loss_scales,
+    grad_scales,
+    loss_layers=0,
+    grad_layers=0,
+    needs,
 ):
     options = {"normalize": True, "symmetric": False, "in_batch": True, "self_logit": self_logit}
     need_queries, need_keys, need_temperature = needs
     loss, grad_temperature, grads = 0.0, 0.0, []
     for layer, (query, key) in enumerate(zip(queries, keys, strict=True)):
-        counts = [query.shape[:-1].numel() * layers if layers else 1 for layers in mean_of]
+        counts = [query.shape[:-1].numel() * layers if layers else 1 for layers in (loss_layers, grad_layers)]
         loss_scale = loss_scales[layer] / counts[0]
-        scale = None if grad_scales is None else grad_scales[layer] / counts[1]
+        scale = None if not grad_scales else grad_scales[layer] / counts[1]
         needed = (need_queries[layer], need_keys[layer], False, need_temperature)
         losses, _, found = info_nce_forward(
             query, key, None, temperature, **options, grad_scale=scale, needs=needed
@@ -81,7 +96,7 @@ def patch_nce_forward(
         if found[3] is not None:
             grad_temperature = grad_temperature + found[3] * (loss_scale / scale)
     grad_temperature = grad_temperature if need_temperature and grad_scales else None
-    return loss, [found[0] for found in grads], [found[1] for found in grads], grad_temperature
+    return loss, ([found[0] for found in grads], [found[1] for found in grads], grad_temperature)
 
 
 def conditional_contrastive_forward(

@@ -29,11 +29,12 @@ def conditional_contrastive_forward(
     temperature: float | Tensor,
     *,
     grad_scale: float | None,
+    mean: bool = False,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Losses (N,), lse (2, N) = [log den, log num] and, if ``grad_scale`` is given, the gradients, as in InfoNCE.
 
-    Arguments and results: :meth:`fastnce.backends.operators.Operators.conditional_contrastive_forward`.
+    Arguments and results: those of the operator, see ``fastnce/ops/conditional_contrastive.py``.
     """
     packed = pack_pairs(embeddings, proxies, True)
     columns = Columns(packed[0], TWO_C.value, labels=labels.contiguous())
@@ -62,8 +63,9 @@ def conditional_contrastive_forward(
     grads: Gradients = (None,) * 3
     if grad_scale is not None:
         weight = torch.ones_like(loss)
+        scale = grad_scale / len(embeddings) if mean else grad_scale
         grads = _gradients(
-            packed, columns, temperature, lse, weight, grad_scale, needs, embeddings.dtype
+            packed, columns, temperature, lse, weight, scale, needs, embeddings.dtype
         )
     return loss, lse, grads
 

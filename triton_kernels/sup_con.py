@@ -34,7 +34,7 @@ def sup_con_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """Losses, has_positive and lse, all (N,), and, if ``grad_scale`` is given, the gradients, as in InfoNCE.
 
-    Arguments and results: :meth:`fastnce.backends.operators.Operators.sup_con_forward`.
+    Arguments and results: those of the operator, see ``fastnce/ops/sup_con.py``.
     """
     rows, columns, parts = _sums(features, labels, temperature)
     loss, lse, positives = _losses(parts)

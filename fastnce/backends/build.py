@@ -42,7 +42,7 @@ class Library:
 
 
 LIBRARY = "libfastnce_cpu.so"
-NATIVE = Library(LIBRARY, ("common/*", "cpu/*", "ops.cpp"), "FASTNCE_LIBRARY")
+NATIVE = Library(LIBRARY, ("cpu/*", "ops.cpp"), "FASTNCE_LIBRARY")
 
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10
 _STAMP = b"fastnce-build:"

@@ -24,7 +24,7 @@ from pathlib import Path
 from . import build as native
 from .build import BuildError
 
-LIBRARY = native.Library("libfastnce_cuda.so", ("common/schemas.h", "cuda/*"))
+LIBRARY = native.Library("libfastnce_cuda.so", ("cuda/*",))
 # Ampere, whose code runs on Ada too; Hopper with its own instructions; Blackwell.
 TARGETS = ("80", "90a", "100")
 # Files that only one target can compile: always compiled, for their launchers are linked in whatever GPU is asked for.

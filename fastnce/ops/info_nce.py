@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from fastnce import backends, reference
+from fastnce import backends
 from fastnce.ops import _checks, _common
+from fastnce.reference.normalize import (
+    accumulation_dtype,
+    normalize_rows,
+    over_temperature,
+    rounded_unit_rows,
+)
+from fastnce.registry import Make, Op, Operator, Sample, declare
 
 
 def info_nce(
@@ -108,7 +115,7 @@ def info_nce(
         symmetric=bool(symmetric),
         in_batch=in_batch,
         self_logit=None,
-        **({} if similarity_dtype is None else {"similarity_dtype": similarity_dtype}),
+        similarity_dtype=similarity_dtype,
         reduction=reduction,
         backend=backend,
     )
@@ -164,82 +171,154 @@ def info_nce_reduced(
 ) -> Tensor:
     """The losses (B, N), their sum or mean; inputs validated, (B, N, D).
 
-    ``options`` are those of :func:`fastnce.reference.info_nce`.
+    ``options`` are those of :func:`plain`.
     """
-    rounded = options.get("similarity_dtype") is not None
-    kernels = backends.select(f"{op}_fp8" if rounded else op, query, backend)
+    dtype = options.pop("similarity_dtype", None)
+    name = op if dtype is None else f"{op}_fp8"
+    kernels = backends.select(name, query, backend)
+    rows = (query, key, negatives)
     with _common.no_autocast(query):
-        if kernels is reference:
-            losses = reference.info_nce(query, key, negatives, temperature, **options)
-            if reduction == "none":
-                return losses
-            return losses.sum() * _common.row_weight(losses.numel(), reduction)
-        _checks.expect_fusable(op, query)
-        grad_now = reduction != "none" and _common.wants_grad(query, key, negatives, temperature)
-        loss, _ = InfoNCEFunction.apply(
-            *_common.distinct((query, key, negatives)),
-            temperature,
-            kernels,
-            reduction,
-            grad_now,
-            options,
-        )
-        return loss
+        if kernels is not backends.reference:
+            name = "info_nce" if dtype is None else "info_nce_fp8"
+            return _common.row_loss(name, kernels, rows, None, temperature, reduction, **options)
+        losses = plain(*rows, temperature, **options, similarity_dtype=dtype)
+        if reduction == "none":
+            return losses
+        return losses.sum() * _common.row_weight(losses.numel(), reduction)
 
 
-class InfoNCEFunction(torch.autograd.Function):
-    """Autograd of :func:`info_nce` over the kernels of any fused backend.
+def plain(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None,
+    temperature: float | Tensor,
+    *,
+    normalize: bool,
+    symmetric: bool,
+    in_batch: bool,
+    self_logit: float | None,
+    similarity_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``loss_i = log sum_j exp(s_ij / t) - s_ip / t``, one per query.
 
-    A reduced loss gives every row the same, known weight, so the kernels return loss and gradients together and the backward
-    only scales them. Unreduced, the backward recomputes the similarities from the saved log-sum-exp.
+    With ``similarity_dtype=torch.float8_e4m3fn`` every s, the positive's too, is the product of rows that
+    :func:`~fastnce.reference.normalize.rounded_unit_rows` has rounded. Gradients take no notice of the rounding: they are
+    ``sum_j G_ij k_j`` over the rows as they were, with the coefficients G of the rounded similarities.
+
+    Args:
+        query: (B, N, D).
+        key: (B, N, D); row i is the positive of query i.
+        negatives: None, (M, D) shared by all queries, or (B, N, M, D) each query's own.
+        temperature: t, a float or a 0-d tensor.
+        normalize: s is the cosine instead of the dot product.
+        symmetric: the mean of this loss and the one with query and key exchanged.
+        in_batch: the other keys of the same batch element are negatives too.
+        self_logit: a further constant s in every row's sum.
+        similarity_dtype: None, or torch.float8_e4m3fn for normalised rows without negatives of each query's own.
+
+    Returns:
+        (B, N), fp32 (fp64 for fp64 inputs).
     """
+    dtype = accumulation_dtype(query.dtype)
+    query, key = query.to(dtype), key.to(dtype)
+    negatives = None if negatives is None else negatives.to(dtype)
+    rows = (query, key, negatives)
+    if normalize:
+        query, key, negatives = (x if x is None else normalize_rows(x) for x in rows)
+    columns = _similarities(query, key, negatives, in_batch)
+    if similarity_dtype is not None:
+        rounded = (x if x is None else rounded_unit_rows(x) for x in rows)
+        values = _similarities(*rounded, in_batch)
+        columns = [s + (v - s).detach() for s, v in zip(columns, values, strict=True)]
+    if self_logit is not None:
+        columns.append(torch.full_like(columns[0][..., :1], self_logit))
 
-    @staticmethod
-    def forward(
-        ctx,
-        query: Tensor,
-        key: Tensor,
-        negatives: Tensor | None,
-        temperature: float | Tensor,
-        kernels: ModuleType,
-        reduction: str,
-        grad_now: bool,
-        options: dict,
-    ) -> tuple[Tensor, Tensor | None]:
-        needs = ctx.needs_input_grad[:4]
-        kernel_mean = _common.kernel_mean(reduction, query.dtype)
-        losses, lse, grads = kernels.info_nce_forward(
-            query,
-            key,
-            negatives,
-            temperature,
-            **options,
-            grad_scale=1.0 if grad_now else None,
-            mean=kernel_mean,
-            needs=needs,
-        )
-        ctx.reduced = reduction != "none"
-        if ctx.reduced:
-            weight = _common.row_weight(losses.numel(), reduction)
-            ctx.factor = 1.0 if kernel_mean else weight
-            handle = _common.handle(ctx, query, grad_now)
-            ctx.save_for_backward(handle, *grads)
-            return losses.sum() * weight, handle
-        ctx.kernels, ctx.options, ctx.needs = kernels, options, needs
-        ctx.temperature = None if isinstance(temperature, Tensor) else temperature
-        saved = temperature if ctx.temperature is None else None
-        ctx.save_for_backward(query, key, negatives, lse, saved)
-        return losses, None
+    logits = over_temperature(torch.cat(columns, dim=-1), temperature)
+    positive = logits[..., 0]
+    if in_batch:  # of the square part alone: torch.export cannot tell the shorter side of the whole
+        positive = logits[..., : query.shape[-2]].diagonal(dim1=-2, dim2=-1)
+    lse = logits.logsumexp(dim=-1)
+    if symmetric:
+        lse = 0.5 * (lse + logits.logsumexp(dim=-2))
+    return lse - positive
 
-    @staticmethod
-    @_common.first_derivative_only
-    def backward(ctx, saved: tuple[Tensor | None, ...], grad_loss: Tensor, _: object):
-        nothing = (None,) * 4
-        if ctx.reduced:
-            return *_common.scaled(saved[1:], grad_loss, ctx.factor), *nothing
-        query, key, negatives, lse, temperature = saved
-        temperature = ctx.temperature if temperature is None else temperature
-        grads = ctx.kernels.info_nce_backward(
-            grad_loss, query, key, negatives, temperature, lse, **ctx.options, needs=ctx.needs
-        )
-        return *grads, *nothing
+
+def _similarities(
+    query: Tensor, key: Tensor, negatives: Tensor | None, in_batch: bool
+) -> list[Tensor]:
+    """Products of each query with the keys, (B, N, N) or with its own alone (B, N, 1), and with negatives (B, N, M)."""
+    columns = [query @ key.mT if in_batch else (query * key).sum(dim=-1, keepdim=True)]
+    if negatives is not None and negatives.dim() == 2:
+        columns.append(query @ negatives.T)
+    elif negatives is not None:
+        columns.append((negatives @ query.unsqueeze(-1)).squeeze(-1))
+    return columns
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    query = make(33, 20)
+    pair = {"query": query, "positive_key": make.similar(query)}
+    tau = torch.tensor(0.1, requires_grad=True)
+    yield Sample("in_batch", pair)
+    yield Sample("symmetric", {**pair, "symmetric": True, "temperature": tau})
+    yield Sample("none", {**pair, "reduction": "none", "temperature": tau})
+    yield Sample("symmetric_none", {**pair, "symmetric": True, "reduction": "none"})
+    queue = {**pair, "negative_keys": make(70, 20)}
+    yield Sample("queue", {**queue, "temperature": tau})
+    yield Sample("queue_none", {**queue, "reduction": "none"})
+    yield Sample("queue_in_batch", {**queue, "in_batch_negatives": True, "reduction": "sum"})
+    own = {**pair, "negative_keys": make(33, 9, 20)}
+    yield Sample("own", {**own, "reduction": "none", "temperature": tau})
+    yield Sample("own_in_batch", {**own, "in_batch_negatives": True, "temperature": tau})
+    small = make(8, 6)
+    dot = {"query": small, "positive_key": make.similar(small), "normalize": False}
+    yield Sample("dot", {**dot, "temperature": torch.tensor(1.5, requires_grad=True)})
+    yield Sample("dot_symmetric", {**dot, "symmetric": True, "temperature": 1.5})
+    query = make(3, 17, 24)
+    batched = {"query": query, "positive_key": make.similar(query)}
+    yield Sample("batched", {**batched, "temperature": tau})
+    yield Sample("batched_symmetric", {**batched, "symmetric": True, "reduction": "none"})
+    yield Sample("batched_queue", {**batched, "negative_keys": make(40, 24)})
+    yield Sample("batched_own", {**batched, "negative_keys": make(3, 17, 5, 24)})
+
+
+def _losses(query: Tensor, symmetric: bool, **_: object) -> tuple[Tensor, Tensor]:
+    rows, dtype = tuple(query.shape[:2]), accumulation_dtype(query.dtype)
+    lse = query.new_empty((2, *rows) if symmetric else rows, dtype=dtype)
+    return query.new_empty(rows, dtype=dtype), lse
+
+
+def _operators(name: str) -> tuple[Operator, Operator]:
+    """Of queries and keys (B, N, D), and negatives None, (M, D) shared or (B, N, M, D) each query's own.
+
+    Row (b, i) has the logits of query i with key j for all j (``in_batch``) or with key i alone, with its negatives, and the constant
+    ``self_logit``, all divided by the temperature; rows are L2-normalised first if ``normalize``. The results are loss (B, N), with
+    ``symmetric`` the mean with the loss of the columns, and lse (B, N) of the rows, or (2, B, N) of rows and columns.
+    """
+    inputs = (
+        "Tensor query, Tensor key, Tensor? negatives, Tensor? temperature_tensor, float temperature"
+    )
+    options = (
+        "bool normalize, bool symmetric, bool in_batch, float? self_logit, bool bfloat16_products"
+    )
+    needs = "bool need_query, bool need_key, bool need_negatives, bool need_temperature"
+    grads = "Tensor grad_query, Tensor grad_key, Tensor grad_negatives, Tensor grad_temperature"
+    return (
+        Operator(
+            f"{name}_forward({inputs}, {options}, float? grad_scale, bool mean, {needs}) -> "
+            f"(Tensor loss, Tensor lse, {grads})",
+            _losses,
+        ),
+        Operator(
+            f"{name}_backward(Tensor grad_loss, {inputs}, Tensor lse, {options}, {needs}) -> ({grads})"
+        ),
+    )
+
+
+declare(
+    Op("info_nce", function=info_nce, samples=_samples, typical="queue_in_batch"),
+    *_operators("info_nce"),
+    info_nce=plain,
+)
+# The same with similarity_dtype=torch.float8_e4m3fn.
+declare(Op("info_nce_fp8", "info_nce"), *_operators("info_nce_fp8"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from fastnce.ops import _checks
 from fastnce.ops.sup_con import sup_con_reduced
+from fastnce.registry import Make, Op, Sample, declare
 
 
 def nt_xent(
@@ -53,3 +56,22 @@ def nt_xent(
     return sup_con_reduced(
         op, torch.cat([z1, z2]), torch.cat([image, image]), temperature, reduction, backend
     )
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    z1 = make(17, 20)
+    views = {"z1": z1, "z2": make.similar(z1)}
+    yield Sample("mean", views)
+    yield Sample("none", {**views, "temperature": 0.1, "reduction": "none"})
+    yield Sample("temperature", {**views, "temperature": torch.tensor(0.2, requires_grad=True)})
+
+
+declare(
+    Op(
+        "nt_xent",
+        runs=("sup_con_forward", "sup_con_backward"),
+        function=nt_xent,
+        samples=_samples,
+        typical="temperature",
+    )
+)

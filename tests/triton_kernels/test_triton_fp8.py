@@ -122,13 +122,13 @@ def test_operators_carry_it():
     needs = (True, True, False, True)
     plain = {**options, "grad_scale": 1.0, "needs": needs}
     loss, lse, grads = triton_kernels.info_nce_forward(*inputs, **plain)
-    of_operator = torch.ops.fastnce_triton.info_nce_forward(
-        *inputs[:3], inputs[3], 0.0, True, False, True, None, True, 1.0, False, *needs
+    of_operator = torch.ops.fastnce_triton.info_nce_fp8_forward(
+        *inputs[:3], inputs[3], 0.0, True, False, True, None, False, 1.0, False, *needs
     )
     assert torch.equal(of_operator[0], loss) and torch.equal(of_operator[2], grads[0])
     later = triton_kernels.info_nce_backward(loss, *inputs, lse, **options, needs=needs)
-    by_operator = torch.ops.fastnce_triton.info_nce_backward(
-        loss, *inputs[:3], inputs[3], 0.0, lse, True, False, True, None, True, *needs
+    by_operator = torch.ops.fastnce_triton.info_nce_fp8_backward(
+        loss, *inputs[:3], inputs[3], 0.0, lse, True, False, True, None, False, *needs
     )
     assert torch.equal(by_operator[0], later[0])
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastnce.reference.normalize import accumulation_dtype, normalize_rows
+from fastnce.registry import Op, Operator, declare
 
 
 def labelled_lse_forward(
@@ -98,3 +99,29 @@ def _logits(
         left_out = torch.eye(x.shape[0], dtype=torch.bool, device=x.device)
         z, same = z.masked_fill(left_out, -torch.inf), same & ~left_out
     return z, same
+
+
+def _two_sums(x: Tensor, **_: object) -> Tensor:
+    return x.new_empty((x.shape[0], 2), dtype=torch.float64)
+
+
+def _gradients(x: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(x.dtype)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((), dtype=torch.float64)
+
+
+declare(
+    Op("labelled_lse", is_loss=False),
+    Operator(
+        "labelled_lse_forward(Tensor x, Tensor y, Tensor x_labels, Tensor y_labels, Tensor? temperature_tensor, "
+        "float temperature, bool own) -> Tensor",
+        _two_sums,
+    ),
+    Operator(
+        "labelled_lse_backward(Tensor x, Tensor y, Tensor x_labels, Tensor y_labels, Tensor? temperature_tensor, "
+        "float temperature, Tensor x_state, Tensor y_state, bool own) -> (Tensor grad_x, Tensor grad_temperature)",
+        _gradients,
+    ),
+    labelled_lse_forward=labelled_lse_forward,
+    labelled_lse_backward=labelled_lse_backward,
+)
