@@ -90,6 +90,7 @@ class Op:
         stem: of its files, if not its name: ``fastnce/ops/<stem>.py``, ``triton_kernels/<stem>.py``, ``csrc/<device>/<stem>.cpp``.
         runs: the names of the operators that it runs on a fused backend, if not those that are declared with it.
         function: the public function.
+        over_ranks: the function of :mod:`fastnce.distributed`.
         samples: (:class:`fastnce.testing.Make`) -> samples for tests, in every form that the op has.
         typical: the name of the sample for tests that take long, or do not depend on the form.
         is_loss: it is reduced, and its result is in the dtype of the sums; else in the inputs'.
@@ -99,6 +100,7 @@ class Op:
     stem: str = ""
     runs: tuple[str, ...] = ()
     function: Callable | None = None
+    over_ranks: Callable | None = None
     samples: Callable | None = None
     typical: str = ""
     is_loss: bool = True

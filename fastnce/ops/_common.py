@@ -155,6 +155,21 @@ def plain_gradients(
     return [next(found) if need else None for need in needs]
 
 
+def gradients(
+    function: Callable[..., Tensor], inputs: Sequence, needs: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """The gradients of ``(grad * function(*inputs)).sum()`` that ``needs`` asks for."""
+    with torch.enable_grad():
+        leaves = [
+            x.detach().requires_grad_(need) if isinstance(x, Tensor) else x
+            for x, need in zip(inputs, needs, strict=True)
+        ]
+        out = function(*leaves)
+    wanted = [x for x, need in zip(leaves, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(out, wanted, grad) if wanted else ())
+    return [next(found) if need else None for need in needs]
+
+
 def row_loss(
     op: str,
     kernels: ModuleType,

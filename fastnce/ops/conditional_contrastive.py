@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce import backends
 from fastnce.ops import _checks, _common
+from fastnce.ops._over_ranks import GRADIENT_SCALES, OverRanks
+from fastnce.ops._ranks import Fact
+from fastnce.ops.labelled_lse import LabelledLSE
 from fastnce.reference.normalize import accumulation_dtype, normalize_rows, over_temperature
 from fastnce.registry import Make, Op, Operator, Sample, declare
 
@@ -55,13 +59,7 @@ def conditional_contrastive(
     """
     op = "conditional_contrastive"
     embeddings, proxies = _checks.same_dtype_under_autocast(embeddings, proxies)
-    _checks.expect_float_tensor(op, "embeddings", embeddings, (2,), "(N, D)")
-    _checks.expect_float_tensor(op, "proxies", proxies, (2,), "(N, D)")
-    _checks.expect_shape(
-        op, "proxies", proxies, tuple(embeddings.shape), "one proxy per sample, proxies[labels]"
-    )
-    _checks.expect_alike(op, "proxies", proxies, "embeddings", embeddings)
-    labels = _checks.expect_labels(op, labels, embeddings, "embeddings")
+    labels = _checked_labels(op, embeddings, proxies, labels)
     temperature = _checks.expect_temperature(op, temperature, embeddings)
     _checks.expect_choice(op, "reduction", reduction, _common.REDUCTIONS)
 
@@ -104,6 +102,82 @@ def plain(
     return lse_without(is_self) - lse_without(is_self | is_other_class)
 
 
+def _checked_labels(
+    op: str, embeddings: Tensor, proxies: Tensor, labels: Tensor, may_be_empty: bool = False
+) -> Tensor:
+    _checks.expect_rows(op, "embeddings", embeddings, may_be_empty=may_be_empty)
+    _checks.expect_rows(
+        op,
+        "proxies",
+        proxies,
+        may_be_empty=may_be_empty,
+        like=embeddings,
+        like_name="embeddings",
+        why="one proxy per sample, proxies[labels]",
+    )
+    return _checks.expect_labels(op, labels, embeddings, "embeddings")
+
+
+@torch.compiler.disable
+def over_ranks(
+    embeddings: Tensor,
+    proxies: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    strategy: str = "auto",
+    gradient_scale: str = "mean",
+    check: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`fastnce.conditional_contrastive` of the samples of all ranks, exactly.
+
+    Args:
+        embeddings: (N, D), this rank's; N may differ between ranks, and be 0 on some.
+        proxies: (N, D), row i the embedding of the class of sample i.
+        labels: (N,) integers.
+        temperature: positive float, or tensor of one element, which gets its gradient.
+        reduction: ``"mean"`` over the samples of all ranks, ``"sum"``, or ``"none"`` for this rank's (N,).
+        group, strategy, check: see :mod:`fastnce.distributed`.
+        gradient_scale: ``"mean"`` and ``"sum"``, see :mod:`fastnce.distributed`; with ``reduction="none"`` both leave one's own
+            ``losses.mean()`` for DDP to average. Or ``"published"``, the gradients of the published code (StudioGAN): 1 / ranks of
+            ``"mean"``, so that under DDP the loss weighs 1 / ranks of what it weighs in one process.
+        backend: one of ``fastnce.backends.available()``; None chooses.
+
+    Returns:
+        The same loss on every rank (``"none"``: this rank's losses), float32 (float64 for float64 inputs).
+
+    Example:
+        >>> import torch, fastnce.distributed  # one process: the plain op
+        >>> labels = torch.tensor([0, 1, 0, 1])
+        >>> classes = torch.nn.Embedding(2, 16)
+        >>> loss = fastnce.distributed.conditional_contrastive(torch.randn(4, 16), classes(labels), labels)
+    """
+    op = "conditional_contrastive"
+    call = OverRanks(op, group, temperature, reduction, strategy, gradient_scale, check, backend)
+    if call.alone:
+        return conditional_contrastive(embeddings, proxies, labels, **call.plain)
+    embeddings, proxies = _checks.same_dtype_under_autocast(embeddings, proxies)
+
+    def validate() -> dict[str, Fact]:
+        _checked_labels(op, embeddings, proxies, labels, may_be_empty=True)
+        grad = _common.wants_grad(embeddings, proxies, temperature)
+        return {"whether gradients are needed": grad}
+
+    call.agree("labelled_lse", embeddings, validate, (*GRADIENT_SCALES, "published"))
+    with _common.no_autocast(embeddings):
+        lse = LabelledLSE.apply(
+            embeddings, call.temperature, labels.long(), call.exchange, call.kernels, 1
+        )
+        dtype = accumulation_dtype(embeddings.dtype)
+        units = normalize_rows(embeddings.to(dtype)) * normalize_rows(proxies.to(dtype))
+        to_proxy = units.sum(dim=1).double() / call.temperature
+        losses = torch.logaddexp(lse[:, 0], to_proxy) - torch.logaddexp(lse[:, 1], to_proxy)
+        return call.reduce(losses, None, embeddings.dtype)
+
+
 def _samples(make: Make) -> Iterator[Sample]:
     embeddings = make(34, 20)
     labels = torch.randint(5, (34,), generator=make.generator).to(embeddings.device)
@@ -124,6 +198,7 @@ declare(
     Op(
         "conditional_contrastive",
         function=conditional_contrastive,
+        over_ranks=over_ranks,
         samples=_samples,
         typical="temperature",
     ),

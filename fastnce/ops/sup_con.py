@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastnce import backends
 from fastnce.ops import _checks, _common
+from fastnce.ops._over_ranks import OverRanks
+from fastnce.ops._ranks import Fact
+from fastnce.ops.labelled_lse import LabelledLSE, SameLabelSum
 from fastnce.reference.normalize import accumulation_dtype, normalize_rows, over_temperature
 from fastnce.registry import Make, Op, Operator, Sample, declare
 
@@ -49,7 +53,7 @@ def sup_con(
         >>> loss = fastnce.sup_con(torch.randn(8, 32), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]))
     """
     op = "sup_con"
-    _checks.expect_float_tensor(op, "features", features, (2,), "(N, D)")
+    _checks.expect_rows(op, "features", features)
     labels = _checks.expect_labels(op, labels, features, "features")
     return sup_con_reduced(op, features, labels, temperature, reduction, backend)
 
@@ -99,6 +103,64 @@ def plain(features: Tensor, labels: Tensor, temperature: float | Tensor) -> tupl
     return (lse - positive).masked_fill(~has_positive, 0), has_positive
 
 
+@torch.compiler.disable
+def over_ranks(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 0.07,
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    strategy: str = "auto",
+    gradient_scale: str = "mean",
+    check: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`fastnce.sup_con` of the samples of all ranks, exactly; positives may be on any rank.
+
+    Args:
+        features: (N, D), this rank's; N may differ between ranks, and be 0 on some.
+        labels: (N,) integers.
+        temperature: positive float, or tensor of one element, which gets its gradient.
+        reduction: ``"mean"`` over the samples of all ranks that have a positive (0 if none has), ``"sum"``, or ``"none"`` for
+            this rank's (N,), with 0 for samples without a positive.
+        group, strategy, gradient_scale, check: see :mod:`fastnce.distributed`.
+        backend: one of ``fastnce.backends.available()``; None chooses.
+
+    Returns:
+        The same loss on every rank (``"none"``: this rank's losses), float32 (float64 for float64 inputs).
+
+    Example:
+        >>> import torch, fastnce.distributed  # one process: the plain op
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> loss = fastnce.distributed.sup_con(torch.randn(4, 32), labels)
+    """
+    op = "sup_con"
+    call = OverRanks(op, group, temperature, reduction, strategy, gradient_scale, check, backend)
+    if call.alone:
+        return sup_con(features, labels, **call.plain)
+
+    def validate() -> dict[str, Fact]:
+        _checks.expect_rows(op, "features", features, may_be_empty=True)
+        _checks.expect_labels(op, labels, features, "features")
+        return {"whether gradients are needed": _common.wants_grad(features, temperature)}
+
+    call.agree("labelled_lse", features, validate)
+    labels = labels.long()
+    with _common.no_autocast(features):
+        lse = LabelledLSE.apply(features, call.temperature, labels, call.exchange, call.kernels, 1)
+        units = normalize_rows(features.to(accumulation_dtype(features.dtype)))
+        counted = torch.cat([units, units.new_ones((len(units), 1))], dim=1)
+        # (N, D + 1), each row's own included
+        sums = SameLabelSum.apply(counted, labels, call.exchange)
+        positives = sums[:, -1].detach() - 1
+        to_positives = (units * (sums[:, :-1] - units)).sum(dim=1).double() / call.temperature
+        losses = lse[:, 0] - to_positives / positives.clamp(min=1)
+        has_positive = positives > 0
+        losses = losses.where(has_positive, 0)
+        return call.reduce(losses, has_positive, features.dtype)
+
+
 def _samples(make: Make) -> Iterator[Sample]:
     features = make(34, 20)
     labels = torch.randint(8, (34,), generator=make.generator)
@@ -116,7 +178,13 @@ def _losses(features: Tensor, **_: object) -> tuple[Tensor, Tensor, Tensor]:
 
 
 declare(
-    Op("sup_con", function=sup_con, samples=_samples, typical="temperature"),
+    Op(
+        "sup_con",
+        function=sup_con,
+        over_ranks=over_ranks,
+        samples=_samples,
+        typical="temperature",
+    ),
     # has_positive (N,) bool: another row has the label; the loss of a row without is 0.
     # lse (N,) = log of the sum over j != i of exp(f_i . f_j / t); 0 for a single row.
     # The mean is over the rows that have a positive.
