@@ -19,7 +19,7 @@ def data(args: list[str]) -> int:
                 one of them.
             seed: Seed of the split, the noise and the crops.
         """
-        from fastnce.data import write_digits_photos
+        from fastnce.demo import write_digits_photos
 
         _tell(write_digits_photos(out, seed=seed, photo=photo), "cut --preset digits")
 
@@ -31,7 +31,7 @@ def data(args: list[str]) -> int:
             size: Side of the crops in pixels.
             seed: Seed of the crops.
         """
-        from fastnce.data import write_photos
+        from fastnce.demo import write_photos
 
         _tell(write_photos(out, size=size, seed=seed), "cut")
 
@@ -46,7 +46,7 @@ def data(args: list[str]) -> int:
             photo_a: The photograph of trainA, one of those that scikit-learn and scikit-image carry.
             photo_b: The photograph of trainB.
         """
-        from fastnce.data import write_single_photos
+        from fastnce.demo import write_single_photos
 
         _tell(
             write_single_photos(out, size=size, photo_a=photo_a, photo_b=photo_b),
@@ -61,7 +61,7 @@ def data(args: list[str]) -> int:
             size: Side of the images in pixels, 16 or 32.
             seed: Seed of the split.
         """
-        from fastnce.data import write_digits
+        from fastnce.demo import write_digits
 
         _tell(write_digits(out, size=size, seed=seed), "contragan --preset digits")
 
@@ -72,7 +72,7 @@ def data(args: list[str]) -> int:
             out: Folder for train/<photograph> and test/<photograph>; created.
             seed: Seed of the crops.
         """
-        from fastnce.data import write_photo_crops
+        from fastnce.demo import write_photo_crops
 
         _tell(write_photo_crops(out, seed=seed), "simclr --preset photo-crops")
 

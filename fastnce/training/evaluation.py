@@ -14,13 +14,9 @@ from fastnce.data import list_images
 from fastnce.data.aligned import holds_pairs
 from fastnce.data.folders import load_image
 from fastnce.data.labelled import has_split
+from fastnce.demo import is_digits_photos
 from fastnce.errors import UserError
-from fastnce.metrics import (
-    evaluate_generation,
-    format_generation_table,
-    format_table,
-    is_digits_photos,
-)
+from fastnce.metrics import evaluate_generation, format_generation_table, format_table
 from fastnce.metrics.label_maps import LabelKind, label_files
 from fastnce.metrics.pairs import format_pair_table
 from fastnce.metrics.representation import (

@@ -13,15 +13,15 @@ from fastnce.data import LabelledImages
 from fastnce.data.class_folders import NO_CLASSES
 from fastnce.data.folders import SIGNED_UNIT
 from fastnce.data.labelled import has_split
+from fastnce.demo import generation_evaluator
+from fastnce.demo.judges import DIGITS, DigitClassifier
 from fastnce.errors import UserError
 from fastnce.metrics import (
     authenticity_accuracy,
     evaluate_generators,
-    generation_evaluator,
     largest_singular_values,
     spread_ratio,
 )
-from fastnce.metrics.digit_classifier import DIGITS, DigitClassifier
 from fastnce.models import ContraGAN
 from fastnce.models.contragan_config import build_generator
 from fastnce.training.config import ContraGANTrainConfig
@@ -123,7 +123,7 @@ def judge_of(
     extractor: Path | None,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """What judges the samples of a run: see `fastnce.metrics.generation_evaluator`.
+    """What judges the samples of a run: see `fastnce.demo.generation_evaluator`.
 
     Raises:
         UserError: there is none, or a digits set's own reads other images than the run makes.

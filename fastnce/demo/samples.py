@@ -26,15 +26,9 @@ NOISE_SIGMA = 0.2
 # At full size a crop of 32 pixels shows little more than one colour; at this shorter side it shows part of the scene.
 BACKGROUND_SIDE = 128
 
-_DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
-
 
 def load_photo(name: str) -> np.ndarray:
-    """One of `PHOTOS`, read from the package it ships in: (H, W, 3) uint8.
-
-    Raises:
-        UserError: If there is no such photograph, or its package is not installed.
-    """
+    """One of `PHOTOS`: (H, W, 3) uint8. UserError if there is no such photograph, or its package is not installed."""
     if name not in PHOTOS:
         raise UserError(f'photo="{name}": no such photograph. Use one of {", ".join(PHOTOS)}.')
     package, path = PHOTOS[name]
@@ -44,17 +38,8 @@ def load_photo(name: str) -> np.ndarray:
     return to_array(read_image(Path(spec.submodule_search_locations[0], path), 3))
 
 
-def load_background(name: str) -> np.ndarray:
-    """One of `PHOTOS`, scaled (bicubic) to a shorter side of 128 pixels: (H, W, 3) uint8."""
-    return scaled_photo(name, BACKGROUND_SIDE)
-
-
-def scaled_photo(name: str, size: int) -> np.ndarray:
-    """One of `PHOTOS`, scaled down (bicubic) to a shorter side of `size` pixels: (H, W, 3) uint8.
-
-    Raises:
-        UserError: If `size` is below 8 or above the photograph's, there is no such photograph, or its package is not installed.
-    """
+def scaled_photo(name: str, size: int = BACKGROUND_SIDE) -> np.ndarray:
+    """One of `PHOTOS`, scaled down (bicubic) to a shorter side of `size` pixels: (H, W, 3) uint8."""
     image = to_image(load_photo(name))
     if not 8 <= size <= min(image.size):
         raise UserError(
@@ -67,22 +52,14 @@ def scaled_photo(name: str, size: int) -> np.ndarray:
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's 1,797 handwritten digits, enlarged threefold (bicubic) into 32x32 pixels.
-
-    Returns:
-        strokes: (1797, 32, 32) float32 in [0, 1], 1 for ink.
-        labels: (1797,) int64, 0 to 9.
-
-    Raises:
-        UserError: If scikit-learn is not installed.
-    """
+    """The digits of `load_enlarged_digits` at 24 pixels, with a margin of 4: (1797, 32, 32) and their labels."""
     strokes, labels = load_enlarged_digits(DIGIT_SIZE - 2 * DIGIT_MARGIN)
     margin = (DIGIT_MARGIN, DIGIT_MARGIN)
     return np.pad(strokes, ((0, 0), margin, margin)), labels
 
 
 def load_enlarged_digits(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same digits, each scaled (bicubic) from its 8x8 pixels to `size` x `size`, without a margin.
+    """scikit-learn's 1,797 handwritten digits, each scaled (bicubic) from its 8x8 pixels to `size` x `size`.
 
     Returns:
         strokes: (1797, size, size) float32 in [0, 1], 1 for ink.
@@ -104,12 +81,7 @@ def load_enlarged_digits(size: int) -> tuple[np.ndarray, np.ndarray]:
 def noisy_digit(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """White on black, with sensor noise of sigma 0.2 drawn for each pixel and channel.
 
-    Args:
-        stroke: (..., H, W) float32 in [0, 1].
-        rng: Where the noise is drawn from.
-
-    Returns:
-        (..., H, W, 3) uint8.
+    (..., H, W) float32 in [0, 1] to (..., H, W, 3) uint8.
     """
     noise = rng.standard_normal((*stroke.shape, 3), dtype=np.float32)
     return to_bytes(stroke[..., None] + np.float32(NOISE_SIGMA) * noise)
@@ -118,25 +90,15 @@ def noisy_digit(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def composite(stroke: np.ndarray, background: np.ndarray) -> np.ndarray:
     """|photo - digit|: the photograph, with its colours inverted where there is ink.
 
-    Args:
-        stroke: (..., H, W) float32 in [0, 1].
-        background: (..., H, W, 3) uint8.
-
-    Returns:
-        (..., H, W, 3) uint8.
+    (..., H, W) float32 in [0, 1] and (..., H, W, 3) uint8 to (..., H, W, 3) uint8.
     """
     return to_bytes(np.abs(background.astype(np.float32) / 255 - stroke[..., None]))
 
 
 def split_photo(name: str, image: np.ndarray, size: int) -> dict[str, tuple[np.ndarray, int]]:
-    """Divides a photograph into a left part for training and a right one for testing.
+    """Divides a photograph (H, W, C) into a left part for training and a right one for testing.
 
-    The right part is a quarter of the width, or `size` if that is more.
-
-    Args:
-        name: The photograph's name, for the error.
-        image: (H, W, C) uint8.
-        size: Side of the crops that will be taken.
+    The right part is a quarter of the width, or `size`, the side of the crops to come, if that is more.
 
     Returns:
         {"train": (part, column), "test": (part, column)}: the pixels, and where in `image` they start.
@@ -165,13 +127,20 @@ def random_crop(
     return image[y : y + size, x : x + size], (y, x)
 
 
+def random_crops(photo: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """(count, 32, 32, 3) uint8 from random places of a photograph (H, W, 3)."""
+    window = np.arange(DIGIT_SIZE)
+    y, x = (rng.integers(side - DIGIT_SIZE + 1, size=count) for side in photo.shape[:2])
+    return photo[(y[:, None] + window)[:, :, None], (x[:, None] + window)[:, None, :]]
+
+
 def to_bytes(values: np.ndarray) -> np.ndarray:
     """[0, 1] to uint8, rounded; values beyond are clipped."""
     return np.rint(values.clip(0, 1) * 255).astype(np.uint8)
 
 
 def _missing(package: str, what: str) -> UserError:
+    distribution = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[package]
     return UserError(
-        f"{what} comes with {_DISTRIBUTIONS[package]}, which is not installed. "
-        "Run: pip install 'fastnce[demo]'"
+        f"{what} comes with {distribution}, which is not installed. Run: pip install 'fastnce[demo]'"
     )

@@ -9,18 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastnce.data.folders import list_images, load_image, split_folder
-from fastnce.data.recipe import LABELS_FILE, read_labels
-from fastnce.data.samples import composite, load_background, load_digits, noisy_digit
 from fastnce.data.transforms import counter_rng
+from fastnce.demo.judges import Evaluator, load_evaluator, recipe_for, to_batch
+from fastnce.demo.samples import composite, load_digits, noisy_digit, random_crops, scaled_photo
+from fastnce.demo.sets import kind_of, read_labels
 from fastnce.errors import UserError
-from fastnce.metrics.distribution import Distance, compare_images
-from fastnce.metrics.evaluator import (
-    Evaluator,
-    load_evaluator,
-    random_crops,
-    recipe_for,
-    to_batch,
-)
 from fastnce.metrics.translation import (
     BEST,
     TRANSLATED,
@@ -44,9 +37,7 @@ _IDEAL_STREAM = 30
 
 def is_digits_photos(data_root: Path | str | Mapping[str, Path]) -> bool:
     """Whether a folder is a set that `fastnce data digits-photos` wrote; folders by name are not."""
-    if isinstance(data_root, Mapping) or not Path(data_root, LABELS_FILE).is_file():
-        return False
-    return read_labels(data_root)["recipe"].get("kind") == "digits-photos"
+    return kind_of(data_root) == "digits-photos"
 
 
 def digits_to_translate(data_root: Path | str, direction: str = "AtoB") -> Tensor:
@@ -94,8 +85,8 @@ def evaluate_digits(
         without_nce: The same from a run with the contrastive loss off.
         direction: "AtoB" or "BtoA".
         baselines: Judge the other rows too; without them there is no `fid_share`.
-        extractor: What gives the features; by default the evaluator.
-        evaluator: What reads the digits; by default the set's own, trained once and cached.
+        extractor: The source of the features; by default the evaluator.
+        evaluator: Reads the digits; by default the set's own, trained once and cached.
         cache: Folder for that one; see `load_evaluator`.
         progress: Shows a bar if the evaluator has to be trained first.
 
@@ -144,26 +135,6 @@ def evaluate_digits(
     return {"data": labels["recipe"], "reference": f"test{target}"} | result
 
 
-def compare_folders(
-    folder: Path | str, reference: Path | str, extractor: nn.Module, *, channels: int = 3
-) -> Distance:
-    """FID and KID between two folders of images, for any data and any extractor.
-
-    Args:
-        folder: Images to judge, all of one size.
-        reference: Images of the target domain, all of one size.
-        extractor: A module from (N, C, H, W) float32 in [-1, 1] to features (N, F); it resizes by
-            itself if it has to. Its `name` is recorded.
-        channels: 3 for RGB, 1 for greyscale.
-
-    Raises:
-        UserError: If a folder is missing or empty, or its images differ in size.
-    """
-    return compare_images(
-        _load_folder(folder, channels), _load_folder(reference, channels), extractor
-    )
-
-
 def _load_split(
     root: Path | str, split: str, domain: str, labels: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor]:
@@ -180,19 +151,6 @@ def _load_split(
     return torch.stack([load_image(path) for path in paths]), digits
 
 
-def _load_folder(folder: Path | str, channels: int) -> Tensor:
-    paths = list_images(folder)
-    images = [load_image(path, channels) for path in paths]
-    for path, image in zip(paths, images, strict=True):
-        if image.shape != images[0].shape:
-            sizes = [f"{x.shape[2]}x{x.shape[1]}" for x in (image, images[0])]
-            raise UserError(
-                f"{path}: is {sizes[0]}, but {paths[0]} is {sizes[1]}, and the images compared "
-                "need one size. Resize them first."
-            )
-    return torch.stack(images)
-
-
 def _ideal(labels: Mapping[str, Any], source: str, target: str) -> Tensor:
     """A perfect translation of a domain's test images: their digits, on new crops of the photographs or plain."""
     names = sorted(name for name in labels["images"] if name.startswith(f"test{source}/"))
@@ -201,12 +159,10 @@ def _ideal(labels: Mapping[str, Any], source: str, target: str) -> Tensor:
     if target == "A":
         return to_batch(noisy_digit(strokes, rng))
     photos = labels["recipe"]["photo"]
-    photos = [photos] if isinstance(photos, str) else photos
-    if len(photos) == 1:
-        return to_batch(
-            composite(strokes, random_crops(load_background(photos[0]), len(strokes), rng))
-        )
-    backgrounds = [load_background(photo) for photo in photos]
-    drawn = rng.integers(len(photos), size=len(strokes)).tolist()
-    crops = np.concatenate([random_crops(backgrounds[photo], 1, rng) for photo in drawn])
+    if isinstance(photos, str):
+        crops = random_crops(scaled_photo(photos), len(strokes), rng)
+    else:
+        backgrounds = [scaled_photo(photo) for photo in photos]
+        drawn = rng.integers(len(photos), size=len(strokes)).tolist()
+        crops = np.concatenate([random_crops(backgrounds[photo], 1, rng) for photo in drawn])
     return to_batch(composite(strokes, crops))
