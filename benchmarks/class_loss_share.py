@@ -22,7 +22,7 @@ import torch
 import fastnce
 from benchmarks import baselines, machine
 from fastnce.models import ContraGAN, ContraGANConfig
-from fastnce.training.presets import PRESETS
+from fastnce.systems import SYSTEMS
 
 _FIELDS = {field.name for field in dataclasses.fields(ContraGANConfig)}
 # Preset, images of a batch, images of the batch that the networks are timed with on a CPU.
@@ -62,7 +62,7 @@ def measure(preset: str, count: int, timed: int, device: torch.device) -> dict:
         timed: images of the batch that the networks are timed with.
         device: where.
     """
-    values = {k: v for k, v in PRESETS["contragan"][preset].items() if k in _FIELDS}
+    values = {k: v for k, v in SYSTEMS["contragan"].presets[preset].items() if k in _FIELDS}
     # Without the class loss: that is timed by itself, at the full batch.
     config = ContraGANConfig(**values, lambda_cond=0.0)
     model = ContraGAN(config).to(device)
