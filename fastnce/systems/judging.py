@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastnce.data import list_images, split_folder
-from fastnce.data.aligned import Side, find_pairs
+from fastnce.data.aligned import Side, find_pairs, holds_pairs
 from fastnce.data.broken import readable
 from fastnce.data.folders import UnfitFile, image_size, load_image, read_image, to_array, to_tensor
 from fastnce.data.unpaired import half_of
 from fastnce.demo import Evaluator, evaluate_digits, is_digits_photos
 from fastnce.errors import UserError
-from fastnce.metrics import Row, evaluate
+from fastnce.metrics import Row, evaluate, format_table
 from fastnce.metrics.extractors import load_extractor
-from fastnce.metrics.pairs import pair_numbers
+from fastnce.metrics.label_maps import LabelKind, label_files
+from fastnce.metrics.pairs import format_pair_table, pair_numbers
+from fastnce.metrics.segmentation import (
+    ScriptedSegmenter,
+    evaluate_segmentation,
+    format_segmentation_table,
+)
+from fastnce.metrics.tables import write_result
 from fastnce.metrics.translation import (
     BEST,
     TRANSLATED,
@@ -30,15 +35,34 @@ from fastnce.metrics.translation import (
     halves_name,
     untranslated_name,
 )
-from fastnce.training.config import Pix2PixTrainConfig, UnpairedTrainConfig
-from fastnce.training.system import Measure
+from fastnce.systems.translating import targets
 
 # For some files, what reads the image of one of them at the size at which they are compared.
 Reader = Callable[[Side], Callable[[Path], Tensor]]
+# The names of rows, by what `System.evaluate` calls their networks.
+ROWS = {"run": TRANSLATED, "best": BEST, "without_nce": WITHOUT_NCE}
 
-# Of the numbers of an evaluation, those that are measured during the training.
-_MEASURED = ("l1", "psnr", "ssim", "fid", "kid", "precision", "recall", "density", "coverage")
-_MEASURED += ("content_accuracy",)
+
+@dataclass(frozen=True)
+class Segmentation:
+    """How the segmentation of translated images is scored, with Cityscapes' classes."""
+
+    segmenter: Path
+    """TorchScript file, see `fastnce.metrics.segmentation.ScriptedSegmenter`."""
+    labels: Path
+    """Folder of label maps, found by the images' names: see `fastnce.metrics.label_maps.label_key`."""
+    kind: LabelKind = "train-ids"
+    """What the label maps hold."""
+
+    def scores(
+        self, folder: Path, device: torch.device, value_range: tuple[float, float] | None = None
+    ) -> dict[str, Any]:
+        """Of the images in a folder; see `fastnce.metrics.segmentation.evaluate_segmentation`."""
+        images = ((path, load_image(path, value_range=value_range)) for path in list_images(folder))
+        segmenter = ScriptedSegmenter(self.segmenter, device)
+        return evaluate_segmentation(
+            images, label_files(self.labels, self.kind), segmenter, self.kind
+        )
 
 
 def load_judge(
@@ -123,7 +147,7 @@ def judge_folders(
                 f"{side.folder}: holds one image, and FID needs at least two. Add more, the more the better."
             )
 
-    plain, real = (_side(data, "test", direction, which, paired) for which in (0, 1))
+    plain, real = (side(data, "test", direction, which, paired) for which in (0, 1))
     rows: dict[str, Row | str] = {
         name: Row(images_of(Side(folder, list_images(folder)), as_they_are))
         for name, folder in folders.items()
@@ -132,7 +156,7 @@ def judge_folders(
     if baselines:
         rows[untranslated_name(source)] = Row(images_of(plain, read))
         try:
-            others = _side(data, "train", direction, 1, paired)
+            others = side(data, "train", direction, 1, paired)
         except UserError:
             folder = "train" if paired else f"train{target}"
             rows[halves_name(target)] = f"not measured: there is no {folder}"
@@ -175,9 +199,6 @@ def judge_pairs(
     Raises:
         UserError: folders or images are missing, or an image has another size than its truth.
     """
-    # Here, as in `translations`.
-    from fastnce.training.translate_files import targets
-
     source, truth = find_pairs(data, "test", direction)
     partners = dict(zip(source.paths, truth.paths, strict=True))
     as_they_are = partial(_as_they_are, channels=channels, bits=bits, value_range=value_range)
@@ -216,122 +237,6 @@ def judge_pairs(
     return {"reference": _name(truth), "rows": rows}
 
 
-def translation_measure(config: UnpairedTrainConfig, _: object) -> Measure | None:
-    """What `measure_every` measures: the averaged network's translations of the test images.
-
-    Where the training learns from pairs, also L1, PSNR and SSIM. None, and a line that says why, if nothing is there to judge
-    them.
-
-    Raises:
-        UserError: the extractor or the test images cannot be had.
-    """
-    paired = isinstance(config, Pix2PixTrainConfig)
-    extractor, by_features = None, not paired or config.extractor is not None
-    try:
-        if by_features:
-            extractor = load_judge(config.folders, config.extractor)
-        for which in (0, 1):  # whether they are there
-            _side(config.folders, "test", config.direction, which, paired)
-    except UserError as error:
-        if config.extractor is not None:
-            raise
-        print(f"Nothing is measured. {error}", file=sys.stderr)
-        return None
-
-    def measure(_: nn.Module, network: nn.Module) -> dict[str, float]:
-        row: dict[str, Any] = {}
-        with translations({TRANSLATED: network}, config, config.folders) as folders:
-            if paired:
-                numbers = judge_pairs(
-                    folders, config.folders, baselines=False, **pair_options(config)
-                )
-                row |= numbers["rows"][0]
-            if by_features:
-                result = judge_folders(
-                    folders,
-                    config.folders,
-                    extractor,
-                    direction=config.direction,
-                    read=scaled_reader(config),
-                    baselines=False,
-                    paired=paired,
-                    skip=config.broken_files == "skip",
-                    value_range=config.value_range,
-                )
-                row |= result["rows"][0]
-        return {name: row[name] for name in _MEASURED if row.get(name) is not None}
-
-    return measure
-
-
-def pair_options(config: UnpairedTrainConfig) -> dict[str, Any]:
-    """How `judge_pairs` reads what belongs to a run: as its training did."""
-    channels, bits = config.out_channels, config.bits
-    return {
-        "direction": config.direction,
-        "read": scaled_reader(config, channels, bits),
-        "channels": channels,
-        "bits": bits,
-        "skip": config.broken_files == "skip",
-        "value_range": config.value_range,
-    }
-
-
-@contextmanager
-def translations(
-    networks: Mapping[str, nn.Module],
-    config: UnpairedTrainConfig,
-    data: Path | Mapping[str, Path],
-    direction: str | None = None,
-) -> Iterator[dict[str, Path]]:
-    """Folders, which are removed afterwards, of a set's test images as `fastnce translate` translates them.
-
-    Args:
-        networks: by name.
-        config: of their run; says how images are scaled.
-        data: folder of the data set.
-        direction: "AtoB" or "BtoA", for networks of both directions; by default that of the run.
-
-    Yields:
-        the folders by name.
-    """
-    # Here, because `translate` knows all systems, and they know what measures them.
-    from fastnce.training.translate_files import translate_folder
-
-    paired = isinstance(config, Pix2PixTrainConfig)
-    source = _side(data, "test", direction or config.direction, 0, paired)
-    with tempfile.TemporaryDirectory() as parent:
-        folders = {name: Path(parent, str(number)) for number, name in enumerate(networks)}
-        for name, network in networks.items():
-            was_training = network.training
-            translate_folder(
-                network.eval(),
-                config,
-                source.folder,
-                folders[name],
-                direction=direction,
-                part=source.half or "whole",
-            )
-            network.train(was_training)
-        yield folders
-
-
-def scaled_reader(config: UnpairedTrainConfig, channels: int = 3, bits: int = 8) -> Reader:
-    """Reads images scaled as in the training, without its crop: as those to translate are."""
-    from fastnce.training.translate_files import image_scaling
-
-    def reader(side: Side) -> Callable[[Path], Tensor]:
-        scale = image_scaling(config, side.paths, part=side.half)
-
-        def read(path: Path) -> Tensor:
-            image = read_image(path, channels, bits, config.value_range)
-            return to_tensor(scale.prepare(half_of(image, side.half)))
-
-        return read
-
-    return reader
-
-
 def _as_they_are(
     side: Side,
     channels: int = 3,
@@ -345,7 +250,7 @@ def _as_they_are(
     return read
 
 
-def _side(
+def side(
     data: Path | Mapping[str, Path], split: str, direction: str, which: int, paired: bool
 ) -> Side:
     """The images of a split that are translated (`which` 0), or those that are like what they should become (1)."""
@@ -394,3 +299,64 @@ def _stacked(
 
 def _shown(data: Path | Mapping[str, Path]) -> str:
     return ", ".join(map(str, data.values())) if isinstance(data, Mapping) else str(data)
+
+
+def evaluate_images(
+    images: Path,
+    data: Path | None = None,
+    *,
+    extractor: Path | None = None,
+    segmentation: Segmentation | None = None,
+    direction: str = "AtoB",
+    out: Path | None = None,
+    device: torch.device | str = "cpu",
+    broken_files: Literal["error", "skip"] | None = None,
+    value_range: tuple[float, float] | None = None,
+) -> tuple[dict[str, Any], str]:
+    """The same of a folder of translated images, whatever program made them.
+
+    All images are compared at their own size, whatever resizing there is the extractor does. Writes `metrics.json` and
+    `metrics.md` into `out`, by default the folder of the images.
+
+    Args:
+        images: the translations of the test images of `data`.
+        data: folder with testA and testB, or with test of pairs side by side; may be left out if there are only segmentations to
+            score.
+        extractor: see `evaluate_translation`.
+        segmentation: see `evaluate_translation`.
+        direction: "AtoB": the images are translations of testA; or "BtoA".
+        out: folder of the report.
+        device: where the extractor runs.
+        broken_files: "skip" leaves out files that cannot be read.
+        value_range: the images' numbers that stand for black and white, where they are not of 8 bits or use all of 16.
+
+    Raises:
+        UserError: folders or images are missing, or nothing to judge these images.
+    """
+    result: dict[str, Any] = {"images": str(images)}
+    tables = []
+    if data is not None:
+        paired = holds_pairs(data)
+        options: dict[str, Any] = {
+            "direction": direction,
+            "value_range": value_range,
+            "skip": broken_files == "skip",
+        }
+        if extractor or not paired:
+            judge = load_judge(data, extractor, device)
+            folders = {TRANSLATED: images}
+            result |= judge_folders(folders, data, judge, paired=paired, **options)
+            tables.append(format_table(result))
+        if paired:
+            result["pairs"] = judge_pairs({TRANSLATED: images}, data, **options)
+            tables.insert(0, format_pair_table(result["pairs"]))
+    if segmentation is not None:
+        result["segmentation"] = segmentation.scores(images, device, value_range)
+        tables.append(format_segmentation_table(result["segmentation"]))
+    if not tables:
+        raise UserError(
+            "images without data have nothing to be compared with. Give --data, or --segmenter and --labels."
+        )
+    table = "\n".join(tables)
+    write_result(result, table, out or images)
+    return result, table

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastnce.distributed
-from fastnce.models.gan import at_least_fp32
+from fastnce.systems.adversarial import at_least_fp32
 
 
 def contrastive_2c(

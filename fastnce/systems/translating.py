@@ -1,4 +1,4 @@
-"""Translating files with a trained generator: a folder of images, or one."""
+"""Translating with a trained generator: tensors, a folder of images, or one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastnce.data import EXTENSIONS, Preprocess, list_images, save_image
+from fastnce.data import EXTENSIONS, Preprocess, list_images, save_image, to_uint8
 from fastnce.data.aligned import find_pairs
 from fastnce.data.broken import readable
 from fastnce.data.files import expect_apart
@@ -32,9 +32,9 @@ from fastnce.data.folders import (
 from fastnce.data.transforms import RANDOM_TOKENS
 from fastnce.data.unpaired import half_of
 from fastnce.errors import UserError
-from fastnce.training.config import Pix2PixTrainConfig, TrainConfig, UnpairedTrainConfig
-from fastnce.training.tiles import check_tile
-from fastnce.training.translate import in_direction, not_for, translate
+from fastnce.networks import ResnetGenerator
+from fastnce.systems.tiles import check_tile, translate_in_tiles
+from fastnce.systems.translation import UnpairedTrainConfig, in_direction
 
 Format = Literal["png", "jpg", "tiff", "webp", "npy"]
 Part = Literal["left", "right", "whole"]
@@ -50,9 +50,110 @@ _FORMATS: dict[str, Format] = {
 }
 
 
+@torch.inference_mode()
+def translate(
+    generator: nn.Module, images: Tensor, batch_size: int = 16, *, tile: int | None = None
+) -> Tensor:
+    """Translates an image or a batch of them, of any height and width.
+
+    Args:
+        generator: as `load_generator` gives it; of a system of both directions one of its parts `a_to_b` and `b_to_a`, or all
+            of it for A to B.
+        images: (C, H, W) or (N, C, H, W), on any device: uint8, from 0 to 255, or floating-point in [-1, 1]. H and W that are
+            no multiples of 4 (of a U-Net's `size_multiple`) are mirrored at the right and the bottom up to one, and the result
+            is cut back.
+        batch_size: images at a time.
+        tile: images that are higher or wider are computed in tiles of this size, with the same result: see
+            `translate_in_tiles`.
+
+    Returns:
+        The translations as `images` are: (C', H, W) or (N, C', H, W), of the same dtype and on the same device. uint8 holds what
+        `save_image` writes. Floating-point values are in [-1, 1], but for SinCUT's, which may lie beyond.
+
+    Raises:
+        TypeError: another dtype, or no tensor.
+        ValueError: another shape or number of channels, values beyond [-1, 1], or a batch below 1.
+
+    Example:
+        >>> from fastnce.networks import ResnetGenerator
+        >>> generator = ResnetGenerator(base_channels=2, num_blocks=1).eval()
+        >>> photo = torch.randint(256, (3, 21, 34), dtype=torch.uint8)
+        >>> translate(generator, photo).shape, translate(generator, photo).dtype
+        (torch.Size([3, 21, 34]), torch.uint8)
+    """
+    generator = getattr(generator, "a_to_b", generator)
+    _check_images(generator, images)
+    if batch_size < 1:
+        raise ValueError(f"translate: batch_size: expected at least 1, got {batch_size}.")
+    if images.ndim == 3:
+        return translate(generator, images[None], batch_size, tile=tile)[0]
+    like = next(generator.parameters())
+    height, width = images.shape[2:]
+    in_tiles = tile is not None and max(height, width) > tile
+    outputs = []
+    for batch in images.split(1 if in_tiles else batch_size):
+        padded = _mirrored_up(_in_unit_range(batch).to(like.dtype), generator)
+        if in_tiles:
+            output = translate_in_tiles(generator, padded, tile)
+        else:
+            output = generator(padded.to(like.device))
+        output = output[..., :height, :width]
+        outputs.append((to_uint8(output) if images.dtype == torch.uint8 else output).to(images))
+    return torch.cat(outputs) if outputs else images.clone()
+
+
+def _check_images(generator: nn.Module, images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"translate: images: expected a tensor, got a {type(images).__name__}. For an array: torch.from_numpy(...)."
+        )
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise TypeError(
+            f"translate: images: expected uint8 (0 to 255) or floating-point ([-1, 1]), got {images.dtype}. "
+            "Use images.to(torch.uint8) for values from 0 to 255."
+        )
+    # The first convolution's weight; a module of one's own may have none.
+    channels = next((p.shape[1] for p in generator.parameters() if p.ndim == 4), None)
+    fits = images.ndim in (3, 4) and channels in (None, images.shape[-3])
+    if not fits or 0 in images.shape[-2:]:
+        raise ValueError(
+            f"translate: images: expected (C, H, W) or (N, C, H, W) with C = {channels}, got {tuple(images.shape)}. "
+            "Of (H, W, C) make that with images.permute(2, 0, 1)."
+        )
+    if images.is_floating_point() and images.numel():
+        least, greatest = (value.item() for value in images.aminmax())
+        if least < -1.001 or greatest > 1.001:  # false with NaN, which is translated to NaN
+            raise ValueError(
+                f"translate: images: expected values in [-1, 1], got {least:g} to {greatest:g}. Pass 0 to 255 as uint8, or "
+                "use images / 127.5 - 1."
+            )
+
+
+def _in_unit_range(images: Tensor) -> Tensor:
+    """[-1, 1], of uint8 as `load_image` does."""
+    return (images / 255 - 0.5) / 0.5 if images.dtype == torch.uint8 else images
+
+
+def _mirrored_up(images: Tensor, generator: nn.Module) -> Tensor:
+    """The images, mirrored at the right and the bottom up to a size that the generator can halve."""
+    multiple = getattr(generator, "size_multiple", 4)
+    least = 8 if isinstance(generator, ResnetGenerator) else multiple
+    for dim in (2, 3):
+        size = images.shape[dim]
+        length = max(size + -size % multiple, least)
+        if length > size:
+            # To and fro, so that also an image that is smaller than what it lacks is filled.
+            period = max(2 * (size - 1), 1)
+            place = torch.arange(length, device=images.device) % period
+            images = images.index_select(
+                dim, torch.minimum(place, period - place) if size > 1 else place
+            )
+    return images
+
+
 def translate_folder(
     generator: nn.Module,
-    config: TrainConfig,
+    config: UnpairedTrainConfig,
     input: Path,
     out: Path,
     batch_size: int = 16,
@@ -65,6 +166,7 @@ def translate_folder(
     format: Format | None = None,
     broken_files: Literal["error", "skip"] | None = None,
     value_range: tuple[float, float] | None = None,
+    paired: bool = False,
 ) -> int:
     """Translates all images of a folder, and of the folders in it, to files of the same names; or one image.
 
@@ -88,16 +190,15 @@ def translate_folder(
             when those before it are translated; None: as in the training.
         value_range: the files' numbers that become -1 and 1, to which results are mapped back: see
             `fastnce.data.folders.read_image`; None: as in the training.
+        paired: whether the run learned from pairs, which may lie side by side in the files.
 
     Returns:
         The number of images translated.
 
     Raises:
-        UserError: a run that does not translate, no images, a broken one, two whose results would have the same name, or `out`
+        UserError: no images, a broken one, two whose results would have the same name, or `out`
             cannot be written.
     """
-    if not isinstance(config, UnpairedTrainConfig):
-        raise not_for(config, config.out, "translate images")
     for name, value in (("batch_size", batch_size), ("size", size)):
         if value is not None and value < 1:
             raise UserError(f"{name}={value} must be at least 1.")
@@ -132,7 +233,7 @@ def translate_folder(
 
     with any_number_of_pixels() if tile is not None else contextlib.nullcontext():
         if part is None:
-            part = input_part(config, paths)
+            part = input_part(config, paths) if paired else "whole"
         scale = image_scaling(config, paths, preprocess, size, part)
 
         def read(path: Path) -> _Image:
@@ -170,7 +271,7 @@ def translate_folder(
 
 
 def input_part(config: UnpairedTrainConfig, paths: Sequence[Path]) -> Part:
-    """Which part of the files in `paths` a generator translates.
+    """Which part of the files in `paths` a generator translates that learned from pairs.
 
     That is all of each file, but where a run of pix2pix learned from pairs side by side, and these are such: files of its data,
     or of the shape of its training's files. Then it is the half that was the input of the training. A line on standard error
@@ -179,7 +280,7 @@ def input_part(config: UnpairedTrainConfig, paths: Sequence[Path]) -> Part:
     Raises:
         UserError: the training's data are not there any more, and the files may be such pairs.
     """
-    if not isinstance(config, Pix2PixTrainConfig) or config.data is None:  # A and B in two folders
+    if config.data is None:  # A and B in two folders
         return "whole"
     skip = config.broken_files == "skip"
     _, (width, height) = next(readable(paths, image_size, skip=skip))

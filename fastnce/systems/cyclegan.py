@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from fastnce.errors import UserError
-from fastnce.models import options
-from fastnce.models.gan import generator_loss
-from fastnce.models.translation import descend, l1, together
-from fastnce.models.translation_config import TwoWayConfig
-from fastnce.models.two_way import TwoWayModel
+from fastnce.systems import options
+from fastnce.systems.adversarial import generator_loss
+from fastnce.systems.translation import UnpairedTrainConfig, descend, l1, together
+from fastnce.systems.translation_system import DIGITS_PHOTOS
+from fastnce.systems.two_way import TwoWayConfig, TwoWayModel, TwoWaySystem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,22 @@ class CycleGANConfig(TwoWayConfig):
                 f"lambda_identity={self.lambda_identity} compares images of A with images of B, which have "
                 f"in_channels={self.in_channels} and out_channels={self.out_channels}. Use lambda_identity=0."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CycleGANTrainConfig(CycleGANConfig, UnpairedTrainConfig):
+    """Training of CycleGAN."""
+
+    system: ClassVar[str] = "cyclegan"
+
+    epochs: int = 100
+    """Epochs at the full learning rate."""
+    decay_epochs: int = 100
+    """Further epochs in which the learning rate falls linearly towards 0."""
+
+    def __post_init__(self) -> None:
+        UnpairedTrainConfig.__post_init__(self)
+        CycleGANConfig.__post_init__(self)
 
 
 class CycleGAN(TwoWayModel):
@@ -108,3 +125,18 @@ class CycleGAN(TwoWayModel):
         losses["G"] = sum(losses.values())
         descend(losses["G"], self.optimizers["G"])
         return losses, fake_a.detach(), fake_b.detach()
+
+
+class CycleGANSystem(TwoWaySystem):
+    """CycleGAN in the training loop."""
+
+    config_class = CycleGANTrainConfig
+    model_class = CycleGAN
+    variants = {"cyclegan": {}}
+    presets = {"digits": DIGITS_PHOTOS}
+    panels = (
+        ("G_A", "D_A"),
+        ("G_B", "D_B"),
+        ("cycle_A", "cycle_B", "idt_A", "idt_B"),
+        ("G",),
+    )

@@ -1,33 +1,127 @@
-"""CUT and FastCUT: unpaired image translation with an adversarial and a patchwise contrastive loss."""
+"""CUT, FastCUT and SinCUT: unpaired image translation with an adversarial and a patchwise contrastive loss."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnce.models import options, regularisers
-from fastnce.models.channels import convert_channels
-from fastnce.models.cut_config import CUTConfig
-from fastnce.models.cut_networks import (
-    build_discriminator,
-    build_generator,
-    feature_shapes,
-    initialise,
+from fastnce.errors import UserError
+from fastnce.systems import options
+from fastnce.systems.adversarial import (
+    CriticOrGANMode,
+    at_least_fp32,
+    discriminator_losses,
+    generator_loss,
+    gradient_penalty,
+    r1,
 )
-from fastnce.models.gan import at_least_fp32, discriminator_losses, generator_loss
-from fastnce.models.patch_contrast import (
+from fastnce.systems.patch_contrast import (
     Comparison,
     PatchContrast,
+    PatchContrastConfig,
     build_projector,
     check_num_patches,
+    feature_shapes,
     projected_dims,
 )
-from fastnce.models.translation import images_of_one_size, together
+from fastnce.systems.system import Ablation
+from fastnce.systems.translation import (
+    UnpairedConfig,
+    UnpairedTrainConfig,
+    adam,
+    autocast,
+    build_discriminator,
+    build_generator,
+    can_convert,
+    convert_channels,
+    descend,
+    images_of_one_size,
+    initialise,
+    together,
+)
+from fastnce.systems.translation_system import (
+    DIGITS_PATCHES,
+    DIGITS_PHOTOS,
+    TranslationSystem,
+    expect_sizes_fit,
+    fixed_size,
+)
+
+if TYPE_CHECKING:
+    from fastnce.data import SingleImagePatches, UnpairedImages
+
+
+@dataclass(frozen=True, kw_only=True)
+class CUTConfig(PatchContrastConfig, UnpairedConfig):
+    """What defines CUT's networks, losses and optimisers. The defaults are the published CUT."""
+
+    gan_mode: CriticOrGANMode = "lsgan"
+    """Adversarial objective."""
+    lambda_gp: float = 10.0
+    """Weight of the gradient penalty of wgangp, relative to the critic's loss."""
+    lambda_r1: float = 0.0
+    """Weight of R1, the penalty on the discriminator's gradient at real images; 0 turns it off."""
+    lambda_gan: float = 1.0
+    """Weight of the generator's adversarial loss."""
+    lambda_nce: float = 1.0
+    """Weight of the contrastive loss; 0 turns it off, together with everything it needs."""
+    nce_idt: bool = True
+    """Add the contrastive loss between images of B and their translation (the identity loss of CUT)."""
+    lambda_identity: float = 0.0
+    """Weight of the L1 distance between images of B and their translation; 0 turns it off."""
+    flip_equivariance: bool = False
+    """FastCUT: mirror the generator's input in half of the steps and its features back."""
+    reuse_features: bool = True
+    """Take the keys from the generator's own forward pass (exact) instead of encoding the input again."""
+
+    def __post_init__(self) -> None:
+        PatchContrastConfig.__post_init__(self)
+        UnpairedConfig.__post_init__(self)
+        options.at_least(self, 0, "lambda_gan", "lambda_nce", "lambda_r1", "lambda_identity")
+        options.above_zero(self, "lambda_gp")
+        options.one_of(self, "gan_mode", get_args(CriticOrGANMode))
+        self._check_channels()
+
+    def _check_channels(self) -> None:
+        if self.in_channels == self.out_channels:
+            return
+        both = f"in_channels={self.in_channels} and out_channels={self.out_channels}"
+        if self.lambda_identity > 0:
+            raise UserError(
+                f"lambda_identity={self.lambda_identity} compares images of B with their translations, which {both} make "
+                "different. Use lambda_identity=0."
+            )
+        if self.lambda_nce > 0 and not can_convert(self.in_channels, self.out_channels):
+            raise UserError(
+                f"{both}: the contrastive loss encodes translations like images of A, and only grey (1) and RGB (3) turn into "
+                "each other. Use the same number of channels, or lambda_nce=0."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CUTTrainConfig(CUTConfig, UnpairedTrainConfig):
+    """Training of CUT, FastCUT or SinCUT."""
+
+    system: ClassVar[str] = "cut"
+
+    dataset: Literal["folders", "single-image"] = "folders"
+    """single-image: train on patches of crop_size of the one image in trainA and the one in trainB, at random zooms, whatever load_size and preprocess say."""
+    max_zoom_out: float = 3.0
+    """single-image: by how much the image is shrunk at most before a patch is cut out of it."""
+    epoch_samples: int = 100_000
+    """single-image: patches in an epoch."""
+
+    def __post_init__(self) -> None:
+        UnpairedTrainConfig.__post_init__(self)
+        CUTConfig.__post_init__(self)
+        options.one_of(self, "dataset", ("folders", "single-image"))
+        options.at_least(self, 1, "max_zoom_out", "epoch_samples")
 
 
 class CUT(nn.Module):
@@ -92,12 +186,7 @@ class CUT(nn.Module):
             networks["F"] = self.projector
         for network in networks.values():
             initialise(network, config.init_gain)
-        self.optimizers = {
-            letter: torch.optim.Adam(
-                network.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True
-            )
-            for letter, network in networks.items()
-        }
+        self.optimizers = {letter: adam(config, network) for letter, network in networks.items()}
 
     def training_step(
         self,
@@ -162,11 +251,11 @@ class CUT(nn.Module):
         real_loss, fake_loss = discriminator_losses(real_logits, fake_logits, config.gan_mode)
         penalties = {}
         if config.lambda_r1 > 0:
-            penalties["D_r1"] = 0.5 * config.lambda_r1 * regularisers.r1(real_logits, real)
+            penalties["D_r1"] = 0.5 * config.lambda_r1 * r1(real_logits, real)
         if config.gan_mode == "wgangp":
-            penalty = regularisers.gradient_penalty(self._judge, real, fake)
+            penalty = gradient_penalty(self._judge, real, fake)
             penalties["D_gp"] = 0.5 * config.lambda_gp * penalty
-        self._descend(sum(penalties.values(), 0.5 * (real_loss + fake_loss)), "D")
+        descend(sum(penalties.values(), 0.5 * (real_loss + fake_loss)), self.optimizers["D"])
         return {"D_real": real_loss, "D_fake": fake_loss, **penalties}
 
     def _update_generator(
@@ -185,7 +274,7 @@ class CUT(nn.Module):
             pair = (at_least_fp32(images[translated.count :]) for images in translated[:2])
             losses["idt"] = config.lambda_identity * F.l1_loss(*pair)
             total = total + losses["idt"]
-        self._descend(total, *("G" if self.projector is None else "GF"))
+        descend(total, *(o for letter, o in self.optimizers.items() if letter != "D"))
         return {"G": total, **losses}
 
     def _contrastive_losses(
@@ -213,18 +302,8 @@ class CUT(nn.Module):
         with self._autocast():
             return self.discriminator(images)
 
-    def _descend(self, loss: Tensor, *letters: str) -> None:
-        for letter in letters:
-            self.optimizers[letter].zero_grad(set_to_none=True)
-        loss.backward()
-        for letter in letters:
-            self.optimizers[letter].step()
-
     def _autocast(self) -> AbstractContextManager:
-        # A new context each time: autocast caches the weights it casts, and a copy that was made under no_grad, or while the
-        # discriminator was frozen, must not serve a pass that needs gradients.
-        device = next(self.generator.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bf16")
+        return autocast(self.config, next(self.generator.parameters()).device)
 
 
 class _Translated(NamedTuple):
@@ -244,3 +323,126 @@ class _Translated(NamedTuple):
 def _split(maps: list[Tensor], parts: int) -> list[list[Tensor]]:
     """Cuts every map's batch into `parts` equal parts: `result[part][layer]`."""
     return [list(layers) for layers in zip(*(x.chunk(parts) for x in maps), strict=True)]
+
+
+class CUTSystem(TranslationSystem):
+    """CUT in the training loop."""
+
+    config_class = CUTTrainConfig
+    variants = {
+        "cut": {},
+        "fastcut": {
+            "nce_idt": False,
+            "lambda_nce": 10.0,
+            "flip_equivariance": True,
+            "epochs": 150,
+            "decay_epochs": 50,
+        },
+        # One image of each domain. Widths of the published ngf=10 and ndf=8 at crops of 64 pixels; the image is translated whole.
+        "sincut": {
+            "generator": "stylegan2",
+            "base_channels": 80,
+            "num_blocks": 6,
+            "discriminator": "stylegan2",
+            "disc_channels": 32,
+            "gan_mode": "nonsaturating",
+            "lambda_r1": 1.0,
+            "lambda_identity": 1.0,
+            "lambda_nce": 4.0,
+            "nce_layers": (0, 2, 4),
+            "num_patches": 1,
+            "negatives": "batch",
+            "lr": 2e-3,
+            "beta1": 0.0,
+            "beta2": 0.99,
+            "batch_size": 16,
+            "dataset": "single-image",
+            "crop_size": 64,
+            "preprocess": "none",
+            "epochs": 8,
+            "decay_epochs": 8,
+        },
+    }
+    presets = {
+        # The demo: about two minutes on two CPU cores.
+        "digits": DIGITS_PHOTOS | DIGITS_PATCHES,
+        # SinCUT on two photographs of `fastnce data single-photos`, about four minutes on one CPU core.
+        "single-photos": {
+            "base_channels": 16,
+            "num_blocks": 4,
+            "disc_channels": 16,
+            "num_patches": 16,
+            "crop_size": 32,
+            "batch_size": 8,
+            "ema_decay": 0.99,
+            "workers": 0,
+            "steps": 1500,
+            "log_every": 50,
+            "sample_every": 250,
+            "checkpoint_every": 250,
+        },
+    }
+    ablations = {
+        "cut": Ablation(
+            choices={
+                "CUT": {},
+                "contrastive loss off": {"lambda_nce": 0.0},
+                "identity loss off": {"nce_idt": False},
+                "16 patches": {"num_patches": 16},
+                "4 patches": {"num_patches": 4},
+                "last layer only": {"nce_layers": (15,)},
+                "negatives of the whole batch": {"negatives": "batch"},
+                "negatives of earlier images": {"negatives": "queue"},
+                "negatives of the image and earlier ones": {"negatives": "image+queue"},
+                "FastCUT": {"nce_idt": False, "lambda_nce": 10.0, "flip_equivariance": True},
+            },
+            measures={
+                "content_accuracy": ("content accuracy", ".3f"),
+                "fid_share": ("FID, share of untranslated", ".4f"),
+            },
+            row="translated",
+        )
+    }
+    panels = (("G_GAN", "D_real", "D_fake", "D_r1"), ("NCE", "NCE_Y", "idt"), ("G",))
+    published = {"G": "generator", "D": "discriminator", "F": "projector"}
+    compared = (("", "projector", "in_channels"),)
+
+    def network(self, config: CUTTrainConfig) -> nn.Module:
+        return build_generator(config)
+
+    def dataset(self, config: CUTTrainConfig) -> UnpairedImages | SingleImagePatches:
+        if config.dataset == "folders":
+            return super().dataset(config)
+        from fastnce.data import SingleImagePatches
+
+        return SingleImagePatches(
+            config.folders,
+            crop_size=config.crop_size,
+            max_zoom_out=config.max_zoom_out,
+            flip=config.flip,
+            channels_a=config.in_channels,
+            channels_b=config.out_channels,
+            bits=config.bits,
+            value_range=config.value_range,
+            direction=config.direction,
+            epoch_samples=config.epoch_samples,
+            seed=config.seed,
+            broken_files=config.broken_files,
+        )
+
+    def model(self, config: CUTTrainConfig, dataset: UnpairedImages | SingleImagePatches) -> CUT:
+        _, height, width = dataset[0]["A"].shape
+        model = CUT(config, (height, width))
+        one_size = fixed_size(config)
+        if config.gan_mode == "wgangp":
+            one_size = "gan_mode=wgangp mixes real and translated images"
+        if model.translates_b:
+            one_size = "nce_idt and lambda_identity translate images of A and B in one batch"
+        networks = {
+            "generator": (model.generator, config.in_channels),
+            "discriminator": (model.discriminator, config.out_channels),
+        }
+        expect_sizes_fit(
+            config, dataset, networks, one_size=one_size, compared="A" if model.nce_names else ""
+        )
+        return model

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fastnce.errors import UserError
-from fastnce.models import options
-from fastnce.models.gan import GANMode, discriminator_losses, generator_loss
-from fastnce.models.translation import adam, autocast, descend, images_of_one_size, l1
-from fastnce.models.translation_config import TranslationConfig
 from fastnce.networks import PatchDiscriminator, UNetGenerator
 from fastnce.networks.layers import init_normal
 from fastnce.networks.unet_generator import TestStatistics
+from fastnce.systems import options
+from fastnce.systems.adversarial import GANMode, discriminator_losses, generator_loss
+from fastnce.systems.system import Rows
+from fastnce.systems.translation import (
+    TranslationConfig,
+    UnpairedTrainConfig,
+    adam,
+    autocast,
+    descend,
+    images_of_one_size,
+    l1,
+)
+from fastnce.systems.translation_system import (
+    TranslationSystem,
+    expect_sizes_fit,
+    reading_options,
+    translated,
+)
+
+if TYPE_CHECKING:
+    from fastnce.data import AlignedImages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +70,34 @@ class Pix2PixConfig(TranslationConfig):
         options.one_of(self, "disc_norm", ("batch", "instance", "none"))
         if self.init_gain is not None:
             options.above_zero(self, "init_gain")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pix2PixTrainConfig(Pix2PixConfig, UnpairedTrainConfig):
+    """Training of pix2pix. The options are those of unpaired images, although the images are pairs."""
+
+    system: ClassVar[str] = "pix2pix"
+
+    data: Path | None = None
+    """Folder with train, each of its images A and B side by side, or with trainA and trainB and equal names in both; and test
+    or testA and testB for the sample grids."""
+    batch_size: int = 1
+    """Pairs per step."""
+    epochs: int = 100
+    """Epochs at the full learning rate."""
+    decay_epochs: int = 100
+    """Further epochs in which the learning rate falls linearly towards 0."""
+    load_size: int = 286
+    """Images are scaled to this size before the crop."""
+    flip: bool = True
+    """Mirror each pair with probability 1/2."""
+    augment_a: Literal["none"] = "none"
+    """Only none: the images of a pair would no longer fit."""
+
+    def __post_init__(self) -> None:
+        UnpairedTrainConfig.__post_init__(self)
+        Pix2PixConfig.__post_init__(self)
+        options.one_of(self, "augment_a", ("none",))
 
 
 def build_generator(config: Pix2PixConfig) -> UNetGenerator:
@@ -163,3 +209,67 @@ def _check_size(image_size: tuple[int, int], multiple: int) -> None:
             f"images of {width}x{height} cannot be halved num_downs={multiple.bit_length() - 1} times. "
             f"Use a crop_size that is a multiple of {multiple}, or a smaller num_downs."
         )
+
+
+class Pix2PixSystem(TranslationSystem):
+    """pix2pix in the training loop."""
+
+    config_class = Pix2PixTrainConfig
+    variants = {"pix2pix": {}}
+    panels = (("G_GAN", "D_real", "D_fake"), ("G_L1",), ("G",))
+    best = "l1"
+    published = {"G": "generator", "D": "discriminator"}
+    paired = True
+
+    def network(self, config: Pix2PixTrainConfig) -> UNetGenerator:
+        return build_generator(config)
+
+    def dataset(self, config: Pix2PixTrainConfig) -> AlignedImages:
+        dataset = _pairs(config, "train", load_size=config.load_size, flip=config.flip)
+        if config.batch_size > 1:
+            dataset.expect_one_size()
+        return dataset
+
+    def model(self, config: Pix2PixTrainConfig, dataset: AlignedImages) -> Pix2Pix:
+        _, height, width = dataset[0]["A"].shape
+        model = Pix2Pix(config, (height, width))
+        multiple = model.generator.size_multiple
+        for (width, height), path in dataset.output_sizes()[0].items():
+            if width % multiple or height % multiple:
+                raise UserError(
+                    f"{path}: gives {width}x{height}, but num_downs={config.num_downs} needs multiples of {multiple}. "
+                    'Use preprocess="resize_and_crop", or a smaller num_downs.'
+                )
+        both = config.in_channels + config.out_channels
+        networks = {
+            "generator": (model.generator, config.in_channels),
+            "discriminator": (model.discriminator, both),
+        }
+        expect_sizes_fit(config, dataset, networks)
+        return model
+
+    def preview(
+        self, config: Pix2PixTrainConfig, dataset: AlignedImages
+    ) -> Callable[[nn.Module], Rows]:
+        from fastnce.data.aligned import find_pairs
+
+        split = "test"
+        try:
+            find_pairs(config.folders, split)
+        except UserError:  # no such folder
+            split = "train"
+        shown = _pairs(config, split, load_size=config.crop_size, flip=False, serial=True)
+        pairs = [shown[index] for index in range(min(config.sample_count, len(shown)))]
+        images = [pair["A"] for pair in pairs]
+
+        def rows(generator: nn.Module) -> Rows:
+            truth = [pair["B"] for pair in pairs]
+            return {"input": images, "output": translated(generator, images), "truth": truth}
+
+        return rows
+
+
+def _pairs(config: Pix2PixTrainConfig, split: str, **how: object) -> AlignedImages:
+    from fastnce.data import AlignedImages
+
+    return AlignedImages(config.folders, split, **(reading_options(config) | how))

@@ -15,9 +15,7 @@ from fastnce.data import save_image
 from fastnce.data.files import expect_apart
 from fastnce.data.labelled import open_labelled
 from fastnce.errors import UserError
-from fastnce.training.config import ContraGANTrainConfig, TrainConfig
-from fastnce.training.generation import sample_images
-from fastnce.training.translate import not_for
+from fastnce.systems.labelled import LabelledTrainConfig
 
 # A grid shows so many images of a class at most; the folders hold all.
 _GRID_COLUMNS = 12
@@ -40,7 +38,7 @@ def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
 
 def generate_folder(
     generator: nn.Module,
-    config: TrainConfig,
+    config: LabelledTrainConfig,
     out: Path,
     *,
     classes: Sequence[str] = (),
@@ -70,10 +68,8 @@ def generate_folder(
         The number of images.
 
     Raises:
-        UserError: a run of another system, or a value out of range.
+        UserError: a value out of range.
     """
-    if not isinstance(config, ContraGANTrainConfig):
-        raise not_for(config, config.out, "generate images from classes")
     for name, value, minimum in (("count", count, 1), ("batch_size", batch_size, 1)):
         if value < minimum:
             raise UserError(f"{name}={value} is too small. Use {name} >= {minimum}.")
@@ -83,10 +79,10 @@ def generate_folder(
         raise UserError(f"truncation={truncation} must be positive. Use about 0.5 to 2.")
     if interpolation < 0 or interpolation == 1:
         raise UserError(f"interpolation={interpolation} must be 0 for none, or at least 2 columns.")
-    chosen = _labels(classes, config)
+    chosen = _labels(classes, _class_names(config, generator.num_classes))
     random = torch.Generator().manual_seed(seed)
-    z = latent(count, config.latent_dim, truncation=truncation, generator=random)
-    ends = latent(2, config.latent_dim, truncation=truncation, generator=random)
+    z = latent(count, generator.latent_dim, truncation=truncation, generator=random)
+    ends = latent(2, generator.latent_dim, truncation=truncation, generator=random)
 
     rows, between = {}, {}
     for label, name in tqdm(chosen.items(), desc="generate", unit="class", disable=None):
@@ -105,31 +101,49 @@ def generate_folder(
     return count * len(chosen)
 
 
-def _labels(classes: Sequence[str], config: ContraGANTrainConfig) -> dict[int, str]:
+def _labels(classes: Sequence[str], names: Sequence[str]) -> dict[int, str]:
     """Label -> name of the chosen classes."""
-    names = _class_names(config)
     if not classes:
         return dict(enumerate(names))
     chosen = {}
     for text in classes:
         if text in names:
             label = names.index(text)
-        elif text.isdecimal() and int(text) < config.num_classes:
+        elif text.isdecimal() and int(text) < len(names):
             label = int(text)
         else:
             raise UserError(
-                f"class={text} is unknown. Use a number from 0 to {config.num_classes - 1}, or a name such as {names[0]}."
+                f"class={text} is unknown. Use a number from 0 to {len(names) - 1}, or a name such as {names[0]}."
             )
         chosen[label] = names[label]
     return chosen
 
 
-def _class_names(config: ContraGANTrainConfig) -> list[str]:
+def _class_names(config: LabelledTrainConfig, count: int) -> list[str]:
     """The run's; of an old run those of its data, or numbers if that is not there or has other classes by now."""
     if config.class_names:
         return list(config.class_names)
     with contextlib.suppress(UserError):
         names = open_labelled(config.data, "train").class_names
-        if len(names) == config.num_classes:
+        if len(names) == count:
             return list(names)
-    return [str(label) for label in range(config.num_classes)]
+    return [str(label) for label in range(count)]
+
+
+@torch.inference_mode()
+def sample_images(generator: nn.Module, z: Tensor, labels: Tensor, batch_size: int = 256) -> Tensor:
+    """Images of a generator in eval mode, on the CPU.
+
+    Args:
+        generator: as `load_generator` gives it.
+        z: (N, latent_dim).
+        labels: (N,) int64.
+        batch_size: images at a time; the result does not depend on it.
+
+    Returns:
+        (N, C, H, W) float32 in [-1, 1].
+    """
+    device = next(generator.parameters()).device
+    parts = zip(z.split(batch_size), labels.split(batch_size), strict=True)
+    images = [generator(a.to(device), b.to(device)).float().cpu() for a, b in parts]
+    return torch.cat(images).contiguous()

@@ -3,28 +3,114 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnce.models import options
-from fastnce.models.cut_networks import feature_shapes, initialise
-from fastnce.models.dclgan_config import DCLGANConfig
-from fastnce.models.gan import at_least_fp32, generator_loss
-from fastnce.models.patch_contrast import (
-    Comparison,
-    PatchContrast,
-    build_projector,
-    check_num_patches,
-    projected_dims,
-)
-from fastnce.models.translation import descend, l1
-from fastnce.models.two_way import TwoWayModel, reverse
+from fastnce.errors import UserError
 from fastnce.networks import SimilarityHead
 from fastnce.networks.layers import init_normal
+from fastnce.systems import options
+from fastnce.systems.adversarial import GANMode, at_least_fp32, generator_loss
+from fastnce.systems.patch_contrast import (
+    Comparison,
+    Negatives,
+    PatchContrast,
+    PatchContrastConfig,
+    build_projector,
+    check_num_patches,
+    feature_shapes,
+    projected_dims,
+)
+from fastnce.systems.translation import UnpairedTrainConfig, descend, initialise, l1
+from fastnce.systems.translation_system import DIGITS_PATCHES, DIGITS_PHOTOS
+from fastnce.systems.two_way import TwoWayConfig, TwoWayModel, TwoWaySystem, reverse
 
 Maps = list[Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCLGANConfig(PatchContrastConfig, TwoWayConfig):
+    """What defines DCLGAN's networks, losses and optimisers. The defaults are the published DCLGAN."""
+
+    gan_mode: GANMode = "hinge"
+    """Adversarial objective."""
+    generator_hinge: Literal["margin", "linear"] = "margin"
+    """The generators' loss with gan_mode=hinge. margin: max(0, 1 - D), the discriminators' own loss of real images, as the
+    published code has it; linear: -D, as hinge losses usually have it."""
+    lambda_gan: float = 1.0
+    """Weight of the generators' adversarial losses."""
+    lambda_nce: float = 2.0
+    """Weight of the contrastive losses; 0 turns them off, together with everything they need."""
+    lambda_idt: float = 1.0
+    """Weight of leaving an image as it is that is in the target domain already (L1); 0 turns it off."""
+    lambda_sim: float = 0.0
+    """SimDCL: weight of the distance between heads on real and on translated images of a domain; 0 turns it off."""
+    nce_layers: tuple[int, ...] = (4, 8, 12, 16)
+    """Generator layers whose features are compared."""
+    negatives: Negatives = "batch"
+    """Which patches are negatives. image: others of the same image; batch: those of all images of the batch; queue: those of
+    earlier images only; image+queue: others of the same image and those of earlier images."""
+    lr_f: float = 1e-3
+    """Adam of projectors and heads: learning rate. The published code gives them, unlike the other networks, PyTorch's defaults;
+    SimDCL gives them those of the other networks."""
+    beta1_f: float = 0.9
+    """Adam of projectors and heads: decay of the mean gradient."""
+    beta2_f: float = 0.999
+    """Adam of projectors and heads: decay of the squared gradient."""
+
+    def __post_init__(self) -> None:
+        PatchContrastConfig.__post_init__(self)
+        TwoWayConfig.__post_init__(self)
+        options.one_of(self, "generator_hinge", ("margin", "linear"))
+        options.at_least(self, 0, "lambda_gan", "lambda_nce", "lambda_idt", "lambda_sim")
+        options.above_zero(self, "lr_f")
+        options.in_unit_interval(self, "beta1_f", "beta2_f")
+        if self.lambda_sim > 0:
+            self._check_similarity()
+        if self.in_channels != self.out_channels:
+            self._check_channels()
+
+    def _check_similarity(self) -> None:
+        what = (
+            f"lambda_sim={self.lambda_sim} compares the projected patches of the contrastive loss"
+        )
+        if self.lambda_nce == 0 or self.projector == "none":
+            raise UserError(
+                f"{what}, but lambda_nce={self.lambda_nce} and projector={self.projector}. "
+                "Use lambda_nce > 0 and projector=mlp, or lambda_sim=0."
+            )
+        if self.num_patches < 3 or self.projection_dim < 3:
+            raise UserError(
+                f"{what} as images of {self.num_patches}x{self.projection_dim}. "
+                "Use num_patches >= 3 and projection_dim >= 3."
+            )
+
+    def _check_channels(self) -> None:
+        both = f"in_channels={self.in_channels} and out_channels={self.out_channels}"
+        if self.lambda_idt > 0:
+            raise UserError(
+                f"lambda_idt={self.lambda_idt} compares images of A with images of B, which have {both}. Use lambda_idt=0."
+            )
+        if self.projector == "none" and 0 in self.nce_layers:
+            raise UserError(
+                f"projector=none compares the pixels of layer 0 themselves, which {both} make different. "
+                "Use projector=mlp, or drop layer 0 from nce_layers."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCLGANTrainConfig(DCLGANConfig, UnpairedTrainConfig):
+    """Training of DCLGAN or SimDCL."""
+
+    system: ClassVar[str] = "dclgan"
+
+    def __post_init__(self) -> None:
+        UnpairedTrainConfig.__post_init__(self)
+        DCLGANConfig.__post_init__(self)
 
 
 class DCLGAN(TwoWayModel):
@@ -221,3 +307,38 @@ class DCLGAN(TwoWayModel):
         if config.gan_mode == "hinge" and config.generator_hinge == "margin":
             return config.lambda_gan * F.relu(1 - at_least_fp32(logits)).mean()
         return config.lambda_gan * generator_loss(logits, config.gan_mode)
+
+
+class DCLGANSystem(TwoWaySystem):
+    """DCLGAN in the training loop."""
+
+    config_class = DCLGANTrainConfig
+    model_class = DCLGAN
+    variants = {
+        "dclgan": {},
+        "simdcl": {
+            "lambda_sim": 10.0,
+            "lr_f": 2e-4,
+            "beta1_f": 0.5,
+            "epochs": 100,
+            "decay_epochs": 100,
+        },
+    }
+    presets = {"digits": DIGITS_PHOTOS | DIGITS_PATCHES}
+    panels = (
+        ("G_A", "D_A"),
+        ("G_B", "D_B"),
+        ("NCE1", "NCE2"),
+        ("idt_A", "idt_B", "sim_A", "sim_B"),
+        ("G",),
+    )
+    published = TwoWaySystem.published | {"F1": "projector_a", "F2": "projector_b"}
+    compared = (("a_to_b", "projector_a", "in_channels"), ("b_to_a", "projector_b", "out_channels"))
+
+    def sizes(self, config: DCLGANTrainConfig) -> dict[str, str | None]:
+        if config.lambda_nce == 0:
+            return super().sizes(config)
+        if config.num_patches == 0:
+            one_size = "num_patches=0 compares all positions of A and B at once"
+            return {"one_size": one_size, "compared": "AB"}
+        return super().sizes(config) | {"compared": "AB"}
