@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastnce.backends import build, build_cuda
+from fastnce.backends import build
 from fastnce.backends.operators import Namespace
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,10 +44,10 @@ def _load() -> tuple[Namespace | None, str]:
     if reason != "ok":
         return None, reason
     how = "python -m tests.cuda_kernels.emulated" if _EMULATED else "FASTNCE_CUDA=1 fastnce build"
-    library = Path(_EMULATED) if _EMULATED else build.find_library(build_cuda.LIBRARY)
+    library = Path(_EMULATED) if _EMULATED else build.find_library(build.CUDA)
     if library is None or not library.is_file():
         return None, f"the CUDA library is not built. Run: {how}"
-    if not build.is_current(library, build_cuda.LIBRARY):
+    if not build.is_current(library, build.CUDA):
         return None, f"{library} was built from other sources. Run: {how}"
     try:
         torch.ops.load_library(library)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastnce.ops import _checks
-from fastnce.ops._ranks import Fact, Gather, agree, ranks_of
+from fastnce.ranks import Fact, Gather, agree, ranks_of
 from fastnce.reference.normalize import normalize_rows
 
 _OP = "NegativeQueue.enqueue"

@@ -177,24 +177,34 @@ def row_loss(
     labels: Tensor | None,
     temperature: float | Tensor,
     reduction: str,
+    operators: str = "",
     **options: object,
 ) -> Tensor:
     """The losses of a fused backend, one per row, their sum or mean.
 
     Args:
-        op: whose operators ``<op>_forward`` and ``<op>_backward`` are run.
+        op: the public function.
         kernels: the backend.
         rows: the tensors that may need a gradient, at most three, in the order of the operators' arguments.
         labels: the argument that follows them, if there is one.
         temperature: a float or a 0-d tensor.
         reduction: "mean", "sum" or "none".
+        operators: whose ``<op>_forward`` and ``<op>_backward`` are run, if not those of ``op``.
         options: those of the operators.
     """
     _checks.expect_fusable(op, rows[0])
     grad_now = reduction != "none" and wants_grad(*rows, temperature)
     padded = [*distinct(rows), None, None][:3]
     loss, _ = RowLossFunction.apply(
-        op, kernels, options, reduction, grad_now, len(rows), temperature, labels, *padded
+        operators or op,
+        kernels,
+        options,
+        reduction,
+        grad_now,
+        len(rows),
+        temperature,
+        labels,
+        *padded,
     )
     return loss
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastnce import backends
 from fastnce.ops import _checks, _common
-from fastnce.ops._ranks import EXCHANGES, Fact, agree, explained, ranks_of
+from fastnce.ranks import EXCHANGES, Fact, agree, explained, ranks_of
 from fastnce.registry import accumulation_dtype
 
 STRATEGIES = ("auto", "ring", "gather")

@@ -12,8 +12,8 @@ from torch import Tensor
 from fastnce import backends
 from fastnce.ops import _checks, _common
 from fastnce.ops._over_ranks import GRADIENT_SCALES, OverRanks
-from fastnce.ops._ranks import Fact
 from fastnce.ops.labelled_lse import LabelledLSE
+from fastnce.ranks import Fact
 from fastnce.reference.normalize import accumulation_dtype, normalize_rows, over_temperature
 from fastnce.registry import Make, Op, Operator, Sample, declare
 

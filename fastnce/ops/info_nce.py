@@ -14,7 +14,7 @@ from torch import Tensor
 from fastnce import backends
 from fastnce.ops import _checks, _common
 from fastnce.ops._over_ranks import OverRanks
-from fastnce.ops._ranks import Block, Exchange, Fact, Gather
+from fastnce.ranks import Block, Exchange, Fact, Gather
 from fastnce.reference.normalize import (
     accumulation_dtype,
     normalize_rows,
@@ -100,24 +100,28 @@ def info_nce(
         _check_similarity_dtype(op, similarity_dtype, normalize, negative_keys)
 
     batched = query.dim() == 3
+    rows = (query, positive_key, negative_keys)
     if not batched:
-        query, positive_key = query.unsqueeze(0), positive_key.unsqueeze(0)
-        if negative_keys is not None and negative_keys.dim() == 3:
-            negative_keys = negative_keys.unsqueeze(0)
-    loss = info_nce_reduced(
-        op,
-        query,
-        positive_key,
-        negative_keys,
-        temperature,
-        normalize=bool(normalize),
-        symmetric=bool(symmetric),
-        in_batch=in_batch,
-        self_logit=None,
-        similarity_dtype=similarity_dtype,
-        reduction=reduction,
-        backend=backend,
-    )
+        own = negative_keys is not None and negative_keys.dim() == 3
+        alike = (True, True, own)
+        rows = tuple(x.unsqueeze(0) if one else x for x, one in zip(rows, alike, strict=True))
+    options = {
+        "normalize": bool(normalize),
+        "symmetric": bool(symmetric),
+        "in_batch": in_batch,
+        "self_logit": None,
+    }
+    name = op if similarity_dtype is None else f"{op}_fp8"
+    kernels = backends.select(name, query, backend)
+    with _common.no_autocast(query):
+        if kernels is not backends.reference:
+            loss = _common.row_loss(
+                op, kernels, rows, None, temperature, reduction, operators=name, **options
+            )
+        else:
+            loss = plain(*rows, temperature, **options, similarity_dtype=similarity_dtype)
+            if reduction != "none":
+                loss = loss.sum() * _common.row_weight(loss.numel(), reduction)
     return loss.squeeze(0) if reduction == "none" and not batched else loss
 
 
@@ -169,35 +173,6 @@ def _check_similarity_dtype(
             f"{op}: similarity_dtype={dtype} needs negative_keys of shape (M, D) or None, got {_checks.shape_of(negatives)}: "
             f"each query's own negatives are no matrix product. Drop similarity_dtype."
         )
-
-
-def info_nce_reduced(
-    op: str,
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor | None,
-    temperature: float | Tensor,
-    *,
-    reduction: str,
-    backend: str | None,
-    **options: bool | float | torch.dtype | None,
-) -> Tensor:
-    """The losses (B, N), their sum or mean; inputs validated, (B, N, D).
-
-    ``options`` are those of :func:`plain`.
-    """
-    dtype = options.pop("similarity_dtype", None)
-    name = op if dtype is None else f"{op}_fp8"
-    kernels = backends.select(name, query, backend)
-    rows = (query, key, negatives)
-    with _common.no_autocast(query):
-        if kernels is not backends.reference:
-            name = "info_nce" if dtype is None else "info_nce_fp8"
-            return _common.row_loss(name, kernels, rows, None, temperature, reduction, **options)
-        losses = plain(*rows, temperature, **options, similarity_dtype=dtype)
-        if reduction == "none":
-            return losses
-        return losses.sum() * _common.row_weight(losses.numel(), reduction)
 
 
 def plain(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastnce.ops import _common
-from fastnce.ops._ranks import Exchange
+from fastnce.ranks import Exchange
 from fastnce.reference.normalize import accumulation_dtype, normalize_rows
 from fastnce.registry import Op, Operator, declare
 

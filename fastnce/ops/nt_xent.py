@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastnce.ops import _checks, _common
 from fastnce.ops._over_ranks import OverRanks
-from fastnce.ops._ranks import Fact
 from fastnce.ops.labelled_lse import LabelledLSE
 from fastnce.ops.sup_con import sup_con_reduced
+from fastnce.ranks import Fact
 from fastnce.reference.normalize import accumulation_dtype, normalize_rows
 from fastnce.registry import Make, Op, Sample, declare
 

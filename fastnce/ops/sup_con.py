@@ -11,8 +11,8 @@ from torch import Tensor
 from fastnce import backends
 from fastnce.ops import _checks, _common
 from fastnce.ops._over_ranks import OverRanks
-from fastnce.ops._ranks import Fact
 from fastnce.ops.labelled_lse import LabelledLSE, SameLabelSum
+from fastnce.ranks import Fact
 from fastnce.reference.normalize import accumulation_dtype, normalize_rows, over_temperature
 from fastnce.registry import Make, Op, Operator, Sample, declare
 
@@ -76,7 +76,9 @@ def sup_con_reduced(
             if reduction == "mean":
                 return losses.sum() / _common.positives(has_positive)
             return _common.reduce(losses, reduction)
-        return _common.row_loss("sup_con", kernels, (features,), labels, temperature, reduction)
+        return _common.row_loss(
+            op, kernels, (features,), labels, temperature, reduction, operators="sup_con"
+        )
 
 
 def plain(features: Tensor, labels: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:

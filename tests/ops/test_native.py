@@ -243,9 +243,11 @@ def test_labels_of_any_size_and_sign():
     embeddings, proxies = torch.randn(2, 50, 8, generator=generator)
     classes = torch.tensor([-(2**63), -1, 0, 2**31, 2**32, 2**63 - 1])
     labels = torch.randint(len(classes), (50,), generator=generator)
-    call = {"temperature": 0.2, "grad_scale": 1.0, "needs": (True, True, False)}
-    small = native.conditional_contrastive_forward(embeddings, proxies, labels, **call)
-    large = native.conditional_contrastive_forward(embeddings, proxies, classes[labels], **call)
+    call = {"grad_scale": 1.0, "needs": (True, True, False)}
+    small = native.conditional_contrastive_forward(embeddings, proxies, labels, 0.2, **call)
+    large = native.conditional_contrastive_forward(
+        embeddings, proxies, classes[labels], 0.2, **call
+    )
     assert torch.equal(small[0], large[0])
     assert torch.equal(small[2][0], large[2][0])
 
