@@ -126,6 +126,7 @@ class System:
         compares_best: whether an evaluation has a row for the best checkpoint too.
         judged_by: the settings of `fastnce evaluate` that are for this system.
         reported: options that stand in the report of an evaluation.
+        reports_cost: whether what the training cost stands there too.
         output: the name of the network's output in an exported graph.
         any_size: whether the network takes images of any height and width.
     """
@@ -144,6 +145,7 @@ class System:
     compares_best: bool = False
     judged_by: frozenset[str] = frozenset()
     reported: tuple[str, ...] = ()
+    reports_cost: bool = False
     output: str = "output"
     any_size: bool = False
 
