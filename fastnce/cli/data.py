@@ -14,7 +14,7 @@ def digits_photos(out: Path, photo: tuple[str, ...] = ("coffee",), seed: int = 0
             one of them.
         seed: Seed of the split, the noise and the crops.
     """
-    from fastnce.data import write_digits_photos
+    from fastnce.demo import write_digits_photos
 
     _tell(write_digits_photos(out, seed=seed, photo=photo), "cut --preset digits")
 
@@ -27,7 +27,7 @@ def photos(out: Path, size: int = 128, seed: int = 0) -> None:
         size: Side of the crops in pixels.
         seed: Seed of the crops.
     """
-    from fastnce.data import write_photos
+    from fastnce.demo import write_photos
 
     _tell(write_photos(out, size=size, seed=seed), "cut")
 
@@ -43,7 +43,7 @@ def single_photos(
         photo_a: The photograph of trainA, one of those that scikit-learn and scikit-image carry.
         photo_b: The photograph of trainB.
     """
-    from fastnce.data import write_single_photos
+    from fastnce.demo import write_single_photos
 
     _tell(
         write_single_photos(out, size=size, photo_a=photo_a, photo_b=photo_b),
@@ -59,7 +59,7 @@ def digits(out: Path, size: int = 16, seed: int = 0) -> None:
         size: Side of the images in pixels, 16 or 32.
         seed: Seed of the split.
     """
-    from fastnce.data import write_digits
+    from fastnce.demo import write_digits
 
     _tell(write_digits(out, size=size, seed=seed), "contragan --preset digits")
 
@@ -71,7 +71,7 @@ def photo_crops(out: Path, seed: int = 0) -> None:
         out: Folder for train/<photograph> and test/<photograph>; created.
         seed: Seed of the crops.
     """
-    from fastnce.data import write_photo_crops
+    from fastnce.demo import write_photo_crops
 
     _tell(write_photo_crops(out, seed=seed), "simclr --preset photo-crops")
 

@@ -932,13 +932,13 @@ def judge_of(
     extractor: Path | None,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """What judges the samples of a run: see `fastnce.metrics.generation_evaluator`.
+    """What judges the samples of a run: see `fastnce.demo.generation_evaluator`.
 
     Raises:
         UserError: there is none, or a digits set's own reads other images than the run makes.
     """
-    from fastnce.metrics import generation_evaluator
-    from fastnce.metrics.digit_classifier import DIGITS, DigitClassifier
+    from fastnce.demo import generation_evaluator
+    from fastnce.demo.judges import DIGITS, DigitClassifier
 
     judge = generation_evaluator(root, extractor, device=device)
     if isinstance(judge, DigitClassifier):

@@ -16,15 +16,9 @@ from fastnce.data.aligned import Side, find_pairs, holds_pairs
 from fastnce.data.broken import readable
 from fastnce.data.folders import UnfitFile, image_size, load_image, read_image, to_array, to_tensor
 from fastnce.data.unpaired import half_of
+from fastnce.demo import Evaluator, evaluate_digits, is_digits_photos
 from fastnce.errors import UserError
-from fastnce.metrics import (
-    Evaluator,
-    Row,
-    evaluate,
-    evaluate_digits,
-    format_table,
-    is_digits_photos,
-)
+from fastnce.metrics import Row, evaluate, format_table
 from fastnce.metrics.extractors import load_extractor
 from fastnce.metrics.label_maps import LabelKind, label_files
 from fastnce.metrics.pairs import format_pair_table, pair_numbers

@@ -11,8 +11,8 @@ from PIL import Image
 from same_run import assert_identical
 
 from fastnce import cli
+from fastnce.demo.judges import DigitClassifier
 from fastnce.errors import UserError
-from fastnce.metrics.digit_classifier import DigitClassifier
 from fastnce.models import ContraGAN
 from fastnce.systems import SYSTEMS
 from fastnce.systems.contragan import judge_of, reference_images
