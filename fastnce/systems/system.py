@@ -23,7 +23,7 @@ Measure = Callable[[nn.Module, nn.Module], dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(options.Options):
     """Options that every system shares."""
 
     system: ClassVar[str]
@@ -68,15 +68,13 @@ class TrainConfig:
     """Steps between two checkpoints that are kept, as checkpoints/step_XXXXXX.pt; 0: only the last two and the best are."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         options.at_least(self, 1, "batch_size", "log_every", "sample_every", "checkpoint_every")
         options.at_least(self, 1, "sample_count")
         options.at_least(self, 0, "workers", "seed", "measure_every", "keep_every")
         options.in_unit_interval(self, "ema_decay")
-        options.one_of(self, "broken_files", ("error", "skip"))
-        if self.steps is not None:
-            options.at_least(self, 1, "steps")
-        if self.ema_start is not None:
-            options.at_least(self, 0, "ema_start")
+        options.at_least(self, 1, "steps")
+        options.at_least(self, 0, "ema_start")
 
     @property
     def samples_per_step(self) -> int:
