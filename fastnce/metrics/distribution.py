@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastnce.data.folders import SIGNED_UNIT, list_images, load_image, to_uint8
+from fastnce.data.folders import list_images
+from fastnce.data.images import SIGNED_UNIT, load_image, to_uint8
 from fastnce.errors import UserError
 
 KID_SUBSETS = 100

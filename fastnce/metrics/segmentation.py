@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnce.data.folders import to_uint8
+from fastnce.data.images import to_uint8
 from fastnce.errors import UserError
 from fastnce.metrics.extractors import load_scripted
 from fastnce.metrics.label_maps import CLASSES, IGNORED, LabelKind, label_key, read_label_map

@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-from fastnce.data.class_folders import NO_CLASSES
-from fastnce.data.folders import check_value_range
+from fastnce.data.images import check_value_range
+from fastnce.data.labelled import NO_CLASSES
 from fastnce.data.views import VIEW_RECIPES
 from fastnce.errors import UserError
 from fastnce.models import (

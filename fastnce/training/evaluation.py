@@ -12,7 +12,7 @@ from torch import nn
 
 from fastnce.data import list_images
 from fastnce.data.aligned import holds_pairs
-from fastnce.data.folders import load_image
+from fastnce.data.images import load_image
 from fastnce.data.labelled import has_split
 from fastnce.demo import is_digits_photos
 from fastnce.errors import UserError

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastnce.data import LabelledImages
-from fastnce.data.class_folders import NO_CLASSES
-from fastnce.data.folders import SIGNED_UNIT
-from fastnce.data.labelled import has_split
+from fastnce.data.images import SIGNED_UNIT
+from fastnce.data.labelled import NO_CLASSES, has_split
 from fastnce.demo import generation_evaluator
 from fastnce.demo.judges import DIGITS, DigitClassifier
 from fastnce.errors import UserError

@@ -18,9 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastnce import viz
-from fastnce.data.class_folders import holds_images
 from fastnce.data.files import Files, changed_files, expect_apart, remove_leftovers, write_json
-from fastnce.data.labelled import folders_read
+from fastnce.data.labelled import folders_read, holds_images
 from fastnce.errors import UserError
 from fastnce.training import runtime
 from fastnce.training.build import from_dict

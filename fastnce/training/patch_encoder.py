@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnce.data.folders import read_image, to_array, to_image, to_tensor
+from fastnce.data.images import read_image, to_array, to_image, to_tensor
 from fastnce.data.transforms import resize_to_multiple
 from fastnce.errors import UserError
 from fastnce.models.channels import convert_channels

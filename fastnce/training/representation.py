@@ -16,10 +16,9 @@ from tqdm import tqdm
 
 from fastnce.data import LabelledImages, TwoViews, list_images
 from fastnce.data.broken import readable
-from fastnce.data.class_folders import NO_CLASSES
 from fastnce.data.files import atomic_path
-from fastnce.data.folders import read_image, to_array, to_tensor
-from fastnce.data.labelled import has_split, to_square
+from fastnce.data.images import read_image, to_array, to_tensor
+from fastnce.data.labelled import NO_CLASSES, has_split, to_square
 from fastnce.errors import UserError
 from fastnce.metrics.knn import accuracy, knn_predict
 from fastnce.metrics.representation import calibrate, encode

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from fastnce.data import EXTENSIONS, Preprocess, list_images, save_image
 from fastnce.data.aligned import find_pairs
 from fastnce.data.broken import readable
+from fastnce.data.domains import half_of
 from fastnce.data.files import expect_apart
-from fastnce.data.folders import (
+from fastnce.data.images import (
     UnfitFile,
     any_number_of_pixels,
     fitting_suffixes,
@@ -30,7 +31,6 @@ from fastnce.data.folders import (
     to_tensor,
 )
 from fastnce.data.transforms import RANDOM_TOKENS
-from fastnce.data.unpaired import half_of
 from fastnce.errors import UserError
 from fastnce.training.config import Pix2PixTrainConfig, TrainConfig, UnpairedTrainConfig
 from fastnce.training.tiles import check_tile

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastnce.data import list_images, save_image
 from fastnce.data.files import expect_apart
-from fastnce.data.folders import fitting_suffixes
+from fastnce.data.images import fitting_suffixes
 from fastnce.errors import UserError
 from fastnce.networks.geometry import pixel_grid
 from fastnce.training.patch_encoder import PatchEncoder
