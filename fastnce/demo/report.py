@@ -15,15 +15,7 @@ from fastnce.demo.judges import Evaluator, load_evaluator, recipe_for, to_batch
 from fastnce.demo.samples import composite, load_digits, noisy_digit, random_crops, scaled_photo
 from fastnce.demo.sets import kind_of, read_labels
 from fastnce.errors import UserError
-from fastnce.metrics.translation import (
-    BEST,
-    TRANSLATED,
-    WITHOUT_NCE,
-    Row,
-    evaluate,
-    halves_name,
-    untranslated_name,
-)
+from fastnce.metrics.image_sets import BEST, TRANSLATED, WITHOUT_NCE, Row, evaluate, halves_name, untranslated_name
 
 IDEAL = "ideal: the same digits composited"
 IDEAL_PLAIN = "ideal: the same digits plain"

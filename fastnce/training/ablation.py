@@ -11,7 +11,7 @@ from typing import Any
 
 from fastnce import viz
 from fastnce.errors import UserError
-from fastnce.metrics.representation import TRAINED_ENCODER
+from fastnce.metrics.probes import TRAINED_ENCODER
 from fastnce.metrics.tables import markdown_table, write_result
 from fastnce.training.build import build_config, known
 from fastnce.training.evaluation import evaluate_run

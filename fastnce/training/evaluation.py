@@ -17,9 +17,9 @@ from fastnce.data.labelled import has_split
 from fastnce.demo import is_digits_photos
 from fastnce.errors import UserError
 from fastnce.metrics import evaluate_generation, format_generation_table, format_table
-from fastnce.metrics.label_maps import LabelKind, label_files
+from fastnce.metrics.image_sets import BEST, TRANSLATED, WITHOUT_NCE
 from fastnce.metrics.pairs import format_pair_table
-from fastnce.metrics.representation import (
+from fastnce.metrics.probes import (
     RANDOM_ENCODER,
     RAW_PIXELS,
     TRAINED_ENCODER,
@@ -27,12 +27,13 @@ from fastnce.metrics.representation import (
     format_encoder_table,
 )
 from fastnce.metrics.segmentation import (
+    LabelKind,
     ScriptedSegmenter,
     evaluate_segmentation,
     format_segmentation_table,
+    label_files,
 )
 from fastnce.metrics.tables import write_result
-from fastnce.metrics.translation import BEST, TRANSLATED, WITHOUT_NCE
 from fastnce.training.config import (
     ContraGANTrainConfig,
     Pix2PixTrainConfig,
@@ -85,7 +86,7 @@ class Segmentation:
     segmenter: Path
     """TorchScript file, see `fastnce.metrics.segmentation.ScriptedSegmenter`."""
     labels: Path
-    """Folder of label maps, found by the images' names: see `fastnce.metrics.label_maps.label_key`."""
+    """Folder of label maps, found by the images' names: see `fastnce.metrics.segmentation.label_key`."""
     kind: LabelKind = "train-ids"
     """What the label maps hold."""
 

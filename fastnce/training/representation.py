@@ -20,8 +20,7 @@ from fastnce.data.files import atomic_path
 from fastnce.data.images import read_image, to_array, to_tensor
 from fastnce.data.labelled import NO_CLASSES, has_split, to_square
 from fastnce.errors import UserError
-from fastnce.metrics.knn import accuracy, knn_predict
-from fastnce.metrics.representation import calibrate, encode
+from fastnce.metrics.probes import accuracy, calibrate, encode, knn_predict
 from fastnce.models import Representation
 from fastnce.models.representation import build_encoder
 from fastnce.training import runtime

@@ -22,14 +22,8 @@ from fastnce.demo import Evaluator, evaluate_digits, is_digits_photos
 from fastnce.errors import UserError
 from fastnce.metrics import Row, evaluate
 from fastnce.metrics.extractors import load_extractor
+from fastnce.metrics.image_sets import BEST, TRANSLATED, WITHOUT_NCE, halves_name, untranslated_name
 from fastnce.metrics.pairs import pair_numbers
-from fastnce.metrics.translation import (
-    BEST,
-    TRANSLATED,
-    WITHOUT_NCE,
-    halves_name,
-    untranslated_name,
-)
 from fastnce.training.config import Pix2PixTrainConfig, UnpairedTrainConfig
 from fastnce.training.system import Measure
 
