@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastnce.cli import main
-from fastnce.data.folders import load_image
+from fastnce.data.images import load_image
 from fastnce.errors import UserError
 from fastnce.systems.judging import evaluate_images
 from fastnce.systems.translating import translate
