@@ -2,10 +2,6 @@
 // themselves in cpu/<op>.cpp.
 #include "common/schemas.h"
 
-// What the library was built from; fastnce/backends/build.py finds it in the file.
-extern "C" __attribute__((used, visibility("default"))) const char fastnce_build_stamp[] =
-    FASTNCE_BUILD_STAMP;
-
 STABLE_TORCH_LIBRARY(fastnce, m) {
   fastnce::define_shared_ops(m);
 

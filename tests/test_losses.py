@@ -149,7 +149,7 @@ def public_modules() -> list[str]:
         "fastnce.ops",
         "fastnce.distributed",
         "fastnce.networks",
-        "fastnce.models",
+        "fastnce.systems",
         "fastnce.data",
         "fastnce.metrics",
     ):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastnce.backends import build, build_cuda, fakes
+from fastnce.backends import build, fakes
 from fastnce.backends.operators import Operators
 
 # The operators that each op runs. Those without a kernel in the library are not claimed.
@@ -57,10 +57,10 @@ def _load() -> tuple[frozenset[str], str]:
     if reason != "ok":
         return frozenset(), reason
     how = "python -m tests.cuda_kernels.emulated" if _EMULATED else "FASTNCE_CUDA=1 fastnce build"
-    library = Path(_EMULATED) if _EMULATED else build.find_library(build_cuda.LIBRARY)
+    library = Path(_EMULATED) if _EMULATED else build.find_library(build.CUDA)
     if library is None or not library.is_file():
         return frozenset(), f"the CUDA library is not built. Run: {how}"
-    if not build.is_current(library, build_cuda.LIBRARY):
+    if not build.is_current(library, build.CUDA):
         return frozenset(), f"{library} was built from other sources. Run: {how}"
     try:
         torch.ops.load_library(library)

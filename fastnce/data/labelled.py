@@ -72,7 +72,7 @@ class LabelledImages(Dataset):
 
     Example:
         >>> import tempfile
-        >>> from fastnce.data import write_digits
+        >>> from fastnce.demo import write_digits
         >>> folder = tempfile.TemporaryDirectory()
         >>> root = write_digits(folder.name)
         >>> images = LabelledImages(root, image_size=16, channels=1, flip=False)

@@ -1,16 +1,5 @@
 """How good translated and generated images and representations are, and what a discriminator does over a training."""
 
-from fastnce.metrics.digit_classifier import (
-    DigitClassifier,
-    DigitRecipe,
-    load_digit_classifier,
-)
-from fastnce.metrics.digits_photos import (
-    compare_folders,
-    digits_to_translate,
-    evaluate_digits,
-    is_digits_photos,
-)
 from fastnce.metrics.discriminator import (
     Authenticity,
     authenticity_accuracy,
@@ -19,13 +8,13 @@ from fastnce.metrics.discriminator import (
 )
 from fastnce.metrics.distribution import (
     Distance,
+    compare_folders,
     compare_images,
     distance,
     extract_features,
     frechet_distance,
 )
-from fastnce.metrics.evaluator import Evaluator, EvaluatorRecipe, load_evaluator, recipe_for
-from fastnce.metrics.extractors import ScriptedExtractor, generation_evaluator
+from fastnce.metrics.extractors import ScriptedExtractor, load_extractor
 from fastnce.metrics.generation import (
     class_accuracy,
     inception_score,
@@ -45,11 +34,7 @@ from fastnce.metrics.translation import Row, evaluate, format_table, write_repor
 
 __all__ = [
     "Authenticity",
-    "DigitClassifier",
-    "DigitRecipe",
     "Distance",
-    "Evaluator",
-    "EvaluatorRecipe",
     "PrecisionRecall",
     "Row",
     "ScriptedExtractor",
@@ -57,11 +42,9 @@ __all__ = [
     "class_accuracy",
     "compare_folders",
     "compare_images",
-    "digits_to_translate",
     "distance",
     "encode",
     "evaluate",
-    "evaluate_digits",
     "evaluate_encoders",
     "evaluate_generation",
     "evaluate_generators",
@@ -69,18 +52,14 @@ __all__ = [
     "format_generation_table",
     "format_table",
     "frechet_distance",
-    "generation_evaluator",
     "inception_score",
-    "is_digits_photos",
     "intra_class_fid",
     "knn_predict",
     "largest_singular_values",
     "linear_predict",
-    "load_digit_classifier",
-    "load_evaluator",
+    "load_extractor",
     "overfitting_gap",
     "precision_recall_density_coverage",
-    "recipe_for",
     "relabelled_accuracy",
     "spread_ratio",
     "write_report",

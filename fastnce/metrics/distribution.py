@@ -3,11 +3,13 @@
 import math
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fastnce.data.folders import SIGNED_UNIT, to_uint8
+from fastnce.data.folders import SIGNED_UNIT, list_images, load_image, to_uint8
+from fastnce.errors import UserError
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 100
@@ -168,6 +170,38 @@ def compare_images(
         extractor=extractor_name(extractor),
         seed=seed,
     )
+
+
+def compare_folders(
+    folder: Path | str, reference: Path | str, extractor: nn.Module, *, channels: int = 3
+) -> Distance:
+    """FID and KID between two folders of images, for any data and any extractor.
+
+    Args:
+        folder: Images to judge, all of one size.
+        reference: Images of the target domain, all of one size.
+        extractor: A module from (N, C, H, W) float32 in [-1, 1] to features (N, F); it resizes by
+            itself if it has to. Its `name` is recorded.
+        channels: 3 for RGB, 1 for greyscale.
+
+    Raises:
+        UserError: If a folder is missing or empty, or its images differ in size.
+    """
+    images, others = (_load_folder(x, channels) for x in (folder, reference))
+    return compare_images(images, others, extractor)
+
+
+def _load_folder(folder: Path | str, channels: int) -> Tensor:
+    paths = list_images(folder)
+    images = [load_image(path, channels) for path in paths]
+    for path, image in zip(paths, images, strict=True):
+        if image.shape != images[0].shape:
+            sizes = [f"{x.shape[2]}x{x.shape[1]}" for x in (image, images[0])]
+            raise UserError(
+                f"{path}: is {sizes[0]}, but {paths[0]} is {sizes[1]}, and the images compared "
+                "need one size. Resize them first."
+            )
+    return torch.stack(images)
 
 
 def extractor_name(extractor: nn.Module) -> str:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from fastnce.metrics.distribution import as_saved, distance, extract_features, extractor_name
-from fastnce.metrics.evaluator import Evaluator
 from fastnce.metrics.neighbours import precision_recall_density_coverage
 from fastnce.metrics.tables import finite_or_none, format_number, markdown_table, write_result
 
@@ -66,7 +65,7 @@ def evaluate(
     reference: Iterable[Tensor],
     extractor: nn.Module,
     *,
-    reader: Evaluator | None = None,
+    reader: nn.Module | None = None,
     baseline: str | None = None,
     count: int | None = None,
 ) -> dict[str, Any]:
@@ -78,7 +77,8 @@ def evaluate(
         rows: By name, the images; or a text that says why there are none.
         reference: (C, H, W) each, in [-1, 1] or uint8: images of the target domain.
         extractor: A module from (N, C, H, W) in [-1, 1] to features (N, F).
-        reader: What reads the digits; without one there is no content accuracy.
+        reader: Reads the digits by its method `read_digits`, (N, C, H, W) in [-1, 1] to (N,) int64; without one there is no
+            content accuracy.
         baseline: The row whose FID counts as 1 in `fid_share`.
         count: Use the first so many images of each set; by default all. FID depends on the number.
 
@@ -161,7 +161,7 @@ class _Judged:
 
 
 def _judge(
-    images: Iterable[Tensor], extractor: nn.Module, reader: Evaluator | None, count: int | None
+    images: Iterable[Tensor], extractor: nn.Module, reader: nn.Module | None, count: int | None
 ) -> _Judged:
     features, read, sizes = [], [], set()
     for batch in _batches(islice(images, count)):

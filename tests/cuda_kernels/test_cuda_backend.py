@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastnce import backends
-from fastnce.backends import build, build_cuda, cuda
+from fastnce.backends import build, cuda
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def emulated(monkeypatch, tmp_path):
     """A place for an emulated library; the stamp is that of the present sources."""
     file = tmp_path / "emulated.so"
     monkeypatch.setattr(cuda, "_EMULATED", str(file))
-    return file, build.source_hash(build.source_folder(), build_cuda.LIBRARY)
+    return file, build.source_hash(build.source_folder(), build.CUDA)
 
 
 def test_without_a_gpu(monkeypatch):
@@ -58,7 +58,7 @@ def test_a_change_of_the_kernels_is_seen_and_one_of_the_cpu_s_is_not(tmp_path):
         (tmp_path / name).write_text("one")
 
     def hashes() -> tuple[str, str]:
-        return tuple(build.source_hash(tmp_path, x) for x in (build_cuda.LIBRARY, build.NATIVE))
+        return tuple(build.source_hash(tmp_path, x) for x in (build.CUDA, build.NATIVE))
 
     for name, changes in (
         ("cuda/device.cuh", (True, False)),

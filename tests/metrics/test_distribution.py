@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from fastnce.metrics import compare_images, distance, extract_features, frechet_distance
+from fastnce.data import save_image
+from fastnce.errors import UserError
+from fastnce.metrics import (
+    compare_folders,
+    compare_images,
+    distance,
+    extract_features,
+    frechet_distance,
+)
 
 
 def with_moments(mean: torch.Tensor, covariance: torch.Tensor, count: int) -> torch.Tensor:
@@ -141,3 +149,21 @@ def test_an_extractor_that_gives_maps_is_refused():
         ValueError, match=r"expected features \(N, F\) for 7 images, got \(7, 3, 4, 4\)"
     ):
         extract_features(torch.zeros(7, 3, 4, 4), nn.Identity())
+
+
+def test_folders_of_any_images_with_an_extractor_of_ones_own(tmp_path):
+    class Colour(nn.Module):
+        def forward(self, images):
+            return images.mean((2, 3))
+
+    generator = torch.Generator().manual_seed(0)
+    for number in range(6):
+        colour = torch.rand(3, 1, 1, generator=generator).expand(3, 8, 12) - 0.5
+        save_image(colour, tmp_path / "one" / f"{number}.png")
+        save_image(colour + 0.2, tmp_path / "other" / f"{number}.png")
+    result = compare_folders(tmp_path / "one", tmp_path / "other", Colour())
+    assert result.fid == pytest.approx(3 * 0.2**2, rel=0.1)  # up to the rounding to bytes
+    assert result.extractor == "Colour" and result.counts == (6, 6)
+    save_image(torch.zeros(3, 8, 8), tmp_path / "one" / "x.png")
+    with pytest.raises(UserError, match=r"x\.png: is 8x8, but .*0\.png is 12x8"):
+        compare_folders(tmp_path / "one", tmp_path / "other", Colour())

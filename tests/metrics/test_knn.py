@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastnce.data import LabelledImages, write_digits
+from fastnce.data import LabelledImages
+from fastnce.demo import write_digits
 from fastnce.metrics import evaluate_encoders, knn_predict, linear_predict
 from fastnce.metrics.representation import calibrate, encode, format_encoder_table
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from fastnce.cli import main
 from fastnce.data.folders import load_image
 from fastnce.errors import UserError
+from fastnce.systems.translating import translate
 from fastnce.training import load_generator, train, translate_folder
 from fastnce.training.evaluation import evaluate_images, evaluate_run
-from fastnce.training.translate import translate
 
 RANGE = (-1024.0, 3071.0)
 
