@@ -14,12 +14,15 @@ except ImportError as error:
     _MISSING = f"Triton cannot be imported: {error}. Run: pip install triton"
 else:
     _MISSING = ""
-    from .conditional_contrastive import (
+    from .info_nce import info_nce_backward, info_nce_forward
+    from .labelled import (
         conditional_contrastive_backward,
         conditional_contrastive_forward,
+        labelled_lse_backward,
+        labelled_lse_forward,
+        sup_con_backward,
+        sup_con_forward,
     )
-    from .info_nce import info_nce_backward, info_nce_forward
-    from .labelled_lse import labelled_lse_backward, labelled_lse_forward
     from .launch import INTERPRETED
     from .pairwise_cosine_similarity import (
         pairwise_cosine_similarity_backward,
@@ -31,7 +34,6 @@ else:
         sample_patches_backward,
         sample_patches_forward,
     )
-    from .sup_con import sup_con_backward, sup_con_forward
 
 __all__ = [
     "available",

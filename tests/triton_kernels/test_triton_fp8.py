@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import calls
 
-from benchmarks.launches import SHARED_MEMORY, Launch, compiled
+from benchmarks.launches import SHARED_MEMORY, Launch, as_on, compiled
 from fastnce import reference, triton_kernels
 from fastnce.backends import triton as triton_ops
 from fastnce.testing import Sample, assert_close_to_truth, rows
@@ -151,19 +151,18 @@ def passes(depth: int) -> list[Launch]:
 
 @compiles
 @pytest.mark.parametrize(("capability", "depth"), [(89, 256), (90, 256), (90, 768), (100, 768)])
-def test_compiles_to_the_fp8_instruction(capability, depth, monkeypatch):
+def test_compiles_to_the_fp8_instruction(capability, depth):
     """``make triton-sweep`` has all depths and forms for 9.0 and 10.0."""
-    size = SHARED_MEMORY.get(capability, 99 * 1024) + 1024
-    monkeypatch.setattr(launch, "shared_memory", lambda device: size)
-    found = passes(depth)
+    with as_on(capability):
+        found = passes(depth)
     if capability != 90:
         found = list({each.name: each for each in found}.values())
     for each in found:
         result = compiled(each, capability)
-        assert result.spills == 0, result
-        assert result.shared <= size - 1024, result
+        assert result.spills == 0, each
+        assert result.shared <= SHARED_MEMORY.get(capability, 99 * 1024), each
         if each.name != "_pack_kernel":
-            assert re.search(INSTRUCTION[capability], result.ptx), result
+            assert re.search(INSTRUCTION[capability], result.ptx), each
     passing = "_row_products_kernel" if depth <= config.RESIDENT_DEPTH else "_panel_kernel"
     assert {each.name for each in found} == {"_pack_kernel", "_sums_kernel", passing}
 
