@@ -70,6 +70,7 @@ class TranslationSystem(System):
     best = "fid"
     next_command = "fastnce translate --run {run} --input DIR --out DIR"
     compares_best = True
+    reports_cost = True
     judged_by = frozenset({"without_nce", "extractor", "segmentation", "direction", "value_range"})
     output = "translation"
     any_size = True
