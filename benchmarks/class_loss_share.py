@@ -1,4 +1,4 @@
-"""What the 2C loss takes of a ContraGAN step at the published settings: ``python -m benchmarks.class_loss_share``.
+"""The share of the 2C loss in a ContraGAN step at the published settings: ``python -m benchmarks.class_loss_share``.
 
 The loss is timed at the full batch, forward and backward, for each update of the step. On a CPU the networks are timed with a
 smaller batch of the same images, for the full one takes minutes, and the time is scaled by the number of images. Images that

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to judge a timing: hardware, versions, threads, and what else was running."""
+    """The facts by which a reader judges a timing: hardware, versions, threads, and what else was running."""
     facts = {
         "device": device_name(device),
         "cpu": _cpu_model(),

@@ -174,7 +174,7 @@ def tiles(
 
 
 def candidates(kind: str, dtype: torch.dtype, *of_table: Tile) -> tuple[Tile, ...]:
-    """What autotuning times for a pass over packed rows of ``dtype``, the tiles of the table first."""
+    """The tiles that autotuning times for a pass over packed rows of ``dtype``, the tiles of the table first."""
     return tuple(dict.fromkeys((*of_table, *CANDIDATES.get((kind, dtype.itemsize), ()))))
 
 
@@ -199,7 +199,7 @@ def split_depth(depth: int, least: int = 16) -> tuple[int, int]:
 
 
 def padded_depth(depth: int, fp8: bool = False) -> int:
-    """What rows of ``depth`` elements are padded to with zeros; matrix instructions take 32 elements in fp8 at a time."""
+    """The depth to which rows of ``depth`` elements are padded with zeros; matrix instructions take 32 elements in fp8 at a time."""
     if depth > RESIDENT_DEPTH:
         return -(-depth // 64) * 64
     return sum(split_depth(depth, 32 if fp8 else 16))

@@ -1,4 +1,4 @@
-"""What a compiled kernel takes of a multiprocessor, and what is wrong with it; remembered from run to run."""
+"""The share of a multiprocessor that a compiled kernel takes, and what is wrong with it; remembered from run to run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Resources:
         )
 
     def faults(self, tuned: bool = False) -> list[str]:
-        """What is wrong, a line each; of a tile that autotuning tries, only what makes it wrong and not what makes it slow."""
+        """The faults, a line each; of a tile that autotuning tries, only those that make it wrong and not slow."""
         found = []
         allowed = SPILLS_ALLOWED.get(self.kernel, 0)
         if self.target == 100 and self.registers <= _OCCUPANCY_REGISTERS:
@@ -109,7 +109,7 @@ class Memory:
                 self._known[key] = Resources(**values, instructions=instructions)
 
     def get(self, job: Job) -> Resources | None:
-        """What is remembered of a launch for a target."""
+        """The result remembered of a launch for a target."""
         return self._known.get(_key(*job))
 
     def put(self, job: Job, result: Resources) -> None:
