@@ -1,9 +1,9 @@
 """InfoNCE over gloo ranks of one machine: time and peak memory of each rank, ring and gather against gather + eager PyTorch.
 
 Every rank is a process of its own with one thread; so on a machine with fewer cores than ranks they share them. A call's time is
-from a barrier to a barrier, loss and both gradients. ``peak per rank`` is the highest resident memory of any rank (the kernel's
-high-water mark, reset before the call) above what that process had when it had imported torch and this package and nothing else:
-process group, inputs, results and whatever the call allocates are all in it. It is measured in ranks that make this call only, whose
+from a barrier to a barrier, loss and both gradients. ``peak per rank`` is the highest resident memory of any rank, the kernel's
+high-water mark, reset before the call. It is above that of the process when it had imported torch and this package alone: process
+group, inputs, results and whatever the call allocates are all in it. It is measured in ranks that make this call only, whose
 allocator gives every array back at once.
 """
 

@@ -1,8 +1,8 @@
 """The published CUT step in plain eager PyTorch: what :class:`fastnce.models.CUT` is timed against.
 
-Written from the equations and the published step's order, and sharing nothing with the package: an encoder pass of its own for
-the keys and for the queries of both contrastive terms, D called on the fake and on the real image apart, positions drawn on the
-host, patches taken by index, F and the loss layer after layer, one Adam per network. In-place ReLUs, as published. State-dict
+Written from the equations and the published step's order, and sharing nothing with the package. The keys and the queries of both
+contrastive terms have an encoder pass each, and D is called on the fake and on the real image apart. Positions are drawn on the
+host, patches taken by index, F and the loss called layer after layer. Each network has an Adam of its own. In-place ReLUs, as published. State-dict
 keys are the published ones, so that weights go from one to the other.
 """
 
