@@ -7,6 +7,7 @@ The positive of a row is kept out of the sums: with s the sum of the other expon
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,12 +99,13 @@ def info_nce_forward(
     temperature: float | Tensor,
     *,
     grad_scale: float | None,
+    mean: bool = False,
     needs: Sequence[bool],
     **options: Any,
 ) -> tuple[Tensor, Tensor, Gradients]:
-    """Losses, log-sum-exp and, if ``grad_scale`` is given, the gradients of ``grad_scale * losses.sum()``.
+    """Losses, log-sum-exp and, if ``grad_scale`` is given, the gradients of ``grad_scale * losses.sum()``, or of the mean.
 
-    Arguments and results: :meth:`fastnce.backends.operators.Operators.info_nce_forward`; ``options``: :func:`problem_of`.
+    Arguments and results: those of the operator, see ``fastnce/ops/info_nce.py``; ``options``: :func:`problem_of`.
     """
     problem = problem_of(query, key, negatives, temperature, **options)
     now = grad_scale is not None and any(needs)
@@ -114,7 +116,8 @@ def info_nce_forward(
     grads: Gradients = (None,) * 4
     if now:
         weight = torch.ones_like(solution.loss)
-        found = gradients(problem, solution, weight, grad_scale, needs, query.dtype)
+        scale = grad_scale / query.shape[:2].numel() if mean else grad_scale
+        found = gradients(problem, solution, weight, scale, needs, query.dtype)
         grads = _shaped(found, query, key, negatives)
     return solution.loss.view(query.shape[:2]), lse, grads
 
@@ -144,6 +147,11 @@ def info_nce_backward(
     solution = Solution(positive, lse, positive, missing, own=own)
     found = gradients(problem, solution, weight, upstream, needs, query.dtype)
     return _shaped(found, query, key, negatives)
+
+
+# The operators of the op "info_nce_fp8".
+info_nce_fp8_forward = functools.partial(info_nce_forward, similarity_dtype=torch.float8_e4m3fn)
+info_nce_fp8_backward = functools.partial(info_nce_backward, similarity_dtype=torch.float8_e4m3fn)
 
 
 def _shaped(found: Gradients, *inputs: Tensor | None) -> Gradients:

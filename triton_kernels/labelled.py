@@ -42,7 +42,7 @@ def sup_con_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """Losses, has_positive and lse, all (N,), and, if ``grad_scale`` is given, the gradients, as in InfoNCE.
 
-    Arguments and results: :meth:`fastnce.backends.operators.Operators.sup_con_forward`.
+    Arguments and results: those of the operator, see ``fastnce/ops/sup_con.py``.
     """
     columns = Columns(pack(features, True), SUP_CON.value, labels=labels.contiguous())
     parts = _self_sums(columns, temperature, features.dtype)
@@ -118,11 +118,12 @@ def conditional_contrastive_forward(
     temperature: float | Tensor,
     *,
     grad_scale: float | None,
+    mean: bool = False,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Losses (N,), lse (2, N) = [log den, log num] and, if ``grad_scale`` is given, the gradients, as in InfoNCE.
 
-    Arguments and results: :meth:`fastnce.backends.operators.Operators.conditional_contrastive_forward`.
+    Arguments and results: those of the operator, see ``fastnce/ops/conditional_contrastive.py``.
     """
     pairs = pack_pairs(embeddings, proxies, True)
     rows, packed_proxies, to_proxy = pairs
@@ -149,9 +150,10 @@ def conditional_contrastive_forward(
     )
     grads: Gradients = (None,) * 3
     if grad_scale is not None:
+        scale = grad_scale / len(embeddings) if mean else grad_scale
         weight = torch.ones_like(loss)
         grads = _two_c_gradients(
-            pairs, columns, temperature, lse, weight, grad_scale, needs, embeddings.dtype
+            pairs, columns, temperature, lse, weight, scale, needs, embeddings.dtype
         )
     return loss, lse, grads
 

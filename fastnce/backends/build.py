@@ -88,7 +88,7 @@ class Library(NamedTuple):
 def _native_plan(sources: Path) -> Plan:
     common = for_torch([*cxx(), *_FLAGS.split()], sources)
     commands = {}
-    for file in [*sorted(sources.glob("cpu/*.cpp")), sources / "ops.cpp"]:
+    for file in sorted(sources.glob("cpu/*.cpp")):
         isa = _ISA_FLAGS.get(file.stem.rpartition("_")[2], "")
         if not isa or platform.machine().lower() in ("x86_64", "amd64"):
             commands[file] = [*common, *isa.split()]
@@ -108,12 +108,12 @@ def _cuda_plan(sources: Path) -> Plan:
 
 NATIVE = Library(
     "libfastnce_cpu.so",
-    ("common/*", "cpu/*", "ops.cpp"),
+    ("cpu/*",),
     "FASTNCE_NATIVE",
     _native_plan,
     "FASTNCE_LIBRARY",
 )
-CUDA = Library("libfastnce_cuda.so", ("common/*", "cuda/*"), "FASTNCE_CUDA", _cuda_plan)
+CUDA = Library("libfastnce_cuda.so", ("cuda/*",), "FASTNCE_CUDA", _cuda_plan)
 
 
 def wanted(library: Library) -> str:
@@ -399,7 +399,7 @@ def generate(targets: tuple[str, ...]) -> list[str]:
 def source_folder() -> Path | None:
     """``csrc``: inside an installed package, beside it in a checkout; None if neither is there."""
     for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
-        if (folder / "ops.cpp").is_file():
+        if (folder / "cpu").is_dir():
             return folder
     return None
 
@@ -436,7 +436,7 @@ def _writable_output(library: Library) -> Path:
 
 def _build_folder(output: Path) -> Path:
     root = PACKAGE.parent
-    checkout = (root / "csrc" / "ops.cpp").is_file() and os.access(root, os.W_OK)
+    checkout = (root / "csrc" / "cpu").is_dir() and os.access(root, os.W_OK)
     name = f"{output.stem}-{_hash(str(output).encode())}"
     return (root / "build" if checkout else _user_folder()) / name
 

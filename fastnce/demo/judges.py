@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastnce.data.files import atomic_path
-from fastnce.data.folders import SIGNED_UNIT
+from fastnce.data.images import SIGNED_UNIT
 from fastnce.data.labelled import LabelledImages
-from fastnce.data.transforms import counter_rng
+from fastnce.data.stream import counter_rng
 from fastnce.demo.samples import (
     BACKGROUND_SIDE,
     DIGIT_MARGIN,

@@ -8,21 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastnce.data.folders import list_images, load_image, split_folder
-from fastnce.data.transforms import counter_rng
+from fastnce.data.folders import list_images, split_folder
+from fastnce.data.images import load_image
+from fastnce.data.stream import counter_rng
 from fastnce.demo.judges import Evaluator, load_evaluator, recipe_for, to_batch
 from fastnce.demo.samples import composite, load_digits, noisy_digit, random_crops, scaled_photo
 from fastnce.demo.sets import kind_of, read_labels
 from fastnce.errors import UserError
-from fastnce.metrics.translation import (
-    BEST,
-    TRANSLATED,
-    WITHOUT_NCE,
-    Row,
-    evaluate,
-    halves_name,
-    untranslated_name,
-)
+from fastnce.metrics.image_sets import BEST, TRANSLATED, WITHOUT_NCE, Row, evaluate, halves_name, untranslated_name
 
 IDEAL = "ideal: the same digits composited"
 IDEAL_PLAIN = "ideal: the same digits plain"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastnce.data.folders import read_image, to_array, to_image
+from fastnce.data.images import read_image, to_array, to_image
 from fastnce.errors import UserError
 
 # Photograph -> the package it ships in, and where.

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastnce.data.folders import to_uint8
+from fastnce.data.images import to_uint8
 from fastnce.errors import UserError
 
 # The name that stands for torch-fidelity's Inception in the place of a file.

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,7 @@ ContrastSet = Literal["batch", "groups", "real"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContraGANConfig:
+class ContraGANConfig(options.Options):
     """What defines the networks, losses and optimisers. The defaults are the published ContraGAN on CIFAR-10."""
 
     backbone: Backbone = "biggan"
@@ -138,6 +138,7 @@ class ContraGANConfig:
     """Backend of the contrastive op; by default the fastest that runs here."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         options.at_least(self, 1, "num_classes", "image_channels", "latent_dim", "embed_dim")
         options.at_least(self, 1, "gen_channels", "disc_channels", "shared_dim", "group_size")
         options.at_least(self, 1, "d_steps", "micro_batches")
@@ -146,13 +147,6 @@ class ContraGANConfig:
         options.at_least(self, 0, "lambda_zcr_g", "zcr_radius", "lambda_r1", "margin")
         options.above_zero(self, "temperature", "lr_g", "lr_d", "adam_eps")
         options.in_unit_interval(self, "beta1", "beta2")
-        options.one_of(self, "backbone", get_args(Backbone))
-        options.one_of(self, "conditioning", get_args(Conditioning))
-        options.one_of(self, "disc_norm", ("spectral", "batch", "none"))
-        options.one_of(self, "contrast_set", get_args(ContrastSet))
-        options.one_of(self, "rank_gradients", ("mean", "published"))
-        options.one_of(self, "gan_mode", get_args(GANMode))
-        options.one_of(self, "precision", ("fp32", "bf16"))
         if self.conditioning in ("2C", "D2DCE", "AC") and self.num_classes < 2:
             raise UserError(
                 f"num_classes={self.num_classes} leaves conditioning={self.conditioning} nothing to tell apart. "
@@ -217,8 +211,7 @@ class ContraGANTrainConfig(ContraGANConfig, LabelledTrainConfig):
     """TorchScript file whose features measure the samples (FID and others); the digits set has its own."""
 
     def __post_init__(self) -> None:
-        LabelledTrainConfig.__post_init__(self)
-        ContraGANConfig.__post_init__(self)
+        super().__post_init__()
         options.at_least(self, 2, "measure_count")
         if self.micro_batches > self.batch_size:
             raise UserError(
@@ -231,7 +224,7 @@ class ContraGANTrainConfig(ContraGANConfig, LabelledTrainConfig):
         return self.batch_size * self.d_steps
 
     def with_class_names(self, names: tuple[str, ...]) -> Self:
-        from fastnce.data.class_folders import NO_CLASSES
+        from fastnce.data.labelled import NO_CLASSES
 
         return replace(
             self,
@@ -849,7 +842,7 @@ def labelled_images(
         UserError: the folder is not what it should be, or has another number of classes than the networks.
     """
     from fastnce.data import LabelledImages
-    from fastnce.data.class_folders import NO_CLASSES
+    from fastnce.data.labelled import NO_CLASSES
 
     dataset = LabelledImages(
         root or config.data,
@@ -955,7 +948,7 @@ def judge_of(
 
 def signed_unit(images: Tensor) -> Tensor:
     """uint8 images as float32 in [-1, 1]."""
-    from fastnce.data.folders import SIGNED_UNIT
+    from fastnce.data.images import SIGNED_UNIT
 
     return torch.from_numpy(SIGNED_UNIT)[images.long()]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,11 +81,9 @@ class CUTConfig(PatchContrastConfig, UnpairedConfig):
     """Take the keys from the generator's own forward pass (exact) instead of encoding the input again."""
 
     def __post_init__(self) -> None:
-        PatchContrastConfig.__post_init__(self)
-        UnpairedConfig.__post_init__(self)
+        super().__post_init__()
         options.at_least(self, 0, "lambda_gan", "lambda_nce", "lambda_r1", "lambda_identity")
         options.above_zero(self, "lambda_gp")
-        options.one_of(self, "gan_mode", get_args(CriticOrGANMode))
         self._check_channels()
 
     def _check_channels(self) -> None:
@@ -118,9 +116,7 @@ class CUTTrainConfig(CUTConfig, UnpairedTrainConfig):
     """single-image: patches in an epoch."""
 
     def __post_init__(self) -> None:
-        UnpairedTrainConfig.__post_init__(self)
-        CUTConfig.__post_init__(self)
-        options.one_of(self, "dataset", ("folders", "single-image"))
+        super().__post_init__()
         options.at_least(self, 1, "max_zoom_out", "epoch_samples")
 
 

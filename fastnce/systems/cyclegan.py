@@ -54,10 +54,6 @@ class CycleGANTrainConfig(CycleGANConfig, UnpairedTrainConfig):
     decay_epochs: int = 100
     """Further epochs in which the learning rate falls linearly towards 0."""
 
-    def __post_init__(self) -> None:
-        UnpairedTrainConfig.__post_init__(self)
-        CycleGANConfig.__post_init__(self)
-
 
 class CycleGAN(TwoWayModel):
     """The networks `generators`, `discriminator_a` and `discriminator_b`, their Adam `optimizers`, and one training step.

@@ -63,9 +63,7 @@ class DCLGANConfig(PatchContrastConfig, TwoWayConfig):
     """Adam of projectors and heads: decay of the squared gradient."""
 
     def __post_init__(self) -> None:
-        PatchContrastConfig.__post_init__(self)
-        TwoWayConfig.__post_init__(self)
-        options.one_of(self, "generator_hinge", ("margin", "linear"))
+        super().__post_init__()
         options.at_least(self, 0, "lambda_gan", "lambda_nce", "lambda_idt", "lambda_sim")
         options.above_zero(self, "lr_f")
         options.in_unit_interval(self, "beta1_f", "beta2_f")
@@ -107,10 +105,6 @@ class DCLGANTrainConfig(DCLGANConfig, UnpairedTrainConfig):
     """Training of DCLGAN or SimDCL."""
 
     system: ClassVar[str] = "dclgan"
-
-    def __post_init__(self) -> None:
-        UnpairedTrainConfig.__post_init__(self)
-        DCLGANConfig.__post_init__(self)
 
 
 class DCLGAN(TwoWayModel):

@@ -24,7 +24,7 @@ class LabelledTrainConfig(TrainConfig):
     """Draw every class equally often, however many images it has."""
 
     def __post_init__(self) -> None:
-        TrainConfig.__post_init__(self)
+        super().__post_init__()
         for name in self.class_names:  # `generate` makes folders of them
             if Path(name).name != name or name == "..":
                 raise UserError(f"class_names={name!r} is no name of a folder. Use one without /.")

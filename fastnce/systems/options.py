@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import fastnce
 from fastnce.errors import UserError
 
 
+class Options:
+    """Base of the configurations: each checks its own fields after `super().__post_init__()`.
+
+    A field whose type is a `Literal` is checked here.
+    """
+
+    def __post_init__(self) -> None:
+        for name, choices in _choices(type(self)).items():
+            one_of(self, name, choices)
+
+
+@functools.cache
+def _choices(config_class: type[Options]) -> dict[str, tuple[object, ...]]:
+    hints = get_type_hints(config_class)
+    return {name: get_args(h) for name, h in hints.items() if get_origin(h) is Literal}
+
+
 def at_least(config: object, minimum: float, *names: str) -> None:
-    """Raises `UserError` unless every field in `names` is a number >= `minimum`."""
+    """Raises `UserError` unless every field in `names` is None or a number >= `minimum`."""
     for name in names:
         value = getattr(config, name)
-        if not value >= minimum:
+        if value is not None and not value >= minimum:
             raise UserError(f"{name}={value} is too small. Use {name} >= {minimum}.")
 
 
 def above_zero(config: object, *names: str) -> None:
-    """Raises `UserError` unless every field in `names` is a number > 0."""
+    """Raises `UserError` unless every field in `names` is None or a number > 0."""
     for name in names:
         value = getattr(config, name)
-        if not value > 0:
+        if value is not None and not value > 0:
             raise UserError(f"{name}={value} must be positive. Use {name} > 0.")
 
 

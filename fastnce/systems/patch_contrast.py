@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,8 @@ Negatives = Literal["image", "batch", "queue", "image+queue"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchContrastConfig:
-    """The patchwise contrastive loss. The defaults are the published CUT's.
-
-    A system's configuration inherits from it and calls `PatchContrastConfig.__post_init__(self)` in its own.
-    """
+class PatchContrastConfig(options.Options):
+    """The patchwise contrastive loss. The defaults are the published CUT's. A system's configuration inherits from it."""
 
     nce_layers: tuple[int, ...] = (0, 4, 8, 12, 16)
     """Generator layers whose features are compared; 0 is the padded image itself."""
@@ -49,11 +46,10 @@ class PatchContrastConfig:
     """Backend of the contrastive ops; by default the fastest that runs here."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         options.at_least(self, 1, "projection_dim", "queue_size")
         options.at_least(self, 0, "num_patches", "norm_floor")
         options.above_zero(self, "temperature")
-        options.one_of(self, "projector", ("mlp", "none"))
-        options.one_of(self, "negatives", get_args(Negatives))
         if self.norm_floor > 0 and "queue" in self.negatives:
             raise UserError(
                 f"norm_floor={self.norm_floor} is for the published negatives, image and batch, got negatives={self.negatives}. "

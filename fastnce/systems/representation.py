@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ OptimizerName = Literal["sgd", "lars", "adam"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RepresentationConfig:
+class RepresentationConfig(options.Options):
     """What defines the networks, the loss and the optimiser. The defaults are SimCLR on CIFAR-10 as in SupCon's publication."""
 
     method: Method = "simclr"
@@ -84,21 +84,14 @@ class RepresentationConfig:
     """Backend of the contrastive ops; by default the fastest that runs here."""
 
     def __post_init__(self) -> None:
-        options.one_of(self, "method", get_args(Method))
-        options.one_of(self, "loss", get_args(PairLoss))
-        options.one_of(self, "encoder", get_args(Encoder))
-        options.one_of(self, "stem", get_args(Stem))
-        options.one_of(self, "optimizer", get_args(OptimizerName))
-        options.one_of(self, "precision", ("fp32", "bf16"))
+        super().__post_init__()
         options.at_least(self, 1, "encoder_channels", "image_channels", "projection_dim")
         options.at_least(self, 1, "queue_size", "norm_splits")
         options.at_least(self, 0, "weight_decay")
         options.above_zero(self, "temperature", "lr")
         options.in_unit_interval(self, "key_momentum", "momentum")
-        if self.head_dim is not None:
-            options.at_least(self, 1, "head_dim")
-        if self.margin is not None:
-            options.above_zero(self, "margin")
+        options.at_least(self, 1, "head_dim")
+        options.above_zero(self, "margin")
         if self.loss != "nt_xent" and self.method != "simclr":
             raise UserError(
                 f"loss={self.loss} compares the views of a batch, and method={self.method} has its own loss. "
@@ -139,12 +132,10 @@ class RepresentationTrainConfig(RepresentationConfig, LabelledTrainConfig):
     def __post_init__(self) -> None:
         from fastnce.data.views import VIEW_RECIPES
 
-        LabelledTrainConfig.__post_init__(self)
-        RepresentationConfig.__post_init__(self)
+        super().__post_init__()
         options.at_least(self, 1, "image_size", "epochs")
         options.at_least(self, 0, "warmup_epochs")
         options.one_of(self, "views", VIEW_RECIPES)
-        options.one_of(self, "last_batch", ("auto", "drop", "keep"))
         if self.class_balance and self.method != "supcon":
             raise UserError(
                 f"class_balance is for method=supcon, which learns from the labels, got method={self.method}. Leave it out."
@@ -463,7 +454,7 @@ class RepresentationSystem(LabelledSystem):
         Without classes, rows of images spread over the test set; without test images, of training images, each its own nearest.
         """
         from fastnce.data.labelled import has_split
-        from fastnce.metrics.representation import encode
+        from fastnce.metrics.probes import encode
 
         train = dataset.dataset
         test = images_of(config, "test") if has_split(config.data, "test") else train
@@ -491,8 +482,7 @@ class RepresentationSystem(LabelledSystem):
 
     def measure(self, config: RepresentationTrainConfig, dataset: TwoViews) -> Measure | None:
         from fastnce.data.labelled import has_split
-        from fastnce.metrics.knn import accuracy, knn_predict
-        from fastnce.metrics.representation import encode
+        from fastnce.metrics.probes import accuracy, encode, knn_predict
 
         train = dataset.dataset
         missing = "test images" if not has_split(config.data, "test") else "classes"
@@ -523,7 +513,7 @@ class RepresentationSystem(LabelledSystem):
             UserError: no such data, or none with classes and test images.
         """
         from fastnce.data.labelled import has_split
-        from fastnce.metrics.representation import (
+        from fastnce.metrics.probes import (
             RANDOM_ENCODER,
             RAW_PIXELS,
             TRAINED_ENCODER,
@@ -573,7 +563,7 @@ def images_of(
     Of its own folder the classes of the run; labels of another one are compared with each other only, whatever they are.
     """
     from fastnce.data import LabelledImages
-    from fastnce.data.class_folders import NO_CLASSES
+    from fastnce.data.labelled import NO_CLASSES
 
     own = data is None and config.class_names != NO_CLASSES
     return LabelledImages(
@@ -592,7 +582,7 @@ def images_of(
 
 def random_encoder(config: RepresentationTrainConfig, train: LabelledImages) -> nn.Module:
     """The encoder before training, with the statistics of the training images in its batch norms."""
-    from fastnce.metrics.representation import calibrate
+    from fastnce.metrics.probes import calibrate
 
     with rng_kept():
         torch.manual_seed(config.seed)

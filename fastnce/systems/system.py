@@ -23,7 +23,7 @@ Measure = Callable[[nn.Module, nn.Module], dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(options.Options):
     """Options that every system shares."""
 
     system: ClassVar[str]
@@ -68,15 +68,13 @@ class TrainConfig:
     """Steps between two checkpoints that are kept, as checkpoints/step_XXXXXX.pt; 0: only the last two and the best are."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         options.at_least(self, 1, "batch_size", "log_every", "sample_every", "checkpoint_every")
         options.at_least(self, 1, "sample_count")
         options.at_least(self, 0, "workers", "seed", "measure_every", "keep_every")
         options.in_unit_interval(self, "ema_decay")
-        options.one_of(self, "broken_files", ("error", "skip"))
-        if self.steps is not None:
-            options.at_least(self, 1, "steps")
-        if self.ema_start is not None:
-            options.at_least(self, 0, "ema_start")
+        options.at_least(self, 1, "steps")
+        options.at_least(self, 0, "ema_start")
 
     @property
     def samples_per_step(self) -> int:
@@ -126,6 +124,7 @@ class System:
         compares_best: whether an evaluation has a row for the best checkpoint too.
         judged_by: the settings of `fastnce evaluate` that are for this system.
         reported: options that stand in the report of an evaluation.
+        reports_cost: whether what the training cost stands there too.
         output: the name of the network's output in an exported graph.
         any_size: whether the network takes images of any height and width.
     """
@@ -144,6 +143,7 @@ class System:
     compares_best: bool = False
     judged_by: frozenset[str] = frozenset()
     reported: tuple[str, ...] = ()
+    reports_cost: bool = False
     output: str = "output"
     any_size: bool = False
 

@@ -21,7 +21,7 @@ from fastnce.systems.system import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TranslationConfig:
+class TranslationConfig(options.Options):
     """The options that mean the same in all of them."""
 
     in_channels: int = 3
@@ -46,11 +46,11 @@ class TranslationConfig:
     """bf16: networks run under autocast; parameters and losses stay fp32."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         options.at_least(self, 1, "in_channels", "out_channels", "base_channels")
         options.at_least(self, 1, "disc_channels", "disc_layers")
         options.above_zero(self, "lr")
         options.in_unit_interval(self, "beta1", "beta2")
-        options.one_of(self, "precision", ("fp32", "bf16"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +74,8 @@ class UnpairedConfig(TranslationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        options.one_of(self, "generator", ("resnet", "stylegan2"))
-        options.one_of(self, "discriminator", ("patch", "stylegan2"))
-        options.one_of(self, "disc_norm", ("instance", "none"))
         options.at_least(self, 1, "num_blocks")
-        if self.init_gain is not None:
-            options.above_zero(self, "init_gain")
+        options.above_zero(self, "init_gain")
         if self.generator == "stylegan2" and self.num_blocks % 2:
             raise UserError(
                 f"num_blocks={self.num_blocks} are shared by encoder and decoder of generator=stylegan2. Use an even number."
@@ -134,16 +130,13 @@ class UnpairedTrainConfig(TrainConfig):
     its own."""
 
     def __post_init__(self) -> None:
-        from fastnce.data.folders import check_value_range
+        from fastnce.data.images import check_value_range
 
         super().__post_init__()
         options.at_least(self, 0, "cache_gb")
-        options.one_of(self, "bits", (8, 16))
         check_value_range(self.value_range)
         options.at_least(self, 1, "load_size", "crop_size")
         options.at_least(self, 0, "epochs", "decay_epochs")
-        options.one_of(self, "augment_a", ("none", "affine"))
-        options.one_of(self, "direction", ("AtoB", "BtoA"))
         self._check_folders()
         if self.epochs + self.decay_epochs == 0:
             raise UserError("epochs=0 and decay_epochs=0 leave nothing to train. Use epochs >= 1.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,6 @@ class TwoWayConfig(UnpairedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        options.one_of(self, "gan_mode", get_args(GANMode))
         options.at_least(self, 0, "pool_size")
 
 

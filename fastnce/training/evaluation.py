@@ -92,7 +92,9 @@ def evaluate_run(
         other = Run(without_nce, weights=run.weights, checkpoint=run.checkpoint, device=run.device)
         networks["without_nce"] = other.network
     facts = {name: getattr(config, name) for name in system.reported}
-    facts |= {"checkpoint": run.checkpoint} | read_cost(run.path)
+    facts |= {"checkpoint": run.checkpoint}
+    if system.reports_cost:
+        facts |= read_cost(run.path)
     result, table = system.evaluate(
         config, networks, config.folders if data is None else data, run.device, **given
     )

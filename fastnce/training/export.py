@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,12 @@ _TOLERANCE = 1e-3
 
 
 def export_published(
-    run: Run | Path, out: Path, *, label: str = "latest", module_prefix: bool = False
+    run: Run | Path,
+    out: Path,
+    *,
+    label: str = "latest",
+    module_prefix: bool = False,
+    **how: Any,
 ) -> list[Path]:
     """Writes a run's networks as the published repository keeps them: `out/{label}_net_{G,D,F}.pth`, plain state dicts.
 
@@ -37,6 +42,7 @@ def export_published(
         out: folder for the files; created.
         label: the epoch in the files' names.
         module_prefix: put `module.` before every key, as the published code does when it trains on a CPU.
+        how: for a folder, what `Run` needs to open it.
 
     Returns:
         The files.
@@ -44,7 +50,7 @@ def export_published(
     Raises:
         UserError: no such run or checkpoint, a system that no published repository has, or `out` cannot be written.
     """
-    run = opened(run)
+    run = opened(run, **how)
     system = run.system
     if not system.published:
         raise UserError(
@@ -65,10 +71,10 @@ def export_published(
     return written
 
 
-def export_shared(run: Run | Path, out: Path) -> Path:
+def export_shared(run: Run | Path, out: Path, **how: Any) -> Path:
     """Writes the network that a run was made for, with its configuration, as `out/model.safetensors`.
 
-    The file takes the place of the run's folder wherever a trained network is read.
+    The file takes the place of the run's folder wherever a trained network is read. `how` opens a folder: see `Run`.
 
     Returns:
         The file.
@@ -76,7 +82,7 @@ def export_shared(run: Run | Path, out: Path) -> Path:
     Raises:
         UserError: no such run or checkpoint, or `out` cannot be written.
     """
-    run = opened(run)
+    run = opened(run, **how)
     path = Path(out) / "model.safetensors"
     write_shared(run.network, run.config, path)
     return path
@@ -88,6 +94,7 @@ def export_graph(
     format: Literal["onnx", "torchscript"],
     *,
     direction: str | None = None,
+    **how: Any,
 ) -> tuple[Path, str]:
     """Writes the network that a run was made for as a graph that runs without this package, in plain operations.
 
@@ -103,6 +110,7 @@ def export_graph(
         out: folder for the file; created.
         format: "onnx" or "torchscript".
         direction: "AtoB" or "BtoA" for systems that learn both; None: that of the training.
+        how: for a folder, what `Run` needs to open it.
 
     Returns:
         The file, and a line on how it was checked.
@@ -110,7 +118,7 @@ def export_graph(
     Raises:
         UserError: no such run or checkpoint, a package is missing, the file differs from the network, or it cannot be written.
     """
-    run = opened(run)
+    run = opened(run, **how)
     network, channels = run.system.in_direction(run.network, run.config, direction)
     without_noise = _leave_out_noise(network)
     seen, unseen = (

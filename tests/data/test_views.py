@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 from fastnce.data import VIEW_RECIPES, LabelledImages, TwoViews, ViewRecipe
-from fastnce.data.transforms import counter_rng
+from fastnce.data.stream import counter_rng
 from fastnce.data.views import View, draw_view, make_view
 from fastnce.demo import write_photo_crops
 from fastnce.errors import UserError

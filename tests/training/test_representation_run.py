@@ -15,7 +15,7 @@ from test_ranks import run
 
 from fastnce import cli
 from fastnce.errors import UserError
-from fastnce.metrics.representation import encode
+from fastnce.metrics.probes import encode
 from fastnce.models import Representation
 from fastnce.systems import SYSTEMS
 from fastnce.systems.representation import images_of, random_encoder

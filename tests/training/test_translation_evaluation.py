@@ -15,13 +15,12 @@ from fastnce.cli import main
 from fastnce.data import list_images, save_image
 from fastnce.demo import Evaluator, write_digits_photos
 from fastnce.errors import UserError
-from fastnce.metrics.distribution import frechet_distance
-from fastnce.metrics.neighbours import precision_recall_density_coverage
-from fastnce.training import build_config, train
+from fastnce.metrics.distribution import frechet_distance, precision_recall_density_coverage
+from fastnce.systems.judging import Segmentation, evaluate_images
+from fastnce.training import build_config, load_generator, train, translate
 from fastnce.training.cost import cost_lines, peak_memory, read_cost, seconds_per_step, write_cost
-from fastnce.training.evaluation import Segmentation, evaluate_images, evaluate_run
+from fastnce.training.evaluation import evaluate_run
 from fastnce.training.log import read_metrics
-from fastnce.training.translate import load_generator, translate
 
 
 class Colours(nn.Module):

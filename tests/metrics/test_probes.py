@@ -9,7 +9,7 @@ from torch import nn
 from fastnce.data import LabelledImages
 from fastnce.demo import write_digits
 from fastnce.metrics import evaluate_encoders, knn_predict, linear_predict
-from fastnce.metrics.representation import calibrate, encode, format_encoder_table
+from fastnce.metrics.probes import calibrate, encode, format_encoder_table
 
 
 def brute_force(train, labels, test, k, temperature):
@@ -36,27 +36,20 @@ def test_knn_is_brute_force(k, temperature, generator):
     assert predicted.tolist() == brute_force(train, labels, test, k, temperature)
 
 
-def test_blocks_change_nothing(monkeypatch, generator):
-    from fastnce.metrics import knn
-
-    train, test = torch.randn(20, 3, generator=generator), torch.randn(33, 3, generator=generator)
-    labels = torch.arange(20) % 4
-    whole = knn_predict(train, labels, test, k=5)
-    monkeypatch.setattr(knn, "_BLOCK_ENTRIES", 60)
-    assert torch.equal(knn_predict(train, labels, test, k=5), whole)
+def test_knn_of_many_images_is_made_in_blocks(generator):
+    train, test = torch.randn(22_000, 2, generator=generator).split([20_000, 2_000])
+    labels = torch.arange(20_000) % 4
+    parts = [knn_predict(train, labels, part, k=5) for part in test.split(1_000)]
+    assert torch.equal(knn_predict(train, labels, test, k=5), torch.cat(parts))
 
 
-def test_a_tiny_temperature_does_not_overflow():
-    train = torch.tensor([[1.0, 0.0], [0.9, 0.1]])
-    predicted = knn_predict(train, torch.tensor([1, 0]), train[:1], k=2, temperature=1e-3)
-    assert predicted.tolist() == [1]
-
-
-def test_knn_errors():
-    x, labels = torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"got \(3, 2\), \(3,\) and \(3, 4\)"):
+def test_knn_at_its_limits():
+    """A tiny temperature does not overflow; wrong arguments are named."""
+    x, labels = torch.tensor([[1.0, 0.0], [0.9, 0.1]]), torch.tensor([1, 0])
+    assert knn_predict(x, labels, x[:1], k=2, temperature=1e-3).tolist() == [1]
+    with pytest.raises(ValueError, match=r"got \(2, 2\), \(2,\) and \(3, 4\)"):
         knn_predict(x, labels, torch.zeros(3, 4))
-    with pytest.raises(ValueError, match="k=0, temperature=0.1: expected k >= 1"):
+    with pytest.raises(ValueError, match="k=0, temperature=0.1"):
         knn_predict(x, labels, x, k=0)
     with pytest.raises(ValueError, match="temperature=0"):
         knn_predict(x, labels, x, temperature=0)
@@ -79,19 +72,16 @@ def digits(tmp_path_factory):
 
 
 def test_encode_keeps_the_order_of_the_files(digits):
-    train = digits[0]
-    some = [5, 1000, 3]
+    train, some = digits[0], [5, 1000, 3]
     expected = torch.stack([train.image(i) for i in some]).flatten(1)
     assert torch.equal(encode(nn.Flatten(), train, some), expected)
-    assert encode(nn.Flatten(), train).shape == (len(train), 256)
+    assert torch.equal(encode(nn.Flatten(), train)[some], expected)
 
 
 def test_raw_pixels_of_digits_and_the_table(digits):
-    class FirstRow(nn.Module):
-        def forward(self, x):
-            return x[:, 0, 0]
-
-    result = evaluate_encoders({"raw": nn.Flatten(), "one row": FirstRow()}, *digits)
+    top_row = nn.Sequential(nn.Flatten(), nn.Linear(256, 16, bias=False))
+    nn.init.eye_(top_row[1].weight)
+    result = evaluate_encoders({"raw": nn.Flatten(), "one row": top_row}, *digits)
     raw, row = result["rows"]
     assert raw["knn_20"] > 0.95 and raw["linear"] > 0.95
     # The top row of an enlarged digit is nearly all black.
@@ -101,8 +91,7 @@ def test_raw_pixels_of_digits_and_the_table(digits):
 
 
 def test_calibrated_statistics_are_the_data_s(digits):
-    norm = nn.BatchNorm2d(1, affine=False)
-    train = digits[0]
+    norm, train = nn.BatchNorm2d(1, affine=False), digits[0]
     assert calibrate(norm, train) is norm and not norm.training
     images = torch.stack([train.image(i) for i in range(len(train))])
     assert norm.running_mean.item() == pytest.approx(images.mean().item(), abs=0.01)

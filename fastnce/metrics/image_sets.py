@@ -1,4 +1,4 @@
-"""How good translated images are: distances to the target domain and content, beside what tells what they are worth."""
+"""How good sets of images are: distances to a reference and content, beside what tells what these are worth."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastnce.metrics.distribution import as_saved, distance, extract_features, extractor_name
-from fastnce.metrics.neighbours import precision_recall_density_coverage
-from fastnce.metrics.tables import finite_or_none, format_number, markdown_table, write_result
+from fastnce.metrics.distribution import (
+    distance,
+    extractor_name,
+    precision_recall_density_coverage,
+    saved_features,
+)
+from fastnce.metrics.tables import finite_or_none, measured, rows_table, write_result
 
 TRANSLATED = "translated"
 BEST = "translated, best checkpoint"
@@ -97,9 +101,7 @@ def evaluate(
         if isinstance(row, str):
             continue
         judged = _judge(row.images, extractor, None if row.digits is None else reader, count)
-        own = (
-            common if row.reference is None else _judge(row.reference, extractor, None, count)
-        ).features
+        own = common if row.reference is None else _judge(row.reference, extractor, None, count)
         accuracy = None
         if judged.read is not None and row.digits is not None:
             accuracy = (judged.read == row.digits[:count]).double().mean().item()
@@ -107,7 +109,7 @@ def evaluate(
             "count": len(judged.features),
             "size": judged.size,
             "content_accuracy": accuracy,
-            **_compare(judged.features, own),
+            **_compare(judged.features, own.features),
         }
     unit = results.get(baseline or "", {}).get("fid")
     for result in results.values():
@@ -122,27 +124,19 @@ def evaluate(
 
 def format_table(result: Mapping[str, Any]) -> str:
     """The rows of `evaluate` as a Markdown table that also reads well as text."""
-    measured = [row for row in result["rows"] if "note" not in row]
-    columns = {
-        key: column
-        for key, column in _COLUMNS.items()
-        if any(row[key] is not None for row in measured)
-    }
+    judged = [row for row in result["rows"] if "note" not in row]
     # KID's scale is the extractor's: around 0.1 for some, thousands for others.
-    decimals = 1 if any((row["kid"] or 0) >= 10 for row in measured) else 4
-    lines, notes = [("images", *(title for title, _ in columns.values()))], []
+    form = ".1f" if any((row["kid"] or 0) >= 10 for row in judged) else ".4f"
+    rows, notes = [], []
     for row in result["rows"]:
         if "note" in row:
             notes.append(f"{row['name']}: {row['note']}.")
-            lines.append((row["name"], *("-" for _ in columns)))
-            continue
-        if row["fid"] is None:
+        elif row["fid"] is None:
             notes.append(f"{row['name']}: its images hold values that are not finite.")
-        cells = {key: format_number(row[key], form) for key, (_, form) in columns.items()}
-        if row["kid"] is not None:
-            cells["kid"] = f"{row['kid']:.{decimals}f} +- {row['kid_std']:.{decimals}f}"
-        lines.append((row["name"], *cells.values()))
-    return markdown_table(lines, [_foot(result, measured), *notes])
+        if row.get("kid") is not None:
+            row = row | {"kid": f"{row['kid']:{form}} +- {row['kid_std']:{form}}"}
+        rows.append(row)
+    return rows_table(rows, measured(_COLUMNS, rows), [_foot(result, judged), *notes])
 
 
 def write_report(result: Mapping[str, Any], folder: Path | str) -> list[Path]:
@@ -150,8 +144,7 @@ def write_report(result: Mapping[str, Any], folder: Path | str) -> list[Path]:
     return write_result(result, format_table(result), folder)
 
 
-@dataclass(frozen=True)
-class _Judged:
+class _Judged(NamedTuple):
     features: Tensor
     """(N, F) float64 on the CPU, NaN for an image that is not finite."""
     read: Tensor | None
@@ -166,10 +159,8 @@ def _judge(
     features, read, sizes = [], [], set()
     for batch in _batches(islice(images, count)):
         sizes.add(f"{batch.shape[3]}x{batch.shape[2]}")
-        levels = as_saved(batch)
-        broken = ~levels.isfinite().flatten(1).all(1)
-        levels = levels.nan_to_num()  # an extractor may not let NaN through
-        features.append(extract_features(levels, extractor).masked_fill(broken[:, None], math.nan))
+        levels, broken, own = saved_features(batch, extractor)
+        features.append(own)
         if reader is not None:
             read.append(reader.read_digits(levels).masked_fill(broken, -1))
     return _Judged(
@@ -202,9 +193,9 @@ def _compare(features: Tensor, reference: Tensor) -> dict[str, float | None]:
     return {name: finite_or_none(value) for name, value in numbers.items()}
 
 
-def _foot(result: Mapping[str, Any], measured: Iterable[Mapping[str, Any]]) -> str:
+def _foot(result: Mapping[str, Any], judged: Iterable[Mapping[str, Any]]) -> str:
     """How many images of which size, and what judged them."""
-    counts, sizes = ({row[key] for row in measured} for key in ("count", "size"))
+    counts, sizes = ({row[key] for row in judged} for key in ("count", "size"))
     count, size = result["reference_count"], result["reference_size"]
     images = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     at = sizes.pop() if len(sizes) == 1 else "several sizes"
