@@ -83,6 +83,10 @@ test-kernels: install
 	$(TESTS_ENVIRONMENT) $(PYTEST) tests/triton_kernels
 	$(TESTS_ENVIRONMENT) TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_every_op.py tests/ops/test_labelled_lse.py tests/triton_kernels -k "$(INTERPRETED_TESTS)" -W ignore::RuntimeWarning
 
+# Mistakes made on purpose, and which test sees each: hours. Stopped, it goes on where it was.
+faults: install
+	$(TESTS_ENVIRONMENT) $(PY) -m tests.faults
+
 # Every Triton kernel for all depths, dtypes and targets. Stopped, it goes on where it was.
 triton-sweep: install
 	$(PY) tests/triton_kernels/sweep.py --tuned --out benchmarks/results
@@ -92,10 +96,6 @@ sanitize: install
 	@CXX=g++ CXXFLAGS="$(SANITIZERS)" $(PY) -m tests.cuda_kernels.emulated $(SANITIZED_CUDA)
 	FASTNCE_LIBRARY=$(SANITIZED) $(SANITIZED_PYTEST) tests/ops -k "$(SANITIZE_TESTS)"
 	FASTNCE_CUDA_EMULATED=$(SANITIZED_CUDA) $(SANITIZED_PYTEST) tests/ops/test_every_op.py -k "$(SANITIZE_CUDA_TESTS)"
-
-# Deliberate faults, and which tests see them.
-faults: install
-	$(TESTS_ENVIRONMENT) $(PY) -m tests.faults
 
 # The site, in out/site.
 docs: $(VENV)/.docs

@@ -171,13 +171,13 @@ def test_the_kernels_are_found_beside_the_package_and_nothing_else_is():
 
 # A library of four files that compile in a moment.
 SMALL = {
-    "ops.cpp": '#include "common/both.h"\nint ops() { return both; }\n',
-    "common/both.h": "const int both = 2;\n",
-    "cpu/one.cpp": '#include "../common/both.h"\n#include "one.h"\nint x() { return one + both; }\n',
+    "cpu/ops.cpp": '#include "both.h"\nint ops() { return both; }\n',
+    "cpu/both.h": "const int both = 2;\n",
+    "cpu/one.cpp": '#include "both.h"\n#include "one.h"\nint x() { return one + both; }\n',
     "cpu/one.h": "const int one = 1;\n",
-    "cpu/two.cpp": '#include "../common/both.h"\nint two() { return both; }\n',
+    "cpu/two.cpp": '#include "both.h"\nint two() { return both; }\n',
     "cuda/three.cu": "int three() { return 3; }\n",
-    "cuda/ops.cpp": '#include "../common/both.h"\nint ops() { return both; }\n',
+    "cuda/ops.cpp": "int ops() { return 2; }\n",
 }
 # nvcc, as far as the small library needs it.
 NVCC = """
@@ -233,7 +233,7 @@ def test_only_what_has_changed_is_compiled_again(small):
     for changed, again in (
         ("cpu/two.cpp", {"two.cpp"}),
         ("cpu/one.h", {"one.cpp"}),
-        ("common/both.h", {"ops.cpp", "one.cpp", "two.cpp"}),
+        ("cpu/both.h", {"ops.cpp", "one.cpp", "two.cpp"}),
     ):
         small.change(changed)
         assert small.build() == again, changed

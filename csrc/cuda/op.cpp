@@ -106,14 +106,12 @@ void check_tensor(const char* op, const char* name, const Tensor& tensor, Scalar
 }
 
 Tensor new_gradient(const Tensor& like, bool needed) {
-  std::vector<int64_t> shape = {0};
-  if (needed) shape.assign(like.sizes().begin(), like.sizes().end());
-  return new_tensor(like, shape, like.scalar_type());
+  if (!needed) return {};
+  return new_tensor(like, {like.sizes().begin(), like.sizes().end()}, like.scalar_type());
 }
 
 Tensor new_scalar(const Tensor& like, bool needed) {
-  return new_tensor(like, needed ? std::vector<int64_t>{} : std::vector<int64_t>{0},
-                    ScalarType::Float);
+  return needed ? new_tensor(like, {}, ScalarType::Float) : Tensor();
 }
 
 }  // namespace fastnce::cuda

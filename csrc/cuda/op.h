@@ -49,7 +49,7 @@ void check_tensor(const char* op, const char* name, const Tensor& tensor, Scalar
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);
 }
-// An output of `like`'s shape and dtype, contiguous, or an empty tensor if it is not needed.
+// An output of `like`'s shape and dtype, contiguous; undefined, None in Python, if not needed.
 Tensor new_gradient(const Tensor& like, bool needed);
 // A float32 scalar likewise.
 Tensor new_scalar(const Tensor& like, bool needed);

@@ -85,7 +85,7 @@ class Library(NamedTuple):
 def _native_plan(sources: Path) -> Plan:
     common = for_torch([*cxx(), *_FLAGS.split()], sources)
     commands = {}
-    for file in [*sorted(sources.glob("cpu/*.cpp")), sources / "ops.cpp"]:
+    for file in sorted(sources.glob("cpu/*.cpp")):
         isa = _ISA_FLAGS.get(file.stem.rpartition("_")[2], "")
         if not isa or platform.machine().lower() in ("x86_64", "amd64"):
             commands[file] = [*common, *isa.split()]
@@ -105,14 +105,14 @@ def _cuda_plan(sources: Path) -> Plan:
 
 NATIVE = Library(
     "libfastnce_cpu.so",
-    ("common/*.h", "cpu/*.cpp", "cpu/*.h", "ops.cpp"),
+    ("cpu/*.cpp", "cpu/*.h"),
     "FASTNCE_NATIVE",
     _native_plan,
     "FASTNCE_LIBRARY",
 )
 CUDA = Library(
     "libfastnce_cuda.so",
-    ("common/*.h", "cuda/*.cpp", "cuda/*.h", "cuda/*.cu", "cuda/*.cuh"),
+    ("cuda/*.cpp", "cuda/*.h", "cuda/*.cu", "cuda/*.cuh"),
     "FASTNCE_CUDA",
     _cuda_plan,
 )
@@ -395,7 +395,7 @@ def generate(targets: tuple[str, ...]) -> list[str]:
 def source_folder() -> Path | None:
     """``csrc``: inside an installed package, beside it in a checkout; None if neither is there."""
     for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
-        if (folder / "ops.cpp").is_file():
+        if (folder / "cpu").is_dir():
             return folder
     return None
 
@@ -426,7 +426,7 @@ def is_current(file: Path, library: Library = NATIVE) -> bool:
 
 def _build_folder(output: Path) -> Path:
     root = PACKAGE.parent
-    checkout = (root / "csrc" / "ops.cpp").is_file() and os.access(root, os.W_OK)
+    checkout = (root / "csrc" / "cpu").is_dir() and os.access(root, os.W_OK)
     name = f"{output.stem}-{_hash(str(output).encode())}"
     return (root / "build" if checkout else _user_folder()) / name
 

@@ -53,7 +53,7 @@ def test_an_emulated_library_that_is_not_there_or_old_or_broken(emulated):
 
 
 def test_a_change_of_the_kernels_is_seen_and_one_of_the_cpu_s_is_not(tmp_path):
-    for name in ("cuda/info_nce.cu", "cuda/device.cuh", "common/schemas.h", "cpu/info_nce.cpp"):
+    for name in ("cuda/info_nce.cu", "cuda/device.cuh", "cpu/info_nce.cpp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("one")
 
@@ -64,7 +64,6 @@ def test_a_change_of_the_kernels_is_seen_and_one_of_the_cpu_s_is_not(tmp_path):
         ("cuda/device.cuh", (True, False)),
         ("cuda/info_nce.cu", (True, False)),
         ("cpu/info_nce.cpp", (False, True)),
-        ("common/schemas.h", (True, True)),
     ):
         before = hashes()
         (tmp_path / name).write_text(name)
@@ -74,7 +73,7 @@ def test_a_change_of_the_kernels_is_seen_and_one_of_the_cpu_s_is_not(tmp_path):
 
 def test_supports_gives_reasons(monkeypatch):
     monkeypatch.setattr(cuda, "_STATUS", "ok")
-    monkeypatch.setattr(cuda, "_OPS", frozenset({"info_nce"}))
+    monkeypatch.setattr(cuda, "_operators", types.SimpleNamespace(has=lambda op: op == "info_nce"))
     monkeypatch.setattr(cuda, "_DEVICE", "cuda")
     assert cuda.supports("info_nce", "cuda", torch.bfloat16) == "ok"
     assert "float32, bfloat16 and float16" in cuda.supports("info_nce", "cuda", torch.float64)
