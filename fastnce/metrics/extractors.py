@@ -19,13 +19,8 @@ def load_scripted(
 ) -> tuple[nn.Module, str]:
     """A module from a TorchScript file in eval mode, and its name: the file's, and twelve digits of the content's hash.
 
-    Args:
-        what: "extractor" or "segmenter", for errors.
-        path: The file, as `torch.jit.save` wrote it. Use only files whose origin you trust.
-        device: Where it runs.
-
-    Raises:
-        UserError: If there is no such file, or it is no TorchScript module.
+    UserError if there is no such file, or it is no TorchScript module; `what` names it there. Use only files whose origin you
+    trust.
     """
     path = Path(path)
     if not path.is_file():
