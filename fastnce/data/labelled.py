@@ -208,7 +208,7 @@ class LabelledImages(Stream):
         return {"train": sizes}
 
     def describe(self) -> list[str]:
-        """What was found: classes and images in each, and the line of `describe_folder`, unless there are very many."""
+        """A line on the classes and the images in each, and that of `describe_folder`, unless there are very many."""
         counts = self.labels.bincount(minlength=self.num_classes)
         least, greatest = int(counts.min()), int(counts.max())
         each = str(least) if least == greatest else f"{least} to {greatest}"

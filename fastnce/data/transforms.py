@@ -1,4 +1,4 @@
-"""What happens to an image between its file and the network.
+"""From an image file's pixels to the network: scaling, cutting, warping, mirroring.
 
 Every random choice comes from a generator that is made from (seed, stream, index), so an image's
 augmentation depends on nothing but these: not on the order of reading, the number of workers, or

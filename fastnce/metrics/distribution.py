@@ -144,11 +144,10 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 
         |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr (C1 C2)^(1/2)
 
-    with the means and the unbiased covariances (Heusel et al., 2017). With centred features A, B,
-    each divided by sqrt(N - 1), C1 = A^T A and C2 = B^T B, and the last trace is the sum of the
-    singular values of A B^T. That needs no eigenvalues of C1 C2, which lose half of their digits
-    where there are fewer images than features, and for few images of many features (the images of
-    one class) it is a hundred times faster.
+    with the means and the unbiased covariances (Heusel et al., 2017). With centred features A, B, each divided by sqrt(N - 1),
+    C1 = A^T A and C2 = B^T B, and the last trace is the sum of the singular values of A B^T. That needs no eigenvalues of C1
+    C2, which lose half of their digits where there are fewer images than features. For few images of many features (the images
+    of one class) it is a hundred times faster.
 
     Args:
         features: (N, F).

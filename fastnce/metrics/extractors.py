@@ -44,10 +44,9 @@ def load_scripted(
 class ScriptedExtractor(nn.Module):
     """A feature extractor from a TorchScript file, for images of any kind.
 
-    The module takes (N, 3, H, W) uint8, resizes by itself if it has to, and returns features (N, F).
-    One whose `forward` has the argument `return_features`, as the widely used Inception-v3 file of
-    2015-12-05 has (2048 features), is called with `return_features=True` for its features, and with
-    `no_output_bias=True` for the class probabilities of the Inception score.
+    The module takes (N, 3, H, W) uint8, resizes by itself if it has to, and returns features (N, F). One whose `forward` has
+    the argument `return_features` is called with `return_features=True` for its features, and with `no_output_bias=True` for
+    the class probabilities of the Inception score. Such is the widely used Inception-v3 file of 2015-12-05 (2048 features).
 
     Args:
         path: The file, as `torch.jit.save` wrote it. Use only files whose origin you trust.

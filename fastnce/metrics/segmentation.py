@@ -86,7 +86,7 @@ _ENDINGS = (
 
 
 def label_key(path: Path) -> str:
-    """What an image and its label map have in common: the name without Cityscapes' endings and the extension.
+    """The common name of an image and its label map: without Cityscapes' endings and the extension.
 
     Also without the `_A` and `_B` of the published preparation, where `1_A.jpg` and `1_B.jpg` belong together.
 

@@ -1,4 +1,4 @@
-"""What becomes of image files of every kind: their numbers, their orientation, their formats and channels."""
+"""Image files of every kind: their numbers, their orientation, their formats and channels."""
 
 import struct
 import zlib

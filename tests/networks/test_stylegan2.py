@@ -93,7 +93,7 @@ def test_taps_of_forward_and_encode_agree_bitwise():
 
 
 def test_variance_is_kept_at_the_start():
-    """What equalised learning rate, sqrt(2) gain and / sqrt(2) of the blocks are for: deep features neither die nor explode."""
+    """Equalised learning rate, sqrt(2) gain and / sqrt(2) of the blocks are for this: deep features neither die nor explode."""
     torch.manual_seed(0)
     block = ResBlock(64, 64)
     y = block(torch.randn(4, 64, 16, 16))
