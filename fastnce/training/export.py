@@ -20,7 +20,8 @@ from torch.export import Dim
 from fastnce.data.files import atomic_path
 from fastnce.errors import UserError
 from fastnce.networks.stylegan2 import NoiseInjection
-from fastnce.training.runs import Run, below, opened
+from fastnce.training.checkpoint import below
+from fastnce.training.runs import Run, opened
 from fastnce.training.shared import CONFIG_KEY, shared_values, write_shared
 
 # How far the exported graph may be from the network, as a share of the largest output: rounding.
