@@ -9,18 +9,17 @@ import re
 import shutil
 import statistics
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import report
-from benchmarks.harness import clock_for, quartiles
+from benchmarks.timing import quartiles, seconds_of
 from fastnce.backends import native
 
-ROOT = report.ROOT
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -107,20 +106,32 @@ def _rate(device: torch.device, dtype: torch.dtype, calls: int) -> float:
     if dtype == torch.float64:
         size //= 2
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    clock = clock_for(device)
-    clock(lambda: torch.mm(a, b), 2)
-    seconds = quartiles(clock(lambda: torch.mm(a, b), calls))["median"]
-    return 2 * size**3 / seconds / 1e9
+    return 2 * size**3 / _median(lambda: torch.mm(a, b), calls, device) / 1e9
 
 
 def bandwidth(device: torch.device, calls: int = 10) -> float:
     """GB/s of the memory: bytes read and written by a copy far larger than any cache, the median of ``calls``."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    clock = clock_for(device)
-    clock(lambda: target.copy_(source), 2)
-    seconds = quartiles(clock(lambda: target.copy_(source), calls))["median"]
-    return 2 * source.nbytes / seconds / 1e9
+    return 2 * source.nbytes / _median(lambda: target.copy_(source), calls, device) / 1e9
+
+
+def _median(call: Callable[[], object], calls: int, device: torch.device) -> float:
+    seconds_of(call, 2, device)
+    return quartiles(seconds_of(call, calls, device))["median"]
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Free memory of a device; None where the system does not say."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import torch
 
 import fastnce
 from fastnce import backends, waiting
-from fastnce.backends import build, build_cuda, native
+from fastnce.backends import build, native
 
 OPS = (
     "info_nce",
@@ -107,7 +107,7 @@ def _gpu_name() -> str:
 def _nvcc() -> str:
     """The compiler of the CUDA library, which nothing needs where there is no GPU."""
     try:
-        command = build_cuda.nvcc()[0]
+        command = build.nvcc()[0]
     except build.BuildError:
         return "not installed"
     found = re.search(r"release ([\d.]+)", build.compiler_version(command))

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 import fastnce
 from fastnce.reference.normalize import accumulation_dtype
-from fastnce.testing_samples import SAMPLE_INPUTS, Sample, rows
+from fastnce.registry import OPS, Make, Sample
 
 __all__ = [
     "SAMPLE_INPUTS",
@@ -30,6 +30,24 @@ __all__ = [
     "run",
     "truth",
 ]
+
+
+def rows(
+    *shape: int, dtype: torch.dtype, device: str, generator: torch.Generator, grad: bool = True
+) -> Tensor:
+    """Gaussian rows, see :class:`fastnce.registry.Make`."""
+    return Make(dtype, device, generator)(*shape, grad=grad)
+
+
+def _sampler(op: str) -> Callable[..., Iterator[Sample]]:
+    def samples(dtype: torch.dtype, device: str, generator: torch.Generator) -> Iterator[Sample]:
+        return OPS[op].samples(Make(dtype, device, generator))
+
+    return samples
+
+
+# op -> function (dtype, device, generator) -> Samples in every form that the op has.
+SAMPLE_INPUTS = {op.name: _sampler(op.name) for op in OPS.values() if op.samples is not None}
 
 
 def run(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce import conditional_contrastive, info_nce, patch_nce
-from fastnce.models.class_losses import d2d_ce
+from fastnce.systems.class_losses import d2d_ce
 
 
 def sines(*shape: int, step: float, start: float) -> Tensor:

@@ -14,12 +14,15 @@ except ImportError as error:
     _MISSING = f"Triton cannot be imported: {error}. Run: pip install triton"
 else:
     _MISSING = ""
-    from .conditional_contrastive import (
+    from .info_nce import info_nce_backward, info_nce_forward
+    from .labelled import (
         conditional_contrastive_backward,
         conditional_contrastive_forward,
+        labelled_lse_backward,
+        labelled_lse_forward,
+        sup_con_backward,
+        sup_con_forward,
     )
-    from .info_nce import info_nce_backward, info_nce_forward
-    from .labelled_lse import labelled_lse_backward, labelled_lse_forward
     from .launch import INTERPRETED
     from .pairwise_cosine_similarity import (
         pairwise_cosine_similarity_backward,
@@ -31,7 +34,6 @@ else:
         sample_patches_backward,
         sample_patches_forward,
     )
-    from .sup_con import sup_con_backward, sup_con_forward
 
 __all__ = [
     "available",
@@ -52,18 +54,6 @@ __all__ = [
     "supports",
 ]
 
-_OPS = (
-    "info_nce",
-    "info_nce_fp8",
-    "patch_nce",
-    "conditional_contrastive",
-    "sample_patches",
-    "tap_patches",
-    "nt_xent",
-    "sup_con",
-    "pairwise_cosine_similarity",
-    "labelled_lse",
-)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)
 _LEAST_CAPABILITY_FP8 = (8, 9)
@@ -88,8 +78,6 @@ def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
     reason = available()
     if reason != "ok":
         return reason
-    if op not in _OPS:
-        return f"{op} has no Triton kernel"
     if device_type != "cuda" and not (INTERPRETED and device_type == "cpu"):
         return "the Triton kernels run on cuda tensors"
     if dtype not in _DTYPES:

@@ -33,11 +33,11 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, 
   return torch::stable::new_empty(like, shape, dtype);
 }
 
-// An output of `like`'s shape and dtype, contiguous, or an empty tensor if it is not needed.
+// An output of `like`'s shape and dtype, contiguous; undefined, None in Python, if it is not
+// needed.
 inline Tensor new_gradient(const Tensor& like, bool needed) {
-  std::vector<int64_t> shape = {0};
-  if (needed) shape.assign(like.sizes().begin(), like.sizes().end());
-  return new_tensor(like, shape, like.scalar_type());
+  if (!needed) return {};
+  return new_tensor(like, {like.sizes().begin(), like.sizes().end()}, like.scalar_type());
 }
 
 }  // namespace fastnce

@@ -1264,9 +1264,9 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
   Tensors grad_queries, grad_keys;
   double grad_temperature = 0;
   for (size_t l = 0; l < count; ++l) {
-    grad_queries.push_back(gradients[l].query);
-    grad_keys.push_back(gradients[l].key);
     if (grad_scales.empty()) continue;
+    if (need_queries[l]) grad_queries.push_back(gradients[l].query);
+    if (need_keys[l]) grad_keys.push_back(gradients[l].key);
     grad_temperature += gradients[l].temperature * (loss_scales[l] / grad_scales[l]);
   }
   return {new_scalar(queries[0], true, loss), grad_queries, grad_keys,

@@ -39,8 +39,8 @@ inline double temperature_value(const char* op, const std::optional<Tensor>& ten
 }
 
 inline Tensor new_scalar(const Tensor& like, bool needed, double value) {
+  if (!needed) return {};
   const ScalarType dtype = accumulation_type(like.scalar_type());
-  if (!needed) return new_tensor(like, {0}, dtype);
   const Tensor out = new_tensor(like, {}, dtype);
   if (dtype == ScalarType::Double) {
     *out.mutable_data_ptr<double>() = value;

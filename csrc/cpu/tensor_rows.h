@@ -122,11 +122,14 @@ class TensorRows {
 class OutputRows {
  public:
   OutputRows() = default;
-  explicit OutputRows(const Tensor& tensor)
-      : data_(static_cast<char*>(tensor.mutable_data_ptr())),
-        dtype_(tensor.scalar_type()),
-        item_(static_cast<int64_t>(tensor.element_size())),
-        depth_(tensor.dim() == 0 ? 0 : tensor.size(tensor.dim() - 1)) {}
+  // Of an undefined tensor: no elements.
+  explicit OutputRows(const Tensor& tensor) {
+    if (!tensor.defined()) return;
+    data_ = static_cast<char*>(tensor.mutable_data_ptr());
+    dtype_ = tensor.scalar_type();
+    item_ = static_cast<int64_t>(tensor.element_size());
+    depth_ = tensor.size(tensor.dim() - 1);
+  }
 
   template <class T>
   void store(int64_t row, const T* x) const {

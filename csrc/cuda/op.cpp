@@ -97,8 +97,7 @@ void check_tensor(const char* op, const char* name, const Tensor& tensor, Scalar
 }
 
 Tensor new_scalar(const Tensor& like, bool needed) {
-  return new_tensor(like, needed ? std::vector<int64_t>{} : std::vector<int64_t>{0},
-                    ScalarType::Float);
+  return needed ? new_tensor(like, {}, ScalarType::Float) : Tensor();
 }
 
 }  // namespace fastnce::cuda

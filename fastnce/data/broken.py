@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from fastnce.data.folders import UnfitFile
+from fastnce.data.images import UnfitFile
 from fastnce.errors import UserError
 
 T = TypeVar("T")

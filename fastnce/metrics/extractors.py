@@ -1,4 +1,4 @@
-"""What judges images: a digits set's own classifier, a TorchScript file of the user's, or torch-fidelity's Inception."""
+"""Networks that judge images: a TorchScript file of the user's, or torch-fidelity's Inception."""
 
 import hashlib
 import warnings
@@ -7,10 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastnce.data.folders import to_uint8
-from fastnce.data.recipe import LABELS_FILE, read_labels
+from fastnce.data.images import to_uint8
 from fastnce.errors import UserError
-from fastnce.metrics.digit_classifier import load_digit_classifier
 
 # The name that stands for torch-fidelity's Inception in the place of a file.
 FIDELITY = "torch-fidelity"
@@ -136,39 +134,3 @@ def load_extractor(extractor: Path | str, device: torch.device | str = "cpu") ->
     if str(extractor) == FIDELITY:
         return FidelityInception(device)
     return ScriptedExtractor(extractor, device)
-
-
-def generation_evaluator(
-    data_root: Path | str,
-    extractor: Path | str | None = None,
-    *,
-    device: torch.device | str = "cpu",
-    cache: Path | str | None = None,
-    progress: bool = True,
-) -> nn.Module:
-    """What judges images generated after a data set.
-
-    Args:
-        data_root: Folder of the set.
-        extractor: See `load_extractor`; by default a digits set's classifier.
-        device: Where a scripted extractor runs.
-        cache: Folder of the classifier's cache; see `load_digit_classifier`.
-        progress: Shows a bar if the classifier has to be trained first.
-
-    Raises:
-        UserError: If there is no extractor and the set is not a digits set, or the file is no
-            TorchScript module.
-    """
-    if extractor is not None:
-        return load_extractor(extractor, device)
-    if not Path(data_root).is_dir():
-        raise UserError(f"{data_root}: no such folder. Expected the folder of a data set.")
-    has_recipe = Path(data_root, LABELS_FILE).is_file()
-    kind = read_labels(data_root)["recipe"].get("kind") if has_recipe else None
-    if kind != "digits":
-        raise UserError(
-            f"{data_root}: the built-in judge of generated images reads sets of "
-            "`fastnce data digits` only. For other images give --extractor FILE, a TorchScript "
-            "module from (N, 3, H, W) uint8 to features, such as the Inception-v3 of 2015-12-05."
-        )
-    return load_digit_classifier(data_root, cache=cache, progress=progress)

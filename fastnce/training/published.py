@@ -16,17 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from fastnce.errors import UserError
+from fastnce.systems import SYSTEMS, TrainConfig, system_named
 from fastnce.training.checkpoint import load_checkpoint
-from fastnce.training.config import (
-    CUTTrainConfig,
-    Pix2PixTrainConfig,
-    TrainConfig,
-    UnpairedTrainConfig,
-)
 
 # What a network of the published repositories is, with how its keys give it away.
 RESNET, PATCH, PROJECTOR = "ResNet generator", "patch discriminator", "patch projector (netF)"
 UNET = "U-Net generator"
+# The system that a generator without its configuration is taken for.
+_SYSTEMS = {RESNET: "cut", UNET: "pix2pix"}
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -226,18 +223,18 @@ def load_strictly(network: nn.Module, state: Mapping[str, Tensor], path: Path) -
     network.load_state_dict(state)
 
 
-def published_config(state: Mapping[str, Tensor], path: Path) -> UnpairedTrainConfig:
+def published_config(state: Mapping[str, Tensor], path: Path) -> TrainConfig:
     """The configuration of the generator in a published file; all that weights do not tell has its default.
 
     Raises:
         UserError: the file holds no generator.
     """
     found = recognise(state, path)
-    if found.kind not in (RESNET, UNET):
+    if found.kind not in _SYSTEMS:
         raise UserError(
             f"{path}: holds a {found.kind}, expected a generator. Name its file, such as latest_net_G.pth."
         )
-    config_class = CUTTrainConfig if found.kind == RESNET else Pix2PixTrainConfig
+    config_class = system_named(_SYSTEMS[found.kind]).config_class
     return config_class(data=path.parent, out=path.parent, **found.options)
 
 
@@ -268,15 +265,12 @@ def published_files(where: Path, names: tuple[str, ...]) -> dict[str, Path]:
     return found
 
 
-def load_initial(
-    model: nn.Module, config: TrainConfig, published: Mapping[str, Mapping[str, str]]
-) -> list[str]:
+def load_initial(model: nn.Module, config: TrainConfig) -> list[str]:
     """Starts a model from the weights that `config.init_from` names.
 
     Args:
         model: the model, freshly built from `config`.
         config: its configuration.
-        published: for each system the networks' published names and their attributes' paths, see `System.published`.
 
     Returns:
         A line for each network: where its weights come from.
@@ -290,17 +284,15 @@ def load_initial(
     if (where / "config.json").is_file() or (where / "checkpoints").is_dir():
         path = where / "checkpoints" / "last.pt"
     if path.suffix == ".pt":
-        return load_run(model, path, config.system, published)
-    return load_published(model, config, published[config.system])
+        return load_run(model, path, config.system)
+    return load_published(model, config, system_named(config.system).published)
 
 
 # What a network of a translation from A to B is, under its published name in a system of one or of both directions.
 _ROLES = {"G": "G", "G_A": "G", "D": "D", "D_A": "D", "F": "F", "F1": "F"}
 
 
-def load_run(
-    model: nn.Module, path: Path, system: str, published: Mapping[str, Mapping[str, str]]
-) -> list[str]:
+def load_run(model: nn.Module, path: Path, system: str) -> list[str]:
     """Starts a model from a checkpoint of a run of any system: each network whose weights have the same names and shapes.
 
     Networks are matched by their names in the model, those of a translation from A to B also between systems of one and of both
@@ -310,7 +302,6 @@ def load_run(
         model: the model, freshly built.
         path: a checkpoint file.
         system: the model's.
-        published: see `load_initial`.
 
     Returns:
         A line for each network: whether its weights come from there, and why not.
@@ -319,6 +310,7 @@ def load_run(
         UserError: no such checkpoint, or none of the networks fits.
     """
     state = load_checkpoint(path)
+    published = {name: known.published for name, known in SYSTEMS.items()}
     theirs = published.get(state["config"]["system"], {})
     by_role = {_ROLES[name]: attribute for name, attribute in theirs.items() if name in _ROLES}
     roles = {

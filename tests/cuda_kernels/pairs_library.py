@@ -9,18 +9,13 @@ import ctypes
 import dataclasses
 import functools
 import math
-import tempfile
-from pathlib import Path
 
 import torch
-from emulated import FLAGS, FOLDER, HERE, SOURCES, build_emulated
+from emulated import build_emulated
 from torch import Tensor
-
-from fastnce.backends import build
 
 QUEUE, IN_BATCH, SUP_CON, TWO_C = range(4)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OBJECTS = FOLDER / "objects"
 
 
 class Problem(ctypes.Structure):
@@ -43,14 +38,8 @@ class Problem(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """From the objects of the emulated library. Raises ``build.BuildError`` with the compiler's message."""
-    build_emulated()
-    output = Path(tempfile.mkdtemp(prefix="fastnce-pairs-")) / "pairs.so"
-    objects = [*OBJECTS.glob("pairs*.o"), *OBJECTS.glob("emulator.cpp-*.o")]
-    command = [*build.cxx(), *FLAGS, "-shared", f"-I{SOURCES}", f"-I{HERE}"]
-    command += [str(HERE / "pairs_calls.cpp"), *map(str, objects), "-o", str(output)]
-    build.run_compiler(command, False)
-    loaded = ctypes.CDLL(str(output))
+    """The emulated library, which has the calls of pairs_calls.cpp. Raises ``build.BuildError`` with the compiler's message."""
+    loaded = ctypes.CDLL(str(build_emulated()))
     for name in ("plan_sums_of", "sums_of", "plan_products_of", "products_of"):
         getattr(loaded, name).restype = ctypes.c_char_p
     return loaded

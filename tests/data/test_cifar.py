@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from fastnce.data import LabelledImages
-from fastnce.data.cifar import open_cifar
-from fastnce.data.safe_pickle import load_pickled_bytes
+from fastnce.data.cifar import load_pickled_bytes, open_cifar
 from fastnce.errors import UserError
 
 VERSIONS = ("cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "cifar-100-binary")

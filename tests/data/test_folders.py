@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from fastnce.data import files
-from fastnce.data.folders import list_images, load_image, save_image, split_folder
+from fastnce.data.folders import list_images, split_folder
+from fastnce.data.images import load_image, save_image
 from fastnce.errors import UserError
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from fastnce.data import AlignedImages, SingleImagePatches, UnpairedImages, list_images
-from fastnce.data.folders import (
+from fastnce.data.images import (
     EXTENSIONS,
     fitting_suffixes,
     image_size,

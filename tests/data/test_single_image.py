@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 from fastnce.data import SingleImagePatches, load_image
-from fastnce.data.folders import to_array, to_tensor
+from fastnce.data.images import to_array, to_tensor
 from fastnce.data.single_image import shrunk_patch
 from fastnce.errors import UserError
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastnce.data.folders import to_array, to_tensor, to_uint8
+from fastnce.data.images import to_array, to_tensor, to_uint8
+from fastnce.data.stream import counter_rng
 from fastnce.data.transforms import (
     Affine,
     Preprocess,
-    counter_rng,
     draw_affine,
     multiple_size,
     resize_to_multiple,

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
-from fastnce.data import VIEW_RECIPES, LabelledImages, TwoViews, ViewRecipe, write_photo_crops
-from fastnce.data.transforms import counter_rng
+from fastnce.data import VIEW_RECIPES, LabelledImages, TwoViews, ViewRecipe
+from fastnce.data.stream import counter_rng
 from fastnce.data.views import View, draw_view, make_view
+from fastnce.demo import write_photo_crops
 from fastnce.errors import UserError
 
 KEYS = {"view1", "view2", "label"}

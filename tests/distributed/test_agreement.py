@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fastnce import NegativeQueue, distributed
-from fastnce.distributed._ranks import agree, ranks_of
+from fastnce.ranks import agree, ranks_of
 
 CASES = {
     "D": ("ranks disagree on D: rank 0 has 8, rank 1 has 9", {}, {"dim": 9}),

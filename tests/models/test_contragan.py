@@ -11,8 +11,7 @@ from torch import nn
 import fastnce
 from fastnce.errors import UserError
 from fastnce.models import ContraGAN, ContraGANConfig
-from fastnce.models.contragan import ClassSample
-from fastnce.models.updates import one_power_iteration, statistics_untracked
+from fastnce.systems.contragan import ClassSample, one_power_iteration, statistics_untracked
 
 TINY = {
     "backbone": "biggan",
@@ -207,7 +206,7 @@ def test_the_discriminators_turn_leaves_the_generators_statistics_alone():
 
 def test_contrast_sets():
     random = torch.Generator().manual_seed(0)
-    from fastnce.models.class_losses import contrastive_2c
+    from fastnce.systems.class_losses import contrastive_2c
 
     e, p = torch.randn(2, 10, 8, generator=random)
     y = torch.randint(4, (10,), generator=random)
@@ -261,7 +260,7 @@ def test_regularisers_change_their_networks_gradient(option, name):
 
 
 def test_r1_of_a_known_function():
-    from fastnce.models.regularisers import r1
+    from fastnce.systems.adversarial import r1
 
     weight = nn.Parameter(torch.tensor(3.0))
     images = torch.randn(4, 1, 2, 2, requires_grad=True)
@@ -273,7 +272,7 @@ def test_r1_of_a_known_function():
 
 
 def test_diff_augment_reaches_every_network(monkeypatch):
-    from fastnce.models import contragan
+    from fastnce.systems import contragan
 
     calls = []
 

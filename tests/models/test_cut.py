@@ -10,8 +10,8 @@ from cut_transcription import FAST, TINY, batches, draw_ids, make
 import fastnce
 from fastnce.errors import UserError
 from fastnce.models import CUT, CUTConfig
-from fastnce.models.cut import build_generator
 from fastnce.networks import PatchDiscriminator
+from fastnce.systems.translation import build_generator
 from fastnce.training import build_config
 
 

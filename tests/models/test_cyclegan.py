@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastnce.errors import UserError
 from fastnce.models import CycleGAN, CycleGANConfig
-from fastnce.models.image_pool import ImagePool
+from fastnce.systems.two_way import ImagePool
 
 TINY = CycleGANConfig(
     base_channels=4,

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnce.models.gan import discriminator_losses, generator_loss
-from fastnce.models.regularisers import gradient_penalty, r1
 from fastnce.networks import PatchDiscriminator
+from fastnce.systems.adversarial import discriminator_losses, generator_loss, gradient_penalty, r1
 
 
 @pytest.mark.parametrize("mode", ["vanilla", "nonsaturating"])

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastnce.models.image_pool import ImagePool
+from fastnce.systems.two_way import ImagePool
 
 
 def numbered(*numbers: int) -> torch.Tensor:

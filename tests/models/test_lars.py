@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastnce.models.lars import LARS, lars_groups
+from fastnce.systems.lars import LARS, lars_groups
 
 
 def model():

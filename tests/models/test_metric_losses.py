@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from fastnce.models.metric_losses import n_pair_loss, pair_loss, triplet_loss
+from fastnce.systems.metric_losses import n_pair_loss, pair_loss, triplet_loss
 
 torch.manual_seed(0)
 QUERY, KEY = torch.randn(2, 5, 3, dtype=torch.float64)

@@ -9,10 +9,9 @@ from cut_transcription import TINY, batches, draw_ids, make
 from torch import Tensor
 
 import fastnce
-from fastnce.models.channels import can_convert, convert_channels
-from fastnce.models.patch_contrast import Comparison, PatchContrast
-from fastnce.models.patch_contrast_config import PatchContrastConfig
 from fastnce.networks import PatchProjector
+from fastnce.systems.patch_contrast import Comparison, PatchContrast, PatchContrastConfig
+from fastnce.systems.translation import can_convert, convert_channels
 
 
 def maps(*seeds: int) -> list[list[Tensor]]:

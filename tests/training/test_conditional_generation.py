@@ -11,22 +11,23 @@ from PIL import Image
 from same_run import assert_identical
 
 from fastnce import cli
+from fastnce.demo.judges import DigitClassifier
 from fastnce.errors import UserError
-from fastnce.metrics.digit_classifier import DigitClassifier
 from fastnce.models import ContraGAN
+from fastnce.systems import SYSTEMS
+from fastnce.systems.contragan import judge_of, reference_images
+from fastnce.systems.generating import interpolate, latent
+from fastnce.systems.system import Ablation
 from fastnce.training import (
     build_config,
     evaluate_run,
     export_shared,
     generate_folder,
-    generation,
     load_generator,
     train,
 )
-from fastnce.training.ablation import ABLATIONS, Ablation, ablate, compare, format_ablation
+from fastnce.training.ablation import ablate, ablations, compare, format_ablation
 from fastnce.training.checkpoint import load_checkpoint
-from fastnce.training.generate import interpolate, latent
-from fastnce.training.generation import CONTRAGAN_SYSTEM, reference_images
 from fastnce.training.log import read_metrics
 
 CLASSES = ("ant", "bee", "cat")
@@ -205,7 +206,8 @@ def test_no_extractor_for_this_data(tiny, capsys):
 
 def test_collapse_is_said(tiny, capsys, monkeypatch):
     monkeypatch.setattr(
-        generation, "sample_images", lambda g, z, labels, size=256: torch.zeros(len(z), 3, 16, 16)
+        "fastnce.systems.generating.sample_images",
+        lambda g, z, labels, size=256: torch.zeros(len(z), 3, 16, 16),
     )
     train(tiny(steps=2, measure_every=2))
     assert "The samples have collapsed: their pixels have 0.0 %" in capsys.readouterr().err
@@ -226,7 +228,7 @@ def test_divergence_is_an_error(tiny, monkeypatch):
 
 
 def test_reference_images_are_spread_over_the_classes(tiny):
-    from fastnce.training.generation import labelled_images
+    from fastnce.systems.contragan import labelled_images
 
     dataset = labelled_images(tiny(), "train")
     images, labels = reference_images(dataset, 3)
@@ -351,15 +353,15 @@ def test_classes_with_one_or_no_test_image(tiny, labelled, extractor, tmp_path):
 
 
 def test_the_judge_of_digits_reads_all_ten_in_their_order_only(tiny, monkeypatch):
-    monkeypatch.setattr(generation, "generation_evaluator", lambda *_, **__: DigitClassifier(16))
+    monkeypatch.setattr("fastnce.demo.generation_evaluator", lambda *_, **__: DigitClassifier(16))
     data, grey = tiny().data, tiny(image_channels=1)
-    assert generation.judge_of(grey, data, None).reads_labels
+    assert judge_of(grey, data, None).reads_labels
     for names, reads in (("0123456789", True), ("73", False), ("1023456789", False)):
         config = dataclasses.replace(grey, class_names=tuple(names))
-        assert generation.judge_of(config, data, None).reads_labels == reads
+        assert judge_of(config, data, None).reads_labels == reads
     for changes in ({"image_size": 24}, {"image_channels": 3}):
         with pytest.raises(UserError, match="reads 16x16 grey digits.*Give --extractor"):
-            generation.judge_of(dataclasses.replace(grey, **changes), data, None)
+            judge_of(dataclasses.replace(grey, **changes), data, None)
 
 
 @pytest.mark.parametrize("layout", ["flat", "train"])
@@ -406,7 +408,7 @@ def test_class_balance(tiny, labelled, tmp_path):
     for number in (1, 2, 3, 4):
         (tmp_path / "data" / "train" / "cat" / f"{number}.png").unlink()
     config = tiny(data=tmp_path / "data", class_balance=True)
-    stream = CONTRAGAN_SYSTEM.dataset(config)
+    stream = SYSTEMS["contragan"].dataset(config)
     assert torch.stack([stream[k]["label"] for k in range(33)]).bincount().tolist() == [11] * 3
     train(config)
 
@@ -438,15 +440,13 @@ def test_ablation(labelled, extractor, tmp_path, capsys):
     options = TINY | {"steps": 2, "extractor": extractor}
     only = ["projection (ProjGAN)", "2C, published"]
     settings = {"data": labelled, "out": tmp_path, "only": only, "overrides": options}
-    from fastnce.training import ablation
-
     colours = Ablation(
-        ABLATIONS["contragan"].choices,
+        ablations()["contragan"].choices,
         {"fid": ("FID", ".2f"), "recall": ("recall", ".2f")},
         "generated",
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ablation.ABLATIONS, "contragan", colours)
+        patch.setattr(SYSTEMS["contragan"], "ablations", {"contragan": colours})
         one, _ = ablate("contragan", seeds=[0], **settings)
         both, table = ablate("contragan", seeds=[0, 1], **settings)
     assert [choice["name"] for choice in both["choices"]] == only
@@ -475,7 +475,7 @@ def test_what_exceeds_the_spread():
 
 
 def test_every_choice_of_an_ablation_is_valid():
-    for variant, ablation in ABLATIONS.items():
+    for variant, ablation in ablations().items():
         for values in ablation.choices.values():
             build_config(variant, preset="digits", overrides={"data": "d", "out": "o"} | values)
 

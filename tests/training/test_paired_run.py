@@ -16,6 +16,7 @@ from torch import nn
 from fastnce.data import AlignedImages, list_images
 from fastnce.errors import UserError
 from fastnce.metrics.distribution import frechet_distance
+from fastnce.systems.judging import evaluate_images
 from fastnce.training import (
     build_config,
     evaluate_run,
@@ -24,7 +25,6 @@ from fastnce.training import (
     translate,
     translate_folder,
 )
-from fastnce.training.evaluation import evaluate_images
 from fastnce.training.log import read_metrics
 
 TINY = {

@@ -15,8 +15,11 @@ from test_ranks import run
 
 from fastnce import cli
 from fastnce.errors import UserError
-from fastnce.metrics.representation import encode
+from fastnce.metrics.probes import encode
 from fastnce.models import Representation
+from fastnce.systems import SYSTEMS
+from fastnce.systems.representation import images_of, random_encoder
+from fastnce.systems.schedule import warmup_cosine
 from fastnce.training import (
     Interrupted,
     build_config,
@@ -26,12 +29,9 @@ from fastnce.training import (
     train,
     write_features,
 )
-from fastnce.training.ablation import ABLATIONS, ablate
+from fastnce.training.ablation import ablate, ablations
 from fastnce.training.checkpoint import load_checkpoint, save_checkpoint
 from fastnce.training.log import read_metrics
-from fastnce.training.presets import PRESETS, VARIANTS
-from fastnce.training.representation import REPRESENTATION_SYSTEM, images_of, random_encoder
-from fastnce.training.schedule import warmup_cosine
 
 TINY = {
     "encoder": "small",
@@ -139,7 +139,7 @@ def test_another_length_is_another_run(tiny):
 
 
 def test_epochs_give_the_steps(tiny):
-    schedule = REPRESENTATION_SYSTEM.schedule(tiny(steps=None, epochs=5), 12)
+    schedule = SYSTEMS["representation"].schedule(tiny(steps=None, epochs=5), 12)
     assert (schedule.total_steps, schedule.warmup_steps) == (15, 3)
 
 
@@ -200,9 +200,10 @@ def test_moco_takes_a_queue_that_no_batch_divides_but_not_more_parts_than_images
 
 def test_presets_keep_what_makes_a_method():
     """A preset comes after the variant, and must not change what was asked for."""
-    ours = [name for name, (system, _) in VARIANTS.items() if system == "representation"]
+    system = SYSTEMS["representation"]
+    ours = list(system.variants)
     assert ours == ["simclr", "supcon", "moco"]
-    for preset in PRESETS["representation"]:
+    for preset in system.presets:
         for variant in ours:
             config = build_config(variant, preset=preset, overrides={"data": "d", "out": "o"})
             assert config.method == variant
@@ -211,7 +212,7 @@ def test_presets_keep_what_makes_a_method():
 @pytest.mark.parametrize("name", ["simclr", "moco"])
 def test_ablations(tiny, name, labelled, tmp_path):
     """Two choices of each are trained and compared; all of them are valid."""
-    ablation = ABLATIONS[name]
+    ablation = ablations()[name]
     first, *_, last = ablation.choices
     result, table = ablate(
         name,
@@ -269,7 +270,7 @@ def test_class_balance(tiny, tmp_path):
         (root / "train").mkdir(parents=True, exist_ok=True)
         flat_images(root / "train" / name, count)
     config = tiny("supcon", data=root, class_balance=True, measure_every=0, warmup_epochs=0)
-    stream = REPRESENTATION_SYSTEM.dataset(config)
+    stream = SYSTEMS["representation"].dataset(config)
     assert sum(int(stream[index]["label"]) for index in range(40)) == 20
     train(config)
 

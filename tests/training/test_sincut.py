@@ -11,9 +11,9 @@ from test_loop import stop_after  # noqa: F401  (stop_after is a fixture)
 from fastnce.errors import UserError
 from fastnce.models import CUT
 from fastnce.networks import StyleGAN2Discriminator, StyleGAN2Generator
+from fastnce.systems import SYSTEMS
 from fastnce.training import Interrupted, build_config, load_generator, train, translate_folder
 from fastnce.training.log import read_metrics
-from fastnce.training.translation import CUT_SYSTEM
 
 TINY = {
     "base_channels": 2,
@@ -78,7 +78,7 @@ def test_the_published_values(data):
 
 def test_the_schedule_is_1_600_000_samples(tiny):
     config = tiny(steps=None, batch_size=16)
-    schedule = CUT_SYSTEM.schedule(config, len(CUT_SYSTEM.dataset(config)))
+    schedule = SYSTEMS["cut"].schedule(config, len(SYSTEMS["cut"].dataset(config)))
     assert schedule.total_steps == 100_000
     assert [schedule.lr_factor(step) for step in (0, 49_999, 50_000)] == [1.0, 1.0, 1 - 1 / 9]
 
@@ -95,7 +95,7 @@ def test_a_run(whole):
 
 def test_previews_and_translations_are_whole_images(whole, data, tmp_path):
     generator, config = load_generator(whole)
-    rows = CUT_SYSTEM.preview(config, CUT_SYSTEM.dataset(config))(generator)
+    rows = SYSTEMS["cut"].preview(config, SYSTEMS["cut"].dataset(config))(generator)
     # The previews' sides are rounded to multiples of 4; translated files keep their size.
     assert [image.shape for image in rows["input"]] == [(3, 32, 44)]
     assert [image.shape for image in rows["output"]] == [(3, 32, 44)]
@@ -120,9 +120,9 @@ def test_workers_do_not_change_the_run(tiny, whole):
 
 def test_direction_and_grey(tiny, data):
     config = tiny(direction="BtoA", out_channels=1, nce_idt=False, lambda_identity=0.0)
-    sample = CUT_SYSTEM.dataset(config)[0]
+    sample = SYSTEMS["cut"].dataset(config)[0]
     assert sample["A"].shape == (3, 16, 16) and sample["B"].shape == (1, 16, 16)
-    assert isinstance(CUT_SYSTEM.model(config, CUT_SYSTEM.dataset(config)), CUT)
+    assert isinstance(SYSTEMS["cut"].model(config, SYSTEMS["cut"].dataset(config)), CUT)
     assert np.asarray(Image.open(data / "trainA" / "photo.png")).shape == (30, 44, 3)
 
 

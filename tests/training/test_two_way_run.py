@@ -9,10 +9,10 @@ from torch import nn
 from fastnce.data import UnpairedImages
 from fastnce.errors import UserError
 from fastnce.models import DCLGAN, CycleGAN
+from fastnce.systems import SYSTEMS
 from fastnce.training import build_config, load_generator, train, translate
 from fastnce.training.export import export_published
 from fastnce.training.log import read_metrics
-from fastnce.training.systems import SYSTEMS
 
 TINY = {
     "base_channels": 2,
@@ -117,7 +117,7 @@ class _Shift(nn.Module):
 
 def test_published_files_out_and_in_again(whole, data, tmp_path):
     variant, run = whole
-    files = export_published(run, tmp_path / "files", which="raw")
+    files = export_published(run, tmp_path / "files", weights="raw")
     names = ["G_A", "G_B", "D_A", "D_B"] + ["F1", "F2"] * (variant != "cyclegan")
     assert [file.name for file in files] == [f"latest_net_{name}.pth" for name in names]
     # One step that moves nothing.
@@ -148,7 +148,7 @@ def test_what_trains_what(data, tmp_path):
 def test_published_files_of_grey_and_rgb(data, tmp_path):
     grey = {"in_channels": 1, "lambda_identity": 0.0, "steps": 1}
     run = train(tiny("cyclegan", data, tmp_path / "run", **grey))
-    export_published(run, tmp_path / "files", which="raw")
+    export_published(run, tmp_path / "files", weights="raw")
     start = {"init_from": tmp_path / "files", "lr": 1e-12}
     again = train(tiny("cyclegan", data, tmp_path / "again", **grey, **start))
     before, after = (checkpoint(folder)["model"] for folder in (run, again))
