@@ -108,12 +108,12 @@ def _cuda_plan(sources: Path) -> Plan:
 
 NATIVE = Library(
     "libfastnce_cpu.so",
-    ("cpu/*",),
+    ("common/*", "cpu/*"),
     "FASTNCE_NATIVE",
     _native_plan,
     "FASTNCE_LIBRARY",
 )
-CUDA = Library("libfastnce_cuda.so", ("cuda/*",), "FASTNCE_CUDA", _cuda_plan)
+CUDA = Library("libfastnce_cuda.so", ("common/*", "cuda/*"), "FASTNCE_CUDA", _cuda_plan)
 
 
 def wanted(library: Library) -> str:
