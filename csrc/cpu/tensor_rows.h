@@ -2,21 +2,16 @@
 // out, with T (float, or double for double) in between.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <type_traits>
 #include <vector>
 
-namespace fastnce {
+#include "../common/tensors.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+namespace fastnce {
 
 inline bool is_supported(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double ||

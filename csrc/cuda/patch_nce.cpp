@@ -71,8 +71,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
   const Tensor& first = queries[0];
   const Dtype dtype = dtype_of(kOp, first);
   const Stream stream = current_stream(first);
-  const PatchCall call{bfloat16_products ? Precision::kBfloat16 : Precision::kFloat32,
-                       temperature_of(kOp, temperature_tensor, temperature),
+  const PatchCall call{bfloat16_products, temperature_of(kOp, temperature_tensor, temperature),
                        static_cast<float>(self_logit), compute_capability(first),
                        multiprocessors(first)};
   Tensors grad_queries, grad_keys;

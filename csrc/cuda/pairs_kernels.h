@@ -1,6 +1,8 @@
-// The passes of pairs.h by mma.sync and cp.async, for every GPU since Ampere: launches, of 16-bit
-// elements and of float.
+// The kernels that make the passes of pairs.h: those by mma.sync and cp.async, for every GPU since
+// Ampere, of float and of 16-bit elements; and those by Hopper's own instructions.
 #pragma once
+
+#include <utility>
 
 #include "pairs.h"
 
@@ -34,4 +36,31 @@ void launch_products_half(const Pairs& pairs, const ProductsPlan& plan, const Pr
 void launch_products_float(const Pairs& pairs, const ProductsPlan& plan, const Products& out,
                            Stream stream);
 
+// The same pairs with rows and columns in each other's place.
+inline Pairs exchanged(Pairs pairs) {
+  std::swap(pairs.x, pairs.y);
+  std::swap(pairs.x_scale, pairs.y_scale);
+  std::swap(pairs.x_labels, pairs.y_labels);
+  std::swap(pairs.rows, pairs.columns);
+  return pairs;
+}
+
 }  // namespace fastnce::cuda
+
+namespace fastnce::cuda::sm90 {
+
+// Of 16-bit rows of 64 to 512 elements: whether the passes over these pairs can be made here.
+inline bool runs(const Pairs& pairs, const Machine& machine) {
+  constexpr int64_t kMost = int64_t{1} << 30;  // columns, and a tile more, are counted by an int
+  return machine.capability == 90 && pairs.dtype != Dtype::kFloat32 && pairs.depth >= 64 &&
+         pairs.depth <= 512 && pairs.rows <= kMost && pairs.columns <= kMost;
+}
+
+SumsPlan plan_sums(const Pairs& pairs, const Machine& machine, bool with_product);
+void launch_sums(const Pairs& pairs, const SumsPlan& plan, const Sums& out, Stream stream);
+
+ProductsPlan plan_products(const Pairs& pairs, const Machine& machine, bool of_x, bool of_y);
+void launch_products(const Pairs& pairs, const ProductsPlan& plan, const Products& out,
+                     Stream stream);
+
+}  // namespace fastnce::cuda::sm90
