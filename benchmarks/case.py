@@ -1,4 +1,4 @@
-"""What is measured: a case (an op, sizes, inputs) and the providers that compute it."""
+"""The things that are measured: a case (an op, sizes, inputs) and the providers that compute it."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def _tracked_maps(shape: Shape, draw: Draw) -> Inputs:
 
 
 class _Network(torch.autograd.Function):
-    """What a map goes on into: nothing in the forward, a fresh dense gradient in the backward."""
+    """A stand-in for the network that a map goes on into: nothing in the forward, a fresh dense gradient in the backward."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-import fastnce
 from benchmarks import cases, machine, report, targets
 
 # Shares of the whole time at most; what these steps leave over, the benchmarks get.
@@ -44,18 +43,6 @@ _SUITES = [
 _SANITIZED = ["tests/ops", "-k", "cuda and not repeatable and not compile and not memory"]
 _SANITIZERS = ("memcheck", "racecheck")
 _FOUND = 9  # the status by which compute-sanitizer says that it found something
-_ASK_BACKENDS = """
-import json, torch, fastnce
-out = {}
-for name, reason in fastnce.backends.available().items():
-    try:
-        fastnce.backends.select("info_nce", torch.empty(0, device="cuda"), name)
-    except RuntimeError as error:
-        reason = str(error)
-    out[name] = reason
-print(json.dumps(out))
-"""
-
 Step = dict[str, str]  # status and output
 
 
@@ -122,16 +109,17 @@ def main(out: Path, minutes: float = 9.0) -> int:
 
     steps = {
         "build": step(["-m", "fastnce", "build"], _BUILD_SHARE * total),
+        "backends": step(["-m", "fastnce", "doctor"], 60),
         "tests": _test(_SUITES, _TEST_SHARE * total),
     }
-    backends = _backends_on_gpu()
-    steps |= sanitize(backends, _SANITIZE_SHARE * total)
+    for name in _SANITIZERS:
+        steps[name] = _sanitize(name, _SANITIZE_SHARE * total / len(_SANITIZERS))
     results = _benchmarks(total - (time.monotonic() - start), steps)
     verdicts = targets.judge(
         {"results": results, "matmul_gflops": rates, "bandwidth_gbs": bandwidth}
     )
     lines = [f"- {name}: {found['status']}" for name, found in steps.items()]
-    lines += [f"- backend {name}: {reason}" for name, reason in backends.items()]
+    lines += ["", "```", steps["backends"]["output"].strip(), "```"]
     title = f"GPU report, {facts['device']}"
     text = report.write(
         out,
@@ -141,12 +129,7 @@ def main(out: Path, minutes: float = 9.0) -> int:
         machine=facts,
         rates=rates,
         settings={"command": "gpu-report", "minutes": minutes, "dtypes": list(_DTYPES)},
-        more={
-            "bandwidth_gbs": bandwidth,
-            "steps": steps,
-            "backends": backends,
-            "targets": verdicts,
-        },
+        more={"bandwidth_gbs": bandwidth, "steps": steps, "targets": verdicts},
         text="\n".join(["\n## Targets\n", targets.table(verdicts), "## Steps\n", *lines, ""]),
     )
     report.plots(out, "results", results, title, together=True)
@@ -167,37 +150,23 @@ def _test(arguments: list[str], limit: float, **options) -> Step:
     return step([*_PYTEST, *arguments], limit, **options)
 
 
-def sanitize(backends: dict[str, str], limit: float) -> dict[str, Step]:
-    """The ops' suite on the ``cuda`` backend under each of compute-sanitizer's tools; ``limit``: seconds for all together."""
+def _sanitize(name: str, limit: float) -> Step:
+    """The ops' suite on the ``cuda`` backend under one of compute-sanitizer's tools."""
     tool = shutil.which("compute-sanitizer")
-    reason = "" if tool else "compute-sanitizer is not installed; it comes with the CUDA toolkit"
-    if backends.get("cuda") != "ok":
-        reason = f"the cuda backend: {backends.get('cuda', 'there is none')}"
-    found = {}
-    for name in _SANITIZERS:
-        if reason:
-            found[name] = {"status": f"not run: {reason}", "output": ""}
-            continue
-        options = ("--tool", name, "--error-exitcode", str(_FOUND), "--target-processes", "all")
-        # Arrays of their own, not pieces of a pool, so that an access beyond an end shows.
-        apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        part = limit / len(_SANITIZERS)
-        found[name] = _test(_SANITIZED, part, before=(tool, *options), **apart)
-        status, output = found[name]["status"], found[name]["output"]
-        if f"status {_FOUND}" in status or "= Error:" in output or "= Invalid" in output:
-            found[name]["status"] = "failed: the sanitizer found an error"
-        elif status.startswith("stopped"):
-            found[name]["status"] = f"ok until it was {status}"
+    if tool is None:
+        return {"status": "not run: compute-sanitizer comes with the CUDA toolkit", "output": ""}
+    options = ("--tool", name, "--error-exitcode", str(_FOUND), "--target-processes", "all")
+    # Arrays of their own, not pieces of a pool, so that an access beyond an end shows.
+    apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    found = _test(_SANITIZED, limit, before=(tool, *options), **apart)
+    status, output = found["status"], found["output"]
+    if f"status {_FOUND}" in status or "= Error:" in output or "= Invalid" in output:
+        found["status"] = "failed: the sanitizer found an error"
+    elif status.startswith("stopped"):
+        found["status"] = f"ok until it was {status}"
+    elif status.endswith("status 5"):
+        found["status"] = "not run: there is no test of the cuda backend, see the backends"
     return found
-
-
-def _backends_on_gpu() -> dict[str, str]:
-    """Each backend: "ok", or why it does not run on the GPU. Asked anew, after the build."""
-    found = step(["-c", _ASK_BACKENDS], 60)
-    try:
-        return json.loads(found["output"].splitlines()[-1])
-    except (ValueError, IndexError):
-        return dict.fromkeys(fastnce.backends.names(), f"could not be asked: {found['status']}")
 
 
 def _benchmarks(seconds: float, steps: dict[str, Step]) -> list[dict[str, Any]]:

@@ -64,7 +64,7 @@ def in_double(inputs: Inputs) -> Inputs:
 
 
 def _fault(error: dict[str, float], bound: dict[str, float], against: str) -> str:
-    """What is wrong; "" if nothing is."""
+    """The reason why a result is wrong; "" if it is not."""
     return "; ".join(
         f"{name} error {error[name]:.1e} against {against}, allowed {bound[name]:.1e}"
         for name in error
@@ -94,7 +94,7 @@ class _Gate:
         return truth, errors(run(reference, self.inputs, self.case.wrt), truth)
 
     def check(self, provider: Provider, row: dict[str, Any], inputs: Inputs) -> str:
-        """What is wrong with a provider, "" if nothing is; its error and bound go into ``row``."""
+        """The reason why a provider is wrong, "" if it is not; its error and bound go into ``row``."""
         case, exact = self.case, provider.truth is None
         truth, eager_error = self._of_case if exact else self._truth(provider.truth)
         slack = (OWN_SLACK if provider.ours else RIVAL_SLACK)[self.dtype]

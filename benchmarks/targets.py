@@ -1,4 +1,4 @@
-"""What the GPU kernels must reach, row by row, and judging a run of ``make gpu-report`` by it."""
+"""The targets of the GPU kernels, row by row, and judging a run of ``make gpu-report`` by it."""
 
 from __future__ import annotations
 

@@ -87,22 +87,18 @@ class Op:
 
     Args:
         name: by which :mod:`fastnce.backends` knows it, and, if public, the function's.
-        stem: of its files, if not its name: ``fastnce/ops/<stem>.py``, ``triton_kernels/<stem>.py``, ``csrc/<device>/<stem>.cpp``.
         runs: the names of the operators that it runs on a fused backend, if not those that are declared with it.
         function: the public function.
         over_ranks: the function of :mod:`fastnce.distributed`.
         samples: (:class:`fastnce.testing.Make`) -> samples for tests, in every form that the op has.
-        typical: the name of the sample for tests that take long, or do not depend on the form.
         is_loss: it is reduced, and its result is in the dtype of the sums; else in the inputs'.
     """
 
     name: str
-    stem: str = ""
     runs: tuple[str, ...] = ()
     function: Callable | None = None
     over_ranks: Callable | None = None
     samples: Callable | None = None
-    typical: str = ""
     is_loss: bool = True
 
 
@@ -153,7 +149,7 @@ _watchers: list[Callable[[Op, Sequence[Operator]], None]] = []
 def declare(op: Op, *operators: Operator, **references: Callable) -> None:
     """Makes an op known, with the operators that no other op has declared, and the functions of its reference."""
     names = op.runs or tuple(x.name for x in operators)
-    op = OPS[op.name] = dataclasses.replace(op, stem=op.stem or op.name, runs=names)
+    op = OPS[op.name] = dataclasses.replace(op, runs=names)
     OPERATORS.update({x.name: x for x in operators})
     REFERENCES.update(references)
     for watcher in _watchers:

@@ -328,7 +328,7 @@ def test_a_named_library_takes_the_place_of_the_package_s(small, tmp_path, monke
     assert build.find_library() == named
     assert "built from other sources" in availability(named)
     stamp = build.source_hash(ROOT / "csrc", build.NATIVE)
-    named.write_bytes(f"not ELF; fastnce-build:{stamp}-0;".encode())
+    named.write_bytes(f"not ELF; fastnce-build:{stamp};".encode())
     assert "cannot be loaded" in availability(named)
 
 

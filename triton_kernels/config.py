@@ -15,14 +15,14 @@ RESIDENT_DEPTH = 256
 # Likewise for fp32 without tensor cores, whose operands lie in registers whole.
 RESIDENT_DEPTH_IEEE = 64
 # Coefficients of a panel, in elements: 3/4 of those of the packed rows and columns, between 32 MiB and 512 MiB in bf16. More
-# are better, for each panel reads and writes all sums of the columns' gradient once; but both gradients are to take less than 4
-# times the inputs, of which the packed rows are 1, in fp8 as well 1/2 more, those sums 1, and the first gradient 1/2.
+# are better, for each panel reads and writes all sums of the columns' gradient once. But both gradients are to take less than 4
+# times the inputs. The packed rows are 1 of these, in fp8 as well 1/2 more, those sums 1, and the first gradient 1/2.
 PANEL_ELEMENTS = (1 << 24, 1 << 28)
 # Elements of a product that is made to be added elsewhere: 16 MiB in fp32, so that it stays in the cache.
 ADDED_ELEMENTS = 1 << 22
 # Sums of columns by blocks of rows that are kept before they are folded, in elements: 64 MiB.
 COLUMN_PARTS = 1 << 24
-# Rows against themselves: from this depth, and from this many multiply-adds of all pairs, half the tiles (see self_similarity).
+# Rows against themselves: from this depth, and from this many multiply-adds of all pairs, half the tiles (see labelled).
 HALF_TILES = (64, 1 << 32)
 # Programs that a grid should have for each multiprocessor, before columns are split among programs.
 PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -48,11 +48,11 @@ class Tile:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# The tiles of a pass by the bytes of an element, in ascending depth: the largest padded depth, the tile, and the one where tiles
-# of that size would not fill the device; a tile as (m, n, warps, stages) or with d. The passes are "sums": similarities alone;
-# "products": and one product with them; "panel": coefficients into memory. Where a pass has more to keep in registers (labels,
-# given coefficients, the temperature's gradient, a running maximum; fp32 without tensor cores), its entry "... rich" goes
-# before; and "... fp8" where it has the rows in fp8 beside.
+# The tiles of a pass by the bytes of an element, in ascending depth. An entry has the largest padded depth, the tile, and the one
+# where tiles of that size would not fill the device; a tile is (m, n, warps, stages), or with d.
+# The passes are "sums": similarities alone; "products": and one product with them; "panel": coefficients into memory.
+# An entry "... rich" goes before where a pass has more to keep in registers: labels, given coefficients, the temperature's
+# gradient, a running maximum, or fp32 without tensor cores. So does "... fp8" where it has the rows in fp8 beside.
 _Table = dict[tuple[str, int], tuple[tuple[int, Tile, Tile], ...]]
 _ANY = 1 << 30
 
@@ -174,7 +174,7 @@ def tiles(
 
 
 def candidates(kind: str, dtype: torch.dtype, *of_table: Tile) -> tuple[Tile, ...]:
-    """What autotuning times for a pass over packed rows of ``dtype``, the tiles of the table first."""
+    """The tiles that autotuning times for a pass over packed rows of ``dtype``, the tiles of the table first."""
     return tuple(dict.fromkeys((*of_table, *CANDIDATES.get((kind, dtype.itemsize), ()))))
 
 
@@ -199,7 +199,7 @@ def split_depth(depth: int, least: int = 16) -> tuple[int, int]:
 
 
 def padded_depth(depth: int, fp8: bool = False) -> int:
-    """What rows of ``depth`` elements are padded to with zeros; matrix instructions take 32 elements in fp8 at a time."""
+    """The depth to which rows of ``depth`` elements are padded with zeros; matrix instructions take 32 elements in fp8 at a time."""
     if depth > RESIDENT_DEPTH:
         return -(-depth // 64) * 64
     return sum(split_depth(depth, 32 if fp8 else 16))

@@ -1,7 +1,7 @@
 """From the coefficients ``G = d L / d z`` to the products that the gradients need, ``G y^`` for rows and ``G^T x^`` for columns.
 
 Where rows stay on the chip (``config.RESIDENT_DEPTH``), the similarities are made anew for each of the two products, which follows
-at once: no coefficient reaches memory, and no sum is shared between programs. Deeper rows would be multiplied too often that way:
+at once. No coefficient reaches memory, and no sum is shared between programs. Deeper rows would be multiplied too often that way:
 there the coefficients of a panel of rows go through memory in the inputs' precision, and the products are the library's.
 """
 

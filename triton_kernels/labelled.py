@@ -261,8 +261,8 @@ def _self_products(
 
     All tiles, not half of them. Half would do with 1.5 products of N^2 D instead of 2: the similarities of half the tiles, and of
     each tile one for its rows and one for its columns. But where a block of m rows has been, the sums of all columns after its
-    own, N D / 2 numbers in fp32 on average, have been read and written: 8 / m bytes for each multiply-add saved, at m = 64 eight
-    times what the memory does in that time. Panels of coefficients have a thousand rows, and would gain an eighth at best.
+    own, N D / 2 numbers in fp32 on average, have been read and written. That is 8 / m bytes for each multiply-add saved, at
+    m = 64 eight times what the memory does in that time. Panels of coefficients have a thousand rows, and would gain an eighth at best.
     """
     if of_rows is None and not want_term:
         return None

@@ -27,7 +27,7 @@ class OwnNegatives:
 
 
 def _arguments(query: Rows, negatives: Tensor, temperature: float | Tensor) -> dict[str, object]:
-    """What both kernels need."""
+    """The arguments of both kernels."""
     return {
         "query": query.x,
         "scale": query.scale,

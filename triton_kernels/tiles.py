@@ -1,4 +1,4 @@
-"""What the passes over the matrix of similarities share: where a program works, a tile of logits, and what counts in it.
+"""Parts that the passes over the matrix of similarities share: where a program works, a tile of logits, and what counts in it.
 
 Logits are in units of log 2, so that exponentials are ``exp2``.
 """

@@ -56,7 +56,7 @@ def may_time(device: torch.device) -> bool:
 
 @functools.cache
 def device_key(device: torch.device) -> str:
-    """What the choice of tiles holds for."""
+    """The GPU and compiler that a choice of tiles holds for."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{name}, triton {triton.__version__}"
 

@@ -48,11 +48,11 @@ class Namespace:
             self.define(operator.schema)
             name = f"{self.name}::{operator.name}"
             torch.library.register_fake(name, operator.fake, lib=self._library)
-            self._functions[operator.name] = self._function(op, operator)
+            self._functions[operator.name] = self._function(operator)
         if all(map(self._has_kernel, op.runs)):
             self._ops.add(op.name)
 
-    def _function(self, op: Op, operator: Operator) -> Callable:
+    def _function(self, operator: Operator) -> Callable:
         return function(self.name, operator)
 
     def _has_kernel(self, operator: str) -> bool:

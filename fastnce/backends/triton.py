@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 
 from fastnce.backends import operators
-from fastnce.registry import Op, Operator
+from fastnce.registry import Operator
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -45,10 +45,10 @@ def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
 
 
 class _Namespace(operators.Namespace):
-    """Its operators run the functions ``<operator>`` of ``triton_kernels/<op>.py``."""
+    """Its operators run the functions ``<operator>`` of ``triton_kernels``."""
 
-    def _function(self, op: Op, operator: Operator) -> Callable | None:
-        eager = _kernel(op.stem, operator.name)
+    def _function(self, operator: Operator) -> Callable | None:
+        eager = getattr(_KERNELS, operator.name, None)
         if eager is None:
             return None
         run = operators.implementation(operator, eager)
@@ -63,13 +63,6 @@ class _Namespace(operators.Namespace):
 
     def _has_kernel(self, operator: str) -> bool:
         return self._functions.get(operator) is not None
-
-
-def _kernel(stem: str, name: str) -> Callable | None:
-    module = f"{_KERNELS.__name__}.{stem}"
-    if importlib.util.find_spec(module) is None:
-        return None
-    return getattr(importlib.import_module(module), name, None)
 
 
 _KERNELS, _STATUS = _load()

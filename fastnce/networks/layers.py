@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,28 @@ def _make_contiguous(module: nn.Module, state: dict, prefix: str, metadata: dict
         # Only with keep_vars=True do they require gradients, and then they have to be the parameters themselves.
         if name.startswith(prefix) and isinstance(x, Tensor) and not x.requires_grad:
             state[name] = x.contiguous()
+
+
+def run_with_taps(
+    layers: Iterable[nn.Module], x: Tensor, taps: Sequence[int]
+) -> tuple[Tensor, list[Tensor]]:
+    """The last layer's output, and those of the layers `taps`."""
+    features = []
+    for index, layer in enumerate(layers):
+        x = layer(x)
+        if index in taps:
+            features.append(x)
+    return x, features
+
+
+def checked_taps(name: str, taps: Sequence[int], count: int) -> list[int]:
+    """`taps`, or a ValueError of network `name` unless they are ascending indices of its `count` layers."""
+    taps = list(taps)
+    if not taps or taps != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < count:
+        raise ValueError(
+            f"{name}: taps={taps} must be ascending, distinct layer indices from 0 to {count - 1} (this generator has {count} layers)."
+        )
+    return taps
 
 
 class Downsample(nn.Module):

@@ -200,7 +200,6 @@ declare(
         function=conditional_contrastive,
         over_ranks=over_ranks,
         samples=_samples,
-        typical="temperature",
     ),
     # loss (N,) = log den - log num; lse (2, N) = [log den, log num].
     Operator(

@@ -594,10 +594,9 @@ declare(
         function=info_nce,
         over_ranks=over_ranks,
         samples=_samples,
-        typical="queue_in_batch",
     ),
     *_operators("info_nce"),
     info_nce=plain,
 )
 # The same with similarity_dtype=torch.float8_e4m3fn.
-declare(Op("info_nce_fp8", "info_nce"), *_operators("info_nce_fp8"))
+declare(Op("info_nce_fp8"), *_operators("info_nce_fp8"))

@@ -134,6 +134,5 @@ declare(
         function=nt_xent,
         over_ranks=over_ranks,
         samples=_samples,
-        typical="temperature",
     )
 )

@@ -120,7 +120,6 @@ declare(
         _NAME,
         function=pairwise_cosine_similarity,
         samples=_samples,
-        typical="batched",
         is_loss=False,
     ),
     # x (..., N, D), y (..., M, D), none for x itself -> (..., N, M) in their dtype.

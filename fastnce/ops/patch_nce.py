@@ -228,7 +228,7 @@ def _loss(queries: list[Tensor], **_: object) -> tuple[Tensor]:
 
 
 declare(
-    Op("patch_nce", function=patch_nce, samples=_samples, typical="layers"),
+    Op("patch_nce", function=patch_nce, samples=_samples),
     # The sum over layers of loss_scale * sum(loss), the losses those of info_nce_forward with normalize, in_batch and self_logit, of
     # queries[l], keys[l] (B, N, D), whose sizes may differ. If grad_scales is not empty, also the gradients: of layer l those of
     # grad_scale * sum(loss), of the temperature that of the loss returned. Where loss_layers is not 0, each layer's loss_scale is

@@ -492,7 +492,6 @@ declare(
         runs=_SAMPLED,
         function=sample_patches,
         samples=_samples,
-        typical="several_normalized",
         is_loss=False,
     ),
     # patch_ids[l] (S_l,) are positions in H * W, which may repeat. inverse_norms[l] (B, S_l) in acc, 0 for a zero row; none
@@ -521,8 +520,7 @@ declare(
 declare(
     Op(
         "tap_patches",
-        "sample_patches",
-        (*_SAMPLED, "sample_patches_add_"),
+        runs=(*_SAMPLED, "sample_patches_add_"),
         function=tap_patches,
         is_loss=False,
     )

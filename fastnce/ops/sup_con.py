@@ -185,7 +185,6 @@ declare(
         function=sup_con,
         over_ranks=over_ranks,
         samples=_samples,
-        typical="temperature",
     ),
     # has_positive (N,) bool: another row has the label; the loss of a row without is 0.
     # lse (N,) = log of the sum over j != i of exp(f_i . f_j / t); 0 for a single row.

@@ -51,6 +51,21 @@ _COLLAPSED = 0.05
 # Of the numbers of an evaluation, those that are measured during the training.
 _MEASURED = ("fid", "intra_class_fid", "inception_score", "recall", "coverage", "class_accuracy")
 
+_IMAGENET = {
+    "image_size": 128,
+    "num_classes": 1000,
+    "latent_dim": 120,
+    "gen_attention": 4,
+    "embed_dim": 1536,
+    "batch_size": 256,
+    "d_steps": 2,
+    "lr_g": 5e-5,
+    "lr_d": 2e-4,
+    "beta1": 0.0,
+    "ema_start": 20_000,
+    "steps": 200_000,
+}
+
 Backbone = Literal["biggan", "sngan", "dcgan"]
 Conditioning = Literal["2C", "D2DCE", "AC", "PD", "none"]
 ContrastSet = Literal["batch", "groups", "real"]
@@ -604,35 +619,9 @@ class ContraGANSystem(LabelledSystem):
             "beta1": 0.0,
             "ema_start": 20_000,
         },
-        "imagenet": {
-            "image_size": 128,
-            "num_classes": 1000,
-            "latent_dim": 120,
-            "gen_attention": 4,
-            "embed_dim": 1536,
-            "batch_size": 256,
-            "d_steps": 2,
-            "lr_g": 5e-5,
-            "lr_d": 2e-4,
-            "beta1": 0.0,
-            "ema_start": 20_000,
-            "steps": 200_000,
-        },
+        "imagenet": _IMAGENET,
         # The same with two time scales.
-        "imagenet-ttur": {
-            "image_size": 128,
-            "num_classes": 1000,
-            "latent_dim": 120,
-            "gen_attention": 4,
-            "embed_dim": 1536,
-            "batch_size": 256,
-            "d_steps": 1,
-            "lr_g": 1e-4,
-            "lr_d": 4e-4,
-            "beta1": 0.0,
-            "ema_start": 20_000,
-            "steps": 250_000,
-        },
+        "imagenet-ttur": _IMAGENET | {"d_steps": 1, "lr_g": 1e-4, "lr_d": 4e-4, "steps": 250_000},
         # The built-in digits, 16x16: about three minutes on two CPU cores.
         "digits": {
             "backbone": "sngan",

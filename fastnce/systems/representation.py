@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from fastnce import distributed
 from fastnce.errors import UserError
+from fastnce.networks.heads import ProjectionHead
 from fastnce.networks.layers import to_channels_last
-from fastnce.networks.resnet_encoder import RESNETS, ProjectionHead, ResNetEncoder, Stem
+from fastnce.networks.resnet_encoder import RESNETS, ResNetEncoder, Stem
 from fastnce.systems import options
 from fastnce.systems.labelled import LabelledSystem, LabelledTrainConfig
 from fastnce.systems.lars import LARS, lars_groups

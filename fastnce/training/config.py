@@ -196,3 +196,12 @@ def differing_fields(one: dict[str, object], other: dict[str, object]) -> list[s
         and name not in SCHEDULE_FIELDS
         and one.get(name) != other.get(name)
     ]
+
+
+def as_option(name: str, value: object) -> list[str]:
+    """The words of the command line that give an option a value."""
+    dashed = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{dashed}" if value else f"--no-{dashed}"]
+    items = value if isinstance(value, list) else [value]
+    return [f"--{dashed}", *map(str, items)]

@@ -19,8 +19,9 @@ from torch.export import Dim
 
 from fastnce.data.files import atomic_path
 from fastnce.errors import UserError
-from fastnce.networks.stylegan2_layers import NoiseInjection
-from fastnce.training.runs import Run, below, opened
+from fastnce.networks.stylegan2 import NoiseInjection
+from fastnce.training.checkpoint import below
+from fastnce.training.runs import Run, opened
 from fastnce.training.shared import CONFIG_KEY, shared_values, write_shared
 
 # How far the exported graph may be from the network, as a share of the largest output: rounding.

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastnce.errors import UserError
 from fastnce.systems import TrainConfig, system_named
-from fastnce.training.config import layered_values, to_dict
+from fastnce.training.config import as_option, layered_values, to_dict
 from fastnce.training.log import read_metrics
 from fastnce.training.runs import Run
 from fastnce.viz import GalleryRun, save_gallery
@@ -96,17 +96,9 @@ def training_command(config: TrainConfig) -> str:
             words = ["fastnce", "train", variant]
             words += ["--preset", preset] if preset else []
             commands.append(
-                words + [word for name in names for word in _option(name, values[name])]
+                words + [word for name in names for word in as_option(name, values[name])]
             )
     return shlex.join(min(commands, key=len))
-
-
-def _option(name: str, value: Any) -> list[str]:
-    dashed = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{dashed}" if value else f"--no-{dashed}"]
-    items = value if isinstance(value, list) else [value]
-    return [f"--{dashed}", *map(str, items)]
 
 
 def _defaults(config: TrainConfig) -> dict[str, Any]:

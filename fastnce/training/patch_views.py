@@ -22,7 +22,8 @@ from fastnce.networks.geometry import pixel_grid
 from fastnce.systems import TrainConfig, variants
 from fastnce.systems.translating import image_scaling
 from fastnce.systems.translation import convert_channels
-from fastnce.training.runs import Run, below, opened
+from fastnce.training.checkpoint import below
+from fastnce.training.runs import Run, opened
 from fastnce.viz import FeatureColours, Scale, SimilarityMap, save_feature_colours, save_similarity
 
 # Points that are chosen keep this share of the image's side away from its border.

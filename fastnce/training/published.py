@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fastnce.errors import UserError
 from fastnce.systems import SYSTEMS, TrainConfig, system_named
-from fastnce.training.checkpoint import load_checkpoint
+from fastnce.training.checkpoint import below, load_checkpoint
+from fastnce.training.config import as_option
 
 # What a network of the published repositories is, with how its keys give it away.
 RESNET, PATCH, PROJECTOR = "ResNet generator", "patch discriminator", "patch projector (netF)"
@@ -318,10 +319,9 @@ def load_run(model: nn.Module, path: Path, system: str) -> list[str]:
     }
     lines, fitting = [], 0
     for attribute in _networks(model, published[system].values()):
-        network = _attribute(model, attribute)
-        assert network is not None
+        network = model.get_submodule(attribute)
         names = [attribute, by_role.get(roles.get(attribute, ""), attribute)]
-        weights = next(filter(None, (_below(state["model"], name) for name in names)), {})
+        weights = next(filter(None, (below(state["model"], name) for name in names)), {})
         why_not = _difference(network.state_dict(), weights) if weights else f"{path} has none"
         if why_not is None:
             network.load_state_dict(weights)
@@ -336,19 +336,14 @@ def load_run(model: nn.Module, path: Path, system: str) -> list[str]:
 
 def _networks(model: nn.Module, known: Iterable[str]) -> list[str]:
     """The attributes' paths of a model's networks: the known ones, and what else has parameters."""
-    paths = [path for path in known if _attribute(model, path) is not None]
+    there = dict(model.named_modules())
+    paths = [path for path in known if path in there]
     for name, child in model.named_children():
         if any(True for _ in child.parameters()) and not any(
             path.split(".")[0] == name for path in paths
         ):
             paths.append(name)
     return paths
-
-
-def _below(state: Mapping[str, object], path: str) -> dict[str, object]:
-    """The part of a state dict that belongs to the attribute `path`."""
-    prefix = f"{path}."
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def _difference(own: Mapping[str, object], other: Mapping[str, object]) -> str | None:
@@ -390,7 +385,7 @@ def load_published(model: nn.Module, config: TrainConfig, networks: Mapping[str,
     files = published_files(where, tuple(networks))
     lines = []
     for name, attribute in networks.items():
-        network = _attribute(model, attribute)
+        network = dict(model.named_modules()).get(attribute)
         if network is None:
             continue
         if name not in files:
@@ -404,13 +399,6 @@ def load_published(model: nn.Module, config: TrainConfig, networks: Mapping[str,
         load_strictly(network, state, files[name])
         lines.append(f"{name}: {files[name]}")
     return lines
-
-
-def _attribute(model: nn.Module, path: str) -> nn.Module | None:
-    value: object = model
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value if isinstance(value, nn.Module) else None
 
 
 def _in_terms_of_the_other_direction(found: Recognised) -> Recognised:
@@ -427,7 +415,7 @@ def _check_options(found: Recognised, config: TrainConfig, network: nn.Module, p
     if differing:
         theirs = ", ".join(f"{k}={v}" for k, v in differing.items())
         ours = ", ".join(f"{k}={getattr(config, k)}" for k in differing)
-        options = " ".join(_option(k, v) for k, v in differing.items())
+        options = " ".join(word for k, v in differing.items() for word in as_option(k, v))
         raise UserError(f"{path}: has {theirs}, but the options say {ours}. Add {options}.")
     expected = tuple(getattr(network, "in_channels", ()))
     if found.kind == PROJECTOR and found.layer_channels != expected:
@@ -435,10 +423,3 @@ def _check_options(found: Recognised, config: TrainConfig, network: nn.Module, p
             f"{path}: was trained on feature maps of {list(found.layer_channels)} channels, but nce_layers="
             f"{list(getattr(config, 'nce_layers', ()))} gives {list(expected)}. Give the nce_layers of that training."
         )
-
-
-def _option(name: str, value: object) -> str:
-    dashed = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{dashed}" if value else f"--no-{dashed}"
-    return f"--{dashed} {value}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastnce.errors import UserError
 from fastnce.systems import System, TrainConfig, system_named
-from fastnce.training.checkpoint import load_checkpoint
+from fastnce.training.checkpoint import below, load_checkpoint
 from fastnce.training.config import from_dict
 from fastnce.training.published import load_strictly, published_config, read_published
 from fastnce.training.runtime import resolve_device
@@ -130,12 +130,6 @@ class Run:
 def opened(run: Run | Path | str, **how: Any) -> Run:
     """The run itself, or opened from its folder: see `Run`."""
     return run if isinstance(run, Run) else Run(run, **how)
-
-
-def below(state: dict[str, Any], attribute: str) -> dict[str, Any]:
-    """The part of a model's state dict that belongs to an attribute."""
-    prefix = f"{attribute}."
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def load_config(run: Path) -> TrainConfig:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastnce.networks import BigGANDiscriminator, BigGANGenerator
-from fastnce.networks.class_layers import SelfAttention
+from fastnce.networks.conditional import SelfAttention
 
 
 def count(network):

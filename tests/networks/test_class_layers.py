@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastnce.networks.class_layers import (
+from fastnce.networks.conditional import (
     ConditionalBatchNorm,
     SelfAttention,
     conv2d,

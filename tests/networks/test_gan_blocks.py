@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastnce.networks.gan_blocks import (
+from fastnce.networks.residual_gans import (
     DiscriminatorBlock,
     FirstDiscriminatorBlock,
     GeneratorBlock,

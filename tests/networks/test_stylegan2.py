@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnce.networks import StyleGAN2Discriminator, StyleGAN2Generator
-from fastnce.networks.stylegan2_layers import (
+from fastnce.networks.stylegan2 import (
     Blur,
     ConvLayer,
     EqualConv2d,

@@ -31,6 +31,11 @@ def faults(jobs: list[tuple[Launch, int]]) -> list[str]:
 
 
 TILE = ("HEAD", "TAIL", "BLOCK_M", "BLOCK_N")
+KERNELS = (
+    "fold gather losses normalisation own_gradients own_sums pack panel row_gradients row_products scatter similarity sums "
+    "sup_con two_c"
+)
+EVERY_KERNEL = {f"_{name}_kernel" for name in KERNELS.split()}
 
 
 def one_of_each(jobs: list[tuple[Launch, int]], *constants: str) -> list[tuple[Launch, int]]:
@@ -57,25 +62,6 @@ def test_products_compile_without_tensor_cores():
     jobs = one_of_each(sweep.jobs(90, ["fp32"], (64,), (True,)), *TILE)
     wrong = faults([job for job in jobs if job[0].constant("PRECISION")])
     assert not wrong, "\n".join(wrong)
-
-
-EVERY_KERNEL = {
-    "_fold_kernel",
-    "_gather_kernel",
-    "_losses_kernel",
-    "_normalisation_kernel",
-    "_own_gradients_kernel",
-    "_own_sums_kernel",
-    "_pack_kernel",
-    "_panel_kernel",
-    "_row_gradients_kernel",
-    "_row_products_kernel",
-    "_scatter_kernel",
-    "_similarity_kernel",
-    "_sums_kernel",
-    "_sup_con_kernel",
-    "_two_c_kernel",
-}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 import calls
 
+import fastnce
 from benchmarks.launches import SHARED_MEMORY, Launch, as_on, compiled
 from fastnce import reference, triton_kernels
 from fastnce.backends import triton as triton_ops
@@ -117,20 +118,17 @@ def test_packed_codes_are_the_reference_s():
 
 
 @runs
-def test_operators_carry_it():
-    inputs, options = problem("tiles", 0.1, torch.float32)
-    needs = (True, True, False, True)
-    plain = {**options, "grad_scale": 1.0, "needs": needs}
-    loss, lse, grads = triton_kernels.info_nce_forward(*inputs, **plain)
-    of_operator = torch.ops.fastnce_triton.info_nce_fp8_forward(
-        *inputs[:3], inputs[3], 0.0, True, False, True, None, False, 1.0, False, *needs
-    )
-    assert torch.equal(of_operator[0], loss) and torch.equal(of_operator[2], grads[0])
-    later = triton_kernels.info_nce_backward(loss, *inputs, lse, **options, needs=needs)
-    by_operator = torch.ops.fastnce_triton.info_nce_fp8_backward(
-        loss, *inputs[:3], inputs[3], 0.0, lse, True, False, True, None, False, *needs
-    )
-    assert torch.equal(by_operator[0], later[0])
+def test_a_compiled_step_has_it_too():
+    query, key = (x[0].requires_grad_() for x in problem("tiles", 0.1, torch.float32)[0][:2])
+
+    def step() -> list[torch.Tensor]:
+        loss = fastnce.info_nce(query, key, similarity_dtype=FP8, backend="triton")
+        return [loss, *torch.autograd.grad(loss, (query, key))]
+
+    plain = fastnce.info_nce(query, key, backend="triton")
+    found, compiled_ones = step(), torch.compile(step, backend="aot_eager")()
+    assert found[0] != plain
+    assert all(torch.equal(a, b) for a, b in zip(found, compiled_ones, strict=True))
 
 
 INSTRUCTION = {

@@ -1,4 +1,4 @@
-"""What the kernels' calls hold at their peak beyond their inputs, results and gradients among it, as ``peak_extra_bytes`` of the benchmarks."""
+"""The bytes that the kernels' calls hold at their peak beyond their inputs, as ``peak_extra_bytes`` of the benchmarks."""
 
 import gc
 import os

@@ -115,7 +115,7 @@ def test_what_is_known_survives_the_process(tmp_path, monkeypatch):
     assert ask(tuning.Tuner(path, clock)) == SLOW
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"a": {"b": [1]}}', '{"a": {"b": "c"}}', '{"a": 1}'])
+@pytest.mark.parametrize("text", ["{", "[1]", '{"a": {"b": "c"}}'])
 def test_a_broken_file_is_ignored_with_a_warning(tmp_path, text):
     path = tmp_path / "tiles.json"
     path.write_text(text)

@@ -1,26 +1,28 @@
-"""Residual generator and discriminator that BigGAN and SNGAN have in common: blocks, widths, order."""
+"""The residual GANs, BigGAN and SNGAN: their blocks, widths and order."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnce.networks.class_layers import (
+from fastnce.networks.conditional import (
     ConditionalBatchNorm,
+    ConditionalDiscriminator,
+    ConditionalGenerator,
+    Conditioning,
     DiscriminatorNorm,
     SelfAttention,
     batch_norm,
     conv2d,
     discriminator_norm,
+    embedding,
     linear,
-)
-from fastnce.networks.conditional import (
-    ConditionalDiscriminator,
-    ConditionalGenerator,
-    Conditioning,
     nominal_size,
+    one_hot,
     smallest_map,
     widths_for,
 )
@@ -209,10 +211,7 @@ class ResidualDiscriminator(ConditionalDiscriminator):
     ) -> None:
         widths = [base_channels * w for w in widths_for(self, DISCRIMINATOR_WIDTHS, image_size)]
         super().__init__(
-            image_size,
-            num_classes,
-            image_channels,
-            conditioning,
+            *(image_size, num_classes, image_channels, conditioning),
             feature_dim=widths[-1],
             embed_dim=embed_dim,
             norm=norm,
@@ -249,3 +248,190 @@ def _with_attention(
         attention = SelfAttention(widths[attention_after - 1], spectral=spectral)
         layers.insert(attention_after, attention)
     return nn.ModuleList(nn.ModuleList([layer]) for layer in layers)
+
+
+class BigGANGenerator(ResidualGenerator):
+    """`g(z, labels) -> images` (N, image_channels, image_size, image_size) in [-1, 1].
+
+    z is cut into one chunk for the first linear layer and one for each block. A block's condition is its chunk behind the
+    label's shared embedding. Spectral norm on every layer but that embedding. State-dict keys are those of StudioGAN's
+    checkpoints. Published configurations (image_size, latent_dim, base_channels, attention_after) and their parameters:
+
+        CIFAR-10       32,  80, 96, 2:  9,416,196
+        Tiny ImageNet  64, 100, 80, 3: 17,335,204
+        ImageNet      128, 120, 96, 4: 70,433,988
+
+    Source: Brock et al., "Large Scale GAN Training for High Fidelity Natural Image Synthesis", ICLR 2019; sizes of the
+    layers as in Kang and Park, "ContraGAN", NeurIPS 2020.
+
+    Args:
+        latent_dim: length of z, a multiple of the number of chunks: 3 from 16 pixels on, 4 from 32, 5 from 64, 6 from 128,
+            7 from 256.
+        base_channels: unit of the widths; 96 and 80 as published.
+        shared_dim: length of the label's embedding.
+        attention_after: self-attention behind the block of this number, counted from 1; 0 for none.
+        image_size, num_classes, image_channels: as in `ConditionalGenerator`; a size below 32 is ours.
+
+    Example:
+        >>> import torch
+        >>> g = BigGANGenerator(32, latent_dim=80, num_classes=10, base_channels=8)
+        >>> g(torch.randn(2, 80), torch.tensor([3, 7])).shape
+        torch.Size([2, 3, 32, 32])
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        latent_dim: int,
+        num_classes: int,
+        base_channels: int,
+        shared_dim: int = 128,
+        attention_after: int = 2,
+        image_channels: int = 3,
+    ) -> None:
+        num_chunks = len(widths_for(self, GENERATOR_WIDTHS, image_size))
+        if latent_dim % num_chunks:
+            raise ValueError(
+                f"BigGANGenerator: latent_dim={latent_dim} must be a multiple of {num_chunks}, the number of chunks at "
+                f"image_size={image_size}."
+            )
+        chunk = latent_dim // num_chunks
+        super().__init__(
+            *(image_size, latent_dim, num_classes, base_channels, image_channels),
+            first_dim=chunk,
+            condition_dim=shared_dim + chunk,
+            attention_after=attention_after,
+            spectral=True,
+        )
+        self.chunk = chunk
+        self.shared = embedding(num_classes, shared_dim, spectral=False)
+
+    def _conditions(self, z: Tensor, labels: Tensor) -> tuple[Tensor, Iterable[Tensor]]:
+        first, *chunks = z.split(self.chunk, dim=1)
+        shared = self.shared(labels)
+        return first, [torch.cat([shared, chunk], dim=1) for chunk in chunks]
+
+
+class BigGANDiscriminator(ResidualDiscriminator):
+    """`d(images, labels) -> DiscriminatorOutput`, with spectral norm on every layer.
+
+    State-dict keys are those of StudioGAN's checkpoints. Published configurations (image_size, base_channels, embed_dim)
+    and their parameters, with attention after block 1 and conditioning "2C":
+
+        CIFAR-10       32, 96,  512:  2,517,186
+        Tiny ImageNet  64, 80,  768: 31,678,130
+        ImageNet      128, 96, 1536: 90,343,202
+
+    Source: as `BigGANGenerator`; the heads: `ConditionalDiscriminator`.
+
+    Args:
+        base_channels: unit of the widths; 96 and 80 as published.
+        attention_after: self-attention behind the block of this number, counted from 1; 0 for none.
+        image_size, num_classes, conditioning, embed_dim, image_channels: as in `ConditionalDiscriminator`.
+
+    Example:
+        >>> import torch
+        >>> d = BigGANDiscriminator(32, num_classes=10, base_channels=8)
+        >>> out = d(torch.zeros(2, 3, 32, 32), torch.tensor([3, 7]))
+        >>> out.adversarial.shape, out.features.shape, out.embedding.shape, out.proxy.shape, out.class_logits
+        (torch.Size([2]), torch.Size([2, 16]), torch.Size([2, 512]), torch.Size([2, 512]), None)
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        num_classes: int,
+        base_channels: int,
+        attention_after: int = 1,
+        conditioning: Conditioning = "2C",
+        embed_dim: int = 512,
+        image_channels: int = 3,
+    ) -> None:
+        super().__init__(
+            *(image_size, num_classes, base_channels, image_channels, conditioning),
+            embed_dim=embed_dim,
+            attention_after=attention_after,
+            norm="spectral",
+        )
+
+
+class SNGANGenerator(ResidualGenerator):
+    """`g(z, labels) -> images` (N, image_channels, image_size, image_size) in [-1, 1].
+
+    BigGAN's blocks and widths without its chunks, embedding and attention: the first layer takes the whole of z, the blocks'
+    norms are conditioned on the one-hot label.
+
+    Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018: the tables of its
+    residual networks for CIFAR-10 (32 pixels) and ImageNet (128), which have base_channels=64 and latent_dim=128. 64 pixels
+    are those of 128 with one of the two widest blocks less, 16 those of 32 with one block less. The label enters as in Miyato
+    and Koyama, "cGANs with Projection Discriminator", ICLR 2018.
+
+    Args:
+        base_channels: unit of the widths, 64 as published.
+        spectral_norm: spectral norm on every layer; the published generator has none.
+        image_size, latent_dim, num_classes, image_channels: as in `ConditionalGenerator`.
+
+    Example:
+        >>> import torch
+        >>> g = SNGANGenerator(32, latent_dim=128, num_classes=10, base_channels=8)
+        >>> g(torch.randn(2, 128), torch.tensor([3, 7])).shape
+        torch.Size([2, 3, 32, 32])
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        latent_dim: int,
+        num_classes: int,
+        base_channels: int,
+        image_channels: int = 3,
+        spectral_norm: bool = False,
+    ) -> None:
+        super().__init__(
+            *(image_size, latent_dim, num_classes, base_channels, image_channels),
+            first_dim=latent_dim,
+            condition_dim=num_classes,
+            attention_after=0,
+            spectral=spectral_norm,
+        )
+
+    def _conditions(self, z: Tensor, labels: Tensor) -> tuple[Tensor, Iterable[Tensor]]:
+        return z, itertools.repeat(one_hot(labels, self.num_classes, z))
+
+
+class SNGANDiscriminator(ResidualDiscriminator):
+    """`d(images, labels) -> DiscriminatorOutput`: BigGAN's discriminator without attention.
+
+    norm="batch" is that of ACGAN-Mod and ProjGAN, the weak baselines of the ContraGAN paper.
+
+    Source: as `SNGANGenerator`; its skips through ReLU'd inputs as in `DiscriminatorBlock`. The heads:
+    `ConditionalDiscriminator`.
+
+    Args:
+        base_channels: unit of the widths, 64 as published.
+        norm: "spectral" on every layer, "batch" in the blocks, or "none".
+        image_size, num_classes, conditioning, embed_dim, image_channels: as in `ConditionalDiscriminator`.
+
+    Example:
+        >>> import torch
+        >>> d = SNGANDiscriminator(32, num_classes=10, base_channels=8, conditioning="AC")
+        >>> d(torch.zeros(2, 3, 32, 32), torch.tensor([3, 7])).class_logits.shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        num_classes: int,
+        base_channels: int,
+        conditioning: Conditioning = "2C",
+        embed_dim: int = 512,
+        image_channels: int = 3,
+        norm: DiscriminatorNorm = "spectral",
+    ) -> None:
+        super().__init__(
+            *(image_size, num_classes, base_channels, image_channels, conditioning),
+            embed_dim=embed_dim,
+            attention_after=0,
+            norm=norm,
+        )
