@@ -1,4 +1,4 @@
-# make demo | make demo-contragan | make test | make test-kernels | make faults | make triton-sweep | make sanitize | make lint | make bench | make gpu-report PYTHON=python3 OUT=dir | make clean
+# make demo | demo-contragan | test | test-kernels | triton-sweep | sanitize | faults | lint | format | docs | bench | gpu-report PYTHON=python3 OUT=dir | clean
 PYTHON ?= python3
 OUT ?= out/gpu-report
 VENV := .venv
@@ -48,7 +48,7 @@ ifndef OMP_WAIT_POLICY
 export GOMP_SPINCOUNT ?= 1000
 endif
 
-.PHONY: demo demo-contragan test test-kernels faults triton-sweep sanitize lint format bench gpu-report install native clean
+.PHONY: demo demo-contragan test test-kernels triton-sweep sanitize faults lint format docs bench gpu-report install native clean
 
 demo: install
 	@$(FASTNCE) doctor
@@ -85,7 +85,7 @@ test-kernels: install
 
 # Mistakes made on purpose, and which test sees each: hours. Stopped, it goes on where it was.
 faults: install
-	$(PY) -m tests.faults
+	$(TESTS_ENVIRONMENT) $(PY) -m tests.faults
 
 # Every Triton kernel for all depths, dtypes and targets. Stopped, it goes on where it was.
 triton-sweep: install
@@ -96,6 +96,14 @@ sanitize: install
 	@CXX=g++ CXXFLAGS="$(SANITIZERS)" $(PY) -m tests.cuda_kernels.emulated $(SANITIZED_CUDA)
 	FASTNCE_LIBRARY=$(SANITIZED) $(SANITIZED_PYTEST) tests/ops -k "$(SANITIZE_TESTS)"
 	FASTNCE_CUDA_EMULATED=$(SANITIZED_CUDA) $(SANITIZED_PYTEST) tests/ops/test_every_op.py -k "$(SANITIZE_CUDA_TESTS)"
+
+# The site, in out/site.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir out/site
+
+$(VENV)/.docs: $(INSTALLED)
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[docs]'
+	@touch $@
 
 CXX_FILES := '*.cpp' '*.h' '*.cu' '*.cuh'
 

@@ -4,10 +4,9 @@ FASTNCE_NATIVE=1 and FASTNCE_CUDA=1 make a failed build an error, 0 skips it. Wi
 Python where the libraries cannot be built, and `fastnce build` can do it later.
 """
 
-import importlib
+import importlib.util
 import os
 import sys
-import types
 from pathlib import Path
 
 from setuptools import Command, Distribution, find_packages, setup
@@ -16,15 +15,20 @@ from setuptools.command.build import build
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+CSRC = [
+    "fastnce.csrc",
+    *(f"fastnce.csrc.{p.name}" for p in (ROOT / "csrc").iterdir() if p.is_dir()),
+]
 
 
-def _build_modules():
-    """fastnce/backends/build.py and fastnce/backends/build_cuda.py alone: the package itself would need torch."""
-    package = types.ModuleType("fastnce_sources")
-    package.__path__ = [str(ROOT / "fastnce" / "backends")]
-    sys.modules[package.__name__] = package
-    names = ("build", "build_cuda")
-    return [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+def _building():
+    """fastnce/backends/build.py alone: the package itself would need torch."""
+    file = ROOT / "fastnce" / "backends" / "build.py"
+    spec = importlib.util.spec_from_file_location("fastnce_building", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 class DistributionWithLibraries(Distribution):
@@ -50,35 +54,22 @@ class build_libraries(Command):
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
     def run(self):
-        native, cuda = _build_modules()
-        self.distribution.libraries_built = ()
-        self._build(native, "FASTNCE_NATIVE", native.LIBRARY, native.BuildError)
-        self._build(cuda, "FASTNCE_CUDA", cuda.LIBRARY.file, native.BuildError)
-
-    def _build(self, module, variable, file, build_error):
+        building = _building()
         package = ROOT if self.editable_mode else Path(self.build_lib)
-        library = package / "fastnce" / file
-        try:
-            if (reason := module.wanted()) != "ok":
-                raise build_error(reason)
-            self.distribution.libraries_built += (module.build(library, sources=ROOT / "csrc"),)
-        except build_error as error:
-            if not self.editable_mode:
-                library.unlink(missing_ok=True)  # one from an earlier build
-            if os.environ.get(variable) == "1":
-                raise CompileError(f"{variable}=1, but {error}") from error
-            self.warn(f"installing without {file}: {error}")
-
-    def get_source_files(self):
-        return [
-            str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()
-        ]
-
-    def get_outputs(self):
-        return [str(library) for library in self.distribution.libraries_built]
-
-    def get_output_mapping(self):
-        return {}
+        self.distribution.libraries_built = ()
+        for library in (building.NATIVE, building.CUDA):
+            output = package / "fastnce" / library.file
+            try:
+                if (reason := building.wanted(library)) != "ok":
+                    raise building.BuildError(reason)
+                made = building.build(library, output, sources=ROOT / "csrc")
+                self.distribution.libraries_built += (made,)
+            except building.BuildError as error:
+                if not self.editable_mode:
+                    output.unlink(missing_ok=True)  # one from an earlier build
+                if os.environ.get(library.switch) == "1":
+                    raise CompileError(f"{library.switch}=1, but {error}") from error
+                self.warn(f"installing without {library.file}: {error}")
 
 
 class build_with_libraries(build):
@@ -98,16 +89,14 @@ class platform_wheel(bdist_wheel):
         return tag if self.root_is_pure else ("py3", "none", tag[2])
 
 
-CSRC = ["fastnce.csrc", "fastnce.csrc.common", "fastnce.csrc.cpu", "fastnce.csrc.cuda"]
-SOURCES = ["*.cpp", "*.h", "*.cu", "*.cuh"]
-
 setup(
     distclass=DistributionWithLibraries,
     ext_modules=[],
     packages=[*find_packages(include=["fastnce", "fastnce.*"]), *CSRC, "fastnce.triton_kernels"],
     # The bare name belongs to another project.
     package_dir={"fastnce.csrc": "csrc", "fastnce.triton_kernels": "triton_kernels"},
-    package_data=dict.fromkeys(CSRC, SOURCES) | {"fastnce.viz": ["*.css", "*.js"]},
+    package_data=dict.fromkeys(CSRC, ["*.cpp", "*.h", "*.cu", "*.cuh"])
+    | {"fastnce.viz": ["*.css", "*.js"]},
     cmdclass={
         "build": build_with_libraries,
         "build_libraries": build_libraries,

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnce.ops.patch_nce import SELF_LOGIT
-from fastnce.reference.normalize import accumulation_dtype
+# Of CUT: the logit of a query with its own position among its negatives.
+SELF_LOGIT = -10.0
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(accumulation_dtype(x.dtype))
+def wide(x: Tensor) -> Tensor:
+    """In the dtype of sums and softmax."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def info_nce(
@@ -32,11 +33,11 @@ def info_nce(
     if negative_keys is not None:
         positive = (query * key).sum(dim=-1, keepdim=True)
         others = query @ F.normalize(negative_keys, dim=-1).T
-        logits = _wide(torch.cat([positive, others], dim=1)) / temperature
+        logits = wide(torch.cat([positive, others], dim=1)) / temperature
         return F.cross_entropy(
             logits, torch.zeros(len(query), dtype=torch.long, device=query.device)
         )
-    logits = _wide(query @ key.T) / temperature
+    logits = wide(query @ key.T) / temperature
     target = torch.arange(len(query), device=query.device)
     loss = F.cross_entropy(logits, target)
     return 0.5 * (loss + F.cross_entropy(logits.T, target)) if symmetric else loss
@@ -59,7 +60,7 @@ def patch_nce(
         size = query.shape[1]
         diagonal = torch.eye(size, dtype=torch.bool, device=query.device)
         others = torch.bmm(query, key.mT).masked_fill(diagonal, SELF_LOGIT).reshape(-1, size)
-        logits = _wide(torch.cat([positive, others], dim=1)) / temperature
+        logits = wide(torch.cat([positive, others], dim=1)) / temperature
         target = torch.zeros(len(logits), dtype=torch.long, device=query.device)
         total = total + F.cross_entropy(logits, target)
     return total / len(query_features)
@@ -73,8 +74,8 @@ def conditional_contrastive(
     Kinder than the published code, which also loops over the classes on the host.
     """
     pairs = F.cosine_similarity(embeddings.unsqueeze(1), embeddings.unsqueeze(0), dim=-1)
-    to_proxy = torch.exp(_wide(F.cosine_similarity(embeddings, proxies, dim=-1)) / temperature)
-    others = torch.exp(_wide(pairs) / temperature)
+    to_proxy = torch.exp(wide(F.cosine_similarity(embeddings, proxies, dim=-1)) / temperature)
+    others = torch.exp(wide(pairs) / temperature)
     others = others * ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     same_class = others * (labels[:, None] == labels[None, :])
     return -torch.log((to_proxy + same_class.sum(dim=1)) / (to_proxy + others.sum(dim=1))).mean()
@@ -85,21 +86,14 @@ def conditional_contrastive_matmul(
 ) -> Tensor:
     """The same loss without the cube: one product in the inputs' dtype, two log-sum-exps of masked logits in fp32."""
     embeddings, proxies = F.normalize(embeddings, dim=-1), F.normalize(proxies, dim=-1)
-    logits = _wide(embeddings @ embeddings.T) / temperature
+    logits = wide(embeddings @ embeddings.T) / temperature
     diagonal = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     # The pair of a row with itself is its pair with the proxy.
-    to_proxy = _wide((embeddings * proxies).sum(dim=-1)) / temperature
+    to_proxy = wide((embeddings * proxies).sum(dim=-1)) / temperature
     logits = torch.where(diagonal, to_proxy[:, None], logits)
     other_class = labels[:, None] != labels[None, :]
     same_class = logits.masked_fill(other_class, -torch.inf)
     return (logits.logsumexp(dim=1) - same_class.logsumexp(dim=1)).mean()
-
-
-def sigmoid_loss(query: Tensor, key: Tensor, scale: float, bias: float) -> Tensor:
-    """SigLIP's loss of unit rows: the binary cross-entropy of all pairs, summed, for a row; Zhai et al. 2023, equation 1."""
-    logits = scale * _wide(query @ key.T) + bias
-    sign = 2 * torch.eye(len(query), device=query.device, dtype=logits.dtype) - 1
-    return -F.logsigmoid(sign * logits).sum() / len(query)
 
 
 def sample_patches(
@@ -120,7 +114,7 @@ def sample_patches(
 def sup_con(features: Tensor, labels: Tensor, *, temperature: float = 0.07) -> Tensor:
     """The form of the published L_out: masks, the row maximum taken off, the logarithm of the summed exponentials."""
     features = F.normalize(features, dim=-1)
-    logits = _wide(features @ features.T) / temperature
+    logits = wide(features @ features.T) / temperature
     logits = logits - logits.amax(dim=1, keepdim=True).detach()
     not_self = 1 - torch.eye(len(labels), device=features.device, dtype=logits.dtype)
     positives = (labels[:, None] == labels[None, :]) * not_self
@@ -134,7 +128,7 @@ def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float = 0.5) -> Tensor:
     """SimCLR's form: all 2N x 2N logits, the diagonal at -inf, cross-entropy with the other view."""
     count = len(z1)
     features = F.normalize(torch.cat([z1, z2]), dim=-1)
-    logits = _wide(features @ features.T) / temperature
+    logits = wide(features @ features.T) / temperature
     diagonal = torch.eye(2 * count, dtype=torch.bool, device=z1.device)
     target = torch.arange(2 * count, device=z1.device).roll(count)
     return F.cross_entropy(logits.masked_fill(diagonal, -torch.inf), target)
@@ -202,23 +196,14 @@ def attention_kernels(device: torch.device, dtype: torch.dtype, dim: int) -> dic
 def attention_info_nce(
     kernel: str,
     query: Tensor,
-    key: Tensor,
-    negatives: Tensor | None,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    *,
     temperature: float,
-    self_logit: float | None = None,
 ) -> Tensor:
-    """InfoNCE of (B, N, D) over fused attention; keys, and negatives (M, D), without gradient."""
-    query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
-    positive = _wide((query * key).sum(dim=-1)) / temperature
-    if negatives is None:
-        lse = LseAttention.apply(query, key, temperature, kernel)
-    else:
-        negatives = F.normalize(negatives, dim=-1).expand(len(query), -1, -1)
-        lse = LseAttention.apply(query, negatives, temperature, kernel)
-        lse = torch.logaddexp(lse, positive)
-    if self_logit is not None:
-        lse = torch.logaddexp(lse, torch.full_like(lse, self_logit / temperature))
-    return (lse - positive).mean()
+    """InfoNCE over fused attention; keys without gradient."""
+    query, key = query.unsqueeze(0), positive_key.unsqueeze(0)
+    return _attention(kernel, query, key, negative_keys, temperature)
 
 
 def attention_patch_nce(
@@ -234,5 +219,27 @@ def attention_patch_nce(
     for query, key in zip(query_features, key_features, strict=True):
         if negatives == "batch":
             query, key = query.flatten(0, 1).unsqueeze(0), key.flatten(0, 1).unsqueeze(0)
-        total = total + attention_info_nce(kernel, query, key, None, temperature, SELF_LOGIT)
+        total = total + _attention(kernel, query, key, None, temperature, SELF_LOGIT)
     return total / len(query_features)
+
+
+def _attention(
+    kernel: str,
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None,
+    temperature: float,
+    self_logit: float | None = None,
+) -> Tensor:
+    """InfoNCE of (B, N, D); keys, and negatives (M, D), without gradient."""
+    query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+    positive = wide((query * key).sum(dim=-1)) / temperature
+    if negatives is None:
+        lse = LseAttention.apply(query, key, temperature, kernel)
+    else:
+        negatives = F.normalize(negatives, dim=-1).expand(len(query), -1, -1)
+        lse = LseAttention.apply(query, negatives, temperature, kernel)
+        lse = torch.logaddexp(lse, positive)
+    if self_logit is not None:
+        lse = torch.logaddexp(lse, torch.full_like(lse, self_logit / temperature))
+    return (lse - positive).mean()

@@ -1,4 +1,4 @@
-"""What is measured: a case (an op, sizes, inputs) and the providers that compute it."""
+"""The things that are measured: a case (an op, sizes, inputs) and the providers that compute it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 Inputs = dict[str, Any]
+Shape = dict[str, int]
 Call = Callable[[Inputs], Any]
-
-# The sizes of a first call that only has to load code.
-TINY_LIMITS = {"N": 32, "M": 32, "S": 32, "image": 32}
 
 # The truth in fp64 keeps several N x M arrays: about this many bytes per pair.
 _TRUTH_BYTES_PER_PAIR = 64
@@ -74,16 +72,16 @@ class Case:
 
     op: str
     name: str
-    shape: dict[str, int]
-    make: Callable[[dict[str, int], Draw], Inputs]
+    shape: Shape
+    make: Callable[[Shape, Draw], Inputs]
     wrt: tuple[str, ...]
     products: int = 0
-    pairs: Callable[[dict[str, int]], int] = lambda shape: 0
+    pairs: Callable[[Shape], int] = lambda shape: 0
     options: dict[str, Any] = field(default_factory=dict)
     sets: tuple[str, ...] = ("full",)
     devices: tuple[str, ...] = ("cpu", "cuda")
     gate_only: tuple[str, ...] = ()
-    gate_limits: dict[str, int] = field(default_factory=dict)
+    gate_limits: Shape = field(default_factory=dict)
     once: bool = False
     form: Callable[..., Any] | None = None
     alone: Call | None = None
@@ -93,7 +91,7 @@ class Case:
         """Floating-point operations of the mandatory products."""
         return 2 * self.products * self.pairs(self.shape) * self.shape.get("D", 0)
 
-    def gate_shape(self, truth_bytes: float) -> dict[str, int]:
+    def gate_shape(self, truth_bytes: float) -> Shape:
         """The sizes at which the result is checked against fp64: the timed ones, or less where the truth needs more memory."""
         shape = self.cut(self.gate_limits)
         while (
@@ -104,12 +102,12 @@ class Case:
             shape |= {larger: (shape[larger] + 1) // 2}
         return shape
 
-    def cut(self, limits: dict[str, int]) -> dict[str, int]:
+    def cut(self, limits: Shape) -> Shape:
         """The sizes, none above its limit."""
         return {key: min(size, limits.get(key, size)) for key, size in self.shape.items()}
 
     def inputs(
-        self, device: torch.device, dtype: torch.dtype, shape: dict[str, int] | None = None
+        self, device: torch.device, dtype: torch.dtype, shape: Shape | None = None
     ) -> Inputs:
         """The op's arguments at the timed sizes, those in ``wrt`` requiring a gradient.
 
@@ -135,8 +133,7 @@ class Provider:
         extra_bytes: what it is known to allocate at least, at the timed sizes; it is skipped where that is not free.
         compiled: the first call compiles.
         rounds_products: the factors of its products are rounded to fewer bits than the inputs have.
-        truth: plain PyTorch of what it computes, where that is another function than the case's: a sigmoid loss, or a loss of
-            rounded similarities.
+        truth: plain PyTorch of what it computes, where that is another function than the case's: of rounded similarities.
     """
 
     name: str

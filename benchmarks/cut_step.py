@@ -1,35 +1,41 @@
 """One training step of CUT against the published step in plain eager PyTorch: ``python -m benchmarks.cut_step``.
 
 256 x 256, batch 1, the published CUT (9 blocks, 64 channels, identity loss), both in the same process, in turns. Before any
-timing both are checked on a smaller image: in float64 all gradients agree to 1e-4, and in float32 ours are at most three times as far
-from those as the eager step's, for Winograd's convolutions round a little more. Memory is what a process that does nothing else needs at most: networks, Adam, and one step.
+timing both are checked on a smaller image. In float64 all gradients agree to 1e-4. In float32 ours are at most three times as far
+from those as the eager step's, for Winograd's convolutions round a little more. Memory is the most that a process of its own
+needs: networks, Adam, and two steps.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
-import json
 import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import machine, memory
+from benchmarks import machine, memory, report
 from benchmarks.published_cut import PublishedCUT
+from benchmarks.timing import in_turns, seconds_of
 from fastnce.models import CUT, CUTConfig
 
 PROVIDERS = ("eager fp32", "fastnce fp32", "fastnce bf16")
 _CHECK_SIZE = 64
 # Multiply-adds of a step on two 256 x 256 images, in 1e9: as published, and without the second pass for the keys.
 _GMAC = {"eager": 711.6, "fastnce": 642.7}
+_COLUMNS = (
+    "step",
+    "seconds",
+    "eager / this",
+    "GMAC/s of the published step",
+    "peak memory, MB",
+    "share of eager's",
+)
 _GROUPS = {
     "3x3 convolutions (Winograd)": ("fastnce::conv3x3",),
     "other convolutions (oneDNN)": ("aten::mkldnn_convolution", "aten::convolution_backward"),
@@ -133,14 +139,8 @@ def make(provider: str, size: int) -> Callable[[], object]:
 def time_steps(size: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of each step, the providers in turns, after one step each that is not counted."""
     steps = {provider: make(provider, size) for provider in PROVIDERS}
-    seconds: dict[str, list[float]] = {provider: [] for provider in PROVIDERS}
-    for turn in range(rounds + 1):
-        for provider, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if turn > 0:
-                seconds[provider].append(time.perf_counter() - start)
-    return seconds
+    found = in_turns(steps, rounds + 1, {}, torch.device("cpu"))
+    return {provider: seconds[1:] for provider, seconds in found.items()}
 
 
 def breakdown(provider: str, size: int) -> dict[str, float]:
@@ -148,9 +148,7 @@ def breakdown(provider: str, size: int) -> dict[str, float]:
     step = make(provider, size)
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        start = time.perf_counter()
-        step()
-        total = time.perf_counter() - start
+        (total,) = seconds_of(step, 1, torch.device("cpu"))
     events = profile.key_averages()
     found = {
         group: sum(e.self_cpu_time_total for e in events if e.key.startswith(names)) / 1e6
@@ -176,50 +174,43 @@ def peak_bytes(provider: str, size: int) -> int:
 
 def _own_peak(provider: str, size: int) -> int:
     make(provider, _CHECK_SIZE)()  # loads the code
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before = memory.status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    before = memory.reset_peak()
     step = make(provider, size)
     step()
     step()
     return memory.status_bytes("VmHWM") - before
 
 
-def report(results: Mapping) -> str:
-    """Markdown."""
-    eager = statistics.median(results["seconds"]["eager fp32"])
-    lines = [
-        f"# A training step of CUT on {results['machine']['device']}",
-        "",
-        f"{results['size']} x {results['size']}, batch 1, {results['machine']['threads']} threads, median of "
-        f"{len(results['seconds']['eager fp32'])} steps in turns (smallest to largest).",
-        "",
-        "| step | seconds | eager / this | GMAC/s of the published step | peak memory, MB | share of eager's |",
-        "|---|---|---|---|---|---|",
-    ]
-    for provider, seconds in results["seconds"].items():
+def markdown(results: Mapping) -> str:
+    """The report."""
+    size, found, times = results["size"], results["check"], results["seconds"]
+    eager, eager_peak = statistics.median(times["eager fp32"]), results["peak_bytes"]["eager fp32"]
+    steps = []
+    for provider, seconds in times.items():
         median, peak = statistics.median(seconds), results["peak_bytes"][provider]
-        lines.append(
-            f"| {provider} | {median:.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {eager / median:.2f} "
-            f"| {_GMAC['eager'] / median * (results['size'] / 256) ** 2:.0f} "
-            f"| {peak / 1e6:.0f} | {peak / results['peak_bytes']['eager fp32']:.2f} |"
-        )
-    lines += ["", "Where the time of a profiled step goes, seconds:", ""]
-    names = list(results["breakdown"])
-    lines += ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-    for group in [*_GROUPS, "other"]:
-        cells = " | ".join(f"{results['breakdown'][name][group]:.2f}" for name in names)
-        lines.append(f"| {group} | {cells} |")
-    check_of = results["check"]
-    lines += [
-        "",
-        f"Largest relative difference of a loss or a network's gradient at {_CHECK_SIZE} x {_CHECK_SIZE}: ours in float64 from the "
-        f"eager step's {check_of['float64']:.0e}; in float32 from float64, eager {check_of['eager fp32']:.0e}, ours "
-        f"{check_of['fastnce fp32']:.0e}. The published step has {_GMAC['eager']} GMAC, ours {_GMAC['fastnce']}, before Winograd's "
-        "saving of 4 in the 3x3 convolutions.",
+        spread = f"{median:.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
+        rate = f"{_GMAC['eager'] / median * (size / 256) ** 2:.0f}"
+        sizes = (f"{peak / 1e6:.0f}", f"{peak / eager_peak:.2f}")
+        steps.append((provider, spread, f"{eager / median:.2f}", rate, *sizes))
+    shares = [
+        (group, *(f"{of[group]:.2f}" for of in results["breakdown"].values()))
+        for group in (*_GROUPS, "other")
     ]
-    return "\n".join(lines) + "\n"
+    return f"""\
+# A training step of CUT on {results["machine"]["device"]}
+
+{size} x {size}, batch 1, {results["machine"]["threads"]} threads, median of {len(seconds)} steps in turns (smallest to largest).
+
+{report.table(_COLUMNS, steps)}
+
+Where the time of a profiled step goes, seconds:
+
+{report.table(("", *results["breakdown"]), shares)}
+
+Largest relative difference of a loss or a network's gradient at {_CHECK_SIZE} x {_CHECK_SIZE}: ours in float64 from the eager
+step's {found["float64"]:.0e}; in float32 from float64, eager {found["eager fp32"]:.0e}, ours {found["fastnce fp32"]:.0e}. The
+published step has {_GMAC["eager"]} GMAC, ours {_GMAC["fastnce"]}, before Winograd's saving of 4 in the 3x3 convolutions.
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -239,13 +230,9 @@ def main(argv: list[str] | None = None) -> int:
     results["seconds"] = time_steps(args.size, args.rounds)
     results["breakdown"] = {p: breakdown(p, args.size) for p in PROVIDERS}
     results["peak_bytes"] = {p: peak_bytes(p, args.size) for p in PROVIDERS}
-    text = report(results)
+    text = markdown(results)
     print(text)
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        stem = args.out / f"{machine.slug(facts['device'])}-cut_step"
-        stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        stem.with_suffix(".md").write_text(text)
+    report.save(args.out, f"{machine.slug(facts['device'])}-cut_step", results, text)
     return 0
 
 

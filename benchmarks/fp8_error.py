@@ -1,4 +1,4 @@
-"""What similarities in fp8 do to a loss: ``python -m benchmarks.fp8_error``.
+"""The error that similarities in fp8 bring into a loss: ``python -m benchmarks.fp8_error``.
 
 The error is that of rounding rows to e4m3 and nothing else: everything is computed in float64, by the reference, with and without
 the rounding. It is the same on every backend, up to the order of sums.
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import report
 from fastnce import reference
 from fastnce.reference.normalize import rounded_unit_rows
 
@@ -76,19 +77,24 @@ def measure(name: str, dim: int, seed: int = 0) -> dict[str, object]:
 
 def table() -> str:
     """Markdown."""
-    lines = [
-        "| rows | D | cosine, rms | times sqrt(D) | cosine, largest | loss | its error | gradient's error |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name in DISTRIBUTIONS:
-        for dim in DIMS:
-            row = measure(name, dim)
-            scaled = row["cosine_rms"] * math.sqrt(dim)
-            lines.append(
-                f"| {name} | {dim} | {row['cosine_rms']:.1e} | {scaled:.3f} | {row['cosine_max']:.1e} "
-                f"| {row['loss']:.3f} | {row['loss_error']:+.1e} | {100 * row['gradient_error']:.1f} % |"
-            )
-    return "\n".join(lines)
+    columns = (
+        "rows",
+        "D",
+        "cosine, rms",
+        "times sqrt(D)",
+        "cosine, largest",
+        "loss",
+        "its error",
+        "gradient's error",
+    )
+    lines = []
+    for row in (measure(name, dim) for name in DISTRIBUTIONS for dim in DIMS):
+        rms, loss = row["cosine_rms"], row["loss"]
+        scaled, largest = f"{rms * math.sqrt(row['dim']):.3f}", f"{row['cosine_max']:.1e}"
+        errors = (f"{row['loss_error']:+.1e}", f"{100 * row['gradient_error']:.1f} %")
+        dim = str(row["dim"])
+        lines.append((row["rows"], dim, f"{rms:.1e}", scaled, largest, f"{loss:.3f}", *errors))
+    return report.table(columns, lines)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,16 @@
-"""One command for a machine with a GPU: build, test, measure, judge, report, within a fixed time and without a network."""
+"""One command for a machine with a GPU: build, test, measure, judge, report, within a fixed time and without a network.
+
+Each step is a process of its own with a time limit: a crash or a hang on the device costs that step alone.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -11,8 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import dispatch_table, gpu_steps, gpu_targets, machine, report, suite
-from fastnce.backends import dispatch
+from benchmarks import cases, machine, report, targets
 
 # Shares of the whole time at most; what these steps leave over, the benchmarks get.
 _BUILD_SHARE, _TEST_SHARE, _SANITIZE_SHARE = 0.2, 0.25, 0.1
@@ -21,6 +28,58 @@ _DTYPES = ("bfloat16", "float32")
 _PHASES = (("target", ("bfloat16",), 0.7), ("quick", _DTYPES, 1.0))
 # The ops whose targets name torch.compile. For the others it would compile for most of the time.
 _COMPILED = ("patch_nce", "conditional_contrastive")
+
+_PYTEST = ["-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--tb=short"]
+# The ops' suite on every backend, and the kernels' own tests that run on a GPU.
+_SUITES = [
+    "tests/ops",
+    "tests/triton_kernels/test_triton_numerics.py",
+    "tests/triton_kernels/test_triton_fp8.py",
+    "tests/cuda_kernels/test_cuda_losses.py",
+    "tests/cuda_kernels/test_cuda_patch_nce.py",
+    "tests/cuda_kernels/test_cuda_sample_patches.py",
+]
+# Under a sanitizer a kernel runs many times slower: the ops' own tests on the one backend, and of these the plain ones.
+_SANITIZED = ["tests/ops", "-k", "cuda and not repeatable and not compile and not memory"]
+_SANITIZERS = ("memcheck", "racecheck")
+_FOUND = 9  # the status by which compute-sanitizer says that it found something
+Step = dict[str, str]  # status and output
+
+
+def step(arguments: list[str], limit: float, before: tuple[str, ...] = (), **environment) -> Step:
+    """Runs ``python`` with the arguments, in a process group that ends with it.
+
+    Args:
+        arguments: of Python.
+        limit: seconds.
+        before: a command that runs Python, such as a sanitizer.
+        environment: variables beside those of this process.
+
+    Returns:
+        ``status``, "ok" or what became of it, and ``output``, the end of what it printed.
+    """
+    begun = time.monotonic()
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(
+            [*before, sys.executable, *arguments],
+            cwd=machine.ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": str(machine.ROOT), **environment},
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=max(1.0, limit))
+            status = "ok" if code == 0 else f"failed with status {code}"
+        except subprocess.TimeoutExpired:
+            status = f"stopped after {time.monotonic() - begun:.0f} s, its limit"
+        finally:
+            # A worker that outlives its parent would go on loading the device.
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        log.seek(0)
+        return {"status": status, "output": log.read()[-4000:]}
 
 
 def main(out: Path, minutes: float = 9.0) -> int:
@@ -44,30 +103,25 @@ def main(out: Path, minutes: float = 9.0) -> int:
     total = minutes * 60 - 20  # for starting and for writing the report
     device = torch.device("cuda")
     facts = machine.describe(device)
-    _say(f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}")
     rates = machine.matmul_rates(device, [torch.bfloat16, torch.float32], calls=10)
     bandwidth = machine.bandwidth(device)
-    _say(
-        "torch.mm: "
-        + ", ".join(f"{name} {rate / 1e3:.0f} TFLOP/s" for name, rate in rates.items())
-        + f"; memory {bandwidth:,.0f} GB/s"
+    _say(f"{facts['device']}, torch.mm {rates} GFLOP/s, memory {bandwidth:,.0f} GB/s")
+
+    steps = {
+        "build": step(["-m", "fastnce", "build"], _BUILD_SHARE * total),
+        "backends": step(["-m", "fastnce", "doctor"], 60),
+        "tests": _test(_SUITES, _TEST_SHARE * total),
+    }
+    for name in _SANITIZERS:
+        steps[name] = _sanitize(name, _SANITIZE_SHARE * total / len(_SANITIZERS))
+    results = _benchmarks(total - (time.monotonic() - start), steps)
+    verdicts = targets.judge(
+        {"results": results, "matmul_gflops": rates, "bandwidth_gbs": bandwidth}
     )
-
-    build = gpu_steps.build(_BUILD_SHARE * total)
-    _say(f"build: {build['status']}")
-    tests = gpu_steps.tests(_TEST_SHARE * total)
-    _say(f"tests: {tests['status']}")
-    backends = gpu_steps.backends_on_gpu()
-    sanitizers = gpu_steps.sanitize(backends, _SANITIZE_SHARE * total)
-    for name, found in sanitizers.items():
-        _say(f"{name}: {found['status']}")
-    results, failures = _benchmarks(total - (time.monotonic() - start))
-
-    document = {"results": results, "matmul_gflops": rates, "bandwidth_gbs": bandwidth}
-    verdicts = gpu_targets.verdicts_of(document)
-    measured = dispatch_table.points(results)
+    lines = [f"- {name}: {found['status']}" for name, found in steps.items()]
+    lines += ["", "```", steps["backends"]["output"].strip(), "```"]
     title = f"GPU report, {facts['device']}"
-    files = report.write(
+    text = report.write(
         out,
         "results",
         results,
@@ -75,45 +129,52 @@ def main(out: Path, minutes: float = 9.0) -> int:
         machine=facts,
         rates=rates,
         settings={"command": "gpu-report", "minutes": minutes, "dtypes": list(_DTYPES)},
-        extra={
-            "bandwidth_gbs": bandwidth,
-            "build": build,
-            "tests": tests,
-            "sanitizers": sanitizers,
-            "backends": backends,
-            "failures": failures,
-            "targets": [gpu_targets.as_row(verdict) for verdict in verdicts],
-        },
+        more={"bandwidth_gbs": bandwidth, "steps": steps, "targets": verdicts},
+        text="\n".join(["\n## Targets\n", targets.table(verdicts), "## Steps\n", *lines, ""]),
     )
-    with files[1].open("a") as text:
-        text.write(f"\n## Targets\n\n{gpu_targets.table(verdicts)}\n")
-        text.write(_steps(build, tests, sanitizers, backends, failures))
-        generation = dispatch.generation(device) or "unknown"
-        lines = dispatch_table.python(generation, measured)
-        text.write(
-            f"\n## For `fastnce.backends.dispatch.MEASURED`\n\n```python\n{lines}\n```\n"
-            if measured
-            else ""
-        )
-    report.plot(out / "results.png", results, title)
-    print(files[1].read_text())
-    good = build["status"] in ("ok", "nothing to build") and tests["status"] in ("ok", "no tests")
-    sane = not any(found["status"].startswith("failed") for found in sanitizers.values())
-    faulty = failures or report.has_fault(results)
-    return 0 if good and sane and results and not faulty else 1
+    report.plots(out, "results", results, title, together=True)
+    print(text)
+    good = all(found["status"].startswith(("ok", "not run")) for found in steps.values())
+    return 0 if good and results and not report.has_fault(results) else 1
 
 
 def _say(line: str) -> None:
     print(f"gpu-report: {line}", file=sys.stderr, flush=True)
 
 
-def _benchmarks(seconds: float) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Every op in its own process, phase after phase; results, and which ops failed and how."""
+def _test(arguments: list[str], limit: float, **options) -> Step:
+    if importlib.util.find_spec("pytest") is None:
+        return {"status": "not run: pytest is not installed", "output": ""}
+    if not (machine.ROOT / "tests" / "ops").is_dir():
+        return {"status": "not run: no tests", "output": ""}
+    return step([*_PYTEST, *arguments], limit, **options)
+
+
+def _sanitize(name: str, limit: float) -> Step:
+    """The ops' suite on the ``cuda`` backend under one of compute-sanitizer's tools."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return {"status": "not run: compute-sanitizer comes with the CUDA toolkit", "output": ""}
+    options = ("--tool", name, "--error-exitcode", str(_FOUND), "--target-processes", "all")
+    # Arrays of their own, not pieces of a pool, so that an access beyond an end shows.
+    apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    found = _test(_SANITIZED, limit, before=(tool, *options), **apart)
+    status, output = found["status"], found["output"]
+    if f"status {_FOUND}" in status or "= Error:" in output or "= Invalid" in output:
+        found["status"] = "failed: the sanitizer found an error"
+    elif status.startswith("stopped"):
+        found["status"] = f"ok until it was {status}"
+    elif status.endswith("status 5"):
+        found["status"] = "not run: there is no test of the cuda backend, see the backends"
+    return found
+
+
+def _benchmarks(seconds: float, steps: dict[str, Step]) -> list[dict[str, Any]]:
+    """The results of every op, phase after phase, each a step of its own."""
     end = time.monotonic() + seconds
     found: dict[tuple, dict[str, Any]] = {}
-    failures: dict[str, str] = {}
     for size, dtypes, share in _PHASES:
-        ops = [op for op in suite.OPS if suite.cases(op, size, torch.device("cuda"))]
+        ops = [op for op in cases.OPS if cases.select(op, size, torch.device("cuda"))]
         limit = time.monotonic() + share * (end - time.monotonic())
         for index, op in enumerate(ops):
             part = (limit - time.monotonic()) / (len(ops) - index)
@@ -121,47 +182,15 @@ def _benchmarks(seconds: float) -> tuple[list[dict[str, Any]], dict[str, str]]:
                 part *= 2
             with_compile = size != "target" or op in _COMPILED
             options = ["--size", size, "--dtype", *dtypes]
-            options.append("--compile" if with_compile else "--no-compile")
-            _say(f"{op}, {size} cases: up to {part:.0f} s")
-            entries, failure = _benchmark(op, options, part)
-            for entry in entries:
-                key = (entry["op"], entry["case"], entry["dtype"])
-                if key not in found or "not_run" in found[key]:
-                    found[key] = entry
-            if failure:
-                failures[op] = failure
-                _say(f"{op}: {failure.splitlines()[0]}")
-    return list(found.values()), failures
-
-
-def _benchmark(op: str, options: list[str], seconds: float) -> tuple[list[dict[str, Any]], str]:
-    """One op's cases in a process of their own: entries, and how it failed, if it did."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = ["-m", "benchmarks", op, "--device", "cuda", "--seconds", "1.5"]
-        arguments += ["--out", folder, "--limit", f"{max(1.0, 0.75 * seconds):.0f}", *options]
-        status, output = gpu_steps.step(arguments, seconds)
-        entries = []
-        for path in Path(folder).glob("*.json"):
-            entries += json.loads(path.read_text())["results"]
-    return entries, "" if status == "ok" else f"{status}\n{output}"
-
-
-def _steps(
-    build: dict[str, str],
-    tests: dict[str, str],
-    sanitizers: dict[str, dict[str, str]],
-    backends: dict[str, str],
-    failures: dict[str, str],
-) -> str:
-    lines = ["", "## Build, tests, backends", "", f"- build: {build['status']}"]
-    lines.append(f"- tests: {tests['status']}")
-    if tests["output"].strip():
-        lines.append(f"  - {tests['output'].strip().splitlines()[-1]}")
-    lines += [f"- compute-sanitizer {name}: {x['status']}" for name, x in sanitizers.items()]
-    lines += [
-        f"- backend {name}: {'runs on the GPU' if reason == 'ok' else reason}"
-        for name, reason in backends.items()
-    ]
-    for op, failure in failures.items():
-        lines.append(f"- benchmark of {op}: {failure.splitlines()[0]}")
-    return "\n".join(lines) + "\n"
+            options += ["--compile" if with_compile else "--no-compile", "--device", "cuda"]
+            options += ["--limit", f"{max(1.0, 0.75 * part):.0f}", "--seconds", "1.5"]
+            name = f"{op}, {size} cases"
+            with tempfile.TemporaryDirectory() as folder:
+                steps[name] = step(["-m", "benchmarks", op, *options, "--out", folder], part)
+                _say(f"{name}: {steps[name]['status']}")
+                for path in Path(folder).glob("*.json"):
+                    for entry in json.loads(path.read_text())["results"]:
+                        key = (entry["op"], entry["case"], entry["dtype"])
+                        if key not in found or "not_run" in found[key]:
+                            found[key] = entry
+    return list(found.values())

@@ -1,4 +1,4 @@
-"""What the ops launch, without a GPU: recorded on tensors without memory, and compiled for any target.
+"""The ops' launches, without a GPU: recorded on tensors without memory, and compiled for any target.
 
 Not for use with TRITON_INTERPRET=1, which has no compiler.
 """
@@ -73,6 +73,18 @@ def recorded() -> Iterator[list[Launch]]:
         launch_module._start = start
 
 
+@contextlib.contextmanager
+def as_on(capability: int) -> Iterator[None]:
+    """Inside the block tiles are chosen as on a GPU of that compute capability."""
+    before = launch_module.shared_memory, launch_module.tensor_memory
+    launch_module.shared_memory = lambda device: SHARED_MEMORY.get(capability, 99 * 1024) + 1024
+    launch_module.tensor_memory = lambda device: capability == 100
+    try:
+        yield
+    finally:
+        launch_module.shared_memory, launch_module.tensor_memory = before
+
+
 def _specialised(kernel, arguments: dict[str, object], options: dict[str, object]) -> Launch:
     names = [parameter.name for parameter in kernel.params]
     assert set(arguments) == set(names), set(arguments) ^ set(names)
@@ -112,28 +124,15 @@ def _specialised(kernel, arguments: dict[str, object], options: dict[str, object
 class Compiled:
     """The compiler's output and ptxas' report for one launch."""
 
-    launch: Launch
-    capability: int
     ttgir: str
     ptx: str
     shared: int
     registers: int
     spills: int  # bytes stored
 
-    def __str__(self) -> str:
-        constants = {
-            k: v
-            for k, v in self.launch.constants
-            if k in ("KIND", "OFFSET", "HEAD", "TAIL", "BLOCK_M", "BLOCK_N", "BLOCK_D", "PRECISION")
-        }
-        return (
-            f"sm_{self.capability} {self.launch.name} {dict(self.launch.signature).get('x')} {constants} "
-            f"{dict(self.launch.options)}: {self.registers} registers, {self.spills} bytes spilled, {self.shared} shared"
-        )
-
 
 def build(launch: Launch, capability: int):
-    """What Triton's compiler makes of a launch for a compute capability such as 90."""
+    """Triton's compilation of a launch for a compute capability such as 90."""
     module, _, name = launch.kernel.rpartition(".")
     kernel = getattr(importlib.import_module(module), name)
     source = ASTSource(
@@ -153,30 +152,16 @@ def compiled(launch: Launch, capability: int) -> Compiled:
     """Compiles a launch, and asks ptxas what it takes."""
     result = build(launch, capability)
     ptx = result.asm["ptx"]
-    registers, spills = _resources(ptx, capability)
-    return Compiled(
-        launch, capability, result.asm["ttgir"], ptx, result.metadata.shared, registers, spills
-    )
-
-
-def _resources(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers of a thread, and bytes that it spills, as ptxas says."""
     architecture = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx)
-        command = [
-            get_ptxas(capability).path,
-            "-v",
-            f"--gpu-name={architecture}",
-            str(file),
-            "-o",
-            f"{folder}/out",
-        ]
+        ptxas = get_ptxas(capability).path
+        command = [ptxas, "-v", f"--gpu-name={architecture}", str(file), "-o", f"{folder}/out"]
         done = subprocess.run([*command, *_ALLOCATION], capture_output=True, text=True)
         if "Unknown option" in done.stderr:
             done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     registers = max(int(x) for x in re.findall(r"Used (\d+) registers", done.stderr))
     spills = sum(int(x) for x in re.findall(r"(\d+) bytes spill stores", done.stderr))
-    return registers, spills
+    return Compiled(result.asm["ttgir"], ptx, result.metadata.shared, registers, spills)

@@ -6,25 +6,23 @@ import contextlib
 import os
 import platform
 import re
-import shutil
 import statistics
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import report
-from benchmarks.harness import clock_for, quartiles
+from benchmarks.timing import quartiles, seconds_of
 from fastnce.backends import native
 
-ROOT = report.ROOT
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to judge a timing: hardware, versions, threads, and what else was running."""
+    """The facts by which a reader judges a timing: hardware, versions, threads, and what else was running."""
     facts = {
         "device": device_name(device),
         "cpu": _cpu_model(),
@@ -62,9 +60,8 @@ def device_name(device: torch.device) -> str:
 
 def slug(name: str) -> str:
     """A device's name as a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "").replace("(tm)", "")).strip(
-        "-"
-    )
+    plain = name.lower().replace("(r)", "").replace("(tm)", "")
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
 class PeakMeter:
@@ -107,20 +104,32 @@ def _rate(device: torch.device, dtype: torch.dtype, calls: int) -> float:
     if dtype == torch.float64:
         size //= 2
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    clock = clock_for(device)
-    clock(lambda: torch.mm(a, b), 2)
-    seconds = quartiles(clock(lambda: torch.mm(a, b), calls))["median"]
-    return 2 * size**3 / seconds / 1e9
+    return 2 * size**3 / _median(lambda: torch.mm(a, b), calls, device) / 1e9
 
 
 def bandwidth(device: torch.device, calls: int = 10) -> float:
     """GB/s of the memory: bytes read and written by a copy far larger than any cache, the median of ``calls``."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    clock = clock_for(device)
-    clock(lambda: target.copy_(source), 2)
-    seconds = quartiles(clock(lambda: target.copy_(source), calls))["median"]
-    return 2 * source.nbytes / seconds / 1e9
+    return 2 * source.nbytes / _median(lambda: target.copy_(source), calls, device) / 1e9
+
+
+def _median(call: Callable[[], object], calls: int, device: torch.device) -> float:
+    seconds_of(call, 2, device)
+    return quartiles(seconds_of(call, calls, device))["median"]
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Free memory of a device; None where the system does not say."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
 
 
 @contextlib.contextmanager
@@ -153,24 +162,20 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _output(command: list[str]) -> str | None:
-    if shutil.which(command[0]) is None:
-        return None
+def _output(*command: str) -> str | None:
     try:
-        done = subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=20, cwd=ROOT
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _commit() -> str | None:
-    commit = _output(["git", "rev-parse", "--short", "HEAD"])
-    changed = _output(["git", "status", "--porcelain", "--untracked-files=no"])
+    commit = _output("git", "rev-parse", "--short", "HEAD")
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
     return f"{commit} with local changes" if commit and changed else commit
 
 
 def _driver() -> str | None:
-    answer = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    answer = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return answer.splitlines()[0].strip() if answer else None

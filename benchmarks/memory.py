@@ -1,8 +1,8 @@
 """Peak memory that loss and gradients need beyond their inputs, and beyond inputs and outputs.
 
-On a GPU PyTorch's allocator counts it. On a CPU a subprocess does nothing else: it is told by its environment to take every
-array of 64 kB and more from the system and give it straight back, so that the kernel's own high-water mark of the process,
-reset just before the call, shows what the call took. ``python -m benchmarks.memory`` is that subprocess.
+On a GPU PyTorch's allocator counts it. On a CPU a subprocess does nothing else. Its environment tells it to take every array of
+64 kB and more from the system and give it straight back. So the kernel's own high-water mark of the process, reset just before
+the call, shows what the call took. ``python -m benchmarks.memory`` is that subprocess.
 """
 
 from __future__ import annotations
@@ -14,17 +14,48 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.case import TINY_LIMITS, Case, Provider
-from benchmarks.harness import forget_upstream, quartiles, run
+from benchmarks import cases, rivals
+from benchmarks.case import Case, Provider
 from benchmarks.machine import ROOT
+from benchmarks.timing import forget_upstream, quartiles, run
 
 # Arrays of 64 kB and more come from the system and go straight back.
 GLIBC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+# The sizes of a first call that only has to load code.
+_TINY = {"N": 32, "M": 32, "S": 32, "image": 32}
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+def status_bytes(field: str) -> int:
+    """A size that the kernel knows of this process: ``VmRSS``, or ``VmHWM``, its highest so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak() -> int:
+    """Starts ``VmHWM`` anew; the bytes that are resident now."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = status_bytes("VmRSS")
+    _CLEAR.write_text("5")
+    return before
+
+
+def storage_bytes(results: tuple[list[Tensor], list[Tensor]]) -> int:
+    """Bytes of outputs and gradients, what they share counted once."""
+    storages = [x.untyped_storage() for part in results for x in part]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def _figures(peak: int, outputs: int) -> dict[str, int]:
+    return {"peak_extra_bytes": peak, "working_bytes": max(0, peak - outputs)}
 
 
 def add_cuda_peaks(
@@ -67,9 +98,7 @@ def add_cpu_peaks(results: list[dict[str, Any]], deadline: float) -> None:
             wanted = row["status"] == "ok" if entry.get("once") else row["seconds"] is not None
             if wanted and not row.keys() & {"peak_extra_bytes", "peak_extra_note"}:
                 rows.append((entry, row))
-                jobs.append(
-                    {k: entry[k] for k in ("op", "case", "dtype")} | {"provider": row["name"]}
-                )
+                jobs.append([entry["op"], entry["case"], entry["dtype"], row["name"]])
     answers, note = _ask_subprocess(jobs, deadline)
     for index, (entry, row) in enumerate(rows):
         if index >= len(answers):
@@ -80,18 +109,8 @@ def add_cpu_peaks(results: list[dict[str, Any]], deadline: float) -> None:
             row["seconds"] = quartiles([answers[index]["seconds"]])
 
 
-def _figures(peak: int, outputs: int) -> dict[str, int]:
-    return {"peak_extra_bytes": peak, "working_bytes": max(0, peak - outputs)}
-
-
-def storage_bytes(results: tuple[list[Tensor], list[Tensor]]) -> int:
-    """Bytes of outputs and gradients, what they share counted once."""
-    storages = [x.untyped_storage() for part in results for x in part]
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
-
-
-def _ask_subprocess(jobs: list[dict[str, str]], deadline: float) -> tuple[list[dict], str]:
-    if not jobs or not os.access("/proc/self/clear_refs", os.W_OK):
+def _ask_subprocess(jobs: list[list[str]], deadline: float) -> tuple[list[dict], str]:
+    if not jobs or not os.access(_CLEAR, os.W_OK):
         return [], "not measured: needs Linux's /proc/self/clear_refs"
     limit = None if deadline == float("inf") else max(30.0, deadline - time.monotonic())
     command = [sys.executable, "-m", "benchmarks.memory", str(torch.get_num_threads())]
@@ -109,17 +128,8 @@ def _ask_subprocess(jobs: list[dict[str, str]], deadline: float) -> tuple[list[d
         )
         text, note = done.stdout, f"the measuring process ended with status {done.returncode}"
     except subprocess.TimeoutExpired as expired:
-        text = expired.stdout or ""
-        text = text.decode() if isinstance(text, bytes) else text
-        note = "out of time"
+        text, note = (expired.stdout or b"").decode(), "out of time"
     return [json.loads(line) for line in text.splitlines() if line.startswith('{"peak"')], note
-
-
-def status_bytes(field: str) -> int:
-    """A size that the kernel knows of this process: ``VmRSS``, or ``VmHWM``, its highest so far."""
-    with open("/proc/self/status") as lines:
-        line = next(line for line in lines if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
 
 
 def peak_extra(case: Case, provider: Provider, dtype: torch.dtype) -> dict[str, Any]:
@@ -130,16 +140,12 @@ def peak_extra(case: Case, provider: Provider, dtype: torch.dtype) -> dict[str, 
     providers share, one goes before the measured one.
     """
     device = torch.device("cpu")
-    outputs, _ = run(provider.call, case.inputs(device, dtype, case.cut(TINY_LIMITS)), case.wrt)
+    outputs, _ = run(provider.call, case.inputs(device, dtype, case.cut(_TINY)), case.wrt)
     inputs = case.inputs(device, dtype)
     if provider.compiled or any(x.dim() > 0 for x in outputs):
         run(provider.call, inputs, case.wrt)
     del outputs
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before = status_bytes("VmRSS")
-    with open("/proc/self/clear_refs", "w") as clear:
-        clear.write("5")
+    before = reset_peak()
     start = time.perf_counter()
     results = run(provider.call, inputs, case.wrt)
     seconds = time.perf_counter() - start
@@ -149,17 +155,15 @@ def peak_extra(case: Case, provider: Provider, dtype: torch.dtype) -> dict[str, 
 
 def main() -> None:
     """Reads jobs as JSON from stdin, writes one answer as JSON per line."""
-    from benchmarks import suite  # imports this module
-
     torch.set_num_threads(int(sys.argv[1]))
     torch.set_float32_matmul_precision(sys.argv[2])
-    for job in json.load(sys.stdin):
-        case, dtype = suite.find_case(job["op"], job["case"]), getattr(torch, job["dtype"])
-        with_compile = "compile" in job["provider"]
+    for op, case_name, dtype_name, name in json.load(sys.stdin):
+        case, dtype = cases.find(op, case_name), getattr(torch, dtype_name)
+        with_compile = "compile" in name
         if with_compile:
             torch.compiler.reset()
-        found = suite.providers(case, torch.device("cpu"), dtype, with_compile)
-        provider = next(p for p in found if p.name == job["provider"])
+        found = rivals.providers(case, torch.device("cpu"), dtype, with_compile)
+        provider = next(p for p in found if p.name == name)
         print(json.dumps(peak_extra(case, provider, dtype)), flush=True)
 
 

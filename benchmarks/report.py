@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,40 @@ _COLUMNS = (
     "of mm",
     "memory",
 )
-
 _LEGEND = (
-    "Times are forward and backward together where gradients are named, medians of interleaved calls. GFLOP/s count only the products that loss and "
-    "gradients cannot do without; *of peak* is that rate as a share of the multiply-adds that the processor makes in registers, "
-    "measured before and after each case, *of mm* as a share of torch.mm's in the same dtype. *memory* is the peak beyond inputs "
-    "and outputs. Ours in bold."
+    "Times are forward and backward together where gradients are named, medians of interleaved calls. GFLOP/s count only the "
+    "products that loss and gradients cannot do without. *of peak* is that rate as a share of the multiply-adds that the "
+    "processor makes in registers, measured before and after each case. *of mm* is its share of torch.mm's in the same dtype. "
+    "*memory* is the peak beyond inputs and outputs. Ours in bold."
 )
 
 
+def save(out: Path | None, stem: str, document: dict[str, Any], text: str) -> None:
+    """Writes ``<stem>.json`` and ``<stem>.md``, each replacing its former self at once; nothing without ``out``."""
+    if out is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in ((".json", json.dumps(document, indent=1) + "\n"), (".md", text)):
+        beside = out / f"{stem}{name}.new"
+        # A reason may quote a path of this checkout.
+        beside.write_text(content.replace(f"{ROOT}/", ""))
+        os.replace(beside, out / f"{stem}{name}")
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown, the columns aligned."""
+    lines = [columns, *rows]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    text = [
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))} |"
+        for cells in lines
+    ]
+    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(text)
+
+
 def write(
-    out: Path,
+    out: Path | None,
     stem: str,
     results: list[dict[str, Any]],
     *,
@@ -37,61 +61,28 @@ def write(
     machine: dict[str, Any],
     rates: dict[str, float],
     settings: dict[str, Any],
-    extra: dict[str, Any] | None = None,
-) -> list[Path]:
-    """Writes ``<stem>.json`` and ``<stem>.md``, each replacing its former self at once.
-
-    Returns:
-        The files.
-    """
-    document = {
-        "format": FORMAT,
-        "title": title,
-        "machine": machine,
-        "matmul_gflops": rates,
-        "settings": settings,
-        **(extra or {}),
-        "results": results,
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    files = [out / f"{stem}.json", out / f"{stem}.md"]
-    # A reason may quote a path of this checkout.
-    text = json.dumps(document, indent=1).replace(f"{ROOT}/", "")
-    document = json.loads(text)
-    _replace(files[0], text + "\n")
-    _replace(files[1], markdown(document))
-    return files
+    more: dict[str, Any] | None = None,
+    text: str = "",
+) -> str:
+    """Saves the report of a run, with ``more`` in its JSON and ``text`` at the end of its Markdown, which it returns."""
+    facts = {"format": FORMAT, "title": title, "machine": machine, "matmul_gflops": rates}
+    document = {**facts, "settings": settings, **(more or {}), "results": results}
+    parts = [f"# {title}", _machine_lines(machine, rates), *map(case_table, results)]
+    parts.append("## Ours against the fastest rival\n\n" + "\n".join(summary(results)))
+    text = "\n\n".join(parts) + "\n" + text
+    save(out, stem, document, text)
+    return text
 
 
-def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text)
-    os.replace(beside, path)
-
-
-def markdown(document: dict[str, Any]) -> str:
-    """The whole report."""
-    parts = [f"# {document['title']}", _machine_lines(document)]
-    parts += [case_table(entry) for entry in document["results"]]
-    parts.append("## Ours against the fastest rival\n\n" + "\n".join(summary(document["results"])))
-    return "\n\n".join(parts) + "\n"
-
-
-def _machine_lines(document: dict[str, Any]) -> str:
-    machine = document["machine"]
-    rates = ", ".join(
-        f"{name} {rate:,.0f}" for name, rate in sorted(document["matmul_gflops"].items())
-    )
-    where = (
+def _machine_lines(machine: dict[str, Any], rates: dict[str, float]) -> str:
+    shown = ", ".join(f"{name} {rate:,.0f}" for name, rate in sorted(rates.items()))
+    return (
         f"{machine['device']}; {machine['threads']} CPU threads; torch {machine['torch']}, "
-        f"triton {machine['triton'] or 'absent'}, Python {machine['python']}; commit {machine['commit'] or 'unknown'}."
-    )
-    rate = (
-        f"torch.mm in this run: {rates or 'not measured'} GFLOP/s. "
+        f"triton {machine['triton'] or 'absent'}, Python {machine['python']}; commit {machine['commit'] or 'unknown'}.\n"
+        f"torch.mm in this run: {shown or 'not measured'} GFLOP/s. "
         f"Products of fp32 at torch's precision {machine['float32_matmul_precision']!r}. "
-        f"Load average before the run: {machine['load_average_before']}."
+        f"Load average before the run: {machine['load_average_before']}.\n{_LEGEND}"
     )
-    return f"{where}\n{rate}\n{_LEGEND}"
 
 
 def case_table(entry: dict[str, Any]) -> str:
@@ -100,34 +91,30 @@ def case_table(entry: dict[str, Any]) -> str:
     heading = f"## {entry['op']}: {entry['case']}, {entry['dtype']}"
     if "not_run" in entry:
         return f"{heading}\n\nNot run: {entry['not_run']}."
-    products = f"; {entry['products']} mandatory products" if entry["products"] else ""
     gradients = f"gradients of {', '.join(entry['gradients'])}" if entry["gradients"] else "forward"
+    products = f"; {entry['products']} mandatory products" if entry["products"] else ""
     facts = f"{sizes}; {gradients}{products}; on {entry['device']}"
     alone = entry.get("alone")
     if alone:
-        spread = f"{duration(alone['q1'])} to {duration(alone['q3'])}"
-        facts += f"; without the op {duration(alone['median'])} ({spread})"
+        facts += f"; without the op {duration(alone['median'])} ({_spread(alone)})"
     if entry.get("fma_peak_gflops") and entry["products"]:
         facts += f"; peak {entry['fma_peak_gflops']:,.0f} GFLOP/s"
-    eager = _median(entry, "eager")
     timed = [row for row in entry["providers"] if row["seconds"]]
-    rows = [_table_row(row, eager) for row in timed]
-    columns = _COLUMNS
-    if alone and rows:
-        columns = (*_COLUMNS, "the op's share")
-        of_eager = next((r["seconds_above_alone"] for r in timed if r["name"] == "eager"), None)
-        rows = [(*cells, _share(row, of_eager)) for cells, row in zip(rows, timed, strict=True)]
+    eager = next((row for row in timed if row["name"] == "eager"), None)
+    columns, rows = [*_COLUMNS], [_cells(row, eager) for row in timed]
+    if alone:
+        columns.append("the op's share")
+        for cells, row in zip(rows, timed, strict=True):
+            cells.append(_share(row, eager))
     if any("rank_peak_bytes" in row for row in timed):
-        columns = (*columns, "peak per rank")
-        peaks = [f"{row['rank_peak_bytes'] / 1e6:,.0f} MB" for row in timed]
-        rows = [(*cells, peak) for cells, peak in zip(rows, peaks, strict=True)]
+        columns.append("peak per rank")
+        for cells, row in zip(rows, timed, strict=True):
+            cells.append(f"{row['rank_peak_bytes'] / 1e6:,.0f} MB")
+    unmeasured = {row["peak_extra_note"] for row in entry["providers"] if "peak_extra_note" in row}
     notes = [
         f"- {row['name']}: {_note(row)}" for row in entry["providers"] if row["status"] != "ok"
     ]
-    unmeasured = {row["peak_extra_note"] for row in entry["providers"] if "peak_extra_note" in row}
-    parts = [heading, facts]
-    if rows:
-        parts.append(_aligned([columns, *rows]))
+    parts = [heading, facts, *([table(columns, rows)] if rows else [])]
     if unmeasured:
         parts.append(f"Peak memory is missing: {'; '.join(sorted(unmeasured))}.")
     if notes:
@@ -140,28 +127,35 @@ def _note(row: dict[str, Any]) -> str:
     return row["reason"] if absent else f"{row['status'].upper()}, {row['reason']}"
 
 
-def _table_row(row: dict[str, Any], eager: float | None) -> tuple[str, ...]:
-    seconds = row["seconds"]
-    memory = row.get("working_bytes")
-    return (
+def _spread(seconds: dict[str, float]) -> str:
+    return f"{duration(seconds['q1'])} to {duration(seconds['q3'])}"
+
+
+def _cells(row: dict[str, Any], eager: dict[str, Any] | None) -> list[str]:
+    seconds, memory = row["seconds"], row.get("working_bytes")
+    return [
         f"**{row['name']}**" if row["ours"] else row["name"],
         duration(seconds["median"]),
-        f"{duration(seconds['q1'])} to {duration(seconds['q3'])}, n = {seconds['samples']}",
-        f"{eager / seconds['median']:.2f}x" if eager else "",
+        f"{_spread(seconds)}, n = {seconds['samples']}",
+        f"{_median(eager) / seconds['median']:.2f}x" if eager else "",
         _three_digits(row["gflops"]) if "gflops" in row else "",
         _percent(row["share_of_peak"]) if "share_of_peak" in row else "",
         _percent(row["share_of_matmul"]) if "share_of_matmul" in row else "",
         f"{memory / 1e6:,.1f} MB" if memory is not None else "",
-    )
+    ]
 
 
-def _share(row: dict[str, Any], eager: float | None) -> str:
-    """What a provider takes above what the case takes without the op, and how many times eager's that is quicker."""
+def _share(row: dict[str, Any], eager: dict[str, Any] | None) -> str:
+    """A provider's time above that of the case without the op, and how many times eager's that is quicker."""
     above = row["seconds_above_alone"]
     if above <= 0:
         return "none measurable"
-    quicker = f", {eager / above:.1f}x" if eager and eager > 0 else ""
-    return duration(above) + quicker
+    of_eager = eager["seconds_above_alone"] if eager else 0.0
+    return duration(above) + (f", {of_eager / above:.1f}x" if of_eager > 0 else "")
+
+
+def _median(row: dict[str, Any]) -> float:
+    return row["seconds"]["median"]
 
 
 def _percent(share: float) -> str:
@@ -170,16 +164,6 @@ def _percent(share: float) -> str:
 
 def _three_digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:
@@ -191,91 +175,73 @@ def duration(seconds: float) -> str:
     return f"{seconds / 1e-9:.3g} ns"
 
 
-def _median(entry: dict[str, Any], name: str) -> float | None:
-    for row in entry["providers"]:
-        if row["name"] == name and row["seconds"]:
-            return row["seconds"]["median"]
-    return None
+def _is_fault(row: dict[str, Any]) -> bool:
+    return row["ours"] and row["status"] in ("wrong", "failed")
+
+
+def has_fault(results: list[dict[str, Any]]) -> bool:
+    """Whether a backend of ours gave a wrong result or broke."""
+    return any(_is_fault(row) for entry in results for row in entry["providers"])
 
 
 def summary(results: list[dict[str, Any]]) -> list[str]:
     """One line per case, losses as plainly as wins, faulty results first."""
-    faults, lines = [], []
-    wins = losses = 0
+    faults, ratios, lines = [], [], []
     for entry in results:
         where = f"{entry['op']}, {entry['case']}, {entry['dtype']}"
-        for row in entry["providers"]:
-            if row["ours"] and row["status"] in ("wrong", "failed"):
-                faults.append(f"- FAULT {where}: {row['name']} is {row['status']}: {row['reason']}")
+        for row in filter(_is_fault, entry["providers"]):
+            faults.append(f"- FAULT {where}: {row['name']} is {row['status']}: {row['reason']}")
         timed = [row for row in entry["providers"] if row["seconds"]]
         # Of the rivals' precision: rounding more than they do is no win. Nor is being quicker than another loss.
         ours = [row for row in timed if row["ours"] and not row.get("rounds_products")]
         rivals = [row for row in timed if not row["ours"] and not row.get("other_function")]
         if not ours or not rivals:
             continue
-        mine, rival = (min(rows, key=_row_median) for rows in (ours, rivals))
-        ratio = _row_median(rival) / _row_median(mine)
-        wins, losses = wins + (ratio >= 1), losses + (ratio < 1)
+        mine, rival = (min(rows, key=_median) for rows in (ours, rivals))
+        ratio = _median(rival) / _median(mine)
+        ratios.append(ratio)
         word = f"{ratio:.2f}x faster than" if ratio >= 1 else f"LOSS, {1 / ratio:.2f}x slower than"
         lines.append(f"- {where}: {mine['name']} {word} {rival['name']}")
     if not lines and not faults:
         return ["No fused backend was timed; the tables say why."]
-    return [*faults, *lines, f"- {wins} won, {losses} lost"]
+    wins = sum(ratio >= 1 for ratio in ratios)
+    return [*faults, *lines, f"- {wins} won, {len(ratios) - wins} lost"]
 
 
-def _row_median(row: dict[str, Any]) -> float:
-    return row["seconds"]["median"]
-
-
-def has_fault(results: list[dict[str, Any]]) -> bool:
-    """Whether a backend of ours gave a wrong result or broke."""
-    return any(
-        row["ours"] and row["status"] in ("wrong", "failed")
-        for entry in results
-        for row in entry["providers"]
-    )
-
-
-def plots(out: Path, stem: str, results: list[dict[str, Any]], title: str) -> tuple[list[str], str]:
-    """One figure per op: ``<stem>.png`` where there is one op, else ``<stem>-<op>.png``.
+def plots(
+    out: Path, stem: str, results: list[dict[str, Any]], title: str, together: bool
+) -> tuple[list[str], str]:
+    """One figure, ``<stem>.png``, or one per op, ``<stem>-<op>.png``.
 
     Returns:
-        The names of the files, and ``"ok"`` or why there is none.
-    """
-    ops = list(dict.fromkeys(entry["op"] for entry in results))
-    names, note = [], "no plot: nothing was timed"
-    for op in ops:
-        name = f"{stem}.png" if len(ops) == 1 else f"{stem}-{op}.png"
-        mine = [entry for entry in results if entry["op"] == op]
-        done = plot(out / name, mine, title if len(ops) == 1 else f"{op}: {title}")
-        if done == "ok":
-            names.append(name)
-        else:
-            note = done
-    return names, "ok" if names else note
-
-
-def plot(path: Path, results: list[dict[str, Any]], title: str) -> str:
-    """Speed relative to eager, one panel of bars per case, ours in colour.
-
-    Returns:
-        ``"ok"``, or why there is no plot.
+        The names of the files, and why there is none, as the end of a sentence.
     """
     try:
         import matplotlib
     except ImportError:
-        return "no plot: matplotlib is not installed"
+        return [], "; no plot: matplotlib is not installed"
     matplotlib.use("Agg")
+    figures = {f"{stem}.png": (title, results)}
+    if not together:
+        figures = {
+            f"{stem}-{op}.png": (f"{op}: {title}", [x for x in results if x["op"] == op])
+            for op in dict.fromkeys(entry["op"] for entry in results)
+        }
+    names = [name for name, figure in figures.items() if _plot(out / name, *figure)]
+    return names, "" if names else "; no plot: nothing was timed beside eager"
+
+
+def _plot(path: Path, title: str, results: list[dict[str, Any]]) -> bool:
+    """Speed relative to eager, one panel of bars per case, ours in colour; False if there is nothing to show."""
     from matplotlib import pyplot
 
     panels = []
     for entry in results:
-        eager = _median(entry, "eager")
-        timed = [row for row in entry["providers"] if row["seconds"]]
-        if eager is not None and timed:
-            panels.append((entry, eager, timed))
+        timed = {row["name"]: row for row in entry["providers"] if row["seconds"]}
+        if "eager" in timed:
+            panels.append((entry, _median(timed["eager"]), [*timed.values()]))
     if not panels:
-        return "no plot: nothing was timed beside eager"
+        return False
 
     bars = sum(len(timed) for _, _, timed in panels)
     figure, all_axes = pyplot.subplots(
@@ -293,11 +259,11 @@ def plot(path: Path, results: list[dict[str, Any]], title: str) -> str:
     figure.suptitle(title, size=10)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
-    return "ok"
+    return True
 
 
 def _draw_panel(axes, entry: dict[str, Any], eager: float, timed: list[dict[str, Any]]) -> None:
-    speeds = [eager / _row_median(row) for row in timed]
+    speeds = [eager / _median(row) for row in timed]
     limit = 1.3 * max(*speeds, 1.0)  # a single wild quartile must not make all bars short
     for y, (row, speed) in enumerate(zip(timed, speeds, strict=True)):
         # The quartiles of the time, as speeds.
@@ -306,7 +272,7 @@ def _draw_panel(axes, entry: dict[str, Any], eager: float, timed: list[dict[str,
         axes.plot(ends, [y, y], color="#333333", linewidth=1.2, solid_capstyle="butt")
         share = f", {_percent(row['share_of_peak'])} of peak" if "share_of_peak" in row else ""
         axes.annotate(
-            f"{speed:.2f}x   {duration(_row_median(row))}{share}",
+            f"{speed:.2f}x   {duration(_median(row))}{share}",
             (max(speed, *ends), y),
             (5, 0),
             textcoords="offset points",

@@ -1,4 +1,4 @@
-"""What the waiting of OpenMP's threads costs, on a quiet machine and on a busy one: ``python -m benchmarks waiting``.
+"""The cost of the waiting of OpenMP's threads, on a quiet machine and on a busy one: ``python -m benchmarks waiting``.
 
 Each setting runs in processes of its own, in turn, on the machine as it is and beside one process that never stops. A row is a
 step of training, in milliseconds on average, for it is the slow steps that a user waits for; the median of the rounds is shown.
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import fastnce
-from benchmarks import machine
+from benchmarks import machine, report
 from fastnce.waiting import SPINS, VARIABLES
 
 SETTINGS: dict[str, dict[str, str]] = {
@@ -123,16 +123,13 @@ def measure(rounds: int, seconds: float) -> dict[str, dict[str, dict[str, float]
 
 def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
     """As Markdown, milliseconds, with what the commands' setting costs."""
-    lines = [
-        f"| step, ms | {' | '.join(SETTINGS)} | {CHOSEN} against the best |",
-        "|---" * (len(SETTINGS) + 2) + "|",
-    ]
+    lines = []
     for state, steps in found.items():
         for step, values in steps.items():
-            shown = " | ".join(f"{value:.3g}" for value in values.values())
             ratio = values[CHOSEN] / min(values.values())
-            lines.append(f"| {step}, {state} | {shown} | {ratio:.2f}x |")
-    return "\n".join(lines)
+            shown = (f"{value:.3g}" for value in values.values())
+            lines.append((f"{step}, {state}", *shown, f"{ratio:.2f}x"))
+    return report.table(("step, ms", *SETTINGS, f"{CHOSEN} against the best"), lines)
 
 
 def main(out: Path | None, rounds: int = 5, seconds: float = 1.0) -> int:
@@ -140,11 +137,8 @@ def main(out: Path | None, rounds: int = 5, seconds: float = 1.0) -> int:
     facts = machine.describe(torch.device("cpu"))
     found = measure(rounds, seconds)
     print(table(found))
-    if out is not None:
-        stem = out / f"{machine.slug(facts['device'])}-waiting"
-        out.mkdir(parents=True, exist_ok=True)
-        stem.with_suffix(".json").write_text(json.dumps({"machine": facts, "ms": found}, indent=1))
-        stem.with_suffix(".md").write_text(f"# Waiting on {facts['device']}\n\n{table(found)}\n")
+    stem, text = f"{machine.slug(facts['device'])}-waiting", f"# Waiting on {facts['device']}\n\n"
+    report.save(out, stem, {"machine": facts, "ms": found}, f"{text}{table(found)}\n")
     return 0
 
 

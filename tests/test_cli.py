@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import torch
 from PIL import Image
 
 from fastnce import cli, doctor, waiting
-from fastnce.backends import build, build_cuda, native
+from fastnce.backends import build, native
 from fastnce.cli import tools
 from fastnce.errors import UserError
 from fastnce.training.checkpoint import load_checkpoint
@@ -343,13 +342,12 @@ def test_a_reader_that_stops_reading_is_no_error():
 
 
 def test_build_says_why_there_is_no_cuda_library(monkeypatch, capsys):
-    monkeypatch.setattr(build, "build", lambda: Path("native.so"))
-    monkeypatch.setattr(build_cuda, "gpu_targets", lambda: ("90a",))
+    monkeypatch.setattr(build, "gpu_targets", lambda: ("90a",))
     monkeypatch.setenv("NVCC", "no-such-nvcc")
     monkeypatch.delenv("FASTNCE_CUDA", raising=False)
     assert tools.build([]) == 0
-    expected = "Native library: native.so\nCUDA library: not built: there is no CUDA compiler 'no-such-nvcc'."
-    assert capsys.readouterr().out.startswith(expected)
+    expected = "CUDA library: not built: there is no CUDA compiler 'no-such-nvcc'."
+    assert expected in capsys.readouterr().out
     monkeypatch.setenv("FASTNCE_CUDA", "1")
     with pytest.raises(UserError, match="no CUDA compiler 'no-such-nvcc'"):
         tools.build([])

@@ -1,7 +1,7 @@
-"""Building and installing: with a compiler, without one, and where the choice is forced."""
+"""Building and installing: with a compiler, without one, where the choice is forced, and when something has changed."""
 
-import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,18 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from fastnce.backends import build, build_cuda, native
+import fastnce
+from fastnce.backends import build
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = (
-    "fastnce",
-    "triton_kernels",
-    "csrc",
-    "setup.py",
-    "pyproject.toml",
-    "MANIFEST.in",
-    "README.md",
-)
+SHIPPED = ("fastnce", "triton_kernels", "csrc", "setup.py", "pyproject.toml", "LICENSE")
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "setup.py").is_file(), reason="needs a checkout, not an installed package"
@@ -32,23 +25,14 @@ pytestmark = pytest.mark.skipif(
 def checkout(tmp_path_factory) -> Path:
     """A copy of the sources, so that nothing is built in the real ones."""
     copy = tmp_path_factory.mktemp("checkout")
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
     for name in SHIPPED:
-        source = ROOT / name
-        if source.is_dir():
-            ignore = shutil.ignore_patterns("*.so", "__pycache__")
-            shutil.copytree(source, copy / name, ignore=ignore)
-        elif source.is_file():
-            shutil.copy(source, copy / name)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+        else:
+            shutil.copy(ROOT / name, copy)
     (copy / "README.md").touch()
     return copy
-
-
-def make_wheel(checkout: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-build-isolation", "--no-deps"]
-    command += ["--no-index", "--quiet", "-w", str(folder)]
-    return subprocess.run(
-        command, cwd=checkout, env=environment_with(**environment), capture_output=True, text=True
-    )
 
 
 def environment_with(**changes: str) -> dict[str, str]:
@@ -57,322 +41,334 @@ def environment_with(**changes: str) -> dict[str, str]:
     return {**kept, **changes}
 
 
-def only_wheel(folder: Path) -> Path:
-    (wheel,) = folder.glob("*.whl")
-    return wheel
-
-
-def names_in(wheel: Path) -> set[str]:
-    with zipfile.ZipFile(wheel) as archive:
-        return set(archive.namelist())
-
-
-def fake_compiler(folder: Path, script: str, name: str = "fake-compiler") -> str:
-    """A program that logs that it was called, then does as the script says."""
-    folder.mkdir(parents=True, exist_ok=True)
-    compiler = folder / name
-    log = folder / "calls"
-    compiler.write_text(f'#!/bin/sh\necho "$@" >> {log}\n{script}\n')
-    compiler.chmod(0o755)
-    return str(compiler)
-
-
-# Writes the file that follows -o, with the stamp that the real compiler would have put into it.
-COMPILES = """
-stamp=""
-while [ $# -gt 0 ]; do
-  case "$1" in
-    -o) shift; out="$1" ;;
-    -DFASTNCE_BUILD_STAMP=*) stamp="$1" ;;
-    *.o) [ -f "$1" ] && stamp="$stamp$(cat "$1")" ;;
-    --version) echo "fake 1.0"; exit 0 ;;
-  esac
-  shift
-done
-printf '%s' "$stamp" > "$out"
-"""
-
-
-def test_without_a_compiler_the_wheel_is_pure(checkout, tmp_path):
-    done = make_wheel(checkout, tmp_path, CXX="no-such-compiler")
-    assert done.returncode == 0, done.stderr
-    wheel = only_wheel(tmp_path)
-    assert wheel.name.endswith("-py3-none-any.whl")
-    names = names_in(wheel)
-    assert not [name for name in names if name.endswith(".so")]
-    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-    assert {path.suffix for path in sources} == {".cpp", ".h", ".cu", ".cuh"}
-    shipped = {f"fastnce/{path.relative_to(ROOT)}" for path in sources}
-    assert shipped <= names, "`fastnce build` needs the sources"
-    kernels = {f"fastnce/{p.relative_to(ROOT)}" for p in (ROOT / "triton_kernels").glob("*.py")}
-    assert len(kernels) > 10 and kernels <= names
-    assert {"fastnce/viz/gallery.css", "fastnce/viz/gallery.js"} <= names
-    assert not [name for name in names if name.startswith("triton_kernels")]
-
-
-def test_the_pure_package_works_and_says_what_is_missing(checkout, tmp_path):
-    done = make_wheel(checkout, tmp_path, FASTNCE_NATIVE="0")
-    assert done.returncode == 0, done.stderr
-    with zipfile.ZipFile(only_wheel(tmp_path)) as archive:
-        archive.extractall(tmp_path / "site")
-    script = (
-        "import torch, fastnce; from fastnce.backends import native; print(fastnce.__file__); print(native.available()); "
-        "print(fastnce.info_nce(torch.eye(3), torch.eye(3)).item() > 0)"
-    )
-    environment = environment_with(
-        PYTHONPATH=str(tmp_path / "site"), XDG_CACHE_HOME=str(tmp_path / "cache")
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env=environment,
+def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=environment_with(**environment),
         capture_output=True,
         text=True,
     )
-    assert out.returncode == 0, out.stderr
-    file, reason, works = out.stdout.splitlines()
-    assert file.startswith(str(tmp_path))
-    assert "fastnce build" in reason
-    assert works == "True"
 
 
-def test_the_wheel_with_the_library_is_for_this_platform(checkout, tmp_path):
-    done = make_wheel(checkout, tmp_path, CXX=fake_compiler(tmp_path, COMPILES))
+def make_wheel(checkout: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "--quiet", "-w", str(folder))
+    return run("-m", "pip", "wheel", ".", *options, cwd=checkout, **environment)
+
+
+def wheel_of(checkout: Path, folder: Path, **environment: str) -> tuple[Path, set[str]]:
+    """The one wheel, and what is in it."""
+    done = make_wheel(checkout, folder, **environment)
     assert done.returncode == 0, done.stderr
-    wheel = only_wheel(tmp_path)
-    assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
-    assert f"fastnce/{build.LIBRARY}" in names_in(wheel)
+    (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        (metadata,) = (name for name in archive.namelist() if name.endswith("/WHEEL"))
-        assert "Root-Is-Purelib: false" in archive.read(metadata).decode()
+        return wheel, set(archive.namelist())
 
 
-def test_a_library_of_an_earlier_build_is_not_packed(checkout, tmp_path):
-    first, second = tmp_path / "first", tmp_path / "second"
-    assert make_wheel(checkout, first, CXX=fake_compiler(tmp_path, COMPILES)).returncode == 0
-    assert make_wheel(checkout, second, FASTNCE_NATIVE="0").returncode == 0
-    assert only_wheel(second).name.endswith("-any.whl")
-    assert f"fastnce/{build.LIBRARY}" not in names_in(only_wheel(second))
+def program(folder: Path, script: str, name: str = "compiler") -> str:
+    """A program that logs that it was called, then does as the script says."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / name
+    file.write_text(f'#!/bin/sh\necho "$@" >> {folder / "calls"}\n{script}\n')
+    file.chmod(0o755)
+    return str(file)
 
 
-BROKEN = 'echo "ops.cpp:1: error: out of ideas" >&2; exit 3'
+WRITES = """
+while [ $# -gt 0 ]; do
+  case "$1" in -o) : > "$2" ;; esac
+  shift
+done
+"""
+BROKEN = '[ "$1" = --version ] || { echo "ops.cpp:1: error: out of ideas" >&2; exit 3; }'
+NATIVE, CUDA = (f"fastnce/{library.file}" for library in (build.NATIVE, build.CUDA))
 
 
-def test_a_broken_compiler_is_no_obstacle_unless_forced(checkout, tmp_path):
-    done = make_wheel(checkout, tmp_path, CXX=fake_compiler(tmp_path, BROKEN))
+def test_without_a_compiler_the_wheel_is_pure_and_works(checkout, tmp_path):
+    wheel, names = wheel_of(checkout, tmp_path, CXX="no-such-compiler")
+    assert wheel.name == f"fastnce-{fastnce.__version__}-py3-none-any.whl"
+    assert not [name for name in names if name.endswith(".so")]
+    sources = {f"fastnce/{p.relative_to(ROOT)}" for p in (ROOT / "csrc").rglob("*.*")}
+    kernels = {f"fastnce/{p.relative_to(ROOT)}" for p in (ROOT / "triton_kernels").glob("*.py")}
+    assert len(sources) > 50 and sources <= names, "`fastnce build` needs the sources"
+    assert len(kernels) > 10 and kernels <= names
+    assert {"fastnce/viz/gallery.css", "fastnce/viz/gallery.js"} <= names
+    assert f"fastnce-{fastnce.__version__}.dist-info/licenses/LICENSE" in names
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    script = (
+        "import torch, fastnce, fastnce.triton_kernels as kernels; print(kernels.__file__); "
+        "print(fastnce.info_nce(torch.eye(3), torch.eye(3)).item() > 0); "
+        "print(fastnce.backends.available()['native'])"
+    )
+    site, cache = str(tmp_path / "site"), str(tmp_path / "cache")
+    done = run("-c", script, cwd=tmp_path, PYTHONPATH=site, XDG_CACHE_HOME=cache)
     assert done.returncode == 0, done.stderr
-    assert only_wheel(tmp_path).name.endswith("-any.whl")
+    file, works, reason = done.stdout.splitlines()
+    assert file == f"{site}/fastnce/triton_kernels/__init__.py"
+    assert works == "True"
+    assert reason.endswith("fastnce build")
 
 
-def test_forced_with_a_broken_compiler_is_an_error_with_its_message(checkout, tmp_path):
-    done = make_wheel(checkout, tmp_path, CXX=fake_compiler(tmp_path, BROKEN), FASTNCE_NATIVE="1")
+def test_the_wheel_with_libraries_is_for_this_platform(checkout, tmp_path):
+    compilers = {"CXX": program(tmp_path, WRITES), "NVCC": program(tmp_path, WRITES, "nvcc")}
+    wheel, names = wheel_of(checkout, tmp_path / "with", **compilers, FASTNCE_CUDA="1")
+    assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
+    assert {NATIVE, CUDA} <= names
+    assert not [name for name in names if name.endswith((".o", ".ninja"))]
+    # None of them is left over for the next one.
+    switches = {"FASTNCE_NATIVE": "0", "FASTNCE_CUDA": "0"}
+    wheel, names = wheel_of(checkout, tmp_path / "without", **compilers, **switches)
+    assert wheel.name.endswith("-any.whl")
+    assert not {NATIVE, CUDA} & names
+
+
+@pytest.mark.parametrize("what", ["broken compiler", "no ninja"])
+def test_what_is_missing_is_no_obstacle_unless_forced(checkout, tmp_path, what):
+    if what == "no ninja":
+        (tmp_path / "ninja.py").touch()  # in place of the package
+        here = {
+            "CXX": program(tmp_path, WRITES),
+            "PATH": str(tmp_path),
+            "PYTHONPATH": str(tmp_path),
+        }
+    else:
+        here = {"CXX": program(tmp_path, BROKEN)}
+    message = {"broken compiler": "error: out of ideas", "no ninja": "pip install ninja"}[what]
+    wheel, _ = wheel_of(checkout, tmp_path, **here)
+    assert wheel.name.endswith("-any.whl")
+    done = make_wheel(checkout, tmp_path / "forced", **here, FASTNCE_NATIVE="1")
     assert done.returncode != 0
-    assert "ops.cpp:1: error: out of ideas" in done.stdout + done.stderr
-    assert not list(tmp_path.glob("*.whl"))
+    assert "FASTNCE_NATIVE=1" in done.stderr and message in done.stderr
 
 
-def test_forced_without_a_compiler_is_an_error(checkout, tmp_path):
-    done = make_wheel(checkout, tmp_path, CXX="no-such-compiler", FASTNCE_NATIVE="1")
-    assert done.returncode != 0
-    assert "no C++ compiler 'no-such-compiler'" in done.stdout + done.stderr
+def test_on_a_machine_with_a_gpu_the_cuda_library_is_built_for_that_gpu(checkout, tmp_path):
+    program(tmp_path / "bin", "echo 9.0; echo 9.0", "nvidia-smi")
+    here = {
+        "CXX": program(tmp_path, WRITES),
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+    }
+    _, names = wheel_of(checkout, tmp_path, **here, NVCC=program(tmp_path, WRITES, "nvcc"))
+    assert CUDA in names
+    calls = (tmp_path / "calls").read_text()
+    assert "code=[sm_90a]" in calls
+    assert "sm_80" not in calls and "sm_100" not in calls
+    _, names = wheel_of(checkout, tmp_path / "without", **here, NVCC="no-such-nvcc")
+    assert CUDA not in names and NATIVE in names
+
+
+def test_the_kernels_are_found_beside_the_package_and_nothing_else_is():
+    script = (
+        "import fastnce.triton_kernels.config as c; print(c.__file__)\n"
+        "try:\n import fastnce.tests\nexcept ModuleNotFoundError as error: print(error.name)"
+    )
+    done = run("-c", script, cwd=ROOT.parent, PYTHONPATH=str(ROOT))
+    assert done.stdout.splitlines() == [str(ROOT / "triton_kernels/config.py"), "fastnce.tests"]
+
+
+def test_every_source_is_counted_where_a_library_is_compared_with_them():
+    counted = {
+        file
+        for library in (build.NATIVE, build.CUDA)
+        for pattern in library.sources
+        for file in (ROOT / "csrc").glob(pattern)
+    }
+    assert counted == {file for file in (ROOT / "csrc").rglob("*") if file.is_file()}
+
+
+# As setup.py has it: without the package, and so without torch.
+ALONE = f"import runpy; build = runpy.run_path({build.__file__!r}); "
+# A library that compiles in a moment.
+SMALL = {
+    "cpu/ops.cpp": '#include "both.h"\nint ops() { return both; }\n',
+    "cpu/both.h": "const int both = 2;\n",
+    "cpu/one.cpp": '#include "both.h"\n#include "one.h"\nint x() { return one + both; }\n',
+    "cpu/one.h": "const int one = 1;\n",
+    "cpu/two.cpp": '#include "both.h"\nint two() { return both; }\n',
+    "cuda/three.cu": "int three() { return 3; }\n",
+    "cuda/ops.cpp": "int ops() { return 2; }\n",
+}
+# nvcc, as far as the small library needs it.
+NVCC = """
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -gencode | -cudart) shift ;;
+    -Xcompiler=*) ;;
+    -Xlinker) words="$words -Wl,$2"; shift ;;
+    *.cu) words="$words -x c++ $1" ;;
+    *) words="$words $1" ;;
+  esac
+  shift
+done
+exec g++ -fPIC $words
+"""
+
+
+class Small:
+    """The small library, and what of it a build has made again."""
+
+    def __init__(self, folder: Path):
+        self.sources, self.objects = folder / "csrc", folder / "objects"
+        self.output = folder / "lib" / "small.so"
+        for name, text in SMALL.items():
+            (self.sources / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.sources / name).write_text(text)
+
+    def build(self, library: build.Library = build.NATIVE) -> set[str]:
+        before = self._times()
+        build.build(library, self.output, sources=self.sources, folder=self.objects)
+        now = self._times()
+        return {name.name.removesuffix(".o") for name in now if now[name] != before.get(name)}
+
+    def _times(self) -> dict[Path, int]:
+        return {file: file.stat().st_mtime_ns for file in self.objects.rglob("*.o")}
+
+    def change(self, name: str) -> None:
+        file = self.sources / name
+        file.write_text(f"{file.read_text()}\n")
 
 
 @pytest.fixture
-def sources(tmp_path) -> Path:
-    return shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-
-
-def test_only_changed_sources_are_compiled_again(sources, tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", fake_compiler(tmp_path, COMPILES))
-    monkeypatch.delenv("CXXFLAGS", raising=False)
+def small(tmp_path, monkeypatch) -> Small:
+    for name in ("CXX", "CXXFLAGS", "FASTNCE_LIBRARY"):
+        monkeypatch.delenv(name, raising=False)
     build.compiler_version.cache_clear()
-    library, calls = tmp_path / "lib" / build.LIBRARY, tmp_path / "calls"
-
-    def count() -> int:
-        return sum("-shared" in line for line in calls.read_text().splitlines())
-
-    assert build.build(library, sources=sources) == library
-    build.build(library, sources=sources)
-    assert count() == 1
-    header = sources / "common" / "vector.h"
-    header.write_text(header.read_text() + "\n")
-    build.build(library, sources=sources)
-    assert count() == 2
-    monkeypatch.setenv("CXXFLAGS", "-g")
-    build.build(library, sources=sources)
-    assert count() == 3
-    assert [path.name for path in library.parent.iterdir()] == [build.LIBRARY]
+    return Small(tmp_path)
 
 
-def test_a_named_library_takes_the_place_of_the_package_s(sources, tmp_path, monkeypatch):
-    """As `make sanitize` builds and loads one: the package's own is neither written nor looked at."""
-    own = tmp_path / "package" / build.LIBRARY
-    own.parent.mkdir()
-    own.write_bytes(b"the package's own")
-    monkeypatch.setattr(build, "PACKAGE", own.parent)
-    monkeypatch.setattr(build, "source_folder", lambda: sources)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert build.find_library() == own
-    monkeypatch.setenv("CXX", fake_compiler(tmp_path, COMPILES))
-    build.compiler_version.cache_clear()
-    named = tmp_path / "out" / "sanitize" / build.LIBRARY
-    monkeypatch.setenv("FASTNCE_LIBRARY", str(named))
-    assert build.find_library() is None
-    assert "not built" in native._load()
-    assert build.build() == named
-    assert build.find_library() == named
-    assert own.read_bytes() == b"the package's own"
-    monkeypatch.delenv("FASTNCE_LIBRARY")
-    assert build.find_library() == own
+def test_only_what_has_changed_is_compiled_again(small):
+    assert small.build() == {"ops.cpp", "one.cpp", "two.cpp"}
+    assert small.build() == set()
+    for changed, again in (
+        ("cpu/two.cpp", {"two.cpp"}),
+        ("cpu/one.h", {"one.cpp"}),
+        ("cpu/both.h", {"ops.cpp", "one.cpp", "two.cpp"}),
+    ):
+        small.change(changed)
+        assert small.build() == again, changed
+        assert small.build() == set()
+    assert [path.name for path in small.output.parent.iterdir()] == [small.output.name]
 
 
-def test_flags_of_the_caller_have_the_last_word(sources, tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", fake_compiler(tmp_path, COMPILES))
+def test_one_cuda_file_is_one_object(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("NVCC", program(tmp_path / "bin", NVCC))
+    assert small.build(build.CUDA) == {"three.cu", "ops.cpp"}
+    small.change("cuda/three.cu")
+    assert small.build(build.CUDA) == {"three.cu"}
+
+
+def test_flags_of_the_caller_are_seen_and_have_the_last_word(small, tmp_path, monkeypatch):
+    small.build()
+    monkeypatch.setenv("CXX", program(tmp_path / "bin", 'exec g++ "$@"'))
     monkeypatch.setenv("CXXFLAGS", "-O1 -fsanitize=address")
-    build.compiler_version.cache_clear()
-    build.build(tmp_path / "lib" / build.LIBRARY, sources=sources)
-    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert small.build() == {"ops.cpp", "one.cpp", "two.cpp"}
+    calls = [line.split() for line in (tmp_path / "bin/calls").read_text().splitlines()]
     compiles = [call for call in calls if "-c" in call]
-    assert compiles
+    assert len(compiles) == 3
     for call in compiles:
         assert [flag for flag in call if flag.startswith("-O")][-1] == "-O1"
     (link,) = (call for call in calls if "-shared" in call)
     assert "-fsanitize=address" in link
 
 
-def test_a_failed_build_leaves_the_old_library(sources, tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", fake_compiler(tmp_path, BROKEN))
-    build.compiler_version.cache_clear()
-    library = tmp_path / build.LIBRARY
-    library.write_bytes(b"old")
-    with pytest.raises(build.BuildError, match="exit code 3:(.|\n)*out of ideas"):
-        build.build(library, sources=sources)
-    assert library.read_bytes() == b"old"
+def test_a_change_that_is_no_newer_is_seen(small):
+    """As a file is that was unpacked, or copied with its time."""
+    small.build()
+    file = small.sources / "cpu/one.h"
+    file.write_text("const int one = 11;\n")
+    os.utime(file, (1, 1))
+    assert "one.cpp" in small.build()
 
 
-def test_torch_that_cannot_be_seen(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(build.BuildError, match="torch cannot be seen.*fastnce build"):
-        build.build(tmp_path / build.LIBRARY, sources=sources)
+def test_two_that_build_at_once_compile_once(small, tmp_path):
+    compiler = program(tmp_path / "bin", 'exec g++ "$@"')
+    paths = f"Path({str(small.sources)!r}), folder=Path({str(small.objects)!r})"
+    code = f"{ALONE}from pathlib import Path; build['build'](sources={paths})"
+    environment = environment_with(CXX=compiler, FASTNCE_LIBRARY=str(small.output))
+    command = [sys.executable, "-c", code]
+    both = [subprocess.Popen(command, env=environment) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    calls = (tmp_path / "bin/calls").read_text().splitlines()
+    assert sum(" -c " in call for call in calls) == 3
+    assert sum("-shared" in call for call in calls) == 1
 
 
-def test_a_folder_that_cannot_be_written_gives_way_to_the_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(build.os, "access", lambda path, mode: False)
-    assert tmp_path in build.writable_output(build.NATIVE).parents
+def test_a_failed_build_leaves_the_old_library_and_says_what_failed(small):
+    small.build()
+    old = small.output.read_bytes()
+    file = small.sources / "cpu/two.cpp"
+    file.write_text("int two() { return three; }\n")
+    with pytest.raises(build.BuildError, match="three"):
+        small.build()
+    assert small.output.read_bytes() == old
+
+
+def test_torch_that_cannot_be_seen(tmp_path):
+    # -S: without the installed packages
+    done = run("-S", "-c", f"{ALONE}build['build']()", cwd=tmp_path)
+    assert "torch cannot be seen" in done.stderr and "fastnce build" in done.stderr
+
+
+def test_a_folder_that_cannot_be_written_gives_way_to_the_cache(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and allowed(path, mode))
+    library = build.build(sources=small.sources)
+    assert tmp_path / "cache" in library.parents
+    assert library in build.library_candidates()
+
+
+def availability(library: Path) -> str:
+    code = "from fastnce import backends; print(backends.available()['native'])"
+    done = run("-c", code, cwd=ROOT, FASTNCE_LIBRARY=str(library), PYTHONPATH=str(ROOT))
+    return done.stdout.strip()
+
+
+def test_a_named_library_takes_the_place_of_the_package_s(small, tmp_path, monkeypatch):
+    """As `make sanitize` builds and loads one; why it cannot be used is a reason, not an exception."""
+    named = tmp_path / "named" / "some.so"
+    monkeypatch.setenv("FASTNCE_LIBRARY", str(named))
+    assert build.find_library() is None
+    assert "not built" in availability(named)
+    assert build.build(sources=small.sources, folder=small.objects) == named
+    assert build.find_library() == named
+    assert "built from other sources" in availability(named)
+    stamp = build.source_hash(ROOT / "csrc", build.NATIVE)
+    named.write_bytes(f"not ELF; fastnce-build:{stamp};".encode())
+    assert "cannot be loaded" in availability(named)
+
+
+def test_targets_are_those_named_else_those_of_this_machine_else_all(tmp_path, monkeypatch):
+    capabilities = "8.9 9.0 10.3 12.0 8.0"
+    program(tmp_path, f"printf '%s\\n' {capabilities}", "nvidia-smi")
+
+    def targets(**environment: str) -> str:
+        done = run("-c", f"{ALONE}print(*build['targets']())", cwd=tmp_path, **environment)
+        return done.stdout.strip() or done.stderr.splitlines()[-1]
+
+    assert targets(PATH="/nowhere").split() == list(build.TARGETS)
+    assert targets(PATH=f"{tmp_path}:{os.environ['PATH']}") == "80 90a 100 120"
+    assert targets(FASTNCE_CUDA_ARCHS="80; 120") == "80 120"
+    refused = targets(FASTNCE_CUDA_ARCHS="80;hopper")
+    assert "FASTNCE_CUDA_ARCHS" in refused and "'hopper'" in refused
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    ("switch", "gpus", "answer"),
     [
-        (None, "not built"),
-        (b"fastnce-build:0123;", "was built from other sources"),
-        (b"not a library", "was built from other sources"),
+        ("", (), "no GPU.*FASTNCE_CUDA=1"),
+        ("", ("80",), "ok"),
+        ("1", (), "ok"),
+        ("0", ("80",), "=0"),
     ],
 )
-def test_available_says_why_not(content, reason, tmp_path, monkeypatch):
-    library = tmp_path / build.LIBRARY
-    if content is not None:
-        library.write_bytes(content)
-    monkeypatch.setattr(build, "library_candidates", lambda _: [library])
-    assert reason in native._load()
-    assert native._load().endswith("Run: fastnce build")
+def test_why_the_cuda_library_is_not_wanted(monkeypatch, switch, gpus, answer):
+    monkeypatch.setattr(build, "gpu_targets", lambda: gpus)
+    monkeypatch.setenv("FASTNCE_CUDA", switch)
+    assert re.search(answer, build.wanted(build.CUDA))
 
 
-def test_a_library_that_does_not_load_is_a_reason_not_an_exception(tmp_path, monkeypatch):
-    library = tmp_path / build.LIBRARY
-    stamp = build.source_hash(build.source_folder(), build.NATIVE)
-    library.write_bytes(f"not ELF; fastnce-build:{stamp}-0;".encode())
-    monkeypatch.setattr(build, "library_candidates", lambda _: [library])
-    assert "cannot be loaded" in native._load()
-
-
-CUDA_FILE = f"fastnce/{build_cuda.LIBRARY.file}"
-GPU = "echo 9.0; echo 9.0"  # nvidia-smi's answer
-
-
-def test_the_cuda_library_is_built_on_request(checkout, tmp_path):
-    compilers = {
-        "CXX": fake_compiler(tmp_path, COMPILES),
-        "NVCC": fake_compiler(tmp_path, COMPILES, "nvcc"),
-    }
-    done = make_wheel(checkout, tmp_path / "with", **compilers, FASTNCE_CUDA="1")
-    assert done.returncode == 0, done.stderr
-    assert {CUDA_FILE, f"fastnce/{build.LIBRARY}"} <= names_in(only_wheel(tmp_path / "with"))
-    done = make_wheel(checkout, tmp_path / "without", **compilers, FASTNCE_CUDA="0")
-    assert done.returncode == 0, done.stderr
-    assert CUDA_FILE not in names_in(only_wheel(tmp_path / "without"))
-
-
-def test_on_a_machine_with_a_gpu_the_cuda_library_is_built_for_that_gpu(checkout, tmp_path):
-    fake_compiler(tmp_path / "bin", GPU, "nvidia-smi")
-    compilers = {
-        "CXX": fake_compiler(tmp_path, COMPILES),
-        "NVCC": fake_compiler(tmp_path, COMPILES, "nvcc"),
-    }
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    done = make_wheel(checkout, tmp_path, **compilers, PATH=path)
-    assert done.returncode == 0, done.stderr
-    assert CUDA_FILE in names_in(only_wheel(tmp_path))
-    calls = (tmp_path / "calls").read_text()
-    assert "code=[sm_90a]" in calls
-    assert "sm_80" not in calls and "sm_100" not in calls
-
-
-def test_a_gpu_without_a_cuda_compiler_is_no_obstacle_unless_forced(checkout, tmp_path):
-    fake_compiler(tmp_path / "bin", GPU, "nvidia-smi")
-    here = {
-        "CXX": fake_compiler(tmp_path, COMPILES),
-        "NVCC": "no-such-nvcc",
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-    }
-    done = make_wheel(checkout, tmp_path, **here)
-    assert done.returncode == 0, done.stderr
-    names = names_in(only_wheel(tmp_path))
-    assert CUDA_FILE not in names and f"fastnce/{build.LIBRARY}" in names
-    done = make_wheel(checkout, tmp_path / "forced", **here, FASTNCE_CUDA="1")
-    assert done.returncode != 0
-    assert (
-        "FASTNCE_CUDA=1, but there is no CUDA compiler 'no-such-nvcc'" in done.stdout + done.stderr
-    )
-
-
-@pytest.mark.parametrize(
-    ("capability", "target"),
-    [("8.0", "80"), ("8.9", "80"), ("9.0", "90a"), ("10.3", "100"), ("12.0", "120")],
-)
-def test_target_of_a_gpu(capability, target):
-    assert build_cuda.target_of(capability) == target
-
-
-def test_targets_are_those_named_else_those_of_this_machine_else_all(monkeypatch):
-    monkeypatch.delenv("FASTNCE_CUDA_ARCHS", raising=False)
-    monkeypatch.setattr(build_cuda, "gpu_targets", lambda: ())
-    assert build_cuda.targets() == build_cuda.TARGETS
-    monkeypatch.setattr(build_cuda, "gpu_targets", lambda: ("90a",))
-    assert build_cuda.targets() == ("90a",)
-    monkeypatch.setenv("FASTNCE_CUDA_ARCHS", "80; 120")
-    assert build_cuda.targets() == ("80", "120")
-    monkeypatch.setenv("FASTNCE_CUDA_ARCHS", "80;hopper")
-    with pytest.raises(build.BuildError, match="no target 'hopper'.*such as 80;90a;100"):
-        build_cuda.targets()
-
-
-def test_why_the_cuda_library_is_not_wanted(monkeypatch):
-    monkeypatch.setattr(build_cuda, "gpu_targets", lambda: ())
-    monkeypatch.delenv("FASTNCE_CUDA", raising=False)
-    assert "no GPU" in build_cuda.wanted() and "FASTNCE_CUDA=1" in build_cuda.wanted()
-    monkeypatch.setenv("FASTNCE_CUDA", "1")
-    assert build_cuda.wanted() == "ok"
-    monkeypatch.setenv("FASTNCE_CUDA", "0")
-    assert build_cuda.wanted() == "FASTNCE_CUDA=0"
-    monkeypatch.setenv("FASTNCE_CUDA", "yes")
-    with pytest.raises(build.BuildError, match="FASTNCE_CUDA must be 0 or 1, got 'yes'"):
-        build_cuda.wanted()
-
-
-def test_version_is_written_in_one_place(checkout, tmp_path):
-    version = importlib.import_module("fastnce").__version__
-    done = make_wheel(checkout, tmp_path, FASTNCE_NATIVE="0")
-    assert done.returncode == 0, done.stderr
-    assert only_wheel(tmp_path).name.startswith(f"fastnce-{version}-")
+def test_a_switch_is_0_or_1(monkeypatch):
+    monkeypatch.setenv("FASTNCE_NATIVE", "yes")
+    with pytest.raises(build.BuildError, match="FASTNCE_NATIVE.*'yes'"):
+        build.wanted(build.NATIVE)

@@ -1,4 +1,4 @@
-"""The command line: ``fastnce COMMAND ...``, also ``python -m fastnce``. A command is a file of this package."""
+"""The command line: ``fastnce COMMAND ...``, also ``python -m fastnce``."""
 
 from __future__ import annotations
 
@@ -6,34 +6,39 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from fastnce.cli.ablate import ablate
-from fastnce.cli.data import data
-from fastnce.cli.evaluate import evaluate
-from fastnce.cli.export import export
-from fastnce.cli.features import features
-from fastnce.cli.generate import generate
-from fastnce.cli.parsing import nearest
+from fastnce.cli import data, runs
+from fastnce.cli.parsing import run_with_options
 from fastnce.cli.tools import bench, build, doctor
-from fastnce.cli.train import train
-from fastnce.cli.translate import translate
-from fastnce.cli.visualize import visualize
-from fastnce.errors import UserError
+from fastnce.cli.train import ablate, train
+from fastnce.errors import UserError, known
 
 INTERRUPTED = 130
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
+# Functions whose signatures are the options, but for those that parse their arguments themselves.
+COMMANDS: dict[str, Callable | dict[str, Callable]] = {
     "train": train,
-    "translate": translate,
-    "generate": generate,
-    "features": features,
-    "evaluate": evaluate,
-    "export": export,
+    "translate": runs.translate,
+    "generate": runs.generate,
+    "features": runs.features,
+    "evaluate": runs.evaluate,
+    "export": runs.export,
     "ablate": ablate,
-    "visualize": visualize,
-    "data": data,
+    "visualize": {"gallery": runs.gallery, "pca": runs.pca, "similarity": runs.similarity},
+    "data": {
+        "digits": data.digits,
+        "digits-photos": data.digits_photos,
+        "photo-crops": data.photo_crops,
+        "photos": data.photos,
+        "single-photos": data.single_photos,
+    },
     "bench": bench,
     "build": build,
     "doctor": doctor,
+}
+_PARSE_THEMSELVES = (train, ablate, bench, build, doctor)
+_GROUPS = {
+    "visualize": "Show what a model learnt: similarity maps, components of its features, a run as a page.",
+    "data": "Write one of the built-in data sets.",
 }
 
 
@@ -52,20 +57,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"fastnce {fastnce.__version__}")
         return 0
-    name, rest = args[0], args[1:]
-    if name not in COMMANDS:
-        return _fail("fastnce", f"no command {name!r}. {nearest(name, COMMANDS)}")
+    name, who = args[0], "fastnce"
     try:
-        return COMMANDS[name](rest)
+        command, who = COMMANDS[known(name, COMMANDS, "command")], f"fastnce {name}"
+        if command in _PARSE_THEMSELVES:
+            return command(args[1:])
+        # One class is a natural thing to ask for.
+        rest = ["--classes" if arg == "--class" else arg for arg in args[1:]]
+        run_with_options(name, command, rest)
+        return 0
     except BrokenPipeError:  # such as `fastnce doctor | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except UserError as error:
         if os.environ.get("FASTNCE_DEBUG"):
             raise
-        return _fail(f"fastnce {name}", str(error))
+        print(f"{who}: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print(f"\nfastnce {name}: interrupted", file=sys.stderr)
+        print(f"\n{who}: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -76,14 +86,11 @@ def _help() -> str:
         "Fused exact contrastive losses, and CUT and ContraGAN on them.",
         "",
     ]
-    lines += [f"  {name:10} {function.__doc__}" for name, function in COMMANDS.items()]
+    for name, command in COMMANDS.items():
+        text = _GROUPS[name] if isinstance(command, dict) else command.__doc__.splitlines()[0]
+        lines.append(f"  {name:10} {text}")
     lines += [
         "",
         "fastnce COMMAND --help shows a command's options. fastnce --version shows the version.",
     ]
     return "\n".join(lines)
-
-
-def _fail(who: str, message: str) -> int:
-    print(f"{who}: error: {message}", file=sys.stderr)
-    return 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import inspect
 import io
 import re
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
-from fastnce.errors import UserError
+from fastnce.errors import UserError, known
 
 Parsed = Callable[..., Any] | type
 
@@ -27,9 +26,8 @@ def run_with_options(
         if not args or args[0] in ("-h", "--help"):
             args = ["--help"]
             tyro.extras.subcommand_cli_from_dict(function, prog=prog, args=args)
-        if args[0] not in function:
-            raise UserError(f"no {args[0]!r}. {nearest(args[0], function)}")
-        prog, function, args = f"{prog} {args[0]}", function[args[0]], args[1:]
+        name = known(args[0], function, command)
+        prog, function, args = f"{prog} {name}", function[name], args[1:]
     # What tyro calls only returns the values, so that what it prints is about parsing alone.
     hints = typing.get_type_hints(function)
     signature = inspect.signature(function)
@@ -97,26 +95,17 @@ def no_arguments(command: str, text: str | None, args: list[str]) -> None:
         raise UserError(f"takes no arguments, got {' '.join(args)!r}.")
 
 
-def nearest(name: str, names: Sequence[str] | dict | set) -> str:
-    """``Did you mean 'train'? Expected one of: ...``."""
-    close = difflib.get_close_matches(name, names, n=1)
-    guess = f"Did you mean {close[0]!r}? " if close else ""
-    return f"{guess}Expected one of: {', '.join(names)}."
-
-
 def _dashed(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
 def _check_names(names: set[str], required: Sequence[str], args: Sequence[str]) -> None:
-    known = {_dashed(f"{no}{name}") for name in names for no in ("", "no_")}
+    options = {_dashed(name) for name in names}
+    negated = {option.replace("--", "--no-", 1) for option in options}
     given = named_in(args)
     for option in map(_dashed, given):
-        if option not in known:
-            close = difflib.get_close_matches(option, known, n=1)
-            shown = sorted(_dashed(name) for name in names)
-            rest = f"Did you mean {close[0]!r}?" if close else f"Use one of: {', '.join(shown)}."
-            raise UserError(f"unknown option {option!r}. {rest}")
+        if option not in negated:
+            known(option, options, "option")
     for name in required:
         if name not in given:
             raise UserError(f"{_dashed(name)} is missing. Give it as an option.")

@@ -21,26 +21,26 @@ def doctor(args: list[str]) -> int:
 
 def build(args: list[str]) -> int:
     """Compile the native library and, where there is a GPU or with FASTNCE_CUDA=1, the CUDA library."""
-    from fastnce.backends import build as native
+    from fastnce.backends import build as building
 
     no_arguments("build", build.__doc__, args)
     try:
-        print(f"Native library: {native.build()}")
-        print(f"CUDA library: {_build_cuda()}")
-    except native.BuildError as error:
+        print(f"Native library: {building.build()}")
+        print(f"CUDA library: {_cuda_library()}")
+    except building.BuildError as error:
         raise UserError(str(error)) from error
     return 0
 
 
-def _build_cuda() -> Path | str:
+def _cuda_library() -> Path | str:
     """The library, or why there is none: without a compiler that is no error, unless it was asked for."""
-    from fastnce.backends import build_cuda
+    from fastnce.backends import build as building
 
-    reason = build_cuda.wanted()
+    reason = building.wanted(building.CUDA)
     if reason == "ok":
         try:
-            return build_cuda.build()
-        except build_cuda.BuildError as error:
+            return building.build(building.CUDA)
+        except building.BuildError as error:
             if os.environ.get("FASTNCE_CUDA") == "1":
                 raise
             reason = str(error)

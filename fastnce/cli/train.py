@@ -1,4 +1,4 @@
-"""`fastnce train`."""
+"""`fastnce train` and `fastnce ablate`."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import argparse
 import json
 import os
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import get_type_hints
 
-from fastnce.cli.parsing import import_tyro, named_in, parse
-from fastnce.errors import UserError
+from fastnce.cli.parsing import import_tyro, named_in, parse, run_with_options
+from fastnce.errors import UserError, known
 
 
 def train(args: list[str]) -> int:
     """Train a model on folders of images. Run the same command again to resume."""
     tyro = import_tyro()
+    from fastnce.systems import of_variant, variants
     from fastnce.training import train as run_training
-    from fastnce.training.build import known, layered_values, required_fields
-    from fastnce.training.config import to_dict
-    from fastnce.training.presets import PRESETS, VARIANTS
+    from fastnce.training.config import layered_values, required_fields, to_dict
     from fastnce.training.ranks import leave
 
     if not args or args[0] in ("-h", "--help"):
-        print(f"usage: fastnce train {{{','.join(VARIANTS)}}} --data DIR --out DIR [OPTIONS]\n")
+        print(f"usage: fastnce train {{{','.join(variants())}}} --data DIR --out DIR [OPTIONS]\n")
         print("fastnce train cut --help shows the options of CUT.")
         return 0
-    variant = known(args[0], VARIANTS, "model")
+    variant = known(args[0], variants(), "model")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     first.add_argument("--config")
@@ -44,7 +44,7 @@ def train(args: list[str]) -> int:
         also=("preset", "config", "dry_run"),
         default=config_class(**(dict.fromkeys(needed, tyro.MISSING) | values)),
         description=(
-            f"Also: --preset {{{','.join(PRESETS[config_class.system])}}} sets several options at once; --config FILE reads options from a JSON "
+            f"Also: --preset {{{','.join(of_variant(variant).presets)}}} sets several options at once; --config FILE reads options from a JSON "
             "file, such as the config.json of a run; --dry-run prints the resulting configuration and stops. "
             "Later ones win: defaults, preset, file, options."
         ),
@@ -55,6 +55,57 @@ def train(args: list[str]) -> int:
     _check_requested_backend()
     run_training(config)
     leave()
+    return 0
+
+
+def ablate(args: list[str]) -> int:
+    """Train with one choice changed at a time, over several seeds, and compare."""
+    from fastnce.training.ablation import ablate as compare
+    from fastnce.training.ablation import ablations
+
+    choices = ablations()
+    if not args or args[0] in ("-h", "--help"):
+        print(f"usage: fastnce ablate {{{','.join(choices)}}} --data DIR --out DIR [OPTIONS]\n")
+        for name, ablation in choices.items():
+            print(f"{name}: {'; '.join(ablation.choices)}.")
+        return 0
+    variant = known(args[0], choices, "ablation")
+
+    def run_ablate(
+        data: Path,
+        out: Path,
+        preset: str | None = "digits",
+        seeds: tuple[int, ...] = (0, 1, 2),
+        only: tuple[str, ...] = (),
+        steps: int | None = None,
+    ) -> None:
+        """A run of its own for each choice and seed, evaluated; ablation.json, .md and .png compare them.
+
+        Run the same command again to resume, or with more seeds or choices to add to it.
+
+        Args:
+            data: Folder of the data.
+            out: Folder for the runs and the comparison; created.
+            preset: Preset of all runs.
+            seeds: Seeds; from two on there is a spread.
+            only: Compare these choices only, the first one with the others; by default all.
+            steps: Steps of each run, if not those of the preset.
+        """
+        count = len(only or choices[variant].choices)
+        print(f"{variant}: {count} choices, {len(seeds)} seeds, a run in {out} for each")
+        _, table = compare(
+            variant,
+            data=data,
+            out=out,
+            preset=preset,
+            seeds=seeds,
+            only=only,
+            overrides={} if steps is None else {"steps": steps},
+        )
+        print(table)
+        print(f"Written: {out / 'ablation'}.json, .md and .png")
+
+    run_with_options(f"ablate {variant}", run_ablate, args[1:])
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What judges images: a digits set's own classifier, a TorchScript file of the user's, or torch-fidelity's Inception."""
+"""Networks that judge images: a TorchScript file of the user's, or torch-fidelity's Inception."""
 
 import hashlib
 import warnings
@@ -7,10 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastnce.data.folders import to_uint8
-from fastnce.data.recipe import LABELS_FILE, read_labels
+from fastnce.data.images import to_uint8
 from fastnce.errors import UserError
-from fastnce.metrics.digit_classifier import load_digit_classifier
 
 # The name that stands for torch-fidelity's Inception in the place of a file.
 FIDELITY = "torch-fidelity"
@@ -21,13 +19,8 @@ def load_scripted(
 ) -> tuple[nn.Module, str]:
     """A module from a TorchScript file in eval mode, and its name: the file's, and twelve digits of the content's hash.
 
-    Args:
-        what: "extractor" or "segmenter", for errors.
-        path: The file, as `torch.jit.save` wrote it. Use only files whose origin you trust.
-        device: Where it runs.
-
-    Raises:
-        UserError: If there is no such file, or it is no TorchScript module.
+    UserError if there is no such file, or it is no TorchScript module; `what` names it there. Use only files whose origin you
+    trust.
     """
     path = Path(path)
     if not path.is_file():
@@ -51,10 +44,9 @@ def load_scripted(
 class ScriptedExtractor(nn.Module):
     """A feature extractor from a TorchScript file, for images of any kind.
 
-    The module takes (N, 3, H, W) uint8, resizes by itself if it has to, and returns features (N, F).
-    One whose `forward` has the argument `return_features`, as the widely used Inception-v3 file of
-    2015-12-05 has (2048 features), is called with `return_features=True` for its features, and with
-    `no_output_bias=True` for the class probabilities of the Inception score.
+    The module takes (N, 3, H, W) uint8, resizes by itself if it has to, and returns features (N, F). One whose `forward` has
+    the argument `return_features` is called with `return_features=True` for its features, and with `no_output_bias=True` for
+    the class probabilities of the Inception score. Such is the widely used Inception-v3 file of 2015-12-05 (2048 features).
 
     Args:
         path: The file, as `torch.jit.save` wrote it. Use only files whose origin you trust.
@@ -136,39 +128,3 @@ def load_extractor(extractor: Path | str, device: torch.device | str = "cpu") ->
     if str(extractor) == FIDELITY:
         return FidelityInception(device)
     return ScriptedExtractor(extractor, device)
-
-
-def generation_evaluator(
-    data_root: Path | str,
-    extractor: Path | str | None = None,
-    *,
-    device: torch.device | str = "cpu",
-    cache: Path | str | None = None,
-    progress: bool = True,
-) -> nn.Module:
-    """What judges images generated after a data set.
-
-    Args:
-        data_root: Folder of the set.
-        extractor: See `load_extractor`; by default a digits set's classifier.
-        device: Where a scripted extractor runs.
-        cache: Folder of the classifier's cache; see `load_digit_classifier`.
-        progress: Shows a bar if the classifier has to be trained first.
-
-    Raises:
-        UserError: If there is no extractor and the set is not a digits set, or the file is no
-            TorchScript module.
-    """
-    if extractor is not None:
-        return load_extractor(extractor, device)
-    if not Path(data_root).is_dir():
-        raise UserError(f"{data_root}: no such folder. Expected the folder of a data set.")
-    has_recipe = Path(data_root, LABELS_FILE).is_file()
-    kind = read_labels(data_root)["recipe"].get("kind") if has_recipe else None
-    if kind != "digits":
-        raise UserError(
-            f"{data_root}: the built-in judge of generated images reads sets of "
-            "`fastnce data digits` only. For other images give --extractor FILE, a TorchScript "
-            "module from (N, 3, H, W) uint8 to features, such as the Inception-v3 of 2015-12-05."
-        )
-    return load_digit_classifier(data_root, cache=cache, progress=progress)

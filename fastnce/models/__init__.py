@@ -1,14 +1,11 @@
-"""The objective of each system: which losses, on what, in which order."""
+"""The objective of each system: which losses, on what, in which order. They lie with their systems, in `fastnce.systems`."""
 
-from fastnce.models.contragan import ContraGAN
-from fastnce.models.contragan_config import ContraGANConfig
-from fastnce.models.cut import CUT
-from fastnce.models.cut_config import CUTConfig
-from fastnce.models.cyclegan import CycleGAN, CycleGANConfig
-from fastnce.models.dclgan import DCLGAN
-from fastnce.models.dclgan_config import DCLGANConfig
-from fastnce.models.pix2pix import Pix2Pix, Pix2PixConfig
-from fastnce.models.representation import Representation, RepresentationConfig
+from fastnce.systems.contragan import ContraGAN, ContraGANConfig
+from fastnce.systems.cut import CUT, CUTConfig
+from fastnce.systems.cyclegan import CycleGAN, CycleGANConfig
+from fastnce.systems.dclgan import DCLGAN, DCLGANConfig
+from fastnce.systems.pix2pix import Pix2Pix, Pix2PixConfig
+from fastnce.systems.representation import Representation, RepresentationConfig
 
 __all__ = [
     "CUT",

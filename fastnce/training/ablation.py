@@ -5,106 +5,22 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastnce import viz
-from fastnce.errors import UserError
-from fastnce.metrics.representation import TRAINED_ENCODER
+from fastnce.errors import UserError, known
 from fastnce.metrics.tables import markdown_table, write_result
-from fastnce.training.build import build_config, known
+from fastnce.systems import SYSTEMS
+from fastnce.systems.system import Ablation
+from fastnce.training.config import build_config
 from fastnce.training.evaluation import evaluate_run
 from fastnce.training.loop import train
 
 
-@dataclass(frozen=True)
-class Ablation:
-    """What is compared.
-
-    Attributes:
-        choices: name -> option values; the first one is what the others are held against.
-        measures: the numbers of an evaluation that are compared: name in its rows -> (title, format).
-        row: name of the evaluation's row that holds the run's own numbers.
-    """
-
-    choices: Mapping[str, Mapping[str, object]]
-    measures: Mapping[str, tuple[str, str]]
-    row: str
-
-
-_ENCODER_MEASURES = {
-    "knn_200": ("k-NN, k=200", ".3f"),
-    "knn_20": ("k-NN, k=20", ".3f"),
-    "linear": ("linear", ".3f"),
-}
-
-ABLATIONS: dict[str, Ablation] = {
-    "contragan": Ablation(
-        choices={
-            "2C, real samples in G's contrast": {"conditioning": "2C", "contrast_set": "real"},
-            "2C in groups of 8": {"conditioning": "2C", "contrast_set": "groups"},
-            "2C, published": {"conditioning": "2C", "contrast_set": "batch"},
-            "2C, published, batch of 16": {
-                "conditioning": "2C",
-                "contrast_set": "batch",
-                "batch_size": 16,
-            },
-            "D2D-CE (ReACGAN)": {
-                "conditioning": "D2DCE",
-                "temperature": 0.5,
-                "lambda_cond": 0.5,
-            },
-            "auxiliary classifier (ACGAN)": {"conditioning": "AC"},
-            "projection (ProjGAN)": {"conditioning": "PD"},
-        },
-        measures={
-            "class_accuracy": ("class accuracy", ".3f"),
-            "fid": ("FID", ".2f"),
-            "intra_class_fid": ("intra-class FID", ".1f"),
-            "recall": ("recall", ".3f"),
-        },
-        row="generated",
-    ),
-    "cut": Ablation(
-        choices={
-            "CUT": {},
-            "contrastive loss off": {"lambda_nce": 0.0},
-            "identity loss off": {"nce_idt": False},
-            "16 patches": {"num_patches": 16},
-            "4 patches": {"num_patches": 4},
-            "last layer only": {"nce_layers": (15,)},
-            "negatives of the whole batch": {"negatives": "batch"},
-            "negatives of earlier images": {"negatives": "queue"},
-            "negatives of the image and earlier ones": {"negatives": "image+queue"},
-            "FastCUT": {"nce_idt": False, "lambda_nce": 10.0, "flip_equivariance": True},
-        },
-        measures={
-            "content_accuracy": ("content accuracy", ".3f"),
-            "fid_share": ("FID, share of untranslated", ".4f"),
-        },
-        row="translated",
-    ),
-    # The methods, and in SimCLR's place the families of losses before it.
-    "simclr": Ablation(
-        choices={
-            "SimCLR": {},
-            "MoCo v2": {"method": "moco", "temperature": 0.1},
-            "SupCon": {"method": "supcon", "temperature": 0.1},
-            "InfoNCE, one direction": {"loss": "info_nce"},
-            "N-pair": {"loss": "n_pair"},
-            "triplet": {"loss": "triplet"},
-            "pair": {"loss": "pair"},
-        },
-        measures=_ENCODER_MEASURES,
-        row=TRAINED_ENCODER,
-    ),
-    "moco": Ablation(
-        choices={f"{2**n} negatives": {"queue_size": 2**n} for n in range(6, 17, 2)},
-        measures=_ENCODER_MEASURES,
-        row=TRAINED_ENCODER,
-    ),
-}
+def ablations() -> dict[str, Ablation]:
+    """What can be compared, by the name of the variant."""
+    return {name: a for system in SYSTEMS.values() for name, a in system.ablations.items()}
 
 
 def ablate(
@@ -122,7 +38,7 @@ def ablate(
     A run is in `out/CHOICE/seed-N`. Writes `ablation.json`, `ablation.md` and `ablation.png` into `out`.
 
     Args:
-        variant: a key of `ABLATIONS`.
+        variant: a key of `ablations()`.
         data: folder of the data.
         out: folder; created.
         preset: see `build_config`.
@@ -138,7 +54,7 @@ def ablate(
     Raises:
         UserError: an unknown name, or whatever a training or an evaluation raises.
     """
-    ablation = ABLATIONS[known(variant, ABLATIONS, "ablation")]
+    ablation = ablations()[known(variant, ablations(), "ablation")]
     names = [known(name, ablation.choices, "choice") for name in only] or list(ablation.choices)
     if not seeds:
         raise UserError("seeds is empty. Give at least one, such as --seeds 0 1 2.")

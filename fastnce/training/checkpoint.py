@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from fastnce.data.files import atomic_path
 from fastnce.errors import UserError
 
 FORMAT = 1
@@ -26,29 +27,18 @@ def save_checkpoint(state: dict, path: Path) -> None:
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        _keep_previous(path)
-        os.replace(temporary, path)
+        with atomic_path(path) as temporary:
+            with temporary.open("wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            _keep_previous(path)
         _sync_folder(path.parent)
-    except OSError as error:
+    except (OSError, UserError) as error:
         size = buffer.getbuffer().nbytes / 2**20
         kept = " The checkpoint before it is untouched." if path.exists() else ""
-        raise UserError(
-            f"{path}: the checkpoint ({size:.1f} MiB) cannot be written ({error.strerror}).{kept} "
-            "Free some space and run the same command again."
-        ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        raise UserError(f"{error} The checkpoint has {size:.1f} MiB.{kept}") from error
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -74,6 +64,12 @@ def load_checkpoint(path: Path) -> dict:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: is no checkpoint of fastnce training. Name one, such as last.pt.")
     return state
+
+
+def below(state: dict[str, Any], attribute: str) -> dict[str, Any]:
+    """The part of a model's state dict that belongs to an attribute."""
+    prefix = f"{attribute}."
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def previous_path(path: Path) -> Path:

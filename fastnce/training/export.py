@@ -8,10 +8,10 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,46 +19,31 @@ from torch.export import Dim
 
 from fastnce.data.files import atomic_path
 from fastnce.errors import UserError
-from fastnce.networks.stylegan2_layers import NoiseInjection
-from fastnce.training.checkpoint import load_checkpoint
-from fastnce.training.config import (
-    ContraGANTrainConfig,
-    RepresentationTrainConfig,
-    TrainConfig,
-    UnpairedTrainConfig,
-)
+from fastnce.networks.stylegan2 import NoiseInjection
+from fastnce.training.checkpoint import below
+from fastnce.training.runs import Run, opened
 from fastnce.training.shared import CONFIG_KEY, shared_values, write_shared
-from fastnce.training.systems import SYSTEMS
-from fastnce.training.translate import (
-    checkpoint_path,
-    in_direction,
-    load_config,
-    load_generator,
-)
 
 # How far the exported graph may be from the network, as a share of the largest output: rounding.
 _TOLERANCE = 1e-3
 
 
 def export_published(
-    run: Path,
+    run: Run | Path,
     out: Path,
     *,
     label: str = "latest",
-    which: Literal["ema", "raw"] = "ema",
-    checkpoint: str | Path = "last",
     module_prefix: bool = False,
+    **how: Any,
 ) -> list[Path]:
     """Writes a run's networks as the published repository keeps them: `out/{label}_net_{G,D,F}.pth`, plain state dicts.
 
     Args:
-        run: folder of the run.
+        run: the run, or its folder. With "ema" weights the generator is the average; the other networks have none.
         out: folder for the files; created.
         label: the epoch in the files' names.
-        which: "ema" for the running average of the generator's weights, "raw" for the weights that training goes on from.
-            The other networks have no average.
-        checkpoint: "last", "best", or the path of a checkpoint file.
         module_prefix: put `module.` before every key, as the published code does when it trains on a CPU.
+        how: for a folder, what `Run` needs to open it.
 
     Returns:
         The files.
@@ -66,19 +51,19 @@ def export_published(
     Raises:
         UserError: no such run or checkpoint, a system that no published repository has, or `out` cannot be written.
     """
-    config = load_config(run)
-    system = SYSTEMS[config.system]
+    run = opened(run, **how)
+    system = run.system
     if not system.published:
         raise UserError(
-            f"a run of {config.system} has no published layout of files. Use format=safetensors."
+            f"a run of {system.name} has no published layout of files. Use format=safetensors."
         )
-    state = load_checkpoint(checkpoint_path(run, checkpoint))
+    state = run.state()
     model: dict[str, Tensor] = dict(state["model"])
-    if which == "ema":
+    if run.weights == "ema":
         model |= {f"{system.network_name}.{k}": v for k, v in state["average"]["module"].items()}
     written = []
     for name, attribute in system.published.items():
-        weights = _below(model, f"{attribute}.")
+        weights = below(model, attribute)
         if weights:
             path = Path(out) / f"{label}_net_{name}.pth"
             prefix = "module." if module_prefix else ""
@@ -87,16 +72,10 @@ def export_published(
     return written
 
 
-def export_shared(
-    run: Path,
-    out: Path,
-    *,
-    which: Literal["ema", "raw"] = "ema",
-    checkpoint: str | Path = "last",
-) -> Path:
+def export_shared(run: Run | Path, out: Path, **how: Any) -> Path:
     """Writes the network that a run was made for, with its configuration, as `out/model.safetensors`.
 
-    The file takes the place of the run's folder wherever a trained network is read.
+    The file takes the place of the run's folder wherever a trained network is read. `how` opens a folder: see `Run`.
 
     Returns:
         The file.
@@ -104,20 +83,19 @@ def export_shared(
     Raises:
         UserError: no such run or checkpoint, or `out` cannot be written.
     """
-    network, config = load_generator(run, which=which, checkpoint=checkpoint)
+    run = opened(run, **how)
     path = Path(out) / "model.safetensors"
-    write_shared(network, config, path)
+    write_shared(run.network, run.config, path)
     return path
 
 
 def export_graph(
-    run: Path,
+    run: Run | Path,
     out: Path,
     format: Literal["onnx", "torchscript"],
     *,
-    which: Literal["ema", "raw"] = "ema",
-    checkpoint: str | Path = "last",
     direction: str | None = None,
+    **how: Any,
 ) -> tuple[Path, str]:
     """Writes the network that a run was made for as a graph that runs without this package, in plain operations.
 
@@ -129,12 +107,11 @@ def export_graph(
     The file is then run with a batch and a size that the export did not see, in onnxruntime or by PyTorch, and compared.
 
     Args:
-        run: folder of the run, or a file that takes its place.
+        run: the run, or its folder, or a file that takes its place.
         out: folder for the file; created.
         format: "onnx" or "torchscript".
-        which: "ema" for the running average of the weights, "raw" for the weights themselves.
-        checkpoint: "last", "best", or the path of a checkpoint file.
         direction: "AtoB" or "BtoA" for systems that learn both; None: that of the training.
+        how: for a folder, what `Run` needs to open it.
 
     Returns:
         The file, and a line on how it was checked.
@@ -142,18 +119,16 @@ def export_graph(
     Raises:
         UserError: no such run or checkpoint, a package is missing, the file differs from the network, or it cannot be written.
     """
-    network, config = load_generator(run, which=which, checkpoint=checkpoint)
-    channels = getattr(config, "image_channels", 3)
-    if isinstance(config, UnpairedTrainConfig):
-        network, channels = in_direction(network, config, direction)
-    elif direction is not None:
-        raise UserError(f"direction={direction}: a run of {config.system} has none. Leave it out.")
+    run = opened(run, **how)
+    network, channels = run.system.in_direction(run.network, run.config, direction)
     without_noise = _leave_out_noise(network)
-    seen, unseen = (_graph_inputs(network, config, channels, n) for n in (2, 3))
-    text = json.dumps(shared_values(config))
+    seen, unseen = (
+        run.system.graph_inputs(network, run.config, channels, count) for count in (2, 3)
+    )
+    text = json.dumps(shared_values(run.config))
     if format == "onnx":
         path = Path(out) / "model.onnx"
-        data = _onnx(network, config, seen, text)
+        data = _onnx(network, seen, run.system.any_size, run.system.output, text)
     else:
         path = Path(out) / "model.torchscript.pt"
         data = _torchscript(network, seen, text)
@@ -185,29 +160,10 @@ def _leave_out_noise(network: nn.Module) -> bool:
     return bool(places)
 
 
-def _graph_inputs(
-    network: nn.Module, config: TrainConfig, channels: int, count: int
-) -> dict[str, Tensor]:
-    """Random inputs by name: `count` of them, for translation in a size of their own."""
-    random = torch.Generator().manual_seed(count)
-    if isinstance(config, ContraGANTrainConfig):
-        z = torch.randn(count, config.latent_dim, generator=random)
-        return {"z": z, "label": torch.arange(count) % config.num_classes}
-    if isinstance(config, RepresentationTrainConfig):
-        height = width = config.image_size
-    else:
-        multiple = getattr(network, "size_multiple", 4)
-        least = -(-32 // multiple)
-        height, width = multiple * (least + count - 2), multiple * (least + 1)
-    return {"image": torch.rand(count, channels, height, width, generator=random) * 2 - 1}
-
-
-_OUTPUTS = {"contragan": "image", "representation": "features"}
-
-
-def _onnx(network: nn.Module, config: TrainConfig, inputs: dict[str, Tensor], text: str) -> bytes:
+def _onnx(
+    network: nn.Module, inputs: dict[str, Tensor], sized: bool, output: str, text: str
+) -> bytes:
     _package("onnx"), _package("onnxscript")
-    sized = isinstance(config, UnpairedTrainConfig)
     axes = {0: Dim.DYNAMIC, **({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if sized else {})}
     with _quiet():
         program = torch.onnx.export(
@@ -218,7 +174,7 @@ def _onnx(network: nn.Module, config: TrainConfig, inputs: dict[str, Tensor], te
                 axes if x.is_floating_point() else {0: Dim.DYNAMIC} for x in inputs.values()
             ),
             input_names=list(inputs),
-            output_names=[_OUTPUTS.get(config.system, "translation")],
+            output_names=[output],
             verbose=False,
         )
         proto = program.model_proto
@@ -269,10 +225,6 @@ def _package(name: str) -> ModuleType:
         raise UserError(
             f"format=onnx needs the package {name}. Install it with: pip install 'fastnce[export]'"
         ) from error
-
-
-def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def _save(state: dict[str, Tensor], path: Path) -> None:

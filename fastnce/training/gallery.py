@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fastnce.errors import UserError
-from fastnce.training.build import layered_values
-from fastnce.training.config import TrainConfig, to_dict
+from fastnce.systems import TrainConfig, system_named
+from fastnce.training.config import as_option, layered_values, to_dict
 from fastnce.training.log import read_metrics
-from fastnce.training.presets import PRESETS, VARIANTS
-from fastnce.training.systems import SYSTEMS
-from fastnce.training.translate import load_config
+from fastnce.training.runs import Run
 from fastnce.viz import GalleryRun, save_gallery
 
 
@@ -46,14 +44,14 @@ def read_run(run: Path, name: str) -> GalleryRun:
     Raises:
         UserError: it is no run, or a file in it is damaged.
     """
+    config = Run(run).config
     run = Path(run)
-    config = load_config(run)
     return GalleryRun(
         name=name,
         command=training_command(config),
         options=to_dict(config),
         defaults=_defaults(config),
-        panels=SYSTEMS[config.system].panels,
+        panels=system_named(config.system).panels,
         losses=read_metrics(run / "metrics.jsonl"),
         measurements=read_metrics(run / "measurements.jsonl"),
         samples=_samples(run / "samples"),
@@ -84,10 +82,9 @@ def training_command(config: TrainConfig) -> str:
     """The shortest `fastnce train` command with this configuration: a variant, a preset if it helps, and what they lack."""
     values = to_dict(config)
     commands = []
-    for variant, (system, _) in VARIANTS.items():
-        if system != config.system:
-            continue
-        for preset in (None, *PRESETS.get(system, ())):
+    system = system_named(config.system)
+    for variant in system.variants:
+        for preset in (None, *system.presets):
             config_class, given = layered_values(variant, preset, None)
             base = to_dict(config_class(**{"data": config.data, "out": config.out} | given))
             names = [
@@ -99,17 +96,9 @@ def training_command(config: TrainConfig) -> str:
             words = ["fastnce", "train", variant]
             words += ["--preset", preset] if preset else []
             commands.append(
-                words + [word for name in names for word in _option(name, values[name])]
+                words + [word for name in names for word in as_option(name, values[name])]
             )
     return shlex.join(min(commands, key=len))
-
-
-def _option(name: str, value: Any) -> list[str]:
-    dashed = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{dashed}" if value else f"--no-{dashed}"]
-    items = value if isinstance(value, list) else [value]
-    return [f"--{dashed}", *map(str, items)]
 
 
 def _defaults(config: TrainConfig) -> dict[str, Any]:

@@ -18,20 +18,18 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastnce import viz
-from fastnce.data.class_folders import holds_images
 from fastnce.data.files import Files, changed_files, expect_apart, remove_leftovers, write_json
-from fastnce.data.labelled import folders_read
 from fastnce.errors import UserError
+from fastnce.systems import TrainConfig, system_named
+from fastnce.systems.schedule import Schedule
+from fastnce.systems.system import rng_kept
 from fastnce.training import runtime
-from fastnce.training.build import from_dict
 from fastnce.training.checkpoint import load_checkpoint, previous_path, save_checkpoint
 from fastnce.training.config import (
     DATA_FIELDS,
     SCHEDULE_FIELDS,
-    LabelledTrainConfig,
-    TrainConfig,
     differing_fields,
-    settled,
+    from_dict,
     to_dict,
 )
 from fastnce.training.cost import write_cost
@@ -40,8 +38,6 @@ from fastnce.training.lock import locked
 from fastnce.training.log import MetricLog, append_line, drop_lines_after, read_metrics
 from fastnce.training.published import load_initial
 from fastnce.training.ranks import Ranks, joined_from_environment
-from fastnce.training.schedule import Schedule
-from fastnce.training.systems import SYSTEMS
 
 # Options that name a place, which may be spelled in several ways.
 _PATHS = DATA_FIELDS | {"init_from"}
@@ -85,20 +81,19 @@ def train(config: TrainConfig) -> Path:
         )
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"out={config.out} is a file. Name a folder for the run.")
-    expect_apart(config.out, _folders_read(config))
+    expect_apart(config.out, system_named(config.system).folders_read(config))
     with locked(config.out) if ranks.is_first else contextlib.nullcontext():
         return _train(config, device, ranks)
 
 
 def _train(config: TrainConfig, device: torch.device, ranks: Ranks) -> Path:
     checkpoint = _checkpoint_to_continue(config)
-    config = settled(config, from_dict(checkpoint["config"]) if checkpoint else None)
+    system = system_named(config.system)
+    config = system.settled(config, from_dict(checkpoint["config"]) if checkpoint else None)
     if config.deterministic:
         runtime.use_deterministic_algorithms()
-    system = SYSTEMS[config.system]
     dataset = system.dataset(config)
-    if isinstance(config, LabelledTrainConfig):
-        config = config.with_class_names(dataset.class_names)
+    config = system.of_data(config, dataset)
     schedule = system.schedule(config, len(dataset))
     run = _Run(config, device, dataset, schedule, ranks, is_new=checkpoint is None)
     if checkpoint is not None:
@@ -143,7 +138,9 @@ def _expect_same_run(config: TrainConfig, state: dict, free: frozenset[str]) -> 
     """Raises `UserError` if a checkpoint's configuration differs in more than what a run may change, or the fields in `free`."""
     # Through the configuration, so that options that are newer than the run have their defaults.
     before = from_dict(state["config"])
-    ours, theirs = to_dict(settled(config, before)), to_dict(before)
+    if before.system == config.system:
+        config = system_named(config.system).settled(config, before)
+    ours, theirs = to_dict(config), to_dict(before)
     if not theirs.get("class_names"):  # a run from before runs kept them
         free |= {"class_names"}
     names = [
@@ -170,19 +167,6 @@ def _same_place(one: object, other: object) -> bool:
     if one is None or other is None:
         return one is other
     return Path(str(one)).resolve() == Path(str(other)).resolve()
-
-
-def _folders_read(config: TrainConfig) -> list[Path]:
-    """The folders that a training may read images from."""
-    folders = [getattr(config, name, None) for name in ("data_a", "data_b", "test_a", "test_b")]
-    if isinstance(config, LabelledTrainConfig):
-        folders += folders_read(config.data)
-    elif config.data is not None:
-        splits = ("train", "test", "val", "valid")
-        folders += [config.data / (split + domain) for split in splits for domain in ("", "A", "B")]
-        if isinstance(config, LabelledTrainConfig) and holds_images(config.data):
-            folders.append(config.data)
-    return [folder for folder in folders if folder is not None]
 
 
 def _places(config: TrainConfig) -> str:
@@ -219,13 +203,12 @@ class _Run:
     ) -> None:
         self.config, self.device, self.dataset, self.schedule = config, device, dataset, schedule
         self.ranks = ranks
-        self.system = SYSTEMS[config.system]
+        self.system = system_named(config.system)
         self.checkpoint_path = config.out / "checkpoints" / "last.pt"
         runtime.seed_everything(config.seed)
         self.model = self.system.model(config, dataset).to(device)
         if is_new and config.init_from is not None:
-            published = {name: system.published for name, system in SYSTEMS.items()}
-            for line in load_initial(self.model, config, published):
+            for line in load_initial(self.model, config):
                 self.say(line)
         ranks.average_gradients_before(self.model.optimizers.values())
         if not ranks.is_first:  # the same weights, but other noise and patches
@@ -236,7 +219,7 @@ class _Run:
         self.preview = self.measure = None
         if ranks.is_first:
             self.preview = self.system.preview(config, dataset)
-        if ranks.is_first and config.measure_every and self.system.measure is not None:
+        if ranks.is_first and config.measure_every:
             self.measure = self.system.measure(config, dataset)
         self.step = self.saved_step = 0
         self.seconds = 0.0
@@ -476,7 +459,7 @@ class _Run:
 
     def _show(self) -> None:
         """Writes the sample grid and the loss plot."""
-        with runtime.rng_kept():
+        with rng_kept():
             rows = self.preview(self.average.module)
         viz.save_sample_grid(rows, self.config.out / "samples" / f"step_{self.step:06d}.png")
         metrics = read_metrics(self.metrics.path)
@@ -484,7 +467,7 @@ class _Run:
 
     def _measure(self) -> bool:
         """Appends a line to measurements.jsonl and plots it. Returns whether this is the best step so far."""
-        with runtime.rng_kept():
+        with rng_kept():
             values = self.measure(self.model, self.average.module)
         self.model.train()
         append_line(self.measurements_path, {"step": self.step} | values)

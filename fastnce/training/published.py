@@ -16,17 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from fastnce.errors import UserError
-from fastnce.training.checkpoint import load_checkpoint
-from fastnce.training.config import (
-    CUTTrainConfig,
-    Pix2PixTrainConfig,
-    TrainConfig,
-    UnpairedTrainConfig,
-)
+from fastnce.systems import SYSTEMS, TrainConfig, system_named
+from fastnce.training.checkpoint import below, load_checkpoint
+from fastnce.training.config import as_option
 
 # What a network of the published repositories is, with how its keys give it away.
 RESNET, PATCH, PROJECTOR = "ResNet generator", "patch discriminator", "patch projector (netF)"
 UNET = "U-Net generator"
+# The system that a generator without its configuration is taken for.
+_SYSTEMS = {RESNET: "cut", UNET: "pix2pix"}
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -226,18 +224,18 @@ def load_strictly(network: nn.Module, state: Mapping[str, Tensor], path: Path) -
     network.load_state_dict(state)
 
 
-def published_config(state: Mapping[str, Tensor], path: Path) -> UnpairedTrainConfig:
+def published_config(state: Mapping[str, Tensor], path: Path) -> TrainConfig:
     """The configuration of the generator in a published file; all that weights do not tell has its default.
 
     Raises:
         UserError: the file holds no generator.
     """
     found = recognise(state, path)
-    if found.kind not in (RESNET, UNET):
+    if found.kind not in _SYSTEMS:
         raise UserError(
             f"{path}: holds a {found.kind}, expected a generator. Name its file, such as latest_net_G.pth."
         )
-    config_class = CUTTrainConfig if found.kind == RESNET else Pix2PixTrainConfig
+    config_class = system_named(_SYSTEMS[found.kind]).config_class
     return config_class(data=path.parent, out=path.parent, **found.options)
 
 
@@ -268,15 +266,12 @@ def published_files(where: Path, names: tuple[str, ...]) -> dict[str, Path]:
     return found
 
 
-def load_initial(
-    model: nn.Module, config: TrainConfig, published: Mapping[str, Mapping[str, str]]
-) -> list[str]:
+def load_initial(model: nn.Module, config: TrainConfig) -> list[str]:
     """Starts a model from the weights that `config.init_from` names.
 
     Args:
         model: the model, freshly built from `config`.
         config: its configuration.
-        published: for each system the networks' published names and their attributes' paths, see `System.published`.
 
     Returns:
         A line for each network: where its weights come from.
@@ -290,17 +285,15 @@ def load_initial(
     if (where / "config.json").is_file() or (where / "checkpoints").is_dir():
         path = where / "checkpoints" / "last.pt"
     if path.suffix == ".pt":
-        return load_run(model, path, config.system, published)
-    return load_published(model, config, published[config.system])
+        return load_run(model, path, config.system)
+    return load_published(model, config, system_named(config.system).published)
 
 
 # What a network of a translation from A to B is, under its published name in a system of one or of both directions.
 _ROLES = {"G": "G", "G_A": "G", "D": "D", "D_A": "D", "F": "F", "F1": "F"}
 
 
-def load_run(
-    model: nn.Module, path: Path, system: str, published: Mapping[str, Mapping[str, str]]
-) -> list[str]:
+def load_run(model: nn.Module, path: Path, system: str) -> list[str]:
     """Starts a model from a checkpoint of a run of any system: each network whose weights have the same names and shapes.
 
     Networks are matched by their names in the model, those of a translation from A to B also between systems of one and of both
@@ -310,7 +303,6 @@ def load_run(
         model: the model, freshly built.
         path: a checkpoint file.
         system: the model's.
-        published: see `load_initial`.
 
     Returns:
         A line for each network: whether its weights come from there, and why not.
@@ -319,6 +311,7 @@ def load_run(
         UserError: no such checkpoint, or none of the networks fits.
     """
     state = load_checkpoint(path)
+    published = {name: known.published for name, known in SYSTEMS.items()}
     theirs = published.get(state["config"]["system"], {})
     by_role = {_ROLES[name]: attribute for name, attribute in theirs.items() if name in _ROLES}
     roles = {
@@ -326,10 +319,9 @@ def load_run(
     }
     lines, fitting = [], 0
     for attribute in _networks(model, published[system].values()):
-        network = _attribute(model, attribute)
-        assert network is not None
+        network = model.get_submodule(attribute)
         names = [attribute, by_role.get(roles.get(attribute, ""), attribute)]
-        weights = next(filter(None, (_below(state["model"], name) for name in names)), {})
+        weights = next(filter(None, (below(state["model"], name) for name in names)), {})
         why_not = _difference(network.state_dict(), weights) if weights else f"{path} has none"
         if why_not is None:
             network.load_state_dict(weights)
@@ -344,19 +336,14 @@ def load_run(
 
 def _networks(model: nn.Module, known: Iterable[str]) -> list[str]:
     """The attributes' paths of a model's networks: the known ones, and what else has parameters."""
-    paths = [path for path in known if _attribute(model, path) is not None]
+    there = dict(model.named_modules())
+    paths = [path for path in known if path in there]
     for name, child in model.named_children():
         if any(True for _ in child.parameters()) and not any(
             path.split(".")[0] == name for path in paths
         ):
             paths.append(name)
     return paths
-
-
-def _below(state: Mapping[str, object], path: str) -> dict[str, object]:
-    """The part of a state dict that belongs to the attribute `path`."""
-    prefix = f"{path}."
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def _difference(own: Mapping[str, object], other: Mapping[str, object]) -> str | None:
@@ -398,7 +385,7 @@ def load_published(model: nn.Module, config: TrainConfig, networks: Mapping[str,
     files = published_files(where, tuple(networks))
     lines = []
     for name, attribute in networks.items():
-        network = _attribute(model, attribute)
+        network = dict(model.named_modules()).get(attribute)
         if network is None:
             continue
         if name not in files:
@@ -412,13 +399,6 @@ def load_published(model: nn.Module, config: TrainConfig, networks: Mapping[str,
         load_strictly(network, state, files[name])
         lines.append(f"{name}: {files[name]}")
     return lines
-
-
-def _attribute(model: nn.Module, path: str) -> nn.Module | None:
-    value: object = model
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value if isinstance(value, nn.Module) else None
 
 
 def _in_terms_of_the_other_direction(found: Recognised) -> Recognised:
@@ -435,7 +415,7 @@ def _check_options(found: Recognised, config: TrainConfig, network: nn.Module, p
     if differing:
         theirs = ", ".join(f"{k}={v}" for k, v in differing.items())
         ours = ", ".join(f"{k}={getattr(config, k)}" for k in differing)
-        options = " ".join(_option(k, v) for k, v in differing.items())
+        options = " ".join(word for k, v in differing.items() for word in as_option(k, v))
         raise UserError(f"{path}: has {theirs}, but the options say {ours}. Add {options}.")
     expected = tuple(getattr(network, "in_channels", ()))
     if found.kind == PROJECTOR and found.layer_channels != expected:
@@ -443,10 +423,3 @@ def _check_options(found: Recognised, config: TrainConfig, network: nn.Module, p
             f"{path}: was trained on feature maps of {list(found.layer_channels)} channels, but nce_layers="
             f"{list(getattr(config, 'nce_layers', ()))} gives {list(expected)}. Give the nce_layers of that training."
         )
-
-
-def _option(name: str, value: object) -> str:
-    dashed = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{dashed}" if value else f"--no-{dashed}"
-    return f"--{dashed} {value}"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -79,16 +77,6 @@ def wait_for(device: torch.device) -> None:
     """Waits until a GPU has done all that was asked of it, so that a clock can be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextlib.contextmanager
-def rng_kept() -> Iterator[None]:
-    """Context whose random numbers leave no trace in the generators."""
-    state = rng_state()
-    try:
-        yield
-    finally:
-        set_rng_state(state)
 
 
 class StopOnSignal:

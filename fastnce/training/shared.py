@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from fastnce.data.files import atomic_path
 from fastnce.errors import UserError
-from fastnce.training.build import from_dict
-from fastnce.training.config import TrainConfig, to_dict
-
-if TYPE_CHECKING:
-    from types import ModuleType
+from fastnce.systems import TrainConfig
+from fastnce.systems.encoding import import_safetensors
+from fastnce.training.config import from_dict, to_dict
 
 CONFIG_KEY = "fastnce.config"
 # Fields that say where things are on the machine of the training.
@@ -79,14 +76,3 @@ def read_shared(path: Path) -> tuple[dict[str, Tensor], TrainConfig | None]:
         raise UserError(
             f"{path}: its configuration cannot be read ({error}). Update fastnce, or export it again."
         ) from error
-
-
-def import_safetensors() -> ModuleType:
-    """The package; raises `UserError` where it is not installed."""
-    try:
-        import safetensors.torch
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "safetensors files need the package safetensors. Install it with: pip install 'fastnce[train]'"
-        ) from error
-    return safetensors

@@ -2,42 +2,40 @@
 
 import ctypes
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from emulated import FLAGS, HERE, SOURCES
+from emulated import HERE, LIBRARY, plan
 
-from fastnce.backends import build, build_cuda
+from fastnce.backends import build
 
 
-def _there_is(compiler: Callable[[], list[str]]) -> None:
+def _there_is(*programs: Callable[[], object]) -> None:
     try:
-        compiler()
+        for program in programs:
+            program()
     except build.BuildError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
 def cxx() -> None:
-    _there_is(build.cxx)
+    _there_is(build.cxx, build.ninja)
 
 
 @pytest.fixture(scope="session")
 def nvcc(cxx) -> None:
     """And the host's, without which it compiles nothing."""
-    _there_is(build_cuda.nvcc)
+    _there_is(build.nvcc)
 
 
 @pytest.fixture(scope="session")
-def emulator_cases(cxx, tmp_path_factory) -> Callable[[str], ctypes.CDLL]:
+def emulator_cases(cxx) -> Callable[[str], ctypes.CDLL]:
     """Compiles a file of kernels, with the emulator, and loads it."""
-    folder: Path = tmp_path_factory.mktemp("emulator")
 
     def load(file: str) -> ctypes.CDLL:
-        output = folder / f"{file}.so"
-        command = [*build.cxx(), *FLAGS, "-fvisibility=default", "-shared", "-x", "c++"]
-        command += [str(HERE / file), str(HERE / "emulator.cpp"), f"-I{SOURCES}", f"-I{HERE}"]
-        build.run_compiler([*command, "-o", str(output)], False)
+        output = LIBRARY.parent / f"{file}.so"
+        made = plan([HERE / file, HERE / "emulator.cpp"], "-fvisibility=default")
+        build.compile_library(made, output, LIBRARY.parent / file)
         loaded = ctypes.CDLL(str(output))
         loaded.run_case.restype = ctypes.c_char_p
         return loaded

@@ -6,22 +6,20 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import dataclasses
 import functools
-import hashlib
 import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
-import filelock  # torch brings it along
-
-from fastnce.backends import build, build_cuda
+from fastnce.backends import build
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -57,7 +55,7 @@ class Compiled:
 
 def jobs() -> list[tuple[Path, str]]:
     """Every file with every target that it is compiled for."""
-    of = {file: build_cuda.ONLY_FOR.get(file.name, build_cuda.TARGETS) for file in files()}
+    of = {file: build.ONLY_FOR.get(file.name, build.TARGETS) for file in files()}
     return [(file, target) for file in files() for target in of[file]]
 
 
@@ -66,55 +64,38 @@ def files() -> list[Path]:
 
 
 def compile_all() -> list[Compiled]:
-    """All jobs, as many at a time as there are processors; kept in ``out/`` while the sources stay as they are.
+    """All jobs; what has not changed is kept in ``out/``."""
+    lines = [
+        "rule compile",
+        f"  command = {sys.executable} {Path(__file__)} $in $target $out $told",
+        "  deps = gcc",
+        "  depfile = $out.d",
+    ]
+    # With the compiler and its flags: of others everything is made again.
+    told = shlex.join([_nvcc_version(), *build.for_gpu()])
+    for file, target in jobs():
+        lines += [f"build {file.stem}-{target}.json: compile {file} | {Path(__file__)}"]
+        lines += [f"  target = {target}", f"  told = {told}"]
+    with build.locked(CACHE):
+        build.run_ninja(CACHE, lines)
+        return [_read(CACHE / f"{file.stem}-{target}.json") for file, target in jobs()]
 
-    Who comes while another compiles waits for what that one keeps.
-    """
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (
-        filelock.FileLock(CACHE / "lock"),
-        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):
-        return list(pool.map(lambda job: _kept(*job), jobs()))
 
-
-def _kept(file: Path, target: str) -> Compiled:
-    place = CACHE / f"{file.stem}-{target}-{_digest(file)}.json"
-    if not place.is_file():
-        done = compile_one(file, target)
-        for old in CACHE.glob(f"{file.stem}-{target}-*.json"):
-            old.unlink(missing_ok=True)
-        place.write_text(json.dumps(dataclasses.asdict(done)))
-    data = json.loads(place.read_text())
+def _read(file: Path) -> Compiled:
+    data = json.loads(file.read_text())
     return Compiled(**data | {"kernels": [Kernel(**kernel) for kernel in data["kernels"]]})
 
 
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256(build.compiler_version(build_cuda.nvcc()[0]).encode())
-    digest.update(" ".join((*build_cuda.FLAGS, *build_cuda.nvcc_flags())).encode())
-    for part in (Path(__file__), *sorted(included(file))):
-        digest.update(part.read_bytes())
-    return digest.hexdigest()[:16]
+def compile_one(file: Path, target: str, output: Path) -> None:
+    """Writes what there is to know, as JSON, and what the file includes, for ninja.
 
-
-def included(file: Path) -> set[Path]:
-    """A file of ``csrc/cuda`` and those of that folder that it includes."""
-    found, open_ = set(), {file}
-    while open_:
-        found |= open_
-        names = {
-            name for path in open_ for name in re.findall(r'#include "(.+?)"', path.read_text())
-        }
-        open_ = {SOURCES / name for name in names if (SOURCES / name).is_file()} - found
-    return found
-
-
-def compile_one(file: Path, target: str) -> Compiled:
-    """Raises :class:`fastnce.backends.build.BuildError` with the compiler's message."""
+    Raises:
+        BuildError: the compiler failed, with its message.
+    """
     with tempfile.TemporaryDirectory(prefix="fastnce-cubin-") as folder:
         cubin = Path(folder) / f"{file.stem}.cubin"
-        command = [*build_cuda.nvcc(), *build_cuda.FLAGS, *build_cuda.nvcc_flags(), "-cubin"]
-        command += [f"-arch=sm_{target}", "-Xptxas=-v", str(file), "-o", str(cubin)]
+        command = build.for_gpu("-cubin", f"-arch=sm_{target}", "-Xptxas=-v")
+        command += [str(file), "-o", str(cubin), "-MMD", "-MF", f"{output}.d"]
         seconds, log = _run(command)
         reports = reports_of(log)
         counts = instructions_of(disassembled(cubin)) if reports else {}
@@ -127,7 +108,8 @@ def compile_one(file: Path, target: str) -> Compiled:
     warnings = [
         line for line in log.splitlines() if "warning" in line or "Performance Loss" in line
     ]
-    return Compiled(sorted(kernels, key=lambda kernel: kernel.name), warnings, round(seconds, 1))
+    done = Compiled(sorted(kernels, key=lambda kernel: kernel.name), warnings, round(seconds, 1))
+    output.write_text(json.dumps(dataclasses.asdict(done)))
 
 
 def _run(command: list[str]) -> tuple[float, str]:
@@ -181,7 +163,7 @@ def disassembled(cubin: Path) -> str:
 @functools.cache
 def disassembler() -> str:
     """The toolkit's cuobjdump, or the one that Triton comes with."""
-    beside = shutil.which(build_cuda.nvcc()[0])
+    beside = shutil.which(build.nvcc()[0])
     places = [
         shutil.which("cuobjdump"),
         str(Path(beside).resolve().parent / "cuobjdump") if beside else None,
@@ -223,7 +205,7 @@ def table(done: list[Compiled]) -> str:
         "# Resources of the CUDA kernels",
         "",
         "As the compiler reports them; nothing here has run on a GPU. Bytes are of a thread's own memory: 0 is what is wanted.",
-        f"nvcc {_nvcc_version()}, targets {', '.join(f'sm_{target}' for target in build_cuda.TARGETS)}.",
+        f"nvcc {_nvcc_version()}, targets {', '.join(f'sm_{target}' for target in build.TARGETS)}.",
         "",
         "| file | kernel | target | registers | bytes | matrix instructions |",
         "|---|---|---|---|---|---|",
@@ -244,7 +226,7 @@ def table(done: list[Compiled]) -> str:
 
 
 def _nvcc_version() -> str:
-    version = build.compiler_version(build_cuda.nvcc()[0])
+    version = build.compiler_version(build.nvcc()[0])
     found = re.search(r"release ([\d.]+)", version)
     return found.group(1) if found else "of unknown version"
 
@@ -258,4 +240,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:  # as compile_all calls it
+        compile_one(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    else:
+        main()

@@ -9,18 +9,13 @@ import ctypes
 import dataclasses
 import functools
 import math
-import tempfile
-from pathlib import Path
 
 import torch
-from emulated import FLAGS, FOLDER, HERE, SOURCES, build_emulated
+from emulated import build_emulated
 from torch import Tensor
-
-from fastnce.backends import build
 
 QUEUE, IN_BATCH, SUP_CON, TWO_C = range(4)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OBJECTS = FOLDER / "objects"
 
 
 class Problem(ctypes.Structure):
@@ -36,21 +31,15 @@ class Problem(ctypes.Structure):
         + [("panel_rows", ctypes.c_int64), ("panel_problems", ctypes.c_int64)]
         + [
             (name, ctypes.c_int)
-            for name in ("dtype", "precision", "kind", "unit_rows", "capability", "multiprocessors")
+            for name in ("dtype", "kind", "unit_rows", "capability", "multiprocessors")
         ]
     )
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """From the objects of the emulated library. Raises ``build.BuildError`` with the compiler's message."""
-    build_emulated()
-    output = Path(tempfile.mkdtemp(prefix="fastnce-pairs-")) / "pairs.so"
-    objects = [*OBJECTS.glob("pairs*.o"), *OBJECTS.glob("emulator.cpp-*.o")]
-    command = [*build.cxx(), *FLAGS, "-shared", f"-I{SOURCES}", f"-I{HERE}"]
-    command += [str(HERE / "pairs_calls.cpp"), *map(str, objects), "-o", str(output)]
-    build.run_compiler(command, False)
-    loaded = ctypes.CDLL(str(output))
+    """The emulated library, which has the calls of pairs_calls.cpp. Raises ``build.BuildError`` with the compiler's message."""
+    loaded = ctypes.CDLL(str(build_emulated()))
     for name in ("plan_sums_of", "sums_of", "plan_products_of", "products_of"):
         getattr(loaded, name).restype = ctypes.c_char_p
     return loaded
@@ -71,11 +60,6 @@ def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.full((size + 64,), math.nan, dtype=dtype)[32 : 32 + size].view(shape)
 
 
-def rounded_to_tf32(x: Tensor) -> Tensor:
-    """To 11 bits, to the nearest."""
-    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
 @dataclasses.dataclass
 class Case:
     """Problems of random rows.
@@ -85,7 +69,6 @@ class Case:
         kind: of the pairs.
         temperature: of the logits.
         dtype: of the packed rows.
-        tf32: how float32 rows are multiplied, else as good as float32.
         unit: rows have a scale to unit length, else 1.
         on_device: the temperature is a tensor.
         panel: rows and problems of a panel of coefficients, instead of what is planned.
@@ -101,7 +84,6 @@ class Case:
     kind: int = QUEUE
     temperature: float = 0.07
     dtype: torch.dtype = torch.bfloat16
-    tf32: bool = False
     unit: bool = True
     on_device: bool = False
     panel: tuple[int, int] = (0, 0)
@@ -152,7 +134,6 @@ class Case:
             self.on_the_device.data_ptr() if self.on_device else None,
             *self.panel,
             DTYPES.index(self.dtype),
-            int(self.tf32),
             self.kind,
             int(self.unit),
             self.capability,
@@ -205,8 +186,6 @@ class Case:
         """A factor of a product in float32, as the products' precision has it."""
         if factor.dtype == torch.float64:
             return factor
-        if self.tf32:
-            return rounded_to_tf32(factor.contiguous())
         return factor.to(self.dtype).float()
 
     def units_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Extractors from TorchScript files, and which judge a data set gets."""
+"""Extractors from TorchScript files."""
 
 import warnings
 
@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastnce.data import write_digits, write_photos
 from fastnce.errors import UserError
-from fastnce.metrics import DigitClassifier, ScriptedExtractor, generation_evaluator
+from fastnce.metrics import ScriptedExtractor
 from fastnce.metrics.extractors import load_extractor
 
 
@@ -74,26 +73,6 @@ def test_files_that_are_no_module_are_refused(tmp_path):
     for name in ("state.pt", "text.pt"):
         with pytest.raises(UserError, match=rf"{name}: not a TorchScript module.*torch\.jit\.save"):
             ScriptedExtractor(tmp_path / name)
-
-
-def test_a_digits_set_brings_its_judge_and_others_need_one(tmp_path, monkeypatch):
-    digits = write_digits(tmp_path / "digits", 16)
-    judge = DigitClassifier()
-    monkeypatch.setattr(
-        "fastnce.metrics.extractors.load_digit_classifier", lambda root, **settings: judge
-    )
-    assert generation_evaluator(digits) is judge
-    file = script(Colours(), tmp_path / "colours.pt")
-    assert generation_evaluator(digits, file).name.startswith("colours.pt")
-
-    photos = write_photos(tmp_path / "photos", 16, train_count=1, test_count=1)
-    (tmp_path / "own").mkdir()
-    for root in (photos, tmp_path / "own"):
-        with pytest.raises(UserError, match="--extractor FILE, a TorchScript"):
-            generation_evaluator(root)
-        assert generation_evaluator(root, file).name.startswith("colours.pt")
-    with pytest.raises(UserError, match="no such folder"):
-        generation_evaluator(tmp_path / "nowhere")
 
 
 def test_the_inception_of_torch_fidelity(images, monkeypatch):

@@ -21,7 +21,7 @@ import torch
 
 from fastnce.models import CUT
 from fastnce.training import loop
-from fastnce.training.build import from_dict
+from fastnce.training.config import from_dict
 
 # The steps of writing a checkpoint.
 STAGES = {"mkstemp": tempfile, "fsync": os, "link": os, "replace": os}

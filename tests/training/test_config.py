@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 
 from fastnce.errors import UserError
+from fastnce.systems import SYSTEMS, variants
 from fastnce.training import build_config
-from fastnce.training.build import from_dict
 from fastnce.training.config import (
-    CONFIGS,
     FREE_FIELDS,
     SCHEDULE_FIELDS,
     differing_fields,
+    from_dict,
     to_dict,
 )
-from fastnce.training.presets import PRESETS, VARIANTS
 
+CLASSES = [system.config_class for system in SYSTEMS.values()]
 PATHS = {"data": "images", "out": "run"}
 
 
@@ -39,11 +39,11 @@ def test_fastcut():
 
 @pytest.mark.parametrize(
     ("variant", "preset"),
-    [(variant, name) for variant, (system, _) in VARIANTS.items() for name in PRESETS[system]],
+    [(variant, name) for variant, system in variants().items() for name in system.presets],
 )
 def test_every_preset_is_valid(variant, preset):
     config = build_config(variant, preset=preset, overrides=PATHS)
-    for name, value in PRESETS[config.system][preset].items():
+    for name, value in SYSTEMS[config.system].presets[preset].items():
         assert getattr(config, name) == value
 
 
@@ -137,7 +137,7 @@ def test_configs_are_frozen():
         build_config("cut", overrides=PATHS).lr = 1.0
 
 
-@pytest.mark.parametrize("config_class", CONFIGS.values())
+@pytest.mark.parametrize("config_class", CLASSES)
 def test_every_field_has_a_help_text(config_class):
     import tyro._docstrings
 
@@ -149,5 +149,5 @@ def test_differing_fields():
     one = build_config("cut", overrides=PATHS)
     other = dataclasses.replace(one, lr=1e-3, workers=7, steps=9, nce_layers=(4,), out=Path("x"))
     assert differing_fields(to_dict(one), to_dict(other)) == ["lr", "nce_layers"]
-    names = {field.name for c in CONFIGS.values() for field in dataclasses.fields(c)}
+    names = {field.name for c in CLASSES for field in dataclasses.fields(c)}
     assert names >= FREE_FIELDS | SCHEDULE_FIELDS

@@ -9,10 +9,10 @@ import torch
 from fastnce.cli import main
 from fastnce.errors import UserError
 from fastnce.networks import ResnetGenerator
+from fastnce.systems import SYSTEMS
 from fastnce.training import build_config, load_generator
 from fastnce.training.export import export_graph
 from fastnce.training.shared import write_shared
-from fastnce.training.systems import SYSTEMS
 
 _TRANSLATION = {"base_channels": 16, "num_blocks": 2}
 _RUNS = {

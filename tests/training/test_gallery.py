@@ -16,7 +16,7 @@ from PIL import Image
 from fastnce import cli, viz
 from fastnce.errors import UserError
 from fastnce.training import build_config, train
-from fastnce.training.build import from_dict
+from fastnce.training.config import from_dict
 from fastnce.training.gallery import distinct_names, training_command, write_gallery
 from fastnce.viz.embedded import embed
 from fastnce.viz.gallery import GalleryRun, gallery_page

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from fastnce.training import train
-from fastnce.training.build import from_dict
+from fastnce.training.config import from_dict
 from fastnce.training.log import read_metrics
 
 RUNS = zipfile.ZipFile(Path(__file__).with_name("old_runs.zip"))

@@ -417,7 +417,7 @@ def test_exported_files_are_the_published_ones_bit_for_bit(
     published, tiny, tmp_path, module_prefix
 ):
     run = train(tiny(**SAME, init_from=published, steps=2))
-    files = export_published(run, tmp_path / "out", module_prefix=module_prefix, which="raw")
+    files = export_published(run, tmp_path / "out", module_prefix=module_prefix, weights="raw")
     assert [path.name for path in files] == [f"latest_net_{name}.pth" for name in "GDF"]
     trained = load_checkpoint(run / "checkpoints" / "last.pt")["model"]
     for path, attribute, official in zip(
@@ -462,7 +462,7 @@ def test_a_run_without_projector_exports_none(tiny, tmp_path):
 @pytest.mark.parametrize("which", ["ema", "raw"])
 def test_a_safetensors_file_takes_the_runs_place(tiny, data, tmp_path, which):
     run = train(tiny(steps=3, temperature=0.5))
-    path = export_shared(run, tmp_path / "out", which=which)
+    path = export_shared(run, tmp_path / "out", weights=which)
     assert path == tmp_path / "out" / "model.safetensors"
     expected, config = load_generator(run, which=which)
     generator, shared = load_generator(path)

@@ -18,12 +18,12 @@ from fastnce.cli import main
 from fastnce.data import UnpairedImages
 from fastnce.errors import UserError
 from fastnce.models import CUT
+from fastnce.systems.translation_system import collapse
 from fastnce.training import build_config, generate_folder, load_generator, train
 from fastnce.training.evaluation import evaluate_run
 from fastnce.training.export import export_shared
 from fastnce.training.lock import locked
-from fastnce.training.translation import collapse
-from fastnce.training.visualize import visualize_features
+from fastnce.training.patch_views import visualize_features
 
 
 def picture(path: Path, size=(20, 20), seed=7) -> None:
@@ -221,13 +221,13 @@ def weights(run, network):
 
 def started_from(source, config):
     """The model of a run that starts from another one, before its first step."""
+    from fastnce.systems import SYSTEMS
     from fastnce.training.published import load_initial
-    from fastnce.training.systems import SYSTEMS
 
     torch.manual_seed(5)
     system = SYSTEMS[config.system]
     model = system.model(config, system.dataset(config))
-    lines = load_initial(model, config, {name: s.published for name, s in SYSTEMS.items()})
+    lines = load_initial(model, config)
     return model, lines
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fastnce.errors import UserError
-from fastnce.training.schedule import LinearDecay, Schedule, WarmupCosine, linear_decay
+from fastnce.systems.schedule import LinearDecay, Schedule, WarmupCosine, linear_decay
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from fastnce.errors import UserError
 from fastnce.networks import ResnetGenerator, StyleGAN2Generator, UNetGenerator
-from fastnce.training import tiles, translate
+from fastnce.systems import tiles
+from fastnce.systems.translating import translate
 
 TILE = 32
 

@@ -7,8 +7,8 @@ from PIL import Image
 
 from fastnce.data import load_image, save_image
 from fastnce.errors import UserError
-from fastnce.models.two_way import TwoWayGenerators
 from fastnce.networks import ResnetGenerator
+from fastnce.systems.two_way import TwoWayGenerators
 from fastnce.training import (
     build_config,
     load_config,

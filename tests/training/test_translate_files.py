@@ -9,7 +9,8 @@ from fastnce.cli import main
 from fastnce.data import load_image
 from fastnce.errors import UserError
 from fastnce.networks import ResnetGenerator
-from fastnce.training import CUTTrainConfig, translate, translate_files, translate_folder
+from fastnce.systems import translating
+from fastnce.training import CUTTrainConfig, translate, translate_folder
 
 
 @pytest.fixture
@@ -186,13 +187,13 @@ def test_tiles_keep_one_image_in_memory(generator, config, tmp_path, monkeypatch
     events = []
 
     def follow(name):
-        function = getattr(translate_files, name)
+        function = getattr(translating, name)
 
         def followed(*args):
             events.append(name)
             return function(*args)
 
-        monkeypatch.setattr(translate_files, name, followed)
+        monkeypatch.setattr(translating, name, followed)
 
     for index in range(3):
         noise(tmp_path / "in" / f"{index}.png", size=(48, 40), seed=index)

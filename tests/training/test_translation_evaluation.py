@@ -12,16 +12,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastnce.cli import main
-from fastnce.data import list_images, save_image, write_digits_photos
+from fastnce.data import list_images, save_image
+from fastnce.demo import Evaluator, write_digits_photos
 from fastnce.errors import UserError
-from fastnce.metrics import Evaluator
-from fastnce.metrics.distribution import frechet_distance
-from fastnce.metrics.neighbours import precision_recall_density_coverage
-from fastnce.training import build_config, train
+from fastnce.metrics.distribution import frechet_distance, precision_recall_density_coverage
+from fastnce.systems.judging import Segmentation, evaluate_images
+from fastnce.training import build_config, load_generator, train, translate
 from fastnce.training.cost import cost_lines, peak_memory, read_cost, seconds_per_step, write_cost
-from fastnce.training.evaluation import Segmentation, evaluate_images, evaluate_run
+from fastnce.training.evaluation import evaluate_run
 from fastnce.training.log import read_metrics
-from fastnce.training.translate import load_generator, translate
 
 
 class Colours(nn.Module):
@@ -212,7 +211,7 @@ def digits(tmp_path, monkeypatch):
     """A digits-photos set, judged by an untrained network."""
     torch.manual_seed(0)
     judge = Evaluator(7).eval()
-    monkeypatch.setattr("fastnce.metrics.digits_photos.load_evaluator", lambda *_, **__: judge)
+    monkeypatch.setattr("fastnce.demo.report.load_evaluator", lambda *_, **__: judge)
     return write_digits_photos(tmp_path / "digits", photo=["coffee", "china"])
 
 

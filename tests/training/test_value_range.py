@@ -10,11 +10,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastnce.cli import main
-from fastnce.data.folders import load_image
+from fastnce.data.images import load_image
 from fastnce.errors import UserError
+from fastnce.systems.judging import evaluate_images
+from fastnce.systems.translating import translate
 from fastnce.training import load_generator, train, translate_folder
-from fastnce.training.evaluation import evaluate_images, evaluate_run
-from fastnce.training.translate import translate
+from fastnce.training.evaluation import evaluate_run
 
 RANGE = (-1024.0, 3071.0)
 

@@ -12,8 +12,8 @@ from fastnce.errors import UserError
 from fastnce.models import CUT
 from fastnce.training import load_generator, train
 from fastnce.training.checkpoint import load_checkpoint
-from fastnce.training.patch_encoder import PatchEncoder
-from fastnce.training.visualize import (
+from fastnce.training.patch_views import (
+    PatchEncoder,
     distinct_points,
     feature_colours,
     main_components,
@@ -148,7 +148,7 @@ def save(path, size):
 
 def test_from_a_run(tiny, tmp_path):
     run = train(tiny(steps=3))
-    raw, average = PatchEncoder.load(run), PatchEncoder.load(run, which="ema")
+    raw, average = PatchEncoder.of(run), PatchEncoder.of(run, weights="ema")
     state = load_checkpoint(run / "checkpoints" / "last.pt")["model"]
     for encoder in (raw, average):  # there is one F only
         assert torch.equal(encoder.projector.mlp_1[2].bias, state["projector.mlp_1.2.bias"])
@@ -170,7 +170,7 @@ def test_from_a_run(tiny, tmp_path):
 
 
 def test_a_run_without_the_contrastive_loss(tiny, tmp_path):
-    encoder = PatchEncoder.load(train(tiny(steps=1, lambda_nce=0)))
+    encoder = PatchEncoder.of(train(tiny(steps=1, lambda_nce=0)))
     save(tmp_path / "a.png", (16, 16))
     assert encoder.projector is None
     with pytest.raises(UserError, match="no learnt similarity"):
@@ -181,7 +181,7 @@ def test_a_run_without_the_contrastive_loss(tiny, tmp_path):
 
 def test_dclgan_compares_with_the_other_directions_encoder(tiny, tmp_path):
     run = train(tiny("dclgan", steps=1, lambda_sim=0))
-    encoder = PatchEncoder.load(run)
+    encoder = PatchEncoder.of(run)
     state = load_checkpoint(run / "checkpoints" / "last.pt")["model"]
     other = encoder.of_output
     assert other is not encoder

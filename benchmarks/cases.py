@@ -1,0 +1,301 @@
+"""The table of cases: the ops, at which sizes, with which inputs and gradients, in which sets and on which devices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+import fastnce
+from benchmarks.case import Case, Draw, Inputs, Shape
+
+
+def _case(
+    family: Case, sets: str, devices: str = "cpu cuda", label: str = "", **shape: int
+) -> Case:
+    """A case of a family, whose name is filled in with the sizes."""
+    name = family.name.format(label=label, **shape)
+    sizes = {**family.shape, **shape}
+    return replace(
+        family, name=name, shape=sizes, sets=tuple(sets.split()), devices=tuple(devices.split())
+    )
+
+
+# InfoNCE: one direction, keys without gradient, CLIP's two directions, MoCo's queue.
+
+
+def _rows(shape: Shape, draw: Draw) -> Inputs:
+    query = draw.normal(shape["N"], shape["D"])
+    inputs = {"query": query, "positive_key": draw.near(query), "temperature": 0.07}
+    if "M" in shape:
+        inputs["negative_keys"] = draw.normal(shape["M"], shape["D"])
+    return inputs
+
+
+def _clip_rows(shape: Shape, draw: Draw) -> Inputs:
+    return _rows(shape, draw) | {"temperature": draw.scalar(0.07)}
+
+
+def _pairs(shape: Shape) -> int:
+    return shape.get("B", 1) * shape["N"] * shape.get("M", shape["N"])
+
+
+_KEYS = ("query", "positive_key")
+ONE_WAY = Case("info_nce", "both gradients, {N} x {D}", {}, _rows, _KEYS, products=3, pairs=_pairs)
+FIXED = replace(ONE_WAY, name="keys without gradient, {N} x {D}", wrt=("query",), products=2)
+MOCO = replace(FIXED, name="MoCo, queue of {M}, {N} x {D}")
+BOTH_WAYS = replace(
+    ONE_WAY, name="two directions, both gradients, {N} x {D}", options={"symmetric": True}
+)
+CLIP = replace(
+    BOTH_WAYS,
+    name="CLIP, two directions, learnt temperature, {N} x {D}",
+    make=_clip_rows,
+    wrt=(*_KEYS, "temperature"),
+)
+
+
+# PatchNCE: CUT's five layers, in one image, in a batch, and over all images of a batch.
+
+
+def _layers(shape: Shape, draw: Draw) -> Inputs:
+    size = (shape["B"], shape["S"], shape["D"])
+    queries = [draw.normal(*size) for _ in range(shape["layers"])]
+    return {"query_features": queries, "key_features": [draw.near(q) for q in queries]}
+
+
+PATCHES = Case(
+    "patch_nce",
+    "{label}",
+    {"layers": 5, "B": 1, "S": 256, "D": 256},
+    _layers,
+    ("query_features",),
+    products=2,
+    pairs=lambda shape: shape["layers"] * shape["B"] * shape["S"] ** 2,
+    options={"temperature": 0.07, "negatives": "image"},
+)
+PATCHES_OF_BATCH = replace(
+    PATCHES,
+    pairs=lambda shape: shape["layers"] * (shape["B"] * shape["S"]) ** 2,
+    options={"temperature": 0.07, "negatives": "batch"},
+)
+
+
+# Rows against themselves. The similarities, and one product with G + G^T: their matrix is symmetric.
+
+
+def _with_proxies(shape: Shape, draw: Draw) -> Inputs:
+    labels = draw.labels(shape["N"], shape["classes"])
+    table = draw.normal(shape["classes"], shape["D"])
+    embeddings = draw.near(table[labels], noise=2.0)
+    return {"embeddings": embeddings, "proxies": table[labels].clone(), "labels": labels}
+
+
+# ContraGAN's 2C loss, at the batch sizes and widths of its published configurations.
+TWO_C = Case(
+    "conditional_contrastive",
+    "{label}, {N} x {D}",
+    {},
+    _with_proxies,
+    ("embeddings", "proxies"),
+    products=2,
+    pairs=_pairs,
+    options={"temperature": 1.0},
+    gate_limits={"N": 128},
+)
+
+
+def _labelled(shape: Shape, draw: Draw) -> Inputs:
+    """Labels at random or, with ``per_class``, exactly so many rows of each class, in any order."""
+    classes = shape.get("classes", shape["N"])
+    if "per_class" in shape:
+        labels = draw.positions(shape["N"], shape["N"]) // shape["per_class"]
+    else:
+        labels = draw.labels(shape["N"], classes)
+    centres = draw.normal(classes, shape["D"])
+    return {"features": draw.near(centres[labels], noise=1.0), "labels": labels}
+
+
+SUP_CON = Case(
+    "sup_con",
+    "{classes} classes, {N} x {D}",
+    {},
+    _labelled,
+    ("features",),
+    products=2,
+    pairs=_pairs,
+    options={"temperature": 0.07},
+)
+SUP_CON_GROUPS = replace(SUP_CON, name="{per_class} per class, {N} x {D}")
+
+
+def _views(shape: Shape, draw: Draw) -> Inputs:
+    first = draw.normal(shape["N"], shape["D"])
+    return {"z1": first, "z2": draw.near(first)}
+
+
+# SimCLR's loss; N images are 2N rows.
+NT_XENT = Case(
+    "nt_xent",
+    "{N} images, D = {D}",
+    {},
+    _views,
+    ("z1", "z2"),
+    products=2,
+    pairs=lambda shape: (2 * shape["N"]) ** 2,
+    options={"temperature": 0.5},
+)
+
+
+# Pairwise cosine similarity, whose result is itself N x M.
+
+
+def _matrices(shape: Shape, draw: Draw) -> Inputs:
+    batch = (shape["B"],) if "B" in shape else ()
+    return {name: draw.normal(*batch, shape[n], shape["D"]) for name, n in (("x", "N"), ("y", "M"))}
+
+
+PAIRWISE = Case(
+    "pairwise_cosine_similarity",
+    "{N} x {M}, D = {D}",
+    {},
+    _matrices,
+    ("x", "y"),
+    products=3,
+    pairs=_pairs,
+    options={"temperature": 0.07},
+)
+BATCHED = replace(PAIRWISE, name="{B} x {N} x {M}, D = {D}")
+
+
+# Patch sampling from the five feature maps of a CUT step, positions given and positions drawn.
+
+
+def _cut_maps(shape: Shape, draw: Draw) -> Inputs:
+    batch, image = shape["B"], shape["image"]
+    sides = (image + 6, image, image // 2, image // 4, image // 4)
+    sizes = list(zip((3, 128, 256, 256, 256), sides, strict=True))
+    return {
+        "features": [draw.normal(batch, channels, side, side) for channels, side in sizes],
+        "patch_ids": [draw.positions(side * side, shape["S"]) for side in sides],
+    }
+
+
+def _tracked_maps(shape: Shape, draw: Draw) -> Inputs:
+    """Maps as they come out of a network that is trained, for a forward that is timed without its backward."""
+    inputs = _cut_maps(shape, draw)
+    inputs["features"] = [x.requires_grad_() for x in inputs["features"]]
+    return inputs
+
+
+class _Network(torch.autograd.Function):
+    """A stand-in for the network that a map goes on into: nothing in the forward, a fresh dense gradient in the backward."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        ctx.shape = x.shape
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        # Of ones: the gradient that arrives at one number is 4096.
+        return (grad / 4096).expand(ctx.shape).clone(memory_format=torch.contiguous_format)
+
+
+def network(inputs: Inputs) -> list[torch.Tensor]:
+    """The maps into a stand-in for the rest of the network, the same for every provider."""
+    return [_Network.apply(x) for x in inputs["features"]]
+
+
+def _through_the_tap(inputs: Inputs, backend: str | None, **options: int) -> list[torch.Tensor]:
+    maps, patches, _ = fastnce.tap_patches(**inputs, **options, backend=backend)
+    return network({"features": maps}) + patches
+
+
+SAMPLING = Case(
+    "sample_patches",
+    "{label}",
+    {"B": 1, "image": 256, "S": 256},
+    _cut_maps,
+    ("features",),
+    options={"num_patches": 256},
+)
+DRAWN = replace(SAMPLING, gate_only=("patch_ids",))
+FORWARD = replace(DRAWN, make=_tracked_maps, wrt=())
+TAP = replace(DRAWN, form=_through_the_tap, alone=network)
+DIGITS = replace(DRAWN, options={"num_patches": 64})
+
+_MAPS = "CUT's 5 maps, 1 image, "
+_CUT = "full table target"
+CASES = [
+    _case(ONE_WAY, "quick full demo", "cpu", N=2048, D=256),
+    _case(ONE_WAY, "full", "cpu", N=4096, D=256),
+    _case(ONE_WAY, "full table", "cpu", N=16384, D=256),
+    _case(ONE_WAY, "full table", "cpu", N=8192, D=1024),
+    _case(ONE_WAY, "full", "cpu", N=4096, D=768),
+    _case(FIXED, "quick full", "cpu", N=2048, D=256),
+    _case(FIXED, "full table", "cpu", N=16384, D=256),
+    _case(replace(ONE_WAY, once=True), "table", "cpu", N=131072, D=128),
+    _case(CLIP, "quick full", "cpu", N=1024, D=512),
+    _case(CLIP, "full", "cpu", N=4096, D=512),
+    _case(MOCO, "quick", "cpu", N=256, M=16384, D=128),
+    _case(MOCO, "full table", "cpu", N=256, M=65536, D=128),
+    _case(ONE_WAY, "quick full demo", "cuda", N=8192, D=256),
+    _case(ONE_WAY, "quick full", "cuda", N=32768, D=256),
+    _case(ONE_WAY, "full", "cuda", N=65536, D=768),
+    _case(FIXED, "quick full", "cuda", N=32768, D=128),
+    _case(FIXED, "full target", "cuda", N=65536, D=256),
+    _case(FIXED, "full target", "cuda", N=65536, D=512),
+    _case(CLIP, "quick full", "cuda", N=8192, D=512),
+    _case(CLIP, "full", "cuda", N=32768, D=512),
+    _case(CLIP, "full", "cuda", N=65536, D=768),
+    _case(BOTH_WAYS, "full target", "cuda", N=32768, D=256),
+    _case(BOTH_WAYS, "full target", "cuda", N=65536, D=128),
+    _case(BOTH_WAYS, "full target", "cuda", N=65536, D=256),
+    _case(BOTH_WAYS, "full target", "cuda", N=65536, D=512),
+    _case(BOTH_WAYS, "full target", "cuda", N=65536, D=1024),
+    _case(BOTH_WAYS, "full target", "cuda", N=262144, D=512),
+    _case(MOCO, "quick full target", "cuda", N=256, M=65536, D=128),
+    _case(PATCHES, "quick full demo table target", label="CUT, 1 image"),
+    _case(PATCHES, "full table", label="16 patches, 1 image", S=16),
+    _case(PATCHES, "full", label="CUT, 8 images", B=8),
+    _case(PATCHES, "full target", label="CUT, 16 images", B=16),
+    _case(PATCHES, "quick full", label="64 patches, 8 images", B=8, S=64),
+    _case(PATCHES_OF_BATCH, "full", label="negatives from 4 images", B=4),
+    _case(PATCHES_OF_BATCH, "full", label="SinCUT, 16 images of 1 patch", B=16, S=1),
+    _case(TWO_C, "quick full demo", label="CIFAR10", N=64, D=512, classes=10),
+    _case(TWO_C, "quick full", label="ImageNet-128", N=256, D=1536, classes=1000),
+    _case(TWO_C, "full table target", label="Tiny ImageNet", N=1024, D=768, classes=200),
+    _case(TWO_C, "full target", label="large batch", N=2048, D=1536, classes=1000),
+    _case(SAMPLING, "quick full", label=f"{_MAPS}given positions"),
+    _case(DRAWN, f"quick demo {_CUT}", label=f"{_MAPS}drawn positions"),
+    _case(FORWARD, _CUT, label=f"{_MAPS}forward alone"),
+    _case(TAP, _CUT, label=f"{_MAPS}inside a network"),
+    _case(DRAWN, "full", label="CUT's 5 maps, 4 images, drawn positions", B=4),
+    _case(DIGITS, "full", label="digits, 8 images of 32 x 32", B=8, image=32, S=64),
+    _case(SUP_CON, "quick full", N=512, D=128, classes=10),
+    _case(SUP_CON, "quick full", N=2048, D=128, classes=100),
+    _case(SUP_CON, "full", "cpu", N=8192, D=128, classes=1000),
+    _case(SUP_CON_GROUPS, "full table", "cpu", N=8192, D=128, per_class=4),
+    _case(SUP_CON, "full", "cuda", N=32768, D=128, classes=1000),
+    _case(NT_XENT, "quick full", N=256, D=128),
+    _case(NT_XENT, "quick full", N=1024, D=128),
+    _case(NT_XENT, "full", "cpu", N=4096, D=128),
+    _case(NT_XENT, "full", "cuda", N=16384, D=128),
+    _case(BATCHED, "full", B=64, N=64, M=64, D=64),
+    _case(PAIRWISE, "quick full", N=256, M=256, D=256),
+    _case(PAIRWISE, "quick full", N=2048, M=2048, D=256),
+    _case(PAIRWISE, "full", "cuda", N=8192, M=8192, D=512),
+]
+OPS = tuple(dict.fromkeys(case.op for case in CASES))
+
+
+def select(op: str, size: str, device: torch.device) -> list[Case]:
+    """The cases of ``op`` in the set ``size`` that are meant for ``device``."""
+    of_op = (case for case in CASES if case.op == op)
+    return [case for case in of_op if size in case.sets and device.type in case.devices]
+
+
+def find(op: str, name: str) -> Case:
+    """The case of that name."""
+    return next(case for case in CASES if (case.op, case.name) == (op, name))

@@ -1,0 +1,416 @@
+"""The commands that use a trained run. Their signatures are their options, their docstrings the help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from fastnce.errors import UserError
+
+
+def translate(
+    input: Path,
+    out: Path,
+    run: Path | None = None,
+    weights: str = "ema",
+    checkpoint: str = "last",
+    direction: Literal["AtoB", "BtoA"] | None = None,
+    preprocess: str | None = None,
+    size: int | None = None,
+    tile: int | None = None,
+    part: Literal["left", "right", "whole"] | None = None,
+    format: Literal["png", "jpg", "tiff", "webp", "npy"] | None = None,
+    broken_files: Literal["error", "skip"] | None = None,
+    value_range: tuple[float, float] | None = None,
+    device: str = "auto",
+    batch_size: int = 16,
+) -> None:
+    """Translate a folder of images, or one, with a trained generator.
+
+    Images in the folders in it are translated too; the results keep their names.
+
+    Args:
+        input: Folder of images, or one image.
+        out: Folder for the translated images; created. For one image also the file to write.
+        run: Folder of a training run.
+        weights: ema: the running average of the generator's weights; raw: the weights themselves. Or, without run, a file of
+            weights: latest_net_G.pth of a published repository, or a .safetensors of `fastnce export`.
+        checkpoint: "last", "best", or the path of a checkpoint file.
+        direction: For systems that learn both directions; by default that of the training.
+        preprocess: How images are scaled, by default as in training; none keeps their size.
+        size: Size to which they are scaled; by default the crop size of the training.
+        tile: Larger images are computed in tiles of this size, with the same result in less memory. Images of any number of
+            pixels are read.
+        part: Translate this half of each file, or the whole. By default that is the input's half where pix2pix learned from
+            pairs side by side and these are such, else the whole.
+        format: Of the results, unless --out names a file: png, or what holds all their numbers and channels. jpg and webp have
+            quality 95.
+        broken_files: What a file that cannot be read does: skip leaves it out and names it, error stops when the images before
+            it are translated; by default as in the training.
+        value_range: The images' numbers that stand for black and white; by default as in the training. Results are written in
+            these numbers.
+        device: auto, cpu, cuda or cuda:N.
+        batch_size: Images translated at a time, where they have the same size.
+    """
+    from fastnce.training.runs import WEIGHTS_FILES, Run, translate_folder
+
+    if weights in ("ema", "raw"):
+        if run is None:
+            raise UserError(
+                "name a generator: --run FOLDER of a training, or --weights FILE, .pth or .safetensors."
+            )
+        trained = Run(run, weights=weights, checkpoint=checkpoint, device=device)
+    else:
+        if run is not None:
+            raise UserError(
+                f"run={run} and the file weights={weights} are two generators. Leave one out."
+            )
+        if Path(weights).suffix not in WEIGHTS_FILES:
+            raise UserError(
+                f"weights={weights} must be ema, raw, or a .pth or .safetensors file of a generator. A checkpoint of a run: "
+                f"--run RUN --checkpoint {weights}."
+            )
+        trained = Run(weights, device=device)
+    print(trained)
+    count = translate_folder(
+        trained.network,
+        trained.config,
+        input,
+        out,
+        batch_size=batch_size,
+        direction=direction,
+        preprocess=preprocess,
+        size=size,
+        tile=tile,
+        part=part,
+        format=format,
+        broken_files=broken_files,
+        value_range=value_range,
+    )
+    print(f"Translated {count} image{'s' * (count != 1)} into {out}")
+
+
+def generate(
+    run: Path,
+    out: Path,
+    classes: tuple[str, ...] = (),
+    count: int = 16,
+    truncation: float | None = None,
+    interpolation: int = 0,
+    seed: int = 0,
+    checkpoint: str = "last",
+    weights: Literal["ema", "raw"] = "ema",
+    device: str = "auto",
+    batch_size: int = 64,
+) -> None:
+    """Generate images of chosen classes with a trained generator.
+
+    Those of a class are in a folder of its own, and a grid has a row for each class.
+
+    Args:
+        run: Folder of a training run.
+        out: Folder for the images; created.
+        classes: Numbers or names of the classes; by default all.
+        count: Images of each class.
+        truncation: Cut the noise off at this value, such as 0.8: less variety, more fidelity.
+        interpolation: Also a picture with so many steps from one noise to another; 0 for none.
+        seed: Seed of the noise.
+        checkpoint: "last", "best", or the path of a checkpoint file.
+        weights: The running average of the generator's weights, or the weights themselves.
+        device: auto, cpu, cuda or cuda:N.
+        batch_size: Images generated at a time.
+    """
+    from fastnce.training.runs import Run, generate_folder
+
+    trained = Run(run, weights=weights, checkpoint=checkpoint, device=device)
+    print(trained)
+    made = generate_folder(
+        trained.network,
+        trained.config,
+        out,
+        classes=classes,
+        count=count,
+        truncation=truncation,
+        interpolation=interpolation,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    print(f"Generated {made} images into {out}; grid.png shows them by class")
+
+
+def features(
+    run: Path,
+    input: Path,
+    out: Path,
+    normalize: bool = False,
+    checkpoint: str = "last",
+    weights: Literal["ema", "raw"] = "ema",
+    device: str = "auto",
+    batch_size: int = 64,
+    broken_files: Literal["error", "skip"] | None = None,
+) -> None:
+    """Write the features of a folder of images, from a trained encoder.
+
+    They are those of SimCLR, MoCo or SupCon before the projection head. The file has the arrays "features" (images x features,
+    float32) and "names", the files' names below --input; a .safetensors file has the names in its metadata, as a JSON list.
+
+    Args:
+        run: Folder of a training run, or a .safetensors file of `fastnce export`.
+        input: Folder of images, or one image.
+        out: File to write: .npz or .safetensors.
+        normalize: Scale each image's features to length 1, as k-NN compares them.
+        checkpoint: "last", "best", or the path of a checkpoint file.
+        weights: The running average of the encoder's weights, or the weights themselves.
+        device: auto, cpu, cuda or cuda:N.
+        batch_size: Images at a time.
+        broken_files: error: stop at a file that cannot be read; skip: leave it out and name it; by default as in training.
+    """
+    from fastnce.training.runs import Run, write_features
+
+    trained = Run(run, weights=weights, checkpoint=checkpoint, device=device)
+    print(trained)
+    count, length = write_features(
+        trained.network,
+        trained.config,
+        input,
+        out,
+        normalize=normalize,
+        batch_size=batch_size,
+        broken_files=broken_files,
+    )
+    print(f"Wrote {length} features of each of {count} images to {out}")
+
+
+def evaluate(
+    run: Path | None = None,
+    images: Path | None = None,
+    data: Path | None = None,
+    without_nce: Path | None = None,
+    extractor: Path | None = None,
+    segmenter: Path | None = None,
+    labels: Path | None = None,
+    label_kind: Literal["train-ids", "ids", "colours"] = "train-ids",
+    checkpoint: str = "last",
+    weights: Literal["ema", "raw"] = "ema",
+    direction: Literal["AtoB", "BtoA"] | None = None,
+    value_range: tuple[float, float] | None = None,
+    out: Path | None = None,
+    device: str = "auto",
+    broken_files: Literal["error", "skip"] | None = None,
+) -> None:
+    """Measure how good a run's translations, samples or features are, beside baselines.
+
+    CUT and its kin: FID, KID, precision, recall, density and coverage of the translated test images, and content accuracy
+    of digits. pix2pix: L1, PSNR and SSIM against the truth, and with --extractor those too. ContraGAN: also intra-class FID,
+    IS and class accuracy of samples. SimCLR, MoCo, SupCon: k-NN and linear accuracy of features.
+
+    Writes metrics.json and metrics.md into the run's folder, or into --out; for other data than the run's own
+    metrics-NAME.json and metrics-NAME.md.
+
+    Args:
+        run: Folder of a training run.
+        images: Instead of a run: folder of translated test images, made by any program.
+        data: Folder of the data; by default that of the training.
+        without_nce: CUT: folder of the same training with --lambda-nce 0, for a row of the table.
+        extractor: TorchScript file whose features are compared, or torch-fidelity for its Inception; by default that of the
+            training. The digits sets have their own.
+        segmenter: TorchScript file of a segmentation network with Cityscapes' 19 classes: scores the segmentations too.
+        labels: Folder of the label maps that the translations should show, found by their names.
+        label_kind: What the label maps hold: train ids, Cityscapes' own ids, or its colours.
+        checkpoint: "last", "best", or the path of a checkpoint file. With "last", CUT's best one is judged too.
+        weights: The running average of the generator's weights, or the weights themselves.
+        direction: For --images, or a system of both directions: which domain is translated to which; AtoB if not given.
+        value_range: The images' numbers that stand for black and white, where they are not of 8 bits or use all of 16; by
+            default as in the training.
+        out: Folder of the report, by default that of the run or of the images.
+        device: auto, cpu, cuda or cuda:N.
+        broken_files: What a file that cannot be read does: skip leaves it out and names it, error stops; by default as in
+            the training.
+    """
+    from fastnce.systems.judging import Segmentation, evaluate_images
+    from fastnce.training.evaluation import Report, evaluate_run
+    from fastnce.training.runs import Run
+    from fastnce.training.runtime import resolve_device
+
+    if (run is None) == (images is None):
+        raise UserError(
+            "give either --run, a training's folder, or --images, one of translated images."
+        )
+    if (segmenter is None) != (labels is None):
+        raise UserError("--segmenter and --labels belong together: give both, or neither.")
+    how = {
+        "extractor": extractor,
+        "segmentation": segmenter and labels and Segmentation(segmenter, labels, label_kind),
+        "broken_files": broken_files,
+        "value_range": value_range,
+    }
+    if images is not None:
+        report = Report(out or images)
+        if without_nce is not None:
+            raise UserError("--without-nce is for --run. Leave it out.")
+        _, table = evaluate_images(
+            images,
+            data,
+            direction=direction or "AtoB",
+            out=out,
+            device=resolve_device(device),
+            **how,
+        )
+    else:
+        trained = Run(run, weights=weights, checkpoint=checkpoint, device=device)
+        report = Report.of(trained, data, out)
+        print(trained)
+        _, table = evaluate_run(
+            trained, data, without_nce=without_nce, direction=direction, report=report, **how
+        )
+    print(table)
+    print(f"Written: {report.folder / report.stem}.json and .md")
+
+
+def export(
+    run: Path,
+    out: Path,
+    format: Literal["cut", "safetensors", "onnx", "torchscript"] = "safetensors",
+    checkpoint: str = "last",
+    weights: Literal["ema", "raw"] = "ema",
+    label: str = "latest",
+    module_prefix: bool = False,
+    direction: Literal["AtoB", "BtoA"] | None = None,
+) -> None:
+    """Write a run's network as safetensors, ONNX or TorchScript, or for the published repositories.
+
+    Args:
+        run: Folder of a training run.
+        out: Folder for the files; created.
+        format: cut: LABEL_net_G.pth and its like, as the published repositories read them. safetensors: one file,
+            model.safetensors, with the network and its configuration. onnx, torchscript: model.onnx or
+            model.torchscript.pt, a graph that runs without this package, for any batch and image size.
+        checkpoint: "last", "best", or the path of a checkpoint file.
+        weights: The running average of the generator's weights, or the weights themselves, from which training goes on.
+        label: The epoch in the names of the published layout.
+        module_prefix: Put "module." before the names of the published layout's weights.
+        direction: onnx and torchscript, for systems that learn both directions; by default that of the training.
+    """
+    from fastnce.training.export import export_graph, export_published, export_shared
+    from fastnce.training.runs import Run
+
+    trained = Run(run, weights=weights, checkpoint=checkpoint)
+    print(trained)
+    if format in ("onnx", "torchscript"):
+        path, check = export_graph(trained, out, format, direction=direction)
+        print(f"{path} ({check})")
+        return
+    if direction is not None:
+        raise UserError(
+            f"direction={direction} is for format=onnx and torchscript: format={format} holds all networks. Leave it out."
+        )
+    if format == "safetensors":
+        print(export_shared(trained, out))
+        return
+    for path in export_published(trained, out, label=label, module_prefix=module_prefix):
+        print(path)
+
+
+def similarity(
+    run: Path,
+    input: Path,
+    out: Path,
+    points: tuple[str, ...] = (),
+    count: int = 4,
+    layers: tuple[int, ...] = (),
+    scale: Literal["similarity", "cosine"] = "similarity",
+    checkpoint: str = "last",
+    weights: Literal["raw", "ema"] = "raw",
+    device: str = "auto",
+) -> None:
+    """Translate an image, and show which patches of it the model takes to be similar to points of the result.
+
+    Writes similarity.png, a row for each point and a column for each layer, and the translation, output.png.
+
+    Args:
+        run: Folder of a training run of a system that compares patches, such as cut.
+        input: Image file.
+        out: Folder for the pictures; created.
+        points: Points of the result, each as X,Y in pixels from the left and the top; by default some that differ.
+        count: How many points are chosen, where none is given.
+        layers: Layers to show, of those that the run compares; by default all.
+        scale: exp(cosine / temperature) as the loss has it, or the cosine, which shows small similarities too.
+        checkpoint: "last", "best", or the path of a checkpoint file.
+        weights: The weights that the projector was trained with, or their running average.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    from fastnce.training.patch_views import PatchEncoder, visualize_similarity
+    from fastnce.training.runs import Run
+
+    chosen = [_point(text) for text in points]
+    trained = Run(run, weights=weights, checkpoint=checkpoint, device=device)
+    print(trained)
+    path = visualize_similarity(
+        PatchEncoder.of(trained),
+        input,
+        out,
+        points=chosen,
+        count=count,
+        layers=layers,
+        scale=scale,
+    )
+    print(f"Wrote {path}")
+
+
+def pca(
+    run: Path,
+    input: Path,
+    out: Path,
+    count: int = 3,
+    layers: tuple[int, ...] = (),
+    checkpoint: str = "last",
+    weights: Literal["raw", "ema"] = "raw",
+    device: str = "auto",
+) -> None:
+    """Show the main components of the patch features of images and of their translations, as colours.
+
+    Writes pca-encoder.png and pca-projected.png, two rows for each image and a column for each layer. All rows share one
+    basis, so equal colours are equal features.
+
+    Args:
+        run: Folder of a training run of a system that compares patches, such as cut.
+        input: Image file, or a folder of images.
+        out: Folder for the pictures; created.
+        count: How many images of a folder to take.
+        layers: Layers to show, of those that the run compares; by default all.
+        checkpoint: "last", "best", or the path of a checkpoint file.
+        weights: The weights that the projector was trained with, or their running average.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    from fastnce.training.patch_views import PatchEncoder, visualize_features
+    from fastnce.training.runs import Run
+
+    trained = Run(run, weights=weights, checkpoint=checkpoint, device=device)
+    print(trained)
+    encoder = PatchEncoder.of(trained)
+    for path in visualize_features(encoder, input, out, count=count, layers=layers):
+        print(f"Wrote {path}")
+
+
+def gallery(run: tuple[Path, ...], out: Path | None = None) -> None:
+    """Write one HTML page that shows a run, or several side by side: samples, curves, evaluation, configuration.
+
+    The page holds everything, needs no network, and stays below about 10 MB. For runs of any system.
+
+    Args:
+        run: Folder of a training run, or of several.
+        out: The HTML file; by default gallery.html in the first run's folder.
+    """
+    from fastnce.training.gallery import write_gallery
+
+    print(f"Wrote {write_gallery(run, out)}")
+
+
+def _point(text: str) -> tuple[int, int]:
+    try:
+        x, y = text.split(",")
+        return int(x), int(y)
+    except ValueError:
+        raise UserError(
+            f"points: {text!r} is no point. Write whole numbers X,Y such as 12,20."
+        ) from None

@@ -1,0 +1,43 @@
+"""The built-in sets: real digits and photographs that ship inside packages, and what judges images made after them."""
+
+from fastnce.demo.judges import (
+    DigitClassifier,
+    DigitRecipe,
+    Evaluator,
+    EvaluatorRecipe,
+    generation_evaluator,
+    load_digit_classifier,
+    load_evaluator,
+    recipe_for,
+)
+from fastnce.demo.report import digits_to_translate, evaluate_digits, is_digits_photos
+from fastnce.demo.samples import PHOTOS
+from fastnce.demo.sets import (
+    read_labels,
+    write_digits,
+    write_digits_photos,
+    write_photo_crops,
+    write_photos,
+    write_single_photos,
+)
+
+__all__ = [
+    "PHOTOS",
+    "DigitClassifier",
+    "DigitRecipe",
+    "Evaluator",
+    "EvaluatorRecipe",
+    "digits_to_translate",
+    "evaluate_digits",
+    "generation_evaluator",
+    "is_digits_photos",
+    "load_digit_classifier",
+    "load_evaluator",
+    "read_labels",
+    "recipe_for",
+    "write_digits",
+    "write_digits_photos",
+    "write_photo_crops",
+    "write_photos",
+    "write_single_photos",
+]

@@ -1,0 +1,359 @@
+"""Writing the built-in sets: whole or not at all, with the recipe that they were made from."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastnce.data.files import write_json
+from fastnce.data.images import to_image
+from fastnce.data.stream import counter_rng
+from fastnce.demo.samples import (
+    BACKGROUND_SIDE,
+    DIGIT_MARGIN,
+    DIGIT_SIZE,
+    NOISE_SIGMA,
+    PHOTOS,
+    composite,
+    load_digits,
+    load_enlarged_digits,
+    load_photo,
+    noisy_digit,
+    random_crop,
+    scaled_photo,
+    split_photo,
+    to_bytes,
+)
+from fastnce.errors import UserError
+
+LABELS_FILE = "labels.json"
+TEST_EVERY = 3
+CROP_SIZE = 32
+
+# Images of a set, one after the other: name below the set's folder, pixels, label.
+Images = Iterator[tuple[str, np.ndarray, dict[str, Any]]]
+
+_HALVES_STREAM, _NOISE_STREAM, _CROP_STREAM, _PHOTOS_STREAM, _PHOTO_STREAM = 10, 11, 12, 13, 14
+_DIGITS_STREAM, _CROPS_STREAM = 20, 21
+
+
+def write_digits_photos(
+    out: Path | str, seed: int = 0, photo: str | Sequence[str] = "coffee"
+) -> Path:
+    """Writes the digits-photos set: handwritten digits (A), and digits on a photograph (B).
+
+    A is one half of the 1,797 digits, each as a `noisy_digit`; B is the other half, each as a `composite` with a random crop of
+    the photograph, scaled to a shorter side of 128 pixels. No sample is in both, a third of each is for testing, all have the
+    same share of every digit, and the order tells nothing about which belong together. `out/labels.json` holds the recipe and,
+    for each image, its digit, its number in scikit-learn's set and, for B, the photograph and the corner of the crop.
+
+    Args:
+        out: Folder to write: trainA, trainB, testA, testB of 32x32 PNG files. As all these sets, it is left as it is if it
+            holds this set already.
+        seed: Seed of the halves, the noise and the crops.
+        photo: One of `PHOTOS`; or several, one of which is drawn for each image of B.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: If `out` holds something else, cannot be written, a photograph is unknown, or a package is missing.
+    """
+    photos = [photo] if isinstance(photo, str) else list(photo)
+    if not photos or len(set(photos)) < len(photos):
+        raise UserError(
+            f"photo={photo}: expected at least one photograph, none of them twice. Use some of {', '.join(PHOTOS)}."
+        )
+    recipe = {
+        "kind": "digits-photos",
+        "version": 1,
+        "seed": seed,
+        # A single name, as in the sets from before there could be several.
+        "photo": photos[0] if len(photos) == 1 else photos,
+        "background_side": BACKGROUND_SIDE,
+        "size": DIGIT_SIZE,
+        "margin": DIGIT_MARGIN,
+        "noise_sigma": NOISE_SIGMA,
+        "test_every": TEST_EVERY,
+    }
+    return _write_once(Path(out), recipe, lambda: _digits_photos(seed, photos))
+
+
+def write_photos(
+    out: Path | str,
+    size: int = 128,
+    *,
+    photo_a: str = "coffee",
+    photo_b: str = "motorcycle",
+    train_count: int = 200,
+    test_count: int = 20,
+    seed: int = 0,
+) -> Path:
+    """Writes random crops of two photographs as A and B, for training at real sizes.
+
+    The test crops come from the right of each photograph (a quarter of its width, or one crop's
+    width if that is more), the training crops from the rest: they share no pixel.
+
+    Args:
+        out: Folder to write: trainA, trainB, testA, testB of PNG files.
+        size: Side of the crops in pixels: 128, 256, or another that the photographs allow.
+        photo_a: One of `PHOTOS`.
+        photo_b: Another one.
+        train_count: Images in trainA and in trainB.
+        test_count: Images in testA and in testB.
+        seed: Seed of the crops.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: As `write_digits_photos`, and if a photograph is too small.
+    """
+    photos = _two_photos(photo_a, photo_b)
+    counts = {"train": train_count, "test": test_count}
+    recipe = {
+        "kind": "photos",
+        "version": 1,
+        "seed": seed,
+        "size": size,
+        "photo_a": photo_a,
+        "photo_b": photo_b,
+        "train_count": train_count,
+        "test_count": test_count,
+    }
+    return _write_once(Path(out), recipe, lambda: _photos(photos, size, counts, seed))
+
+
+def write_single_photos(
+    out: Path | str, size: int = 192, *, photo_a: str = "china", photo_b: str = "rocket"
+) -> Path:
+    """Writes one photograph as A and one as B, for SinCUT; by default a temple by day and a rocket at dusk.
+
+    Args:
+        out: Folder to write: trainA and trainB, each of one PNG file.
+        size: Shorter side, in pixels, to which both photographs are scaled (bicubic).
+        photo_a: One of `PHOTOS`.
+        photo_b: Another one.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: As `write_digits_photos`, and if `size` is below 8 or above that of a photograph.
+    """
+    photos = _two_photos(photo_a, photo_b)
+    recipe = {
+        "kind": "single-photos",
+        "version": 1,
+        "size": size,
+        "photo_a": photo_a,
+        "photo_b": photo_b,
+    }
+    return _write_once(Path(out), recipe, lambda: _single_photos(photos, size))
+
+
+def write_digits(out: Path | str, size: int = 16, seed: int = 0) -> Path:
+    """Writes the digits set: scikit-learn's 1,797 handwritten digits in 10 classes, greyscale.
+
+    Each 8x8 original is enlarged (bicubic), white on black. A third of each class, drawn at random, is
+    for testing; the same people wrote both parts. `out/labels.json` holds the recipe and, for each image,
+    its digit and its number in scikit-learn's set.
+
+    Args:
+        out: Folder to write: train/0/0000.png to test/9/0058.png.
+        size: Side of the images in pixels, 16 or 32.
+        seed: Seed of the split.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: As `write_digits_photos`, and if `size` is another one.
+    """
+    if size not in (16, 32):
+        raise UserError(f"size={size}: the digits are written at 16 or 32 pixels. Use one of them.")
+    recipe = {"kind": "digits", "version": 1, "seed": seed, "size": size, "test_every": TEST_EVERY}
+    return _write_once(Path(out), recipe, lambda: _digits(size, seed))
+
+
+def write_photo_crops(
+    out: Path | str, *, train_count: int = 300, test_count: int = 100, seed: int = 0
+) -> Path:
+    """Writes 32x32 crops of the seven photographs; the class is the photograph.
+
+    Each photograph is scaled (bicubic) to a shorter side of 128 pixels, so that a crop shows part of the
+    scene. The test crops come from its right quarter, the training crops from the rest: they share no
+    pixel. `out/labels.json` holds the recipe and, for each image, its photograph and the corner of the
+    crop.
+
+    Args:
+        out: Folder to write: train/astronaut/0000.png and so on.
+        train_count: Training crops of each photograph.
+        test_count: Test crops of each photograph.
+        seed: Seed of the crops.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: As `write_digits_photos`, and if a count is below 1.
+    """
+    counts = {"train": train_count, "test": test_count}
+    for split, count in counts.items():
+        if count < 1:
+            raise UserError(f"{split}_count={count}: expected at least 1 crop of each photograph.")
+    recipe = {
+        "kind": "photo-crops",
+        "version": 1,
+        "seed": seed,
+        "size": CROP_SIZE,
+        "shorter_side": BACKGROUND_SIDE,
+        "photos": list(PHOTOS),
+        **{f"{split}_count": count for split, count in counts.items()},
+    }
+    return _write_once(Path(out), recipe, lambda: _photo_crops(counts, seed))
+
+
+def read_labels(root: Path | str) -> dict[str, Any]:
+    """The `labels.json` of a set written here: {"recipe": {...}, "images": {name: {...}, ...}}.
+
+    Names are like "testA/0000.png".
+
+    Raises:
+        UserError: If `root` holds none, or one that cannot be read.
+    """
+    path = Path(root) / LABELS_FILE
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8"))
+        if not {"recipe", "images"} <= labels.keys():
+            raise ValueError("no recipe or no images in it")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"{root}: holds no {LABELS_FILE}, so it is not a set that `fastnce data` wrote. "
+            "Write one with `fastnce data digits-photos --out FOLDER`."
+        ) from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}). Delete {root} and write the set again."
+        ) from error
+    return labels
+
+
+def kind_of(root: Path | str | Mapping[str, Path]) -> str | None:
+    """The kind of the set that `fastnce data` wrote into a folder; None for other folders, and for folders by name."""
+    if isinstance(root, Mapping) or not Path(root, LABELS_FILE).is_file():
+        return None
+    return read_labels(root)["recipe"].get("kind")
+
+
+def _write_once(out: Path, recipe: dict[str, Any], images: Callable[[], Images]) -> Path:
+    """Writes a set into a folder beside `out` and renames it when complete; skips what is there."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        if (out / LABELS_FILE).is_file() and read_labels(out)["recipe"] == recipe:
+            return out
+        raise UserError(
+            f"{out}: holds something else already, not the {recipe['kind']} set with these "
+            "settings. Choose another folder, or delete this one first."
+        )
+    # Absolute, so that "." has a name; beside `out`, so that the renaming is one step.
+    target = out.absolute()
+    partial = target.parent / f".{target.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        labels = {}
+        for name, array, label in images():
+            path = partial / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            to_image(array).save(path)
+            labels[name] = label
+        write_json({"recipe": recipe, "images": labels}, partial / LABELS_FILE)
+        os.replace(partial, target)
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be written ({error.strerror or error}). "
+            "Free some space or choose a folder that you can write to."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _two_photos(photo_a: str, photo_b: str) -> dict[str, str]:
+    if photo_a == photo_b:
+        raise UserError(
+            f'photo_a and photo_b are both "{photo_a}". '
+            f"Use two different ones of {', '.join(PHOTOS)}."
+        )
+    return {"A": photo_a, "B": photo_b}
+
+
+def _digits_photos(seed: int, photos: list[str]) -> Images:
+    backgrounds = {photo: scaled_photo(photo) for photo in photos}
+    strokes, digits = load_digits()
+    order = counter_rng(seed, _HALVES_STREAM, 0).permutation(len(strokes))
+    seen, written = Counter(), Counter()
+    for source in order.tolist():
+        # Each digit's samples are dealt out in turn, so that all four folders have the same share of
+        # every digit; with shares left to chance, two folders would differ before any translation.
+        turn = seen[digits[source]]
+        seen[digits[source]] += 1
+        domain = "AB"[turn % 2]
+        folder = ("test" if turn // 2 % TEST_EVERY == 0 else "train") + domain
+        name = f"{folder}/{written[folder]:04d}.png"
+        written[folder] += 1
+        label = {"digit": int(digits[source]), "source": source}
+        if domain == "A":
+            image = noisy_digit(strokes[source], counter_rng(seed, _NOISE_STREAM, source))
+        else:
+            photo = photos[counter_rng(seed, _PHOTO_STREAM, source).integers(len(photos))]
+            crop, corner = random_crop(
+                backgrounds[photo], DIGIT_SIZE, counter_rng(seed, _CROP_STREAM, source)
+            )
+            label |= {"photo": photo, "corner": corner}
+            image = composite(strokes[source], crop)
+        yield name, image, label
+
+
+def _photos(photos: dict[str, str], size: int, counts: dict[str, int], seed: int) -> Images:
+    for domain, photo in photos.items():
+        parts = split_photo(photo, load_photo(photo), size)
+        for split, (part, start) in parts.items():
+            for number in range(counts[split]):
+                rng = counter_rng(seed, _PHOTOS_STREAM, 2 * number + (split == "test"))
+                crop, (y, x) = random_crop(part, size, rng)
+                label = {"photo": photo, "corner": (y, x + start)}
+                yield f"{split}{domain}/{number:04d}.png", crop, label
+
+
+def _single_photos(photos: dict[str, str], size: int) -> Images:
+    for domain, photo in photos.items():
+        yield f"train{domain}/{photo}.png", scaled_photo(photo, size), {"photo": photo}
+
+
+def _digits(size: int, seed: int) -> Images:
+    strokes, digits = load_enlarged_digits(size)
+    seen, written = Counter(), Counter()
+    for source in counter_rng(seed, _DIGITS_STREAM, 0).permutation(len(strokes)).tolist():
+        digit = int(digits[source])
+        split = "test" if seen[digit] % TEST_EVERY == 0 else "train"
+        seen[digit] += 1
+        name = f"{split}/{digit}/{written[split, digit]:04d}.png"
+        written[split, digit] += 1
+        yield name, to_bytes(strokes[source])[:, :, None], {"digit": digit, "source": source}
+
+
+def _photo_crops(counts: dict[str, int], seed: int) -> Images:
+    drawn = 0
+    for photo in PHOTOS:
+        parts = split_photo(photo, scaled_photo(photo), CROP_SIZE)
+        for split, (part, start) in parts.items():
+            for number in range(counts[split]):
+                crop, (y, x) = random_crop(part, CROP_SIZE, counter_rng(seed, _CROPS_STREAM, drawn))
+                drawn += 1
+                label = {"photo": photo, "corner": (y, x + start)}
+                yield f"{split}/{photo}/{number:04d}.png", crop, label

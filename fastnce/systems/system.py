@@ -1,0 +1,268 @@
+"""What a system is: the options of its training, and everything that the loop and the commands ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fastnce.errors import UserError
+from fastnce.systems import options
+from fastnce.systems.schedule import Schedule
+
+# The rows of a sample grid by their label; images (C, H, W) in [-1, 1] on the CPU.
+Rows = dict[str, list[Tensor]]
+# From the model and its averaged network to named numbers.
+Measure = Callable[[nn.Module, nn.Module], dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(options.Options):
+    """Options that every system shares."""
+
+    system: ClassVar[str]
+
+    data: Path
+    """Folder of the data."""
+    out: Path
+    """Folder of the run; created. A run that is there already is continued."""
+    init_from: Path | None = None
+    """Weights to start from. The folder of a run, of any system, or one of its checkpoints: each network that fits. Or of a
+    published repository: the folder of latest_net_G.pth and its like, or FOLDER/EPOCH for EPOCH_net_G.pth."""
+    seed: int = 0
+    """Seed of the initialisation, the data order and everything else that is drawn."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; auto takes a GPU if there is one."""
+    deterministic: bool = False
+    """On a GPU: only deterministic algorithms, which may be slower. On a CPU runs are always repeatable."""
+    batch_size: int = 1
+    """Images per step."""
+    workers: int = 2
+    """Processes that read images; 0 reads in the training process. The run is the same with any number."""
+    broken_files: Literal["error", "skip"] = "error"
+    """What a file that cannot be read does: stop the training, or be named once and replaced by the next file; left out where
+    images are measured."""
+    steps: int | None = None
+    """Stop after this many steps."""
+    ema_decay: float = 0.999
+    """Decay of the running average of the weights; 0 keeps the last weights."""
+    ema_start: int | None = None
+    """First step of the average, which copies the weights until then; by default it starts at once, corrected for its start."""
+    log_every: int = 50
+    """Steps between two lines of metrics.jsonl; a line holds the means over these steps."""
+    sample_every: int = 500
+    """Steps between two sample grids."""
+    sample_count: int = 8
+    """Images in a row of a sample grid."""
+    measure_every: int = 0
+    """Steps between two lines of measurements.jsonl, for systems that measure while they train; 0: never."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints."""
+    keep_every: int = 0
+    """Steps between two checkpoints that are kept, as checkpoints/step_XXXXXX.pt; 0: only the last two and the best are."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        options.at_least(self, 1, "batch_size", "log_every", "sample_every", "checkpoint_every")
+        options.at_least(self, 1, "sample_count")
+        options.at_least(self, 0, "workers", "seed", "measure_every", "keep_every")
+        options.in_unit_interval(self, "ema_decay")
+        options.at_least(self, 1, "steps")
+        options.at_least(self, 0, "ema_start")
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of the training stream that one step takes."""
+        return self.batch_size
+
+    @property
+    def folders(self) -> Path | dict[str, Path]:
+        """Where the images are: one folder, or several by their names."""
+        return self.data
+
+
+class Ablation(NamedTuple):
+    """Choices of one training to compare.
+
+    Attributes:
+        choices: name -> option values; the first one is what the others are held against.
+        measures: the numbers of an evaluation that are compared: name in its rows -> (title, format).
+        row: name of the evaluation's row that holds the run's own numbers.
+    """
+
+    choices: Mapping[str, Mapping[str, object]]
+    measures: Mapping[str, tuple[str, str]]
+    row: str
+
+
+class System:
+    """One system: what the training loop, the registry and every command know of it.
+
+    A system is a subclass with one instance in `fastnce.systems.SYSTEMS`. The configuration is handed to each method, so that an
+    instance has no state.
+
+    Attributes:
+        config_class: the options; its `system` is the system's name.
+        variants: what `fastnce train NAME` starts from: name -> the values that differ from the defaults.
+        presets: further sets of values by name.
+        ablations: what `fastnce ablate NAME` compares, by the name of the variant.
+        older: options that are newer than some runs, with the values by which those were made.
+        network_name: the model's attribute that is used after the training and whose weights are averaged.
+        panels: the losses that are plotted together, a tuple of names for each panel.
+        best: the measurement that is smallest for the best checkpoint.
+        next_command: what to do with a finished run, named by `{run}`.
+        published: where the published repository has weights files for this system, the model's networks in them: the name in
+            the file's name to the attribute's path, the generator first.
+        compared: where a loss compares patches of an image with those of its translation, what encodes each of the two: the part of
+            the network, the attribute of the projector behind it, the option that says how many channels it sees.
+        compares_best: whether an evaluation has a row for the best checkpoint too.
+        judged_by: the settings of `fastnce evaluate` that are for this system.
+        reported: options that stand in the report of an evaluation.
+        reports_cost: whether what the training cost stands there too.
+        output: the name of the network's output in an exported graph.
+        any_size: whether the network takes images of any height and width.
+    """
+
+    config_class: type[TrainConfig]
+    variants: Mapping[str, Mapping[str, object]]
+    presets: Mapping[str, Mapping[str, object]] = {}
+    ablations: Mapping[str, Ablation] = {}
+    older: Mapping[str, object] = {}
+    network_name: str
+    panels: tuple[tuple[str, ...], ...]
+    best: str | None = None
+    next_command: str
+    published: Mapping[str, str] = {}
+    compared: tuple[tuple[str, str, str], ...] = ()
+    compares_best: bool = False
+    judged_by: frozenset[str] = frozenset()
+    reported: tuple[str, ...] = ()
+    reports_cost: bool = False
+    output: str = "output"
+    any_size: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.config_class.system
+
+    def settled(self, config: TrainConfig, before: TrainConfig | None) -> TrainConfig:
+        """`config` with what a run decides when it begins: as in the run `before` that it continues, or anew if that is None."""
+        return config
+
+    def of_data(self, config: TrainConfig, dataset: Dataset) -> TrainConfig:
+        """`config` with what only the data tells, such as the names of its classes."""
+        return config
+
+    def folders_read(self, config: TrainConfig) -> Sequence[Path]:
+        """The folders that a training may read images from."""
+        return [config.data]
+
+    def dataset(self, config: TrainConfig) -> Dataset:
+        """The training stream: sample i, for any i >= 0, is a pure function of the configuration and i; `len` is the number of
+        samples in an epoch."""
+        raise NotImplementedError
+
+    def schedule(self, config: TrainConfig, epoch_samples: int) -> Schedule:
+        """How long the training is, and the learning rate in it."""
+        if config.steps is None:
+            raise UserError("steps is missing. Give the number of steps to train.")
+        return Schedule(
+            total_steps=config.steps,
+            samples_per_step=config.samples_per_step,
+            epoch_samples=epoch_samples,
+        )
+
+    def model(self, config: TrainConfig, dataset: Dataset) -> nn.Module:
+        """A module with `optimizers` by name and `training_step(batch) -> {name: scalar}`."""
+        raise NotImplementedError
+
+    def network(self, config: TrainConfig) -> nn.Module:
+        """The network `network_name` alone, for trained weights."""
+        raise NotImplementedError
+
+    def preview(self, config: TrainConfig, dataset: Dataset) -> Callable[[nn.Module], Rows]:
+        """A function from the network to the rows of a sample grid."""
+        raise NotImplementedError
+
+    def measure(self, config: TrainConfig, dataset: Dataset) -> Measure | None:
+        """What is measured every `measure_every` steps; it may draw random numbers and change modes. None: nothing."""
+        return None
+
+    def evaluate(
+        self,
+        config: TrainConfig,
+        networks: Mapping[str, nn.Module],
+        data: Path | Mapping[str, Path],
+        device: torch.device,
+        **settings: Any,
+    ) -> tuple[dict[str, Any], str]:
+        """How good trained networks are, beside baselines: the result, and its table.
+
+        Args:
+            config: of their run.
+            networks: "last", and "best" and "without_nce" where the caller has them.
+            data: folder of the data, or the folders by their names.
+            device: of the networks.
+            settings: those of `judged_by` that were given.
+        """
+        raise UserError(f"a run of {self.name} has no evaluation.")
+
+    def translate_folder(
+        self, network: nn.Module, config: TrainConfig, input: Path, out: Path, **how: Any
+    ) -> int:
+        """See `fastnce.systems.translating.translate_folder`."""
+        raise self.not_for(config, "translate images")
+
+    def generate_folder(
+        self, network: nn.Module, config: TrainConfig, out: Path, **how: Any
+    ) -> int:
+        """See `fastnce.systems.contragan.generate_folder`."""
+        raise self.not_for(config, "generate images from classes")
+
+    def write_features(
+        self, network: nn.Module, config: TrainConfig, input: Path, out: Path, **how: Any
+    ) -> tuple[int, int]:
+        """See `fastnce.systems.representation.write_features`."""
+        raise self.not_for(config, "write features of whole images")
+
+    def in_direction(
+        self, network: nn.Module, config: TrainConfig, direction: str | None
+    ) -> tuple[nn.Module, int]:
+        """The part of a network that works in a direction, "AtoB" or "BtoA", and the channels of its input."""
+        if direction is not None:
+            raise UserError(f"direction={direction}: a run of {self.name} has none. Leave it out.")
+        return network, getattr(config, "image_channels", 3)
+
+    def graph_inputs(
+        self, network: nn.Module, config: TrainConfig, channels: int, count: int
+    ) -> dict[str, Tensor]:
+        """Random inputs of the network by their names, `count` of them; where sizes are free, in a size of their own."""
+        raise UserError(f"a run of {self.name} has no graph to export.")
+
+    def not_for(self, config: TrainConfig, what: str) -> UserError:
+        """The error of a command that runs of this system are not for, with the one that is."""
+        command = self.next_command.format(run=config.out)
+        return UserError(
+            f"a run of {self.called(config)} does not {what}. What to do with it: {command}"
+        )
+
+    def called(self, config: TrainConfig) -> str:
+        """What a reader calls a run of this configuration."""
+        return self.name
+
+
+def rng_kept() -> AbstractContextManager:
+    """Context whose random numbers leave no trace in torch's generators."""
+    return torch.random.fork_rng(range(torch.cuda.device_count()))
+
+
+def random_images(count: int, channels: int, height: int, width: int) -> Tensor:
+    """(count, channels, height, width) in [-1, 1], drawn with the seed `count`."""
+    random = torch.Generator().manual_seed(count)
+    return torch.rand(count, channels, height, width, generator=random) * 2 - 1
