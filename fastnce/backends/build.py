@@ -105,14 +105,14 @@ def _cuda_plan(sources: Path) -> Plan:
 
 NATIVE = Library(
     "libfastnce_cpu.so",
-    ("cpu/*.cpp", "cpu/*.h"),
+    ("common/*.h", "cpu/*.cpp", "cpu/*.h"),
     "FASTNCE_NATIVE",
     _native_plan,
     "FASTNCE_LIBRARY",
 )
 CUDA = Library(
     "libfastnce_cuda.so",
-    ("cuda/*.cpp", "cuda/*.h", "cuda/*.cu", "cuda/*.cuh"),
+    ("common/*.h", "cuda/*.cpp", "cuda/*.h", "cuda/*.cu", "cuda/*.cuh"),
     "FASTNCE_CUDA",
     _cuda_plan,
 )

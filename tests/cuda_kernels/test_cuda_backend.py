@@ -53,7 +53,7 @@ def test_an_emulated_library_that_is_not_there_or_old_or_broken(emulated):
 
 
 def test_a_change_of_the_kernels_is_seen_and_one_of_the_cpu_s_is_not(tmp_path):
-    for name in ("cuda/info_nce.cu", "cuda/device.cuh", "cpu/info_nce.cpp"):
+    for name in ("cuda/info_nce.cu", "cuda/device.cuh", "common/tensors.h", "cpu/info_nce.cpp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("one")
 
@@ -64,6 +64,7 @@ def test_a_change_of_the_kernels_is_seen_and_one_of_the_cpu_s_is_not(tmp_path):
         ("cuda/device.cuh", (True, False)),
         ("cuda/info_nce.cu", (True, False)),
         ("cpu/info_nce.cpp", (False, True)),
+        ("common/tensors.h", (True, True)),
     ):
         before = hashes()
         (tmp_path / name).write_text(name)
