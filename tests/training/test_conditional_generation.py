@@ -205,9 +205,7 @@ def test_classes_with_one_or_no_test_image(tiny, classes, extractor, tmp_path):
 
 
 def test_the_judge_of_digits_reads_all_ten_in_their_order_only(tiny, monkeypatch):
-    monkeypatch.setattr(
-        "fastnce.demo.generation_evaluator", lambda *_, **__: DigitClassifier(16)
-    )
+    monkeypatch.setattr("fastnce.demo.generation_evaluator", lambda *_, **__: DigitClassifier(16))
     data, grey = tiny().data, tiny(image_channels=1)
     assert judge_of(grey, data, None).reads_labels
     for names, reads in (("0123456789", True), ("73", False), ("1023456789", False)):
