@@ -97,10 +97,9 @@ sanitize: install
 	FASTNCE_LIBRARY=$(SANITIZED) $(SANITIZED_PYTEST) tests/ops -k "$(SANITIZE_TESTS)"
 	FASTNCE_CUDA_EMULATED=$(SANITIZED_CUDA) $(SANITIZED_PYTEST) tests/ops/test_every_op.py -k "$(SANITIZE_CUDA_TESTS)"
 
-
 # The site, in out/site.
 docs: $(VENV)/.docs
-	$(PY) -m mkdocs build --strict --site-dir out/site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir out/site
 
 $(VENV)/.docs: $(INSTALLED)
 	@$(PIP_INSTALL) --no-build-isolation --editable '.[docs]'

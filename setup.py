@@ -71,17 +71,6 @@ class build_libraries(Command):
                     raise CompileError(f"{library.switch}=1, but {error}") from error
                 self.warn(f"installing without {library.file}: {error}")
 
-    def get_source_files(self):
-        return [
-            str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()
-        ]
-
-    def get_outputs(self):
-        return [str(library) for library in self.distribution.libraries_built]
-
-    def get_output_mapping(self):
-        return {}
-
 
 class build_with_libraries(build):
     sub_commands = [*build.sub_commands, ("build_libraries", None)]

@@ -24,6 +24,9 @@ from benchmarks import (
     waiting,
 )
 
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_SIZES = ("quick", "full", "table", "target")
+_PRECISIONS = ("highest", "high", "medium")
 _OF_ALL_OPS = ("all", "table", "demo")
 _COMMANDS = {
     "all": "all ops",
@@ -71,54 +74,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("command", metavar="COMMAND", help=f"an op, {', '.join(_COMMANDS)}")
-    add(
-        "--seconds",
-        type=_positive,
-        help="timing budget of one case, all providers together (default 5); demo: of the whole run (default 30)",
-    )
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder for the JSON, the table and the plot; without it the table is only printed",
-    )
-    add(
-        "--dtype",
-        nargs="+",
-        choices=("float32", "bfloat16", "float16", "float64"),
-        help="dtypes of the inputs (default float32; table, and on a GPU: float32 and bfloat16)",
-    )
-    add(
-        "--size",
-        choices=("quick", "full", "table", "target"),
-        default="quick",
-        help="the set of cases (default quick); table is for a CPU, target for a GPU",
-    )
-    add(
-        "--precision",
-        choices=("highest", "high", "medium"),
-        help="torch.set_float32_matmul_precision, for all providers (default: torch's own, highest)",
-    )
+    add("--seconds", type=_positive, help="timing of a case (default 5); demo: of all (default 30)")
+    add("--out", type=Path, metavar="DIR", help="folder of the report; without it, it is printed")
+    add("--dtype", nargs="+", choices=_DTYPES, help="of the inputs (default: float32 on a CPU)")
+    add("--size", choices=_SIZES, default="quick", help="cases (default quick); target: on a GPU")
+    add("--precision", choices=_PRECISIONS, help="torch.set_float32_matmul_precision, for all")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="whether torch.compile takes part (default: on a GPU and with --size full or table; on a CPU it can compile for a minute)",
-    )
+    compiles = "whether torch.compile takes part (default: on a GPU, and with --size full or table)"
+    add("--compile", action=argparse.BooleanOptionalAction, help=compiles)
     add("--no-memory", action="store_true", help="do not measure peak memory")
-    add(
-        "--limit",
-        type=_positive,
-        metavar="SECONDS",
-        help="begin no further case after this time (default: none; demo: twice its --seconds)",
-    )
-    add(
-        "--minutes",
-        type=_positive,
-        default=9.0,
-        help="gpu-report: time for build, tests and benchmarks together (default 9)",
-    )
+    limit = "begin no further case after this time (default: none; demo: twice its --seconds)"
+    add("--limit", type=_positive, metavar="SECONDS", help=limit)
+    add("--minutes", type=_positive, default=9.0, help="gpu-report: time for all (default 9)")
     add("--results", type=Path, metavar="FILE", help="gpu-targets: results.json of a gpu-report")
     return parser
 

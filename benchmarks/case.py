@@ -1,4 +1,4 @@
-"""What is measured: a case (an op, sizes, inputs) and the providers that compute it."""
+"""The things that are measured: a case (an op, sizes, inputs) and the providers that compute it."""
 
 from __future__ import annotations
 
@@ -133,8 +133,7 @@ class Provider:
         extra_bytes: what it is known to allocate at least, at the timed sizes; it is skipped where that is not free.
         compiled: the first call compiles.
         rounds_products: the factors of its products are rounded to fewer bits than the inputs have.
-        truth: plain PyTorch of what it computes, where that is another function than the case's: a sigmoid loss, or a loss of
-            rounded similarities.
+        truth: plain PyTorch of what it computes, where that is another function than the case's: of rounded similarities.
     """
 
     name: str

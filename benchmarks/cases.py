@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 import fastnce
 from benchmarks.case import Case, Draw, Inputs, Shape
 
-Make = Callable[[Shape, Draw], Inputs]
-_BOTH = "cpu cuda"
 
-
-def _case(op: str, name: str, shape: Shape, sets: str, devices: str, make: Make, **more) -> Case:
-    return Case(
-        op, name, shape, make, sets=tuple(sets.split()), devices=tuple(devices.split()), **more
+def _case(
+    family: Case, sets: str, devices: str = "cpu cuda", label: str = "", **shape: int
+) -> Case:
+    """A case of a family, whose name is filled in with the sizes."""
+    name = family.name.format(label=label, **shape)
+    sizes = {**family.shape, **shape}
+    return replace(
+        family, name=name, shape=sizes, sets=tuple(sets.split()), devices=tuple(devices.split())
     )
 
 
@@ -35,48 +36,23 @@ def _clip_rows(shape: Shape, draw: Draw) -> Inputs:
     return _rows(shape, draw) | {"temperature": draw.scalar(0.07)}
 
 
-_QUERY, _KEYS = ("query",), ("query", "positive_key")
+def _pairs(shape: Shape) -> int:
+    return shape.get("B", 1) * shape["N"] * shape.get("M", shape["N"])
 
 
-def _info_nce(
-    name: str, shape: Shape, sets: str, device: str, wrt: tuple[str, ...] = _KEYS, **more: Any
-) -> Case:
-    return _case(
-        "info_nce",
-        name,
-        shape,
-        sets,
-        device,
-        more.pop("make", _rows),
-        wrt=wrt,
-        products=2 if wrt == _QUERY else 3,
-        pairs=lambda shape: shape["N"] * shape.get("M", shape["N"]),
-        **more,
-    )
-
-
-def _one_way(n: int, d: int, sets: str, device: str, once: bool = False) -> Case:
-    return _info_nce(f"both gradients, {n} x {d}", {"N": n, "D": d}, sets, device, once=once)
-
-
-def _fixed_keys(n: int, d: int, sets: str, device: str) -> Case:
-    return _info_nce(f"keys without gradient, {n} x {d}", {"N": n, "D": d}, sets, device, _QUERY)
-
-
-def _both_ways(n: int, d: int, sets: str, device: str) -> Case:
-    name = f"two directions, both gradients, {n} x {d}"
-    return _info_nce(name, {"N": n, "D": d}, sets, device, options={"symmetric": True})
-
-
-def _clip(n: int, d: int, sets: str, device: str) -> Case:
-    name = f"CLIP, two directions, learnt temperature, {n} x {d}"
-    options, wrt = {"symmetric": True}, (*_KEYS, "temperature")
-    return _info_nce(name, {"N": n, "D": d}, sets, device, wrt, make=_clip_rows, options=options)
-
-
-def _moco(n: int, m: int, d: int, sets: str, device: str) -> Case:
-    shape = {"N": n, "M": m, "D": d}
-    return _info_nce(f"MoCo, queue of {m}, {n} x {d}", shape, sets, device, _QUERY)
+_KEYS = ("query", "positive_key")
+ONE_WAY = Case("info_nce", "both gradients, {N} x {D}", {}, _rows, _KEYS, products=3, pairs=_pairs)
+FIXED = replace(ONE_WAY, name="keys without gradient, {N} x {D}", wrt=("query",), products=2)
+MOCO = replace(FIXED, name="MoCo, queue of {M}, {N} x {D}")
+BOTH_WAYS = replace(
+    ONE_WAY, name="two directions, both gradients, {N} x {D}", options={"symmetric": True}
+)
+CLIP = replace(
+    BOTH_WAYS,
+    name="CLIP, two directions, learnt temperature, {N} x {D}",
+    make=_clip_rows,
+    wrt=(*_KEYS, "temperature"),
+)
 
 
 # PatchNCE: CUT's five layers, in one image, in a batch, and over all images of a batch.
@@ -88,34 +64,24 @@ def _layers(shape: Shape, draw: Draw) -> Inputs:
     return {"query_features": queries, "key_features": [draw.near(q) for q in queries]}
 
 
-def _patch_nce(name: str, batch: int, patches: int, sets: str, negatives: str = "image") -> Case:
-    def pairs(shape: Shape) -> int:
-        images = 1 if negatives == "image" else shape["B"]
-        return shape["layers"] * shape["B"] * images * shape["S"] ** 2
-
-    shape = {"layers": 5, "B": batch, "S": patches, "D": 256}
-    options = {"temperature": 0.07, "negatives": negatives}
-    wrt = ("query_features",)
-    return _case(
-        "patch_nce",
-        name,
-        shape,
-        sets,
-        _BOTH,
-        _layers,
-        wrt=wrt,
-        products=2,
-        pairs=pairs,
-        options=options,
-    )
+PATCHES = Case(
+    "patch_nce",
+    "{label}",
+    {"layers": 5, "B": 1, "S": 256, "D": 256},
+    _layers,
+    ("query_features",),
+    products=2,
+    pairs=lambda shape: shape["layers"] * shape["B"] * shape["S"] ** 2,
+    options={"temperature": 0.07, "negatives": "image"},
+)
+PATCHES_OF_BATCH = replace(
+    PATCHES,
+    pairs=lambda shape: shape["layers"] * (shape["B"] * shape["S"]) ** 2,
+    options={"temperature": 0.07, "negatives": "batch"},
+)
 
 
 # Rows against themselves. The similarities, and one product with G + G^T: their matrix is symmetric.
-
-
-def _of_themselves(op: str, name: str, shape: Shape, sets: str, devices: str, make: Make, **more):
-    pairs = more.pop("pairs", lambda shape: shape["N"] ** 2)
-    return _case(op, name, shape, sets, devices, make, products=2, pairs=pairs, **more)
 
 
 def _with_proxies(shape: Shape, draw: Draw) -> Inputs:
@@ -125,19 +91,18 @@ def _with_proxies(shape: Shape, draw: Draw) -> Inputs:
     return {"embeddings": embeddings, "proxies": table[labels].clone(), "labels": labels}
 
 
-def _2c(name: str, n: int, d: int, classes: int, sets: str) -> Case:
-    """ContraGAN's 2C loss, at the batch sizes and widths of its published configurations."""
-    return _of_themselves(
-        "conditional_contrastive",
-        f"{name}, {n} x {d}",
-        {"N": n, "D": d, "classes": classes},
-        sets,
-        _BOTH,
-        _with_proxies,
-        wrt=("embeddings", "proxies"),
-        options={"temperature": 1.0},
-        gate_limits={"N": 128},
-    )
+# ContraGAN's 2C loss, at the batch sizes and widths of its published configurations.
+TWO_C = Case(
+    "conditional_contrastive",
+    "{label}, {N} x {D}",
+    {},
+    _with_proxies,
+    ("embeddings", "proxies"),
+    products=2,
+    pairs=_pairs,
+    options={"temperature": 1.0},
+    gate_limits={"N": 128},
+)
 
 
 def _labelled(shape: Shape, draw: Draw) -> Inputs:
@@ -151,18 +116,17 @@ def _labelled(shape: Shape, draw: Draw) -> Inputs:
     return {"features": draw.near(centres[labels], noise=1.0), "labels": labels}
 
 
-def _sup_con(n: int, d: int, key: str, number: int, sets: str, devices: str) -> Case:
-    name = f"{number} {'per class' if key == 'per_class' else key}, {n} x {d}"
-    return _of_themselves(
-        "sup_con",
-        name,
-        {"N": n, "D": d, key: number},
-        sets,
-        devices,
-        _labelled,
-        wrt=("features",),
-        options={"temperature": 0.07},
-    )
+SUP_CON = Case(
+    "sup_con",
+    "{classes} classes, {N} x {D}",
+    {},
+    _labelled,
+    ("features",),
+    products=2,
+    pairs=_pairs,
+    options={"temperature": 0.07},
+)
+SUP_CON_GROUPS = replace(SUP_CON, name="{per_class} per class, {N} x {D}")
 
 
 def _views(shape: Shape, draw: Draw) -> Inputs:
@@ -170,19 +134,17 @@ def _views(shape: Shape, draw: Draw) -> Inputs:
     return {"z1": first, "z2": draw.near(first)}
 
 
-def _nt_xent(n: int, sets: str, devices: str) -> Case:
-    """SimCLR's loss; N images are 2N rows."""
-    return _of_themselves(
-        "nt_xent",
-        f"{n} images, D = 128",
-        {"N": n, "D": 128},
-        sets,
-        devices,
-        _views,
-        wrt=("z1", "z2"),
-        pairs=lambda shape: (2 * shape["N"]) ** 2,
-        options={"temperature": 0.5},
-    )
+# SimCLR's loss; N images are 2N rows.
+NT_XENT = Case(
+    "nt_xent",
+    "{N} images, D = {D}",
+    {},
+    _views,
+    ("z1", "z2"),
+    products=2,
+    pairs=lambda shape: (2 * shape["N"]) ** 2,
+    options={"temperature": 0.5},
+)
 
 
 # Pairwise cosine similarity, whose result is itself N x M.
@@ -193,20 +155,17 @@ def _matrices(shape: Shape, draw: Draw) -> Inputs:
     return {name: draw.normal(*batch, shape[n], shape["D"]) for name, n in (("x", "N"), ("y", "M"))}
 
 
-def _pairwise(n: int, d: int, sets: str, devices: str, batch: int | None = None) -> Case:
-    before, shape = ("", {}) if batch is None else (f"{batch} x ", {"B": batch})
-    return _case(
-        "pairwise_cosine_similarity",
-        f"{before}{n} x {n}, D = {d}",
-        {**shape, "N": n, "M": n, "D": d},
-        sets,
-        devices,
-        _matrices,
-        wrt=("x", "y"),
-        products=3,
-        pairs=lambda shape: shape.get("B", 1) * shape["N"] * shape["M"],
-        options={"temperature": 0.07},
-    )
+PAIRWISE = Case(
+    "pairwise_cosine_similarity",
+    "{N} x {M}, D = {D}",
+    {},
+    _matrices,
+    ("x", "y"),
+    products=3,
+    pairs=_pairs,
+    options={"temperature": 0.07},
+)
+BATCHED = replace(PAIRWISE, name="{B} x {N} x {M}, D = {D}")
 
 
 # Patch sampling from the five feature maps of a CUT step, positions given and positions drawn.
@@ -230,7 +189,7 @@ def _tracked_maps(shape: Shape, draw: Draw) -> Inputs:
 
 
 class _Network(torch.autograd.Function):
-    """What a map goes on into: nothing in the forward, a fresh dense gradient in the backward."""
+    """A stand-in for the network that a map goes on into: nothing in the forward, a fresh dense gradient in the backward."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
@@ -253,90 +212,80 @@ def _through_the_tap(inputs: Inputs, backend: str | None, **options: int) -> lis
     return network({"features": maps}) + patches
 
 
-def _sampling(
-    name: str,
-    sets: str,
-    batch: int = 1,
-    image: int = 256,
-    patches: int = 256,
-    drawn: bool = True,
-    forward: bool = False,
-    tap: bool = False,
-) -> Case:
-    return _case(
-        "sample_patches",
-        name,
-        {"B": batch, "image": image, "S": patches},
-        sets,
-        _BOTH,
-        _tracked_maps if forward else _cut_maps,
-        wrt=() if forward else ("features",),
-        options={"num_patches": patches},
-        gate_only=("patch_ids",) if drawn else (),
-        form=_through_the_tap if tap else None,
-        alone=network if tap else None,
-    )
+SAMPLING = Case(
+    "sample_patches",
+    "{label}",
+    {"B": 1, "image": 256, "S": 256},
+    _cut_maps,
+    ("features",),
+    options={"num_patches": 256},
+)
+DRAWN = replace(SAMPLING, gate_only=("patch_ids",))
+FORWARD = replace(DRAWN, make=_tracked_maps, wrt=())
+TAP = replace(DRAWN, form=_through_the_tap, alone=network)
+DIGITS = replace(DRAWN, options={"num_patches": 64})
 
-
+_MAPS = "CUT's 5 maps, 1 image, "
+_CUT = "full table target"
 CASES = [
-    _one_way(2048, 256, "quick full demo", "cpu"),
-    _one_way(4096, 256, "full", "cpu"),
-    _one_way(16384, 256, "full table", "cpu"),
-    _one_way(8192, 1024, "full table", "cpu"),
-    _one_way(4096, 768, "full", "cpu"),
-    _fixed_keys(2048, 256, "quick full", "cpu"),
-    _fixed_keys(16384, 256, "full table", "cpu"),
-    _one_way(131072, 128, "table", "cpu", once=True),
-    _clip(1024, 512, "quick full", "cpu"),
-    _clip(4096, 512, "full", "cpu"),
-    _moco(256, 16384, 128, "quick", "cpu"),
-    _moco(256, 65536, 128, "full table", "cpu"),
-    _one_way(8192, 256, "quick full demo", "cuda"),
-    _one_way(32768, 256, "quick full", "cuda"),
-    _one_way(65536, 768, "full", "cuda"),
-    _fixed_keys(32768, 128, "quick full", "cuda"),
-    _fixed_keys(65536, 256, "full target", "cuda"),
-    _fixed_keys(65536, 512, "full target", "cuda"),
-    _clip(8192, 512, "quick full", "cuda"),
-    _clip(32768, 512, "full", "cuda"),
-    _clip(65536, 768, "full", "cuda"),
-    _both_ways(32768, 256, "full target", "cuda"),
-    _both_ways(65536, 128, "full target", "cuda"),
-    _both_ways(65536, 256, "full target", "cuda"),
-    _both_ways(65536, 512, "full target", "cuda"),
-    _both_ways(65536, 1024, "full target", "cuda"),
-    _both_ways(262144, 512, "full target", "cuda"),
-    _moco(256, 65536, 128, "quick full target", "cuda"),
-    _patch_nce("CUT, 1 image", 1, 256, "quick full demo table target"),
-    _patch_nce("16 patches, 1 image", 1, 16, "full table"),
-    _patch_nce("CUT, 8 images", 8, 256, "full"),
-    _patch_nce("CUT, 16 images", 16, 256, "full target"),
-    _patch_nce("64 patches, 8 images", 8, 64, "quick full"),
-    _patch_nce("negatives from 4 images", 4, 256, "full", negatives="batch"),
-    _patch_nce("SinCUT, 16 images of 1 patch", 16, 1, "full", negatives="batch"),
-    _2c("CIFAR10", 64, 512, 10, "quick full demo"),
-    _2c("ImageNet-128", 256, 1536, 1000, "quick full"),
-    _2c("Tiny ImageNet", 1024, 768, 200, "full table target"),
-    _2c("large batch", 2048, 1536, 1000, "full target"),
-    _sampling("CUT's 5 maps, 1 image, given positions", "quick full", drawn=False),
-    _sampling("CUT's 5 maps, 1 image, drawn positions", "quick demo full table target"),
-    _sampling("CUT's 5 maps, 1 image, forward alone", "full table target", forward=True),
-    _sampling("CUT's 5 maps, 1 image, inside a network", "full table target", tap=True),
-    _sampling("CUT's 5 maps, 4 images, drawn positions", "full", batch=4),
-    _sampling("digits, 8 images of 32 x 32", "full", batch=8, image=32, patches=64),
-    _sup_con(512, 128, "classes", 10, "quick full", _BOTH),
-    _sup_con(2048, 128, "classes", 100, "quick full", _BOTH),
-    _sup_con(8192, 128, "classes", 1000, "full", "cpu"),
-    _sup_con(8192, 128, "per_class", 4, "full table", "cpu"),
-    _sup_con(32768, 128, "classes", 1000, "full", "cuda"),
-    _nt_xent(256, "quick full", _BOTH),
-    _nt_xent(1024, "quick full", _BOTH),
-    _nt_xent(4096, "full", "cpu"),
-    _nt_xent(16384, "full", "cuda"),
-    _pairwise(64, 64, "full", _BOTH, batch=64),
-    _pairwise(256, 256, "quick full", _BOTH),
-    _pairwise(2048, 256, "quick full", _BOTH),
-    _pairwise(8192, 512, "full", "cuda"),
+    _case(ONE_WAY, "quick full demo", "cpu", N=2048, D=256),
+    _case(ONE_WAY, "full", "cpu", N=4096, D=256),
+    _case(ONE_WAY, "full table", "cpu", N=16384, D=256),
+    _case(ONE_WAY, "full table", "cpu", N=8192, D=1024),
+    _case(ONE_WAY, "full", "cpu", N=4096, D=768),
+    _case(FIXED, "quick full", "cpu", N=2048, D=256),
+    _case(FIXED, "full table", "cpu", N=16384, D=256),
+    _case(replace(ONE_WAY, once=True), "table", "cpu", N=131072, D=128),
+    _case(CLIP, "quick full", "cpu", N=1024, D=512),
+    _case(CLIP, "full", "cpu", N=4096, D=512),
+    _case(MOCO, "quick", "cpu", N=256, M=16384, D=128),
+    _case(MOCO, "full table", "cpu", N=256, M=65536, D=128),
+    _case(ONE_WAY, "quick full demo", "cuda", N=8192, D=256),
+    _case(ONE_WAY, "quick full", "cuda", N=32768, D=256),
+    _case(ONE_WAY, "full", "cuda", N=65536, D=768),
+    _case(FIXED, "quick full", "cuda", N=32768, D=128),
+    _case(FIXED, "full target", "cuda", N=65536, D=256),
+    _case(FIXED, "full target", "cuda", N=65536, D=512),
+    _case(CLIP, "quick full", "cuda", N=8192, D=512),
+    _case(CLIP, "full", "cuda", N=32768, D=512),
+    _case(CLIP, "full", "cuda", N=65536, D=768),
+    _case(BOTH_WAYS, "full target", "cuda", N=32768, D=256),
+    _case(BOTH_WAYS, "full target", "cuda", N=65536, D=128),
+    _case(BOTH_WAYS, "full target", "cuda", N=65536, D=256),
+    _case(BOTH_WAYS, "full target", "cuda", N=65536, D=512),
+    _case(BOTH_WAYS, "full target", "cuda", N=65536, D=1024),
+    _case(BOTH_WAYS, "full target", "cuda", N=262144, D=512),
+    _case(MOCO, "quick full target", "cuda", N=256, M=65536, D=128),
+    _case(PATCHES, "quick full demo table target", label="CUT, 1 image"),
+    _case(PATCHES, "full table", label="16 patches, 1 image", S=16),
+    _case(PATCHES, "full", label="CUT, 8 images", B=8),
+    _case(PATCHES, "full target", label="CUT, 16 images", B=16),
+    _case(PATCHES, "quick full", label="64 patches, 8 images", B=8, S=64),
+    _case(PATCHES_OF_BATCH, "full", label="negatives from 4 images", B=4),
+    _case(PATCHES_OF_BATCH, "full", label="SinCUT, 16 images of 1 patch", B=16, S=1),
+    _case(TWO_C, "quick full demo", label="CIFAR10", N=64, D=512, classes=10),
+    _case(TWO_C, "quick full", label="ImageNet-128", N=256, D=1536, classes=1000),
+    _case(TWO_C, "full table target", label="Tiny ImageNet", N=1024, D=768, classes=200),
+    _case(TWO_C, "full target", label="large batch", N=2048, D=1536, classes=1000),
+    _case(SAMPLING, "quick full", label=f"{_MAPS}given positions"),
+    _case(DRAWN, f"quick demo {_CUT}", label=f"{_MAPS}drawn positions"),
+    _case(FORWARD, _CUT, label=f"{_MAPS}forward alone"),
+    _case(TAP, _CUT, label=f"{_MAPS}inside a network"),
+    _case(DRAWN, "full", label="CUT's 5 maps, 4 images, drawn positions", B=4),
+    _case(DIGITS, "full", label="digits, 8 images of 32 x 32", B=8, image=32, S=64),
+    _case(SUP_CON, "quick full", N=512, D=128, classes=10),
+    _case(SUP_CON, "quick full", N=2048, D=128, classes=100),
+    _case(SUP_CON, "full", "cpu", N=8192, D=128, classes=1000),
+    _case(SUP_CON_GROUPS, "full table", "cpu", N=8192, D=128, per_class=4),
+    _case(SUP_CON, "full", "cuda", N=32768, D=128, classes=1000),
+    _case(NT_XENT, "quick full", N=256, D=128),
+    _case(NT_XENT, "quick full", N=1024, D=128),
+    _case(NT_XENT, "full", "cpu", N=4096, D=128),
+    _case(NT_XENT, "full", "cuda", N=16384, D=128),
+    _case(BATCHED, "full", B=64, N=64, M=64, D=64),
+    _case(PAIRWISE, "quick full", N=256, M=256, D=256),
+    _case(PAIRWISE, "quick full", N=2048, M=2048, D=256),
+    _case(PAIRWISE, "full", "cuda", N=8192, M=8192, D=512),
 ]
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 

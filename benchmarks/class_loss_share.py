@@ -1,4 +1,4 @@
-"""What the 2C loss takes of a ContraGAN step at the published settings: ``python -m benchmarks.class_loss_share``.
+"""The share of the 2C loss in a ContraGAN step at the published settings: ``python -m benchmarks.class_loss_share``.
 
 The loss is timed at the full batch, forward and backward, for each update of the step. On a CPU the networks are timed with a
 smaller batch of the same images, for the full one takes minutes, and the time is scaled by the number of images. Images that
@@ -18,6 +18,7 @@ import torch
 
 import fastnce
 from benchmarks import baselines, machine, report
+from benchmarks.case import Draw
 from benchmarks.timing import seconds_of
 from fastnce.models import ContraGAN, ContraGANConfig
 from fastnce.training import build_config
@@ -36,30 +37,20 @@ _COLUMNS = (
 )
 
 
-def _median_seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+def _seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
     return statistics.median(seconds_of(call, 1 + repeats, device)[1:])
 
 
 def _loss_seconds(config: ContraGANConfig, count: int, op: Callable, device: torch.device) -> float:
-    torch.manual_seed(0)
-    embeddings = torch.randn(count, config.embed_dim, device=device, requires_grad=True)
-    labels = torch.randint(config.num_classes, (count,), device=device)
-    table = torch.randn(config.num_classes, config.embed_dim, device=device)
-    proxies = table[labels].requires_grad_()
-    return _median_seconds(
-        lambda: op(embeddings, proxies, labels).backward(), _LOSS_REPEATS, device
-    )
+    draw = Draw(device, torch.float32)
+    embeddings = draw.normal(count, config.embed_dim).requires_grad_()
+    labels = draw.labels(count, config.num_classes)
+    proxies = draw.normal(config.num_classes, config.embed_dim)[labels].requires_grad_()
+    return _seconds(lambda: op(embeddings, proxies, labels).backward(), _LOSS_REPEATS, device)
 
 
 def measure(preset: str, count: int, timed: int, device: torch.device) -> dict:
-    """One row of the table, seconds.
-
-    Args:
-        preset: of ContraGAN.
-        count: images of a batch.
-        timed: images of the batch that the networks are timed with.
-        device: where.
-    """
+    """One row of the table, seconds: of batches of ``count`` images, the networks timed with ``timed`` images."""
     # Without the class loss: that is timed by itself, at the full batch.
     overrides = {"data": ".", "out": ".", "lambda_cond": 0.0}
     config = build_config("contragan", preset=preset, overrides=overrides)
@@ -70,7 +61,7 @@ def measure(preset: str, count: int, timed: int, device: torch.device) -> dict:
         "image": torch.rand(total, *size, device=device) * 2 - 1,
         "label": torch.randint(config.num_classes, (total,), device=device),
     }
-    step = _median_seconds(lambda: model.training_step(batch), _NETWORK_REPEATS, device)
+    step = _seconds(lambda: model.training_step(batch), _NETWORK_REPEATS, device)
     networks, updates = step * count / timed, config.d_steps + 1
     losses = {
         "fused": fastnce.conditional_contrastive,

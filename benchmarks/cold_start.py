@@ -1,4 +1,4 @@
-"""What a first step waits for: compiling the Triton kernels. ``python -m benchmarks cold_start``.
+"""A first step waits for the compilation of the Triton kernels: how long. ``python -m benchmarks cold_start``.
 
 Without a GPU: the CPU time in which Triton, LLVM and ptxas compile, for each generation of GPUs, what a training step launches.
 Kernels compile one after another, on one core; Triton keeps them on disk, so that later processes wait for none of it. On a GPU

@@ -1,9 +1,9 @@
 """InfoNCE over gloo ranks of one machine: time and peak memory of each rank, ring and gather against gather + eager PyTorch.
 
 Every rank is a process of its own with one thread; so on a machine with fewer cores than ranks they share them. A call's time is
-from a barrier to a barrier, loss and both gradients. ``peak per rank`` is the highest resident memory of any rank (the kernel's
-high-water mark, reset before the call) above what that process had when it had imported torch and this package and nothing else:
-process group, inputs, results and whatever the call allocates are all in it. It is measured in ranks that make this call only, whose
+from a barrier to a barrier, loss and both gradients. ``peak per rank`` is the highest resident memory of any rank, the kernel's
+high-water mark, reset before the call. It is above that of the process when it had imported torch and this package alone: process
+group, inputs, results and whatever the call allocates are all in it. It is measured in ranks that make this call only, whose
 allocator gives every array back at once.
 """
 
@@ -50,7 +50,7 @@ _TIMEOUT = datetime.timedelta(minutes=20)
 
 
 def _gather_eager(query: Tensor, key: Tensor) -> Tensor:
-    """What training code does: gather the keys with their gradients, cross entropy of local x global logits."""
+    """As training code has it: gather the keys with their gradients, cross entropy of local x global logits."""
     keys = torch.cat(all_gather(key))
     logits = normalize(query) @ normalize(keys).T / TEMPERATURE
     target = torch.arange(len(query)) + dist.get_rank() * len(query)
@@ -137,7 +137,7 @@ def _entry(
 
 
 def _agreement(log: Callable[[str], None]) -> dict[str, Any]:
-    """What the ranks' agreement costs: the smallest loss with and without it."""
+    """The cost of the ranks' agreement: the smallest loss with and without it."""
     log("the agreement's cost")
     times = on_ranks(2 * RANKS, list(_AGREEMENT), FP32, 2.0)[0]
     name = f"2 rows on each of {RANKS} ranks, D = {DIM}: what the agreement costs"

@@ -1,4 +1,4 @@
-"""What similarities in fp8 do to a loss: ``python -m benchmarks.fp8_error``.
+"""The error that similarities in fp8 bring into a loss: ``python -m benchmarks.fp8_error``.
 
 The error is that of rounding rows to e4m3 and nothing else: everything is computed in float64, by the reference, with and without
 the rounding. It is the same on every backend, up to the order of sums.

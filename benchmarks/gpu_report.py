@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-import fastnce
 from benchmarks import cases, machine, report, targets
 
 # Shares of the whole time at most; what these steps leave over, the benchmarks get.
@@ -44,18 +43,6 @@ _SUITES = [
 _SANITIZED = ["tests/ops", "-k", "cuda and not repeatable and not compile and not memory"]
 _SANITIZERS = ("memcheck", "racecheck")
 _FOUND = 9  # the status by which compute-sanitizer says that it found something
-_ASK_BACKENDS = """
-import json, torch, fastnce
-out = {}
-for name, reason in fastnce.backends.available().items():
-    try:
-        fastnce.backends.select("info_nce", torch.empty(0, device="cuda"), name)
-    except RuntimeError as error:
-        reason = str(error)
-    out[name] = reason
-print(json.dumps(out))
-"""
-
 Step = dict[str, str]  # status and output
 
 
@@ -122,16 +109,17 @@ def main(out: Path, minutes: float = 9.0) -> int:
 
     steps = {
         "build": step(["-m", "fastnce", "build"], _BUILD_SHARE * total),
+        "backends": step(["-m", "fastnce", "doctor"], 60),
         "tests": _test(_SUITES, _TEST_SHARE * total),
     }
-    backends = _backends_on_gpu()
-    steps |= sanitize(backends, _SANITIZE_SHARE * total)
-    for name, found in steps.items():
-        _say(f"{name}: {found['status']}")
-    results, failures = _benchmarks(total - (time.monotonic() - start))
-
-    document = {"results": results, "matmul_gflops": rates, "bandwidth_gbs": bandwidth}
-    verdicts = targets.judge(document)
+    for name in _SANITIZERS:
+        steps[name] = _sanitize(name, _SANITIZE_SHARE * total / len(_SANITIZERS))
+    results = _benchmarks(total - (time.monotonic() - start), steps)
+    verdicts = targets.judge(
+        {"results": results, "matmul_gflops": rates, "bandwidth_gbs": bandwidth}
+    )
+    lines = [f"- {name}: {found['status']}" for name, found in steps.items()]
+    lines += ["", "```", steps["backends"]["output"].strip(), "```"]
     title = f"GPU report, {facts['device']}"
     text = report.write(
         out,
@@ -141,19 +129,13 @@ def main(out: Path, minutes: float = 9.0) -> int:
         machine=facts,
         rates=rates,
         settings={"command": "gpu-report", "minutes": minutes, "dtypes": list(_DTYPES)},
-        more={
-            "bandwidth_gbs": bandwidth,
-            "steps": steps,
-            "backends": backends,
-            "failures": failures,
-            "targets": targets.for_json(verdicts),
-        },
-        text=f"\n## Targets\n\n{targets.table(verdicts)}\n{_lines(steps, backends, failures)}",
+        more={"bandwidth_gbs": bandwidth, "steps": steps, "targets": verdicts},
+        text="\n".join(["\n## Targets\n", targets.table(verdicts), "## Steps\n", *lines, ""]),
     )
     report.plots(out, "results", results, title, together=True)
     print(text)
     good = all(found["status"].startswith(("ok", "not run")) for found in steps.values())
-    return 0 if good and results and not failures and not report.has_fault(results) else 1
+    return 0 if good and results and not report.has_fault(results) else 1
 
 
 def _say(line: str) -> None:
@@ -168,50 +150,29 @@ def _test(arguments: list[str], limit: float, **options) -> Step:
     return step([*_PYTEST, *arguments], limit, **options)
 
 
-def sanitize(backends: dict[str, str], limit: float) -> dict[str, Step]:
-    """The ops' suite on the ``cuda`` backend under each of compute-sanitizer's tools.
-
-    Args:
-        backends: each with "ok" or why it does not run on the GPU.
-        limit: seconds for all together.
-
-    Returns:
-        The steps. A status begins with "ok", "not run", "stopped" (nothing was found until then) or "failed".
-    """
+def _sanitize(name: str, limit: float) -> Step:
+    """The ops' suite on the ``cuda`` backend under one of compute-sanitizer's tools."""
     tool = shutil.which("compute-sanitizer")
-    reason = "" if tool else "compute-sanitizer is not installed; it comes with the CUDA toolkit"
-    if backends.get("cuda") != "ok":
-        reason = f"the cuda backend: {backends.get('cuda', 'there is none')}"
-    found = {}
-    for name in _SANITIZERS:
-        if reason:
-            found[name] = {"status": f"not run: {reason}", "output": ""}
-            continue
-        options = ("--tool", name, "--error-exitcode", str(_FOUND), "--target-processes", "all")
-        # Arrays of their own, not pieces of a pool, so that an access beyond an end shows.
-        apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        part = limit / len(_SANITIZERS)
-        found[name] = _test(_SANITIZED, part, before=(tool, *options), **apart)
-        status, output = found[name]["status"], found[name]["output"]
-        if f"status {_FOUND}" in status or "= Error:" in output or "= Invalid" in output:
-            found[name]["status"] = "failed: the sanitizer found an error"
+    if tool is None:
+        return {"status": "not run: compute-sanitizer comes with the CUDA toolkit", "output": ""}
+    options = ("--tool", name, "--error-exitcode", str(_FOUND), "--target-processes", "all")
+    # Arrays of their own, not pieces of a pool, so that an access beyond an end shows.
+    apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    found = _test(_SANITIZED, limit, before=(tool, *options), **apart)
+    status, output = found["status"], found["output"]
+    if f"status {_FOUND}" in status or "= Error:" in output or "= Invalid" in output:
+        found["status"] = "failed: the sanitizer found an error"
+    elif status.startswith("stopped"):
+        found["status"] = f"ok until it was {status}"
+    elif status.endswith("status 5"):
+        found["status"] = "not run: there is no test of the cuda backend, see the backends"
     return found
 
 
-def _backends_on_gpu() -> dict[str, str]:
-    """Each backend: "ok", or why it does not run on the GPU. Asked anew, after the build."""
-    found = step(["-c", _ASK_BACKENDS], 60)
-    try:
-        return json.loads(found["output"].splitlines()[-1])
-    except (ValueError, IndexError):
-        return dict.fromkeys(fastnce.backends.names(), f"could not be asked: {found['status']}")
-
-
-def _benchmarks(seconds: float) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Every op in its own process, phase after phase; results, and which ops failed and how."""
+def _benchmarks(seconds: float, steps: dict[str, Step]) -> list[dict[str, Any]]:
+    """The results of every op, phase after phase, each a step of its own."""
     end = time.monotonic() + seconds
     found: dict[tuple, dict[str, Any]] = {}
-    failures: dict[str, str] = {}
     for size, dtypes, share in _PHASES:
         ops = [op for op in cases.OPS if cases.select(op, size, torch.device("cuda"))]
         limit = time.monotonic() + share * (end - time.monotonic())
@@ -221,38 +182,15 @@ def _benchmarks(seconds: float) -> tuple[list[dict[str, Any]], dict[str, str]]:
                 part *= 2
             with_compile = size != "target" or op in _COMPILED
             options = ["--size", size, "--dtype", *dtypes]
-            options.append("--compile" if with_compile else "--no-compile")
-            _say(f"{op}, {size} cases: up to {part:.0f} s")
-            entries, failure = _benchmark(op, options, part)
-            for entry in entries:
-                key = (entry["op"], entry["case"], entry["dtype"])
-                if key not in found or "not_run" in found[key]:
-                    found[key] = entry
-            if failure:
-                failures[op] = failure
-                _say(f"{op}: {failure.splitlines()[0]}")
-    return list(found.values()), failures
-
-
-def _benchmark(op: str, options: list[str], seconds: float) -> tuple[list[dict[str, Any]], str]:
-    """One op's cases in a process of their own: entries, and how it failed, if it did."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = ["-m", "benchmarks", op, "--device", "cuda", "--seconds", "1.5"]
-        arguments += ["--out", folder, "--limit", f"{max(1.0, 0.75 * seconds):.0f}", *options]
-        done = step(arguments, seconds)
-        entries = []
-        for path in Path(folder).glob("*.json"):
-            entries += json.loads(path.read_text())["results"]
-    return entries, "" if done["status"] == "ok" else f"{done['status']}\n{done['output']}"
-
-
-def _lines(steps: dict[str, Step], backends: dict[str, str], failures: dict[str, str]) -> str:
-    lines = ["## Build, tests, backends", ""]
-    for name, found in steps.items():
-        last = (found["output"].strip().splitlines() or [""])[-1]
-        lines.append(f"- {name}: {found['status']}" + (f"; {last}" if name == "tests" else ""))
-    for name, reason in backends.items():
-        lines.append(f"- backend {name}: {'runs on the GPU' if reason == 'ok' else reason}")
-    for op, failure in failures.items():
-        lines.append(f"- benchmark of {op}: {failure.splitlines()[0]}")
-    return "\n".join(lines) + "\n"
+            options += ["--compile" if with_compile else "--no-compile", "--device", "cuda"]
+            options += ["--limit", f"{max(1.0, 0.75 * part):.0f}", "--seconds", "1.5"]
+            name = f"{op}, {size} cases"
+            with tempfile.TemporaryDirectory() as folder:
+                steps[name] = step(["-m", "benchmarks", op, *options, "--out", folder], part)
+                _say(f"{name}: {steps[name]['status']}")
+                for path in Path(folder).glob("*.json"):
+                    for entry in json.loads(path.read_text())["results"]:
+                        key = (entry["op"], entry["case"], entry["dtype"])
+                        if key not in found or "not_run" in found[key]:
+                            found[key] = entry
+    return list(found.values())

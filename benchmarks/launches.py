@@ -1,4 +1,4 @@
-"""What the ops launch, without a GPU: recorded on tensors without memory, and compiled for any target.
+"""The ops' launches, without a GPU: recorded on tensors without memory, and compiled for any target.
 
 Not for use with TRITON_INTERPRET=1, which has no compiler.
 """
@@ -132,7 +132,7 @@ class Compiled:
 
 
 def build(launch: Launch, capability: int):
-    """What Triton's compiler makes of a launch for a compute capability such as 90."""
+    """Triton's compilation of a launch for a compute capability such as 90."""
     module, _, name = launch.kernel.rpartition(".")
     kernel = getattr(importlib.import_module(module), name)
     source = ASTSource(

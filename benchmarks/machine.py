@@ -6,7 +6,6 @@ import contextlib
 import os
 import platform
 import re
-import shutil
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to judge a timing: hardware, versions, threads, and what else was running."""
+    """The facts by which a reader judges a timing: hardware, versions, threads, and what else was running."""
     facts = {
         "device": device_name(device),
         "cpu": _cpu_model(),
@@ -61,9 +60,8 @@ def device_name(device: torch.device) -> str:
 
 def slug(name: str) -> str:
     """A device's name as a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "").replace("(tm)", "")).strip(
-        "-"
-    )
+    plain = name.lower().replace("(r)", "").replace("(tm)", "")
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
 class PeakMeter:
@@ -164,24 +162,20 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _output(command: list[str]) -> str | None:
-    if shutil.which(command[0]) is None:
-        return None
+def _output(*command: str) -> str | None:
     try:
-        done = subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=20, cwd=ROOT
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _commit() -> str | None:
-    commit = _output(["git", "rev-parse", "--short", "HEAD"])
-    changed = _output(["git", "status", "--porcelain", "--untracked-files=no"])
+    commit = _output("git", "rev-parse", "--short", "HEAD")
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
     return f"{commit} with local changes" if commit and changed else commit
 
 
 def _driver() -> str | None:
-    answer = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    answer = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return answer.splitlines()[0].strip() if answer else None

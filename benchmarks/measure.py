@@ -64,7 +64,7 @@ def in_double(inputs: Inputs) -> Inputs:
 
 
 def _fault(error: dict[str, float], bound: dict[str, float], against: str) -> str:
-    """What is wrong; "" if nothing is."""
+    """The reason why a result is wrong; "" if it is not."""
     return "; ".join(
         f"{name} error {error[name]:.1e} against {against}, allowed {bound[name]:.1e}"
         for name in error
@@ -94,7 +94,7 @@ class _Gate:
         return truth, errors(run(reference, self.inputs, self.case.wrt), truth)
 
     def check(self, provider: Provider, row: dict[str, Any], inputs: Inputs) -> str:
-        """What is wrong with a provider, "" if nothing is; its error and bound go into ``row``."""
+        """The reason why a provider is wrong, "" if it is not; its error and bound go into ``row``."""
         case, exact = self.case, provider.truth is None
         truth, eager_error = self._of_case if exact else self._truth(provider.truth)
         slack = (OWN_SLACK if provider.ours else RIVAL_SLACK)[self.dtype]
@@ -126,16 +126,9 @@ def measure(
     seconds: float,
     log: Callable[[str], None] = lambda line: None,
 ) -> Entry:
-    """Checks and times the providers of a case.
+    """Checks and times the providers of a case, within ``seconds`` of timing for all together.
 
-    Args:
-        case: the case.
-        providers: who competes.
-        reference: plain PyTorch, the truth when it is called with fp64.
-        device: where.
-        dtype: of the inputs.
-        seconds: timing budget of all providers together.
-        log: gets lines of progress.
+    ``reference`` is plain PyTorch; called with fp64 it is the truth.
 
     Returns:
         The case's facts, and under ``"providers"`` a row for each: ``status`` ("ok", "wrong", "failed", "out of memory",
@@ -219,18 +212,11 @@ def _failure(error: Exception) -> tuple[str, str]:
 
 
 def add_rates(
-    entry: Entry,
-    matmul: float | None,
-    peak: float | None,
-    rounded_peak: float | None = None,
+    entry: Entry, matmul: float | None, peak: float | None, rounded_peak: float | None = None
 ) -> None:
     """Adds to each timed provider its rate on the mandatory products, and what shares these are of torch.mm's and of the peak.
 
-    Args:
-        entry: of :func:`measure`.
-        matmul: GFLOP/s of torch.mm in the case's dtype, if known.
-        peak: GFLOP/s of multiply-adds in registers during the case, if known.
-        rounded_peak: the same of bfloat16, for providers that round float32 to it.
+    All in GFLOP/s, where known; ``rounded_peak`` is that of bfloat16, for providers that round float32 to it.
     """
     entry["fma_peak_gflops"] = peak
     for row in entry["providers"]:
@@ -256,22 +242,13 @@ def run_cases(
     log: Callable[[str], None] = lambda line: None,
     keep: Callable[[list[Entry]], None] = lambda results: None,
 ) -> list[Entry]:
-    """Measures all cases in all dtypes.
+    """Measures all cases in all dtypes, each within ``seconds`` of timing.
 
-    Args:
-        chosen: the cases.
-        device: where.
-        dtypes: of the inputs.
-        seconds: timing budget of one case in one dtype.
-        with_compile: whether torch.compile takes part.
-        with_memory: whether peak memory is measured.
-        rates: GFLOP/s of the machine's matrix product by dtype, for the share.
-        deadline: ``time.monotonic()`` after which no further case is begun.
-        log: gets lines of progress.
-        keep: gets the results so far after every case, so that nothing is lost if a later one hangs.
+    ``rates`` are torch.mm's by dtype, for the share. ``log`` gets lines of progress, ``keep`` the results after every case,
+    so that nothing is lost if a later one hangs.
 
     Returns:
-        One entry per case and dtype; those not begun have ``"not_run": "out of time"``.
+        One entry per case and dtype; those not begun by ``deadline``, of ``time.monotonic()``, have ``"not_run"``.
     """
     results: list[Entry] = []
     for case, dtype in ((case, dtype) for case in chosen for dtype in dtypes):

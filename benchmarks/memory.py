@@ -1,8 +1,8 @@
 """Peak memory that loss and gradients need beyond their inputs, and beyond inputs and outputs.
 
-On a GPU PyTorch's allocator counts it. On a CPU a subprocess does nothing else: it is told by its environment to take every
-array of 64 kB and more from the system and give it straight back, so that the kernel's own high-water mark of the process,
-reset just before the call, shows what the call took. ``python -m benchmarks.memory`` is that subprocess.
+On a GPU PyTorch's allocator counts it. On a CPU a subprocess does nothing else. Its environment tells it to take every array of
+64 kB and more from the system and give it straight back. So the kernel's own high-water mark of the process, reset just before
+the call, shows what the call took. ``python -m benchmarks.memory`` is that subprocess.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The published CUT step in plain eager PyTorch: what :class:`fastnce.models.CUT` is timed against.
 
-Written from the equations and the published step's order, and sharing nothing with the package: an encoder pass of its own for
-the keys and for the queries of both contrastive terms, D called on the fake and on the real image apart, positions drawn on the
-host, patches taken by index, F and the loss layer after layer, one Adam per network. In-place ReLUs, as published. State-dict
+Written from the equations and the published step's order, and sharing nothing with the package. The keys and the queries of both
+contrastive terms have an encoder pass each, and D is called on the fake and on the real image apart. Positions are drawn on the
+host, patches taken by index, F and the loss called layer after layer. Each network has an Adam of its own. In-place ReLUs, as published. State-dict
 keys are the published ones, so that weights go from one to the other.
 """
 
@@ -22,49 +22,39 @@ _TAP_CHANNELS = (3, 128, 256, 256, 256)
 _NUM_PATCHES = 256
 
 
-class _Downsample(nn.Module):
-    filt: Tensor
+def _filter(*row: float) -> Tensor:
+    kernel = torch.outer(torch.tensor(row), torch.tensor(row))
+    return kernel / kernel.sum()
 
+
+class _Downsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.channels = channels
-        row = torch.tensor([1.0, 2.0, 1.0])
-        kernel = torch.outer(row, row) / 16
-        self.register_buffer("filt", kernel.repeat(channels, 1, 1, 1))
+        self.register_buffer("filt", _filter(1.0, 2.0, 1.0).repeat(channels, 1, 1, 1))
         self.pad = nn.ReflectionPad2d(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(self.pad(x), self.filt, stride=2, groups=self.channels)
+        return F.conv2d(self.pad(x), self.filt, stride=2, groups=len(self.filt))
 
 
 class _Upsample(nn.Module):
-    filt: Tensor
-
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.channels = channels
-        row = torch.tensor([1.0, 3.0, 3.0, 1.0])
-        kernel = torch.outer(row, row) / 64 * 4
+        kernel = 4 * _filter(1.0, 3.0, 3.0, 1.0)
         self.register_buffer("filt", kernel.repeat(channels, 1, 1, 1))
         self.pad = nn.ReplicationPad2d(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        up = F.conv_transpose2d(self.pad(x), self.filt, stride=2, padding=2, groups=self.channels)
+        up = F.conv_transpose2d(self.pad(x), self.filt, stride=2, padding=2, groups=len(self.filt))
         return up[:, :, 1:, 1:][:, :, :-1, :-1]
 
 
 class _ResnetBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv_block = nn.Sequential(
-            nn.ReflectionPad2d(1),
-            nn.Conv2d(channels, channels, 3),
-            nn.InstanceNorm2d(channels),
-            nn.ReLU(inplace=True),
-            nn.ReflectionPad2d(1),
-            nn.Conv2d(channels, channels, 3),
-            nn.InstanceNorm2d(channels),
-        )
+        first = [nn.ReflectionPad2d(1), *_convolution(channels, channels, 3, 0)]
+        second = [nn.ReflectionPad2d(1), *_convolution(channels, channels, 3, 0)[:-1]]
+        self.conv_block = nn.Sequential(*first, *second)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv_block(x)
@@ -105,24 +95,20 @@ def _convolution(in_channels: int, out_channels: int, size: int, padding: int) -
     return [conv, nn.InstanceNorm2d(out_channels), nn.ReLU(inplace=True)]
 
 
-class Discriminator(nn.Module):
+class Discriminator(nn.Sequential):
     """70x70 PatchGAN, 64 channels, anti-aliased."""
 
     def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [
-            nn.Conv2d(3, 64, 4, padding=1),
-            nn.LeakyReLU(0.2, inplace=True),
-            _Downsample(64),
-        ]
+        layers: list[nn.Module] = [nn.Conv2d(3, 64, 4, padding=1), _leaky(), _Downsample(64)]
         for width in (64, 128, 256):
             layers += [nn.Conv2d(width, 2 * width, 4, padding=1), nn.InstanceNorm2d(2 * width)]
-            layers += [nn.LeakyReLU(0.2, inplace=True)]
-            layers += [_Downsample(2 * width)] if width < 256 else []
+            layers += [_leaky(), *([_Downsample(2 * width)] if width < 256 else [])]
+        super().__init__()
         self.model = nn.Sequential(*layers, nn.Conv2d(512, 1, 4, padding=1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
+
+def _leaky() -> nn.Module:
+    return nn.LeakyReLU(0.2, inplace=True)
 
 
 class Projector(nn.Module):

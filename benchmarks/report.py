@@ -146,7 +146,7 @@ def _cells(row: dict[str, Any], eager: dict[str, Any] | None) -> list[str]:
 
 
 def _share(row: dict[str, Any], eager: dict[str, Any] | None) -> str:
-    """What a provider takes above what the case takes without the op, and how many times eager's that is quicker."""
+    """A provider's time above that of the case without the op, and how many times eager's that is quicker."""
     above = row["seconds_above_alone"]
     if above <= 0:
         return "none measurable"

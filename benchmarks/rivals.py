@@ -1,7 +1,7 @@
 """Who competes in a case: plain PyTorch, the published forms, other people's fused losses, and this package's backends.
 
 Other people's, on a GPU where they are installed, are called as their documentation says: PyTorch's chunked
-``linear_cross_entropy``, and of PyPI memeff 0.3.1, inf-cl 1.2.1 and siglip-kernel 0.1.2. None is needed.
+``linear_cross_entropy``, and of PyPI memeff 0.3.1 and inf-cl 1.2.1. None is needed.
 """
 
 from __future__ import annotations
@@ -22,15 +22,12 @@ import fastnce
 from benchmarks import baselines, machine
 from benchmarks.case import Call, Case, Inputs, Provider
 from benchmarks.cases import network
+from fastnce.registry import OPS
 
-# Those that have products of bfloat16 for float32 inputs at torch's precision "medium".
-ROUNDING_OPS = ("info_nce", "patch_nce", "pairwise_cosine_similarity")
 # Rivals that are quicker when compiled, and whose products are of the inputs' dtype. The reference multiplies in fp32.
 COMPILED_TOO = ("published", "matmul + logsumexp")
 # Plain PyTorch keeps about this many bytes per pair (i, j): a few N x M arrays in fp32.
 EAGER_BYTES_PER_PAIR = 24
-# SigLIP's initial bias; Zhai et al. 2023, section 3.2.
-_BIAS = -10.0
 # inf-cl multiplies whole heads and blocks of rows: for other sizes it is silently wrong.
 _INF_CL_DEPTH, _INF_CL_ROWS = 256, 128
 
@@ -77,7 +74,7 @@ def _backend(case: Case, device: torch.device, dtype: torch.dtype, name: str) ->
     if name == "triton" and device.type == "cuda" and case.op == "info_nce":
         out += [with_fp8(exact, case)] if "M" not in case.shape else []
     # Of other backends the products' precision is the whole run's, for all providers: --precision.
-    if name == "native" and dtype == torch.float32 and case.op in ROUNDING_OPS:
+    if name == "native" and dtype == torch.float32 and OPS[case.op].rounds_products:
 
         def rounding(inputs: Inputs) -> Any:
             with machine.matmul_precision("medium"):
@@ -176,12 +173,7 @@ def other_people_s(case: Case) -> list[Provider]:
         Provider("memeff", partial(_memeff, symmetric, both), reason=memeff),
     ]
     if symmetric:
-        siglip = _installed("siglip_kernel", "siglip-kernel")
-        name = "siglip-kernel (sigmoid loss)"
-        found += [
-            Provider("inf-cl", _inf_cl, reason=inf_cl),
-            Provider(name, _siglip_kernel, reason=siglip, truth=sigmoid_loss),
-        ]
+        found.append(Provider("inf-cl", _inf_cl, reason=inf_cl))
     return found
 
 
@@ -229,20 +221,3 @@ def _inf_cl(inputs: Inputs) -> Tensor:
     scale = torch.tensor(1 / inputs["temperature"], device=query.device)
     losses = [inf_cl.cal_inf_loss(a, b, scale=scale) for a, b in ((query, key), (key, query))]
     return 0.5 * sum(loss.mean() for loss in losses)
-
-
-def _siglip_kernel(inputs: Inputs) -> Tensor:
-    import siglip_kernel
-
-    query, key = _units(inputs)
-    temperature = torch.as_tensor(inputs["temperature"], device=query.device)
-    bias = torch.tensor(_BIAS, device=query.device)
-    return siglip_kernel.fused_siglip_loss(query, key, -temperature.log(), bias)
-
-
-def sigmoid_loss(inputs: Inputs) -> Tensor:
-    """SigLIP's loss of unit rows: the binary cross-entropy of all pairs, summed, for a row; Zhai et al. 2023, equation 1."""
-    query, key = _units(inputs)
-    logits = baselines.wide(query @ key.T) / inputs["temperature"] + _BIAS
-    sign = 2 * torch.eye(len(query), device=query.device, dtype=logits.dtype) - 1
-    return -F.logsigmoid(sign * logits).sum() / len(query)

@@ -1,13 +1,12 @@
-"""What the GPU kernels must reach, row by row, and judging a run of ``make gpu-report`` by it."""
+"""The targets of the GPU kernels, row by row, and judging a run of ``make gpu-report`` by it."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import report
 
@@ -16,8 +15,9 @@ SHARE = "share of cuBLAS"  # rate on the mandatory products / the rate of torch.
 SPEED = "speed over"  # time of the fastest of the rivals / time of ours
 # The same of the times above what the case takes without the op.
 SPEED_ABOVE = "speed above the network over"
-MEMORY = "memory over inputs"  # peak beyond the inputs, results and gradients included / bytes of the inputs
-# Time / (reading the inputs once + the mandatory products at cuBLAS's rate).
+# At most: peak beyond the inputs, results and gradients included / bytes of the inputs.
+MEMORY = "memory over inputs"
+# At most: time / (reading the inputs once + the mandatory products at cuBLAS's rate).
 LEAST_TIME = "time over the least"
 NO_HARDWARE = "not measured on hardware"
 
@@ -29,18 +29,8 @@ _ATTENTION = ("attention (flash)", "attention (cudnn)", "attention (efficient)")
 _FP8 = "triton, fp8 similarities"
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """One row: a figure of one provider in one case.
-
-    Args:
-        op: the op, and
-        case: the name of the case.
-        quantity: ``SHARE``, ``SPEED``, ``SPEED_ABOVE``, ``MEMORY`` or ``LEAST_TIME``.
-        bound: of the figure; the most for ``MEMORY`` and ``LEAST_TIME``, the least for the others.
-        against: the rivals of a speed; the fastest of them counts.
-        provider: whose figure it is.
-    """
+class Target(NamedTuple):
+    """The ``bound`` of a quantity of one provider in one case, ``against`` the fastest of some rivals."""
 
     op: str
     case: str
@@ -48,20 +38,6 @@ class Target:
     bound: float
     against: tuple[str, ...] = ()
     provider: str = "triton"
-
-    @property
-    def at_most(self) -> bool:
-        """Whether ``bound`` is the most that the figure may be."""
-        return self.quantity in (MEMORY, LEAST_TIME)
-
-    def __str__(self) -> str:
-        rivals = f" {' / '.join(self.against)}" if self.against else ""
-        word = "at most" if self.at_most else "at least"
-        return f"{self.quantity}{rivals}: {word} {self.show(self.bound)}"
-
-    def show(self, figure: float) -> str:
-        """A figure in the target's unit."""
-        return f"{figure:.0%}" if self.quantity == SHARE else f"{figure:.3g}x"
 
 
 def _info_nce(case: str, quantity: str, bound: float, *against: str, provider="triton") -> Target:
@@ -119,30 +95,39 @@ TARGETS: tuple[Target, ...] = (
 def judge(
     document: dict[str, Any] | None, targets: tuple[Target, ...] = TARGETS
 ) -> list[dict[str, Any]]:
-    """A row for each target: what it is, and its ``status``, "met", "missed" or "not measured", ``figure`` and ``reason``.
+    """A row for each target: what it is, and its ``status``, "met", "missed" or "not measured", and ``figure``, as ``is`` tells.
 
     Args:
         document: the ``results.json`` of a run; None if there was none.
         targets: the targets.
     """
-    entries = {}
-    if document is not None:
-        entries = {(e["op"], e["case"]): e for e in document["results"] if e["dtype"] == _DTYPE}
+    results = [] if document is None else document["results"]
+    entries = {(x["op"], x["case"]): x for x in results if x["dtype"] == _DTYPE}
     rows = []
     for target in targets:
         entry = entries.get((target.op, target.case))
-        status, figure, reason = "not measured", None, ""
-        if entry is None:
-            reason = NO_HARDWARE if document is None else "the case was not run"
-        else:
+        found: float | str = "the case was not run"
+        if entry is not None:
             found = entry.get("not_run") or _figure(target, entry, document)
-            if isinstance(found, str):
-                reason = found
-            else:
-                good = found <= target.bound if target.at_most else found >= target.bound
-                status, figure = "met" if good else "missed", found
-        verdict = {"dtype": _DTYPE, "status": status, "figure": figure, "reason": reason}
-        rows.append({**dataclasses.asdict(target), **verdict})
+        bound, at_most = target.bound, target.quantity in (MEMORY, LEAST_TIME)
+        shown = "{:.0%}" if target.quantity == SHARE else "{:.3g}x"
+        if isinstance(found, str):
+            status, figure, text = "not measured", None, f"not measured: {found}"
+        else:
+            status = "met" if (found <= bound if at_most else found >= bound) else "missed"
+            figure = found if math.isfinite(found) else None  # JSON has no infinity
+            text = f"{status}: {shown.format(found)} of {shown.format(bound)}"
+        rivals = f" {' / '.join(target.against)}" if target.against else ""
+        limit = f"{'at most' if at_most else 'at least'} {shown.format(bound)}"
+        rows.append(
+            {
+                **target._asdict(),
+                "must be": f"{target.quantity}{rivals}: {limit}",
+                "is": NO_HARDWARE if document is None else text,
+                "status": status,
+                "figure": figure,
+            }
+        )
     return rows
 
 
@@ -184,17 +169,12 @@ def _why_not(name: str, row: dict[str, Any] | None) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, a line for each row of :func:`judge`, and how many targets are met."""
-    lines = []
-    for row in rows:
-        fields = (field.name for field in dataclasses.fields(Target))
-        target = Target(**{name: row[name] for name in fields})
-        found = row["reason"] if row["reason"] == NO_HARDWARE else f"not measured: {row['reason']}"
-        if row["figure"] is not None:
-            found = f"{row['status']}: {target.show(row['figure'])} of {target.show(target.bound)}"
-        lines.append((target.op, target.case, target.provider, str(target), found))
+    columns = ("op", "case", "provider", "must be", "is")
     met, missed = (sum(row["status"] == status for row in rows) for status in ("met", "missed"))
     count = f"{met} met, {missed} missed, {len(rows) - met - missed} not measured."
-    return f"{report.table(('op', 'case', 'provider', 'must be', 'is'), lines)}\n\n{count}\n"
+    return (
+        f"{report.table(columns, [[row[name] for name in columns] for row in rows])}\n\n{count}\n"
+    )
 
 
 _LEGEND = """\
@@ -236,14 +216,6 @@ def main(out: Path | None, results: Path | None = None) -> int:
     title = f"# Targets of the GPU kernels: {device or 'no GPU at hand'}"
     text = "\n\n".join([title, _LEGEND, table(rows)]) + ("" if device else f"\n{_INSTEAD}")
     print(text)
-    report.save(
-        out, "gpu", {"format": report.FORMAT, "device": device, "targets": for_json(rows)}, text
-    )
+    document = {"format": report.FORMAT, "device": device, "targets": rows}
+    report.save(out, "gpu", document, text)
     return 0
-
-
-def for_json(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of :func:`judge`, without the infinity that JSON does not have."""
-    return [
-        {**row, "figure": "inf" if row["figure"] == math.inf else row["figure"]} for row in rows
-    ]

@@ -1,4 +1,4 @@
-"""What the waiting of OpenMP's threads costs, on a quiet machine and on a busy one: ``python -m benchmarks waiting``.
+"""The cost of the waiting of OpenMP's threads, on a quiet machine and on a busy one: ``python -m benchmarks waiting``.
 
 Each setting runs in processes of its own, in turn, on the machine as it is and beside one process that never stops. A row is a
 step of training, in milliseconds on average, for it is the slow steps that a user waits for; the median of the rounds is shown.

@@ -35,16 +35,14 @@ if not (_KernelsBeside.package / "triton_kernels").is_dir() and _KernelsBeside.k
 
 from fastnce import backends, losses  # noqa: E402
 from fastnce.backends import use_backend  # noqa: E402
-from fastnce.ops import (  # noqa: E402
-    conditional_contrastive,
-    info_nce,
-    nt_xent,
-    pairwise_cosine_similarity,
-    patch_nce,
-    sample_patches,
-    sup_con,
-    tap_patches,
-)
+from fastnce.ops.conditional_contrastive import conditional_contrastive  # noqa: E402
+from fastnce.ops.info_nce import info_nce  # noqa: E402
+from fastnce.ops.nt_xent import nt_xent  # noqa: E402
+from fastnce.ops.pairwise_cosine_similarity import pairwise_cosine_similarity  # noqa: E402
+from fastnce.ops.patch_nce import patch_nce  # noqa: E402
+from fastnce.ops.sample_patches import sample_patches, tap_patches  # noqa: E402
+from fastnce.ops.sup_con import sup_con  # noqa: E402
+from fastnce.registry import OPS  # noqa: E402
 
 # Loaded when first asked for: most programs have one process.
 _LAZY = {"distributed": "", "GradCache": "GradCache", "NegativeQueue": "NegativeQueue"}
@@ -70,6 +68,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    # Those above are named for whoever reads the source; an op that is declared is here anyway.
+    if name in OPS and OPS[name].function is not None:
+        return OPS[name].function
     if name not in _LAZY:
         raise AttributeError(f"module 'fastnce' has no attribute {name!r}")
     module = importlib.import_module("fastnce.distributed")

@@ -14,16 +14,8 @@ import torch
 import fastnce
 from fastnce import backends, waiting
 from fastnce.backends import build, native
+from fastnce.registry import OPS
 
-OPS = (
-    "info_nce",
-    "patch_nce",
-    "conditional_contrastive",
-    "sample_patches",
-    "sup_con",
-    "nt_xent",
-    "pairwise_cosine_similarity",
-)
 _TRAINING_PACKAGES = ("PIL", "tqdm", "tyro", "matplotlib", "torchmetrics", "scipy")
 _DEMO_PACKAGES = ("sklearn", "skimage")
 
@@ -52,7 +44,7 @@ def report() -> str:
         )
     lines += ["", "Chosen on this machine (float32):"]
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    for op in OPS:
+    for op in (op.name for op in OPS.values() if op.function is not None):
         chosen = ", ".join(f"{device}: {_chosen(op, device)}" for device in devices)
         lines.append(f"  {op:27} {chosen}")
     if os.environ.get("FASTNCE_BACKEND"):

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 import fastnce
 from fastnce.reference.normalize import accumulation_dtype
-from fastnce.testing_samples import SAMPLE_INPUTS, Sample, rows
+from fastnce.registry import OPS, Make, Op, Sample, watch
 
 __all__ = [
     "SAMPLE_INPUTS",
@@ -30,6 +30,34 @@ __all__ = [
     "run",
     "truth",
 ]
+
+
+def rows(
+    *shape: int, dtype: torch.dtype, device: str, generator: torch.Generator, grad: bool = True
+) -> Tensor:
+    """Gaussian rows, see :class:`fastnce.registry.Make`."""
+    return Make(dtype, device, generator)(*shape, grad=grad)
+
+
+def _sampler(op: str) -> Callable[..., Iterator[Sample]]:
+    def samples(dtype: torch.dtype, device: str, generator: torch.Generator) -> Iterator[Sample]:
+        return OPS[op].samples(Make(dtype, device, generator))
+
+    return samples
+
+
+# op -> function (dtype, device, generator) -> Samples in every form that the op has.
+SAMPLE_INPUTS: dict[str, Callable[..., Iterator[Sample]]] = {}
+
+
+def _add(op: Op, _: object = None) -> None:
+    if op.samples is not None:
+        SAMPLE_INPUTS[op.name] = _sampler(op.name)
+
+
+for _op in OPS.values():
+    _add(_op)
+watch(_add)
 
 
 def run(
@@ -66,7 +94,7 @@ def run(
 
     arguments = {name: leaf(name, name, value) for name, value in sample.arguments.items()}
     result = (function or getattr(fastnce, op))(**arguments, backend=backend)
-    if op == "sample_patches":
+    if isinstance(result, tuple):  # of patches and their positions
         result = result[0]
     outputs = list(result) if isinstance(result, (list, tuple)) else [result]
     names = ["out"] if isinstance(result, Tensor) else [f"out[{i}]" for i in range(len(outputs))]
@@ -97,7 +125,7 @@ def truth(op: str, sample: Sample) -> dict[str, Tensor]:
 
 def _flip(op: str, name: str, x: Tensor) -> Tensor:
     """Reverses the order of the features, which are summed over."""
-    if op == "sample_patches":
+    if not _compares(op):
         return x.flip(1 if x.dim() == 4 else -1)  # a map, or patches and their gradient
     return x.flip(-1) if x.dim() >= 2 and name != "upstream" else x
 
@@ -109,7 +137,7 @@ def _plain_errors(op: str, sample: Sample) -> dict[str, float]:
     direct = run(op, sample, backend="torch")
     flipped = run(op, sample, backend="torch", convert=reverse)
     for name in flipped:
-        if name.startswith("d ") or op == "sample_patches":
+        if name.startswith("d ") or not _compares(op):
             flipped[name] = reverse(name, flipped[name])
     return {
         name: max(error(op, sample, name, x), error(op, sample, name, flipped[name]))
@@ -131,7 +159,13 @@ def _argument(sample: Sample, name: str) -> Tensor:
 
 
 def _normalizes(op: str, sample: Sample) -> bool:
-    return bool(sample.arguments.get("normalize", op != "sample_patches"))
+    return bool(sample.arguments.get("normalize", _compares(op)))
+
+
+@functools.cache
+def _compares(op: str) -> bool:
+    """Whether it compares rows with one another, as all that have a temperature do; the others take theirs as they are."""
+    return "temperature" in inspect.signature(OPS[op].function).parameters
 
 
 def error(op: str, sample: Sample, name: str, value: Tensor) -> float:
@@ -145,7 +179,7 @@ def error(op: str, sample: Sample, name: str, value: Tensor) -> float:
 
 
 def _norms(op: str, sample: Sample, name: str) -> Tensor | float:
-    if not name.startswith("d ") or op == "sample_patches" or not _normalizes(op, sample):
+    if not name.startswith("d ") or not _compares(op) or not _normalizes(op, sample):
         return 1.0
     x = _argument(sample, name).detach().double()
     if x.dim() == 0:
@@ -162,12 +196,12 @@ def _before_cancellation(op: str, sample: Sample, name: str) -> float:
     gradient of the temperature one whose terms are known to ``eps L^2 w / t``. Plain PyTorch has these errors too, except
     where it is exact by chance, as with one row.
     """
-    if op == "sample_patches":
+    if not _compares(op):
         return 0.0
     arguments = sample.arguments
     temperature, longest, longest_key, logit = _sizes(op, sample)
     matrices = _rows_of(sample)
-    is_mean = arguments.get("reduction", "mean") == "mean" and op != "pairwise_cosine_similarity"
+    is_mean = arguments.get("reduction", "mean") == "mean" and OPS[op].is_loss
     count = matrices[0].shape[:-1].numel()
     if not name.startswith("d "):
         return logit * (count if arguments.get("reduction") == "sum" else 1)
@@ -180,7 +214,8 @@ def _before_cancellation(op: str, sample: Sample, name: str) -> float:
 
 def _sizes(op: str, sample: Sample) -> tuple[float, float, float, float]:
     """The temperature, the norms of the longest query and key as the logits have them, and the largest logit, at least 1."""
-    temperature = sample.arguments.get("temperature", _DEFAULT_TEMPERATURE[op])
+    default = inspect.signature(OPS[op].function).parameters["temperature"].default
+    temperature = sample.arguments.get("temperature", default)
     temperature = temperature.item() if isinstance(temperature, Tensor) else temperature
     longest = longest_key = 1.0
     if not _normalizes(op, sample):
@@ -197,17 +232,10 @@ def _rounded_factors(op: str, sample: Sample, name: str, dtype: torch.dtype) -> 
     temperature ``eps / 2 L w / t``. Losses come from products of the inputs as they are, exact to the accumulation.
     """
     half = dtype in (torch.bfloat16, torch.float16)
-    if not half or not name.startswith("d ") or op == "sample_patches":
+    if not half or not name.startswith("d ") or not _compares(op):
         return 0.0
     size = _before_cancellation(op, sample, name)
     return 0.5 * torch.finfo(dtype).eps * size / _sizes(op, sample)[3]
-
-
-_DEFAULT_TEMPERATURE = {
-    op: inspect.signature(getattr(fastnce, op)).parameters["temperature"].default
-    for op in SAMPLE_INPUTS
-    if op != "sample_patches"
-}
 
 
 def _rows_of(sample: Sample) -> list[Tensor]:
@@ -270,5 +298,4 @@ def assert_close_to_truth(
 def _expected_dtype(op: str, sample: Sample, name: str, dtype: torch.dtype) -> torch.dtype:
     if name.startswith("d "):
         return _argument(sample, name).dtype
-    keeps_dtype = op in ("sample_patches", "pairwise_cosine_similarity")
-    return dtype if keeps_dtype else accumulation_dtype(dtype)
+    return accumulation_dtype(dtype) if OPS[op].is_loss else dtype

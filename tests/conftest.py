@@ -1,15 +1,14 @@
 """The fixtures of every test of an op: one suite, run on every backend."""
 
-import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
-import python_kernels
 import torch
 
 from fastnce import backends
+from fastnce.backends import native
 from fastnce.testing import SAMPLE_INPUTS
 
 # Neither a deadline nor a complaint of slowness: on a busy machine everything is slow.
@@ -25,15 +24,7 @@ hypothesis.settings.load_profile("fastnce")
 # On a GPU cuBLAS is deterministic, as some tests ask of PyTorch, with workspaces of a fixed size alone.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# Where no fused backend can run, this keeps the autograd Functions under test.
-STAND_IN = "python_kernels"
 _REASONS = backends.available()
-_FUSED = [name for name, reason in _REASONS.items() if name != "torch" and reason == "ok"]
-
-
-def _arguments(function: Callable) -> Iterable[str]:
-    return inspect.signature(inspect.unwrap(function)).parameters
-
 
 # By these ``make test-kernels`` asks for a backend. Were it not there, every test of it would be skipped, and none would fail.
 _ASKED_FOR = {"TRITON_INTERPRET": "triton", "FASTNCE_CUDA_EMULATED": "cuda"}
@@ -54,17 +45,14 @@ _OF_THE_GPU = ("triton", "cuda")
 _PARAMS = [name for name in _REASONS if name not in _OF_THE_GPU or _REASONS[name] == "ok"]
 
 
-@pytest.fixture(params=_PARAMS if _FUSED else [*_PARAMS, STAND_IN])
-def backend(request, monkeypatch) -> Iterator[str]:
-    """The name of each backend; one that cannot run here is skipped with its reason.
+def _one_that_runs(request) -> Iterator[str]:
+    """A backend; one that cannot run here is skipped with its reason.
 
     On one thread: the calls are small, and on a busy machine threads wait for one another. Tests of threads set their number.
     """
-    if request.param == STAND_IN:
-        monkeypatch.setitem(backends._TABLE, STAND_IN, python_kernels)
-    elif _REASONS[request.param] != "ok":
+    if _REASONS[request.param] != "ok":
         pytest.skip(f"{request.param}: {_REASONS[request.param]}")
-    elif request.param in _OF_THE_GPU and "device" not in _arguments(request.function):
+    if request.param in _OF_THE_GPU and "device" not in request.fixturenames:
         pytest.skip(f"{request.param}: this test has its tensors on the host, or in float64")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -72,19 +60,25 @@ def backend(request, monkeypatch) -> Iterator[str]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def device(backend) -> str:
-    """Where the backend's tests run: on the GPU what runs there alone. Interpreted or emulated, kernels run on the host."""
-    on_host = [backends.supports(backend, op, "cpu", torch.float32) for op in SAMPLE_INPUTS]
-    return "cpu" if "ok" in on_host else "cuda"
+@pytest.fixture(params=_PARAMS)
+def backend(request) -> Iterator[str]:
+    """The name of each backend."""
+    yield from _one_that_runs(request)
 
 
-@pytest.fixture
-def fused_backend(backend) -> str:
+@pytest.fixture(params=[name for name in _PARAMS if name != "torch"])
+def fused_backend(request) -> Iterator[str]:
     """The backends with kernels of their own."""
-    if backend == "torch":
-        pytest.skip("plain PyTorch")
-    return backend
+    yield from _one_that_runs(request)
+
+
+@pytest.fixture
+def device(request) -> str:
+    """Where the backend's tests run: on the GPU what runs there alone. Interpreted or emulated, kernels run on the host."""
+    of_test = "backend" if "backend" in request.fixturenames else "fused_backend"
+    name = request.getfixturevalue(of_test)
+    on_host = [backends.supports(name, op, "cpu", torch.float32) for op in SAMPLE_INPUTS]
+    return "cpu" if "ok" in on_host else "cuda"
 
 
 @pytest.fixture
@@ -101,8 +95,9 @@ def nan_in_fresh_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def needs_support(device):
+def needs_support(request):
     """Skips the test, with the backend's reason, where the backend does not run the op in that dtype."""
+    device = request.getfixturevalue("device") if "device" in request.fixturenames else "cpu"
 
     def check(op: str, backend: str, dtype: torch.dtype = torch.float32) -> None:
         reason = backends.supports(backend, op, device, dtype)
@@ -118,3 +113,21 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def instruction_sets(monkeypatch) -> Callable[[], Iterator[str]]:
+    """Goes through those of this processor, narrowest first; the compiled kernels use each in its turn."""
+
+    def each() -> Iterator[str]:
+        for level in ("portable", "avx2", "avx512", "avx512bf16"):
+            monkeypatch.setenv("FASTNCE_CPU_ISA", level)
+            try:
+                assert native.instruction_set() == level
+            except RuntimeError as error:
+                assert "this processor does not have it" in str(error)
+            else:
+                yield level
+        monkeypatch.delenv("FASTNCE_CPU_ISA")
+
+    return each

@@ -164,7 +164,7 @@ def check_the_constant_of_patch_nce(kernels: ModuleType, device: str) -> None:
     shapes = [(2, 9, 20), (2, 12, 20), (1, 12, 270)]
     queries, keys = ([gaussian(x, generator).float().to(device) for x in shapes] for _ in "qk")
     scales = [0.1, 0.2, 0.3]
-    loss, grads, _, grad_temperature = kernels.patch_nce_forward(
+    loss, (grads, _, grad_temperature) = kernels.patch_nce_forward(
         queries,
         keys,
         0.1,

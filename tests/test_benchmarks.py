@@ -13,6 +13,7 @@ from benchmarks import (
     cut_step,
     distributed,
     gpu_report,
+    machine,
     measure,
     report,
     rivals,
@@ -192,6 +193,36 @@ def test_a_step_of_the_gpu_report_ends_in_time():
     found = gpu_report.step(["-c", "import time; time.sleep(600)"], 0.0)
     assert found["status"].startswith("stopped after")
     assert gpu_report.step(["-c", "raise SystemExit(3)"], 60.0)["status"] == "failed with status 3"
+
+
+def test_the_gpu_report_has_its_rows(tmp_path, monkeypatch):
+    """With the steps and figures of a GPU made up; one op breaks."""
+    target = targets.TARGETS[0]
+
+    def step(arguments, limit, **options):
+        if "--out" not in arguments or arguments[2] != target.op:
+            broken = arguments[2] == "sup_con"
+            return {"status": "failed with status 3" if broken else "ok", "output": ""}
+        more = {"shape": {}, "gradients": [], "products": 0, "device": "cuda"}
+        entry = entry_with(1.0, 3.0, **more) | {"op": target.op, "case": target.case}
+        entry["providers"][1]["share_of_matmul"] = 0.9
+        folder = Path(arguments[arguments.index("--out") + 1])
+        (folder / "x.json").write_text(json.dumps({"results": [entry]}))
+        return {"status": "ok", "output": ""}
+
+    facts = machine.describe(CPU)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "describe", lambda device: facts)
+    monkeypatch.setattr(machine, "matmul_rates", lambda *args, **options: {"bfloat16": 1e5})
+    monkeypatch.setattr(machine, "bandwidth", lambda device: 1e3)
+    monkeypatch.setattr(gpu_report, "step", step)
+    assert gpu_report.main(tmp_path) == 1
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert [row["status"] for row in document["targets"]].count("met") == 2
+    assert document["steps"]["build"]["status"] == "ok"
+    text = (tmp_path / "results.md").read_text()
+    assert "met: 90% of 40%" in text and "- sup_con, quick cases: failed with status 3" in text
+    assert main(["gpu-targets", "--results", str(tmp_path / "results.json")]) == 0
 
 
 def test_the_published_step_of_cut_is_ours():

@@ -6,6 +6,9 @@ With ``TRITON_INTERPRET=1``, set before the package is imported, they run on CPU
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 import torch
 
 try:
@@ -14,56 +17,15 @@ except ImportError as error:
     _MISSING = f"Triton cannot be imported: {error}. Run: pip install triton"
 else:
     _MISSING = ""
-    from .conditional_contrastive import (
-        conditional_contrastive_backward,
-        conditional_contrastive_forward,
-    )
-    from .info_nce import info_nce_backward, info_nce_forward
-    from .labelled_lse import labelled_lse_backward, labelled_lse_forward
     from .launch import INTERPRETED
-    from .pairwise_cosine_similarity import (
-        pairwise_cosine_similarity_backward,
-        pairwise_cosine_similarity_forward,
-    )
-    from .patch_nce import patch_nce_forward
-    from .sample_patches import (
-        sample_patches_add_,
-        sample_patches_backward,
-        sample_patches_forward,
-    )
-    from .sup_con import sup_con_backward, sup_con_forward
 
-__all__ = [
-    "available",
-    "conditional_contrastive_backward",
-    "conditional_contrastive_forward",
-    "info_nce_backward",
-    "info_nce_forward",
-    "labelled_lse_backward",
-    "labelled_lse_forward",
-    "pairwise_cosine_similarity_backward",
-    "pairwise_cosine_similarity_forward",
-    "patch_nce_forward",
-    "sample_patches_add_",
-    "sample_patches_backward",
-    "sample_patches_forward",
-    "sup_con_backward",
-    "sup_con_forward",
-    "supports",
-]
+    # The functions of the backend, whichever file they are in.
+    for _file in pkgutil.iter_modules(__path__, f"{__name__}."):
+        _module = importlib.import_module(_file.name)
+        for _name, _function in vars(_module).items():
+            if _name.endswith(("_forward", "_backward", "_add_")) and not _name.startswith("_"):
+                globals()[_name] = _function
 
-_OPS = (
-    "info_nce",
-    "info_nce_fp8",
-    "patch_nce",
-    "conditional_contrastive",
-    "sample_patches",
-    "tap_patches",
-    "nt_xent",
-    "sup_con",
-    "pairwise_cosine_similarity",
-    "labelled_lse",
-)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)
 _LEAST_CAPABILITY_FP8 = (8, 9)
@@ -88,8 +50,6 @@ def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
     reason = available()
     if reason != "ok":
         return reason
-    if op not in _OPS:
-        return f"{op} has no Triton kernel"
     if device_type != "cuda" and not (INTERPRETED and device_type == "cpu"):
         return "the Triton kernels run on cuda tensors"
     if dtype not in _DTYPES:

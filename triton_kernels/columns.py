@@ -71,7 +71,7 @@ class Columns:
         return max(1, min(spare, cdiv(self._width(), tile.n)))
 
     def span_arguments(self, x: Rows, block: int) -> dict[str, object]:
-        """What ``tiles.span`` needs."""
+        """The arguments of ``tiles.span``."""
         return {
             "rows": len(x) // self.problems,
             "columns": len(self.y) // self.problems,

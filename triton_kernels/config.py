@@ -15,14 +15,14 @@ RESIDENT_DEPTH = 256
 # Likewise for fp32 without tensor cores, whose operands lie in registers whole.
 RESIDENT_DEPTH_IEEE = 64
 # Coefficients of a panel, in elements: 3/4 of those of the packed rows and columns, between 32 MiB and 512 MiB in bf16. More
-# are better, for each panel reads and writes all sums of the columns' gradient once; but both gradients are to take less than 4
-# times the inputs, of which the packed rows are 1, in fp8 as well 1/2 more, those sums 1, and the first gradient 1/2.
+# are better, for each panel reads and writes all sums of the columns' gradient once. But both gradients are to take less than 4
+# times the inputs. The packed rows are 1 of these, in fp8 as well 1/2 more, those sums 1, and the first gradient 1/2.
 PANEL_ELEMENTS = (1 << 24, 1 << 28)
 # Elements of a product that is made to be added elsewhere: 16 MiB in fp32, so that it stays in the cache.
 ADDED_ELEMENTS = 1 << 22
 # Sums of columns by blocks of rows that are kept before they are folded, in elements: 64 MiB.
 COLUMN_PARTS = 1 << 24
-# Rows against themselves: from this depth, and from this many multiply-adds of all pairs, half the tiles (see self_similarity).
+# Rows against themselves: from this depth, and from this many multiply-adds of all pairs, half the tiles (see labelled).
 HALF_TILES = (64, 1 << 32)
 # Programs that a grid should have for each multiprocessor, before columns are split among programs.
 PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -48,106 +48,88 @@ class Tile:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# (pass, bytes of an element) -> (largest padded depth, tile, tile where tiles of that size would not fill the device), in
-# ascending order. The passes are "sums": similarities alone; "products": and one product with them; "panel": coefficients into
-# memory. Where a pass has more to keep in registers (labels, given coefficients, the temperature's gradient, a running
-# maximum; fp32 without tensor cores), its entry "... rich" goes before; and "... fp8" where it has the rows in fp8 beside.
-Table = dict[tuple[str, int], tuple[tuple[int, Tile, Tile], ...]]
+# The tiles of a pass by the bytes of an element, in ascending depth. An entry has the largest padded depth, the tile, and the one
+# where tiles of that size would not fill the device; a tile is (m, n, warps, stages), or with d.
+# The passes are "sums": similarities alone; "products": and one product with them; "panel": coefficients into memory.
+# An entry "... rich" goes before where a pass has more to keep in registers: labels, given coefficients, the temperature's
+# gradient, a running maximum, or fp32 without tensor cores. So does "... fp8" where it has the rows in fp8 beside.
+_Table = dict[tuple[str, int], tuple[tuple[int, Tile, Tile], ...]]
+_ANY = 1 << 30
+
+
+def _table(*entries: tuple[str, int, int, tuple, tuple]) -> _Table:
+    table: _Table = {}
+    for kind, size, depth, tile, small in entries:
+        table[kind, size] = (*table.get((kind, size), ()), (depth, Tile(*tile), Tile(*small)))
+    return table
+
+
+# fp32 in registers whole, the same on every GPU.
+_IEEE = _table(
+    ("panel", 4, _ANY, (64, 64, 8, 3, 32), (32, 32, 4, 3, 32)),
+    ("sums rich", 4, _ANY, (32, 32, 4, 2, 32), (32, 32, 4, 2, 32)),
+    ("products rich", 4, RESIDENT_DEPTH_IEEE, (32, 32, 4, 2), (32, 32, 4, 2)),
+    ("panel rich", 4, _ANY, (32, 32, 4, 3, 32), (32, 32, 4, 3, 32)),
+)
 # For 228 KiB of shared memory and asynchronous products: Hopper.
-LARGE: Table = {
-    ("sums", 2): (
-        (RESIDENT_DEPTH, Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
-        (1 << 30, Tile(128, 128, 8, 3), Tile(64, 64, 4, 3)),
-    ),
-    ("sums rich", 2): ((1 << 30, Tile(64, 64, 8, 3), Tile(64, 64, 8, 2)),),
-    ("products", 2): (
-        (128, Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
-        (RESIDENT_DEPTH, Tile(128, 64, 8, 3), Tile(64, 32, 4, 2)),
-    ),
-    ("products rich", 2): (
-        (128, Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
-        (RESIDENT_DEPTH, Tile(128, 32, 8, 3), Tile(64, 32, 8, 2)),
-    ),
-    ("products fp8", 2): (
-        (128, Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
-        (RESIDENT_DEPTH, Tile(64, 64, 8, 3), Tile(64, 32, 8, 2)),
-    ),
-    ("panel", 2): ((1 << 30, Tile(128, 128, 8, 3), Tile(64, 64, 4, 3)),),
-    ("sums", 1): ((1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),),
-    ("panel", 1): ((1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),),
-    ("panel rich", 2): ((1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),),
-    ("sums", 4): (
-        (64, Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
-        (128, Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
-        (RESIDENT_DEPTH, Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-        (1 << 30, Tile(64, 64, 8, 3, 32), Tile(32, 32, 4, 3, 32)),
-    ),
-    ("products", 4): (
-        (64, Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
-        (128, Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
-        (RESIDENT_DEPTH, Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    ),
-    ("panel", 4): ((1 << 30, Tile(64, 64, 8, 3, 32), Tile(32, 32, 4, 3, 32)),),
-    ("sums rich", 4): ((1 << 30, Tile(32, 32, 4, 2, 32), Tile(32, 32, 4, 2, 32)),),
-    ("products rich", 4): ((RESIDENT_DEPTH_IEEE, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),),
-    ("panel rich", 4): ((1 << 30, Tile(32, 32, 4, 3, 32), Tile(32, 32, 4, 3, 32)),),
-}
-# The same for products that accumulate in tensor memory: data-centre Blackwell. What becomes of a product comes through registers
-# all at once, beside the factors: tiles of half the size, or registers spill.
-TENSOR_MEMORY: Table = LARGE | {
-    ("sums", 2): (
-        (RESIDENT_DEPTH, Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
-        (1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
-    ),
-    ("sums rich", 2): ((1 << 30, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),),
-    ("products", 2): ((RESIDENT_DEPTH, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),),
-    ("products rich", 2): ((RESIDENT_DEPTH, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),),
-    ("products fp8", 2): (
-        (128, Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-        (RESIDENT_DEPTH, Tile(64, 64, 8, 3), Tile(64, 32, 8, 2)),
-    ),
-    ("panel", 2): ((1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 8, 3)),),
-    ("panel rich", 2): ((1 << 30, Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)),),
-}
+LARGE = _IEEE | _table(
+    ("sums", 1, _ANY, (128, 64, 8, 3), (64, 64, 4, 3)),
+    ("panel", 1, _ANY, (128, 64, 8, 3), (64, 64, 4, 3)),
+    ("sums", 2, 256, (128, 64, 8, 3), (64, 64, 4, 2)),
+    ("sums", 2, _ANY, (128, 128, 8, 3), (64, 64, 4, 3)),
+    ("sums rich", 2, _ANY, (64, 64, 8, 3), (64, 64, 8, 2)),
+    ("products", 2, 128, (128, 64, 8, 3), (64, 64, 4, 2)),
+    ("products", 2, 256, (128, 64, 8, 3), (64, 32, 4, 2)),
+    ("products rich", 2, 128, (128, 64, 8, 3), (64, 64, 8, 2)),
+    ("products rich", 2, 256, (128, 32, 8, 3), (64, 32, 8, 2)),
+    ("products fp8", 2, 128, (128, 64, 8, 3), (64, 64, 8, 2)),
+    ("products fp8", 2, 256, (64, 64, 8, 3), (64, 32, 8, 2)),
+    ("panel", 2, _ANY, (128, 128, 8, 3), (64, 64, 4, 3)),
+    ("panel rich", 2, _ANY, (128, 64, 8, 3), (64, 64, 4, 3)),
+    ("sums", 4, 64, (64, 64, 8, 2), (32, 32, 4, 2)),
+    ("sums", 4, 128, (64, 32, 8, 2), (32, 32, 4, 2)),
+    ("sums", 4, 256, (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("sums", 4, _ANY, (64, 64, 8, 3, 32), (32, 32, 4, 3, 32)),
+    ("products", 4, 64, (64, 64, 8, 2), (32, 32, 4, 2)),
+    ("products", 4, 128, (64, 32, 8, 2), (32, 32, 4, 2)),
+    ("products", 4, 256, (32, 32, 8, 2), (32, 32, 8, 2)),
+)
+# Where products accumulate in tensor memory: data-centre Blackwell. What becomes of a product comes through registers all at
+# once, beside the factors: tiles of half the size, or registers spill.
+TENSOR_MEMORY = LARGE | _table(
+    ("sums", 2, 256, (128, 64, 8, 3), (64, 64, 4, 2)),
+    ("sums", 2, _ANY, (128, 64, 8, 3), (64, 64, 4, 3)),
+    ("sums rich", 2, _ANY, (64, 32, 8, 2), (64, 32, 8, 2)),
+    ("products", 2, 256, (64, 64, 8, 2), (64, 64, 8, 2)),
+    ("products rich", 2, 256, (64, 64, 8, 2), (64, 64, 8, 2)),
+    ("products fp8", 2, 128, (128, 64, 8, 2), (64, 64, 8, 2)),
+    ("products fp8", 2, 256, (64, 64, 8, 3), (64, 32, 8, 2)),
+    ("panel", 2, _ANY, (128, 64, 8, 3), (64, 64, 8, 3)),
+    ("panel rich", 2, _ANY, (64, 64, 8, 3), (64, 64, 8, 3)),
+)
 # For the 100 KiB or more of the other GPUs since Ampere, and products that keep their operands in registers.
-COMPACT: Table = {
-    ("sums", 2): (
-        (128, Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-        (RESIDENT_DEPTH, Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
-        (1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
-    ),
-    ("sums rich", 2): (
-        (128, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-        (RESIDENT_DEPTH, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
-        (1 << 30, Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)),
-    ),
-    ("products", 2): (
-        (64, Tile(64, 32, 4, 3), Tile(64, 32, 4, 2)),
-        (128, Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
-        (RESIDENT_DEPTH, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
-    ),
-    ("panel", 2): ((1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),),
-    ("sums", 1): (
-        (RESIDENT_DEPTH, Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-        (1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
-    ),
-    ("panel", 1): ((1 << 30, Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),),
-    ("sums", 4): (
-        (64, Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
-        (128, Tile(32, 32, 8, 2), Tile(32, 32, 4, 2)),
-        (RESIDENT_DEPTH, Tile(32, 16, 8, 2), Tile(32, 16, 8, 2)),
-        (1 << 30, Tile(64, 64, 8, 3, 32), Tile(32, 32, 4, 3, 32)),
-    ),
-    ("products", 4): (
-        (64, Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
-        (128, Tile(32, 32, 8, 2), Tile(32, 32, 4, 2)),
-        (RESIDENT_DEPTH, Tile(32, 16, 8, 2), Tile(32, 16, 8, 2)),
-    ),
-    ("panel", 4): ((1 << 30, Tile(64, 64, 8, 3, 32), Tile(32, 32, 4, 3, 32)),),
-    ("sums rich", 4): ((1 << 30, Tile(32, 32, 4, 2, 32), Tile(32, 32, 4, 2, 32)),),
-    ("products rich", 4): ((RESIDENT_DEPTH_IEEE, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),),
-    ("panel rich", 4): ((1 << 30, Tile(32, 32, 4, 3, 32), Tile(32, 32, 4, 3, 32)),),
-}
+COMPACT = _IEEE | _table(
+    ("sums", 1, 256, (64, 64, 4, 2), (64, 64, 4, 2)),
+    ("sums", 1, _ANY, (128, 64, 8, 3), (64, 64, 4, 3)),
+    ("panel", 1, _ANY, (128, 64, 8, 3), (64, 64, 4, 3)),
+    ("sums", 2, 128, (64, 64, 4, 2), (64, 64, 4, 2)),
+    ("sums", 2, 256, (64, 32, 4, 2), (64, 32, 4, 2)),
+    ("sums", 2, _ANY, (128, 64, 8, 3), (64, 64, 4, 3)),
+    ("sums rich", 2, 128, (64, 64, 8, 2), (64, 64, 8, 2)),
+    ("sums rich", 2, 256, (64, 32, 8, 2), (64, 32, 8, 2)),
+    ("sums rich", 2, _ANY, (64, 64, 8, 3), (64, 64, 8, 3)),
+    ("products", 2, 64, (64, 32, 4, 3), (64, 32, 4, 2)),
+    ("products", 2, 128, (64, 64, 4, 2), (64, 32, 4, 2)),
+    ("products", 2, 256, (64, 32, 8, 2), (64, 32, 8, 2)),
+    ("panel", 2, _ANY, (128, 64, 8, 3), (64, 64, 4, 3)),
+    ("sums", 4, 64, (64, 64, 8, 2), (32, 32, 4, 2)),
+    ("sums", 4, 128, (32, 32, 8, 2), (32, 32, 4, 2)),
+    ("sums", 4, 256, (32, 16, 8, 2), (32, 16, 8, 2)),
+    ("sums", 4, _ANY, (64, 64, 8, 3, 32), (32, 32, 4, 3, 32)),
+    ("products", 4, 64, (64, 64, 8, 2), (32, 32, 4, 2)),
+    ("products", 4, 128, (32, 32, 8, 2), (32, 32, 4, 2)),
+    ("products", 4, 256, (32, 16, 8, 2), (32, 16, 8, 2)),
+)
 # What autotuning tries beside the table's two tiles (see ``tuning``).
 CANDIDATES: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("sums", 1): (Tile(128, 128, 8, 3), Tile(128, 64, 4, 3), Tile(64, 128, 4, 3)),
@@ -192,7 +174,7 @@ def tiles(
 
 
 def candidates(kind: str, dtype: torch.dtype, *of_table: Tile) -> tuple[Tile, ...]:
-    """What autotuning times for a pass over packed rows of ``dtype``, the tiles of the table first."""
+    """The tiles that autotuning times for a pass over packed rows of ``dtype``, the tiles of the table first."""
     return tuple(dict.fromkeys((*of_table, *CANDIDATES.get((kind, dtype.itemsize), ()))))
 
 
@@ -217,7 +199,7 @@ def split_depth(depth: int, least: int = 16) -> tuple[int, int]:
 
 
 def padded_depth(depth: int, fp8: bool = False) -> int:
-    """What rows of ``depth`` elements are padded to with zeros; matrix instructions take 32 elements in fp8 at a time."""
+    """The depth to which rows of ``depth`` elements are padded with zeros; matrix instructions take 32 elements in fp8 at a time."""
     if depth > RESIDENT_DEPTH:
         return -(-depth // 64) * 64
     return sum(split_depth(depth, 32 if fp8 else 16))

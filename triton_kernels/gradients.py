@@ -1,7 +1,7 @@
 """From the coefficients ``G = d L / d z`` to the products that the gradients need, ``G y^`` for rows and ``G^T x^`` for columns.
 
 Where rows stay on the chip (``config.RESIDENT_DEPTH``), the similarities are made anew for each of the two products, which follows
-at once: no coefficient reaches memory, and no sum is shared between programs. Deeper rows would be multiplied too often that way:
+at once. No coefficient reaches memory, and no sum is shared between programs. Deeper rows would be multiplied too often that way:
 there the coefficients of a panel of rows go through memory in the inputs' precision, and the products are the library's.
 """
 
@@ -15,21 +15,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuning
+from . import config, tuning
 from .columns import Columns
-from .launch import launch
-from .panels import panel_products, pass_arguments, tile_coefficients
-from .row_gradients import row_gradients
-from .rows import Rows
+from .launch import cdiv, launch, temperature_arguments
+from .rows import Rows, input_precision
 from .tiles import (
+    GIVEN,
+    LABELLED,
     LN_2,
+    SUP_CON,
+    TWO_C,
+    counts,
     inside,
     load_rows,
     load_statistics,
     multiply,
+    products_of_chunks,
+    row_gradient,
     span,
     to_base_2,
 )
+
+# fp16 has too few small numbers for the weights of many columns; statistics' weights are at most 1.
+_SCALE = {torch.float16: 1024.0}
+
+
+def relative_weights(grad_loss: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients that arrive, as weights of at most 1 and a factor: fp16 holds the former times a softmax."""
+    flat = grad_loss.reshape(-1).float()
+    top = flat.abs().amax()
+    top = torch.where((top > 0) & top.isfinite(), top, 1.0)
+    return flat / top, top
+
+
+def statistics(
+    lse: Tensor, weight: Tensor, third: Tensor | None = None, fourth: Tensor | None = None
+) -> Tensor:
+    """(4, R) for ``tiles.load_statistics``."""
+    rest = (weight if x is None else x for x in (third, fourth))
+    return torch.stack([lse, weight, *rest])
 
 
 @dataclasses.dataclass
@@ -58,19 +82,39 @@ class RowGradients:
         self.out = self.rows.x.new_empty((len(self.rows), self.rows.depth), dtype=self.dtype)
 
     def finish(self, *products: Products, part: slice = slice(None)) -> Tensor:
-        """Fills the rows ``part`` of ``out`` (see :func:`row_gradients.row_gradients`), and returns all of it."""
+        """Fills the rows ``part`` of ``out``, and returns all of it.
+
+        With respect to the unit row it is ``g = (sum_p factor_p raw_p + pair_weight pair^) upstream / t``; through the
+        normalisation ``(g - x^ (x^ . g)) / ||x||``.
+        """
+        rows, out = self.rows[part], self.out[part]
         raw, factor = _joined(products)
         pair = None if self.pair is None else self.pair[part]
-        pair_weight = None if self.pair_weight is None else self.pair_weight[part]
-        row_gradients(
-            self.rows[part],
-            raw,
-            factor,
-            pair,
-            pair_weight,
-            self.temperature,
-            self.upstream,
-            self.out[part],
+        block_d = min(128, triton.next_power_of_2(rows.padded))
+        block = max(1, 1024 // block_d)
+        launch(
+            _row_gradients_kernel,
+            (cdiv(len(rows), block),),
+            {"num_warps": 4, "num_stages": 2},
+            x=rows.x,
+            x_scale=rows.scale,
+            inverse=rows.inverse,
+            raw=raw,
+            factor=factor,
+            pair=None if pair is None else pair.x,
+            pair_scale=None if pair is None else pair.scale,
+            pair_weight=None if self.pair_weight is None else self.pair_weight[part],
+            upstream=self.upstream,
+            out=out,
+            parts=0 if raw is None else raw.shape[0],
+            total=len(rows),
+            depth=rows.depth,
+            padded=rows.padded,
+            NORMALIZE=rows.normalize,
+            UPSTREAM_TENSOR=isinstance(self.upstream, Tensor),
+            BLOCK=block,
+            BLOCK_D=block_d,
+            **temperature_arguments(self.temperature),
         )
         return self.out
 
@@ -129,8 +173,23 @@ def both_products(
 
 
 def _through_panels(
-    x, columns, temperature, x_statistics, y_statistics, want_x, want_y, want_term, given, of_x
-):
+    x: Rows,
+    columns: Columns,
+    temperature: float | Tensor,
+    x_statistics: Tensor | None,
+    y_statistics: Tensor | None,
+    want_x: bool,
+    want_y: bool,
+    want_term: bool,
+    given: Tensor | None,
+    of_x: RowGradients | None,
+) -> tuple[Products | None, Products | None, Tensor | None]:
+    """As :func:`both_products`, through panels of coefficients ``G_ij scale_i scale_j``; problems are not ragged.
+
+    A panel's rows are finished as soon as it is multiplied. What it adds to the columns' products is added to them.
+    """
+    problems = columns.problems
+    count, width = len(x) // problems, len(columns.y) // problems
     raw_x = None
     if want_x and of_x is None:
         raw_x = x.x.new_empty((1, *x.x.shape), dtype=torch.float32)
@@ -142,51 +201,120 @@ def _through_panels(
         without = torch.where(rows.scale == 0, 0.0, 1 / rows.scale)
         return None if raw is None else Products(raw, without.unsqueeze(0))
 
-    def take_x(part: slice, raw: Tensor) -> None:
-        if of_x is not None:
-            of_x.finish(products(raw.unsqueeze(0), x[part]), part=part)
-        else:
-            raw_x[0, part] = raw
-
-    panel_products(
-        x,
-        columns,
-        temperature,
-        x_statistics,
-        y_statistics,
-        take_x if want_x else None,
-        None if raw_y is None else raw_y[0],
-        term,
-        given,
-    )
+    tile = columns.tile(x, "panel", rich=want_term)
+    x_rows, y_rows = x.x.view(problems, count, -1), columns.y.x.view(problems, width, -1)
+    column_blocks = cdiv(width, tile.n)
+    elements = config.panel_elements(len(x), len(columns.y), x.padded)
+    height = max(tile.m, min(count, elements // width) // tile.m * tile.m)
+    together = max(1, elements // (width * count)) if height >= count else 1
+    for problem in range(0, problems, together):
+        chosen = slice(problem, min(problem + together, problems))
+        number = chosen.stop - chosen.start
+        for start in range(0, count, height):
+            size = min(height, count - start)
+            # Whole vectors in each row, for quick stores.
+            panel = x.x.new_empty((number, size, cdiv(width, 16) * 16))[..., :width]
+            terms = term.new_empty((column_blocks, number * size)) if want_term else None
+            row_blocks = number * cdiv(size, tile.m)
+            launch(
+                _panel_kernel,
+                (row_blocks * column_blocks,),  # in one dimension: others end at 65535
+                tile.options,
+                x_value_scale=None if x.rounded is None else x.scale,
+                y_value_scale=None if x.rounded is None else columns.y.scale,
+                panel=panel,
+                part_term=terms,
+                first_problem=problem,
+                first_row_in_problem=start,
+                row_blocks=row_blocks,
+                size=size,
+                panel_width=panel.stride(1),
+                BLOCK_M=tile.m,
+                BLOCK_N=tile.n,
+                BLOCK_D=x.chunk(tile.d),
+                rows=count,
+                columns=width,
+                total_rows=len(x),
+                **_pass_arguments(x, columns, temperature, x_statistics, y_statistics, given),
+            )
+            # Whole problems, or rows of one.
+            first = problem * count + start
+            rows = slice(first, first + number * size)
+            if want_term:
+                term[rows] = terms.sum(0)
+            if want_x:
+                product = _bmm(panel, y_rows[chosen]).flatten(0, 1)
+                if of_x is None:
+                    raw_x[0, rows] = product
+                else:
+                    of_x.finish(products(product.unsqueeze(0), x[rows]), part=rows)
+                del product
+            if want_y:
+                into = raw_y.view(problems, width, -1)[chosen]
+                _add_bmm(into, panel.mT, x_rows[chosen, start : start + size])
+            del panel  # before the next one
     return products(raw_x, x), products(raw_y, columns.y), term
 
 
-def _row_products(x, columns, temperature, x_statistics, y_statistics, want_term, given):
-    parts = columns.splits(x, columns.tile(x, "products", rich=want_term))
-    raw = x.x.new_empty((parts, *x.x.shape), dtype=torch.float32)
-    term = x.scale.new_empty((parts, len(x))) if want_term else None
-    row_products(x, columns, temperature, x_statistics, y_statistics, raw, term, given)
-    return Products(raw), None if term is None else term.sum(0)
+def _add_bmm(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds ``a @ b / SCALE`` to ``into`` (B, M, N), some rows at a time, so that no second array of that size is needed."""
+    count = max(128, config.ADDED_ELEMENTS // (len(into) * into.shape[2]))
+    for of_into, of_a in zip(into.split(count, 1), a.split(count, 1), strict=True):
+        of_into.add_(_bmm(of_a, b))
 
 
-def row_products(
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b / SCALE`` in fp32, by the library's tensor cores."""
+    if a.dtype == torch.float32:
+        return torch.bmm(a, b)
+    if a.device.type == "cpu":  # PyTorch has this product on accelerators alone
+        product = torch.bmm(a.float(), b.float())
+    else:
+        product = torch.bmm(a, b, out_dtype=torch.float32)
+    return product.mul_(1 / _SCALE[a.dtype]) if a.dtype in _SCALE else product
+
+
+def _pass_arguments(x, columns, temperature, x_statistics, y_statistics, given):
+    rows, y = x.for_similarity, columns.y.for_similarity
+    return {
+        "x": rows.x,
+        "x_scale": rows.scale,
+        "y": y.x,
+        "y_scale": y.scale,
+        "x_labels": columns.row_labels,
+        "y_labels": columns.labels,
+        "x_statistics": x_statistics,
+        "y_statistics": y_statistics,
+        "given": given,
+        "given_strides": (0, 0, 0) if given is None else given.stride(),
+        "total_columns": len(y),
+        "depth": x.padded,
+        "KIND": columns.kind,
+        "SCALE": _SCALE.get(x.x.dtype, 1.0),
+        "PRECISION": input_precision(),
+        **temperature_arguments(temperature),
+    }
+
+
+def _row_products(
     x: Rows,
     columns: Columns,
     temperature: float | Tensor,
     x_statistics: Tensor | None,
     y_statistics: Tensor | None,
-    raw: Tensor,
-    term: Tensor | None = None,
-    given: Tensor | None = None,
-) -> None:
-    """Fills ``raw`` (P, R, padded depth) with parts of ``sum_j G_ij y^_j``, and ``term`` (P, R) with ``sum_j G_ij z_ij``."""
-    tile = columns.tile(x, "products", rich=term is not None)
+    want_term: bool,
+    given: Tensor | None,
+) -> tuple[Products, Tensor | None]:
+    """Parts of ``sum_j G_ij y^_j``, and ``sum_j G_ij z_ij``."""
+    tile = columns.tile(x, "products", rich=want_term)
+    parts = columns.splits(x, tile)
+    raw = x.x.new_empty((parts, *x.x.shape), dtype=torch.float32)
+    term = x.scale.new_empty((parts, len(x))) if want_term else None
     head, tail = x.split
     apart = columns.y.rounded is not None
     launch(
         _row_products_kernel,
-        (columns.row_blocks(x, tile.m), raw.shape[0]),
+        (columns.row_blocks(x, tile.m), parts),
         tile.options,
         values=columns.y.x if apart else None,
         value_scale=columns.y.scale if apart else None,
@@ -197,8 +325,55 @@ def row_products(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         **columns.span_arguments(x, tile.m),
-        **pass_arguments(x, columns, temperature, x_statistics, y_statistics, given),
+        **_pass_arguments(x, columns, temperature, x_statistics, y_statistics, given),
     )
+    return Products(raw), None if term is None else term.sum(0)
+
+
+@triton.jit
+def tile_coefficients(
+    s,
+    row,
+    column,
+    first_y,
+    y_offsets,
+    row_scale,
+    column_scale,
+    row_labels,
+    y_labels,
+    x_statistics,
+    y_statistics,
+    of_rows,
+    given,
+    given_strides,
+    rows,
+    columns,
+    total_columns,
+    KIND: tl.constexpr,
+):
+    """Coefficients of a tile, from its products ``s``, and their products with the logits."""
+    z = s * row_scale[:, None] * column_scale[None, :]
+    keep = counts(row, column, columns, KIND)
+    if KIND == GIVEN:
+        at = row.to(tl.int64)[:, None] * given_strides[1]
+        at += column.to(tl.int64)[None, :] * given_strides[2]
+        g = tl.load(given + at, mask=keep & (row < rows)[:, None], other=0.0).to(tl.float32)
+        return g, tl.where(keep, g * z, 0.0)
+    same = keep
+    LABELS: tl.constexpr = KIND == SUP_CON or KIND == TWO_C or KIND == LABELLED
+    if LABELS:
+        same = row_labels[:, None] == tl.load(y_labels + first_y + y_offsets)[None, :]
+    g = tl.zeros(z.shape, tl.float32)
+    if y_statistics is not None:
+        of_columns = load_statistics(y_statistics, first_y, y_offsets, total_columns)
+        g += row_gradient(z, of_columns, 0, same, KIND)
+    by_rows = tl.zeros(z.shape, tl.float32)
+    if x_statistics is not None:
+        by_rows += row_gradient(z, of_rows, 1, same, KIND)
+    g += by_rows
+    # With labels, columns are rows as well, here or in another block, and say there what they have to about the temperature.
+    moment = z * (by_rows if LABELS else g)
+    return tl.where(keep, g, 0.0), tl.where(keep, moment, 0.0)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "total_rows", "total_columns"])
@@ -251,11 +426,9 @@ def _row_products_kernel(
     row_labels = row
     if x_labels is not None:
         row_labels = tl.load(x_labels + first_row + x_offsets)
-    x_lse, x_weight, x_third, x_fourth = row_scale, row_scale, row_scale, row_scale
+    of_rows = (row_scale, row_scale, row_scale, row_scale)
     if x_statistics is not None:
-        x_lse, x_weight, x_third, x_fourth = load_statistics(
-            x_statistics, first_row, x_offsets, total_rows
-        )
+        of_rows = load_statistics(x_statistics, first_row, x_offsets, total_rows)
 
     steps = tl.cdiv(tl.cdiv(columns, BLOCK_N), tl.num_programs(1))
     begin = part * steps * BLOCK_N
@@ -280,7 +453,7 @@ def _row_products_kernel(
         column_scale = tl.load(y_scale + first_y + y_offsets)
         g, moment = tile_coefficients(
             s, row, column, first_y, y_offsets, row_scale, column_scale, row_labels, y_labels,
-            x_statistics, y_statistics, x_lse, x_weight, x_third, x_fourth, given, given_strides,
+            x_statistics, y_statistics, of_rows, given, given_strides,
             rows, columns, total_columns, KIND,
         )  # fmt: skip
         if part_term is not None:
@@ -305,3 +478,170 @@ def _row_products_kernel(
     if TAIL:
         d = HEAD + tl.arange(0, TAIL)
         tl.store(out + d[None, :], product_tail * (1 / SCALE), mask=there[:, None])
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows", "columns", "total_rows", "total_columns", "first_problem", "first_row_in_problem", "row_blocks", "size",
+    ]
+)  # fmt: skip
+def _panel_kernel(
+    x,
+    x_scale,
+    y,
+    y_scale,
+    x_labels,
+    y_labels,
+    temperature,
+    x_statistics,
+    y_statistics,
+    given,
+    given_strides,
+    x_value_scale,
+    y_value_scale,
+    panel,
+    part_term,
+    first_problem,
+    first_row_in_problem,
+    row_blocks,
+    size,
+    panel_width,
+    rows,
+    columns,
+    total_rows,
+    total_columns,
+    depth,
+    KIND: tl.constexpr,
+    TENSOR: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    blocks = tl.cdiv(size, BLOCK_M)
+    row_block = tl.program_id(0) % row_blocks
+    column_block = tl.program_id(0) // row_blocks
+    number = (row_block // blocks).to(tl.int64)  # of the problem, in the panel
+    problem = number + first_problem
+    panel_start = row_block % blocks * BLOCK_M
+    start = panel_start + first_row_in_problem
+    there = panel_start + tl.arange(0, BLOCK_M) < size
+    row = start + tl.arange(0, BLOCK_M)
+    j = column_block * BLOCK_N
+    column = j + tl.arange(0, BLOCK_N)
+    x_offsets = inside(start, rows, BLOCK_M)
+    y_offsets = inside(j, columns, BLOCK_N)
+    first_row = problem * rows + start
+    first_y = problem * columns + j
+    if TENSOR:
+        temperature = tl.load(temperature)
+    x_unit = tl.load(x_scale + first_row + x_offsets)
+    row_scale = to_base_2(x_unit, temperature)
+    column_scale = tl.load(y_scale + first_y + y_offsets)
+    row_labels = row
+    if x_labels is not None:
+        row_labels = tl.load(x_labels + first_row + x_offsets)
+    of_rows = (row_scale, row_scale, row_scale, row_scale)
+    if x_statistics is not None:
+        of_rows = load_statistics(x_statistics, first_row, x_offsets, total_rows)
+    if given is not None:
+        given += problem * given_strides[0]
+
+    s = products_of_chunks(
+        x + first_row * depth, x_offsets, y + first_y * depth, y_offsets,
+        depth, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+    )  # fmt: skip
+    g, moment = tile_coefficients(
+        s, row, column, first_y, y_offsets, row_scale, column_scale, row_labels, y_labels,
+        x_statistics, y_statistics, of_rows, given, given_strides,
+        rows, columns, total_columns, KIND,
+    )  # fmt: skip
+    panel_row = panel_start + tl.arange(0, BLOCK_M)
+    if part_term is not None:
+        at = (column_block.to(tl.int64) * (row_blocks // blocks) + number) * size
+        tl.store(part_term + at + panel_row, tl.sum(moment, 1) * LN_2, mask=there)
+    if x_value_scale is not None:
+        x_unit = tl.load(x_value_scale + first_row + x_offsets)
+        column_scale = tl.load(y_value_scale + first_y + y_offsets)
+    g *= (x_unit * SCALE)[:, None] * column_scale[None, :]
+    out = panel + (number * size + panel_row)[:, None] * panel_width + column[None, :]
+    mask = there[:, None] & (column < columns)[None, :]
+    tl.store(out, g.to(panel.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _unit_gradient(raw, factor, pair, pair_factor, rows, d, mask, parts, total, padded, to_input):
+    g = tl.zeros(mask.shape, tl.float32)
+    at = rows[:, None] * padded + d
+    if raw is not None:
+        for part in range(parts):
+            first = tl.cast(part, tl.int64) * total
+            term = tl.load(raw + first * padded + at, mask=mask, other=0.0)
+            if factor is not None:
+                inside = rows < total
+                term *= tl.load(factor + first + rows, mask=inside, other=0.0)[:, None]
+            g += term
+    if pair is not None:
+        g += pair_factor[:, None] * tl.load(pair + at, mask=mask, other=0.0).to(tl.float32)
+    return g * to_input
+
+
+@triton.jit(do_not_specialize=["parts", "total"])
+def _row_gradients_kernel(
+    x,
+    x_scale,
+    inverse,
+    raw,
+    factor,
+    pair,
+    pair_scale,
+    pair_weight,
+    upstream,
+    temperature,
+    out,
+    parts,
+    total,
+    depth,
+    padded,
+    NORMALIZE: tl.constexpr,
+    TENSOR: tl.constexpr,
+    UPSTREAM_TENSOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = rows < total
+    if TENSOR:
+        temperature = tl.load(temperature)
+    if UPSTREAM_TENSOR:
+        upstream = tl.load(upstream)
+    to_input = upstream / temperature
+    pair_factor = tl.zeros((BLOCK,), tl.float32)
+    if pair is not None:
+        pair_factor = tl.load(pair_weight + rows, mask=there, other=0.0)
+        pair_factor *= tl.load(pair_scale + rows, mask=there, other=0.0)
+    unit = tl.load(x_scale + rows, mask=there, other=0.0)[:, None]
+
+    along = tl.zeros((BLOCK,), tl.float32)  # x^ . g
+    if NORMALIZE:
+        for begin in range(0, depth, BLOCK_D):
+            d = (begin + tl.arange(0, BLOCK_D))[None, :]
+            mask = there[:, None] & (d < depth)
+            g = _unit_gradient(
+                raw, factor, pair, pair_factor, rows, d, mask, parts, total, padded, to_input
+            )
+            row = tl.load(x + rows[:, None] * padded + d, mask=mask, other=0.0).to(tl.float32)
+            along += tl.sum(row * unit * g, 1)
+    for begin in range(0, depth, BLOCK_D):
+        d = (begin + tl.arange(0, BLOCK_D))[None, :]
+        mask = there[:, None] & (d < depth)
+        g = _unit_gradient(
+            raw, factor, pair, pair_factor, rows, d, mask, parts, total, padded, to_input
+        )
+        if NORMALIZE:
+            row = tl.load(x + rows[:, None] * padded + d, mask=mask, other=0.0).to(tl.float32)
+            g = (g - row * unit * along[:, None]) * tl.load(inverse + rows, mask=there, other=0.0)[
+                :, None
+            ]
+        tl.store(out + rows[:, None] * depth + d, g.to(out.dtype.element_ty), mask=mask)

@@ -7,21 +7,24 @@ The positive of a row is kept out of the sums: with s the sum of the other expon
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from . import config, tuning
 from .columns import Columns
-from .gradients import Products, RowGradients, both_products
+from .gradients import Products, RowGradients, both_products, relative_weights, statistics
 from .launch import cdiv, launch, temperature_arguments
 from .own_negatives import OwnNegatives, own_gradients, own_sums
-from .parts import Parts, fold, new_parts
-from .row_losses import _losses_kernel
+from .parts import Parts, fold, merged, new_parts
 from .rows import Rows, pack, pack_pairs, pair_logits
 from .sums import offset_kind, sum_exponentials, sums_tile
-from .tiles import IN_BATCH, QUEUE
+from .tiles import IN_BATCH, LN_2, LOG2_E, QUEUE, load_pair_logits
 
 Gradients = tuple[Tensor | None, ...]
 _BLOCK = 128
@@ -78,17 +81,15 @@ def problem_of(
     self_logit: float | None,
     similarity_dtype: torch.dtype | None = None,
 ) -> Problem:
-    """Packs the inputs, see :func:`info_nce_forward`."""
+    """Packs the inputs; the options are those of :func:`fastnce.info_nce`, ``in_batch`` its ``in_batch_negatives``."""
     fp8 = similarity_dtype is not None
     q, k, positive = pack_pairs(query, key, normalize, fp8)
     sets = [Columns(k, IN_BATCH.value, query.shape[0])] if in_batch else []
-    own = None
     if negatives is not None and negatives.dim() == 2:
         sets.append(Columns(pack(negatives, normalize, fp8), QUEUE.value))
-    elif negatives is not None:
-        own = negatives
+        negatives = None
     offset = offset_kind(temperature, normalize, query.dtype)
-    return Problem(q, k, positive, sets, temperature, offset, symmetric, self_logit, own)
+    return Problem(q, k, positive, sets, temperature, offset, symmetric, self_logit, negatives)
 
 
 def info_nce_forward(
@@ -97,33 +98,28 @@ def info_nce_forward(
     negatives: Tensor | None,
     temperature: float | Tensor,
     *,
-    normalize: bool,
-    symmetric: bool,
-    in_batch: bool,
-    self_logit: float | None,
-    similarity_dtype: torch.dtype | None = None,
     grad_scale: float | None,
+    mean: bool = False,
     needs: Sequence[bool],
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Gradients]:
-    """Losses, log-sum-exp and, if ``grad_scale`` is given, the gradients of ``grad_scale * losses.sum()``.
+    """Losses, log-sum-exp and, if ``grad_scale`` is given, the gradients of ``grad_scale * losses.sum()``, or of the mean.
 
-    Arguments and results: :meth:`fastnce.backends.operators.Operators.info_nce_forward`; ``similarity_dtype``: :func:`fastnce.info_nce`.
+    Arguments and results: those of the operator, see ``fastnce/ops/info_nce.py``; ``options``: :func:`problem_of`.
     """
-    options = {"normalize": normalize, "symmetric": symmetric, "in_batch": in_batch}
-    options |= {"self_logit": self_logit, "similarity_dtype": similarity_dtype}
     problem = problem_of(query, key, negatives, temperature, **options)
     now = grad_scale is not None and any(needs)
     solution = solve(
         problem, with_product=now and (needs[0] or needs[3]), with_term=now and needs[3]
     )
-    rows = query.shape[:2]
-    lse = solution.lse.view(2, *rows) if symmetric else solution.lse.view(rows)
+    lse = solution.lse.view(*solution.lse.shape[:-1], *query.shape[:2])
     grads: Gradients = (None,) * 4
     if now:
         weight = torch.ones_like(solution.loss)
-        found = gradients(problem, solution, weight, grad_scale, needs, query.dtype)
+        scale = grad_scale / query.shape[:2].numel() if mean else grad_scale
+        found = gradients(problem, solution, weight, scale, needs, query.dtype)
         grads = _shaped(found, query, key, negatives)
-    return solution.loss.view(rows), lse, grads
+    return solution.loss.view(query.shape[:2]), lse, grads
 
 
 def info_nce_backward(
@@ -134,22 +130,16 @@ def info_nce_backward(
     temperature: float | Tensor,
     lse: Tensor,
     *,
-    normalize: bool,
-    symmetric: bool,
-    in_batch: bool,
-    self_logit: float | None,
-    similarity_dtype: torch.dtype | None = None,
     needs: Sequence[bool],
+    **options: Any,
 ) -> Gradients:
     """The gradients of ``(grad_loss * losses).sum()`` from the ``lse`` of the forward; ``grad_loss`` (B, N), any strides."""
-    options = {"normalize": normalize, "symmetric": symmetric, "in_batch": in_batch}
-    options |= {"self_logit": self_logit, "similarity_dtype": similarity_dtype}
     problem = problem_of(query, key, negatives, temperature, **options)
     weight, upstream = relative_weights(grad_loss)
-    lse = lse.reshape(2, -1) if symmetric else lse.reshape(-1)
+    lse = lse.reshape(2, -1) if problem.symmetric else lse.reshape(-1)
     positive = pair_logits(problem.query, problem.key, problem.positive, temperature)
     missing = -torch.expm1(positive - lse)
-    missing = missing.mean(0) if symmetric else missing
+    missing = missing.mean(0) if problem.symmetric else missing
     own = None
     if problem.negatives is not None:
         unused = torch.empty_like(problem.positive), torch.empty_like(problem.positive)
@@ -159,17 +149,14 @@ def info_nce_backward(
     return _shaped(found, query, key, negatives)
 
 
+# The operators of the op "info_nce_fp8".
+info_nce_fp8_forward = functools.partial(info_nce_forward, similarity_dtype=torch.float8_e4m3fn)
+info_nce_fp8_backward = functools.partial(info_nce_backward, similarity_dtype=torch.float8_e4m3fn)
+
+
 def _shaped(found: Gradients, *inputs: Tensor | None) -> Gradients:
     pairs = zip(found, (*inputs, None), strict=True)
     return tuple(g if g is None or x is None else g.view(x.shape) for g, x in pairs)
-
-
-def relative_weights(grad_loss: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients that arrive, as weights of at most 1 and a factor: fp16 holds the former times a softmax."""
-    flat = grad_loss.reshape(-1).float()
-    top = flat.abs().amax()
-    top = torch.where((top > 0) & top.isfinite(), top, 1.0)
-    return flat / top, top
 
 
 @tuning.tuned
@@ -365,9 +352,83 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def statistics(
-    lse: Tensor, weight: Tensor, third: Tensor | None = None, fourth: Tensor | None = None
-) -> Tensor:
-    """(4, R) for ``tiles.load_statistics``."""
-    rest = (weight if x is None else x for x in (third, fourth))
-    return torch.stack([lse, weight, *rest])
+@triton.jit
+def _log_1p(x):
+    """log(1 + x), exact for small x."""
+    one_more = 1.0 + x
+    rounded = tl.where(one_more == 1.0, 1.0, one_more - 1.0)
+    return tl.where(one_more == 1.0, x, tl.log(one_more) * (x / rounded))
+
+
+@triton.jit
+def _one_direction(largest, sums, positive, at, there, parts, total, constant):
+    """Loss, log-sum-exp (natural) and missing weight of a row or a column; the positive's logit is to base 2."""
+    top, sum_ = merged(largest, sums, at, there, parts, total, constant)
+    # Large numbers meet before anything is rounded. An infinite positive makes the loss inf - inf.
+    d = ((top - positive) + tl.log2(sum_)) * LN_2 + 0 * tl.maximum(positive, 0.0)
+    loss = tl.maximum(d, 0.0) + _log_1p(tl.exp(-tl.abs(d)))
+    return loss, positive * LN_2 + loss, 1 / (1 + tl.exp(-d))
+
+
+@triton.jit(do_not_specialize=["parts", "factor_parts", "column_parts", "total"])
+def _losses_kernel(
+    positive,
+    query_scale,
+    key_scale,
+    largest,
+    sums,
+    terms,
+    column_largest,
+    column_sums,
+    temperature,
+    loss,
+    lse,
+    logit,
+    missing,
+    factor,
+    term,
+    self_logit,
+    parts,
+    factor_parts,
+    column_parts,
+    total,
+    SELF: tl.constexpr,
+    TENSOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = at < total
+    if TENSOR:
+        temperature = tl.load(temperature)
+    p = load_pair_logits(positive, query_scale, key_scale, at, there, temperature)
+    tl.store(logit + at, p * LN_2, mask=there)
+    constant = tl.full((BLOCK,), float("-inf"), tl.float32)
+    if SELF:
+        constant = tl.zeros((BLOCK,), tl.float32) + self_logit * (LOG2_E / temperature)
+    row_loss, row_lse, row_missing = _one_direction(
+        largest, sums, p, at, there, parts, total, constant
+    )
+    tl.store(lse + at, row_lse, mask=there)
+    if column_sums is not None:
+        none = tl.full((BLOCK,), float("-inf"), tl.float32)
+        column_loss, column_lse, column_missing = _one_direction(
+            column_largest, column_sums, p, at, there, column_parts, total, none
+        )
+        tl.store(lse + total + at, column_lse, mask=there)
+        row_loss = 0.5 * (row_loss + column_loss)
+        row_missing = 0.5 * (row_missing + column_missing)
+    tl.store(loss + at, row_loss, mask=there)
+    tl.store(missing + at, row_missing, mask=there)
+    if factor is not None:
+        sum_ = tl.zeros((BLOCK,), tl.float32)
+        for part in range(factor_parts):
+            first = tl.cast(part, tl.int64) * total
+            each = tl.load(largest + first + at, mask=there, other=0.0)
+            to_softmax = tl.exp2(each - row_lse * LOG2_E)
+            tl.store(factor + first + at, to_softmax, mask=there)
+            if term is not None:
+                sum_ += to_softmax * tl.load(terms + first + at, mask=there, other=0.0)
+        if term is not None:
+            if SELF:
+                sum_ += tl.exp2(constant - row_lse * LOG2_E) * constant * LN_2
+            tl.store(term + at, sum_, mask=there)

@@ -26,8 +26,22 @@ class OwnNegatives:
     inverse: Tensor  # (R, M): 1 / ||n||
 
 
-def _block_d(depth: int) -> int:
-    return min(128, max(16, triton.next_power_of_2(depth)))
+def _arguments(query: Rows, negatives: Tensor, temperature: float | Tensor) -> dict[str, object]:
+    """The arguments of both kernels."""
+    return {
+        "query": query.x,
+        "scale": query.scale,
+        "negatives": negatives,
+        "queries": negatives.shape[1],
+        "count": negatives.shape[2],
+        "depth": query.depth,
+        "padded": query.padded,
+        "strides": negatives.stride(),
+        "NORMALIZE": query.normalize,
+        "BLOCK_M": _BLOCK_M,
+        "BLOCK_D": min(128, max(16, triton.next_power_of_2(query.depth))),
+        **temperature_arguments(temperature),
+    }
 
 
 def own_sums(
@@ -38,28 +52,17 @@ def own_sums(
     total: Tensor,
 ) -> OwnNegatives:
     """Fills ``largest`` and ``total`` (R,): ``total 2^largest`` is the sum of the exponentials of each query's negatives."""
-    count = negatives.shape[2]
-    logits, inverse = query.x.new_empty((2, len(query), count), dtype=torch.float32)
+    size = (2, len(query), negatives.shape[2])
+    logits, inverse = query.x.new_empty(size, dtype=torch.float32)
     launch(
         _own_sums_kernel,
         (len(query),),
         _OPTIONS,
-        query=query.x,
-        scale=query.scale,
-        negatives=negatives,
         logits=logits,
         inverse=inverse,
         largest=largest,
         total=total,
-        queries=negatives.shape[1],
-        count=count,
-        depth=query.depth,
-        padded=query.padded,
-        strides=negatives.stride(),
-        NORMALIZE=query.normalize,
-        BLOCK_M=_BLOCK_M,
-        BLOCK_D=_block_d(query.depth),
-        **temperature_arguments(temperature),
+        **_arguments(query, negatives, temperature),
     )
     return OwnNegatives(negatives, logits, inverse)
 
@@ -77,13 +80,11 @@ def own_gradients(
     raw = query.x.new_empty((1, *query.x.shape), dtype=torch.float32)
     out = own.values.new_empty(own.values.shape) if need_negatives else None
     terms = query.scale.new_empty((len(query),))
+    arguments = _arguments(query, own.values, temperature)
     launch(
         _own_gradients_kernel,
-        (len(query), triton.cdiv(query.padded, _block_d(query.depth))),
+        (len(query), triton.cdiv(query.padded, arguments["BLOCK_D"])),
         _OPTIONS,
-        query=query.x,
-        scale=query.scale,
-        negatives=own.values,
         logits=own.logits,
         inverse=own.inverse,
         lse=lse,
@@ -92,16 +93,8 @@ def own_gradients(
         raw=raw,
         out=out,
         terms=terms,
-        queries=own.values.shape[1],
-        count=own.values.shape[2],
-        depth=query.depth,
-        padded=query.padded,
-        strides=own.values.stride(),
-        NORMALIZE=query.normalize,
         UPSTREAM_TENSOR=isinstance(upstream, Tensor),
-        BLOCK_M=_BLOCK_M,
-        BLOCK_D=_block_d(query.depth),
-        **temperature_arguments(temperature),
+        **arguments,
     )
     return raw, out, terms
 

@@ -17,8 +17,11 @@ from .tiles import GIVEN, inside, products_of_chunks
 Gradients = tuple[Tensor | None, ...]
 
 
-def pairwise_cosine_similarity_forward(x: Tensor, y: Tensor, temperature: float | Tensor) -> Tensor:
-    """``x_i . y_j / (||x_i|| ||y_j|| t)``: (..., N, D), (..., M, D) -> (..., N, M) in the dtype of ``x``."""
+def pairwise_cosine_similarity_forward(
+    x: Tensor, y: Tensor | None, temperature: float | Tensor
+) -> Tensor:
+    """``x_i . y_j / (||x_i|| ||y_j|| t)``: (..., N, D), (..., M, D) -> (..., N, M) in the dtype of ``x``; without ``y`` of x."""
+    y = x if y is None else y
     rows, columns = _packed(x, y)
     out = x.new_empty((*x.shape[:-1], y.shape[-2]))
     tile = columns.tile(rows, "sums")
@@ -44,9 +47,18 @@ def pairwise_cosine_similarity_forward(x: Tensor, y: Tensor, temperature: float 
 
 
 def pairwise_cosine_similarity_backward(
-    grad: Tensor, x: Tensor, y: Tensor, temperature: float | Tensor, *, needs: Sequence[bool]
+    grad: Tensor, x: Tensor, y: Tensor | None, temperature: float | Tensor, *, needs: Sequence[bool]
 ) -> Gradients:
-    """The gradients of ``(grad * similarity).sum()`` for x, y and the temperature; ``grad`` (..., N, M), any strides."""
+    """The gradients of ``(grad * similarity).sum()`` for x, y and the temperature; ``grad`` (..., N, M), any strides.
+
+    Without ``y`` that of x is the sum over both its uses.
+    """
+    if y is None:
+        both = (needs[0], needs[0], needs[2])
+        first, second, term = pairwise_cosine_similarity_backward(
+            grad, x, x, temperature, needs=both
+        )
+        return (first + second if needs[0] else None), None, term
     rows, columns = _packed(x, y)
     need_x, need_y, need_temperature = needs
     given = grad.reshape(columns.problems, x.shape[-2], y.shape[-2])

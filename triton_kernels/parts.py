@@ -148,3 +148,19 @@ def _fold_kernel(
     if a is not None:
         tl.store(into_a + column, top_a, mask=there)
         tl.store(into_b + column, sum_b, mask=there)
+
+
+@triton.jit
+def merged(largest, sums, at, there, parts, total, constant):
+    """Maximum and sum over the parts, and a constant logit, to base 2."""
+    top = constant
+    for part in range(parts):
+        each = tl.load(largest + tl.cast(part, tl.int64) * total + at, mask=there, other=0.0)
+        top = tl.maximum(top, each)
+    finite = tl.where(top == float("-inf"), 0.0, top)
+    sum_ = tl.exp2(constant - finite)
+    for part in range(parts):
+        first = tl.cast(part, tl.int64) * total
+        each = tl.load(largest + first + at, mask=there, other=0.0)
+        sum_ += tl.load(sums + first + at, mask=there, other=0.0) * tl.exp2(each - finite)
+    return top, sum_

@@ -25,13 +25,17 @@ def patch_nce_forward(
     *,
     self_logit: float,
     loss_scales: Sequence[float],
-    grad_scales: Sequence[float] | None,
+    grad_scales: Sequence[float],
+    loss_layers: int = 0,
+    grad_layers: int = 0,
     needs: tuple[Sequence[bool], Sequence[bool], bool],
-) -> tuple[Tensor, Gradients, Gradients, Tensor | None]:
+) -> tuple[Tensor, tuple[Gradients, Gradients, Tensor | None]]:
     """InfoNCE of several layers in one call: ``sum_l loss_scales[l] * losses_l.sum()`` and its gradients.
 
-    Arguments and results: :meth:`fastnce.backends.operators.Operators.patch_nce_forward`.
+    Arguments and results: those of the operator, see ``fastnce/ops/patch_nce.py``.
     """
+    loss_scales = _of_means(loss_scales, loss_layers, queries)
+    grad_scales = _of_means(grad_scales, grad_layers, queries) if grad_scales else None
     depths: dict[int, list[int]] = {}
     for layer, query in enumerate(queries):
         depths.setdefault(query.shape[-1], []).append(layer)
@@ -56,7 +60,13 @@ def patch_nce_forward(
                 grad_temperature = dt if grad_temperature is None else grad_temperature + dt
             for layer, query_grad, key_grad in zip(layers, dq, dk, strict=True):
                 grad_queries[layer], grad_keys[layer] = query_grad, key_grad
-    return loss, tuple(grad_queries), tuple(grad_keys), grad_temperature
+    return loss, (grad_queries, grad_keys, grad_temperature)
+
+
+def _of_means(scales: Sequence[float], layers: int, rows: Sequence[Tensor]) -> Sequence[float]:
+    if not layers:
+        return scales
+    return [scale / (x.shape[:-1].numel() * layers) for scale, x in zip(scales, rows, strict=True)]
 
 
 def _together(queries, keys, temperature, self_logit, loss_scales, grad_scales, needs):

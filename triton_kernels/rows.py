@@ -63,7 +63,7 @@ class Rows:
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What rows are packed as: their own dtype, but bf16 for fp32 where the user allows it."""
+    """The dtype that rows are packed in: their own, but bf16 for fp32 where the user allows it."""
     medium = dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
     return torch.bfloat16 if medium else dtype
 

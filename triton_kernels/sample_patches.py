@@ -147,52 +147,11 @@ def _places(ids, id_stride, strides, width, s, count, image):
 
 
 @triton.jit
-def _gather(
-    feature,
-    ids,
-    patches,
-    norms,
-    strides,
-    id_stride,
-    width,
-    channels,
-    count,
-    block,
-    PATCHES: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    blocks = tl.cdiv(count, PATCHES)
-    image = tl.cast(block // blocks, tl.int64)
-    s = block % blocks * PATCHES + tl.arange(0, PATCHES)
-    there = s < count
-    places = _places(ids, id_stride, strides, width, s, count, image)[:, None]
-    out = patches + ((image * count + s) * channels)[:, None]
-    power = tl.full((PATCHES,), 1.0, tl.float32)
-    length = tl.full((PATCHES,), 1.0, tl.float32)
-    if norms is not None:
-        largest = tl.zeros((PATCHES,), tl.float32)
-        for begin in range(0, channels, CHANNELS):
-            c = (begin + tl.arange(0, CHANNELS)).to(tl.int64)[None, :]
-            mask = there[:, None] & (c < channels)
-            x = tl.load(feature + places + c * strides[1], mask=mask, other=0.0).to(tl.float32)
-            largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
-        power = _power_of_two(largest)
-        squares = tl.zeros((PATCHES,), tl.float64)
-        for begin in range(0, channels, CHANNELS):
-            c = (begin + tl.arange(0, CHANNELS)).to(tl.int64)[None, :]
-            mask = there[:, None] & (c < channels)
-            x = tl.load(feature + places + c * strides[1], mask=mask, other=0.0).to(tl.float32)
-            wide = (x * power[:, None]).to(tl.float64)
-            squares += tl.sum(wide * wide, 1)
-        length = _inverse_root(squares)
-        tl.store(norms + image * count + s, length * power, mask=there)
-    for begin in range(0, channels, CHANNELS):
-        c = (begin + tl.arange(0, CHANNELS)).to(tl.int64)[None, :]
-        mask = there[:, None] & (c < channels)
-        x = tl.load(feature + places + c * strides[1], mask=mask, other=0.0)
-        if norms is not None:
-            x = (x.to(tl.float32) * power[:, None] * length[:, None]).to(x.dtype)
-        tl.store(out + c, x, mask=mask)
+def _chunk(map_, places, strides, channels, there, begin, CHANNELS: tl.constexpr):
+    """Some channels of the patches at ``places``, which they are, and which of them are there."""
+    c = (begin + tl.arange(0, CHANNELS)).to(tl.int64)[None, :]
+    mask = there[:, None] & (c < channels)
+    return tl.load(map_ + places + c * strides[1], mask=mask, other=0.0), c, mask
 
 
 @triton.jit
@@ -211,15 +170,45 @@ def _gather_kernel(
     PATCHES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    block = tl.program_id(0)
-    begin = 0
+    program = tl.program_id(0)
+    first = 0
     for i in tl.static_range(MAPS):
-        if (block >= begin) & (block < ends[i]):
-            _gather(
-                maps[i], ids[i], patches[i], None if norms is None else norms[i], strides[i],
-                id_strides[i], widths[i], channels[i], counts[i], block - begin, PATCHES, CHANNELS,
-            )  # fmt: skip
-        begin = ends[i]
+        if (program >= first) & (program < ends[i]):
+            block = program - first
+            count = counts[i]
+            blocks = tl.cdiv(count, PATCHES)
+            image = tl.cast(block // blocks, tl.int64)
+            s = block % blocks * PATCHES + tl.arange(0, PATCHES)
+            there = s < count
+            places = _places(ids[i], id_strides[i], strides[i], widths[i], s, count, image)[:, None]
+            out = patches[i] + ((image * count + s) * channels[i])[:, None]
+            power = tl.full((PATCHES,), 1.0, tl.float32)
+            length = tl.full((PATCHES,), 1.0, tl.float32)
+            if norms is not None:
+                largest = tl.zeros((PATCHES,), tl.float32)
+                for begin in range(0, channels[i], CHANNELS):
+                    x, _, _ = _chunk(
+                        maps[i], places, strides[i], channels[i], there, begin, CHANNELS
+                    )
+                    largest = tl.maximum(largest, tl.max(tl.abs(x.to(tl.float32)), 1))
+                power = _power_of_two(largest)
+                squares = tl.zeros((PATCHES,), tl.float64)
+                for begin in range(0, channels[i], CHANNELS):
+                    x, _, _ = _chunk(
+                        maps[i], places, strides[i], channels[i], there, begin, CHANNELS
+                    )
+                    wide = (x.to(tl.float32) * power[:, None]).to(tl.float64)
+                    squares += tl.sum(wide * wide, 1)
+                length = _inverse_root(squares)
+                tl.store(norms[i] + image * count + s, length * power, mask=there)
+            for begin in range(0, channels[i], CHANNELS):
+                x, c, mask = _chunk(
+                    maps[i], places, strides[i], channels[i], there, begin, CHANNELS
+                )
+                if norms is not None:
+                    x = (x.to(tl.float32) * power[:, None] * length[:, None]).to(x.dtype)
+                tl.store(out + c, x, mask=mask)
+        first = ends[i]
 
 
 @triton.jit
@@ -232,44 +221,6 @@ def _next(ids, id_stride, mine, after, count, IDS: tl.constexpr):
         same = (mine[:, None] == theirs[None, :]) & (t[None, :] > after[:, None])
         found = tl.minimum(found, tl.min(tl.where(same, t[None, :], count), 1))
     return found
-
-
-@triton.jit
-def _scatter(
-    map_,
-    ids,
-    grad,
-    strides,
-    grad_strides,
-    id_stride,
-    width,
-    channels,
-    count,
-    block,
-    PATCHES: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    IDS: tl.constexpr,
-):
-    blocks = tl.cdiv(count, PATCHES)
-    image = tl.cast(block // blocks, tl.int64)
-    s = block % blocks * PATCHES + tl.arange(0, PATCHES)
-    there = s < count
-    mine = tl.load(ids + s.to(tl.int64) * id_stride, mask=there, other=-2)
-    is_first = there & (_next(ids, id_stride, mine, s * 0 - 1, count, IDS) == s)
-    c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)[None, :]
-    total = tl.zeros((PATCHES, CHANNELS), tl.float32)
-    grad += image * grad_strides[0] + c * grad_strides[2]
-    now = tl.where(is_first, s, count)
-    while tl.min(now, 0) < count:
-        mask = (now < count)[:, None] & (c < channels)
-        at = now.to(tl.int64)[:, None] * grad_strides[1]
-        total += tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
-        now = _next(ids, id_stride, mine, now, count, IDS)
-    places = _places(ids, id_stride, strides, width, s, count, image)[:, None]
-    mask = is_first[:, None] & (c < channels)
-    at = map_ + places + c * strides[1]
-    total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(at, total.to(map_.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -289,49 +240,35 @@ def _scatter_kernel(
     CHANNELS: tl.constexpr,
     IDS: tl.constexpr,
 ):
-    block = tl.program_id(0)
-    begin = 0
+    program = tl.program_id(0)
+    first = 0
     for i in tl.static_range(MAPS):
-        mine = (block >= begin) & (block < ends[i])
+        mine = (program >= first) & (program < ends[i])
         if mine & (tl.program_id(1) * CHANNELS < channels[i]):
-            _scatter(
-                maps[i], ids[i], grads[i], strides[i], grad_strides[i], id_strides[i], widths[i],
-                channels[i], counts[i], block - begin, PATCHES, CHANNELS, IDS,
-            )  # fmt: skip
-        begin = ends[i]
-
-
-@triton.jit
-def _normalisation(
-    grad,
-    patch,
-    norm,
-    out,
-    strides,
-    size,
-    channels,
-    rows,
-    block,
-    PATCHES: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    row = tl.cast(block, tl.int64) * PATCHES + tl.arange(0, PATCHES)
-    there = row < rows
-    grad += (row // size * strides[0] + row % size * strides[1])[:, None]
-    at = (row * channels)[:, None]
-    along = tl.zeros((PATCHES,), tl.float32)
-    for begin in range(0, channels, CHANNELS):
-        c = (begin + tl.arange(0, CHANNELS)).to(tl.int64)[None, :]
-        mask = there[:, None] & (c < channels)
-        g = tl.load(grad + c * strides[2], mask=mask, other=0.0).to(tl.float32)
-        along += tl.sum(g * tl.load(patch + at + c, mask=mask, other=0.0).to(tl.float32), 1)
-    inverse = tl.load(norm + row, mask=there, other=0.0)
-    for begin in range(0, channels, CHANNELS):
-        c = (begin + tl.arange(0, CHANNELS)).to(tl.int64)[None, :]
-        mask = there[:, None] & (c < channels)
-        g = tl.load(grad + c * strides[2], mask=mask, other=0.0).to(tl.float32)
-        unit = tl.load(patch + at + c, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out + at + c, (g - unit * along[:, None]) * inverse[:, None], mask=mask)
+            block = program - first
+            count = counts[i]
+            blocks = tl.cdiv(count, PATCHES)
+            image = tl.cast(block // blocks, tl.int64)
+            s = block % blocks * PATCHES + tl.arange(0, PATCHES)
+            there = s < count
+            position = tl.load(ids[i] + s.to(tl.int64) * id_strides[i], mask=there, other=-2)
+            is_first = _next(ids[i], id_strides[i], position, s * 0 - 1, count, IDS) == s
+            is_first = there & is_first
+            c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)[None, :]
+            total = tl.zeros((PATCHES, CHANNELS), tl.float32)
+            grad = grads[i] + (image * grad_strides[i][0] + c * grad_strides[i][2])
+            now = tl.where(is_first, s, count)
+            while tl.min(now, 0) < count:
+                mask = (now < count)[:, None] & (c < channels[i])
+                at = now.to(tl.int64)[:, None] * grad_strides[i][1]
+                total += tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+                now = _next(ids[i], id_strides[i], position, now, count, IDS)
+            places = _places(ids[i], id_strides[i], strides[i], widths[i], s, count, image)[:, None]
+            mask = is_first[:, None] & (c < channels[i])
+            at = maps[i] + places + c * strides[i][1]
+            total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(at, total.to(maps[i].dtype.element_ty), mask=mask)
+        first = ends[i]
 
 
 @triton.jit
@@ -349,12 +286,28 @@ def _normalisation_kernel(
     PATCHES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    block = tl.program_id(0)
-    begin = 0
+    program = tl.program_id(0)
+    first = 0
     for i in tl.static_range(MAPS):
-        if (block >= begin) & (block < ends[i]):
-            _normalisation(
-                grads[i], patches[i], norms[i], out[i], strides[i], sizes[i], channels[i], rows[i],
-                block - begin, PATCHES, CHANNELS,
-            )  # fmt: skip
-        begin = ends[i]
+        if (program >= first) & (program < ends[i]):
+            row = tl.cast(program - first, tl.int64) * PATCHES + tl.arange(0, PATCHES)
+            there = row < rows[i]
+            image, s = row // sizes[i], row % sizes[i]
+            grad = grads[i] + (image * strides[i][0] + s * strides[i][1])[:, None]
+            at = (row * channels[i])[:, None]
+            along = tl.zeros((PATCHES,), tl.float32)
+            for begin in range(0, channels[i], CHANNELS):
+                c = (begin + tl.arange(0, CHANNELS)).to(tl.int64)[None, :]
+                mask = there[:, None] & (c < channels[i])
+                g = tl.load(grad + c * strides[i][2], mask=mask, other=0.0).to(tl.float32)
+                unit = tl.load(patches[i] + at + c, mask=mask, other=0.0).to(tl.float32)
+                along += tl.sum(g * unit, 1)
+            inverse = tl.load(norms[i] + row, mask=there, other=0.0)
+            for begin in range(0, channels[i], CHANNELS):
+                c = (begin + tl.arange(0, CHANNELS)).to(tl.int64)[None, :]
+                mask = there[:, None] & (c < channels[i])
+                g = tl.load(grad + c * strides[i][2], mask=mask, other=0.0).to(tl.float32)
+                unit = tl.load(patches[i] + at + c, mask=mask, other=0.0).to(tl.float32)
+                g = (g - unit * along[:, None]) * inverse[:, None]
+                tl.store(out[i] + at + c, g, mask=mask)
+        first = ends[i]

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config, tuning
+from . import config
 from .columns import Columns
 from .launch import launch, temperature_arguments
-from .parts import Parts, new_parts, store_column_sums
+from .parts import Parts, store_column_sums
 from .rows import Rows, input_precision
 from .tiles import (
     LABELLED,
@@ -116,18 +116,6 @@ def sum_exponentials(
         **columns.span_arguments(x, tile.m),
         **temperature_arguments(temperature),
     )
-
-
-@tuning.tuned
-def labelled_sums(
-    x: Rows, columns: Columns, temperature: float | Tensor, dtype: torch.dtype
-) -> Parts:
-    """Sums over all columns that count for a row, and over those with its label; ``dtype`` of the inputs."""
-    offset = offset_kind(temperature, x.normalize, dtype)
-    splits = columns.splits(x, sums_tile(x, columns, offset, False, False))
-    parts = new_parts(x, splits, labelled=True)
-    sum_exponentials(x, columns, temperature, offset, parts)
-    return parts
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What the passes over the matrix of similarities share: where a program works, a tile of logits, and what counts in it.
+"""Parts that the passes over the matrix of similarities share: where a program works, a tile of logits, and what counts in it.
 
 Logits are in units of log 2, so that exponentials are ``exp2``.
 """
@@ -125,15 +125,17 @@ def load_statistics(statistics, first, offsets, total):
 
 
 @triton.jit
-def row_gradient(z, lse, weight, third, fourth, same, KIND: tl.constexpr):
-    """d L / d z of a tile by the losses of its rows, or of its columns, whose statistics have the shape for it.
+def row_gradient(z, statistics, AXIS: tl.constexpr, same, KIND: tl.constexpr):
+    """d L / d z of a tile by the losses of its rows (AXIS 1), or of its columns (0), from :func:`load_statistics`.
 
     ``weight softmax`` over all; over those of the same label, SupCon's ``-third`` each; or ``fourth softmax``, of which
     ``third`` is the log-sum-exp.
     """
-    g = weight * tl.exp2(z - lse)
+    third = tl.expand_dims(statistics[2], AXIS)
+    g = tl.expand_dims(statistics[1], AXIS) * tl.exp2(z - tl.expand_dims(statistics[0], AXIS))
     if KIND == SUP_CON:
         g -= tl.where(same, third, 0.0)
     if KIND == TWO_C or KIND == LABELLED:
+        fourth = tl.expand_dims(statistics[3], AXIS)
         g += tl.where(same, fourth * tl.exp2(z - third * LOG2_E), 0.0)
     return g

@@ -12,10 +12,11 @@ import dataclasses
 import functools
 import json
 import os
+import statistics
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ import triton
 from triton.runtime.errors import OutOfResources
 
 from .config import Tile
+
+Key = tuple[str, str]  # device and class
 
 # A candidate must be faster than the table's tile by this much: less is noise.
 MARGIN = 0.03
@@ -41,7 +44,7 @@ def device_seconds(function: Callable[[], object], device: torch.device) -> floa
             end.record()
             end.synchronize()
             times.append(1e-3 * start.elapsed_time(end))
-    return sorted(times)[_REPEATS // 2]
+    return statistics.median(times)
 
 
 def may_time(device: torch.device) -> bool:
@@ -53,27 +56,16 @@ def may_time(device: torch.device) -> bool:
 
 @functools.cache
 def device_key(device: torch.device) -> str:
-    """What the choice of tiles holds for."""
+    """The GPU and compiler that a choice of tiles holds for."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{name}, triton {triton.__version__}"
 
 
-def default_path() -> Path:
-    """``tiles.json`` in $FASTNCE_CACHE, else in ~/.cache/fastnce."""
-    folder = os.environ.get("FASTNCE_CACHE") or Path.home() / ".cache" / "fastnce"
-    return Path(folder) / "tiles.json"
+class _Call(threading.local):
+    """The tuned call that a thread is in: the tiles that it has, and those asked for that nobody knows; None outside."""
 
-
-@dataclasses.dataclass
-class _Run(threading.local):
-    """What happens within one call of a tuned function, in one thread."""
-
-    depth: int = 0
-    # The same answer all through a call: parts are allocated for the tile that a kernel then has.
-    answers: dict[tuple[str, str], Tile] = dataclasses.field(default_factory=dict)
-    asked: dict[tuple[str, str], tuple[torch.device, tuple[Tile, ...]]] = dataclasses.field(
-        default_factory=dict
-    )
+    tiles: dict[Key, Tile] | None = None
+    unknown: dict[Key, tuple[torch.device, tuple[Tile, ...]]] | None = None
 
 
 class Tuner:
@@ -89,78 +81,71 @@ class Tuner:
         path: Path | None,
         clock: Callable[[Callable[[], object], torch.device], float] = device_seconds,
     ) -> None:
-        self._path, self._clock = path, clock
-        self._known: dict[tuple[str, str], Tile] = _read(path)
-        self._run = _Run()
+        self.path, self._clock = path, clock
+        self.known = _read(path)
+        self._call = _Call()
 
     def tile(self, device: torch.device, name: str, candidates: tuple[Tile, ...]) -> Tile:
         """The tile of the class ``name``: the known one, else ``candidates[0]``, which is the table's."""
         if torch.are_deterministic_algorithms_enabled():
             return candidates[0]  # whatever was or will be fastest
-        key = (device_key(device), name)
-        answer = self._run.answers.get(key) or self._known.get(key)
-        if answer not in candidates:
-            answer = candidates[0]
-            if self._run.depth and may_time(device):
-                self._run.asked[key] = (device, candidates)
-        if self._run.depth:
-            self._run.answers[key] = answer
-        return answer
+        key, call = (device_key(device), name), self._call
+        tile = (call.tiles or {}).get(key) or self.known.get(key)
+        if tile not in candidates:
+            tile = candidates[0]
+            if call.unknown is not None and may_time(device):
+                call.unknown[key] = (device, candidates)
+        if call.tiles is not None:
+            # The same all through a call: parts are allocated for the tile that a kernel then has.
+            call.tiles[key] = tile
+        return tile
 
     def run(self, function: Callable[[], object]) -> object:
         """The result of ``function``, which may be called more often: to time the classes that it asks for and nobody knows."""
-        if self._run.depth:
+        if self._call.tiles is not None:
             return function()
-        with self._scope():
-            result = function()
-            asked = dict(self._run.asked)
-        for key, (device, candidates) in asked.items():
-            self._known[key] = self._fastest(key, device, candidates, function)
-        if asked:
+        result, unknown = self._with({}, function)
+        for key, (device, candidates) in unknown.items():
+            times = {}
+            for tile in candidates:
+                timed = functools.partial(self._clock, function, device)
+                with contextlib.suppress(OutOfResources, torch.OutOfMemoryError):
+                    times[tile], _ = self._with({key: tile}, timed)
+            table = candidates[0]
+            best = min(times, key=times.__getitem__, default=table)
+            enough = times.get(table, float("inf")) * (1 - MARGIN)
+            self.known[key] = best if times and times[best] <= enough else table
+        if unknown:
             self._write()
         return result
 
-    @contextlib.contextmanager
-    def _scope(self, trial: dict[tuple[str, str], Tile] | None = None) -> Iterator[None]:
-        self._run.depth += 1
-        self._run.answers, self._run.asked = dict(trial or {}), {}
+    def _with(self, tiles: dict[Key, Tile], function: Callable[[], object]):
+        """The result of ``function`` with these tiles, and what it asked for beyond them."""
+        call = self._call
+        call.tiles, call.unknown = tiles, {}
         try:
-            yield
+            return function(), call.unknown
         finally:
-            self._run.depth -= 1
-            self._run.answers, self._run.asked = {}, {}
-
-    def _fastest(self, key, device: torch.device, candidates: tuple[Tile, ...], function) -> Tile:
-        times = {}
-        for tile in candidates:
-            with (
-                self._scope({key: tile}),
-                contextlib.suppress(OutOfResources, torch.OutOfMemoryError),
-            ):
-                times[tile] = self._clock(function, device)
-        table = candidates[0]
-        best = min(times, key=times.__getitem__, default=table)
-        enough = times.get(table, float("inf")) * (1 - MARGIN)
-        return best if times and times[best] <= enough else table
+            call.tiles = call.unknown = None
 
     def _write(self) -> None:
         """Adds what is known to what other processes have written meanwhile."""
-        if self._path is None:
+        if self.path is None:
             return
         tables: dict[str, dict[str, list[int]]] = {}
-        for (device, name), tile in {**_read(self._path), **self._known}.items():
+        for (device, name), tile in {**_read(self.path), **self.known}.items():
             tables.setdefault(device, {})[name] = list(dataclasses.astuple(tile))
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self._path.parent) as folder:
-                whole = Path(folder) / self._path.name
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
+                whole = Path(folder) / self.path.name
                 whole.write_text(json.dumps(tables, indent=1))
-                whole.replace(self._path)  # at once: no process reads half a file
+                whole.replace(self.path)  # at once: no process reads half a file
         except OSError as error:
             warnings.warn(f"fastnce: the tuned tiles cannot be kept: {error}", stacklevel=2)
 
 
-def _read(path: Path | None) -> dict[tuple[str, str], Tile]:
+def _read(path: Path | None) -> dict[Key, Tile]:
     if path is None or not path.exists():
         return {}
     try:
@@ -177,29 +162,25 @@ def _read(path: Path | None) -> dict[tuple[str, str], Tile]:
         return {}
 
 
-def tuned(function: Callable) -> Callable:
+def _from_environment() -> Tuner | None:
+    value = os.environ.get("FASTNCE_AUTOTUNE", "")
+    if value not in ("", "0", "1"):
+        message = f"FASTNCE_AUTOTUNE must be 0 or 1, got {value!r}: tiles are not timed"
+        warnings.warn(f"fastnce: {message}", stacklevel=2)
+    folder = os.environ.get("FASTNCE_CACHE") or Path.home() / ".cache" / "fastnce"
+    return Tuner(Path(folder) / "tiles.json") if value == "1" else None
+
+
+TUNER = _from_environment()
+
+
+def tuned(function: Callable, tuner: Tuner | None = TUNER) -> Callable:
     """Marks a function that can be called again with the same result, and whose passes are timed together."""
-    return function if TUNER is None else wrapped(function)
-
-
-def wrapped(function: Callable) -> Callable:
-    """``function``, run by the tuner."""
+    if tuner is None:
+        return function
 
     @functools.wraps(function)
     def run(*args, **kwargs):
-        return TUNER.run(functools.partial(function, *args, **kwargs))
+        return tuner.run(functools.partial(function, *args, **kwargs))
 
     return run
-
-
-def _asked_for() -> bool:
-    value = os.environ.get("FASTNCE_AUTOTUNE", "")
-    if value not in ("", "0", "1"):
-        warnings.warn(
-            f"fastnce: FASTNCE_AUTOTUNE must be 0 or 1, got {value!r}: tiles are not timed",
-            stacklevel=2,
-        )
-    return value == "1"
-
-
-TUNER = Tuner(default_path()) if _asked_for() else None

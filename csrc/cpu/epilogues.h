@@ -13,7 +13,7 @@ template <class T, class Body>
 inline __attribute__((always_inline)) void for_vectors(int64_t lanes, Body body) {
   const Signed<T> number = lane_numbers<T>();
   for (int64_t j = 0; j < lanes; j += kLanes<T>) {
-    const auto left = static_cast<typename Lane<T>::Signed>(lanes - j);
+    const auto left = static_cast<LaneInteger<T>>(lanes - j);
     body(j, number < left);
   }
 }
@@ -28,7 +28,7 @@ inline T finite_or_zero(T maximum) {
 }
 
 template <class T>
-void exp_rows(int64_t rows, int64_t lanes, T* z, T* offset, T* sum, T* moment) {
+void exp_rows(int64_t rows, int64_t lanes, const T* z, T* offset, T* sum) {
   for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
     Vector<T> maximum = splat(-kInfinity<T>);
     for_vectors<T>(lanes, [&](int64_t j, Signed<T> valid) {
@@ -36,97 +36,12 @@ void exp_rows(int64_t rows, int64_t lanes, T* z, T* offset, T* sum, T* moment) {
       maximum = Max::apply(valid ? x : maximum, maximum);
     });
     const T shift = finite_or_zero(reduce<Max, T>(maximum));
-    Vector<T> total = {}, weighted = {};
+    Vector<T> total = {};
     for_vectors<T>(lanes, [&](int64_t j, Signed<T> valid) {
-      const Vector<T> t = load(z + j) - shift, e = exp(t);
-      store(z + j, e);
-      total += valid ? e : Vector<T>{};
-      weighted += valid ? e * t : Vector<T>{};
+      total += valid ? exp(load(z + j) - shift) : Vector<T>{};
     });
     offset[r] = shift;
     sum[r] = reduce<Sum, T>(total);
-    moment[r] = reduce<Sum, T>(weighted);
-  }
-}
-
-template <class T>
-void exp_columns(int64_t rows, int64_t lanes, const T* z, T* maximum, double* sum) {
-  constexpr int64_t kBlock = 32;  // rows summed in T before they are added in double
-  alignas(FASTNCE_VECTOR_BYTES) T partial[kLanes<T>], shift[kLanes<T>];
-  for (int64_t r0 = 0; r0 < rows; r0 += kBlock) {
-    const int64_t r1 = r0 + kBlock < rows ? r0 + kBlock : rows;
-    for (int64_t j = 0; j < lanes; j += kLanes<T>) {
-      const int64_t count = lanes - j < kLanes<T> ? lanes - j : kLanes<T>;
-      Vector<T> top = splat(-kInfinity<T>);
-      for (int64_t r = r0; r < r1; ++r) top = Max::apply(load(z + r * kWidth<T> + j), top);
-      for (int64_t c = 0; c < count; ++c) {
-        const T before = maximum[j + c];
-        maximum[j + c] = top[c] > before ? static_cast<T>(top[c]) : before;
-        shift[c] = finite_or_zero(maximum[j + c]);
-        const double change = static_cast<double>(finite_or_zero(before)) - shift[c];
-        if (change != 0 && sum[j + c] != 0) sum[j + c] *= __builtin_exp(change);
-      }
-      for (int64_t c = count; c < kLanes<T>; ++c) shift[c] = 0;
-      Vector<T> total = {};
-      const Vector<T> by = load(shift);
-      for (int64_t r = r0; r < r1; ++r) total += exp(load(z + r * kWidth<T> + j) - by);
-      store(partial, total);
-      for (int64_t c = 0; c < count; ++c) sum[j + c] += partial[c];
-    }
-  }
-}
-
-// One offset for all: the exponential of a symmetric matrix's element then serves its row and its
-// column.
-template <class T, int kVectors>
-void exp_sums_of(int64_t rows, int64_t lanes, const T* z, T offset, T* sum, double* column_sum) {
-  constexpr int64_t kBlock = 32;  // rows summed in T before they are added in double
-  constexpr int64_t kLast = (kVectors - 1) * kLanes<T>;
-  const auto left = static_cast<typename Lane<T>::Signed>(lanes - kLast);
-  const Signed<T> valid = lane_numbers<T>() < left;
-  for (int64_t r0 = 0; r0 < rows; r0 += kBlock) {
-    const int64_t r1 = r0 + kBlock < rows ? r0 + kBlock : rows;
-    Vector<T> down[kVectors] = {};
-    for (int64_t r = r0; r < r1; ++r, z += kWidth<T>) {
-      Vector<T> across = {};
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        const Vector<T> x = load(z + v * kLanes<T>);
-        const Vector<T> e = exp(x - offset);
-        down[v] += e;
-        across += v + 1 < kVectors ? e : valid ? e : Vector<T>{};
-      }
-      sum[r] = reduce<Sum, T>(across);
-    }
-    if (column_sum == nullptr) continue;
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t first = v * kLanes<T>;
-      for (int64_t c = 0; c < kLanes<T> && first + c < lanes; ++c) {
-        column_sum[first + c] += down[v][c];
-      }
-    }
-  }
-}
-
-template <class T>
-void exp_sums(int64_t rows, int64_t lanes, const T* z, T offset, T* sum, double* column_sum) {
-  const int64_t vectors = (lanes + kLanes<T> - 1) / kLanes<T>;
-  if (vectors == 1) {
-    exp_sums_of<T, 1>(rows, lanes, z, offset, sum, column_sum);
-  } else if (vectors == 2) {
-    exp_sums_of<T, 2>(rows, lanes, z, offset, sum, column_sum);
-  } else {
-    exp_sums_of<T, kTileVectors>(rows, lanes, z, offset, sum, column_sum);
-  }
-}
-
-template <class T>
-void exp_weights(int64_t rows, int64_t lanes, T* z, T offset, const T* row_weight,
-                 const T* column_weight) {
-  for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
-    for (int64_t j = 0; j < lanes; j += kLanes<T>) {
-      store(z + j, exp(load(z + j) - offset) * (load(column_weight + j) + row_weight[r]));
-    }
   }
 }
 
@@ -134,19 +49,6 @@ template <class T>
 void scale_rows(int64_t rows, int64_t lanes, T* z, const T* factor) {
   for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
     for (int64_t j = 0; j < lanes; j += kLanes<T>) store(z + j, load(z + j) * factor[r]);
-  }
-}
-
-template <class T>
-void softmax_rows(int64_t rows, int64_t lanes, T* z, const SoftmaxValues<T>& row, T* moment) {
-  for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
-    Vector<T> weighted = {};
-    for_vectors<T>(lanes, [&](int64_t j, Signed<T> valid) {
-      const Vector<T> x = load(z + j), g = exp(x - row.offset[r]) * row.weight[r];
-      store(z + j, g);
-      weighted += valid ? g * (x - row.center[r]) : Vector<T>{};
-    });
-    moment[r] = reduce<Sum, T>(weighted);
   }
 }
 
@@ -167,26 +69,23 @@ void softmax_both(int64_t rows, int64_t lanes, T* z, const SoftmaxValues<T>& row
   }
 }
 
-template <class T>
-using LabelVector = Vector<typename LaneInteger<T>::type>;
-
 // Lanes of the vector at j that are allowed in row r (not the row itself), and those of its class.
 template <class T>
 struct LabelMasks {
   Signed<T> allowed, same;
-  LabelMasks(Signed<T> valid, int64_t j, int64_t self, typename LaneInteger<T>::type row_label,
-             const typename LaneInteger<T>::type* column_label) {
+  LabelMasks(Signed<T> valid, int64_t j, int64_t self, LaneInteger<T> row_label,
+             const LaneInteger<T>* column_label) {
     // self may lie anywhere outside the slab; clamped, the comparison fits a lane.
     const int64_t lane = self - j < -1 ? -1 : self - j > kLanes<T> ? kLanes<T> : self - j;
-    allowed = valid & (lane_numbers<T>() != static_cast<typename Lane<T>::Signed>(lane));
+    allowed = valid & (lane_numbers<T>() != static_cast<LaneInteger<T>>(lane));
     same = allowed & (load(column_label + j) == row_label);
   }
 };
 
 template <class T>
 void label_sums(int64_t rows, int64_t lanes, const T* z, int64_t self,
-                const typename LaneInteger<T>::type* row_label,
-                const typename LaneInteger<T>::type* column_label, const LabelSums<T>& out) {
+                const LaneInteger<T>* row_label, const LaneInteger<T>* column_label,
+                const LabelSums<T>& out) {
   for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
     Vector<T> all_top = splat(-kInfinity<T>), same_top = all_top;
     for_vectors<T>(lanes, [&](int64_t j, Signed<T> valid) {
@@ -213,9 +112,8 @@ void label_sums(int64_t rows, int64_t lanes, const T* z, int64_t self,
 
 template <class T>
 void label_gradient(int64_t rows, int64_t lanes, T* z, int64_t self,
-                    const typename LaneInteger<T>::type* row_label,
-                    const typename LaneInteger<T>::type* column_label, const LabelWeights<T>& row,
-                    const LabelWeights<T>& column, T* moment) {
+                    const LaneInteger<T>* row_label, const LaneInteger<T>* column_label,
+                    const LabelWeights<T>& row, const LabelWeights<T>& column, T* moment) {
   for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
     Vector<T> weighted = {};
     for_vectors<T>(lanes, [&](int64_t j, Signed<T> valid) {
@@ -238,13 +136,12 @@ void label_gradient(int64_t rows, int64_t lanes, T* z, int64_t self,
 }
 
 template <class T, int kVectors>
-void label_exp_of(int64_t rows, int64_t lanes, T* z, T offset,
-                  const typename LaneInteger<T>::type* row_label,
-                  const typename LaneInteger<T>::type* column_label, const LabelExpSums<T>& out) {
+void label_exp_of(int64_t rows, int64_t lanes, T* z, T offset, const LaneInteger<T>* row_label,
+                  const LaneInteger<T>* column_label, const LabelExpSums<T>& out) {
   constexpr int64_t kLast = (kVectors - 1) * kLanes<T>;
-  const Signed<T> valid = lane_numbers<T>() < static_cast<typename Lane<T>::Signed>(lanes - kLast);
+  const Signed<T> valid = lane_numbers<T>() < static_cast<LaneInteger<T>>(lanes - kLast);
   Vector<T> all_down[kVectors] = {}, same_down[kVectors] = {};
-  LabelVector<T> label[kVectors];
+  Signed<T> label[kVectors];
   for (int v = 0; v < kVectors; ++v) label[v] = load(column_label + v * kLanes<T>);
   for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
     Vector<T> all = {}, same = {};
@@ -268,31 +165,17 @@ void label_exp_of(int64_t rows, int64_t lanes, T* z, T offset,
   }
 }
 
-// Calls run(number of vectors that `lanes` fill, as a Constant).
-template <class T, class Run>
-inline void with_vectors(int64_t lanes, const Run& run) {
-  const int64_t vectors = (lanes + kLanes<T> - 1) / kLanes<T>;
-  if (vectors == 1) {
-    run(Constant<1>{});
-  } else if (vectors == 2) {
-    run(Constant<2>{});
-  } else {
-    run(Constant<kTileVectors>{});
-  }
-}
-
 template <class T>
-void label_exp(int64_t rows, int64_t lanes, T* z, T offset,
-               const typename LaneInteger<T>::type* row_label,
-               const typename LaneInteger<T>::type* column_label, const LabelExpSums<T>& out) {
+void label_exp(int64_t rows, int64_t lanes, T* z, T offset, const LaneInteger<T>* row_label,
+               const LaneInteger<T>* column_label, const LabelExpSums<T>& out) {
   with_vectors<T>(lanes, [&](auto count) {
     label_exp_of<T, decltype(count)::value>(rows, lanes, z, offset, row_label, column_label, out);
   });
 }
 
 template <class T>
-void label_scale(int64_t rows, int64_t lanes, T* e, const typename LaneInteger<T>::type* row_label,
-                 const typename LaneInteger<T>::type* column_label, const LabelFactors<T>& row,
+void label_scale(int64_t rows, int64_t lanes, T* e, const LaneInteger<T>* row_label,
+                 const LaneInteger<T>* column_label, const LabelFactors<T>& row,
                  const LabelFactors<T>& column) {
   for (int64_t r = 0; r < rows; ++r, e += kWidth<T>) {
     const T other = row.other[r], same = row.same[r];
@@ -328,7 +211,7 @@ void exp_vectors(int64_t rows, int64_t lanes, T* z, const T* offset, T* sum, T* 
       store(z + v * kLanes<T>, e);
       total[v] += e;
       if constexpr (kColumns) {
-        const auto left = static_cast<typename Lane<T>::Signed>(lanes - v * kLanes<T>);
+        const auto left = static_cast<LaneInteger<T>>(lanes - v * kLanes<T>);
         across += number < left ? e : Vector<T>{};
       }
     }
@@ -339,22 +222,14 @@ void exp_vectors(int64_t rows, int64_t lanes, T* z, const T* offset, T* sum, T* 
 
 template <class T>
 void block_exp(int64_t rows, int64_t lanes, T* z, const T* offset, T* sum, T* column_sum) {
-  const int64_t vectors = (lanes + kLanes<T> - 1) / kLanes<T>;
-  const auto run = [&](auto count) {
+  with_vectors<T>(lanes, [&](auto count) {
     constexpr int kVectors = decltype(count)::value;
     if (column_sum == nullptr) {
       exp_vectors<T, kVectors, false>(rows, lanes, z, offset, sum, column_sum);
     } else {
       exp_vectors<T, kVectors, true>(rows, lanes, z, offset, sum, column_sum);
     }
-  };
-  if (vectors == 1) {
-    run(Constant<1>{});
-  } else if (vectors == 2) {
-    run(Constant<2>{});
-  } else {
-    run(Constant<kTileVectors>{});
-  }
+  });
 }
 
 template <class T>

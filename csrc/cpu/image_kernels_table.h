@@ -24,5 +24,8 @@ constexpr WinogradKernels make_winograd_table() {
 extern const ImageKernels<float> kFloatImages;
 extern const ImageKernels<Bfloat16> kBfloat16Images;
 extern const WinogradKernels kWinograd;
+const ImageKernels<float> kFloatImages = make_image_table<float>();
+const ImageKernels<Bfloat16> kBfloat16Images = make_image_table<Bfloat16>();
+const WinogradKernels kWinograd = make_winograd_table();
 
 }  // namespace fastnce::FASTNCE_ISA

@@ -1,22 +1,1102 @@
-// InfoNCE on the CPU: registration and arguments.
+// InfoNCE on the CPU, and CUT's PatchNCE as many InfoNCE problems at once.
+//
+// A problem: rows of queries against the same columns (the keys of their batch element, shared
+// negatives, both or neither). A batch is a list of problems. Below, in this order: what belongs to
+// single rows; walks over the matrix between rows and columns; in which order these are made; the
+// list of problems, shared among the threads; the operators.
+//
+// The positive of a row is kept out of the matrix: with s the sum of the other exponentials
+// relative to the positive's, loss = log(1 + s) and the gradient at the positive is -s / (1 + s).
+// Nothing cancels where the positive dominates, as it does when training works.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "info_nce_jobs.h"
+#include "logit_blocks.h"
+#include "op_arguments.h"
+#include "unit_rows.h"
 
 namespace fastnce::info_nce {
 namespace {
 
+struct Needs {
+  bool query, key, negatives, temperature;
+};
+
+struct Arguments {
+  const char* op;
+  const Tensor& query;
+  const Tensor& key;
+  const std::optional<Tensor>& negatives;
+  double temperature;
+  bool normalize, symmetric, in_batch;
+  std::optional<double> self_logit;
+  bool bfloat16_products;
+  Needs needs;
+
+  int64_t batch() const { return query.size(0); }
+  int64_t rows() const { return query.size(1); }
+  int64_t depth() const { return query.size(2); }
+  ScalarType acc() const { return accumulation_type(query.scalar_type()); }
+  std::vector<int64_t> lse_shape() const {
+    return symmetric ? std::vector<int64_t>{2, batch(), rows()} : std::vector{batch(), rows()};
+  }
+  bool own_negatives() const { return negatives.has_value() && negatives->dim() == 4; }
+  bool shared_negatives() const { return negatives.has_value() && !own_negatives(); }
+};
+
+struct Gradients {
+  Tensor query, key, negatives;
+  double temperature = 0;
+};
+
+// --- single rows ---
+
+constexpr int64_t kKeyBlock = 144, kSmallRun = 16;
+constexpr int64_t kGroupRows = 96;  // a multiple of every table's width, like the next
+constexpr int64_t kPartRows = 48;   // of a small problem, solved by one thread
+constexpr int64_t kFewRows = 256;   // no more than one group, where keys are packed on the way
+constexpr int64_t kKeptBytes = int64_t{64} << 20;  // of logits kept at a time
+constexpr double kSafeBound = 40;                  // exp(-2 * 40) is far from underflow
+constexpr double kUsefulBound = 1e3;
+
+// What a call asks for. Rows are flattened: row b * N + i is query i of batch element b.
+template <class T>
+struct Call {
+  const Arguments& a;
+  TensorRows query, key, negatives;
+  int64_t depth;
+  int64_t own_negatives = 0;             // M of negatives (B, N, M, D), else 0
+  std::optional<double> constant_logit;  // already divided by the temperature
+  const double* weights = nullptr;       // d L / d loss_i per row; null: no gradients wanted
+  OutputRows grad_query, grad_key, grad_negatives;
+  double* temperature_terms = nullptr;  // per row: its part of sum_ij G_ij z_ij
+  T *loss = nullptr, *row_lse = nullptr, *column_lse = nullptr;
+};
+
+// Columns of the matrix.
+template <class T, class P>
+struct KeySet {
+  TensorRows source;
+  int64_t first = 0, count = 0;  // rows of the source
+  bool own = false;              // key i is the positive of query i
+  // Unit rows (count, D) as operands of P, see PackedRows; empty: packed block by block when
+  // needed.
+  SlabMatrix<P> units, summands;
+  Buffer<T> rests;
+  SlabMatrix<T> gradient;  // (count, D) with respect to the unit rows, or empty
+
+  void pack(const TileKernels<T>& kernels, bool normalize, double* inverse_norms) {
+    if (kPaired<P>) rests = Buffer<T>(count);
+    pack_unit_rows<T, P>(
+        kernels, source, first, count, normalize, 1.0,
+        {&units, nullptr, kPaired<P> ? &summands : nullptr, inverse_norms, rests.data()});
+  }
+};
+
+// log(1 + exp(d)).
+double softplus(double d) { return d > 0 ? d + std::log1p(std::exp(-d)) : std::log1p(std::exp(d)); }
+
+// log of the other exponentials' sum over the positive's. An infinite positive makes the loss
+// inf - inf.
+double log_ratio(const ExpSum& others, double positive) {
+  return others.log() - positive + 0 * std::max(positive, 0.0);
+}
+
+// log of the sum of all, `ratio` as above. Infinite logits are those of dot products alone.
+double log_all(const ExpSum& others, double positive, double ratio) {
+  if (std::isinf(positive)) return others.log() + std::max(positive, 0.0);
+  return positive + softplus(ratio);
+}
+
+// P: what the large products multiply. All else is of T.
+template <class T, class P>
+struct Problem {
+  const TileKernels<T>& kernels;
+  const Call<T>& call;
+  const Arguments& a;
+  const int64_t first, rows;  // in the flattened rows of the call
+  KeySet<T, P> keys;
+  std::vector<const KeySet<T, P>*> sets;
+  Buffer<double> query_inverse, key_inverse;  // 1 / ||x|| of the rows, known once they are packed
+  Buffer<double> positive;                    // z of the positive
+  Buffer<double> lse;                         // of the row, positive included
+  Buffer<double> column_lse;
+  Buffer<double> missing;  // the softmax's weight on all but the positive, times the row's weight
+  Buffer<T> offset;        // subtracted before exp; padded to whole slabs
+  bool fixed_offset = false;  // the same for all rows, from a bound of the logits
+  // Symmetric: the same of the columns, and the factors from exponentials to the gradient.
+  Buffer<T> column_offset, row_weight, column_weight;
+
+  Problem(const TileKernels<T>& kernels_, const Call<T>& call_, int64_t first_, int64_t rows_,
+          const KeySet<T, P>* shared)
+      : kernels(kernels_),
+        call(call_),
+        a(call_.a),
+        first(first_),
+        rows(rows_),
+        query_inverse(rows_),
+        key_inverse(rows_),
+        positive(rows_),
+        lse(rows_),
+        missing(rows_, 0.0),
+        offset(padded_rows(), T(0)) {
+    keys.source = call.key;
+    keys.first = first;
+    keys.own = true;
+    if (a.in_batch) {
+      keys.count = rows;
+      keys.pack(kernels, a.normalize, key_inverse.data());
+      sets.push_back(&keys);
+    }
+    if (wants_gradients() && a.needs.key && a.in_batch) {
+      keys.gradient = SlabMatrix<T>(rows, call.depth, kernels.width);
+      keys.gradient.fill_zero();
+    }
+    if (shared != nullptr) sets.push_back(shared);
+    if (a.symmetric) column_lse = Buffer<double>(rows);
+    if (!a.in_batch) dot_positives();
+    if (call.loss != nullptr) set_fixed_offset();
+  }
+
+  // Leaves it where no fixed offset will do.
+  void set_fixed_offset() {
+    const double bound = logit_bound();
+    if (bound > kUsefulBound) return;
+    fixed_offset = true;
+    // Beyond the safe bound the top of exp's range is used as well.
+    const double top = bound <= kSafeBound ? bound : bound - kSafeBound;
+    std::fill_n(offset.data(), offset.size(), static_cast<T>(top));
+  }
+
+  // Whether its rows can be solved apart from one another.
+  bool separable() const { return !a.symmetric && !wants_column_products(); }
+  bool wants_gradients() const { return call.weights != nullptr; }
+  bool wants_row_products() const {
+    return wants_gradients() && (a.needs.query || a.needs.temperature);
+  }
+  bool wants_column_products() const {
+    bool any = false;
+    for (const KeySet<T, P>* set : sets) any = any || set->gradient;
+    return any;
+  }
+  int64_t columns() const {
+    int64_t count = 0;
+    for (const KeySet<T, P>* set : sets) count += set->count;
+    return count;
+  }
+  // Rows that a task takes on. Keys that are not packed are best read by a single group.
+  int64_t group_rows() const {
+    for (const KeySet<T, P>* set : sets) {
+      if (!set->units) return rows;
+    }
+    return kGroupRows;
+  }
+  int64_t padded_rows() const { return padded(rows, kernels.width); }
+
+  void dot_positives() {
+    run_blocks(rows, 16, 8 * call.depth, [&](int64_t begin, int64_t end) {
+      UnitRowReader<T> queries(kernels, call.query, a.normalize);
+      UnitRowReader<T> reader(kernels, call.key, a.normalize);
+      Buffer<T> query(call.depth), key(call.depth);
+      for (int64_t i = begin; i < end; ++i) {
+        queries.read(first + i, 1 / a.temperature, query.data());
+        reader.read(first + i, 1.0, key.data());
+        query_inverse[i] = queries.inverse();
+        key_inverse[i] = reader.inverse();
+        positive[i] = logit(kernels, call.depth, query.data(), key.data());
+      }
+    });
+  }
+
+  // An upper bound of all logits; infinite where it is of no use.
+  double logit_bound() const {
+    if (a.normalize) return 1 / a.temperature;
+    double longest_key = 0;
+    for (const KeySet<T, P>* set : sets) {
+      longest_key = std::max(longest_key, longest_row(set->source, set->first, set->count));
+    }
+    const double bound = longest_row(call.query, first, rows) * longest_key / a.temperature;
+    return std::isfinite(bound) ? bound : std::numeric_limits<double>::infinity();
+  }
+
+  double longest_row(const TensorRows& source, int64_t begin, int64_t count) const {
+    constexpr int64_t kBlock = 64;
+    std::vector<double> longest((count + kBlock - 1) / kBlock, 0.0);
+    run_blocks(count, kBlock, 2 * call.depth, [&](int64_t b, int64_t e) {
+      Buffer<T> row(call.depth);
+      double top = 0;
+      for (int64_t r = b; r < e; ++r) {
+        source.load(begin + r, row.data());
+        const double norm = row_norm(kernels, call.depth, row.data());
+        top = norm > top || std::isnan(norm) ? norm : top;
+      }
+      longest[b / kBlock] = top;
+    });
+    double top = 0;
+    for (double x : longest) top = x > top || std::isnan(x) ? x : top;
+    return top;
+  }
+
+  // The row's exponentials that stand neither in the matrix nor for the positive.
+  ExpSum other_terms(int64_t i) const {
+    ExpSum sum;
+    if (call.constant_logit) sum.add_logit(*call.constant_logit);
+    if (call.own_negatives == 0) return sum;
+    UnitRowReader<T> queries(kernels, call.query, a.normalize);
+    UnitRowReader<T> reader(kernels, call.negatives, a.normalize);
+    Buffer<T> query(call.depth), negative(call.depth);
+    queries.read(first + i, 1 / a.temperature, query.data());
+    for (int64_t m = 0; m < call.own_negatives; ++m) {
+      reader.read((first + i) * call.own_negatives + m, 1.0, negative.data());
+      sum.add_logit(logit(kernels, call.depth, query.data(), negative.data()));
+    }
+    return sum;
+  }
+
+  // Completes rows [begin, end) from sum(i), the matrix's exponentials relative to offset[i].
+  template <class RowSum>
+  void finish_sums(int64_t begin, int64_t end, const RowSum& sum) {
+    const int64_t work = 64 + 4 * call.own_negatives * call.depth;
+    run_blocks(end - begin, 16, work, [&](int64_t b, int64_t e) {
+      for (int64_t i = begin + b; i < begin + e; ++i) {
+        ExpSum others = other_terms(i);
+        others.add(offset[i], sum(i));
+        const double d = log_ratio(others, positive[i]);
+        lse[i] = log_all(others, positive[i], d);
+        call.row_lse[first + i] = static_cast<T>(lse[i]);
+        call.loss[first + i] = static_cast<T>(softplus(d));
+        if (wants_gradients()) missing[i] = call.weights[first + i] / (1 + std::exp(-d));
+      }
+    });
+  }
+
+  // Completes a symmetric problem.
+  void finish_both_sums(const std::vector<ExpSum>& row, const std::vector<ExpSum>& column) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const double d = log_ratio(row[i], positive[i]), c = log_ratio(column[i], positive[i]);
+      lse[i] = log_all(row[i], positive[i], d);
+      column_lse[i] = log_all(column[i], positive[i], c);
+      call.row_lse[first + i] = static_cast<T>(lse[i]);
+      call.column_lse[first + i] = static_cast<T>(column_lse[i]);
+      call.loss[first + i] = static_cast<T>(0.5 * (softplus(d) + softplus(c)));
+      if (wants_gradients()) {
+        missing[i] =
+            call.weights[first + i] * 0.5 * (1 / (1 + std::exp(-d)) + 1 / (1 + std::exp(-c)));
+      }
+    }
+  }
+
+  // Adds the gradients of rows [r0, r0 + count) that the matrix does not give and goes back from
+  // unit rows to the inputs. `products`: sum_j exp(z_ij - offset) k_j as a sum over its parts, each
+  // `count` rows; factor(i): from these to the gradient with respect to z.
+  template <class Factor>
+  void finish_rows(int64_t r0, int64_t count, const SlabMatrix<T>& products,
+                   const Factor& factor) const {
+    const int64_t depth = call.depth;
+    const int64_t parts = products ? products.rows() / count : 0;
+    const int64_t work = depth * (16 + 2 * parts + 8 * call.own_negatives);
+    run_blocks(count, call.own_negatives > 0 ? 1 : 16, work, [&](int64_t begin, int64_t end) {
+      Buffer<T> gradient(depth), part(depth), query_row(depth), key_row(depth), out_row(depth);
+      for (int64_t i = r0 + begin; i < r0 + end; ++i) {
+        const T* query = call.query.read(first + i, query_row.data());
+        const T* key = call.key.read(first + i, key_row.data());
+        if (parts == 0) std::fill_n(gradient.data(), depth, T(0));
+        for (int64_t p = 0; p < parts; ++p) {
+          products.copy_row_out(p * count + i - r0, p == 0 ? gradient.data() : part.data());
+          if (p > 0) kernels.add_scaled(depth, T(1), part.data(), gradient.data());
+        }
+        double scale = factor(i), term = 0;
+        if (call.own_negatives > 0) {
+          kernels.scale(depth, gradient.data(), scale, gradient.data());
+          own_negatives_gradient(i, query, gradient.data());
+          scale = 1;
+        }
+        if (call.constant_logit) {
+          const double p = call.weights[first + i] * std::exp(*call.constant_logit - lse[i]);
+          term += p * *call.constant_logit;
+        }
+        // With respect to the unit query: scale * gradient - missing * unit key.
+        T* out = a.needs.query ? call.grad_query.begin(first + i, out_row.data()) : out_row.data();
+        term += unit_row_gradient(kernels, depth, query, a.normalize, query_inverse[i], scale,
+                                  gradient.data(), -missing[i] * key_inverse[i], key,
+                                  1 / a.temperature, out) /
+                a.temperature;
+        call.temperature_terms[first + i] = term;
+        if (a.needs.query) call.grad_query.finish(first + i, out);
+        if (a.in_batch || !a.needs.key) continue;
+        out = call.grad_key.begin(first + i, out_row.data());
+        unit_row_gradient(kernels, depth, key, a.normalize, key_inverse[i],
+                          -missing[i] * query_inverse[i], query, 0.0, query, 1 / a.temperature,
+                          out);
+        call.grad_key.finish(first + i, out);
+      }
+    });
+  }
+
+  // Adds the gradient with respect to the unit query that its own negatives give.
+  void own_negatives_gradient(int64_t i, const T* query, T* gradient) const {
+    constexpr int64_t kBlock = 64;  // summed apart, which bounds the rounding error
+    UnitRowReader<T> reader(kernels, call.negatives, a.normalize);
+    Buffer<T> unit_query(call.depth), row(call.depth), partial(call.depth);
+    kernels.scale(call.depth, query, query_inverse[i] / a.temperature, unit_query.data());
+    for (int64_t m = 0; m < call.own_negatives; ++m) {
+      if (m % kBlock == 0) std::fill_n(partial.data(), call.depth, T(0));
+      const int64_t source = (first + i) * call.own_negatives + m;
+      reader.read(source, 1.0, row.data());
+      const double z = logit(kernels, call.depth, unit_query.data(), row.data());
+      const T g = static_cast<T>(call.weights[first + i] * std::exp(z - lse[i]));
+      kernels.add_scaled(call.depth, g, row.data(), partial.data());
+      if ((m + 1) % kBlock == 0 || m + 1 == call.own_negatives) {
+        kernels.add_scaled(call.depth, T(1), partial.data(), gradient);
+      }
+      if (!a.needs.negatives) continue;
+      kernels.scale(call.depth, unit_query.data(), g, row.data());
+      reader.project(row.data(), row.data());
+      call.grad_negatives.store(source, row.data());
+    }
+  }
+
+  // The gradient of in-batch keys: what the matrix gave, and each key's part as a positive.
+  void finish_keys() const {
+    if (!keys.gradient) return;
+    const int64_t depth = call.depth;
+    run_blocks(rows, 16, 16 * depth, [&](int64_t begin, int64_t end) {
+      Buffer<T> gradient(depth), query_row(depth), key_row(depth), out_row(depth);
+      for (int64_t i = begin; i < end; ++i) {
+        const T* query = call.query.read(first + i, query_row.data());
+        const T* key = call.key.read(first + i, key_row.data());
+        keys.gradient.copy_row_out(i, gradient.data());
+        T* out = call.grad_key.begin(first + i, out_row.data());
+        unit_row_gradient(kernels, depth, key, a.normalize, key_inverse[i], 1.0, gradient.data(),
+                          -missing[i] * query_inverse[i] / a.temperature, query, 1.0, out);
+        call.grad_key.finish(first + i, out);
+      }
+    });
+  }
+};
+
+// --- walks over the matrix of logits between a panel of queries and all keys ---
+//
+// Blocks of 144 keys x `width` queries, keys down and queries across the lanes, stay in the caches
+// from the product that makes them, through exp and its sums (which run down the lanes), to the
+// product that uses them. Queries are few per panel and packed as needed; keys stand in one layout
+// that serves both products. A task is a group of queries against a run of keys; tasks and the
+// partial sums that they leave depend on the shapes alone, so the result does not depend on the
+// threads.
+
+// A run of keys that one task walks.
+struct KeyRun {
+  int64_t set, begin, end;
+};
+
+// What is done to the logits before the products use them.
+enum class Epilogue {
+  kMaximum,    // nothing; the row maxima are wanted
+  kExp,        // exp(z - row offset) and row sums
+  kExpBoth,    // the same and column sums (symmetric)
+  kScaleBoth,  // (row weight + column weight) exp(z - offset)
+  kApart,      // exp(z - row offset) row weight + exp(z - column offset) column weight
+};
+
+template <class T, class P>
+struct Panel {
+  const Problem<T, P>& problem;
+  const int64_t r0, rows, group;
+  std::vector<KeyRun> runs;
+  SlabMatrix<P> queries;  // (operands of D, rows) unit rows / temperature, transposed
+  Buffer<T> rests;        // pairs only: of the queries, padded to whole slabs
+  // Per run (its keys, operands of rows), where they are kept: logits and then exponentials, of
+  // pairs exponentials alone.
+  std::vector<SlabMatrix<P>> logits;
+  SlabMatrix<T> products;  // (runs * rows, D), where wanted
+  Buffer<double> sums;     // (runs, padded rows)
+  Buffer<T> maxima;        // (runs, padded rows)
+  Buffer<T> column_sums;   // (groups, keys): symmetric only
+
+  // `alone`: walked by a single thread, which needs no more than one task.
+  Panel(Problem<T, P>& p, int64_t r0_, int64_t rows_, bool alone)
+      : problem(p), r0(r0_), rows(rows_), group(p.group_rows()) {
+    if (kPaired<P>) rests = Buffer<T>(fastnce::padded(rows, p.kernels.width), T(0));
+    pack_unit_rows<T, P>(p.kernels, p.call.query, p.first + r0, rows, p.a.normalize,
+                         1 / p.a.temperature,
+                         {nullptr, &queries, nullptr, &p.query_inverse[r0], rests.data()});
+    for (size_t s = 0; s < p.sets.size(); ++s) {
+      add_runs(static_cast<int64_t>(s), p.sets[s]->count, alone);
+    }
+    logits.resize(runs.size());
+  }
+
+  int64_t groups() const { return (rows + group - 1) / group; }
+  int64_t padded() const { return queries.slabs() * problem.kernels.width; }
+  int64_t run_count() const { return static_cast<int64_t>(runs.size()); }
+  int64_t keys_of(int64_t run) const { return runs[run].end - runs[run].begin; }
+
+  // Cuts keys into runs: at least about 8 tasks where each is worth it, 32 where there are many,
+  // and none too large for its logits to be kept.
+  void add_runs(int64_t set, int64_t count, bool alone) {
+    // A single block of a single group is cut smaller, or there would be one task.
+    const int64_t step = count <= kKeyBlock && groups() == 1 ? kSmallRun : kKeyBlock;
+    const int64_t most = step == kSmallRun ? 4 : 8 / groups();
+    const int64_t few = std::clamp<int64_t>(most, 1, (count + step - 1) / step);
+    const int64_t many = std::clamp<int64_t>(32 / groups(), 1, (count + 2047) / 2048);
+    const int64_t bytes = operand_bytes<P>(count * rows);
+    const int64_t fit = (bytes + kKeptBytes - 1) / kKeptBytes;
+    const int64_t cuts = alone ? std::max<int64_t>(fit, 1) : std::max({few, many, fit});
+    const int64_t length = ((count + cuts - 1) / cuts + step - 1) / step * step;
+    for (int64_t j = 0; j < count; j += length)
+      runs.push_back({set, j, std::min(count, j + length)});
+  }
+
+  void keep_logits(int64_t begin, int64_t end) {
+    for (int64_t run = begin; run < end; ++run) {
+      logits[run] = SlabMatrix<P>(keys_of(run), operands<P>(rows), problem.kernels.width);
+    }
+  }
+  void forget_logits() {
+    for (SlabMatrix<P>& kept : logits) kept = SlabMatrix<P>();
+  }
+
+  // Sum of the exponentials of panel row r over all runs, relative to its offset.
+  double sum(int64_t r) const {
+    double total = 0;
+    for (size_t run = 0; run < runs.size(); ++run) total += sums[run * padded() + r];
+    return total;
+  }
+  T maximum(int64_t r) const {
+    T top = -std::numeric_limits<T>::infinity();
+    for (size_t run = 0; run < runs.size(); ++run) {
+      const T x = maxima[run * padded() + r];
+      top = x > top ? x : top;
+    }
+    // Under an infinite maximum every finite logit's exponential is 0, as its softmax.
+    if (top > std::numeric_limits<T>::max()) return std::numeric_limits<T>::max();
+    return std::isfinite(top) ? top : T(0);
+  }
+};
+
+// Reads blocks of unit keys: packed already, or packed now. Blocks begin at even keys.
+template <class T, class P>
+class KeyBlocks {
+ public:
+  KeyBlocks(const Problem<T, P>& p, const KeySet<T, P>& set)
+      : set_(set), reader_(p.kernels, set.source, p.a.normalize) {
+    if (set.units) return;
+    const int64_t length = operands<P>(p.call.depth), width = p.kernels.width;
+    row_ = Buffer<P>(length);
+    block_ = SlabMatrix<P>(kKeyBlock, length, width);
+    if (!kPaired<P>) return;
+    block_summands_ = SlabMatrix<P>(operands<P>(kKeyBlock), p.call.depth, width);
+    block_rests_ = Buffer<T>(kKeyBlock);
+  }
+
+  void move_to(int64_t begin, int64_t end) {
+    if (set_.units) {
+      at_ = begin;
+      return;
+    }
+    for (int64_t j = begin; j < end; ++j) {
+      const int64_t row = j - begin;
+      if constexpr (kPaired<P>) {
+        block_rests_[row] = reader_.read_pairs(set_.first + j, 1.0, row_.data());
+        copy_half_in(block_summands_, row, row_.data());
+      } else {
+        reader_.read(set_.first + j, 1.0, row_.data());
+      }
+      block_.copy_row_in(row, row_.data());
+    }
+  }
+
+  int64_t slab_size() const { return units().slab_size(); }
+  const P* units_at(int64_t slab) const { return units().at(at_, slab); }
+  const P* summands_at(int64_t slab) const {
+    if constexpr (!kPaired<P>) return units_at(slab);
+    return (set_.units ? set_.summands : block_summands_).at(at_ / 2, slab);
+  }
+  const T* rests() const { return (set_.units ? set_.rests : block_rests_).data() + at_; }
+
+ private:
+  const SlabMatrix<P>& units() const { return set_.units ? set_.units : block_; }
+
+  const KeySet<T, P>& set_;
+  UnitRowReader<T> reader_;
+  Buffer<P> row_;
+  SlabMatrix<P> block_, block_summands_;
+  Buffer<T> block_rests_;
+  int64_t at_ = 0;
+};
+
+// Takes the positives out of a block: rows are keys from j0 on, lanes are queries from i0 on.
+template <class T, class P>
+void take_positives(Problem<T, P>& p, int64_t j0, int64_t j1, int64_t i0, int64_t lanes, T* z) {
+  for (int64_t i = std::max(j0, i0); i < std::min(j1, i0 + lanes); ++i) {
+    T& x = z[(i - j0) * p.kernels.width + (i - i0)];
+    p.positive[i] = x;
+    x = -std::numeric_limits<T>::infinity();
+  }
+}
+
+// Where the values of a block are: in scratch memory of the task or, of numbers, where they are
+// kept. Pairs are kept beside it, for the products need them paired along the other side too.
+template <class T, class P>
+struct BlockValues {
+  T* z = nullptr;
+  P *down = nullptr, *kept = nullptr;
+
+  BlockValues(const SlabMatrix<P>& matrix, int64_t row, int64_t slab, T* scratch, P* pairs) {
+    if constexpr (kPaired<P>) {
+      z = scratch;
+      down = pairs;
+      const int64_t width = matrix ? matrix.slab_size() / matrix.rows() : 0;
+      if (matrix) kept = matrix.at(row, slab / 2) + slab % 2 * (width / 2);
+    } else {
+      down = z = matrix ? matrix.at(row, slab) : scratch;
+    }
+  }
+};
+
+struct SweepOptions {
+  Epilogue epilogue;
+  bool again = false;     // the logits, or their exponentials, were kept by an earlier walk
+  bool products = false;  // multiply the results with the keys
+};
+
+// One walk over runs [first, last).
+template <class T, class P>
+void sweep(Problem<T, P>& p, Panel<T, P>& panel, const SweepOptions& options, int64_t first,
+           int64_t last) {
+  const TileKernels<T>& kernels = p.kernels;
+  const auto [epilogue, again, products] = options;
+  const int64_t width = kernels.width, depth = p.call.depth, groups = panel.groups();
+  const int64_t padded = panel.padded(), run_count = panel.run_count();
+  if (products && first == 0) panel.products = SlabMatrix<T>(run_count * panel.rows, depth, width);
+  const bool sum = epilogue == Epilogue::kExp || epilogue == Epilogue::kExpBoth;
+  if (sum && first == 0) panel.sums = Buffer<double>(run_count * padded, 0.0);
+  if (epilogue == Epilogue::kMaximum) {
+    panel.maxima = Buffer<T>(run_count * padded, -std::numeric_limits<T>::infinity());
+  }
+  if (epilogue == Epilogue::kExpBoth) panel.column_sums = Buffer<T>(groups * p.rows, T(0));
+
+  if (first == last) return;
+  const int64_t work = panel.keys_of(first) * depth * panel.group;
+  run_workers(groups * (last - first), work, [&](TaskQueue& queue) {
+    Buffer<T> scratch(kKeyBlock * width), block_sum(width);
+    Buffer<P> pairs;
+    if (kPaired<P>) pairs = Buffer<P>(operands<P>(kKeyBlock) * width);
+    for (int64_t task; queue.next(task);) {
+      const int64_t run = first + task / groups, g = task % groups;
+      const KeyRun& keys = panel.runs[run];
+      const KeySet<T, P>& set = *p.sets[keys.set];
+      const SlabMatrix<P>& kept = panel.logits[run];
+      const int64_t s0 = g * panel.group / width;
+      const int64_t s1 = slab_count(std::min(panel.rows, (g + 1) * panel.group), width);
+      if (products) {
+        const int64_t begin = s0 * width, end = std::min(panel.rows, s1 * width);
+        for (int64_t d = 0; d < panel.products.slabs(); ++d) {
+          std::fill_n(panel.products.at(run * panel.rows + begin, d), (end - begin) * width, T(0));
+        }
+      }
+      KeyBlocks<T, P> units(p, set);
+      for (int64_t j0 = keys.begin; j0 < keys.end; j0 += kKeyBlock) {
+        const int64_t j1 = std::min(keys.end, j0 + kKeyBlock), count = j1 - j0;
+        units.move_to(j0, j1);
+        for (int64_t s = s0; s < s1; ++s) {
+          const int64_t lanes = panel.queries.lanes(s), row = panel.r0 + s * width;
+          const BlockValues<T, P> block(kept, j0 - keys.begin, s, scratch.data(), pairs.data());
+          T* z = block.z;
+          if (!again) {
+            multiply(kernels, count, operands<P>(depth), lanes, units.units_at(0),
+                     units.slab_size(), panel.queries.at(0, s), z, false);
+            if constexpr (kPaired<P>) {
+              kernels.pairs->scale_block(count, lanes, z, &panel.rests[s * width], units.rests());
+            }
+            if (set.own) take_positives(p, j0, j1, row, lanes, z);
+          } else if constexpr (kPaired<P>) {
+            kernels.pairs->widen_block(count, lanes, block.kept, z);
+          }
+          switch (epilogue) {
+            case Epilogue::kMaximum:
+              kernels.block_maximum(count, lanes, z, &panel.maxima[run * padded + s * width]);
+              break;
+            case Epilogue::kExp:
+            case Epilogue::kExpBoth: {
+              T* across =
+                  epilogue == Epilogue::kExp ? nullptr : &panel.column_sums[g * p.rows + j0];
+              kernels.block_exp(count, lanes, z, &p.offset[row], block_sum.data(), across);
+              double* total = &panel.sums[run * padded + s * width];
+              for (int64_t i = 0; i < lanes; ++i) total[i] += block_sum[i];
+              break;
+            }
+            case Epilogue::kScaleBoth:
+              if (!again)
+                kernels.block_exp(count, lanes, z, &p.offset[row], block_sum.data(), nullptr);
+              kernels.block_scale_both(count, lanes, z, &p.row_weight[row], &p.column_weight[j0]);
+              break;
+            case Epilogue::kApart:
+              kernels.block_exp_both(count, lanes, z, &p.offset[row], &p.row_weight[row],
+                                     &p.column_offset[j0], &p.column_weight[j0]);
+              break;
+          }
+          if constexpr (kPaired<P>) {
+            kernels.pairs->round_block(count, lanes, z, units.rests(),
+                                       products ? block.down : nullptr, block.kept);
+          }
+          if (!products) continue;
+          for (int64_t d = 0; d < panel.products.slabs(); ++d) {
+            multiply_transposed(kernels, lanes, operands<P>(count), panel.products.lanes(d),
+                                block.down, units.summands_at(d),
+                                panel.products.at(run * panel.rows + s * width, d));
+          }
+        }
+      }
+    }
+  });
+}
+
+// Adds the kept values of runs [first, last), times `queries` (operands of rows, D), to the keys'
+// gradients.
+template <class T, class P>
+void add_to_keys(const Problem<T, P>& p, const Panel<T, P>& panel, const SlabMatrix<P>& queries,
+                 int64_t first, int64_t last) {
+  constexpr int64_t kBlock = 64;
+  struct Block {
+    int64_t run, begin;
+  };
+  std::vector<Block> blocks;
+  for (int64_t run = first; run < last; ++run) {
+    if (!p.sets[panel.runs[run].set]->gradient) continue;
+    for (int64_t j = 0; j < panel.keys_of(run); j += kBlock) blocks.push_back({run, j});
+  }
+  const int64_t work = kBlock * panel.rows * p.call.depth;
+  run_tasks(static_cast<int64_t>(blocks.size()), work, [&](int64_t task) {
+    const auto [run, begin] = blocks[task];
+    const SlabMatrix<P>& kept = panel.logits[run];
+    const SlabMatrix<T>& gradient = p.sets[panel.runs[run].set]->gradient;
+    const int64_t rows = std::min(kBlock, panel.keys_of(run) - begin);
+    for (int64_t d = 0; d < queries.slabs(); ++d) {
+      multiply(p.kernels, rows, operands<P>(panel.rows), queries.lanes(d), kept.at(begin, 0),
+               kept.slab_size(), queries.at(0, d), gradient.at(panel.runs[run].begin + begin, d),
+               true);
+    }
+  });
+}
+
+// --- in which order a problem's products are made ---
+//
+//   keys without gradient: loss and gradient in one walk, 2 products
+//   both gradients: a panel's exponentials are kept until its sums are known, 3 products
+//   more columns than can be kept, or an unreduced loss: sums first, then again, 4 products
+//   symmetric: the same 4, or 3 where the whole matrix can be kept
+//
+// Logits are at most 1 / temperature, so a fixed offset usually takes the place of their maximum.
+// Where a row's sum then comes out too small to be trusted, the maximum is taken after all.
+
+constexpr int64_t kPanelLimit = 8 * kGroupRows;
+const double kLeastSum = std::exp(-60.0);
+
+// NaN counts as trusted: it is what the equation gives.
+template <class T, class P>
+bool sums_are_trusted(const Panel<T, P>& panel) {
+  for (int64_t r = 0; r < panel.rows; ++r) {
+    if (panel.sum(r) < kLeastSum) return false;
+  }
+  return true;
+}
+
+// Exponentials and their sums of a panel; `products` as in SweepOptions.
+template <class T, class P>
+void sum_panel(Problem<T, P>& p, Panel<T, P>& panel, bool products, bool fixed) {
+  const int64_t runs = panel.run_count();
+  if (fixed) {
+    sweep(p, panel, {Epilogue::kExp, false, products}, 0, runs);
+    if (sums_are_trusted(panel)) return;
+  }
+  sweep(p, panel, {Epilogue::kMaximum}, 0, runs);
+  for (int64_t r = 0; r < panel.rows; ++r) p.offset[panel.r0 + r] = panel.maximum(r);
+  const bool kept = !kPaired<P> && runs > 0 && panel.logits[0];  // of pairs, exponentials alone
+  sweep(p, panel, {Epilogue::kExp, kept, products}, 0, runs);
+}
+
+// Rows [begin, end) of a problem; all others are somebody else's at the same time, or nobody's.
+struct RowRange {
+  int64_t begin, end;
+  bool alone;  // on this thread
+};
+
+template <class T, class P>
+RowRange all_rows(const Problem<T, P>& p) {
+  return {0, p.rows, false};
+}
+
+template <class T, class P, class Body>
+void for_panels(Problem<T, P>& p, const RowRange& range, int64_t limit, const Body& body) {
+  for (int64_t r0 = range.begin; r0 < range.end; r0 += limit) {
+    Panel<T, P> panel(p, r0, std::min(limit, range.end - r0), range.alone);
+    body(panel);
+  }
+}
+
+// Unit queries of a panel / temperature, times factor(row), to be summed over the rows.
+template <class T, class P, class Factor>
+SlabMatrix<P> scaled_queries(const Problem<T, P>& p, const Panel<T, P>& panel,
+                             const Factor& factor) {
+  SlabMatrix<P> out(operands<P>(panel.rows), p.call.depth, p.kernels.width);
+  run_blocks(panel.rows, 16, 4 * p.call.depth, [&](int64_t begin, int64_t end) {
+    Buffer<P> row(operands<P>(p.call.depth));
+    Buffer<T> scratch(p.call.depth);
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t i = panel.r0 + r;
+      const T* query = p.call.query.read(p.first + i, scratch.data());
+      const double scale = factor(i) * p.query_inverse[i] / p.a.temperature;
+      if constexpr (kPaired<P>) {
+        p.kernels.pairs->round_row(p.call.depth, query, scale, row.data());
+        copy_half_in(out, r, row.data());
+      } else {
+        p.kernels.scale(p.call.depth, query, scale, row.data());
+        out.copy_row_in(r, row.data());
+      }
+    }
+  });
+  return out;
+}
+
+// Rows whose logits with all columns can be kept.
+template <class T, class P>
+int64_t rows_kept(const Problem<T, P>& p) {
+  const int64_t row_bytes = operand_bytes<P>(std::max<int64_t>(1, p.columns()));
+  const int64_t fit = kKeptBytes / row_bytes;
+  return fit >= p.rows ? p.rows : fit / kGroupRows * kGroupRows;
+}
+
+// Gradients from known offsets. factor(i): from a row's exponentials to its gradient;
+// after_row_sums is called for each panel once its walk is done.
+struct Nothing {
+  template <class Panel>
+  void operator()(const Panel&) const {}
+};
+template <class T, class P, class Factor, class AfterSums = Nothing>
+void gradient_pass(Problem<T, P>& p, const RowRange& range, Epilogue epilogue, const Factor& factor,
+                   const AfterSums& after_sums = {}) {
+  const bool keep = p.wants_column_products();
+  for_panels(p, range, kPanelLimit, [&](Panel<T, P>& panel) {
+    SlabMatrix<P> queries;
+    if (keep) queries = scaled_queries(p, panel, factor);
+    const SweepOptions options{epilogue, false, p.wants_row_products()};
+    // Runs are walked together as far as their logits can be kept.
+    for (int64_t first = 0, last = 0; first < panel.run_count() || last == 0; first = last) {
+      int64_t bytes = 0;
+      for (; last < panel.run_count(); ++last) {
+        bytes += operand_bytes<P>(panel.keys_of(last) * panel.rows);
+        if (keep && last > first && bytes > kKeptBytes) break;
+      }
+      if (keep) panel.keep_logits(first, last);
+      sweep(p, panel, options, first, last);
+      if (keep) add_to_keys(p, panel, queries, first, last);
+      panel.forget_logits();
+      if (last == panel.run_count()) break;
+    }
+    after_sums(panel);
+    p.finish_rows(panel.r0, panel.rows, panel.products, factor);
+  });
+}
+
+template <class T, class P>
+void solve_rows(Problem<T, P>& p, const RowRange& range) {
+  const bool keep = p.wants_column_products();
+  const int64_t fit = keep ? rows_kept(p) : kPanelLimit;
+  const bool one_pass = p.wants_gradients() && fit > 0;
+  const auto factor = [&](int64_t i) {
+    return p.call.weights[p.first + i] * std::exp(p.offset[i] - p.lse[i]);
+  };
+  const int64_t limit = one_pass ? std::min(fit, kPanelLimit) : kPanelLimit;
+  for_panels(p, range, limit, [&](Panel<T, P>& panel) {
+    if (one_pass && keep) panel.keep_logits(0, panel.run_count());
+    sum_panel(p, panel, one_pass && p.wants_row_products(), p.fixed_offset);
+    p.finish_sums(panel.r0, panel.r0 + panel.rows,
+                  [&](int64_t i) { return panel.sum(i - panel.r0); });
+    if (!one_pass) return;
+    if (keep) add_to_keys(p, panel, scaled_queries(p, panel, factor), 0, panel.run_count());
+    p.finish_rows(panel.r0, panel.rows, panel.products, factor);
+  });
+  if (p.wants_gradients() && !one_pass) {
+    gradient_pass(p, range, Epilogue::kExp, factor);
+  }
+}
+
+// From the lse of the forward: the exponentials then are the softmax itself.
+template <class T, class P>
+void solve_rows_from_lse(Problem<T, P>& p, const RowRange& range, const T* row_lse) {
+  for (int64_t i = range.begin; i < range.end; ++i) {
+    p.lse[i] = row_lse[p.first + i];
+    p.offset[i] = row_lse[p.first + i];
+  }
+  const auto weight = [&](int64_t i) { return p.call.weights[p.first + i]; };
+  gradient_pass(p, range, Epilogue::kExp, weight, [&](const Panel<T, P>& panel) {
+    const int64_t work = 16 + 4 * p.call.own_negatives * p.call.depth;
+    run_blocks(panel.rows, 16, work, [&](int64_t begin, int64_t end) {
+      for (int64_t i = panel.r0 + begin; i < panel.r0 + end; ++i) {
+        const double others = std::exp(p.other_terms(i).log() - p.lse[i]);
+        const double rest = std::isinf(p.lse[i]) ? 1 - std::exp(p.positive[i] - p.lse[i])
+                                                 : panel.sum(i - panel.r0) + others;
+        p.missing[i] = weight(i) * rest;
+      }
+    });
+  });
+}
+
+// Sums of the rows' exponentials, each relative to its row's maximum.
+template <class T, class P>
+std::vector<ExpSum> sums_by_maximum(Problem<T, P>& p) {
+  std::vector<ExpSum> sums(p.rows);
+  for_panels(p, all_rows(p), kPanelLimit, [&](Panel<T, P>& panel) {
+    sum_panel(p, panel, false, false);
+    for (int64_t r = 0; r < panel.rows; ++r) {
+      sums[panel.r0 + r].add(p.offset[panel.r0 + r], panel.sum(r));
+    }
+  });
+  return sums;
+}
+
+template <class T, class P>
+void symmetric_gradients(Problem<T, P>& p, bool fixed) {
+  p.row_weight = Buffer<T>(p.padded_rows(), T(0));
+  p.column_weight = Buffer<T>(p.rows);
+  if (!fixed) p.column_offset = Buffer<T>(p.rows);
+  // From exponentials relative to an offset to those relative to the lse, which may be infinite.
+  const auto shift = [](double offset, double lse) {
+    return std::isinf(lse) ? 1.0 : std::exp(offset - lse);
+  };
+  for (int64_t i = 0; i < p.rows; ++i) {
+    const double weight = 0.5 * p.call.weights[p.first + i];
+    if (fixed) {
+      p.row_weight[i] = static_cast<T>(weight * std::exp(p.offset[i] - p.lse[i]));
+      p.column_weight[i] = static_cast<T>(weight * std::exp(p.offset[i] - p.column_lse[i]));
+    } else {
+      p.offset[i] = static_cast<T>(p.lse[i]);
+      p.column_offset[i] = static_cast<T>(p.column_lse[i]);
+      p.row_weight[i] = static_cast<T>(weight * shift(p.offset[i], p.lse[i]));
+      p.column_weight[i] = static_cast<T>(weight * shift(p.column_offset[i], p.column_lse[i]));
+    }
+  }
+}
+
+template <class T, class P>
+void solve_symmetric(Problem<T, P>& p) {
+  const auto one = [](int64_t) { return 1.0; };
+  const bool whole = p.wants_gradients() && rows_kept(p) == p.rows;  // in one panel
+  bool fixed = p.fixed_offset;
+  if (fixed) {
+    std::vector<ExpSum> row(p.rows), column(p.rows);
+    std::vector<double> column_sum(p.rows, 0.0);
+    const auto finish_sums = [&] {
+      for (int64_t i = 0; i < p.rows; ++i) {
+        column[i].add(p.offset[i], column_sum[i]);
+        fixed = fixed && !(row[i].sum < kLeastSum) && !(column[i].sum < kLeastSum);
+      }
+      if (fixed) p.finish_both_sums(row, column);
+    };
+    for_panels(p, all_rows(p), whole ? p.rows : kPanelLimit, [&](Panel<T, P>& panel) {
+      if (whole) panel.keep_logits(0, panel.run_count());
+      sweep(p, panel, {Epilogue::kExpBoth}, 0, panel.run_count());
+      for (int64_t r = 0; r < panel.rows; ++r) {
+        row[panel.r0 + r].add(p.offset[panel.r0 + r], panel.sum(r));
+      }
+      for (int64_t g = 0; g < panel.groups(); ++g) {
+        for (int64_t j = 0; j < p.rows; ++j) column_sum[j] += panel.column_sums[g * p.rows + j];
+      }
+      if (!whole) return;
+      finish_sums();
+      if (!fixed) return;
+      symmetric_gradients(p, true);
+      sweep(p, panel, {Epilogue::kScaleBoth, true, p.wants_row_products()}, 0, panel.run_count());
+      if (p.wants_column_products()) {
+        add_to_keys(p, panel, scaled_queries(p, panel, one), 0, panel.run_count());
+      }
+      p.finish_rows(0, p.rows, panel.products, one);
+    });
+    if (!whole) finish_sums();
+    if (whole && fixed) return;
+  }
+  if (!fixed) {
+    Call<T> swapped = p.call;
+    std::swap(swapped.query, swapped.key);
+    swapped.weights = nullptr;
+    Problem<T, P> columns(p.kernels, swapped, p.first, p.rows, nullptr);
+    p.finish_both_sums(sums_by_maximum(p), sums_by_maximum(columns));
+  }
+  if (!p.wants_gradients()) return;
+  symmetric_gradients(p, fixed);
+  gradient_pass(p, all_rows(p), fixed ? Epilogue::kScaleBoth : Epilogue::kApart, one);
+}
+
+template <class T, class P>
+void solve_symmetric_from_lse(Problem<T, P>& p, const T* row_lse, const T* column_lse) {
+  p.dot_positives();
+  for (int64_t i = 0; i < p.rows; ++i) {
+    p.lse[i] = row_lse[p.first + i];
+    p.column_lse[i] = column_lse[p.first + i];
+    p.missing[i] =
+        -0.5 * p.call.weights[p.first + i] *
+        (std::expm1(p.positive[i] - p.lse[i]) + std::expm1(p.positive[i] - p.column_lse[i]));
+  }
+  symmetric_gradients(p, false);
+  gradient_pass(p, all_rows(p), Epilogue::kApart, [](int64_t) { return 1.0; });
+}
+
+// --- the problems of a call ---
+
+// One call's problems: one per batch element, for only rows of the same element share columns; but
+// one alone without in-batch keys, where all rows see the same.
+template <class T, class P>
+class Job {
+ public:
+  const int64_t rows, problems, size;  // of the whole call; `size` rows in each problem
+
+  Job(const Arguments& a, const double* weights, Gradients& gradients, T* loss, T* lse)
+      : rows(a.batch() * a.rows()),
+        problems(a.in_batch ? a.batch() : 1),
+        size(rows / problems),
+        kernels_(tile_kernels<T>()),
+        gradients_(gradients),
+        temperature_terms_(rows, 0.0),
+        call_{a, TensorRows(a.query), TensorRows(a.key)} {
+    if (a.negatives.has_value()) call_.negatives = TensorRows(*a.negatives);
+    call_.depth = a.depth();
+    call_.own_negatives = a.own_negatives() ? a.negatives->size(2) : 0;
+    if (a.self_logit) call_.constant_logit = static_cast<T>(*a.self_logit / a.temperature);
+    call_.weights = weights;
+    call_.grad_query = OutputRows(gradients.query);
+    call_.grad_key = OutputRows(gradients.key);
+    call_.grad_negatives = OutputRows(gradients.negatives);
+    call_.temperature_terms = temperature_terms_.data();
+    call_.loss = loss;
+    call_.row_lse = lse;
+    call_.column_lse = a.symmetric ? lse + rows : nullptr;
+    if (!a.shared_negatives()) return;
+    shared_.source = call_.negatives;
+    shared_.count = a.negatives->size(0);
+    // Few queries meet each key once: then keys are packed on the way.
+    if (problems > 1 || size > kFewRows || shared_.count < 4 * size) {
+      shared_.pack(kernels_, a.normalize, nullptr);
+    }
+    if (weights != nullptr && a.needs.negatives) {
+      shared_.gradient = SlabMatrix<T>(shared_.count, a.depth(), kernels_.width);
+      shared_.gradient.fill_zero();
+    }
+  }
+
+  std::unique_ptr<Problem<T, P>> problem(int64_t b) const {
+    return std::make_unique<Problem<T, P>>(kernels_, call_, b * size, size,
+                                           shared_.count > 0 ? &shared_ : nullptr);
+  }
+  int64_t columns() const { return (call_.a.in_batch ? size : 0) + shared_.count; }
+  // In multiply-adds.
+  int64_t packing_per_row() const { return 4 * call_.depth; }
+  int64_t work_per_row() const { return (2 * columns() + 16) * call_.depth; }
+  // Whether its problems may be solved at the same time, each by one thread.
+  bool small() const {
+    constexpr int64_t kSmallBytes = int64_t{4} << 20;
+    const int64_t bytes = size * columns() * static_cast<int64_t>(sizeof(T));
+    return bytes <= kSmallBytes && !shared_.gradient;
+  }
+
+  // What its problems' gradients share.
+  void finish() const {
+    if (shared_.gradient) {
+      store_row_gradients(kernels_, call_.negatives, 0, call_.a.normalize, shared_.gradient,
+                          call_.grad_negatives);
+    }
+    const double sum = std::accumulate(temperature_terms_.begin(), temperature_terms_.end(), 0.0);
+    gradients_.temperature = -sum / call_.a.temperature;
+  }
+
+ private:
+  const TileKernels<T>& kernels_;
+  Gradients& gradients_;
+  std::vector<double> temperature_terms_;
+  Call<T> call_;
+  KeySet<T, P> shared_;
+};
+
+// Calls run(problem, range) until all rows of all problems are solved.
+//
+// Problems that are large, or alone, or add to the same gradient are solved one after the other by
+// all threads together. The others are shared out: whole where there are many, else by groups of
+// rows where the rows do not depend on one another. Their shapes alone decide.
+template <class T, class P, class Run>
+void solve(const std::vector<std::unique_ptr<Job<T, P>>>& jobs, const Run& run) {
+  constexpr size_t kMany = 64;
+  struct Item {
+    const Job<T, P>* job;
+    int64_t b;
+    std::unique_ptr<Problem<T, P>> problem = nullptr;
+  };
+  std::vector<Item> items;
+  int64_t packing = 0, work = 0;  // multiply-adds
+  for (const auto& job : jobs) {
+    for (int64_t b = 0; job->small() && b < job->problems; ++b) items.push_back({job.get(), b});
+    if (!job->small()) continue;
+    packing += job->rows * job->packing_per_row();
+    work += job->rows * job->work_per_row();
+  }
+  const bool together = items.size() == 1;
+  for (const auto& job : jobs) {
+    if (job->small() && !together) continue;
+    for (int64_t b = 0; b < job->problems; ++b) {
+      const auto problem = job->problem(b);
+      run(*problem, all_rows(*problem));
+      problem->finish_keys();
+    }
+  }
+  if (together || items.empty()) return;
+  const auto count = static_cast<int64_t>(items.size());
+  if (items.size() >= kMany) {
+    run_tasks(count, work / count, [&](int64_t i) {
+      const auto problem = items[i].job->problem(items[i].b);
+      run(*problem, {0, problem->rows, true});
+      problem->finish_keys();
+    });
+    return;
+  }
+  run_tasks(count, packing / count,
+            [&](int64_t i) { items[i].problem = items[i].job->problem(items[i].b); });
+  std::vector<std::pair<Problem<T, P>*, RowRange>> parts;
+  for (const Item& item : items) {
+    const int64_t step = item.problem->separable() ? kPartRows : item.problem->rows;
+    for (int64_t r = 0; r < item.problem->rows; r += step) {
+      parts.push_back({item.problem.get(), {r, std::min(item.problem->rows, r + step), true}});
+    }
+  }
+  const auto tasks = static_cast<int64_t>(parts.size());
+  run_tasks(tasks, work / tasks, [&](int64_t i) {
+    const auto& [problem, range] = parts[i];
+    run(*problem, range);
+    if (!problem->separable()) problem->finish_keys();
+  });
+}
+
+template <class T, class P, class Run>
+void solve_one(std::unique_ptr<Job<T, P>> job, const Run& run) {
+  std::vector<std::unique_ptr<Job<T, P>>> jobs;
+  jobs.push_back(std::move(job));
+  solve<T, P>(jobs, run);
+  jobs[0]->finish();
+}
+
+// --- operators ---
+
 void check(const Arguments& a) {
+  check_floating(a.op, "query", a.query, 3, "(B, N, D)");
   const ScalarType dtype = a.query.scalar_type();
-  STD_TORCH_CHECK(is_supported(dtype), a.op, ": query has the unsupported dtype ",
-                  torch::headeronly::toString(dtype), ".");
-  STD_TORCH_CHECK(a.query.dim() == 3, a.op, ": query must be (B, N, D).");
   const std::vector<int64_t> shape = {a.batch(), a.rows(), a.depth()};
   check_rows(a.op, "query", a.query, dtype, shape);
   check_rows(a.op, "key", a.key, dtype, shape);
@@ -31,18 +1111,6 @@ void check(const Arguments& a) {
                   ": symmetric needs in_batch, no negatives and no self_logit.");
 }
 
-// Calls f with values of the types of sums and of operands.
-template <class F>
-void with_operands(const Arguments& a, const F& f) {
-  if (a.acc() == ScalarType::Double) {
-    f(double{}, double{});
-  } else if (a.bfloat16_products && tile_kernels<float>().pairs != nullptr) {
-    f(float{}, Pair{});
-  } else {
-    f(float{}, float{});
-  }
-}
-
 Gradients new_gradients(const Arguments& a, bool wanted) {
   const bool negatives = a.negatives.has_value() && wanted && a.needs.negatives;
   return {new_gradient(a.query, wanted && a.needs.query),
@@ -51,8 +1119,8 @@ Gradients new_gradients(const Arguments& a, bool wanted) {
 }
 
 template <class T, class P>
-void solve_forward(InfoNceProblem<T, P>& problem, const RowRange& range) {
-  problem.call.symmetric ? solve_symmetric(problem) : solve_rows(problem, range);
+void solve_forward(Problem<T, P>& problem, const RowRange& range) {
+  problem.a.symmetric ? solve_symmetric(problem) : solve_rows(problem, range);
 }
 
 template <class T, class P>
@@ -72,7 +1140,7 @@ void backward(const Arguments& a, const Tensor& grad_loss, const Tensor& lse,
   const T* row_lse = lse.const_data_ptr<T>();
   const T* column_lse = a.symmetric ? row_lse + a.batch() * a.rows() : nullptr;
   solve_one(std::make_unique<Job<T, P>>(a, weights.data(), gradients, nullptr, nullptr),
-            [&](InfoNceProblem<T, P>& problem, const RowRange& range) {
+            [&](Problem<T, P>& problem, const RowRange& range) {
               if (a.symmetric) {
                 solve_symmetric_from_lse(problem, row_lse, column_lse);
               } else {
@@ -88,24 +1156,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_forward(
     std::optional<double> grad_scale, bool mean, bool need_query, bool need_key,
     bool need_negatives, bool need_temperature) {
   const char* op = "info_nce_forward";
-  const Arguments a{op,
-                    query,
-                    key,
-                    negatives,
-                    temperature_value(op, temperature_tensor, temperature),
-                    normalize,
-                    symmetric,
-                    in_batch,
-                    self_logit,
-                    bfloat16_products,
-                    {need_query, need_key, need_negatives, need_temperature}};
+  const double tau = temperature_value(op, temperature_tensor, temperature);
+  const Needs needs{need_query, need_key, need_negatives, need_temperature};
+  const Arguments a{op,        query,    key,        negatives,         tau,  normalize,
+                    symmetric, in_batch, self_logit, bfloat16_products, needs};
   check(a);
   if (grad_scale && mean) *grad_scale /= static_cast<double>(a.batch() * a.rows());
   Gradients gradients = new_gradients(a, grad_scale.has_value());
   const Tensor loss = new_tensor(query, {a.batch(), a.rows()}, a.acc());
-  const Tensor lse = symmetric ? new_tensor(query, {2, a.batch(), a.rows()}, a.acc())
-                               : new_tensor(query, {a.batch(), a.rows()}, a.acc());
-  with_operands(a, [&](auto sum, auto operand) {
+  const Tensor lse = new_tensor(query, a.lse_shape(), a.acc());
+  with_operands(a.acc(), a.bfloat16_products, [&](auto sum, auto operand) {
     forward<decltype(sum), decltype(operand)>(a, grad_scale, gradients, loss, lse);
   });
   return {loss,
@@ -123,32 +1183,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward(
     std::optional<double> self_logit, bool bfloat16_products, bool need_query, bool need_key,
     bool need_negatives, bool need_temperature) {
   const char* op = "info_nce_backward";
-  const Arguments a{op,
-                    query,
-                    key,
-                    negatives,
-                    temperature_value(op, temperature_tensor, temperature),
-                    normalize,
-                    symmetric,
-                    in_batch,
-                    self_logit,
-                    bfloat16_products,
-                    {need_query, need_key, need_negatives, need_temperature}};
+  const double tau = temperature_value(op, temperature_tensor, temperature);
+  const Needs needs{need_query, need_key, need_negatives, need_temperature};
+  const Arguments a{op,        query,    key,        negatives,         tau,  normalize,
+                    symmetric, in_batch, self_logit, bfloat16_products, needs};
   check(a);
   check_rows(op, "grad_loss", grad_loss, a.acc(), {a.batch(), a.rows()});
-  std::vector<int64_t> shape = {a.batch(), a.rows()};
-  if (symmetric) shape.insert(shape.begin(), 2);
-  check_rows(op, "lse", lse, a.acc(), shape);
+  check_rows(op, "lse", lse, a.acc(), a.lse_shape());
   const Tensor sums = torch::stable::contiguous(lse);
   Gradients gradients = new_gradients(a, true);
-  with_operands(a, [&](auto sum, auto operand) {
+  with_operands(a.acc(), a.bfloat16_products, [&](auto sum, auto operand) {
     backward<decltype(sum), decltype(operand)>(a, grad_loss, sums, gradients);
   });
   return {gradients.query, gradients.key, gradients.negatives,
           new_scalar(query, need_temperature, gradients.temperature)};
 }
-
-using Tensors = std::vector<Tensor>;
 
 // Returns the loss of all layers and fills their gradients.
 template <class T, class P>
@@ -208,16 +1257,16 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
     gradients.push_back(new_gradients(layers[l], !grad_scales.empty()));
   }
   double loss = 0;
-  with_operands(layers[0], [&](auto sum, auto operand) {
+  with_operands(layers[0].acc(), bfloat16_products, [&](auto sum, auto operand) {
     loss =
         solve_layers<decltype(sum), decltype(operand)>(layers, loss_scales, grad_scales, gradients);
   });
   Tensors grad_queries, grad_keys;
   double grad_temperature = 0;
   for (size_t l = 0; l < count; ++l) {
-    grad_queries.push_back(gradients[l].query);
-    grad_keys.push_back(gradients[l].key);
     if (grad_scales.empty()) continue;
+    if (need_queries[l]) grad_queries.push_back(gradients[l].query);
+    if (need_keys[l]) grad_keys.push_back(gradients[l].key);
     grad_temperature += gradients[l].temperature * (loss_scales[l] / grad_scales[l]);
   }
   return {new_scalar(queries[0], true, loss), grad_queries, grad_keys,

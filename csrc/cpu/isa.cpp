@@ -2,8 +2,10 @@
 // environment variable FASTNCE_CPU_ISA names.
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdlib>
-#include <cstring>
+#include <string_view>
 
 #include "image_kernels.h"
 #include "tile_kernels.h"
@@ -31,6 +33,7 @@ extern const PairKernels kPairKernels;
 namespace {
 
 enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+constexpr std::array<std::string_view, 4> kNames = {"portable", "avx2", "avx512", "avx512bf16"};
 
 Isa best_isa() {
 #ifdef __x86_64__
@@ -48,17 +51,10 @@ Isa chosen_isa() {
   static const Isa best = best_isa();
   const char* name = std::getenv("FASTNCE_CPU_ISA");
   if (name == nullptr || *name == '\0') return best;
-  Isa isa = Isa::kPortable;
-  if (std::strcmp(name, "avx512bf16") == 0) {
-    isa = Isa::kAvx512Bf16;
-  } else if (std::strcmp(name, "avx512") == 0) {
-    isa = Isa::kAvx512;
-  } else if (std::strcmp(name, "avx2") == 0) {
-    isa = Isa::kAvx2;
-  } else {
-    STD_TORCH_CHECK(std::strcmp(name, "portable") == 0, "fastnce: FASTNCE_CPU_ISA=", name,
-                    " is unknown. Use portable, avx2, avx512 or avx512bf16, or unset it.");
-  }
+  const auto found = std::find(kNames.begin(), kNames.end(), std::string_view(name));
+  STD_TORCH_CHECK(found != kNames.end(), "fastnce: FASTNCE_CPU_ISA=", name,
+                  " is unknown. Use portable, avx2, avx512 or avx512bf16, or unset it.");
+  const auto isa = static_cast<Isa>(found - kNames.begin());
   STD_TORCH_CHECK(isa <= best, "fastnce: FASTNCE_CPU_ISA=", name,
                   ", but this processor does not have it. Use a lower level, or unset it.");
   return isa;
@@ -77,38 +73,7 @@ const TileKernels<float>& float_kernels_with_pairs() {
 
 }  // namespace
 
-template <>
-const TileKernels<float>& tile_kernels<float>() {
-  switch (chosen_isa()) {
-#ifdef __x86_64__
-    case Isa::kAvx512Bf16:
-      return float_kernels_with_pairs();
-    case Isa::kAvx512:
-      return avx512::kFloatKernels;
-    case Isa::kAvx2:
-      return avx2::kFloatKernels;
-#endif
-    default:
-      return portable::kFloatKernels;
-  }
-}
-
-template <>
-const TileKernels<double>& tile_kernels<double>() {
-  switch (chosen_isa()) {
-#ifdef __x86_64__
-    case Isa::kAvx512Bf16:
-    case Isa::kAvx512:
-      return avx512::kDoubleKernels;
-    case Isa::kAvx2:
-      return avx2::kDoubleKernels;
-#endif
-    default:
-      return portable::kDoubleKernels;
-  }
-}
-
-// The levels beyond AVX-512 add nothing here.
+// The levels beyond AVX-512 add pairs alone.
 #ifdef __x86_64__
 #define FASTNCE_CHOOSE(name) \
   switch (chosen_isa()) {    \
@@ -125,6 +90,17 @@ const TileKernels<double>& tile_kernels<double>() {
 #endif
 
 template <>
+const TileKernels<float>& tile_kernels<float>() {
+#ifdef __x86_64__
+  if (chosen_isa() == Isa::kAvx512Bf16) return float_kernels_with_pairs();
+#endif
+  FASTNCE_CHOOSE(kFloatKernels)
+}
+template <>
+const TileKernels<double>& tile_kernels<double>() {
+  FASTNCE_CHOOSE(kDoubleKernels)
+}
+template <>
 const ImageKernels<float>& image_kernels<float>() {
   FASTNCE_CHOOSE(kFloatImages)
 }
@@ -135,5 +111,7 @@ const ImageKernels<Bfloat16>& image_kernels<Bfloat16>() {
 const WinogradKernels& winograd_kernels() { FASTNCE_CHOOSE(kWinograd) }
 
 #undef FASTNCE_CHOOSE
+
+const char* instruction_set_name() { return kNames[static_cast<size_t>(chosen_isa())].data(); }
 
 }  // namespace fastnce

@@ -3,9 +3,11 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <vector>
 
 #include "parallel.h"
 #include "slabs.h"
@@ -17,15 +19,6 @@ constexpr int64_t kPanelBytes = int64_t{16} << 20;  // of logits kept at a time
 constexpr int64_t kPanelRows = 512;
 constexpr int64_t kBlockColumns = 8192;  // where not all columns are kept
 constexpr int64_t kTaskRows = 64;        // rows of a task where the columns alone are too few
-
-// Columns of the matrix: the unit rows of keys, or of negatives.
-template <class T>
-struct Columns {
-  int64_t count = 0;
-  SlabMatrix<T> transposed;  // (D, count), the right-hand side of the logits
-  SlabMatrix<T> straight;    // (count, D), that of the rows' gradient; empty where not needed
-  SlabMatrix<T> gradient;    // (count, D) with respect to the unit rows; empty where not needed
-};
 
 // A sum of exponentials relative to its largest exponent, in double.
 struct ExpSum {
@@ -96,6 +89,50 @@ void for_logits(const TileKernels<T>& kernels, const SlabMatrix<T>& queries, int
   });
 }
 
+// What an epilogue leaves of the exponentials of a block's rows: sum exp(offset).
+template <class T>
+struct RowParts {
+  T *offset, *sum;
+};
+
+// Adds to totals[k][row] the exponentials of all rows against all columns, of each of kKinds kinds:
+// epilogue(slab, first row, last row, z, parts) fills parts[k] for those rows of one slab.
+template <class T, size_t kKinds, class Epilogue>
+void sum_logits(const TileKernels<T>& kernels, const SlabMatrix<T>& rows,
+                const SlabMatrix<T>& columns,
+                const std::array<std::vector<ExpSum>*, kKinds>& totals, const Epilogue& epilogue) {
+  const int64_t slabs = columns.slabs(), limit = std::min(slabs, block_slabs(kernels));
+  const int64_t panel = std::min(kPanelRows, rows.rows());
+  std::array<Buffer<T>, kKinds> offset, sum;
+  for (size_t k = 0; k < kKinds; ++k) {
+    offset[k] = Buffer<T>(limit * panel);
+    sum[k] = Buffer<T>(limit * panel);
+  }
+  for (int64_t r0 = 0; r0 < rows.rows(); r0 += panel) {
+    const int64_t height = std::min(panel, rows.rows() - r0);
+    for (int64_t s0 = 0; s0 < slabs; s0 += limit) {
+      const int64_t s1 = std::min(slabs, s0 + limit);
+      for_logits<T>(kernels, rows, r0, height, columns, s0, s1, nullptr, task_rows(height, s1 - s0),
+                    [&](int64_t slab, int64_t begin, int64_t end, T* z) {
+                      const int64_t at = (slab - s0) * height + begin;
+                      std::array<RowParts<T>, kKinds> parts;
+                      for (size_t k = 0; k < kKinds; ++k) parts[k] = {&offset[k][at], &sum[k][at]};
+                      epilogue(slab, r0 + begin, r0 + end, z, parts);
+                    });
+      const int64_t work = 16 * static_cast<int64_t>(kKinds) * (s1 - s0);
+      run_blocks(height, kTaskRows, work, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+          for (int64_t at = r; at < (s1 - s0) * height; at += height) {
+            for (size_t k = 0; k < kKinds; ++k) {
+              (*totals[k])[r0 + r].add(offset[k][at], sum[k][at]);
+            }
+          }
+        }
+      });
+    }
+  }
+}
+
 // out (rows, D) [+]= panel (rows, slabs s0 .. s1 - 1) times those rows of `columns` (count, D).
 // With few rows the sum over columns is cut into pieces, so that there is work for every thread;
 // the pieces depend on the shapes alone and are added in order.
@@ -136,19 +173,6 @@ void add_row_gradient(const TileKernels<T>& kernels, int64_t rows, const T* pane
       }
     }
   });
-}
-
-// Adds panel slab `slab` (g), transposed, times columns [d0, d1) in slabs of rows [r0, r0 + rows)
-// of `queries` to the gradient of its columns. Whoever owns the slab owns those rows of the
-// gradient.
-template <class T>
-void add_column_gradient(const TileKernels<T>& kernels, int64_t rows, const T* g,
-                         const SlabMatrix<T>& queries, int64_t r0, const Columns<T>& columns,
-                         int64_t slab, int64_t d0, int64_t d1) {
-  for (int64_t d = d0; d < d1; ++d) {
-    kernels.multiply_transposed(columns.transposed.lanes(slab), rows, queries.lanes(d), g,
-                                queries.at(r0, d), columns.gradient.at(slab * kernels.width, d));
-  }
 }
 
 }  // namespace fastnce

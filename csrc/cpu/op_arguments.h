@@ -1,5 +1,4 @@
-// Arguments shared by the ops: validation that keeps memory safe (users' mistakes are caught in
-// Python, with better words), temperature, and outputs that may not be needed.
+// Arguments of the ops: checks, temperature, types, labels, and outputs that may not be needed.
 #pragma once
 
 #include <initializer_list>
@@ -7,20 +6,26 @@
 #include <vector>
 
 #include "tensor_rows.h"
+#include "tile_kernels.h"
 
 namespace fastnce {
 
 inline void check_rows(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
                        const std::vector<int64_t>& shape) {
   STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU for this backend.");
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " must have the dtype ",
-                  torch::headeronly::toString(dtype), ", got ",
+  check_shape(op, name, tensor, dtype, shape);
+}
+
+inline void check_supported(const char* op, const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(is_supported(tensor.scalar_type()), op, ": ", name, " has the unsupported dtype ",
                   torch::headeronly::toString(tensor.scalar_type()), ".");
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  for (size_t d = 0; same && d < shape.size(); ++d) {
-    same = tensor.size(static_cast<int64_t>(d)) == shape[d] && shape[d] > 0;
-  }
-  STD_TORCH_CHECK(same, op, ": ", name, " has a wrong or empty shape.");
+}
+
+// Of that many dimensions, `shape` in words.
+inline void check_floating(const char* op, const char* name, const Tensor& tensor, int64_t dims,
+                           const char* shape) {
+  check_supported(op, name, tensor);
+  STD_TORCH_CHECK(tensor.dim() == dims, op, ": ", name, " must be ", shape, ".");
 }
 
 inline double temperature_value(const char* op, const std::optional<Tensor>& tensor, double value) {
@@ -33,26 +38,41 @@ inline double temperature_value(const char* op, const std::optional<Tensor>& ten
   return *tensor->const_data_ptr<float>();
 }
 
-inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
-}
-
-// An output of `like`'s shape and dtype, or an empty tensor if it is not needed.
-inline Tensor new_gradient(const Tensor& like, bool needed) {
-  std::vector<int64_t> shape = {0};
-  if (needed) shape.assign(like.sizes().begin(), like.sizes().end());
-  return new_tensor(like, shape, like.scalar_type());
-}
-
 inline Tensor new_scalar(const Tensor& like, bool needed, double value) {
+  if (!needed) return {};
   const ScalarType dtype = accumulation_type(like.scalar_type());
-  if (!needed) return new_tensor(like, {0}, dtype);
   const Tensor out = new_tensor(like, {}, dtype);
   if (dtype == ScalarType::Double) {
     *out.mutable_data_ptr<double>() = value;
   } else {
     *out.mutable_data_ptr<float>() = static_cast<float>(value);
   }
+  return out;
+}
+
+// Calls f with a value of the type of sums.
+template <class F>
+void with_sums(ScalarType acc, const F& f) {
+  acc == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+// Calls f with values of the types of sums and of operands.
+template <class F>
+void with_operands(ScalarType acc, bool bfloat16_products, const F& f) {
+  if (acc == ScalarType::Double) {
+    f(double{}, double{});
+  } else if (bfloat16_products && tile_kernels<float>().pairs != nullptr) {
+    f(float{}, Pair{});
+  } else {
+    f(float{}, float{});
+  }
+}
+
+// (N,) int64 of any stride.
+inline std::vector<int64_t> label_values(const Tensor& labels) {
+  const int64_t* data = labels.const_data_ptr<int64_t>();
+  std::vector<int64_t> out(static_cast<size_t>(labels.size(0)));
+  for (size_t i = 0; i < out.size(); ++i) out[i] = data[static_cast<int64_t>(i) * labels.stride(0)];
   return out;
 }
 

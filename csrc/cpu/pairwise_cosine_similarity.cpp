@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <cstring>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -14,12 +15,81 @@
 #include <vector>
 
 #include "huge_pages.h"
-#include "matrix_blocks.h"
 #include "op_arguments.h"
 #include "unit_rows.h"
 
 namespace fastnce {
 namespace {
+
+// Writes n numbers of each row as `dtype`; strides between rows in elements.
+template <class T>
+void store_tile(const TileKernels<T>& kernels, int64_t rows, int64_t n, const T* z, int64_t stride,
+                ScalarType dtype, char* out, int64_t out_stride) {
+  if (dtype == kElementType<T>) {
+    kernels.store_rows(rows, n, z, stride, reinterpret_cast<T*>(out), out_stride);
+    return;
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    if (dtype == ScalarType::BFloat16 && kernels.pairs != nullptr) {
+      kernels.pairs->store_rows(rows, n, z, stride, reinterpret_cast<uint16_t*>(out), out_stride);
+      return;
+    }
+  }
+  constexpr int64_t kHalf = 2;  // bytes of what is left
+  for (int64_t r = 0; r < rows; ++r) {
+    store_elements(dtype, z + r * stride, n, 1, out + r * out_stride * kHalf);
+  }
+}
+
+// A matrix of any strides and dtype, of one element of a batch.
+struct StridedMatrix {
+  static constexpr int64_t kMostRows = 144;  // of a block
+
+  const char* data;
+  ScalarType dtype;
+  int64_t item, row, column;  // strides in elements
+
+  StridedMatrix(const Tensor& g, int64_t b)
+      : data(static_cast<const char*>(g.const_data_ptr())),
+        dtype(g.scalar_type()),
+        item(static_cast<int64_t>(g.element_size())),
+        row(g.stride(g.dim() - 2)),
+        column(g.stride(g.dim() - 1)) {
+    for (int64_t d = g.dim() - 3; d >= 0; --d) {
+      data += b % g.size(d) * g.stride(d) * item;
+      b /= g.size(d);
+    }
+  }
+  void transpose() { std::swap(row, column); }
+
+  // bfloat16, packed like PairKernels' `across`: no rounding, no conversion.
+  void copy_pairs(int64_t i0, int64_t rows, int64_t j0, int64_t lanes, int64_t width,
+                  Pair* out) const {
+    const char* block = data + (i0 * row + j0) * item;
+    for (int64_t r = 0; r < rows; ++r, out += width) {
+      if (lanes % 2 != 0) out[lanes / 2] = 0;
+      std::memcpy(out, block + r * row * item, static_cast<size_t>(lanes * item));
+    }
+  }
+
+  // Rows [i0, i0 + rows) and columns [j0, j0 + lanes) to z, whose rows are `width` apart, along
+  // whichever side the elements are closer.
+  template <class T>
+  void load(int64_t i0, int64_t rows, int64_t j0, int64_t lanes, int64_t width, T* z) const {
+    const char* block = data + (i0 * row + j0 * column) * item;
+    if (column <= row) {
+      for (int64_t r = 0; r < rows; ++r) {
+        load_elements(dtype, block + r * row * item, column, lanes, z + r * width);
+      }
+      return;
+    }
+    T line[kMostRows];
+    for (int64_t c = 0; c < lanes; ++c) {
+      load_elements(dtype, block + c * column * item, row, rows, line);
+      for (int64_t r = 0; r < rows; ++r) z[r * width + c] = line[r];
+    }
+  }
+};
 
 constexpr int64_t kRowBlock = 96;  // of a task; a multiple of every table's width
 constexpr int64_t kSlabRun = 2;    // of a task: two threads seldom write one cache line
@@ -32,12 +102,12 @@ struct Arguments {
   const Tensor& x;
   const std::optional<Tensor>& y;  // none: x itself
   double temperature;
-  bool bfloat16_products;
 
   const Tensor& columns() const { return y.has_value() ? *y : x; }
   int64_t n() const { return x.size(x.dim() - 2); }
   int64_t m() const { return columns().size(x.dim() - 2); }
   int64_t depth() const { return x.size(x.dim() - 1); }
+  ScalarType acc() const { return accumulation_type(x.scalar_type()); }
   int64_t batch() const { return x.numel() / (n() * depth()); }
   std::vector<int64_t> result_shape() const {
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
@@ -48,8 +118,7 @@ struct Arguments {
 
 void check(const Arguments& a) {
   const ScalarType dtype = a.x.scalar_type();
-  STD_TORCH_CHECK(is_supported(dtype), a.op, ": x has the unsupported dtype ",
-                  torch::headeronly::toString(dtype), ".");
+  check_supported(a.op, "x", a.x);
   STD_TORCH_CHECK(a.x.dim() >= 2, a.op, ": x must be (..., N, D).");
   std::vector<int64_t> shape(a.x.sizes().begin(), a.x.sizes().end());
   check_rows(a.op, "x", a.x, dtype, shape);
@@ -57,18 +126,6 @@ void check(const Arguments& a) {
   STD_TORCH_CHECK(a.y->dim() == a.x.dim(), a.op, ": y must be (..., M, D), like x.");
   shape[shape.size() - 2] = a.m();
   check_rows(a.op, "y", *a.y, dtype, shape);
-}
-
-// Calls f with values of the types of sums and of operands.
-template <class F>
-void with_operands(const Arguments& a, const F& f) {
-  if (accumulation_type(a.x.scalar_type()) == ScalarType::Double) {
-    f(double{}, double{});
-  } else if (a.bfloat16_products && tile_kernels<float>().pairs != nullptr) {
-    f(float{}, Pair{});
-  } else {
-    f(float{}, float{});
-  }
 }
 
 // Runs body(b) for every batch element: side by side where there are many.
@@ -96,7 +153,7 @@ void similarities(const Arguments& a, int64_t b, const Tensor& result) {
   Buffer<T> row_rests, column_rests;
   if (kPaired<P>) {
     row_rests = Buffer<T>(n);
-    column_rests = Buffer<T>(slab_count(m, width) * width, T(0));
+    column_rests = Buffer<T>(padded(m, width), T(0));
   }
   pack_unit_rows<T, P>(kernels, TensorRows(a.x), b * n, n, true, 1.0,
                        {&rows, nullptr, nullptr, nullptr, row_rests.data()});
@@ -300,12 +357,11 @@ Tensor pairwise_cosine_similarity_forward(const Tensor& x, const std::optional<T
                                           const std::optional<Tensor>& temperature_tensor,
                                           double temperature, bool bfloat16_products) {
   const char* op = "pairwise_cosine_similarity_forward";
-  const Arguments a{op, x, y, temperature_value(op, temperature_tensor, temperature),
-                    bfloat16_products};
+  const Arguments a{op, x, y, temperature_value(op, temperature_tensor, temperature)};
   check(a);
   const Tensor result = new_tensor(x, a.result_shape(), x.scalar_type());
   ask_for_huge_pages(result);
-  with_operands(a, [&](auto sum, auto operand) {
+  with_operands(a.acc(), bfloat16_products, [&](auto sum, auto operand) {
     for_batch(a, [&](int64_t b) { similarities<decltype(sum), decltype(operand)>(a, b, result); });
   });
   return result;
@@ -316,14 +372,13 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_cosine_similarity_backward(
     const std::optional<Tensor>& temperature_tensor, double temperature, bool bfloat16_products,
     bool need_x, bool need_y, bool need_temperature) {
   const char* op = "pairwise_cosine_similarity_backward";
-  const Arguments a{op, x, y, temperature_value(op, temperature_tensor, temperature),
-                    bfloat16_products};
+  const Arguments a{op, x, y, temperature_value(op, temperature_tensor, temperature)};
   check(a);
   check_rows(op, "grad", grad, x.scalar_type(), a.result_shape());
   need_y = need_y && y.has_value();
   const Gradients out{new_gradient(x, need_x), new_gradient(a.columns(), need_y), need_x, need_y};
   std::vector<double> sums(a.batch(), 0.0);
-  with_operands(a, [&](auto sum, auto operand) {
+  with_operands(a.acc(), bfloat16_products, [&](auto sum, auto operand) {
     for_batch(a, [&](int64_t b) {
       sums[b] = gradients<decltype(sum), decltype(operand)>(a, grad, b, out);
     });

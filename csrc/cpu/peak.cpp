@@ -60,10 +60,7 @@ double fma_peak(double seconds, const std::string& dtype) {
   return std::accumulate(rates.begin(), rates.end(), 0.0);
 }
 
-std::string instruction_set() {
-  const TileKernels<float>& kernels = tile_kernels<float>();
-  return kernels.pairs != nullptr ? kernels.pairs->name : kernels.name;
-}
+std::string instruction_set() { return instruction_set_name(); }
 
 // There is no tensor by which to find a device.
 STABLE_TORCH_LIBRARY_IMPL(fastnce, CompositeExplicitAutograd, m) {

@@ -106,14 +106,9 @@ void product(int64_t rows, int64_t depth, const P* a, int64_t a_slab, const P* b
 template <class P, bool kTransposed>
 void product_of_lanes(int64_t rows, int64_t depth, int64_t lanes, const P* a, int64_t a_slab,
                       const P* b, SumType<P>* c, bool accumulate) {
-  const int64_t vectors = (lanes + kLanes<P> - 1) / kLanes<P>;
-  if (vectors == 1) {
-    product<P, kTransposed, 1>(rows, depth, a, a_slab, b, c, accumulate);
-  } else if (vectors == 2) {
-    product<P, kTransposed, 2>(rows, depth, a, a_slab, b, c, accumulate);
-  } else {
-    product<P, kTransposed, kTileVectors>(rows, depth, a, a_slab, b, c, accumulate);
-  }
+  with_vectors<P>(lanes, [&](auto count) {
+    product<P, kTransposed, decltype(count)::value>(rows, depth, a, a_slab, b, c, accumulate);
+  });
 }
 
 template <class P>

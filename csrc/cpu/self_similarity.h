@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "logit_blocks.h"
+#include "op_arguments.h"
 #include "unit_rows.h"
 
 namespace fastnce {
@@ -28,6 +29,23 @@ constexpr double kFixedOffsetTemperature = 0.023;
 constexpr int64_t kBlockOperands = 144;  // of a block's side: a multiple of every table's width
 constexpr int64_t kPartBytes = int64_t{20} << 20;  // of blocks kept at a time
 constexpr int64_t kPartColumns = 16384;
+
+// Calls run(rows, scheme, T{}) with a loss's rows and the scheme that the temperature allows.
+template <template <class> class Rows, template <class> class FixedOffset,
+          template <class> class RunningMaximum, class Arguments, class Run>
+void with_scheme(const Arguments& a, const Run& run) {
+  with_sums(a.acc(), [&](auto zero) {
+    using T = decltype(zero);
+    Rows<T> rows(a);
+    if (a.temperature >= kFixedOffsetTemperature) {
+      FixedOffset<T> scheme(rows);
+      run(rows, scheme, zero);
+    } else {
+      RunningMaximum<T> scheme(rows);
+      run(rows, scheme, zero);
+    }
+  });
+}
 
 // Part of a slab of the matrix: rows [r0, r0 + rows), lanes [0, lanes) of columns c0 and on. All of
 // it lies right of the diagonal, or its rows are its columns (`diagonal`).

@@ -2,21 +2,16 @@
 // out, with T (float, or double for double) in between.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <type_traits>
 #include <vector>
 
-namespace fastnce {
+#include "../common/tensors.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+namespace fastnce {
 
 inline bool is_supported(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double ||
@@ -127,11 +122,14 @@ class TensorRows {
 class OutputRows {
  public:
   OutputRows() = default;
-  explicit OutputRows(const Tensor& tensor)
-      : data_(static_cast<char*>(tensor.mutable_data_ptr())),
-        dtype_(tensor.scalar_type()),
-        item_(static_cast<int64_t>(tensor.element_size())),
-        depth_(tensor.dim() == 0 ? 0 : tensor.size(tensor.dim() - 1)) {}
+  // Of an undefined tensor: no elements.
+  explicit OutputRows(const Tensor& tensor) {
+    if (!tensor.defined()) return;
+    data_ = static_cast<char*>(tensor.mutable_data_ptr());
+    dtype_ = tensor.scalar_type();
+    item_ = static_cast<int64_t>(tensor.element_size());
+    depth_ = tensor.size(tensor.dim() - 1);
+  }
 
   template <class T>
   void store(int64_t row, const T* x) const {

@@ -12,15 +12,17 @@ namespace fastnce {
 
 // Integers as wide as T: the class numbers that are compared lane by lane with logits.
 template <class T>
-struct LaneInteger;
+struct LaneIntegerOf;
 template <>
-struct LaneInteger<float> {
+struct LaneIntegerOf<float> {
   using type = int32_t;
 };
 template <>
-struct LaneInteger<double> {
+struct LaneIntegerOf<double> {
   using type = int64_t;
 };
+template <class T>
+using LaneInteger = typename LaneIntegerOf<T>::type;
 
 // Softmax weights weight * exp(z - offset) along one side of the matrix of logits. Moments of
 // logits are taken relative to `center`: rows of the gradient sum to 0, so it may be any number,
@@ -71,8 +73,6 @@ using Pair = uint32_t;
 
 // Products of bfloat16 with sums in float, and the ways there. Widths are those of the float table.
 struct PairKernels {
-  const char* name;
-
   // As in TileKernels, depths in pairs.
   void (*multiply)(int64_t rows, int64_t depth, int64_t lanes, const Pair* a, int64_t a_slab,
                    const Pair* b, float* c, bool accumulate);
@@ -102,9 +102,8 @@ struct PairKernels {
 
 template <class T>
 struct TileKernels {
-  using Label = typename LaneInteger<T>::type;
+  using Label = LaneInteger<T>;
 
-  const char* name;
   // Lanes of one slab. Rows of slabs are aligned to 64 bytes where width * sizeof(T) allows.
   int64_t width;
 
@@ -117,29 +116,14 @@ struct TileKernels {
   void (*multiply_transposed)(int64_t columns, int64_t depth, int64_t lanes, const T* a, const T* b,
                               T* c);
 
-  // In place z -> e = exp(z - offset), offset[r] = row maximum (0 where that is not finite); per
-  // row sum[r] = sum of e and moment[r] = sum of e (z - offset).
-  void (*exp_rows)(int64_t rows, int64_t lanes, T* z, T* offset, T* sum, T* moment);
-
-  // The same down the columns, added to running values: maximum[c] starts at -inf, sum[c] at 0 and
-  // is relative to the maximum (to 0 where that is not finite). Leaves z alone.
-  void (*exp_columns)(int64_t rows, int64_t lanes, const T* z, T* maximum, double* sum);
-
-  // With one offset: sum[r] = sum of exp(z - offset) over the row; column_sum[c], unless it is
-  // null, grows by the same down the column. Leaves z alone.
-  void (*exp_sums)(int64_t rows, int64_t lanes, const T* z, T offset, T* sum, double* column_sum);
-
-  // z -> exp(z - offset) (row_weight[r] + column_weight[c]); column_weight is padded to the width.
-  void (*exp_weights)(int64_t rows, int64_t lanes, T* z, T offset, const T* row_weight,
-                      const T* column_weight);
+  // offset[r] = row maximum (0 where that is not finite), sum[r] = row sum of exp(z - offset).
+  void (*exp_rows)(int64_t rows, int64_t lanes, const T* z, T* offset, T* sum);
 
   // z[r, :] *= factor[r].
   void (*scale_rows)(int64_t rows, int64_t lanes, T* z, const T* factor);
 
-  // z -> g = weight exp(z - offset) by row; moment[r] = row sum of g (z - center).
-  void (*softmax_rows)(int64_t rows, int64_t lanes, T* z, const SoftmaxValues<T>& row, T* moment);
-
-  // The same plus g = weight exp(z - offset) by column; moment[r] is the row sum of both products.
+  // z -> g = weight exp(z - offset) by row, plus the same by column; moment[r] is the row sum of
+  // both g (z - center).
   void (*softmax_both)(int64_t rows, int64_t lanes, T* z, const SoftmaxValues<T>& row,
                        const SoftmaxValues<T>& column, T* moment);
 
@@ -207,5 +191,8 @@ struct TileKernels {
 // that this processor lacks.
 template <class T>
 const TileKernels<T>& tile_kernels();
+
+// Its name: portable, avx2, avx512 or avx512bf16.
+const char* instruction_set_name();
 
 }  // namespace fastnce

@@ -7,8 +7,8 @@
 namespace fastnce::avx512bf16 {
 
 extern const PairKernels kPairKernels;
-const PairKernels kPairKernels = {"avx512bf16", multiply<Pair>, multiply_transposed<Pair>,
-                                  round_row,    scale_block,    round_block,
-                                  widen_block,  store_rounded,  multiply_pairs_rounds};
+const PairKernels kPairKernels = {
+    multiply<Pair>, multiply_transposed<Pair>, round_row, scale_block, round_block, widen_block,
+    store_rounded,  multiply_pairs_rounds};
 
 }  // namespace fastnce::avx512bf16

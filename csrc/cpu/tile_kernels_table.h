@@ -10,17 +10,12 @@
 namespace fastnce::FASTNCE_ISA {
 
 template <class T>
-constexpr TileKernels<T> make_table(const char* name) {
-  return {name,
-          kWidth<T>,
+constexpr TileKernels<T> make_table() {
+  return {kWidth<T>,
           multiply<T>,
           multiply_transposed<T>,
           exp_rows<T>,
-          exp_columns<T>,
-          exp_sums<T>,
-          exp_weights<T>,
           scale_rows<T>,
-          softmax_rows<T>,
           softmax_both<T>,
           label_sums<T>,
           label_gradient<T>,
@@ -43,5 +38,7 @@ constexpr TileKernels<T> make_table(const char* name) {
 
 extern const TileKernels<float> kFloatKernels;
 extern const TileKernels<double> kDoubleKernels;
+const TileKernels<float> kFloatKernels = make_table<float>();
+const TileKernels<double> kDoubleKernels = make_table<double>();
 
 }  // namespace fastnce::FASTNCE_ISA

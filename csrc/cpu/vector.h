@@ -14,6 +14,8 @@
 #include <immintrin.h>
 #endif
 
+#include "tile_kernels.h"
+
 namespace fastnce::FASTNCE_ISA {
 
 template <class T, int kBytes = FASTNCE_VECTOR_BYTES>
@@ -24,19 +26,7 @@ template <class T>
 using Vector = typename VectorOf<T>::type;
 
 template <class T>
-struct Lane;
-template <>
-struct Lane<float> {
-  using Signed = int32_t;
-  using Unsigned = uint32_t;
-};
-template <>
-struct Lane<double> {
-  using Signed = int64_t;
-  using Unsigned = uint64_t;
-};
-template <class T>
-using Signed = Vector<typename Lane<T>::Signed>;
+using Signed = Vector<LaneInteger<T>>;
 
 template <class T>
 constexpr int kLanes = FASTNCE_VECTOR_BYTES / static_cast<int>(sizeof(T));
@@ -59,6 +49,19 @@ struct Constant {
 // Lanes of one slab.
 template <class T>
 constexpr int64_t kWidth = kTileVectors * kLanes<T>;
+
+// Calls run(number of vectors that `lanes` fill, as a Constant).
+template <class T, class Run>
+inline void with_vectors(int64_t lanes, const Run& run) {
+  const int64_t vectors = (lanes + kLanes<T> - 1) / kLanes<T>;
+  if (vectors == 1) {
+    run(Constant<1>{});
+  } else if (vectors == 2) {
+    run(Constant<2>{});
+  } else {
+    run(Constant<kTileVectors>{});
+  }
+}
 
 template <class T>
 inline Vector<T> load(const T* p) {

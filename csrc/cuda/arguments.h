@@ -12,10 +12,6 @@ using Stream = CUstream_st*;  // cudaStream_t
 
 enum class Dtype : int { kFloat32, kBfloat16, kFloat16 };
 
-// How the products of float32 rows are made: the factors in three products of tf32 parts, which is
-// as good as float32; rounded to tf32; rounded to bfloat16. 16-bit rows have one way.
-enum class Precision : int { kFloat32, kTf32, kBfloat16 };
-
 // A float, or a 0-d tensor on the device, of float32 or float64: the host never waits for it.
 struct Temperature {
   const void* tensor = nullptr;
@@ -30,5 +26,14 @@ struct RowsView {
   int64_t batch, rows, depth;
   int64_t strides[3];
 };
+
+// What the choice of a kernel depends on.
+struct DeviceProperties {
+  int multiprocessors;
+  int capability;  // 80, 90, 100: ten times the compute capability
+};
+// Asked for once per device; never waits for the device. Throws std::runtime_error.
+// Emulated: what FASTNCE_EMULATED_MULTIPROCESSORS and FASTNCE_EMULATED_CAPABILITY say, or 4 and 80.
+DeviceProperties device_properties(int device);
 
 }  // namespace fastnce::cuda

@@ -9,100 +9,83 @@
 namespace fastnce::cuda {
 namespace {
 
-struct Needs {
-  bool embeddings, proxies, temperature;
-  bool any() const { return embeddings || proxies || temperature; }
-};
-
-class ConditionalContrastive {
+class ConditionalContrastive : public SelfSimilarity {
  public:
+  const Tensor grad_proxies;
+
   ConditionalContrastive(const RowsCall& call, const Tensor& embeddings, const Tensor& proxies,
-                         const Tensor& labels, bool forward, Needs needs)
-      : c_(call),
-        embeddings_(embeddings),
-        proxies_(proxies),
-        needs_(needs),
-        self_(call, Kind::kTwoC, embeddings, labels, forward, needs.embeddings, needs.temperature),
-        grad_embeddings(new_gradient(embeddings, needs.embeddings)),
-        grad_proxies(new_gradient(proxies, needs.proxies)),
-        grad_temperature(new_scalar(embeddings, needs.temperature)) {
-    const int64_t total = self_.total(), gradients = needs.any() ? total : 0;
-    self_.want_memory(&workspace_);
-    workspace_.want(&packed_proxies_, total, c_.padded, c_.packed);
-    workspace_.want(&products_, total);
-    workspace_.want(&logit_, gradients);
-    workspace_.want(&weight_, gradients);
-    workspace_.want(&upstream_, 1);
+                         const Tensor& labels, bool forward, bool need_embeddings,
+                         bool need_proxies, bool need_temperature)
+      : SelfSimilarity(call, Kind::kTwoC, embeddings, labels, forward, need_embeddings,
+                       need_temperature),
+        grad_proxies(new_gradient(proxies, need_proxies)),
+        need_proxies_(need_proxies) {
+    const bool any = need_embeddings || need_proxies || need_temperature;
+    workspace_.want(&packed_proxies_, total_, c_.padded, c_.packed);
+    workspace_.want(&proxy_products_, total_);
+    workspace_.want(&logit_, any ? total_ : 0);
+    workspace_.want(&weight_, any ? total_ : 0);
     workspace_.allocate(embeddings);
-    const Pack pack{rows_of(c_.op, embeddings), self_.rows(), rows_of(c_.op, proxies),
-                    packed_proxies_, products_};
+    const Pack pack{rows_of(c_.op, embeddings), rows_, rows_of(c_.op, proxies), packed_proxies_,
+                    proxy_products_};
     launch_pack(&pack, 1, c_.pack_options(), c_.stream);
   }
 
   void forward(const Tensor& loss, const Tensor& lse, float grad_scale) {
-    const Sums sums = self_.sum();
-    ConditionalContrastiveLosses l = losses();
-    l.rows = {sums.largest, sums.sum, self_.parts()};
-    l.same = {sums.label_a, sums.label_b, self_.parts()};
+    sum();
+    ConditionalContrastiveLosses l = losses(lse);
+    l.rows = {out_.largest, out_.sum, sums_.splits};
+    l.same = {out_.label_a, out_.label_b, sums_.splits};
     l.loss = loss.mutable_data_ptr<float>();
-    l.lse = lse.mutable_data_ptr<float>();
     launch_conditional_contrastive_losses(l, c_.machine.multiprocessors, c_.stream);
     gradients({nullptr, grad_scale});
   }
 
   void backward(const Tensor& grad_loss, const Tensor& lse) {
-    ConditionalContrastiveLosses l = losses();
-    l.lse = const_cast<float*>(lse.const_data_ptr<float>());
-    l.grad_loss = {
-        grad_loss.const_data_ptr<float>(), self_.total(), {0, grad_loss.stride(0)}, upstream_};
+    ConditionalContrastiveLosses l = losses(lse);
+    l.grad_loss = arriving(grad_loss);
     launch_conditional_contrastive_losses(l, c_.machine.multiprocessors, c_.stream);
     gradients({upstream_, 0});
   }
 
  private:
-  ConditionalContrastiveLosses losses() const {
+  ConditionalContrastiveLosses losses(const Tensor& lse) const {
     ConditionalContrastiveLosses l{};
     l.op = c_.op;
-    l.total = self_.total();
+    l.total = total_;
     l.temperature = c_.temperature;
-    l.proxy = {products_, self_.rows().scale, packed_proxies_.scale, logit_, weight_};
-    l.statistics = self_.statistics();
+    l.proxy = {proxy_products_, rows_.scale, packed_proxies_.scale, logit_, weight_};
+    l.lse = const_cast<float*>(lse.const_data_ptr<float>());
+    l.statistics = statistics_;
     return l;
   }
 
   void gradients(const Upstream& upstream) {
-    self_.multiply();
+    multiply();
     RowGradient rows[2];
     int count = 0;
-    if (needs_.embeddings) {
-      rows[count] = self_.row_gradient(grad_embeddings);
+    if (need_rows_) {
+      rows[count] = row_gradient();
       rows[count].pair = packed_proxies_;
       rows[count++].pair_weight = weight_;
     }
-    if (needs_.proxies) {
-      rows[count] = {packed_proxies_, self_.total()};
-      rows[count].pair = self_.rows();
+    if (need_proxies_) {
+      rows[count] = {packed_proxies_, total_};
+      rows[count].pair = rows_;
       rows[count].pair_weight = weight_;
       rows[count++].out = grad_proxies.mutable_data_ptr();
     }
     if (count > 0) launch_row_gradients(rows, count, c_.gradient_options(upstream), c_.stream);
-    if (!needs_.temperature) return;
-    TemperatureGradient g = self_.temperature_gradient(upstream, grad_temperature);
+    if (!need_temperature_) return;
+    TemperatureGradient g = temperature_gradient(upstream);
     g.pair_weight = weight_;
     g.pair_logit = logit_;
     launch_temperature_gradient(g, c_.stream);
   }
 
-  const RowsCall& c_;
-  const Tensor &embeddings_, &proxies_;
-  const Needs needs_;
-  SelfSimilarity self_;
+  const bool need_proxies_;
   PackedRows packed_proxies_;
-  float *products_, *logit_, *weight_, *upstream_;
-  Workspace workspace_;
-
- public:
-  const Tensor grad_embeddings, grad_proxies, grad_temperature;
+  float *proxy_products_, *logit_, *weight_;
 };
 
 void check(const char* op, const Tensor& embeddings, const Tensor& proxies, const Tensor& labels) {
@@ -124,14 +107,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conditional_contrastive_forwa
   const RowsCall call(op, embeddings, temperature_tensor, temperature, true, false);
   const bool now = grad_scale.has_value();
   const Tensor in_order = torch::stable::contiguous(labels);
-  ConditionalContrastive run(
-      call, embeddings, proxies, in_order, true,
-      {now && need_embeddings, now && need_proxies, now && need_temperature});
+  ConditionalContrastive run(call, embeddings, proxies, in_order, true, now && need_embeddings,
+                             now && need_proxies, now && need_temperature);
   const int64_t total = embeddings.size(0);
   const Tensor loss = new_tensor(embeddings, {total}, ScalarType::Float);
   const Tensor lse = new_tensor(embeddings, {2, total}, ScalarType::Float);
   run.forward(loss, lse, static_cast<float>(grad_scale.value_or(1)));
-  return {loss, lse, run.grad_embeddings, run.grad_proxies, run.grad_temperature};
+  return {loss, lse, run.grad_rows, run.grad_proxies, run.grad_temperature};
 }
 
 std::tuple<Tensor, Tensor, Tensor> conditional_contrastive_backward(
@@ -145,10 +127,10 @@ std::tuple<Tensor, Tensor, Tensor> conditional_contrastive_backward(
   check_tensor(op, "lse", lse, ScalarType::Float, {2, total});
   const RowsCall call(op, embeddings, temperature_tensor, temperature, true, false);
   const Tensor in_order = torch::stable::contiguous(labels);
-  ConditionalContrastive run(call, embeddings, proxies, in_order, false,
-                             {need_embeddings, need_proxies, need_temperature});
+  ConditionalContrastive run(call, embeddings, proxies, in_order, false, need_embeddings,
+                             need_proxies, need_temperature);
   run.backward(grad_loss, torch::stable::contiguous(lse));
-  return {run.grad_embeddings, run.grad_proxies, run.grad_temperature};
+  return {run.grad_rows, run.grad_proxies, run.grad_temperature};
 }
 
 FASTNCE_CUDA_LIBRARY_IMPL(m) {

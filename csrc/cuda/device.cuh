@@ -50,35 +50,19 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 __device__ __forceinline__ void sync_threads() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
-// Barrier `id` (1 ... 15; 0 is sync_threads) of `threads` threads, a multiple of 32: wait for it,
-// or only arrive.
+// Barrier `id` (1 ... 15; 0 is sync_threads) of `threads` threads, a multiple of 32.
 __device__ __forceinline__ void sync_named(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void arrive_named(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
-template <class T>
-__device__ __forceinline__ T shuffle(T value, int lane) {
-  return __shfl_sync(0xffffffffu, value, lane);
-}
-
 // Bit l is what lane l says.
 __device__ __forceinline__ uint32_t ballot(bool predicate) {
   return __ballot_sync(0xffffffffu, predicate);
 }
-
-// The old value. An int: the result of a sum of floats would depend on the order of arrival.
-__device__ __forceinline__ int atomic_add(int* counter, int value) {
-  return atomicAdd(counter, value);
-}
-// What this thread wrote before is seen by whoever sees what it writes after.
-__device__ __forceinline__ void thread_fence() { __threadfence(); }
 
 // Where not `ok`, stops the kernel; the message is printed, and the next call that waits for the
 // device fails.

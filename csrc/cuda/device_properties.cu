@@ -1,11 +1,10 @@
-#include "device_properties.h"
-
 #include <cstdlib>
 #include <map>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 
+#include "arguments.h"
 #include "device.cuh"
 
 namespace fastnce::cuda {

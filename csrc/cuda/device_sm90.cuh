@@ -127,9 +127,6 @@ __device__ __forceinline__ void copy_tensor(void* shared, const TensorMap* map, 
       "l"(map), "r"(depth), "r"(row), "r"(problem), "r"(shared_address(barrier))
       : "memory");
 }
-__device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 
 // --- registers: the warp groups of a kernel exchange what they do not need ---
 

@@ -8,7 +8,6 @@
 #include "own_negatives.h"
 #include "row_losses.h"
 #include "rows_call.h"
-#include "workspace.h"
 
 namespace fastnce::cuda {
 namespace {

@@ -1,7 +1,5 @@
 #include "op.h"
 
-#include "device_properties.h"
-
 #ifndef FASTNCE_EMULATED
 // In libtorch_cuda, which a torch for CPUs lacks: weak, so that the library can be linked against
 // one.
@@ -95,25 +93,11 @@ void check_tensor(const char* op, const char* name, const Tensor& tensor, Scalar
                   const std::vector<int64_t>& shape) {
   STD_TORCH_CHECK(on_current_device(tensor), op, ": ", name,
                   " must be on the GPU that the first tensor is on.");
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " must have the dtype ",
-                  torch::headeronly::toString(dtype), ", got ",
-                  torch::headeronly::toString(tensor.scalar_type()), ".");
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  for (size_t d = 0; same && d < shape.size(); ++d) {
-    same = tensor.size(static_cast<int64_t>(d)) == shape[d] && shape[d] > 0;
-  }
-  STD_TORCH_CHECK(same, op, ": ", name, " has a wrong or empty shape.");
-}
-
-Tensor new_gradient(const Tensor& like, bool needed) {
-  std::vector<int64_t> shape = {0};
-  if (needed) shape.assign(like.sizes().begin(), like.sizes().end());
-  return new_tensor(like, shape, like.scalar_type());
+  check_shape(op, name, tensor, dtype, shape);
 }
 
 Tensor new_scalar(const Tensor& like, bool needed) {
-  return new_tensor(like, needed ? std::vector<int64_t>{} : std::vector<int64_t>{0},
-                    ScalarType::Float);
+  return needed ? new_tensor(like, {}, ScalarType::Float) : Tensor();
 }
 
 }  // namespace fastnce::cuda

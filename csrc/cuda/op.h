@@ -3,14 +3,11 @@
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <optional>
 #include <vector>
 
+#include "../common/tensors.h"
 #include "arguments.h"
 
 // The kernels are operators of torch.ops.fastnce_cuda; emulated (see device.cuh), for CPU tensors.
@@ -26,13 +23,9 @@
 
 namespace fastnce::cuda {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-
 // PyTorch's current stream on the tensor's device.
 Stream current_stream(const Tensor& tensor);
-// Of the tensor's device; see device_properties.h.
+// Of the tensor's device.
 int multiprocessors(const Tensor& tensor);
 int compute_capability(const Tensor& tensor);
 
@@ -46,12 +39,7 @@ RowsView rows_of(const char* op, const Tensor& tensor);
 void check_tensor(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
                   const std::vector<int64_t>& shape);
 
-inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
-}
-// An output of `like`'s shape and dtype, contiguous, or an empty tensor if it is not needed.
-Tensor new_gradient(const Tensor& like, bool needed);
-// A float32 scalar likewise.
+// A float32 scalar; undefined if it is not needed.
 Tensor new_scalar(const Tensor& like, bool needed);
 
 inline const Tensor* first_tensor(const Tensor& tensor) { return &tensor; }

@@ -6,8 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "pairs_sm80.h"
-#include "pairs_sm90.h"
+#include "pairs_kernels.h"
 
 namespace fastnce::cuda {
 namespace {

@@ -45,10 +45,9 @@ struct Pairs {
   const void* y;
   const float* y_scale;  // (C,)
   int64_t problems, rows, columns;
-  int64_t depth;        // P
-  Dtype dtype;          // of x and y as packed
-  Precision precision;  // of the products, if that is float32: kFloat32 or kTf32
-  bool unit_rows;       // s are cosines: see offset_of in pairs_tile.cuh
+  int64_t depth;   // P
+  Dtype dtype;     // of x and y as packed
+  bool unit_rows;  // s are cosines: see offset_of in pairs_tile.cuh
   Kind kind;
   const int64_t* x_labels = nullptr;  // (R,) and (C,), of labelled kinds
   const int64_t* y_labels = nullptr;
@@ -65,7 +64,7 @@ struct SumsPlan {
   int64_t row_block;  // rows of a block; blocks do not cross problems
   // Of one problem: parts of the column sums, of one or more blocks of rows each.
   int64_t row_blocks;
-  int64_t blocks = 0;  // of the persistent grid of pairs_sm90.cu; 0 for the kernels of pairs_sm80.h
+  int64_t blocks = 0;  // of the persistent grid of pairs_sm90.cu; 0 for pairs_sm80.cuh
 };
 
 // Base 2, `sum 2^largest`; largest may be -inf where nothing was summed up.

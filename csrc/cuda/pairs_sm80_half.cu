@@ -1,4 +1,4 @@
-#include "pairs_sm80_launch.cuh"
+#include "pairs_sm80.cuh"
 
 namespace fastnce::cuda {
 

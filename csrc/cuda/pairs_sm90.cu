@@ -1,10 +1,8 @@
-#include "pairs_sm90.h"
-
 #include <algorithm>
 #include <climits>
 #include <string>
-#include <utility>
 
+#include "pairs_kernels.h"
 #include "pairs_sm90.cuh"
 
 namespace fastnce::cuda::sm90 {
@@ -39,15 +37,6 @@ int64_t splits_of(const Pairs& pairs, const Machine& machine, int out, int64_t r
   const int64_t parts = out > 0 ? parts_of(pairs.depth) : 1;
   const int64_t blocks = pairs.problems * ceil_div(pairs.rows, kBlockRows * row_steps) * parts;
   return splits_of(blocks, pairs.columns, tile_columns(out), machine.multiprocessors);
-}
-
-// Rows for columns.
-Pairs exchanged(Pairs pairs) {
-  std::swap(pairs.x, pairs.y);
-  std::swap(pairs.x_scale, pairs.y_scale);
-  std::swap(pairs.x_labels, pairs.y_labels);
-  std::swap(pairs.rows, pairs.columns);
-  return pairs;
 }
 
 Arguments arguments_of(const Pairs& pairs, int64_t splits, int out, int64_t row_steps = 1) {

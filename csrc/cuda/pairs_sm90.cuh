@@ -25,11 +25,286 @@
 // that the ring turns.
 #pragma once
 
-#include "pairs_coefficients.cuh"
-#include "pairs_sm90_columns.cuh"
-#include "pairs_sm90_producer.cuh"
+#include "device_sm90.cuh"
+#include "pairs_tile.cuh"
 
 namespace fastnce::cuda::sm90 {
+
+constexpr int kConsumers = 2;  // warp groups, each with 64 rows
+constexpr int kConsumerWarps = kConsumers * 4;
+constexpr int kThreads = (kConsumers + 1) * kWarpGroup;
+constexpr int kBlockRows = kConsumers * 64;
+constexpr int kXTileBytes = kBlockRows * kLineBytes;  // 64 elements of each row
+constexpr int kMostSlots = 16;
+constexpr int kSharedBytes = 227 * 1024;
+
+enum class Pass { kSums, kSumsWithProduct, kProducts };
+
+// kOut chunks of 64 elements of the output's depth; 0 without product. 128 columns, or 64 where the
+// output takes 96 registers or more.
+template <class T_, Pass kPass_, int kOut_>
+struct Config {
+  using T = T_;
+  static constexpr Pass kPass = kPass_;
+  static constexpr int kOut = kOut_, kColumns = kOut_ > 2 ? 64 : 128;
+  static constexpr int kTileBytes = kColumns * kLineBytes;
+};
+
+struct Arguments {
+  Pairs pairs;
+  Sums sums;            // of the passes that sum
+  Products products;    // of the others: x_product and x_term
+  int64_t all_columns;  // of all problems
+  int row_blocks;       // of one problem, with `row_steps` blocks of 128 rows each
+  int row_steps;
+  int splits;  // of the columns
+  int parts;   // of the depth of the product, each with similarities of its own
+  int pieces;  // of work
+  int chunks;  // of 64 elements, in a row
+  int slots;   // of the ring of tiles of y
+
+  __host__ __device__ __forceinline__ bool column_sums() const {
+    return sums.column_sum != nullptr;
+  }
+};
+
+// --- work ---
+
+// Neighbouring pieces, which run at the same time, have the columns in common, and find them in the
+// second-level cache. A piece takes its blocks of rows one after another; what a part of the column
+// sums has of the earlier ones is in memory.
+template <int kColumns>
+struct Piece {
+  int problem, block, part, split, step;
+  Span span;  // the columns are whole tiles but for the problem's last
+
+  __device__ __forceinline__ explicit Piece(const Arguments& a)
+      : index_(static_cast<int>(blockIdx.x)) {
+    find(a);
+  }
+  __device__ __forceinline__ bool there(const Arguments& a) const { return index_ < a.pieces; }
+  __device__ __forceinline__ void next(const Arguments& a) {
+    if (--steps_left_ > 0) {
+      ++step;
+      span.row += kBlockRows;
+      span.first_row += kBlockRows;
+      return;
+    }
+    index_ += static_cast<int>(gridDim.x);
+    find(a);
+  }
+
+ private:
+  int index_, steps_left_;
+
+  __device__ __forceinline__ void find(const Arguments& a) {
+    const auto problems = static_cast<int>(a.pairs.problems);
+    const auto rows = static_cast<int>(a.pairs.rows), columns = static_cast<int>(a.pairs.columns);
+    block = index_ % a.row_blocks;
+    problem = index_ / a.row_blocks % problems;
+    const int rest = index_ / a.row_blocks / problems;
+    part = rest % a.parts;
+    split = rest / a.parts;
+    const int row = block * a.row_steps * kBlockRows;
+    step = 0;
+    steps_left_ = min(a.row_steps, (rows - row + kBlockRows - 1) / kBlockRows);
+    const int tiles = (columns + kColumns - 1) / kColumns;
+    const int width = (tiles + a.splits - 1) / a.splits;
+    const int first = min(split * width, tiles);
+    span = {problem * a.pairs.rows + row,
+            problem * a.pairs.columns,
+            row,
+            rows,
+            columns,
+            first * kColumns,
+            min((first + width) * kColumns, columns)};
+  }
+};
+
+// The place in a ring, and the parity of the phase that a barrier there is in.
+struct Turn {
+  int slot = 0, parity = 0;
+  __device__ __forceinline__ void next(int slots) {
+    if (++slot == slots) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// --- shared memory ---
+
+constexpr int kDataSlots = 2;  // of what belongs to the columns of a tile: one ahead
+
+// Sums of columns on their way from the four warps of a warp group to one number, twice in turn.
+struct ColumnScratch {
+  float largest[2][kConsumers][4][128], sum[2][kConsumers][4][128];
+};
+
+struct Barriers {
+  uint64_t x_full, x_empty;
+  uint64_t data_full[kDataSlots], data_empty[kDataSlots];
+  uint64_t full[kMostSlots], empty[kMostSlots];
+};
+
+// One after another: x, the ring of tiles of y, the columns' data, sums of columns, barriers.
+template <int kColumns>
+struct Memory {
+  using Data = ColumnData<kColumns>;
+  int x_bytes, ring_bytes, scratch_bytes;
+
+  __host__ __device__ __forceinline__ Memory(int chunks, int slots, bool column_sums)
+      : x_bytes(chunks * kXTileBytes),
+        ring_bytes(slots * kColumns * kLineBytes),
+        scratch_bytes(column_sums ? static_cast<int>(sizeof(ColumnScratch)) : 0) {}
+  __host__ __device__ __forceinline__ int data_at() const { return x_bytes + ring_bytes; }
+  __host__ __device__ __forceinline__ int scratch_at() const {
+    return data_at() + kDataSlots * static_cast<int>(sizeof(Data));
+  }
+  int bytes() const { return scratch_at() + scratch_bytes + static_cast<int>(sizeof(Barriers)); }
+
+  __device__ __forceinline__ char* x() const { return shared_memory<char>(); }
+  __device__ __forceinline__ char* tile(int slot) const {
+    return x() + x_bytes + slot * kColumns * kLineBytes;
+  }
+  __device__ __forceinline__ Data& data(int slot) const {
+    return reinterpret_cast<Data*>(x() + data_at())[slot];
+  }
+  __device__ __forceinline__ ColumnScratch& scratch() const {
+    return *reinterpret_cast<ColumnScratch*>(x() + scratch_at());
+  }
+  __device__ __forceinline__ Barriers& barriers() const {
+    return *reinterpret_cast<Barriers*>(x() + scratch_at() + scratch_bytes);
+  }
+};
+
+// --- the warp group that brings what the others multiply ---
+
+// One thread: x and the tiles of y. A copy overwrites what products have read; both are of the same
+// proxy, and the barrier is between them, so that no fence is needed.
+template <class C>
+__device__ __forceinline__ void bring_tiles(const TensorMap& x_map, const TensorMap& y_map,
+                                            const Arguments& a, const Memory<C::kColumns>& memory) {
+  Barriers& barriers = memory.barriers();
+  Turn ring, x;
+  for (Piece<C::kColumns> piece(a); piece.there(a); piece.next(a)) {
+    const Span& span = piece.span;
+    // Chunks go round so that the output's are the last.
+    const int first = (piece.part + 1) * C::kOut % a.chunks;
+    const auto element = [&](int c) { return (first + c) % a.chunks * kLineElements; };
+    barrier_wait(&barriers.x_empty, x.parity ^ 1);
+    barrier_arrive_expecting(&barriers.x_full, a.chunks * kXTileBytes);
+#pragma unroll 1
+    for (int c = 0; c < a.chunks; ++c) {
+      copy_tensor(memory.x() + c * kXTileBytes, &x_map, &barriers.x_full, element(c), span.row,
+                  piece.problem);
+    }
+    x.next(1);
+    for (int column = span.begin; column < span.end; column += C::kColumns) {
+#pragma unroll 1
+      for (int c = 0; c < a.chunks; ++c) {
+        barrier_wait(&barriers.empty[ring.slot], ring.parity ^ 1);
+        barrier_arrive_expecting(&barriers.full[ring.slot], C::kTileBytes);
+        copy_tensor(memory.tile(ring.slot), &y_map, &barriers.full[ring.slot], element(c), column,
+                    piece.problem);
+        ring.next(a.slots);
+      }
+    }
+  }
+}
+
+// One warp: what else is known of the columns of a tile, in the background too: one after another,
+// loads would take longer than the tile's products. Beyond the last column, zeros.
+template <class C>
+__device__ __forceinline__ void bring_data(const Arguments& a, const Memory<C::kColumns>& memory) {
+  Barriers& barriers = memory.barriers();
+  Turn turn;
+  for (Piece<C::kColumns> piece(a); piece.there(a); piece.next(a)) {
+    const Span& span = piece.span;
+    for (int column = span.begin; column < span.end; column += C::kColumns) {
+      barrier_wait(&barriers.data_empty[turn.slot], turn.parity ^ 1);
+      ColumnData<C::kColumns>& data = memory.data(turn.slot);
+#pragma unroll 1
+      for (int i = static_cast<int>(threadIdx.x) % kWarp; i < C::kColumns; i += kWarp) {
+        const int64_t at = span.first_column + column + i;
+        const bool there = column + i < span.columns;
+        copy_async<4>(&data.scale[i], a.pairs.y_scale + at, there);
+        if (a.pairs.y_labels != nullptr) {
+          copy_async<8>(&data.label[i], a.pairs.y_labels + at, there);
+        }
+        if (a.products.y_statistics == nullptr) continue;
+#pragma unroll
+        for (int k = 0; k < 3; ++k) {
+          copy_async<4>(&data.statistics[k][i], a.products.y_statistics + k * a.all_columns + at,
+                        there);
+        }
+      }
+      copy_async_commit();
+      copy_async_wait<0>();
+      barrier_arrive(&barriers.data_full[turn.slot]);
+      turn.next(kDataSlots);
+    }
+  }
+}
+
+// --- sums of the columns of a tile over the 64 rows of a warp group, in a fixed order ---
+
+// Half of the sums to each of two lanes: kCount values become kCount / 2, of the first half where
+// the lane's bit is not set. Three steps over the lanes of a column cost 28 exchanges for 32
+// columns, where sums for all would cost 96.
+template <int kCount>
+__device__ __forceinline__ void share_sums(float (&v)[32], int bit) {
+  const bool upper = (static_cast<int>(threadIdx.x) & bit) != 0;
+#pragma unroll
+  for (int k = 0; k < kCount / 2; ++k) {
+    const float keep = upper ? v[k + kCount / 2] : v[k];
+    const float give = upper ? v[k] : v[k + kCount / 2];
+    v[k] = keep + shuffle_xor(give, bit);
+  }
+}
+
+// One warp's sums to its line of the scratch, of logits with maxima over its own 16 rows if the
+// offset is running, else of exponentials. A thread's share of the columns is 2 n + r for column
+// 8 n + 2 t + r.
+__device__ __forceinline__ void sum_columns_of_warp(const float (&tile)[16][4], Offset offset,
+                                                    float (&largest)[128], float (&sum)[128]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, t2 = 2 * (lane % 4);
+  float v[32];
+#pragma unroll
+  for (int k = 0; k < 32; ++k) {
+    float first = tile[k / 2][k % 2], second = tile[k / 2][k % 2 + 2], top = offset.fixed;
+    if (offset.running) {
+      top = over_rows_max(fmaxf(first, second));
+      first = exp2_fast(first - finite(top));
+      second = exp2_fast(second - finite(top));
+    }
+    v[k] = first + second;
+    if (lane < 4) largest[8 * (k / 2) + t2 + k % 2] = top;
+  }
+  share_sums<32>(v, 16);
+  share_sums<16>(v, 8);
+  share_sums<8>(v, 4);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) sum[8 * (((lane & 28) + k) / 2) + t2 + k % 2] = v[k];
+}
+
+// The four warps together with what is in memory of earlier rows if `more`, by one thread for a
+// column.
+__device__ __forceinline__ void store_column(const float (&largest)[4][128],
+                                             const float (&sum)[4][128], int column,
+                                             float* out_largest, float* out_sum, bool more) {
+  const float old = more ? *out_largest : FASTNCE_NO_LOGIT;
+  float top = old;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) top = fmaxf(top, largest[w][column]);
+  float total = more ? *out_sum * exp2_fast(old - finite(top)) : 0.0f;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) total += sum[w][column] * exp2_fast(largest[w][column] - finite(top));
+  *out_largest = top;
+  *out_sum = total;
+}
+
+// --- the two that multiply ---
 
 // One of two warp groups of consumers.
 template <class C>

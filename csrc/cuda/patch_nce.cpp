@@ -26,14 +26,14 @@ struct Small {
   std::vector<PatchLayer> queries, keys;
   Tensors workspace;
 
-  // Gradients that are wanted are not empty.
+  // Gradients that are wanted are defined.
   void add(const Tensor& query, const Tensor& key, double loss_scale, double grad_scale,
            const Tensor& grad_query, const Tensor& grad_key) {
     PatchLayer layer{rows_of(kOp, query), rows_of(kOp, key)};
     layer.loss_scale = static_cast<float>(loss_scale);
     layer.grad_scale = static_cast<float>(grad_scale);
-    if (grad_query.numel() > 0) layer.gradient = grad_query.mutable_data_ptr();
-    if (grad_key.numel() > 0) {
+    if (grad_query.defined()) layer.gradient = grad_query.mutable_data_ptr();
+    if (grad_key.defined()) {
       const int64_t rows = query.size(0) * query.size(1);
       workspace.push_back(new_tensor(query, {2, rows}, ScalarType::Float));
       layer.lse = workspace.back().mutable_data_ptr<float>();
@@ -46,6 +46,14 @@ struct Small {
     queries.push_back(layer);
   }
 };
+
+Tensors those_needed(const Tensors& gradients) {
+  Tensors found;
+  for (const Tensor& x : gradients) {
+    if (x.defined()) found.push_back(x);
+  }
+  return found;
+}
 
 std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
     const Tensors& queries, const Tensors& keys, const std::optional<Tensor>& temperature_tensor,
@@ -63,8 +71,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
   const Tensor& first = queries[0];
   const Dtype dtype = dtype_of(kOp, first);
   const Stream stream = current_stream(first);
-  const PatchCall call{bfloat16_products ? Precision::kBfloat16 : Precision::kFloat32,
-                       temperature_of(kOp, temperature_tensor, temperature),
+  const PatchCall call{bfloat16_products, temperature_of(kOp, temperature_tensor, temperature),
                        static_cast<float>(self_logit), compute_capability(first),
                        multiprocessors(first)};
   Tensors grad_queries, grad_keys;
@@ -113,7 +120,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
   launch_sum_of_parts(data, parts, loss.mutable_data_ptr<float>(),
                       need_temperature ? grad_temperature.mutable_data_ptr<float>() : nullptr,
                       stream);
-  return {loss, grad_queries, grad_keys, grad_temperature};
+  return {loss, those_needed(grad_queries), those_needed(grad_keys), grad_temperature};
 }
 
 FASTNCE_CUDA_LIBRARY_IMPL(m) { m.impl("patch_nce_forward", FASTNCE_CUDA_BOX(&patch_nce_forward)); }

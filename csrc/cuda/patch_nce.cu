@@ -13,13 +13,11 @@
 //
 // Exponentials are relative to a running maximum always: a warp sees few columns, so that it seldom
 // moves, and one way serves every temperature.
-#include "patch_nce.h"
-
 #include <algorithm>
 #include <type_traits>
 
 #include "launch.cuh"
-#include "patch_nce_warp.cuh"
+#include "patch_nce.cuh"
 
 namespace fastnce::cuda {
 namespace {
@@ -286,7 +284,7 @@ auto with_shape(Dtype dtype, int64_t depth, bool few, const PatchCall& call, con
     if (depth <= 128) return with_depth(zero, std::integral_constant<int, 128>{});
     return with_depth(zero, std::integral_constant<int, 256>{});
   };
-  const bool rounded = dtype == Dtype::kFloat32 && call.precision == Precision::kBfloat16;
+  const bool rounded = dtype == Dtype::kFloat32 && call.bfloat16_products;
   if (dtype == Dtype::kBfloat16 || rounded) return with_type(bfloat16{});
   return dtype == Dtype::kFloat16 ? with_type(float16{}) : with_type(float{});
 }

@@ -24,7 +24,7 @@ struct PatchLayer {
 };
 
 struct PatchCall {
-  Precision precision;  // of the products of float32 rows: kFloat32 or kBfloat16
+  bool bfloat16_products;  // of float32 rows
   Temperature temperature;
   float self_logit;
   int capability, multiprocessors;

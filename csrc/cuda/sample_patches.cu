@@ -362,33 +362,30 @@ void for_patches(const std::vector<PatchMap>& maps, Stream stream, void (*kernel
   });
 }
 
-template <class T>
-void fill(const std::vector<PatchMap>& maps, Stream stream) {
-  for_groups(maps, sizeof(T), true, [&](const Maps& group, int tiles) {
-    const auto blocks = static_cast<unsigned>(tiles);
-    launch({"sample_patches", blocks, kFillThreads, 0, stream}, fill_kernel<T>, group);
-  });
-}
-
 }  // namespace
 
 void gather_patches(Dtype dtype, const std::vector<PatchMap>& maps, Stream stream) {
-  if (dtype == Dtype::kFloat32) return for_patches<float>(maps, stream, gather_kernel<float>);
-  if (dtype == Dtype::kBfloat16)
-    return for_patches<bfloat16>(maps, stream, gather_kernel<bfloat16>);
-  for_patches<float16>(maps, stream, gather_kernel<float16>);
+  with_types(dtype, dtype, [&](auto zero, auto) {
+    using T = decltype(zero);
+    for_patches<T>(maps, stream, gather_kernel<T>);
+  });
 }
 
 void add_patch_gradients(Dtype dtype, const std::vector<PatchMap>& maps, Stream stream) {
-  if (dtype == Dtype::kFloat32) return for_patches<float>(maps, stream, add_kernel<float>);
-  if (dtype == Dtype::kBfloat16) return for_patches<bfloat16>(maps, stream, add_kernel<bfloat16>);
-  for_patches<float16>(maps, stream, add_kernel<float16>);
+  with_types(dtype, dtype, [&](auto zero, auto) {
+    using T = decltype(zero);
+    for_patches<T>(maps, stream, add_kernel<T>);
+  });
 }
 
 void fill_patch_gradients(Dtype dtype, const std::vector<PatchMap>& maps, Stream stream) {
-  if (dtype == Dtype::kFloat32) return fill<float>(maps, stream);
-  if (dtype == Dtype::kBfloat16) return fill<bfloat16>(maps, stream);
-  fill<float16>(maps, stream);
+  with_types(dtype, dtype, [&](auto zero, auto) {
+    using T = decltype(zero);
+    for_groups(maps, sizeof(T), true, [&](const Maps& group, int tiles) {
+      const auto blocks = static_cast<unsigned>(tiles);
+      launch({"sample_patches", blocks, kFillThreads, 0, stream}, fill_kernel<T>, group);
+    });
+  });
 }
 
 }  // namespace fastnce::cuda

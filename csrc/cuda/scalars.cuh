@@ -1,4 +1,4 @@
-// What the kernels of single rows share: numbers of rows, and four elements at a time.
+// What kernels share: numbers of rows, and four elements at a time.
 #pragma once
 
 #include "arguments.h"
@@ -16,8 +16,11 @@ __device__ __forceinline__ double value_of(const Temperature& t) {
 
 // What turns a product into a logit in units of log 2: scales and this number multiply it, rounded
 // once.
+__device__ __forceinline__ double base_2_factor(double temperature) {
+  return 1.4426950408889634 / temperature;
+}
 __device__ __forceinline__ double base_2_factor(const Temperature& t) {
-  return 1.4426950408889634 / value_of(t);
+  return base_2_factor(value_of(t));
 }
 __device__ __forceinline__ float to_base_2(float x, double factor) {
   return static_cast<float>(x * factor);

@@ -9,34 +9,27 @@
 namespace fastnce::cuda {
 namespace {
 
-class SupCon {
+class SupCon : public SelfSimilarity {
  public:
   SupCon(const RowsCall& call, const Tensor& features, const Tensor& labels, bool forward,
          bool need_features, bool need_temperature)
-      : c_(call),
-        need_features_(need_features),
-        need_temperature_(need_temperature),
-        self_(call, Kind::kSupCon, features, labels, forward, need_features, need_temperature),
-        grad_features(new_gradient(features, need_features)),
-        grad_temperature(new_scalar(features, need_temperature)) {
-    self_.want_memory(&workspace_);
-    workspace_.want(&counts_, forward ? 0 : self_.total());
-    workspace_.want(&upstream_, 1);
+      : SelfSimilarity(call, Kind::kSupCon, features, labels, forward, need_features,
+                       need_temperature) {
+    workspace_.want(&counts_, forward ? 0 : total_);
     workspace_.allocate(features);
-    const Pack pack{rows_of(c_.op, features), self_.rows()};
+    const Pack pack{rows_of(c_.op, features), rows_};
     launch_pack(&pack, 1, c_.pack_options(), c_.stream);
   }
 
   void forward(const Tensor& loss, const Tensor& has_positive, const Tensor& lse, float grad_scale,
                bool mean) {
-    const Sums sums = self_.sum();
-    SupConLosses l = losses();
-    l.rows = {sums.largest, sums.sum, self_.parts()};
-    l.positive_logits = sums.label_a;
-    l.positive_counts = sums.label_b;
-    l.count_parts = self_.parts();
+    sum();
+    SupConLosses l = losses(lse);
+    l.rows = {out_.largest, out_.sum, sums_.splits};
+    l.positive_logits = out_.label_a;
+    l.positive_counts = out_.label_b;
+    l.count_parts = sums_.splits;
     l.loss = loss.mutable_data_ptr<float>();
-    l.lse = lse.mutable_data_ptr<float>();
     l.has_positive = has_positive.mutable_data_ptr<bool>();
     l.grad_scale = grad_scale;
     l.mean = mean;
@@ -46,46 +39,35 @@ class SupCon {
   }
 
   void backward(const Tensor& grad_loss, const Tensor& lse) {
-    launch_label_counts(c_.op, self_.labels(), self_.total(), counts_, c_.stream);
-    SupConLosses l = losses();
+    launch_label_counts(c_.op, labels_, total_, counts_, c_.stream);
+    SupConLosses l = losses(lse);
     l.positive_counts = counts_;
     l.count_parts = 1;
-    l.lse = const_cast<float*>(lse.const_data_ptr<float>());
-    l.grad_loss = {
-        grad_loss.const_data_ptr<float>(), self_.total(), {0, grad_loss.stride(0)}, upstream_};
+    l.grad_loss = arriving(grad_loss);
     launch_sup_con_losses(l, c_.machine.multiprocessors, c_.stream);
     gradients({upstream_, 0});
   }
 
  private:
-  SupConLosses losses() const {
+  SupConLosses losses(const Tensor& lse) const {
     SupConLosses l{};
     l.op = c_.op;
-    l.total = self_.total();
-    l.statistics = self_.statistics();
+    l.total = total_;
+    l.lse = const_cast<float*>(lse.const_data_ptr<float>());
+    l.statistics = statistics_;
     return l;
   }
 
   void gradients(const Upstream& upstream) {
-    self_.multiply();
-    if (need_features_) {
-      const RowGradient g = self_.row_gradient(grad_features);
+    multiply();
+    if (need_rows_) {
+      const RowGradient g = row_gradient();
       launch_row_gradients(&g, 1, c_.gradient_options(upstream), c_.stream);
     }
-    if (need_temperature_) {
-      launch_temperature_gradient(self_.temperature_gradient(upstream, grad_temperature),
-                                  c_.stream);
-    }
+    if (need_temperature_) launch_temperature_gradient(temperature_gradient(upstream), c_.stream);
   }
 
-  const RowsCall& c_;
-  const bool need_features_, need_temperature_;
-  SelfSimilarity self_;
-  float *counts_, *upstream_;
-  Workspace workspace_;
-
- public:
-  const Tensor grad_features, grad_temperature;
+  float* counts_;
 };
 
 void check(const char* op, const Tensor& features, const Tensor& labels) {
@@ -110,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sup_con_forward(
   const Tensor has_positive = new_tensor(features, shape, ScalarType::Bool);
   const Tensor lse = new_tensor(features, shape, ScalarType::Float);
   run.forward(loss, has_positive, lse, static_cast<float>(grad_scale.value_or(1)), now && mean);
-  return {loss, has_positive, lse, run.grad_features, run.grad_temperature};
+  return {loss, has_positive, lse, run.grad_rows, run.grad_temperature};
 }
 
 std::tuple<Tensor, Tensor> sup_con_backward(const Tensor& grad_loss, const Tensor& features,
@@ -127,7 +109,7 @@ std::tuple<Tensor, Tensor> sup_con_backward(const Tensor& grad_loss, const Tenso
   const Tensor in_order = torch::stable::contiguous(labels);
   SupCon run(call, features, in_order, false, need_features, need_temperature);
   run.backward(grad_loss, torch::stable::contiguous(lse));
-  return {run.grad_features, run.grad_temperature};
+  return {run.grad_rows, run.grad_temperature};
 }
 
 FASTNCE_CUDA_LIBRARY_IMPL(m) {

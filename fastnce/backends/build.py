@@ -29,8 +29,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -52,7 +50,6 @@ _ISA_FLAGS = {
     "avx512": "-mavx512f -mavx2 -mfma",
     "avx512bf16": "-mavx512f -mavx512bw -mavx512vl -mavx512bf16 -mavx2 -mfma",
 }
-_STAMP = b"fastnce-build:"
 
 
 class BuildError(RuntimeError):
@@ -88,7 +85,7 @@ class Library(NamedTuple):
 def _native_plan(sources: Path) -> Plan:
     common = for_torch([*cxx(), *_FLAGS.split()], sources)
     commands = {}
-    for file in [*sorted(sources.glob("cpu/*.cpp")), sources / "ops.cpp"]:
+    for file in sorted(sources.glob("cpu/*.cpp")):
         isa = _ISA_FLAGS.get(file.stem.rpartition("_")[2], "")
         if not isa or platform.machine().lower() in ("x86_64", "amd64"):
             commands[file] = [*common, *isa.split()]
@@ -108,12 +105,17 @@ def _cuda_plan(sources: Path) -> Plan:
 
 NATIVE = Library(
     "libfastnce_cpu.so",
-    ("common/*", "cpu/*", "ops.cpp"),
+    ("common/*.h", "cpu/*.cpp", "cpu/*.h"),
     "FASTNCE_NATIVE",
     _native_plan,
     "FASTNCE_LIBRARY",
 )
-CUDA = Library("libfastnce_cuda.so", ("common/*", "cuda/*"), "FASTNCE_CUDA", _cuda_plan)
+CUDA = Library(
+    "libfastnce_cuda.so",
+    ("common/*.h", "cuda/*.cpp", "cuda/*.h", "cuda/*.cu", "cuda/*.cuh"),
+    "FASTNCE_CUDA",
+    _cuda_plan,
+)
 
 
 def wanted(library: Library) -> str:
@@ -139,7 +141,7 @@ def build(
     sources: Path | None = None,
     folder: Path | None = None,
 ) -> Path:
-    """Compiles a library against the torch of this interpreter, unless it is there already and current.
+    """Compiles of a library what has changed, against the torch of this interpreter.
 
     Args:
         library: which one.
@@ -156,12 +158,13 @@ def build(
     sources = sources or source_folder()
     if sources is None:
         raise BuildError(f"there is no csrc folder in or beside {PACKAGE}. Reinstall fastnce.")
-    output = (output or _writable_output(library)).absolute()
-    plan = library.plan(sources)
-    stamp = f"{source_hash(sources, library)}-{_configuration_hash(plan, sources)}"
-    if not output.is_file() or read_stamp(output) != stamp:
-        compile_library(plan, output, folder or _build_folder(output), stamp)
-        _tell_installer(output)
+    if output is None:
+        first, *others = library_candidates(library)
+        output = others[0] if others and not os.access(PACKAGE, os.W_OK) else first
+    output = output.absolute()
+    stamp = source_hash(sources, library)
+    compile_library(library.plan(sources), output, folder or _build_folder(output), stamp)
+    _tell_installer(output)
     return output
 
 
@@ -171,11 +174,9 @@ def compile_library(plan: Plan, output: Path, folder: Path, stamp: str = "") -> 
     Raises:
         BuildError: no ninja, or the compiler failed, with its message.
     """
-    link = [*plan.link]
-    if (
-        stamp
-    ):  # in the library's build id, so that the two cannot part and no object changes with it
-        link += ["-Xlinker", f"--build-id=0x{_STAMP.hex()}{stamp.encode().hex()}{b';'.hex()}"]
+    link = plan.link
+    if stamp:  # as the library's build id: no object changes with it, and the two cannot part
+        link = [*link, "-Xlinker", f"--build-id=0x{_stamp(stamp).hex()}"]
     lines = [
         "rule compile",
         # With the compiler's version: of another everything is made again.
@@ -187,18 +188,15 @@ def compile_library(plan: Plan, output: Path, folder: Path, stamp: str = "") -> 
     ]
     objects = []
     for file, command in plan.commands.items():
-        objects.append(f"{file.parent.name}/{file.name}.o")
-        lines += [
-            f"build {escaped(objects[-1])}: compile {escaped(file)}",
-            _words("words", command),
-        ]
+        made = escaped(f"{file.parent.name}/{file.name}.o")
+        objects.append(made)
+        lines += [f"build {made}: compile {escaped(file)}", _words("words", command)]
         lines += [f"  version = {_hash(compiler_version(command[0]).encode())}"]
-    lines += [f"build {escaped(output.name)}: link {' '.join(map(escaped, objects))}"]
+    lines += [f"build {escaped(output.name)}: link {' '.join(objects)}"]
     lines += [_words("words", link), _words("libraries", plan.libraries)]
     with locked(folder):
         run_ninja(folder, lines)
-        if not output.is_file() or not filecmp.cmp(folder / output.name, output, shallow=False):
-            _replace(folder / output.name, output)
+        _install(folder / output.name, output)
 
 
 def run_ninja(folder: Path, lines: list[str]) -> None:
@@ -210,16 +208,12 @@ def run_ninja(folder: Path, lines: list[str]) -> None:
     (folder / "build.ninja").write_text("\n".join([*lines, ""]))
     record = folder / "inputs.json"
     if record.is_file():
+        read = {Path(name): digest for name, digest in json.loads(record.read_text()).items()}
         time = record.stat().st_mtime_ns
-        for name, digest in json.loads(record.read_text()).items():
-            file = Path(name)
-            if (
-                file.is_file()
-                and file.stat().st_mtime_ns <= time
-                and _hash(file.read_bytes()) != digest
-            ):
-                (folder / ".ninja_log").unlink(missing_ok=True)
-    done = subprocess.run([program], cwd=folder, capture_output=True, text=True)
+        older = [file for file in read if file.is_file() and file.stat().st_mtime_ns <= time]
+        if any(_hash(file.read_bytes()) != read[file] for file in older):
+            (folder / ".ninja_log").unlink(missing_ok=True)
+    done = subprocess.run([program], cwd=folder, capture_output=True, text=True, close_fds=False)
     if done.returncode != 0:
         raise BuildError(f"the build failed:\n{done.stdout}{done.stderr}")
     known = subprocess.run([program, "-t", "deps"], cwd=folder, capture_output=True, text=True)
@@ -239,11 +233,11 @@ def _words(name: str, words: list[str]) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Who comes second waits, and finds nothing left to do."""
+    """Who comes second waits, and finds nothing left to do. ninja holds the lock too: it may outlive who started it."""
     try:
         import fcntl
     except ImportError as error:
-        raise BuildError("the kernels can be compiled on Linux and macOS only") from error
+        raise BuildError("the kernels are compiled on Linux only") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / "lock", "w")  # noqa: SIM115
@@ -251,20 +245,24 @@ def locked(folder: Path) -> Iterator[None]:
         raise BuildError(f"the folder for objects cannot be written: {error}") from error
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        os.set_inheritable(file.fileno(), True)
         yield
 
 
-def _replace(made: Path, output: Path) -> None:
-    """Copied beside its place and renamed: nobody loads half a library, and a process that has the old one mapped keeps it."""
+def _install(made: Path, output: Path) -> None:
+    """Copied beside its place and renamed: nobody loads half a library, and a process that has the old one mapped keeps it.
+
+    One that has not changed stays: where it is loaded, it is the same file.
+    """
+    if output.is_file() and filecmp.cmp(made, output, shallow=False):
+        return
     output.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=".fastnce-", suffix=".so")
-    os.close(handle)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        shutil.copyfile(made, temporary)
-        os.chmod(temporary, 0o755)
+        shutil.copy(made, temporary)
         os.replace(temporary, output)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _tell_installer(library: Path) -> None:
@@ -276,15 +274,13 @@ def _tell_installer(library: Path) -> None:
         distribution = importlib.metadata.distribution("fastnce")
     except importlib.metadata.PackageNotFoundError:
         return
+    record = next((file for file in distribution.files or () if file.name == "RECORD"), None)
     root = Path(str(distribution.locate_file(""))).resolve()
-    listed = {str(file): file for file in distribution.files or ()}
-    record = next((file for name, file in listed.items() if name.endswith("/RECORD")), None)
-    if root not in library.parents or record is None:
-        return
-    name = library.relative_to(root).as_posix()
-    if name not in listed:
-        with contextlib.suppress(OSError), open(record.locate(), "a") as file:
-            file.write(f"{name},,\n")
+    if record is not None and library.is_relative_to(root):
+        name = library.relative_to(root).as_posix()
+        with contextlib.suppress(OSError), open(record.locate(), "r+") as file:
+            if name not in {line.partition(",")[0] for line in file}:
+                file.write(f"{name},,\n")
 
 
 # What the compilers are and get.
@@ -358,7 +354,7 @@ def for_torch(command: list[str], sources: Path) -> list[str]:
 def targets() -> tuple[str, ...]:
     """``FASTNCE_CUDA_ARCHS``, or this machine's GPUs, or all."""
     value = os.environ.get("FASTNCE_CUDA_ARCHS", "")
-    named = tuple(filter(None, map(str.strip, value.replace(",", ";").split(";"))))
+    named = tuple(re.findall(r"[^,;\s]+", value))
     for target in named:
         if re.fullmatch(r"\d{2,3}[af]?", target) is None:
             raise BuildError(
@@ -399,7 +395,7 @@ def generate(targets: tuple[str, ...]) -> list[str]:
 def source_folder() -> Path | None:
     """``csrc``: inside an installed package, beside it in a checkout; None if neither is there."""
     for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
-        if (folder / "ops.cpp").is_file():
+        if (folder / "cpu").is_dir():
             return folder
     return None
 
@@ -418,68 +414,40 @@ def library_candidates(library: Library = NATIVE) -> list[Path]:
 
 def find_library(library: Library = NATIVE) -> Path | None:
     """The file that was built from the present sources, else any; None if there is none."""
-    found = [path for path in library_candidates(library) if path.is_file()]
-    return next((path for path in found if is_current(path, library)), found[0] if found else None)
+    found = filter(Path.is_file, library_candidates(library))
+    return max(found, key=lambda file: is_current(file, library), default=None)
 
 
 def is_current(file: Path, library: Library = NATIVE) -> bool:
     """Whether a file was built from the present sources (True where there are no sources to compare with)."""
     folder = source_folder()
-    return folder is None or read_stamp(file).startswith(source_hash(folder, library))
-
-
-def _writable_output(library: Library) -> Path:
-    """Where to build a library that nobody gave a place."""
-    first, *others = library_candidates(library)
-    return first if not others or os.access(PACKAGE, os.W_OK) else others[0]
+    return folder is None or _stamp(source_hash(folder, library)) in file.read_bytes()
 
 
 def _build_folder(output: Path) -> Path:
     root = PACKAGE.parent
-    checkout = (root / "csrc" / "ops.cpp").is_file() and os.access(root, os.W_OK)
+    checkout = (root / "csrc" / "cpu").is_dir() and os.access(root, os.W_OK)
     name = f"{output.stem}-{_hash(str(output).encode())}"
     return (root / "build" if checkout else _user_folder()) / name
 
 
 def _user_folder() -> Path:
     """A folder per place of installation, so that two versions do not share one library."""
-    if sys.platform == "darwin":
-        cache = Path("~/Library/Caches")
-    else:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return cache.expanduser() / "fastnce" / _hash(str(PACKAGE).encode())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache / "fastnce" / _hash(str(PACKAGE).encode())
 
 
 def source_hash(folder: Path, library: Library) -> str:
     """Of what a library is built from."""
-    digest = hashlib.sha256()
-    for file in sorted(file for pattern in library.sources for file in folder.glob(pattern)):
-        if file.suffix in (".cpp", ".h", ".cu", ".cuh"):
-            content = file.read_bytes()
-            digest.update(f"{file.relative_to(folder).as_posix()}:{len(content)}:".encode())
-            digest.update(content)
-    return digest.hexdigest()[:20]
+    files = sorted(file for pattern in library.sources for file in folder.glob(pattern))
+    read = [f"{file.relative_to(folder).as_posix()}: {_hash(file.read_bytes())}" for file in files]
+    return _hash("\n".join(read).encode())
+
+
+def _stamp(source_hash: str) -> bytes:
+    """As it stands in a library."""
+    return f"fastnce-build:{source_hash};".encode()
 
 
 def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:12]
-
-
-def _configuration_hash(plan: Plan, sources: Path) -> str:
-    """Of the compilers and of what they are told, wherever torch and the sources lie."""
-    told = [f"{file}: {shlex.join(command)}" for file, command in plan.commands.items()]
-    told += [shlex.join(plan.link), shlex.join(plan.libraries), platform.machine()]
-    compilers = {command[0] for command in (*plan.commands.values(), plan.link)}
-    told += map(compiler_version, sorted(compilers))
-    text = "\n".join(told).replace(str(sources), "").replace(str(torch_folder()), "")
-    return _hash(text.encode())
-
-
-def read_stamp(library: Path) -> str:
-    """What a library was built from."""
-    data = library.read_bytes()
-    start = data.find(_STAMP)
-    if start < 0:
-        return ""
-    start += len(_STAMP)
-    return data[start : data.find(b";", start)].decode(errors="replace")
+    return hashlib.sha256(data).hexdigest()[:16]

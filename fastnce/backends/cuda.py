@@ -11,22 +11,9 @@ from pathlib import Path
 
 import torch
 
-from fastnce.backends import build, fakes
-from fastnce.backends.operators import Operators
+from fastnce.backends import build
+from fastnce.backends.operators import Namespace
 
-# The operators that each op runs. Those without a kernel in the library are not claimed.
-_OPERATORS = {
-    "info_nce": ("info_nce_forward", "info_nce_backward"),
-    "patch_nce": ("patch_nce_forward",),
-    "conditional_contrastive": (
-        "conditional_contrastive_forward",
-        "conditional_contrastive_backward",
-    ),
-    "sample_patches": ("sample_patches_forward", "sample_patches_backward"),
-    "tap_patches": ("sample_patches_forward", "sample_patches_backward", "sample_patches_add_"),
-    "nt_xent": ("sup_con_forward", "sup_con_backward"),
-    "sup_con": ("sup_con_forward", "sup_con_backward"),
-}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)
 _EMULATED = os.environ.get("FASTNCE_CUDA_EMULATED")
@@ -42,7 +29,7 @@ def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
     """``"ok"``, or why ``op`` cannot run here on tensors of ``dtype`` on ``device_type``."""
     if _STATUS != "ok":
         return _STATUS
-    if op not in _OPS:
+    if not _operators.has(op):
         return f"{op} has no CUDA kernel"
     if device_type != _DEVICE:
         return f"the CUDA kernels run on {_DEVICE} tensors{' where emulated' if _EMULATED else ''}"
@@ -51,24 +38,23 @@ def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
     return "ok"
 
 
-def _load() -> tuple[frozenset[str], str]:
-    """The ops that the loaded library has kernels for, and ``"ok"``, or why nothing is loaded."""
+def _load() -> tuple[Namespace | None, str]:
+    """The operators of the loaded library, or why there are none."""
     reason = "ok" if _EMULATED else _gpu()
     if reason != "ok":
-        return frozenset(), reason
+        return None, reason
     how = "python -m tests.cuda_kernels.emulated" if _EMULATED else "FASTNCE_CUDA=1 fastnce build"
     library = Path(_EMULATED) if _EMULATED else build.find_library(build.CUDA)
     if library is None or not library.is_file():
-        return frozenset(), f"the CUDA library is not built. Run: {how}"
+        return None, f"the CUDA library is not built. Run: {how}"
     if not build.is_current(library, build.CUDA):
-        return frozenset(), f"{library} was built from other sources. Run: {how}"
+        return None, f"{library} was built from other sources. Run: {how}"
     try:
         torch.ops.load_library(library)
-    except OSError as error:
+        return Namespace("fastnce_cuda", _DEVICE.upper(), globals()), "ok"
+    except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        return frozenset(), f"the CUDA library cannot be loaded: {reason}. Run: {how}"
-    fakes.register("fastnce_cuda")
-    return frozenset(op for op, names in _OPERATORS.items() if all(map(_has_kernel, names))), "ok"
+        return None, f"the CUDA library cannot be loaded: {reason}. Run: {how}"
 
 
 def _gpu() -> str:
@@ -80,20 +66,4 @@ def _gpu() -> str:
     return "ok"
 
 
-def _has_kernel(operator: str) -> bool:
-    name = f"fastnce_cuda::{operator}"
-    return torch._C._dispatch_has_kernel_for_dispatch_key(name, _DEVICE.upper())
-
-
-_OPS, _STATUS = _load()
-_operators = Operators("fastnce_cuda")
-info_nce_forward = _operators.info_nce_forward
-info_nce_backward = _operators.info_nce_backward
-patch_nce_forward = _operators.patch_nce_forward
-conditional_contrastive_forward = _operators.conditional_contrastive_forward
-conditional_contrastive_backward = _operators.conditional_contrastive_backward
-sup_con_forward = _operators.sup_con_forward
-sup_con_backward = _operators.sup_con_backward
-sample_patches_forward = _operators.sample_patches_forward
-sample_patches_backward = _operators.sample_patches_backward
-sample_patches_add_ = _operators.sample_patches_add_
+_operators, _STATUS = _load()

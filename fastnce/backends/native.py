@@ -8,20 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from fastnce.backends import build, fakes
-from fastnce.backends.operators import Operators
+from fastnce.backends import build
+from fastnce.backends.operators import Namespace
 
-_OPS = (
-    "info_nce",
-    "patch_nce",
-    "conditional_contrastive",
-    "sample_patches",
-    "tap_patches",
-    "nt_xent",
-    "sup_con",
-    "pairwise_cosine_similarity",
-    "labelled_lse",
-)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu",)
 
@@ -35,7 +24,7 @@ def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
     """``"ok"``, or why ``op`` cannot run here on tensors of ``dtype`` on ``device_type``."""
     if _STATUS != "ok":
         return _STATUS
-    if op not in _OPS:
+    if not _operators.has(op):
         return f"{op} has no compiled kernel yet"
     if device_type not in _DEVICES:
         return f"the compiled kernels run on {', '.join(_DEVICES)} tensors"
@@ -67,35 +56,23 @@ def fma_peak(seconds: float = 0.05, dtype: torch.dtype = torch.float32) -> float
     return torch.ops.fastnce.fma_peak(seconds, name)
 
 
-def _load() -> str:
+def _load() -> tuple[Namespace | None, str]:
+    """The operators of the loaded library, or why there are none."""
     try:
         library = build.find_library()
         if library is None:
-            return "the native library is not built. Run: fastnce build"
+            return None, "the native library is not built. Run: fastnce build"
         if not build.is_current(library):
-            return f"{library} was built from other sources. Run: fastnce build"
+            return None, f"{library} was built from other sources. Run: fastnce build"
         torch.ops.load_library(library)
-        fakes.register("fastnce")
+        operators = Namespace("fastnce", "CPU", globals())
+        operators.define("instruction_set() -> str")
+        operators.define("fma_peak(float seconds, str dtype) -> float")
+        return operators, "ok"
     except (OSError, RuntimeError) as error:
         # A library for another processor or an older torch; reported, for the rest works without it.
         reason = str(error).strip().splitlines()[0]
-        return f"the native library cannot be loaded: {reason}. Run: fastnce build"
-    return "ok"
+        return None, f"the native library cannot be loaded: {reason}. Run: fastnce build"
 
 
-_STATUS = _load()
-_operators = Operators("fastnce")
-info_nce_forward = _operators.info_nce_forward
-info_nce_backward = _operators.info_nce_backward
-patch_nce_forward = _operators.patch_nce_forward
-conditional_contrastive_forward = _operators.conditional_contrastive_forward
-conditional_contrastive_backward = _operators.conditional_contrastive_backward
-sup_con_forward = _operators.sup_con_forward
-sup_con_backward = _operators.sup_con_backward
-labelled_lse_forward = _operators.labelled_lse_forward
-labelled_lse_backward = _operators.labelled_lse_backward
-sample_patches_forward = _operators.sample_patches_forward
-sample_patches_backward = _operators.sample_patches_backward
-sample_patches_add_ = _operators.sample_patches_add_
-pairwise_cosine_similarity_forward = _operators.pairwise_cosine_similarity_forward
-pairwise_cosine_similarity_backward = _operators.pairwise_cosine_similarity_backward
+_operators, _STATUS = _load()

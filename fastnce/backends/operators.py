@@ -1,349 +1,148 @@
-"""The ops as a compiled library registers them with PyTorch, seen from Python: a backend's functions, for any namespace.
+"""The declared operators in a namespace of ``torch.ops``, and the functions of a backend that call them.
 
-The operators themselves are described in ``csrc/common/schemas.h`` and ``csrc/ops.cpp``.
+A backend's function of an operator takes the tensors in the order of the schema, with the temperature as one argument; the options by
+name; and ``needs``, a tuple of what the schema has as ``need_x``. It returns the results, the gradients as one tuple, None
+where not needed. So ``info_nce_forward(query, key, negatives, temperature, normalize=..., ..., needs=(True, False, False, True))``
+returns ``(loss, lse, (grad_query, None, None, grad_temperature))``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-Gradients = tuple[Tensor | None, ...]
+from fastnce import registry
+from fastnce.registry import Op, Operator
+
+# Options that a caller may leave out.
+_DEFAULTS = {"mean": False, "loss_layers": 0, "grad_layers": 0}
 
 
-class Operators:
-    """The functions of a backend over the operators of ``torch.ops.<namespace>``; see :mod:`fastnce.backends`."""
+class Namespace:
+    """``torch.ops.<name>``, in which every operator is defined as soon as it is declared.
 
-    def __init__(self, namespace: str) -> None:
-        self._ops = getattr(torch.ops, namespace)
+    Args:
+        name: of the namespace, in which a library's kernels have registered themselves, or register themselves later.
+        device: "CPU" or "CUDA", that of the kernels.
+        functions: gets the backend's function of every operator, by name: the globals of the backend's module.
+    """
 
-    def info_nce_forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        negatives: Tensor | None,
-        temperature: float | Tensor,
-        *,
-        normalize: bool,
-        symmetric: bool,
-        in_batch: bool,
-        self_logit: float | None,
-        grad_scale: float | None,
-        mean: bool = False,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor, Tensor, Gradients]:
-        """Losses, log-sum-exp and, if ``grad_scale`` is given, the gradients of ``grad_scale * losses.sum()``.
+    def __init__(self, name: str, device: str, functions: dict[str, object]) -> None:
+        self.name, self._device, self._functions = name, device, functions
+        self._ops: set[str] = set()
+        self._library = torch.library.Library(name, "DEF")
+        registry.watch(self._define)
 
-        Args:
-            query: (B, N, D), any strides.
-            key: (B, N, D); row i is the positive of query i.
-            negatives: None, (M, D) shared by all queries, or (B, N, M, D) each query's own.
-            temperature: a float or a 0-d tensor.
-            normalize: L2-normalise all rows.
-            symmetric: the mean of the losses of rows and of columns.
-            in_batch: all keys of the batch element are columns, else only a query's own.
-            self_logit: a further constant logit, before the division by the temperature.
-            grad_scale: d L / d loss of every row, or None for no gradients now.
-            mean: ``grad_scale`` is divided by the number of rows, B * N.
-            needs: whether query, key, negatives and temperature need a gradient.
+    def has(self, op: str) -> bool:
+        """Whether there are kernels for all operators that ``op`` runs."""
+        return op in self._ops
 
-        Returns:
-            losses (B, N); lse (B, N), or (2, B, N) if ``symmetric``; the four gradients, None where not needed.
-        """
-        loss, lse, *grads = self._ops.info_nce_forward(
-            query,
-            key,
-            negatives,
-            *_temperature(temperature),
-            normalize,
-            symmetric,
-            in_batch,
-            self_logit,
-            _bfloat16_products(query),
-            grad_scale,
-            mean,
+    def define(self, schema: str) -> None:
+        """An operator of this library alone."""
+        self._library.define(schema)
+
+    def _define(self, op: Op, operators: Sequence[Operator]) -> None:
+        for operator in operators:
+            self.define(operator.schema)
+            name = f"{self.name}::{operator.name}"
+            torch.library.register_fake(name, operator.fake, lib=self._library)
+            self._functions[operator.name] = self._function(operator)
+        if all(map(self._has_kernel, op.runs)):
+            self._ops.add(op.name)
+
+    def _function(self, operator: Operator) -> Callable:
+        return function(self.name, operator)
+
+    def _has_kernel(self, operator: str) -> bool:
+        name = f"{self.name}::{operator}"
+        return torch._C._dispatch_has_kernel_for_dispatch_key(name, self._device)
+
+
+def function(namespace: str, operator: Operator) -> Callable:
+    """The backend's function of an operator."""
+    call = getattr(getattr(torch.ops, namespace), operator.name).default
+    names, before = operator.arguments, operator.results_before_gradients
+    if "temperature" not in names:
+        return call
+    at = names.index("temperature_tensor")
+    rows = 1 if names[0].startswith("grad") else 0
+    rounds, lists = "bfloat16_products" in names, operator.lists
+    options = operator.options
+    defaults = {name: value for name, value in _DEFAULTS.items() if name in options}
+
+    def run(*arguments: object, needs: Sequence[object] = (), **given: object) -> object:
+        temperature = arguments[at]
+        if isinstance(temperature, Tensor):
+            temperature = (temperature, 0.0)
+        else:
+            temperature = (None, float(temperature))
+        if rounds:
+            given["bfloat16_products"] = _bfloat16_products(arguments[rows])
+        values = {**defaults, **given}
+        if len(values) != len(options):
+            unknown = values.keys() ^ set(options)
+            raise TypeError(f"{operator.name}: options that are missing or unknown: {unknown}")
+        found = call(
+            *arguments[:at],
+            *temperature,
+            *arguments[at + 1 :],
+            *[values[name] for name in options],
             *needs,
         )
-        return loss, lse, _needed(grads, needs if grad_scale is not None else ())
+        if not needs:
+            return found
+        gradients = tuple(found[before:])
+        if lists:
+            gradients = tuple(map(_in_place, gradients, needs))
+        return (*found[:before], gradients) if before else gradients
 
-    def info_nce_backward(
-        self,
-        grad_loss: Tensor,
-        query: Tensor,
-        key: Tensor,
-        negatives: Tensor | None,
-        temperature: float | Tensor,
-        lse: Tensor,
-        *,
-        normalize: bool,
-        symmetric: bool,
-        in_batch: bool,
-        self_logit: float | None,
-        needs: Sequence[bool],
-    ) -> Gradients:
-        """The gradients of ``(grad_loss * losses).sum()`` from the ``lse`` of the forward; ``grad_loss`` (B, N), any strides."""
-        grads = self._ops.info_nce_backward(
-            grad_loss,
-            query,
-            key,
-            negatives,
-            *_temperature(temperature),
-            lse,
-            normalize,
-            symmetric,
-            in_batch,
-            self_logit,
-            _bfloat16_products(query),
-            *needs,
-        )
-        return _needed(grads, needs)
-
-    def patch_nce_forward(
-        self,
-        queries: list[Tensor],
-        keys: list[Tensor],
-        temperature: float | Tensor,
-        *,
-        self_logit: float,
-        loss_scales: Sequence[float],
-        grad_scales: Sequence[float] | None,
-        mean_of: tuple[int, int] = (0, 0),
-        needs: tuple[Sequence[bool], Sequence[bool], bool],
-    ) -> tuple[Tensor, Gradients, Gradients, Tensor | None]:
-        """InfoNCE of several layers in one call: ``sum_l loss_scales[l] * losses_l.sum()`` and its gradients.
-
-        Args:
-            queries: (B, N, D) of each layer, one dtype, sizes may differ; normalised, in-batch negatives.
-            keys: like ``queries``.
-            temperature: a float or a 0-d tensor.
-            self_logit: a further constant logit, before the division by the temperature.
-            loss_scales: the weight of each layer's losses in the result.
-            grad_scales: d L / d loss of every row of each layer, or None for no gradients now.
-            mean_of: where not 0, the ``loss_scales``, and the ``grad_scales``, are divided by this number of layers times the
-                layer's rows, B * N.
-            needs: which queries, which keys, and whether the temperature need a gradient.
-
-        Returns:
-            the loss; the gradients of the queries and of the keys, None where not needed; the gradient of the returned loss with
-            respect to the temperature, or None.
-        """
-        need_queries, need_keys, need_temperature = needs
-        loss, grad_queries, grad_keys, grad_temperature = self._ops.patch_nce_forward(
-            queries,
-            keys,
-            *_temperature(temperature),
-            self_logit,
-            _bfloat16_products(queries[0]),
-            loss_scales,
-            grad_scales or (),
-            *mean_of,
-            need_queries,
-            need_keys,
-            need_temperature,
-        )
-        if grad_scales is None:
-            need_queries = need_keys = ()
-            need_temperature = False
-        return (
-            loss,
-            _needed(grad_queries, need_queries),
-            _needed(grad_keys, need_keys),
-            grad_temperature if need_temperature else None,
-        )
-
-    def conditional_contrastive_forward(
-        self,
-        embeddings: Tensor,
-        proxies: Tensor,
-        labels: Tensor,
-        temperature: float | Tensor,
-        *,
-        grad_scale: float | None,
-        mean: bool = False,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor, Tensor, Gradients]:
-        """Losses (N,), lse (2, N) = [log den, log num] and, if ``grad_scale`` is given, the gradients, as in InfoNCE.
-
-        Args:
-            embeddings: (N, D), any strides.
-            proxies: (N, D), each sample's own class proxy.
-            labels: (N,) int64.
-            temperature: a float or a 0-d tensor.
-            grad_scale: d L / d loss of every row, or None for no gradients now.
-            mean: ``grad_scale`` is divided by the number of rows.
-            needs: whether embeddings, proxies and temperature need a gradient.
-        """
-        loss, lse, *grads = self._ops.conditional_contrastive_forward(
-            embeddings, proxies, labels, *_temperature(temperature), grad_scale, mean, *needs
-        )
-        return loss, lse, _needed(grads, needs if grad_scale is not None else ())
-
-    def conditional_contrastive_backward(
-        self,
-        grad_loss: Tensor,
-        embeddings: Tensor,
-        proxies: Tensor,
-        labels: Tensor,
-        temperature: float | Tensor,
-        lse: Tensor,
-        *,
-        needs: Sequence[bool],
-    ) -> Gradients:
-        """The gradients of ``(grad_loss * losses).sum()`` from the ``lse`` of the forward."""
-        grads = self._ops.conditional_contrastive_backward(
-            grad_loss, embeddings, proxies, labels, *_temperature(temperature), lse, *needs
-        )
-        return _needed(grads, needs)
-
-    def sup_con_forward(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        temperature: float | Tensor,
-        *,
-        grad_scale: float | None,
-        mean: bool,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
-        """Losses, has_positive and lse, all (N,), and, if ``grad_scale`` is given, the gradients, as in InfoNCE.
-
-        Args:
-            features: (N, D), any strides.
-            labels: (N,) int64.
-            temperature: a float or a 0-d tensor.
-            grad_scale: d L / d loss of every row that has a positive, or None for no gradients now.
-            mean: ``grad_scale`` is divided by the number of those rows.
-            needs: whether features and temperature need a gradient.
-        """
-        loss, has_positive, lse, *grads = self._ops.sup_con_forward(
-            features, labels, *_temperature(temperature), grad_scale, mean, *needs
-        )
-        return loss, has_positive, lse, _needed(grads, needs if grad_scale is not None else ())
-
-    def sup_con_backward(
-        self,
-        grad_loss: Tensor,
-        features: Tensor,
-        labels: Tensor,
-        temperature: float | Tensor,
-        lse: Tensor,
-        *,
-        needs: Sequence[bool],
-    ) -> Gradients:
-        """The gradients of ``(grad_loss * losses).sum()`` from the ``lse`` of the forward."""
-        grads = self._ops.sup_con_backward(
-            grad_loss, features, labels, *_temperature(temperature), lse, *needs
-        )
-        return _needed(grads, needs)
-
-    def labelled_lse_forward(
-        self,
-        x: Tensor,
-        y: Tensor,
-        x_labels: Tensor,
-        y_labels: Tensor,
-        temperature: float | Tensor,
-        *,
-        own: bool,
-    ) -> Tensor:
-        """(N, 2) float64, see :func:`fastnce.reference.labelled_lse_forward`."""
-        return self._ops.labelled_lse_forward(
-            x, y, x_labels, y_labels, *_temperature(temperature), own
-        )
-
-    def labelled_lse_backward(
-        self,
-        x: Tensor,
-        y: Tensor,
-        x_labels: Tensor,
-        y_labels: Tensor,
-        temperature: float | Tensor,
-        x_state: Tensor,
-        y_state: Tensor,
-        *,
-        own: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """The gradients of x and the temperature, see :func:`fastnce.reference.labelled_lse_backward`."""
-        return self._ops.labelled_lse_backward(
-            x, y, x_labels, y_labels, *_temperature(temperature), x_state, y_state, own
-        )
-
-    def sample_patches_forward(
-        self, features: list[Tensor], patch_ids: list[Tensor], normalize: bool
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Patches (B, S, C) of each map (B, C, H, W), and their inverse norms (B, S), [] unless ``normalize``."""
-        return self._ops.sample_patches_forward(features, patch_ids, normalize)
-
-    def sample_patches_backward(
-        self,
-        grad_patches: list[Tensor],
-        patches: list[Tensor],
-        inverse_norms: list[Tensor],
-        patch_ids: list[Tensor],
-        feature_likes: list[Tensor],
-        normalize: bool,
-    ) -> list[Tensor]:
-        """The gradient of each map, laid out like ``feature_likes``; ``patches`` may be [] unless ``normalize``."""
-        return self._ops.sample_patches_backward(
-            grad_patches, patches, inverse_norms, patch_ids, feature_likes, normalize
-        )
-
-    def sample_patches_add_(
-        self,
-        maps: list[Tensor],
-        grad_patches: list[Tensor],
-        patches: list[Tensor],
-        inverse_norms: list[Tensor],
-        patch_ids: list[Tensor],
-        normalize: bool,
-    ) -> None:
-        """Adds what :func:`sample_patches_backward` returns to ``maps``, which must not overlap in memory, in place."""
-        self._ops.sample_patches_add_(
-            maps, grad_patches, patches, inverse_norms, patch_ids, normalize
-        )
-
-    def pairwise_cosine_similarity_forward(
-        self, x: Tensor, y: Tensor | None, temperature: float | Tensor
-    ) -> Tensor:
-        """The cosines of all rows of x (..., N, D) with those of y (..., M, D), or with its own, divided by ``temperature``."""
-        return self._ops.pairwise_cosine_similarity_forward(
-            x, y, *_temperature(temperature), _bfloat16_products(x)
-        )
-
-    def pairwise_cosine_similarity_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        y: Tensor | None,
-        temperature: float | Tensor,
-        *,
-        needs: Sequence[bool],
-    ) -> Gradients:
-        """The gradients of x (of both its uses where ``y`` is None), of y and of the temperature; ``grad`` may have any strides."""
-        grads = self._ops.pairwise_cosine_similarity_backward(
-            grad, x, y, *_temperature(temperature), _bfloat16_products(x), *needs
-        )
-        return _needed(grads, needs)
+    return run
 
 
-def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
-    if isinstance(temperature, Tensor):
-        return temperature, 0.0
-    return None, float(temperature)
+def _in_place(found: Tensor | list[Tensor] | None, needs: bool | Sequence[bool]) -> object:
+    """Of lists, operators return the gradients that are needed, and functions None for the others."""
+    if not isinstance(found, list):
+        return found
+    gradients = iter(found)
+    return [next(gradients, None) if need else None for need in needs]
 
 
-def _bfloat16_products(x: Tensor) -> bool:
+def implementation(operator: Operator, function: Callable) -> Callable:
+    """The operator whose results are those of a ``function`` that a backend has."""
+
+    def run(*arguments: object) -> object:
+        values = dict(zip(operator.arguments, arguments, strict=True))
+        values.pop("bfloat16_products", None)
+        temperature = values.pop("temperature_tensor", None)
+        if temperature is not None:
+            # A float that a compiler keeps variable comes in float64.
+            values["temperature"] = temperature.float()
+        if operator.needs:
+            values["needs"] = tuple(values.pop(name) for name in operator.needs)
+        found = function(**values)
+        if not isinstance(found, tuple):
+            return found
+        if operator.needs and operator.results_before_gradients:
+            found = (*found[:-1], *found[-1])
+        return tuple(_apart(x) if isinstance(x, Sequence) else x for x in found)
+
+    return run
+
+
+def _apart(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """Those that are there, and copies of those that share memory: an operator's results must not."""
+    found = [x for x in tensors if x is not None]
+    return [x if x.untyped_storage().nbytes() == x.nbytes else x.clone() for x in found]
+
+
+def _bfloat16_products(x: Tensor | list[Tensor]) -> bool:
     """Whether products may round their factors to bfloat16, which costs bfloat16 inputs nothing."""
-    return x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and _medium_precision())
+    dtype = (x if isinstance(x, Tensor) else x[0]).dtype
+    return dtype == torch.bfloat16 or (dtype == torch.float32 and _medium_precision())
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace the question; the answer is compiled in
 def _medium_precision() -> bool:
     return torch.get_float32_matmul_precision() == "medium"
-
-
-def _needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> Gradients:
-    wanted = tuple(needs) or (False,) * len(grads)
-    return tuple(grad if need else None for grad, need in zip(grads, wanted, strict=True))

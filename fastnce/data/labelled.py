@@ -1,29 +1,38 @@
-"""Images with class labels, as an endless stream of samples."""
+"""Images with class labels, as an endless stream of samples: class folders, Tiny ImageNet, CIFAR, and images without classes."""
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import get_worker_info
 
 from fastnce.data.broken import BrokenFiles, readable
 from fastnce.data.cifar import ImageArrays, holds_cifar, open_cifar
-from fastnce.data.class_folders import ImageFiles, has_folder, open_class_folders
+from fastnce.data.domains import EAGER_BYTES
 from fastnce.data.files import named_sizes
-from fastnce.data.folders import read_image, to_array, to_tensor
-from fastnce.data.survey import describe_folder
-from fastnce.data.transforms import counter_rng
+from fastnce.data.folders import contents, describe_folder, list_images
+from fastnce.data.images import EXTENSIONS, read_image, to_array, to_tensor
+from fastnce.data.stream import Stream, counter_rng
 from fastnce.errors import UserError
+
+ANNOTATIONS = "val_annotations.txt"
+
+NO_CLASSES = ("images",)
+"""The class names of images without classes: they are one class, with nothing to tell apart."""
+
+# A split's folder, in order of preference; any other split is the folder of its own name.
+FOLDERS = {"test": ("test", "valid", "val"), "valid": ("valid", "val"), "val": ("val", "valid")}
+
+_WITHOUT = "Images without classes are for simclr, moco, and contragan with conditioning=none."
 
 _ORDER_STREAM, _FLIP_STREAM = 3, 4
 # Of class-balanced drawing: the order of the classes, and that of a class's images.
 _CLASS_STREAM, _IMAGE_STREAM = 6, 7
-
-# Up to this many bytes of images are decoded when the dataset is made, the rest when first needed.
-EAGER_BYTES = 64 * 2**20
 
 # Of larger sets the images are not looked at for `describe`, and `files` has the classes instead of the files.
 _MANY_FILES = 50_000
@@ -31,7 +40,7 @@ _MANY_FILES = 50_000
 _log = logging.getLogger("fastnce")
 
 
-class LabelledImages(Dataset):
+class LabelledImages(Stream):
     """Class folders, Tiny ImageNet, CIFAR-10 or CIFAR-100, recognised by what is in the folder.
 
     Sample i, for any i >= 0, is a pure function of (seed, i) and the arguments, so samples can be read in any order, by
@@ -98,33 +107,32 @@ class LabelledImages(Dataset):
         class_balance: bool = False,
         broken_files: str = "error",
     ) -> None:
+        super().__init__(seed)
         if image_size < 1:
             raise UserError(f"image_size={image_size}: expected a number of pixels, at least 1.")
         if channels not in (1, 3):
             raise UserError(
                 f"channels={channels}: images have 1 (greyscale) or 3 (RGB). Use 1 or 3."
             )
-        self.image_size, self.channels, self.flip, self.seed = image_size, channels, flip, seed
+        self.image_size, self.channels, self.flip = image_size, channels, flip
         self._root, self._skip = Path(root), broken_files == "skip"
         source = open_labelled(root, split, classes, needs_labels=needs_labels)
         if isinstance(source, ImageFiles) and self._skip and split != "train":
             source = _readable(source, channels)
-        self._source = source
-        self._broken, self._sizes = None, None
+        self._source, self._sizes = source, None
+        self._broken, self.cache_bytes = None, 0  # CIFAR's images are in memory already
         if isinstance(source, ImageFiles):
             self._broken = BrokenFiles(source.folder, source.paths, self._skip, source.labels)
-        # CIFAR's images are in memory already.
-        self.cache_bytes = cache_bytes if isinstance(self._source, ImageFiles) else 0
-        self.class_names = self._source.class_names
-        self.labels = torch.from_numpy(self._source.labels)
+            self.cache_bytes = cache_bytes
+        self.class_names = source.class_names
+        self.labels = torch.from_numpy(source.labels)
         self.class_balance = class_balance
-        by_class = np.argsort(self._source.labels, kind="stable")
-        counts = np.bincount(self._source.labels, minlength=self.num_classes)
+        by_class = np.argsort(source.labels, kind="stable")
+        counts = np.bincount(source.labels, minlength=self.num_classes)
         self._members = np.split(by_class, np.cumsum(counts)[:-1])
         if class_balance and split == "train" and counts.min() == 0:
             empty = self.class_names[int(counts.argmin())]
             raise UserError(f"class_balance: {root} has no training image of {empty}. Add some.")
-        self._orders: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
         self._cache: dict[int, np.ndarray] = {}
         self._image_bytes = channels * image_size**2
         if len(self) * self._image_bytes <= min(EAGER_BYTES, self.cache_bytes):
@@ -139,12 +147,8 @@ class LabelledImages(Dataset):
         """Samples in an epoch: the number of images."""
         return len(self.labels)
 
-    def __iter__(self):
-        """One epoch; without this a plain `for` would never end, as every index is valid."""
-        return (self[index] for index in range(len(self)))
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Sample `index` of the stream: {"image": (C, H, W) float32 in [-1, 1], "label": () int64}."""
+    def sample(self, index: int) -> dict[str, torch.Tensor]:
+        """{"image": (C, H, W) float32 in [-1, 1], "label": () int64}."""
         image = self.image_index(index)
         pixels = self.pixels(image)
         if self.flip and counter_rng(self.seed, _FLIP_STREAM, index).random() < 0.5:
@@ -152,44 +156,30 @@ class LabelledImages(Dataset):
         return {"image": to_tensor(pixels), "label": torch.tensor(int(self.labels[image]))}
 
     def image_index(self, index: int, epoch_samples: int | None = None) -> int:
-        """Which image, in the order of the files, sample `index` of the stream shows.
+        """The image, in the order of the files, that sample `index` of the stream shows.
 
         With `epoch_samples`, of a stream whose epochs end after so many samples, before they have shown all images; with
         `class_balance` it does not matter.
         """
-        if index < 0:
-            raise IndexError(f"LabelledImages: sample {index} does not exist. Samples start at 0.")
         if not self.class_balance:
             epoch, position = divmod(index, epoch_samples or len(self))
-            return int(self._permutation(_ORDER_STREAM, 0, epoch, len(self))[position])
+            return int(self.permutation(_ORDER_STREAM, epoch, len(self))[position])
         classes = self.num_classes
         turn, position = divmod(index, classes)
-        label = int(self._permutation(_CLASS_STREAM, 0, turn, classes)[position])
+        label = int(self.permutation(_CLASS_STREAM, turn, classes)[position])
         images = self._members[label]
         cycle, position = divmod(turn, len(images))
         # A class's cycles are told from another's by their numbers.
-        order = self._permutation(_IMAGE_STREAM, label, cycle * classes + label, len(images))
+        number = cycle * classes + label
+        order = self.permutation(_IMAGE_STREAM, number, len(images), slot=label)
         return int(images[order[position]])
-
-    def _permutation(self, stream: int, slot: int, number: int, length: int) -> np.ndarray:
-        """Permutation `number` of a stream of random numbers; the last one of each slot is kept."""
-        kept, order = self._orders.get((stream, slot), (-1, np.empty(0)))
-        if kept != number:
-            order = counter_rng(self.seed, stream, number).permutation(length)
-            self._orders[stream, slot] = number, order
-        return order
 
     def image(self, index: int) -> torch.Tensor:
         """The image at `index` in the order of the files: (C, H, W) float32 in [-1, 1]."""
         return to_tensor(self.pixels(index))
 
     def all_images(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All images in the order of the files, for sets that fit in memory.
-
-        Returns:
-            images: (N, C, H, W) uint8.
-            labels: (N,) int64.
-        """
+        """All images (N, C, H, W) uint8 and labels (N,) int64 in the order of the files, for sets that fit in memory."""
         images = np.empty((len(self), self.image_size, self.image_size, self.channels), np.uint8)
         for index in range(len(self)):
             images[index] = self.pixels(index)
@@ -218,7 +208,7 @@ class LabelledImages(Dataset):
         return {"train": sizes}
 
     def describe(self) -> list[str]:
-        """What was found: classes and images in each, and the line of `describe_folder`, unless there are very many."""
+        """A line on the classes and the images in each, and that of `describe_folder`, unless there are very many."""
         counts = self.labels.bincount(minlength=self.num_classes)
         least, greatest = int(counts.min()), int(counts.max())
         each = str(least) if least == greatest else f"{least} to {greatest}"
@@ -243,14 +233,32 @@ class LabelledImages(Dataset):
         return array
 
 
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files with labels; nothing is decoded before it is read.
+
+    `class_names` by label, `labels` (N,) int64, the N `paths`, and the split's `folder`, which holds them.
+    """
+
+    class_names: tuple[str, ...]
+    labels: np.ndarray
+    paths: list[Path]
+    folder: Path
+
+    def read(self, index: int, channels: int) -> Image.Image:
+        """Image `index`, RGB or greyscale; UserError, naming the file, if it cannot be read."""
+        return read_image(self.paths[index], channels)
+
+    def take(self, indices: np.ndarray, class_names: tuple[str, ...], labels: np.ndarray) -> Self:
+        """These images, with other labels."""
+        paths = [self.paths[index] for index in indices]
+        return replace(self, class_names=class_names, labels=labels, paths=paths)
+
+
 def open_labelled(
     root: Path | str, split: str, classes: Sequence[str] = (), *, needs_labels: bool = True
 ) -> ImageFiles | ImageArrays:
-    """Recognises what is in `root`, and reads it or, if it is files of images, lists it.
-
-    Raises:
-        UserError: If there is nothing that is known, it is not whole, or a class of `classes` is missing.
-    """
+    """The labelled set in `root`: CIFAR's images, or a list of files. UserError if there is none, or a class of `classes` is missing."""
     root = Path(root)
     if not root.is_dir():
         what = "is a file" if root.exists() else "no such folder"
@@ -319,3 +327,121 @@ def to_square(image: Image.Image, size: int) -> Image.Image:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))
     return square.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def open_class_folders(root: Path, split: str, *, needs_labels: bool = True) -> ImageFiles:
+    """Finds `root/SPLIT/CLASS/*.png` and the like, at any depth below the class's folder.
+
+    The classes are the folders of `root/train`, sorted, whatever the split: a label means the same in all. "test" is
+    `root/test`, else `root/valid`, else `root/val`. Tiny ImageNet's validation images, whose classes are in a file and whose test
+    images have none, are found as "test", "valid" and "val". Without `needs_labels`, a training folder without class folders, or
+    with one, is a set of images without classes (`NO_CLASSES`), at any depth; and so is a `root` that holds images and no such
+    folder. UserError if something is missing.
+    """
+    if not needs_labels and _without_classes(root):
+        return _images_without_classes(root, split)
+    names = tuple(folder.name for folder in _class_folders(_split_folder(root, "train")))
+    if len(names) < 2:
+        raise UserError(
+            f"{root / 'train'}: holds the one class folder {names[0]}. "
+            f"Expected two or more: the label is what there is to learn. {_WITHOUT}"
+        )
+    if split in FOLDERS and (root / "val" / ANNOTATIONS).is_file():
+        return _tiny_imagenet_val(root / "val", names)
+    label_of = {name: label for label, name in enumerate(names)}
+    paths, labels = [], []
+    folder = _split_folder(root, split)
+    for subfolder in _class_folders(folder):
+        if subfolder.name not in label_of:
+            raise _unknown_class(subfolder, subfolder.name, root)
+        found = list_images(subfolder)
+        paths += found
+        labels += [label_of[subfolder.name]] * len(found)
+    return ImageFiles(names, np.array(labels, dtype=np.int64), paths, folder)
+
+
+def _images_without_classes(root: Path, split: str) -> ImageFiles:
+    if split == "train" and not (root / "train").is_dir():
+        folder = root
+        others = {root / name for names in FOLDERS.values() for name in names}
+        paths = [path for path in list_images(root) if others.isdisjoint(path.parents)]
+    else:
+        folder = _split_folder(root, split)
+        paths = list_images(folder)
+    return ImageFiles(NO_CLASSES, np.zeros(len(paths), dtype=np.int64), paths, folder)
+
+
+def has_folder(root: Path, split: str) -> bool:
+    """Whether there is a folder of this split."""
+    return any((root / name).is_dir() for name in FOLDERS.get(split, (split,)))
+
+
+def holds_images(root: Path) -> bool:
+    """Whether the images to train on lie in the folder `root` itself: it holds some, and no folder train."""
+    if not root.is_dir() or (root / "train").is_dir():
+        return False
+    return any(_is_image(entry) for entry in root.iterdir())
+
+
+def _without_classes(root: Path) -> bool:
+    train = root / "train"
+    return len(_subfolders(train)) < 2 if train.is_dir() else holds_images(root)
+
+
+def _is_image(entry: Path) -> bool:
+    hidden = entry.name.startswith(".")
+    return not hidden and entry.is_file() and entry.name.lower().endswith(EXTENSIONS)
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    names = FOLDERS.get(split, (split,))
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise UserError(
+        f"{root}: holds no folder {' or '.join(names)}. Expected train/CLASS/ and test/CLASS/ (or valid, or val) "
+        f"with the images of each class, or CIFAR-10, CIFAR-100 or Tiny ImageNet as distributed; found {contents(root)}. {_WITHOUT}"
+    )
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    found = _subfolders(folder)
+    if not found:
+        raise UserError(
+            f"{folder}: holds no folder for a class. Expected one for each class, with its images; "
+            f"found {contents(folder)}. {_WITHOUT}"
+        )
+    return found
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(x for x in folder.iterdir() if x.is_dir() and not x.name.startswith("."))
+
+
+def _tiny_imagenet_val(folder: Path, names: tuple[str, ...]) -> ImageFiles:
+    """Each line of the annotations: file name, class, and four numbers of a box, divided by tabs."""
+    label_of = {name: label for label, name in enumerate(names)}
+    annotations = folder / ANNOTATIONS
+    lines = annotations.read_text(encoding="utf-8", errors="replace").splitlines()
+    paths, labels = [], []
+    for number, line in enumerate(lines, 1):
+        fields = line.split("\t")
+        if len(fields) < 2:
+            raise UserError(
+                f"{annotations}: line {number} is {line!r}, not a file name and a class with a tab between. "
+                "Unpack the archive again."
+            )
+        if fields[1] not in label_of:
+            raise _unknown_class(f"{annotations}, line {number}", fields[1], folder.parent)
+        paths.append(folder / "images" / fields[0])
+        labels.append(label_of[fields[1]])
+    if not paths:
+        raise UserError(f"{annotations}: is empty. Unpack the archive again.")
+    return ImageFiles(names, np.array(labels, dtype=np.int64), paths, folder)
+
+
+def _unknown_class(where: object, name: str, root: Path) -> UserError:
+    return UserError(
+        f"{where}: is of the class {name}, but {root / 'train'} holds no folder of this name. "
+        "Add the class to train, or remove it here."
+    )

@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
 
 from fastnce.data.broken import readable
+from fastnce.data.domains import expect_one_of
 from fastnce.data.files import named_sizes
-from fastnce.data.folders import Bands, list_images, read_image, split_folder, to_array, to_tensor
-from fastnce.data.survey import describe_folder
-from fastnce.data.transforms import counter_rng, resize
+from fastnce.data.folders import describe_folder, list_images, split_folder
+from fastnce.data.images import Bands, read_image, resize, to_array, to_tensor
+from fastnce.data.stream import Stream, counter_rng
 from fastnce.errors import UserError
 
 A_STREAM, B_STREAM = 20, 21
 
 
-class SingleImagePatches(Dataset):
+class SingleImagePatches(Stream):
     """Patches of `root/trainA` and of `root/trainB`, which hold one image each, or a few.
 
-    Sample i, for any i >= 0, is a pure function of (seed, i) and the arguments. It is made for A and for B independently:
-    draw an image of the folder, shrink it to random shares of its width and height, each uniform in
-    [1 / max_zoom_out, 1] but no smaller than the patch, cut a patch of `crop_size` pixels at a uniformly drawn place, and
-    mirror it in half of the cases.
+    Sample i, for any i >= 0, is a pure function of (seed, i) and the arguments. It is made for A and for B independently: an
+    image of the folder is drawn and shrunk to random shares of its width and height, each uniform in [1 / max_zoom_out, 1] but
+    no smaller than the patch. A patch of `crop_size` pixels is cut at a uniformly drawn place, and mirrored in half of the
+    cases.
 
-    The patch is that of the whole image shrunk, which the published code does for every patch, but only the patch's own
-    pixels are computed: Pillow's `resize` with a `box` reads beyond the box what the bicubic kernel needs, so that a patch has
-    no borders. Values are rounded and clipped to 8 bits between the horizontal and the vertical pass, and Pillow chooses
-    which comes first by the sizes; where the order differs, so do pixels, by a level or, at edges that overshoot black or
-    white, by some.
+    The patch is that of the whole image shrunk, which the published code does for every patch, but only the patch's own pixels
+    are computed: Pillow's `resize` with a `box` reads beyond the box what the bicubic kernel needs, so that a patch has no
+    borders. Values are rounded and clipped to 8 bits between the horizontal and the vertical pass, and Pillow chooses by the
+    sizes which comes first. Where the order differs, so do pixels: by a level or, at edges that overshoot black or white, by
+    some.
 
     The published code draws zooms for groups of as many samples as a batch has, and then shuffles the samples, so that its
     batches mix zooms all the same. Here the zoom is drawn for each sample.
@@ -43,14 +43,9 @@ class SingleImagePatches(Dataset):
         crop_size: Side of a patch in pixels.
         max_zoom_out: By how much the image is shrunk at most, at least 1; `--random_scale_max` of the published code.
         flip: Mirrors each patch with probability 0.5.
-        channels_a: 3 for RGB, 1 for greyscale, of the samples' "A".
-        channels_b: The same for "B".
-        bits: 16 keeps all bits of 16-bit greyscale files; 8 scales them to 8.
-        value_range: The files' numbers that become -1 and 1: see `UnpairedImages`.
-        direction: "AtoB", or "BtoA" to read "A" from trainB and "B" from trainA.
         epoch_samples: Samples in an epoch, which only the learning rate's schedule knows.
-        seed: Seed of the stream.
         broken_files: "error" stops at a file that cannot be read; "skip" leaves it out and names it in the log.
+        channels_a, channels_b, bits, value_range, direction, seed: As of `UnpairedImages`.
 
     Raises:
         UserError: A folder is missing or empty, a file is not an image, an image is smaller than a patch, or an argument is
@@ -76,23 +71,26 @@ class SingleImagePatches(Dataset):
         seed: int = 0,
         broken_files: str = "error",
     ) -> None:
-        for name, value in (("crop_size", crop_size), ("max_zoom_out", max_zoom_out)):
+        super().__init__(seed)
+        least_one = {
+            "crop_size": crop_size,
+            "max_zoom_out": max_zoom_out,
+            "epoch_samples": epoch_samples,
+        }
+        for name, value in least_one.items():
             if value < 1:
                 raise UserError(f"{name}={value} is too small. Use {name} >= 1.")
-        if epoch_samples < 1:
-            raise UserError(f"epoch_samples={epoch_samples} is too small. Use epoch_samples >= 1.")
-        if direction not in ("AtoB", "BtoA"):
-            raise UserError(f'direction="{direction}": expected AtoB or BtoA.')
-        first, second = direction.split("to")
-        folder_a, folder_b = split_folder(root, split, first), split_folder(root, split, second)
-        rest = bits, value_range
-        self._read_from = ((folder_a, channels_a, *rest), (folder_b, channels_b, *rest))
+        expect_one_of("direction", direction, ("AtoB", "BtoA"))
+        folders = [split_folder(root, split, domain) for domain in direction.split("to")]
+        self._read_from = [
+            (folder, channels, bits, value_range)
+            for folder, channels in zip(folders, (channels_a, channels_b), strict=True)
+        ]
         self._skip = broken_files == "skip"
-        self.a, files_a = _images(*self._read_from[0], crop_size, self._skip)
-        self.b, files_b = _images(*self._read_from[1], crop_size, self._skip)
-        self._files = {"A": files_a, "B": files_b}
         self.crop_size, self.max_zoom_out, self.flip = crop_size, max_zoom_out, flip
-        self.epoch_samples, self.seed = epoch_samples, seed
+        self.epoch_samples = epoch_samples
+        (self.a, files_a), (self.b, files_b) = (self._images(*how) for how in self._read_from)
+        self._files = {"A": files_a, "B": files_b}
 
     def files(self) -> dict[str, dict[str, int | None]]:
         """The files of "A" and "B" by their names, with their sizes in bytes: see `fastnce.data.files.changed_files`."""
@@ -104,32 +102,24 @@ class SingleImagePatches(Dataset):
         folder_a, folder_b = (how[0] for how in self._read_from)
         return {size: folder_a}, {size: folder_b}
 
-    def __len__(self) -> int:
-        """Samples in an epoch."""
-        return self.epoch_samples
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """One epoch; without this a plain `for` would never end, as every index is valid."""
-        return (self[index] for index in range(len(self)))
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Sample `index` of the stream: {"A": (C, crop_size, crop_size), "B": the same}, float32 in [-1, 1]."""
-        if index < 0:
-            raise IndexError(
-                f"SingleImagePatches: sample {index} does not exist. Samples start at 0."
-            )
-        return {
-            "A": self._patch(self.a, counter_rng(self.seed, A_STREAM, index)),
-            "B": self._patch(self.b, counter_rng(self.seed, B_STREAM, index)),
-        }
-
     def describe(self) -> list[str]:
-        """What was found, in a line for each folder: see `describe_folder`."""
+        """A line for each folder: see `describe_folder`."""
         return [
             line
             for folder, *how in self._read_from
             for line in describe_folder(folder, list_images(folder), *how, skip_broken=self._skip)
         ]
+
+    def __len__(self) -> int:
+        """Samples in an epoch."""
+        return self.epoch_samples
+
+    def sample(self, index: int) -> dict[str, torch.Tensor]:
+        """{"A": (C, crop_size, crop_size), "B": the same}, float32 in [-1, 1]."""
+        return {
+            "A": self._patch(self.a, counter_rng(self.seed, A_STREAM, index)),
+            "B": self._patch(self.b, counter_rng(self.seed, B_STREAM, index)),
+        }
 
     def _patch(self, images: list[Image.Image | Bands], rng: np.random.Generator) -> torch.Tensor:
         image = images[rng.integers(len(images))]
@@ -144,6 +134,22 @@ class SingleImagePatches(Dataset):
         mirrored = self.flip and rng.random() < 0.5
         return to_tensor(patch[:, ::-1] if mirrored else patch)
 
+    def _images(
+        self, folder: Path, *how: object
+    ) -> tuple[list[Image.Image | Bands], dict[str, int | None]]:
+        """All images of `folder`, decoded once and for all, each checked to be as large as a patch; and the files' sizes in bytes."""
+        paths, images = list_images(folder), []
+        sizes = dict.fromkeys(path.relative_to(folder).as_posix() for path in paths)
+        for path, image in readable(paths, lambda path: read_image(path, *how), skip=self._skip):
+            if min(image.size) < self.crop_size:
+                raise UserError(
+                    f"{path}: {image.width}x{image.height} is smaller than the crop of {self.crop_size}x{self.crop_size}. Use a "
+                    f"crop_size of at most {min(image.size)}, or a larger image."
+                )
+            images.append(image)
+            sizes |= named_sizes(folder, [path])
+        return images, sizes
+
 
 def shrunk_patch(
     image: Image.Image | Bands, size: tuple[int, int], corner: tuple[int, int], side: int
@@ -155,31 +161,3 @@ def shrunk_patch(
     # The last edge may come out of the image by a rounding error, which Pillow refuses.
     box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
     return resize(image, side, side, box)
-
-
-def _images(
-    folder: Path,
-    channels: int,
-    bits: int,
-    value_range: tuple[float, float] | None,
-    crop_size: int,
-    skip: bool,
-) -> tuple[list[Image.Image | Bands], dict[str, int | None]]:
-    """All images of `folder`, decoded once and for all, each checked to be as large as a patch; and the files' sizes in bytes."""
-    paths, images = list_images(folder), []
-    sizes: dict[str, int | None] = dict.fromkeys(
-        path.relative_to(folder).as_posix() for path in paths
-    )
-
-    def read(path: Path) -> Image.Image | Bands:
-        return read_image(path, channels, bits, value_range)
-
-    for path, image in readable(paths, read, skip=skip):
-        if min(image.size) < crop_size:
-            raise UserError(
-                f"{path}: {image.width}x{image.height} is smaller than the crop of {crop_size}x{crop_size}. Use a crop_size "
-                f"of at most {min(image.size)}, or a larger image."
-            )
-        images.append(image)
-        sizes |= named_sizes(folder, [path])
-    return images, sizes

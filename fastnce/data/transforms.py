@@ -1,4 +1,4 @@
-"""What happens to an image between its file and the network.
+"""From an image file's pixels to the network: scaling, cutting, warping, mirroring.
 
 Every random choice comes from a generator that is made from (seed, stream, index), so an image's
 augmentation depends on nothing but these: not on the order of reading, the number of workers, or
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from fastnce.data.folders import Bands, to_array, to_image
+from fastnce.data.images import Bands, resize, to_array, to_image
 from fastnce.errors import UserError
 
 RANDOM_TOKENS = ("zoom", "crop", "patch", "trim")
@@ -25,18 +25,6 @@ ZOOM = (0.8, 1.0)
 MAX_ROTATION = math.radians(10)
 MAX_SHIFT = 1 / 20
 MAX_SCALING = 0.08
-
-
-def counter_rng(seed: int, stream: int, index: int) -> np.random.Generator:
-    """A generator of its own for each (seed, stream, index); making one takes microseconds.
-
-    Philox is counter-based: `seed` and `stream` are its key, `index` the high half of its counter,
-    so no two of these sequences overlap.
-    """
-    key = np.array([seed % 2**64, stream], dtype=np.uint64)
-    return np.random.Generator(
-        np.random.Philox(key=key, counter=np.array([0, 0, index, 0], dtype=np.uint64))
-    )
 
 
 def multiple_size(width: int, height: int, multiple: int = 4) -> tuple[int, int]:
@@ -223,18 +211,11 @@ def draw_affine(rng: np.random.Generator) -> Affine:
 
 
 def warp(array: np.ndarray, affine: Affine) -> np.ndarray:
-    """Turns and scales about the centre, then shifts.
+    """Turns and scales an array (H, W, C) about the centre, then shifts.
 
     Takes the nearest pixel, because any average of neighbours would weaken sensor noise, and then
     training would see less of it than testing. Beyond the border the image is mirrored, which
     leaves no edge without noise either.
-
-    Args:
-        array: (H, W, C).
-        affine: What to do.
-
-    Returns:
-        An array of the same shape.
     """
     height, width = array.shape[:2]
     y, x = _centred_grid(height, width)
@@ -257,21 +238,3 @@ def _mirror(position: np.ndarray, size: int) -> np.ndarray:
     """The nearest index, mirrored about the first and the last; a small warp needs it once."""
     index = np.abs(np.rint(position).astype(np.int64))
     return np.maximum(size - 1 - np.abs(size - 1 - index), 0)
-
-
-def resize(
-    image: Image.Image | Bands,
-    width: int,
-    height: int,
-    box: tuple[float, float, float, float] | None = None,
-) -> Image.Image | Bands:
-    """Resizes (bicubic) an image as `read_image` gives it, or the part of it in `box` (left, top, right, bottom)."""
-    size = (width, height)
-    if image.size == size and box in (None, (0, 0, *size)):
-        return image
-    if image.mode != "I;16":
-        return image.resize(size, Image.Resampling.BICUBIC, box)
-    # Through float32, which holds 16 bits exactly; bicubic weights overshoot at edges.
-    values = Image.fromarray(np.asarray(image).astype(np.float32))
-    resized = np.asarray(values.resize(size, Image.Resampling.BICUBIC, box))
-    return Image.fromarray(resized.round().clip(0, 65535).astype(np.uint16))

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
-from torch.utils.data import Dataset
 
-from fastnce.data.folders import to_array, to_image, to_tensor
+from fastnce.data.images import to_array, to_image, to_tensor
 from fastnce.data.labelled import LabelledImages
-from fastnce.data.transforms import counter_rng
+from fastnce.data.stream import Stream, counter_rng
 from fastnce.errors import UserError
 
 _VIEW_STREAM = 5
@@ -25,7 +24,7 @@ _TRIES = 10
 
 @dataclass(frozen=True)
 class ViewRecipe:
-    """What a view may look like. The defaults are MoCo v2's (Chen et al. 2020, "Improved baselines").
+    """The distribution of views. The defaults are MoCo v2's (Chen et al. 2020, "Improved baselines").
 
     Attributes:
         crop_scale: smallest and largest share of the image's area that a crop shows.
@@ -124,7 +123,7 @@ class View:
     blur: float
 
 
-class TwoViews(Dataset):
+class TwoViews(Stream):
     """Two views of each image of a labelled set, as an endless stream.
 
     Sample i, for any i >= 0, is a pure function of (the set and its seed, the recipe, i), as in `LabelledImages`, whose
@@ -155,6 +154,7 @@ class TwoViews(Dataset):
             recipe = VIEW_RECIPES[recipe]
         if size is not None and size < 1:
             raise UserError(f"size={size}: expected a number of pixels, at least 1.")
+        super().__init__(dataset.seed)
         self.dataset, self.recipe, self.size = dataset, recipe, size or dataset.image_size
         if not 1 <= batch_size <= len(dataset):
             raise UserError(
@@ -173,22 +173,18 @@ class TwoViews(Dataset):
         return self.dataset.files()
 
     def describe(self) -> list[str]:
-        """What was found: see `LabelledImages.describe`."""
+        """A line on the images: see `LabelledImages.describe`."""
         return self.dataset.describe()
 
     def __len__(self) -> int:
         """Samples in an epoch: the images that fill whole batches."""
         return self._epoch_samples
 
-    def __iter__(self):
-        """One epoch."""
-        return (self[index] for index in range(len(self)))
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Sample `index`: {"view1", "view2": (C, H, W) float32 in [-1, 1], "label": () int64}."""
+    def sample(self, index: int) -> dict[str, torch.Tensor]:
+        """{"view1", "view2": (C, H, W) float32 in [-1, 1], "label": () int64}."""
         number = self.dataset.image_index(index, len(self))
         image = to_image(self.dataset.pixels(number))
-        rng = counter_rng(self.dataset.seed, _VIEW_STREAM, index)
+        rng = counter_rng(self.seed, _VIEW_STREAM, index)
         views = [
             make_view(image, draw_view(self.recipe, image.size, rng), self.size) for _ in range(2)
         ]

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from fastnce.data.files import write_json
-from fastnce.data.folders import to_image
-from fastnce.data.transforms import counter_rng
+from fastnce.data.images import to_image
+from fastnce.data.stream import counter_rng
 from fastnce.demo.samples import (
     BACKGROUND_SIDE,
     DIGIT_MARGIN,

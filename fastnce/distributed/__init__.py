@@ -2,6 +2,8 @@
 
 The functions are those of the package, over ranks: loss and gradients are those of one process with the rows of all ranks. Every
 rank has to call them, with its own rows and otherwise the same arguments, and to call ``backward`` or not like the others.
+``group`` is as ``torch.distributed`` has it, None the default group; alone, or without one, the plain op runs. Beside the plain op's
+errors there is ``ValueError`` where ranks disagree, and ``RuntimeError`` where another rank's arguments are invalid, or it has ended.
 
 **Which gradients a rank gets.** Every rank returns the same loss L of all rows. With ``gradient_scale="mean"`` rank r's rows
 get (number of ranks) x dL/drow: DDP and FSDP *average* the parameters' gradients over ranks, and that average then is dL/dparameter,
@@ -23,12 +25,15 @@ message; a disagreement is an error on every rank. On a GPU that makes the host 
 every rank must have the same number of rows, and a disagreement hangs or ends in the communication library's error.
 """
 
-from fastnce.distributed.conditional_contrastive import conditional_contrastive
+from collections.abc import Callable
+
 from fastnce.distributed.grad_cache import GradCache
-from fastnce.distributed.info_nce import info_nce
 from fastnce.distributed.negative_queue import NegativeQueue
-from fastnce.distributed.nt_xent import nt_xent
-from fastnce.distributed.sup_con import sup_con
+from fastnce.ops.conditional_contrastive import over_ranks as conditional_contrastive
+from fastnce.ops.info_nce import over_ranks as info_nce
+from fastnce.ops.nt_xent import over_ranks as nt_xent
+from fastnce.ops.sup_con import over_ranks as sup_con
+from fastnce.registry import OPS
 
 __all__ = [
     "GradCache",
@@ -38,3 +43,10 @@ __all__ = [
     "nt_xent",
     "sup_con",
 ]
+
+
+def __getattr__(name: str) -> Callable:
+    """Losses that are not named above, for those who read the source, but declared."""
+    if name not in OPS or OPS[name].over_ranks is None:
+        raise AttributeError(f"module 'fastnce.distributed' has no attribute {name!r}")
+    return OPS[name].over_ranks

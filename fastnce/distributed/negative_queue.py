@@ -9,10 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastnce.distributed._exchange import Gather
-from fastnce.distributed._losses import expect_rows
-from fastnce.distributed._ranks import Fact, agree, ranks_of
 from fastnce.ops import _checks
+from fastnce.ranks import Fact, Gather, agree, ranks_of
 from fastnce.reference.normalize import normalize_rows
 
 _OP = "NegativeQueue.enqueue"
@@ -110,7 +108,7 @@ class NegativeQueue(nn.Module):
         return f"size={size}, dim={dim}"
 
     def _validate(self, keys: Tensor) -> dict[str, Fact]:
-        expect_rows(_OP, "keys", keys)
+        _checks.expect_rows(_OP, "keys", keys, may_be_empty=True)
         dim = self.queue.shape[0]
         _checks.expect_shape(_OP, "keys", keys, (keys.shape[0], dim), f"the queue has dim={dim}")
         like, _ = _checks.same_dtype_under_autocast(self._none(), keys)

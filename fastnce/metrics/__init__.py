@@ -1,5 +1,15 @@
 """How good translated and generated images and representations are, and what a discriminator does over a training."""
 
+from fastnce.metrics.class_conditional import (
+    class_accuracy,
+    evaluate_generation,
+    evaluate_generators,
+    format_generation_table,
+    inception_score,
+    intra_class_fid,
+    relabelled_accuracy,
+    spread_ratio,
+)
 from fastnce.metrics.discriminator import (
     Authenticity,
     authenticity_accuracy,
@@ -8,29 +18,17 @@ from fastnce.metrics.discriminator import (
 )
 from fastnce.metrics.distribution import (
     Distance,
+    PrecisionRecall,
     compare_folders,
     compare_images,
     distance,
     extract_features,
     frechet_distance,
+    precision_recall_density_coverage,
 )
 from fastnce.metrics.extractors import ScriptedExtractor, load_extractor
-from fastnce.metrics.generation import (
-    class_accuracy,
-    inception_score,
-    intra_class_fid,
-    relabelled_accuracy,
-    spread_ratio,
-)
-from fastnce.metrics.generation_report import (
-    evaluate_generation,
-    evaluate_generators,
-    format_generation_table,
-)
-from fastnce.metrics.knn import knn_predict, linear_predict
-from fastnce.metrics.neighbours import PrecisionRecall, precision_recall_density_coverage
-from fastnce.metrics.representation import encode, evaluate_encoders
-from fastnce.metrics.translation import Row, evaluate, format_table, write_report
+from fastnce.metrics.image_sets import Row, evaluate, format_table, write_report
+from fastnce.metrics.probes import encode, evaluate_encoders, knn_predict, linear_predict
 
 __all__ = [
     "Authenticity",

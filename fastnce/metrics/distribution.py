@@ -1,4 +1,4 @@
-"""How far two sets of images are apart: FID and KID, over any feature extractor."""
+"""How far two sets of images are apart, over any feature extractor: FID, KID, precision, recall, density and coverage."""
 
 import math
 import warnings
@@ -8,11 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastnce.data.folders import SIGNED_UNIT, list_images, load_image, to_uint8
+from fastnce.data.folders import list_images
+from fastnce.data.images import SIGNED_UNIT, load_image, to_uint8
 from fastnce.errors import UserError
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 100
+
+# Entries of a block of distances: 128 MiB of float64.
+_BLOCK_ENTRIES = 2**24
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,20 @@ class Distance:
     """Images in each of KID's subsets: 100, or all if there are fewer."""
     extractor: str
     """Name of the feature extractor; values of different extractors cannot be compared."""
+
+
+@dataclass(frozen=True)
+class PrecisionRecall:
+    """Fidelity and diversity of generated images; all NaN if a feature is not finite."""
+
+    precision: float
+    """Share of the fake images inside the real ones' region."""
+    recall: float
+    """Share of the real images inside the fake ones' region."""
+    density: float
+    """In how many real neighbourhoods a fake image lies, over k: about 1 for the real distribution, not limited to 1."""
+    coverage: float
+    """Share of the real images that have a fake one in their neighbourhood."""
 
 
 @torch.inference_mode()
@@ -57,6 +75,29 @@ def extract_features(images: Tensor, extractor: nn.Module, batch_size: int = 256
     return features
 
 
+def saved_features(images: Tensor, extractor: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Images `as_saved` (0 where not finite: an extractor may not let NaN through), which are broken (N,), and their features.
+
+    Features are (N, F) float64 on the CPU, NaN for a broken image.
+    """
+    levels = as_saved(images)
+    broken = ~levels.isfinite().flatten(1).all(1)
+    levels = levels.nan_to_num()
+    features = extract_features(levels, extractor).masked_fill(broken[:, None], math.nan)
+    return levels, broken, features
+
+
+def as_saved(images: Tensor) -> Tensor:
+    """Images as they are after saving and loading, so that the numbers are those of the files.
+
+    Of any shape, float in [-1, 1], quantised as `save_image` does, or uint8; to float32 in [-1, 1] on the CPU, NaN where a value
+    is not finite.
+    """
+    images = images.detach().cpu()
+    levels = images if images.dtype == torch.uint8 else to_uint8(images.nan_to_num())
+    return torch.from_numpy(SIGNED_UNIT)[levels.long()].masked_fill(~images.isfinite(), math.nan)
+
+
 def distance(
     features: Tensor, reference: Tensor, *, extractor: str = "given features", seed: int = 0
 ) -> Distance:
@@ -75,7 +116,7 @@ def distance(
     Raises:
         ValueError: If a set has fewer than two images or the sizes of the features differ.
     """
-    _check_comparable("distance", features, reference)
+    check_comparable("distance", features, reference)
     counts = (len(features), len(reference))
     subset_size = min(KID_SUBSET_SIZE, *counts)
     if not (features.isfinite().all() and reference.isfinite().all()):
@@ -83,7 +124,9 @@ def distance(
 
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    given = _Given(features.shape[1])
+    # Features in the place of images, so that torchmetrics does not extract the same ones again.
+    given = nn.Identity()
+    given.num_features = features.shape[1]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save")
         kid = KernelInceptionDistance(given, subsets=KID_SUBSETS, subset_size=subset_size)
@@ -91,15 +134,9 @@ def distance(
     kid.update(features.double(), real=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        kid_mean, kid_std = kid.compute()
-    return Distance(
-        frechet_distance(features, reference),
-        kid_mean.item(),
-        kid_std.item(),
-        counts,
-        subset_size,
-        extractor,
-    )
+        mean, std = (x.item() for x in kid.compute())
+    fid = frechet_distance(features, reference)
+    return Distance(fid, mean, std, counts, subset_size, extractor)
 
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
@@ -107,11 +144,10 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 
         |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr (C1 C2)^(1/2)
 
-    with the means and the unbiased covariances (Heusel et al., 2017). With centred features A, B,
-    each divided by sqrt(N - 1), C1 = A^T A and C2 = B^T B, and the last trace is the sum of the
-    singular values of A B^T. That needs no eigenvalues of C1 C2, which lose half of their digits
-    where there are fewer images than features, and for few images of many features (the images of
-    one class) it is a hundred times faster.
+    with the means and the unbiased covariances (Heusel et al., 2017). With centred features A, B, each divided by sqrt(N - 1),
+    C1 = A^T A and C2 = B^T B, and the last trace is the sum of the singular values of A B^T. That needs no eigenvalues of C1
+    C2, which lose half of their digits where there are fewer images than features. For few images of many features (the images
+    of one class) it is a hundred times faster.
 
     Args:
         features: (N, F).
@@ -128,7 +164,7 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
         >>> round(frechet_distance(x, x + 2), 6)
         8.0
     """
-    _check_comparable("frechet_distance", features, reference)
+    check_comparable("frechet_distance", features, reference)
     if not (features.isfinite().all() and reference.isfinite().all()):
         return math.nan
     (m1, a), (m2, b) = _moments(features.double()), _moments(reference.double())
@@ -145,7 +181,8 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.linalg.qr(centred, mode="r").R
 
 
-def _check_comparable(function: str, features: Tensor, reference: Tensor) -> None:
+def check_comparable(function: str, features: Tensor, reference: Tensor) -> None:
+    """Raises ValueError unless they are features (N, F) and (M, F) of at least two images each."""
     if (
         features.ndim != 2
         or min(len(features), len(reference)) < 2
@@ -157,6 +194,88 @@ def _check_comparable(function: str, features: Tensor, reference: Tensor) -> Non
         )
 
 
+def precision_recall_density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> PrecisionRecall:
+    """Fidelity (precision, density) and diversity (recall, coverage) of generated images.
+
+    A neighbourhood is the closed ball around an image that reaches to its k-th nearest neighbour in
+    its own set, not counting itself; a region is the union of a set's neighbourhoods. Precision and
+    recall: Kynkaanniemi et al., 2019; density and coverage, less shaken by outliers: Naeem et al.,
+    2020. Distances are Euclidean, in float64, and made in blocks: memory grows with N + M.
+    Balls are closed: where features coincide, as those of a collapsed generator do, they are inside
+    one another's balls of radius 0.
+
+    Args:
+        real: (N, F) features of real images.
+        fake: (M, F) features of generated ones.
+        k: Neighbours.
+
+    Raises:
+        ValueError: If the shapes do not fit, or a set has no more than k images.
+
+    Example:
+        >>> x = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+        >>> precision_recall_density_coverage(x, x + 10, k=1)
+        PrecisionRecall(precision=0.0, recall=0.0, density=0.0, coverage=0.0)
+    """
+    if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
+        raise ValueError(
+            "precision_recall_density_coverage: expected features (N, F) and (M, F), "
+            f"got {tuple(real.shape)} and {tuple(fake.shape)}."
+        )
+    if k < 1 or min(len(real), len(fake)) <= k:
+        raise ValueError(
+            f"precision_recall_density_coverage: k={k}: expected 1 or more, and more than k images "
+            f"in each set, got {len(real)} real and {len(fake)} fake ones. Give more images or use "
+            "a smaller k."
+        )
+    if not (real.isfinite().all() and fake.isfinite().all()):
+        return PrecisionRecall(math.nan, math.nan, math.nan, math.nan)
+    real, fake = real.double(), fake.double()
+    # Squared distances lose digits in proportion to how far all points are from the origin.
+    centre = real.mean(0)
+    real, fake = real - centre, fake - centre
+    real_radii, fake_radii = _squared_radii(real, k), _squared_radii(fake, k)
+    in_real = torch.zeros(len(fake), dtype=torch.int64, device=real.device)  # balls around real
+    in_fake, covered = [], []
+    for start, part in _blocks(real, len(fake)):
+        squared = _squared_distances(part, fake)  # (block, M)
+        inside = squared <= real_radii[start : start + len(part), None]
+        in_real += inside.sum(0)
+        covered.append(inside.any(1))
+        in_fake.append((squared <= fake_radii).any(1))
+    return PrecisionRecall(
+        precision=(in_real > 0).double().mean().item(),
+        recall=torch.cat(in_fake).double().mean().item(),
+        density=in_real.double().mean().item() / k,
+        coverage=torch.cat(covered).double().mean().item(),
+    )
+
+
+def _squared_radii(points: Tensor, k: int) -> Tensor:
+    """The squared distance of each point to its k-th nearest neighbour among the others. (N,)"""
+    radii = []
+    for start, part in _blocks(points, len(points)):
+        squared = _squared_distances(part, points)
+        squared.diagonal(start).fill_(math.inf)
+        radii.append(squared.kthvalue(k, dim=1).values)
+    return torch.cat(radii)
+
+
+def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """(N, F) and (M, F) to (N, M), through a matrix product; exactly 0 where points coincide."""
+    sizes = x.square().sum(1)[:, None] + y.square().sum(1)
+    squared = sizes - 2 * x @ y.T
+    # The most that rounding can leave of the distance between equal points.
+    rounding = torch.finfo(squared.dtype).eps * x.shape[1] * sizes
+    return squared.where(squared > rounding, 0)
+
+
+def _blocks(points: Tensor, columns: int) -> list[tuple[int, Tensor]]:
+    """Parts of the points, with the number of their first one, small enough for their distances."""
+    rows = max(1, _BLOCK_ENTRIES // columns)
+    return [(start, points[start : start + rows]) for start in range(0, len(points), rows)]
+
+
 def compare_images(
     images: Tensor, reference: Tensor, extractor: nn.Module, *, seed: int = 0
 ) -> Distance:
@@ -164,12 +283,8 @@ def compare_images(
 
     The extractor's `name` attribute, or else its class's name, is recorded in the result.
     """
-    return distance(
-        extract_features(images, extractor),
-        extract_features(reference, extractor),
-        extractor=extractor_name(extractor),
-        seed=seed,
-    )
+    one, other = (extract_features(x, extractor) for x in (images, reference))
+    return distance(one, other, extractor=extractor_name(extractor), seed=seed)
 
 
 def compare_folders(
@@ -205,30 +320,5 @@ def _load_folder(folder: Path | str, channels: int) -> Tensor:
 
 
 def extractor_name(extractor: nn.Module) -> str:
-    """What a result calls its extractor."""
+    """The name of an extractor in results: its `name`, or else its class's."""
     return str(getattr(extractor, "name", type(extractor).__name__))
-
-
-def as_saved(images: Tensor) -> Tensor:
-    """Images as they are after saving and loading, so that the numbers are those of the files.
-
-    Args:
-        images: Of any shape: float in [-1, 1], quantised as `save_image` does, or uint8 as read from files.
-
-    Returns:
-        float32 in [-1, 1] on the CPU; NaN where a value is not finite.
-    """
-    images = images.detach().cpu()
-    levels = images if images.dtype == torch.uint8 else to_uint8(images.nan_to_num())
-    return torch.from_numpy(SIGNED_UNIT)[levels.long()].masked_fill(~images.isfinite(), math.nan)
-
-
-class _Given(nn.Module):
-    """Takes features for images, so that torchmetrics does not extract the same ones again."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnce.metrics.tables import finite_or_none, format_number, markdown_table
+from fastnce.metrics.tables import finite_or_none, rows_table
 
 # Side of SSIM's Gaussian window (standard deviation 1.5); a smaller image has no SSIM.
 _WINDOW = 11
@@ -20,9 +20,9 @@ _COLUMNS = {"l1": ("L1", ".4f"), "psnr": ("PSNR", ".2f"), "ssim": ("SSIM", ".4f"
 def pair_numbers(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """L1, PSNR and SSIM of images and what they should be, each the mean over the images.
 
-    Values count from 0 to 1: L1 is the mean absolute difference, PSNR is 10 log10(1 / mean squared difference) in dB, SSIM that of
-    Wang et al., 2004, with Gaussian windows of 11x11 pixels around every pixel, mirrored at the border, through torchmetrics.
-    (scikit-image leaves the 5 pixels at the border out.)
+    Values count from 0 to 1. L1 is the mean absolute difference, PSNR is 10 log10(1 / mean squared difference) in dB. SSIM is
+    that of Wang et al., 2004, with Gaussian windows of 11x11 pixels around every pixel, mirrored at the border, through
+    torchmetrics. (scikit-image leaves the 5 pixels at the border out.)
 
     Args:
         pairs: (C, H, W) in [-1, 1] each, the image and its truth.
@@ -70,13 +70,9 @@ def pair_numbers(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
 
 def format_pair_table(result: Mapping[str, Any]) -> str:
     """{"reference", "rows": [{"name"} and `pair_numbers`, ...]} as a Markdown table that also reads well as text."""
-    lines = [("images", *(title for title, _ in _COLUMNS.values()))]
-    for row in result["rows"]:
-        cells = (format_number(row[name], form) for name, (_, form) in _COLUMNS.items())
-        lines.append((row["name"], *cells))
     first = result["rows"][0]
     foot = (
         f"{first['count']} images of {first['size']}, each against its own of {result['reference']}, as files hold them. L1 and SSIM of "
         "values from 0 to 1, PSNR in dB; means over the images."
     )
-    return markdown_table(lines, [foot])
+    return rows_table(result["rows"], _COLUMNS, [foot])

@@ -16,6 +16,31 @@ def markdown_table(lines: Sequence[Sequence[str]], notes: Sequence[str] = ()) ->
     return "\n".join([*table, "", *notes]) + "\n"
 
 
+def rows_table(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, tuple[str, str]],
+    notes: Sequence[str] = (),
+    first: str = "images",
+) -> str:
+    """A line for each row: its name and its numbers, a dash where there is none.
+
+    `columns` are titles and formats, such as ".2f", by key; values that are text already are taken as they are. `first` is the
+    title of the names, `notes` are lines below the table.
+    """
+    lines = [(first, *(title for title, _ in columns.values()))]
+    for row in rows:
+        cells = (format_number(row.get(key), form) for key, (_, form) in columns.items())
+        lines.append((row["name"], *cells))
+    return markdown_table(lines, notes)
+
+
+def measured(
+    columns: Mapping[str, tuple[str, str]], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[str, str]]:
+    """Those of the columns of `rows_table` that some row has a number for."""
+    return {k: v for k, v in columns.items() if any(row.get(k) is not None for row in rows)}
+
+
 def write_result(
     result: Mapping[str, Any], table: str, folder: Path | str, stem: str = "metrics"
 ) -> list[Path]:
@@ -32,6 +57,8 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def format_number(value: float | None, form: str) -> str:
+def format_number(value: float | str | None, form: str) -> str:
     """The value in a format such as ".2f"; a dash if there is none."""
-    return "-" if value is None else format(value, form)
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else format(value, form)

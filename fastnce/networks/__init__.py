@@ -1,14 +1,17 @@
 """Network families, one file each."""
 
-from fastnce.networks.biggan import BigGANDiscriminator, BigGANGenerator
 from fastnce.networks.conditional import DiscriminatorOutput
 from fastnce.networks.dcgan import DCGANDiscriminator, DCGANGenerator
+from fastnce.networks.heads import PatchProjector, ProjectionHead, SimilarityHead
 from fastnce.networks.patch_discriminator import PatchDiscriminator
-from fastnce.networks.patch_projector import PatchProjector
-from fastnce.networks.resnet_encoder import RESNETS, ProjectionHead, ResNetEncoder
+from fastnce.networks.residual_gans import (
+    BigGANDiscriminator,
+    BigGANGenerator,
+    SNGANDiscriminator,
+    SNGANGenerator,
+)
+from fastnce.networks.resnet_encoder import RESNETS, ResNetEncoder
 from fastnce.networks.resnet_generator import ResnetGenerator
-from fastnce.networks.similarity_head import SimilarityHead
-from fastnce.networks.sngan import SNGANDiscriminator, SNGANGenerator
 from fastnce.networks.studiogan import load_studiogan
 from fastnce.networks.stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 from fastnce.networks.unet_generator import UNetGenerator

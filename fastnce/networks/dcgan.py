@@ -5,20 +5,18 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnce.networks.class_layers import (
+from fastnce.networks.conditional import (
     ConditionalBatchNorm,
+    ConditionalDiscriminator,
+    ConditionalGenerator,
+    Conditioning,
     DiscriminatorNorm,
     conv2d,
     discriminator_norm,
     linear,
     one_hot,
-    upsample_conv2d,
-)
-from fastnce.networks.conditional import (
-    ConditionalDiscriminator,
-    ConditionalGenerator,
-    Conditioning,
     smallest_map,
+    upsample_conv2d,
     widths_for,
 )
 
@@ -36,19 +34,16 @@ SLOPE = 0.1
 class DCGANGenerator(ConditionalGenerator):
     """`g(z, labels) -> images` (N, image_channels, image_size, image_size) in [-1, 1].
 
-    Linear layer to a 4x4 map (or 5x5 to 7x7, see `smallest_map`); 4x4 transposed convolutions of stride 2, each with a batch norm conditioned on the one-hot
-    label and ReLU; conv3, tanh.
+    Linear layer to a 4x4 map (or 5x5 to 7x7, see `smallest_map`); 4x4 transposed convolutions of stride 2, each with a batch
+    norm conditioned on the one-hot label and ReLU; conv3, tanh.
 
     Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018, Table 3, which is 32
     pixels with base_channels=64 and latent_dim=128 and has no labels; the conditional norm is that of its residual network.
     The other sizes have as many stages as they need.
 
     Args:
-        image_size: 4, 5, 6 or 7 times a power of two, from 16 to 448.
-        latent_dim: length of z.
-        num_classes: number of classes.
         base_channels: channels of the last map, 64 as published.
-        image_channels: channels of the images.
+        image_size, latent_dim, num_classes, image_channels: as in `ConditionalGenerator`.
 
     Example:
         >>> import torch
@@ -93,12 +88,8 @@ class DCGANDiscriminator(ConditionalDiscriminator):
     layer over all positions. The heads: `ConditionalDiscriminator`.
 
     Args:
-        image_size: 4, 5, 6 or 7 times a power of two, from 16 to 448.
-        num_classes: number of classes.
         base_channels: channels of the first map, 64 as published.
-        conditioning: "none", "2C", "D2DCE", "AC" or "PD".
-        embed_dim: length of embedding and proxy (2C, D2DCE).
-        image_channels: channels of the images.
+        image_size, num_classes, conditioning, embed_dim, image_channels: as in `ConditionalDiscriminator`.
         norm: "spectral" on every layer, "batch" behind every convolution but the first, or "none".
 
     Example:
@@ -120,10 +111,7 @@ class DCGANDiscriminator(ConditionalDiscriminator):
     ) -> None:
         widths = [base_channels * w for w in reversed(widths_for(self, WIDTHS, image_size))]
         super().__init__(
-            image_size,
-            num_classes,
-            image_channels,
-            conditioning,
+            *(image_size, num_classes, image_channels, conditioning),
             feature_dim=widths[-1],
             embed_dim=embed_dim,
             norm=norm,
@@ -132,21 +120,15 @@ class DCGANDiscriminator(ConditionalDiscriminator):
         channels = image_channels
         for width in widths:
             if self.layers:
-                self._append(channels, channels, 4, 2, norm)
-            self._append(channels, width, 3, 1, norm)
+                self._append(channels, channels, norm, kernel=4, stride=2)
+            self._append(channels, width, norm)
             channels = width
 
     def _append(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: int,
-        stride: int,
-        norm: DiscriminatorNorm,
+        self, before: int, after: int, norm: DiscriminatorNorm, kernel: int = 3, stride: int = 1
     ) -> None:
-        spectral = norm == "spectral"
-        behind = discriminator_norm(out_channels, norm) if self.layers else nn.Identity()
-        conv = conv2d(in_channels, out_channels, kernel, stride=stride, spectral=spectral)
+        behind = discriminator_norm(after, norm) if self.layers else nn.Identity()
+        conv = conv2d(before, after, kernel, stride=stride, spectral=norm == "spectral")
         self.layers.extend([conv, behind, nn.LeakyReLU(SLOPE)])
 
     def _features(self, images: Tensor) -> Tensor:

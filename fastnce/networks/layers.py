@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,28 @@ def _make_contiguous(module: nn.Module, state: dict, prefix: str, metadata: dict
         # Only with keep_vars=True do they require gradients, and then they have to be the parameters themselves.
         if name.startswith(prefix) and isinstance(x, Tensor) and not x.requires_grad:
             state[name] = x.contiguous()
+
+
+def run_with_taps(
+    layers: Iterable[nn.Module], x: Tensor, taps: Sequence[int]
+) -> tuple[Tensor, list[Tensor]]:
+    """The last layer's output, and those of the layers `taps`."""
+    features = []
+    for index, layer in enumerate(layers):
+        x = layer(x)
+        if index in taps:
+            features.append(x)
+    return x, features
+
+
+def checked_taps(name: str, taps: Sequence[int], count: int) -> list[int]:
+    """`taps`, or a ValueError of network `name` unless they are ascending indices of its `count` layers."""
+    taps = list(taps)
+    if not taps or taps != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < count:
+        raise ValueError(
+            f"{name}: taps={taps} must be ascending, distinct layer indices from 0 to {count - 1} (this generator has {count} layers)."
+        )
+    return taps
 
 
 class Downsample(nn.Module):
@@ -71,10 +95,10 @@ class Conv3x3(nn.Conv2d):
 class StridedConv1x1(nn.Conv2d):
     """1x1 convolution that keeps every `stride`-th position; no bias. Use it wherever a stride is above 1.
 
-    On the CPU, few channels are computed in contiguous format whatever the format of input and weight is: on processors with
+    On the CPU, few channels are computed in contiguous format whatever the format of input and weight is. On processors with
     AVX2 but without AVX-512, the oneDNN of torch 2.13 and 2.14 writes beyond its memory in the weight gradient of a
-    channels-last layer with 2 to 6 input channels, and the process aborts later, anywhere. Values are the same; the output's
-    format is the computed one.
+    channels-last layer with 2 to 6 input channels. The process aborts later, anywhere. Values are the same; the output's format
+    is the computed one.
 
     Args:
         in_channels, out_channels: of the maps, (N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride)).

@@ -62,11 +62,8 @@ class PatchDiscriminator(nn.Module):
             if index > 0 and norm == "instance":
                 layers += [InstanceNorm(slope=0.2), nn.Identity()]
             else:
-                layers += (
-                    []
-                    if index == 0
-                    else [nn.BatchNorm2d(width) if norm == "batch" else nn.Identity()]
-                )
+                if index > 0:
+                    layers.append(nn.BatchNorm2d(width) if norm == "batch" else nn.Identity())
                 layers.append(nn.LeakyReLU(0.2))
             if downsamples and antialias:
                 layers.append(Downsample(width))

@@ -1,4 +1,4 @@
-"""ResNet encoders, under the field's parameter names, and the projection head behind them."""
+"""ResNet encoders, under the field's parameter names."""
 
 from __future__ import annotations
 
@@ -126,16 +126,6 @@ class ResNetEncoder(nn.Module):
         for stage in range(self.num_stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)
         return x.mean((2, 3))
-
-
-class ProjectionHead(nn.Sequential):
-    """Linear, ReLU, Linear: (N, `in_dim`) to (N, `out_dim`); not normalised, the losses do that.
-
-    The head of SimCLR, MoCo v2 and SupCon. Its parameters are `0.weight`, `0.bias`, `2.weight`, `2.bias`.
-    """
-
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
-        super().__init__(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, out_dim))
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:

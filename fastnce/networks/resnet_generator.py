@@ -12,7 +12,9 @@ from fastnce.networks.layers import (
     InstanceNorm,
     ResnetBlock,
     Upsample,
+    checked_taps,
     init_xavier,
+    run_with_taps,
 )
 from fastnce.ops import maps
 
@@ -30,9 +32,9 @@ class ResnetGenerator(nn.Module):
     indices are lower by up to two (residual blocks start at 10). With `antialias_up=False` a transposed convolution stands for
     each upsampling and the convolution behind it. Both off is the generator of the older repository of CycleGAN and pix2pix.
 
-    **Taps** are layer indices. A tap gives the output of that layer, except directly before a ReLU, where it gives the
-    value after the ReLU, which is part of the norm here: the published ReLU works in place and so overwrites the tapped map. With `antialias=True` the
-    default taps 0 (the padded image), 4 and 8 (convolutions before their norm), 12 and 16 are not concerned; with
+    **Taps** are layer indices. A tap gives the output of that layer; directly before a ReLU it gives the value after the ReLU,
+    which is part of the norm here. (The published ReLU works in place and so overwrites the tapped map.) With `antialias=True`
+    the default taps are not concerned: 0 (the padded image), 4 and 8 (convolutions before their norm), 12 and 16. With
     `antialias=False` tap 8 is the output of a norm, and the published value there is the one after the ReLU.
 
     Source: Park et al., "Contrastive Learning for Unpaired Image-to-Image Translation", ECCV 2020.
@@ -83,11 +85,10 @@ class ResnetGenerator(nn.Module):
         self, x: Tensor, taps: Sequence[int] | None = None
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Translates `x`; with `taps` (ascending layer indices) also returns those layers' features."""
-        taps_or_none = [] if taps is None else self._checked(taps)
-        y, features = self._run(x, taps_or_none, stop=len(self.model))
-        y = (
-            y.contiguous()
-        )  # an image is small, and whoever takes it need not know of memory formats
+        checked = [] if taps is None else self._checked(taps)
+        y, features = self._run(x, checked, stop=len(self.model))
+        # An image is small, and whoever takes it need not know of memory formats.
+        y = y.contiguous()
         return y if taps is None else (y, features)
 
     def encode(self, x: Tensor, taps: Sequence[int]) -> list[Tensor]:
@@ -97,21 +98,10 @@ class ResnetGenerator(nn.Module):
 
     def _run(self, x: Tensor, taps: list[int], stop: int) -> tuple[Tensor, list[Tensor]]:
         x = maps.in_kernel_layout(x, self.base_channels)
-        features = []
-        for index, layer in enumerate(self.model[:stop]):
-            x = layer(x)
-            if index in taps:
-                features.append(x)
-        return x, features
+        return run_with_taps(self.model[:stop], x, taps)
 
     def _checked(self, taps: Sequence[int]) -> list[int]:
-        taps = list(taps)
-        if not taps or taps != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < len(self.model):
-            raise ValueError(
-                f"ResnetGenerator: taps={taps} must be ascending, distinct layer indices from 0 to "
-                f"{len(self.model) - 1} (this generator has {len(self.model)} layers)."
-            )
-        return taps
+        return checked_taps("ResnetGenerator", taps, len(self.model))
 
 
 def _downsampling(in_channels: int, out_channels: int, antialias: bool) -> list[nn.Module]:

@@ -1,12 +1,239 @@
-"""SinCUT's generator and discriminator, built from the layers of StyleGAN2."""
+"""SinCUT's generator and discriminator, built from the layers of StyleGAN2, and these layers in plain PyTorch.
+
+They run on any device and can be differentiated twice. Source: Karras et al., "Analyzing and Improving the Image Quality of
+StyleGAN", CVPR 2020 (https://arxiv.org/abs/1912.04958), written from its equations.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnce.networks.stylegan2_layers import ConvLayer, EqualLinear, ResBlock, UpsamplingStyledConv
+from fastnce.networks.layers import checked_taps, run_with_taps
+
+SLOPE = 0.2  # of the leaky ReLU
+DEMODULATION_EPS = 1e-8
+_EVAL_NOISE_SEED = 0
+
+
+class FusedLeakyReLU(nn.Module):
+    """`sqrt(2) * leaky_relu(x + bias, 0.2)`: bias, activation and the gain that keeps the variance, (B, C, H, W) to the same.
+
+    `bias` is (1, C, 1, 1) and starts at 0.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return math.sqrt(2) * F.leaky_relu(x + self.bias, SLOPE)
+
+
+class EqualConv2d(nn.Module):
+    """Convolution without bias at an equalised learning rate: weights from N(0, 1), used as `weight / sqrt(fan_in)`.
+
+    fan_in is in_channels * kernel_size^2. An optimiser such as Adam, whose steps do not depend on the gradient's scale, then
+    moves the weights of wide and narrow layers by the same share.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.scale = 1 / math.sqrt(in_channels * kernel_size**2)
+        self.stride, self.padding = stride, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight * self.scale, stride=self.stride, padding=self.padding)
+
+
+class EqualLinear(nn.Module):
+    """Linear layer at an equalised learning rate, (..., in_features) -> (..., out_features).
+
+    With `activation`, `sqrt(2) * leaky_relu(., 0.2)` follows.
+    """
+
+    def __init__(self, in_features: int, out_features: int, activation: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+        self.scale = 1 / math.sqrt(in_features)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(x, self.weight * self.scale, self.bias)
+        return math.sqrt(2) * F.leaky_relu(x, SLOPE) if self.activation else x
+
+
+class Blur(nn.Module):
+    """Low-pass filter `gain * outer([1, 3, 3, 1]) / 64` on each channel, zeros beyond the border.
+
+    `(B, C, H, W) -> (B, C, H', W')` with `H' = (H + 2 padding - 4) // stride + 1`. The filter is the persistent buffer
+    `kernel` (4, 4). Its sum is `gain`: 1, or 4 behind a transposed convolution that filled three of four pixels with zeros.
+    """
+
+    kernel: Tensor
+
+    def __init__(self, padding: int, stride: int = 1, gain: float = 1.0) -> None:
+        super().__init__()
+        row = torch.tensor([1.0, 3.0, 3.0, 1.0])
+        self.register_buffer("kernel", gain * torch.outer(row, row) / 64)
+        self.padding, self.stride = padding, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = x.shape[1]
+        kernel = self.kernel.expand(channels, 1, -1, -1)
+        return F.conv2d(x, kernel, stride=self.stride, padding=self.padding, groups=channels)
+
+
+class ConvLayer(nn.Sequential):
+    """Equalised convolution that keeps or halves the size, then `FusedLeakyReLU` unless `activate` is off.
+
+    Halving blurs first, padded so that blur and convolution together are centred on each block of 2x2 pixels. Layers, and so
+    state-dict keys: `0` convolution, `1` activation; with `downsample` `0` blur, `1` convolution, `2` activation.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        downsample: bool = False,
+        activate: bool = True,
+    ) -> None:
+        layers: list[nn.Module] = []
+        if downsample and kernel_size == 1:
+            # A 1x1 convolution of stride 2 reads every other blurred pixel, so only these are computed.
+            layers += [Blur(padding=1, stride=2), EqualConv2d(in_channels, out_channels, 1)]
+        elif downsample:
+            blur = Blur(padding=(kernel_size + 1) // 2)
+            layers += [blur, EqualConv2d(in_channels, out_channels, kernel_size, stride=2)]
+        else:
+            padding = kernel_size // 2
+            layers.append(EqualConv2d(in_channels, out_channels, kernel_size, padding=padding))
+        if activate:
+            layers.append(FusedLeakyReLU(out_channels))
+        super().__init__(*layers)
+
+
+class ResBlock(nn.Module):
+    """`(conv2(conv1(x)) + skip(x)) / sqrt(2)` with two activated 3x3 convolutions.
+
+    With `downsample` the second halves the size. The skip is the identity, or where the channels or the size change a 1x1
+    convolution without bias and activation.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, downsample: bool = False) -> None:
+        super().__init__()
+        self.conv1 = ConvLayer(in_channels, in_channels, 3)
+        self.conv2 = ConvLayer(in_channels, out_channels, 3, downsample)
+        self.skip: nn.Module = nn.Identity()
+        if downsample or in_channels != out_channels:
+            self.skip = ConvLayer(in_channels, out_channels, 1, downsample, activate=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.conv2(self.conv1(x)) + self.skip(x)) / math.sqrt(2)
+
+
+def modulated_conv2d(
+    x: Tensor, weight: Tensor, style: Tensor | None = None, upsample: bool = False
+) -> Tensor:
+    """Convolution whose weights each sample scales by its style and then normalises (demodulates).
+
+        w_b[o, i, k] = style[b, i] weight[o, i, k]
+        y_b = conv(x_b, w_b / sqrt(sum over i, k of w_b[o, i, k]^2 + 1e-8))
+
+    Computed with one convolution for the whole batch: the style scales x's channels, the norms scale y's.
+
+    Args:
+        x: (B, C_in, H, W).
+        weight: (C_out, C_in, k, k), k odd.
+        style: (B, C_in); None for ones.
+        upsample: transposed convolution of stride 2.
+
+    Returns:
+        (B, C_out, H, W), or with `upsample` (B, C_out, 2 H + k - 2, 2 W + k - 2), which a `Blur` of gain 4 brings to (2 H, 2 W).
+
+    Example:
+        >>> modulated_conv2d(torch.ones(1, 1, 3, 3), torch.full((1, 1, 1, 1), 5.0)).unique()
+        tensor([1.])
+    """
+    if style is None:
+        norms = weight.square().sum((1, 2, 3), keepdim=True)
+        return _convolve(x, weight * torch.rsqrt(norms + DEMODULATION_EPS), upsample)
+    y = _convolve(x * style[:, :, None, None], weight, upsample)
+    norms = style.square() @ weight.square().sum((2, 3)).T  # (B, C_out)
+    return y * torch.rsqrt(norms + DEMODULATION_EPS)[:, :, None, None]
+
+
+def _convolve(x: Tensor, weight: Tensor, upsample: bool) -> Tensor:
+    if upsample:
+        return F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
+    return F.conv2d(x, weight, padding=weight.shape[2] // 2)
+
+
+class UpsamplingModulatedConv2d(nn.Module):
+    """3x3 `modulated_conv2d` with a style of ones that doubles the size, then a blur: (B, C, H, W) -> (B, C', 2H, 2W)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        # The leading 1 is the batch axis of a weight that styles would make different for each sample.
+        self.weight = nn.Parameter(torch.randn(1, out_channels, in_channels, 3, 3))
+        self.scale = 1 / math.sqrt(in_channels * 3**2)
+        self.blur = Blur(padding=1, gain=4.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blur(modulated_conv2d(x, self.weight[0] * self.scale, upsample=True))
+
+
+class NoiseInjection(nn.Module):
+    """Adds `weight` times normal noise, one value per pixel for all channels; `weight` (1,) starts at 0.
+
+    In training mode every image has its own noise, from the default random generator. In eval mode it is the same noise for
+    all images of a size, whatever was drawn before: a translation can be repeated, and does not depend on its batch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        if self.training:
+            noise = x.new_empty(batch, 1, height, width).normal_()
+        else:
+            noise = fixed_noise(height, width).to(x)
+        return x + self.weight * noise
+
+
+def fixed_noise(height: int, width: int) -> Tensor:
+    """The noise of `NoiseInjection` in eval mode, before its weight: (1, 1, height, width) on the CPU."""
+    generator = torch.Generator().manual_seed(_EVAL_NOISE_SEED)
+    return torch.randn(1, 1, height, width, generator=generator)
+
+
+class UpsamplingStyledConv(nn.Module):
+    """Doubles the size: modulated convolution with a style of ones, noise, activation."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = UpsamplingModulatedConv2d(in_channels, out_channels)
+        self.noise = NoiseInjection()
+        self.activate = FusedLeakyReLU(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activate(self.noise(self.conv(x)))
 
 
 class StyleGAN2Generator(nn.Module):
@@ -88,21 +315,10 @@ class StyleGAN2Generator(nn.Module):
                 f"StyleGAN2Generator: x has {x.shape[2]}x{x.shape[3]} pixels, but the size is halved and doubled again. "
                 "Use even sides."
             )
-        features = []
-        for index, layer in enumerate(self.encoder.convs[:stop]):
-            x = layer(x)
-            if index in taps:
-                features.append(x)
-        return x, features
+        return run_with_taps(self.encoder.convs[:stop], x, taps)
 
     def _checked(self, taps: Sequence[int]) -> list[int]:
-        taps, count = list(taps), len(self.encoder.convs)
-        if not taps or taps != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < count:
-            raise ValueError(
-                f"StyleGAN2Generator: taps={taps} must be ascending, distinct layer indices from 0 to {count - 1} (this "
-                f"generator's encoder has {count} layers)."
-            )
-        return taps
+        return checked_taps("StyleGAN2Generator", taps, len(self.encoder.convs))
 
 
 class StyleGAN2Discriminator(nn.Module):

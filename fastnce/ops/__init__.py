@@ -1,20 +1,14 @@
-"""The public ops: argument checks, the choice of a backend, and autograd. No maths."""
+"""The ops: each is declared, checked, differentiated and written in plain PyTorch in a file of its own.
 
-from fastnce.ops.conditional_contrastive import conditional_contrastive
-from fastnce.ops.info_nce import info_nce
-from fastnce.ops.nt_xent import nt_xent
-from fastnce.ops.pairwise_cosine_similarity import pairwise_cosine_similarity
-from fastnce.ops.patch_nce import patch_nce
-from fastnce.ops.sample_patches import sample_patches, tap_patches
-from fastnce.ops.sup_con import sup_con
+Every file of this folder is imported, and every public op that it declares is a function here.
+"""
 
-__all__ = [
-    "conditional_contrastive",
-    "info_nce",
-    "nt_xent",
-    "pairwise_cosine_similarity",
-    "patch_nce",
-    "sample_patches",
-    "sup_con",
-    "tap_patches",
-]
+import importlib
+import pkgutil
+
+from fastnce.registry import OPS
+
+for _file in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_file.name)
+__all__ = [name for name, op in OPS.items() if op.function is not None]
+globals().update({name: OPS[name].function for name in __all__})

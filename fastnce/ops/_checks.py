@@ -42,6 +42,29 @@ def expect_float_tensor(op: str, name: str, x: object, dims: tuple[int, ...], sh
         )
 
 
+def expect_rows(
+    op: str,
+    name: str,
+    x: object,
+    *,
+    may_be_empty: bool = False,
+    like: Tensor | None = None,
+    like_name: str = "",
+    why: str = "",
+) -> None:
+    """``x`` is a floating-point tensor (N, D), and as ``like`` is, if given; ``why`` it has that shape.
+
+    N may be 0 only if ``may_be_empty``: among several ranks, one may have no rows.
+    """
+    rows = x
+    if may_be_empty and isinstance(x, Tensor) and x.dim() == 2 and len(x) == 0:
+        rows = x.new_empty((1, x.shape[1]))
+    expect_float_tensor(op, name, rows, (2,), "(N, D)")
+    if like is not None:
+        expect_shape(op, name, x, tuple(like.shape), why or f"the shape of {like_name}")
+        expect_alike(op, name, x, like_name, like)
+
+
 def expect_tensor(op: str, name: str, x: object, shape: str) -> None:
     """``x`` is a tensor."""
     if not isinstance(x, Tensor):

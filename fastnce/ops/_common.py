@@ -1,4 +1,4 @@
-"""What the ops share: the reduction, and running outside autocast."""
+"""What the ops share: the reduction, running outside autocast, and the autograd of losses of rows."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from fastnce.ops import _checks
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -150,3 +153,135 @@ def plain_gradients(
         wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
         found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True))
     return [next(found) if need else None for need in needs]
+
+
+def gradients(
+    function: Callable[..., Tensor], inputs: Sequence, needs: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """The gradients of ``(grad * function(*inputs)).sum()`` that ``needs`` asks for."""
+    with torch.enable_grad():
+        leaves = [
+            x.detach().requires_grad_(need) if isinstance(x, Tensor) else x
+            for x, need in zip(inputs, needs, strict=True)
+        ]
+        out = function(*leaves)
+    wanted = [x for x, need in zip(leaves, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(out, wanted, grad) if wanted else ())
+    return [next(found) if need else None for need in needs]
+
+
+def row_loss(
+    op: str,
+    kernels: ModuleType,
+    rows: Sequence[Tensor | None],
+    labels: Tensor | None,
+    temperature: float | Tensor,
+    reduction: str,
+    operators: str = "",
+    **options: object,
+) -> Tensor:
+    """The losses of a fused backend, one per row, their sum or mean.
+
+    Args:
+        op: the public function.
+        kernels: the backend.
+        rows: the tensors that may need a gradient, at most three, in the order of the operators' arguments.
+        labels: the argument that follows them, if there is one.
+        temperature: a float or a 0-d tensor.
+        reduction: "mean", "sum" or "none".
+        operators: whose ``<op>_forward`` and ``<op>_backward`` are run, if not those of ``op``.
+        options: those of the operators.
+    """
+    _checks.expect_fusable(op, rows[0])
+    grad_now = reduction != "none" and wants_grad(*rows, temperature)
+    padded = [*distinct(rows), None, None][:3]
+    loss, _ = RowLossFunction.apply(
+        operators or op,
+        kernels,
+        options,
+        reduction,
+        grad_now,
+        len(rows),
+        temperature,
+        labels,
+        *padded,
+    )
+    return loss
+
+
+class RowLossFunction(torch.autograd.Function):
+    """Autograd of a loss of rows over the kernels of any fused backend.
+
+    A reduced loss gives every row the same, known weight, so the kernels return loss and gradients together and the backward
+    only scales them. Unreduced, the backward recomputes the similarities from the saved log-sum-exp.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        op: str,
+        kernels: ModuleType,
+        options: dict,
+        reduction: str,
+        grad_now: bool,
+        count: int,
+        temperature: float | Tensor,
+        labels: Tensor | None,
+        first: Tensor,
+        second: Tensor | None,
+        third: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        rows = (first, second, third)[:count]
+        needs = (*ctx.needs_input_grad[8 : 8 + count], ctx.needs_input_grad[6])
+        tensors = rows if labels is None else (*rows, labels)
+        mean = kernel_mean(reduction, first.dtype)
+        losses, *has_positive, lse, grads = getattr(kernels, f"{op}_forward")(
+            *tensors,
+            temperature,
+            **options,
+            grad_scale=1.0 if grad_now else None,
+            mean=mean,
+            needs=needs,
+        )
+        ctx.count, ctx.reduced = count, reduction != "none"
+        if ctx.reduced:
+            shared = handle(ctx, first, grad_now)
+            if has_positive:  # the mean is over the rows that have one
+                number = positives(has_positive[0]) if reduction == "mean" else None
+                ctx.factor = 1.0
+                ctx.save_for_backward(shared, None if mean else number, *grads)
+                return losses.sum() if number is None else losses.sum() / number, shared
+            weight = row_weight(losses.numel(), reduction)
+            ctx.factor = 1.0 if mean else weight
+            ctx.save_for_backward(shared, None, *grads)
+            return losses.sum() * weight, shared
+        ctx.backward_of, ctx.options, ctx.needs = (
+            getattr(kernels, f"{op}_backward"),
+            options,
+            needs,
+        )
+        ctx.temperature = None if isinstance(temperature, Tensor) else temperature
+        saved = temperature if ctx.temperature is None else None
+        ctx.save_for_backward(lse, saved, *tensors)
+        return losses, None
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, saved: tuple[Tensor | None, ...], grad_loss: Tensor, _: object):
+        if ctx.reduced:
+            _, number, *grads = saved
+            by = grad_loss if number is None or grad_loss is None else grad_loss / number
+            grads = scaled(grads, by, ctx.factor)
+        else:
+            lse, temperature, *tensors = saved
+            temperature = ctx.temperature if temperature is None else temperature
+            grads = ctx.backward_of(
+                grad_loss, *tensors, temperature, lse, **ctx.options, needs=ctx.needs
+            )
+        *of_rows, of_temperature = grads
+        return *(None,) * 6, of_temperature, None, *of_rows, *(None,) * (3 - ctx.count)
+
+
+def positives(has_positive: Tensor) -> Tensor:
+    """The number of rows that a mean is over."""
+    return has_positive.sum().clamp(min=1)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastnce.backends import native_maps
-from fastnce.ops import maps
-from fastnce.reference.blur_resample import blur_resample as reference_blur_resample
+from fastnce.backends import native
+from fastnce.ops.maps import autocast_map, has_kernels, map_of, rows_of
+from fastnce.registry import Op, Operator, declare
 
 
 def blur_resample(x: Tensor, kernel: Tensor, *, halve: bool) -> Tensor:
@@ -32,11 +33,11 @@ def blur_resample(x: Tensor, kernel: Tensor, *, halve: bool) -> Tensor:
         >>> blur_resample(torch.randn(2, 16, 7, 8), blur_kernel(16, halve=True), halve=True).shape
         torch.Size([2, 16, 4, 4])
     """
-    if maps.has_kernels(x, x.shape[1:2]) and min(x.shape[2:]) >= 2:
+    if has_kernels(x, x.shape[1:2]) and min(x.shape[2:]) >= 2:
         height, width = x.shape[2:]
         size = ((height + 1) // 2, (width + 1) // 2) if halve else (2 * height, 2 * width)
-        return BlurResampleFunction.apply(maps.autocast_map(x), halve, size, False)
-    return reference_blur_resample(x, kernel, halve)
+        return BlurResampleFunction.apply(autocast_map(x), halve, size, False)
+    return plain(x, kernel, halve)
 
 
 def blur_kernel(channels: int, *, halve: bool) -> Tensor:
@@ -45,15 +46,40 @@ def blur_kernel(channels: int, *, halve: bool) -> Tensor:
     return (torch.outer(row, row) / 16).repeat(channels, 1, 1, 1)
 
 
+def plain(x: Tensor, kernel: Tensor, halve: bool) -> Tensor:
+    """Half the size: ``outer([1, 2, 1]) / 16``, mirrored; or twice the size: ``outer([1, 3, 3, 1]) / 16``, border repeated."""
+    channels = x.shape[1]
+    if halve:
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, stride=2, groups=channels)
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    # padding=3 drops the border that the replicated pixels produce, one pixel more than the filter's own 2.
+    return F.conv_transpose2d(padded, kernel, stride=2, padding=3, groups=channels)
+
+
 class BlurResampleFunction(torch.autograd.Function):
     """A linear map, or its adjoint: the gradient of each is the other, so it has all derivatives."""
 
     @staticmethod
     def forward(ctx, x: Tensor, halve: bool, size: tuple[int, int], adjoint: bool) -> Tensor:
         ctx.halve, ctx.size, ctx.adjoint = halve, tuple(x.shape[2:]), adjoint
-        return native_maps.blur_resample(x, halve=halve, size=size, adjoint=adjoint)
+        return map_of(native.blur_resample(rows_of(x), halve, adjoint, *size))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         back = BlurResampleFunction.apply(grad, ctx.halve, ctx.size, not ctx.adjoint)
         return back, None, None, None
+
+
+def _resampled(x: Tensor, height: int, width: int, **_: object) -> Tensor:
+    return x.new_empty((x.shape[0], height, width, x.shape[3]))
+
+
+declare(
+    Op("blur_resample", is_loss=False),
+    # (B, H, W, C), contiguous -> (B, height, width, C). The adjoint takes a gradient of the result's size to one of the map's.
+    Operator(
+        "blur_resample(Tensor x, bool halve, bool adjoint, int height, int width) -> Tensor",
+        _resampled,
+    ),
+    blur_resample=plain,
+)

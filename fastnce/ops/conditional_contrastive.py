@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastnce import backends, reference
+from fastnce import backends
 from fastnce.ops import _checks, _common
+from fastnce.ops._over_ranks import GRADIENT_SCALES, OverRanks
+from fastnce.ops.labelled_lse import LabelledLSE
+from fastnce.ranks import Fact
+from fastnce.reference.normalize import accumulation_dtype, normalize_rows, over_temperature
+from fastnce.registry import Make, Op, Operator, Sample, declare
 
 
 def conditional_contrastive(
@@ -52,81 +59,159 @@ def conditional_contrastive(
     """
     op = "conditional_contrastive"
     embeddings, proxies = _checks.same_dtype_under_autocast(embeddings, proxies)
-    _checks.expect_float_tensor(op, "embeddings", embeddings, (2,), "(N, D)")
-    _checks.expect_float_tensor(op, "proxies", proxies, (2,), "(N, D)")
-    _checks.expect_shape(
-        op, "proxies", proxies, tuple(embeddings.shape), "one proxy per sample, proxies[labels]"
-    )
-    _checks.expect_alike(op, "proxies", proxies, "embeddings", embeddings)
-    labels = _checks.expect_labels(op, labels, embeddings, "embeddings")
+    labels = _checked_labels(op, embeddings, proxies, labels)
     temperature = _checks.expect_temperature(op, temperature, embeddings)
     _checks.expect_choice(op, "reduction", reduction, _common.REDUCTIONS)
 
     kernels = backends.select(op, embeddings, backend)
     with _common.no_autocast(embeddings):
-        if kernels is reference:
-            losses = reference.conditional_contrastive(embeddings, proxies, labels, temperature)
+        if kernels is backends.reference:
+            losses = plain(embeddings, proxies, labels, temperature)
             return _common.reduce(losses, reduction)
-        _checks.expect_fusable(op, embeddings)
-        grad_now = reduction != "none" and _common.wants_grad(embeddings, proxies, temperature)
-        loss, _ = ConditionalContrastiveFunction.apply(
-            *_common.distinct((embeddings, proxies)),
-            temperature,
-            labels,
-            kernels,
-            reduction,
-            grad_now,
+        return _common.row_loss(op, kernels, (embeddings, proxies), labels, temperature, reduction)
+
+
+def plain(
+    embeddings: Tensor, proxies: Tensor, labels: Tensor, temperature: float | Tensor
+) -> Tensor:
+    """``loss_i = log den_i - log num_i``, with the sums over ``exp(cosine / t)``.
+
+    ``den_i`` sums the sample's own proxy and all other samples; ``num_i`` its own proxy and the other samples of its class.
+
+    Args:
+        embeddings: (N, D).
+        proxies: (N, D); row i is the proxy of sample i's class.
+        labels: (N,) int64.
+        temperature: t, a float or a 0-d tensor.
+
+    Returns:
+        (N,), fp32 (fp64 for fp64 inputs).
+    """
+    dtype = accumulation_dtype(embeddings.dtype)
+    embeddings, proxies = normalize_rows(embeddings.to(dtype)), normalize_rows(proxies.to(dtype))
+
+    is_self = torch.eye(labels.shape[0], dtype=torch.bool, device=labels.device)
+    is_other_class = labels[:, None] != labels[None, :]  # (N, N)
+    to_proxy = (embeddings * proxies).sum(dim=-1, keepdim=True)  # (N, 1)
+    logits = torch.cat([to_proxy, embeddings @ embeddings.T], dim=1)
+    logits = over_temperature(logits, temperature)  # (N, 1 + N)
+
+    def lse_without(others: Tensor) -> Tensor:
+        return logits.masked_fill(F.pad(others, (1, 0)), -torch.inf).logsumexp(dim=1)
+
+    return lse_without(is_self) - lse_without(is_self | is_other_class)
+
+
+def _checked_labels(
+    op: str, embeddings: Tensor, proxies: Tensor, labels: Tensor, may_be_empty: bool = False
+) -> Tensor:
+    _checks.expect_rows(op, "embeddings", embeddings, may_be_empty=may_be_empty)
+    _checks.expect_rows(
+        op,
+        "proxies",
+        proxies,
+        may_be_empty=may_be_empty,
+        like=embeddings,
+        like_name="embeddings",
+        why="one proxy per sample, proxies[labels]",
+    )
+    return _checks.expect_labels(op, labels, embeddings, "embeddings")
+
+
+@torch.compiler.disable
+def over_ranks(
+    embeddings: Tensor,
+    proxies: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    strategy: str = "auto",
+    gradient_scale: str = "mean",
+    check: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`fastnce.conditional_contrastive` of the samples of all ranks, exactly.
+
+    Args:
+        embeddings: (N, D), this rank's; N may differ between ranks, and be 0 on some.
+        proxies: (N, D), row i the embedding of the class of sample i.
+        labels: (N,) integers.
+        temperature: positive float, or tensor of one element, which gets its gradient.
+        reduction: ``"mean"`` over the samples of all ranks, ``"sum"``, or ``"none"`` for this rank's (N,).
+        group, strategy, check: see :mod:`fastnce.distributed`.
+        gradient_scale: ``"mean"`` and ``"sum"``, see :mod:`fastnce.distributed`; with ``reduction="none"`` both leave one's own
+            ``losses.mean()`` for DDP to average. Or ``"published"``, the gradients of the published code (StudioGAN): 1 / ranks of
+            ``"mean"``, so that under DDP the loss weighs 1 / ranks of what it weighs in one process.
+        backend: one of ``fastnce.backends.available()``; None chooses.
+
+    Returns:
+        The same loss on every rank (``"none"``: this rank's losses), float32 (float64 for float64 inputs).
+
+    Example:
+        >>> import torch, fastnce.distributed  # one process: the plain op
+        >>> labels = torch.tensor([0, 1, 0, 1])
+        >>> classes = torch.nn.Embedding(2, 16)
+        >>> loss = fastnce.distributed.conditional_contrastive(torch.randn(4, 16), classes(labels), labels)
+    """
+    op = "conditional_contrastive"
+    call = OverRanks(op, group, temperature, reduction, strategy, gradient_scale, check, backend)
+    if call.alone:
+        return conditional_contrastive(embeddings, proxies, labels, **call.plain)
+    embeddings, proxies = _checks.same_dtype_under_autocast(embeddings, proxies)
+
+    def validate() -> dict[str, Fact]:
+        _checked_labels(op, embeddings, proxies, labels, may_be_empty=True)
+        grad = _common.wants_grad(embeddings, proxies, temperature)
+        return {"whether gradients are needed": grad}
+
+    call.agree("labelled_lse", embeddings, validate, (*GRADIENT_SCALES, "published"))
+    with _common.no_autocast(embeddings):
+        lse = LabelledLSE.apply(
+            embeddings, call.temperature, labels.long(), call.exchange, call.kernels, 1
         )
-        return loss
+        dtype = accumulation_dtype(embeddings.dtype)
+        units = normalize_rows(embeddings.to(dtype)) * normalize_rows(proxies.to(dtype))
+        to_proxy = units.sum(dim=1).double() / call.temperature
+        losses = torch.logaddexp(lse[:, 0], to_proxy) - torch.logaddexp(lse[:, 1], to_proxy)
+        return call.reduce(losses, None, embeddings.dtype)
 
 
-class ConditionalContrastiveFunction(torch.autograd.Function):
-    """Autograd of :func:`conditional_contrastive` over the kernels of any fused backend."""
+def _samples(make: Make) -> Iterator[Sample]:
+    embeddings = make(34, 20)
+    labels = torch.randint(5, (34,), generator=make.generator).to(embeddings.device)
+    both = {"embeddings": embeddings, "proxies": make.similar(embeddings), "labels": labels}
+    yield Sample("mean", both)
+    yield Sample("temperature", {**both, "temperature": torch.tensor(0.2, requires_grad=True)})
+    yield Sample("none", {**both, "temperature": 0.1, "reduction": "none"})
+    yield Sample("int32_labels", {**both, "labels": labels.int(), "reduction": "sum"})
+    yield Sample("detached_proxies", {**both, "proxies": both["proxies"].detach()})
 
-    @staticmethod
-    def forward(
-        ctx,
-        embeddings: Tensor,
-        proxies: Tensor,
-        temperature: float | Tensor,
-        labels: Tensor,
-        kernels: ModuleType,
-        reduction: str,
-        grad_now: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        needs = ctx.needs_input_grad[:3]
-        kernel_mean = _common.kernel_mean(reduction, embeddings.dtype)
-        losses, lse, grads = kernels.conditional_contrastive_forward(
-            embeddings,
-            proxies,
-            labels,
-            temperature,
-            grad_scale=1.0 if grad_now else None,
-            mean=kernel_mean,
-            needs=needs,
-        )
-        ctx.reduced = reduction != "none"
-        if ctx.reduced:
-            weight = _common.row_weight(embeddings.shape[0], reduction)
-            ctx.factor = 1.0 if kernel_mean else weight
-            handle = _common.handle(ctx, embeddings, grad_now)
-            ctx.save_for_backward(handle, *grads)
-            return losses.sum() * weight, handle
-        ctx.kernels, ctx.needs = kernels, needs
-        ctx.temperature = None if isinstance(temperature, Tensor) else temperature
-        saved = temperature if ctx.temperature is None else None
-        ctx.save_for_backward(embeddings, proxies, labels, lse, saved)
-        return losses, None
 
-    @staticmethod
-    @_common.first_derivative_only
-    def backward(ctx, saved: tuple[Tensor | None, ...], grad_loss: Tensor, _: object):
-        nothing = (None,) * 4
-        if ctx.reduced:
-            return *_common.scaled(saved[1:], grad_loss, ctx.factor), *nothing
-        embeddings, proxies, labels, lse, temperature = saved
-        temperature = ctx.temperature if temperature is None else temperature
-        grads = ctx.kernels.conditional_contrastive_backward(
-            grad_loss, embeddings, proxies, labels, temperature, lse, needs=ctx.needs
-        )
-        return *grads, *nothing
+def _losses(embeddings: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+    rows, dtype = embeddings.shape[0], accumulation_dtype(embeddings.dtype)
+    return embeddings.new_empty((rows,), dtype=dtype), embeddings.new_empty((2, rows), dtype=dtype)
+
+
+declare(
+    Op(
+        "conditional_contrastive",
+        function=conditional_contrastive,
+        over_ranks=over_ranks,
+        samples=_samples,
+    ),
+    # loss (N,) = log den - log num; lse (2, N) = [log den, log num].
+    Operator(
+        "conditional_contrastive_forward(Tensor embeddings, Tensor proxies, Tensor labels, Tensor? temperature_tensor, "
+        "float temperature, float? grad_scale, bool mean, bool need_embeddings, bool need_proxies, bool need_temperature) -> "
+        "(Tensor loss, Tensor lse, Tensor grad_embeddings, Tensor grad_proxies, Tensor grad_temperature)",
+        _losses,
+    ),
+    Operator(
+        "conditional_contrastive_backward(Tensor grad_loss, Tensor embeddings, Tensor proxies, Tensor labels, "
+        "Tensor? temperature_tensor, float temperature, Tensor lse, bool need_embeddings, bool need_proxies, "
+        "bool need_temperature) -> (Tensor grad_embeddings, Tensor grad_proxies, Tensor grad_temperature)"
+    ),
+    conditional_contrastive=plain,
+)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastnce.backends import native_maps
-from fastnce.ops import _common, maps
-from fastnce.reference.conv3x3 import conv3x3 as reference_conv3x3
+from fastnce.backends import native
+from fastnce.ops import _common
+from fastnce.ops.maps import autocast_map, has_kernels, map_of, rows_of
+from fastnce.registry import Op, Operator, declare
 
 
 def conv3x3(
@@ -39,9 +41,16 @@ def conv3x3(
         torch.Size([2, 32, 8, 8])
     """
     fits = weight.dtype in (torch.float32, torch.bfloat16)
-    if fits and maps.has_kernels(x, weight.shape[:2]) and min(x.shape[2:]) >= 2:
-        return Conv3x3Function.apply(maps.autocast_map(x), weight, bias, reflect)
-    return reference_conv3x3(x, weight, bias, reflect)
+    if fits and has_kernels(x, weight.shape[:2]) and min(x.shape[2:]) >= 2:
+        return Conv3x3Function.apply(autocast_map(x), weight, bias, reflect)
+    return plain(x, weight, bias, reflect)
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None, reflect: bool) -> Tensor:
+    """``x`` (B, C, H, W), padded by 1 with its mirror image or with zeros, convolved with ``weight`` (K, C, 3, 3)."""
+    if reflect:
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), weight, bias)
+    return F.conv2d(x, weight, bias, padding=1)
 
 
 class Conv3x3Function(torch.autograd.Function):
@@ -51,8 +60,9 @@ class Conv3x3Function(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, reflect: bool) -> Tensor:
         ctx.reflect = reflect
         ctx.save_for_backward(x, weight, bias)
-        shift = None if bias is None else bias.float()
-        return native_maps.conv3x3_forward(x, weight.float(), shift, reflect)
+        shift = None if bias is None else bias.float().contiguous()
+        rows = native.conv3x3_forward(rows_of(x), weight.float().contiguous(), shift, reflect)
+        return map_of(rows)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -62,17 +72,52 @@ class Conv3x3Function(torch.autograd.Function):
             return *_plain_gradients(x, weight, bias, ctx.reflect, needs, grad), None
         grad_x = grad_weight = grad_bias = None
         if needs[0]:
-            grad_x = native_maps.conv3x3_input_gradient(grad, weight.float(), ctx.reflect)
+            grad_x = map_of(
+                native.conv3x3_input_gradient(
+                    rows_of(grad), weight.float().contiguous(), ctx.reflect
+                )
+            )
         if needs[1]:
-            grad_weight = native_maps.conv3x3_weight_gradient(grad, x, ctx.reflect).to(weight.dtype)
+            grad_weight = native.conv3x3_weight_gradient(rows_of(grad), rows_of(x), ctx.reflect)
+            grad_weight = grad_weight.to(weight.dtype)
         if needs[2]:
             grad_bias = grad.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype)
         return grad_x, grad_weight, grad_bias, None
 
 
 def _plain_gradients(x, weight, bias, reflect, needs, grad) -> list[Tensor | None]:
-    def plain(x, weight, bias):
+    def in_dtype_of_x(x, weight, bias):
         shift = None if bias is None else bias.to(x.dtype)
-        return reference_conv3x3(x, weight.to(x.dtype), shift, reflect)
+        return plain(x, weight.to(x.dtype), shift, reflect)
 
-    return _common.plain_gradients(plain, (x, weight, bias), needs, grad)
+    return _common.plain_gradients(in_dtype_of_x, (x, weight, bias), needs, grad)
+
+
+def _maps(x: Tensor, weight: Tensor, **_: object) -> Tensor:
+    return x.new_empty((*x.shape[:3], weight.shape[0]))
+
+
+def _input_gradient(grad: Tensor, weight: Tensor, **_: object) -> Tensor:
+    return grad.new_empty((*grad.shape[:3], weight.shape[1]))
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, **_: object) -> Tensor:
+    return x.new_empty((grad.shape[3], x.shape[3], 3, 3), dtype=torch.float32)
+
+
+declare(
+    Op("conv3x3", is_loss=False),
+    # x (B, H, W, C), grad (B, H, W, K), contiguous; weight (K, C, 3, 3), bias (K,), float32, contiguous.
+    Operator(
+        "conv3x3_forward(Tensor x, Tensor weight, Tensor? bias, bool reflect) -> Tensor", _maps
+    ),
+    Operator(
+        "conv3x3_input_gradient(Tensor grad, Tensor weight, bool reflect) -> Tensor",
+        _input_gradient,
+    ),
+    # (K, C, 3, 3) in float32.
+    Operator(
+        "conv3x3_weight_gradient(Tensor grad, Tensor x, bool reflect) -> Tensor", _weight_gradient
+    ),
+    conv3x3=plain,
+)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from fastnce.ops import _checks
+from fastnce.ops import _checks, _common
+from fastnce.ops._over_ranks import OverRanks
+from fastnce.ops.labelled_lse import LabelledLSE
 from fastnce.ops.sup_con import sup_con_reduced
+from fastnce.ranks import Fact
+from fastnce.reference.normalize import accumulation_dtype, normalize_rows
+from fastnce.registry import Make, Op, Sample, declare
 
 
 def nt_xent(
@@ -45,11 +53,86 @@ def nt_xent(
     """
     op = "nt_xent"
     z1, z2 = _checks.same_dtype_under_autocast(z1, z2)
-    _checks.expect_float_tensor(op, "z1", z1, (2,), "(N, D)")
-    _checks.expect_float_tensor(op, "z2", z2, (2,), "(N, D)")
-    _checks.expect_shape(op, "z2", z2, tuple(z1.shape), "the shape of z1")
-    _checks.expect_alike(op, "z2", z2, "z1", z1)
+    _checks.expect_rows(op, "z1", z1)
+    _checks.expect_rows(op, "z2", z2, like=z1, like_name="z1")
     image = torch.arange(z1.shape[0], device=z1.device)
     return sup_con_reduced(
         op, torch.cat([z1, z2]), torch.cat([image, image]), temperature, reduction, backend
     )
+
+
+@torch.compiler.disable
+def over_ranks(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float | Tensor = 0.5,
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    strategy: str = "auto",
+    gradient_scale: str = "mean",
+    check: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`fastnce.nt_xent` of the images of all ranks, exactly; both views of an image are on the same rank.
+
+    Args:
+        z1: (N, D), the first views of this rank's images; N may differ between ranks, and be 0 on some.
+        z2: (N, D), the second views.
+        temperature: positive float, or tensor of one element, which gets its gradient.
+        reduction: ``"mean"`` over the views of all ranks, ``"sum"``, or ``"none"`` for this rank's (2N,), the rows of ``z1``
+            first.
+        group, strategy, gradient_scale, check: see :mod:`fastnce.distributed`.
+        backend: one of ``fastnce.backends.available()``; None chooses.
+
+    Returns:
+        The same loss on every rank (``"none"``: this rank's losses), float32 (float64 for float64 inputs).
+
+    Example:
+        >>> import torch, fastnce.distributed  # one process: the plain op
+        >>> loss = fastnce.distributed.nt_xent(torch.randn(32, 128), torch.randn(32, 128))
+    """
+    op = "nt_xent"
+    call = OverRanks(op, group, temperature, reduction, strategy, gradient_scale, check, backend)
+    if call.alone:
+        return nt_xent(z1, z2, **call.plain)
+    z1, z2 = _checks.same_dtype_under_autocast(z1, z2)
+
+    def validate() -> dict[str, Fact]:
+        _checks.expect_rows(op, "z1", z1, may_be_empty=True)
+        _checks.expect_rows(op, "z2", z2, may_be_empty=True, like=z1, like_name="z1")
+        grad = _common.wants_grad(z1, z2, temperature)
+        return {"rows": 2 * len(z1), "whether gradients are needed": grad}
+
+    call.agree("labelled_lse", z1, validate)
+    with _common.no_autocast(z1):
+        rows = torch.cat([z1, z2])
+        no_labels = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        # Without the positives, next to which nothing then cancels where they dominate.
+        others = LabelledLSE.apply(
+            rows, call.temperature, no_labels, call.exchange, call.kernels, 2
+        )
+        dtype = accumulation_dtype(z1.dtype)
+        units = normalize_rows(z1.to(dtype)) * normalize_rows(z2.to(dtype))
+        positive = (units.sum(dim=1).double() / call.temperature).repeat(2)
+        losses = torch.logaddexp(others[:, 0] - positive, torch.zeros_like(positive))
+        return call.reduce(losses, None, z1.dtype)
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    z1 = make(17, 20)
+    views = {"z1": z1, "z2": make.similar(z1)}
+    yield Sample("mean", views)
+    yield Sample("none", {**views, "temperature": 0.1, "reduction": "none"})
+    yield Sample("temperature", {**views, "temperature": torch.tensor(0.2, requires_grad=True)})
+
+
+declare(
+    Op(
+        "nt_xent",
+        runs=("sup_con_forward", "sup_con_backward"),
+        function=nt_xent,
+        over_ranks=over_ranks,
+        samples=_samples,
+    )
+)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from fastnce import backends, reference
+from fastnce import backends
 from fastnce.ops import _checks, _common
+from fastnce.reference.normalize import accumulation_dtype, normalize_rows, over_temperature
+from fastnce.registry import Make, Op, Operator, Sample, declare
 
 
 def pairwise_cosine_similarity(
@@ -54,8 +57,8 @@ def pairwise_cosine_similarity(
     temperature = _checks.expect_temperature(op, temperature, x)
     kernels = backends.select(op, x, backend)
     with _common.no_autocast(x):
-        if kernels is reference:
-            return reference.pairwise_cosine_similarity(x, x if y is None else y, temperature)
+        if kernels is backends.reference:
+            return plain(x, x if y is None else y, temperature)
         _checks.expect_fusable(op, x)
         other = None if y is x else y
         return PairwiseCosineSimilarityFunction.apply(x, other, temperature, kernels)
@@ -64,6 +67,13 @@ def pairwise_cosine_similarity(
 def _expect_rows(op: str, name: str, rows: object, shape: str) -> None:
     _checks.expect_tensor(op, name, rows, shape)
     _checks.expect_float_tensor(op, name, rows, (max(rows.dim(), 2),), shape)
+
+
+def plain(x: Tensor, y: Tensor, temperature: float | Tensor) -> Tensor:
+    """``s_ij = x_i . y_j / (||x_i|| ||y_j|| t)``: (..., N, D), (..., M, D) -> (..., N, M), in the inputs' dtype."""
+    dtype = accumulation_dtype(x.dtype)
+    similarity = normalize_rows(x.to(dtype)) @ normalize_rows(y.to(dtype)).mT
+    return over_temperature(similarity, temperature).to(x.dtype)
 
 
 class PairwiseCosineSimilarityFunction(torch.autograd.Function):
@@ -90,3 +100,38 @@ class PairwiseCosineSimilarityFunction(torch.autograd.Function):
             grad, x, y, temperature, needs=ctx.needs
         )
         return *grads, None
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    yield Sample("two", {"x": make(12, 20), "y": make(7, 20)})
+    yield Sample("itself", {"x": make(12, 20)})
+    batched = {"x": make(2, 3, 12, 20), "y": make(2, 3, 7, 20)}
+    yield Sample("batched", {**batched, "temperature": torch.tensor(0.2, requires_grad=True)})
+
+
+def _similarities(x: Tensor, y: Tensor | None, **_: object) -> Tensor:
+    columns = x if y is None else y
+    return x.new_empty((*x.shape[:-1], columns.shape[-2]))
+
+
+_NAME = "pairwise_cosine_similarity"
+declare(
+    Op(
+        _NAME,
+        function=pairwise_cosine_similarity,
+        samples=_samples,
+        is_loss=False,
+    ),
+    # x (..., N, D), y (..., M, D), none for x itself -> (..., N, M) in their dtype.
+    Operator(
+        f"{_NAME}_forward(Tensor x, Tensor? y, Tensor? temperature_tensor, float temperature, bool bfloat16_products) -> Tensor",
+        _similarities,
+    ),
+    # The gradients of sum(grad * result), grad (..., N, M) of any strides. Without y that of x is the sum over both its uses.
+    Operator(
+        f"{_NAME}_backward(Tensor grad, Tensor x, Tensor? y, Tensor? temperature_tensor, float temperature, "
+        "bool bfloat16_products, bool need_x, bool need_y, bool need_temperature) -> "
+        "(Tensor grad_x, Tensor grad_y, Tensor grad_temperature)",
+    ),
+    pairwise_cosine_similarity=plain,
+)

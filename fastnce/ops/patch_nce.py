@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from fastnce import backends, reference
+from fastnce import backends
 from fastnce.ops import _checks, _common
+from fastnce.ops.info_nce import plain as info_nce
+from fastnce.registry import Make, Op, Operator, Sample, accumulation_dtype, declare
 
 # CUT overwrites each patch's similarity with its own key among the negatives by this value before dividing by the temperature.
 # It is no -inf: at a temperature near 1 the term exp(-10 / t) is part of the published loss.
@@ -89,9 +91,9 @@ def _weighted_sum(
     queries, keys = ([pair[side] for pair in pairs] for side in (0, 1))
     kernels = backends.select(op, queries[0], backend)
     with _common.no_autocast(queries[0]):
-        if kernels is reference:
+        if kernels is backends.reference:
             return sum(
-                reference.info_nce(
+                info_nce(
                     query,
                     key,
                     None,
@@ -138,14 +140,15 @@ class PatchNCEFunction(torch.autograd.Function):
         ones = (1.0,) * count
         kernel_mean = _common.kernel_mean("mean", rows[0].dtype)
         needs = ctx.needs_input_grad[4:]
-        loss, grad_queries, grad_keys, grad_temperature = kernels.patch_nce_forward(
+        loss, (grad_queries, grad_keys, grad_temperature) = kernels.patch_nce_forward(
             list(rows[:count]),
             list(rows[count:]),
             temperature,
             self_logit=SELF_LOGIT,
             loss_scales=ones,
-            grad_scales=ones if grad_now else None,
-            mean_of=(layers, layers if kernel_mean else 0),
+            grad_scales=ones if grad_now else (),
+            loss_layers=layers,
+            grad_layers=layers if kernel_mean else 0,
             needs=(needs[:count], needs[count:], ctx.needs_input_grad[3]),
         )
         ctx.factors = ones * 2
@@ -201,3 +204,40 @@ def _checked(op: str, query: Tensor, key: Tensor, suffix: str) -> tuple[Tensor, 
     _checks.expect_shape(op, key_name, key, tuple(query.shape), f"the shape of {query_name}")
     _checks.expect_alike(op, key_name, key, query_name, query)
     return query, key
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    tau = torch.tensor(0.5, requires_grad=True)
+    query = make(2, 33, 20)
+    pair = {"query_features": query, "key_features": make.similar(query)}
+    yield Sample("image", pair)
+    yield Sample("batch", {**pair, "negatives": "batch"})
+    yield Sample("self_logit", {**pair, "temperature": torch.tensor(2.0, requires_grad=True)})
+    yield Sample("detached", {**pair, "key_features": pair["key_features"].detach()})
+    queries = [make(2, 16, 8), make(2, 33, 27), make(2, 5, 64)]
+    layers = {
+        "query_features": queries,
+        "key_features": [make.similar(x).detach() for x in queries],
+    }
+    yield Sample("layers", {**layers, "temperature": tau})
+    yield Sample("layers_batch", {**layers, "negatives": "batch"})
+
+
+def _loss(queries: list[Tensor], **_: object) -> tuple[Tensor]:
+    return (queries[0].new_empty((), dtype=accumulation_dtype(queries[0].dtype)),)
+
+
+declare(
+    Op("patch_nce", function=patch_nce, samples=_samples),
+    # The sum over layers of loss_scale * sum(loss), the losses those of info_nce_forward with normalize, in_batch and self_logit, of
+    # queries[l], keys[l] (B, N, D), whose sizes may differ. If grad_scales is not empty, also the gradients: of layer l those of
+    # grad_scale * sum(loss), of the temperature that of the loss returned. Where loss_layers is not 0, each layer's loss_scale is
+    # divided by loss_layers times its rows (B * N); grad_layers does that to the grad_scales.
+    Operator(
+        "patch_nce_forward(Tensor[] queries, Tensor[] keys, Tensor? temperature_tensor, float temperature, float self_logit, "
+        "bool bfloat16_products, float[] loss_scales, float[] grad_scales, int loss_layers, int grad_layers, "
+        "bool[] need_queries, bool[] need_keys, bool need_temperature) -> "
+        "(Tensor loss, Tensor[] grad_queries, Tensor[] grad_keys, Tensor grad_temperature)",
+        _loss,
+    ),
+)

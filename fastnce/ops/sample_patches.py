@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from fastnce import backends, reference
+from fastnce import backends
 from fastnce.ops import _checks, _common
+from fastnce.reference.normalize import normalize_rows
+from fastnce.registry import Make, Op, Operator, Sample, accumulation_dtype, declare
+
+# From here on drawing again what came twice is quicker than a whole permutation.
+_CHEAP_SHARE = 16
 
 
 def sample_patches(
@@ -54,7 +60,7 @@ def sample_patches(
     """
     op = "sample_patches"
     maps, ids = _validated(op, features, num_patches, patch_ids, generator)
-    patches = _gather(op, maps, ids, bool(normalize), backend)
+    patches = _of_each_kind(_gather_alike, op, maps, ids, bool(normalize), backend)
     return (patches[0], ids[0]) if isinstance(features, Tensor) else (patches, ids)
 
 
@@ -73,25 +79,12 @@ def tap_patches(
     returned, the backward adds the patches' gradient into the gradient that arrives for the map, where ``sample_patches``
     fills a map with zeros and PyTorch adds the two maps. A gradient that anyone else still holds is copied first.
 
-    The returned map shares the memory of ``features``; PyTorch refuses to change it in place.
-
-    Args:
-        features: (B, C, H, W), any strides; float64, float32, bfloat16 or float16. Or a list of maps, which gives lists.
-        num_patches: S; ``min(num_patches, H * W)`` distinct positions are drawn without replacement.
-        patch_ids: (S,) int64 positions ``h * W + w`` to take instead of drawing them; one per map if ``features`` is a list.
-            A repeated position is allowed.
-        normalize: divide each patch by its L2 norm; an all-zero patch stays zero.
-        generator: the source of the draw, on the device of ``features``; None for the default one.
-        backend: one of ``fastnce.backends.available()``; None chooses.
+    The returned map shares the memory of ``features``; PyTorch refuses to change it in place. Arguments and errors are those of
+    :func:`sample_patches`.
 
     Returns:
-        ``(features, patches, patch_ids)``: the map to go on with; (B, S, C) in the dtype of ``features``; (S,) int64.
-
-    Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes, devices or numbers that do not fit together.
-        IndexError: a patch id outside the map (on an accelerator this is reported by the device instead).
-        RuntimeError: the requested backend cannot run this.
+        ``(features, patches, patch_ids)``: the map to go on with; (B, S, C) in the dtype of ``features``; (S,) int64. Of a list
+        of maps, lists.
 
     Example:
         >>> import torch, fastnce
@@ -102,12 +95,8 @@ def tap_patches(
     """
     op = "tap_patches"
     maps, ids = _validated(op, features, num_patches, patch_ids, generator)
-    passed, patches = list(maps), [None] * len(maps)
-    for layers in _common.alike(maps):
-        group = [maps[layer] for layer in layers], [ids[layer] for layer in layers]
-        found = _tap_alike(op, *group, bool(normalize), backend)
-        for layer, feature, rows in zip(layers, *found, strict=True):
-            passed[layer], patches[layer] = feature, rows
+    tapped = _of_each_kind(_tap_alike, op, maps, ids, bool(normalize), backend)
+    passed, patches = ([pair[side] for pair in tapped] for side in (0, 1))
     if isinstance(features, Tensor):
         return passed[0], patches[0], ids[0]
     return passed, patches, ids
@@ -130,7 +119,7 @@ def _validated(
         return maps, _expect_patch_ids(op, maps, patch_ids, single)
     _checks.expect_int_at_least(op, "num_patches", num_patches, 1)
     ids = [
-        reference.draw_patch_ids(
+        draw_patch_ids(
             feature.shape[2] * feature.shape[3],
             num_patches,
             device=feature.device,
@@ -186,15 +175,21 @@ def _expect_patch_ids(op: str, maps: list[Tensor], patch_ids: object, single: bo
     return ids
 
 
-def _gather(
-    op: str, maps: list[Tensor], ids: list[Tensor], normalize: bool, backend: str | None
-) -> list[Tensor]:
-    patches: list[Tensor] = [None] * len(maps)
+def _of_each_kind(
+    run: Callable[..., list],
+    op: str,
+    maps: list[Tensor],
+    ids: list[Tensor],
+    normalize: bool,
+    backend: str | None,
+) -> list:
+    """What ``run`` gives for each map; maps of one device and dtype are in one call."""
+    found = [None] * len(maps)
     for layers in _common.alike(maps):
         group = [maps[layer] for layer in layers], [ids[layer] for layer in layers]
-        for layer, found in zip(layers, _gather_alike(op, *group, normalize, backend), strict=True):
-            patches[layer] = found
-    return patches
+        for layer, result in zip(layers, run(op, *group, normalize, backend), strict=True):
+            found[layer] = result
+    return found
 
 
 def _gather_alike(
@@ -202,9 +197,9 @@ def _gather_alike(
 ) -> list[Tensor]:
     kernels = backends.select(op, maps[0], backend)
     with _common.no_autocast(maps[0]):
-        if kernels is reference:
+        if kernels is backends.reference:
             pairs = zip(maps, ids, strict=True)
-            return [reference.sample_patches(feature, id_, normalize) for feature, id_ in pairs]
+            return [plain(feature, id_, normalize) for feature, id_ in pairs]
         _checks.expect_fusable(op, maps[0])
         return list(
             SamplePatchesFunction.apply(kernels, normalize, *_common.distinct((*maps, *ids)))
@@ -213,21 +208,25 @@ def _gather_alike(
 
 def _tap_alike(
     op: str, maps: list[Tensor], ids: list[Tensor], normalize: bool, backend: str | None
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> list[tuple[Tensor, Tensor]]:
     kernels = backends.select(op, maps[0], backend)
     # A compiler sees both uses of the map, and cannot trace sparse gradients.
-    apart = kernels is reference or torch.compiler.is_compiling() or not _common.wants_grad(*maps)
+    apart = (
+        kernels is backends.reference
+        or torch.compiler.is_compiling()
+        or not _common.wants_grad(*maps)
+    )
     if apart:
         patches = _gather_alike(op, maps, ids, normalize, backend)
         # A tensor of its own, so that its gradient, too, is the network's alone.
-        return [x.view_as(x) for x in maps], patches
+        return [(x.view_as(x), rows) for x, rows in zip(maps, patches, strict=True)]
     _checks.expect_fusable(op, maps[0])
     with _common.no_autocast(maps[0]):
         count = len(maps)
         tapped = TapFunction.apply(kernels, normalize, *maps, *ids)
         inner, patches = tapped[:count], tapped[count:]
         out = OwnGradientFunction.apply(*inner, *inner, *patches)
-        return list(out[:count]), list(out[count:])
+        return list(zip(out[:count], out[count:], strict=True))
 
 
 class SamplePatchesFunction(torch.autograd.Function):
@@ -388,3 +387,130 @@ def _dense_gradients(
 def _memory_format(x: Tensor) -> torch.memory_format:
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def draw_patch_ids(
+    num_positions: int,
+    num_patches: int,
+    *,
+    device: torch.device,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Distinct positions with the distribution of a random permutation's head: (min(num_patches, num_positions),) int64."""
+    few = device.type == "cpu" and not torch.compiler.is_compiling()
+    if few and num_patches * _CHEAP_SHARE <= num_positions:
+        return _draw_distinct(num_positions, num_patches, generator)
+    return torch.randperm(num_positions, device=device, generator=generator)[:num_patches]
+
+
+def _draw_distinct(num_positions: int, count: int, generator: torch.Generator | None) -> Tensor:
+    """The first ``count`` distinct numbers of a sequence of independent uniform ones."""
+    found: dict[int, None] = {}
+    while len(found) < count:
+        # A few more than needed, for at most one in _CHEAP_SHARE is expected to repeat another.
+        draws = torch.randint(
+            num_positions, (count + count // 8,), generator=generator, device="cpu"
+        )
+        found.update(dict.fromkeys(draws.tolist()))
+    # torch.tensor of a list takes six times as long; the copy makes the memory PyTorch's own.
+    return torch.frombuffer(array("q", list(found)[:count]), dtype=torch.int64).clone()
+
+
+def plain(features: Tensor, patch_ids: Tensor, normalize: bool) -> Tensor:
+    """``patches[b, s, :] = features[b, :, id_s]``, L2-normalised over the channels if asked.
+
+    Args:
+        features: (B, C, H, W).
+        patch_ids: (S,) int64, row-major positions ``h * W + w``.
+        normalize: divide each patch by its L2 norm.
+
+    Returns:
+        (B, S, C), in the dtype of the features.
+    """
+    # The gradient of features.permute(0, 2, 3, 1).flatten(1, 2)[:, patch_ids] has the strides of channels_last, for which the
+    # backward of instance norm is wrong by its own size at B = 1 on a CPU (torch 2.13). This one's is contiguous.
+    patches = features.flatten(2)[:, :, patch_ids].mT.contiguous()  # (B, S, C)
+    if normalize:
+        dtype = accumulation_dtype(patches.dtype)
+        patches = normalize_rows(patches.to(dtype)).to(features.dtype)
+    return patches
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    def ids(count: int, size: int) -> Tensor:
+        return torch.randperm(size, generator=make.generator)[:count].to(make(1).device)
+
+    one = {"features": make(2, 12, 9, 7), "patch_ids": ids(16, 63)}
+    yield Sample("one", one)
+    yield Sample("one_normalized", {**one, "normalize": True})
+    repeated = {**one, "patch_ids": torch.tensor([5, 5, 0, 62, 5]).to(make(1).device)}
+    yield Sample("repeated", repeated)
+    yield Sample("repeated_normalized", {**repeated, "normalize": True})
+    several = {
+        "features": [make(2, 3, 16, 16), make(2, 40, 8, 5), make(2, 9, 1, 1)],
+        "patch_ids": [ids(50, 256), ids(40, 40), ids(1, 1)],
+    }
+    yield Sample("several", several)
+    yield Sample("several_normalized", {**several, "normalize": True})
+
+
+def _patches(
+    features: list[Tensor], patch_ids: list[Tensor], normalize: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    pairs = list(zip(features, patch_ids, strict=True))
+    patches = [x.new_empty((x.shape[0], ids.shape[0], x.shape[1])) for x, ids in pairs]
+    norms = [
+        x.new_empty((x.shape[0], ids.shape[0]), dtype=accumulation_dtype(x.dtype))
+        for x, ids in pairs
+    ]
+    return patches, norms if normalize else []
+
+
+def _gradients(feature_likes: list[Tensor], **_: object) -> list[Tensor]:
+    return [torch.empty_like(x) for x in feature_likes]
+
+
+def _nothing(**_: object) -> None:
+    return None
+
+
+_SAMPLED = ("sample_patches_forward", "sample_patches_backward")
+declare(
+    Op(
+        "sample_patches",
+        runs=_SAMPLED,
+        function=sample_patches,
+        samples=_samples,
+        is_loss=False,
+    ),
+    # patch_ids[l] (S_l,) are positions in H * W, which may repeat. inverse_norms[l] (B, S_l) in acc, 0 for a zero row; none
+    # without normalize.
+    Operator(
+        "sample_patches_forward(Tensor[] features, Tensor[] patch_ids, bool normalize) -> "
+        "(Tensor[] patches, Tensor[] inverse_norms)",
+        _patches,
+    ),
+    # Gradients shaped and laid out like feature_likes[l], of which only sizes and strides are read; patches and inverse_norms may
+    # be empty lists unless normalize. Zero where nothing was sampled, summed where a position was sampled more than once.
+    Operator(
+        "sample_patches_backward(Tensor[] grad_patches, Tensor[] patches, Tensor[] inverse_norms, Tensor[] patch_ids, "
+        "Tensor[] feature_likes, bool normalize) -> Tensor[]",
+        _gradients,
+    ),
+    # Adds those gradients to maps (B, C, H, W), without overlaps in memory, in place.
+    Operator(
+        "sample_patches_add_(Tensor(a!)[] maps, Tensor[] grad_patches, Tensor[] patches, Tensor[] inverse_norms, "
+        "Tensor[] patch_ids, bool normalize) -> ()",
+        _nothing,
+    ),
+    sample_patches=plain,
+    draw_patch_ids=draw_patch_ids,
+)
+declare(
+    Op(
+        "tap_patches",
+        runs=(*_SAMPLED, "sample_patches_add_"),
+        function=tap_patches,
+        is_loss=False,
+    )
+)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from fastnce import backends, reference
+from fastnce import backends
 from fastnce.ops import _checks, _common
+from fastnce.ops._over_ranks import OverRanks
+from fastnce.ops.labelled_lse import LabelledLSE, SameLabelSum
+from fastnce.ranks import Fact
+from fastnce.reference.normalize import accumulation_dtype, normalize_rows, over_temperature
+from fastnce.registry import Make, Op, Operator, Sample, declare
 
 
 def sup_con(
@@ -47,7 +53,7 @@ def sup_con(
         >>> loss = fastnce.sup_con(torch.randn(8, 32), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]))
     """
     op = "sup_con"
-    _checks.expect_float_tensor(op, "features", features, (2,), "(N, D)")
+    _checks.expect_rows(op, "features", features)
     labels = _checks.expect_labels(op, labels, features, "features")
     return sup_con_reduced(op, features, labels, temperature, reduction, backend)
 
@@ -65,67 +71,133 @@ def sup_con_reduced(
     _checks.expect_choice(op, "reduction", reduction, _common.REDUCTIONS)
     kernels = backends.select(op, features, backend)
     with _common.no_autocast(features):
-        if kernels is reference:
-            losses, has_positive = reference.sup_con(features, labels, temperature)
+        if kernels is backends.reference:
+            losses, has_positive = plain(features, labels, temperature)
             if reduction == "mean":
-                return losses.sum() / _mean_count(has_positive)
+                return losses.sum() / _common.positives(has_positive)
             return _common.reduce(losses, reduction)
-        _checks.expect_fusable(op, features)
-        grad_now = reduction != "none" and _common.wants_grad(features, temperature)
-        loss, _ = SupConFunction.apply(features, temperature, labels, kernels, reduction, grad_now)
-        return loss
-
-
-def _mean_count(has_positive: Tensor) -> Tensor:
-    return has_positive.sum().clamp(min=1)
-
-
-class SupConFunction(torch.autograd.Function):
-    """Autograd of :func:`sup_con` over the kernels of any fused backend."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        features: Tensor,
-        temperature: float | Tensor,
-        labels: Tensor,
-        kernels: ModuleType,
-        reduction: str,
-        grad_now: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        needs = ctx.needs_input_grad[:2]
-        kernel_mean = _common.kernel_mean(reduction, features.dtype)
-        losses, has_positive, lse, grads = kernels.sup_con_forward(
-            features,
-            labels,
-            temperature,
-            grad_scale=1.0 if grad_now else None,
-            mean=kernel_mean,
-            needs=needs,
+        return _common.row_loss(
+            op, kernels, (features,), labels, temperature, reduction, operators="sup_con"
         )
-        ctx.reduced = reduction != "none"
-        if ctx.reduced:
-            count = _mean_count(has_positive) if reduction == "mean" else None
-            handle = _common.handle(ctx, features, grad_now)
-            ctx.save_for_backward(handle, None if kernel_mean else count, *grads)
-            return losses.sum() if count is None else losses.sum() / count, handle
-        ctx.kernels, ctx.needs = kernels, needs
-        ctx.temperature = None if isinstance(temperature, Tensor) else temperature
-        saved = temperature if ctx.temperature is None else None
-        ctx.save_for_backward(features, labels, lse, saved)
-        return losses, None
 
-    @staticmethod
-    @_common.first_derivative_only
-    def backward(ctx, saved: tuple[Tensor | None, ...], grad_loss: Tensor, _: object):
-        nothing = (None,) * 4
-        if ctx.reduced:
-            _, count, *grads = saved
-            by = grad_loss if count is None or grad_loss is None else grad_loss / count
-            return *_common.scaled(grads, by), *nothing
-        features, labels, lse, temperature = saved
-        temperature = ctx.temperature if temperature is None else temperature
-        grads = ctx.kernels.sup_con_backward(
-            grad_loss, features, labels, temperature, lse, needs=ctx.needs
-        )
-        return *grads, *nothing
+
+def plain(features: Tensor, labels: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """``loss_i = log sum_{a != i} exp(s_ia / t) - mean_{p in P_i} s_ip / t`` (the L_out form).
+
+    Args:
+        features: (N, D).
+        labels: (N,) int64; ``P_i`` are the other samples with the label of i.
+        temperature: t, a float or a 0-d tensor.
+
+    Returns:
+        The losses (N,), 0 where ``P_i`` is empty, and whether each sample has a positive, (N,) bool.
+    """
+    features = normalize_rows(features.to(accumulation_dtype(features.dtype)))
+
+    is_self = torch.eye(labels.shape[0], dtype=torch.bool, device=labels.device)
+    is_positive = (labels[:, None] == labels[None, :]) & ~is_self  # (N, N)
+    num_positives = is_positive.sum(dim=1)  # (N,)
+    logits = over_temperature(features @ features.T, temperature)  # (N, N)
+
+    lse = logits.masked_fill(is_self, -torch.inf).logsumexp(dim=1)
+    positive = logits.masked_fill(~is_positive, 0).sum(dim=1) / num_positives.clamp(min=1)
+    has_positive = num_positives > 0
+    return (lse - positive).masked_fill(~has_positive, 0), has_positive
+
+
+@torch.compiler.disable
+def over_ranks(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 0.07,
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    strategy: str = "auto",
+    gradient_scale: str = "mean",
+    check: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`fastnce.sup_con` of the samples of all ranks, exactly; positives may be on any rank.
+
+    Args:
+        features: (N, D), this rank's; N may differ between ranks, and be 0 on some.
+        labels: (N,) integers.
+        temperature: positive float, or tensor of one element, which gets its gradient.
+        reduction: ``"mean"`` over the samples of all ranks that have a positive (0 if none has), ``"sum"``, or ``"none"`` for
+            this rank's (N,), with 0 for samples without a positive.
+        group, strategy, gradient_scale, check: see :mod:`fastnce.distributed`.
+        backend: one of ``fastnce.backends.available()``; None chooses.
+
+    Returns:
+        The same loss on every rank (``"none"``: this rank's losses), float32 (float64 for float64 inputs).
+
+    Example:
+        >>> import torch, fastnce.distributed  # one process: the plain op
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> loss = fastnce.distributed.sup_con(torch.randn(4, 32), labels)
+    """
+    op = "sup_con"
+    call = OverRanks(op, group, temperature, reduction, strategy, gradient_scale, check, backend)
+    if call.alone:
+        return sup_con(features, labels, **call.plain)
+
+    def validate() -> dict[str, Fact]:
+        _checks.expect_rows(op, "features", features, may_be_empty=True)
+        _checks.expect_labels(op, labels, features, "features")
+        return {"whether gradients are needed": _common.wants_grad(features, temperature)}
+
+    call.agree("labelled_lse", features, validate)
+    labels = labels.long()
+    with _common.no_autocast(features):
+        lse = LabelledLSE.apply(features, call.temperature, labels, call.exchange, call.kernels, 1)
+        units = normalize_rows(features.to(accumulation_dtype(features.dtype)))
+        counted = torch.cat([units, units.new_ones((len(units), 1))], dim=1)
+        # (N, D + 1), each row's own included
+        sums = SameLabelSum.apply(counted, labels, call.exchange)
+        positives = sums[:, -1].detach() - 1
+        to_positives = (units * (sums[:, :-1] - units)).sum(dim=1).double() / call.temperature
+        losses = lse[:, 0] - to_positives / positives.clamp(min=1)
+        has_positive = positives > 0
+        losses = losses.where(has_positive, 0)
+        return call.reduce(losses, has_positive, features.dtype)
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    features = make(34, 20)
+    labels = torch.randint(8, (34,), generator=make.generator)
+    labels[3] = 99  # a class of one
+    labelled = {"features": features, "labels": labels.to(features.device)}
+    yield Sample("mean", labelled)
+    yield Sample("none", {**labelled, "reduction": "none"})
+    yield Sample("temperature", {**labelled, "temperature": torch.tensor(0.2, requires_grad=True)})
+
+
+def _losses(features: Tensor, **_: object) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dtype = (features.shape[0],), accumulation_dtype(features.dtype)
+    loss, lse = (features.new_empty(rows, dtype=dtype) for _ in range(2))
+    return loss, features.new_empty(rows, dtype=torch.bool), lse
+
+
+declare(
+    Op(
+        "sup_con",
+        function=sup_con,
+        over_ranks=over_ranks,
+        samples=_samples,
+    ),
+    # has_positive (N,) bool: another row has the label; the loss of a row without is 0.
+    # lse (N,) = log of the sum over j != i of exp(f_i . f_j / t); 0 for a single row.
+    # The mean is over the rows that have a positive.
+    Operator(
+        "sup_con_forward(Tensor features, Tensor labels, Tensor? temperature_tensor, float temperature, float? grad_scale, "
+        "bool mean, bool need_features, bool need_temperature) -> "
+        "(Tensor loss, Tensor has_positive, Tensor lse, Tensor grad_features, Tensor grad_temperature)",
+        _losses,
+    ),
+    Operator(
+        "sup_con_backward(Tensor grad_loss, Tensor features, Tensor labels, Tensor? temperature_tensor, float temperature, "
+        "Tensor lse, bool need_features, bool need_temperature) -> (Tensor grad_features, Tensor grad_temperature)"
+    ),
+    sup_con=plain,
+)

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
+from fastnce.registry import accumulation_dtype
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64, fp32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+__all__ = ["accumulation_dtype", "normalize_rows", "over_temperature", "rounded_unit_rows"]
 
 
 def normalize_rows(x: Tensor) -> Tensor:

@@ -239,7 +239,7 @@ class ContraGANTrainConfig(ContraGANConfig, LabelledTrainConfig):
         return self.batch_size * self.d_steps
 
     def with_class_names(self, names: tuple[str, ...]) -> Self:
-        from fastnce.data.class_folders import NO_CLASSES
+        from fastnce.data.labelled import NO_CLASSES
 
         return replace(
             self,
@@ -831,7 +831,7 @@ def labelled_images(
         UserError: the folder is not what it should be, or has another number of classes than the networks.
     """
     from fastnce.data import LabelledImages
-    from fastnce.data.class_folders import NO_CLASSES
+    from fastnce.data.labelled import NO_CLASSES
 
     dataset = LabelledImages(
         root or config.data,
@@ -937,7 +937,7 @@ def judge_of(
 
 def signed_unit(images: Tensor) -> Tensor:
     """uint8 images as float32 in [-1, 1]."""
-    from fastnce.data.folders import SIGNED_UNIT
+    from fastnce.data.images import SIGNED_UNIT
 
     return torch.from_numpy(SIGNED_UNIT)[images.long()]
 

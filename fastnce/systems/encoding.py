@@ -15,7 +15,7 @@ from tqdm import tqdm
 from fastnce.data import list_images
 from fastnce.data.broken import readable
 from fastnce.data.files import atomic_path
-from fastnce.data.folders import read_image, to_array, to_tensor
+from fastnce.data.images import read_image, to_array, to_tensor
 from fastnce.data.labelled import to_square
 from fastnce.errors import UserError
 from fastnce.systems.labelled import LabelledTrainConfig

@@ -12,29 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from fastnce.data import list_images, split_folder
-from fastnce.data.aligned import Side, find_pairs, holds_pairs
+from fastnce.data.aligned import find_pairs, holds_pairs
 from fastnce.data.broken import readable
-from fastnce.data.folders import UnfitFile, image_size, load_image, read_image, to_array, to_tensor
-from fastnce.data.unpaired import half_of
+from fastnce.data.domains import Side, half_of
+from fastnce.data.images import UnfitFile, image_size, load_image, read_image, to_array, to_tensor
 from fastnce.demo import Evaluator, evaluate_digits, is_digits_photos
 from fastnce.errors import UserError
 from fastnce.metrics import Row, evaluate, format_table
 from fastnce.metrics.extractors import load_extractor
-from fastnce.metrics.label_maps import LabelKind, label_files
+from fastnce.metrics.image_sets import BEST, TRANSLATED, WITHOUT_NCE, halves_name, untranslated_name
 from fastnce.metrics.pairs import format_pair_table, pair_numbers
 from fastnce.metrics.segmentation import (
+    LabelKind,
     ScriptedSegmenter,
     evaluate_segmentation,
     format_segmentation_table,
+    label_files,
 )
 from fastnce.metrics.tables import write_result
-from fastnce.metrics.translation import (
-    BEST,
-    TRANSLATED,
-    WITHOUT_NCE,
-    halves_name,
-    untranslated_name,
-)
 from fastnce.systems.translating import targets
 
 # For some files, what reads the image of one of them at the size at which they are compared.
@@ -50,7 +45,7 @@ class Segmentation:
     segmenter: Path
     """TorchScript file, see `fastnce.metrics.segmentation.ScriptedSegmenter`."""
     labels: Path
-    """Folder of label maps, found by the images' names: see `fastnce.metrics.label_maps.label_key`."""
+    """Folder of label maps, found by the images' names: see `fastnce.metrics.segmentation.label_key`."""
     kind: LabelKind = "train-ids"
     """What the label maps hold."""
 
@@ -112,7 +107,7 @@ def judge_folders(
         evaluator: Of a digits-photos set, if it is loaded already.
         paired: The data are pairs: see `fastnce.data.AlignedImages`.
         skip: Leave out files that cannot be read.
-        value_range: The images' numbers that stand for black and white: see `fastnce.data.folders.read_image`.
+        value_range: The images' numbers that stand for black and white: see `fastnce.data.images.read_image`.
 
     Returns:
         See `fastnce.metrics.evaluate`.

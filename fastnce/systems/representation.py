@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from fastnce import distributed
 from fastnce.errors import UserError
+from fastnce.networks.heads import ProjectionHead
 from fastnce.networks.layers import to_channels_last
-from fastnce.networks.resnet_encoder import RESNETS, ProjectionHead, ResNetEncoder, Stem
+from fastnce.networks.resnet_encoder import RESNETS, ResNetEncoder, Stem
 from fastnce.systems import options
 from fastnce.systems.labelled import LabelledSystem, LabelledTrainConfig
 from fastnce.systems.lars import LARS, lars_groups
@@ -454,7 +455,7 @@ class RepresentationSystem(LabelledSystem):
         Without classes, rows of images spread over the test set; without test images, of training images, each its own nearest.
         """
         from fastnce.data.labelled import has_split
-        from fastnce.metrics.representation import encode
+        from fastnce.metrics.probes import encode
 
         train = dataset.dataset
         test = images_of(config, "test") if has_split(config.data, "test") else train
@@ -482,8 +483,7 @@ class RepresentationSystem(LabelledSystem):
 
     def measure(self, config: RepresentationTrainConfig, dataset: TwoViews) -> Measure | None:
         from fastnce.data.labelled import has_split
-        from fastnce.metrics.knn import accuracy, knn_predict
-        from fastnce.metrics.representation import encode
+        from fastnce.metrics.probes import accuracy, encode, knn_predict
 
         train = dataset.dataset
         missing = "test images" if not has_split(config.data, "test") else "classes"
@@ -514,7 +514,7 @@ class RepresentationSystem(LabelledSystem):
             UserError: no such data, or none with classes and test images.
         """
         from fastnce.data.labelled import has_split
-        from fastnce.metrics.representation import (
+        from fastnce.metrics.probes import (
             RANDOM_ENCODER,
             RAW_PIXELS,
             TRAINED_ENCODER,
@@ -564,7 +564,7 @@ def images_of(
     Of its own folder the classes of the run; labels of another one are compared with each other only, whatever they are.
     """
     from fastnce.data import LabelledImages
-    from fastnce.data.class_folders import NO_CLASSES
+    from fastnce.data.labelled import NO_CLASSES
 
     own = data is None and config.class_names != NO_CLASSES
     return LabelledImages(
@@ -583,7 +583,7 @@ def images_of(
 
 def random_encoder(config: RepresentationTrainConfig, train: LabelledImages) -> nn.Module:
     """The encoder before training, with the statistics of the training images in its batch norms."""
-    from fastnce.metrics.representation import calibrate
+    from fastnce.metrics.probes import calibrate
 
     with rng_kept():
         torch.manual_seed(config.seed)

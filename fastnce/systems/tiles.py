@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastnce.errors import UserError
 from fastnce.networks import ResnetGenerator, StyleGAN2Generator, UNetGenerator
 from fastnce.networks.layers import InstanceNorm, ResnetBlock
-from fastnce.networks.stylegan2_layers import ResBlock, UpsamplingStyledConv, fixed_noise
+from fastnce.networks.stylegan2 import ResBlock, UpsamplingStyledConv, fixed_noise
 
 # How far a pixel reaches, rounded up to the grid of the smallest map. Encoder, in pixels of the image: 3 (7x7), 1 (3x3),
 # 1 (blur), 2 and 2 (3x3 and blur on the half map). Decoder, in pixels of the quarter map: 1 (blur), 1/2 (3x3 on the half

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from fastnce.data import EXTENSIONS, Preprocess, list_images, save_image, to_uint8
 from fastnce.data.aligned import find_pairs
 from fastnce.data.broken import readable
+from fastnce.data.domains import half_of
 from fastnce.data.files import expect_apart
-from fastnce.data.folders import (
+from fastnce.data.images import (
     UnfitFile,
     any_number_of_pixels,
     fitting_suffixes,
@@ -30,7 +31,6 @@ from fastnce.data.folders import (
     to_tensor,
 )
 from fastnce.data.transforms import RANDOM_TOKENS
-from fastnce.data.unpaired import half_of
 from fastnce.errors import UserError
 from fastnce.networks import ResnetGenerator
 from fastnce.systems.tiles import check_tile, translate_in_tiles
@@ -189,7 +189,7 @@ def translate_folder(
         broken_files: "skip" leaves files out that cannot be read and names them in the log; "error" stops at the first one,
             when those before it are translated; None: as in the training.
         value_range: the files' numbers that become -1 and 1, to which results are mapped back: see
-            `fastnce.data.folders.read_image`; None: as in the training.
+            `fastnce.data.images.read_image`; None: as in the training.
         paired: whether the run learned from pairs, which may lie side by side in the files.
 
     Returns:

@@ -130,7 +130,7 @@ class UnpairedTrainConfig(TrainConfig):
     its own."""
 
     def __post_init__(self) -> None:
-        from fastnce.data.folders import check_value_range
+        from fastnce.data.images import check_value_range
 
         super().__post_init__()
         options.at_least(self, 0, "cache_gb")

@@ -25,7 +25,7 @@ from fastnce.systems.translation import UnpairedConfig, UnpairedTrainConfig, in_
 
 if TYPE_CHECKING:
     from fastnce.data import AlignedImages, SingleImagePatches, UnpairedImages
-    from fastnce.data.aligned import Side
+    from fastnce.data.domains import Side
     from fastnce.systems.judging import Reader, Segmentation
 
 # Of the numbers of an evaluation, those that are measured during the training.
@@ -455,8 +455,8 @@ def _pair_options(config: UnpairedTrainConfig) -> dict[str, Any]:
 
 def _scaled_reader(config: UnpairedTrainConfig, channels: int = 3, bits: int = 8) -> Reader:
     """Reads images scaled as in the training, without its crop: as those to translate are."""
-    from fastnce.data.folders import read_image, to_tensor
-    from fastnce.data.unpaired import half_of
+    from fastnce.data.domains import half_of
+    from fastnce.data.images import read_image, to_tensor
     from fastnce.systems.translating import image_scaling
 
     def reader(side: Side) -> Callable[[Path], Tensor]:

@@ -19,7 +19,7 @@ from torch.export import Dim
 
 from fastnce.data.files import atomic_path
 from fastnce.errors import UserError
-from fastnce.networks.stylegan2_layers import NoiseInjection
+from fastnce.networks.stylegan2 import NoiseInjection
 from fastnce.training.checkpoint import below
 from fastnce.training.runs import Run, opened
 from fastnce.training.shared import CONFIG_KEY, shared_values, write_shared

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastnce.data import list_images, save_image
 from fastnce.data.files import expect_apart
-from fastnce.data.folders import fitting_suffixes, read_image, to_array, to_image, to_tensor
+from fastnce.data.images import fitting_suffixes, read_image, to_array, to_image, to_tensor
 from fastnce.data.transforms import resize_to_multiple
 from fastnce.errors import UserError
 from fastnce.networks import PatchProjector

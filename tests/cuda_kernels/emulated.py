@@ -27,7 +27,7 @@ def build_emulated(output: Path = LIBRARY) -> Path:
         BuildError: no torch, no compiler, no ninja, or the compiler failed, with its message.
     """
     files = [*build.cuda_files(SOURCES.parent), HERE / "emulator.cpp", HERE / "pairs_calls.cpp"]
-    stamp = f"{build.source_hash(SOURCES.parent, build.CUDA)}-emulated"
+    stamp = build.source_hash(SOURCES.parent, build.CUDA)
     build.compile_library(plan(files), output, output.parent / "objects", stamp)
     return output
 

@@ -35,12 +35,6 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(8) int2 {
-  int x, y;
-};
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
 struct alignas(8) float2 {
   float x, y;
 };
@@ -49,8 +43,6 @@ struct alignas(16) float4 {
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
@@ -58,12 +50,7 @@ using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
 
-template <class T>
-inline T __ldg(const T* p) {
-  return *p;
-}
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline int __float_as_int(float x) {
   int out;
   std::memcpy(&out, &x, 4);
@@ -193,17 +180,9 @@ inline T* shared_memory() {
 
 inline void sync_threads() { barrier(0, block_threads()); }
 inline void sync_named(int id, int threads) { barrier(id, threads); }
-inline void arrive_named(int id, int threads) { barrier(id, threads, false); }
 inline void sync_warp() {
   collective(32, [](void* const*) {}, nullptr);
 }
-inline int atomic_add(int* counter, int value) {
-  const int old = *counter;
-  *counter += value;
-  return old;
-}
-inline void thread_fence() {}
-
 template <class T>
 struct Shuffle {
   T in, out;
@@ -217,14 +196,10 @@ inline void exchange(void* const* lanes) {
   }
 }
 template <class T>
-inline T shuffle(T value, int lane) {
-  Shuffle<T> s{value, {}, lane & 31};
+inline T shuffle_xor(T value, int mask) {
+  Shuffle<T> s{value, {}, (place().lane ^ mask) & 31};
   collective(32, exchange<T>, &s);
   return s.out;
-}
-template <class T>
-inline T shuffle_xor(T value, int mask) {
-  return shuffle(value, place().lane ^ mask);
 }
 
 struct Ballot {

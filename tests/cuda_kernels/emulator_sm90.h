@@ -129,7 +129,6 @@ inline void copy_tensor(void* shared, const TensorMap* map, uint64_t* barrier, i
     barrier_advance(state);
   });
 }
-inline void prefetch_tensor_map(const TensorMap*) {}
 
 template <int Count>
 inline void release_registers() {

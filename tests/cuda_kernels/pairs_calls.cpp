@@ -19,7 +19,7 @@ struct Problem {
   double temperature;
   const double* temperature_tensor;
   int64_t panel_rows, panel_problems;  // of a plan that has panels; 0 for what is planned
-  int dtype, precision, kind, unit_rows, capability, multiprocessors;
+  int dtype, kind, unit_rows, capability, multiprocessors;
 
   Pairs pairs() const {
     Pairs p{};
@@ -33,7 +33,6 @@ struct Problem {
     p.columns = columns;
     p.depth = depth;
     p.dtype = static_cast<Dtype>(dtype);
-    p.precision = static_cast<Precision>(precision);
     p.unit_rows = unit_rows != 0;
     p.kind = static_cast<Kind>(kind);
     p.x_labels = x_labels;

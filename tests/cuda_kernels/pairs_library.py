@@ -31,7 +31,7 @@ class Problem(ctypes.Structure):
         + [("panel_rows", ctypes.c_int64), ("panel_problems", ctypes.c_int64)]
         + [
             (name, ctypes.c_int)
-            for name in ("dtype", "precision", "kind", "unit_rows", "capability", "multiprocessors")
+            for name in ("dtype", "kind", "unit_rows", "capability", "multiprocessors")
         ]
     )
 
@@ -60,11 +60,6 @@ def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.full((size + 64,), math.nan, dtype=dtype)[32 : 32 + size].view(shape)
 
 
-def rounded_to_tf32(x: Tensor) -> Tensor:
-    """To 11 bits, to the nearest."""
-    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
 @dataclasses.dataclass
 class Case:
     """Problems of random rows.
@@ -74,7 +69,6 @@ class Case:
         kind: of the pairs.
         temperature: of the logits.
         dtype: of the packed rows.
-        tf32: how float32 rows are multiplied, else as good as float32.
         unit: rows have a scale to unit length, else 1.
         on_device: the temperature is a tensor.
         panel: rows and problems of a panel of coefficients, instead of what is planned.
@@ -90,7 +84,6 @@ class Case:
     kind: int = QUEUE
     temperature: float = 0.07
     dtype: torch.dtype = torch.bfloat16
-    tf32: bool = False
     unit: bool = True
     on_device: bool = False
     panel: tuple[int, int] = (0, 0)
@@ -141,7 +134,6 @@ class Case:
             self.on_the_device.data_ptr() if self.on_device else None,
             *self.panel,
             DTYPES.index(self.dtype),
-            int(self.tf32),
             self.kind,
             int(self.unit),
             self.capability,
@@ -194,8 +186,6 @@ class Case:
         """A factor of a product in float32, as the products' precision has it."""
         if factor.dtype == torch.float64:
             return factor
-        if self.tf32:
-            return rounded_to_tf32(factor.contiguous())
         return factor.to(self.dtype).float()
 
     def units_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

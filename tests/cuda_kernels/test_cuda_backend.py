@@ -44,16 +44,16 @@ def test_with_a_gpu_but_no_library(monkeypatch, tmp_path):
 def test_an_emulated_library_that_is_not_there_or_old_or_broken(emulated):
     file, stamp = emulated
     assert "not built. Run: python -m tests.cuda_kernels.emulated" in cuda._load()[1]
-    file.write_bytes(b"fastnce-build:0123-4;")
+    file.write_bytes(b"fastnce-build:0123;")
     assert "was built from other sources. Run: python -m" in cuda._load()[1]
-    file.write_bytes(f"not a library; fastnce-build:{stamp}-4;".encode())
+    file.write_bytes(f"not a library; fastnce-build:{stamp};".encode())
     ops, reason = cuda._load()
     assert not ops
     assert "cannot be loaded" in reason
 
 
 def test_a_change_of_the_kernels_is_seen_and_one_of_the_cpu_s_is_not(tmp_path):
-    for name in ("cuda/info_nce.cu", "cuda/device.cuh", "common/schemas.h", "cpu/info_nce.cpp"):
+    for name in ("cuda/info_nce.cu", "cuda/device.cuh", "common/tensors.h", "cpu/info_nce.cpp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("one")
 
@@ -64,7 +64,7 @@ def test_a_change_of_the_kernels_is_seen_and_one_of_the_cpu_s_is_not(tmp_path):
         ("cuda/device.cuh", (True, False)),
         ("cuda/info_nce.cu", (True, False)),
         ("cpu/info_nce.cpp", (False, True)),
-        ("common/schemas.h", (True, True)),
+        ("common/tensors.h", (True, True)),
     ):
         before = hashes()
         (tmp_path / name).write_text(name)
@@ -74,7 +74,7 @@ def test_a_change_of_the_kernels_is_seen_and_one_of_the_cpu_s_is_not(tmp_path):
 
 def test_supports_gives_reasons(monkeypatch):
     monkeypatch.setattr(cuda, "_STATUS", "ok")
-    monkeypatch.setattr(cuda, "_OPS", frozenset({"info_nce"}))
+    monkeypatch.setattr(cuda, "_operators", types.SimpleNamespace(has=lambda op: op == "info_nce"))
     monkeypatch.setattr(cuda, "_DEVICE", "cuda")
     assert cuda.supports("info_nce", "cuda", torch.bfloat16) == "ok"
     assert "float32, bfloat16 and float16" in cuda.supports("info_nce", "cuda", torch.float64)

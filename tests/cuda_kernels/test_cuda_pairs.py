@@ -1,4 +1,4 @@
-"""The passes of csrc/cuda/pairs.h by the instructions of every GPU since Ampere, emulated, against fp64.
+"""The passes of csrc/cuda/pairs.h, by the instructions of every GPU since Ampere and by Hopper's own, emulated, against fp64.
 
 Errors are measured against what plain PyTorch makes of the same rows in the same precision, as the contract of every op has it.
 """
@@ -16,7 +16,6 @@ PRECISIONS = {
     "bfloat16": ({"dtype": torch.bfloat16}, 2.0**-8),
     "float16": ({"dtype": torch.float16}, 2.0**-11),
     "float32": ({"dtype": torch.float32}, 2.0**-23),
-    "tf32": ({"dtype": torch.float32, "tf32": True}, 2.0**-11),
 }
 FP32 = 2.0**-23
 LABELLED = (SUP_CON, TWO_C)
@@ -46,7 +45,7 @@ def case_of(precision: str, *sizes, **options) -> Case:
 
 def rounding_of(case: Case) -> float:
     """Of the products' factors."""
-    return PRECISIONS["tf32" if case.tf32 else str(case.dtype).split(".")[1]][1]
+    return PRECISIONS[str(case.dtype).split(".")[1]][1]
 
 
 def known(case: Case) -> float:
@@ -253,9 +252,10 @@ def test_zero_rows():
         check_products(case)
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("depth", [64, 300])
-def test_rows_of_nan_stay_alone(depth):
-    case = case_of("bfloat16", 70, 100, depth, QUEUE)
+def test_rows_of_nan_stay_alone(depth, capability):
+    case = Case(70, 100, depth, QUEUE, capability=capability)
     clean = case.sums()
     statistics = case.statistics(-1).float()
     products, _, terms = case.products(statistics, None)
@@ -277,3 +277,84 @@ def test_a_depth_that_is_not_padded_is_refused():
     case.x = case.x[..., :15].contiguous()
     with pytest.raises(RuntimeError, match="multiple of 16, got 15"):
         case.sums()
+
+
+# --- by Hopper's instructions: depths of each number of chunks, more and less than a tile of rows and columns, both offsets ---
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@in_any_order
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 1, 64),
+        Case(2, 63, 100, QUEUE, 0.07, FP16),
+        Case(65, 252, 128, QUEUE, 0.5),
+        Case(130, 1030, 192, QUEUE, 0.01, multiprocessors=8),
+        Case(100, 129, 256, IN_BATCH, 0.07, problems=2),
+        Case(63, 65, 256, IN_BATCH, 0.005, FP16, problems=2),
+        Case(129, 70, 272, IN_BATCH),
+        Case(65, 130, 512, QUEUE, 0.01),
+        Case(130, 140, 384, IN_BATCH, 0.07),
+    ],
+    ids=str,
+)
+def test_hopper_sums_with_product(case):
+    check_sums_with_product(case)
+
+
+@in_any_order
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 1, 64),
+        Case(130, 252, 80, QUEUE, 0.07, FP16),
+        Case(100, 1300, 128, QUEUE, 0.01, multiprocessors=8),
+        Case(129, 129, 320, IN_BATCH, 0.07, problems=2),
+        Case(65, 130, 512, IN_BATCH, 0.005),
+        # Blocks of rows one after another in one part of the column sums.
+        Case(330, 140, 64, QUEUE, 0.07, multiprocessors=1),
+        Case(330, 140, 64, QUEUE, 0.01, multiprocessors=1),
+    ],
+    ids=str,
+)
+def test_hopper_sums_of_columns(case):
+    check_sums(case, columns=True)
+
+
+@in_any_order
+@pytest.mark.parametrize("temperature", [0.07, 0.01])
+@pytest.mark.parametrize("kind", LABELLED)
+def test_hopper_sums_by_label(kind, temperature):
+    check_sums(Case(100, 1100, 96, kind, temperature))
+
+
+@in_any_order
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 2, 64),
+        Case(130, 252, 64, IN_BATCH, 0.01),
+        Case(65, 63, 100, QUEUE, 0.07, FP16, problems=2),
+        Case(100, 600, 192, QUEUE, 0.07, multiprocessors=16),
+        Case(129, 130, 256, IN_BATCH, 0.5),
+        Case(70, 130, 512, IN_BATCH, 0.07, FP16),
+        Case(130, 70, 320, QUEUE, 0.07),
+        Case(130, 130, 128, SUP_CON, 0.07),
+        Case(130, 130, 128, TWO_C, 0.01),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("losses", ["rows", "columns", "both"])
+def test_hopper_products(case, losses):
+    check_products(case, by_row=losses != "columns", by_column=losses != "rows")
+
+
+@pytest.mark.parametrize("kind", [QUEUE, IN_BATCH])
+def test_hopper_takes_the_offset_of_ampere(kind):
+    hopper = Case(130, 252, 128, kind)
+    ours, theirs = (
+        case.sums(product=True) for case in (hopper, dataclasses.replace(hopper, capability=80))
+    )
+    assert torch.equal(ours["largest"].amax(0), theirs["largest"].amax(0))

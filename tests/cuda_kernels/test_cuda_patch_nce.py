@@ -38,7 +38,7 @@ def call(pairs, tau=0.07, *, scale=1.0, queries=True, keys=True, temperature=Tru
     """Loss, the gradients of the first layer's queries and keys, and the temperature's."""
     count = len(pairs)
     needs = [queries] * count, [keys] * count, temperature
-    loss, grad_queries, grad_keys, grad_temperature = cuda.patch_nce_forward(
+    loss, (grad_queries, grad_keys, grad_temperature) = cuda.patch_nce_forward(
         [query for query, _ in pairs],
         [key for _, key in pairs],
         tau,

@@ -1,11 +1,11 @@
-"""What is said of a folder of images at the start of a run."""
+"""The words on a folder of images at the start of a run."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from fastnce.data import AlignedImages, SingleImagePatches, UnpairedImages, list_images
-from fastnce.data.survey import describe_folder
+from fastnce.data.folders import describe_folder
 from fastnce.errors import UserError
 
 
@@ -54,7 +54,7 @@ def test_twelve_bits_in_sixteen_are_warned_of(tmp_path):
 
 
 def test_of_a_large_folder_some_values_are_looked_at(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastnce.data.survey.MAX_PIXELS", 3 * 64)
+    monkeypatch.setattr("fastnce.data.folders.MAX_PIXELS", 3 * 64)
     for number in range(6):
         write(tmp_path / f"{number}.png", ramp(last=50 * number))
     (line,) = describe_folder(tmp_path, list_images(tmp_path), 1)

@@ -1,6 +1,7 @@
-"""FID and KID against closed forms."""
+"""FID and KID against closed forms; precision, recall, density and coverage against loops over all pairs."""
 
 import math
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -14,7 +15,15 @@ from fastnce.metrics import (
     distance,
     extract_features,
     frechet_distance,
+    precision_recall_density_coverage,
 )
+
+
+class Colours(nn.Module):
+    name = "mean-colour"
+
+    def forward(self, images):
+        return images.mean((2, 3))
 
 
 def with_moments(mean: torch.Tensor, covariance: torch.Tensor, count: int) -> torch.Tensor:
@@ -26,38 +35,28 @@ def with_moments(mean: torch.Tensor, covariance: torch.Tensor, count: int) -> to
     return x @ torch.linalg.cholesky(covariance).T + mean
 
 
-def test_fid_of_gaussians_whose_covariances_commute():
-    # tr(C1 + C2 - 2 sqrt(C1 C2)) of diagonal covariances is sum (s1 - s2)^2.
-    m1, m2 = torch.tensor([[0.0, 1.0, 2.0], [1.0, 1.0, 0.0]], dtype=torch.float64)
-    s1, s2 = torch.tensor([[1.0, 2.0, 0.5], [3.0, 2.0, 1.5]], dtype=torch.float64)
-    one = with_moments(m1, torch.diag(s1**2), 50)
-    other = with_moments(m2, torch.diag(s2**2), 70)
-    expected = (m1 - m2).square().sum() + (s1 - s2).square().sum()  # 5 + 5
-    result = distance(one, other)
-    assert result.fid == pytest.approx(expected.item(), rel=1e-9)
-    assert result.counts == (50, 70)
-
-
-def test_fid_of_gaussians_whose_covariances_do_not_commute():
+def test_fid_of_gaussians():
     # For 2 x 2 matrices tr sqrt(M) = sqrt(tr M + 2 sqrt(det M)).
     c1 = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
     c2 = torch.tensor([[5.0, -2.0], [-2.0, 1.0]], dtype=torch.float64)
+    m1, m2 = torch.tensor([[0.0, 1.0], [2.0, -1.0]], dtype=torch.float64)
     product = c1 @ c2
     root = math.sqrt(product.trace() + 2 * math.sqrt(torch.linalg.det(product)))
-    expected = (c1.trace() + c2.trace()).item() - 2 * root
-    zero = torch.zeros(2, dtype=torch.float64)
-    assert distance(with_moments(zero, c1, 40), with_moments(zero, c2, 40)).fid == pytest.approx(
-        expected, rel=1e-9
-    )
+    expected = (m1 - m2).square().sum().item() + (c1.trace() + c2.trace()).item() - 2 * root
+    result = distance(with_moments(m1, c1, 50), with_moments(m2, c2, 70))
+    assert result.fid == pytest.approx(expected, rel=1e-9)
+    assert result.counts == (50, 70)
 
 
-def test_fid_is_that_of_torchmetrics(generator):
+def test_fid_is_that_of_torchmetrics_symmetric_and_zero_of_equal_sets(generator):
     from torchmetrics.image.fid import _compute_fid
 
     x = torch.randn(80, 12, generator=generator, dtype=torch.float64)
     y = torch.rand(60, 12, generator=generator, dtype=torch.float64) * torch.arange(12)
     expected = _compute_fid(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
     assert frechet_distance(x, y) == pytest.approx(expected.item(), rel=1e-9)
+    assert frechet_distance(y, x) == pytest.approx(expected.item(), rel=1e-9)
+    assert 0 <= frechet_distance(x, x) < 1e-6
 
 
 def test_fid_of_fewer_images_than_features_is_exact(generator):
@@ -71,16 +70,8 @@ def test_fid_of_fewer_images_than_features_is_exact(generator):
     assert frechet_distance(same, x) == pytest.approx(trace, rel=1e-12)
 
 
-def test_equal_sets_have_no_fid_and_it_is_symmetric():
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 60, 8, generator=generator)
-    assert 0 <= distance(x, x).fid < 1e-6
-    assert distance(x, y).fid == pytest.approx(distance(y, x).fid, rel=1e-9)
-
-
-def test_kid_of_all_images_is_the_unbiased_estimate():
+def test_kid_of_all_images_is_the_unbiased_estimate(generator):
     # Fewer than 100 images: each subset is the whole set, so the estimate is exact.
-    generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 30, 5, generator=generator, dtype=torch.float64)
     y = y + 0.5
 
@@ -97,8 +88,8 @@ def test_kid_of_all_images_is_the_unbiased_estimate():
     assert result.kid_subset_size == 30
 
 
-def test_kid_is_the_same_each_time_and_leaves_the_global_generator_alone():
-    x, y = torch.randn(2, 150, 4, generator=torch.Generator().manual_seed(0))
+def test_kid_is_the_same_each_time_and_leaves_the_global_generator_alone(generator):
+    x, y = torch.randn(2, 150, 4, generator=generator)
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -109,61 +100,113 @@ def test_kid_is_the_same_each_time_and_leaves_the_global_generator_alone():
     assert one.kid_subset_size == 100 and one.kid_std > 0
 
 
-def test_values_that_are_not_finite_give_no_number():
-    x = torch.randn(10, 3)
-    x[4, 1] = math.nan
-    result = distance(x, torch.randn(10, 3))
-    assert math.isnan(result.fid) and math.isnan(result.kid)
+def brute_force(real: list, fake: list, k: int) -> tuple[float, ...]:
+    """The four definitions, one distance at a time."""
+
+    def radii(points):
+        others = (
+            sorted(math.dist(x, y) for j, y in enumerate(points) if i != j)
+            for i, x in enumerate(points)
+        )
+        return [distances[k - 1] for distances in others]
+
+    real_radii, fake_radii = radii(real), radii(fake)
+    inside_real = [
+        [math.dist(x, y) <= r for x, r in zip(real, real_radii, strict=True)] for y in fake
+    ]
+    inside_fake = [
+        [math.dist(x, y) <= r for y, r in zip(fake, fake_radii, strict=True)] for x in real
+    ]
+    return (
+        sum(map(any, inside_real)) / len(fake),
+        sum(map(any, inside_fake)) / len(real),
+        sum(map(sum, inside_real)) / (k * len(fake)),
+        sum(map(any, zip(*inside_real, strict=True))) / len(real),
+    )
 
 
-@pytest.mark.parametrize(("one", "other"), [((1, 3), (5, 3)), ((5, 3), (5, 4))])
-def test_sets_that_cannot_be_compared_are_refused(one, other):
-    with pytest.raises(ValueError, match="at least two images each, got"):
-        distance(torch.zeros(one), torch.zeros(other))
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize(("origin", "rows"), [(0, 1000), (1e8, 1000), (0, 1), (0, 7)])
+def test_the_definitions_of_precision_and_its_relatives(k, origin, rows, generator, monkeypatch):
+    """Also where distances are made in blocks of few rows, as those of many images are."""
+    monkeypatch.setattr("fastnce.metrics.distribution._BLOCK_ENTRIES", 29 * rows)
+    real = torch.randn(41, 3, generator=generator, dtype=torch.float64)
+    fake = 0.7 * torch.randn(29, 3, generator=generator, dtype=torch.float64) + 1
+    result = astuple(precision_recall_density_coverage(real + origin, fake + origin, k))
+    assert result == pytest.approx(brute_force(real.tolist(), fake.tolist(), k))
+    assert len({0, 1, *result}) == 6  # four numbers that tell apart what is right
 
 
-class Channels(nn.Module):
-    name = "mean-colour"
-
-    def forward(self, images):
-        return images.mean((2, 3))
+def collapsed(x):
+    return x[:1].expand(20, 200)
 
 
-def test_any_module_serves_as_extractor_and_its_name_is_recorded():
-    images = torch.rand(20, 3, 6, 5, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    result = compare_images(images, images + 0.1, Channels())
+@pytest.mark.parametrize(
+    "fake, k, expected",
+    [
+        (lambda x: x, 5, (1, 1, 6 / 5, 1)),  # k neighbours and the image itself
+        (lambda x: x + 100, 5, (0, 0, 0, 0)),
+        (lambda x: x.repeat(2, 1), 1, (1, 1, None, 1)),  # radius 0 on the one side
+        (collapsed, 5, (1, 1 / 40, None, None)),  # on the centre of its balls is one real image
+    ],
+)
+def test_images_that_coincide(fake, k, expected, generator):
+    x = torch.randn(40, 200, generator=generator)
+    result = astuple(precision_recall_density_coverage(x, fake(x), k))
+    for value, known in zip(result, expected, strict=True):
+        assert known is None or value == pytest.approx(known)
+    twins = precision_recall_density_coverage(x.repeat(2, 1), x, k=1)
+    assert astuple(twins) == (1, 1, 2, 1)
+    same = torch.full((9, 64), 1 / 3)
+    assert astuple(precision_recall_density_coverage(same, same)) == (1, 1, 9 / 5, 1)
+
+
+def test_values_that_are_not_finite_give_no_number(generator):
+    x = torch.randn(10, 3, generator=generator)
+    y = x.clone()
+    y[4, 1] = math.nan
+    for pair in ((x, y), (y, x)):
+        values = astuple(precision_recall_density_coverage(*pair))
+        result = distance(*pair)
+        assert all(map(math.isnan, (*values, result.fid, result.kid, frechet_distance(*pair))))
+
+
+@pytest.mark.parametrize(
+    "function, shapes, message",
+    [
+        (distance, ((1, 3), (5, 3)), "at least two images each, got"),
+        (frechet_distance, ((5, 3), (5, 4)), "at least two images each, got"),
+        (precision_recall_density_coverage, ((5, 2), (9, 2), 5), "k=5.* got 5 real and 9 fake"),
+        (precision_recall_density_coverage, ((9, 2), (1, 2), 1), "got 9 real and 1 fake"),
+        (precision_recall_density_coverage, ((9, 2), (9, 2), 0), "k=0: expected 1 or more"),
+        (precision_recall_density_coverage, ((9, 2), (9, 3)), r"got \(9, 2\) and \(9, 3\)"),
+    ],
+)
+def test_sets_that_cannot_be_compared_are_refused(function, shapes, message):
+    with pytest.raises(ValueError, match=message):
+        function(*(torch.zeros(x) if isinstance(x, tuple) else x for x in shapes))
+
+
+def test_any_module_serves_as_extractor_and_its_name_is_recorded(generator):
+    images = torch.rand(20, 3, 6, 5, generator=generator) * 2 - 1
+    result = compare_images(images, images + 0.1, Colours())
     assert result.extractor == "mean-colour"
     assert result.fid == pytest.approx(3 * 0.1**2, rel=1e-4)
     assert compare_images(images, images, nn.Flatten()).extractor == "Flatten"
+    one = extract_features(images, Colours(), batch_size=3)
+    assert one.dtype == torch.float64 and torch.equal(one, extract_features(images, Colours()))
+    with pytest.raises(ValueError, match=r"for 20 images, got \(20, 3, 6, 5\)"):
+        extract_features(images, nn.Identity())
 
 
-def test_features_do_not_depend_on_the_batch_size_and_are_float64():
-    images = torch.randn(7, 3, 4, 4)
-    one = extract_features(images, Channels(), batch_size=3)
-    assert one.dtype == torch.float64
-    assert torch.equal(one, extract_features(images, Channels()))
-
-
-def test_an_extractor_that_gives_maps_is_refused():
-    with pytest.raises(
-        ValueError, match=r"expected features \(N, F\) for 7 images, got \(7, 3, 4, 4\)"
-    ):
-        extract_features(torch.zeros(7, 3, 4, 4), nn.Identity())
-
-
-def test_folders_of_any_images_with_an_extractor_of_ones_own(tmp_path):
-    class Colour(nn.Module):
-        def forward(self, images):
-            return images.mean((2, 3))
-
-    generator = torch.Generator().manual_seed(0)
+def test_folders_of_any_images(tmp_path, generator):
     for number in range(6):
         colour = torch.rand(3, 1, 1, generator=generator).expand(3, 8, 12) - 0.5
         save_image(colour, tmp_path / "one" / f"{number}.png")
         save_image(colour + 0.2, tmp_path / "other" / f"{number}.png")
-    result = compare_folders(tmp_path / "one", tmp_path / "other", Colour())
+    result = compare_folders(tmp_path / "one", tmp_path / "other", Colours())
     assert result.fid == pytest.approx(3 * 0.2**2, rel=0.1)  # up to the rounding to bytes
-    assert result.extractor == "Colour" and result.counts == (6, 6)
+    assert result.counts == (6, 6)
     save_image(torch.zeros(3, 8, 8), tmp_path / "one" / "x.png")
     with pytest.raises(UserError, match=r"x\.png: is 8x8, but .*0\.png is 12x8"):
-        compare_folders(tmp_path / "one", tmp_path / "other", Colour())
+        compare_folders(tmp_path / "one", tmp_path / "other", Colours())

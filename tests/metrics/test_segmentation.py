@@ -11,16 +11,19 @@ from sklearn.metrics import accuracy_score, jaccard_score, precision_score, reca
 from torch import Tensor, nn
 
 from fastnce.errors import UserError
-from fastnce.metrics.label_maps import _CLASSES, label_files, label_key, read_label_map
 from fastnce.metrics.segmentation import (
     ScriptedSegmenter,
     confusion_matrix,
     evaluate_segmentation,
     format_segmentation_table,
+    label_files,
+    label_key,
+    read_label_map,
     segmentation_scores,
 )
 
 ROAD, SKY, CAR = (128, 64, 128), (70, 130, 180), (0, 0, 142)
+IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
 
 
 class Halves(nn.Module):
@@ -66,30 +69,19 @@ def test_the_scores_are_those_of_scikit_learn(missing):
         labels[labels == number] = 0
     predicted = np.where(random.random(labels.shape) < 0.6, labels, random.permuted(labels, axis=0))
     labels[random.random(labels.shape) < 0.2] = 255
-    counted = labels != 255
-    scores = segmentation_scores(
-        sum(
-            confusion_matrix(torch.tensor(p), torch.tensor(y))
-            for p, y in zip(predicted, labels, strict=True)
-        )
-    )
-    given, true = predicted[counted], labels[counted]
+    given, true = predicted[labels != 255], labels[labels != 255]
+    pairs = zip(torch.tensor(predicted), torch.tensor(labels), strict=True)
+    scores = segmentation_scores(sum(confusion_matrix(*pair) for pair in pairs))
     present = [number for number in range(19) if number not in missing]
     how = {"labels": present, "average": None, "zero_division": 0}
-    assert scores.pixel_accuracy == pytest.approx(accuracy_score(true, given), abs=1e-12)
-    for mine, theirs in (
-        (scores.accuracies, recall_score(true, given, **how)),
-        (scores.ious, jaccard_score(true, given, **how)),
-    ):
-        np.testing.assert_allclose([mine[number] for number in present], theirs, rtol=1e-12)
+    recall, iou = recall_score(true, given, **how), jaccard_score(true, given, **how)
+    for mine, theirs in ((scores.accuracies, recall), (scores.ious, iou)):
+        assert [mine[number] for number in present] == pytest.approx(list(theirs), rel=1e-12)
         assert all(math.isnan(mine[number]) for number in missing)
-    assert scores.mean_iou == pytest.approx(jaccard_score(true, given, **how).mean(), abs=1e-12)
-    assert scores.class_accuracy == pytest.approx(
-        recall_score(true, given, **how).mean(), abs=1e-12
-    )
-    assert scores.mean_precision == pytest.approx(
-        precision_score(true, given, **how).mean(), abs=1e-12
-    )
+    means = (accuracy_score(true, given), recall.mean(), iou.mean())
+    means += (precision_score(true, given, **how).mean(),)
+    mine = (scores.pixel_accuracy, scores.class_accuracy, scores.mean_iou, scores.mean_precision)
+    assert mine == pytest.approx(means, abs=1e-12)
 
 
 def test_a_class_that_is_only_predicted_has_no_accuracy_and_an_iou_of_zero():
@@ -99,53 +91,61 @@ def test_a_class_that_is_only_predicted_has_no_accuracy_and_an_iou_of_zero():
     assert scores.mean_iou == 0.25 and scores.class_accuracy == 0.5
 
 
-def test_what_no_confusion_matrix_can_be_made_of():
-    ids = torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(ValueError, match="one shape"):
-        confusion_matrix(ids, ids[:2])
-    with pytest.raises(ValueError, match="labels: expected 0 to 18, got 0 to 33"):
-        confusion_matrix(ids, torch.tensor([0, 33, 255, 1]))
-    with pytest.raises(ValueError, match="predicted: expected 0 to 18, got 0 to 19"):
-        confusion_matrix(torch.tensor([0, 19, 0, 0]), ids)
-    # What is predicted where nothing is labelled does not matter.
-    confusion_matrix(torch.tensor([0, 19, 0, 0]), torch.tensor([0, 255, 0, 0]))
+@pytest.mark.parametrize(
+    "predicted, labels, message",
+    [
+        ([0, 0, 0, 0], [0, 0], "one shape"),
+        ([0, 0, 0, 0], [0, 33, 255, 1], "labels: expected 0 to 18, got 0 to 33"),
+        ([0, 19, 0, 0], [0, 0, 0, 0], "predicted: expected 0 to 18, got 0 to 19"),
+        ([0, 19, 0, 0], [0, 255, 0, 0], None),  # nothing is labelled there
+    ],
+)
+def test_values_out_of_range(predicted, labels, message):
+    maps = torch.tensor(predicted), torch.tensor(labels)
+    if message is None:
+        assert confusion_matrix(*maps).sum() == 3
+    else:
+        with pytest.raises(ValueError, match=message):
+            confusion_matrix(*maps)
 
 
 def test_label_maps_of_every_kind_are_the_same_map(tmp_path):
     train_ids = [[0, 10, 13], [255, 0, 255]]
     ids = [[7, 23, 26], [0, 7, 9]]  # 9: parking, which is not evaluated
     colours = [[ROAD, SKY, CAR], [(0, 0, 0), ROAD, (250, 170, 160)]]
-    maps = [
-        read_label_map(save(train_ids, tmp_path / "a.png"), "train-ids"),
-        read_label_map(save(ids, tmp_path / "b.png"), "ids"),
-        read_label_map(save(colours, tmp_path / "c.png"), "colours"),
-    ]
-    for map_ in maps:
-        assert map_.dtype == torch.int64 and map_.tolist() == train_ids
+    for kind, array in (("train-ids", train_ids), ("ids", ids), ("colours", colours)):
+        read = read_label_map(save(array, tmp_path / f"{kind}.png"), kind)
+        assert read.dtype == torch.int64 and read.tolist() == train_ids
+    every = read_label_map(save([IDS], tmp_path / "every.png"), "ids")
+    assert every.tolist() == [list(range(19))]
 
 
-def test_every_class_keeps_its_colour_in_a_jpeg(tmp_path):
+def test_colours_are_read_from_a_jpeg(tmp_path):
     """Up to the borders between colours, over which JPEG smears: the published preparation writes JPEG files."""
-    colours = np.array([colour for _, _, colour in _CLASSES], dtype=np.uint8)
+    colours = np.array([ROAD, SKY, CAR, (220, 20, 60), (250, 170, 30)])
     image = np.kron(colours[None], np.ones((16, 16, 1), dtype=np.uint8))
     read = read_label_map(save(image, tmp_path / "x.jpg"), "colours")
-    inside = read.view(16, 19, 16)[:, :, 2:-2]
-    assert torch.equal(inside, torch.arange(19)[:, None].expand(inside.shape))
+    inside = read.view(16, 5, 16)[:, :, 2:-2]
+    assert torch.equal(inside, torch.tensor([0, 10, 13, 11, 6])[:, None].expand(inside.shape))
 
 
-def test_files_that_are_no_label_maps(tmp_path):
-    ids = save([[7, 26]], tmp_path / "ids.png")
-    with pytest.raises(UserError, match=r"ids\.png: 26 is no train id.*--label-kind ids"):
-        read_label_map(ids, "train-ids")
-    colours = save([[ROAD, SKY]], tmp_path / "colours.png")
-    with pytest.raises(UserError, match=r"colours\.png: is of mode RGB.*--label-kind colours"):
-        read_label_map(colours, "ids")
-    photo = save(np.full((4, 4, 3), (0, 255, 0)), tmp_path / "photo.png")
-    with pytest.raises(UserError, match=r"photo\.png: most of its pixels have none"):
-        read_label_map(photo, "colours")
-    (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(UserError, match=r"text\.png: is not a readable image"):
-        read_label_map(tmp_path / "text.png", "ids")
+@pytest.mark.parametrize(
+    "array, kind, message",
+    [
+        ([[7, 26]], "train-ids", "26 is no train id.*--label-kind ids"),
+        ([[ROAD, SKY]], "ids", "is of mode RGB.*--label-kind colours"),
+        (np.full((4, 4, 3), (0, 255, 0)), "colours", "most of its pixels have none"),
+        (None, "ids", "is not a readable image"),
+    ],
+)
+def test_files_that_are_no_label_maps(array, kind, message, tmp_path):
+    path = tmp_path / "x.png"
+    if array is None:
+        path.write_text("no image")
+    else:
+        save(array, path)
+    with pytest.raises(UserError, match=rf"x\.png: {message}"):
+        read_label_map(path, kind)
 
 
 def test_label_maps_are_found_by_the_scenes_name(tmp_path):
@@ -157,38 +157,36 @@ def test_label_maps_are_found_by_the_scenes_name(tmp_path):
         }
     photo = tmp_path / "ulm_000001_000019_leftImg8bit.png"
     assert label_key(photo) == "ulm_000001_000019"
+    assert label_key(photo.with_name("ulm_A.png")) == "ulm_A"  # a name, not a number
     save([[0]], tmp_path / "prepared" / "7_B.jpg")
     assert list(label_files(tmp_path / "prepared", "colours")) == ["7"]
-    assert label_key(photo.with_name("ulm_A.png")) == "ulm_A"  # a name, not a number
     save([[0]], tmp_path / "prepared" / "7.png")
     with pytest.raises(UserError, match="are label maps of one scene"):
         label_files(tmp_path / "prepared", "colours")
 
 
-def test_segmentations_are_compared_at_the_size_of_the_label_maps(tmp_path):
+@pytest.mark.parametrize("module", [Halves(), Ids()])
+def test_segmentations_are_compared_at_the_size_of_the_label_maps(module, tmp_path):
     image = torch.full((3, 16, 16), -1.0)
     image[:, :8] = 1  # sky above, road below
     labels = np.zeros((32, 32))
     labels[:16] = 10
     labels[16:20, :16] = 255  # void
     labels[28:, 24:] = 13  # a car that nobody sees
-    path = save(labels, tmp_path / "labels" / "x.png")
-    for module in (Halves(), Ids()):
-        segmenter = ScriptedSegmenter(script(module, tmp_path / "segmenter.pt"))
-        result = evaluate_segmentation(
-            [(tmp_path / "x.jpg", image)], {"x": path}, segmenter, "train-ids"
-        )
-        counted, car = 32 * 32 - 4 * 16, 4 * 8
-        rows = {row["name"]: row for row in result["classes"]}
-        assert rows["sky"]["accuracy"] == rows["sky"]["iou"] == 1
-        assert rows["road"]["iou"] == pytest.approx((counted - 512 - car) / (counted - 512))
-        assert rows["car"] == {"name": "car", "accuracy": 0, "iou": 0}
-        assert rows["truck"] == {"name": "truck", "accuracy": None, "iou": None}
-        assert result["pixel_accuracy"] == pytest.approx(1 - car / counted)
-        assert result["class_accuracy"] == pytest.approx(2 / 3) and result["count"] == 1
-        assert result["segmenter"].startswith("segmenter.pt-")
-        table = format_segmentation_table(result)
-        assert "| car           | 0.000" in table and "| truck         | -" in table
+    maps = {"x": save(labels, tmp_path / "labels" / "x.png")}
+    segmenter = ScriptedSegmenter(script(module, tmp_path / "segmenter.pt"))
+    result = evaluate_segmentation([(tmp_path / "x.jpg", image)], maps, segmenter, "train-ids")
+    counted, car = 32 * 32 - 4 * 16, 4 * 8
+    rows = {row["name"]: row for row in result["classes"]}
+    assert rows["sky"]["accuracy"] == rows["sky"]["iou"] == 1
+    assert rows["road"]["iou"] == pytest.approx((counted - 512 - car) / (counted - 512))
+    assert rows["car"] == {"name": "car", "accuracy": 0, "iou": 0}
+    assert rows["truck"] == {"name": "truck", "accuracy": None, "iou": None}
+    assert result["pixel_accuracy"] == pytest.approx(1 - car / counted)
+    assert result["class_accuracy"] == pytest.approx(2 / 3) and result["count"] == 1
+    assert result["segmenter"].startswith("segmenter.pt-")
+    table = format_segmentation_table(result)
+    assert "| car           | 0.000" in table and "| truck         | -" in table
 
 
 def test_an_image_without_a_label_map_and_a_network_of_another_kind(tmp_path):

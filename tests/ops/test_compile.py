@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_every_op import needs_compile
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -20,34 +19,25 @@ def rows(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-def labels(size: int) -> Tensor:
-    return torch.arange(size) % 3
-
-
 def two(size: int, dtype: torch.dtype) -> list[Tensor]:
     return [rows(size, 6, dtype=dtype), rows(size, 6, dtype=dtype).flip(0)]
 
 
-def info_nce(reduction: str) -> Callable:
-    def loss(query, key, *, temperature, backend):
-        of = InfoNCELoss(temperature, reduction=reduction, backend=backend)
-        return of(query, key)
-
-    return loss
+def with_labels(size: int, dtype: torch.dtype) -> list[Tensor]:
+    return [*two(size, dtype), torch.arange(size) % 3]
 
 
-def queue(query, key, negatives, *, temperature, backend):
-    return fastnce.info_nce(query, key, negatives, temperature=temperature, backend=backend)
+def module(query, key, *, temperature, backend):
+    return InfoNCELoss(temperature, reduction="none", backend=backend)(query, key)
 
 
 def clip(image, text, *, temperature, backend):
     return CLIPLoss(backend=backend)(image, text, 1 / temperature)
 
 
-def two_layers(query, key, *, temperature, backend):
+def two_layers(query, key, **options):
     """One tensor several times, which torch.compile does not pass on to an autograd.Function."""
-    layers = ([query, query], [key, query])
-    return fastnce.patch_nce(*layers, temperature=temperature, backend=backend)
+    return fastnce.patch_nce([query, query], [key, query], **options)
 
 
 def sample_patches(features, ids, *, temperature, backend):
@@ -57,18 +47,22 @@ def sample_patches(features, ids, *, temperature, backend):
 
 # Op, what is called, and its tensors, made for a size.
 CASES = {
-    "info_nce": ("info_nce", info_nce("mean"), two),
-    "info_nce_none": ("info_nce", info_nce("none"), two),
-    "queue": ("info_nce", queue, lambda n, d: [*two(n, d), rows(n + 2, 6, dtype=d)]),
-    "own": ("info_nce", queue, lambda n, d: [*two(n, d), rows(n, 3, 6, dtype=d)]),
+    "info_nce": ("info_nce", fastnce.info_nce, two),
+    "info_nce_none": ("info_nce", module, two),
+    "queue": (
+        "info_nce",
+        fastnce.info_nce,
+        lambda n, d: [*two(n, d), rows(n + 2, 6, dtype=d)],
+    ),
+    "own": ("info_nce", fastnce.info_nce, lambda n, d: [*two(n, d), rows(n, 3, 6, dtype=d)]),
     "clip": ("info_nce", clip, two),
     "patch_nce": ("patch_nce", two_layers, lambda n, d: [rows(2, n, 6, dtype=d) for _ in "qk"]),
     "conditional_contrastive": (
         "conditional_contrastive",
         fastnce.conditional_contrastive,
-        lambda n, d: [*two(n, d), labels(n)],
+        with_labels,
     ),
-    "sup_con": ("sup_con", fastnce.sup_con, lambda n, d: [rows(n, 6, dtype=d), labels(n)]),
+    "sup_con": ("sup_con", fastnce.sup_con, lambda n, d: with_labels(n, d)[1:]),
     "nt_xent": ("nt_xent", fastnce.nt_xent, two),
     "pairwise_cosine_similarity": (
         "pairwise_cosine_similarity",
@@ -94,6 +88,11 @@ def results(function: Callable, tensors: list[Tensor], **options) -> list[Tensor
     return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(("name", "dtype"), WITH_DTYPES, ids=str)
 def test_two_compilations_for_all_sizes_and_temperatures(
     name, dtype, fused_backend, needs_support, device
@@ -101,8 +100,6 @@ def test_two_compilations_for_all_sizes_and_temperatures(
     """The first of the size and the number that it is called with, the second for all others."""
     op, function, make = CASES[name]
     needs_support(op, fused_backend, dtype)
-    needs_compile(op, fused_backend)
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, backend=counter)
     for size, temperature in zip(SIZES, TEMPERATURES, strict=True):
@@ -121,8 +118,6 @@ def test_two_compilations_for_all_sizes_and_temperatures(
 
 def test_a_size_marked_dynamic_is_compiled_once(fused_backend, needs_support, device):
     needs_support("info_nce", fused_backend)
-    needs_compile("info_nce", fused_backend)
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     loss = InfoNCELoss(backend=fused_backend)
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
@@ -152,7 +147,6 @@ class Call(nn.Module):
 def test_exported_with_a_dynamic_size(name, backend, needs_support, device):
     op, function, make = CASES[name]
     needs_support(op, backend)
-    needs_compile(op, backend)
     module = Call(function, temperature=0.2, backend=backend)
     first, other = ([x.to(device) for x in make(size, torch.float32)] for size in SIZES[:2])
     size, more = torch.export.Dim("size", min=3), torch.export.Dim("more", min=3)

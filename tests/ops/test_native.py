@@ -1,97 +1,243 @@
-"""What is special to the compiled CPU kernels: instruction sets, memory, registration. Blocks: test_native_blocks.py."""
+"""What is special to the compiled CPU kernels: blocks, threads, instruction sets, precision, memory."""
 
-import itertools
+import functools
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
-from native_calls import (
-    LEVELS,
-    available_levels,
-    deviations,
-    kernel_results,
-    problem,
-    reference_results,
+from forms import (
+    OPS,
+    among_nans,
+    assert_same,
+    channels_last,
+    gaussian,
+    info_nce_form,
+    mapped,
+    of_rows,
+    samples,
+    tensors_of,
+    transposed,
 )
 
+import fastnce
 from fastnce.backends import native
-from fastnce.testing import SAMPLE_INPUTS, assert_close_to_truth
+from fastnce.testing import Sample, assert_close_to_truth, run, truth
 
 pytestmark = pytest.mark.skipif(native.available() != "ok", reason=native.available())
 
-OPS = (
-    "info_nce",
-    "patch_nce",
-    "conditional_contrastive",
-    "sample_patches",
-    "sup_con",
-    "nt_xent",
-    "pairwise_cosine_similarity",
-)
+# What makes the kernels cut their matrices in every way that they know: op, shape of the queries, of the other rows, form.
+LARGE = {
+    "several_panels": ("info_nce", (1100, 20), None, "in_batch"),
+    "several_panels_symmetric": ("info_nce", (1100, 20), None, "symmetric"),
+    "one_row": ("info_nce", (1, 16), (70_000, 16), "queue"),
+    "few_rows_recomputed": ("info_nce", (50, 4), (90_000, 4), "queue"),
+    "few_columns": ("info_nce", (3000, 130), (7, 130), "queue"),
+    "keys_and_queue": ("info_nce", (600, 33), (900, 33), "queue in_batch"),
+    "batch_and_queue": ("info_nce", (3, 70, 33), (50, 33), "queue in_batch"),
+    "own": ("info_nce", (2, 30, 27), (2, 30, 150, 27), "own in_batch"),
+    "many_small": ("patch_nce", (9, 40, 27), None, 4.0),  # where CUT's constant counts
+    "layers": ("patch_nce", (1, 256, 256), None, 0.07),  # five of them
+    "panels": ("pairwise_cosine_similarity", (1300, 40), (700, 40), ""),
+    "panels_itself": ("pairwise_cosine_similarity", (1300, 40), None, ""),
+    "few_other_rows": ("pairwise_cosine_similarity", (1300, 40), (30, 40), ""),
+    "few_rows": ("pairwise_cosine_similarity", (5, 33), (2100, 33), ""),
+    "odd": ("pairwise_cosine_similarity", (2, 301, 7), (2, 155, 7), ""),
+    "many": ("pairwise_cosine_similarity", (4, 9, 50, 21), (4, 9, 61, 21), ""),
+    "many_itself": ("pairwise_cosine_similarity", (4, 9, 50, 21), None, ""),
+    # Blocks that the diagonal cuts; of the largest more than are kept at a time. Kernels that keep each row's maximum, and not.
+    **{
+        f"{op} {count} {tau}": (op, (count, depth), None, tau)
+        for op, depth in (("sup_con", 40), ("conditional_contrastive", 20))
+        for count in (47, 130, 700, 2500)
+        for tau in (0.01, 0.2)
+    },
+}
+each_large = pytest.mark.parametrize("name", LARGE)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_every_instruction_set_keeps_the_numerical_contract(op, monkeypatch):
-    levels = available_levels(monkeypatch)
-    assert "portable" in levels
+@functools.lru_cache(maxsize=2)
+def large(name: str, dtype: torch.dtype, reduction: str = "none") -> Sample:
+    op, shape, others, form = LARGE[name]
+    x, y = gaussian(*shape), 0.3 * gaussian(*shape) + gaussian(*shape, seed=1)
+    tau = {"info_nce": 0.07, "pairwise_cosine_similarity": 0.3}.get(op, form)
+    temperature = torch.tensor(tau, dtype=torch.promote_types(dtype, torch.float32))
+    options = {"temperature": temperature, "reduction": reduction}
+    if op == "info_nce":
+        rows = None if others is None else gaussian(*others, seed=2).to(dtype)
+        options |= info_nce_form(form, rows, rows)
+    elif op == "pairwise_cosine_similarity":
+        y = None if others is None else gaussian(*others, seed=2)
+    elif op != "patch_nce":
+        generator = torch.Generator().manual_seed(0)
+        classes = 20 if op == "conditional_contrastive" else shape[0] // 7  # below and above 8 rows
+        options["labels"] = torch.randint(classes, shape[:1], generator=generator)
+    sample = of_rows(op, [x] if y is None else [x, y], dtype, **options)
+    if name == "layers":
+        for key in ("query_features", "key_features"):
+            x = sample.arguments[key].detach()
+            sample.arguments[key] = [x.roll(i, -2).requires_grad_() for i in range(5)]
+    return Sample(f"{name} {reduction}", sample.arguments)
+
+
+def assert_near_truth(name: str, dtype: torch.dtype, reduction: str) -> None:
+    """Relative to the largest element, or, where the factors of products are rounded to half precision, in the norm."""
+    op, sample = LARGE[name][0], large(name, dtype, reduction)
+    got = run(op, sample, backend="native")
+    single = 5e-5 if "labels" in sample.arguments else 2e-5
+    limit = {torch.float64: 1e-11, torch.float32: single, torch.bfloat16: 6e-3}[dtype]
+    for key, true in truth(op, sample).items():
+        if op == "pairwise_cosine_similarity" and key == "d temperature" and dtype != torch.float64:
+            continue  # a sum that cancels
+        exact = dtype != torch.bfloat16
+        size = (lambda x: x.abs().max()) if exact else torch.linalg.vector_norm
+        assert size(got[key].double() - true) < limit * size(true), (dtype, reduction, key)
+
+
+@each_large
+def test_blocks_add_up(name):
+    """Gradients that the forward gives, and those of the backward."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        samples = list(SAMPLE_INPUTS[op](dtype, "cpu", torch.Generator().manual_seed(0)))
-        for level, sample in itertools.product(levels, samples):
-            monkeypatch.setenv("FASTNCE_CPU_ISA", level)
-            assert_close_to_truth(op, "native", sample, dtype)
+        for reduction in ("none", "sum"):
+            if dtype != torch.bfloat16 or "2500" not in name:
+                assert_near_truth(name, dtype, reduction)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("name", ["several_panels", "keys_and_queue", "few_columns"])
-def test_blocks_add_up_on_every_instruction_set(name, level, monkeypatch):
-    if level not in available_levels(monkeypatch):
-        pytest.skip(f"this processor does not have {level}")
-    monkeypatch.setenv("FASTNCE_CPU_ISA", level)
-    assert max(deviations(kernel_results(name, torch.float64), reference_results(name))) < 1e-11
+@each_large
+def test_neither_threads_nor_neighbours_change_a_bit(name, threads):
+    """The same numbers as slices of buffers that are NaN everywhere else."""
+    op = LARGE[name][0]
+    for dtype, reduction in [
+        (torch.float32, "none"),
+        (torch.float32, "sum"),
+        (torch.bfloat16, "none"),
+        (torch.float64, "sum"),
+    ]:
+        sample = large(name, dtype, reduction)
+        threads(1)
+        expected = run(op, sample, backend="native")
+        for count in (2, 3):
+            threads(count)
+            assert_same(run(op, sample, backend="native"), expected, f"{count} threads")
+    poisoned = mapped(sample, "", lambda x: among_nans(x) if x.dim() > 1 else x)
+    assert_same(run(op, poisoned, backend="native"), expected, "among NaNs")
 
 
-def test_instruction_set_is_really_chosen(monkeypatch):
-    """A chain of multiply-adds is rounded once with FMA and twice without: the levels cannot agree to the last bit."""
-    if "avx2" not in available_levels(monkeypatch):
-        pytest.skip("this processor has one level only")
-    losses = {}
-    for level in ("portable", "avx2"):
-        monkeypatch.setenv("FASTNCE_CPU_ISA", level)
-        losses[level] = kernel_results("several_panels")[0]
-    assert not torch.equal(losses["portable"], losses["avx2"])
-
-
-def test_medium_precision_is_another_computation(monkeypatch):
-    """Of float32 inputs alone, and only where the processor multiplies bfloat16."""
+@pytest.fixture
+def medium_precision() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
 
-    def losses(precision, dtype):
-        torch.set_float32_matmul_precision(precision)
-        return kernel_results("several_panels", dtype)[0]
 
-    levels = available_levels(monkeypatch)
-    try:
-        for level, dtype in itertools.product(levels, (torch.float32, torch.float64)):
-            monkeypatch.setenv("FASTNCE_CPU_ISA", level)
-            same = torch.equal(losses("medium", dtype), losses("highest", dtype))
+@pytest.mark.parametrize("name", [name for name in LARGE if " " not in name])
+def test_medium_precision_rounds_the_factors_of_products(name, medium_precision):
+    op, sample = LARGE[name][0], large(name, torch.float32)
+    got = run(op, sample, backend="native")
+    for key, true in truth(op, sample).items():
+        assert (got[key].double() - true).norm() < 2e-2 * true.norm(), key
+
+
+def test_medium_precision_is_another_computation(medium_precision, instruction_sets):
+    """Of float32 inputs alone, and only where the processor multiplies bfloat16."""
+    for level in instruction_sets():
+        for dtype in (torch.float32, torch.float64):
+            sample = large("several_panels", dtype)
+            medium = run("info_nce", sample, backend="native")["out"]
+            torch.set_float32_matmul_precision("highest")
+            same = torch.equal(medium, run("info_nce", sample, backend="native")["out"])
+            torch.set_float32_matmul_precision("medium")
             assert same == (level != "avx512bf16" or dtype == torch.float64)
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
-def test_the_instruction_set_has_a_name(monkeypatch):
-    found = available_levels(monkeypatch)
-    assert native.instruction_set() == found[-1]
-    for level in found:
-        monkeypatch.setenv("FASTNCE_CPU_ISA", level)
-        assert native.instruction_set() == level
+@pytest.mark.parametrize("name", ["panels", "panels_itself", "few_other_rows", "few_rows", "many"])
+def test_gradients_alone_and_strides_of_what_arrives(name):
+    """Of a matrix of similarities, whose upstream gradient is a matrix too."""
+    sample = large(name, torch.float32)
+    out = fastnce.pairwise_cosine_similarity(**sample.arguments, backend="native")
+    upstream = gaussian(*out.shape, seed=3).float()
+    leaves = tensors_of(sample)
+    together = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+    for layout in (transposed, among_nans, channels_last):
+        other = torch.autograd.grad(out, leaves, layout(upstream), retain_graph=True)
+        assert all(map(torch.equal, other, together)), layout
+    expanded = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+    for x, y in zip(expanded, torch.autograd.grad(out, leaves, torch.ones_like(out)), strict=True):
+        torch.testing.assert_close(x, y)
+    for chosen in range(len(leaves)):
+        for i, x in enumerate(leaves):
+            x.requires_grad_(i == chosen)
+        alone = fastnce.pairwise_cosine_similarity(**sample.arguments, backend="native")
+        (got,) = torch.autograd.grad(alone, leaves[chosen], upstream)
+        assert (got - together[chosen]).norm() <= 2e-6 * together[chosen].norm()
+    for x in leaves:
+        x.requires_grad_()
 
 
-def test_unknown_instruction_set(monkeypatch):
+def test_symmetric_beyond_one_block_of_columns():
+    """It is the mean of both directions."""
+    q, k = (gaussian(8300, 3, seed=seed).float().requires_grad_() for seed in range(2))
+    for reduction in ("none", "sum"):
+        of = functools.partial(fastnce.info_nce, temperature=0.2, reduction=reduction)
+        both = of(q, k, symmetric=True, backend="native")
+        mean = (of(q, k, backend="native") + of(k, q, backend="native")) / 2
+        torch.testing.assert_close(both, mean)
+        grads, expected = (torch.autograd.grad(x.sum(), [q, k]) for x in (both, mean))
+        for x, y in zip(grads, expected, strict=True):
+            torch.testing.assert_close(x / y.abs().max(), y / y.abs().max())
+
+
+@pytest.mark.parametrize(("count", "tau"), [(8300, 0.01), (16_700, 0.3)])
+def test_sup_con_beyond_one_block_of_columns(count, tau):
+    """Of more columns than a part takes, against the definition row by row."""
+    x = gaussian(count, 3)
+    labels, wide = torch.arange(count) // 2, torch.float64 if tau < 0.1 else torch.float32
+    unit = torch.nn.functional.normalize(x).to(wide)
+    expected, grad = [], torch.zeros_like(unit)
+    for rows in torch.arange(count).split(1000):
+        logits = unit[rows] @ unit.T / tau
+        logits[torch.arange(len(rows)), rows] = -torch.inf
+        lse = logits.logsumexp(1, keepdim=True)
+        expected.append((lse - logits.gather(1, (rows ^ 1).unsqueeze(1))).squeeze(1))
+        share = logits.sub_(lse).exp_()
+        grad[rows] += (share @ unit - unit[rows ^ 1]) / tau
+        grad += share.T @ unit[rows] / tau
+        grad[rows ^ 1] -= unit[rows] / tau
+    tangent = grad - (grad * unit).sum(1, keepdim=True) * unit
+    for reduction in ("none", "sum"):
+        leaf = x.float().requires_grad_()
+        options = {"temperature": tau, "reduction": reduction, "backend": "native"}
+        loss = fastnce.sup_con(leaf, labels, **options)
+        (got,) = torch.autograd.grad(loss.sum(), leaf)
+        true = torch.cat(expected).float()
+        true = true if reduction == "none" else true.sum()
+        torch.testing.assert_close(loss, true, rtol=1e-5, atol=1e-5 / tau)
+        norm = x.norm(dim=1, keepdim=True)
+        assert (got * norm - tangent).norm() < 1e-4 * tangent.norm()
+
+
+def test_every_instruction_set_keeps_the_numerical_contract(instruction_sets):
+    for _ in instruction_sets():
+        for op in OPS:
+            for dtype in (torch.float64, torch.float32, torch.bfloat16):
+                for sample in samples(op, dtype).values():
+                    assert_close_to_truth(op, "native", sample, dtype)
+        for name in ("several_panels", "keys_and_queue", "few_columns", "odd"):
+            assert_near_truth(name, torch.float64, "none")
+
+
+def test_instruction_sets_have_names_and_are_really_chosen(instruction_sets, monkeypatch):
+    """A chain of multiply-adds is rounded once with FMA and twice without: the levels cannot agree to the last bit."""
+    sample, losses = large("several_panels", torch.float32), {}
+    for level in instruction_sets():
+        losses[level] = run("info_nce", sample, backend="native")["out"]
+    assert next(iter(losses)) == "portable" and native.instruction_set() == list(losses)[-1]
+    assert "avx2" not in losses or not torch.equal(losses["portable"], losses["avx2"])
     monkeypatch.setenv("FASTNCE_CPU_ISA", "avx1024")
-    with pytest.raises(RuntimeError, match="FASTNCE_CPU_ISA=avx1024 is unknown. Use portable"):
-        kernel_results("own")
+    with pytest.raises(RuntimeError, match="FASTNCE_CPU_ISA=avx1024.*portable"):
+        run("info_nce", sample, backend="native")
 
 
 MEMORY = r"""
@@ -126,165 +272,22 @@ def test_memory_does_not_grow_with_the_matrix(form):
     assert float(out.stdout) < 60, "MiB"
 
 
-def registered_calls(dtype: torch.dtype):
-    ops = torch.ops.fastnce
-    query, key, negatives = torch.randn(2, 5, 7), torch.randn(2, 5, 7), torch.randn(3, 7)
-    query, key, negatives = (x.to(dtype) for x in (query, key, negatives))
-    tau = torch.tensor(0.3, dtype=torch.promote_types(dtype, torch.float32))
-    everything = (True,) * 4
-    for queue, symmetric, scale in ((None, True, 0.5), (negatives, False, 0.5), (None, True, None)):
-        options = (True, symmetric, True, None, dtype == torch.bfloat16)
-        inputs = (query, key, queue, tau, 0.0)
-        yield ops.info_nce_forward, (*inputs, *options, scale, symmetric, *everything)
-        loss, lse, *_ = ops.info_nce_forward(*inputs, *options, scale, symmetric, *everything)
-        yield ops.info_nce_backward, (loss, *inputs, lse, *options, True, True, False, True)
-    layers = ([query, query[:, :3]], [key, key[:, :3]], tau, 0.0, -10.0, True, [0.1, 0.2])
-    for scales in ([], [0.1, 1.0]):
-        yield (
-            ops.patch_nce_forward,
-            (*layers, scales, 2, len(scales), [True, False], [False, True], True),
-        )
-    labels = torch.tensor([0, 1, 0, 2, 1])
-    inputs = (query[0], key[0], labels, None, 0.3)
-    for scale in (None, 0.5):
-        yield ops.conditional_contrastive_forward, (*inputs, scale, True, True, False, False)
-    loss, lse, *_ = ops.conditional_contrastive_forward(*inputs, None, False, True, True, True)
-    yield ops.conditional_contrastive_backward, (loss, *inputs, lse, True, True, True)
-    inputs = (query[0], labels, tau, 0.0)
-    for scale, mean in ((None, False), (0.5, False), (0.5, True)):
-        yield ops.sup_con_forward, (*inputs, scale, mean, True, mean)
-    loss, _, lse, *_ = ops.sup_con_forward(*inputs, None, False, True, True)
-    yield ops.sup_con_backward, (loss, *inputs, lse, True, True)
-    for y, scale in ((key[:, :3], (tau, 0.0)), (None, (None, 0.3))):
-        inputs = (query, y, *scale, dtype == torch.bfloat16)
-        out = ops.pairwise_cosine_similarity_forward(*inputs)
-        yield ops.pairwise_cosine_similarity_forward, inputs
-        needs = (True, True, scale[0] is not None)
-        yield ops.pairwise_cosine_similarity_backward, (out.mT.contiguous().mT, *inputs, *needs)
-    features = [torch.randn(2, 3, 4, 5).to(dtype), torch.randn(1, 6, 2, 2).to(dtype)]
-    ids = [torch.tensor([0, 19, 7]), torch.tensor([3, 3])]
-    for normalize in (False, True):
-        yield ops.sample_patches_forward, (features, ids, normalize)
-        patches, norms = ops.sample_patches_forward(features, ids, normalize)
-        args = (patches, patches, norms, ids, features, normalize)
-        yield ops.sample_patches_backward, args
-        maps = [torch.ones_like(x) for x in features]
-        yield ops.sample_patches_add_, (maps, *args[:4], normalize)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_opcheck(dtype):
-    """Of the dtypes that tests/ops/test_registered_ops.py leaves out."""
-    seen = set()
-    for op, arguments in registered_calls(dtype):
-        torch.library.opcheck(op, arguments)
-        seen.add(f"{op._qualified_op_name}")
-    assert len(seen) == 12
-
-
-def among_nans(x: torch.Tensor) -> torch.Tensor:
-    """The same numbers as a slice of a buffer that is NaN everywhere else."""
-    *outer, rows, columns = x.shape
-    buffer = torch.full((*outer, 2 * rows + 3, columns + 5), float("nan"), dtype=x.dtype)
-    view = buffer[..., 1 : 2 * rows + 1 : 2, 2 : columns + 2]
-    return view.copy_(x)
-
-
-@pytest.mark.parametrize("name", ["keys_and_queue", "batch_and_queue", "many_small", "own"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_neighbouring_memory_is_not_read(name, dtype):
-    (query, key, negatives, temperature), options = problem(name, dtype)
-    needs = (True, True, negatives is not None, True)
-    clean = native.info_nce_forward(
-        query, key, negatives, temperature, **options, grad_scale=1.0, needs=needs
-    )
-    poisoned = native.info_nce_forward(
-        among_nans(query),
-        among_nans(key),
-        None if negatives is None else among_nans(negatives),
-        temperature,
-        **options,
-        grad_scale=1.0,
-        needs=needs,
-    )
-    for x, y in zip((*clean[:2], *clean[2]), (*poisoned[:2], *poisoned[2]), strict=True):
-        assert x is y is None or torch.equal(x, y)
-        assert x is None or x.isfinite().all()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_bad_query_spoils_its_own_row_alone(value):
-    (query, key, negatives, temperature), options = problem("few_columns")
-    args = (key, negatives, temperature)
-    call = {**options, "grad_scale": 1.0, "needs": (True, False, False, False)}
-    loss, _, grads = native.info_nce_forward(query, *args, **call)
-    query[0, 5, 3] = value
-    spoilt, _, spoilt_grads = native.info_nce_forward(query, *args, **call)
-    others = torch.arange(query.shape[1]) != 5
-    assert not spoilt[0, 5].isfinite()
-    assert torch.equal(spoilt[:, others], loss[:, others])
-    assert torch.equal(spoilt_grads[0][:, others], grads[0][:, others])
-
-
-def test_a_bad_key_of_another_batch_element_does_no_harm():
-    (query, key, negatives, temperature), options = problem("many_small")
-    call = {**options, "grad_scale": 1.0, "needs": (True, True, False, False)}
-    loss, _, grads = native.info_nce_forward(query, key, negatives, temperature, **call)
-    key[4] = float("nan")
-    spoilt, _, bad = native.info_nce_forward(query, key, negatives, temperature, **call)
-    others = torch.arange(len(query)) != 4
-    assert spoilt[4].isnan().all()
-    for x, y in ((spoilt, loss), (bad[0], grads[0]), (bad[1], grads[1])):
-        assert torch.equal(x[others], y[others])
-
-
-def test_labels_of_any_size_and_sign():
-    generator = torch.Generator().manual_seed(0)
-    embeddings, proxies = torch.randn(2, 50, 8, generator=generator)
-    classes = torch.tensor([-(2**63), -1, 0, 2**31, 2**32, 2**63 - 1])
-    labels = torch.randint(len(classes), (50,), generator=generator)
-    call = {"temperature": 0.2, "grad_scale": 1.0, "needs": (True, True, False)}
-    small = native.conditional_contrastive_forward(embeddings, proxies, labels, **call)
-    large = native.conditional_contrastive_forward(embeddings, proxies, classes[labels], **call)
-    assert torch.equal(small[0], large[0])
-    assert torch.equal(small[2][0], large[2][0])
-
-
-def test_errors_name_the_op():
-    x = torch.randn(1, 4, 3)
-    rest = (None, None, 0.1, True, False, True, None, False, None, False, *(False,) * 4)
-    with pytest.raises(RuntimeError, match="info_nce_forward: key has a wrong or empty shape"):
-        torch.ops.fastnce.info_nce_forward(x, x[:, :3], *rest)
-    with pytest.raises(RuntimeError, match="info_nce_forward: key must have the dtype Float"):
-        torch.ops.fastnce.info_nce_forward(x, x.double(), *rest)
-    with pytest.raises(RuntimeError, match="info_nce_forward: query has the unsupported dtype Int"):
-        torch.ops.fastnce.info_nce_forward(x.int(), x.int(), *rest)
-    with pytest.raises(RuntimeError, match="patch id 9 lies outside a map of 9 positions"):
-        native.sample_patches_forward([torch.randn(1, 2, 3, 3)], [torch.tensor([0, 9])], False)
-
-
 # The most that any processor does in a cycle, in float32: four units of 16 bytes, or two of 32 or 64, that multiply and add.
 FLOP_A_CYCLE = {"portable": 32, "avx2": 32, "avx512": 64, "avx512bf16": 64}
 MOST_GIGAHERTZ = 7
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_fma_peak_is_what_a_processor_can_do(level, threads, monkeypatch):
+def test_fma_peak_is_what_a_processor_can_do(threads, instruction_sets):
     """Chains of multiply-adds that the compiler merged or left out would be quicker. A busy machine is slower, never quicker."""
-    if level not in available_levels(monkeypatch):
-        pytest.skip(f"this processor does not have {level}")
-    monkeypatch.setenv("FASTNCE_CPU_ISA", level)
     threads(1)
-    most = MOST_GIGAHERTZ * FLOP_A_CYCLE[level]
-    own = 2 if level == "avx512bf16" else 1  # the instructions for pairs of bfloat16
-    for dtype, times in ((torch.float32, 1), (torch.float64, 0.5), (torch.bfloat16, own)):
-        assert 0 < native.fma_peak(0.02, dtype) < times * most
-
-
-@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), 1e9])
-def test_fma_peak_of_no_time_or_too_much(seconds):
-    with pytest.raises(RuntimeError, match=r"fma_peak: seconds must lie in \(0, 60\]"):
-        native.fma_peak(seconds)
+    for level in instruction_sets():
+        most = MOST_GIGAHERTZ * FLOP_A_CYCLE[level]
+        own = 2 if level == "avx512bf16" else 1  # the instructions for pairs of bfloat16
+        for dtype, times in ((torch.float32, 1), (torch.float64, 0.5), (torch.bfloat16, own)):
+            assert 0 < native.fma_peak(0.02, dtype) < times * most
+    for seconds in (0.0, -1.0, float("nan"), 1e9):
+        with pytest.raises(RuntimeError, match=r"fma_peak: seconds .*\(0, 60\]"):
+            native.fma_peak(seconds)
 
 
 def test_supports_gives_reasons():

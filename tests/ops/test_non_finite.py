@@ -8,58 +8,38 @@ import math
 
 import pytest
 import torch
-from native_calls import available_levels
+from forms import DTYPES, OPS, gaussian, info_nce_form, of_rows, rows_of, samples
 from torch import Tensor
 
 from fastnce import backends, reference
 from fastnce.backends import native
 from fastnce.ops.instance_norm import instance_norm
-from fastnce.testing import SAMPLE_INPUTS, Sample, rows, run
+from fastnce.testing import Sample, run
 
 VALUES = (math.inf, -math.inf, math.nan)
 
 
-def dot_products(dtype: torch.dtype, device: str, generator: torch.Generator) -> list[Sample]:
-    """Logits are infinite themselves: a softmax is 0, and the rows that it would have multiplied stay finite."""
+def forms_of(op: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Sample]:
+    """Those of every op; dot products, the logits of which are infinite themselves; and small temperatures.
 
-    def make(*shape: int) -> Tensor:
-        return rows(*shape, dtype=dtype, device=device, generator=generator)
-
-    base = {"query": make(8, 6), "positive_key": make(8, 6), "normalize": False}
-    base["temperature"] = torch.tensor(1.5, requires_grad=True)
-    forms = {
-        "in_batch": {},
-        "symmetric": {"symmetric": True},
-        "queue": {"negative_keys": make(7, 6)},
-        "own": {"negative_keys": make(8, 3, 6)},
-        "own_in_batch": {"negative_keys": make(8, 3, 6), "in_batch_negatives": True},
-    }
-    return [
-        Sample(f"dot_{name}_{reduction}", {**base, **form, "reduction": reduction})
-        for name, form in forms.items()
-        for reduction in ("mean", "none")
-    ]
-
-
-def small_temperatures(dtype: torch.dtype, device: str, generator: torch.Generator):
-    """Where exponentials need the maximum of their row."""
-    x, y = (rows(40, 12, dtype=dtype, device=device, generator=generator) for _ in range(2))
-    labels = torch.arange(40, device=device) % 5
-    cold = {"temperature": 0.01}
-    yield "info_nce", Sample("cold", {"query": x, "positive_key": y, **cold})
-    yield "sup_con", Sample("cold", {"features": x, "labels": labels, **cold})
-    both = {"embeddings": x, "proxies": y, "labels": labels}
-    yield "conditional_contrastive", Sample("cold", {**both, **cold})
-
-
-def forms_of(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict:
-    generator = torch.Generator().manual_seed(0)
-    found = [
-        (op, sample) for op, s in SAMPLE_INPUTS.items() for sample in s(dtype, device, generator)
-    ]
-    found += [("info_nce", sample) for sample in dot_products(dtype, device, generator)]
-    found += small_temperatures(dtype, device, generator)
-    return {f"{op}-{sample.name}": (op, sample) for op, sample in found}
+    A softmax of infinite logits is 0, and the rows that it would have multiplied stay finite. Where the temperature is small,
+    exponentials need the maximum of their row.
+    """
+    found = list(samples(op, dtype, device).values())
+    if op == "info_nce":
+        for form in ("dot", "dot symmetric", "dot queue", "dot own", "dot own in_batch"):
+            for reduction in ("mean", "none"):
+                options = {"temperature": torch.tensor(1.5), "reduction": reduction}
+                negatives = gaussian(7, 6).to(device, dtype), gaussian(8, 3, 6).to(device, dtype)
+                options |= info_nce_form(form, *negatives) | {"normalize": False}
+                rows = (x.to(device) for x in (gaussian(8, 6), gaussian(8, 6, seed=1)))
+                made = of_rows(op, tuple(rows), dtype, **options)
+                found.append(Sample(f"{form} {reduction}", made.arguments))
+    if op in ("info_nce", "sup_con", "conditional_contrastive"):
+        rows = tuple(gaussian(40, 12, seed=seed).to(device) for seed in (0, 1))
+        labels = torch.arange(40, device=device) % 5
+        found.append(of_rows(op, rows, dtype, labels=labels, temperature=0.01))
+    return found
 
 
 def poisoned(sample: Sample, argument: str, value: float) -> Sample:
@@ -82,16 +62,6 @@ def poisoned(sample: Sample, argument: str, value: float) -> Sample:
     return Sample(f"{sample.name}, {value} in {argument}", changed)
 
 
-def rows_of_floats(sample: Sample) -> list[str]:
-    """The arguments that have rows."""
-    first = {name: x[0] if isinstance(x, list) else x for name, x in sample.arguments.items()}
-    return [
-        name
-        for name, x in first.items()
-        if isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2
-    ]
-
-
 def as_rows(op: str, name: str, x: Tensor) -> Tensor:
     """(..., D) in double; the rows of a map's gradient are its positions, those of losses single numbers."""
     x = x.detach().double()
@@ -109,7 +79,7 @@ def assert_same_rows(op: str, backend: str, sample: Sample, dtype: torch.dtype) 
         x, truth = as_rows(op, name, got[name]), as_rows(op, name, truth)
         finite = truth.isfinite().all(-1)
         got_finite = x.isfinite().all(-1)
-        if backend in ("triton", "cuda") and sample.name.startswith("dot"):
+        if backend in ("triton", "cuda") and sample.name.startswith("dot "):
             assert not (got_finite & ~finite).any(), where
             continue  # an infinite logit takes its whole row of the matrix along
         assert torch.equal(got_finite, finite), where
@@ -120,45 +90,45 @@ def assert_same_rows(op: str, backend: str, sample: Sample, dtype: torch.dtype) 
             assert (x - truth).abs().max().item() <= allowed, where
 
 
-@pytest.mark.parametrize("form", forms_of())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_rows_that_are_not_finite(form, dtype, backend, needs_support, device):
-    op, sample = forms_of(dtype, device)[form]
-    needs_support(op, backend, dtype)
-    for argument in rows_of_floats(sample):
-        for value in VALUES if dtype == torch.float32 else VALUES[:1]:
-            assert_same_rows(op, backend, poisoned(sample, argument, value), dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_zero_rows_stay_finite(dtype, fused_backend, needs_support, device):
-    """Beside a row that is not: an infinite row's inverse norm is no zero row's."""
-    op, sample = forms_of(dtype, device)["info_nce-queue"]
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_are_not_finite(op, dtype, fused_backend, needs_support, device):
+    """On the host of every instruction set in single precision."""
     needs_support(op, fused_backend, dtype)
-    changed = poisoned(sample, "query", math.inf)
-    with torch.no_grad():
-        changed.arguments["query"][7] = 0
-    assert_same_rows(op, fused_backend, changed, dtype)
-    gradient = run(op, changed, backend=fused_backend)["d query"]
-    assert not gradient[7].any() and not gradient[5].isfinite().any()
+    for sample in forms_of(op, dtype, device):
+        for argument in rows_of(sample):
+            for value in VALUES if dtype == torch.float32 else VALUES[:1]:
+                assert_same_rows(op, fused_backend, poisoned(sample, argument, value), dtype)
 
 
 @pytest.mark.skipif(native.available() != "ok", reason=native.available())
-def test_of_every_instruction_set(monkeypatch):
-    forms = forms_of()
-    for level in available_levels(monkeypatch):
-        monkeypatch.setenv("FASTNCE_CPU_ISA", level)
-        for form in ("info_nce-queue_in_batch", "info_nce-dot_symmetric_none", "sup_con-mean"):
-            op, sample = forms[form]
-            for argument in rows_of_floats(sample):
-                assert_same_rows(op, "native", poisoned(sample, argument, math.inf), torch.float32)
+def test_of_every_instruction_set(instruction_sets):
+    for _ in instruction_sets():
+        for op, choose in {"info_nce": ("queue_in_batch", "dot symmetric none"), "sup_con": ("mean",)}.items():  # fmt: skip
+            for sample in forms_of(op):
+                for argument in rows_of(sample) if sample.name in choose else ():
+                    poison = poisoned(sample, argument, math.inf)
+                    assert_same_rows(op, "native", poison, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_zero_row_stays_finite_beside_an_infinite_one(
+    dtype, fused_backend, needs_support, device
+):
+    """An infinite row's inverse norm is no zero row's."""
+    needs_support("info_nce", fused_backend, dtype)
+    changed = poisoned(samples("info_nce", dtype, device)["queue"], "query", math.inf)
+    with torch.no_grad():
+        changed.arguments["query"][7] = 0
+    assert_same_rows("info_nce", fused_backend, changed, dtype)
+    gradient = run("info_nce", changed, backend=fused_backend)["d query"]
+    assert not gradient[7].any() and not gradient[5].isfinite().any()
 
 
 def test_labelled_lse(fused_backend, needs_support, device):
     """A lse that is not finite is no empty sum, which has no gradient."""
     needs_support("labelled_lse", fused_backend)
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(n, 5, generator=generator).to(device) for n in (7, 40))
+    x, y = gaussian(7, 5).float().to(device), gaussian(40, 5).float().to(device)
     labels = [(torch.arange(n) % 3).to(device) for n in (7, 40)]
     y[5, 1] = math.inf
     kernels = backends.select("labelled_lse", x, fused_backend)
@@ -175,7 +145,7 @@ def test_labelled_lse(fused_backend, needs_support, device):
 @pytest.mark.parametrize("value", VALUES)
 def test_instance_norm(value):
     """In fp64 it is plain PyTorch."""
-    x = torch.randn(2, 16, 6, 5, generator=torch.Generator().manual_seed(0))
+    x = gaussian(2, 16, 6, 5)
     x[1, 3, 2, 2] = value
     found = []
     for dtype in (torch.float32, torch.float64):

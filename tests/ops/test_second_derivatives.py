@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from forms import LOSSES, REDUCED, gaussian, of_rows
 from torch import Tensor
 
 import fastnce
@@ -12,13 +13,7 @@ from fastnce.ops.blur_resample import blur_kernel, blur_resample
 from fastnce.ops.conv3x3 import conv3x3
 from fastnce.ops.instance_norm import instance_norm
 
-LABELS = torch.tensor([0, 0, 1, 1, 2])
 IDS = torch.tensor([0, 5, 5, 3])
-
-
-def made(*shape: int, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def ways(op: Callable[[Tensor], Tensor], start: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -60,39 +55,30 @@ def ways(op: Callable[[Tensor], Tensor], start: Tensor) -> dict[str, Callable[[]
 each_way = pytest.mark.parametrize("way", ["hessian", "named", "backward to", "upstream"])
 
 
-def pair_of(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Both of one tensor, as of one network."""
-    return x, x.flip(0) * 1.5
+def of_both_sides(op: str, **options: object) -> Callable:
+    """All rows of one tensor, as of one network."""
+
+    def call(x: Tensor, backend: str) -> Tensor:
+        sample = of_rows(op, (x, x), x.dtype, **options)
+        names = [n for n, value in sample.arguments.items() if value is not None and n != "labels"]
+        rows = {name: x.view_as(sample.arguments[name]) for name in names if name not in options}
+        rows = {name: y.flip(-2) * 1.5 if i else y for i, (name, y) in enumerate(rows.items())}
+        return getattr(fastnce, op)(**sample.arguments | rows, backend=backend)
+
+    return call
 
 
-def others_of(x: Tensor) -> Tensor:
-    return made(*x.shape).to(x.dtype)
+def other(x: Tensor, seed: int = 1) -> Tensor:
+    return gaussian(*x.shape, seed=seed).to(x.dtype)
 
 
 REFUSED = {
-    "info_nce": lambda x, **kw: fastnce.info_nce(x, others_of(x), **kw),
-    "info_nce sum of a queue": lambda x, **kw: fastnce.info_nce(
-        others_of(x), others_of(x).sin(), x, reduction="sum", **kw
-    ),
-    "info_nce none": lambda x, **kw: fastnce.info_nce(*pair_of(x), reduction="none", **kw),
-    "info_nce temperature": lambda x, **kw: fastnce.info_nce(
-        others_of(x), others_of(x).cos(), temperature=x[0, 0].exp(), **kw
-    ),
-    "nt_xent": lambda x, **kw: fastnce.nt_xent(*pair_of(x), **kw),
-    "nt_xent none": lambda x, **kw: fastnce.nt_xent(*pair_of(x), reduction="none", **kw),
-    "sup_con": lambda x, **kw: fastnce.sup_con(x, LABELS, **kw),
-    "sup_con none": lambda x, **kw: fastnce.sup_con(x, LABELS, reduction="none", **kw),
-    "conditional_contrastive": lambda x, **kw: fastnce.conditional_contrastive(
-        *pair_of(x), LABELS, **kw
-    ),
-    "conditional_contrastive none": lambda x, **kw: fastnce.conditional_contrastive(
-        *pair_of(x), LABELS, reduction="none", **kw
-    ),
-    "patch_nce": lambda x, **kw: fastnce.patch_nce(x[None], others_of(x)[None], **kw),
-    "pairwise_cosine_similarity": lambda x, **kw: fastnce.pairwise_cosine_similarity(x, **kw),
-    "sample_patches normalized": lambda x, **kw: fastnce.sample_patches(
-        x.view(1, 3, 5, 2), patch_ids=IDS, normalize=True, **kw
-    )[0],
+    **{op: of_both_sides(op) for op in LOSSES},
+    **{f"{op} none": of_both_sides(op, reduction="none") for op in REDUCED},
+    "info_nce of one side": lambda x, **kw: fastnce.info_nce(x, other(x), **kw),
+    "info_nce of a queue": lambda x, **kw: fastnce.info_nce(other(x), other(x, 2), x, reduction="sum", **kw),
+    "info_nce of the temperature": lambda x, **kw: fastnce.info_nce(other(x), other(x, 2), temperature=x[0, 0].exp(), **kw),
+    "sample_patches normalized": lambda x, **kw: fastnce.sample_patches(x.view(1, 3, 5, 2), patch_ids=IDS, normalize=True, **kw)[0],
     "tap_patches normalized": lambda x, **kw: torch.cat(
         [y.flatten() for y in fastnce.tap_patches(x.view(1, 3, 5, 2), patch_ids=IDS, normalize=True, **kw)[:2]]
     ),
@@ -102,34 +88,35 @@ REFUSED = {
 @each_way
 @pytest.mark.parametrize("op", REFUSED)
 def test_fused_kernels_refuse(op, way, fused_backend):
-    attempt = ways(lambda x: REFUSED[op](x, backend=fused_backend), made(5, 6, seed=0).float())
-    with pytest.raises(RuntimeError, match="no second derivative.*backend='torch'"):
+    attempt = ways(lambda x: REFUSED[op](x, backend=fused_backend), gaussian(5, 6).float())
+    with pytest.raises(RuntimeError, match="second derivative.*backend='torch'"):
         attempt[way]()
 
 
-def test_of_plain_pytorch_the_hessian_is_that_of_the_equation():
-    """Against differences of gradients."""
-    x = made(4, 8, seed=0)
-    hessian = torch.autograd.functional.hessian(
-        lambda a: fastnce.info_nce(a, made(4, 8), backend="torch"), x
-    )
-    assert hessian.abs().max() > 0.1
+def test_of_plain_pytorch_they_are_those_of_the_equation():
+    """The Hessian against differences of gradients; and of the temperature."""
+    x, y = gaussian(4, 8), gaussian(4, 8, seed=1)
 
-    def gradient(x):
+    def gradient(x: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
-        return torch.autograd.grad(fastnce.info_nce(x, made(4, 8)), x)[0]
+        return torch.autograd.grad(fastnce.info_nce(x, y), x)[0]
 
+    plain = lambda x, t=0.07: fastnce.info_nce(x, y, temperature=t, backend="torch")  # noqa: E731
+    hessian = torch.autograd.functional.hessian(plain, x)
+    assert hessian.abs().max() > 0.1
     step = torch.zeros_like(x)
     step[1, 2] = 1e-6
     difference = (gradient(x + step) - gradient(x - step)) / 2e-6
     torch.testing.assert_close(hessian[1, 2], difference, rtol=1e-5, atol=1e-7)
+    tau = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda t: plain(x, t), (tau,))
 
 
 @pytest.mark.filterwarnings("ignore:Using backward")
 def test_the_first_derivative_may_be_made_with_a_graph(fused_backend):
     """As second-order optimisers do for all parameters; and be clipped in place."""
-    x = made(5, 6, seed=0).requires_grad_()
-    loss = fastnce.info_nce(x * 1, made(5, 6), backend=fused_backend)
+    x = gaussian(5, 6).requires_grad_()
+    loss = fastnce.info_nce(x * 1, gaussian(5, 6, seed=1), backend=fused_backend)
     loss /= 2  # in place: nothing that is saved
     (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
     (loss + x.square().sum()).backward(create_graph=True)
@@ -142,38 +129,35 @@ def two_maps(x: Tensor) -> Tensor:
     return torch.cat([x.view(1, 3, 5, 2), x.cos().view(1, 3, 5, 2)])
 
 
+def tapped(x: Tensor, **kw: object) -> tuple[Tensor, Tensor]:
+    return fastnce.tap_patches(two_maps(x), patch_ids=IDS, **kw)[:2]
+
+
 EXACT = {
     "sample_patches": lambda x, **kw: fastnce.sample_patches(two_maps(x), patch_ids=IDS, **kw)[0],
-    "tap_patches": lambda x, **kw: torch.cat(
-        [y.sin().flatten() for y in fastnce.tap_patches(two_maps(x), patch_ids=IDS, **kw)[:2]]
-    ),
-    "tap_patches unused map": lambda x, **kw: fastnce.tap_patches(two_maps(x), patch_ids=IDS, **kw)[
-        1
-    ].sin(),
+    "tap_patches": lambda x, **kw: torch.cat([y.sin().flatten() for y in tapped(x, **kw)]),
+    "tap_patches unused map": lambda x, **kw: tapped(x, **kw)[1].sin(),
 }
 
 
 @each_way
 @pytest.mark.parametrize("op", EXACT)
 def test_patches_have_exact_ones(op, way, fused_backend):
-    got = ways(lambda x: EXACT[op](x, backend=fused_backend), made(5, 6, seed=0).float())[way]()
-    truth = ways(lambda x: EXACT[op](x, backend="torch"), made(5, 6, seed=0))[way]()
+    got = ways(lambda x: EXACT[op](x, backend=fused_backend), gaussian(5, 6).float())[way]()
+    truth = ways(lambda x: EXACT[op](x, backend="torch"), gaussian(5, 6))[way]()
     torch.testing.assert_close(got, truth.float())
 
 
-def weights_of(x: Tensor) -> Tensor:
-    """(16, 16, 3, 3), made of the map: one input of the convolution leads to the other."""
-    return x.mean((0, 2, 3)).view(16, 1, 1, 1) * made(16, 16, 3, 3).to(x.dtype) / 12
-
-
+KERNEL = gaussian(16, 16, 3, 3, seed=1) / 12
 MAPS = {
-    "conv3x3": lambda x: conv3x3(x, weights_of(x), reflect=True),
-    "conv3x3 of its own": lambda x: conv3x3(x, made(16, 16, 3, 3).to(x.dtype) / 12),
+    # The weights are made of the map: one input of the convolution leads to the other.
+    "conv3x3": lambda x: conv3x3(x, x.mean((0, 2, 3)).view(16, 1, 1, 1) * KERNEL.to(x), reflect=True),
+    "conv3x3 of its own": lambda x: conv3x3(x, KERNEL.to(x)),
     "instance_norm": lambda x: instance_norm(x, x.cos(), slope=0.2),
-    "blur_resample": lambda x: blur_resample(
-        x, blur_kernel(16, halve=True).to(x.dtype), halve=True
-    ),
-}
+    "instance_norm leaky": lambda x: instance_norm(x, slope=0.2),
+    "blur_resample": lambda x: blur_resample(x, blur_kernel(16, halve=True).to(x), halve=True),
+    "blur_resample double": lambda x: blur_resample(x, blur_kernel(16, halve=False).to(x), halve=False),
+}  # fmt: skip
 
 
 @pytest.mark.skipif(native.available() != "ok", reason=native.available())
@@ -181,7 +165,7 @@ MAPS = {
 @pytest.mark.parametrize("op", MAPS)
 def test_maps_have_exact_ones(op, way):
     """What R1 and WGAN-GP need of a critic."""
-    start = made(1, 16, 3, 2, seed=0)
+    start = gaussian(1, 16, 3, 2)
     got, truth = (ways(MAPS[op], x)[way]() for x in (start.float(), start))
     assert truth.abs().max() > 0.01
     assert (got - truth).norm() < 3e-5 * truth.norm()

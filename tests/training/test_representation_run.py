@@ -16,7 +16,7 @@ from tiny import ENCODER
 
 from fastnce import cli
 from fastnce.errors import UserError
-from fastnce.metrics.representation import encode
+from fastnce.metrics.probes import encode
 from fastnce.models import Representation
 from fastnce.systems import SYSTEMS
 from fastnce.systems.representation import images_of, random_encoder

@@ -15,8 +15,7 @@ from fastnce.cli import main
 from fastnce.data import list_images, save_image
 from fastnce.demo import Evaluator, write_digits_photos
 from fastnce.errors import UserError
-from fastnce.metrics.distribution import frechet_distance
-from fastnce.metrics.neighbours import precision_recall_density_coverage
+from fastnce.metrics.distribution import frechet_distance, precision_recall_density_coverage
 from fastnce.systems.judging import Segmentation, evaluate_images
 from fastnce.training import build_config, load_generator, train, translate
 from fastnce.training.cost import cost_lines, read_cost, seconds_per_step, write_cost

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastnce.data.folders import load_image
+from fastnce.data.images import load_image
 from fastnce.errors import UserError
 from fastnce.systems.judging import evaluate_images
 from fastnce.systems.translating import translate

@@ -1,8 +1,9 @@
-"""What a compiled kernel takes of a multiprocessor, and what is wrong with it; remembered from run to run."""
+"""The share of a multiprocessor that a compiled kernel takes, and what is wrong with it; remembered from run to run."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -18,6 +19,7 @@ import triton
 
 from benchmarks.launches import SHARED_MEMORY, Launch, compiled
 
+Job = tuple[Launch, int]  # and a compute capability, 90 for 9.0
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # Reasoned exceptions: kernel -> bytes. They multiply no matrices and wait for memory; ptxas keeps them at 48 and 96 registers,
 # far from the limit, for the sake of occupancy, and saves one to four registers for it.
@@ -53,7 +55,7 @@ class Resources:
         )
 
     def faults(self, tuned: bool = False) -> list[str]:
-        """What is wrong, a line each; of a tile that autotuning tries, only what makes it wrong and not what makes it slow."""
+        """The faults, a line each; of a tile that autotuning tries, only those that make it wrong and not slow."""
         found = []
         allowed = SPILLS_ALLOWED.get(self.kernel, 0)
         if self.target == 100 and self.registers <= _OCCUPANCY_REGISTERS:
@@ -99,19 +101,18 @@ class Memory:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self._path = path
-        self._known: dict[str, Resources] = {}
+        self._path, self._known = path, {}
         if path is not None and path.exists():
             for line in path.read_text().splitlines():
                 key, values = json.loads(line)
-                values["instructions"] = tuple(values["instructions"])
-                self._known[key] = Resources(**values)
+                instructions = tuple(values.pop("instructions"))
+                self._known[key] = Resources(**values, instructions=instructions)
 
-    def get(self, job: tuple[Launch, int]) -> Resources | None:
-        """What is remembered of a launch for a target."""
+    def get(self, job: Job) -> Resources | None:
+        """The result remembered of a launch for a target."""
         return self._known.get(_key(*job))
 
-    def put(self, job: tuple[Launch, int], result: Resources) -> None:
+    def put(self, job: Job, result: Resources) -> None:
         """Remembers a result."""
         key = _key(*job)
         self._known[key] = result
@@ -128,7 +129,7 @@ def _key(launch: Launch, target: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _attempt(job: tuple[Launch, int]) -> Resources | str:
+def _attempt(job: Job) -> Resources | str:
     warnings.simplefilter("ignore")
     try:
         return resources(*job)
@@ -137,38 +138,26 @@ def _attempt(job: tuple[Launch, int]) -> Resources | str:
 
 
 def all_resources(
-    jobs: Iterable[tuple[Launch, int]],
-    memory: Memory,
-    processes: int = 2,
-    deadline: float = float("inf"),
-) -> dict[tuple[Launch, int], Resources | str]:
-    """Compiles what is not remembered.
-
-    Args:
-        jobs: launches and targets.
-        memory: gets every result.
-        processes: how many compile side by side; 1 compiles in this process.
-        deadline: ``time.monotonic()`` after which none is begun.
+    jobs: Iterable[Job], memory: Memory, processes: int = 2, deadline: float = float("inf")
+) -> dict[Job, Resources | str]:
+    """Compiles what is not remembered, side by side in ``processes``, and remembers it.
 
     Returns:
-        Job -> resources, or the compiler's error. Jobs that were not begun are missing.
+        Job -> resources, or the compiler's error. Those not begun by ``deadline``, of ``time.monotonic()``, are missing.
     """
     jobs = list(dict.fromkeys(jobs))
     found = {job: known for job in jobs if (known := memory.get(job)) is not None}
     missing = [job for job in jobs if job not in found]
-
-    def take(results: Iterable[Resources | str]) -> None:
+    timely = (job for job in missing if time.monotonic() < deadline)
+    with contextlib.ExitStack() as stack:
+        results = map(_attempt, timely)
+        if processes > 1 and len(missing) >= 4:
+            # Not forked: PyTorch's threads would not survive it.
+            context = multiprocessing.get_context("spawn")
+            pool = concurrent.futures.ProcessPoolExecutor(processes, mp_context=context)
+            results = stack.enter_context(pool).map(_attempt, timely, chunksize=4)
         for job, result in zip(missing, results, strict=False):
             found[job] = result
             if not isinstance(result, str):
                 memory.put(job, result)
-
-    timely = (job for job in missing if time.monotonic() < deadline)
-    if processes == 1 or len(missing) < 4:
-        take(map(_attempt, timely))
-        return found
-    # Not forked: PyTorch's threads would not survive it.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        take(pool.map(_attempt, timely, chunksize=4))
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -23,8 +24,10 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import calls  # noqa: E402
 from resources import Memory, Resources, all_resources  # noqa: E402
 
-from benchmarks.launches import SHARED_MEMORY, Launch  # noqa: E402
-from fastnce.triton_kernels import config, launch  # noqa: E402
+from benchmarks import report  # noqa: E402
+from benchmarks.launches import Launch, as_on  # noqa: E402
+from benchmarks.machine import matmul_precision  # noqa: E402
+from fastnce.triton_kernels import config  # noqa: E402
 
 TARGETS = (80, 90, 100)
 # Of the rows given, and what torch.set_float32_matmul_precision makes of products of float32.
@@ -35,18 +38,6 @@ DTYPES = {
     "tf32": (torch.float32, "high"),
     "fp32 as bf16": (torch.float32, "medium"),
 }
-
-
-@contextlib.contextmanager
-def target(capability: int) -> Iterator[None]:
-    """Tiles are chosen as on a GPU of that compute capability."""
-    before = launch.shared_memory, launch.tensor_memory
-    launch.shared_memory = lambda device: SHARED_MEMORY[capability] + 1024
-    launch.tensor_memory = lambda device: capability == 100
-    try:
-        yield
-    finally:
-        launch.shared_memory, launch.tensor_memory = before
 
 
 @contextlib.contextmanager
@@ -66,17 +57,6 @@ def candidate(index: int) -> Iterator[None]:
         config.tiles = tiles
 
 
-@contextlib.contextmanager
-def precision(name: str) -> Iterator[None]:
-    """torch.set_float32_matmul_precision inside the block."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def jobs(
     capability: int,
     dtypes: Iterable[str] = tuple(DTYPES),
@@ -87,7 +67,7 @@ def jobs(
     found: list[Launch] = []
     for name in dtypes:
         dtype, products = DTYPES[name]
-        with target(capability), precision(products):
+        with as_on(capability), matmul_precision(products):
             found += calls.sampling_launches(dtype)
             for depth in depths:
                 for large in sizes:
@@ -104,9 +84,11 @@ def tuned_jobs(capability: int) -> list[tuple[Launch, int]]:
     found: list[Launch] = []
     for index in range(2, 2 + max(map(len, config.CANDIDATES.values()))):
         for dtype in (torch.bfloat16, torch.float32):
-            with target(capability), candidate(index):
+            with as_on(capability), candidate(index):
                 for depth in calls.DEPTHS:
                     found += calls.launches(depth, dtype)
+                    if capability >= 90 and dtype == torch.bfloat16:
+                        found += calls.fp8_launches(depth, dtype)
     passes = [each for each in dict.fromkeys(found) if each.constant("PRECISION")]
     return [(each, capability) for each in passes if (each, capability) not in known]
 
@@ -117,59 +99,46 @@ def rows(results: list[Resources]) -> list[dict[str, object]]:
     for each in results:
         key = (each.kernel, each.dtype, *each.tile.items(), each.warps, each.stages, each.target)
         groups.setdefault(key, []).append(each)
-    table = [
-        {
-            "kernel": of[0].kernel,
-            "dtype": of[0].dtype,
-            "tile": of[0].tile,
-            "warps": of[0].warps,
-            "stages": of[0].stages,
-            "target": of[0].target,
-            "forms": len(of),
-            "registers": max(x.registers for x in of),
-            "spills": max(x.spills for x in of),
-            "shared": max(x.shared for x in of),
-            "instructions": sorted({name for x in of for name in x.instructions}),
+    table = []
+    for of in groups.values():
+        one = dataclasses.asdict(of[0])
+        same = ("kernel", "dtype", "tile", "warps", "stages", "target")
+        most = {
+            name: max(getattr(x, name) for x in of) for name in ("registers", "spills", "shared")
         }
-        for of in groups.values()
-    ]
+        instructions = sorted({name for x in of for name in x.instructions})
+        counts = {"forms": len(of), **most, "instructions": instructions}
+        table.append({name: one[name] for name in same} | counts)
     return sorted(table, key=lambda row: str([*row.values()][:6]))
 
 
 def markdown(table: list[dict], wrong: list[str], missing: int, tuned: int) -> str:
     """The table, a line for each kernel and dtype."""
-    lines = [
-        "# Triton kernels: what they take",
-        "",
-        f"Compiled with Triton {triton.__version__} without a GPU by `make triton-sweep`; no figure here is a time. A cell: the most "
-        "registers of a thread, bytes that it spills, and KiB of shared memory of a program, over all tiles and forms of a "
-        "kernel (their number in brackets). `triton-resources.json` has every tile.",
-        "",
-        "| kernel | rows | " + " | ".join(f"sm_{x}" for x in TARGETS) + " |",
-        "|---" * (2 + len(TARGETS)) + "|",
-    ]
+    lines = []
     for kernel, dtype in dict.fromkeys((row["kernel"], row["dtype"]) for row in table):
-        cells = []
-        for capability in TARGETS:
-            of = [
-                r
-                for r in table
-                if (r["kernel"], r["dtype"], r["target"]) == (kernel, dtype, capability)
-            ]
-            cells.append(_cell(of) if of else "")
-        lines.append(
-            f"| `{kernel.strip('_').removesuffix('_kernel')}` | {dtype} | {' | '.join(cells)} |"
-        )
-    spilling = [row for row in table if row["spills"]]
-    count = f"{sum(row['forms'] for row in table)} launches compiled"
+        of = [row for row in table if (row["kernel"], row["dtype"]) == (kernel, dtype)]
+        cells = (_cell([row for row in of if row["target"] == target]) for target in TARGETS)
+        lines.append((f"`{kernel.strip('_').removesuffix('_kernel')}`", dtype, *cells))
     more = f", and {tuned} with the further tiles of autotuning" if tuned else ""
-    lines += ["", f"{count}{more}; {missing} left out."]
-    lines += [f"Spills: {_place(row)}, {row['spills']} bytes." for row in spilling]
-    lines += [f"Wrong: {line}" for line in wrong] or ["Nothing is wrong with what was compiled."]
-    return "\n".join(lines) + "\n"
+    count = f"{sum(row['forms'] for row in table)} launches compiled{more}; {missing} left out."
+    notes = [f"Spills: {_place(row)}, {row['spills']} bytes." for row in table if row["spills"]]
+    notes += [f"Wrong: {line}" for line in wrong] or ["Nothing is wrong with what was compiled."]
+    return f"""\
+# Triton kernels: what they take
+
+Compiled with Triton {triton.__version__} without a GPU by `make triton-sweep`; no figure here is a time. A cell: the most
+registers of a thread, bytes that it spills, and KiB of shared memory of a program, over all tiles and forms of a kernel
+(their number in brackets). `triton-resources.json` has every tile.
+
+{report.table(("kernel", "rows", *(f"sm_{x}" for x in TARGETS)), lines)}
+
+{chr(10).join([count, *notes])}
+"""
 
 
 def _cell(of: list[dict]) -> str:
+    if not of:
+        return ""
     registers, spills, shared = (
         max(r[name] for r in of) for name in ("registers", "spills", "shared")
     )

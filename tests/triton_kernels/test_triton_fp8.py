@@ -9,7 +9,8 @@ pytest.importorskip("triton")
 
 import calls
 
-from benchmarks.launches import SHARED_MEMORY, Launch, compiled
+import fastnce
+from benchmarks.launches import SHARED_MEMORY, Launch, as_on, compiled
 from fastnce import reference, triton_kernels
 from fastnce.backends import triton as triton_ops
 from fastnce.testing import Sample, assert_close_to_truth, rows
@@ -117,20 +118,17 @@ def test_packed_codes_are_the_reference_s():
 
 
 @runs
-def test_operators_carry_it():
-    inputs, options = problem("tiles", 0.1, torch.float32)
-    needs = (True, True, False, True)
-    plain = {**options, "grad_scale": 1.0, "needs": needs}
-    loss, lse, grads = triton_kernels.info_nce_forward(*inputs, **plain)
-    of_operator = torch.ops.fastnce_triton.info_nce_forward(
-        *inputs[:3], inputs[3], 0.0, True, False, True, None, True, 1.0, False, *needs
-    )
-    assert torch.equal(of_operator[0], loss) and torch.equal(of_operator[2], grads[0])
-    later = triton_kernels.info_nce_backward(loss, *inputs, lse, **options, needs=needs)
-    by_operator = torch.ops.fastnce_triton.info_nce_backward(
-        loss, *inputs[:3], inputs[3], 0.0, lse, True, False, True, None, True, *needs
-    )
-    assert torch.equal(by_operator[0], later[0])
+def test_a_compiled_step_has_it_too():
+    query, key = (x[0].requires_grad_() for x in problem("tiles", 0.1, torch.float32)[0][:2])
+
+    def step() -> list[torch.Tensor]:
+        loss = fastnce.info_nce(query, key, similarity_dtype=FP8, backend="triton")
+        return [loss, *torch.autograd.grad(loss, (query, key))]
+
+    plain = fastnce.info_nce(query, key, backend="triton")
+    found, compiled_ones = step(), torch.compile(step, backend="aot_eager")()
+    assert found[0] != plain
+    assert all(torch.equal(a, b) for a, b in zip(found, compiled_ones, strict=True))
 
 
 INSTRUCTION = {
@@ -151,19 +149,18 @@ def passes(depth: int) -> list[Launch]:
 
 @compiles
 @pytest.mark.parametrize(("capability", "depth"), [(89, 256), (90, 256), (90, 768), (100, 768)])
-def test_compiles_to_the_fp8_instruction(capability, depth, monkeypatch):
+def test_compiles_to_the_fp8_instruction(capability, depth):
     """``make triton-sweep`` has all depths and forms for 9.0 and 10.0."""
-    size = SHARED_MEMORY.get(capability, 99 * 1024) + 1024
-    monkeypatch.setattr(launch, "shared_memory", lambda device: size)
-    found = passes(depth)
+    with as_on(capability):
+        found = passes(depth)
     if capability != 90:
         found = list({each.name: each for each in found}.values())
     for each in found:
         result = compiled(each, capability)
-        assert result.spills == 0, result
-        assert result.shared <= size - 1024, result
+        assert result.spills == 0, each
+        assert result.shared <= SHARED_MEMORY.get(capability, 99 * 1024), each
         if each.name != "_pack_kernel":
-            assert re.search(INSTRUCTION[capability], result.ptx), result
+            assert re.search(INSTRUCTION[capability], result.ptx), each
     passing = "_row_products_kernel" if depth <= config.RESIDENT_DEPTH else "_panel_kernel"
     assert {each.name for each in found} == {"_pack_kernel", "_sums_kernel", passing}
 

@@ -1,0 +1,206 @@
+"""How good sets of images are: distances to a reference and content, beside what tells what these are worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastnce.metrics.distribution import (
+    distance,
+    extractor_name,
+    precision_recall_density_coverage,
+    saved_features,
+)
+from fastnce.metrics.tables import finite_or_none, measured, rows_table, write_result
+
+TRANSLATED = "translated"
+BEST = "translated, best checkpoint"
+WITHOUT_NCE = "translated, contrastive loss off"
+
+# Of precision, recall, density and coverage.
+NEIGHBOURS = 5
+
+# A batch of the extractor: so many pixels, and no more images than that.
+_BATCH_PIXELS, _BATCH_IMAGES = 2**21, 256
+
+_COLUMNS = {
+    "content_accuracy": ("content accuracy", ".3f"),
+    "fid": ("FID", ".2f"),
+    "fid_share": ("FID, share of untranslated", ".4f"),
+    "kid": ("KID", ""),
+    "precision": ("precision", ".3f"),
+    "recall": ("recall", ".3f"),
+    "density": ("density", ".3f"),
+    "coverage": ("coverage", ".3f"),
+}
+
+
+def untranslated_name(domain: str) -> str:
+    """The name of the row of the images as they were, "untranslated A"."""
+    return f"untranslated {domain}"
+
+
+def halves_name(domain: str) -> str:
+    """The name of the row of other real images of the target domain, the least distance to hope for."""
+    return f"{domain} against other images of {domain}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One set of images to judge."""
+
+    images: Iterable[Tensor]
+    """(C, H, W) each, float in [-1, 1] or uint8; read once, a few at a time. Sizes may differ."""
+    digits: Tensor | None = None
+    """(N,) int64, the digits that the images should show, if they show digits."""
+    reference: Iterable[Tensor] | None = None
+    """Images to measure the distance from, if not the report's."""
+
+
+def evaluate(
+    rows: Mapping[str, Row | str],
+    reference: Iterable[Tensor],
+    extractor: nn.Module,
+    *,
+    reader: nn.Module | None = None,
+    baseline: str | None = None,
+    count: int | None = None,
+) -> dict[str, Any]:
+    """FID, KID, precision, recall, density, coverage and content accuracy of several sets of images.
+
+    Images are judged as 8-bit files hold them, at their own size: whatever resizing there is, the extractor does.
+
+    Args:
+        rows: By name, the images; or a text that says why there are none.
+        reference: (C, H, W) each, in [-1, 1] or uint8: images of the target domain.
+        extractor: A module from (N, C, H, W) in [-1, 1] to features (N, F).
+        reader: Reads the digits by its method `read_digits`, (N, C, H, W) in [-1, 1] to (N,) int64; without one there is no
+            content accuracy.
+        baseline: The row whose FID counts as 1 in `fid_share`.
+        count: Use the first so many images of each set; by default all. FID depends on the number.
+
+    Returns:
+        {"extractor", "reference_count", "reference_size", "rows": [{"name", "count", "size", "content_accuracy", "fid",
+        "fid_share", "kid", "kid_std", "precision", "recall", "density", "coverage"}, ...]}. A row without images has "name"
+        and "note" only. A number is None if it cannot be had: all distances if an image holds NaN, precision and its
+        relatives of five images or fewer. An image with NaN counts as misread.
+
+    Raises:
+        ValueError: If a set has fewer than two images.
+    """
+    common = _judge(reference, extractor, None, count)
+    results: dict[str, dict[str, Any]] = {}
+    for name, row in rows.items():
+        if isinstance(row, str):
+            continue
+        judged = _judge(row.images, extractor, None if row.digits is None else reader, count)
+        own = common if row.reference is None else _judge(row.reference, extractor, None, count)
+        accuracy = None
+        if judged.read is not None and row.digits is not None:
+            accuracy = (judged.read == row.digits[:count]).double().mean().item()
+        results[name] = {
+            "count": len(judged.features),
+            "size": judged.size,
+            "content_accuracy": accuracy,
+            **_compare(judged.features, own.features),
+        }
+    unit = results.get(baseline or "", {}).get("fid")
+    for result in results.values():
+        result["fid_share"] = result["fid"] / unit if unit and result["fid"] is not None else None
+    return {
+        "extractor": extractor_name(extractor),
+        "reference_count": len(common.features),
+        "reference_size": common.size,
+        "rows": [{"name": name} | results.get(name, {"note": row}) for name, row in rows.items()],
+    }
+
+
+def format_table(result: Mapping[str, Any]) -> str:
+    """The rows of `evaluate` as a Markdown table that also reads well as text."""
+    judged = [row for row in result["rows"] if "note" not in row]
+    # KID's scale is the extractor's: around 0.1 for some, thousands for others.
+    form = ".1f" if any((row["kid"] or 0) >= 10 for row in judged) else ".4f"
+    rows, notes = [], []
+    for row in result["rows"]:
+        if "note" in row:
+            notes.append(f"{row['name']}: {row['note']}.")
+        elif row["fid"] is None:
+            notes.append(f"{row['name']}: its images hold values that are not finite.")
+        if row.get("kid") is not None:
+            row = row | {"kid": f"{row['kid']:{form}} +- {row['kid_std']:{form}}"}
+        rows.append(row)
+    return rows_table(rows, measured(_COLUMNS, rows), [_foot(result, judged), *notes])
+
+
+def write_report(result: Mapping[str, Any], folder: Path | str) -> list[Path]:
+    """Writes `metrics.json` and `metrics.md` into a folder, atomically; returns their paths."""
+    return write_result(result, format_table(result), folder)
+
+
+class _Judged(NamedTuple):
+    features: Tensor
+    """(N, F) float64 on the CPU, NaN for an image that is not finite."""
+    read: Tensor | None
+    """(N,) int64 digits, -1 for an image that is not finite; None if nobody reads."""
+    size: str
+    """Width and height, "256x256", or "several sizes"."""
+
+
+def _judge(
+    images: Iterable[Tensor], extractor: nn.Module, reader: nn.Module | None, count: int | None
+) -> _Judged:
+    features, read, sizes = [], [], set()
+    for batch in _batches(islice(images, count)):
+        sizes.add(f"{batch.shape[3]}x{batch.shape[2]}")
+        levels, broken, own = saved_features(batch, extractor)
+        features.append(own)
+        if reader is not None:
+            read.append(reader.read_digits(levels).masked_fill(broken, -1))
+    return _Judged(
+        torch.cat(features) if features else torch.empty(0, 0),
+        torch.cat(read) if read else None,
+        sizes.pop() if len(sizes) == 1 else "several sizes",
+    )
+
+
+def _batches(images: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Images that follow each other and have one size, stacked."""
+    batch: list[Tensor] = []
+    for image in images:
+        limit = min(_BATCH_IMAGES, max(1, _BATCH_PIXELS // image.shape[-2:].numel()))
+        if batch and (len(batch) >= limit or image.shape != batch[0].shape):
+            yield torch.stack(batch)
+            batch = []
+        batch.append(image)
+    if batch:
+        yield torch.stack(batch)
+
+
+def _compare(features: Tensor, reference: Tensor) -> dict[str, float | None]:
+    far = distance(features, reference)
+    numbers = {"fid": far.fid, "kid": far.kid, "kid_std": far.kid_std}
+    if min(len(features), len(reference)) > NEIGHBOURS:
+        numbers |= asdict(precision_recall_density_coverage(reference, features, NEIGHBOURS))
+    else:
+        numbers |= dict.fromkeys(("precision", "recall", "density", "coverage"), math.nan)
+    return {name: finite_or_none(value) for name, value in numbers.items()}
+
+
+def _foot(result: Mapping[str, Any], judged: Iterable[Mapping[str, Any]]) -> str:
+    """How many images of which size, and what judged them."""
+    counts, sizes = ({row[key] for row in judged} for key in ("count", "size"))
+    count, size = result["reference_count"], result["reference_size"]
+    images = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    at = sizes.pop() if len(sizes) == 1 else "several sizes"
+    against = f"against {count}" + ("" if at == size else f" of {size}")
+    return (
+        f"{images} images of {at} in each row, {against}, as 8-bit files hold them. "
+        f"Features: {result['extractor']}."
+    )
