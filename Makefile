@@ -99,7 +99,7 @@ sanitize: install
 
 # The site, in out/site.
 docs: $(VENV)/.docs
-	$(PY) -m mkdocs build --strict --site-dir out/site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir out/site
 
 $(VENV)/.docs: $(INSTALLED)
 	@$(PIP_INSTALL) --no-build-isolation --editable '.[docs]'

@@ -22,9 +22,8 @@ import fastnce
 from benchmarks import baselines, machine
 from benchmarks.case import Call, Case, Inputs, Provider
 from benchmarks.cases import network
+from fastnce.registry import OPS
 
-# Those that have products of bfloat16 for float32 inputs at torch's precision "medium".
-ROUNDING_OPS = ("info_nce", "patch_nce", "pairwise_cosine_similarity")
 # Rivals that are quicker when compiled, and whose products are of the inputs' dtype. The reference multiplies in fp32.
 COMPILED_TOO = ("published", "matmul + logsumexp")
 # Plain PyTorch keeps about this many bytes per pair (i, j): a few N x M arrays in fp32.
@@ -75,7 +74,7 @@ def _backend(case: Case, device: torch.device, dtype: torch.dtype, name: str) ->
     if name == "triton" and device.type == "cuda" and case.op == "info_nce":
         out += [with_fp8(exact, case)] if "M" not in case.shape else []
     # Of other backends the products' precision is the whole run's, for all providers: --precision.
-    if name == "native" and dtype == torch.float32 and case.op in ROUNDING_OPS:
+    if name == "native" and dtype == torch.float32 and OPS[case.op].rounds_products:
 
         def rounding(inputs: Inputs) -> Any:
             with machine.matmul_precision("medium"):

@@ -6,25 +6,46 @@ element, a buffer: it moves with the module and is in its ``state_dict``, which 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from fastnce import ops
 from fastnce.ops import _checks
+from fastnce.ops.conditional_contrastive import conditional_contrastive
+from fastnce.ops.info_nce import info_nce
+from fastnce.ops.nt_xent import nt_xent
+from fastnce.ops.patch_nce import patch_nce
+from fastnce.ops.sup_con import sup_con
 
 
 class _Loss(nn.Module):
-    """Holds the options that are passed on to an op."""
+    """An op with its options, those of the op by name; the temperature may also come first."""
 
-    def __init__(self, temperature: float | Tensor, **options: object) -> None:
+    _op: Callable[..., Tensor]
+
+    def __init_subclass__(cls, op: Callable[..., Tensor]) -> None:
+        super().__init_subclass__()
+        cls._op = staticmethod(op)
+        options = inspect.signature(op).parameters.values()
+        options = [x for x in options if x.kind is x.KEYWORD_ONLY]
+        first = options[0].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        cls.__signature__ = inspect.Signature([first, *options[1:]])
+
+    def __init__(self, *temperature: float | Tensor, **options: object) -> None:
         super().__init__()
+        given = type(self).__signature__.bind(*temperature, **options)
+        given.apply_defaults()
+        temperature = given.arguments.pop("temperature")
         if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
             self.register_buffer("temperature", temperature)
         else:
             self.temperature = temperature
-        self.options = options
+        self.options = given.arguments
+
+    def forward(self, *inputs: Tensor | Sequence[Tensor] | None, **named: Tensor) -> Tensor:
+        """The loss of the op's tensors."""
+        return self._op(*inputs, **named, temperature=self.temperature, **self.options)
 
     def extra_repr(self) -> str:
         temperature = self.temperature
@@ -47,7 +68,7 @@ def _shown(options: dict[str, object]) -> list[str]:
     return [f"{name}={value!r}" for name, value in options.items() if value is not None]
 
 
-class InfoNCELoss(_Loss):
+class InfoNCELoss(_Loss, op=info_nce):
     """:func:`fastnce.info_nce` as a module.
 
     Example:
@@ -55,37 +76,8 @@ class InfoNCELoss(_Loss):
         >>> loss = InfoNCELoss(temperature=0.1)(torch.randn(8, 16), torch.randn(8, 16))
     """
 
-    def __init__(
-        self,
-        temperature: float | Tensor = 0.07,
-        *,
-        normalize: bool = True,
-        symmetric: bool = False,
-        in_batch_negatives: bool | None = None,
-        reduction: str = "mean",
-        similarity_dtype: torch.dtype | None = None,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            temperature,
-            normalize=normalize,
-            symmetric=symmetric,
-            in_batch_negatives=in_batch_negatives,
-            reduction=reduction,
-            similarity_dtype=similarity_dtype,
-            backend=backend,
-        )
 
-    def forward(
-        self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None
-    ) -> Tensor:
-        """The loss of ``query``, ``positive_key`` (N, D) or (B, N, D), and negatives as in :func:`fastnce.info_nce`."""
-        return ops.info_nce(
-            query, positive_key, negative_keys, temperature=self.temperature, **self.options
-        )
-
-
-class PatchNCELoss(_Loss):
+class PatchNCELoss(_Loss, op=patch_nce):
     """:func:`fastnce.patch_nce` as a module.
 
     Example:
@@ -93,27 +85,8 @@ class PatchNCELoss(_Loss):
         >>> loss = PatchNCELoss()(torch.randn(1, 256, 64), torch.randn(1, 256, 64))
     """
 
-    def __init__(
-        self,
-        temperature: float | Tensor = 0.07,
-        *,
-        negatives: str = "image",
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(temperature, negatives=negatives, backend=backend)
 
-    def forward(
-        self,
-        query_features: Tensor | Sequence[Tensor],
-        key_features: Tensor | Sequence[Tensor],
-    ) -> Tensor:
-        """The loss of patches (B, S, C), or of lists of them, one per layer."""
-        return ops.patch_nce(
-            query_features, key_features, temperature=self.temperature, **self.options
-        )
-
-
-class NTXentLoss(_Loss):
+class NTXentLoss(_Loss, op=nt_xent):
     """:func:`fastnce.nt_xent` as a module.
 
     Example:
@@ -121,21 +94,8 @@ class NTXentLoss(_Loss):
         >>> loss = NTXentLoss()(torch.randn(8, 16), torch.randn(8, 16))
     """
 
-    def __init__(
-        self,
-        temperature: float | Tensor = 0.5,
-        *,
-        reduction: str = "mean",
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(temperature, reduction=reduction, backend=backend)
 
-    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """The loss of two views (N, D) each."""
-        return ops.nt_xent(z1, z2, temperature=self.temperature, **self.options)
-
-
-class SupConLoss(_Loss):
+class SupConLoss(_Loss, op=sup_con):
     """:func:`fastnce.sup_con` as a module.
 
     Example:
@@ -143,21 +103,8 @@ class SupConLoss(_Loss):
         >>> loss = SupConLoss()(torch.randn(4, 16), torch.tensor([0, 0, 1, 1]))
     """
 
-    def __init__(
-        self,
-        temperature: float | Tensor = 0.07,
-        *,
-        reduction: str = "mean",
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(temperature, reduction=reduction, backend=backend)
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """The loss of ``features`` (N, D) with ``labels`` (N,)."""
-        return ops.sup_con(features, labels, temperature=self.temperature, **self.options)
-
-
-class ConditionalContrastiveLoss(_Loss):
+class ConditionalContrastiveLoss(_Loss, op=conditional_contrastive):
     """:func:`fastnce.conditional_contrastive` as a module.
 
     Example:
@@ -165,21 +112,6 @@ class ConditionalContrastiveLoss(_Loss):
         >>> labels = torch.tensor([0, 1, 0, 1])
         >>> loss = ConditionalContrastiveLoss()(torch.randn(4, 8), torch.randn(2, 8)[labels], labels)
     """
-
-    def __init__(
-        self,
-        temperature: float | Tensor = 1.0,
-        *,
-        reduction: str = "mean",
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(temperature, reduction=reduction, backend=backend)
-
-    def forward(self, embeddings: Tensor, proxies: Tensor, labels: Tensor) -> Tensor:
-        """The loss of ``embeddings`` and each sample's own ``proxies`` (N, D), with ``labels`` (N,)."""
-        return ops.conditional_contrastive(
-            embeddings, proxies, labels, temperature=self.temperature, **self.options
-        )
 
 
 class CLIPLoss(nn.Module):
@@ -205,4 +137,4 @@ class CLIPLoss(nn.Module):
         """
         _checks.expect_tensor("CLIPLoss", "image", image, "(N, D)")
         temperature = _checks.expect_scale("CLIPLoss", logit_scale, image)
-        return ops.info_nce(image, text, temperature=temperature, symmetric=True, **self.options)
+        return info_nce(image, text, temperature=temperature, symmetric=True, **self.options)

@@ -101,6 +101,11 @@ class Op:
     samples: Callable | None = None
     is_loss: bool = True
 
+    @property
+    def rounds_products(self) -> bool:
+        """Whether float32 inputs may have products of bfloat16, at torch's precision "medium"."""
+        return any("bfloat16_products" in OPERATORS[name].arguments for name in self.runs)
+
 
 class Make:
     """Makes the tensors of samples.

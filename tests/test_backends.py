@@ -1,20 +1,38 @@
-"""The table of backends: what is there, who chooses, and that a choice by name is kept."""
+"""The table of backends: what is there, who chooses, by what was measured on a GPU too, and that a choice by name is kept.
+
+Backends that can run everything, or nothing, are those of the GPU with other answers; tensors of the host stand for a GPU's.
+"""
 
 import logging
 import os
-import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import fastnce
-from fastnce import backends
-from fastnce.backends import native
+from fastnce import backends, reference
+from fastnce.backends import cuda, dispatch, native, triton
+from fastnce.backends.dispatch import Point
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-FUSED = ["info_nce", "patch_nce", "conditional_contrastive", "sample_patches"]
+X = torch.eye(3)
+
+
+def answering(monkeypatch, module, answer: str | Callable[[str], str]) -> None:
+    """The backend is there, and answers so for every op."""
+    supports = lambda op, device, dtype: answer if isinstance(answer, str) else answer(op)  # noqa: E731
+    monkeypatch.setattr(module, "available", lambda: "ok")
+    monkeypatch.setattr(module, "supports", supports)
+
+
+@pytest.fixture
+def refusing(monkeypatch) -> None:
+    """Triton's is there but runs nothing, and CUDA's is not there; both come before the others."""
+    answering(monkeypatch, triton, lambda op: f"{op} is not for me")
+    answering(monkeypatch, cuda, "not built; run make")
+    monkeypatch.setattr(cuda, "available", lambda: "not built; run make")
 
 
 def test_names_and_available():
@@ -23,87 +41,39 @@ def test_names_and_available():
     assert backends.available()["torch"] == "ok"
 
 
+@pytest.mark.skipif(os.environ.get("FASTNCE_NATIVE") == "0", reason="built without on purpose")
 def test_native_is_not_lost():
-    """Without this, a failed build would only show as skipped tests."""
-    if os.environ.get("FASTNCE_NATIVE") == "0":
-        pytest.skip("FASTNCE_NATIVE=0: built without native code on purpose")
+    """Without this, a failed build would only show as skipped tests. And it is chosen."""
     assert backends.available()["native"] == "ok"
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for op in fastnce.testing.SAMPLE_INPUTS:
+            assert backends.supports("native", op, "cpu", dtype) == "ok"
+            assert backends.select(op, X.to(dtype)) is native
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", FUSED)
-def test_native_runs_its_ops_in_every_dtype(op, dtype):
-    if backends.available()["native"] != "ok":
-        pytest.skip(backends.available()["native"])
-    assert backends.supports("native", op, "cpu", dtype) == "ok"
-    assert backends.select(op, torch.empty(1, dtype=dtype)) is native
-
-
-@pytest.fixture
-def refusing(monkeypatch):
-    """A backend that is there but runs nothing, and one that is not there; both before the others."""
-
-    class Refusing:
-        @staticmethod
-        def available() -> str:
-            return "ok"
-
-        @staticmethod
-        def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
-            return f"{op} is not for me"
-
-    class Missing(Refusing):
-        @staticmethod
-        def available() -> str:
-            return "not built; run make"
-
-    table = {"refusing": Refusing, "missing": Missing, **backends._TABLE}
-    monkeypatch.setattr(backends, "_TABLE", table)
-    monkeypatch.setattr(backends, "_logged", set())
-
-
-def test_automatic_choice_falls_back(refusing):
-    assert fastnce.info_nce(torch.eye(3), torch.eye(3)).isfinite()
-
-
-def test_by_name_never_falls_back(refusing):
-    with pytest.raises(
-        RuntimeError,
-        match=r"info_nce: backend 'refusing' cannot run it on cpu torch.float32: info_nce is not for me.*backend='torch'",
-    ):
-        fastnce.info_nce(torch.eye(3), torch.eye(3), backend="refusing")
-    with fastnce.use_backend("refusing"), pytest.raises(RuntimeError, match="'refusing' cannot"):
-        fastnce.info_nce(torch.eye(3), torch.eye(3))
-
-
-def test_no_backend_at_all(refusing, monkeypatch):
-    monkeypatch.setattr(backends, "_TABLE", {"refusing": backends._TABLE["refusing"]})
-    with pytest.raises(
-        RuntimeError, match="no backend can run it on cpu torch.float32: refusing: "
-    ):
-        fastnce.info_nce(torch.eye(3), torch.eye(3))
-
-
-def test_ops_without_a_native_kernel_say_so():
-    if backends.available()["native"] != "ok":
-        pytest.skip(backends.available()["native"])
-    for op, arguments in (
-        ("sup_con", (torch.eye(3), torch.zeros(3, dtype=torch.long))),
-        ("nt_xent", (torch.eye(3), torch.eye(3))),
-        ("pairwise_cosine_similarity", (torch.eye(3),)),
-    ):
-        if backends.supports("native", op, "cpu", torch.float32) != "ok":
-            with pytest.raises(RuntimeError, match=f"{op}: backend 'native' cannot run it.*torch"):
-                getattr(fastnce, op)(*arguments, backend="native")
+def test_the_automatic_choice_falls_back_and_one_by_name_never(refusing, monkeypatch):
+    assert fastnce.info_nce(X, X).isfinite()
+    error = (
+        "info_nce: backend 'triton' .*cpu torch.float32: info_nce is not for me.*backend='torch'"
+    )
+    with pytest.raises(RuntimeError, match=error):
+        fastnce.info_nce(X, X, backend="triton")
+    with fastnce.use_backend("triton"):
+        with pytest.raises(RuntimeError, match=error):
+            fastnce.info_nce(X, X)
+        # An op's own argument overrides it.
+        assert fastnce.info_nce(X, X, backend="torch").isfinite()
+    for module in (native, reference):
+        monkeypatch.setattr(module, "supports", lambda *_: "nor for me")
+    with pytest.raises(RuntimeError, match="no backend .*cpu torch.float32: triton: .*nor for me"):
+        fastnce.info_nce(X, X)
 
 
 def test_use_backend_nests_and_survives_errors():
-    used = []
+    def chosen() -> object:
+        return backends.select("info_nce", X)
 
-    def chosen() -> str:
-        return backends.select("info_nce", torch.eye(2)).__name__
-
-    automatic = chosen()
+    automatic, used = chosen(), []
     with fastnce.use_backend("torch"):
         used.append(chosen())
         with fastnce.use_backend(None):
@@ -112,72 +82,127 @@ def test_use_backend_nests_and_survives_errors():
         with pytest.raises(KeyError), fastnce.use_backend(None):
             raise KeyError
         used.append(chosen())
-    assert used == ["fastnce.reference", automatic, "fastnce.reference", "fastnce.reference"]
-    assert chosen() == automatic
-
-
-def test_an_ops_own_argument_overrides_use_backend(refusing):
-    with fastnce.use_backend("refusing"):
-        assert fastnce.info_nce(torch.eye(3), torch.eye(3), backend="torch").isfinite()
+    assert used == [reference, automatic, reference, reference] and chosen() is automatic
 
 
 def test_unknown_and_unable_names(refusing):
     for call in (
-        lambda: fastnce.info_nce(torch.eye(3), torch.eye(3), backend="tensorflow"),
+        lambda: fastnce.info_nce(X, X, backend="tensorflow"),
         lambda: fastnce.use_backend("tensorflow").__enter__(),
     ):
         with pytest.raises(
-            ValueError, match=r"backend='tensorflow' is unknown\. Expected one of: .*torch"
+            ValueError, match="backend='tensorflow' .*: triton, cuda, native, torch"
         ):
             call()
-    with pytest.raises(RuntimeError, match="'missing' cannot run here: not built; run make"):
-        fastnce.use_backend("missing").__enter__()
-    assert fastnce.info_nce(torch.eye(3), torch.eye(3)).isfinite()
+    with pytest.raises(RuntimeError, match="'cuda' cannot run here: not built; run make"):
+        fastnce.use_backend("cuda").__enter__()
+    assert fastnce.info_nce(X, X).isfinite()
 
 
-def test_the_choice_is_logged_once(refusing, caplog):
+def test_each_choice_is_logged_once(refusing, caplog):
+    """Of an op that no other test chooses a backend for."""
     caplog.set_level(logging.INFO, logger="fastnce")
-    for _ in range(3):
-        fastnce.info_nce(torch.eye(3), torch.eye(3))
-        fastnce.info_nce(torch.eye(3), torch.eye(3), backend="torch")
-    assert len(caplog.records) == 1
-    message = caplog.records[0].getMessage()
-    assert re.match(
-        r"info_nce on cpu torch.float32: backend \w+ \(refusing: info_nce is not for me", message
-    )
-    assert caplog.records[0].levelno == logging.INFO
-    fastnce.info_nce(torch.eye(3).double(), torch.eye(3).double())
-    assert len(caplog.records) == 2
+    op = "an_op_of_test_backends"
+    for x in (X, X, X, X.double()):
+        backends.select(op, x)
+        backends.select(op, x, "torch")
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith(f"{op} on cpu torch.float32: backend torch (triton: {op} is not for me")
+    assert second.startswith(f"{op} on cpu torch.float64") and caplog.records[0].levelname == "INFO"
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
-CALL = (
-    "import torch, fastnce; x = torch.eye(3); fastnce.info_nce(x, x); "
-    "print(fastnce.backends.select('info_nce', x).__name__)"
-)
+    command = [sys.executable, "-c", f"import torch, fastnce; x = torch.eye(3); {code}"]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
 
 
 def test_environment_variable():
-    good = run_python(CALL, FASTNCE_BACKEND="torch")
+    """Asked for by name, a backend is refused where it cannot run, and nothing else runs."""
+    chosen = "print(fastnce.backends.select('info_nce', x).__name__)"
+    good = run_python(f"fastnce.info_nce(x, x); {chosen}", FASTNCE_BACKEND="torch")
     assert good.stdout.strip() == "fastnce.reference", good.stderr
-    unknown = run_python(CALL, FASTNCE_BACKEND="tensorflow")
+    unknown = run_python("fastnce.info_nce(x, x)", FASTNCE_BACKEND="tensorflow")
     assert unknown.returncode != 0
     last = unknown.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError: FASTNCE_BACKEND='tensorflow' is unknown. Expected one of:")
-
-
-def test_environment_variable_with_a_backend_that_cannot():
-    """Asked for by name, it is refused, not run elsewhere."""
-    call = "import torch, fastnce; fastnce.nt_xent(torch.eye(3), torch.eye(3))"
-    refused = run_python(call, FASTNCE_BACKEND="native", FASTNCE_LIBRARY="absent.so")
+    assert last.startswith("ValueError: FASTNCE_BACKEND='tensorflow' is unknown")
+    absent = {"FASTNCE_BACKEND": "native", "FASTNCE_LIBRARY": "absent.so"}
+    refused = run_python("fastnce.nt_xent(x, x)", **absent)
     assert refused.returncode != 0
     assert "RuntimeError: nt_xent: backend 'native' cannot run it" in refused.stderr
+
+
+# By measurements.
+
+
+@pytest.fixture
+def measured(monkeypatch) -> None:
+    """Both backends of the GPU can run everything, are used by name only, and are measured at some sizes on "this" GPU."""
+    answering(monkeypatch, triton, "ok")
+    answering(monkeypatch, cuda, "ok")
+    monkeypatch.setattr(dispatch, "generation", lambda device: "sm_90")
+    points = (
+        Point("float32", (1, 256, 256), {"triton": 10.0, "cuda": 15.0, "torch": 300.0}),
+        Point("float32", (16, 256, 256), {"triton": 50.0, "cuda": 40.0}),
+        Point("float32", (1, 65536, 256), {"cuda": 9e5, "torch": 8e5}),
+    )
+    monkeypatch.setattr(dispatch, "MEASURED", {"sm_90": {"patch_nce": points}})
+
+
+def chosen(*sizes: int, op: str = "patch_nce", dtype: torch.dtype = torch.float32) -> object:
+    return backends.select(op, torch.empty(sizes, dtype=dtype))
+
+
+def test_nothing_is_measured_yet():
+    """The table in the repository is filled from runs on hardware only; there was none. And it costs next to nothing."""
+    assert dispatch.MEASURED == {}
+    assert dispatch.quickest("patch_nce", torch.empty(1, 256, 256)) == ()
+    assert dispatch.quickest("patch_nce", None) == ()
+    assert dispatch.generation(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((1, 256, 256), triton),
+        ((2, 200, 256), triton),
+        ((256, 256), triton),  # a missing leading size is 1
+        ((16, 256, 256), cuda),
+        ((8, 256, 256), cuda),
+        ((0, 256, 256), triton),
+        ((1, 60000, 256), reference),  # plain PyTorch may be the quickest
+    ],
+)
+def test_the_quickest_at_the_nearest_sizes(measured, sizes, expected):
+    assert chosen(*sizes) is expected
+
+
+def test_what_is_not_measured_is_chosen_as_without_a_table(measured, monkeypatch):
+    """Another op, another dtype, another generation: the measured backends stay by name only."""
+    for op, dtype in (("sup_con", torch.float32), ("patch_nce", torch.float64)):
+        assert chosen(1, 256, 256, op=op, dtype=dtype) in (native, reference)
+    for other in ("sm_80", None):
+        monkeypatch.setattr(dispatch, "generation", lambda device, other=other: other)
+        assert chosen(1, 256, 256) in (native, reference)
+
+
+def test_a_name_or_what_cannot_run_overrides_the_table(measured, monkeypatch):
+    assert backends.select("patch_nce", torch.empty(1, 256, 256), "cuda") is cuda
+    with fastnce.use_backend("torch"):
+        assert chosen(1, 256, 256) is reference
+    monkeypatch.setattr(triton, "supports", lambda *_: "not built")
+    assert chosen(1, 256, 256) is cuda
+    points = (Point("float32", (1, 2, 3), {"qick": 1.0}),)
+    monkeypatch.setattr(dispatch, "MEASURED", {"sm_90": {"patch_nce": points}})
+    with pytest.raises(ValueError, match="fastnce.backends.dispatch: backend='qick' is unknown"):
+        chosen(1, 2, 3)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiler_can_trace_the_choice(measured, dynamic):
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * (2.0 if backends.select("patch_nce", x) is triton else 3.0)
+
+    traced = torch.compile(double, backend="eager", fullgraph=True, dynamic=dynamic)
+    # A size that may vary has no nearest measured one.
+    assert traced(torch.ones(1, 256, 256)).eq(3.0 if dynamic else 2.0).all()

@@ -123,17 +123,18 @@ def test_the_wheel_with_libraries_is_for_this_platform(checkout, tmp_path):
     assert not {NATIVE, CUDA} & names
 
 
-@pytest.mark.parametrize("what", ["no compiler", "broken compiler", "no ninja"])
+@pytest.mark.parametrize("what", ["broken compiler", "no ninja"])
 def test_what_is_missing_is_no_obstacle_unless_forced(checkout, tmp_path, what):
-    here, message = {
-        "no compiler": ({"CXX": "no-such-compiler"}, "'no-such-compiler'"),
-        "broken compiler": ({"CXX": program(tmp_path, BROKEN, "broken")}, "error: out of ideas"),
-        "no ninja": (
-            {"CXX": program(tmp_path, WRITES), "PATH": str(tmp_path), "PYTHONPATH": str(tmp_path)},
-            "pip install ninja",
-        ),
-    }[what]
-    (tmp_path / "ninja.py").touch()  # in place of the package
+    if what == "no ninja":
+        (tmp_path / "ninja.py").touch()  # in place of the package
+        here = {
+            "CXX": program(tmp_path, WRITES),
+            "PATH": str(tmp_path),
+            "PYTHONPATH": str(tmp_path),
+        }
+    else:
+        here = {"CXX": program(tmp_path, BROKEN)}
+    message = {"broken compiler": "error: out of ideas", "no ninja": "pip install ninja"}[what]
     wheel, _ = wheel_of(checkout, tmp_path, **here)
     assert wheel.name.endswith("-any.whl")
     done = make_wheel(checkout, tmp_path / "forced", **here, FASTNCE_NATIVE="1")
@@ -154,10 +155,6 @@ def test_on_a_machine_with_a_gpu_the_cuda_library_is_built_for_that_gpu(checkout
     assert "sm_80" not in calls and "sm_100" not in calls
     _, names = wheel_of(checkout, tmp_path / "without", **here, NVCC="no-such-nvcc")
     assert CUDA not in names and NATIVE in names
-    forced = {"NVCC": "no-such-nvcc", "FASTNCE_CUDA": "1"}
-    done = make_wheel(checkout, tmp_path / "forced", **here, **forced)
-    assert done.returncode != 0
-    assert "FASTNCE_CUDA=1" in done.stderr and "'no-such-nvcc'" in done.stderr
 
 
 def test_the_kernels_are_found_beside_the_package_and_nothing_else_is():
@@ -169,7 +166,9 @@ def test_the_kernels_are_found_beside_the_package_and_nothing_else_is():
     assert done.stdout.splitlines() == [str(ROOT / "triton_kernels/config.py"), "fastnce.tests"]
 
 
-# A library of four files that compile in a moment.
+# As setup.py has it: without the package, and so without torch.
+ALONE = f"import runpy; build = runpy.run_path({build.__file__!r}); "
+# A library that compiles in a moment.
 SMALL = {
     "cpu/ops.cpp": '#include "both.h"\nint ops() { return both; }\n',
     "cpu/both.h": "const int both = 2;\n",
@@ -273,13 +272,10 @@ def test_a_change_that_is_no_newer_is_seen(small):
 
 def test_two_that_build_at_once_compile_once(small, tmp_path):
     compiler = program(tmp_path / "bin", 'exec g++ "$@"')
-    code = (
-        "from pathlib import Path; from fastnce.backends import build; import sys; "
-        "paths = map(Path, sys.argv[1:]); "
-        "build.build(build.NATIVE, next(paths), sources=next(paths), folder=next(paths))"
-    )
-    command = [sys.executable, "-c", code, small.output, small.sources, small.objects]
-    environment = environment_with(CXX=compiler, PYTHONPATH=str(ROOT))
+    paths = f"Path({str(small.sources)!r}), folder=Path({str(small.objects)!r})"
+    code = f"{ALONE}from pathlib import Path; build['build'](sources={paths})"
+    environment = environment_with(CXX=compiler, FASTNCE_LIBRARY=str(small.output))
+    command = [sys.executable, "-c", code]
     both = [subprocess.Popen(command, env=environment) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     calls = (tmp_path / "bin/calls").read_text().splitlines()
@@ -292,14 +288,14 @@ def test_a_failed_build_leaves_the_old_library_and_says_what_failed(small):
     old = small.output.read_bytes()
     file = small.sources / "cpu/two.cpp"
     file.write_text("int two() { return three; }\n")
-    with pytest.raises(build.BuildError, match="three.* was not declared"):
+    with pytest.raises(build.BuildError, match="three"):
         small.build()
     assert small.output.read_bytes() == old
 
 
-def test_torch_that_cannot_be_seen(small, tmp_path):
-    code = f"import runpy; runpy.run_path({build.__file__!r})['build']()"
-    done = run("-S", "-c", code, cwd=tmp_path)  # -S: without the installed packages
+def test_torch_that_cannot_be_seen(tmp_path):
+    # -S: without the installed packages
+    done = run("-S", "-c", f"{ALONE}build['build']()", cwd=tmp_path)
     assert "torch cannot be seen" in done.stderr and "fastnce build" in done.stderr
 
 
@@ -332,25 +328,19 @@ def test_a_named_library_takes_the_place_of_the_package_s(small, tmp_path, monke
     assert "cannot be loaded" in availability(named)
 
 
-@pytest.mark.parametrize(
-    ("capability", "target"),
-    [("8.0", "80"), ("8.9", "80"), ("9.0", "90a"), ("10.3", "100"), ("12.0", "120")],
-)
-def test_target_of_a_gpu(capability, target):
-    assert build.target_of(capability) == target
+def test_targets_are_those_named_else_those_of_this_machine_else_all(tmp_path, monkeypatch):
+    capabilities = "8.9 9.0 10.3 12.0 8.0"
+    program(tmp_path, f"printf '%s\\n' {capabilities}", "nvidia-smi")
 
+    def targets(**environment: str) -> str:
+        done = run("-c", f"{ALONE}print(*build['targets']())", cwd=tmp_path, **environment)
+        return done.stdout.strip() or done.stderr.splitlines()[-1]
 
-def test_targets_are_those_named_else_those_of_this_machine_else_all(monkeypatch):
-    monkeypatch.delenv("FASTNCE_CUDA_ARCHS", raising=False)
-    monkeypatch.setattr(build, "gpu_targets", lambda: ())
-    assert build.targets() == build.TARGETS
-    monkeypatch.setattr(build, "gpu_targets", lambda: ("90a",))
-    assert build.targets() == ("90a",)
-    monkeypatch.setenv("FASTNCE_CUDA_ARCHS", "80; 120")
-    assert build.targets() == ("80", "120")
-    monkeypatch.setenv("FASTNCE_CUDA_ARCHS", "80;hopper")
-    with pytest.raises(build.BuildError, match="FASTNCE_CUDA_ARCHS.*'hopper'"):
-        build.targets()
+    assert targets(PATH="/nowhere").split() == list(build.TARGETS)
+    assert targets(PATH=f"{tmp_path}:{os.environ['PATH']}") == "80 90a 100 120"
+    assert targets(FASTNCE_CUDA_ARCHS="80; 120") == "80 120"
+    refused = targets(FASTNCE_CUDA_ARCHS="80;hopper")
+    assert "FASTNCE_CUDA_ARCHS" in refused and "'hopper'" in refused
 
 
 @pytest.mark.parametrize(

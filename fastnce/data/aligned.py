@@ -100,7 +100,7 @@ class AlignedImages(TwoDomains):
 def find_pairs(
     root: Path | str | Mapping[str, Path], split: str, direction: str = "AtoB"
 ) -> tuple[Side, Side]:
-    """The files of the images to translate, and those of what they should become, in the layouts of `AlignedImages`.
+    """The files to translate, and those of what they should become, in the layouts of `AlignedImages`.
 
     Raises:
         UserError: no such folders, or a file without a partner.

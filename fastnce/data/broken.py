@@ -19,15 +19,10 @@ _log = logging.getLogger("fastnce")
 
 
 class BrokenFiles:
-    """Which files of a list have been found broken; others take their place, or the first one found is an error.
+    """The files of a list that have been found broken; others take their place, or the first one found is an error.
 
-    What one worker finds all of them know, so that the log names a file once.
-
-    Args:
-        folder: holds the files; named in errors.
-        paths: the files.
-        skip: whether other files take the place of broken ones.
-        groups: (N,) integers: only a file of the same group, such as its class, takes a file's place; None: any file.
+    What one worker finds all of them know, so that the log names a file once. `folder` is named in errors. With `skip` other files
+    take the place of broken ones; with `groups`, (N,) integers, only those of the same group, such as a class.
     """
 
     def __init__(
@@ -51,11 +46,7 @@ class BrokenFiles:
         return {name: None if found else size for (name, size), found in items}
 
     def note(self, index: int, error: UserError) -> None:
-        """Marks file `index` as broken and names it in the log, once.
-
-        Raises:
-            UserError: `error`, if it is an `UnfitFile` or unless others take its place; or that there are no others.
-        """
+        """Marks file `index` as broken and names it in the log, once. Raises `error` if it is an `UnfitFile`, or unless others take its place."""
         if isinstance(error, UnfitFile):
             raise error
         known = index in self
@@ -67,11 +58,7 @@ class BrokenFiles:
         self.stand_in(index)
 
     def stand_in(self, index: int) -> int:
-        """`index`, or the next file in its place that has not been found broken; after the last comes the first.
-
-        Raises:
-            UserError: there is none.
-        """
+        """`index`, or the next file in its place that has not been found broken, the first behind the last; UserError if there is none."""
         if index not in self:
             return index
         for step in range(1, len(self.paths)):
@@ -95,15 +82,10 @@ class BrokenFiles:
 def readable(
     paths: Iterable[Path], read: Callable[[Path], T], *, skip: bool
 ) -> Iterator[tuple[Path, T]]:
-    """(path, `read(path)`) of the files in turn; those that cannot be read are left out and named in the log.
-
-    Args:
-        paths: the files.
-        read: raises `UserError` for a broken file.
-        skip: False: the first broken file raises.
+    """(path, `read(path)`) of the files in turn; those of which it raises `UserError` are left out and named in the log.
 
     Raises:
-        UserError: a broken file that is not to be skipped, or all are broken.
+        UserError: a broken file and not `skip`, or all are broken.
     """
     broken = found = 0
     for path in paths:

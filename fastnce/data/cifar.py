@@ -27,12 +27,7 @@ AGAIN = "Download the archive again and unpack it here"
 class ImageArrays:
     """Images in memory with labels.
 
-    Attributes:
-        class_names: the name of each class, by label.
-        labels: (N,) int64.
-        pixels: (N, H, W, 3) uint8.
-        paths: the files that hold them.
-        folder: the folder of these files.
+    `class_names` by label, `labels` (N,) int64, `pixels` (N, H, W, 3) uint8, and the `paths` and the `folder` of the files.
     """
 
     class_names: tuple[str, ...]
@@ -67,18 +62,13 @@ class _Version:
 
 
 def open_cifar(root: Path, split: str) -> ImageArrays | None:
-    """Reads the training or the test images of CIFAR-10 or CIFAR-100.
+    """The training or the test images of CIFAR-10 or CIFAR-100 (its 100 fine classes); None if there is no file of CIFAR.
 
-    Args:
-        root: The folder with the files of one of the archives, or with the folder that it unpacks to.
-        split: "train" or "test".
-
-    Returns:
-        The images, or None if there is no file of CIFAR. Of CIFAR-100, the 100 fine classes.
+    `root` is the folder with the files of one of the archives, or with the folder that it unpacks to.
 
     Raises:
         UserError: If a file is missing or damaged, or tries to run something; if there are several versions, or
-            `split` is another one.
+            `split` is not "train" or "test".
     """
     places = _places(root)
     if not places:
@@ -206,11 +196,7 @@ _VERSIONS = (
 def load_pickled_bytes(path: Path) -> dict[str, Any]:
     """Reads a pickled dictionary of plain values and arrays of uint8, written by Python 2 or 3.
 
-    Args:
-        path: The file.
-
-    Returns:
-        Its entries; text of Python 2 is bytes, except for the keys.
+    Text of Python 2 is bytes, except for the keys.
 
     Raises:
         UserError: If the file cannot be read, holds something else, or names something that such a dictionary

@@ -16,14 +16,10 @@ _TEMPORARY = re.compile(r"\..+-[a-z0-9_]{8}(\.[a-z]+)?")
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it when the block ends without an error.
-
-    Args:
-        path: The file to write. Its folder is made if it is missing.
+    """A temporary path beside `path` that replaces it when the block ends without an error; its folder is made if it is missing.
 
     Raises:
-        UserError: If the file cannot be written: a full disk, no permission, a file where a folder
-            is needed.
+        UserError: If the file cannot be written: a full disk, no permission, a file where a folder is needed.
     """
     path = Path(path)
     temporary = None

@@ -70,12 +70,8 @@ def scan_folder(folder: Path) -> tuple[list[Path], Counter[str]]:
     """The image files in `folder` and below it, sorted, and how many other things there are of each kind.
 
     Links to folders are followed. A folder that is reached twice, as by a link to the folder that holds it, is read once: by
-    the path without a link where there is one.
-
-    Returns:
-        paths: the files.
-        left_out: how many of each kind are left out: by extension (".txt"), "hidden", "folder linked twice", "folder that cannot
-            be opened".
+    the path without a link where there is one. Kinds are extensions (".txt"), "hidden", "folder linked twice" and "folder that
+    cannot be opened".
     """
     found: list[Path] = []
     left_out: Counter[str] = Counter()
@@ -163,21 +159,12 @@ def describe_folder(
 ) -> list[str]:
     """A line on a folder of images: how many, their sizes, pixels, least and greatest value, and what is left out and why.
 
-    All headers are read; values of all images up to `MAX_PIXELS`, otherwise of images spread evenly over the folder.
-
-    Args:
-        folder: Where the images were looked for.
-        paths: Those that are used.
-        channels: With which they are read.
-        bits: With which they are read.
-        value_range: The numbers that become black and white, if they were given.
-        skip_broken: Files that cannot be read are counted as left out, instead of ending in an error.
-
-    Returns:
-        The line, and another one if the values look wrong.
+    All headers are read; values of all images up to `MAX_PIXELS`, otherwise of images spread evenly over the folder. `paths` are
+    the files that are used, `channels`, `bits` and `value_range` how they are read. With `skip_broken` files that cannot be read
+    are counted as left out. A second line warns of values that look wrong.
 
     Raises:
-        UserError: If each image that is looked at is one plain colour, a file cannot be read, or one holds numbers that need a
+        UserError: Each image that is looked at is one plain colour, a file cannot be read, or holds numbers that need a
             `value_range`.
 
     Example:

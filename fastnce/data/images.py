@@ -100,11 +100,7 @@ class Bands:
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
-    """Width and height in pixels of the image as `read_image` gives it, from the file's header alone.
-
-    Raises:
-        UserError: If the file is not a readable image.
-    """
+    """(width, height) of the image as `read_image` gives it, from the file's header alone; UserError if it is none."""
     return read_header(path).size
 
 
@@ -171,11 +167,7 @@ def read_image(
 
 
 def read_numbers(path: Path | str, channels: int) -> np.ndarray:
-    """The numbers in an image file as they are, (H, W, C): integers of 8, 16 or 32 bits, or floating-point numbers.
-
-    Raises:
-        UserError: If the file is not a readable image or has other channels.
-    """
+    """The numbers in an image file as they are, (H, W, C); UserError if it is none, or has other channels."""
     with _reading(path):
         return _numbers(path, _decode(path), channels)
 
@@ -195,11 +187,7 @@ def load_image(
 
 
 def read_alpha(path: Path | str) -> Image.Image | None:
-    """The alpha channel of an image file, in the mode "L" and turned as `read_image` turns the image; None if it has none.
-
-    Raises:
-        UserError: If the file is not a readable image.
-    """
+    """The alpha channel, in the mode "L" and turned as `read_image` turns the image; None if there is none, UserError if no image."""
     with _reading(path):
         if _is_array(path):
             return None

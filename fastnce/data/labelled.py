@@ -156,7 +156,7 @@ class LabelledImages(Stream):
         return {"image": to_tensor(pixels), "label": torch.tensor(int(self.labels[image]))}
 
     def image_index(self, index: int, epoch_samples: int | None = None) -> int:
-        """Which image, in the order of the files, sample `index` of the stream shows.
+        """The image, in the order of the files, that sample `index` of the stream shows.
 
         With `epoch_samples`, of a stream whose epochs end after so many samples, before they have shown all images; with
         `class_balance` it does not matter.
@@ -179,12 +179,7 @@ class LabelledImages(Stream):
         return to_tensor(self.pixels(index))
 
     def all_images(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All images in the order of the files, for sets that fit in memory.
-
-        Returns:
-            images: (N, C, H, W) uint8.
-            labels: (N,) int64.
-        """
+        """All images (N, C, H, W) uint8 and labels (N,) int64 in the order of the files, for sets that fit in memory."""
         images = np.empty((len(self), self.image_size, self.image_size, self.channels), np.uint8)
         for index in range(len(self)):
             images[index] = self.pixels(index)
@@ -213,7 +208,7 @@ class LabelledImages(Stream):
         return {"train": sizes}
 
     def describe(self) -> list[str]:
-        """What was found: classes and images in each, and the line of `describe_folder`, unless there are very many."""
+        """A line on the classes and the images in each, and that of `describe_folder`, unless there are very many."""
         counts = self.labels.bincount(minlength=self.num_classes)
         least, greatest = int(counts.min()), int(counts.max())
         each = str(least) if least == greatest else f"{least} to {greatest}"
@@ -242,11 +237,7 @@ class LabelledImages(Stream):
 class ImageFiles:
     """Image files with labels; nothing is decoded before it is read.
 
-    Attributes:
-        class_names: the name of each class, by label.
-        labels: (N,) int64.
-        paths: the N files.
-        folder: the split's folder, which holds them.
+    `class_names` by label, `labels` (N,) int64, the N `paths`, and the split's `folder`, which holds them.
     """
 
     class_names: tuple[str, ...]
@@ -267,11 +258,7 @@ class ImageFiles:
 def open_labelled(
     root: Path | str, split: str, classes: Sequence[str] = (), *, needs_labels: bool = True
 ) -> ImageFiles | ImageArrays:
-    """Recognises what is in `root`, and reads it or, if it is files of images, lists it.
-
-    Raises:
-        UserError: If there is nothing that is known, it is not whole, or a class of `classes` is missing.
-    """
+    """The labelled set in `root`: CIFAR's images, or a list of files. UserError if there is none, or a class of `classes` is missing."""
     root = Path(root)
     if not root.is_dir():
         what = "is a file" if root.exists() else "no such folder"
@@ -345,16 +332,11 @@ def to_square(image: Image.Image, size: int) -> Image.Image:
 def open_class_folders(root: Path, split: str, *, needs_labels: bool = True) -> ImageFiles:
     """Finds `root/SPLIT/CLASS/*.png` and the like, at any depth below the class's folder.
 
-    The classes are the folders of `root/train`, sorted, whatever the split: a label means the same in all.
-    "test" is `root/test`, else `root/valid`, else `root/val`. Tiny ImageNet's validation images, whose classes are
-    in a file and whose test images have none, are found as "test", "valid" and "val".
-
-    Without `needs_labels`, a training folder without class folders, or with one, is a set of images without classes
-    (`NO_CLASSES`), at any depth; and so is a `root` that holds images and no such folder.
-
-    Raises:
-        UserError: If a folder is missing, a class has no image, the split has a class that train does not have, or there are
-            no two classes though labels are needed.
+    The classes are the folders of `root/train`, sorted, whatever the split: a label means the same in all. "test" is
+    `root/test`, else `root/valid`, else `root/val`. Tiny ImageNet's validation images, whose classes are in a file and whose test
+    images have none, are found as "test", "valid" and "val". Without `needs_labels`, a training folder without class folders, or
+    with one, is a set of images without classes (`NO_CLASSES`), at any depth; and so is a `root` that holds images and no such
+    folder. UserError if something is missing.
     """
     if not needs_labels and _without_classes(root):
         return _images_without_classes(root, split)

@@ -23,16 +23,16 @@ A_STREAM, B_STREAM = 20, 21
 class SingleImagePatches(Stream):
     """Patches of `root/trainA` and of `root/trainB`, which hold one image each, or a few.
 
-    Sample i, for any i >= 0, is a pure function of (seed, i) and the arguments. It is made for A and for B independently:
-    draw an image of the folder, shrink it to random shares of its width and height, each uniform in
-    [1 / max_zoom_out, 1] but no smaller than the patch, cut a patch of `crop_size` pixels at a uniformly drawn place, and
-    mirror it in half of the cases.
+    Sample i, for any i >= 0, is a pure function of (seed, i) and the arguments. It is made for A and for B independently: an
+    image of the folder is drawn and shrunk to random shares of its width and height, each uniform in [1 / max_zoom_out, 1] but
+    no smaller than the patch. A patch of `crop_size` pixels is cut at a uniformly drawn place, and mirrored in half of the
+    cases.
 
-    The patch is that of the whole image shrunk, which the published code does for every patch, but only the patch's own
-    pixels are computed: Pillow's `resize` with a `box` reads beyond the box what the bicubic kernel needs, so that a patch has
-    no borders. Values are rounded and clipped to 8 bits between the horizontal and the vertical pass, and Pillow chooses
-    which comes first by the sizes; where the order differs, so do pixels, by a level or, at edges that overshoot black or
-    white, by some.
+    The patch is that of the whole image shrunk, which the published code does for every patch, but only the patch's own pixels
+    are computed: Pillow's `resize` with a `box` reads beyond the box what the bicubic kernel needs, so that a patch has no
+    borders. Values are rounded and clipped to 8 bits between the horizontal and the vertical pass, and Pillow chooses by the
+    sizes which comes first. Where the order differs, so do pixels: by a level or, at edges that overshoot black or white, by
+    some.
 
     The published code draws zooms for groups of as many samples as a batch has, and then shuffles the samples, so that its
     batches mix zooms all the same. Here the zoom is drawn for each sample.

@@ -1,4 +1,4 @@
-"""What happens to an image between its file and the network.
+"""From an image file's pixels to the network: scaling, cutting, warping, mirroring.
 
 Every random choice comes from a generator that is made from (seed, stream, index), so an image's
 augmentation depends on nothing but these: not on the order of reading, the number of workers, or
@@ -211,18 +211,11 @@ def draw_affine(rng: np.random.Generator) -> Affine:
 
 
 def warp(array: np.ndarray, affine: Affine) -> np.ndarray:
-    """Turns and scales about the centre, then shifts.
+    """Turns and scales an array (H, W, C) about the centre, then shifts.
 
     Takes the nearest pixel, because any average of neighbours would weaken sensor noise, and then
     training would see less of it than testing. Beyond the border the image is mirrored, which
     leaves no edge without noise either.
-
-    Args:
-        array: (H, W, C).
-        affine: What to do.
-
-    Returns:
-        An array of the same shape.
     """
     height, width = array.shape[:2]
     y, x = _centred_grid(height, width)

@@ -24,7 +24,7 @@ _TRIES = 10
 
 @dataclass(frozen=True)
 class ViewRecipe:
-    """What a view may look like. The defaults are MoCo v2's (Chen et al. 2020, "Improved baselines").
+    """The distribution of views. The defaults are MoCo v2's (Chen et al. 2020, "Improved baselines").
 
     Attributes:
         crop_scale: smallest and largest share of the image's area that a crop shows.
@@ -173,7 +173,7 @@ class TwoViews(Stream):
         return self.dataset.files()
 
     def describe(self) -> list[str]:
-        """What was found: see `LabelledImages.describe`."""
+        """A line on the images: see `LabelledImages.describe`."""
         return self.dataset.describe()
 
     def __len__(self) -> int:

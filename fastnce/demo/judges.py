@@ -96,9 +96,9 @@ class DigitRecipe(_Recipe):
 class Evaluator(nn.Module):
     """Which digit an image of a digits-photos set shows, and what it was taken from; also a feature extractor.
 
-    One trunk, two heads. The heads are what makes its features useful: a network that only reads digits is blind to style,
-    because to it the same digit is the same on black and on a photograph; having to tell the photographs apart, and plain digits
-    from all of them, it has to see the background too.
+    One trunk, two heads. The heads are what makes its features useful. A network that only reads digits is blind to style: to
+    it the same digit is the same on black and on a photograph. Having to tell the photographs apart, and plain digits from all
+    of them, it has to see the background too.
 
     Args:
         num_photos: Photographs to tell apart. The last class of that head is "no photograph".

@@ -65,11 +65,11 @@ def evaluate_digits(
 ) -> dict[str, Any]:
     """Evaluates a run on a digits-photos set, with the rows that give its numbers a meaning.
 
-    Beside the translated test images stand: those of a run without the contrastive loss, the untranslated ones, the test
-    images of the target domain against as many of its training images (the least FID to hope for), and a perfect
+    Beside the translated test images stand those of a run without the contrastive loss, the untranslated ones, and the test
+    images of the target domain against as many of its training images: the least FID to hope for. Last comes a perfect
     translation: the same digits composited with new crops of the photograph (or, from B to A, without one). The reference is
-    the target domain's test images; the evaluator has seen no test digit. All rows use the same number of images, the
-    smallest there is, because FID depends on it.
+    the target domain's test images; the evaluator has seen no test digit. All rows use the same number of images, the smallest
+    there is, because FID depends on it.
 
     Args:
         translated: (N, 3, 32, 32) in [-1, 1], `digits_to_translate(data_root, direction)` translated.

@@ -61,12 +61,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 def load_enlarged_digits(size: int) -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's 1,797 handwritten digits, each scaled (bicubic) from its 8x8 pixels to `size` x `size`.
 
-    Returns:
-        strokes: (1797, size, size) float32 in [0, 1], 1 for ink.
-        labels: (1797,) int64, 0 to 9.
-
-    Raises:
-        UserError: If scikit-learn is not installed.
+    Returns the strokes (1797, size, size) float32 in [0, 1], 1 for ink, and their digits (1797,) int64.
     """
     try:
         from sklearn.datasets import load_digits as load
@@ -96,15 +91,10 @@ def composite(stroke: np.ndarray, background: np.ndarray) -> np.ndarray:
 
 
 def split_photo(name: str, image: np.ndarray, size: int) -> dict[str, tuple[np.ndarray, int]]:
-    """Divides a photograph (H, W, C) into a left part for training and a right one for testing.
+    """Divides a photograph (H, W, C) into a left part for training and a right one for testing, with the columns where they start.
 
-    The right part is a quarter of the width, or `size`, the side of the crops to come, if that is more.
-
-    Returns:
-        {"train": (part, column), "test": (part, column)}: the pixels, and where in `image` they start.
-
-    Raises:
-        UserError: If a crop does not fit into both parts.
+    The right part is a quarter of the width, or `size`, the side of the crops to come, if that is more. UserError if a crop does
+    not fit into both.
     """
     height, width = image.shape[:2]
     test_width = max(size, width // 4)

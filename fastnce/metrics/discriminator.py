@@ -1,4 +1,4 @@
-"""What a discriminator does over a training: does it overfit, do its layers' norms rise."""
+"""A discriminator over a training: does it overfit, do its layers' norms rise."""
 
 import math
 from dataclasses import dataclass

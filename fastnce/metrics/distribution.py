@@ -76,12 +76,9 @@ def extract_features(images: Tensor, extractor: nn.Module, batch_size: int = 256
 
 
 def saved_features(images: Tensor, extractor: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """The features of images as they are when saved.
+    """Images `as_saved` (0 where not finite: an extractor may not let NaN through), which are broken (N,), and their features.
 
-    Returns:
-        levels: the images `as_saved`, 0 where they are not finite, as an extractor may not let NaN through.
-        broken: (N,), whether an image is not finite.
-        features: (N, F) float64 on the CPU, NaN for such an image.
+    Features are (N, F) float64 on the CPU, NaN for a broken image.
     """
     levels = as_saved(images)
     broken = ~levels.isfinite().flatten(1).all(1)
@@ -93,11 +90,8 @@ def saved_features(images: Tensor, extractor: nn.Module) -> tuple[Tensor, Tensor
 def as_saved(images: Tensor) -> Tensor:
     """Images as they are after saving and loading, so that the numbers are those of the files.
 
-    Args:
-        images: Of any shape: float in [-1, 1], quantised as `save_image` does, or uint8 as read from files.
-
-    Returns:
-        float32 in [-1, 1] on the CPU; NaN where a value is not finite.
+    Of any shape, float in [-1, 1], quantised as `save_image` does, or uint8; to float32 in [-1, 1] on the CPU, NaN where a value
+    is not finite.
     """
     images = images.detach().cpu()
     levels = images if images.dtype == torch.uint8 else to_uint8(images.nan_to_num())
@@ -150,11 +144,10 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 
         |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr (C1 C2)^(1/2)
 
-    with the means and the unbiased covariances (Heusel et al., 2017). With centred features A, B,
-    each divided by sqrt(N - 1), C1 = A^T A and C2 = B^T B, and the last trace is the sum of the
-    singular values of A B^T. That needs no eigenvalues of C1 C2, which lose half of their digits
-    where there are fewer images than features, and for few images of many features (the images of
-    one class) it is a hundred times faster.
+    with the means and the unbiased covariances (Heusel et al., 2017). With centred features A, B, each divided by sqrt(N - 1),
+    C1 = A^T A and C2 = B^T B, and the last trace is the sum of the singular values of A B^T. That needs no eigenvalues of C1
+    C2, which lose half of their digits where there are fewer images than features. For few images of many features (the images
+    of one class) it is a hundred times faster.
 
     Args:
         features: (N, F).

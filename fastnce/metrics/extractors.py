@@ -19,13 +19,8 @@ def load_scripted(
 ) -> tuple[nn.Module, str]:
     """A module from a TorchScript file in eval mode, and its name: the file's, and twelve digits of the content's hash.
 
-    Args:
-        what: "extractor" or "segmenter", for errors.
-        path: The file, as `torch.jit.save` wrote it. Use only files whose origin you trust.
-        device: Where it runs.
-
-    Raises:
-        UserError: If there is no such file, or it is no TorchScript module.
+    UserError if there is no such file, or it is no TorchScript module; `what` names it there. Use only files whose origin you
+    trust.
     """
     path = Path(path)
     if not path.is_file():
@@ -49,10 +44,9 @@ def load_scripted(
 class ScriptedExtractor(nn.Module):
     """A feature extractor from a TorchScript file, for images of any kind.
 
-    The module takes (N, 3, H, W) uint8, resizes by itself if it has to, and returns features (N, F).
-    One whose `forward` has the argument `return_features`, as the widely used Inception-v3 file of
-    2015-12-05 has (2048 features), is called with `return_features=True` for its features, and with
-    `no_output_bias=True` for the class probabilities of the Inception score.
+    The module takes (N, 3, H, W) uint8, resizes by itself if it has to, and returns features (N, F). One whose `forward` has
+    the argument `return_features` is called with `return_features=True` for its features, and with `no_output_bias=True` for
+    the class probabilities of the Inception score. Such is the widely used Inception-v3 file of 2015-12-05 (2048 features).
 
     Args:
         path: The file, as `torch.jit.save` wrote it. Use only files whose origin you trust.

@@ -20,9 +20,9 @@ _COLUMNS = {"l1": ("L1", ".4f"), "psnr": ("PSNR", ".2f"), "ssim": ("SSIM", ".4f"
 def pair_numbers(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """L1, PSNR and SSIM of images and what they should be, each the mean over the images.
 
-    Values count from 0 to 1: L1 is the mean absolute difference, PSNR is 10 log10(1 / mean squared difference) in dB, SSIM that of
-    Wang et al., 2004, with Gaussian windows of 11x11 pixels around every pixel, mirrored at the border, through torchmetrics.
-    (scikit-image leaves the 5 pixels at the border out.)
+    Values count from 0 to 1. L1 is the mean absolute difference, PSNR is 10 log10(1 / mean squared difference) in dB. SSIM is
+    that of Wang et al., 2004, with Gaussian windows of 11x11 pixels around every pixel, mirrored at the border, through
+    torchmetrics. (scikit-image leaves the 5 pixels at the border out.)
 
     Args:
         pairs: (C, H, W) in [-1, 1] each, the image and its truth.

@@ -86,7 +86,7 @@ _ENDINGS = (
 
 
 def label_key(path: Path) -> str:
-    """What an image and its label map have in common: the name without Cityscapes' endings and the extension.
+    """The common name of an image and its label map: without Cityscapes' endings and the extension.
 
     Also without the `_A` and `_B` of the published preparation, where `1_A.jpg` and `1_B.jpg` belong together.
 
@@ -101,12 +101,9 @@ def label_key(path: Path) -> str:
 
 
 def label_files(folder: Path | str, kind: LabelKind) -> dict[str, Path]:
-    """The label maps in a folder and those below it, by `label_key`.
+    """The label maps in a folder and those below it, by `label_key`; UserError if there are none, or two of one scene.
 
     Of a folder with several kinds of maps for a scene, as Cityscapes' own, those of `kind` are taken.
-
-    Raises:
-        UserError: no folder, no image, or two maps of one scene.
     """
     paths = [path for path in list_images(folder) if path.suffix.lower() != ".npy"]
     of_kind = [path for path in paths if path.stem.endswith(_SUFFIX[kind])]
@@ -121,18 +118,11 @@ def label_files(folder: Path | str, kind: LabelKind) -> dict[str, Path]:
 
 
 def read_label_map(path: Path, kind: LabelKind) -> Tensor:
-    """A label map as train ids, 0 to 18, and 255 for what is not evaluated.
+    """A label map as train ids, (H, W) int64: 0 to 18, and 255 for what is not evaluated.
 
-    Args:
-        path: "train-ids" and "ids": an 8-bit greyscale or palette image whose pixels are the numbers; "colours": an RGB image.
-            Each pixel of it counts as the nearest of the data set's colours, void ones included, so that it may be a JPEG.
-        kind: What the file holds.
-
-    Returns:
-        (H, W) int64.
-
-    Raises:
-        UserError: the file is no image, of another kind, or has numbers that are none of the kind.
+    Files of "train-ids" and "ids" are 8-bit greyscale or palette images whose pixels are the numbers; those of "colours" RGB
+    images. Each pixel of these counts as the nearest of the data set's colours, void ones included, so that they may be JPEGs.
+    UserError if the file is no image, of another kind, or has other numbers.
     """
     try:
         with Image.open(path) as image:
@@ -307,9 +297,7 @@ def evaluate_segmentation(
 
     Args:
         images: Name and pixels (3, H, W) in [-1, 1].
-        labels: The label maps' files, see `label_files`.
-        segmenter: What reads the images.
-        kind: What the label maps hold.
+        labels: The label maps' files of one kind, see `label_files`.
 
     Returns:
         {"segmenter", "label_kind", "count", "pixel_accuracy", "class_accuracy", "mean_iou", "mean_precision",

@@ -24,11 +24,8 @@ def rows_table(
 ) -> str:
     """A line for each row: its name and its numbers, a dash where there is none.
 
-    Args:
-        rows: each with "name" and numbers by key.
-        columns: key -> title and format, such as ".2f". Values that are text already are taken as they are.
-        notes: lines below the table.
-        first: title of the names.
+    `columns` are titles and formats, such as ".2f", by key; values that are text already are taken as they are. `first` is the
+    title of the names, `notes` are lines below the table.
     """
     lines = [(first, *(title for title, _ in columns.values()))]
     for row in rows:

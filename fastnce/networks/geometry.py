@@ -29,9 +29,9 @@ class PixelGrid(NamedTuple):
 def pixel_grid(generator: nn.Module, tap: int, feature: Tensor, image: Tensor) -> PixelGrid:
     """The pixels that the positions of the tap's feature map look at.
 
-    In a `ResnetGenerator` they follow from its layers: the padded image of tap 0 begins 3 pixels outside, and the maps
-    behind a downsampling have their positions on every second pixel, the first of them on pixel 0. For other generators the
-    map is laid over the image with the centres on each other, which is where symmetric resampling puts it.
+    In a `ResnetGenerator` they follow from its layers. The padded image of tap 0 begins 3 pixels outside; maps behind a
+    downsampling have their positions on every second pixel, the first of them on pixel 0. For other generators the map is laid
+    over the image with the centres on each other, which is where symmetric resampling puts it.
 
     Args:
         generator: the network that gave the feature.

@@ -95,10 +95,10 @@ class Conv3x3(nn.Conv2d):
 class StridedConv1x1(nn.Conv2d):
     """1x1 convolution that keeps every `stride`-th position; no bias. Use it wherever a stride is above 1.
 
-    On the CPU, few channels are computed in contiguous format whatever the format of input and weight is: on processors with
+    On the CPU, few channels are computed in contiguous format whatever the format of input and weight is. On processors with
     AVX2 but without AVX-512, the oneDNN of torch 2.13 and 2.14 writes beyond its memory in the weight gradient of a
-    channels-last layer with 2 to 6 input channels, and the process aborts later, anywhere. Values are the same; the output's
-    format is the computed one.
+    channels-last layer with 2 to 6 input channels. The process aborts later, anywhere. Values are the same; the output's format
+    is the computed one.
 
     Args:
         in_channels, out_channels: of the maps, (N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride)).

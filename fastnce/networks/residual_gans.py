@@ -134,17 +134,10 @@ class DiscriminatorBlock(nn.Module):
 class ResidualGenerator(ConditionalGenerator):
     """Linear layer to a 4x4 map (or 5x5 to 7x7, see `smallest_map`), `GeneratorBlock`s, batch norm, ReLU, conv3, tanh.
 
-    A family implements `_conditions(z, labels)`: the input of the linear layer and the condition of each block.
-
-    State-dict keys: `linear0`, `blocks.{i}.0` (each block or attention layer is an entry of `blocks`), `bn4`, `conv2d5`.
-
-    Args:
-        image_size, latent_dim, num_classes, image_channels: as in `ConditionalGenerator`.
-        base_channels: unit of `GENERATOR_WIDTHS`.
-        first_dim: length of the linear layer's input.
-        condition_dim: length of a block's condition.
-        attention_after: self-attention behind the block of this number, counted from 1; 0 for none.
-        spectral: spectral norm on every layer.
+    A family implements `_conditions(z, labels)`: the input of the linear layer (`first_dim`) and the condition of each block
+    (`condition_dim`). State-dict keys: `linear0`, `blocks.{i}.0` (each block or attention layer is an entry of `blocks`), `bn4`,
+    `conv2d5`. `base_channels` is the unit of `GENERATOR_WIDTHS`; `attention_after`: as in `BigGANGenerator`; `spectral`: spectral
+    norm on every layer.
     """
 
     def __init__(
@@ -187,14 +180,8 @@ class ResidualGenerator(ConditionalGenerator):
 class ResidualDiscriminator(ConditionalDiscriminator):
     """A `FirstDiscriminatorBlock`, `DiscriminatorBlock`s, ReLU, the sum over all positions, and the heads.
 
-    State-dict keys: `blocks.{i}.0` (each block or attention layer is an entry of `blocks`), `linear1`, `linear2`,
-    `embedding`.
-
-    Args:
-        image_size, num_classes, image_channels, conditioning, embed_dim: as in `ConditionalDiscriminator`.
-        base_channels: unit of `DISCRIMINATOR_WIDTHS`.
-        attention_after: self-attention behind the block of this number, counted from 1; 0 for none.
-        norm: spectral norm on every layer, batch norm in the blocks, or neither.
+    State-dict keys: `blocks.{i}.0` (each block or attention layer is an entry of `blocks`), `linear1`, `linear2`, `embedding`.
+    `base_channels` is the unit of `DISCRIMINATOR_WIDTHS`; `norm`: spectral norm on every layer, batch norm in the blocks, or neither.
     """
 
     def __init__(

@@ -32,9 +32,9 @@ class ResnetGenerator(nn.Module):
     indices are lower by up to two (residual blocks start at 10). With `antialias_up=False` a transposed convolution stands for
     each upsampling and the convolution behind it. Both off is the generator of the older repository of CycleGAN and pix2pix.
 
-    **Taps** are layer indices. A tap gives the output of that layer, except directly before a ReLU, where it gives the
-    value after the ReLU, which is part of the norm here: the published ReLU works in place and so overwrites the tapped map.
-    With `antialias=True` the default taps 0 (the padded image), 4 and 8 (convolutions before their norm), 12 and 16 are not concerned; with
+    **Taps** are layer indices. A tap gives the output of that layer; directly before a ReLU it gives the value after the ReLU,
+    which is part of the norm here. (The published ReLU works in place and so overwrites the tapped map.) With `antialias=True`
+    the default taps are not concerned: 0 (the padded image), 4 and 8 (convolutions before their norm), 12 and 16. With
     `antialias=False` tap 8 is the output of a norm, and the published value there is the one after the ReLU.
 
     Source: Park et al., "Contrastive Learning for Unpaired Image-to-Image Translation", ECCV 2020.

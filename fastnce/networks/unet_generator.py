@@ -15,17 +15,17 @@ class UNetGenerator(nn.Module):
     """Image-to-image generator: halves the image `num_downs` times, doubles it as often, and joins maps of equal size.
 
     `(B, in_channels, H, W) -> (B, out_channels, H, W)` with H and W multiples of `size_multiple` = 2^num_downs. Level l has
-    `base_channels * min(2^l, 8)` channels; each goes down by a 4x4 convolution with stride 2 (leaky ReLU 0.2 before it,
-    batch norm after it, except at both ends) and up by a transposed one (ReLU before it, batch norm after it, and dropout
-    1/2 in the deeper ones). What comes back up is appended to what went down, and the last layer is a tanh.
+    `base_channels * min(2^l, 8)` channels. Each goes down by a 4x4 convolution with stride 2 (leaky ReLU 0.2 before it, batch
+    norm after it, except at both ends). It goes up by a transposed one (ReLU before it, batch norm after it, and dropout 1/2 in
+    the deeper ones). What comes back up is appended to what went down, and the last layer is a tanh.
 
     State-dict keys are those of the published checkpoints: `model.model.0...`, and level by level inside one another
     `model.model.1.model.1...`, `model.model.1.model.3.model.1...`.
 
-    **Testing.** The published code tests as it trains: one image at a time with that image's own statistics, and with
-    dropout. In eval mode this network takes each image's own statistics too (`test_statistics="image"`), so that a result
-    depends on nothing else in its batch, but it leaves dropout out, so that it is the same each time. In training mode the
-    statistics are those of the batch. "running" takes the averages of the training instead, as the published `--eval`.
+    **Testing.** The published code tests as it trains: one image at a time with that image's own statistics, and with dropout.
+    In eval mode this network takes each image's own statistics too (`test_statistics="image"`), so that a result depends on
+    nothing else in its batch. But it leaves dropout out, so that it is the same each time. In training mode the statistics are
+    those of the batch. "running" takes the averages of the training instead, as the published `--eval`.
 
     Source: Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks", CVPR 2017.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -21,40 +22,27 @@ GRADIENT_SCALES = ("mean", "sum")  # and "published", of one loss; see OverRanks
 _GATHER_BYTES = 64 << 20
 
 
+@dataclass
 class OverRanks:
     """One call of a loss over ranks; the arguments are those that all of these losses have.
 
-    Once the ranks :meth:`agree`, there are the ``exchange`` of their rows, the ``kernels`` and the checked ``temperature``.
+    Once the ranks :meth:`agree`, ``temperature`` is checked, and there are the ``exchange`` of their rows and the ``kernels``.
     """
 
-    def __init__(
-        self,
-        op: str,
-        group: dist.ProcessGroup | None,
-        temperature: float | Tensor,
-        reduction: str,
-        strategy: str,
-        gradient_scale: str,
-        check: bool,
-        backend: str | None,
-    ) -> None:
-        self.op, self.ranks, self.temperature, self.reduction = (
-            op,
-            ranks_of(group),
-            temperature,
-            reduction,
-        )
-        self.strategy, self.gradient_scale, self.check = strategy, gradient_scale, check
-        self.backend = backend
+    op: str
+    group: dist.ProcessGroup | None
+    temperature: float | Tensor
+    reduction: str
+    strategy: str
+    gradient_scale: str
+    check: bool
+    backend: str | None
 
-    @property
-    def alone(self) -> bool:
-        """Whether the plain op runs, with the arguments ``plain``."""
-        return self.ranks is None
-
-    @property
-    def plain(self) -> dict[str, object]:
-        return {
+    def __post_init__(self) -> None:
+        self.ranks = ranks_of(self.group)
+        self.alone = self.ranks is None
+        # Of the plain op, which then runs.
+        self.plain = {
             "temperature": self.temperature,
             "reduction": self.reduction,
             "backend": self.backend,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -60,7 +60,7 @@ def sample_patches(
     """
     op = "sample_patches"
     maps, ids = _validated(op, features, num_patches, patch_ids, generator)
-    patches = _gather(op, maps, ids, bool(normalize), backend)
+    patches = _of_each_kind(_gather_alike, op, maps, ids, bool(normalize), backend)
     return (patches[0], ids[0]) if isinstance(features, Tensor) else (patches, ids)
 
 
@@ -79,25 +79,12 @@ def tap_patches(
     returned, the backward adds the patches' gradient into the gradient that arrives for the map, where ``sample_patches``
     fills a map with zeros and PyTorch adds the two maps. A gradient that anyone else still holds is copied first.
 
-    The returned map shares the memory of ``features``; PyTorch refuses to change it in place.
-
-    Args:
-        features: (B, C, H, W), any strides; float64, float32, bfloat16 or float16. Or a list of maps, which gives lists.
-        num_patches: S; ``min(num_patches, H * W)`` distinct positions are drawn without replacement.
-        patch_ids: (S,) int64 positions ``h * W + w`` to take instead of drawing them; one per map if ``features`` is a list.
-            A repeated position is allowed.
-        normalize: divide each patch by its L2 norm; an all-zero patch stays zero.
-        generator: the source of the draw, on the device of ``features``; None for the default one.
-        backend: one of ``fastnce.backends.available()``; None chooses.
+    The returned map shares the memory of ``features``; PyTorch refuses to change it in place. Arguments and errors are those of
+    :func:`sample_patches`.
 
     Returns:
-        ``(features, patches, patch_ids)``: the map to go on with; (B, S, C) in the dtype of ``features``; (S,) int64.
-
-    Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes, devices or numbers that do not fit together.
-        IndexError: a patch id outside the map (on an accelerator this is reported by the device instead).
-        RuntimeError: the requested backend cannot run this.
+        ``(features, patches, patch_ids)``: the map to go on with; (B, S, C) in the dtype of ``features``; (S,) int64. Of a list
+        of maps, lists.
 
     Example:
         >>> import torch, fastnce
@@ -108,12 +95,8 @@ def tap_patches(
     """
     op = "tap_patches"
     maps, ids = _validated(op, features, num_patches, patch_ids, generator)
-    passed, patches = list(maps), [None] * len(maps)
-    for layers in _common.alike(maps):
-        group = [maps[layer] for layer in layers], [ids[layer] for layer in layers]
-        found = _tap_alike(op, *group, bool(normalize), backend)
-        for layer, feature, rows in zip(layers, *found, strict=True):
-            passed[layer], patches[layer] = feature, rows
+    tapped = _of_each_kind(_tap_alike, op, maps, ids, bool(normalize), backend)
+    passed, patches = ([pair[side] for pair in tapped] for side in (0, 1))
     if isinstance(features, Tensor):
         return passed[0], patches[0], ids[0]
     return passed, patches, ids
@@ -192,15 +175,21 @@ def _expect_patch_ids(op: str, maps: list[Tensor], patch_ids: object, single: bo
     return ids
 
 
-def _gather(
-    op: str, maps: list[Tensor], ids: list[Tensor], normalize: bool, backend: str | None
-) -> list[Tensor]:
-    patches: list[Tensor] = [None] * len(maps)
+def _of_each_kind(
+    run: Callable[..., list],
+    op: str,
+    maps: list[Tensor],
+    ids: list[Tensor],
+    normalize: bool,
+    backend: str | None,
+) -> list:
+    """What ``run`` gives for each map; maps of one device and dtype are in one call."""
+    found = [None] * len(maps)
     for layers in _common.alike(maps):
         group = [maps[layer] for layer in layers], [ids[layer] for layer in layers]
-        for layer, found in zip(layers, _gather_alike(op, *group, normalize, backend), strict=True):
-            patches[layer] = found
-    return patches
+        for layer, result in zip(layers, run(op, *group, normalize, backend), strict=True):
+            found[layer] = result
+    return found
 
 
 def _gather_alike(
@@ -219,7 +208,7 @@ def _gather_alike(
 
 def _tap_alike(
     op: str, maps: list[Tensor], ids: list[Tensor], normalize: bool, backend: str | None
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> list[tuple[Tensor, Tensor]]:
     kernels = backends.select(op, maps[0], backend)
     # A compiler sees both uses of the map, and cannot trace sparse gradients.
     apart = (
@@ -230,14 +219,14 @@ def _tap_alike(
     if apart:
         patches = _gather_alike(op, maps, ids, normalize, backend)
         # A tensor of its own, so that its gradient, too, is the network's alone.
-        return [x.view_as(x) for x in maps], patches
+        return [(x.view_as(x), rows) for x, rows in zip(maps, patches, strict=True)]
     _checks.expect_fusable(op, maps[0])
     with _common.no_autocast(maps[0]):
         count = len(maps)
         tapped = TapFunction.apply(kernels, normalize, *maps, *ids)
         inner, patches = tapped[:count], tapped[count:]
         out = OwnGradientFunction.apply(*inner, *inner, *patches)
-        return list(out[:count]), list(out[count:])
+        return list(zip(out[:count], out[count:], strict=True))
 
 
 class SamplePatchesFunction(torch.autograd.Function):

@@ -29,7 +29,7 @@ _LINES = 64  # that can be switched off in a chart
 
 @dataclass(frozen=True, kw_only=True)
 class GalleryRun:
-    """What the page shows of a run.
+    """A run as the page shows it.
 
     Attributes:
         name: distinct among the runs of a page.
@@ -65,7 +65,7 @@ def gallery_page(runs: Sequence[GalleryRun]) -> str:
     """The page of one or more runs.
 
     At most 24 sample grids of each run are on it, spread evenly from the first to the last, reduced so that all pictures
-    together take at most about 8 MB; a curve has at most 400 points, means over its lines where there are more.
+    together take at most about 8 MB. A curve has at most 400 points, means over its lines where there are more.
     """
     title = " and ".join(run.name for run in runs)
     sections = [

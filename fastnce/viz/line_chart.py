@@ -38,12 +38,8 @@ def thinned(series: Series, limit: int) -> Series:
 def line_chart(series: Sequence[Series], *, title: str, log: bool = False) -> str:
     """An `<svg>` with a line for each series, of the class series-0, series-1 and so on, and those of `line_class`.
 
-    The attributes data-first and data-last give the steps at the ends of the horizontal axis.
-
-    Args:
-        series: at least one known value among them; with `log` values that are not above 0 are left out.
-        title: what is shown, for those who cannot see it.
-        log: logarithmic vertical axis.
+    The attributes data-first and data-last give the steps at the ends of the horizontal axis. There must be a known value among
+    the series; with `log`, a logarithmic vertical axis, values that are not above 0 are left out.
     """
     points = [
         (step, value)

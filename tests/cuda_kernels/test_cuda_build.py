@@ -94,7 +94,8 @@ BINDING = ("op.cpp", "device_properties.cu")
 def test_the_library_loads_into_a_torch_without_cuda(nvcc, tmp_path, monkeypatch):
     """All but the kernels: it links against this torch, whichever it is."""
     sources = build.source_folder()
-    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    shutil.copytree(sources / "common", tmp_path / "csrc" / "common")
+    (tmp_path / "csrc" / "cuda").mkdir()
     headers = [*sources.glob("cuda/*.h"), *sources.glob("cuda/*.cuh")]
     for file in [*headers, *(sources / "cuda" / name for name in BINDING)]:
         shutil.copy(file, tmp_path / "csrc" / "cuda")

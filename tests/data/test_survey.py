@@ -1,4 +1,4 @@
-"""What is said of a folder of images at the start of a run."""
+"""The words on a folder of images at the start of a run."""
 
 import numpy as np
 import pytest

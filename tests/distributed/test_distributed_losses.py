@@ -88,25 +88,32 @@ def joined(answers):
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equal_to_one_process(variant, size, strategy, workers):
-    """1e-6 relative in fp32; where the temperature magnifies rounding, twice what one process is off by."""
-    for counts, temperature, dtype in itertools.product(
-        ROWS[size], (0.5, 0.07, 0.01), (torch.float64, torch.float32)
+    """1e-6 relative in fp32; where the temperature magnifies rounding, twice what one process is off by.
+
+    Also of plain PyTorch, which runs where there are no fused kernels, such as on a GPU.
+    """
+    even, uneven = ROWS[size]
+    for counts, temperature, backend in (
+        (even, 0.5, None),
+        (uneven, 0.07, None),
+        (uneven, 0.01, None),
+        (uneven, 0.07, "torch"),
     ):
-        options = {"strategy": strategy}
-        answers = workers.results(
-            over_ranks, variant, counts, temperature, dtype, options, ranks=size
-        )
-        losses = [loss for loss, *_ in answers]
-        assert all(torch.equal(loss, losses[0]) for loss in losses)
-        assert losses[0].dtype == dtype
-        rows, others = draw(variant, sum(counts), dtype)
-        wide = [y.double() if y.is_floating_point() else y for y in others]
-        truth = one_process(variant, [y.double() for y in rows], wide, temperature)
-        plain = one_process(variant, rows, others, temperature)
-        compared = zip(flat(joined(answers)), flat(plain), flat(truth), strict=True)
-        for found, single, true in compared:
-            bound = 1e-12 if dtype == torch.float64 else max(1e-6, 2 * error(single, true))
-            assert error(found, true) < bound, (counts, temperature, dtype)
+        for dtype in (torch.float64, torch.float32) if backend is None else (torch.float64,):
+            options = {"strategy": strategy, "backend": backend}
+            call = (variant, counts, temperature, dtype, options)
+            answers = workers.results(over_ranks, *call, ranks=size)
+            losses = [loss for loss, *_ in answers]
+            assert all(torch.equal(loss, losses[0]) for loss in losses)
+            assert losses[0].dtype == dtype
+            rows, others = draw(variant, sum(counts), dtype)
+            wide = [y.double() if y.is_floating_point() else y for y in others]
+            truth = one_process(variant, [y.double() for y in rows], wide, temperature)
+            plain = one_process(variant, rows, others, temperature)
+            compared = zip(flat(joined(answers)), flat(plain), flat(truth), strict=True)
+            for found, single, true in compared:
+                bound = 1e-12 if dtype == torch.float64 else max(1e-6, 2 * error(single, true))
+                assert error(found, true) < bound, (counts, temperature, dtype, backend)
 
 
 def flat(result):
@@ -143,34 +150,29 @@ def by_view(losses, variant):
 
 
 def test_published_scale_is_one_over_the_number_of_ranks(workers):
-    """StudioGAN's gather gives each rank its own rows' gradient alone, and DDP then divides by the number of ranks."""
-    counts, size = (4, 5, 3), 3
-    rows, others = draw("conditional_contrastive", sum(counts), torch.float64)
-    _, truth, _ = one_process("conditional_contrastive", rows, others, 1.0)
-    options = {"gradient_scale": "published"}
-    answers = workers.results(
-        over_ranks, "conditional_contrastive", counts, 1.0, torch.float64, options, ranks=size
-    )
-    _, grads, _ = joined(answers)
-    for found, true in zip(grads, truth, strict=True):
-        torch.testing.assert_close(found, true / size)
-    with_wrong_op = workers.run(
-        over_ranks, "info_nce", counts, 1.0, torch.float64, options, ranks=3
-    )
-    assert all("gradient_scale must be one of" in str(answer) for answer in with_wrong_op)
+    """StudioGAN's gather gives each rank its own rows' gradient alone, and DDP then divides by the number of ranks.
 
+    So it does with unreduced losses, of which the mean of one's own, averaged over ranks, has the gradients of one process.
+    """
+    op, options = "conditional_contrastive", {"gradient_scale": "published"}
 
-@pytest.mark.parametrize("scale", ["mean", "sum", "published"])
-def test_published_scale_of_own_losses(scale, workers):
-    """Averaged over ranks, the mean of one's own losses has the gradients of one process, and 1 / ranks of it as published."""
-    variant, counts = "conditional_contrastive", (4, 4)
-    _, truth, _ = one_process(variant, *draw(variant, 8, torch.float64), 0.5)
-    options = {"gradient_scale": scale, "reduction": "none"}
-    answers = workers.results(over_ranks, variant, counts, 0.5, torch.float64, options, ranks=2)
-    _, grads, _ = joined(answers)
-    for found, true in zip(grads, truth, strict=True):
-        # The worker sums its 4 losses; their mean is a quarter.
-        torch.testing.assert_close(found / 4, true / 2 if scale == "published" else true)
+    def gradients(counts: tuple[int, ...], options: dict) -> list[torch.Tensor]:
+        call = (op, counts, 1.0, torch.float64, options)
+        return joined(workers.results(over_ranks, *call, ranks=len(counts)))[1]
+
+    def truth(count: int) -> list[torch.Tensor]:
+        return one_process(op, *draw(op, count, torch.float64), 1.0)[1]
+
+    for found, true in zip(gradients((4, 5, 3), options), truth(12), strict=True):
+        torch.testing.assert_close(found, true / 3)
+    for scale, share in (("mean", 1), ("sum", 1), ("published", 2)):
+        found = gradients((4, 4), {"reduction": "none", "gradient_scale": scale})
+        for x, true in zip(found, truth(8), strict=True):
+            # The worker sums its 4 losses; their mean is a quarter.
+            torch.testing.assert_close(x / 4, true / share)
+    call = ("info_nce", (4, 5, 3), 1.0, torch.float64, options)
+    for answer in workers.run(over_ranks, *call, ranks=3):
+        assert "gradient_scale" in str(answer) and "published" in str(answer)
 
 
 def half_precision(group, strategy):
@@ -189,20 +191,6 @@ def half_precision(group, strategy):
 def test_half_precision_rounds_the_gradients_once(workers):
     for strategy in ("ring", "gather"):
         assert max(workers.results(half_precision, strategy)) < 2**-8
-
-
-def torch_backend(group, variant):
-    options = {"strategy": "ring", "backend": "torch"}
-    return over_ranks(group, variant, (3, 5), 0.1, torch.float64, options)
-
-
-@pytest.mark.parametrize("variant", ["info_nce", "nt_xent", "sup_con", "conditional_contrastive"])
-def test_plain_pytorch_gives_the_same(variant, workers):
-    """What runs where there are no fused kernels, such as on a GPU."""
-    found = flat(joined(workers.results(torch_backend, variant, ranks=2)))
-    truth = flat(one_process(variant, *draw(variant, 8, torch.float64), 0.1))
-    for x, true in zip(found, truth, strict=True):
-        torch.testing.assert_close(x, true)
 
 
 def keys_without_gradient(group):

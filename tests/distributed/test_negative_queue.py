@@ -49,10 +49,13 @@ def test_state_dict_has_the_published_names_and_shapes(tmp_path):
     other.enqueue(units(2))  # must not be written over what is loaded
     other.load_state_dict(torch.load(tmp_path / "queue.pt"))
     assert torch.equal(other.keys, queue.keys) and torch.equal(other.queue_ptr, queue.queue_ptr)
-    published = torch.nn.functional.normalize(torch.randn(6, 5), dim=0)  # contiguous as (dim, size)
-    other.load_state_dict({"queue": published, "queue_ptr": torch.zeros(1, dtype=torch.int64)})
-    assert torch.equal(other.keys, published.T)
-    assert other.keys.is_contiguous()
+    # Published ones are contiguous as (dim, size); those of older versions were not.
+    published = torch.nn.functional.normalize(torch.randn(6, 5), dim=0)
+    for queue in (published, published.T.contiguous().T):
+        torch.save({"queue": queue, "queue_ptr": torch.tensor([3])}, tmp_path / "queue.pt")
+        other.load_state_dict(torch.load(tmp_path / "queue.pt"))
+        assert torch.equal(other.keys, published.T) and other.keys.is_contiguous()
+        assert other.queue_ptr.tolist() == [3]
 
 
 def test_the_loss_reads_the_queue_where_it_lies():
@@ -97,19 +100,6 @@ def test_saving_a_model_with_a_queue(way, assign, tmp_path):
     torch.testing.assert_close(other.queue.keys[2], units(1, seed=3)[0])
 
 
-def test_a_checkpoint_of_before():
-    """Whose queue was no contiguous tensor."""
-    old = torch.nn.functional.normalize(torch.randn(5, 6)).T
-    stream = io.BytesIO()
-    torch.save({"queue": old, "queue_ptr": torch.tensor([3])}, stream)
-    stream.seek(0)
-    state = torch.load(stream)
-    assert not state["queue"].is_contiguous()
-    queue = NegativeQueue(5, 6)
-    queue.load_state_dict(state)
-    assert torch.equal(queue.keys, old.T) and queue.queue_ptr.tolist() == [3]
-
-
 MOVES = {
     "half": lambda q: q.half(),
     "to a dtype": lambda q: q.to(torch.float64),
@@ -143,12 +133,7 @@ def test_keys_that_wait_go_with_the_queue(move):
     expected = torch.cat([units(2), units(1, seed=1)]).to(moved.queue.dtype)
     torch.testing.assert_close(moved.keys[:3], expected)
     assert moved.keys.dtype == moved.queue.dtype and moved.queue_ptr.tolist() == [3]
-
-
-def test_keys_that_wait_move_to_another_device():
-    queue = NegativeQueue(5, 6)
-    queue.enqueue(units(2))
-    assert queue.to("meta").keys.device.type == "meta"
+    assert moved.to("meta").keys.device.type == "meta"
 
 
 def test_a_state_dict_leaves_the_queue_to_the_backward():
@@ -168,14 +153,14 @@ def test_a_state_dict_leaves_the_queue_to_the_backward():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_keys_of_any_dtype_under_autocast(dtype, queue_dtype):
     """As the loss takes them there; they are normalised in the wider dtype, then rounded to the queue's."""
-    queue, keys = NegativeQueue(4, 6, dtype=queue_dtype), (3 * units(2)).to(dtype)
+    queue, keys = NegativeQueue(4, 6, dtype=queue_dtype), (3 * units(2)).to(dtype).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         queue.enqueue(keys)
         assert fastnce.info_nce(keys, keys, queue.keys).isfinite()
     wide = torch.promote_types(dtype, queue_dtype)
-    expected = torch.nn.functional.normalize(keys.double()).to(wide).to(queue_dtype)
+    expected = torch.nn.functional.normalize(keys.detach().double()).to(wide).to(queue_dtype)
     found = queue.keys[:2]
-    assert found.dtype == queue_dtype
+    assert found.dtype == queue_dtype and not found.requires_grad
     torch.testing.assert_close(found, expected)
 
 
@@ -218,26 +203,18 @@ def test_enqueue_between_forward_and_backward(reduction, backend):
     assert torch.equal(queue.keys[:4], key) or (queue.keys[:4] - key).norm() < 1e-6
 
 
-def test_keys_are_normalised_and_without_gradient():
-    queue = NegativeQueue(4, 6)
-    queue.enqueue(3 * units(2).requires_grad_())
-    torch.testing.assert_close(queue.keys[:2], units(2))
-    assert not queue.keys.requires_grad
-
-
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (torch.randn(2, 5), "keys must have the shape (2, 6) (the queue has dim=6), got (2, 5)"),
+        (torch.randn(2, 5), r"keys .*dim=6\), got \(2, 5\)"),
         (torch.randn(2, 6).double(), "keys is torch.float64 but the queue is torch.float32"),
         (torch.randn(2, 6).bfloat16(), "keys is torch.bfloat16 but the queue is torch.float32"),
-        (torch.randn(6), "keys must have the shape (N, D), got (6,)"),
+        (torch.randn(6), r"keys .*got \(6,\)"),
     ],
 )
 def test_errors(keys, message):
-    with pytest.raises((TypeError, ValueError)) as raised:
+    with pytest.raises((TypeError, ValueError), match=message):
         NegativeQueue(4, 6).enqueue(keys)
-    assert message in str(raised.value)
 
 
 def enqueue_over_ranks(group, counts):

@@ -29,10 +29,6 @@ def fill_with_sines(module: nn.Module) -> nn.Module:
     return module
 
 
-def count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def arange_image(size: int) -> Tensor:
     return torch.arange(float(size * size)).reshape(1, 1, size, size)
 
@@ -103,45 +99,42 @@ def test_shapes_at_256():
     assert logits.shape == (1, 1, 30, 30)
 
 
-def test_parameter_counts():
-    assert count(ResnetGenerator()) == 11_378_179
-    assert count(PatchDiscriminator()) == 2_764_737
-    assert count(PatchProjector([3, 128, 256, 256, 256])) == 560_384
-    assert count(ResnetGenerator(base_channels=16, num_blocks=4)) == 346_371
-    assert count(PatchDiscriminator(base_channels=32, num_layers=2, norm="none")) == 167_649
+@pytest.mark.parametrize(
+    "network, expected",
+    [
+        (ResnetGenerator(), 11_378_179),
+        (PatchDiscriminator(), 2_764_737),
+        (PatchProjector([3, 128, 256, 256, 256]), 560_384),
+        (ResnetGenerator(base_channels=16, num_blocks=4), 346_371),
+        (PatchDiscriminator(base_channels=32, num_layers=2, norm="none"), 167_649),
+        (PatchDiscriminator(6, antialias=False, norm="batch"), 2_768_705),  # pix2pix's
+    ],
+)
+def test_parameter_counts(network, expected):
+    assert sum(parameter.numel() for parameter in network.parameters()) == expected
 
 
-def test_generator_keys():
-    keys = set(ResnetGenerator().state_dict())
-    expected = {f"model.{i}.{p}" for i in (1, 4, 8, 22, 26, 30) for p in ("weight", "bias")}
-    expected |= {f"model.{i}.filt" for i in (7, 11, 21, 25)}
-    expected |= {
-        f"model.{i}.conv_block.{j}.{p}"
-        for i in range(12, 21)
-        for j in (1, 5)
-        for p in ("weight", "bias")
-    }
-    assert keys == expected
+def keys(prefix, indices, parts=("weight", "bias")):
+    return {f"{prefix}.{index}.{part}" for index in indices for part in parts}
 
 
-def test_generator_keys_without_antialias():
-    keys = set(ResnetGenerator(antialias=False, num_blocks=1).state_dict())
-    expected = {f"model.{i}.{p}" for i in (1, 4, 7, 12, 16, 20) for p in ("weight", "bias")}
-    expected |= {"model.11.filt", "model.15.filt"}
-    expected |= {f"model.10.conv_block.{j}.{p}" for j in (1, 5) for p in ("weight", "bias")}
-    assert keys == expected
-
-
-@pytest.mark.parametrize("norm", ["instance", "none"])
-def test_discriminator_keys(norm):
-    keys = set(PatchDiscriminator(norm=norm).state_dict())
-    expected = {f"model.{i}.{p}" for i in (0, 3, 7, 11, 14) for p in ("weight", "bias")}
-    assert keys == expected | {f"model.{i}.filt" for i in (2, 6, 10)}
-
-
-def test_projector_keys():
-    expected = {f"mlp_{i}.{j}.{p}" for i in (0, 1) for j in (0, 2) for p in ("weight", "bias")}
-    assert set(PatchProjector([3, 8]).state_dict()) == expected
+def test_keys_are_the_published_ones():
+    expected = keys("model", (1, 4, 8, 22, 26, 30)) | keys("model", (7, 11, 21, 25), ["filt"])
+    for block in range(12, 21):
+        expected |= keys(f"model.{block}.conv_block", (1, 5))
+    assert set(ResnetGenerator().state_dict()) == expected
+    plain = keys("model", (1, 4, 7, 12, 16, 20)) | keys("model", (11, 15), ["filt"])
+    plain |= keys("model.10.conv_block", (1, 5))
+    assert set(ResnetGenerator(antialias=False, num_blocks=1).state_dict()) == plain
+    blurred = keys("model", (0, 3, 7, 11, 14)) | keys("model", (2, 6, 10), ["filt"])
+    for norm in ("instance", "none"):
+        assert set(PatchDiscriminator(norm=norm).state_dict()) == blurred
+    pix2pix = PatchDiscriminator(6, antialias=False, norm="batch").state_dict()
+    assert {key for key in pix2pix if key.endswith("bias")} == keys(
+        "model", (0, 3, 6, 9, 11), ["bias"]
+    )
+    mlps = keys("mlp_0", (0, 2)) | keys("mlp_1", (0, 2))
+    assert set(PatchProjector([3, 8]).state_dict()) == mlps
 
 
 def test_initialisation():
@@ -166,39 +159,26 @@ def test_taps_of_forward_and_encode_agree_bitwise(antialias):
             assert torch.equal(one, other)
 
 
-def test_tap_of_a_convolution_is_before_its_norm():
-    g = ResnetGenerator(base_channels=4, num_blocks=1)
+def test_taps_beside_a_norm_and_the_last_one():
+    """That of a convolution is before its norm; that of a norm is after the ReLU; nothing is computed behind the last."""
+    g = ResnetGenerator(base_channels=4, num_blocks=2)
     g.model[4].bias.data.fill_(3.0)
     (feature,) = g.encode(torch.zeros(1, 3, 16, 16), [4])
     assert torch.equal(feature, torch.full_like(feature, 3.0))
-
-
-def test_tap_8_without_antialias_is_after_the_relu():
-    torch.manual_seed(0)
-    g = ResnetGenerator(base_channels=4, num_blocks=1, antialias=False)
-    (feature,) = g.encode(torch.randn(1, 3, 16, 16), [8])
-    assert isinstance(g.model[8], InstanceNorm)
-    assert feature.min() == 0
-
-
-def test_encode_stops_after_the_last_tap():
-    g = ResnetGenerator(base_channels=4, num_blocks=2)
     g.model[13] = nn.Module()  # would raise when called
     assert len(g.encode(torch.zeros(1, 3, 16, 16), [0, 12])) == 2
+    torch.manual_seed(0)
+    plain = ResnetGenerator(base_channels=4, num_blocks=1, antialias=False)
+    (feature,) = plain.encode(torch.randn(1, 3, 16, 16), [8])
+    assert isinstance(plain.model[8], InstanceNorm) and feature.min() == 0
 
 
-@pytest.mark.parametrize("taps", [[], [4, 0], [4, 4], [-1], [99]])
-def test_bad_taps(taps):
+def test_errors():
     g = ResnetGenerator(base_channels=4, num_blocks=1)
-    with pytest.raises(ValueError, match="ascending, distinct layer indices from 0 to"):
-        g.encode(torch.zeros(1, 3, 16, 16), taps)
-
-
-def test_projector_rejects_another_number_of_maps():
+    for taps in ([], [4, 0], [4, 4], [-1], [99]):
+        with pytest.raises(ValueError, match="taps=.* ascending, distinct layer indices from 0 to"):
+            g.encode(torch.zeros(1, 3, 16, 16), taps)
     with pytest.raises(ValueError, match="patches of 1 feature maps, expected 2"):
         PatchProjector([3, 8])([torch.zeros(1, 2, 3)])
-
-
-def test_discriminator_rejects_unknown_norm():
-    with pytest.raises(ValueError, match=r"norm='group' must be one of"):
+    with pytest.raises(ValueError, match="norm='group' must be one of"):
         PatchDiscriminator(norm="group")

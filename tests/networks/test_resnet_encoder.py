@@ -117,12 +117,6 @@ def test_few_channels_are_contiguous_on_the_cpu(size):
     torch.testing.assert_close(layer.weight.grad, exact[1].grad.float())
 
 
-def test_more_channels_keep_their_format():
-    layer = StridedConv1x1(8, 4, 2)
-    x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
-    assert layer(x).is_contiguous(memory_format=torch.channels_last)
-
-
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "small"])
 def test_every_strided_1x1_convolution_is_guarded(name):
     with torch.device("meta"):

@@ -115,43 +115,34 @@ def labelled(op: str) -> Callable:
 
 
 ROWS, TWO = (9, 6), (2, 9, 6)
-ONE_KEY = functools.partial(info_nce, in_batch_negatives=True)
+JOINED = functools.partial(info_nce, in_batch_negatives=True)
+BOTH = functools.partial(info_nce, symmetric=True)
+OF_A_BATCH = functools.partial(patch_nce, negatives="batch")
+SIMILARITIES = fastnce.pairwise_cosine_similarity
 # The op, its equation, and the shapes of the rows.
 DEFINITIONS = {
     "in_batch": (info_nce, in_batch, [ROWS, ROWS]),
-    "symmetric": (functools.partial(info_nce, symmetric=True), symmetric, [ROWS, ROWS]),
+    "symmetric": (BOTH, symmetric, [ROWS, ROWS]),
     "queue": (info_nce, queue, [ROWS, ROWS, (11, 6)]),
-    "queue_in_batch": (ONE_KEY, queue_in_batch, [ROWS, ROWS, (11, 6)]),
+    "queue_in_batch": (JOINED, queue_in_batch, [ROWS, ROWS, (11, 6)]),
     "own": (info_nce, own, [ROWS, ROWS, (9, 4, 6)]),
-    "own_in_batch": (ONE_KEY, own_in_batch, [ROWS, ROWS, (9, 4, 6)]),
+    "own_in_batch": (JOINED, own_in_batch, [ROWS, ROWS, (9, 4, 6)]),
     "dot": (functools.partial(info_nce, normalize=False), dot_products, [ROWS, ROWS]),
     "batched": (info_nce, of_each(in_batch, 2), [TWO, TWO]),
-    "batched_symmetric": (
-        functools.partial(info_nce, symmetric=True),
-        of_each(symmetric, 2),
-        [TWO, TWO],
-    ),
+    "batched_symmetric": (BOTH, of_each(symmetric, 2), [TWO, TWO]),
     "batched_queue": (info_nce, of_each(queue, 2), [TWO, TWO, (11, 6)]),
-    "batched_queue_in_batch": (ONE_KEY, of_each(queue_in_batch, 2), [TWO, TWO, (11, 6)]),
+    "batched_queue_in_batch": (JOINED, of_each(queue_in_batch, 2), [TWO, TWO, (11, 6)]),
     "batched_own": (info_nce, of_each(own, 3), [TWO, TWO, (2, 9, 4, 6)]),
-    "batched_own_in_batch": (ONE_KEY, of_each(own_in_batch, 3), [TWO, TWO, (2, 9, 4, 6)]),
+    "batched_own_in_batch": (JOINED, of_each(own_in_batch, 3), [TWO, TWO, (2, 9, 4, 6)]),
     "patch_nce": (patch_nce, of_each(cut, 2), [TWO, TWO]),
-    "patch_nce_batch": (
-        functools.partial(patch_nce, negatives="batch"),
-        cut_of_a_batch,
-        [TWO, TWO],
-    ),
+    "patch_nce_batch": (OF_A_BATCH, cut_of_a_batch, [TWO, TWO]),
     "one_patch": (patch_nce, of_each(cut, 2), [(2, 1, 6), (2, 1, 6)]),
     "conditional_contrastive": (labelled("conditional_contrastive"), two_c, [ROWS, ROWS]),
     "nt_xent": (nt_xent, simclr, [ROWS, ROWS]),
     "nt_xent_of_one": (nt_xent, simclr, [(1, 6), (1, 6)]),
     "sup_con": (labelled("sup_con"), l_out, [ROWS]),
-    "similarity": (fastnce.pairwise_cosine_similarity, similarity, [(7, 5), (4, 5)]),
-    "similarity_batched": (
-        fastnce.pairwise_cosine_similarity,
-        similarity,
-        [(2, 3, 7, 5), (2, 3, 4, 5)],
-    ),
+    "similarity": (SIMILARITIES, similarity, [(7, 5), (4, 5)]),
+    "similarity_batched": (SIMILARITIES, similarity, [(2, 3, 7, 5), (2, 3, 4, 5)]),
 }
 
 

@@ -151,8 +151,8 @@ def test_mistake(kind, pattern, op, args, kwargs):
         assert message.startswith(f"{op}: ")
 
 
-# Raised for the kernels, not for an argument, so often: test_every_op and test_second_derivatives have them.
-ELSEWHERE = {"expect_fusable": 2, "_NoSecondDerivative": 1}
+# Raised for the kernels, not for an argument, so often: test_every_op and test_second_derivatives have them. Over ranks: tests/distributed.
+ELSEWHERE = {"expect_fusable": 2, "_NoSecondDerivative": 1, "OverRanks": 1, "over_ranks": 1}
 
 
 def raises(inside: dict[str, int] | None = None) -> set[str]:

@@ -37,7 +37,8 @@ LARGE = {
     "keys_and_queue": ("info_nce", (600, 33), (900, 33), "queue in_batch"),
     "batch_and_queue": ("info_nce", (3, 70, 33), (50, 33), "queue in_batch"),
     "own": ("info_nce", (2, 30, 27), (2, 30, 150, 27), "own in_batch"),
-    "many_small": ("patch_nce", (9, 40, 27), None, ""),
+    "many_small": ("patch_nce", (9, 40, 27), None, 4.0),  # where CUT's constant counts
+    "layers": ("patch_nce", (1, 256, 256), None, 0.07),  # five of them
     "panels": ("pairwise_cosine_similarity", (1300, 40), (700, 40), ""),
     "panels_itself": ("pairwise_cosine_similarity", (1300, 40), None, ""),
     "few_other_rows": ("pairwise_cosine_similarity", (1300, 40), (30, 40), ""),
@@ -60,7 +61,7 @@ each_large = pytest.mark.parametrize("name", LARGE)
 def large(name: str, dtype: torch.dtype, reduction: str = "none") -> Sample:
     op, shape, others, form = LARGE[name]
     x, y = gaussian(*shape), 0.3 * gaussian(*shape) + gaussian(*shape, seed=1)
-    tau = {"info_nce": 0.07, "patch_nce": 0.07, "pairwise_cosine_similarity": 0.3}.get(op, form)
+    tau = {"info_nce": 0.07, "pairwise_cosine_similarity": 0.3}.get(op, form)
     temperature = torch.tensor(tau, dtype=torch.promote_types(dtype, torch.float32))
     options = {"temperature": temperature, "reduction": reduction}
     if op == "info_nce":
@@ -73,6 +74,10 @@ def large(name: str, dtype: torch.dtype, reduction: str = "none") -> Sample:
         classes = 20 if op == "conditional_contrastive" else shape[0] // 7  # below and above 8 rows
         options["labels"] = torch.randint(classes, shape[:1], generator=generator)
     sample = of_rows(op, [x] if y is None else [x, y], dtype, **options)
+    if name == "layers":
+        for key in ("query_features", "key_features"):
+            x = sample.arguments[key].detach()
+            sample.arguments[key] = [x.roll(i, -2).requires_grad_() for i in range(5)]
     return Sample(f"{name} {reduction}", sample.arguments)
 
 

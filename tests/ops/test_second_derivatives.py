@@ -154,7 +154,9 @@ MAPS = {
     "conv3x3": lambda x: conv3x3(x, x.mean((0, 2, 3)).view(16, 1, 1, 1) * KERNEL.to(x), reflect=True),
     "conv3x3 of its own": lambda x: conv3x3(x, KERNEL.to(x)),
     "instance_norm": lambda x: instance_norm(x, x.cos(), slope=0.2),
+    "instance_norm leaky": lambda x: instance_norm(x, slope=0.2),
     "blur_resample": lambda x: blur_resample(x, blur_kernel(16, halve=True).to(x), halve=True),
+    "blur_resample double": lambda x: blur_resample(x, blur_kernel(16, halve=False).to(x), halve=False),
 }  # fmt: skip
 
 
