@@ -15,7 +15,7 @@ from tiny import GENERATION
 from fastnce.demo.judges import DigitClassifier
 from fastnce.errors import UserError
 from fastnce.systems import SYSTEMS
-from fastnce.systems.contragan import judge_of, reference_images
+from fastnce.systems.contragan import judge_of
 from fastnce.systems.generating import interpolate, latent
 from fastnce.systems.system import Ablation
 from fastnce.training import (
@@ -78,17 +78,6 @@ def test_collapse_is_said(tiny, capsys, monkeypatch):
     assert "The samples have collapsed: their pixels have 0.0 %" in capsys.readouterr().err
     (line,) = read_metrics(tiny().out / "measurements.jsonl")
     assert line["spread"] == 0.0
-
-
-def test_reference_images_are_spread_over_the_classes(tiny):
-    from fastnce.systems.contragan import labelled_images
-
-    dataset = labelled_images(tiny(), "train")
-    images, labels = reference_images(dataset, 3)
-    assert labels.tolist() == [0, 1, 2]
-    everything, all_labels = reference_images(dataset, 100)
-    assert len(everything) == len(all_labels) == 15
-    assert torch.equal(images[0], everything[0]) and torch.equal(images[2], everything[14])
 
 
 def test_generate(run, tmp_path):
@@ -173,16 +162,6 @@ def test_a_run_keeps_its_classes(tiny, whole, classes, tmp_path, caplog):
         train(tiny(data=data, steps=9, class_names=("aphid", "ant", "cat")))
 
 
-def test_an_old_run_whose_data_has_more_classes_by_now(run, classes, tmp_path):
-    """Its names are not known, so it has numbers."""
-    shutil.copytree(classes, tmp_path / "data")
-    shutil.copytree(classes / "train" / "bee", tmp_path / "data" / "train" / "aphid")
-    generator, config = load_generator(run)
-    old = dataclasses.replace(config, class_names=(), data=tmp_path / "data")
-    assert generate_folder(generator, old, tmp_path / "out", count=1) == 3
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"0", "1", "2", "grid.png"}
-
-
 def test_classes_with_one_or_no_test_image(tiny, classes, extractor, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(classes, data)
@@ -243,16 +222,6 @@ def test_without_classes(tiny, extractor, tmp_path, capsys, layout):
         "generated",
         "untrained generator",
     ]
-
-
-@pytest.mark.parametrize("backbone", ["biggan", "sngan", "dcgan"])
-def test_sizes_that_are_no_power_of_two(tiny, backbone, tmp_path):
-    config = tiny(image_size=24, backbone=backbone, steps=1)
-    run = train(config)
-    generate_folder(*load_generator(run), tmp_path / "out", count=1)
-    assert Image.open(tmp_path / "out" / "cat" / "0000.png").size == (24, 24)
-    with pytest.raises(UserError, match="image_size=33 must be 4, 5, 6 or 7 times.*Use 32 or 40"):
-        train(tiny(image_size=33, backbone=backbone, out=tmp_path / "other"))
 
 
 def test_class_balance(tiny, classes, tmp_path):
