@@ -9,6 +9,7 @@ returns ``(loss, lse, (grad_query, None, None, grad_temperature))``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,7 +112,7 @@ def implementation(operator: Operator, function: Callable) -> Callable:
     """The operator whose results are those of a ``function`` that a backend has."""
 
     def run(*arguments: object) -> object:
-        values = dict(zip(operator.arguments, arguments, strict=True))
+        values: dict[str, Any] = dict(zip(operator.arguments, arguments, strict=True))
         values.pop("bfloat16_products", None)
         temperature = values.pop("temperature_tensor", None)
         if temperature is not None:
