@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class Operator:
 
     def fake(self, *arguments: object) -> object:
         """The results in shapes and dtypes alone: for torch.compile and meta tensors."""
-        values = dict(zip(self.arguments, arguments, strict=True))
+        values: dict[str, Any] = dict(zip(self.arguments, arguments, strict=True))
         found = () if self._results is None else self._results(**values)
         if not self.needs:
             return found

@@ -52,5 +52,5 @@ def test_commands_are_there(page):
 def test_every_page_is_in_the_site_and_in_its_index():
     site, index = (ROOT / "mkdocs.yml").read_text(), (ROOT / "docs" / "index.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):
-        assert f"- {page.name}" in site
+        assert f" {page.name}\n" in site
         assert page.name == "index.md" or f"]({page.name})" in index

@@ -166,6 +166,16 @@ def test_the_kernels_are_found_beside_the_package_and_nothing_else_is():
     assert done.stdout.splitlines() == [str(ROOT / "triton_kernels/config.py"), "fastnce.tests"]
 
 
+def test_every_source_is_counted_where_a_library_is_compared_with_them():
+    counted = {
+        file
+        for library in (build.NATIVE, build.CUDA)
+        for pattern in library.sources
+        for file in (ROOT / "csrc").glob(pattern)
+    }
+    assert counted == {file for file in (ROOT / "csrc").rglob("*") if file.is_file()}
+
+
 # As setup.py has it: without the package, and so without torch.
 ALONE = f"import runpy; build = runpy.run_path({build.__file__!r}); "
 # A library that compiles in a moment.

@@ -76,7 +76,8 @@ def scaled(
     """The gradients of a loss, times the gradient that arrives for that loss, None for zero, and ``factor``."""
     if by is None:
         return (None,) * len(grads)
-    by = by * factor
+    if factor != 1.0:
+        by = by * factor
 
     def times(grad: Tensor | None) -> Tensor | None:
         if grad is None:

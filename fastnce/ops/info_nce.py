@@ -100,11 +100,11 @@ def info_nce(
         _check_similarity_dtype(op, similarity_dtype, normalize, negative_keys)
 
     batched = query.dim() == 3
-    rows = (query, positive_key, negative_keys)
     if not batched:
-        own = negative_keys is not None and negative_keys.dim() == 3
-        alike = (True, True, own)
-        rows = tuple(x.unsqueeze(0) if one else x for x, one in zip(rows, alike, strict=True))
+        query, positive_key = query.unsqueeze(0), positive_key.unsqueeze(0)
+        if negative_keys is not None and negative_keys.dim() == 3:
+            negative_keys = negative_keys.unsqueeze(0)
+    rows = (query, positive_key, negative_keys)
     options = {
         "normalize": bool(normalize),
         "symmetric": bool(symmetric),

@@ -777,18 +777,12 @@ class ContraGANSystem(LabelledSystem):
     ) -> tuple[dict[str, Any], str]:
         """FID, intra-class FID, precision, recall and more of samples, against the test images.
 
-        Beside the samples stand training images (the best to hope for) and samples of the generator before its training.
+        Beside them stand training images (the best to hope for) and samples of the generator before its training.
 
         Args:
-            config: of the run.
             networks: the generator as "run".
-            data: folder of the data.
-            device: of the generator.
             extractor: TorchScript file of a feature extractor; by default that of the run, or a digits set's own classifier.
             seed: of the noise.
-
-        Raises:
-            UserError: no such data, or no extractor for them.
         """
         from fastnce.metrics import evaluate_generation, format_generation_table
 

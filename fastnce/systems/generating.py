@@ -132,17 +132,7 @@ def _class_names(config: LabelledTrainConfig, count: int) -> list[str]:
 
 @torch.inference_mode()
 def sample_images(generator: nn.Module, z: Tensor, labels: Tensor, batch_size: int = 256) -> Tensor:
-    """Images of a generator in eval mode, on the CPU.
-
-    Args:
-        generator: as `load_generator` gives it.
-        z: (N, latent_dim).
-        labels: (N,) int64.
-        batch_size: images at a time; the result does not depend on it.
-
-    Returns:
-        (N, C, H, W) float32 in [-1, 1].
-    """
+    """Images (N, C, H, W) in [-1, 1] of a generator in eval mode, on the CPU, for `z` (N, latent_dim) and `labels` (N,)."""
     device = next(generator.parameters()).device
     parts = zip(z.split(batch_size), labels.split(batch_size), strict=True)
     images = [generator(a.to(device), b.to(device)).float().cpu() for a, b in parts]

@@ -97,23 +97,19 @@ def judge_folders(
     """Judges folders of translated test images, beside untranslated images and other real ones, by features of all of them.
 
     Args:
-        folders: By the name of the row. Of a digits-photos set the files have the names of the source's test images, with any
-            extension; of other sets the names do not matter.
-        data: Folder of the data set.
-        extractor: See `load_judge`.
+        folders: by the name of the row. Of a digits-photos set the files have the names of the source's test images.
+        data: folder of the data set.
+        extractor: see `load_judge`.
         direction: "AtoB": testA was translated, and testB is the reference; or "BtoA".
-        read: Reads the real images; by default at their own size.
-        baselines: Judge the untranslated and the other real images too.
-        evaluator: Of a digits-photos set, if it is loaded already.
-        paired: The data are pairs: see `fastnce.data.AlignedImages`.
-        skip: Leave out files that cannot be read.
-        value_range: The images' numbers that stand for black and white: see `fastnce.data.images.read_image`.
+        read: reads the real images; by default at their own size.
+        baselines: judge the untranslated and the other real images too.
+        evaluator: of a digits-photos set, if it is loaded already.
+        paired: the data are pairs.
+        skip: leave out files that cannot be read.
+        value_range: the images' numbers that stand for black and white.
 
     Returns:
         See `fastnce.metrics.evaluate`.
-
-    Raises:
-        UserError: folders or images are missing.
     """
     as_they_are = partial(_as_they_are, value_range=value_range)
     read = read or as_they_are
@@ -176,23 +172,11 @@ def judge_pairs(
 ) -> dict[str, Any]:
     """L1, PSNR and SSIM of folders of translated test images of a set of pairs, each against its own truth.
 
-    Args:
-        folders: By the name of the row. The files have the names of the test images, as `fastnce translate` gives them, with any
-            extension; some may be missing, as those of broken images are.
-        data: Folder of the set.
-        direction: As of `judge_folders`.
-        read: Reads the real images; by default at their own size.
-        channels: Of the translated images, to which all are converted.
-        bits: Of the translated images.
-        baselines: Judge the untranslated images too.
-        skip: Leave out files that cannot be read.
-        value_range: As of `judge_folders`.
+    The files have the names of the test images, as `fastnce translate` gives them, with any extension; some may be missing. All are
+    read with so many `channels` and `bits`; for the other arguments see `judge_folders`.
 
     Returns:
         {"reference", "rows": [{"name"} and `fastnce.metrics.pairs.pair_numbers`, ...]}.
-
-    Raises:
-        UserError: folders or images are missing, or an image has another size than its truth.
     """
     source, truth = find_pairs(data, "test", direction)
     partners = dict(zip(source.paths, truth.paths, strict=True))
@@ -308,22 +292,17 @@ def evaluate_images(
     broken_files: Literal["error", "skip"] | None = None,
     value_range: tuple[float, float] | None = None,
 ) -> tuple[dict[str, Any], str]:
-    """The same of a folder of translated images, whatever program made them.
+    """The evaluation of a folder of translated images, whatever program made them.
 
-    All images are compared at their own size, whatever resizing there is the extractor does. Writes `metrics.json` and
-    `metrics.md` into `out`, by default the folder of the images.
+    All images are compared at their own size. Writes `metrics.json` and `metrics.md` into `out`, by default the folder of the images.
 
     Args:
         images: the translations of the test images of `data`.
-        data: folder with testA and testB, or with test of pairs side by side; may be left out if there are only segmentations to
-            score.
-        extractor: see `evaluate_translation`.
-        segmentation: see `evaluate_translation`.
-        direction: "AtoB": the images are translations of testA; or "BtoA".
+        data: folder with testA and testB, or with test of pairs side by side; not needed where only segmentations are scored.
+        extractor, segmentation, direction, value_range: see `TranslationSystem.evaluate`.
         out: folder of the report.
         device: where the extractor runs.
         broken_files: "skip" leaves out files that cannot be read.
-        value_range: the images' numbers that stand for black and white, where they are not of 8 bits or use all of 16.
 
     Raises:
         UserError: folders or images are missing, or nothing to judge these images.

@@ -273,9 +273,8 @@ def translate_folder(
 def input_part(config: UnpairedTrainConfig, paths: Sequence[Path]) -> Part:
     """Which part of the files in `paths` a generator translates that learned from pairs.
 
-    That is all of each file, but where a run of pix2pix learned from pairs side by side, and these are such: files of its data,
-    or of the shape of its training's files. Then it is the half that was the input of the training. A line on standard error
-    says which.
+    All of each file, but for pairs side by side: files of the training's data, or of the shape of its files. Then it is the half
+    that was the input of the training. A line on standard error says which.
 
     Raises:
         UserError: the training's data are not there any more, and the files may be such pairs.

@@ -330,10 +330,7 @@ def in_direction(
 ) -> tuple[nn.Module, int]:
     """The part of a generator that translates from one domain to the other, and the channels of its input.
 
-    Args:
-        generator: of a system of one direction, or with the parts `a_to_b` and `b_to_a`.
-        config: of its run.
-        direction: "AtoB" or "BtoA", the names of the data's folders; None: as in the run.
+    `direction` is "AtoB" or "BtoA", the names of the data's folders; None: as in the run, whose configuration is `config`.
 
     Raises:
         UserError: a direction that the generator does not translate in.

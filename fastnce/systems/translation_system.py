@@ -181,18 +181,12 @@ class TranslationSystem(System):
         and the others only with an extractor.
 
         Args:
-            config: of the run.
             networks: "run", and as further rows "best" and "without_nce".
             data: folder of the data, or the folders by the names testA, testB and trainB.
-            device: of the networks.
-            extractor: what gives the features: see `fastnce.metrics.extractors.load_extractor`; by default that of the run, or
-                a digits-photos set's own network.
+            extractor: what gives the features; by default that of the run, or a digits-photos set's own network.
             segmentation: also score the segmentation of the translations; then there need not be an extractor.
             direction: "AtoB" or "BtoA", for systems of both directions; by default that of the training.
             value_range: the images' numbers that stand for black and white; by default as in the training.
-
-        Raises:
-            UserError: no such data, or nothing to judge these images.
         """
         from fastnce.systems import judging
 
@@ -329,14 +323,9 @@ def expect_sizes_fit(
     """Checks the sizes of all training images before the first step, without computing anything.
 
     Args:
-        config: of the run.
-        dataset: its training images.
         networks: by their names those that see the images, with the channels of their input.
         one_size: why all images of A and B must have one size; None: they need not.
         compared: "A" or "AB": of whose maps `num_patches` patches are compared.
-
-    Raises:
-        UserError: an image that a network cannot take, or two of different sizes where there must be one; names the files.
     """
     a, b = dataset.output_sizes()
     found = b | a
@@ -416,10 +405,6 @@ def collapse(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> str | None:
 
     Variety is the share of the variance from image to image in that of all pixels, of the images as 16x16 squares of grey.
     Contrast is the variance of the pixels of an image.
-
-    Args:
-        inputs: (C, H, W) each, in [-1, 1]; sizes may differ.
-        outputs: their translations.
     """
     variety_in, contrast_in = _variety_and_contrast(inputs)
     variety_out, contrast_out = _variety_and_contrast(outputs)

@@ -39,8 +39,6 @@ def ablate(
 
     Args:
         variant: a key of `ablations()`.
-        data: folder of the data.
-        out: folder; created.
         preset: see `build_config`.
         seeds: at least one; from two on there is a spread.
         only: names of the choices to compare; by default all.
@@ -50,9 +48,6 @@ def ablate(
         {"choices": [{"name", "seeds", measure: {"mean", "spread", "values", "beyond_spread"}}]} and the table. The spread is the
         standard deviation over the seeds; `beyond_spread` says whether the mean differs from the first choice's by more than
         the spreads of both together, sqrt(a^2 + b^2); None without a spread, and for the first choice.
-
-    Raises:
-        UserError: an unknown name, or whatever a training or an evaluation raises.
     """
     ablation = ablations()[known(variant, ablations(), "ablation")]
     names = [known(name, ablation.choices, "choice") for name in only] or list(ablation.choices)

@@ -39,17 +39,9 @@ def export_published(
     """Writes a run's networks as the published repository keeps them: `out/{label}_net_{G,D,F}.pth`, plain state dicts.
 
     Args:
-        run: the run, or its folder. With "ema" weights the generator is the average; the other networks have none.
-        out: folder for the files; created.
+        run: the run, or its folder and in `how` what opens it. With "ema" weights the generator is the average; the others have none.
         label: the epoch in the files' names.
         module_prefix: put `module.` before every key, as the published code does when it trains on a CPU.
-        how: for a folder, what `Run` needs to open it.
-
-    Returns:
-        The files.
-
-    Raises:
-        UserError: no such run or checkpoint, a system that no published repository has, or `out` cannot be written.
     """
     run = opened(run, **how)
     system = run.system
@@ -76,12 +68,6 @@ def export_shared(run: Run | Path, out: Path, **how: Any) -> Path:
     """Writes the network that a run was made for, with its configuration, as `out/model.safetensors`.
 
     The file takes the place of the run's folder wherever a trained network is read. `how` opens a folder: see `Run`.
-
-    Returns:
-        The file.
-
-    Raises:
-        UserError: no such run or checkpoint, or `out` cannot be written.
     """
     run = opened(run, **how)
     path = Path(out) / "model.safetensors"

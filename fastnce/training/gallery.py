@@ -18,17 +18,10 @@ from fastnce.viz import GalleryRun, save_gallery
 
 
 def write_gallery(runs: Sequence[Path], out: Path | None = None) -> Path:
-    """Writes runs of any systems as one HTML page: samples over time, curves, evaluation, configuration, command.
-
-    Args:
-        runs: folders of runs; several are shown side by side.
-        out: the HTML file; by default `gallery.html` in the first run's folder.
+    """Writes runs of any systems, side by side, as one HTML page: samples over time, curves, evaluation, configuration, command.
 
     Returns:
-        The path of the page.
-
-    Raises:
-        UserError: no run, a folder that is none, a damaged file in it, or the page cannot be written.
+        The path of the page, by default `gallery.html` in the first run's folder.
     """
     if not runs:
         raise UserError("run is missing. Name the folder of a training run, or several.")

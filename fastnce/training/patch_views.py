@@ -173,12 +173,6 @@ def visualize_similarity(
         count: points that are chosen.
         layers: of `nce_layers`; all if empty.
         scale: "similarity" for exp(cosine / temperature), as the loss has it; "cosine" shows small similarities too.
-
-    Returns:
-        The path of the figure.
-
-    Raises:
-        UserError: see `similarity_maps`; or the image cannot be read, or `out` not be written.
     """
     _expect_count(count)
     image = encoder.read(input)
@@ -198,16 +192,9 @@ def visualize_features(
 
     Args:
         encoder: see `PatchEncoder`.
-        input: image file, or a folder of images, of which the first ones of the same size are taken.
+        input: image file, or a folder of images, of which the first `count` ones of the same size are taken.
         out: folder; gets `pca-encoder.png` and, in a run with the contrastive loss, `pca-projected.png`.
-        count: images of a folder.
         layers: of `nce_layers`; all if empty.
-
-    Returns:
-        The paths of the figures.
-
-    Raises:
-        UserError: see `feature_colours`; or an image cannot be read, or `out` not be written.
     """
     _expect_count(count)
     input = Path(input)
@@ -247,14 +234,13 @@ def similarity_maps(
 ) -> dict[tuple[int, int], list[SimilarityMap]]:
     """The similarity of every position of the input to points of the output, as the contrastive loss sees it.
 
-    The query of a point is F(E(output)), in DCLGAN with the other direction's E and F, at the position nearest to it, the keys are F(E(input)) at all positions; the loss
-    wants exp(cosine / temperature) to be large at the query's own position and small at the others.
+    The query of a point is F(E(output)), in DCLGAN with the other direction's E and F, at the position nearest to it, the keys are
+    F(E(input)) at all positions; the loss wants exp(cosine / temperature) to be large at the query's own position only.
 
     Source: Park et al., "Contrastive Learning for Unpaired Image-to-Image Translation", ECCV 2020, the figure of the
     learned similarity.
 
     Args:
-        encoder: see `PatchEncoder`.
         input: (C, H, W) in [-1, 1], sides a multiple of 4.
         output: (C', H, W), its translation.
         points: (x, y) of pixels of the output, counted from 0 at the left and the top.
@@ -262,9 +248,6 @@ def similarity_maps(
 
     Returns:
         A list of maps, one for each layer, by point.
-
-    Raises:
-        UserError: a point outside the image, a layer that the run does not compare, or a run without a projector.
     """
     height, width = output.shape[1:]
     for x, y in points:
@@ -291,16 +274,10 @@ def similarity_maps(
 
 
 def distinct_points(encoder: PatchEncoder, output: Tensor, count: int) -> list[tuple[int, int]]:
-    """Pixels (x, y) of the output whose patches differ most, by the encoder's features in the middle layer.
+    """At most `count` pixels (x, y) of the output (C, H, W) whose patches differ most, by the encoder's features in the middle layer.
 
     The first is the most typical patch; each further one is the farthest from those before it (farthest-point sampling).
-    F(E) would be no good here: it tells all patches apart, alike or not. Positions at the border are left out: what they see
-    is partly padding.
-
-    Args:
-        encoder: see `PatchEncoder`.
-        output: (C, H, W) in [-1, 1].
-        count: how many; fewer if the layer has fewer positions.
+    F(E) would be no good here: it tells all patches apart, alike or not. What is at the border is partly padding, and left out.
     """
     features = encoder.of_output.encode(output)
     middle = (len(features) - 1) // 2
@@ -363,15 +340,9 @@ def main_components(maps: Sequence[Tensor]) -> tuple[Tensor, tuple[float, ...]]:
 def feature_colours(
     images: Sequence[tuple[PatchEncoder, Tensor]], *, projected: bool, layers: Sequence[int] = ()
 ) -> list[FeatureColours]:
-    """The main components of the images' features in each layer, with one basis for all images.
+    """The main components of the features of images (C, H, W) of one size in each layer, with one basis for all of them.
 
-    Args:
-        images: (C, H, W) in [-1, 1], all of one size, each with what encodes it.
-        projected: of F(E(image)), L2-normalised, rather than of E(image).
-        layers: of `nce_layers`; all if empty.
-
-    Raises:
-        UserError: a layer that the run does not compare, or a run without a projector.
+    Each image comes with what encodes it. `projected`: of F(E(image)), L2-normalised, rather than of E(image).
     """
     encoder = images[0][0]
     indices = encoder.chosen(layers)

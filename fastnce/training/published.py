@@ -93,15 +93,7 @@ def _plain_state_dict(state: object, path: Path) -> dict[str, Tensor]:
 
 
 def recognise(state: Mapping[str, Tensor], path: Path) -> Recognised:
-    """What the network with this state dict is and how it is configured, from keys and shapes.
-
-    Args:
-        state: as `read_published` gives it.
-        path: names the file in errors.
-
-    Raises:
-        UserError: none that fastnce has, named where it is known.
-    """
+    """What the network with this state dict is and how it is configured, from keys and shapes; `path` names it in errors."""
     stem, first = state.get("model.1.weight"), state.get("model.0.weight")
     if stem is not None and stem.ndim == 4 and stem.shape[2:] == (7, 7):
         return Recognised(RESNET, _resnet_options(state, path))
@@ -240,17 +232,9 @@ def published_config(state: Mapping[str, Tensor], path: Path) -> TrainConfig:
 
 
 def published_files(where: Path, names: tuple[str, ...]) -> dict[str, Path]:
-    """The published weights files of one epoch, by the network's name.
+    """The published weights files of one epoch by the network's name, of `names` those that there are; the first must be.
 
-    Args:
-        where: a folder, for its `latest_net_*.pth`, or the folder and the epoch: `checkpoints/horses/200`.
-        names: of the networks, the first being the generator, which must be there.
-
-    Returns:
-        For `names` in their order, those that there are.
-
-    Raises:
-        UserError: no such generator; the message says which epochs there are.
+    `where` is a folder, for its `latest_net_*.pth`, or the folder and the epoch: `checkpoints/horses/200`.
     """
     where = Path(where)
     folder, label = (where, "latest") if where.is_dir() else (where.parent, where.name)
@@ -267,11 +251,7 @@ def published_files(where: Path, names: tuple[str, ...]) -> dict[str, Path]:
 
 
 def load_initial(model: nn.Module, config: TrainConfig) -> list[str]:
-    """Starts a model from the weights that `config.init_from` names.
-
-    Args:
-        model: the model, freshly built from `config`.
-        config: its configuration.
+    """Starts a model, freshly built from `config`, from the weights that `config.init_from` names.
 
     Returns:
         A line for each network: where its weights come from.
@@ -294,21 +274,10 @@ _ROLES = {"G": "G", "G_A": "G", "D": "D", "D_A": "D", "F": "F", "F1": "F"}
 
 
 def load_run(model: nn.Module, path: Path, system: str) -> list[str]:
-    """Starts a model from a checkpoint of a run of any system: each network whose weights have the same names and shapes.
+    """Starts a model of `system` from a checkpoint of a run of any system: each network whose weights have the same names and shapes.
 
     Networks are matched by their names in the model, those of a translation from A to B also between systems of one and of both
     directions: generator, its discriminator, its projector. They are the weights themselves, not their running average.
-
-    Args:
-        model: the model, freshly built.
-        path: a checkpoint file.
-        system: the model's.
-
-    Returns:
-        A line for each network: whether its weights come from there, and why not.
-
-    Raises:
-        UserError: no such checkpoint, or none of the networks fits.
     """
     state = load_checkpoint(path)
     published = {name: known.published for name, known in SYSTEMS.items()}
@@ -362,17 +331,7 @@ def _difference(own: Mapping[str, object], other: Mapping[str, object]) -> str |
 def load_published(model: nn.Module, config: TrainConfig, networks: Mapping[str, str]) -> list[str]:
     """Starts a model from the published weights in `config.init_from`, if it names any.
 
-    Args:
-        model: the model, freshly built from `config`.
-        config: its configuration.
-        networks: the model's networks: published name to the attribute's path, the generator first.
-
-    Returns:
-        A line for each network: where its weights come from.
-
-    Raises:
-        UserError: files that are missing, damaged or of other networks than `config` describes; the message says which
-            options to give.
+    `networks` are the model's: published name to the attribute's path, the generator first. Errors say which options to give.
     """
     where = config.init_from
     if where is None:

@@ -83,21 +83,14 @@ def test_three_steps_follow_the_equations(case, backend):
         assert set(losses) == set(expected)
         for name, value in expected.items():
             torch.testing.assert_close(losses[name], value.detach(), rtol=1e-6, atol=1e-9)
-        for name, (one, other) in gradient_pairs(model, truth).items():
+        pairs = gradient_pairs(model, truth)
+        for name, (one, other) in pairs.items():
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9, msg=name)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [TINY, replace(TINY, lambda_r1=2.0), replace(TINY, gan_mode="wgangp")],
-    ids=["cut", "r1", "wgangp"],
-)
-def test_gradients_are_not_trivially_small(config):
-    """Guards the comparison above: every network's gradient is well above its absolute tolerance."""
-    model = make(config)
-    model.training_step(batches(1)[0], patch_ids=draw_ids(model, 2))
-    for network in (model.generator, model.projector, model.discriminator):
-        assert max(parameter.grad.abs().max() for parameter in network.parameters()) > 1e-5
+        # Every network's gradient is well above the tolerance.
+        for letter in model.optimizers:
+            assert (
+                max(one.abs().max() for name, (one, _) in pairs.items() if name[0] == letter) > 1e-5
+            )
 
 
 def distances_at_the_published_initialisation(

@@ -4,27 +4,17 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnce.networks import PatchDiscriminator
 from fastnce.systems.adversarial import discriminator_losses, generator_loss, gradient_penalty, r1
 
 
-@pytest.mark.parametrize("mode", ["vanilla", "nonsaturating"])
-def test_cross_entropy_objectives(mode):
-    real, fake = torch.randn(2, 4, 1, 3, 3, generator=torch.Generator().manual_seed(0))
-    ones, zeros = torch.ones_like(real), torch.zeros_like(real)
-    real_loss, fake_loss = discriminator_losses(real, fake, mode)
-    torch.testing.assert_close(real_loss, F.binary_cross_entropy_with_logits(real, ones))
-    torch.testing.assert_close(fake_loss, F.binary_cross_entropy_with_logits(fake, zeros))
-    expected = F.binary_cross_entropy_with_logits(fake, ones)
-    torch.testing.assert_close(generator_loss(fake, mode), expected)
-
-
 @pytest.mark.parametrize(
     ("mode", "terms", "generators"),
     [
+        ("vanilla", [0.2613, 0.5505], 1.3005),
+        ("nonsaturating", [0.2613, 0.5505], 1.3005),
         ("hinge", [0.25, 0.75], 0.75),
         ("lsgan", [2.125, 2.125], 4.625),
         ("wgangp", [-1.75, -0.75], 0.75),
@@ -32,8 +22,8 @@ def test_cross_entropy_objectives(mode):
 )
 def test_objectives_by_hand(mode, terms, generators):
     real, fake = torch.tensor([0.5, 3.0]), torch.tensor([-2.0, 0.5])
-    assert [x.item() for x in discriminator_losses(real, fake, mode)] == terms
-    assert generator_loss(fake, mode).item() == generators
+    found = [*discriminator_losses(real, fake, mode), generator_loss(fake, mode)]
+    assert [x.item() for x in found] == pytest.approx([*terms, generators], abs=1e-4)
 
 
 def test_penalties_of_a_known_function():

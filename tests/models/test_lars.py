@@ -2,7 +2,6 @@
 
 import copy
 
-import pytest
 import torch
 from torch import nn
 
@@ -48,35 +47,3 @@ def test_a_zero_weight_or_gradient_moves_as_without_scaling():
     optimizer.step()
     assert zero.tolist() == [[-0.5, -0.5]] * 2
     assert still.tolist() == [[3.0, 3.0]] * 2
-
-
-def test_parameters_without_gradient_and_the_closure():
-    used, unused = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
-    optimizer = LARS([used, unused], lr=1.0, trust=0.1)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = used.sum()
-        loss.backward()
-        return loss
-
-    assert optimizer.step(closure).item() == 4.0
-    assert used[0, 0].item() == pytest.approx(0.9)
-    assert unused[0, 0].item() == 1.0
-
-
-def test_its_state_goes_through_a_checkpoint():
-    nets = [model(), model()]
-    first, second = (LARS(lars_groups([net]), lr=0.1) for net in nets)
-    for _ in range(2):
-        nets[0](torch.ones(2, 1, 4, 4, dtype=torch.float64)).sum().backward()
-        first.step()
-    nets[1].load_state_dict(nets[0].state_dict())
-    # Copied, as a file would: torch takes the tensors of the dict themselves.
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for net, optimizer in zip(nets, (first, second), strict=True):
-        net.zero_grad()
-        net(torch.ones(2, 1, 4, 4, dtype=torch.float64)).sum().backward()
-        optimizer.step()
-    for a, b in zip(*(net.parameters() for net in nets), strict=True):
-        assert torch.equal(a, b)

@@ -79,18 +79,6 @@ def test_projectors_of_either_side_as_in_dclgan():
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("negatives", ["image", "queue"])
-def test_keys_get_no_gradient(negatives):
-    config = PatchContrastConfig(num_patches=6, negatives=negatives, projector="none")
-    queries, keys = maps(0, 1)
-    for x in (*queries, *keys):
-        x.requires_grad_()
-    contrast = PatchContrast(config, ["NCE"], [5, 7]).double()
-    contrast({"NCE": Comparison(queries, keys, None, None)})["NCE"].backward()
-    assert all(x.grad.any() for x in queries)
-    assert all(x.grad is None for x in keys)
-
-
 @pytest.mark.parametrize("backend", ["torch", None])
 @pytest.mark.parametrize("num_patches", [0, 6])
 def test_sampled_gradients_are_contiguous(num_patches, backend):

@@ -122,21 +122,6 @@ def test_moco_steps_are_their_transcription():
             assert_same_networks(getattr(model, name), getattr(twin, name))
 
 
-def test_the_key_networks_get_no_gradient_and_start_as_copies():
-    model = build(method="moco")
-    assert_same_networks(model.encoder, model.key_encoder)
-    model.training_step(batch())
-    assert all(p.grad is None for p in model.key_encoder.parameters())
-    assert all(p.grad is not None for p in model.encoder.parameters())
-
-
-def test_supcon_follows_the_labels_and_simclr_does_not():
-    other = batch() | {"label": torch.zeros(6, dtype=torch.int64)}
-    for method, differs in (("supcon", True), ("simclr", False)):
-        losses = [build(method=method).training_step(b)["loss"] for b in (batch(), other)]
-        assert (losses[0] != losses[1]).item() == differs
-
-
 def first_and_last_loss(model):
     first, *_, last = (model.training_step(batch())["loss"].item() for _ in range(16))
     return first, last

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from same_run import checkpoint
 
-from fastnce.data.broken import BrokenFiles, readable
+from fastnce.data.broken import BrokenFiles
 from fastnce.errors import UserError
 from fastnce.training import load_generator, train, translate_folder
 from fastnce.training.log import read_metrics
@@ -27,14 +27,6 @@ def broken(data, tmp_path):
         (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:200])
         (folder / "0.png").write_bytes(b"nothing")
     return root
-
-
-def test_bad_test_images_do_not_end_a_training_that_skips_them(tiny, broken, extractor):
-    changes = {"data": broken, "extractor": extractor, "measure_every": 4, "steps": 4}
-    out = train(tiny(broken_files="skip", **changes))
-    (line,) = read_metrics(out / "measurements.jsonl")
-    assert line["fid"] > 0
-    assert checkpoint(out)["step"] == 4
 
 
 def test_a_measurement_that_fails_loses_nothing(tiny, broken, extractor):
@@ -76,11 +68,3 @@ def test_only_a_file_of_the_same_group_takes_the_place_of_a_broken_one(tmp_path)
     assert files.count == 2 and 2 in files
     with pytest.raises(UserError, match="dog: none of its 2 files can be read"):
         files.note(3, UserError("broken"))
-
-
-def test_a_list_of_broken_files_is_a_mistake(tmp_path):
-    def read(path):
-        raise UserError(f"{path}: cannot be read")
-
-    with pytest.raises(UserError, match="none of its 2 files can be read"):
-        list(readable([tmp_path / "a.png", tmp_path / "b.png"], read, skip=True))

@@ -1,6 +1,5 @@
 """Checkpoint files: atomic, safe to read, and clear about damage and full disks."""
 
-import errno
 import os
 import pickle
 import subprocess
@@ -84,23 +83,6 @@ def test_missing_and_foreign_files(path):
         load_checkpoint(path)
 
 
-def test_a_full_disk_leaves_the_older_checkpoint(path, monkeypatch):
-    save_checkpoint(state(1.0), path)
-
-    def full(handle):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError) as error:
-        save_checkpoint(state(2.0), path)
-    monkeypatch.undo()
-    assert "cannot be written (No space left on device)" in str(error.value)
-    assert "Free some space" in str(error.value)
-    assert "The checkpoint before it is untouched" in str(error.value)
-    assert load_checkpoint(path)["model"]["w"][0] == 1
-    assert files(path) == ["last.pt"]
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the file size")
 def test_a_write_that_really_fails_half_way(path):
     save_checkpoint(state(1.0), path)
@@ -118,12 +100,7 @@ except UserError as error:
 """
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "cannot be written (File too large)" in done.stdout, done.stderr
+    for part in ("cannot be written (File too large)", "Free some space", "is untouched"):
+        assert part in done.stdout, done.stderr
     assert load_checkpoint(path)["model"]["w"][0] == 1
     assert files(path) == ["last.pt"]
-
-
-def test_a_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "checkpoints").write_text("a file")
-    with pytest.raises(UserError, match="cannot be written"):
-        save_checkpoint(state(1.0), tmp_path / "checkpoints" / "last.pt")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastnce.errors import UserError
-from fastnce.systems import SYSTEMS, variants
+from fastnce.systems import SYSTEMS
 from fastnce.training import build_config
 from fastnce.training.config import (
     FREE_FIELDS,
@@ -19,32 +19,6 @@ from fastnce.training.config import (
 
 CLASSES = [system.config_class for system in SYSTEMS.values()]
 PATHS = {"data": "images", "out": "run"}
-
-
-def test_defaults_are_the_published_cut():
-    config = build_config("cut", overrides=PATHS)
-    assert (config.nce_idt, config.lambda_nce, config.flip_equivariance) == (True, 1.0, False)
-    assert (config.epochs, config.decay_epochs, config.batch_size) == (200, 200, 1)
-    assert (config.lr, config.beta1, config.beta2) == (2e-4, 0.5, 0.999)
-    assert config.nce_layers == (0, 4, 8, 12, 16)
-    assert (config.num_patches, config.temperature, config.projection_dim) == (256, 0.07, 256)
-    assert (config.load_size, config.crop_size) == (286, 256)
-
-
-def test_fastcut():
-    config = build_config("fastcut", overrides=PATHS)
-    assert (config.nce_idt, config.lambda_nce, config.flip_equivariance) == (False, 10.0, True)
-    assert (config.epochs, config.decay_epochs) == (150, 50)
-
-
-@pytest.mark.parametrize(
-    ("variant", "preset"),
-    [(variant, name) for variant, system in variants().items() for name in system.presets],
-)
-def test_every_preset_is_valid(variant, preset):
-    config = build_config(variant, preset=preset, overrides=PATHS)
-    for name, value in SYSTEMS[config.system].presets[preset].items():
-        assert getattr(config, name) == value
 
 
 def test_later_sources_win(tmp_path):
@@ -93,13 +67,6 @@ def test_mistakes_are_named(overrides, message):
     assert "\n" not in str(error.value)
 
 
-def test_unknown_names():
-    with pytest.raises(UserError, match="unknown model 'cutt'. Did you mean 'cut'?"):
-        build_config("cutt")
-    with pytest.raises(UserError, match="unknown preset 'digit'. Did you mean 'digits'?"):
-        build_config("cut", preset="digit")
-
-
 def test_missing_folder_option():
     with pytest.raises(UserError, match="out is missing. Give out as an option"):
         build_config("cut", overrides={"data": "images"})
@@ -132,11 +99,6 @@ def test_the_channels_of_a_run_from_before_there_were_two_numbers():
     assert (config.in_channels, config.out_channels) == (1, 1)
 
 
-def test_configs_are_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        build_config("cut", overrides=PATHS).lr = 1.0
-
-
 @pytest.mark.parametrize("config_class", CLASSES)
 def test_every_field_has_a_help_text(config_class):
     import tyro._docstrings
@@ -147,7 +109,15 @@ def test_every_field_has_a_help_text(config_class):
 
 def test_differing_fields():
     one = build_config("cut", overrides=PATHS)
-    other = dataclasses.replace(one, lr=1e-3, workers=7, steps=9, nce_layers=(4,), out=Path("x"))
-    assert differing_fields(to_dict(one), to_dict(other)) == ["lr", "nce_layers"]
+    changes = {
+        "workers": 7,
+        "steps": 9,
+        "out": Path("x"),
+        "seed": 1,
+        "lr": 1e-3,
+        "nce_layers": (4,),
+    }
+    other = dataclasses.replace(one, **changes)
+    assert set(differing_fields(to_dict(one), to_dict(other))) == {"seed", "lr", "nce_layers"}
     names = {field.name for c in CLASSES for field in dataclasses.fields(c)}
     assert names >= FREE_FIELDS | SCHEDULE_FIELDS

@@ -18,43 +18,6 @@ def run(tiny):
     return train(tiny(steps=2))
 
 
-def pixels(folder) -> list[np.ndarray]:
-    return [np.asarray(Image.open(path)) for path in sorted(folder.rglob("*.png"))]
-
-
-def translated(out, *options) -> list[np.ndarray]:
-    assert main(["translate", "--out", str(out), "--device", "cpu", *map(str, options)]) == 0
-    return pixels(out)
-
-
-@pytest.mark.parametrize("format", ["cut", "safetensors"])
-def test_an_exported_generator_translates_as_the_run_does(run, data, tmp_path, capsys, format):
-    exported = tmp_path / "exported"
-    options = ["--run", str(run), "--out", str(exported), "--format", format]
-    assert main(["export", *options]) == 0
-    file = exported / ("latest_net_G.pth" if format == "cut" else "model.safetensors")
-    assert str(file) in capsys.readouterr().out
-    common = ("--input", data / "testA", "--preprocess", "resize", "--size", 16)
-    expected = translated(tmp_path / "one", "--run", run, *common)
-    results = translated(tmp_path / "other", "--weights", file, *common)
-    assert len(results) == len(expected) == 2
-    for one, other in zip(expected, results, strict=True):
-        assert one.shape == (16, 16, 3) and np.array_equal(one, other)
-
-
-def test_tiles_and_own_sizes(run, data, tmp_path):
-    folder = tmp_path / "large"
-    folder.mkdir()
-    noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(folder / "a.png")
-    common = ("--run", run, "--input", folder, "--preprocess", "none")
-    (whole,) = translated(tmp_path / "whole", *common)
-    (tiled,) = translated(tmp_path / "tiled", *common, "--tile", 16)
-    assert whole.shape == tiled.shape == (50, 70, 3)
-    # Rounding may move a value over the border of a level.
-    assert np.abs(whole.astype(int) - tiled).max() <= 1
-
-
 def test_mistakes_in_naming_a_generator(run, data, tmp_path, capsys):
     common = ["translate", "--input", str(data / "testA"), "--out", str(tmp_path / "out")]
     assert main(common) == 2
@@ -125,14 +88,6 @@ def test_sixteen_bits_end_to_end(tiny, tmp_path):
     assert not torch.equal(translate(generator, coarse[None])[0, 0].double(), expected)
     with pytest.raises(UserError, match="bits=16 is for greyscale, got channels=3"):
         train(tiny(data=data, out=tmp_path / "rgb", bits=16))
-
-
-def test_domains_of_different_channels(tiny, data, tmp_path):
-    run = train(tiny(steps=2, in_channels=1))
-    generator, config = load_generator(run)
-    assert generator.model[1].in_channels == 1 and generator.model[-2].out_channels == 3
-    translate_folder(generator, config, data / "testA", tmp_path / "out")
-    assert Image.open(tmp_path / "out" / "0.png").mode == "RGB"
 
 
 def test_a_broken_file_stops_a_training_or_is_skipped(tiny, data, tmp_path, caplog):

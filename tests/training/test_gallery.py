@@ -17,7 +17,7 @@ from fastnce import cli, viz
 from fastnce.errors import UserError
 from fastnce.training import build_config, train
 from fastnce.training.config import from_dict
-from fastnce.training.gallery import distinct_names, training_command, write_gallery
+from fastnce.training.gallery import training_command, write_gallery
 from fastnce.viz.embedded import embed
 from fastnce.viz.gallery import GalleryRun, gallery_page
 from fastnce.viz.line_chart import (
@@ -29,9 +29,7 @@ from fastnce.viz.line_chart import (
     WIDTH,
     Series,
     line_chart,
-    log_ticks,
     thinned,
-    ticks,
 )
 
 VOID = {"meta", "img", "input", "br", "link", "hr"}
@@ -144,15 +142,6 @@ def test_runs_side_by_side():
     assert cells[4:12] == ["lr", "0.1 *", "0.2", "0.2", "new", "–", "1", "–"]
 
 
-def test_a_run_keeps_its_colour_where_another_has_no_values():
-    lines = [{"step": 1, "own": 5.0}, {"step": 2, "own": 6.0}]
-    page = Page(gallery_page([made_up("a"), made_up("b", losses=lines)]))
-    assert [len(chart) for chart in page.data] == [1]
-    drawn = {p["class"] for p in page.all("path") if "line" in p.get("class", "") and p["d"]}
-    assert drawn == {"series-1 line colour-1", "line colour-1"}
-    assert [i["class"] for i in page.all("input") if "key" in i.get("class", "")] == ["key-1"]
-
-
 def test_hostile_names_stay_text(tmp_path):
     bad = '</script><script>alert(1)</script><img src=x onerror="alert(2)">&"\''
     run = made_up(
@@ -226,29 +215,6 @@ def test_a_large_picture_is_reduced(tmp_path):
     assert small.width < 400 and small.width * 3 == pytest.approx(small.height * 4, abs=4)
 
 
-def test_a_run_that_has_just_begun():
-    page = Page(gallery_page([made_up()]))
-    headings = [tag for tag, _ in page.tags].count("h2")
-    assert headings == 2  # configuration and command
-    Page(gallery_page([made_up(losses=[{"step": 1, "G": 0.0}])]))
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(0, 1, [0, 0.5, 1]), (0.21, 0.49, [0.3, 0.4]), (-3, 900, [0, 500]), (7e-5, 9.4e-5, None)],
-)
-def test_ticks_are_round_and_inside(low, high, expected):
-    values = ticks(low, high)
-    assert 2 <= len(values) <= 6 and low <= values[0] and values[-1] <= high
-    assert expected is None or values == expected
-
-
-def test_log_ticks():
-    assert log_ticks(-2, 1) == [0.01, 0.1, 1, 10]
-    assert len(log_ticks(0.1, 0.2)) == 3
-    assert len(log_ticks(-20, 20)) <= 8
-
-
 def test_a_chart_puts_values_where_they_belong():
     """The first step at the left, the last at the right; equal factors are equal distances with a logarithmic scale."""
     series = Series("s", (0, 5, 10), (1.0, 10.0, 100.0))
@@ -290,11 +256,6 @@ def test_mistakes_are_named(run, tmp_path, capsys):
     with pytest.raises(UserError, match=r"metrics.json: is damaged"):
         write_gallery([run])
     assert cli.main(["visualize", "gallery", "--run", str(tmp_path)]) == 2
-
-
-def test_names_are_distinct():
-    assert distinct_names([Path("x/a"), Path("x/b")]) == ["a", "b"]
-    assert distinct_names([Path("x/a/seed-0"), Path("x/b/seed-0")]) == ["a/seed-0", "b/seed-0"]
 
 
 def test_the_script_and_the_charts_agree():

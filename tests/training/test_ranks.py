@@ -159,15 +159,6 @@ def test_shares_of_a_stream():
     assert shares == [[4, 6, 8, 10, 12, 14], [5, 7, 9, 11, 13, 15]]
 
 
-def test_one_process_is_left_alone():
-    ranks = Ranks()
-    assert (ranks.size, ranks.is_first) == (1, True)
-    assert ranks.any(True) and not ranks.any(False)
-    assert ranks.gathered("x") == ["x"]
-    loss = torch.tensor(2.0)
-    assert ranks.mean({"G": loss})["G"] is loss
-
-
 def test_one_gpu_for_several_processes(monkeypatch):
     from fastnce.training.ranks import joined_from_environment
 

@@ -23,10 +23,6 @@ def test_published_learning_rates(epoch, epochs, decay_epochs, expected):
     assert 2e-4 * linear_decay(epoch, epochs, decay_epochs) == pytest.approx(expected, rel=1e-6)
 
 
-def test_learning_rate_is_never_negative():
-    assert linear_decay(10, 2, 3) == 0.0
-
-
 def decay(epochs=2, decay_epochs=1, steps=None, samples_per_step=1, epoch_samples=5):
     return LinearDecay.of(
         epochs=epochs,
@@ -44,21 +40,14 @@ def test_epochs_and_total_with_batch_1():
     assert [schedule.lr_factor(step) for step in (0, 9, 10, 14)] == [1.0, 1.0, 0.5, 0.5]
 
 
-def test_batches_may_straddle_epochs():
-    schedule = decay(samples_per_step=2)
-    assert schedule.total_steps == 7
-    assert [schedule.epoch(step) for step in range(7)] == [1, 1, 1, 2, 2, 3, 3]
-
-
-def test_steps_win():
-    assert decay(steps=4).total_steps == 4
-
-
 def test_steps_beyond_the_epochs():
     with pytest.raises(UserError) as error:
         decay(steps=8, samples_per_step=2)
     assert "steps=8 goes beyond the 7 steps of epochs=2 and decay_epochs=1" in str(error.value)
-    assert decay(steps=7, samples_per_step=2).total_steps == 7
+    assert decay(steps=4).total_steps == 4
+    schedule = decay(steps=7, samples_per_step=2)  # batches may straddle epochs
+    assert schedule.total_steps == 7
+    assert [schedule.epoch(step) for step in range(7)] == [1, 1, 1, 2, 2, 3, 3]
 
 
 def test_batch_larger_than_everything():

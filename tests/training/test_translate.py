@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from fastnce.data import load_image, save_image
 from fastnce.errors import UserError
 from fastnce.networks import ResnetGenerator
 from fastnce.systems.two_way import TwoWayGenerators
@@ -15,23 +13,18 @@ from fastnce.training import (
     load_generator,
     train,
     translate,
-    translate_folder,
 )
 from fastnce.training.checkpoint import load_checkpoint
 
 TWO_WAY = {"data": "data", "out": "run", "base_channels": 2, "num_blocks": 1}
 
 
-@pytest.fixture
-def run(tiny):
-    return train(tiny(steps=3))
-
-
-def test_load_generator(run, tiny):
+def test_load_generator(whole, tiny):
+    run = whole("cut")
     state = load_checkpoint(run / "checkpoints" / "last.pt")
     raw, config = load_generator(run, which="raw")
     average, _ = load_generator(run)
-    assert config == tiny(steps=3)
+    assert config == tiny(out=run)
     assert torch.equal(raw.model[1].weight, state["model"]["generator.model.1.weight"])
     assert torch.equal(average.model[1].weight, state["average"]["module"]["model.1.weight"])
     assert not raw.training
@@ -40,7 +33,8 @@ def test_load_generator(run, tiny):
     assert torch.equal(again.model[1].weight, average.model[1].weight)
 
 
-def test_load_generator_mistakes(run, tmp_path):
+def test_load_generator_mistakes(tiny, tmp_path):
+    run = train(tiny(steps=1))
     with pytest.raises(UserError, match="is no training run: it has no config.json"):
         load_generator(tmp_path)
     with pytest.raises(UserError, match="no such checkpoint"):
@@ -52,56 +46,10 @@ def test_load_generator_mistakes(run, tmp_path):
         load_config(run)
 
 
-def test_a_checkpoint_of_another_generator(run, tiny, tmp_path):
+def test_a_checkpoint_of_another_generator(whole, tiny, tmp_path):
     other = train(tiny(steps=1, base_channels=4, out=tmp_path / "other"))
     with pytest.raises(UserError, match="is not a checkpoint of the run"):
-        load_generator(run, checkpoint=other / "checkpoints" / "last.pt")
-
-
-def test_translate_equals_the_generator():
-    torch.manual_seed(0)
-    generator = ResnetGenerator(base_channels=2, num_blocks=1)
-    images = torch.rand(5, 3, 16, 12) * 2 - 1
-    result = translate(generator, images, batch_size=2)
-    assert not result.requires_grad
-    torch.testing.assert_close(result, generator(images).detach())
-    assert translate(generator, images[:0]).shape == (0, 3, 16, 12)
-
-
-def test_translate_takes_any_size():
-    torch.manual_seed(0)
-    generator = ResnetGenerator(base_channels=2, num_blocks=1)
-    images = torch.rand(1, 3, 18, 13) * 2 - 1
-    assert translate(generator, images).shape == (1, 3, 18, 13)
-
-
-def save(path, size, value=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((*size[::-1], 3), value, dtype=np.uint8)).save(path)
-
-
-def test_translate_folder(run, tmp_path):
-    generator, config = load_generator(run)
-    folder, out = tmp_path / "in", tmp_path / "out"
-    for index in range(3):
-        save(folder / f"{index}.png", (16, 16), 80 * index)
-    save(folder / "sub" / "wide.jpg", (40, 20))
-    assert translate_folder(generator, config, folder, out, batch_size=2) == 4
-    names = sorted(str(path.relative_to(out)) for path in out.rglob("*.png"))
-    assert names == ["0.png", "1.png", "2.png", "sub/wide.png"]
-    expected = translate(generator, load_image(folder / "2.png")[None])[0]
-    result = load_image(out / "2.png")
-    assert result.shape == (3, 16, 16)
-    assert (result - expected).abs().max() <= 2 / 255
-
-
-def test_translate_folder_mistakes(run, tmp_path):
-    generator, config = load_generator(run)
-    folder = tmp_path / "in"
-    save(folder / "a.png", (16, 16))
-    for out in (folder, folder / "out"):
-        with pytest.raises(UserError, match="out=.* is in .*, which is read"):
-            translate_folder(generator, config, folder, out)
+        load_generator(whole("cut"), checkpoint=other / "checkpoints" / "last.pt")
 
 
 @pytest.fixture
@@ -114,7 +62,8 @@ def test_translate_gives_back_the_rank_and_the_type(generator):
     levels = torch.randint(256, (2, 3, 12, 16), dtype=torch.uint8)
     floats = levels.float() / 127.5 - 1
     expected = generator(floats).detach()
-    one, all_of_them = translate(generator, levels[0]), translate(generator, levels)
+    one, all_of_them = translate(generator, levels[0]), translate(generator, levels, batch_size=1)
+    assert translate(generator, levels[:0]).shape == (0, 3, 12, 16)
     assert one.shape == (3, 12, 16) and torch.equal(one, all_of_them[0])
     assert one.dtype == torch.uint8
     # A level is cut off, as files are written.
@@ -127,24 +76,25 @@ def test_translate_gives_back_the_rank_and_the_type(generator):
         torch.testing.assert_close(result.float(), expected[0], rtol=0, atol=atol)
 
 
-def test_what_is_no_image_for_translate(generator):
-    with pytest.raises(ValueError, match=r"C = 3, got \(8, 8, 3\)"):
-        translate(generator, torch.zeros(8, 8, 3))
-    with pytest.raises(ValueError, match=r"C = 3, got \(8, 8\)"):
-        translate(generator, torch.zeros(8, 8))
-    with pytest.raises(ValueError, match=r"C = 3, got \(3, 0, 8\)"):
-        translate(generator, torch.zeros(3, 0, 8))
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (torch.zeros(8, 8, 3), ValueError, r"C = 3, got \(8, 8, 3\)"),
+        (torch.zeros(8, 8), ValueError, r"C = 3, got \(8, 8\)"),
+        (torch.zeros(3, 0, 8), ValueError, r"C = 3, got \(3, 0, 8\)"),
+        (torch.tensor([0.0, 255.0]).expand(3, 8, 2), ValueError, r"\[-1, 1\], got 0 to 255"),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), TypeError, "torch.int64"),
+        (np.zeros((3, 8, 8)), TypeError, "ndarray"),
+    ],
+)
+def test_what_is_no_image_for_translate(generator, images, error, message):
+    with pytest.raises(error, match=message):
+        translate(generator, images)
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         translate(generator, torch.zeros(3, 8, 8), 0)
-    with pytest.raises(ValueError, match=r"values in \[-1, 1\], got 0 to 255"):
-        translate(generator, torch.tensor([0.0, 255.0]).expand(3, 8, 2))
-    with pytest.raises(TypeError, match="got torch.int64"):
-        translate(generator, torch.zeros(3, 8, 8, dtype=torch.int64))
-    with pytest.raises(TypeError, match="got a ndarray"):
-        translate(generator, np.zeros((3, 8, 8)))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3, 5), (4, 4), (2, 30)])
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (4, 4), (2, 30), (18, 13)])
 def test_images_that_are_smaller_than_their_padding(generator, size):
     """They are mirrored to and fro, as `numpy.pad` does."""
     image = torch.rand(3, *size) * 2 - 1
@@ -154,21 +104,6 @@ def test_images_that_are_smaller_than_their_padding(generator, size):
     )
     expected = generator(torch.from_numpy(padded)[None]).detach()[0, :, : size[0], : size[1]]
     torch.testing.assert_close(translate(generator, image), expected, rtol=0, atol=1e-6)
-
-
-def test_the_script_of_the_documentation(run, data, tmp_path):
-    """docs/cut.md, "In a script"; and the same of pixels."""
-    generator, config = load_generator(run)
-    image = load_image(data / "testA" / "0.png", config.in_channels)
-    save_image(translate(generator, image), tmp_path / "0.png")
-    with Image.open(tmp_path / "0.png") as opened:
-        written = np.asarray(opened)
-    expected = (generator(image[None])[0].permute(1, 2, 0).numpy() + 1) * 127.5
-    assert written.shape == (20, 20, 3) and np.abs(written - expected).max() <= 1.01
-    pixels = torch.tensor(np.asarray(Image.open(data / "testA" / "0.png"))).permute(2, 0, 1)
-    save_image(translate(generator, pixels), tmp_path / "1.png")
-    with Image.open(tmp_path / "1.png") as opened:
-        assert np.array_equal(opened, written)
 
 
 def test_a_system_of_both_directions_translates_a_to_b():

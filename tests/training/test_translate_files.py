@@ -9,7 +9,6 @@ from fastnce.cli import main
 from fastnce.data import load_image
 from fastnce.errors import UserError
 from fastnce.networks import ResnetGenerator
-from fastnce.systems import translating
 from fastnce.training import CUTTrainConfig, translate, translate_folder
 
 
@@ -142,19 +141,6 @@ def test_alpha_is_kept_or_said(generator, config, tmp_path, capsys):
     assert (values[:, :7] == 0).all() and (values[:, 7:] == 255).all()
 
 
-def test_a_half_of_each_file(generator, config, tmp_path):
-    """Also for a system that does not learn from pairs."""
-    left, right = (noise(tmp_path / f"{side}.png", seed=side) for side in (0, 1))
-    both = Image.new("RGB", (40, 16))
-    both.paste(Image.open(left), (0, 0))
-    both.paste(Image.open(right), (20, 0))
-    both.save(tmp_path / "both.png")
-    for part, source in (("left", left), ("right", right), ("whole", tmp_path / "both.png")):
-        out = tmp_path / f"{part}.tif"
-        translate_folder(generator, config, tmp_path / "both.png", out, part=part)
-        assert (load_image(out) - expected(generator, source)).abs().max() <= 2 / 255
-
-
 def test_one_bad_file_among_many(generator, config, tmp_path, caplog):
     for index in range(5):
         noise(tmp_path / "in" / f"{index}.png", seed=index)
@@ -181,29 +167,6 @@ def test_huge_images_are_read_with_tiles(generator, config, tmp_path, monkeypatc
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     result = load_image(tmp_path / "out" / "a.png")
     assert (result - expected(generator, image)).abs().max() <= 2 / 255
-
-
-def test_tiles_keep_one_image_in_memory(generator, config, tmp_path, monkeypatch):
-    events = []
-
-    def follow(name):
-        function = getattr(translating, name)
-
-        def followed(*args):
-            events.append(name)
-            return function(*args)
-
-        monkeypatch.setattr(translating, name, followed)
-
-    for index in range(3):
-        noise(tmp_path / "in" / f"{index}.png", size=(48, 40), seed=index)
-    follow("read_image")
-    follow("save_image")
-    translate_folder(generator, config, tmp_path / "in", tmp_path / "out", tile=16)
-    assert events == ["read_image", "save_image"] * 3
-    events.clear()  # in one tile they fit together
-    translate_folder(generator, config, tmp_path / "in", tmp_path / "out", tile=48)
-    assert events == ["read_image"] * 3 + ["save_image"] * 3
 
 
 def test_the_options_of_the_command(tiny, tmp_path, capsys):

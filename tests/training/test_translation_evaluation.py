@@ -18,7 +18,7 @@ from fastnce.errors import UserError
 from fastnce.metrics.distribution import frechet_distance, precision_recall_density_coverage
 from fastnce.systems.judging import Segmentation, evaluate_images
 from fastnce.training import build_config, load_generator, train, translate
-from fastnce.training.cost import cost_lines, peak_memory, read_cost, seconds_per_step, write_cost
+from fastnce.training.cost import cost_lines, read_cost, seconds_per_step, write_cost
 from fastnce.training.evaluation import evaluate_run
 from fastnce.training.log import read_metrics
 
@@ -142,14 +142,6 @@ def test_a_run_with_its_best_checkpoint(tiny, folders, extractor):
     assert "s a step, at most" in table and "MiB resident, on CPU" in table
 
 
-def test_measuring_does_not_change_the_training(tiny, folders, extractor, tmp_path):
-    states = []
-    for name, changes in (("with", {"measure_every": 3}), ("without", {})):
-        run = train(tiny(data=folders, out=tmp_path / name, extractor=extractor, **changes))
-        states.append(torch.load(run / "checkpoints" / "last.pt", weights_only=True)["model"])
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-
-
 def test_a_set_that_nothing_can_judge(tiny, folders, capsys):
     run = train(tiny(data=folders, measure_every=2, steps=2))
     assert "Nothing is measured." in capsys.readouterr().err
@@ -255,27 +247,19 @@ def test_segmentation_of_a_runs_translations(tiny, folders, tmp_path):
     assert alone["segmentation"] == result["segmentation"]
 
 
-def test_seconds_per_step_are_the_median_between_lines():
+def test_what_a_training_costs(tmp_path):
+    """Seconds are the median between lines, the peak of memory that of all sessions."""
     lines = [{"step": s, "seconds": t} for s, t in ((10, 9.0), (20, 10.0), (30, 11.0), (40, 99.0))]
-    assert seconds_per_step(lines) == 0.1
-    assert seconds_per_step(lines[:1]) is None
-
-
-def test_the_peak_of_memory_is_that_of_all_sessions(tmp_path):
+    assert seconds_per_step(lines) == 0.1 and seconds_per_step(lines[:1]) is None
+    resident = psutil.Process().memory_info().rss
     write_cost(tmp_path, torch.device("cpu"))
     now = read_cost(tmp_path)["peak_memory_bytes"]
+    assert resident <= now < psutil.virtual_memory().total
     for before, expected in ((2**60, 2**60), (1, now)):
         (tmp_path / "cost.json").write_text(json.dumps({"peak_memory_bytes": before}))
         write_cost(tmp_path, torch.device("cpu"))
         assert read_cost(tmp_path)["peak_memory_bytes"] >= expected
     assert read_cost(tmp_path / "none") == {} and cost_lines({}) == []
-
-
-def test_the_peak_of_memory_is_in_bytes_and_at_least_what_is_held():
-    held = np.ones(2**23)  # 64 MiB
-    resident = psutil.Process().memory_info().rss
-    peak = peak_memory(torch.device("cpu"))
-    assert resident <= peak < psutil.virtual_memory().total and held[-1] == 1
 
 
 def test_the_presets_data_brings_its_judge(tiny, digits):

@@ -1,15 +1,9 @@
 """Runs on images whose numbers are no levels of grey, and on images of other than one or three channels."""
 
-import json
-import warnings
-
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch import Tensor, nn
 
-from fastnce.cli import main
 from fastnce.data.images import load_image
 from fastnce.errors import UserError
 from fastnce.systems.judging import evaluate_images
@@ -31,20 +25,6 @@ def scans(tmp_path_factory):
             scan = rng.uniform(*RANGE, (20, 20)).astype(np.float32)
             Image.fromarray(scan).save(root / folder / f"{number}.tif")
     return root
-
-
-class Darkness(nn.Module):
-    def forward(self, images: Tensor) -> Tensor:
-        return images.float().mean((2, 3)) / 255
-
-
-@pytest.fixture(scope="module")
-def extractor(tmp_path_factory):
-    path = tmp_path_factory.mktemp("extractor") / "darkness.pt"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.script(Darkness()).save(str(path))
-    return path
 
 
 def test_a_run_on_scans_reads_and_writes_their_numbers(tiny, scans, extractor, tmp_path, capsys):
@@ -82,21 +62,6 @@ def test_a_run_on_black_images_stops_at_once(tiny, tmp_path):
         Image.new("RGB", (20, 20)).save(tmp_path / f"train{domain}" / "1.png")
     with pytest.raises(UserError, match="trainA: each of its images is one plain colour"):
         train(tiny(data=tmp_path))
-
-
-def test_a_run_with_another_range_is_another_run(tiny, scans):
-    options = {"data": scans, "in_channels": 1, "out_channels": 1, "steps": 1}
-    train(tiny(value_range=RANGE, **options))
-    with pytest.raises(UserError, match="value_range"):
-        train(tiny(value_range=(0.0, 1.0), **options))
-
-
-def test_the_range_on_the_command_line(capsys, scans, tmp_path):
-    words = ["train", "cut", "--data", str(scans), "--out", str(tmp_path / "run"), "--dry-run"]
-    assert main([*words, "--value-range", "-1024", "3071"]) == 0
-    assert json.loads(capsys.readouterr().out)["value_range"] == [-1024.0, 3071.0]
-    assert main([*words, "--value-range", "5", "5"]) == 2
-    assert "value_range=5 5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("channels", "suffix"), [(4, ".png"), (7, ".npy")])

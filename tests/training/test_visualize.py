@@ -15,7 +15,6 @@ from fastnce.training.checkpoint import load_checkpoint
 from fastnce.training.patch_views import (
     PatchEncoder,
     distinct_points,
-    feature_colours,
     main_components,
     similarity_maps,
     visualize_features,
@@ -115,29 +114,12 @@ def test_main_components_of_known_features():
         assert torch.corrcoef(pair)[0, 1].abs() > 0.95
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_sign_of_a_component_is_fixed(seed):
-    """A component grows with the channel that it depends on most."""
-    maps = torch.randn(1, 6, 16, 16, generator=torch.Generator().manual_seed(seed))
-    maps *= torch.tensor([1.0, 5.0, 1.0, 2.0, 1.0, 3.0])[:, None, None]
-    colours = main_components(list(maps))[0].flatten(0, 2)
-    both = torch.cov(torch.cat([colours.T, maps[0].flatten(1)]))[:3, 3:]  # components, channels
-    assert (both.gather(1, both.abs().argmax(1, keepdim=True)) > 0).all()
-
-
 def test_features_with_few_channels_and_constant_ones():
     colours, explained = main_components([torch.randn(1, 4, 4)])
     assert len(explained) == 1
     assert (colours[..., 1:] == 0.5).all()
     assert colours[..., 0].min() == 0 and colours[..., 0].max() == 1
     assert main_components([torch.zeros(3, 4, 4)])[0].isfinite().all()
-
-
-def test_images_share_a_basis(encoder, image):
-    both = feature_colours([(encoder, image)] * 2, projected=True, layers=[4, 12])
-    assert [layer.layer for layer in both] == [4, 12]
-    assert torch.equal(both[0].colours[0], both[0].colours[1])
-    assert both[1].grid == (0, 4)
 
 
 def save(path, size):
@@ -169,16 +151,6 @@ def test_from_a_run(tiny, tmp_path):
     assert all(Image.open(p).height > 400 for p in paths)
 
 
-def test_a_run_without_the_contrastive_loss(tiny, tmp_path):
-    encoder = PatchEncoder.of(train(tiny(steps=1, lambda_nce=0)))
-    save(tmp_path / "a.png", (16, 16))
-    assert encoder.projector is None
-    with pytest.raises(UserError, match="no learnt similarity"):
-        visualize_similarity(encoder, tmp_path / "a.png", tmp_path / "out")
-    paths = visualize_features(encoder, tmp_path / "a.png", tmp_path / "out")
-    assert [p.name for p in paths] == ["pca-encoder.png"]
-
-
 def test_dclgan_compares_with_the_other_directions_encoder(tiny, tmp_path):
     run = train(tiny("dclgan", steps=1, lambda_sim=0))
     encoder = PatchEncoder.of(run)
@@ -194,17 +166,6 @@ def test_dclgan_compares_with_the_other_directions_encoder(tiny, tmp_path):
     assert m.own_cosine < 0.999
     save(tmp_path / "a.png", (16, 16))
     assert len(visualize_features(encoder, tmp_path / "a.png", tmp_path / "out")) == 2
-
-
-def test_patches_compared_as_they_are(tiny):
-    """Without a projector the cosine is that of the features."""
-    config = tiny(projector="none")
-    model = CUT(config).eval().requires_grad_(False)
-    encoder = PatchEncoder(model.generator, model.projector, config, 3)
-    features = encoder.encode(torch.rand(3, 16, 16))
-    assert encoder.projector is None
-    for projected, feature in zip(encoder.project(features), features, strict=True):
-        torch.testing.assert_close(projected, torch.nn.functional.normalize(feature, dim=1))
 
 
 def test_the_command_line_names_a_bad_point(capsys, tmp_path):
