@@ -18,7 +18,14 @@ from torch import Tensor
 
 from . import config, tuning
 from .columns import Columns
-from .gradients import Products, RowGradients, both_products, relative_weights, statistics
+from .gradients import (
+    Coefficients,
+    Products,
+    RowGradients,
+    both_products,
+    relative_weights,
+    statistics,
+)
 from .launch import cdiv, launch, temperature_arguments
 from .own_negatives import OwnNegatives, own_gradients, own_sums
 from .parts import Parts, fold, merged, new_parts
@@ -315,12 +322,9 @@ def gradients(
         want_y = need_key if is_key else need_negatives
         if not (want_x or want_y):
             continue
+        of_losses = Coefficients(query, columns, temperature, row, column if is_key else None)
         found_x, found_y, found_term = both_products(
-            query,
-            columns,
-            temperature,
-            row,
-            column if is_key else None,
+            of_losses,
             want_x=want_x,
             want_y=want_y,
             want_term=want_x and need_temperature,
