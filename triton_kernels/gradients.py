@@ -207,7 +207,7 @@ def both_products(
 def _through_panels(
     g: Coefficients, want_x: bool, want_y: bool, want_term: bool, of_x: RowGradients | None
 ) -> tuple[Products | None, Products | None, Tensor | None]:
-    """As :func:`both_products`, through panels of coefficients ``G_ij scale_i scale_j``; problems are not ragged.
+    """As ``both_products``, through panels of coefficients ``G_ij scale_i scale_j``; problems are not ragged.
 
     A panel's rows are finished as soon as it is multiplied. What it adds to the columns' products is added to them.
     """

@@ -88,7 +88,7 @@ def problem_of(
     self_logit: float | None,
     similarity_dtype: torch.dtype | None = None,
 ) -> Problem:
-    """Packs the inputs; the options are those of :func:`fastnce.info_nce`, ``in_batch`` its ``in_batch_negatives``."""
+    """Packs the inputs; the options are those of ``fastnce.info_nce``, ``in_batch`` its ``in_batch_negatives``."""
     fp8 = similarity_dtype is not None
     q, k, positive = pack_pairs(query, key, normalize, fp8)
     sets = [Columns(k, IN_BATCH.value, query.shape[0])] if in_batch else []
@@ -112,7 +112,7 @@ def info_nce_forward(
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Losses, log-sum-exp and, if ``grad_scale`` is given, the gradients of ``grad_scale * losses.sum()``, or of the mean.
 
-    Arguments and results: those of the operator, see ``fastnce/ops/info_nce.py``; ``options``: :func:`problem_of`.
+    Arguments and results: those of the operator, see ``fastnce/ops/info_nce.py``; ``options``: ``problem_of``.
     """
     problem = problem_of(query, key, negatives, temperature, **options)
     now = grad_scale is not None and any(needs)

@@ -290,7 +290,7 @@ def labelled_lse_forward(
 ) -> Tensor:
     """``[log sum_j exp(s_ij / t), log sum_{j of the label of i} exp(s_ij / t)]``, -inf for an empty sum: (N, 2) float64.
 
-    Arguments and results: :func:`fastnce.reference.labelled_lse_forward`.
+    Arguments and results: ``fastnce.reference.labelled_lse_forward``.
     """
     rows, columns = _block(x, y, x_labels, y_labels, own)
     parts = labelled_sums(rows, columns, temperature, x.dtype)
@@ -315,7 +315,7 @@ def labelled_lse_backward(
 ) -> tuple[Tensor, Tensor]:
     """This block's part in the gradient of ``x``, as rows and as columns, and of the temperature, as rows alone.
 
-    Arguments and results: :func:`fastnce.reference.labelled_lse_backward`.
+    Arguments and results: ``fastnce.reference.labelled_lse_backward``.
     """
     rows, columns = _block(x, y, x_labels, y_labels, own)
     weights = torch.cat([x_state[:, 2:], y_state[:, 2:]])

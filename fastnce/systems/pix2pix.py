@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Pix2PixConfig(TranslationConfig):
-    """What defines pix2pix's networks, losses and optimisers. The defaults are the published pix2pix."""
+    """The options of pix2pix's networks, losses and optimisers. The defaults are the published pix2pix."""
 
     num_downs: int = 8
     """Generator: how often it halves the image; 8 (unet_256) needs sides that are multiples of 256, 7 (unet_128) of 128."""
