@@ -99,7 +99,7 @@ class OverRanks:
         return loss.to(accumulation_dtype(dtype))
 
     def _gradient_factor(self) -> float:
-        """The gradient of rank r\'s rows, relative to ``d(sum over all ranks of gradient * losses)/drow``.
+        """The gradient of rank r's rows, relative to ``d(sum over all ranks of gradient * losses)/drow``.
 
         An average over ranks has to be the gradient of the mean over ranks of what the ranks go backward from. A reduced loss
         is the same on all, so that this mean is the loss itself; of the losses of one's own rows each rank makes another number,

@@ -908,7 +908,7 @@ def judge_of(
     extractor: Path | None,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """The judge of a run\'s samples: see `fastnce.demo.generation_evaluator`.
+    """The judge of a run's samples: see `fastnce.demo.generation_evaluator`.
 
     Raises:
         UserError: there is none, or a digits set's own reads other images than the run makes.

@@ -253,7 +253,7 @@ class System:
         )
 
     def called(self, config: TrainConfig) -> str:
-        """A reader\'s name for a run of this configuration."""
+        """A reader's name for a run of this configuration."""
         return self.name
 
 

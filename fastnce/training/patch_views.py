@@ -1,4 +1,4 @@
-"""Pictures of a translation model\'s encoder: the similarity that it sees, and the main components of its features."""
+"""Pictures of a translation model's encoder: the similarity that it sees, and the main components of its features."""
 
 from __future__ import annotations
 
