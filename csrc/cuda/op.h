@@ -39,7 +39,7 @@ RowsView rows_of(const char* op, const Tensor& tensor);
 void check_tensor(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
                   const std::vector<int64_t>& shape);
 
-// A float32 scalar; undefined if it is not needed.
+// A float32 scalar; undefined, None in Python, if it is not needed.
 Tensor new_scalar(const Tensor& like, bool needed);
 
 inline const Tensor* first_tensor(const Tensor& tensor) { return &tensor; }

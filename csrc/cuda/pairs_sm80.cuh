@@ -184,12 +184,11 @@ __device__ __forceinline__ void multiply_outputs(float (&out)[kOut / 8][4],
   }
 }
 
-// --- passes with a product, rows in shared memory ---
+// --- passes with a product, where the depth is at most 256 ---
 //
-// The passes with a product where the depth is at most 256: a block keeps its rows x in shared
-// memory and reads the columns y once, two tiles ahead of each other; a tile serves both products,
-// s = x y^T and, by what becomes of s in registers, out += E y. A warp has 16 rows, all columns of
-// a tile, and all of the depth of `out`.
+// A block keeps its rows x in shared memory and reads the columns y once, two tiles ahead of each
+// other; a tile serves both products, s = x y^T and, by what becomes of s in registers, out += E y.
+// A warp has 16 rows, all columns of a tile, and all of the depth of `out`.
 //
 // Sizes: x takes at most 64 KiB and a tile of y 16 KiB, twice: 96 KiB and the columns' data fit the
 // 99 KiB of every GPU since Ampere. `out` takes kOut / 2 registers of a thread, of 255.
@@ -327,12 +326,11 @@ __global__ void __launch_bounds__(256, 1)
   store_outputs<kOut>(product, out.x_product, rows, span, part, depth, 1.0f / scale);
 }
 
-// --- passes without a product ---
+// --- passes without a product, at any depth ---
 //
-// The passes without a product, at any depth: sums of rows, labels and columns; and coefficients
-// into a panel in memory, for the products below. Rows x and columns y go by in
-// blocks of 128 bytes of their depth, two blocks ahead of each other, through one tile after
-// another.
+// Sums of rows, labels and columns; and coefficients into a panel in memory, for the products
+// below. Rows x and columns y go by in blocks of 128 bytes of their depth, two blocks ahead of each
+// other, through one tile after another.
 //
 // Sizes: a tile of 128 x 128 reads 32 KiB for each block of depth, for 128 x 128 x 64 multiply-adds
 // of 16 bits, which take 1024 cycles of a multiprocessor: enough to wait for the next 32 KiB, and
@@ -498,10 +496,9 @@ __global__ void __launch_bounds__(256, 1)
   }
 }
 
-// --- products of a panel ---
+// --- products of a panel of coefficients with packed rows ---
 //
-// Products of a panel of coefficients with packed rows: A B with A the panel or its transpose, and
-// B the rows, (k, P).
+// A B with A the panel or its transpose, and B the rows, (k, P).
 //
 // Sizes: a block makes 128 x 128 results, a warp 32 x 64 of them, in steps of 16 KiB of A and as
 // many of B, two steps ahead of each other; A and B each as above.

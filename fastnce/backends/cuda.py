@@ -27,7 +27,7 @@ def available() -> str:
 
 def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
     """``"ok"``, or why ``op`` cannot run here on tensors of ``dtype`` on ``device_type``."""
-    if _STATUS != "ok":
+    if _STATUS != "ok" or _operators is None:
         return _STATUS
     if not _operators.has(op):
         return f"{op} has no CUDA kernel"

@@ -1,6 +1,6 @@
 """The compiled backend: the kernels of ``csrc/``, as torch.ops.fastnce.*.
 
-The library is loaded once, when this module is imported, if it is there. Where it is not, :func:`available` says why and
+The library is loaded once, when this module is imported, if it is there. Where it is not, ``available`` says why and
 everything else of the package works without it.
 """
 
@@ -22,7 +22,7 @@ def available() -> str:
 
 def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
     """``"ok"``, or why ``op`` cannot run here on tensors of ``dtype`` on ``device_type``."""
-    if _STATUS != "ok":
+    if _STATUS != "ok" or _operators is None:
         return _STATUS
     if not _operators.has(op):
         return f"{op} has no compiled kernel yet"

@@ -9,6 +9,7 @@ returns ``(loss, lse, (grad_query, None, None, grad_temperature))``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,59 +62,57 @@ class Namespace:
 
 
 def function(namespace: str, operator: Operator) -> Callable:
-    """The backend's function of an operator."""
+    """The backend's function of an operator, written out, for it is called for every loss."""
     call = getattr(getattr(torch.ops, namespace), operator.name).default
     names, before = operator.arguments, operator.results_before_gradients
     if "temperature" not in names:
         return call
-    at = names.index("temperature_tensor")
-    rows = 1 if names[0].startswith("grad") else 0
-    rounds, lists = "bfloat16_products" in names, operator.lists
-    options = operator.options
-    defaults = {name: value for name, value in _DEFAULTS.items() if name in options}
-
-    def run(*arguments: object, needs: Sequence[object] = (), **given: object) -> object:
-        temperature = arguments[at]
-        if isinstance(temperature, Tensor):
-            temperature = (temperature, 0.0)
-        else:
-            temperature = (None, float(temperature))
-        if rounds:
-            given["bfloat16_products"] = _bfloat16_products(arguments[rows])
-        values = {**defaults, **given}
-        if len(values) != len(options):
-            unknown = values.keys() ^ set(options)
-            raise TypeError(f"{operator.name}: options that are missing or unknown: {unknown}")
-        found = call(
-            *arguments[:at],
-            *temperature,
-            *arguments[at + 1 :],
-            *[values[name] for name in options],
-            *needs,
-        )
-        if not needs:
-            return found
-        gradients = tuple(found[before:])
-        if lists:
-            gradients = tuple(map(_in_place, gradients, needs))
-        return (*found[:before], gradients) if before else gradients
-
-    return run
+    rows = names[names[0].startswith("grad")]
+    given = {"temperature_tensor": "*_temperature(temperature)"}
+    given["bfloat16_products"] = f"_bfloat16_products({rows})"
+    passed = [name for name in names if name != "temperature" and name not in operator.needs]
+    tensors = [name.replace("_tensor", "") for name in passed if name not in operator.options]
+    options = [name for name in passed if name in operator.options and name not in given]
+    parameters = [*tensors, *(["*"] if options or operator.needs else [])]
+    parameters += [f"{name}={_DEFAULTS[name]}" if name in _DEFAULTS else name for name in options]
+    values = [given.get(name, name) for name in passed]
+    if operator.needs:
+        parameters.append("needs")
+        values.append("*needs")
+    result = f"call({', '.join(values)})"
+    if operator.lists:
+        result = f"_in_place({result}, {before}, needs)"
+    lines = [f"def {operator.name}({', '.join(parameters)}):", f"    found = {result}"]
+    apart = operator.needs and before
+    lines.append(f"    return *found[:{before}], found[{before}:]" if apart else "    return found")
+    # A scope without a name: of a module's, torch.compile would look for ``call`` in the module.
+    helpers = (_temperature, _bfloat16_products, _in_place)
+    scope = {"call": call} | {helper.__name__: helper for helper in helpers}
+    exec("\n".join(lines), scope)
+    return scope[operator.name]
 
 
-def _in_place(found: Tensor | list[Tensor] | None, needs: bool | Sequence[bool]) -> object:
+def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    if isinstance(temperature, Tensor):
+        return temperature, 0.0
+    return None, float(temperature)
+
+
+def _in_place(found: tuple, before: int, needs: Sequence[bool | Sequence[bool]]) -> tuple:
     """Of lists, operators return the gradients that are needed, and functions None for the others."""
-    if not isinstance(found, list):
-        return found
-    gradients = iter(found)
-    return [next(gradients, None) if need else None for need in needs]
+    results = list(found)
+    for at, need in enumerate(needs, start=before):
+        if isinstance(need, Sequence):
+            gradients = iter(found[at])
+            results[at] = [next(gradients, None) if each else None for each in need]
+    return tuple(results)
 
 
 def implementation(operator: Operator, function: Callable) -> Callable:
     """The operator whose results are those of a ``function`` that a backend has."""
 
     def run(*arguments: object) -> object:
-        values = dict(zip(operator.arguments, arguments, strict=True))
+        values: dict[str, Any] = dict(zip(operator.arguments, arguments, strict=True))
         values.pop("bfloat16_products", None)
         temperature = values.pop("temperature_tensor", None)
         if temperature is not None:

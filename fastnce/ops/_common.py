@@ -1,4 +1,4 @@
-"""What the ops share: the reduction, running outside autocast, and the autograd of losses of rows."""
+"""Shared by the ops: the reduction, running outside autocast, and the autograd of losses of rows."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ def scaled(
     """The gradients of a loss, times the gradient that arrives for that loss, None for zero, and ``factor``."""
     if by is None:
         return (None,) * len(grads)
-    by = by * factor
+    if factor != 1.0:
+        by = by * factor
 
     def times(grad: Tensor | None) -> Tensor | None:
         if grad is None:
@@ -96,7 +97,7 @@ def first_derivative_only(backward: Callable) -> Callable:
     ``once_differentiable`` does so only if the gradient that arrives requires a gradient. It usually does not, and the second
     derivative would be taken for zero in silence. So the gradients pass a node that raises, and that lies on every way on: to the
     gradients that arrive, and to what was saved, so that saved inputs, or results, must lead to all inputs; a Function that saves
-    neither returns a :func:`handle`.
+    neither returns a ``handle``.
     """
 
     @functools.wraps(backward)

@@ -73,7 +73,7 @@ ContrastSet = Literal["batch", "groups", "real"]
 
 @dataclass(frozen=True, kw_only=True)
 class ContraGANConfig(LabelledConfig):
-    """What defines the networks, losses and optimisers. The defaults are the published ContraGAN on CIFAR-10."""
+    """The options of the networks, losses and optimisers. The defaults are the published ContraGAN on CIFAR-10."""
 
     system: ClassVar[str] = "contragan"
 
@@ -114,7 +114,7 @@ class ContraGANConfig(LabelledConfig):
     margin: float = 0.98
     """Margin of D2DCE."""
     contrast_set: ContrastSet = "batch"
-    """What 2C contrasts a sample with. batch, the published form: with all samples of its batch. Ours, which bind labels where
+    """The samples that 2C contrasts a sample with. batch, the published form: with all samples of its batch. Ours, which bind labels where
     that does not: groups, with those of its group of `group_size`; real, in G's step also with D's last real samples."""
     group_size: int = 8
     """Samples in a group of `contrast_set=groups`."""
@@ -516,7 +516,7 @@ class ContraGAN(nn.Module):
 
 
 class ClassSample(NamedTuple):
-    """What the contrastive class losses are about: embeddings (N, E), proxies (N, E) and labels (N,)."""
+    """The inputs of the contrastive class losses: embeddings (N, E), proxies (N, E) and labels (N,)."""
 
     embeddings: Tensor
     proxies: Tensor
@@ -900,7 +900,7 @@ def judge_of(
     extractor: Path | None,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """What judges the samples of a run: see `fastnce.demo.generation_evaluator`.
+    """The judge of a run\'s samples: see `fastnce.demo.generation_evaluator`.
 
     Raises:
         UserError: there is none, or a digits set's own reads other images than the run makes.

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CUTConfig(PatchContrastConfig, UnpairedConfig):
-    """What defines CUT's networks, losses and optimisers. The defaults are the published CUT."""
+    """The options of CUT's networks, losses and optimisers. The defaults are the published CUT."""
 
     system: ClassVar[str] = "cut"
 

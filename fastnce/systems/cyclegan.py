@@ -18,7 +18,7 @@ from fastnce.systems.two_way import TwoWayConfig, TwoWayModel, TwoWaySystem
 
 @dataclass(frozen=True, kw_only=True)
 class CycleGANConfig(TwoWayConfig):
-    """What defines CycleGAN's networks, losses and optimisers.
+    """The options of CycleGAN's networks, losses and optimisers.
 
     The objective's defaults are the published CycleGAN's; the networks' are CUT's, so that the two can be compared. The
     first publication's networks do not blur before downsampling: antialias=False, disc_antialias=False.

@@ -34,7 +34,7 @@ Maps = list[Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class DCLGANConfig(PatchContrastConfig, TwoWayConfig):
-    """What defines DCLGAN's networks, losses and optimisers. The defaults are the published DCLGAN."""
+    """The options of DCLGAN's networks, losses and optimisers. The defaults are the published DCLGAN."""
 
     system: ClassVar[str] = "dclgan"
 

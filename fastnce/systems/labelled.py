@@ -1,4 +1,4 @@
-"""What the systems that train on images with class labels share."""
+"""Shared by the systems that train on images with class labels."""
 
 from __future__ import annotations
 

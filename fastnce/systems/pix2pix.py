@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Pix2PixConfig(TranslationConfig):
-    """What defines pix2pix's networks, losses and optimisers. The defaults are the published pix2pix."""
+    """The options of pix2pix's networks, losses and optimisers. The defaults are the published pix2pix."""
 
     system: ClassVar[str] = "pix2pix"
 

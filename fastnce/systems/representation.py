@@ -41,7 +41,7 @@ OptimizerName = Literal["sgd", "lars", "adam"]
 
 @dataclass(frozen=True, kw_only=True)
 class RepresentationConfig(LabelledConfig):
-    """What defines the networks, the loss and the optimiser. The defaults are SimCLR on CIFAR-10 as in SupCon's publication."""
+    """The options of the networks, the loss and the optimiser. The defaults are SimCLR on CIFAR-10 as in SupCon's publication."""
 
     system: ClassVar[str] = "representation"
 
@@ -96,7 +96,7 @@ class RepresentationConfig(LabelledConfig):
     batch_size: int = 1024
     """Images per step, each with two views."""
     last_batch: Literal["auto", "drop", "keep"] = "auto"
-    """What becomes of the images of an epoch that fill no whole batch. drop: they are left out, others in each epoch; keep: they
+    """The images of an epoch that fill no whole batch. drop: they are left out, others in each epoch; keep: they
     share a batch with the next epoch's first ones, where an image may come twice and be its own negative. auto: drop, and a
     run from before this option goes on with keep."""
     epochs: int = 1000

@@ -74,7 +74,7 @@ def translate(
         TypeError: another dtype, or no tensor.
         ValueError: another shape or number of channels, values beyond [-1, 1], or a batch below 1.
 
-    Example:
+    Examples:
         >>> from fastnce.networks import ResnetGenerator
         >>> generator = ResnetGenerator(base_channels=2, num_blocks=1).eval()
         >>> photo = torch.randint(256, (3, 21, 34), dtype=torch.uint8)
@@ -321,7 +321,7 @@ def image_scaling(
     size: int | None = None,
     part: str | None = None,
 ) -> Preprocess:
-    """What is done to the images in `paths`, or to a half of each, before they are translated: the steps of the training, or those
+    """The steps for the images in `paths`, or for a half of each, before they are translated: the steps of the training, or those
     asked for, that do not depend on chance."""
     steps = config.preprocess if preprocess is None else preprocess
     kept = [step for step in steps.split("_and_") if not any(t in step for t in RANDOM_TOKENS)]

@@ -1,4 +1,4 @@
-"""What the systems that translate images share: options, networks, and the parts of a training step."""
+"""Shared by the systems that translate images: options, networks, and the parts of a training step."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ def convert_channels(images: Tensor, channels: int) -> Tensor:
     Raises:
         ValueError: any other pair of numbers.
 
-    Example:
+    Examples:
         >>> import torch
         >>> convert_channels(torch.zeros(2, 3, 8, 8), 1).shape
         torch.Size([2, 1, 8, 8])

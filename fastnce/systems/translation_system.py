@@ -1,4 +1,4 @@
-"""What the systems that translate images share beside their models: data, preview, measurements and evaluation."""
+"""Shared by the systems that translate images, beside their models: data, preview, measurements and evaluation."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def build_config(
     Raises:
         UserError: an unknown name, a value of the wrong type or out of range, a missing field, an unreadable file.
 
-    Example:
+    Examples:
         >>> build_config("fastcut", overrides={"data": "horses", "out": "run"}).lambda_nce
         10.0
     """

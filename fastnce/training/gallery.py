@@ -31,7 +31,7 @@ def write_gallery(runs: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def read_run(run: Path, name: str) -> GalleryRun:
-    """What the gallery shows of the run in the folder `run`.
+    """The content of the gallery for the run in the folder `run`.
 
     Raises:
         UserError: it is no run, or a file in it is damaged.
@@ -57,7 +57,7 @@ def distinct_names(runs: Sequence[Path]) -> list[str]:
     Raises:
         UserError: a folder is named twice.
 
-    Example:
+    Examples:
         >>> distinct_names([Path("out/cut/seed-0"), Path("out/fastcut/seed-0")])
         ['cut/seed-0', 'fastcut/seed-0']
     """

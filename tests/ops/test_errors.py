@@ -151,7 +151,7 @@ def test_mistake(kind, pattern, op, args, kwargs):
         assert message.startswith(f"{op}: ")
 
 
-# Raised for the kernels, not for an argument, so often: test_every_op and test_second_derivatives have them. Over ranks: tests/distributed.
+# So often for the kernels, not for an argument (test_every_op, test_second_derivatives), and over ranks (tests/distributed).
 ELSEWHERE = {"expect_fusable": 2, "_NoSecondDerivative": 1, "OverRanks": 1, "over_ranks": 1}
 
 

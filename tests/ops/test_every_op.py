@@ -272,3 +272,28 @@ def test_meta_tensors_pass_shapes_on(op):
         grads = torch.autograd.grad(sum(map(torch.sum, got)), leaves)
         for x, grad in zip(leaves, grads, strict=True):
             assert grad.is_meta and (grad.shape, grad.dtype) == (x.shape, x.dtype)
+
+
+@pytest.mark.parametrize("op", ["info_nce", "patch_nce", "conditional_contrastive", "sup_con"])
+def test_half_precision_keeps_the_gradient_of_a_mean_of_many(op, backend, needs_support):
+    """Below 6e-5, where those of a mean of many rows lie, fp16 loses digits: the division has to wait for the scaler's factor."""
+    needs_support(op, backend)
+    generator = torch.Generator().manual_seed(0)
+    x, y = 128 * torch.randn(2, 1024, 16, generator=generator).half()
+    labels = torch.arange(1024) % 64
+
+    def gradient(dtype: torch.dtype, backend: str) -> Tensor:
+        rows, others = x.to(dtype, copy=True).requires_grad_(), y.to(dtype)
+        arguments = {
+            "info_nce": (rows, others),
+            "patch_nce": (rows[None], others[None]),
+            "conditional_contrastive": (rows, others, labels),
+            "sup_con": (rows, labels),
+        }
+        loss = getattr(fastnce, op)(*arguments[op], temperature=1.0, backend=backend)
+        (65536 * loss).backward()
+        return rows.grad.double()
+
+    found, expected = gradient(torch.float16, backend), gradient(torch.float64, "torch")
+    largest = expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3 * largest)

@@ -37,6 +37,13 @@ def ways(op: Callable[[Tensor], Tensor], start: Tensor) -> dict[str, Callable[[]
         (loss(w) + slope(w).square().sum()).backward(inputs=[w])
         return w.grad
 
+    def plain():
+        """Nothing stands behind the op, so that the gradient that arrives requires none itself."""
+        w = leaf()
+        out = op(w.sin()).sum()
+        (grad,) = torch.autograd.grad(out, w, create_graph=True)
+        return torch.autograd.grad(out + grad.square().sum(), w)[0]
+
     def upstream():
         w = leaf()
         out = op(w.sin())
@@ -48,11 +55,12 @@ def ways(op: Callable[[Tensor], Tensor], start: Tensor) -> dict[str, Callable[[]
         "hessian": lambda: torch.autograd.functional.hessian(loss, start),
         "named": named,
         "backward to": backward_to,
+        "plain": plain,
         "upstream": upstream,
     }
 
 
-each_way = pytest.mark.parametrize("way", ["hessian", "named", "backward to", "upstream"])
+each_way = pytest.mark.parametrize("way", ["hessian", "named", "backward to", "plain", "upstream"])
 
 
 def of_both_sides(op: str, **options: object) -> Callable:

@@ -104,15 +104,16 @@ def test_decay_epochs_lower_the_learning_rate_and_stop_the_jitter(tiny):
     assert state["param_groups"][0]["lr"] == pytest.approx(1e-4)
 
 
-def test_divergence_stops_before_it_is_saved(tiny, monkeypatch):
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_divergence_stops_before_it_is_saved(tiny, monkeypatch, value):
     training_step = CUT.training_step
 
     def diverging(self, batch, **kwargs):
         losses = training_step(self, batch, **kwargs)
-        return losses | {"G": losses["G"] * float("nan")}
+        return losses | {"G": losses["G"] * float(value)}
 
     monkeypatch.setattr(CUT, "training_step", diverging)
-    with pytest.raises(UserError, match="the training has diverged: loss G is nan"):
+    with pytest.raises(UserError, match=f"the training has diverged: loss G is {value}"):
         train(tiny())
     assert not (tiny().out / "checkpoints").exists()
 
