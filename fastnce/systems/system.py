@@ -24,13 +24,13 @@ Measure = Callable[[nn.Module, nn.Module], dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(options.Options):
-    """Options that every system shares."""
+    """Options that every system shares. A training needs `data` and `out`; a model alone, only what its networks are made of."""
 
     system: ClassVar[str]
 
-    data: Path
+    data: Path = Path()
     """Folder of the data."""
-    out: Path
+    out: Path = Path()
     """Folder of the run; created. A run that is there already is continued."""
     init_from: Path | None = None
     """Weights to start from. The folder of a run, of any system, or one of its checkpoints: each network that fits. Or of a

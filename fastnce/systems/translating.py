@@ -34,7 +34,7 @@ from fastnce.data.transforms import RANDOM_TOKENS
 from fastnce.errors import UserError
 from fastnce.networks import ResnetGenerator
 from fastnce.systems.tiles import check_tile, translate_in_tiles
-from fastnce.systems.translation import UnpairedTrainConfig, in_direction
+from fastnce.systems.translation import TranslationConfig, in_direction
 
 Format = Literal["png", "jpg", "tiff", "webp", "npy"]
 Part = Literal["left", "right", "whole"]
@@ -153,7 +153,7 @@ def _mirrored_up(images: Tensor, generator: nn.Module) -> Tensor:
 
 def translate_folder(
     generator: nn.Module,
-    config: UnpairedTrainConfig,
+    config: TranslationConfig,
     input: Path,
     out: Path,
     batch_size: int = 16,
@@ -270,7 +270,7 @@ def translate_folder(
     return count
 
 
-def input_part(config: UnpairedTrainConfig, paths: Sequence[Path]) -> Part:
+def input_part(config: TranslationConfig, paths: Sequence[Path]) -> Part:
     """Which part of the files in `paths` a generator translates that learned from pairs.
 
     All of each file, but for pairs side by side: files of the training's data, or of the shape of its files. Then it is the half
@@ -315,7 +315,7 @@ def input_part(config: UnpairedTrainConfig, paths: Sequence[Path]) -> Part:
 
 
 def image_scaling(
-    config: UnpairedTrainConfig,
+    config: TranslationConfig,
     paths: Sequence[Path],
     preprocess: str | None = None,
     size: int | None = None,
@@ -403,7 +403,7 @@ class _Image(NamedTuple):
     """Of the same size."""
 
 
-def _holds_alpha(path: Path, config: UnpairedTrainConfig) -> bool:
+def _holds_alpha(path: Path, config: TranslationConfig) -> bool:
     eight_bits = config.bits == 8 and config.value_range is None
     return eight_bits and _FORMATS[path.suffix.lower()] not in ("jpg", "npy")
 

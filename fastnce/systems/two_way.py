@@ -14,8 +14,8 @@ from fastnce.systems import options
 from fastnce.systems.adversarial import GANMode, discriminator_losses
 from fastnce.systems.system import Rows
 from fastnce.systems.translation import (
+    TranslationConfig,
     UnpairedConfig,
-    UnpairedTrainConfig,
     adam,
     autocast,
     build_discriminator,
@@ -205,7 +205,7 @@ class TwoWaySystem(TranslationSystem):
     def network(self, config: TwoWayConfig) -> TwoWayGenerators:
         return TwoWayGenerators(config)
 
-    def model(self, config: UnpairedTrainConfig, dataset: UnpairedImages) -> TwoWayModel:
+    def model(self, config: TranslationConfig, dataset: UnpairedImages) -> TwoWayModel:
         _, height, width = dataset[0]["A"].shape
         model = self.model_class(config, (height, width))
         networks = {
@@ -217,12 +217,12 @@ class TwoWaySystem(TranslationSystem):
         expect_sizes_fit(config, dataset, networks, **self.sizes(config))
         return model
 
-    def sizes(self, config: UnpairedTrainConfig) -> dict[str, str | None]:
+    def sizes(self, config: TranslationConfig) -> dict[str, str | None]:
         """The further arguments of `expect_sizes_fit`."""
         return {"one_size": fixed_size(config)}
 
     def preview(
-        self, config: UnpairedTrainConfig, dataset: UnpairedImages
+        self, config: TranslationConfig, dataset: UnpairedImages
     ) -> Callable[[nn.Module], Rows]:
         images_a, images_b = (first_test_images(config, domain) for domain in "AB")
 

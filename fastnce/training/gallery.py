@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +95,8 @@ def training_command(config: TrainConfig) -> str:
 
 def _defaults(config: TrainConfig) -> dict[str, Any]:
     """The default of each option that has one, as a JSON value."""
-    without = {f.name for f in fields(config) if f.default is MISSING} | {"data"}
-    required = {name: getattr(config, name) for name in without}
-    values = to_dict(type(config)(**required))
-    return {name: value for name, value in values.items() if name not in without | {"system"}}
+    values = to_dict(type(config)())
+    return {name: v for name, v in values.items() if name not in ("system", "data", "out")}
 
 
 def _samples(folder: Path) -> list[tuple[int, Path]]:
