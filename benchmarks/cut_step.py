@@ -117,7 +117,7 @@ def check() -> dict[str, float]:
 
 
 def require_same(found: Mapping[str, float]) -> None:
-    """Raises a RuntimeError unless the differences that :func:`check` found are those of rounding."""
+    """Raises a RuntimeError unless the differences that ``check`` found are those of rounding."""
     if not (found["float64"] < 1e-4 and found["fastnce fp32"] < 3 * found["eager fp32"]):
         raise RuntimeError(f"cut_step: not the same step, relative differences {found}")
 

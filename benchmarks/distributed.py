@@ -105,7 +105,7 @@ def main(out: Path | None, size: str, seconds: float, log: Callable[[str], None]
 def _entry(
     rows: int, dtype: torch.dtype, eager_fits: bool, seconds: float, log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """As of :func:`benchmarks.measure.measure`, with ``rank_peak_bytes`` in the rows."""
+    """As of ``benchmarks.measure.measure``, with ``rank_peak_bytes`` in the rows."""
     meter = machine.PeakMeter(torch.device("cpu"), dtype)
     meter.measure()
     found = {name: _row(name) for name in PROVIDERS}

@@ -1,4 +1,4 @@
-"""What a call costs beside its kernel: microseconds per eager forward and backward of small inputs, of this checkout and another.
+"""The cost of a call beside its kernel: microseconds per eager forward and backward of small inputs, of this checkout and another.
 
     python -m benchmarks.overhead OTHER_CHECKOUT [--rounds 15]
 
@@ -22,7 +22,7 @@ _CALLS, _BATCHES = 20, 15  # calls of a batch, batches of a round
 
 
 def _calls() -> dict[str, Callable[[], object]]:
-    """What is measured, by name."""
+    """The measured calls, by name."""
     import torch
 
     import fastnce

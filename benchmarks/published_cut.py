@@ -1,4 +1,4 @@
-"""The published CUT step in plain eager PyTorch: what :class:`fastnce.models.CUT` is timed against.
+"""The published CUT step in plain eager PyTorch: what ``fastnce.models.CUT`` is timed against.
 
 Written from the equations and the published step's order, and sharing nothing with the package. The keys and the queries of both
 contrastive terms have an encoder pass each, and D is called on the fake and on the real image apart. Positions are drawn on the

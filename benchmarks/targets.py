@@ -168,7 +168,7 @@ def _why_not(name: str, row: dict[str, Any] | None) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, a line for each row of :func:`judge`, and how many targets are met."""
+    """Markdown, a line for each row of ``judge``, and how many targets are met."""
     columns = ("op", "case", "provider", "must be", "is")
     met, missed = (sum(row["status"] == status for row in rows) for status in ("met", "missed"))
     count = f"{met} met, {missed} missed, {len(rows) - met - missed} not measured."

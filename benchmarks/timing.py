@@ -105,7 +105,7 @@ def time_interleaved(
         device: where they run.
 
     Returns:
-        name -> :func:`quartiles` of the seconds per call.
+        name -> ``quartiles`` of the seconds per call.
     """
     samples = in_turns(calls, 1, {}, device)
     repeated = {name: first for name, (first,) in samples.items() if first <= seconds}

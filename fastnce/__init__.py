@@ -1,6 +1,6 @@
 """Exact contrastive losses with fused kernels, and training of the systems that live on them.
 
-Example:
+Examples:
     >>> import torch, fastnce
     >>> query = torch.randn(256, 128, requires_grad=True)
     >>> loss = fastnce.info_nce(query, torch.randn(256, 128), temperature=0.07)

@@ -69,45 +69,45 @@ def _shown(options: dict[str, object]) -> list[str]:
 
 
 class InfoNCELoss(_Loss, op=info_nce):
-    """:func:`fastnce.info_nce` as a module.
+    """``fastnce.info_nce`` as a module.
 
-    Example:
+    Examples:
         >>> import torch
         >>> loss = InfoNCELoss(temperature=0.1)(torch.randn(8, 16), torch.randn(8, 16))
     """
 
 
 class PatchNCELoss(_Loss, op=patch_nce):
-    """:func:`fastnce.patch_nce` as a module.
+    """``fastnce.patch_nce`` as a module.
 
-    Example:
+    Examples:
         >>> import torch
         >>> loss = PatchNCELoss()(torch.randn(1, 256, 64), torch.randn(1, 256, 64))
     """
 
 
 class NTXentLoss(_Loss, op=nt_xent):
-    """:func:`fastnce.nt_xent` as a module.
+    """``fastnce.nt_xent`` as a module.
 
-    Example:
+    Examples:
         >>> import torch
         >>> loss = NTXentLoss()(torch.randn(8, 16), torch.randn(8, 16))
     """
 
 
 class SupConLoss(_Loss, op=sup_con):
-    """:func:`fastnce.sup_con` as a module.
+    """``fastnce.sup_con`` as a module.
 
-    Example:
+    Examples:
         >>> import torch
         >>> loss = SupConLoss()(torch.randn(4, 16), torch.tensor([0, 0, 1, 1]))
     """
 
 
 class ConditionalContrastiveLoss(_Loss, op=conditional_contrastive):
-    """:func:`fastnce.conditional_contrastive` as a module.
+    """``fastnce.conditional_contrastive`` as a module.
 
-    Example:
+    Examples:
         >>> import torch
         >>> labels = torch.tensor([0, 1, 0, 1])
         >>> loss = ConditionalContrastiveLoss()(torch.randn(4, 8), torch.randn(2, 8)[labels], labels)
@@ -117,7 +117,7 @@ class ConditionalContrastiveLoss(_Loss, op=conditional_contrastive):
 class CLIPLoss(nn.Module):
     """CLIP's loss (Radford et al. 2021, https://arxiv.org/abs/2103.00020): symmetric InfoNCE of images and texts.
 
-    Example:
+    Examples:
         >>> import torch
         >>> logit_scale = torch.nn.Parameter(torch.tensor(2.66))
         >>> loss = CLIPLoss()(torch.randn(8, 16), torch.randn(8, 16), logit_scale.exp())

@@ -1,6 +1,6 @@
-"""What is declared once for every op: its operators, which backends implement, its reference, its samples for tests.
+"""Declared once for every op: its operators, which backends implement, its reference, its samples for tests.
 
-``fastnce/ops/<op>.py`` calls :func:`declare`. Everything else (the backends, :mod:`fastnce.reference`, :mod:`fastnce.testing`,
+``fastnce/ops/<op>.py`` calls ``declare``. Everything else (the backends, ``fastnce.reference``, ``fastnce.testing``,
 tests and benchmarks) reads :data:`OPS`, and keeps no list of ops.
 """
 
@@ -87,11 +87,11 @@ class Op:
     """A public op, or what public ops are computed with.
 
     Args:
-        name: by which :mod:`fastnce.backends` knows it, and, if public, the function's.
+        name: by which ``fastnce.backends`` knows it, and, if public, the function's.
         runs: the names of the operators that it runs on a fused backend, if not those that are declared with it.
         function: the public function.
-        over_ranks: the function of :mod:`fastnce.distributed`.
-        samples: (:class:`fastnce.testing.Make`) -> samples for tests, in every form that the op has.
+        over_ranks: the function of ``fastnce.distributed``.
+        samples: (``fastnce.testing.Make``) -> samples for tests, in every form that the op has.
         is_loss: it is reduced, and its result is in the dtype of the sums; else in the inputs'.
     """
 
@@ -147,7 +147,7 @@ class Sample:
 
 OPS: dict[str, Op] = {}
 OPERATORS: dict[str, Operator] = {}
-# Plain PyTorch, by the name in :mod:`fastnce.reference`.
+# Plain PyTorch, by the name in ``fastnce.reference``.
 REFERENCES: dict[str, Callable] = {}
 _watchers: list[Callable[[Op, Sequence[Operator]], None]] = []
 

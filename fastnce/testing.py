@@ -1,10 +1,10 @@
-"""What the tests of every op on every backend share: sample inputs, and the numerical contract.
+"""Shared by the tests of every op on every backend: sample inputs, and the numerical contract.
 
 Truth is the reference in fp64 on exactly the values that the kernel was given. For the result and each gradient
 
     err(kernel) <= 2 err(plain PyTorch in the kernel's precision) + eps(dtype) scale
 
-where ``err`` is the largest absolute deviation from the truth. See :func:`assert_close_to_truth` for ``scale``.
+where ``err`` is the largest absolute deviation from the truth. See ``assert_close_to_truth`` for ``scale``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 def rows(
     *shape: int, dtype: torch.dtype, device: str, generator: torch.Generator, grad: bool = True
 ) -> Tensor:
-    """Gaussian rows, see :class:`fastnce.registry.Make`."""
+    """Gaussian rows, see ``fastnce.registry.Make``."""
     return Make(dtype, device, generator)(*shape, grad=grad)
 
 
@@ -119,7 +119,7 @@ def _upstream(output: Tensor) -> Tensor:
 # Bounded: a cached sample stays in memory. Its backends follow one another closely, which is what the cache is for.
 @functools.lru_cache(maxsize=32)
 def truth(op: str, sample: Sample) -> dict[str, Tensor]:
-    """What :func:`run` gives for the reference in fp64 on the same values."""
+    """The results of ``run`` for the reference in fp64 on the same values."""
     return run(op, sample, backend="torch", convert=lambda name, x: x.double())
 
 
@@ -225,7 +225,7 @@ def _sizes(op: str, sample: Sample) -> tuple[float, float, float, float]:
 
 
 def _rounded_factors(op: str, sample: Sample, name: str, dtype: torch.dtype) -> float:
-    """What rounding the factors of a gradient's products to the inputs' half precision may cost.
+    """The error that rounding the factors of a gradient's products to the inputs' half precision may cost.
 
     Tensor cores and AVX-512 multiply them in that precision: the softmax weights, and the weighted rows of the other side. Each
     is off by half an eps at most, and hardly ever all in one direction: a gradient is allowed ``eps / 2 w / t``, that of the

@@ -1,6 +1,6 @@
 """The GPU backend's kernels: every op in Triton, from Ampere to Blackwell.
 
-The functions are those of every backend (see :mod:`fastnce.backends`): ``<op>_forward`` and ``<op>_backward`` over validated tensors.
+The functions are those of every backend (see ``fastnce.backends``): ``<op>_forward`` and ``<op>_backward`` over validated tensors.
 With ``TRITON_INTERPRET=1``, set before the package is imported, they run on CPU tensors as well, for tests.
 """
 

@@ -127,21 +127,9 @@ def _joined(products: Sequence[Products]) -> tuple[Tensor | None, Tensor | None]
     return torch.cat([x.raw for x in products]), torch.cat(ones)
 
 
-@tuning.tuned
-def both_products(
-    x: Rows,
-    columns: Columns,
-    temperature: float | Tensor,
-    x_statistics: Tensor | None,
-    y_statistics: Tensor | None,
-    *,
-    want_x: bool,
-    want_y: bool,
-    want_term: bool = False,
-    given: Tensor | None = None,
-    of_x: RowGradients | None = None,
-) -> tuple[Products | None, Products | None, Tensor | None]:
-    """``G y^`` for the rows and ``G^T x^`` for the columns, and ``sum_j G_ij z_ij`` (R,), all or None.
+@dataclasses.dataclass
+class Coefficients:
+    """``G = d L / d z`` of the rows ``x`` against ``columns``, by what their losses have found, or given.
 
     Args:
         x: the rows.
@@ -149,45 +137,81 @@ def both_products(
         temperature: a float or a 0-d tensor.
         x_statistics: (4, R) of the rows' losses (see ``tiles.load_statistics``), None if they have none.
         y_statistics: (4, C) of the columns' losses, likewise.
-        want_x: the first.
-        want_y: the second.
-        want_term: the third; with labels, from the rows' losses alone.
         given: the coefficients (problems, rows, columns) themselves, any strides, for columns of the kind GIVEN.
-        of_x: what finishes the first, if these are all of the rows' products, so that it need not be returned.
     """
-    common = (x, columns, temperature, x_statistics, y_statistics)
-    if x.split == (0, 0):
-        return _through_panels(*common, want_x, want_y, want_term, given, of_x)
+
+    x: Rows
+    columns: Columns
+    temperature: float | Tensor
+    x_statistics: Tensor | None = None
+    y_statistics: Tensor | None = None
+    given: Tensor | None = None
+
+    def transposed(self) -> Coefficients:
+        """The columns as rows, and the rows as columns."""
+        given = None if self.given is None else self.given.mT
+        columns = self.columns.swapped(self.x)
+        statistics = self.y_statistics, self.x_statistics
+        return Coefficients(self.columns.y, columns, self.temperature, *statistics, given)
+
+    def arguments(self) -> dict[str, object]:
+        """Those of a kernel."""
+        x, y = self.x.for_similarity, self.columns.y.for_similarity
+        return {
+            "x": x.x,
+            "x_scale": x.scale,
+            "y": y.x,
+            "y_scale": y.scale,
+            "x_labels": self.columns.row_labels,
+            "y_labels": self.columns.labels,
+            "x_statistics": self.x_statistics,
+            "y_statistics": self.y_statistics,
+            "given": self.given,
+            "given_strides": (0, 0, 0) if self.given is None else self.given.stride(),
+            "total_columns": len(y),
+            "depth": self.x.padded,
+            "KIND": self.columns.kind,
+            "SCALE": _SCALE.get(self.x.x.dtype, 1.0),
+            "PRECISION": input_precision(),
+            **temperature_arguments(self.temperature),
+        }
+
+
+@tuning.tuned
+def both_products(
+    g: Coefficients,
+    *,
+    want_x: bool,
+    want_y: bool,
+    want_term: bool = False,
+    of_x: RowGradients | None = None,
+) -> tuple[Products | None, Products | None, Tensor | None]:
+    """``G y^`` for the rows and ``G^T x^`` for the columns, and ``sum_j G_ij z_ij`` (R,), all or None.
+
+    The third is, with labels, from the rows' losses alone. ``of_x`` finishes the first, if these are all of the rows' products, so
+    that it need not be returned.
+    """
+    if g.x.split == (0, 0):
+        return _through_panels(g, want_x, want_y, want_term, of_x)
     found_x = found_y = term = None
     if want_x or want_term:
-        found_x, term = _row_products(*common, want_term, given)
+        found_x, term = _row_products(g, want_term)
     if want_x and of_x is not None:
         of_x.finish(found_x)
         found_x = None
     if want_y:
-        swapped = None if given is None else given.mT
-        found_y, _ = _row_products(
-            columns.y, columns.swapped(x), temperature, y_statistics, x_statistics, False, swapped
-        )
+        found_y, _ = _row_products(g.transposed(), False)
     return found_x, found_y, term
 
 
 def _through_panels(
-    x: Rows,
-    columns: Columns,
-    temperature: float | Tensor,
-    x_statistics: Tensor | None,
-    y_statistics: Tensor | None,
-    want_x: bool,
-    want_y: bool,
-    want_term: bool,
-    given: Tensor | None,
-    of_x: RowGradients | None,
+    g: Coefficients, want_x: bool, want_y: bool, want_term: bool, of_x: RowGradients | None
 ) -> tuple[Products | None, Products | None, Tensor | None]:
-    """As :func:`both_products`, through panels of coefficients ``G_ij scale_i scale_j``; problems are not ragged.
+    """As ``both_products``, through panels of coefficients ``G_ij scale_i scale_j``; problems are not ragged.
 
     A panel's rows are finished as soon as it is multiplied. What it adds to the columns' products is added to them.
     """
+    x, columns = g.x, g.columns
     problems = columns.problems
     count, width = len(x) // problems, len(columns.y) // problems
     raw_x = None
@@ -235,7 +259,7 @@ def _through_panels(
                 rows=count,
                 columns=width,
                 total_rows=len(x),
-                **_pass_arguments(x, columns, temperature, x_statistics, y_statistics, given),
+                **g.arguments(),
             )
             # Whole problems, or rows of one.
             first = problem * count + start
@@ -274,38 +298,9 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
     return product.mul_(1 / _SCALE[a.dtype]) if a.dtype in _SCALE else product
 
 
-def _pass_arguments(x, columns, temperature, x_statistics, y_statistics, given):
-    rows, y = x.for_similarity, columns.y.for_similarity
-    return {
-        "x": rows.x,
-        "x_scale": rows.scale,
-        "y": y.x,
-        "y_scale": y.scale,
-        "x_labels": columns.row_labels,
-        "y_labels": columns.labels,
-        "x_statistics": x_statistics,
-        "y_statistics": y_statistics,
-        "given": given,
-        "given_strides": (0, 0, 0) if given is None else given.stride(),
-        "total_columns": len(y),
-        "depth": x.padded,
-        "KIND": columns.kind,
-        "SCALE": _SCALE.get(x.x.dtype, 1.0),
-        "PRECISION": input_precision(),
-        **temperature_arguments(temperature),
-    }
-
-
-def _row_products(
-    x: Rows,
-    columns: Columns,
-    temperature: float | Tensor,
-    x_statistics: Tensor | None,
-    y_statistics: Tensor | None,
-    want_term: bool,
-    given: Tensor | None,
-) -> tuple[Products, Tensor | None]:
+def _row_products(g: Coefficients, want_term: bool) -> tuple[Products, Tensor | None]:
     """Parts of ``sum_j G_ij y^_j``, and ``sum_j G_ij z_ij``."""
+    x, columns = g.x, g.columns
     tile = columns.tile(x, "products", rich=want_term)
     parts = columns.splits(x, tile)
     raw = x.x.new_empty((parts, *x.x.shape), dtype=torch.float32)
@@ -325,7 +320,7 @@ def _row_products(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         **columns.span_arguments(x, tile.m),
-        **_pass_arguments(x, columns, temperature, x_statistics, y_statistics, given),
+        **g.arguments(),
     )
     return Products(raw), None if term is None else term.sum(0)
 

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from . import config, tuning
 from .columns import Columns
-from .gradients import Products, RowGradients, both_products, relative_weights, statistics
+from .gradients import (
+    Coefficients,
+    Products,
+    RowGradients,
+    both_products,
+    relative_weights,
+    statistics,
+)
 from .launch import cdiv, launch, temperature_arguments
 from .own_negatives import OwnNegatives, own_gradients, own_sums
 from .parts import Parts, fold, merged, new_parts
@@ -81,7 +88,7 @@ def problem_of(
     self_logit: float | None,
     similarity_dtype: torch.dtype | None = None,
 ) -> Problem:
-    """Packs the inputs; the options are those of :func:`fastnce.info_nce`, ``in_batch`` its ``in_batch_negatives``."""
+    """Packs the inputs; the options are those of ``fastnce.info_nce``, ``in_batch`` its ``in_batch_negatives``."""
     fp8 = similarity_dtype is not None
     q, k, positive = pack_pairs(query, key, normalize, fp8)
     sets = [Columns(k, IN_BATCH.value, query.shape[0])] if in_batch else []
@@ -105,7 +112,7 @@ def info_nce_forward(
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Losses, log-sum-exp and, if ``grad_scale`` is given, the gradients of ``grad_scale * losses.sum()``, or of the mean.
 
-    Arguments and results: those of the operator, see ``fastnce/ops/info_nce.py``; ``options``: :func:`problem_of`.
+    Arguments and results: those of the operator, see ``fastnce/ops/info_nce.py``; ``options``: ``problem_of``.
     """
     problem = problem_of(query, key, negatives, temperature, **options)
     now = grad_scale is not None and any(needs)
@@ -315,12 +322,9 @@ def gradients(
         want_y = need_key if is_key else need_negatives
         if not (want_x or want_y):
             continue
+        of_losses = Coefficients(query, columns, temperature, row, column if is_key else None)
         found_x, found_y, found_term = both_products(
-            query,
-            columns,
-            temperature,
-            row,
-            column if is_key else None,
+            of_losses,
             want_x=want_x,
             want_y=want_y,
             want_term=want_x and need_temperature,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import config, tuning
 from .columns import Columns
-from .gradients import RowGradients, both_products, relative_weights, statistics
+from .gradients import Coefficients, RowGradients, both_products, relative_weights, statistics
 from .launch import cdiv, launch, temperature_arguments
 from .parts import Parts, fold, merged, new_parts
 from .rows import Rows, pack, pack_pairs, pair_logits
@@ -267,11 +267,7 @@ def _self_products(
     if of_rows is None and not want_term:
         return None
     _, _, term = both_products(
-        columns.y,
-        columns,
-        temperature,
-        of_losses,
-        of_losses,
+        Coefficients(columns.y, columns, temperature, of_losses, of_losses),
         want_x=of_rows is not None,
         want_y=False,
         want_term=want_term,
@@ -294,7 +290,7 @@ def labelled_lse_forward(
 ) -> Tensor:
     """``[log sum_j exp(s_ij / t), log sum_{j of the label of i} exp(s_ij / t)]``, -inf for an empty sum: (N, 2) float64.
 
-    Arguments and results: :func:`fastnce.reference.labelled_lse_forward`.
+    Arguments and results: ``fastnce.reference.labelled_lse_forward``.
     """
     rows, columns = _block(x, y, x_labels, y_labels, own)
     parts = labelled_sums(rows, columns, temperature, x.dtype)
@@ -319,7 +315,7 @@ def labelled_lse_backward(
 ) -> tuple[Tensor, Tensor]:
     """This block's part in the gradient of ``x``, as rows and as columns, and of the temperature, as rows alone.
 
-    Arguments and results: :func:`fastnce.reference.labelled_lse_backward`.
+    Arguments and results: ``fastnce.reference.labelled_lse_backward``.
     """
     rows, columns = _block(x, y, x_labels, y_labels, own)
     weights = torch.cat([x_state[:, 2:], y_state[:, 2:]])
@@ -331,17 +327,8 @@ def labelled_lse_backward(
         all_lse, same_lse, all_weight, same_weight = state.unbind(1)
         return statistics(all_lse, all_weight / top, same_lse, same_weight / top).float()
 
-    _, _, term = both_products(
-        rows,
-        columns,
-        temperature,
-        of_losses(x_state),
-        of_losses(y_state),
-        want_x=True,
-        want_y=False,
-        want_term=True,
-        of_x=of_x,
-    )
+    by_losses = Coefficients(rows, columns, temperature, of_losses(x_state), of_losses(y_state))
+    _, _, term = both_products(by_losses, want_x=True, want_y=False, want_term=True, of_x=of_x)
     return of_x.out, -term.sum(dtype=torch.float64) * top / temperature
 
 

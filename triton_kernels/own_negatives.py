@@ -19,7 +19,7 @@ _BLOCK_M = 32
 
 @dataclasses.dataclass
 class OwnNegatives:
-    """Negatives (B, N, M, D), any strides, with what :func:`own_sums` finds."""
+    """Negatives (B, N, M, D), any strides, with what ``own_sums`` finds."""
 
     values: Tensor
     logits: Tensor  # (R, M) to base 2

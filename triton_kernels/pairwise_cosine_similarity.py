@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .columns import Columns
-from .gradients import RowGradients, both_products
+from .gradients import Coefficients, RowGradients, both_products
 from .launch import cdiv, launch, temperature_arguments
 from .rows import Rows, input_precision, pack
 from .tiles import GIVEN, inside, products_of_chunks
@@ -67,15 +67,10 @@ def pairwise_cosine_similarity_backward(
         for of, needed in ((rows, need_x), (columns.y, need_y))
     )
     _, found_y, term = both_products(
-        rows,
-        columns,
-        temperature,
-        None,
-        None,
+        Coefficients(rows, columns, temperature, given=given),
         want_x=need_x,
         want_y=need_y,
         want_term=need_temperature,
-        given=given,
         of_x=of_x,
     )
     return (

@@ -269,5 +269,5 @@ def _pack_kernel(
 
 
 def pair_logits(x: Rows, y: Rows, products: Tensor, temperature: float | Tensor) -> Tensor:
-    """The logits of the pairs of :func:`pack_pairs`, (R,)."""
+    """The logits of the pairs of ``pack_pairs``, (R,)."""
     return products * x.for_similarity.scale * y.for_similarity.scale / temperature

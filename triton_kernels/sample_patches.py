@@ -67,7 +67,7 @@ def sample_patches_add_(
     patch_ids: list[Tensor],
     normalize: bool,
 ) -> None:
-    """Adds what :func:`sample_patches_backward` returns to ``maps``, which must not overlap in memory, in place."""
+    """Adds what ``sample_patches_backward`` returns to ``maps``, which must not overlap in memory, in place."""
     for some in _groups(len(maps)):
         grads = grad_patches[some]
         if normalize:

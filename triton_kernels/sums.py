@@ -43,7 +43,7 @@ def offset_kind(temperature: float | Tensor, normalize: bool, dtype: torch.dtype
 
 
 def sums_tile(x: Rows, columns: Columns, offset: int, product: bool, term: bool) -> config.Tile:
-    """The tile of :func:`sum_exponentials`."""
+    """The tile of ``sum_exponentials``."""
     rich = term or offset != FIXED.value
     return columns.tile(x, "products", rich) if product else columns.tile(x, "sums")
 
@@ -65,7 +65,7 @@ def sum_exponentials(
         x: the rows.
         columns: the columns.
         temperature: a float or a 0-d tensor.
-        offset: from :func:`offset_kind`.
+        offset: from ``offset_kind``.
         parts: what to fill; ``raw`` and ``term`` if they are there.
         column_parts: what to fill for the columns, one part for each block of rows of a problem; or None.
         block_range: first block of rows and number of blocks, of a single problem; all by default.

@@ -114,7 +114,7 @@ def counts(row, column, columns, KIND: tl.constexpr):
 
 @triton.jit
 def load_statistics(statistics, first, offsets, total):
-    """Of each row log-sum-exp (to base 2), weight, and two more numbers that its loss may need (see :func:`row_gradient`)."""
+    """Of each row log-sum-exp (to base 2), weight, and two more numbers that its loss may need (see ``row_gradient``)."""
     statistics += first
     total = tl.cast(total, tl.int64)
     lse = tl.load(statistics + offsets) * LOG2_E
@@ -126,7 +126,7 @@ def load_statistics(statistics, first, offsets, total):
 
 @triton.jit
 def row_gradient(z, statistics, AXIS: tl.constexpr, same, KIND: tl.constexpr):
-    """d L / d z of a tile by the losses of its rows (AXIS 1), or of its columns (0), from :func:`load_statistics`.
+    """d L / d z of a tile by the losses of its rows (AXIS 1), or of its columns (0), from ``load_statistics``.
 
     ``weight softmax`` over all; over those of the same label, SupCon's ``-third`` each; or ``fourth softmax``, of which
     ``third`` is the log-sum-exp.

@@ -2,7 +2,7 @@
 
 A class is a pass, the element's size, and ranges of the depth and of the number of tiles. Within it the candidates of
 ``config.CANDIDATES`` are timed in the very call that asks, all its kernels together, and the fastest serves the process from then
-on, and later processes through a file. Without the variable this module costs nothing: :func:`tuned` changes no function.
+on, and later processes through a file. Without the variable this module costs nothing: ``tuned`` changes no function.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
 A backend is a module with plain functions ``<op>_forward`` and ``<op>_backward`` over validated tensors, and two
 predicates: ``available() -> str`` and ``supports(op, device_type, dtype) -> str``, which answer ``"ok"`` or the reason why not.
-The ``torch`` backend is :mod:`fastnce.reference`: differentiable PyTorch that every other backend is tested against.
+The ``torch`` backend is ``fastnce.reference``: differentiable PyTorch that every other backend is tested against.
 
-Asked for by name (``backend=``, :func:`use_backend`, ``FASTNCE_BACKEND``), a backend runs or raises with its reason.
+Asked for by name (``backend=``, ``use_backend``, ``FASTNCE_BACKEND``), a backend runs or raises with its reason.
 Chosen automatically, the first of the table that can run the op does; on a GPU on which backends were measured
-(:mod:`fastnce.backends.dispatch`), the quickest of these.
+(``fastnce.backends.dispatch``), the quickest of these.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def names() -> tuple[str, ...]:
 def available() -> dict[str, str]:
     """Every backend with ``"ok"``, or with the reason why it cannot run on this machine.
 
-    Example:
+    Examples:
         >>> import fastnce
         >>> fastnce.backends.available()["torch"]
         'ok'
@@ -63,7 +63,7 @@ def available() -> dict[str, str]:
 def supports(name: str, op: str, device_type: str, dtype: torch.dtype) -> str:
     """``"ok"``, or why the backend ``name`` cannot run ``op`` on tensors of ``dtype`` on ``device_type`` ("cpu", "cuda").
 
-    Example:
+    Examples:
         >>> import fastnce, torch
         >>> fastnce.backends.supports("torch", "info_nce", "cpu", torch.float32)
         'ok'
@@ -82,7 +82,7 @@ def use_backend(name: str | None) -> Iterator[None]:
         ValueError: ``name`` is not a backend.
         RuntimeError: the backend cannot run on this machine.
 
-    Example:
+    Examples:
         >>> import fastnce, torch
         >>> with fastnce.use_backend("torch"):
         ...     loss = fastnce.info_nce(torch.eye(4), torch.eye(4))
@@ -100,7 +100,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def requested() -> str | None:
-    """The backend that :func:`use_backend` or ``FASTNCE_BACKEND`` asks for; None: chosen automatically."""
+    """The backend that ``use_backend`` or ``FASTNCE_BACKEND`` asks for; None: chosen automatically."""
     return _requested
 
 

@@ -1,6 +1,6 @@
 """The compiled backend: the kernels of ``csrc/``, as torch.ops.fastnce.*.
 
-The library is loaded once, when this module is imported, if it is there. Where it is not, :func:`available` says why and
+The library is loaded once, when this module is imported, if it is there. Where it is not, ``available`` says why and
 everything else of the package works without it.
 """
 

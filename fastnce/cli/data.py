@@ -77,7 +77,7 @@ def photo_crops(out: Path, seed: int = 0) -> None:
 
 
 def _tell(out: Path, training: str) -> None:
-    """What the set holds, and what it is for."""
+    """Prints the content of the set and its use."""
     from fastnce.data import list_images
 
     folders = sorted(folder for folder in out.iterdir() if folder.is_dir())

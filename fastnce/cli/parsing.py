@@ -1,4 +1,4 @@
-"""What the commands share: options from a function's signature, and each mistake in one line that names the nearest word."""
+"""Shared by the commands: options from a function's signature, and each mistake in one line that names the nearest word."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def parse(
     also: Sequence[str] = (),
     **options: object,
 ) -> Any:
-    """What tyro makes of ``args`` for ``target``, whose options are ``hints``: their types by name.
+    """The result of tyro for ``args`` for ``target``, whose options are ``hints``: their types by name.
 
     Numbers of a list may be joined by commas. A mistake is one line; ``also`` are options that the caller has read already.
 

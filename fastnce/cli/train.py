@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
 
@@ -33,12 +33,12 @@ def train(args: list[str]) -> int:
     chosen, rest = first.parse_known_args(args[1:])
 
     config_class, values = layered_values(variant, chosen.preset, chosen.config)
-    needed = [f.name for f in fields(config_class) if f.default is MISSING]
+    needed = [f.name for f in fields(config_class) if f.default == Path()]
     given = {*values, *named_in(rest)}
     config = parse(
         config_class,
         get_type_hints(config_class),
-        [name for name in required_fields(config_class, given) if name not in values],
+        [name for name in required_fields(given) if name not in values],
         f"fastnce train {variant}",
         rest,
         also=("preset", "config", "dry_run"),

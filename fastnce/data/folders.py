@@ -41,7 +41,7 @@ def list_images(folder: Path | str) -> list[Path]:
     Raises:
         UserError: If the folder is missing, is not a folder, or holds no image.
 
-    Example:
+    Examples:
         >>> list_images("no/such/folder")
         Traceback (most recent call last):
         ...
@@ -167,7 +167,7 @@ def describe_folder(
         UserError: Each image that is looked at is one plain colour, a file cannot be read, or holds numbers that need a
             `value_range`.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from PIL import Image
         >>> folder = Path(tempfile.mkdtemp())

@@ -79,7 +79,7 @@ class LabelledImages(Stream):
         UserError: A folder or a class is missing or empty, a file cannot be read, or an argument is out of range. A
             damaged image of a set too large for decoding it all at once is found when it is first read.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from fastnce.demo import write_digits
         >>> folder = tempfile.TemporaryDirectory()

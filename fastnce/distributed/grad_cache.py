@@ -39,8 +39,8 @@ class GradCache:
 
     Args:
         encoders: one per input: (chunk) -> (n, D). The same one may come twice; modules, methods and functions may be frozen.
-        loss: (representations (N, D) of each encoder) -> scalar, such as :func:`fastnce.nt_xent`, or
-            :func:`fastnce.distributed.nt_xent` for the batches of all ranks.
+        loss: (representations (N, D) of each encoder) -> scalar, such as ``fastnce.nt_xent``, or
+            ``fastnce.distributed.nt_xent`` for the batches of all ranks.
         chunk_size: samples per chunk.
         scaler: for fp16 training; scales the loss.
 
@@ -48,7 +48,7 @@ class GradCache:
         TypeError: ``chunk_size`` is no int.
         ValueError: no encoder, or ``chunk_size`` below 1.
 
-    Example:
+    Examples:
         >>> import torch, fastnce
         >>> encoder = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
         >>> cache = fastnce.GradCache(encoder, encoder, loss=fastnce.nt_xent, chunk_size=32)
@@ -186,7 +186,7 @@ class _Input:
 
 
 def _modules_of(encoder: object) -> list[nn.Module]:
-    """What an encoder runs, as far as it can be seen: itself, whose method it is, and what a function names."""
+    """The modules that an encoder runs, as far as it can be seen: itself, whose method it is, and what a function names."""
     if isinstance(encoder, functools.partial):
         parts = [encoder.func, *encoder.args, *encoder.keywords.values()]
         return [module for part in parts for module in _modules_of(part)]
@@ -292,7 +292,7 @@ def _backward_of_all(ddp: nn.Module, found: Tensor, grad: Tensor) -> None:
 
 
 def _leaves_of(loss: Tensor, representations: list[Tensor]) -> list[Tensor]:
-    """What else ``loss`` gives gradients to, in the same order on every rank."""
+    """The further tensors that ``loss`` gives gradients to, in the same order on every rank."""
     found: dict[int, Tensor] = {}
     seen, waiting = set(), [loss.grad_fn]
     while waiting:

@@ -23,7 +23,7 @@ class NegativeQueue(nn.Module):
     them; in memory each key is one run of numbers, so that the fused loss reads the queue where it lies. Ranks begin with the
     same random unit keys and take in the same keys, so that they stay alike.
 
-    What :meth:`enqueue` is given is written when :attr:`keys` are next read: autograd may still need the present ones for the
+    What ``enqueue`` is given is written when ``keys`` are next read: autograd may still need the present ones for the
     backward of the loss. Until then it waits: it moves and converts with the module, and is in its copies and state dicts.
 
     Args:
@@ -37,7 +37,7 @@ class NegativeQueue(nn.Module):
         TypeError: ``size`` or ``dim`` is no int.
         ValueError: ``size`` or ``dim`` below 1.
 
-    Example:
+    Examples:
         >>> import torch, fastnce
         >>> queue = fastnce.NegativeQueue(size=4096, dim=128)
         >>> query, key = torch.randn(2, 32, 128)
@@ -84,7 +84,7 @@ class NegativeQueue(nn.Module):
             keys: (N, dim), any N, normalised here; no gradient. Of more than ``size`` keys the last stay. In the queue's dtype, or
                 under autocast in any.
             group: the ranks; None is the default group.
-            check: whether the ranks compare dim, dtype and N first, see :mod:`fastnce.distributed`. On a GPU that makes the
+            check: whether the ranks compare dim, dtype and N first, see ``fastnce.distributed``. On a GPU that makes the
                 host wait; without it nothing does, and all ranks must have the same N.
 
         Raises:

@@ -57,7 +57,7 @@ def inception_score(probabilities: Tensor, splits: int = 1) -> tuple[float, floa
     Raises:
         ValueError: If there are fewer images than parts, or the rows are no probabilities.
 
-    Example:
+    Examples:
         >>> inception_score(torch.eye(4))  # four images, each surely of another class
         (4.0, 0.0)
     """
@@ -175,7 +175,7 @@ def spread_ratio(features: Tensor, reference: Tensor) -> float:
         ValueError: If the shapes do not fit, a set has fewer than two images, or all real images
             have the same features.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
         >>> spread_ratio(x / 2, x)
         0.25

@@ -40,7 +40,7 @@ def authenticity_accuracy(
     Raises:
         ValueError: If one is empty.
 
-    Example:
+    Examples:
         >>> authenticity_accuracy(torch.tensor([1.0, -0.5]), torch.tensor([-1.0, -2.0]))
         Authenticity(real=0.5, fake=1.0)
     """
@@ -93,7 +93,7 @@ def largest_singular_values(module: nn.Module, *, raw: bool = False) -> dict[str
     Returns:
         By the layer's name; NaN for a weight that is not finite.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(2, 2, bias=False)
         >>> _ = layer.weight.data.copy_(torch.tensor([[3.0, 0.0], [0.0, -4.0]]))
         >>> largest_singular_values(nn.Sequential(layer))

@@ -159,7 +159,7 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     Raises:
         ValueError: If a set has fewer than two images or the sizes of the features differ.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[0.0, 1.0], [2.0, 3.0], [1.0, 5.0]])
         >>> round(frechet_distance(x, x + 2), 6)
         8.0
@@ -212,7 +212,7 @@ def precision_recall_density_coverage(real: Tensor, fake: Tensor, k: int = 5) ->
     Raises:
         ValueError: If the shapes do not fit, or a set has no more than k images.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
         >>> precision_recall_density_coverage(x, x + 10, k=1)
         PrecisionRecall(precision=0.0, recall=0.0, density=0.0, coverage=0.0)

@@ -34,7 +34,7 @@ def pair_numbers(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     Raises:
         ValueError: no pairs, or a pair of two shapes.
 
-    Example:
+    Examples:
         >>> truth = torch.zeros(3, 16, 16)
         >>> numbers = pair_numbers([(truth + 0.2, truth)])
         >>> round(numbers["l1"], 3), round(numbers["psnr"], 3)

@@ -51,7 +51,7 @@ def knn_predict(
     Raises:
         ValueError: shapes that do not fit together, or an argument out of range.
 
-    Example:
+    Examples:
         >>> train = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> knn_predict(train, torch.tensor([3, 7]), torch.tensor([[0.2, 0.9]]), k=1)
         tensor([7])

@@ -90,7 +90,7 @@ def label_key(path: Path) -> str:
 
     Also without the `_A` and `_B` of the published preparation, where `1_A.jpg` and `1_B.jpg` belong together.
 
-    Example:
+    Examples:
         >>> label_key(Path("ulm_000001_000019_gtFine_color.png")), label_key(Path("7_B.jpg"))
         ('ulm_000001_000019', '7')
     """
@@ -202,7 +202,7 @@ def confusion_matrix(
     Raises:
         ValueError: the shapes differ, or a value is out of range.
 
-    Example:
+    Examples:
         >>> confusion_matrix(torch.tensor([0, 1, 1, 0]), torch.tensor([0, 1, 0, 255]), 2).tolist()
         [[1, 1], [0, 1]]
     """
@@ -229,7 +229,7 @@ def segmentation_scores(confusion: Tensor) -> SegmentationScores:
     Args:
         confusion: (K, K), rows are labels, columns predictions.
 
-    Example:
+    Examples:
         >>> scores = segmentation_scores(torch.tensor([[3, 1], [0, 4]]))
         >>> scores.pixel_accuracy, scores.class_accuracy, scores.ious
         (0.875, 0.875, (0.75, 0.8))

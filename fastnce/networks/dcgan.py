@@ -45,7 +45,7 @@ class DCGANGenerator(ConditionalGenerator):
         base_channels: channels of the last map, 64 as published.
         image_size, latent_dim, num_classes, image_channels: as in `ConditionalGenerator`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> g = DCGANGenerator(32, latent_dim=128, num_classes=10, base_channels=8)
         >>> g(torch.randn(2, 128), torch.tensor([3, 7])).shape
@@ -92,7 +92,7 @@ class DCGANDiscriminator(ConditionalDiscriminator):
         image_size, num_classes, conditioning, embed_dim, image_channels: as in `ConditionalDiscriminator`.
         norm: "spectral" on every layer, "batch" behind every convolution but the first, or "none".
 
-    Example:
+    Examples:
         >>> import torch
         >>> d = DCGANDiscriminator(32, num_classes=10, base_channels=8, conditioning="PD")
         >>> d(torch.zeros(2, 3, 32, 32), torch.tensor([3, 7])).features.shape

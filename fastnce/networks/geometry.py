@@ -39,7 +39,7 @@ def pixel_grid(generator: nn.Module, tap: int, feature: Tensor, image: Tensor) -
         feature: (B, C, h, w).
         image: (B, C, H, W), what it was computed from.
 
-    Example:
+    Examples:
         >>> import torch
         >>> g, x = ResnetGenerator(base_channels=2, num_blocks=1), torch.zeros(1, 3, 32, 32)
         >>> [pixel_grid(g, t, f, x) for t, f in zip((0, 12), g.encode(x, (0, 12)))]

@@ -20,7 +20,7 @@ class PatchProjector(nn.Module):
         in_channels: channels C_l of each feature map, in the order of the taps.
         dim: width of the hidden layer and of the output.
 
-    Example:
+    Examples:
         >>> import torch
         >>> project = PatchProjector([3, 128])
         >>> [p.shape for p in project([torch.zeros(2, 64, 3), torch.zeros(2, 64, 128)])]
@@ -57,7 +57,7 @@ class SimilarityHead(nn.Module):
         num_layers: feature maps that patches were sampled from.
         out_dim: length of the vectors.
 
-    Example:
+    Examples:
         >>> import torch
         >>> SimilarityHead(4)(torch.randn(2, 4, 256, 256)).norm(dim=1).allclose(torch.ones(2))
         True

@@ -33,7 +33,7 @@ class PatchDiscriminator(nn.Module):
         antialias: blur before each downsampling instead of strided convolutions.
         norm: "instance", "batch" or "none".
 
-    Example:
+    Examples:
         >>> import torch
         >>> PatchDiscriminator(base_channels=8)(torch.zeros(2, 3, 64, 64)).shape
         torch.Size([2, 1, 6, 6])

@@ -259,7 +259,7 @@ class BigGANGenerator(ResidualGenerator):
         attention_after: self-attention behind the block of this number, counted from 1; 0 for none.
         image_size, num_classes, image_channels: as in `ConditionalGenerator`; a size below 32 is ours.
 
-    Example:
+    Examples:
         >>> import torch
         >>> g = BigGANGenerator(32, latent_dim=80, num_classes=10, base_channels=8)
         >>> g(torch.randn(2, 80), torch.tensor([3, 7])).shape
@@ -316,7 +316,7 @@ class BigGANDiscriminator(ResidualDiscriminator):
         attention_after: self-attention behind the block of this number, counted from 1; 0 for none.
         image_size, num_classes, conditioning, embed_dim, image_channels: as in `ConditionalDiscriminator`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> d = BigGANDiscriminator(32, num_classes=10, base_channels=8)
         >>> out = d(torch.zeros(2, 3, 32, 32), torch.tensor([3, 7]))
@@ -358,7 +358,7 @@ class SNGANGenerator(ResidualGenerator):
         spectral_norm: spectral norm on every layer; the published generator has none.
         image_size, latent_dim, num_classes, image_channels: as in `ConditionalGenerator`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> g = SNGANGenerator(32, latent_dim=128, num_classes=10, base_channels=8)
         >>> g(torch.randn(2, 128), torch.tensor([3, 7])).shape
@@ -399,7 +399,7 @@ class SNGANDiscriminator(ResidualDiscriminator):
         norm: "spectral" on every layer, "batch" in the blocks, or "none".
         image_size, num_classes, conditioning, embed_dim, image_channels: as in `ConditionalDiscriminator`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> d = SNGANDiscriminator(32, num_classes=10, base_channels=8, conditioning="AC")
         >>> d(torch.zeros(2, 3, 32, 32), torch.tensor([3, 7])).class_logits.shape

@@ -79,7 +79,7 @@ class ResNetEncoder(nn.Module):
     Raises:
         ValueError: a size below 1, or an unknown stem.
 
-    Example:
+    Examples:
         >>> import torch
         >>> encoder = ResNetEncoder((1, 1, 1), base_channels=8, stem="cifar")
         >>> encoder(torch.zeros(2, 3, 32, 32)).shape

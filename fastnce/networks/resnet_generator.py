@@ -50,7 +50,7 @@ class ResnetGenerator(nn.Module):
     Attributes:
         first_block: index of the first residual block.
 
-    Example:
+    Examples:
         >>> import torch
         >>> g = ResnetGenerator(base_channels=8, num_blocks=2)
         >>> image, (pixels, block) = g(torch.zeros(1, 3, 32, 32), taps=[0, 12])

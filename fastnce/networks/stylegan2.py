@@ -165,7 +165,7 @@ def modulated_conv2d(
     Returns:
         (B, C_out, H, W), or with `upsample` (B, C_out, 2 H + k - 2, 2 W + k - 2), which a `Blur` of gain 4 brings to (2 H, 2 W).
 
-    Example:
+    Examples:
         >>> modulated_conv2d(torch.ones(1, 1, 3, 3), torch.full((1, 1, 1, 1), 5.0)).unique()
         tensor([1.])
     """
@@ -262,7 +262,7 @@ class StyleGAN2Generator(nn.Module):
     Raises:
         ValueError: `num_blocks` is odd; H or W is odd; taps that are not there.
 
-    Example:
+    Examples:
         >>> import torch
         >>> g = StyleGAN2Generator(base_channels=4, num_blocks=2)
         >>> image, (pixels, block) = g(torch.zeros(1, 3, 32, 48), taps=[0, 2])
@@ -339,7 +339,7 @@ class StyleGAN2Discriminator(nn.Module):
     Raises:
         ValueError: `image_size` is another number, or an image has another size.
 
-    Example:
+    Examples:
         >>> import torch
         >>> StyleGAN2Discriminator(base_channels=4, image_size=16)(torch.zeros(2, 3, 16, 16)).shape
         torch.Size([2, 1])

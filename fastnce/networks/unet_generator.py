@@ -43,7 +43,7 @@ class UNetGenerator(nn.Module):
     Raises:
         ValueError: fewer than 2 levels, or an image of another size.
 
-    Example:
+    Examples:
         >>> UNetGenerator(base_channels=4, num_downs=5)(torch.zeros(2, 3, 32, 64)).shape
         torch.Size([2, 3, 32, 64])
     """

@@ -1,4 +1,4 @@
-"""What the ops share: the reduction, running outside autocast, and the autograd of losses of rows."""
+"""Shared by the ops: the reduction, running outside autocast, and the autograd of losses of rows."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def first_derivative_only(backward: Callable) -> Callable:
     ``once_differentiable`` does so only if the gradient that arrives requires a gradient. It usually does not, and the second
     derivative would be taken for zero in silence. So the gradients pass a node that raises, and that lies on every way on: to the
     gradients that arrive, and to what was saved, so that saved inputs, or results, must lead to all inputs; a Function that saves
-    neither returns a :func:`handle`.
+    neither returns a ``handle``.
     """
 
     @functools.wraps(backward)

@@ -1,4 +1,4 @@
-"""What the losses over ranks share: their options, agreed on by all ranks, and the reduction, which sets the gradients' scale."""
+"""Shared by the losses over ranks: their options, agreed on by all ranks, and the reduction, which sets the gradients' scale."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _GATHER_BYTES = 64 << 20
 class OverRanks:
     """One call of a loss over ranks; the arguments are those that all of these losses have.
 
-    Once the ranks :meth:`agree`, ``temperature`` is checked, and there are the ``exchange`` of their rows and the ``kernels``.
+    Once the ranks ``agree``, ``temperature`` is checked, and there are the ``exchange`` of their rows and the ``kernels``.
     """
 
     op: str
@@ -99,7 +99,7 @@ class OverRanks:
         return loss.to(accumulation_dtype(dtype))
 
     def _gradient_factor(self) -> float:
-        """What rank r's rows get, relative to ``d(sum over all ranks of gradient * losses)/drow``.
+        """The gradient of rank r's rows, relative to ``d(sum over all ranks of gradient * losses)/drow``.
 
         An average over ranks has to be the gradient of the mean over ranks of what the ranks go backward from. A reduced loss
         is the same on all, so that this mean is the loss itself; of the losses of one's own rows each rank makes another number,

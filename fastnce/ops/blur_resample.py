@@ -21,13 +21,13 @@ def blur_resample(x: Tensor, kernel: Tensor, *, halve: bool) -> Tensor:
 
     Args:
         x: (B, C, H, W), H and W at least 2.
-        kernel: that of :func:`blur_kernel`, which plain PyTorch convolves with.
+        kernel: that of ``blur_kernel``, which plain PyTorch convolves with.
         halve: half the size, else twice the size.
 
     Returns:
         (B, C, ceil(H / 2), ceil(W / 2)), or (B, C, 2 H, 2 W).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from fastnce.ops.blur_resample import blur_kernel, blur_resample
         >>> blur_resample(torch.randn(2, 16, 7, 8), blur_kernel(16, halve=True), halve=True).shape

@@ -33,7 +33,7 @@ def conditional_contrastive(
               - \log \Big( e^{s_{ip} / \tau} + \sum_{j \ne i,\, y_j = y_i} e^{s_{ij} / \tau} \Big)
 
     with the cosine :math:`s_{ij}` of two samples and :math:`s_{ip}` of a sample and its own class's proxy. The published form
-    builds an N x N x D array; plain PyTorch with one matrix product is :func:`fastnce.reference.conditional_contrastive`.
+    builds an N x N x D array; plain PyTorch with one matrix product is ``fastnce.reference.conditional_contrastive``.
 
     Args:
         embeddings: (N, D); float64, float32, bfloat16 or float16. Normalisation is part of the op.
@@ -51,7 +51,7 @@ def conditional_contrastive(
         ValueError: shapes, devices or options that do not fit together.
         RuntimeError: the requested backend cannot run this.
 
-    Example:
+    Examples:
         >>> import torch, fastnce
         >>> labels = torch.tensor([0, 1, 0, 1])
         >>> classes = torch.nn.Embedding(2, 16)
@@ -132,7 +132,7 @@ def over_ranks(
     check: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """:func:`fastnce.conditional_contrastive` of the samples of all ranks, exactly.
+    """``fastnce.conditional_contrastive`` of the samples of all ranks, exactly.
 
     Args:
         embeddings: (N, D), this rank's; N may differ between ranks, and be 0 on some.
@@ -140,8 +140,8 @@ def over_ranks(
         labels: (N,) integers.
         temperature: positive float, or tensor of one element, which gets its gradient.
         reduction: ``"mean"`` over the samples of all ranks, ``"sum"``, or ``"none"`` for this rank's (N,).
-        group, strategy, check: see :mod:`fastnce.distributed`.
-        gradient_scale: ``"mean"`` and ``"sum"``, see :mod:`fastnce.distributed`; with ``reduction="none"`` both leave one's own
+        group, strategy, check: see ``fastnce.distributed``.
+        gradient_scale: ``"mean"`` and ``"sum"``, see ``fastnce.distributed``; with ``reduction="none"`` both leave one's own
             ``losses.mean()`` for DDP to average. Or ``"published"``, the gradients of the published code (StudioGAN): 1 / ranks of
             ``"mean"``, so that under DDP the loss weighs 1 / ranks of what it weighs in one process.
         backend: one of ``fastnce.backends.available()``; None chooses.
@@ -149,7 +149,7 @@ def over_ranks(
     Returns:
         The same loss on every rank (``"none"``: this rank's losses), float32 (float64 for float64 inputs).
 
-    Example:
+    Examples:
         >>> import torch, fastnce.distributed  # one process: the plain op
         >>> labels = torch.tensor([0, 1, 0, 1])
         >>> classes = torch.nn.Embedding(2, 16)

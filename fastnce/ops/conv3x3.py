@@ -34,7 +34,7 @@ def conv3x3(
     Returns:
         (B, K, H, W).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from fastnce.ops.conv3x3 import conv3x3
         >>> conv3x3(torch.randn(2, 16, 8, 8), torch.randn(32, 16, 3, 3), reflect=True).shape
@@ -54,7 +54,7 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None, reflect: bool) -> Tens
 
 
 class Conv3x3Function(torch.autograd.Function):
-    """Autograd of :func:`conv3x3` over the compiled kernels."""
+    """Autograd of ``conv3x3`` over the compiled kernels."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, reflect: bool) -> Tensor:

@@ -75,7 +75,7 @@ def info_nce(
         ValueError: shapes, devices or options that do not fit together.
         RuntimeError: the requested backend cannot run this.
 
-    Example:
+    Examples:
         >>> import torch, fastnce
         >>> query = torch.randn(128, 64, requires_grad=True)
         >>> fastnce.info_nce(query, torch.randn(128, 64)).backward()
@@ -190,7 +190,7 @@ def plain(
     """``loss_i = log sum_j exp(s_ij / t) - s_ip / t``, one per query.
 
     With ``similarity_dtype=torch.float8_e4m3fn`` every s, the positive's too, is the product of rows that
-    :func:`~fastnce.reference.normalize.rounded_unit_rows` has rounded. Gradients take no notice of the rounding: they are
+    ``fastnce.reference.normalize.rounded_unit_rows`` has rounded. Gradients take no notice of the rounding: they are
     ``sum_j G_ij k_j`` over the rows as they were, with the coefficients G of the rounded similarities.
 
     Args:
@@ -260,7 +260,7 @@ def over_ranks(
     check: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """:func:`fastnce.info_nce` of the queries and keys of all ranks, exactly: all keys of all ranks are negatives.
+    """``fastnce.info_nce`` of the queries and keys of all ranks, exactly: all keys of all ranks are negatives.
 
     Args:
         query: (N, D), this rank's; N may differ between ranks, and be 0 on some.
@@ -272,13 +272,13 @@ def over_ranks(
         symmetric: the mean of the losses query to key and key to query (CLIP); without ``negative_keys`` only.
         in_batch_negatives: whether the other keys of all ranks are negatives; by default only without ``negative_keys``.
         reduction: ``"mean"`` over the queries of all ranks, ``"sum"``, or ``"none"`` for this rank's (N,).
-        group, strategy, gradient_scale, check: see :mod:`fastnce.distributed`.
+        group, strategy, gradient_scale, check: see ``fastnce.distributed``.
         backend: one of ``fastnce.backends.available()``; None chooses.
 
     Returns:
         The same loss on every rank (``"none"``: this rank's losses), float32 (float64 for float64 inputs).
 
-    Example:
+    Examples:
         >>> import torch, fastnce.distributed  # one process: the plain op
         >>> query = torch.randn(128, 64, requires_grad=True)
         >>> fastnce.distributed.info_nce(query, torch.randn(128, 64), symmetric=True).backward()
@@ -343,7 +343,7 @@ class _Blocks:
 
     Args:
         kernels: the backend.
-        normalize: as in :func:`info_nce`.
+        normalize: as in ``info_nce``.
         negatives: (M, D), one more block.
         exchange: None: other ranks' keys are no negatives.
     """

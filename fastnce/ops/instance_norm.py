@@ -37,7 +37,7 @@ def instance_norm(
     Returns:
         (B, C, H, W).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from fastnce.ops.instance_norm import instance_norm
         >>> instance_norm(torch.randn(2, 16, 8, 8), slope=0.0).amin() >= 0
@@ -78,7 +78,7 @@ class _ContiguousGradient(torch.autograd.Function):
 
 
 class InstanceNormFunction(torch.autograd.Function):
-    """Autograd of :func:`instance_norm` over the compiled kernels."""
+    """Autograd of ``instance_norm`` over the compiled kernels."""
 
     @staticmethod
     def forward(ctx, x: Tensor, residual: Tensor | None, eps: float, slope: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the ops over feature maps share: whether the compiled kernels run them, and the kernels' layout.
+"""Shared by the ops over feature maps: whether the compiled kernels run them, and the kernels' layout.
 
 The kernels take maps (B, H, W, C), contiguous, which is (B, C, H, W) in PyTorch's ``channels_last`` memory format; float32 or
 bfloat16, C a multiple of 16. Other maps are turned into that format first.

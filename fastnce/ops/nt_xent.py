@@ -47,7 +47,7 @@ def nt_xent(
         ValueError: shapes, devices or options that do not fit together.
         RuntimeError: the requested backend cannot run this.
 
-    Example:
+    Examples:
         >>> import torch, fastnce
         >>> loss = fastnce.nt_xent(torch.randn(32, 128), torch.randn(32, 128))
     """
@@ -74,7 +74,7 @@ def over_ranks(
     check: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """:func:`fastnce.nt_xent` of the images of all ranks, exactly; both views of an image are on the same rank.
+    """``fastnce.nt_xent`` of the images of all ranks, exactly; both views of an image are on the same rank.
 
     Args:
         z1: (N, D), the first views of this rank's images; N may differ between ranks, and be 0 on some.
@@ -82,13 +82,13 @@ def over_ranks(
         temperature: positive float, or tensor of one element, which gets its gradient.
         reduction: ``"mean"`` over the views of all ranks, ``"sum"``, or ``"none"`` for this rank's (2N,), the rows of ``z1``
             first.
-        group, strategy, gradient_scale, check: see :mod:`fastnce.distributed`.
+        group, strategy, gradient_scale, check: see ``fastnce.distributed``.
         backend: one of ``fastnce.backends.available()``; None chooses.
 
     Returns:
         The same loss on every rank (``"none"``: this rank's losses), float32 (float64 for float64 inputs).
 
-    Example:
+    Examples:
         >>> import torch, fastnce.distributed  # one process: the plain op
         >>> loss = fastnce.distributed.nt_xent(torch.randn(32, 128), torch.randn(32, 128))
     """

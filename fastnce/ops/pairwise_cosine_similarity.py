@@ -41,7 +41,7 @@ def pairwise_cosine_similarity(
         ValueError: shapes or devices that do not fit together.
         RuntimeError: the requested backend cannot run this.
 
-    Example:
+    Examples:
         >>> import torch, fastnce
         >>> fastnce.pairwise_cosine_similarity(torch.randn(3, 5), torch.randn(4, 5)).shape
         torch.Size([3, 4])
@@ -77,7 +77,7 @@ def plain(x: Tensor, y: Tensor, temperature: float | Tensor) -> Tensor:
 
 
 class PairwiseCosineSimilarityFunction(torch.autograd.Function):
-    """Autograd of :func:`pairwise_cosine_similarity` over the kernels of any fused backend; ``y`` None is ``x`` itself.
+    """Autograd of ``pairwise_cosine_similarity`` over the kernels of any fused backend; ``y`` None is ``x`` itself.
 
     The backward needs the inputs and the gradient that arrives, not the similarities.
     """

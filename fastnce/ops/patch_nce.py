@@ -50,7 +50,7 @@ def patch_nce(
         ValueError: shapes, devices or options that do not fit together.
         RuntimeError: the requested backend cannot run this.
 
-    Example:
+    Examples:
         >>> import torch, fastnce
         >>> layers = [torch.randn(2, 64, 256) for _ in range(4)]
         >>> fastnce.patch_nce(layers, layers).item() < 0.1
@@ -120,7 +120,7 @@ def _layer_weight(query: Tensor, count: int) -> float:
 
 
 class PatchNCEFunction(torch.autograd.Function):
-    """Autograd of :func:`patch_nce`, all layers in one call of the kernels of any fused backend.
+    """Autograd of ``patch_nce``, all layers in one call of the kernels of any fused backend.
 
     The loss is reduced, so loss and gradients leave the forward together and the backward only scales them.
     """

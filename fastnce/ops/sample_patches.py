@@ -51,7 +51,7 @@ def sample_patches(
         IndexError: a patch id outside the map (on an accelerator this is reported by the device instead).
         RuntimeError: the requested backend cannot run this.
 
-    Example:
+    Examples:
         >>> import torch, fastnce
         >>> keys, patch_ids = fastnce.sample_patches(torch.randn(2, 64, 32, 32), num_patches=16)
         >>> queries, _ = fastnce.sample_patches(torch.randn(2, 64, 32, 32), patch_ids=patch_ids)
@@ -73,20 +73,20 @@ def tap_patches(
     generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    r"""Hands feature maps on and samples patches from them: :func:`sample_patches` inside a network.
+    r"""Hands feature maps on and samples patches from them: ``sample_patches`` inside a network.
 
     Results and gradients are those of ``sample_patches(features)``. But where the network goes on from the map that is
     returned, the backward adds the patches' gradient into the gradient that arrives for the map, where ``sample_patches``
     fills a map with zeros and PyTorch adds the two maps. A gradient that anyone else still holds is copied first.
 
     The returned map shares the memory of ``features``; PyTorch refuses to change it in place. Arguments and errors are those of
-    :func:`sample_patches`.
+    ``sample_patches``.
 
     Returns:
         ``(features, patches, patch_ids)``: the map to go on with; (B, S, C) in the dtype of ``features``; (S,) int64. Of a list
         of maps, lists.
 
-    Example:
+    Examples:
         >>> import torch, fastnce
         >>> first, second = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3)
         >>> x, patches, _ = fastnce.tap_patches(first(torch.randn(2, 3, 32, 32)), num_patches=16)
@@ -183,7 +183,7 @@ def _of_each_kind(
     normalize: bool,
     backend: str | None,
 ) -> list:
-    """What ``run`` gives for each map; maps of one device and dtype are in one call."""
+    """The results of ``run`` for each map; maps of one device and dtype are in one call."""
     found = [None] * len(maps)
     for layers in _common.alike(maps):
         group = [maps[layer] for layer in layers], [ids[layer] for layer in layers]
@@ -230,7 +230,7 @@ def _tap_alike(
 
 
 class SamplePatchesFunction(torch.autograd.Function):
-    """Autograd of :func:`sample_patches`, all maps in one call of the kernels of any fused backend."""
+    """Autograd of ``sample_patches``, all maps in one call of the kernels of any fused backend."""
 
     @staticmethod
     def forward(
@@ -259,7 +259,7 @@ class SamplePatchesFunction(torch.autograd.Function):
 class TapFunction(torch.autograd.Function):
     """Maps and positions -> the maps and their patches; the backward adds the latter's gradient into the former's, in place.
 
-    It may, because every output goes through :class:`OwnGradientFunction`.
+    It may, because every output goes through ``OwnGradientFunction``.
     """
 
     @staticmethod

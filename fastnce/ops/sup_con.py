@@ -48,7 +48,7 @@ def sup_con(
         ValueError: shapes, devices or options that do not fit together.
         RuntimeError: the requested backend cannot run this.
 
-    Example:
+    Examples:
         >>> import torch, fastnce
         >>> loss = fastnce.sup_con(torch.randn(8, 32), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]))
     """
@@ -66,7 +66,7 @@ def sup_con_reduced(
     reduction: str,
     backend: str | None,
 ) -> Tensor:
-    """:func:`sup_con` of validated features (N, D) and labels (N,) int64, under the name ``op``."""
+    """``sup_con`` of validated features (N, D) and labels (N,) int64, under the name ``op``."""
     temperature = _checks.expect_temperature(op, temperature, features)
     _checks.expect_choice(op, "reduction", reduction, _common.REDUCTIONS)
     kernels = backends.select(op, features, backend)
@@ -118,7 +118,7 @@ def over_ranks(
     check: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """:func:`fastnce.sup_con` of the samples of all ranks, exactly; positives may be on any rank.
+    """``fastnce.sup_con`` of the samples of all ranks, exactly; positives may be on any rank.
 
     Args:
         features: (N, D), this rank's; N may differ between ranks, and be 0 on some.
@@ -126,13 +126,13 @@ def over_ranks(
         temperature: positive float, or tensor of one element, which gets its gradient.
         reduction: ``"mean"`` over the samples of all ranks that have a positive (0 if none has), ``"sum"``, or ``"none"`` for
             this rank's (N,), with 0 for samples without a positive.
-        group, strategy, gradient_scale, check: see :mod:`fastnce.distributed`.
+        group, strategy, gradient_scale, check: see ``fastnce.distributed``.
         backend: one of ``fastnce.backends.available()``; None chooses.
 
     Returns:
         The same loss on every rank (``"none"``: this rank's losses), float32 (float64 for float64 inputs).
 
-    Example:
+    Examples:
         >>> import torch, fastnce.distributed  # one process: the plain op
         >>> labels = torch.tensor([0, 0, 1, 1])
         >>> loss = fastnce.distributed.sup_con(torch.randn(4, 32), labels)

@@ -38,7 +38,7 @@ from fastnce.systems.adversarial import (
 )
 from fastnce.systems.augment import diff_augment, flip_and_translate
 from fastnce.systems.class_losses import auxiliary_classifier, contrastive_2c, d2d_ce
-from fastnce.systems.labelled import LabelledSystem, LabelledTrainConfig
+from fastnce.systems.labelled import LabelledConfig, LabelledSystem
 from fastnce.systems.system import Ablation, Measure, Rows
 
 if TYPE_CHECKING:
@@ -72,8 +72,10 @@ ContrastSet = Literal["batch", "groups", "real"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContraGANConfig(options.Options):
-    """What defines the networks, losses and optimisers. The defaults are the published ContraGAN on CIFAR-10."""
+class ContraGANConfig(LabelledConfig):
+    """The options of the networks, losses and optimisers. The defaults are the published ContraGAN on CIFAR-10."""
+
+    system: ClassVar[str] = "contragan"
 
     backbone: Backbone = "biggan"
     """Networks: BigGAN's, SNGAN's residual ones, or SNDCGAN's small convolutional ones."""
@@ -112,7 +114,7 @@ class ContraGANConfig(options.Options):
     margin: float = 0.98
     """Margin of D2DCE."""
     contrast_set: ContrastSet = "batch"
-    """What 2C contrasts a sample with. batch, the published form: with all samples of its batch. Ours, which bind labels where
+    """The samples that 2C contrasts a sample with. batch, the published form: with all samples of its batch. Ours, which bind labels where
     that does not: groups, with those of its group of `group_size`; real, in G's step also with D's last real samples."""
     group_size: int = 8
     """Samples in a group of `contrast_set=groups`."""
@@ -152,6 +154,26 @@ class ContraGANConfig(options.Options):
     backend: str | None = None
     """Backend of the contrastive op; by default the fastest that runs here."""
 
+    data: Path = Path()
+    """Folder of labelled images: train/CLASS/*.png and test/CLASS/*.png, CIFAR or Tiny ImageNet as distributed. With
+    conditioning=none also train/*.png, or a folder of images."""
+    batch_size: int = 64
+    """Images per update of a network."""
+    steps: int = 100_000
+    """Steps, each of `d_steps` updates of D and one of G."""
+    flip: bool = True
+    """Mirror each training image with probability 1/2."""
+    ema_decay: float = 0.9999
+    """Decay of the running average of the generator's weights; 0 keeps the last weights."""
+    ema_start: int | None = 1000
+    """First step of the average, which copies the weights until then; None: it starts at once, corrected for its start."""
+    sample_count: int = 10
+    """Images of each class in a sample grid."""
+    measure_count: int = 10_000
+    """Real test images, and as many samples, in a measurement; all if there are fewer."""
+    extractor: Path | None = None
+    """TorchScript file whose features measure the samples (FID and others); the digits set has its own."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         options.at_least(self, 1, "num_classes", "image_channels", "latent_dim", "embed_dim")
@@ -167,6 +189,25 @@ class ContraGANConfig(options.Options):
                 f"num_classes={self.num_classes} leaves conditioning={self.conditioning} nothing to tell apart. "
                 "Use conditioning=none."
             )
+        options.at_least(self, 2, "measure_count")
+        if self.micro_batches > self.batch_size:
+            raise UserError(
+                f"micro_batches={self.micro_batches} are more parts than batch_size={self.batch_size} has images. "
+                f"Use micro_batches <= {self.batch_size}."
+            )
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.batch_size * self.d_steps
+
+    def with_class_names(self, names: tuple[str, ...]) -> Self:
+        from fastnce.data.labelled import NO_CLASSES
+
+        return replace(
+            self,
+            class_names=names,
+            num_classes=1 if names == NO_CLASSES else self.num_classes,
+        )
 
 
 def build_generator(config: ContraGANConfig) -> nn.Module:
@@ -197,55 +238,6 @@ def build_discriminator(config: ContraGANConfig) -> nn.Module:
         return BigGANDiscriminator(*common, attention_after=config.disc_attention, **heads)
     family = SNGANDiscriminator if config.backbone == "sngan" else DCGANDiscriminator
     return family(*common, norm=config.disc_norm, **heads)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContraGANTrainConfig(ContraGANConfig, LabelledTrainConfig):
-    """Training of ContraGAN, or of a GAN with another conditioning on the same networks."""
-
-    system: ClassVar[str] = "contragan"
-
-    data: Path
-    """Folder of labelled images: train/CLASS/*.png and test/CLASS/*.png, CIFAR or Tiny ImageNet as distributed. With
-    conditioning=none also train/*.png, or a folder of images."""
-    batch_size: int = 64
-    """Images per update of a network."""
-    steps: int = 100_000
-    """Steps, each of `d_steps` updates of D and one of G."""
-    flip: bool = True
-    """Mirror each training image with probability 1/2."""
-    ema_decay: float = 0.9999
-    """Decay of the running average of the generator's weights; 0 keeps the last weights."""
-    ema_start: int | None = 1000
-    """First step of the average, which copies the weights until then; None: it starts at once, corrected for its start."""
-    sample_count: int = 10
-    """Images of each class in a sample grid."""
-    measure_count: int = 10_000
-    """Real test images, and as many samples, in a measurement; all if there are fewer."""
-    extractor: Path | None = None
-    """TorchScript file whose features measure the samples (FID and others); the digits set has its own."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        options.at_least(self, 2, "measure_count")
-        if self.micro_batches > self.batch_size:
-            raise UserError(
-                f"micro_batches={self.micro_batches} are more parts than batch_size={self.batch_size} has images. "
-                f"Use micro_batches <= {self.batch_size}."
-            )
-
-    @property
-    def samples_per_step(self) -> int:
-        return self.batch_size * self.d_steps
-
-    def with_class_names(self, names: tuple[str, ...]) -> Self:
-        from fastnce.data.labelled import NO_CLASSES
-
-        return replace(
-            self,
-            class_names=names,
-            num_classes=1 if names == NO_CLASSES else self.num_classes,
-        )
 
 
 class ContraGAN(nn.Module):
@@ -524,7 +516,7 @@ class ContraGAN(nn.Module):
 
 
 class ClassSample(NamedTuple):
-    """What the contrastive class losses are about: embeddings (N, E), proxies (N, E) and labels (N,)."""
+    """The inputs of the contrastive class losses: embeddings (N, E), proxies (N, E) and labels (N,)."""
 
     embeddings: Tensor
     proxies: Tensor
@@ -594,7 +586,7 @@ def one_power_iteration(*networks: nn.Module) -> Iterator[None]:
 class ContraGANSystem(LabelledSystem):
     """ContraGAN in the training loop."""
 
-    config_class = ContraGANTrainConfig
+    config_class = ContraGANConfig
     variants = {
         "contragan": {},
         "acgan": {"conditioning": "AC"},
@@ -688,17 +680,17 @@ class ContraGANSystem(LabelledSystem):
     reported = ("conditioning",)
     output = "image"
 
-    def dataset(self, config: ContraGANTrainConfig) -> LabelledImages:
+    def dataset(self, config: ContraGANConfig) -> LabelledImages:
         return labelled_images(config, "train")
 
-    def model(self, config: ContraGANTrainConfig, dataset: LabelledImages) -> ContraGAN:
+    def model(self, config: ContraGANConfig, dataset: LabelledImages) -> ContraGAN:
         return ContraGAN(config)
 
-    def network(self, config: ContraGANTrainConfig) -> nn.Module:
+    def network(self, config: ContraGANConfig) -> nn.Module:
         return build_generator(config)
 
     def preview(
-        self, config: ContraGANTrainConfig, dataset: LabelledImages
+        self, config: ContraGANConfig, dataset: LabelledImages
     ) -> Callable[[nn.Module], Rows]:
         """A row for each class, with the same noise in all of them."""
         from fastnce.systems.generating import sample_images
@@ -717,7 +709,7 @@ class ContraGANSystem(LabelledSystem):
 
         return rows
 
-    def measure(self, config: ContraGANTrainConfig, dataset: LabelledImages) -> Measure:
+    def measure(self, config: ContraGANConfig, dataset: LabelledImages) -> Measure:
         """Quality of the samples against the test images, and what D does: accuracies, and its layers' singular values."""
         from fastnce.metrics import (
             authenticity_accuracy,
@@ -767,7 +759,7 @@ class ContraGANSystem(LabelledSystem):
 
     def evaluate(
         self,
-        config: ContraGANTrainConfig,
+        config: ContraGANConfig,
         networks: Mapping[str, nn.Module],
         data: Path,
         device: torch.device,
@@ -802,14 +794,14 @@ class ContraGANSystem(LabelledSystem):
         return result, format_generation_table(result)
 
     def generate_folder(
-        self, network: nn.Module, config: ContraGANTrainConfig, out: Path, **how: Any
+        self, network: nn.Module, config: ContraGANConfig, out: Path, **how: Any
     ) -> int:
         from fastnce.systems.generating import generate_folder
 
         return generate_folder(network, config, out, **how)
 
     def graph_inputs(
-        self, network: nn.Module, config: ContraGANTrainConfig, channels: int, count: int
+        self, network: nn.Module, config: ContraGANConfig, channels: int, count: int
     ) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(count)
         z = torch.randn(count, config.latent_dim, generator=random)
@@ -817,7 +809,7 @@ class ContraGANSystem(LabelledSystem):
 
 
 def labelled_images(
-    config: ContraGANTrainConfig, split: str, root: Path | None = None
+    config: ContraGANConfig, split: str, root: Path | None = None
 ) -> LabelledImages:
     """The images of a split of `root`, by default `config.data`, as the networks of `config` take them; of the run's classes.
 
@@ -864,7 +856,7 @@ def _images_at(dataset: LabelledImages, chosen: Tensor) -> tuple[Tensor, Tensor]
 
 
 def reference_and_training(
-    config: ContraGANTrainConfig, train: LabelledImages, root: Path | None = None
+    config: ContraGANConfig, train: LabelledImages, root: Path | None = None
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """The real images that samples are judged by, and as many training images to judge beside them.
 
@@ -903,12 +895,12 @@ def reference_and_training(
 
 
 def judge_of(
-    config: ContraGANTrainConfig,
+    config: ContraGANConfig,
     root: Path,
     extractor: Path | None,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """What judges the samples of a run: see `fastnce.demo.generation_evaluator`.
+    """The judge of a run's samples: see `fastnce.demo.generation_evaluator`.
 
     Raises:
         UserError: there is none, or a digits set's own reads other images than the run makes.

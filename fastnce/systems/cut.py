@@ -33,7 +33,6 @@ from fastnce.systems.patch_contrast import (
 from fastnce.systems.system import Ablation
 from fastnce.systems.translation import (
     UnpairedConfig,
-    UnpairedTrainConfig,
     adam,
     autocast,
     build_discriminator,
@@ -59,7 +58,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CUTConfig(PatchContrastConfig, UnpairedConfig):
-    """What defines CUT's networks, losses and optimisers. The defaults are the published CUT."""
+    """The options of CUT's networks, losses and optimisers. The defaults are the published CUT."""
+
+    system: ClassVar[str] = "cut"
 
     gan_mode: CriticOrGANMode = "lsgan"
     """Adversarial objective."""
@@ -80,11 +81,19 @@ class CUTConfig(PatchContrastConfig, UnpairedConfig):
     reuse_features: bool = True
     """Take the keys from the generator's own forward pass (exact) instead of encoding the input again."""
 
+    dataset: Literal["folders", "single-image"] = "folders"
+    """single-image: train on patches of crop_size of the one image in trainA and the one in trainB, at random zooms, whatever load_size and preprocess say."""
+    max_zoom_out: float = 3.0
+    """single-image: by how much the image is shrunk at most before a patch is cut out of it."""
+    epoch_samples: int = 100_000
+    """single-image: patches in an epoch."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         options.at_least(self, 0, "lambda_gan", "lambda_nce", "lambda_r1", "lambda_identity")
         options.above_zero(self, "lambda_gp")
         self._check_channels()
+        options.at_least(self, 1, "max_zoom_out", "epoch_samples")
 
     def _check_channels(self) -> None:
         if self.in_channels == self.out_channels:
@@ -100,24 +109,6 @@ class CUTConfig(PatchContrastConfig, UnpairedConfig):
                 f"{both}: the contrastive loss encodes translations like images of A, and only grey (1) and RGB (3) turn into "
                 "each other. Use the same number of channels, or lambda_nce=0."
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CUTTrainConfig(CUTConfig, UnpairedTrainConfig):
-    """Training of CUT, FastCUT or SinCUT."""
-
-    system: ClassVar[str] = "cut"
-
-    dataset: Literal["folders", "single-image"] = "folders"
-    """single-image: train on patches of crop_size of the one image in trainA and the one in trainB, at random zooms, whatever load_size and preprocess say."""
-    max_zoom_out: float = 3.0
-    """single-image: by how much the image is shrunk at most before a patch is cut out of it."""
-    epoch_samples: int = 100_000
-    """single-image: patches in an epoch."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        options.at_least(self, 1, "max_zoom_out", "epoch_samples")
 
 
 class CUT(nn.Module):
@@ -324,7 +315,7 @@ def _split(maps: list[Tensor], parts: int) -> list[list[Tensor]]:
 class CUTSystem(TranslationSystem):
     """CUT in the training loop."""
 
-    config_class = CUTTrainConfig
+    config_class = CUTConfig
     variants = {
         "cut": {},
         "fastcut": {
@@ -403,10 +394,10 @@ class CUTSystem(TranslationSystem):
     published = {"G": "generator", "D": "discriminator", "F": "projector"}
     compared = (("", "projector", "in_channels"),)
 
-    def network(self, config: CUTTrainConfig) -> nn.Module:
+    def network(self, config: CUTConfig) -> nn.Module:
         return build_generator(config)
 
-    def dataset(self, config: CUTTrainConfig) -> UnpairedImages | SingleImagePatches:
+    def dataset(self, config: CUTConfig) -> UnpairedImages | SingleImagePatches:
         if config.dataset == "folders":
             return super().dataset(config)
         from fastnce.data import SingleImagePatches
@@ -426,7 +417,7 @@ class CUTSystem(TranslationSystem):
             broken_files=config.broken_files,
         )
 
-    def model(self, config: CUTTrainConfig, dataset: UnpairedImages | SingleImagePatches) -> CUT:
+    def model(self, config: CUTConfig, dataset: UnpairedImages | SingleImagePatches) -> CUT:
         _, height, width = dataset[0]["A"].shape
         model = CUT(config, (height, width))
         one_size = fixed_size(config)

@@ -11,18 +11,20 @@ from torch import Tensor
 from fastnce.errors import UserError
 from fastnce.systems import options
 from fastnce.systems.adversarial import generator_loss
-from fastnce.systems.translation import UnpairedTrainConfig, descend, l1, together
+from fastnce.systems.translation import descend, l1, together
 from fastnce.systems.translation_system import DIGITS_PHOTOS
 from fastnce.systems.two_way import TwoWayConfig, TwoWayModel, TwoWaySystem
 
 
 @dataclass(frozen=True, kw_only=True)
 class CycleGANConfig(TwoWayConfig):
-    """What defines CycleGAN's networks, losses and optimisers.
+    """The options of CycleGAN's networks, losses and optimisers.
 
     The objective's defaults are the published CycleGAN's; the networks' are CUT's, so that the two can be compared. The
     first publication's networks do not blur before downsampling: antialias=False, disc_antialias=False.
     """
+
+    system: ClassVar[str] = "cyclegan"
 
     pool_size: int = 50
     """Discriminator: earlier translations to draw from; 0: those of this step only."""
@@ -33,6 +35,11 @@ class CycleGANConfig(TwoWayConfig):
     lambda_identity: float = 0.5
     """Weight, relative to the cycles', of leaving an image as it is that is in the target domain already; 0 turns it off."""
 
+    epochs: int = 100
+    """Epochs at the full learning rate."""
+    decay_epochs: int = 100
+    """Further epochs in which the learning rate falls linearly towards 0."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         options.at_least(self, 0, "lambda_a", "lambda_b", "lambda_identity")
@@ -41,18 +48,6 @@ class CycleGANConfig(TwoWayConfig):
                 f"lambda_identity={self.lambda_identity} compares images of A with images of B, which have "
                 f"in_channels={self.in_channels} and out_channels={self.out_channels}. Use lambda_identity=0."
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CycleGANTrainConfig(CycleGANConfig, UnpairedTrainConfig):
-    """Training of CycleGAN."""
-
-    system: ClassVar[str] = "cyclegan"
-
-    epochs: int = 100
-    """Epochs at the full learning rate."""
-    decay_epochs: int = 100
-    """Further epochs in which the learning rate falls linearly towards 0."""
 
 
 class CycleGAN(TwoWayModel):
@@ -126,7 +121,7 @@ class CycleGAN(TwoWayModel):
 class CycleGANSystem(TwoWaySystem):
     """CycleGAN in the training loop."""
 
-    config_class = CycleGANTrainConfig
+    config_class = CycleGANConfig
     model_class = CycleGAN
     variants = {"cyclegan": {}}
     presets = {"digits": DIGITS_PHOTOS}

@@ -25,7 +25,7 @@ from fastnce.systems.patch_contrast import (
     feature_shapes,
     projected_dims,
 )
-from fastnce.systems.translation import UnpairedTrainConfig, descend, initialise, l1
+from fastnce.systems.translation import descend, initialise, l1
 from fastnce.systems.translation_system import DIGITS_PATCHES, DIGITS_PHOTOS
 from fastnce.systems.two_way import TwoWayConfig, TwoWayModel, TwoWaySystem, reverse
 
@@ -34,7 +34,9 @@ Maps = list[Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class DCLGANConfig(PatchContrastConfig, TwoWayConfig):
-    """What defines DCLGAN's networks, losses and optimisers. The defaults are the published DCLGAN."""
+    """The options of DCLGAN's networks, losses and optimisers. The defaults are the published DCLGAN."""
+
+    system: ClassVar[str] = "dclgan"
 
     gan_mode: GANMode = "hinge"
     """Adversarial objective."""
@@ -98,13 +100,6 @@ class DCLGANConfig(PatchContrastConfig, TwoWayConfig):
                 f"projector=none compares the pixels of layer 0 themselves, which {both} make different. "
                 "Use projector=mlp, or drop layer 0 from nce_layers."
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DCLGANTrainConfig(DCLGANConfig, UnpairedTrainConfig):
-    """Training of DCLGAN or SimDCL."""
-
-    system: ClassVar[str] = "dclgan"
 
 
 class DCLGAN(TwoWayModel):
@@ -306,7 +301,7 @@ class DCLGAN(TwoWayModel):
 class DCLGANSystem(TwoWaySystem):
     """DCLGAN in the training loop."""
 
-    config_class = DCLGANTrainConfig
+    config_class = DCLGANConfig
     model_class = DCLGAN
     variants = {
         "dclgan": {},
@@ -329,7 +324,7 @@ class DCLGANSystem(TwoWaySystem):
     published = TwoWaySystem.published | {"F1": "projector_a", "F2": "projector_b"}
     compared = (("a_to_b", "projector_a", "in_channels"), ("b_to_a", "projector_b", "out_channels"))
 
-    def sizes(self, config: DCLGANTrainConfig) -> dict[str, str | None]:
+    def sizes(self, config: DCLGANConfig) -> dict[str, str | None]:
         if config.lambda_nce == 0:
             return super().sizes(config)
         if config.num_patches == 0:

@@ -18,7 +18,7 @@ from fastnce.data.files import atomic_path
 from fastnce.data.images import read_image, to_array, to_tensor
 from fastnce.data.labelled import to_square
 from fastnce.errors import UserError
-from fastnce.systems.labelled import LabelledTrainConfig
+from fastnce.systems.labelled import LabelledConfig
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @torch.inference_mode()
 def write_features(
     encoder: nn.Module,
-    config: LabelledTrainConfig,
+    config: LabelledConfig,
     input: Path,
     out: Path,
     *,

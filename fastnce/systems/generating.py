@@ -15,7 +15,7 @@ from fastnce.data import save_image
 from fastnce.data.files import expect_apart
 from fastnce.data.labelled import open_labelled
 from fastnce.errors import UserError
-from fastnce.systems.labelled import LabelledTrainConfig
+from fastnce.systems.labelled import LabelledConfig
 
 # A grid shows so many images of a class at most; the folders hold all.
 _GRID_COLUMNS = 12
@@ -38,7 +38,7 @@ def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
 
 def generate_folder(
     generator: nn.Module,
-    config: LabelledTrainConfig,
+    config: LabelledConfig,
     out: Path,
     *,
     classes: Sequence[str] = (),
@@ -119,7 +119,7 @@ def _labels(classes: Sequence[str], names: Sequence[str]) -> dict[int, str]:
     return chosen
 
 
-def _class_names(config: LabelledTrainConfig, count: int) -> list[str]:
+def _class_names(config: LabelledConfig, count: int) -> list[str]:
     """The run's; of an old run those of its data, or numbers if that is not there or has other classes by now."""
     if config.class_names:
         return list(config.class_names)

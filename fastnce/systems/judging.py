@@ -47,7 +47,7 @@ class Segmentation:
     labels: Path
     """Folder of label maps, found by the images' names: see `fastnce.metrics.segmentation.label_key`."""
     kind: LabelKind = "train-ids"
-    """What the label maps hold."""
+    """The content of the label maps."""
 
     def scores(
         self, folder: Path, device: torch.device, value_range: tuple[float, float] | None = None

@@ -1,4 +1,4 @@
-"""What the systems that train on images with class labels share."""
+"""Shared by the systems that train on images with class labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastnce.systems.system import System, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledTrainConfig(TrainConfig):
+class LabelledConfig(TrainConfig):
     """Options of the systems that train on images with class labels."""
 
     class_names: tuple[str, ...] = ()
@@ -37,17 +37,15 @@ class LabelledTrainConfig(TrainConfig):
 class LabelledSystem(System):
     """A system that trains on images with class labels."""
 
-    def settled(
-        self, config: LabelledTrainConfig, before: LabelledTrainConfig | None
-    ) -> LabelledTrainConfig:
+    def settled(self, config: LabelledConfig, before: LabelledConfig | None) -> LabelledConfig:
         if before is not None and not config.class_names:
             return config.with_class_names(before.class_names)
         return config
 
-    def of_data(self, config: LabelledTrainConfig, dataset: Dataset) -> LabelledTrainConfig:
+    def of_data(self, config: LabelledConfig, dataset: Dataset) -> LabelledConfig:
         return config.with_class_names(dataset.class_names)
 
-    def folders_read(self, config: LabelledTrainConfig) -> Sequence[Path]:
+    def folders_read(self, config: LabelledConfig) -> Sequence[Path]:
         from fastnce.data.labelled import folders_read
 
         return folders_read(config.data)

@@ -27,7 +27,7 @@ class LARS(torch.optim.Optimizer):
         weight_decay: weight of the parameters in u.
         trust: the trust coefficient, eta in the paper.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = torch.nn.Linear(4, 2)
         >>> optimizer = LARS(lars_groups([layer]), lr=0.3, weight_decay=1e-6)

@@ -29,7 +29,7 @@ class PatchContrastConfig(options.Options):
     num_patches: int = 256
     """Patches per image and layer; 0: all positions."""
     projector: Literal["mlp", "none"] = "mlp"
-    """What the patches pass before they are compared: a small trained MLP per layer, or nothing."""
+    """The step of patches before they are compared: a small trained MLP per layer, or nothing."""
     projection_dim: int = 256
     """Width of the MLPs."""
     temperature: float = 0.07
@@ -58,7 +58,7 @@ class PatchContrastConfig(options.Options):
 
 
 class Comparison(NamedTuple):
-    """What one contrastive loss compares.
+    """The two sides of one contrastive loss.
 
     Attributes:
         queries: feature maps (N, C, H, W) of the translated images, one per layer.
@@ -93,7 +93,7 @@ class PatchContrast(nn.Module):
         names: the losses that will be asked for, and
         dims: the length of a projected patch in each layer, see `projected_dims`; both only matter for queues.
 
-    Example:
+    Examples:
         >>> import torch
         >>> contrast = PatchContrast(PatchContrastConfig(num_patches=16), ["NCE1", "NCE2"], [256])
         >>> f1, f2 = PatchProjector([64]), PatchProjector([64])

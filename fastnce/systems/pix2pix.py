@@ -20,7 +20,6 @@ from fastnce.systems.adversarial import GANMode, discriminator_losses, generator
 from fastnce.systems.system import Rows
 from fastnce.systems.translation import (
     TranslationConfig,
-    UnpairedTrainConfig,
     adam,
     autocast,
     descend,
@@ -40,7 +39,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Pix2PixConfig(TranslationConfig):
-    """What defines pix2pix's networks, losses and optimisers. The defaults are the published pix2pix."""
+    """The options of pix2pix's networks, losses and optimisers. The defaults are the published pix2pix."""
+
+    system: ClassVar[str] = "pix2pix"
 
     num_downs: int = 8
     """Generator: how often it halves the image; 8 (unet_256) needs sides that are multiples of 256, 7 (unet_128) of 128."""
@@ -61,19 +62,6 @@ class Pix2PixConfig(TranslationConfig):
     lambda_l1: float = 100.0
     """Weight of the distance to the pair's image."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        options.at_least(self, 2, "num_downs")
-        options.at_least(self, 0, "lambda_gan", "lambda_l1")
-        options.above_zero(self, "init_gain")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pix2PixTrainConfig(Pix2PixConfig, UnpairedTrainConfig):
-    """Training of pix2pix. The options are those of unpaired images, although the images are pairs."""
-
-    system: ClassVar[str] = "pix2pix"
-
     data: Path | None = None
     """Folder with train, each of its images A and B side by side, or with trainA and trainB and equal names in both; and test
     or testA and testB for the sample grids."""
@@ -89,6 +77,12 @@ class Pix2PixTrainConfig(Pix2PixConfig, UnpairedTrainConfig):
     """Mirror each pair with probability 1/2."""
     augment_a: Literal["none"] = "none"
     """Only none: the images of a pair would no longer fit."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        options.at_least(self, 2, "num_downs")
+        options.at_least(self, 0, "lambda_gan", "lambda_l1")
+        options.above_zero(self, "init_gain")
 
 
 def build_generator(config: Pix2PixConfig) -> UNetGenerator:
@@ -205,23 +199,23 @@ def _check_size(image_size: tuple[int, int], multiple: int) -> None:
 class Pix2PixSystem(TranslationSystem):
     """pix2pix in the training loop."""
 
-    config_class = Pix2PixTrainConfig
+    config_class = Pix2PixConfig
     variants = {"pix2pix": {}}
     panels = (("G_GAN", "D_real", "D_fake"), ("G_L1",), ("G",))
     best = "l1"
     published = {"G": "generator", "D": "discriminator"}
     paired = True
 
-    def network(self, config: Pix2PixTrainConfig) -> UNetGenerator:
+    def network(self, config: Pix2PixConfig) -> UNetGenerator:
         return build_generator(config)
 
-    def dataset(self, config: Pix2PixTrainConfig) -> AlignedImages:
+    def dataset(self, config: Pix2PixConfig) -> AlignedImages:
         dataset = _pairs(config, "train", load_size=config.load_size, flip=config.flip)
         if config.batch_size > 1:
             dataset.expect_one_size()
         return dataset
 
-    def model(self, config: Pix2PixTrainConfig, dataset: AlignedImages) -> Pix2Pix:
+    def model(self, config: Pix2PixConfig, dataset: AlignedImages) -> Pix2Pix:
         _, height, width = dataset[0]["A"].shape
         model = Pix2Pix(config, (height, width))
         multiple = model.generator.size_multiple
@@ -239,9 +233,7 @@ class Pix2PixSystem(TranslationSystem):
         expect_sizes_fit(config, dataset, networks)
         return model
 
-    def preview(
-        self, config: Pix2PixTrainConfig, dataset: AlignedImages
-    ) -> Callable[[nn.Module], Rows]:
+    def preview(self, config: Pix2PixConfig, dataset: AlignedImages) -> Callable[[nn.Module], Rows]:
         from fastnce.data.aligned import find_pairs
 
         split = "test"
@@ -260,7 +252,7 @@ class Pix2PixSystem(TranslationSystem):
         return rows
 
 
-def _pairs(config: Pix2PixTrainConfig, split: str, **how: object) -> AlignedImages:
+def _pairs(config: Pix2PixConfig, split: str, **how: object) -> AlignedImages:
     from fastnce.data import AlignedImages
 
     return AlignedImages(config.folders, split, **(reading_options(config) | how))

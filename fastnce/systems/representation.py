@@ -20,7 +20,7 @@ from fastnce.networks.heads import ProjectionHead
 from fastnce.networks.layers import to_channels_last
 from fastnce.networks.resnet_encoder import RESNETS, ResNetEncoder, Stem
 from fastnce.systems import options
-from fastnce.systems.labelled import LabelledSystem, LabelledTrainConfig
+from fastnce.systems.labelled import LabelledConfig, LabelledSystem
 from fastnce.systems.lars import LARS, lars_groups
 from fastnce.systems.metric_losses import n_pair_loss, pair_loss, triplet_loss
 from fastnce.systems.schedule import WarmupCosine
@@ -40,8 +40,10 @@ OptimizerName = Literal["sgd", "lars", "adam"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RepresentationConfig(options.Options):
-    """What defines the networks, the loss and the optimiser. The defaults are SimCLR on CIFAR-10 as in SupCon's publication."""
+class RepresentationConfig(LabelledConfig):
+    """The options of the networks, the loss and the optimiser. The defaults are SimCLR on CIFAR-10 as in SupCon's publication."""
+
+    system: ClassVar[str] = "representation"
 
     method: Method = "simclr"
     """Where negatives and positives come from. simclr: the other images of the batch; moco: a queue of keys from a slowly
@@ -84,29 +86,7 @@ class RepresentationConfig(options.Options):
     backend: str | None = None
     """Backend of the contrastive ops; by default the fastest that runs here."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        options.at_least(self, 1, "encoder_channels", "image_channels", "projection_dim")
-        options.at_least(self, 1, "queue_size", "norm_splits")
-        options.at_least(self, 0, "weight_decay")
-        options.above_zero(self, "temperature", "lr")
-        options.in_unit_interval(self, "key_momentum", "momentum")
-        options.at_least(self, 1, "head_dim")
-        options.above_zero(self, "margin")
-        if self.loss != "nt_xent" and self.method != "simclr":
-            raise UserError(
-                f"loss={self.loss} compares the views of a batch, and method={self.method} has its own loss. "
-                "Use method=simclr, or drop loss."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RepresentationTrainConfig(RepresentationConfig, LabelledTrainConfig):
-    """Training of an encoder with SimCLR, MoCo v2 or SupCon."""
-
-    system: ClassVar[str] = "representation"
-
-    data: Path
+    data: Path = Path()
     """Folder of labelled images: train/CLASS/*.png and test/CLASS/*.png, CIFAR or Tiny ImageNet as distributed. Only supcon
     learns from the labels; the others are measured with them, and take images without: train/*.png, or a folder of images."""
     image_size: int = 32
@@ -116,7 +96,7 @@ class RepresentationTrainConfig(RepresentationConfig, LabelledTrainConfig):
     batch_size: int = 1024
     """Images per step, each with two views."""
     last_batch: Literal["auto", "drop", "keep"] = "auto"
-    """What becomes of the images of an epoch that fill no whole batch. drop: they are left out, others in each epoch; keep: they
+    """The images of an epoch that fill no whole batch. drop: they are left out, others in each epoch; keep: they
     share a batch with the next epoch's first ones, where an image may come twice and be its own negative. auto: drop, and a
     run from before this option goes on with keep."""
     epochs: int = 1000
@@ -131,12 +111,21 @@ class RepresentationTrainConfig(RepresentationConfig, LabelledTrainConfig):
     """Neighbours of each test image in a sample grid."""
 
     def __post_init__(self) -> None:
-        from fastnce.data.views import VIEW_RECIPES
-
         super().__post_init__()
+        options.at_least(self, 1, "encoder_channels", "image_channels", "projection_dim")
+        options.at_least(self, 1, "queue_size", "norm_splits")
+        options.at_least(self, 0, "weight_decay")
+        options.above_zero(self, "temperature", "lr")
+        options.in_unit_interval(self, "key_momentum", "momentum")
+        options.at_least(self, 1, "head_dim")
+        options.above_zero(self, "margin")
+        if self.loss != "nt_xent" and self.method != "simclr":
+            raise UserError(
+                f"loss={self.loss} compares the views of a batch, and method={self.method} has its own loss. "
+                "Use method=simclr, or drop loss."
+            )
         options.at_least(self, 1, "image_size", "epochs")
         options.at_least(self, 0, "warmup_epochs")
-        options.one_of(self, "views", VIEW_RECIPES)
         if self.class_balance and self.method != "supcon":
             raise UserError(
                 f"class_balance is for method=supcon, which learns from the labels, got method={self.method}. Leave it out."
@@ -325,7 +314,7 @@ _SMALL: dict[str, object] = {
 class RepresentationSystem(LabelledSystem):
     """SimCLR, MoCo v2 and SupCon in the training loop."""
 
-    config_class = RepresentationTrainConfig
+    config_class = RepresentationConfig
     variants = {
         # The defaults are SimCLR's on CIFAR-10, and SupCon's are the same but for temperature and views (Khosla et al. 2020).
         "simclr": {"method": "simclr"},
@@ -403,30 +392,31 @@ class RepresentationSystem(LabelledSystem):
     reported = ("method",)
     output = "features"
 
-    def called(self, config: RepresentationTrainConfig) -> str:
+    def called(self, config: RepresentationConfig) -> str:
         return config.method
 
     def settled(
-        self, config: RepresentationTrainConfig, before: RepresentationTrainConfig | None
-    ) -> RepresentationTrainConfig:
+        self, config: RepresentationConfig, before: RepresentationConfig | None
+    ) -> RepresentationConfig:
         if config.last_batch == "auto":
             config = replace(config, last_batch="drop" if before is None else before.last_batch)
         return super().settled(config, before)
 
-    def dataset(self, config: RepresentationTrainConfig) -> TwoViews:
-        from fastnce.data import TwoViews
+    def dataset(self, config: RepresentationConfig) -> TwoViews:
+        from fastnce.data import VIEW_RECIPES, TwoViews
 
+        options.one_of(config, "views", VIEW_RECIPES)
         drop = config.last_batch != "keep"
         images = images_of(config, "train")
         return TwoViews(images, config.views, batch_size=config.batch_size if drop else 1)
 
-    def model(self, config: RepresentationTrainConfig, dataset: TwoViews) -> Representation:
+    def model(self, config: RepresentationConfig, dataset: TwoViews) -> Representation:
         return Representation(config)
 
-    def network(self, config: RepresentationTrainConfig) -> ResNetEncoder:
+    def network(self, config: RepresentationConfig) -> ResNetEncoder:
         return build_encoder(config)
 
-    def schedule(self, config: RepresentationTrainConfig, epoch_samples: int) -> WarmupCosine:
+    def schedule(self, config: RepresentationConfig, epoch_samples: int) -> WarmupCosine:
         """To the end of the epochs, or for `steps`, where they are given: the cosine ends there."""
         total = config.steps or config.epochs * epoch_samples // config.batch_size
         warmup = config.warmup_epochs * epoch_samples // config.batch_size
@@ -448,7 +438,7 @@ class RepresentationSystem(LabelledSystem):
         )
 
     def preview(
-        self, config: RepresentationTrainConfig, dataset: TwoViews
+        self, config: RepresentationConfig, dataset: TwoViews
     ) -> Callable[[nn.Module], Rows]:
         """A row for each class: a test image, then the training images whose features are nearest to its own.
 
@@ -481,7 +471,7 @@ class RepresentationSystem(LabelledSystem):
 
         return rows
 
-    def measure(self, config: RepresentationTrainConfig, dataset: TwoViews) -> Measure | None:
+    def measure(self, config: RepresentationConfig, dataset: TwoViews) -> Measure | None:
         from fastnce.data.labelled import has_split
         from fastnce.metrics.probes import accuracy, encode, knn_predict
 
@@ -503,7 +493,7 @@ class RepresentationSystem(LabelledSystem):
 
     def evaluate(
         self,
-        config: RepresentationTrainConfig,
+        config: RepresentationConfig,
         networks: Mapping[str, nn.Module],
         data: Path,
         device: torch.device,
@@ -540,7 +530,7 @@ class RepresentationSystem(LabelledSystem):
     def write_features(
         self,
         network: nn.Module,
-        config: RepresentationTrainConfig,
+        config: RepresentationConfig,
         input: Path,
         out: Path,
         **how: Any,
@@ -551,14 +541,12 @@ class RepresentationSystem(LabelledSystem):
         return write_features(network, config, input, out, **how)
 
     def graph_inputs(
-        self, network: nn.Module, config: RepresentationTrainConfig, channels: int, count: int
+        self, network: nn.Module, config: RepresentationConfig, channels: int, count: int
     ) -> dict[str, Tensor]:
         return {"image": random_images(count, channels, config.image_size, config.image_size)}
 
 
-def images_of(
-    config: RepresentationTrainConfig, split: str, data: Path | None = None
-) -> LabelledImages:
+def images_of(config: RepresentationConfig, split: str, data: Path | None = None) -> LabelledImages:
     """The images of a split, as the encoder of `config` takes them; from its own folder or from `data`.
 
     Of its own folder the classes of the run; labels of another one are compared with each other only, whatever they are.
@@ -581,7 +569,7 @@ def images_of(
     )
 
 
-def random_encoder(config: RepresentationTrainConfig, train: LabelledImages) -> nn.Module:
+def random_encoder(config: RepresentationConfig, train: LabelledImages) -> nn.Module:
     """The encoder before training, with the statistics of the training images in its batch norms."""
     from fastnce.metrics.probes import calibrate
 

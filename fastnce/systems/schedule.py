@@ -41,7 +41,7 @@ class Schedule:
         return step * self.samples_per_step // self.epoch_samples + 1
 
     def lr_factor(self, step: int) -> float:
-        """What the learning rate is multiplied by in the 0-based `step`."""
+        """The factor of the learning rate in the 0-based `step`."""
         return 1.0
 
     def agrees_until(self, other: Self, steps: int) -> bool:

@@ -1,4 +1,4 @@
-"""What a system is: the options of its training, and everything that the loop and the commands ask of it."""
+"""A system: the options of its training, and everything that the loop and the commands ask of it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Measure = Callable[[nn.Module, nn.Module], dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(options.Options):
-    """Options that every system shares."""
+    """Options that every system shares. A training needs `data` and `out`; a model alone, only what its networks are made of."""
 
     system: ClassVar[str]
 
-    data: Path
+    data: Path = Path()
     """Folder of the data."""
-    out: Path
+    out: Path = Path()
     """Folder of the run; created. A run that is there already is continued."""
     init_from: Path | None = None
     """Weights to start from. The folder of a run, of any system, or one of its checkpoints: each network that fits. Or of a
@@ -46,7 +46,7 @@ class TrainConfig(options.Options):
     workers: int = 2
     """Processes that read images; 0 reads in the training process. The run is the same with any number."""
     broken_files: Literal["error", "skip"] = "error"
-    """What a file that cannot be read does: stop the training, or be named once and replaced by the next file; left out where
+    """A file that cannot be read stops the training (error), or is named once and replaced by the next file; left out where
     images are measured."""
     steps: int | None = None
     """Stop after this many steps."""
@@ -191,7 +191,7 @@ class System:
         raise NotImplementedError
 
     def measure(self, config: TrainConfig, dataset: Dataset) -> Measure | None:
-        """What is measured every `measure_every` steps; it may draw random numbers and change modes. None: nothing."""
+        """The measurements made every `measure_every` steps; it may draw random numbers and change modes. None: nothing."""
         return None
 
     def evaluate(
@@ -253,7 +253,7 @@ class System:
         )
 
     def called(self, config: TrainConfig) -> str:
-        """What a reader calls a run of this configuration."""
+        """A reader's name for a run of this configuration."""
         return self.name
 
 

@@ -90,7 +90,7 @@ class _Window(NamedTuple):
         return x[:, :, slice(*self.outer_rows), slice(*self.outer_columns)]
 
     def inner(self, y: Tensor) -> Tensor:
-        """What was computed from `read`, perhaps of another resolution, without the margin."""
+        """The result computed from `read`, perhaps of another resolution, without the margin."""
         factor = y.shape[2] / (self.outer_rows[1] - self.outer_rows[0])
         top, bottom = (int((row - self.outer_rows[0]) * factor) for row in self.rows)
         left, right = (int((column - self.outer_columns[0]) * factor) for column in self.columns)

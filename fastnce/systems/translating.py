@@ -34,7 +34,7 @@ from fastnce.data.transforms import RANDOM_TOKENS
 from fastnce.errors import UserError
 from fastnce.networks import ResnetGenerator
 from fastnce.systems.tiles import check_tile, translate_in_tiles
-from fastnce.systems.translation import UnpairedTrainConfig, in_direction
+from fastnce.systems.translation import TranslationConfig, in_direction
 
 Format = Literal["png", "jpg", "tiff", "webp", "npy"]
 Part = Literal["left", "right", "whole"]
@@ -74,7 +74,7 @@ def translate(
         TypeError: another dtype, or no tensor.
         ValueError: another shape or number of channels, values beyond [-1, 1], or a batch below 1.
 
-    Example:
+    Examples:
         >>> from fastnce.networks import ResnetGenerator
         >>> generator = ResnetGenerator(base_channels=2, num_blocks=1).eval()
         >>> photo = torch.randint(256, (3, 21, 34), dtype=torch.uint8)
@@ -153,7 +153,7 @@ def _mirrored_up(images: Tensor, generator: nn.Module) -> Tensor:
 
 def translate_folder(
     generator: nn.Module,
-    config: UnpairedTrainConfig,
+    config: TranslationConfig,
     input: Path,
     out: Path,
     batch_size: int = 16,
@@ -270,7 +270,7 @@ def translate_folder(
     return count
 
 
-def input_part(config: UnpairedTrainConfig, paths: Sequence[Path]) -> Part:
+def input_part(config: TranslationConfig, paths: Sequence[Path]) -> Part:
     """Which part of the files in `paths` a generator translates that learned from pairs.
 
     All of each file, but for pairs side by side: files of the training's data, or of the shape of its files. Then it is the half
@@ -315,13 +315,13 @@ def input_part(config: UnpairedTrainConfig, paths: Sequence[Path]) -> Part:
 
 
 def image_scaling(
-    config: UnpairedTrainConfig,
+    config: TranslationConfig,
     paths: Sequence[Path],
     preprocess: str | None = None,
     size: int | None = None,
     part: str | None = None,
 ) -> Preprocess:
-    """What is done to the images in `paths`, or to a half of each, before they are translated: the steps of the training, or those
+    """The steps for the images in `paths`, or for a half of each, before they are translated: the steps of the training, or those
     asked for, that do not depend on chance."""
     steps = config.preprocess if preprocess is None else preprocess
     kept = [step for step in steps.split("_and_") if not any(t in step for t in RANDOM_TOKENS)]
@@ -403,7 +403,7 @@ class _Image(NamedTuple):
     """Of the same size."""
 
 
-def _holds_alpha(path: Path, config: UnpairedTrainConfig) -> bool:
+def _holds_alpha(path: Path, config: TranslationConfig) -> bool:
     eight_bits = config.bits == 8 and config.value_range is None
     return eight_bits and _FORMATS[path.suffix.lower()] not in ("jpg", "npy")
 

@@ -1,4 +1,4 @@
-"""What the systems that translate images share: options, networks, and the parts of a training step."""
+"""Shared by the systems that translate images: options, networks, and the parts of a training step."""
 
 from __future__ import annotations
 
@@ -21,70 +21,8 @@ from fastnce.systems.system import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TranslationConfig(options.Options):
-    """The options that mean the same in all of them."""
-
-    in_channels: int = 3
-    """Channels of the images of A: 3 for RGB, 1 for grey."""
-    out_channels: int = 3
-    """Channels of the images of B and of the translations."""
-    base_channels: int = 64
-    """Generator: channels after the first layer."""
-    disc_antialias: bool = True
-    """Discriminator: blur before downsampling; with it off, strided convolutions (patch)."""
-    disc_channels: int = 64
-    """Discriminator: channels of the first layer."""
-    disc_layers: int = 3
-    """Discriminator: downsampling layers (patch)."""
-    lr: float = 2e-4
-    """Adam: learning rate of generators and discriminators."""
-    beta1: float = 0.5
-    """Adam: decay of the mean gradient."""
-    beta2: float = 0.999
-    """Adam: decay of the squared gradient."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: networks run under autocast; parameters and losses stay fp32."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        options.at_least(self, 1, "in_channels", "out_channels", "base_channels")
-        options.at_least(self, 1, "disc_channels", "disc_layers")
-        options.above_zero(self, "lr")
-        options.in_unit_interval(self, "beta1", "beta2")
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnpairedConfig(TranslationConfig):
-    """The options of CUT's networks, which CycleGAN and DCLGAN have once for each direction."""
-
-    generator: Literal["resnet", "stylegan2"] = "resnet"
-    """Generator: resnet, or stylegan2 as in SinCUT."""
-    num_blocks: int = 9
-    """Generator: residual blocks."""
-    antialias: bool = True
-    """Generator: blur before downsampling (resnet)."""
-    antialias_up: bool = True
-    """Generator: upsample with a filter; with it off, transposed convolutions (resnet)."""
-    discriminator: Literal["patch", "stylegan2"] = "patch"
-    """Discriminator: patch, or stylegan2 as in SinCUT."""
-    disc_norm: Literal["instance", "none"] = "instance"
-    """Discriminator: normalisation (patch)."""
-    init_gain: float | None = 0.02
-    """Gain of the Xavier initialisation of all networks but stylegan2; None: PyTorch's own, with which short runs start faster."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        options.at_least(self, 1, "num_blocks")
-        options.above_zero(self, "init_gain")
-        if self.generator == "stylegan2" and self.num_blocks % 2:
-            raise UserError(
-                f"num_blocks={self.num_blocks} are shared by encoder and decoder of generator=stylegan2. Use an even number."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnpairedTrainConfig(TrainConfig):
-    """Options of the systems that translate between two folders of images."""
+class TranslationConfig(TrainConfig):
+    """Options of the systems that translate images."""
 
     data: Path | None = None
     """Folder with trainA and trainB, and testA and testB for the sample grids; required, or data_a and data_b."""
@@ -129,14 +67,40 @@ class UnpairedTrainConfig(TrainConfig):
     """TorchScript file, or torch-fidelity, whose features measure the translations (FID and others); a digits-photos set has
     its own."""
 
-    def __post_init__(self) -> None:
-        from fastnce.data.images import check_value_range
+    in_channels: int = 3
+    """Channels of the images of A: 3 for RGB, 1 for grey."""
+    out_channels: int = 3
+    """Channels of the images of B and of the translations."""
+    base_channels: int = 64
+    """Generator: channels after the first layer."""
+    disc_antialias: bool = True
+    """Discriminator: blur before downsampling; with it off, strided convolutions (patch)."""
+    disc_channels: int = 64
+    """Discriminator: channels of the first layer."""
+    disc_layers: int = 3
+    """Discriminator: downsampling layers (patch)."""
+    lr: float = 2e-4
+    """Adam: learning rate of generators and discriminators."""
+    beta1: float = 0.5
+    """Adam: decay of the mean gradient."""
+    beta2: float = 0.999
+    """Adam: decay of the squared gradient."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: networks run under autocast; parameters and losses stay fp32."""
 
+    def __post_init__(self) -> None:
         super().__post_init__()
         options.at_least(self, 0, "cache_gb")
-        check_value_range(self.value_range)
+        if self.value_range is not None:
+            from fastnce.data.images import check_value_range
+
+            check_value_range(self.value_range)
         options.at_least(self, 1, "load_size", "crop_size")
         options.at_least(self, 0, "epochs", "decay_epochs")
+        options.at_least(self, 1, "in_channels", "out_channels", "base_channels")
+        options.at_least(self, 1, "disc_channels", "disc_layers")
+        options.above_zero(self, "lr")
+        options.in_unit_interval(self, "beta1", "beta2")
         self._check_folders()
         if self.epochs + self.decay_epochs == 0:
             raise UserError("epochs=0 and decay_epochs=0 leave nothing to train. Use epochs >= 1.")
@@ -178,6 +142,35 @@ class UnpairedTrainConfig(TrainConfig):
         if not found:
             raise UserError("data is missing. Give data, or data_a and data_b.")
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnpairedConfig(TranslationConfig):
+    """The options of CUT's networks, which CycleGAN and DCLGAN have once for each direction."""
+
+    generator: Literal["resnet", "stylegan2"] = "resnet"
+    """Generator: resnet, or stylegan2 as in SinCUT."""
+    num_blocks: int = 9
+    """Generator: residual blocks."""
+    antialias: bool = True
+    """Generator: blur before downsampling (resnet)."""
+    antialias_up: bool = True
+    """Generator: upsample with a filter; with it off, transposed convolutions (resnet)."""
+    discriminator: Literal["patch", "stylegan2"] = "patch"
+    """Discriminator: patch, or stylegan2 as in SinCUT."""
+    disc_norm: Literal["instance", "none"] = "instance"
+    """Discriminator: normalisation (patch)."""
+    init_gain: float | None = 0.02
+    """Gain of the Xavier initialisation of all networks but stylegan2; None: PyTorch's own, with which short runs start faster."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        options.at_least(self, 1, "num_blocks")
+        options.above_zero(self, "init_gain")
+        if self.generator == "stylegan2" and self.num_blocks % 2:
+            raise UserError(
+                f"num_blocks={self.num_blocks} are shared by encoder and decoder of generator=stylegan2. Use an even number."
+            )
 
 
 def build_generator(config: UnpairedConfig) -> nn.Module:
@@ -306,7 +299,7 @@ def convert_channels(images: Tensor, channels: int) -> Tensor:
     Raises:
         ValueError: any other pair of numbers.
 
-    Example:
+    Examples:
         >>> import torch
         >>> convert_channels(torch.zeros(2, 3, 8, 8), 1).shape
         torch.Size([2, 1, 8, 8])
@@ -326,7 +319,7 @@ def convert_channels(images: Tensor, channels: int) -> Tensor:
 
 
 def in_direction(
-    generator: nn.Module, config: UnpairedTrainConfig, direction: str | None
+    generator: nn.Module, config: TranslationConfig, direction: str | None
 ) -> tuple[nn.Module, int]:
     """The part of a generator that translates from one domain to the other, and the channels of its input.
 

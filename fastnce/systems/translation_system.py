@@ -1,4 +1,4 @@
-"""What the systems that translate images share beside their models: data, preview, measurements and evaluation."""
+"""Shared by the systems that translate images, beside their models: data, preview, measurements and evaluation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastnce.errors import UserError
 from fastnce.systems.patch_contrast import check_num_patches, feature_shapes
 from fastnce.systems.schedule import LinearDecay
 from fastnce.systems.system import Measure, Rows, System, random_images, rng_kept
-from fastnce.systems.translation import UnpairedConfig, UnpairedTrainConfig, in_direction
+from fastnce.systems.translation import TranslationConfig, UnpairedConfig, in_direction
 
 if TYPE_CHECKING:
     from fastnce.data import AlignedImages, SingleImagePatches, UnpairedImages
@@ -76,14 +76,14 @@ class TranslationSystem(System):
     any_size = True
     paired = False
 
-    def folders_read(self, config: UnpairedTrainConfig) -> list[Path]:
+    def folders_read(self, config: TranslationConfig) -> list[Path]:
         if config.data is None:
             named = (config.data_a, config.data_b, config.test_a, config.test_b)
             return [folder for folder in named if folder is not None]
         splits = ("train", "test", "val", "valid")
         return [config.data / (split + domain) for split in splits for domain in ("", "A", "B")]
 
-    def dataset(self, config: UnpairedTrainConfig) -> UnpairedImages:
+    def dataset(self, config: TranslationConfig) -> UnpairedImages:
         """The training images of two folders."""
         from fastnce.data import list_images, split_folder
 
@@ -100,7 +100,7 @@ class TranslationSystem(System):
             dataset.expect_one_size()
         return dataset
 
-    def schedule(self, config: UnpairedTrainConfig, epoch_samples: int) -> LinearDecay:
+    def schedule(self, config: TranslationConfig, epoch_samples: int) -> LinearDecay:
         return LinearDecay.of(
             epochs=config.epochs,
             decay_epochs=config.decay_epochs,
@@ -109,7 +109,7 @@ class TranslationSystem(System):
             epoch_samples=epoch_samples,
         )
 
-    def preview(self, config: UnpairedTrainConfig, dataset: Dataset) -> Callable[[nn.Module], Rows]:
+    def preview(self, config: TranslationConfig, dataset: Dataset) -> Callable[[nn.Module], Rows]:
         images = first_test_images(config)
 
         def rows(generator: nn.Module) -> Rows:
@@ -117,7 +117,7 @@ class TranslationSystem(System):
 
         return rows
 
-    def measure(self, config: UnpairedTrainConfig, dataset: Dataset) -> Measure | None:
+    def measure(self, config: TranslationConfig, dataset: Dataset) -> Measure | None:
         """The averaged network's translations of the test images; of pairs also L1, PSNR and SSIM.
 
         None, and a line that says why, if nothing is there to judge them.
@@ -165,7 +165,7 @@ class TranslationSystem(System):
 
     def evaluate(
         self,
-        config: UnpairedTrainConfig,
+        config: TranslationConfig,
         networks: Mapping[str, nn.Module],
         data: Path | Mapping[str, Path],
         device: torch.device,
@@ -224,19 +224,19 @@ class TranslationSystem(System):
         return result, "\n".join(tables)
 
     def translate_folder(
-        self, network: nn.Module, config: UnpairedTrainConfig, input: Path, out: Path, **how: Any
+        self, network: nn.Module, config: TranslationConfig, input: Path, out: Path, **how: Any
     ) -> int:
         from fastnce.systems.translating import translate_folder
 
         return translate_folder(network, config, input, out, paired=self.paired, **how)
 
     def in_direction(
-        self, network: nn.Module, config: UnpairedTrainConfig, direction: str | None
+        self, network: nn.Module, config: TranslationConfig, direction: str | None
     ) -> tuple[nn.Module, int]:
         return in_direction(network, config, direction)
 
     def graph_inputs(
-        self, network: nn.Module, config: UnpairedTrainConfig, channels: int, count: int
+        self, network: nn.Module, config: TranslationConfig, channels: int, count: int
     ) -> dict[str, Tensor]:
         multiple = getattr(network, "size_multiple", 4)
         least = -(-32 // multiple)
@@ -247,7 +247,7 @@ class TranslationSystem(System):
     def _translations(
         self,
         networks: Mapping[str, nn.Module],
-        config: UnpairedTrainConfig,
+        config: TranslationConfig,
         data: Path | Mapping[str, Path],
         direction: str | None = None,
     ) -> Iterator[dict[str, Path]]:
@@ -275,7 +275,7 @@ class TranslationSystem(System):
             yield folders
 
 
-def first_test_images(config: UnpairedTrainConfig, domain: str = "A") -> list[Tensor]:
+def first_test_images(config: TranslationConfig, domain: str = "A") -> list[Tensor]:
     """The first test images of "A" or "B"; of the training images where there is no test folder."""
     from fastnce.data import split_folder
 
@@ -289,13 +289,13 @@ def first_test_images(config: UnpairedTrainConfig, domain: str = "A") -> list[Te
     return [dataset[i][domain] for i in range(min(config.sample_count, len(dataset)))]
 
 
-def _folders(config: UnpairedTrainConfig, split: str, **options: object) -> UnpairedImages:
+def _folders(config: TranslationConfig, split: str, **options: object) -> UnpairedImages:
     from fastnce.data import UnpairedImages
 
     return UnpairedImages(config.folders, split, **(reading_options(config) | options))
 
 
-def reading_options(config: UnpairedTrainConfig) -> dict[str, object]:
+def reading_options(config: TranslationConfig) -> dict[str, object]:
     """How a dataset of A and B reads its images, as far as training and test images agree."""
     return {
         "crop_size": config.crop_size,
@@ -313,7 +313,7 @@ def reading_options(config: UnpairedTrainConfig) -> dict[str, object]:
 
 
 def expect_sizes_fit(
-    config: UnpairedTrainConfig,
+    config: TranslationConfig,
     dataset: UnpairedImages | AlignedImages | SingleImagePatches,
     networks: Mapping[str, tuple[nn.Module, int]],
     *,
@@ -425,7 +425,7 @@ def _variety_and_contrast(images: Sequence[Tensor]) -> tuple[float, float]:
     return float(between / total), float(contrast.mean())
 
 
-def _pair_options(config: UnpairedTrainConfig) -> dict[str, Any]:
+def _pair_options(config: TranslationConfig) -> dict[str, Any]:
     """How `judge_pairs` reads what belongs to a run: as its training did."""
     channels, bits = config.out_channels, config.bits
     return {
@@ -438,7 +438,7 @@ def _pair_options(config: UnpairedTrainConfig) -> dict[str, Any]:
     }
 
 
-def _scaled_reader(config: UnpairedTrainConfig, channels: int = 3, bits: int = 8) -> Reader:
+def _scaled_reader(config: TranslationConfig, channels: int = 3, bits: int = 8) -> Reader:
     """Reads images scaled as in the training, without its crop: as those to translate are."""
     from fastnce.data.domains import half_of
     from fastnce.data.images import read_image, to_tensor

@@ -1,4 +1,4 @@
-"""What the systems that translate in both directions share, CycleGAN and DCLGAN."""
+"""Shared by the systems that translate in both directions, CycleGAN and DCLGAN."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fastnce.systems import options
 from fastnce.systems.adversarial import GANMode, discriminator_losses
 from fastnce.systems.system import Rows
 from fastnce.systems.translation import (
+    TranslationConfig,
     UnpairedConfig,
-    UnpairedTrainConfig,
     adam,
     autocast,
     build_discriminator,
@@ -65,7 +65,7 @@ class ImagePool(nn.Module):
     Args:
         size: images to keep; 0 gives every image back as it came.
 
-    Example:
+    Examples:
         >>> pool = ImagePool(1)
         >>> first, second = torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)
         >>> pool(first).mean().item(), len(pool.images)
@@ -114,7 +114,7 @@ class TwoWayGenerators(nn.Module):
         a_to_b: the published G_A.
         b_to_a: the published G_B.
 
-    Example:
+    Examples:
         >>> import torch
         >>> generators = TwoWayGenerators(TwoWayConfig(base_channels=4, num_blocks=1, out_channels=1))
         >>> images = torch.zeros(2, 3, 16, 16)
@@ -205,7 +205,7 @@ class TwoWaySystem(TranslationSystem):
     def network(self, config: TwoWayConfig) -> TwoWayGenerators:
         return TwoWayGenerators(config)
 
-    def model(self, config: UnpairedTrainConfig, dataset: UnpairedImages) -> TwoWayModel:
+    def model(self, config: TranslationConfig, dataset: UnpairedImages) -> TwoWayModel:
         _, height, width = dataset[0]["A"].shape
         model = self.model_class(config, (height, width))
         networks = {
@@ -217,12 +217,12 @@ class TwoWaySystem(TranslationSystem):
         expect_sizes_fit(config, dataset, networks, **self.sizes(config))
         return model
 
-    def sizes(self, config: UnpairedTrainConfig) -> dict[str, str | None]:
-        """What `expect_sizes_fit` is told beside the networks."""
+    def sizes(self, config: TranslationConfig) -> dict[str, str | None]:
+        """The further arguments of `expect_sizes_fit`."""
         return {"one_size": fixed_size(config)}
 
     def preview(
-        self, config: UnpairedTrainConfig, dataset: UnpairedImages
+        self, config: TranslationConfig, dataset: UnpairedImages
     ) -> Callable[[nn.Module], Rows]:
         images_a, images_b = (first_test_images(config, domain) for domain in "AB")
 

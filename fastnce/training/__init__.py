@@ -1,8 +1,8 @@
 """Training: configurations, the loop, checkpoints, and trained runs."""
 
 from fastnce.systems import TrainConfig
-from fastnce.systems.contragan import ContraGANTrainConfig
-from fastnce.systems.cut import CUTTrainConfig
+from fastnce.systems.contragan import ContraGANConfig as ContraGANTrainConfig
+from fastnce.systems.cut import CUTConfig as CUTTrainConfig
 from fastnce.systems.translating import translate
 from fastnce.training.config import build_config
 from fastnce.training.evaluation import evaluate_run

@@ -19,7 +19,7 @@ from fastnce.training.loop import train
 
 
 def ablations() -> dict[str, Ablation]:
-    """What can be compared, by the name of the variant."""
+    """The comparisons, by the name of the variant."""
     return {name: a for system in SYSTEMS.values() for name, a in system.ablations.items()}
 
 

@@ -61,25 +61,21 @@ def build_config(
     Raises:
         UserError: an unknown name, a value of the wrong type or out of range, a missing field, an unreadable file.
 
-    Example:
+    Examples:
         >>> build_config("fastcut", overrides={"data": "horses", "out": "run"}).lambda_nce
         10.0
     """
     config_class, values = layered_values(variant, preset, config_file)
     values |= checked_values(config_class, overrides or {}, "option")
-    for name in required_fields(config_class, values):
+    for name in required_fields(values):
         if name not in values:
             raise UserError(f"{name} is missing. Give {name} as an option or in the config file.")
     return config_class(**values)
 
 
-def required_fields(config_class: type[TrainConfig], given: Collection[str]) -> list[str]:
+def required_fields(given: Collection[str]) -> list[str]:
     """The fields that must be given; `data` too, unless folders are named one by one."""
-    fields = dataclasses.fields(config_class)
-    names = [field.name for field in fields if field.default is dataclasses.MISSING]
-    if "data" not in names and not {"data_a", "data_b"} & set(given):
-        names.insert(0, "data")
-    return names
+    return ["out"] if {"data_a", "data_b"} & set(given) else ["data", "out"]
 
 
 def layered_values(

@@ -1,4 +1,4 @@
-"""What a training costs: seconds per step, and the most memory it held."""
+"""The cost of a training: seconds per step, and the most memory it held."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `fastnce evaluate` measures of a run, and where it writes it."""
+"""`fastnce evaluate`: measures a run, and writes the report."""
 
 from __future__ import annotations
 

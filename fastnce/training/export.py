@@ -1,4 +1,4 @@
-"""What `fastnce export` writes: a run's weights for the published repositories, or for sharing."""
+"""`fastnce export`: a run's weights for the published repositories, or for sharing."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def _torchscript(network: nn.Module, inputs: dict[str, Tensor], text: str) -> by
 
 
 def _run_graph(data: bytes, format: str, inputs: dict[str, Tensor]) -> tuple[Tensor | None, str]:
-    """What the graph makes of `inputs`, and a line on who ran it."""
+    """The graph's result for `inputs`, and a line on who ran it."""
     if format == "torchscript":
         with _quiet():
             return torch.jit.load(io.BytesIO(data))(*inputs.values()), "checked by running it"

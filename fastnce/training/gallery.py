@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def write_gallery(runs: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def read_run(run: Path, name: str) -> GalleryRun:
-    """What the gallery shows of the run in the folder `run`.
+    """The content of the gallery for the run in the folder `run`.
 
     Raises:
         UserError: it is no run, or a file in it is damaged.
@@ -58,7 +57,7 @@ def distinct_names(runs: Sequence[Path]) -> list[str]:
     Raises:
         UserError: a folder is named twice.
 
-    Example:
+    Examples:
         >>> distinct_names([Path("out/cut/seed-0"), Path("out/fastcut/seed-0")])
         ['cut/seed-0', 'fastcut/seed-0']
     """
@@ -96,10 +95,8 @@ def training_command(config: TrainConfig) -> str:
 
 def _defaults(config: TrainConfig) -> dict[str, Any]:
     """The default of each option that has one, as a JSON value."""
-    without = {f.name for f in fields(config) if f.default is MISSING} | {"data"}
-    required = {name: getattr(config, name) for name in without}
-    values = to_dict(type(config)(**required))
-    return {name: value for name, value in values.items() if name not in without | {"system"}}
+    values = to_dict(type(config)())
+    return {name: v for name, v in values.items() if name not in ("system", "data", "out")}
 
 
 def _samples(folder: Path) -> list[tuple[int, Path]]:

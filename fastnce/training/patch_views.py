@@ -1,4 +1,4 @@
-"""What the encoder of a translation model learnt: the similarity that it sees, and the main components of its features."""
+"""Pictures of a translation model's encoder: the similarity that it sees, and the main components of its features."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class PatchEncoder:
 
     @property
     def of_output(self) -> PatchEncoder:
-        """What encodes translated images."""
+        """The encoder of translated images."""
         return self.output_side or self
 
     def read(self, path: Path) -> Tensor:

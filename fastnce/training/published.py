@@ -30,7 +30,7 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclasses.dataclass(frozen=True)
 class Recognised:
-    """What a published weights file holds.
+    """The content of a published weights file.
 
     Attributes:
         kind: `RESNET`, `UNET`, `PATCH` or `PROJECTOR`.
@@ -93,7 +93,7 @@ def _plain_state_dict(state: object, path: Path) -> dict[str, Tensor]:
 
 
 def recognise(state: Mapping[str, Tensor], path: Path) -> Recognised:
-    """What the network with this state dict is and how it is configured, from keys and shapes; `path` names it in errors."""
+    """The kind and the options of the network with this state dict, from keys and shapes; `path` names it in errors."""
     stem, first = state.get("model.1.weight"), state.get("model.0.weight")
     if stem is not None and stem.ndim == 4 and stem.shape[2:] == (7, 7):
         return Recognised(RESNET, _resnet_options(state, path))
@@ -361,7 +361,7 @@ def load_published(model: nn.Module, config: TrainConfig, networks: Mapping[str,
 
 
 def _in_terms_of_the_other_direction(found: Recognised) -> Recognised:
-    """What a generator from B to A tells about the options, which are those of A to B."""
+    """The options of A to B, from a generator of B to A."""
     channels = (found.options["out_channels"], found.options["in_channels"])
     names = ("in_channels", "out_channels")
     options = found.options | dict(zip(names, channels, strict=True))

@@ -98,7 +98,7 @@ class Run:
         return network.to(self.device).eval().requires_grad_(False)
 
     def state(self, checkpoint: str | Path | None = None) -> dict[str, Any]:
-        """What a checkpoint holds, by default that of this run; tensors on the CPU."""
+        """The content of a checkpoint, by default that of this run; tensors on the CPU."""
         return load_checkpoint(self.checkpoint_path(checkpoint or self.checkpoint))
 
     def checkpoint_path(self, checkpoint: str | Path) -> Path:
