@@ -130,30 +130,11 @@ def test_a_wrong_result_is_noticed(fault, broken):
     assert_noticed(op, name, dtype)
 
 
-def test_a_forgotten_self_logit_is_noticed(broken):
-    broken("patch_nce", lambda right, a: fastnce.info_nce(a["query_features"], a["key_features"], temperature=a["temperature"]))  # fmt: skip
-    assert_noticed("patch_nce", "self_logit", FLOAT)
-
-
 def test_a_missing_gradient_or_another_dtype_is_noticed(broken):
     broken("info_nce", lambda right, a: right(**a | {"query": a["query"].detach()}))
     assert_noticed("info_nce", "in_batch", FLOAT, "d query is missing")
     broken("nt_xent", lambda right, a: right(**a).double())
     assert_noticed("nt_xent", "mean", FLOAT, "out is torch.float64")
-
-
-def test_lost_repeats_of_a_position_are_noticed(broken):
-    """As if gradients of repeated positions were written, not added."""
-
-    def last_only(right: Callable, arguments: dict):
-        patches, ids = right(**arguments)
-        last = torch.tensor([i not in ids[n + 1 :] for n, i in enumerate(ids)])
-        return Wrong.apply(patches, lambda grad: grad * last[:, None]), ids
-
-    broken("sample_patches", last_only)
-    sample = sample_of("sample_patches", "one")
-    assert_close_to_truth("sample_patches", "broken", sample, FLOAT)
-    assert_noticed("sample_patches", "repeated", FLOAT, "d features is off by")
 
 
 def test_errors_are_weighed_by_the_norm_of_the_row():

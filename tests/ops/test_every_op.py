@@ -10,6 +10,7 @@ from forms import (
     LOSSES,
     OPS,
     REDUCED,
+    LikeDTensor,
     assert_same,
     call,
     first_rows,
@@ -90,25 +91,6 @@ def test_repeatable_in_deterministic_mode_and_arguments_left_alone(
         assert all(torch.equal(x, y) for x, y in zip(tensors_of(sample), before, strict=True))
 
 
-@each_op
-def test_gradcheck(op, fused_backend, needs_support, device):
-    needs_support(op, fused_backend, torch.float64)
-    for sample in samples(op, torch.float64, device).values():
-        wide = mapped(sample, "", lambda x: x.double() if x.is_floating_point() else x)
-
-        def function(*leaves, wide=wide):
-            queue = iter(leaves)
-            replace = lambda x: next(queue) if getattr(x, "requires_grad", False) else x  # noqa: E731
-            arguments = {
-                key: [replace(x) for x in value] if isinstance(value, list) else replace(value)
-                for key, value in wide.arguments.items()
-            }
-            return tuple(call(op, Sample("", arguments), fused_backend))
-
-        leaves = [x for x in tensors_of(wide) if x.requires_grad]
-        assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
-
-
 @pytest.mark.parametrize("op", REDUCED)
 def test_reductions_agree(op, backend, needs_support, device):
     needs_support(op, backend)
@@ -168,13 +150,6 @@ def test_autocast_promotes_and_keeps_the_loss_wide(op, backend, needs_support, d
         torch.testing.assert_close(
             x.float(), expected[key], rtol=0, atol=bound, msg=lambda m, key=key: f"{key}: {m}"
         )
-
-
-class LikeDTensor(Tensor):
-    """What the ops know a DTensor by."""
-
-    def full_tensor(self):
-        return self.as_subclass(Tensor)
 
 
 @each_op

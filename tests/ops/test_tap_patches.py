@@ -75,22 +75,6 @@ def test_against_the_reference(dtype, layout, backend, needs_support):
                 torch.testing.assert_close(value.double(), truth, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("used", ["map", "patches", "neither"])
-def test_one_output_alone(used, backend):
-    x = make(2, 5, 4, 3)
-    passed, patches, _ = tap_patches(x, patch_ids=IDS, backend=backend)
-    if used == "neither":
-        total = x.sum()
-    else:
-        total = (passed if used == "map" else patches).square().sum()
-    (got,) = torch.autograd.grad(total, x)
-    expected = torch.ones_like(x) if used == "neither" else 2 * x.detach()
-    if used == "patches":
-        times = torch.bincount(IDS, minlength=12).reshape(4, 3)
-        expected = expected * times
-    torch.testing.assert_close(got, expected)
-
-
 def test_writes_into_a_gradient_that_is_its_own(fused_backend):
     x = make(2, 5, 4, 3)
     seen = {}
@@ -230,19 +214,6 @@ def test_lists_of_several_dtypes(backend, needs_support):
     other = maps[0].sum() + plain[0].sum() + plain[1].float().sum() + maps[2].sum()
     for got, expected in zip(grads, torch.autograd.grad(other, maps), strict=True):
         assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize("normalize", [False, True])
-def test_gradcheck(normalize, backend, needs_support):
-    needs_support(OP, backend, torch.float64)
-
-    def function(x):
-        passed, patches, _ = tap_patches(
-            x.sin(), patch_ids=IDS, normalize=normalize, backend=backend
-        )
-        return passed.square(), patches, (passed.sum() * patches).cos()
-
-    assert torch.autograd.gradcheck(function, make(1, 3, 4, 3, dtype=torch.float64))
 
 
 def test_under_checkpointing(backend):
