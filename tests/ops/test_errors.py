@@ -28,7 +28,6 @@ CASES = [
     error(TypeError, r"query.*got torch.sparse_coo", "info_nce", x.to_sparse(), x),
     error(TypeError, r"query.*got a nested one", "info_nce", torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged), x),
     error(TypeError, r"positive_key.*is a DTensor.*positive_key\.full_tensor", "info_nce", x, x.as_subclass(LikeDTensor)),
-    error(TypeError, r"query.*is a DTensor.*query\.full_tensor", "info_nce", x.as_subclass(LikeDTensor), x),
     error(ValueError, r"query.*got \(3,\)", "info_nce", x[0], x),
     error(ValueError, r"query.*is empty: its shape is \(0, 3\).*at least 1", "info_nce", many, many),
     error(ValueError, r"positive_key.*got \(3, 3\)", "info_nce", x, x[:3]),
@@ -63,10 +62,7 @@ CASES = [
     error(ValueError, r"similarity_dtype=torch.float8_e4m3fn.*got normalize=False: .*Drop one", "info_nce", x, x, similarity_dtype=torch.float8_e4m3fn, normalize=False),
     error(ValueError, r"similarity_dtype=torch.float8_e4m3fn.*got \(4, 2, 3\): .*Drop", "info_nce", x, x, torch.randn(4, 2, 3), similarity_dtype=torch.float8_e4m3fn),
     error(ValueError, r"backend.*='tpu' is unknown\. Expected one of: triton, cuda, native, torch", "info_nce", x, x, backend="tpu"),
-    *(
-        error(TypeError, f"query.*got {dtype}", "info_nce", x.to(dtype), x.to(dtype))
-        for dtype in (torch.int64, torch.complex64, torch.bool)
-    ),
+    error(TypeError, r"query.*got torch.complex64", "info_nce", x.to(torch.complex64), x),
     error(TypeError, "unexpected keyword argument 'temprature'", "info_nce", x, x, temprature=0.1),
     # patch_nce
     error(TypeError, r"query_features.*and key_features must both be .*key_features is Tensor", "patch_nce", [images], images),

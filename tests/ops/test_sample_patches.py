@@ -1,7 +1,5 @@
 """Patch sampling: what is gathered, where gradients go, and how positions are drawn."""
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -184,20 +182,15 @@ def test_map_further_apart_than_int32_reaches(backend, needs_support):
 SHAPES = [(1, 1, 1, 1), (1, 3, 262, 262), (2, 64, 16, 16), (1, 1000, 3, 5), (5, 17, 1, 63), (1, 256, 64, 1)]  # fmt: skip
 
 
-@functools.cache
-def shaped(shape: tuple[int, ...], normalize: bool, layout: torch.memory_format) -> Sample:
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(shape, generator=generator).contiguous(memory_format=layout)
-    ids = torch.randperm(shape[2] * shape[3], generator=generator)[:256]
-    arguments = {"features": x.requires_grad_(), "patch_ids": ids, "normalize": normalize}
-    return Sample(f"{shape} {layout}", arguments)
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes_keep_their_layout(shape, fused_backend):
+    x = gaussian(*shape).float()
+    ids = torch.randperm(shape[2] * shape[3], generator=torch.Generator().manual_seed(3))[:256]
     for normalize in (False, True):
         for layout in (torch.contiguous_format, torch.channels_last):
-            sample = shaped(shape, normalize, layout)
+            features = x.contiguous(memory_format=layout).requires_grad_()
+            arguments = {"features": features, "patch_ids": ids, "normalize": normalize}
+            sample = Sample(str(layout), arguments)
             assert_close_to_truth(OP, fused_backend, sample, torch.float32)
             grad = run(OP, sample, backend=fused_backend)["d features"]
             assert grad.is_contiguous(memory_format=layout)
