@@ -58,7 +58,6 @@ CASES = [
     error(ValueError, r"in_batch_negatives=False.*leaves no negatives.*Pass negative_keys", "info_nce", x, x, in_batch_negatives=False),
     error(ValueError, r"symmetric=True.*has no meaning with negative_keys.*Drop one", "info_nce", x, x, x, symmetric=True),
     error(ValueError, r"similarity_dtype.*got torch.float8_e5m2", "info_nce", x, x, similarity_dtype=torch.float8_e5m2),
-    error(ValueError, r"similarity_dtype.*got 'fp8'", "info_nce", x, x, similarity_dtype="fp8"),
     error(ValueError, r"similarity_dtype=torch.float8_e4m3fn.*got normalize=False: .*Drop one", "info_nce", x, x, similarity_dtype=torch.float8_e4m3fn, normalize=False),
     error(ValueError, r"similarity_dtype=torch.float8_e4m3fn.*got \(4, 2, 3\): .*Drop", "info_nce", x, x, torch.randn(4, 2, 3), similarity_dtype=torch.float8_e4m3fn),
     error(ValueError, r"backend.*='tpu' is unknown\. Expected one of: triton, cuda, native, torch", "info_nce", x, x, backend="tpu"),
@@ -75,7 +74,6 @@ CASES = [
     error(TypeError, r"key_features.*is torch.float64 but query_features is torch.float32", "patch_nce", images, images.double()),
     error(ValueError, r"query_features\[1\].*is on meta but query_features\[0\] is on cpu. Move all layers to one device", "patch_nce", [images, images.to("meta")], [images, images.to("meta")]),
     error(ValueError, r"negatives.*got 'all'", "patch_nce", images, images, negatives="all"),
-    error(ValueError, r"temperature.*must be positive", "patch_nce", images, images, temperature=0.0),
     # conditional_contrastive
     error(ValueError, r"embeddings.*got \(2, 4, 3\)", "conditional_contrastive", images, images, labels),
     error(ValueError, r"proxies.*got \(2, 3\)", "conditional_contrastive", x, x[:2], labels),
@@ -114,7 +112,6 @@ CASES = [
     # sup_con
     error(ValueError, r"features.*got \(2, 4, 3\)", "sup_con", images, labels),
     error(ValueError, r"labels.*got \(2,\)", "sup_con", x, labels[:2]),
-    error(ValueError, r"temperature.*must be positive", "sup_con", x, labels, temperature=-1),
     error(TypeError, r"labels.*is a DTensor but features is not", "sup_con", x, labels.as_subclass(LikeDTensor)),
     # pairwise_cosine_similarity
     error(TypeError, r"x.*got list", "pairwise_cosine_similarity", [1.0]),
