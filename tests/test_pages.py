@@ -8,20 +8,19 @@ import pytest
 from fastnce import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
-PAGES = [page for page in PAGES if page.exists()]
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG"))]
+PAGES += sorted(ROOT.glob("docs/*.md"))
 
 
 def prose(text: str) -> list[str]:
-    """The sentences of a page, and the cells of its tables; no code blocks, no targets of links."""
+    """The sentences of a page, of its tables' cells and of what stands for its pictures."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
-    text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text)
+    text = re.sub(r"!\[([^\]]*)\]\([^)]*\)", r"\1.\n\n", text)
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
     found = []
-    for block in re.split(r"\n\s*\n|\n(?=[-*|#>]|\d+\. )", text):
-        cells = block.split("|") if block.startswith("|") else [block]
-        for cell in cells:
-            found += re.split(r"(?<=[.!?:;])\s+(?=[A-Z`*(\"0-9])", " ".join(cell.split()))
+    for block in re.split(r"\n\s*\n|\n(?=[-*|>#]|\d+\. )", text):
+        for cell in block.split("|"):
+            found += re.split(r"(?<=[.!?])\s+(?=[A-Z`*(\"0-9])", " ".join(cell.split()))
     return found
 
 
