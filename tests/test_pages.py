@@ -35,8 +35,16 @@ def test_sentences_are_read_once(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
-        assert "://" in target or (page.parent / target).exists(), target
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        name, _, anchor = target.partition("#")
+        to = page.parent / name if name else page
+        assert "://" in target or to.exists(), target
+        if anchor and to.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)", to.read_text(), flags=re.M)
+            anchors = [
+                re.sub(r"[^\w -]", "", x).strip().lower().replace(" ", "-") for x in headings
+            ]
+            assert anchor in anchors, target
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
