@@ -1,4 +1,4 @@
-"""Similarities in fp8: what they are, how far off the theory of rounding lets them be, and what the gradients ignore."""
+"""Similarities in fp8: what they are, and how far off the theory of rounding lets them be. Of their loss see test_definitions."""
 
 import logging
 import math
