@@ -1,13 +1,12 @@
 """Ranks that disagree get an error that says so, on every rank; and so do those whose rank has died."""
 
-import datetime
 import math
-import multiprocessing
 import os
 
 import pytest
 import torch
 import torch.distributed as dist
+from workers import Workers
 
 from fastnce import NegativeQueue, distributed
 from fastnce.ranks import agree, ranks_of
@@ -136,36 +135,29 @@ def test_a_rank_outside_the_group(workers):
     assert all(isinstance(answer, torch.Tensor) for answer in answers[1:])
 
 
-def _dying(rank: int, meet: str, answers) -> None:
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", f"file://{meet}", timeout=limit, rank=rank, world_size=3)
+def dying(group):
+    """The last rank ends between forward and backward."""
     x = torch.randn(2, 4, 8, requires_grad=True)
     loss = distributed.info_nce(*x, strategy="ring")
-    if rank == 2:
+    if dist.get_rank() == 2:
         os._exit(3)
+    errors = []
     for call in (loss.backward, lambda: distributed.info_nce(*x)):
         try:
             call()
-            answers.put((rank, "no error"))
         except RuntimeError as error:
-            answers.put((rank, str(error)))
+            errors.append(str(error))
+    return errors
 
 
 def test_a_rank_that_dies_ends_the_others(tmp_path):
-    """Between forward and backward; and whoever tries again gets the error again."""
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    arguments = (str(tmp_path / "meet"), answers)
-    ranks = [context.Process(target=_dying, args=(rank, *arguments)) for rank in range(3)]
-    for rank in ranks:
-        rank.start()
+    """And whoever tries again gets the error again."""
+    workers = Workers(3, tmp_path)
     try:
-        found = [answers.get(timeout=600) for _ in range(4)]
+        *alive, dead = workers.run(dying)
     finally:
-        for rank in ranks:
-            rank.join(timeout=5)
-            rank.kill()
-    assert sorted(rank for rank, _ in found) == [0, 0, 1, 1]
-    for rank, message in found:
-        assert f"info_nce: rank {rank} lost the other ranks" in message
+        workers.stop()
+    assert str(dead) == "exit code 3"
+    for rank, errors in enumerate(alive):
+        assert len(errors) == 2
+        assert all(f"info_nce: rank {rank} lost the other ranks" in error for error in errors)

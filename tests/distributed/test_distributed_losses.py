@@ -194,10 +194,10 @@ def test_half_precision_rounds_the_gradients_once(workers):
 
 
 def keys_without_gradient(group):
-    rows, _ = draw("info_nce", 12, torch.float64)
-    rank = dist.get_rank(group)
-    query = rows[0][3 * rank : 3 * rank + 3].clone().requires_grad_()
-    distributed.info_nce(query, rows[1][3 * rank : 3 * rank + 3], group=group).backward()
+    own = slice(3 * dist.get_rank(group), 3 * dist.get_rank(group) + 3)
+    query, key = (rows[own] for rows in draw("info_nce", 12, torch.float64)[0])
+    query.requires_grad_()
+    distributed.info_nce(query, key, group=group).backward()
     return query.grad
 
 
