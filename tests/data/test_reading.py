@@ -237,8 +237,8 @@ def test_alpha_is_a_channel_of_four(tmp_path):
         path = write(tmp_path / f"train{domain}" / "1.png", pixels)
     image = load_image(path, 4)
     assert np.array_equal((image * 127.5 + 127.5).round().permute(1, 2, 0).numpy(), pixels)
-    save_image(image, tmp_path / "b.png")
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), pixels)
+    save_image(image, tmp_path / "new" / "b.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "new" / "b.png")), pixels)
     options = {"load_size": 12, "crop_size": 8, "preprocess": "resize", "flip": False}
     sample = UnpairedImages(tmp_path, channels_a=4, channels_b=3, **options)[0]
     for channel in range(4):
@@ -326,16 +326,6 @@ def test_images_that_cannot_be_written(tmp_path):
         save_image(torch.ones(3, 4, 4), tmp_path / "file" / "b.png")
     with pytest.raises(ValueError, match=r"\(C, H, W\).*got \(2, 3, 4, 4\)"):
         save_image(torch.zeros(2, 3, 4, 4), tmp_path / "b.png")
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_what_is_saved_is_what_is_loaded(tmp_path, channels):
-    levels = torch.arange(256).repeat(channels).view(channels, 16, 16)
-    # Half a level up, so that truncation gives each level back.
-    image = (levels + 0.5) / 255 * 2 - 1
-    save_image(image, tmp_path / "new" / "a.png")
-    loaded = load_image(tmp_path / "new" / "a.png", channels)
-    assert torch.equal(((loaded + 1) / 2 * 255).round().long(), levels)
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch):
