@@ -2,6 +2,7 @@
 
 import math
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -97,25 +98,18 @@ def wrong(group, case: str):
     ],
 )
 def test_an_invalid_argument_of_some_ends_the_call_on_all(case, first, others, workers):
-    for answer, message in zip(
-        workers.run(wrong, case, ranks=3), (first, others, others), strict=True
-    ):
+    answers = workers.run(wrong, case, ranks=3)
+    for answer, message in zip(answers, (first, others, others), strict=True):
         assert isinstance(answer, (ValueError, RuntimeError)) and message in str(answer)
 
 
 def unchecked(group):
     """Loss with and without the check, and how many messages the check takes."""
     x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(dist.get_rank(group)))
-    calls = []
-    original = dist.all_gather
-    dist.all_gather = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
-    try:
-        found = [
-            distributed.info_nce(*x, strategy="ring", check=c, group=group) for c in (True, False)
-        ]
-    finally:
-        dist.all_gather = original
-    return [loss.item() for loss in found], len(calls)
+    options = {"strategy": "ring", "group": group}
+    with mock.patch.object(dist, "all_gather", wraps=dist.all_gather) as gather:
+        losses = [distributed.info_nce(*x, check=check, **options) for check in (True, False)]
+    return [loss.item() for loss in losses], gather.call_count
 
 
 def test_the_check_is_one_message_and_can_be_left_out(workers):

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -33,27 +34,23 @@ def test_the_formula_of_the_ring_is_close_to_its_simulation():
         assert job.simulated_ring_seconds() >= max(products, link)
 
 
-def count_sent_bytes(group):
-    sent = []
-    original = dist.batch_isend_irecv
+def sent_bytes(group):
+    sent, exchange = [], dist.batch_isend_irecv
 
     def counting(messages):
-        sent.append(sum(m.tensor.nbytes for m in messages if m.op is dist.isend))
-        return original(messages)
+        sent.extend(m.tensor.nbytes for m in messages if m.op is dist.isend)
+        return exchange(messages)
 
-    dist.batch_isend_irecv = counting
-    try:
-        x = torch.randn(2, 5, 16, requires_grad=True)
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    with mock.patch.object(dist, "batch_isend_irecv", counting):
         distributed.info_nce(*x, strategy="ring", group=group).backward()
-    finally:
-        dist.batch_isend_irecv = original
     return sum(sent)
 
 
 def test_bytes_are_those_of_the_exchange(workers):
     """The counted bytes, against what the ring really sends: fp32 keys and sums here."""
     keys = 5 * 16 * 4
-    assert workers.results(count_sent_bytes) == [2 * 3 * keys + 4 * keys] * 4
+    assert workers.results(sent_bytes) == [2 * 3 * keys + 4 * keys] * 4
 
 
 def test_the_training_script_runs_under_torchrun(tmp_path):
