@@ -54,10 +54,6 @@ def test_numbers_that_are_no_levels_of_grey_need_a_range(tmp_path, name, dtype, 
     assert image.dtype == torch.float32
     np.testing.assert_allclose(image[0].numpy(), expected, atol=1e-7)
     assert torch.equal(load_image(path, 3, value_range=(-1024, 3071)), image.expand(3, -1, -1))
-    back = tmp_path / "back.tif"
-    save_image(image, back, value_range=(-1024, 3071))
-    with Image.open(back) as again:
-        np.testing.assert_allclose(np.asarray(again), CT, atol=1e-3)
 
 
 def test_numbers_beyond_the_range_are_clipped_and_others_refused(tmp_path):
@@ -252,13 +248,9 @@ def test_alpha_is_a_channel_of_four(tmp_path):
 
 def test_arrays_have_any_number_of_channels(tmp_path):
     numbers = noise(20, 20, 7)
-    for domain in "BA":
-        path = write(tmp_path / f"train{domain}" / "1.npy", numbers)
-    image = load_image(path, 7)
-    save_image(image, tmp_path / "b.npy")
+    path = write(tmp_path / "1.npy", numbers)
+    save_image(load_image(path, 7), tmp_path / "b.npy")
     assert np.array_equal(np.load(tmp_path / "b.npy"), numbers)
-    sample = UnpairedImages(tmp_path, load_size=12, crop_size=8, channels_a=7, channels_b=7)[0]
-    assert sample["A"].shape == (7, 8, 8)
     with pytest.raises(UserError, match=r"channels=5: .*1\.npy has 7"):
         load_image(path, 5)
     with pytest.raises(UserError, match="channels=7"):

@@ -129,7 +129,7 @@ def test_an_epoch_is_every_image_in_a_new_order(make, key, options, root):
 @pytest.mark.parametrize(
     ("make", "options", "ways"),
     [
-        (unpaired, {"preprocess": "none"}, 4),  # A and B apart
+        (unpaired, {"preprocess": "none", "serial": True}, 4),  # A and B apart
         (aligned, {"preprocess": "none"}, 2),  # both or none of a pair
         (single, {"crop_size": 24, "max_zoom_out": 1.0}, 4),
         (labelled, {}, 2),
@@ -174,6 +174,7 @@ def test_direction_swaps_the_domains_and_channels_are_the_samples(make, root):
         (unpaired, {"augment_a": "afine"}, 'augment_a="afine": expected none or affine'),
         (unpaired, {"direction": "AB"}, 'direction="AB": expected AtoB or BtoA'),
         (unpaired, {"channels_a": 0}, "channels=0"),
+        (unpaired, {"channels_a": 1, "bits": 16}, "bits=16 is for greyscale, got channels=3"),
         (single, {"crop_size": 25}, r"0\.png: 28x24 is smaller than .* 25x25.*at most 24"),
         (single, {"crop_size": 0}, "crop_size=0 is too small"),
         (single, {"max_zoom_out": 0.5}, "max_zoom_out=0.5 is too small"),

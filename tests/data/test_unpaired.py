@@ -136,16 +136,6 @@ def other_a(root, tmp_path):
     return tmp_path
 
 
-def test_sixteen_bits(other_a):
-    levels = np.random.default_rng(0).integers(0, 65536, (16, 16)).astype(np.uint16)
-    write(other_a / "trainA" / "x.png", levels)
-    sample = plain(other_a, channels_a=1, channels_b=1, bits=16)[0]
-    values = ((sample["A"][0].double() + 1) / 2 * 65535).round().numpy()
-    assert np.array_equal(values, levels)
-    with pytest.raises(UserError, match="bits=16 is for greyscale"):
-        plain(other_a, channels_a=1, channels_b=3, bits=16)
-
-
 def test_fixsize_takes_the_size_of_each_folders_first_image(other_a):
     for name, shape in (("x.png", (16, 32, 3)), ("y.png", (50, 64, 3))):
         write(other_a / "trainA" / name, np.zeros(shape, np.uint8))
