@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 # No test measures it: it ends ranks that wait for each other, and is long for a busy machine.
-_LIMIT = datetime.timedelta(minutes=30)
+_LIMIT = datetime.timedelta(minutes=10)
 _groups: dict[int, dist.ProcessGroup | None] = {}  # in a worker: by size
 
 
