@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,7 @@ from fastnce.systems.translation import TranslationConfig, UnpairedConfig, in_di
 
 if TYPE_CHECKING:
     from fastnce.data import AlignedImages, SingleImagePatches, UnpairedImages
-    from fastnce.data.domains import Side
-    from fastnce.systems.judging import Reader, Segmentation
+    from fastnce.systems.judging import Reading, Segmentation
 
 # Of the numbers of an evaluation, those that are measured during the training.
 _MEASURED = ("l1", "psnr", "ssim", "fid", "kid", "precision", "recall", "density", "coverage")
@@ -137,28 +137,18 @@ class TranslationSystem(System):
             return None
 
         def measure(_: nn.Module, network: nn.Module) -> dict[str, float]:
-            row: dict[str, Any] = {}
-            with self._translations(
-                {judging.TRANSLATED: network}, config, config.folders
-            ) as folders:
-                if self.paired:
-                    numbers = judging.judge_pairs(
-                        folders, config.folders, baselines=False, **_pair_options(config)
-                    )
-                    row |= numbers["rows"][0]
-                if by_features:
-                    result = judging.judge_folders(
-                        folders,
-                        config.folders,
-                        extractor,
-                        direction=config.direction,
-                        read=_scaled_reader(config),
-                        baselines=False,
-                        paired=self.paired,
-                        skip=config.broken_files == "skip",
-                        value_range=config.value_range,
-                    )
-                    row |= result["rows"][0]
+            named = {judging.TRANSLATED: network}
+            with self._translations(named, config, config.folders) as folders:
+                result, _ = judging.judge(
+                    folders,
+                    config.folders,
+                    self._reading(config),
+                    (lambda: extractor) if by_features else None,
+                    baselines=False,
+                )
+            row = result["pairs"]["rows"][0] if self.paired else {}
+            if by_features:
+                row |= result["rows"][0]
             return {name: row[name] for name in _MEASURED if row.get(name) is not None}
 
         return measure
@@ -195,32 +185,23 @@ class TranslationSystem(System):
         rows = {judging.ROWS[name]: network for name, network in networks.items()}
         extractor = extractor or config.extractor
         by_features = extractor or judging.is_digits_photos(data)
+        any_features = by_features or (segmentation is None and not self.paired)
         result: dict[str, Any] = {}
-        tables = []
         with self._translations(rows, config, data, direction) as folders:
             if segmentation is not None:
-                scores = segmentation.scores(
-                    folders[judging.TRANSLATED], device, config.value_range
-                )
-                result["segmentation"] = scores
-                tables.append(judging.format_segmentation_table(scores))
-            if by_features or (segmentation is None and not self.paired):
-                result |= judging.judge_folders(
-                    folders,
-                    data,
-                    judging.load_judge(data, extractor, device),
-                    direction=direction or config.direction,
-                    read=_scaled_reader(config),
-                    paired=self.paired,
-                    skip=config.broken_files == "skip",
-                    value_range=config.value_range,
-                )
-                tables.insert(0, judging.format_table(result))
-            if self.paired:
-                result["pairs"] = judging.judge_pairs(folders, data, **_pair_options(config))
-                tables.insert(0, judging.format_pair_table(result["pairs"]))
-                if not by_features:
-                    tables.append("FID and its kin: not measured without --extractor FILE.\n")
+                run = folders[judging.TRANSLATED]
+                result["segmentation"] = segmentation.scores(run, device, config.value_range)
+            judged, tables = judging.judge(
+                folders,
+                data,
+                self._reading(config, direction),
+                partial(judging.load_judge, data, extractor, device) if any_features else None,
+            )
+        result |= judged
+        if segmentation is not None:
+            tables.append(judging.format_segmentation_table(result["segmentation"]))
+        if self.paired and not by_features:
+            tables.append("FID and its kin: not measured without --extractor FILE.\n")
         return result, "\n".join(tables)
 
     def translate_folder(
@@ -242,6 +223,21 @@ class TranslationSystem(System):
         least = -(-32 // multiple)
         sides = multiple * (least + count - 2), multiple * (least + 1)
         return {"image": random_images(count, channels, *sides)}
+
+    def _reading(self, config: TranslationConfig, direction: str | None = None) -> Reading:
+        """As the training reads its images, and scaled as they are, without the crop: as those to translate are."""
+        from fastnce.systems.judging import Reading
+        from fastnce.systems.translating import image_scaling
+
+        return Reading(
+            direction=direction or config.direction,
+            paired=self.paired,
+            channels=config.out_channels,
+            bits=config.bits,
+            skip=config.broken_files == "skip",
+            value_range=config.value_range,
+            scaling=lambda side: image_scaling(config, side.paths, part=side.half),
+        )
 
     @contextmanager
     def _translations(
@@ -423,34 +419,3 @@ def _variety_and_contrast(images: Sequence[Tensor]) -> tuple[float, float]:
     total = squares.var(correction=0).clamp_min(1e-12)
     contrast = torch.stack([image.double().var((1, 2), correction=0).mean() for image in images])
     return float(between / total), float(contrast.mean())
-
-
-def _pair_options(config: TranslationConfig) -> dict[str, Any]:
-    """How `judge_pairs` reads what belongs to a run: as its training did."""
-    channels, bits = config.out_channels, config.bits
-    return {
-        "direction": config.direction,
-        "read": _scaled_reader(config, channels, bits),
-        "channels": channels,
-        "bits": bits,
-        "skip": config.broken_files == "skip",
-        "value_range": config.value_range,
-    }
-
-
-def _scaled_reader(config: TranslationConfig, channels: int = 3, bits: int = 8) -> Reader:
-    """Reads images scaled as in the training, without its crop: as those to translate are."""
-    from fastnce.data.domains import half_of
-    from fastnce.data.images import read_image, to_tensor
-    from fastnce.systems.translating import image_scaling
-
-    def reader(side: Side) -> Callable[[Path], Tensor]:
-        scale = image_scaling(config, side.paths, part=side.half)
-
-        def read(path: Path) -> Tensor:
-            image = read_image(path, channels, bits, config.value_range)
-            return to_tensor(scale.prepare(half_of(image, side.half)))
-
-        return read
-
-    return reader
