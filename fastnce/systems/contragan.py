@@ -675,6 +675,7 @@ class ContraGANSystem(LabelledSystem):
         ("D_cr", "D_bcr", "D_zcr", "G_zcr", "D_r1"),
     )
     best = "fid"
+    does = "generate images from classes"
     next_command = "fastnce generate --run {run} --out DIR"
     judged_by = frozenset({"extractor", "seed"})
     reported = ("conditioning",)
@@ -792,13 +793,6 @@ class ContraGANSystem(LabelledSystem):
             untrained=sampler(untrained, seed),
         )
         return result, format_generation_table(result)
-
-    def generate_folder(
-        self, network: nn.Module, config: ContraGANConfig, out: Path, **how: Any
-    ) -> int:
-        from fastnce.systems.generating import generate_folder
-
-        return generate_folder(network, config, out, **how)
 
     def graph_inputs(
         self, network: nn.Module, config: ContraGANConfig, channels: int, count: int

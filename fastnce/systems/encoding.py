@@ -45,9 +45,9 @@ def write_features(
         config: the configuration of its run, with `image_size` and `image_channels`.
         input: folder of images, also in folders below it; or one image.
         out: file to write, .npz or .safetensors.
-        normalize: scale the features of an image to length 1.
-        batch_size: images at a time.
-        broken_files: "skip" leaves a file out that cannot be read and names it in the log; None: as in the training.
+        normalize: Scale each image's features to length 1, as k-NN compares them.
+        batch_size: Images at a time.
+        broken_files: error: stop at a file that cannot be read; skip: leave it out and name it; by default as in training.
 
     Returns:
         N and F.

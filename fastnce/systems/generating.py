@@ -56,13 +56,13 @@ def generate_folder(
         generator: as `load_generator` gives it.
         config: the configuration of its run.
         out: folder; created.
-        classes: numbers or names of classes; by default all. The names are the run's own; those of a run from before runs kept
-            them are looked up in its data.
-        count: images of each class.
-        truncation: cuts the noise off at this value; None: not at all.
-        interpolation: columns of the interpolation picture, each row of which goes from one z to another; 0: none.
-        seed: of the noise.
-        batch_size: images at a time.
+        classes: Numbers or names of the classes; by default all. Those of a run from before runs kept them are looked up in its
+            data.
+        count: Images of each class.
+        truncation: Cut the noise off at this value, such as 0.8: less variety, more fidelity.
+        interpolation: Also a picture with so many steps from one noise to another; 0 for none.
+        seed: Seed of the noise.
+        batch_size: Images generated at a time.
 
     Returns:
         The number of images.

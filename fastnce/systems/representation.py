@@ -388,6 +388,7 @@ class RepresentationSystem(LabelledSystem):
     older = {"last_batch": "keep"}
     network_name = "encoder"
     panels = (("loss",), ("positive_cosine",))
+    does = "write features of whole images"
     next_command = "fastnce features --run {run} --input DIR --out features.npz"
     reported = ("method",)
     output = "features"
@@ -526,19 +527,6 @@ class RepresentationSystem(LabelledSystem):
         }
         result = evaluate_encoders(encoders, train, images_of(config, "test", other))
         return result, format_encoder_table(result)
-
-    def write_features(
-        self,
-        network: nn.Module,
-        config: RepresentationConfig,
-        input: Path,
-        out: Path,
-        **how: Any,
-    ) -> tuple[int, int]:
-
-        from fastnce.systems.encoding import write_features
-
-        return write_features(network, config, input, out, **how)
 
     def graph_inputs(
         self, network: nn.Module, config: RepresentationConfig, channels: int, count: int

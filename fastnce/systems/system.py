@@ -116,7 +116,9 @@ class System:
         network_name: the model's attribute that is used after the training and whose weights are averaged.
         panels: the losses that are plotted together, a tuple of names for each panel.
         best: the measurement that is smallest for the best checkpoint.
+        does: what the network is for, such as "translate images".
         next_command: what to do with a finished run, named by `{run}`.
+        paired: whether it learns from pairs of images.
         published: where the published repository has weights files for this system, the model's networks in them: the name in
             the file's name to the attribute's path, the generator first.
         compared: where a loss compares patches of an image with those of its translation, what encodes each of the two: the part of
@@ -137,7 +139,9 @@ class System:
     network_name: str
     panels: tuple[tuple[str, ...], ...]
     best: str | None = None
+    does: str
     next_command: str
+    paired: bool = False
     published: Mapping[str, str] = {}
     compared: tuple[tuple[str, str, str], ...] = ()
     compares_best: bool = False
@@ -213,24 +217,6 @@ class System:
         """
         raise UserError(f"a run of {self.name} has no evaluation.")
 
-    def translate_folder(
-        self, network: nn.Module, config: TrainConfig, input: Path, out: Path, **how: Any
-    ) -> int:
-        """See `fastnce.systems.translating.translate_folder`."""
-        raise self.not_for(config, "translate images")
-
-    def generate_folder(
-        self, network: nn.Module, config: TrainConfig, out: Path, **how: Any
-    ) -> int:
-        """See `fastnce.systems.contragan.generate_folder`."""
-        raise self.not_for(config, "generate images from classes")
-
-    def write_features(
-        self, network: nn.Module, config: TrainConfig, input: Path, out: Path, **how: Any
-    ) -> tuple[int, int]:
-        """See `fastnce.systems.representation.write_features`."""
-        raise self.not_for(config, "write features of whole images")
-
     def in_direction(
         self, network: nn.Module, config: TrainConfig, direction: str | None
     ) -> tuple[nn.Module, int]:
@@ -245,12 +231,13 @@ class System:
         """Random inputs of the network by their names, `count` of them; where sizes are free, in a size of their own."""
         raise UserError(f"a run of {self.name} has no graph to export.")
 
-    def not_for(self, config: TrainConfig, what: str) -> UserError:
-        """The error of a command that runs of this system are not for, with the one that is."""
-        command = self.next_command.format(run=config.out)
-        return UserError(
-            f"a run of {self.called(config)} does not {what}. What to do with it: {command}"
-        )
+    def expect_to(self, what: str, config: TrainConfig) -> None:
+        """Raises `UserError`, with the command that runs of this system are for, unless that is `what`."""
+        if self.does != what:
+            command = self.next_command.format(run=config.out)
+            raise UserError(
+                f"a run of {self.called(config)} does not {what}. What to do with it: {command}"
+            )
 
     def called(self, config: TrainConfig) -> str:
         """A reader's name for a run of this configuration."""

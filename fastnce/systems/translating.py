@@ -158,7 +158,8 @@ def translate_folder(
     out: Path,
     batch_size: int = 16,
     *,
-    direction: str | None = None,
+    paired: bool,
+    direction: Literal["AtoB", "BtoA"] | None = None,
     preprocess: str | None = None,
     size: int | None = None,
     tile: int | None = None,
@@ -166,7 +167,6 @@ def translate_folder(
     format: Format | None = None,
     broken_files: Literal["error", "skip"] | None = None,
     value_range: tuple[float, float] | None = None,
-    paired: bool = False,
 ) -> int:
     """Translates all images of a folder, and of the folders in it, to files of the same names; or one image.
 
@@ -178,19 +178,21 @@ def translate_folder(
         config: its run's configuration.
         input: folder of the images, or an image.
         out: folder of the results; created. For one image also the file to write.
-        batch_size: images at a time; of images that are computed in tiles, one.
-        direction: see `in_direction`.
-        preprocess: how images are scaled, instead of as in training: "none" keeps their size.
-        size: the size to which they are scaled, instead of the training's crop size.
-        tile: see `translate`. With it images of any number of pixels are read.
-        part: the half of each file that is translated, "left" or "right"; "whole": all of it; None: see `input_part`.
-        format: of the results; by default what the extension of `out` says, else "png", or what holds the numbers of the
-            `value_range` and all channels: "tiff" or "npy". "jpg" and "webp" have quality 95.
-        broken_files: "skip" leaves files out that cannot be read and names them in the log; "error" stops at the first one,
-            when those before it are translated; None: as in the training.
-        value_range: the files' numbers that become -1 and 1, to which results are mapped back: see
-            `fastnce.data.images.read_image`; None: as in the training.
+        batch_size: Images translated at a time, where they have the same size; of those that are computed in tiles, one.
         paired: whether the run learned from pairs, which may lie side by side in the files.
+        direction: For systems that learn both directions; by default that of the training.
+        preprocess: How images are scaled, by default as in training; none keeps their size.
+        size: Size to which they are scaled; by default the crop size of the training.
+        tile: Larger images are computed in tiles of this size, with the same result in less memory. Images of any number of
+            pixels are read.
+        part: Translate this half of each file, or the whole. By default that is the input's half where pix2pix learned from
+            pairs side by side and these are such, else the whole.
+        format: Of the results, unless out names a file: png, or what holds all their numbers and channels. jpg and webp have
+            quality 95.
+        broken_files: What a file that cannot be read does: skip leaves it out and names it, error stops when the images before
+            it are translated; by default as in the training.
+        value_range: The images' numbers that stand for black and white; by default as in the training. Results are written in
+            these numbers.
 
     Returns:
         The number of images translated.

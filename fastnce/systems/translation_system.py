@@ -60,21 +60,17 @@ DIGITS_PATCHES: dict[str, object] = {"nce_layers": (4, 8, 12, 15), "num_patches"
 
 
 class TranslationSystem(System):
-    """A system whose network translates images.
-
-    Attributes:
-        paired: whether it learns from pairs of images.
-    """
+    """A system whose network translates images."""
 
     network_name = "generator"
     best = "fid"
+    does = "translate images"
     next_command = "fastnce translate --run {run} --input DIR --out DIR"
     compares_best = True
     reports_cost = True
     judged_by = frozenset({"without_nce", "extractor", "segmentation", "direction", "value_range"})
     output = "translation"
     any_size = True
-    paired = False
 
     def folders_read(self, config: TranslationConfig) -> list[Path]:
         if config.data is None:
@@ -204,13 +200,6 @@ class TranslationSystem(System):
             tables.append("FID and its kin: not measured without --extractor FILE.\n")
         return result, "\n".join(tables)
 
-    def translate_folder(
-        self, network: nn.Module, config: TranslationConfig, input: Path, out: Path, **how: Any
-    ) -> int:
-        from fastnce.systems.translating import translate_folder
-
-        return translate_folder(network, config, input, out, paired=self.paired, **how)
-
     def in_direction(
         self, network: nn.Module, config: TranslationConfig, direction: str | None
     ) -> tuple[nn.Module, int]:
@@ -252,6 +241,7 @@ class TranslationSystem(System):
         Files, because several measurements read each of them and a test set may be larger than the memory.
         """
         from fastnce.systems.judging import side
+        from fastnce.systems.translating import translate_folder
 
         source = side(data, "test", direction or config.direction, 0, self.paired)
         part = source.half or "whole"
@@ -259,11 +249,12 @@ class TranslationSystem(System):
             folders = {name: Path(parent, str(number)) for number, name in enumerate(networks)}
             for name, network in networks.items():
                 was_training = network.training
-                self.translate_folder(
+                translate_folder(
                     network.eval(),
                     config,
                     source.folder,
                     folders[name],
+                    paired=self.paired,
                     direction=direction,
                     part=part,
                 )

@@ -170,9 +170,9 @@ def visualize_similarity(
         input: image file.
         out: folder; gets `similarity.png`, and the translation as `output.png` (of more than four channels `output.npy`).
         points: (x, y) of pixels of the output; by default `count` of them are chosen, see `distinct_points`.
-        count: points that are chosen.
-        layers: of `nce_layers`; all if empty.
-        scale: "similarity" for exp(cosine / temperature), as the loss has it; "cosine" shows small similarities too.
+        count: How many points are chosen, where none is given.
+        layers: Layers to show, of those that the run compares; by default all.
+        scale: exp(cosine / temperature) as the loss has it, or the cosine, which shows small similarities too.
     """
     _expect_count(count)
     image = encoder.read(input)
@@ -194,7 +194,8 @@ def visualize_features(
         encoder: see `PatchEncoder`.
         input: image file, or a folder of images, of which the first `count` ones of the same size are taken.
         out: folder; gets `pca-encoder.png` and, in a run with the contrastive loss, `pca-projected.png`.
-        layers: of `nce_layers`; all if empty.
+        count: How many images of a folder to take.
+        layers: Layers to show, of those that the run compares; by default all.
     """
     _expect_count(count)
     input = Path(input)
