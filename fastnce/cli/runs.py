@@ -69,7 +69,7 @@ def translate(
     print(f"Translated {count} image{'s' * (count != 1)} into {out}")
 
 
-@with_options_of(opened, "fastnce.systems.generating.generate_folder")
+@with_options_of(opened, "fastnce.systems.contragan.generate_folder")
 def generate(run: Path, out: Path, **how: Any) -> None:
     """Generate images of chosen classes with a trained generator.
 
@@ -86,7 +86,7 @@ def generate(run: Path, out: Path, **how: Any) -> None:
     print(f"Generated {made} images into {out}; grid.png shows them by class")
 
 
-@with_options_of(opened, "fastnce.systems.encoding.write_features")
+@with_options_of(opened, "fastnce.systems.representation.write_features")
 def features(run: Path, input: Path, out: Path, **how: Any) -> None:
     """Write the features of a folder of images, from a trained encoder.
 

@@ -48,8 +48,6 @@ from fastnce.systems.translation_system import (
     DIGITS_PATCHES,
     DIGITS_PHOTOS,
     TranslationSystem,
-    expect_sizes_fit,
-    fixed_size,
 )
 
 if TYPE_CHECKING:
@@ -316,6 +314,7 @@ class CUTSystem(TranslationSystem):
     """CUT in the training loop."""
 
     config_class = CUTConfig
+    model_class = CUT
     variants = {
         "cut": {},
         "fastcut": {
@@ -417,19 +416,10 @@ class CUTSystem(TranslationSystem):
             broken_files=config.broken_files,
         )
 
-    def model(self, config: CUTConfig, dataset: UnpairedImages | SingleImagePatches) -> CUT:
-        _, height, width = dataset[0]["A"].shape
-        model = CUT(config, (height, width))
-        one_size = fixed_size(config)
+    def sizes(self, config: CUTConfig, model: CUT) -> dict[str, str | None]:
+        one_size = super().sizes(config, model)["one_size"]
         if config.gan_mode == "wgangp":
             one_size = "gan_mode=wgangp mixes real and translated images"
         if model.translates_b:
             one_size = "nce_idt and lambda_identity translate images of A and B in one batch"
-        networks = {
-            "generator": (model.generator, config.in_channels),
-            "discriminator": (model.discriminator, config.out_channels),
-        }
-        expect_sizes_fit(
-            config, dataset, networks, one_size=one_size, compared="A" if model.nce_names else ""
-        )
-        return model
+        return {"one_size": one_size, "compared": "A" if model.nce_names else ""}

@@ -15,6 +15,7 @@ from fastnce.networks import SimilarityHead
 from fastnce.networks.layers import init_normal
 from fastnce.systems import options
 from fastnce.systems.adversarial import GANMode, at_least_fp32, generator_loss
+from fastnce.systems.cyclegan import TwoWayConfig, TwoWayModel, TwoWaySystem, reverse
 from fastnce.systems.patch_contrast import (
     Comparison,
     Negatives,
@@ -27,7 +28,6 @@ from fastnce.systems.patch_contrast import (
 )
 from fastnce.systems.translation import descend, initialise, l1
 from fastnce.systems.translation_system import DIGITS_PATCHES, DIGITS_PHOTOS
-from fastnce.systems.two_way import TwoWayConfig, TwoWayModel, TwoWaySystem, reverse
 
 Maps = list[Tensor]
 
@@ -324,10 +324,10 @@ class DCLGANSystem(TwoWaySystem):
     published = TwoWaySystem.published | {"F1": "projector_a", "F2": "projector_b"}
     compared = (("a_to_b", "projector_a", "in_channels"), ("b_to_a", "projector_b", "out_channels"))
 
-    def sizes(self, config: DCLGANConfig) -> dict[str, str | None]:
-        if config.lambda_nce == 0:
-            return super().sizes(config)
-        if config.num_patches == 0:
-            one_size = "num_patches=0 compares all positions of A and B at once"
-            return {"one_size": one_size, "compared": "AB"}
-        return super().sizes(config) | {"compared": "AB"}
+    def sizes(self, config: DCLGANConfig, model: DCLGAN) -> dict[str, str | None]:
+        sizes = super().sizes(config, model)
+        if config.lambda_nce > 0:
+            sizes["compared"] = "AB"
+            if config.num_patches == 0:
+                sizes["one_size"] = "num_patches=0 compares all positions of A and B at once"
+        return sizes

@@ -34,7 +34,7 @@ from fastnce.data.transforms import RANDOM_TOKENS
 from fastnce.errors import UserError
 from fastnce.networks import ResnetGenerator
 from fastnce.systems.tiles import check_tile, translate_in_tiles
-from fastnce.systems.translation import TranslationConfig, in_direction
+from fastnce.systems.translation import TranslationConfig, in_direction, input_channels
 
 Format = Literal["png", "jpg", "tiff", "webp", "npy"]
 Part = Literal["left", "right", "whole"]
@@ -112,8 +112,7 @@ def _check_images(generator: nn.Module, images: Tensor) -> None:
             f"translate: images: expected uint8 (0 to 255) or floating-point ([-1, 1]), got {images.dtype}. "
             "Use images.to(torch.uint8) for values from 0 to 255."
         )
-    # The first convolution's weight; a module of one's own may have none.
-    channels = next((p.shape[1] for p in generator.parameters() if p.ndim == 4), None)
+    channels = input_channels(generator)
     fits = images.ndim in (3, 4) and channels in (None, images.shape[-3])
     if not fits or 0 in images.shape[-2:]:
         raise ValueError(

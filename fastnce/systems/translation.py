@@ -318,6 +318,11 @@ def convert_channels(images: Tensor, channels: int) -> Tensor:
     return _RED * red + _GREEN * green + _BLUE * blue
 
 
+def input_channels(network: nn.Module) -> int | None:
+    """The channels that a network's first convolution sees; None for a module of one's own without any."""
+    return next((p.shape[1] for p in network.parameters() if p.ndim == 4), None)
+
+
 def in_direction(
     generator: nn.Module, config: TranslationConfig, direction: str | None
 ) -> tuple[nn.Module, int]:

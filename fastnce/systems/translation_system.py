@@ -22,7 +22,12 @@ from fastnce.errors import UserError
 from fastnce.systems.patch_contrast import check_num_patches, feature_shapes
 from fastnce.systems.schedule import LinearDecay
 from fastnce.systems.system import Measure, Rows, System, random_images, rng_kept
-from fastnce.systems.translation import TranslationConfig, UnpairedConfig, in_direction
+from fastnce.systems.translation import (
+    TranslationConfig,
+    UnpairedConfig,
+    in_direction,
+    input_channels,
+)
 
 if TYPE_CHECKING:
     from fastnce.data import AlignedImages, SingleImagePatches, UnpairedImages
@@ -60,8 +65,15 @@ DIGITS_PATCHES: dict[str, object] = {"nce_layers": (4, 8, 12, 15), "num_patches"
 
 
 class TranslationSystem(System):
-    """A system whose network translates images."""
+    """A system whose network translates images.
 
+    Attributes:
+        model_class: made of the configuration and the (height, width) of the first training image.
+        seeing: the networks that see the images, by their names in errors: the attribute's path.
+    """
+
+    model_class: Callable[..., nn.Module]
+    seeing: Mapping[str, str] = {"generator": "generator", "discriminator": "discriminator"}
     network_name = "generator"
     best = "fid"
     does = "translate images"
@@ -104,6 +116,18 @@ class TranslationSystem(System):
             samples_per_step=config.samples_per_step,
             epoch_samples=epoch_samples,
         )
+
+    def model(self, config: TranslationConfig, dataset: Any) -> nn.Module:
+        _, height, width = dataset[0]["A"].shape
+        model = self.model_class(config, (height, width))
+        networks = {name: model.get_submodule(path) for name, path in self.seeing.items()}
+        expect_sizes_fit(config, dataset, networks, **self.sizes(config, model))
+        return model
+
+    def sizes(self, config: UnpairedConfig, model: Any) -> dict[str, str | None]:
+        """The further arguments of `expect_sizes_fit`."""
+        fixed = config.discriminator == "stylegan2"
+        return {"one_size": "discriminator=stylegan2 is made for one size" if fixed else None}
 
     def preview(self, config: TranslationConfig, dataset: Dataset) -> Callable[[nn.Module], Rows]:
         images = first_test_images(config)
@@ -302,15 +326,15 @@ def reading_options(config: TranslationConfig) -> dict[str, object]:
 def expect_sizes_fit(
     config: TranslationConfig,
     dataset: UnpairedImages | AlignedImages | SingleImagePatches,
-    networks: Mapping[str, tuple[nn.Module, int]],
+    networks: Mapping[str, nn.Module],
     *,
     one_size: str | None = None,
-    compared: str = "",
+    compared: str | None = "",
 ) -> None:
     """Checks the sizes of all training images before the first step, without computing anything.
 
     Args:
-        networks: by their names those that see the images, with the channels of their input.
+        networks: by their names those that see the images.
         one_size: why all images of A and B must have one size; None: they need not.
         compared: "A" or "AB": of whose maps `num_patches` patches are compared.
     """
@@ -332,20 +356,14 @@ def expect_sizes_fit(
                 f"{patches[width, height]}: gives {width}x{height}, and {error}"
             ) from error
     with rng_kept():
-        shapes = {
-            name: (copy.deepcopy(network).to("meta"), channels)
-            for name, (network, channels) in networks.items()
-        }
+        shapes = {name: copy.deepcopy(network).to("meta") for name, network in networks.items()}
         # What is too small is so by a side or by its number of pixels.
         for width, height in {min(found, key=min), min(found, key=math.prod)}:
-            for name, (network, channels) in shapes.items():
-                if _takes(network, config.batch_size, channels, height, width):
+            for name, network in shapes.items():
+                if _takes(network, config.batch_size, height, width):
                     continue
-                fitting = (
-                    s
-                    for s in range(4, 516, 4)
-                    if _takes(network, config.batch_size, channels, s, s)
-                )
+                sides = range(4, 516, 4)
+                fitting = (s for s in sides if _takes(network, config.batch_size, s, s))
                 least = next((f", which needs {side}x{side} or more" for side in fitting), "")
                 raise UserError(
                     f"{found[width, height]}: gives {width}x{height}, too small for the {name}{least}. Use a larger crop_size or load_size, larger images, or a "
@@ -353,22 +371,13 @@ def expect_sizes_fit(
                 )
 
 
-def _takes(network: nn.Module, *shape: int) -> bool:
-    """Whether a network can be trained on images of a shape (N, C, H, W)."""
+def _takes(network: nn.Module, count: int, height: int, width: int) -> bool:
+    """Whether a network can be trained on so many images of a size."""
     try:
-        network(torch.empty(shape, device="meta"))
+        network(torch.empty(count, input_channels(network), height, width, device="meta"))
     except (RuntimeError, ValueError):  # such as a padding that is wider than the map
         return False
     return True
-
-
-def fixed_size(config: UnpairedConfig) -> str | None:
-    """Why the networks are made for images of one size, if they are."""
-    return (
-        "discriminator=stylegan2 is made for one size"
-        if config.discriminator == "stylegan2"
-        else None
-    )
 
 
 @torch.inference_mode()

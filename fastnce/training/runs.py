@@ -14,8 +14,8 @@ from fastnce.errors import UserError
 from fastnce.systems import (
     System,
     TrainConfig,
-    encoding,
-    generating,
+    contragan,
+    representation,
     system_named,
     translating,
 )
@@ -161,17 +161,17 @@ def translate_folder(
 
 
 def generate_folder(network: nn.Module, config: TrainConfig, out: Path, **how: Any) -> int:
-    """See `fastnce.systems.generating.generate_folder`; refuses the network of a system that does not generate."""
+    """See `fastnce.systems.contragan.generate_folder`; refuses the network of a system that does not generate."""
     _system_that("generate images from classes", config)
-    return generating.generate_folder(network, config, out, **how)
+    return contragan.generate_folder(network, config, out, **how)
 
 
 def write_features(
     network: nn.Module, config: TrainConfig, input: Path, out: Path, **how: Any
 ) -> tuple[int, int]:
-    """See `fastnce.systems.encoding.write_features`; refuses the network of a system that has no encoder of images."""
+    """See `fastnce.systems.representation.write_features`; refuses the network of a system that has no encoder of images."""
     _system_that("write features of whole images", config)
-    return encoding.write_features(network, config, input, out, **how)
+    return representation.write_features(network, config, input, out, **how)
 
 
 def _system_that(does: str, config: TrainConfig) -> System:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastnce.data.files import atomic_path
 from fastnce.errors import UserError
 from fastnce.systems import TrainConfig
-from fastnce.systems.encoding import import_safetensors
+from fastnce.systems.representation import import_safetensors
 from fastnce.training.config import from_dict, to_dict
 
 CONFIG_KEY = "fastnce.config"

@@ -6,6 +6,8 @@ through the samples, the values under the pointer, and the switch of the theme.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,10 +15,11 @@ from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from PIL import Image
 
 from fastnce.data.files import atomic_path
-from fastnce.viz.embedded import embed
 from fastnce.viz.line_chart import Series, line_chart, line_class, thinned
 from fastnce.viz.plots import loss_panels, measurement_panels
 
@@ -25,6 +28,8 @@ _PICTURE_BYTES = 8_000_000
 _PICTURES = 24  # of each run
 _POINTS = 400  # of each curve
 _LINES = 64  # that can be switched off in a chart
+# Of a picture, tried in this order until it is small enough: JPEG quality, and the share of its width and height.
+_REDUCTIONS = ((90, 1.0), (80, 1.0), (80, 0.7), (75, 0.5), (70, 0.35), (60, 0.25))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,3 +332,39 @@ def _setting(value: object) -> str:
 
 def _command(run: GalleryRun) -> str:
     return f'<pre tabindex="0"><code>{escape(run.command)}</code></pre>'
+
+
+class Embedded(NamedTuple):
+    """A picture as a data URI."""
+
+    uri: str
+    width: int
+    height: int
+
+
+def embed(path: Path, limit: int) -> Embedded:
+    """The picture as it is if it takes at most `limit` bytes of the page; else smaller, as JPEG.
+
+    The smallest of the reductions is taken where even that is larger.
+    """
+    data = path.read_bytes()
+    with Image.open(path) as picture:
+        width, height = picture.size
+        if path.suffix == ".png" and _length(data) <= limit:
+            return Embedded(_uri(data, "png"), width, height)
+        whole = picture.convert("RGB")
+    for quality, share in _REDUCTIONS:
+        size = max(1, round(width * share)), max(1, round(height * share))
+        buffer = io.BytesIO()
+        whole.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality)
+        if _length(buffer.getvalue()) <= limit:
+            break
+    return Embedded(_uri(buffer.getvalue(), "jpeg"), *size)
+
+
+def _length(data: bytes) -> int:
+    return (len(data) + 2) // 3 * 4
+
+
+def _uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"

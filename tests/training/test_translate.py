@@ -6,7 +6,7 @@ import torch
 
 from fastnce.errors import UserError
 from fastnce.networks import ResnetGenerator
-from fastnce.systems.two_way import TwoWayGenerators
+from fastnce.systems.cyclegan import TwoWayGenerators
 from fastnce.training import (
     Run,
     build_config,
