@@ -90,9 +90,6 @@ def parse(
     """The result of tyro for ``args`` for ``target``, whose options are ``hints``: their types by name.
 
     Numbers of a list may be joined by commas. A mistake is one line; ``also`` are options that the caller has read already.
-
-    Raises:
-        UserError: an option that is not there, with the nearest one; a required one that is missing; a value of another type.
     """
     names = set(hints) - {"return", "system"}
     if not {"-h", "--help"} & set(args):

@@ -444,10 +444,7 @@ class ContraGAN(nn.Module):
     ) -> list[Callable[[DiscriminatorOutput], tuple[Tensor, Tensor]] | None]:
         """For each part of a batch, a function from what D says of it to (the loss's value, a term with its gradient).
 
-        Args:
-            judge: D's output for a part.
-            parts: the parts of the batch; the labels stand second.
-            extra: samples that 2C contrasts with, too.
+        `judge` gives D's output for a part, in which the labels stand second; `extra` are samples that 2C contrasts with, too.
         """
         config = self.config
         weight, count = config.lambda_cond, sum(len(part[1]) for part in parts)
@@ -769,12 +766,8 @@ class ContraGANSystem(LabelledSystem):
     ) -> tuple[dict[str, Any], str]:
         """FID, intra-class FID, precision, recall and more of samples, against the test images.
 
-        Beside them stand training images (the best to hope for) and samples of the generator before its training.
-
-        Args:
-            networks: the generator as "run".
-            extractor: TorchScript file of a feature extractor; by default that of the run, or a digits set's own classifier.
-            seed: of the noise.
+        Beside them stand training images (the best to hope for) and samples of the generator before its training. The extractor
+        is by default that of the run, or a digits set's own classifier; `seed` is that of the noise.
         """
         from fastnce.metrics import evaluate_generation, format_generation_table
 
@@ -804,11 +797,7 @@ class ContraGANSystem(LabelledSystem):
 def labelled_images(
     config: ContraGANConfig, split: str, root: Path | None = None
 ) -> LabelledImages:
-    """The images of a split of `root`, by default `config.data`, as the networks of `config` take them; of the run's classes.
-
-    Raises:
-        UserError: the folder is not what it should be, or has another number of classes than the networks.
-    """
+    """The images of a split of `root`, by default `config.data`, as the networks of `config` take them; of the run's classes."""
     from fastnce.data import LabelledImages
     from fastnce.data.labelled import NO_CLASSES
 
@@ -854,9 +843,6 @@ def reference_and_training(
     """The real images that samples are judged by, and as many training images to judge beside them.
 
     The test images, with training images of the same classes; without a test set the training images, and None.
-
-    Raises:
-        UserError: as `labelled_images`, or there are fewer than two images.
     """
     from fastnce.data.labelled import has_split
 
@@ -893,11 +879,7 @@ def judge_of(
     extractor: Path | None,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """The judge of a run's samples: see `fastnce.demo.generation_evaluator`.
-
-    Raises:
-        UserError: there is none, or a digits set's own reads other images than the run makes.
-    """
+    """The judge of a run's samples: see `fastnce.demo.generation_evaluator`."""
     from fastnce.demo import generation_evaluator
     from fastnce.demo.judges import DIGITS, DigitClassifier
 

@@ -106,14 +106,7 @@ class ImagePool(nn.Module):
 
 
 class TwoWayGenerators(nn.Module):
-    """The generators of both directions as one network; called, it translates A to B.
-
-    Args:
-        config: see `TwoWayConfig`.
-
-    Attributes:
-        a_to_b: the published G_A.
-        b_to_a: the published G_B.
+    """The generators of both directions, the published G_A and G_B, as one network; called, it translates A to B.
 
     Examples:
         >>> import torch
@@ -137,10 +130,6 @@ class TwoWayModel(nn.Module):
     """Base of CycleGAN and DCLGAN: `generators`, `discriminator_a`, `discriminator_b`, their Adam `optimizers` and pools.
 
     As published, D_A judges images of B, the translations of G_A, and D_B judges images of A.
-
-    Args:
-        config: see `TwoWayConfig`.
-        image_size: (height, width) of the training images.
     """
 
     def __init__(self, config: TwoWayConfig, image_size: tuple[int, int] | None = None) -> None:

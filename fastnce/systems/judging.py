@@ -63,11 +63,7 @@ def load_judge(
     extractor: Path | str | None,
     device: torch.device | str = "cpu",
 ) -> nn.Module | None:
-    """The extractor that judges translations after `data`; None for a digits-photos set, which brings its own.
-
-    Raises:
-        UserError: the extractor cannot be had, or nothing is there to judge images of this kind.
-    """
+    """The extractor that judges translations after `data`; None for a digits-photos set, which brings its own."""
     if extractor is not None:
         return load_extractor(extractor, device)
     if is_digits_photos(data):
@@ -123,13 +119,11 @@ def judge(
 
     Args:
         folders: by the name of the row. The files have the names of the source's test images.
-        data: folder of the data set, or its folders by name.
-        how: how images are read.
         extractor: gives what `load_judge` does; None: no judgement by features.
         baselines: judge the untranslated and the other real images too.
 
     Returns:
-        The result and its tables. See `fastnce.metrics.evaluate`; of pairs also "pairs", see `judge_pairs`.
+        The result of `fastnce.metrics.evaluate`, of pairs also "pairs", see `judge_pairs`; and its tables.
     """
     result: dict[str, Any] = {}
     tables = []
@@ -199,10 +193,8 @@ def judge_pairs(
 ) -> dict[str, Any]:
     """L1, PSNR and SSIM of folders of translated test images of a set of pairs, each against its own truth.
 
-    The files have the names of the test images, as `fastnce translate` gives them, with any extension; some may be missing.
-
-    Returns:
-        {"reference", "rows": [{"name"} and `fastnce.metrics.pairs.pair_numbers`, ...]}.
+    The files have the names of the test images, as `fastnce translate` gives them, with any extension; some may be missing. The
+    result is {"reference", "rows": [{"name"} and `fastnce.metrics.pairs.pair_numbers`, ...]}.
     """
     source, truth = find_pairs(data, "test", how.direction)
     partners = dict(zip(source.paths, truth.paths, strict=True))
@@ -309,18 +301,9 @@ def evaluate_images(
 ) -> tuple[dict[str, Any], str]:
     """The evaluation of a folder of translated images, whatever program made them.
 
-    All images are compared at their own size. Writes `metrics.json` and `metrics.md` into `out`, by default the folder of the images.
-
-    Args:
-        images: the translations of the test images of `data`.
-        data: folder with testA and testB, or with test of pairs side by side; not needed where only segmentations are scored.
-        extractor, segmentation, direction, value_range: see `TranslationSystem.evaluate`.
-        out: folder of the report.
-        device: where the extractor runs.
-        broken_files: "skip" leaves out files that cannot be read.
-
-    Raises:
-        UserError: folders or images are missing, or nothing to judge these images.
+    `images` are the translations of the test images of `data`, which need not be given where only segmentations are scored. All
+    images are compared at their own size. Writes `metrics.json` and `metrics.md` into `out`, by default the folder of the images.
+    For the other arguments see `TranslationSystem.evaluate`.
     """
     result: dict[str, Any] = {"images": str(images)}
     tables: list[str] = []

@@ -235,11 +235,7 @@ def check_num_patches(config: PatchContrastConfig, shapes: Sequence[tuple[int, i
 def feature_shapes(
     config: PatchContrastConfig, image_size: tuple[int, int] | None
 ) -> list[tuple[int, int, int]]:
-    """(C, H, W) of the feature maps that `nce_layers` name, found without computing anything.
-
-    Raises:
-        UserError: layers that the generator does not have.
-    """
+    """(C, H, W) of the feature maps that `nce_layers` name, found without computing anything."""
     with torch.device("meta"):
         generator = build_generator(config)
         image = torch.empty(1, config.in_channels, *(image_size or (256, 256)))

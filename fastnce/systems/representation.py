@@ -503,11 +503,7 @@ class RepresentationSystem(LabelledSystem):
         data: Path,
         device: torch.device,
     ) -> tuple[dict[str, Any], str]:
-        """k-NN and linear accuracy of the encoder on the test images; beside it raw pixels and the encoder before its training.
-
-        Raises:
-            UserError: no such data, or none with classes and test images.
-        """
+        """k-NN and linear accuracy of the encoder on the test images; beside it raw pixels and the encoder before its training."""
         from fastnce.data.labelled import has_split
         from fastnce.metrics.probes import (
             RANDOM_ENCODER,

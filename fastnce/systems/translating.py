@@ -276,9 +276,6 @@ def input_part(config: TranslationConfig, paths: Sequence[Path]) -> Part:
 
     All of each file, but for pairs side by side: files of the training's data, or of the shape of its files. Then it is the half
     that was the input of the training. A line on standard error says which.
-
-    Raises:
-        UserError: the training's data are not there any more, and the files may be such pairs.
     """
     if config.data is None:  # A and B in two folders
         return "whole"

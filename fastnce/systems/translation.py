@@ -125,11 +125,7 @@ class TranslationConfig(TrainConfig):
 
     @property
     def folders(self) -> Path | dict[str, Path]:
-        """Where the images are: the folder with trainA and the like, or these by name where each was named.
-
-        Raises:
-            UserError: none was named.
-        """
+        """Where the images are: the folder with trainA and the like, or these by name where each was named."""
         if self.data is not None:
             return self.data
         named = {
@@ -184,11 +180,7 @@ def build_generator(config: UnpairedConfig) -> nn.Module:
 
 
 def build_discriminator(config: UnpairedConfig, image_size: tuple[int, int] | None) -> nn.Module:
-    """The discriminator that `config` describes, freshly initialised, for images of `image_size` (height, width).
-
-    Raises:
-        UserError: stylegan2, which is made for one size, does not fit `image_size`.
-    """
+    """The discriminator that `config` describes, freshly initialised, for images of `image_size` (height, width)."""
     if config.discriminator == "stylegan2":
         from fastnce.networks import StyleGAN2Discriminator
 
@@ -256,11 +248,7 @@ def together(
 
 
 def images_of_one_size(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The images "A" and "B" of a batch.
-
-    Raises:
-        UserError: they differ in number, height or width.
-    """
+    """The images "A" and "B" of a batch; raises `UserError` if they differ in number, height or width."""
     a, b = batch["A"], batch["B"]
     if (len(a), *a.shape[2:]) != (len(b), *b.shape[2:]):
         raise UserError(
@@ -329,9 +317,6 @@ def in_direction(
     """The part of a generator that translates from one domain to the other, and the channels of its input.
 
     `direction` is "AtoB" or "BtoA", the names of the data's folders; None: as in the run, whose configuration is `config`.
-
-    Raises:
-        UserError: a direction that the generator does not translate in.
     """
     if direction is None or direction == config.direction:
         return getattr(generator, "a_to_b", generator), config.in_channels

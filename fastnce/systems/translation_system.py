@@ -191,8 +191,6 @@ class TranslationSystem(System):
         and the others only with an extractor.
 
         Args:
-            networks: "run", and as further rows "best" and "without_nce".
-            data: folder of the data, or the folders by the names testA, testB and trainB.
             extractor: what gives the features; by default that of the run, or a digits-photos set's own network.
             segmentation: also score the segmentation of the translations; then there need not be an extractor.
             direction: "AtoB" or "BtoA", for systems of both directions; by default that of the training.

@@ -20,11 +20,7 @@ class Report(NamedTuple):
 
     @classmethod
     def of(cls, run: Run, data: Path | None, out: Path | None) -> Report:
-        """In `out`, else in the run's folder; there under the data's name, if these are not the run's own.
-
-        Raises:
-            UserError: a file takes the run's place, and there is no `out`.
-        """
+        """In `out`, else in the run's folder; there under the data's name, if these are not the run's own."""
         if out is not None:
             return cls(out)
         if run.path.is_file():

@@ -57,11 +57,7 @@ class PatchEncoder:
 
     @classmethod
     def of(cls, run: Run | Path, **how: Any) -> PatchEncoder:
-        """That of a run, or of its folder and what `Run` needs to open it.
-
-        Raises:
-            UserError: no such run or checkpoint, or a run of a system that compares no patches.
-        """
+        """That of a run, or of its folder and what `Run` needs to open it."""
         run = opened(run, **{"weights": "raw"} | how)
         if run.path.is_file():
             raise UserError(f"run={run.path} holds a generator alone. Name the folder of its run.")
@@ -107,11 +103,7 @@ class PatchEncoder:
 
     @torch.inference_mode()
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """F(features), L2-normalised, (1, dim, h_l, w_l) for each layer, on the CPU.
-
-        Raises:
-            UserError: the run compares no patches.
-        """
+        """F(features), L2-normalised, (1, dim, h_l, w_l) for each layer, on the CPU."""
         if self.config.lambda_nce == 0:
             raise UserError(
                 "the run was trained without the contrastive loss (lambda_nce=0), so it has no learnt similarity. "
@@ -245,10 +237,6 @@ def similarity_maps(
         input: (C, H, W) in [-1, 1], sides a multiple of 4.
         output: (C', H, W), its translation.
         points: (x, y) of pixels of the output, counted from 0 at the left and the top.
-        layers: of `nce_layers`; all if empty.
-
-    Returns:
-        A list of maps, one for each layer, by point.
     """
     height, width = output.shape[1:]
     for x, y in points:
@@ -313,11 +301,7 @@ def main_components(maps: Sequence[Tensor]) -> tuple[Tensor, tuple[float, ...]]:
     reach from the first to the last percent of a component's values. Features with fewer than three channels leave the rest
     of the colours at their middle.
 
-    Args:
-        maps: (C, h, w) of one size.
-
-    Returns:
-        (N, h, w, 3) in [0, 1], and the share of the variance that each component has.
+    Of N maps (C, h, w) these are (N, h, w, 3) in [0, 1], and the share of the variance that each component has.
     """
     stacked = torch.stack(list(maps)).double()  # (N, C, h, w)
     channels = stacked.shape[1]

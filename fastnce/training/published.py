@@ -48,9 +48,6 @@ def read_published(path: Path) -> dict[str, Tensor]:
 
     The prefix `module.`, which the published code leaves on every key when it trains on a CPU, is removed, and so are the
     statistics that instance norm kept before PyTorch 0.4, which nothing reads.
-
-    Raises:
-        UserError: no such file, a damaged one, one that needs code to be run, or one that holds something else.
     """
     path = Path(path)
     if not path.is_file():
@@ -217,11 +214,7 @@ def load_strictly(network: nn.Module, state: Mapping[str, Tensor], path: Path) -
 
 
 def published_config(state: Mapping[str, Tensor], path: Path) -> TrainConfig:
-    """The configuration of the generator in a published file; all that weights do not tell has its default.
-
-    Raises:
-        UserError: the file holds no generator.
-    """
+    """The configuration of the generator in a published file; all that weights do not tell has its default."""
     found = recognise(state, path)
     if found.kind not in _SYSTEMS:
         raise UserError(
@@ -255,9 +248,6 @@ def load_initial(model: nn.Module, config: TrainConfig) -> list[str]:
 
     Returns:
         A line for each network: where its weights come from.
-
-    Raises:
-        UserError: weights that are missing, damaged or of other networks than `config` describes.
     """
     where = config.init_from
     assert where is not None

@@ -77,11 +77,7 @@ class Run:
 
     @cached_property
     def network(self) -> nn.Module:
-        """The network that is used after the training, in eval mode.
-
-        Raises:
-            UserError: no such checkpoint, a damaged one, or one of another run.
-        """
+        """The network that is used after the training, in eval mode."""
         return self.network_of(self.checkpoint)
 
     def network_of(self, checkpoint: str | Path) -> nn.Module:

@@ -89,14 +89,8 @@ def save_similarity(
 ) -> None:
     """A row for each point: the output and the input with the point marked, then a heat map over the input for each layer.
 
-    Below a map stand the cosine at the point's own position and that position's rank among all.
-
-    Args:
-        input: (C, H, W) in [-1, 1].
-        output: its translation, of the same height and width.
-        maps: (x, y) of a pixel of the output -> its map in each layer.
-        path: PNG file.
-        scale: see `SimilarityMap.values`.
+    Below a map stand the cosine at the point's own position and that position's rank among all. Images are (C, H, W) in [-1, 1],
+    points (x, y) pixels of the output.
     """
     columns = 2 + len(next(iter(maps.values())))
     figure, all_axes = _grid_of_axes(len(maps), columns, input, below=0.2)
@@ -123,13 +117,7 @@ def save_similarity(
 def save_feature_colours(
     images: Sequence[tuple[str, Tensor]], layers: Sequence[FeatureColours], path: Path
 ) -> None:
-    """A row for each image: the image itself, then its features in each layer.
-
-    Args:
-        images: label and (C, H, W) in [-1, 1] of each image.
-        layers: the colours of these images' features; a layer's are comparable between the images.
-        path: PNG file.
-    """
+    """A row for each labelled image (C, H, W) in [-1, 1]: the image itself, then its features in each layer."""
     figure, all_axes = _grid_of_axes(len(images), 1 + len(layers), images[0][1])
     for index, (row, (label, image)) in enumerate(zip(all_axes, images, strict=True)):
         row[0].imshow(_pixels(image))

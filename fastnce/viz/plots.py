@@ -60,14 +60,7 @@ def save_sample_grid(rows: Mapping[str, Sequence[Tensor]], path: Path) -> None:
 def save_loss_plot(
     metrics: Sequence[Mapping[str, float]], panels: Sequence[Sequence[str]], path: Path
 ) -> None:
-    """Plots the losses of `metrics` (the lines of metrics.jsonl) over the steps; does nothing for fewer than two lines.
-
-    Args:
-        metrics: lines with "step" and losses.
-        panels: the names of the losses in each panel. A name that is not in `metrics` is left out, and one that is in no
-            panel gets into the last one.
-        path: PNG file.
-    """
+    """Plots the losses of the lines of metrics.jsonl over the steps, see `loss_panels`; nothing for fewer than two lines."""
     if len(metrics) < 2:
         return
     save_curves(metrics, loss_panels(metrics, panels), path, ylabel="loss")
@@ -103,11 +96,8 @@ def measurement_panels(measurements: Sequence[Mapping[str, float]]) -> list[list
 def save_ablation_plot(values: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
     """A panel for each measure: a dot for each seed of each choice, a line at the mean, and the mean as a number.
 
-    Where the largest value is many times the smallest, as one failed choice makes it, the axis is logarithmic.
-
-    Args:
-        values: choice -> measure -> a value for each seed.
-        path: PNG file.
+    Where the largest value is many times the smallest, as one failed choice makes it, the axis is logarithmic. `values`: choice
+    -> measure -> a value for each seed.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
