@@ -39,8 +39,7 @@ from fastnce.systems.adversarial import (
 )
 from fastnce.systems.augment import diff_augment, flip_and_translate
 from fastnce.systems.class_losses import auxiliary_classifier, contrastive_2c, d2d_ce
-from fastnce.systems.labelled import LabelledConfig, LabelledSystem
-from fastnce.systems.system import Ablation, Measure, Rows
+from fastnce.systems.system import Ablation, LabelledConfig, LabelledSystem, Measure, Rows
 
 if TYPE_CHECKING:
     from fastnce.data import LabelledImages
@@ -585,6 +584,8 @@ class ContraGANSystem(LabelledSystem):
     """ContraGAN in the training loop."""
 
     config_class = ContraGANConfig
+    model_class = ContraGAN
+    network = staticmethod(build_generator)
     variants = {
         "contragan": {},
         "acgan": {"conditioning": "AC"},
@@ -681,12 +682,6 @@ class ContraGANSystem(LabelledSystem):
 
     def dataset(self, config: ContraGANConfig) -> LabelledImages:
         return labelled_images(config, "train")
-
-    def model(self, config: ContraGANConfig, dataset: LabelledImages) -> ContraGAN:
-        return ContraGAN(config)
-
-    def network(self, config: ContraGANConfig) -> nn.Module:
-        return build_generator(config)
 
     def preview(
         self, config: ContraGANConfig, dataset: LabelledImages
@@ -973,8 +968,8 @@ def generate_folder(
     """
     from tqdm import tqdm
 
-    from fastnce import viz
     from fastnce.data import save_image
+    from fastnce.viz.plots import save_sample_grid
 
     for name, value, minimum in (("count", count, 1), ("batch_size", batch_size, 1)):
         if value < minimum:
@@ -1001,9 +996,9 @@ def generate_folder(
             between[name] = list(
                 sample_images(generator, line, torch.full((interpolation,), label))
             )
-    viz.save_sample_grid(rows, Path(out) / "grid.png")
+    save_sample_grid(rows, Path(out) / "grid.png")
     if interpolation:
-        viz.save_sample_grid(between, Path(out) / "interpolation.png")
+        save_sample_grid(between, Path(out) / "interpolation.png")
     return count * len(chosen)
 
 

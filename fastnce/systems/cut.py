@@ -315,6 +315,7 @@ class CUTSystem(TranslationSystem):
 
     config_class = CUTConfig
     model_class = CUT
+    network = staticmethod(build_generator)
     variants = {
         "cut": {},
         "fastcut": {
@@ -392,9 +393,6 @@ class CUTSystem(TranslationSystem):
     panels = (("G_GAN", "D_real", "D_fake", "D_r1"), ("NCE", "NCE_Y", "idt"), ("G",))
     published = {"G": "generator", "D": "discriminator", "F": "projector"}
     compared = (("", "projector", "in_channels"),)
-
-    def network(self, config: CUTConfig) -> nn.Module:
-        return build_generator(config)
 
     def dataset(self, config: CUTConfig) -> UnpairedImages | SingleImagePatches:
         if config.dataset == "folders":

@@ -284,6 +284,7 @@ class CycleGAN(TwoWayModel):
 class TwoWaySystem(TranslationSystem):
     """A system whose network translates in both directions."""
 
+    network = TwoWayGenerators
     network_name = "generators"
     next_command = TranslationSystem.next_command + " --direction BtoA"
     published = {
@@ -298,9 +299,6 @@ class TwoWaySystem(TranslationSystem):
         "discriminator of A": "discriminator_b",
         "discriminator of B": "discriminator_a",
     }
-
-    def network(self, config: TwoWayConfig) -> TwoWayGenerators:
-        return TwoWayGenerators(config)
 
     def preview(
         self, config: TranslationConfig, dataset: UnpairedImages

@@ -201,14 +201,12 @@ class Pix2PixSystem(TranslationSystem):
 
     config_class = Pix2PixConfig
     model_class = Pix2Pix
+    network = staticmethod(build_generator)
     variants = {"pix2pix": {}}
     panels = (("G_GAN", "D_real", "D_fake"), ("G_L1",), ("G",))
     best = "l1"
     published = {"G": "generator", "D": "discriminator"}
     paired = True
-
-    def network(self, config: Pix2PixConfig) -> UNetGenerator:
-        return build_generator(config)
 
     def dataset(self, config: Pix2PixConfig) -> AlignedImages:
         dataset = _pairs(config, "train", load_size=config.load_size, flip=config.flip)

@@ -22,11 +22,18 @@ from fastnce.networks.heads import ProjectionHead
 from fastnce.networks.layers import to_channels_last
 from fastnce.networks.resnet_encoder import RESNETS, ResNetEncoder, Stem
 from fastnce.systems import options
-from fastnce.systems.labelled import LabelledConfig, LabelledSystem
 from fastnce.systems.lars import LARS, lars_groups
 from fastnce.systems.metric_losses import n_pair_loss, pair_loss, triplet_loss
 from fastnce.systems.schedule import WarmupCosine
-from fastnce.systems.system import Ablation, Measure, Rows, random_images, rng_kept
+from fastnce.systems.system import (
+    Ablation,
+    LabelledConfig,
+    LabelledSystem,
+    Measure,
+    Rows,
+    random_images,
+    rng_kept,
+)
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -261,17 +268,14 @@ class Representation(nn.Module):
     def _query_and_key(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings of the first views, and without gradient, from the key networks, of the second ones."""
         with torch.no_grad():
-            self._move_key_networks()
+            keys = [*self.key_encoder.parameters(), *self.key_head.parameters()]
+            queries = [*self.encoder.parameters(), *self.head.parameters()]
+            torch._foreach_lerp_(keys, queries, 1 - self.config.key_momentum)
             order = torch.randperm(len(view2), device=view2.device)
             shuffled = self._embed(self.key_encoder, self.key_head, view2[order])
             key = torch.empty_like(shuffled)
             key[order] = shuffled
         return self._embed(self.encoder, self.head, view1), key
-
-    def _move_key_networks(self) -> None:
-        keys = [*self.key_encoder.parameters(), *self.key_head.parameters()]
-        queries = [*self.encoder.parameters(), *self.head.parameters()]
-        torch._foreach_lerp_(keys, queries, 1 - self.config.key_momentum)
 
     def _embed(self, encoder: nn.Module, head: nn.Module, images: Tensor) -> Tensor:
         """(N, C, H, W) to (N, projection_dim) float32."""
@@ -319,6 +323,8 @@ class RepresentationSystem(LabelledSystem):
     """SimCLR, MoCo v2 and SupCon in the training loop."""
 
     config_class = RepresentationConfig
+    model_class = Representation
+    network = staticmethod(build_encoder)
     variants = {
         # The defaults are SimCLR's on CIFAR-10, and SupCon's are the same but for temperature and views (Khosla et al. 2020).
         "simclr": {"method": "simclr"},
@@ -414,12 +420,6 @@ class RepresentationSystem(LabelledSystem):
         drop = config.last_batch != "keep"
         images = images_of(config, "train")
         return TwoViews(images, config.views, batch_size=config.batch_size if drop else 1)
-
-    def model(self, config: RepresentationConfig, dataset: TwoViews) -> Representation:
-        return Representation(config)
-
-    def network(self, config: RepresentationConfig) -> ResNetEncoder:
-        return build_encoder(config)
 
     def schedule(self, config: RepresentationConfig, epoch_samples: int) -> WarmupCosine:
         """To the end of the epochs, or for `steps`, where they are given: the cosine ends there."""

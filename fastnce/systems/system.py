@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,8 @@ class System:
 
     Attributes:
         config_class: the options; its `system` is the system's name.
+        model_class: what is trained, made of the configuration (see `model`).
+        network: makes of the configuration the network `network_name` alone, for trained weights.
         variants: what `fastnce train NAME` starts from: name -> the values that differ from the defaults.
         presets: further sets of values by name.
         ablations: what `fastnce ablate NAME` compares, by the name of the variant.
@@ -132,6 +134,8 @@ class System:
     """
 
     config_class: type[TrainConfig]
+    model_class: Callable[..., nn.Module]
+    network: Callable[..., nn.Module]
     variants: Mapping[str, Mapping[str, object]]
     presets: Mapping[str, Mapping[str, object]] = {}
     ablations: Mapping[str, Ablation] = {}
@@ -139,8 +143,8 @@ class System:
     network_name: str
     panels: tuple[tuple[str, ...], ...]
     best: str | None = None
-    does: str
     next_command: str
+    does: str = ""
     paired: bool = False
     published: Mapping[str, str] = {}
     compared: tuple[tuple[str, str, str], ...] = ()
@@ -184,11 +188,7 @@ class System:
 
     def model(self, config: TrainConfig, dataset: Dataset) -> nn.Module:
         """A module with `optimizers` by name and `training_step(batch) -> {name: scalar}`."""
-        raise NotImplementedError
-
-    def network(self, config: TrainConfig) -> nn.Module:
-        """The network `network_name` alone, for trained weights."""
-        raise NotImplementedError
+        return self.model_class(config)
 
     def preview(self, config: TrainConfig, dataset: Dataset) -> Callable[[nn.Module], Rows]:
         """A function from the network to the rows of a sample grid."""
@@ -238,6 +238,44 @@ class System:
     def called(self, config: TrainConfig) -> str:
         """A reader's name for a run of this configuration."""
         return self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledConfig(TrainConfig):
+    """Options of the systems that train on images with class labels."""
+
+    class_names: tuple[str, ...] = ()
+    """Classes to train on, in the order of their labels; by default all that the data has, sorted. A run keeps its own: a class
+    that the data gets later is left out."""
+    class_balance: bool = False
+    """Draw every class equally often, however many images it has."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.class_names:  # `generate` makes folders of them
+            if Path(name).name != name or name == "..":
+                raise UserError(f"class_names={name!r} is no name of a folder. Use one without /.")
+
+    def with_class_names(self, names: tuple[str, ...]) -> Self:
+        """The configuration of a run on these classes."""
+        return replace(self, class_names=names)
+
+
+class LabelledSystem(System):
+    """A system that trains on images with class labels."""
+
+    def settled(self, config: LabelledConfig, before: LabelledConfig | None) -> LabelledConfig:
+        if before is not None and not config.class_names:
+            return config.with_class_names(before.class_names)
+        return config
+
+    def of_data(self, config: LabelledConfig, dataset: Dataset) -> LabelledConfig:
+        return config.with_class_names(dataset.class_names)
+
+    def folders_read(self, config: LabelledConfig) -> Sequence[Path]:
+        from fastnce.data.labelled import folders_read
+
+        return folders_read(config.data)
 
 
 def rng_kept() -> AbstractContextManager:

@@ -92,7 +92,9 @@ def translate(
     in_tiles = tile is not None and max(height, width) > tile
     outputs = []
     for batch in images.split(1 if in_tiles else batch_size):
-        padded = _mirrored_up(_in_unit_range(batch).to(like.dtype), generator)
+        if batch.dtype == torch.uint8:  # as `load_image` does
+            batch = (batch / 255 - 0.5) / 0.5
+        padded = _mirrored_up(batch.to(like.dtype), generator)
         if in_tiles:
             output = translate_in_tiles(generator, padded, tile)
         else:
@@ -126,11 +128,6 @@ def _check_images(generator: nn.Module, images: Tensor) -> None:
                 f"translate: images: expected values in [-1, 1], got {least:g} to {greatest:g}. Pass 0 to 255 as uint8, or "
                 "use images / 127.5 - 1."
             )
-
-
-def _in_unit_range(images: Tensor) -> Tensor:
-    """[-1, 1], of uint8 as `load_image` does."""
-    return (images / 255 - 0.5) / 0.5 if images.dtype == torch.uint8 else images
 
 
 def _mirrored_up(images: Tensor, generator: nn.Module) -> Tensor:

@@ -67,12 +67,12 @@ DIGITS_PATCHES: dict[str, object] = {"nce_layers": (4, 8, 12, 15), "num_patches"
 class TranslationSystem(System):
     """A system whose network translates images.
 
+    Its `model_class` is made of the configuration and the (height, width) of the first training image.
+
     Attributes:
-        model_class: made of the configuration and the (height, width) of the first training image.
         seeing: the networks that see the images, by their names in errors: the attribute's path.
     """
 
-    model_class: Callable[..., nn.Module]
     seeing: Mapping[str, str] = {"generator": "generator", "discriminator": "discriminator"}
     network_name = "generator"
     best = "fid"

@@ -13,7 +13,7 @@ from fastnce.systems import TrainConfig, system_named
 from fastnce.training.config import as_option, layered_values, to_dict
 from fastnce.training.log import read_metrics
 from fastnce.training.runs import Run
-from fastnce.viz import GalleryRun, save_gallery
+from fastnce.viz.gallery import GalleryRun, save_gallery
 
 
 def write_gallery(runs: Sequence[Path], out: Path | None = None) -> Path:

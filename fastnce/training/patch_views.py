@@ -24,7 +24,13 @@ from fastnce.systems.translating import image_scaling
 from fastnce.systems.translation import convert_channels
 from fastnce.training.checkpoint import below
 from fastnce.training.runs import Run, opened
-from fastnce.viz import FeatureColours, Scale, SimilarityMap, save_feature_colours, save_similarity
+from fastnce.viz.feature_maps import (
+    FeatureColours,
+    Scale,
+    SimilarityMap,
+    save_feature_colours,
+    save_similarity,
+)
 
 # Points that are chosen keep this share of the image's side away from its border.
 _MARGIN = 1 / 16

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from torch import Tensor
 
-from fastnce.data.files import atomic_path
 from fastnce.networks.geometry import PixelGrid
-from fastnce.viz.plots import as_rgb
+from fastnce.viz.plots import as_rgb, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,7 +110,7 @@ def save_similarity(
             below = f"cos {shown.own_cosine:.2f}, {shown.rank} of {shown.cosine.numel()}"
             axes.set_xlabel(below, fontsize=_FONT - 1, labelpad=2)
     _titles_in_the_first_row_only(all_axes)
-    _save(figure, path)
+    save_figure(figure, path, _DPI)
 
 
 def save_feature_colours(
@@ -128,22 +127,16 @@ def save_feature_colours(
             share = f"{100 * sum(layer.explained):.0f} % of variance"
             axes.set_title(f"layer {layer.layer}\n{share}", fontsize=_FONT)
     _titles_in_the_first_row_only(all_axes)
-    _save(figure, path)
+    save_figure(figure, path, _DPI)
 
 
 def _grid_of_axes(
     rows: int, columns: int, image: Tensor, below: float = 0.0
 ) -> tuple[Figure, np.ndarray]:
     """Axes without ticks, in the shape of the image; `below`: inches for a line under each."""
-    # Imported here because it takes half a second, and off screen whatever the user's settings are.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     height = _CELL * image.shape[1] / image.shape[2]
-    size = (columns * _CELL + 0.4, rows * (height + below) + 0.4)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = new_figure(columns * _CELL + 0.4, rows * (height + below) + 0.4)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
-    FigureCanvasAgg(figure)
     all_axes = figure.subplots(rows, columns, squeeze=False)
     for axes in all_axes.flat:
         axes.set_xticks([])
@@ -172,8 +165,3 @@ def _mark(axes: Axes, x: int, y: int) -> None:
 def _titles_in_the_first_row_only(all_axes: np.ndarray) -> None:
     for axes in all_axes[1:].flat:
         axes.set_title("")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=_DPI)
