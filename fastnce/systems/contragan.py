@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from fastnce.data.files import expect_apart
 from fastnce.errors import UserError
 from fastnce.networks import (
     BigGANDiscriminator,
@@ -969,6 +968,7 @@ def generate_folder(
     from tqdm import tqdm
 
     from fastnce.data import save_image
+    from fastnce.data.files import expect_apart
     from fastnce.viz.plots import save_sample_grid
 
     for name, value, minimum in (("count", count, 1), ("batch_size", batch_size, 1)):

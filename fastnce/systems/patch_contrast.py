@@ -58,19 +58,12 @@ class PatchContrastConfig(options.Options):
 
 
 class Comparison(NamedTuple):
-    """The two sides of one contrastive loss.
+    """The two sides of one contrastive loss: feature maps (N, C, H, W), one per layer, and what projects their patches."""
 
-    Attributes:
-        queries: feature maps (N, C, H, W) of the translated images, one per layer.
-        keys: feature maps of the images they were made of, of the same shapes; they get no gradient.
-        query_projector: projects the patches of the queries; None compares the features themselves.
-        key_projector: projects those of the keys; the same network as for the queries in CUT, another one in DCLGAN.
-    """
-
-    queries: Sequence[Tensor]
-    keys: Sequence[Tensor]
-    query_projector: nn.Module | None
-    key_projector: nn.Module | None
+    queries: Sequence[Tensor]  # of the translated images
+    keys: Sequence[Tensor]  # of the images they were made of; they get no gradient
+    query_projector: nn.Module | None  # None compares the features themselves
+    key_projector: nn.Module | None  # the same network in CUT, another one in DCLGAN
 
 
 class PatchContrast(nn.Module):

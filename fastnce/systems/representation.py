@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnce import distributed
-from fastnce.data.files import atomic_path
 from fastnce.errors import UserError
 from fastnce.networks.heads import ProjectionHead
 from fastnce.networks.layers import to_channels_last
@@ -602,6 +601,7 @@ def write_features(
 
     from fastnce.data import list_images
     from fastnce.data.broken import readable
+    from fastnce.data.files import atomic_path
     from fastnce.data.images import read_image, to_array, to_tensor
     from fastnce.data.labelled import to_square
 

@@ -88,17 +88,13 @@ class TrainConfig(options.Options):
 
 
 class Ablation(NamedTuple):
-    """Choices of one training to compare.
+    """Choices of one training to compare, and the numbers of its evaluation that are compared."""
 
-    Attributes:
-        choices: name -> option values; the first one is what the others are held against.
-        measures: the numbers of an evaluation that are compared: name in its rows -> (title, format).
-        row: name of the evaluation's row that holds the run's own numbers.
-    """
-
-    choices: Mapping[str, Mapping[str, object]]
-    measures: Mapping[str, tuple[str, str]]
-    row: str
+    choices: Mapping[
+        str, Mapping[str, object]
+    ]  # option values; the others are held against the first
+    measures: Mapping[str, tuple[str, str]]  # name in the evaluation's rows -> (title, format)
+    row: str  # name of the evaluation's row that holds the run's own numbers
 
 
 class System:

@@ -106,11 +106,8 @@ class TranslationConfig(TrainConfig):
             raise UserError("epochs=0 and decay_epochs=0 leave nothing to train. Use epochs >= 1.")
 
     def _check_folders(self) -> None:
-        apart = {
-            name: getattr(self, name)
-            for name in ("data_a", "data_b", "test_a", "test_b")
-            if getattr(self, name) is not None
-        }
+        names = ("data_a", "data_b", "test_a", "test_b")
+        apart = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.data is not None and apart:
             name, folder = next(iter(apart.items()))
             raise UserError(

@@ -30,17 +30,11 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclasses.dataclass(frozen=True)
 class Recognised:
-    """The content of a published weights file.
+    """The content of a published weights file."""
 
-    Attributes:
-        kind: `RESNET`, `UNET`, `PATCH` or `PROJECTOR`.
-        options: the fields of the system's configuration that are fixed by the weights, with their values.
-        layer_channels: for a projector, the channels of each feature map; else empty.
-    """
-
-    kind: str
-    options: dict[str, object]
-    layer_channels: tuple[int, ...] = ()
+    kind: str  # `RESNET`, `UNET`, `PATCH` or `PROJECTOR`
+    options: dict[str, object]  # of the system's configuration, as far as weights fix them
+    layer_channels: tuple[int, ...] = ()  # for a projector, those of each feature map
 
 
 def read_published(path: Path) -> dict[str, Tensor]:

@@ -28,21 +28,15 @@ _FAINTEST = 0.5
 
 @dataclass(frozen=True)
 class SimilarityMap:
-    """How similar every position of the input is to one place in the output, in one layer.
+    """How similar every position of the input is to one place in the output, in one layer."""
 
-    Attributes:
-        layer: index of the generator's layer.
-        cosine: (h, w), the cosine of the projected features with that of the query.
-        temperature: of the contrastive loss.
-        position: row and column of the query; the loss wants the largest cosine there.
-        grid: the pixels that rows and columns look at.
-    """
-
-    layer: int
-    cosine: Tensor
-    temperature: float
-    position: tuple[int, int]
-    grid: PixelGrid
+    layer: int  # index of the generator's layer
+    cosine: Tensor  # (h, w), of the projected features with that of the query
+    temperature: float  # of the contrastive loss
+    position: tuple[
+        int, int
+    ]  # row and column of the query, where the loss wants the largest cosine
+    grid: PixelGrid  # the pixels that rows and columns look at
 
     def values(self, scale: Scale = "similarity") -> Tensor:
         """(h, w) in [0, 1]: exp(cosine / temperature) relative to its largest value, or the cosine from its least to its largest."""
@@ -64,19 +58,12 @@ class SimilarityMap:
 
 @dataclass(frozen=True)
 class FeatureColours:
-    """The main components of one layer's features, as colours.
+    """The main components of one layer's features, as colours."""
 
-    Attributes:
-        layer: index of the generator's layer.
-        colours: (N, h, w, 3) in [0, 1], for each image.
-        explained: shares of the variance that the three components have.
-        grid: the pixels that rows and columns look at.
-    """
-
-    layer: int
-    colours: Tensor
-    explained: tuple[float, ...]
-    grid: PixelGrid
+    layer: int  # index of the generator's layer
+    colours: Tensor  # (N, h, w, 3) in [0, 1], for each image
+    explained: tuple[float, ...]  # shares of the variance that the three components have
+    grid: PixelGrid  # the pixels that rows and columns look at
 
 
 def save_similarity(

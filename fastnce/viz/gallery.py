@@ -11,7 +11,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -34,29 +34,17 @@ _REDUCTIONS = ((90, 1.0), (80, 1.0), (80, 0.7), (75, 0.5), (70, 0.35), (60, 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class GalleryRun:
-    """A run as the page shows it.
+    """A run as the page shows it."""
 
-    Attributes:
-        name: distinct among the runs of a page.
-        command: trains it again.
-        options: its configuration, as JSON values.
-        defaults: of the options that have one.
-        panels: the losses that belong into one chart.
-        losses: lines of metrics.jsonl.
-        measurements: lines of measurements.jsonl.
-        samples: step and picture of each sample grid.
-        evaluation: metrics.json, if there is one.
-    """
-
-    name: str
-    command: str
-    options: Mapping[str, Any]
-    defaults: Mapping[str, Any]
-    panels: Sequence[Sequence[str]] = ()
-    losses: Sequence[Mapping[str, Any]] = ()
-    measurements: Sequence[Mapping[str, Any]] = ()
-    samples: Sequence[tuple[int, Path]] = ()
-    evaluation: Mapping[str, Any] | None = field(default=None)
+    name: str  # distinct among the runs of a page
+    command: str  # trains it again
+    options: Mapping[str, Any]  # its configuration, as JSON values
+    defaults: Mapping[str, Any]  # of the options that have one
+    panels: Sequence[Sequence[str]] = ()  # the losses that belong into one chart
+    losses: Sequence[Mapping[str, Any]] = ()  # lines of metrics.jsonl
+    measurements: Sequence[Mapping[str, Any]] = ()  # lines of measurements.jsonl
+    samples: Sequence[tuple[int, Path]] = ()  # step and picture of each sample grid
+    evaluation: Mapping[str, Any] | None = None  # metrics.json, if there is one
 
 
 def save_gallery(runs: Sequence[GalleryRun], path: Path) -> None:
