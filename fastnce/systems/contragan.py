@@ -38,7 +38,14 @@ from fastnce.systems.adversarial import (
 )
 from fastnce.systems.augment import diff_augment, flip_and_translate
 from fastnce.systems.class_losses import auxiliary_classifier, contrastive_2c, d2d_ce
-from fastnce.systems.system import Ablation, LabelledConfig, LabelledSystem, Measure, Rows
+from fastnce.systems.system import (
+    Ablation,
+    LabelledConfig,
+    LabelledSystem,
+    Measure,
+    Rows,
+    autocast,
+)
 
 if TYPE_CHECKING:
     from fastnce.data import LabelledImages
@@ -384,7 +391,7 @@ class ContraGAN(nn.Module):
         return terms, real_output
 
     def _generate_for_discriminator(self, z: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad(), self._autocast(), statistics_untracked(self.generator):
+        with torch.no_grad(), autocast(self), statistics_untracked(self.generator):
             fake = self.generator(z, labels)
         return diff_augment(fake) if self.config.diff_augment else fake
 
@@ -407,7 +414,7 @@ class ContraGAN(nn.Module):
                 fake, output = self._judge_generated(*part)
                 terms = {"G_GAN": generator_loss(output.adversarial, config.gan_mode)}
                 if config.lambda_zcr_g > 0:
-                    with self._autocast():
+                    with autocast(self):
                         near = self.generator(self._near(part[0]), part[1])
                     distance = F.mse_loss(at_least_fp32(fake), at_least_fp32(near))
                     terms["G_zcr"] = -config.lambda_zcr_g * distance
@@ -423,7 +430,7 @@ class ContraGAN(nn.Module):
     def _judge_generated(
         self, z: Tensor, labels: Tensor, seed: int
     ) -> tuple[Tensor, DiscriminatorOutput]:
-        with self._autocast():
+        with autocast(self):
             fake = self.generator(z, labels)
         seen = fake
         if self.config.diff_augment:
@@ -431,7 +438,7 @@ class ContraGAN(nn.Module):
         return fake, self._judge(seen, labels)
 
     def _judge(self, images: Tensor, labels: Tensor) -> DiscriminatorOutput:
-        with self._autocast():
+        with autocast(self):
             return self.discriminator(images, labels)
 
     def _class_terms(
@@ -505,10 +512,6 @@ class ContraGAN(nn.Module):
         if self.config.micro_batches == 1:
             return contextlib.nullcontext()
         return one_power_iteration(*networks)
-
-    def _autocast(self) -> AbstractContextManager:
-        device = next(self.generator.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bf16")
 
 
 class ClassSample(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
@@ -30,11 +29,10 @@ from fastnce.systems.patch_contrast import (
     feature_shapes,
     projected_dims,
 )
-from fastnce.systems.system import Ablation
+from fastnce.systems.system import Ablation, autocast
 from fastnce.systems.translation import (
     UnpairedConfig,
     adam,
-    autocast,
     build_discriminator,
     build_generator,
     can_convert,
@@ -213,14 +211,14 @@ class CUT(nn.Module):
         seen = source.flip(3) if flip else source
         compared = count * len(self.nce_names)
         if self.nce_names and self.config.reuse_features and not flip:
-            with self._autocast():
+            with autocast(self):
                 images, keys = self.generator(seen, taps)
             return _Translated(images, seen, count, flip, [key.detach()[:compared] for key in keys])
-        with self._autocast():
+        with autocast(self):
             images = self.generator(seen)
         if not self.nce_names:
             return _Translated(images, seen, count, flip, [])
-        with self._autocast(), torch.no_grad():
+        with autocast(self), torch.no_grad():
             keys = self.generator.encode(source[:compared], taps)
         return _Translated(images, seen, count, flip, keys)
 
@@ -267,7 +265,7 @@ class CUT(nn.Module):
     ) -> dict[str, Tensor]:
         config, names = self.config, self.nce_names
         compared = translated.images[: translated.count * len(names)]
-        with self._autocast():
+        with autocast(self):
             queries = self.generator.encode(
                 convert_channels(compared, config.in_channels), config.nce_layers
             )
@@ -284,11 +282,8 @@ class CUT(nn.Module):
         return {name: config.lambda_nce * loss for name, loss in losses.items()}
 
     def _judge(self, images: Tensor) -> Tensor:
-        with self._autocast():
+        with autocast(self):
             return self.discriminator(images)
-
-    def _autocast(self) -> AbstractContextManager:
-        return autocast(self.config, next(self.generator.parameters()).device)
 
 
 class _Translated(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -13,12 +12,11 @@ from torch import Tensor, nn
 from fastnce.errors import UserError
 from fastnce.systems import options
 from fastnce.systems.adversarial import GANMode, discriminator_losses, generator_loss
-from fastnce.systems.system import Rows
+from fastnce.systems.system import Rows, autocast
 from fastnce.systems.translation import (
     TranslationConfig,
     UnpairedConfig,
     adam,
-    autocast,
     build_discriminator,
     build_generator,
     descend,
@@ -138,7 +136,7 @@ class TwoWayModel(nn.Module):
         self.discriminator_a = build_discriminator(config, image_size)
         self.discriminator_b = build_discriminator(reverse(config), image_size)
         self.pool_a, self.pool_b = ImagePool(config.pool_size), ImagePool(config.pool_size)
-        self._two_way = config
+        self.config = config
         discriminators = (self.discriminator_a, self.discriminator_b)
         for network in (self.generators, *discriminators):
             initialise(network, config.init_gain)
@@ -157,9 +155,9 @@ class TwoWayModel(nn.Module):
 
     def _discriminator_loss(self, discriminator: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
         discriminator.requires_grad_(True)
-        with self._autocast():
+        with autocast(self):
             real_logits, fake_logits = together(discriminator, real, fake.to(real))
-        mode = self._two_way.gan_mode
+        mode = self.config.gan_mode
         real_loss, fake_loss = discriminator_losses(real_logits, fake_logits, mode)
         return 0.5 * (real_loss + fake_loss)
 
@@ -167,11 +165,8 @@ class TwoWayModel(nn.Module):
         """The logits of the frozen discriminators: D_A on `fake_b` and D_B on `fake_a`."""
         self.discriminator_a.requires_grad_(False)
         self.discriminator_b.requires_grad_(False)
-        with self._autocast():
+        with autocast(self):
             return self.discriminator_a(fake_b), self.discriminator_b(fake_a)
-
-    def _autocast(self) -> AbstractContextManager:
-        return autocast(self._two_way, next(self.parameters()).device)
 
 
 def reverse(config: TwoWayConfig) -> TwoWayConfig:
@@ -235,10 +230,6 @@ class CycleGAN(TwoWayModel):
         optimizers: "G" for both generators, "D" for both discriminators.
     """
 
-    def __init__(self, config: CycleGANConfig, image_size: tuple[int, int] | None = None) -> None:
-        super().__init__(config, image_size)
-        self.config = config
-
     def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One update of the generators, then one of the discriminators.
 
@@ -259,7 +250,7 @@ class CycleGAN(TwoWayModel):
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         config = self.config
         a_to_b, b_to_a = self.generators.a_to_b, self.generators.b_to_a
-        with self._autocast():
+        with autocast(self):
             if config.lambda_identity > 0:
                 fake_b, same_b = together(a_to_b, real_a, real_b)
                 fake_a, same_a = together(b_to_a, real_b, real_a)

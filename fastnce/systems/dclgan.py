@@ -26,6 +26,7 @@ from fastnce.systems.patch_contrast import (
     feature_shapes,
     projected_dims,
 )
+from fastnce.systems.system import autocast
 from fastnce.systems.translation import descend, initialise, l1
 from fastnce.systems.translation_system import DIGITS_PATCHES, DIGITS_PHOTOS
 
@@ -145,7 +146,6 @@ class DCLGAN(TwoWayModel):
     def __init__(self, config: DCLGANConfig, image_size: tuple[int, int] | None = None) -> None:
         options.backend_is_there(config.backend)
         super().__init__(config, image_size)
-        self.config = config
         self.projector_a = self.projector_b = self.heads = None
         if config.lambda_nce > 0:
             self._add_contrast(image_size)
@@ -224,7 +224,7 @@ class DCLGAN(TwoWayModel):
         """The generator's translation of `source` (and, for the identity loss, of `target`), and `source`'s features."""
         config = self.config
         taps = config.nce_layers if config.lambda_nce > 0 else None
-        with self._autocast():
+        with autocast(self):
             if config.lambda_idt == 0:
                 outputs = [generator(source, taps)]
             elif source.shape == target.shape:
@@ -250,7 +250,7 @@ class DCLGAN(TwoWayModel):
         """The contrastive terms, and SimDCL's."""
         config, (keys_a, keys_b) = self.config, keys
         similarity: dict[str, Tensor] = {}
-        with self._autocast():
+        with autocast(self):
             queries_a = self.generators.a_to_b.encode(fake_a, config.nce_layers)
             queries_b = self.generators.b_to_a.encode(fake_b, config.nce_layers)
             if self.heads is not None:

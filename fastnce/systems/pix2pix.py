@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -17,11 +16,10 @@ from fastnce.networks.layers import init_normal
 from fastnce.networks.unet_generator import TestStatistics
 from fastnce.systems import options
 from fastnce.systems.adversarial import GANMode, discriminator_losses, generator_loss
-from fastnce.systems.system import Rows
+from fastnce.systems.system import Rows, autocast
 from fastnce.systems.translation import (
     TranslationConfig,
     adam,
-    autocast,
     descend,
     images_of_one_size,
     l1,
@@ -153,7 +151,7 @@ class Pix2Pix(nn.Module):
             UserError: A and B differ in height, width or number.
         """
         real_a, real_b = images_of_one_size(batch)
-        with self._autocast():
+        with autocast(self):
             fake_b = self.generator(real_a)
         losses = self._update_discriminator(real_a, real_b, fake_b.detach())
         losses |= self._update_generator(real_a, real_b, fake_b)
@@ -179,11 +177,8 @@ class Pix2Pix(nn.Module):
         return {"G": total, **losses}
 
     def _judge(self, a: Tensor, b: Tensor) -> Tensor:
-        with self._autocast():
+        with autocast(self):
             return self.discriminator(torch.cat([a, b.to(a)], dim=1))
-
-    def _autocast(self) -> AbstractContextManager:
-        return autocast(self.config, next(self.parameters()).device)
 
 
 def _check_size(size: tuple[int, int], num_downs: int, what: str = "images") -> None:

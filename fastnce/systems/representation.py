@@ -30,6 +30,7 @@ from fastnce.systems.system import (
     LabelledSystem,
     Measure,
     Rows,
+    autocast,
     random_images,
     rng_kept,
 )
@@ -279,8 +280,7 @@ class Representation(nn.Module):
     def _embed(self, encoder: nn.Module, head: nn.Module, images: Tensor) -> Tensor:
         """(N, C, H, W) to (N, projection_dim) float32."""
         splits = self.config.norm_splits if self.config.method == "moco" else 1
-        low = self.config.precision == "bf16"
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
+        with autocast(self):
             parts = [head(encoder(part)) for part in images.tensor_split(splits)]
         return torch.cat(parts).float()
 

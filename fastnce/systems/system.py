@@ -274,6 +274,16 @@ class LabelledSystem(System):
         return folders_read(config.data)
 
 
+def autocast(model: nn.Module) -> AbstractContextManager:
+    """The precision in which a model's networks run, by its configuration.
+
+    A new context each time: autocast caches the weights it casts, and a copy that was made while a network was frozen must
+    not serve a pass that needs gradients.
+    """
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, torch.bfloat16, enabled=model.config.precision == "bf16")
+
+
 def rng_kept() -> AbstractContextManager:
     """Context whose random numbers leave no trace in torch's generators."""
     return torch.random.fork_rng(range(torch.cuda.device_count()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -214,15 +213,6 @@ def adam(config: TranslationConfig, *networks: nn.Module) -> torch.optim.Adam:
     return torch.optim.Adam(
         parameters, lr=config.lr, betas=(config.beta1, config.beta2), fused=True
     )
-
-
-def autocast(config: TranslationConfig, device: torch.device) -> AbstractContextManager:
-    """The precision in which networks run.
-
-    A new context each time: autocast caches the weights it casts, and a copy that was made while a network was frozen must
-    not serve a pass that needs gradients.
-    """
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def descend(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:

@@ -81,13 +81,13 @@ class TranslationSystem(System):
     compares_best = True
     reports_cost = True
     judged_by = frozenset({"without_nce", "extractor", "segmentation", "direction", "value_range"})
+    in_direction = staticmethod(in_direction)
     output = "translation"
     any_size = True
 
     def folders_read(self, config: TranslationConfig) -> list[Path]:
-        if config.data is None:
-            named = (config.data_a, config.data_b, config.test_a, config.test_b)
-            return [folder for folder in named if folder is not None]
+        if isinstance(config.folders, dict):
+            return list(config.folders.values())
         splits = ("train", "test", "val", "valid")
         return [config.data / (split + domain) for split in splits for domain in ("", "A", "B")]
 
@@ -221,11 +221,6 @@ class TranslationSystem(System):
         if self.paired and not by_features:
             tables.append("FID and its kin: not measured without --extractor FILE.\n")
         return result, "\n".join(tables)
-
-    def in_direction(
-        self, network: nn.Module, config: TranslationConfig, direction: str | None
-    ) -> tuple[nn.Module, int]:
-        return in_direction(network, config, direction)
 
     def graph_inputs(
         self, network: nn.Module, config: TranslationConfig, channels: int, count: int
