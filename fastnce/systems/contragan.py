@@ -45,6 +45,7 @@ from fastnce.systems.system import (
     Measure,
     Rows,
     autocast,
+    images_with_labels,
 )
 
 if TYPE_CHECKING:
@@ -795,20 +796,14 @@ def labelled_images(
     config: ContraGANConfig, split: str, root: Path | None = None
 ) -> LabelledImages:
     """The images of a split of `root`, by default `config.data`, as the networks of `config` take them; of the run's classes."""
-    from fastnce.data import LabelledImages
     from fastnce.data.labelled import NO_CLASSES
 
-    dataset = LabelledImages(
-        root or config.data,
+    dataset = images_with_labels(
+        config,
         split,
-        image_size=config.image_size,
-        channels=config.image_channels,
+        root or config.data,
         flip=config.flip and split == "train",
-        seed=config.seed,
-        classes=() if config.class_names == NO_CLASSES else config.class_names,
         needs_labels=config.conditioning != "none",
-        class_balance=config.class_balance and split == "train",
-        broken_files=config.broken_files,
     )
     if dataset.class_names != NO_CLASSES and dataset.num_classes != config.num_classes:
         raise UserError(

@@ -31,6 +31,7 @@ from fastnce.systems.system import (
     Measure,
     Rows,
     autocast,
+    images_with_labels,
     random_images,
     rng_kept,
 )
@@ -538,21 +539,9 @@ def images_of(config: RepresentationConfig, split: str, data: Path | None = None
 
     Of its own folder the classes of the run; labels of another one are compared with each other only, whatever they are.
     """
-    from fastnce.data import LabelledImages
-    from fastnce.data.labelled import NO_CLASSES
-
-    own = data is None and config.class_names != NO_CLASSES
-    return LabelledImages(
-        config.data if data is None else data,
-        split,
-        image_size=config.image_size,
-        channels=config.image_channels,
-        flip=False,
-        seed=config.seed,
-        classes=config.class_names if own else (),
-        needs_labels=config.method == "supcon",
-        class_balance=config.class_balance and split == "train",
-        broken_files=config.broken_files,
+    own = config if data is None else replace(config, class_names=())
+    return images_with_labels(
+        own, split, data or config.data, needs_labels=config.method == "supcon"
     )
 
 

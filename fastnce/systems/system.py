@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch.utils.data import Dataset
 from fastnce.errors import UserError
 from fastnce.systems import options
 from fastnce.systems.schedule import Schedule
+
+if TYPE_CHECKING:
+    from fastnce.data import LabelledImages
 
 # The rows of a sample grid by their label; images (C, H, W) in [-1, 1] on the CPU.
 Rows = dict[str, list[Tensor]]
@@ -272,6 +275,27 @@ class LabelledSystem(System):
         from fastnce.data.labelled import folders_read
 
         return folders_read(config.data)
+
+
+def images_with_labels(
+    config: Any, split: str, root: Path, *, flip: bool = False, needs_labels: bool
+) -> LabelledImages:
+    """The images of a split of `root`, of the classes and as large as a `LabelledConfig` says."""
+    from fastnce.data import LabelledImages
+    from fastnce.data.labelled import NO_CLASSES
+
+    return LabelledImages(
+        root,
+        split,
+        image_size=config.image_size,
+        channels=config.image_channels,
+        flip=flip,
+        seed=config.seed,
+        classes=() if config.class_names == NO_CLASSES else config.class_names,
+        needs_labels=needs_labels,
+        class_balance=config.class_balance and split == "train",
+        broken_files=config.broken_files,
+    )
 
 
 def autocast(model: nn.Module) -> AbstractContextManager:

@@ -61,13 +61,14 @@ def gallery_page(runs: Sequence[GalleryRun]) -> str:
     together take at most about 8 MB. A curve has at most 400 points, means over its lines where there are more.
     """
     title = " and ".join(run.name for run in runs)
+    commands = (f'<pre tabindex="0"><code>{escape(run.command)}</code></pre>' for run in runs)
     sections = [
         _section("Samples", _samples(runs)),
         _section("Losses", _charts(runs, "losses")),
         _section("Measurements", _charts(runs, "measurements")),
         _section("Evaluation", "".join(_evaluation(run, len(runs) > 1) for run in runs)),
         _section("Configuration", _configuration(runs)),
-        _section("Train it again", "".join(_command(run) for run in runs)),
+        _section("Train it again", "".join(commands)),
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -316,10 +317,6 @@ def _option(runs: Sequence[GalleryRun], name: str) -> str:
 def _setting(value: object) -> str:
     """An option's value as it is written in JSON, but text without its quotes."""
     return escape(value if isinstance(value, str) else json.dumps(value))
-
-
-def _command(run: GalleryRun) -> str:
-    return f'<pre tabindex="0"><code>{escape(run.command)}</code></pre>'
 
 
 class Embedded(NamedTuple):
