@@ -125,19 +125,15 @@ class RepresentationConfig(LabelledConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         options.at_least(self, 1, "encoder_channels", "image_channels", "projection_dim")
-        options.at_least(self, 1, "queue_size", "norm_splits")
-        options.at_least(self, 0, "weight_decay")
-        options.above_zero(self, "temperature", "lr")
+        options.at_least(self, 1, "queue_size", "norm_splits", "head_dim", "image_size", "epochs")
+        options.at_least(self, 0, "weight_decay", "warmup_epochs")
+        options.above_zero(self, "temperature", "lr", "margin")
         options.in_unit_interval(self, "key_momentum", "momentum")
-        options.at_least(self, 1, "head_dim")
-        options.above_zero(self, "margin")
         if self.loss != "nt_xent" and self.method != "simclr":
             raise UserError(
                 f"loss={self.loss} compares the views of a batch, and method={self.method} has its own loss. "
                 "Use method=simclr, or drop loss."
             )
-        options.at_least(self, 1, "image_size", "epochs")
-        options.at_least(self, 0, "warmup_epochs")
         if self.class_balance and self.method != "supcon":
             raise UserError(
                 f"class_balance is for method=supcon, which learns from the labels, got method={self.method}. Leave it out."

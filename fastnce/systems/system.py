@@ -73,11 +73,9 @@ class TrainConfig(options.Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         options.at_least(self, 1, "batch_size", "log_every", "sample_every", "checkpoint_every")
-        options.at_least(self, 1, "sample_count")
-        options.at_least(self, 0, "workers", "seed", "measure_every", "keep_every")
+        options.at_least(self, 1, "sample_count", "steps")
+        options.at_least(self, 0, "workers", "seed", "measure_every", "keep_every", "ema_start")
         options.in_unit_interval(self, "ema_decay")
-        options.at_least(self, 1, "steps")
-        options.at_least(self, 0, "ema_start")
 
     @property
     def samples_per_step(self) -> int:

@@ -89,15 +89,13 @@ class TranslationConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        options.at_least(self, 0, "cache_gb")
         if self.value_range is not None:
             from fastnce.data.images import check_value_range
 
             check_value_range(self.value_range)
-        options.at_least(self, 1, "load_size", "crop_size")
-        options.at_least(self, 0, "epochs", "decay_epochs")
-        options.at_least(self, 1, "in_channels", "out_channels", "base_channels")
-        options.at_least(self, 1, "disc_channels", "disc_layers")
+        options.at_least(self, 0, "cache_gb", "epochs", "decay_epochs")
+        options.at_least(self, 1, "load_size", "crop_size", "in_channels", "out_channels")
+        options.at_least(self, 1, "base_channels", "disc_channels", "disc_layers")
         options.above_zero(self, "lr")
         options.in_unit_interval(self, "beta1", "beta2")
         self._check_folders()
