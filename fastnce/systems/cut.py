@@ -25,7 +25,6 @@ from fastnce.systems.patch_contrast import (
     PatchContrast,
     PatchContrastConfig,
     build_projector,
-    check_num_patches,
     feature_shapes,
     projected_dims,
 )
@@ -159,10 +158,7 @@ class CUT(nn.Module):
         networks = {"G": self.generator, "D": self.discriminator}
         self.projector = None
         if self.nce_names:
-            shapes = feature_shapes(config, image_size)
-            if image_size is not None:
-                check_num_patches(config, shapes)
-            channels = [shape[0] for shape in shapes]
+            channels = [shape[0] for shape in feature_shapes(config, image_size)]
             self.projector = build_projector(config, channels)
             self.contrast = PatchContrast(config, self.nce_names, projected_dims(config, channels))
         if self.projector is not None:

@@ -22,7 +22,6 @@ from fastnce.systems.patch_contrast import (
     PatchContrast,
     PatchContrastConfig,
     build_projector,
-    check_num_patches,
     feature_shapes,
     projected_dims,
 )
@@ -152,11 +151,10 @@ class DCLGAN(TwoWayModel):
 
     def _add_contrast(self, image_size: tuple[int, int] | None) -> None:
         config = self.config
-        shapes_a = feature_shapes(config, image_size)
-        shapes_b = feature_shapes(reverse(config), image_size)
-        if image_size is not None:
-            check_num_patches(config, shapes_a)
-        channels_a, channels_b = ([shape[0] for shape in shapes] for shapes in (shapes_a, shapes_b))
+        channels_a, channels_b = (
+            [shape[0] for shape in feature_shapes(one_way, image_size)]
+            for one_way in (config, reverse(config))
+        )
         self.projector_a = build_projector(config, channels_a)
         self.projector_b = build_projector(config, channels_b)
         dims = projected_dims(config, channels_a)
@@ -166,7 +164,7 @@ class DCLGAN(TwoWayModel):
             initialise(network, config.init_gain)
         if config.lambda_sim > 0:
             names = ("real_a", "fake_a", "real_b", "fake_b")
-            self.heads = nn.ModuleDict({name: SimilarityHead(len(shapes_a)) for name in names})
+            self.heads = nn.ModuleDict({name: SimilarityHead(len(channels_a)) for name in names})
             if config.init_gain is not None:
                 init_normal(self.heads, config.init_gain)
             networks.append(self.heads)

@@ -213,8 +213,7 @@ def build_projector(config: PatchContrastConfig, channels: Sequence[int]) -> Pat
     return PatchProjector(channels, config.projection_dim)
 
 
-def check_num_patches(config: PatchContrastConfig, shapes: Sequence[tuple[int, int, int]]) -> None:
-    """Raises `UserError` if a map, of `shapes` (C, H, W), has fewer positions than `num_patches`."""
+def _check_num_patches(config: PatchContrastConfig, shapes: list[tuple[int, int, int]]) -> None:
     for index, (layer, (_, height, width)) in enumerate(
         zip(config.nce_layers, shapes, strict=True)
     ):
@@ -228,12 +227,16 @@ def check_num_patches(config: PatchContrastConfig, shapes: Sequence[tuple[int, i
 def feature_shapes(
     config: PatchContrastConfig, image_size: tuple[int, int] | None
 ) -> list[tuple[int, int, int]]:
-    """(C, H, W) of the feature maps that `nce_layers` name, found without computing anything."""
+    """(C, H, W) of the feature maps that `nce_layers` name, found without computing anything.
+
+    Raises:
+        UserError: the generator has no such layers, or, for images of `image_size`, a map has less than `num_patches` positions.
+    """
     with torch.device("meta"):
         generator = build_generator(config)
         image = torch.empty(1, config.in_channels, *(image_size or (256, 256)))
     try:
-        return [tuple(feature.shape[1:]) for feature in generator.encode(image, config.nce_layers)]
+        shapes = [tuple(x.shape[1:]) for x in generator.encode(image, config.nce_layers)]
     except ValueError as error:
         hint = str(error)
         if isinstance(generator, ResnetGenerator):
@@ -243,3 +246,6 @@ def feature_shapes(
                 f"{config.num_blocks} residual blocks are the layers {first} to {first + config.num_blocks - 1}."
             )
         raise UserError(f"nce_layers={config.nce_layers}: {hint}") from error
+    if image_size is not None:
+        _check_num_patches(config, shapes)
+    return shapes
