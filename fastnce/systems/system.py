@@ -205,8 +205,8 @@ class System:
     ) -> tuple[dict[str, Any], str]:
         """How good trained networks are, beside baselines: the result, and its table.
 
-        `networks` are "run", and "best" and "without_nce" where the caller has them, on `device`; `data` is the folder of the
-        data, or the folders by their names; `settings` are those of `judged_by` that were given.
+        `networks`, on `device`, are "run", and "best" and "without_nce" where the caller has them. `data` is the folder of the
+        data, or the folders by their names. `settings` are those of `judged_by` that were given.
         """
         raise UserError(f"a run of {self.name} has no evaluation.")
 

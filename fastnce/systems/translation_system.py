@@ -138,10 +138,7 @@ class TranslationSystem(System):
         return rows
 
     def measure(self, config: TranslationConfig, dataset: Dataset) -> Measure | None:
-        """The averaged network's translations of the test images; of pairs also L1, PSNR and SSIM.
-
-        None, and a line that says why, if nothing is there to judge them.
-        """
+        """Of the averaged network's translations of the test images. None, and a line that says why, if nothing can judge them."""
         from fastnce.systems import judging
 
         extractor, by_features = None, not self.paired or config.extractor is not None

@@ -71,10 +71,8 @@ def evaluate_run(
     system, config = run.system, run.config
     report = report or Report.of(run, data, None)
     given = {name: value for name, value in settings.items() if value is not None}
-    for name, value in (
-        given | ({} if without_nce is None else {"without_nce": without_nce})
-    ).items():
-        if name not in system.judged_by:
+    for name, value in (given | {"without_nce": without_nce}).items():
+        if value is not None and name not in system.judged_by:
             option = "segmenter" if name == "segmentation" else name
             raise UserError(f"{option}={value} is not for a run of {system.name}. Leave it out.")
     if data is None:

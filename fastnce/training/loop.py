@@ -245,12 +245,8 @@ class _Run:
     def begin_folder(self) -> None:
         """Writes the configuration, and removes what an interrupted run left half written or logged after its checkpoint."""
         if self.ranks.is_first:
-            for folder in (
-                self.config.out,
-                self.checkpoint_path.parent,
-                self.config.out / "samples",
-            ):
-                remove_leftovers(folder)
+            for name in ("", "checkpoints", "samples"):
+                remove_leftovers(self.config.out / name)
             drop_lines_after(self.metrics.path, self.step)
             drop_lines_after(self.measurements_path, self.step)
             write_json(to_dict(self.config), self.config.out / "config.json")
@@ -280,12 +276,8 @@ class _Run:
             optimizer.load_state_dict(state["optimizers"][name])
         self.average.load_state_dict(state["average"])
         self.metrics.load_state_dict(state["metrics"], self.device)
-        self.step, self.seconds, self.best = (
-            state["step"],
-            state["seconds"],
-            state.get("best", math.inf),
-        )
-        self.saved_step = self.step
+        self.step = self.saved_step = state["step"]
+        self.seconds, self.best = state["seconds"], state.get("best", math.inf)
         states = state["rng"] if isinstance(state["rng"], list) else [state["rng"]]
         if len(states) != self.ranks.size:
             self.say(
@@ -324,10 +316,7 @@ class _Run:
                 "epoch_samples": len(self.dataset),
                 "files": self.files(),
                 "model": self.model.state_dict(),
-                "optimizers": {
-                    name: optimizer.state_dict()
-                    for name, optimizer in self.model.optimizers.items()
-                },
+                "optimizers": {n: o.state_dict() for n, o in self.model.optimizers.items()},
                 "average": self.average.state_dict(),
                 "metrics": self.metrics.state_dict(),
                 "rng": rng,

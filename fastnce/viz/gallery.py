@@ -103,7 +103,7 @@ def _section(title: str, content: str) -> str:
 def _summary(runs: Sequence[GalleryRun]) -> str:
     parts = []
     for run in runs:
-        text = f"{run.options['system']}"
+        text = str(run.options["system"])
         if run.losses:
             last = run.losses[-1]
             text += f", {last['step']} steps"
