@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,8 @@ SPECTRAL_EPS = 1e-6
 
 Conditioning = Literal["none", "2C", "D2DCE", "AC", "PD"]
 DiscriminatorNorm = Literal["spectral", "batch", "none"]
+# Channels of the maps, in units of base_channels, by image size.
+Widths = dict[int, tuple[int, ...]]
 
 
 def conv2d(
@@ -173,23 +175,42 @@ class DiscriminatorOutput(NamedTuple):
 class ConditionalGenerator(nn.Module):
     """Base of the generators: `g(z, labels) -> images` (N, image_channels, image_size, image_size) in [-1, 1].
 
-    A family implements `_generate(z, labels)`.
+    It has the linear layer to a 4x4 map (or 5x5 to 7x7, see `smallest_map`); a family implements `_generate(z, labels)`.
 
     Args:
         image_size: 4, 5, 6 or 7 times a power of two, from 16 to 448.
         latent_dim: length of z.
         num_classes: number of classes.
+        base_channels: unit of the widths.
         image_channels: channels of the images.
+        first_dim: length of the linear layer's input.
+        spectral: spectral norm on the linear layer.
     """
 
+    WIDTHS: ClassVar[Widths]
+
     def __init__(
-        self, image_size: int, latent_dim: int, num_classes: int, image_channels: int
+        self,
+        image_size: int,
+        latent_dim: int,
+        num_classes: int,
+        base_channels: int,
+        image_channels: int,
+        *,
+        first_dim: int,
+        spectral: bool,
     ) -> None:
         super().__init__()
         self.image_size = image_size
         self.latent_dim = latent_dim
         self.num_classes = num_classes
         self.image_channels = image_channels
+        self.widths = [base_channels * w for w in widths_for(self, self.WIDTHS, image_size)]
+        self.first_map = smallest_map(image_size)
+        self.linear0 = linear(first_dim, self.first_map**2 * self.widths[0], spectral=spectral)
+
+    def _first(self, x: Tensor) -> Tensor:
+        return self.linear0(x).unflatten(1, (-1, self.first_map, self.first_map))
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         """Images from latent vectors `z` (N, latent_dim) and class indices `labels` (N,) int64.
@@ -225,21 +246,22 @@ class ConditionalDiscriminator(nn.Module):
 
     Args:
         image_size, num_classes, image_channels: as in `ConditionalGenerator`.
+        base_channels: unit of the widths; F is that of the last map.
         conditioning: how the class is judged: "none", "2C", "D2DCE", "AC" or "PD".
-        feature_dim: F.
         embed_dim: E, length of embedding and proxy; used by 2C and D2DCE.
         norm: "spectral", also on the heads; "batch" or "none".
     """
+
+    WIDTHS: ClassVar[Widths]
 
     def __init__(
         self,
         image_size: int,
         num_classes: int,
-        image_channels: int,
+        base_channels: int,
         conditioning: Conditioning,
-        *,
-        feature_dim: int,
         embed_dim: int,
+        image_channels: int,
         norm: DiscriminatorNorm,
     ) -> None:
         super().__init__()
@@ -250,7 +272,8 @@ class ConditionalDiscriminator(nn.Module):
         self.num_classes = num_classes
         self.image_channels = image_channels
         self.conditioning = conditioning
-        self.feature_dim = feature_dim
+        self.widths = [base_channels * w for w in widths_for(self, self.WIDTHS, image_size)]
+        self.feature_dim = feature_dim = self.widths[-1]
         self.linear1 = linear(feature_dim, 1, spectral=spectral)
         if conditioning in ("2C", "D2DCE"):
             self.linear2 = linear(feature_dim, embed_dim, spectral=spectral)
@@ -288,9 +311,7 @@ class ConditionalDiscriminator(nn.Module):
         raise NotImplementedError
 
 
-def widths_for(
-    network: nn.Module, table: dict[int, tuple[int, ...]], image_size: int
-) -> tuple[int, ...]:
+def widths_for(network: nn.Module, table: Widths, image_size: int) -> tuple[int, ...]:
     """The row of `table` for `image_size`, see `nominal_size`; raises `ValueError` if there is none."""
     nominal = nominal_size(image_size)
     if nominal not in table or nominal * smallest_map(image_size) != 4 * image_size:

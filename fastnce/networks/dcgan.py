@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,16 +13,14 @@ from fastnce.networks.conditional import (
     ConditionalGenerator,
     Conditioning,
     DiscriminatorNorm,
+    Widths,
     conv2d,
     discriminator_norm,
-    linear,
     one_hot,
-    smallest_map,
     upsample_conv2d,
-    widths_for,
 )
 
-# Channels, in units of base_channels, by image size: the generator's maps from the smallest on, the discriminator's reversed.
+# The generator's maps from the smallest on, the discriminator's reversed.
 WIDTHS = {
     16: (4, 2, 1),
     32: (8, 4, 2, 1),
@@ -28,7 +28,6 @@ WIDTHS = {
     128: (16, 16, 8, 4, 2, 1),
     256: (16, 16, 16, 8, 4, 2, 1),
 }
-SLOPE = 0.1
 
 
 class DCGANGenerator(ConditionalGenerator):
@@ -52,6 +51,8 @@ class DCGANGenerator(ConditionalGenerator):
         torch.Size([2, 3, 32, 32])
     """
 
+    WIDTHS = WIDTHS
+
     def __init__(
         self,
         image_size: int,
@@ -60,10 +61,12 @@ class DCGANGenerator(ConditionalGenerator):
         base_channels: int,
         image_channels: int = 3,
     ) -> None:
-        super().__init__(image_size, latent_dim, num_classes, image_channels)
-        widths = [base_channels * w for w in widths_for(self, WIDTHS, image_size)]
-        self.first_map = smallest_map(image_size)
-        self.linear0 = linear(latent_dim, self.first_map**2 * widths[0], spectral=False)
+        super().__init__(
+            *(image_size, latent_dim, num_classes, base_channels, image_channels),
+            first_dim=latent_dim,
+            spectral=False,
+        )
+        widths = self.widths
         self.convs = nn.ModuleList(map(upsample_conv2d, widths[:-1], widths[1:]))
         self.norms = nn.ModuleList(
             ConditionalBatchNorm(width, num_classes, spectral=False) for width in widths[1:]
@@ -72,7 +75,7 @@ class DCGANGenerator(ConditionalGenerator):
 
     def _generate(self, z: Tensor, labels: Tensor) -> Tensor:
         condition = one_hot(labels, self.num_classes, z)
-        x = self.linear0(z).unflatten(1, (-1, self.first_map, self.first_map))
+        x = self._first(z)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.relu(norm(conv(x), condition))
         return self.last(x).tanh()
@@ -99,6 +102,8 @@ class DCGANDiscriminator(ConditionalDiscriminator):
         torch.Size([2, 64])
     """
 
+    WIDTHS: ClassVar[Widths] = {size: widths[::-1] for size, widths in WIDTHS.items()}
+
     def __init__(
         self,
         image_size: int,
@@ -109,16 +114,12 @@ class DCGANDiscriminator(ConditionalDiscriminator):
         image_channels: int = 3,
         norm: DiscriminatorNorm = "spectral",
     ) -> None:
-        widths = [base_channels * w for w in reversed(widths_for(self, WIDTHS, image_size))]
         super().__init__(
-            *(image_size, num_classes, image_channels, conditioning),
-            feature_dim=widths[-1],
-            embed_dim=embed_dim,
-            norm=norm,
+            image_size, num_classes, base_channels, conditioning, embed_dim, image_channels, norm
         )
         self.layers = nn.Sequential()
         channels = image_channels
-        for width in widths:
+        for width in self.widths:
             if self.layers:
                 self._append(channels, channels, norm, kernel=4, stride=2)
             self._append(channels, width, norm)
@@ -129,7 +130,7 @@ class DCGANDiscriminator(ConditionalDiscriminator):
     ) -> None:
         behind = discriminator_norm(after, norm) if self.layers else nn.Identity()
         conv = conv2d(before, after, kernel, stride=stride, spectral=norm == "spectral")
-        self.layers.extend([conv, behind, nn.LeakyReLU(SLOPE)])
+        self.layers.extend([conv, behind, nn.LeakyReLU(0.1)])
 
     def _features(self, images: Tensor) -> Tensor:
         return self.layers(images).sum((2, 3))

@@ -20,14 +20,12 @@ from fastnce.networks.conditional import (
     conv2d,
     discriminator_norm,
     embedding,
-    linear,
     nominal_size,
     one_hot,
-    smallest_map,
     widths_for,
 )
 
-# Channels, in units of base_channels, by image size. The rows of 32 to 256 are the published ones; that of 16 is ours,
+# The rows of 32 to 256 are the published ones; that of 16 is ours,
 # narrow where the map is large, as those of 64 and 128 are. Generator: before and after each block. Discriminator: after each block.
 # Sizes in between take the row below them, and start from a larger map.
 GENERATOR_WIDTHS = {
@@ -134,87 +132,37 @@ class DiscriminatorBlock(nn.Module):
 class ResidualGenerator(ConditionalGenerator):
     """Linear layer to a 4x4 map (or 5x5 to 7x7, see `smallest_map`), `GeneratorBlock`s, batch norm, ReLU, conv3, tanh.
 
-    A family implements `_conditions(z, labels)`: the input of the linear layer (`first_dim`) and the condition of each block
-    (`condition_dim`). State-dict keys: `linear0`, `blocks.{i}.0` (each block or attention layer is an entry of `blocks`), `bn4`,
-    `conv2d5`. `base_channels` is the unit of `GENERATOR_WIDTHS`; `attention_after`: as in `BigGANGenerator`; `spectral`: spectral
-    norm on every layer.
+    The five sizes are those of `ConditionalGenerator`. State-dict keys: `linear0`, `blocks.{i}.0` (each block or attention layer is an
+    entry of `blocks`), `bn4`, `conv2d5`.
+    `condition_dim`: length of each block's condition; `attention_after`: as in `BigGANGenerator`; `spectral`: spectral norm on
+    every layer.
     """
 
+    WIDTHS = GENERATOR_WIDTHS
+
     def __init__(
-        self,
-        image_size: int,
-        latent_dim: int,
-        num_classes: int,
-        base_channels: int,
-        image_channels: int,
-        *,
-        first_dim: int,
-        condition_dim: int,
-        attention_after: int,
-        spectral: bool,
+        self, *sizes: int, first_dim: int, condition_dim: int, attention_after: int, spectral: bool
     ) -> None:
-        super().__init__(image_size, latent_dim, num_classes, image_channels)
-        widths = [base_channels * w for w in widths_for(self, GENERATOR_WIDTHS, image_size)]
-        self.first_map = smallest_map(image_size)
-        self.linear0 = linear(first_dim, self.first_map**2 * widths[0], spectral=spectral)
+        super().__init__(*sizes, first_dim=first_dim, spectral=spectral)
         blocks = [
             GeneratorBlock(before, after, condition_dim, spectral=spectral)
-            for before, after in zip(widths, widths[1:], strict=False)
+            for before, after in itertools.pairwise(self.widths)
         ]
-        self.blocks = _with_attention(self, blocks, widths[1:], attention_after, spectral)
-        self.bn4 = batch_norm(widths[-1])
-        self.conv2d5 = conv2d(widths[-1], image_channels, 3, spectral=spectral)
+        self.blocks = _with_attention(self, blocks, self.widths[1:], attention_after, spectral)
+        self.bn4 = batch_norm(self.widths[-1])
+        self.conv2d5 = conv2d(self.widths[-1], self.image_channels, 3, spectral=spectral)
 
     def _generate(self, z: Tensor, labels: Tensor) -> Tensor:
         first, conditions = self._conditions(z, labels)
         remaining = iter(conditions)
-        x = self.linear0(first).unflatten(1, (-1, self.first_map, self.first_map))
+        x = self._first(first)
         for (layer,) in self.blocks:
             x = layer(x) if isinstance(layer, SelfAttention) else layer(x, next(remaining))
         return self.conv2d5(F.relu(self.bn4(x))).tanh()
 
     def _conditions(self, z: Tensor, labels: Tensor) -> tuple[Tensor, Iterable[Tensor]]:
+        """The input of the linear layer, and the condition of each block."""
         raise NotImplementedError
-
-
-class ResidualDiscriminator(ConditionalDiscriminator):
-    """A `FirstDiscriminatorBlock`, `DiscriminatorBlock`s, ReLU, the sum over all positions, and the heads.
-
-    State-dict keys: `blocks.{i}.0` (each block or attention layer is an entry of `blocks`), `linear1`, `linear2`, `embedding`.
-    `base_channels` is the unit of `DISCRIMINATOR_WIDTHS`; `norm`: spectral norm on every layer, batch norm in the blocks, or neither.
-    """
-
-    def __init__(
-        self,
-        image_size: int,
-        num_classes: int,
-        base_channels: int,
-        image_channels: int,
-        conditioning: Conditioning,
-        *,
-        embed_dim: int,
-        attention_after: int,
-        norm: DiscriminatorNorm,
-    ) -> None:
-        widths = [base_channels * w for w in widths_for(self, DISCRIMINATOR_WIDTHS, image_size)]
-        super().__init__(
-            *(image_size, num_classes, image_channels, conditioning),
-            feature_dim=widths[-1],
-            embed_dim=embed_dim,
-            norm=norm,
-        )
-        blocks: list[nn.Module] = [FirstDiscriminatorBlock(image_channels, widths[0], norm)]
-        for index in range(1, len(widths)):
-            halves = index < DOWNSAMPLING_BLOCKS[nominal_size(image_size)]
-            block = DiscriminatorBlock(widths[index - 1], widths[index], norm, downsample=halves)
-            blocks.append(block)
-        self.blocks = _with_attention(self, blocks, widths, attention_after, norm == "spectral")
-
-    def _features(self, images: Tensor) -> Tensor:
-        x = images
-        for (layer,) in self.blocks:
-            x = layer(x)
-        return F.relu(x).sum((2, 3))
 
 
 def _with_attention(
@@ -299,49 +247,6 @@ class BigGANGenerator(ResidualGenerator):
         return first, [torch.cat([shared, chunk], dim=1) for chunk in chunks]
 
 
-class BigGANDiscriminator(ResidualDiscriminator):
-    """`d(images, labels) -> DiscriminatorOutput`, with spectral norm on every layer.
-
-    State-dict keys are those of StudioGAN's checkpoints. Published configurations (image_size, base_channels, embed_dim)
-    and their parameters, with attention after block 1 and conditioning "2C":
-
-        CIFAR-10       32, 96,  512:  2,517,186
-        Tiny ImageNet  64, 80,  768: 31,678,130
-        ImageNet      128, 96, 1536: 90,343,202
-
-    Source: as `BigGANGenerator`; the heads: `ConditionalDiscriminator`.
-
-    Args:
-        base_channels: unit of the widths; 96 and 80 as published.
-        attention_after: self-attention behind the block of this number, counted from 1; 0 for none.
-        image_size, num_classes, conditioning, embed_dim, image_channels: as in `ConditionalDiscriminator`.
-
-    Examples:
-        >>> import torch
-        >>> d = BigGANDiscriminator(32, num_classes=10, base_channels=8)
-        >>> out = d(torch.zeros(2, 3, 32, 32), torch.tensor([3, 7]))
-        >>> out.adversarial.shape, out.features.shape, out.embedding.shape, out.proxy.shape, out.class_logits
-        (torch.Size([2]), torch.Size([2, 16]), torch.Size([2, 512]), torch.Size([2, 512]), None)
-    """
-
-    def __init__(
-        self,
-        image_size: int,
-        num_classes: int,
-        base_channels: int,
-        attention_after: int = 1,
-        conditioning: Conditioning = "2C",
-        embed_dim: int = 512,
-        image_channels: int = 3,
-    ) -> None:
-        super().__init__(
-            *(image_size, num_classes, base_channels, image_channels, conditioning),
-            embed_dim=embed_dim,
-            attention_after=attention_after,
-            norm="spectral",
-        )
-
-
 class SNGANGenerator(ResidualGenerator):
     """`g(z, labels) -> images` (N, image_channels, image_size, image_size) in [-1, 1].
 
@@ -386,10 +291,12 @@ class SNGANGenerator(ResidualGenerator):
         return z, itertools.repeat(one_hot(labels, self.num_classes, z))
 
 
-class SNGANDiscriminator(ResidualDiscriminator):
-    """`d(images, labels) -> DiscriminatorOutput`: BigGAN's discriminator without attention.
+class SNGANDiscriminator(ConditionalDiscriminator):
+    """`d(images, labels) -> DiscriminatorOutput`.
 
-    norm="batch" is that of ACGAN-Mod and ProjGAN, the weak baselines of the ContraGAN paper.
+    A `FirstDiscriminatorBlock`, `DiscriminatorBlock`s, ReLU, the sum over all positions, and the heads. norm="batch" is that of
+    ACGAN-Mod and ProjGAN, the weak baselines of the ContraGAN paper. State-dict keys: `blocks.{i}.0` (each block or attention
+    layer is an entry of `blocks`), `linear1`, `linear2`, `embedding`.
 
     Source: as `SNGANGenerator`; its skips through ReLU'd inputs as in `DiscriminatorBlock`. The heads:
     `ConditionalDiscriminator`.
@@ -397,6 +304,7 @@ class SNGANDiscriminator(ResidualDiscriminator):
     Args:
         base_channels: unit of the widths, 64 as published.
         norm: "spectral" on every layer, "batch" in the blocks, or "none".
+        attention_after: as in `BigGANDiscriminator`; the published one has none.
         image_size, num_classes, conditioning, embed_dim, image_channels: as in `ConditionalDiscriminator`.
 
     Examples:
@@ -405,6 +313,8 @@ class SNGANDiscriminator(ResidualDiscriminator):
         >>> d(torch.zeros(2, 3, 32, 32), torch.tensor([3, 7])).class_logits.shape
         torch.Size([2, 10])
     """
+
+    WIDTHS = DISCRIMINATOR_WIDTHS
 
     def __init__(
         self,
@@ -415,10 +325,62 @@ class SNGANDiscriminator(ResidualDiscriminator):
         embed_dim: int = 512,
         image_channels: int = 3,
         norm: DiscriminatorNorm = "spectral",
+        attention_after: int = 0,
     ) -> None:
         super().__init__(
-            *(image_size, num_classes, base_channels, image_channels, conditioning),
-            embed_dim=embed_dim,
-            attention_after=0,
-            norm=norm,
+            image_size, num_classes, base_channels, conditioning, embed_dim, image_channels, norm
+        )
+        blocks: list[nn.Module] = [FirstDiscriminatorBlock(image_channels, self.widths[0], norm)]
+        for index, (before, after) in enumerate(itertools.pairwise(self.widths), 1):
+            halves = index < DOWNSAMPLING_BLOCKS[nominal_size(image_size)]
+            blocks.append(DiscriminatorBlock(before, after, norm, downsample=halves))
+        self.blocks = _with_attention(
+            self, blocks, self.widths, attention_after, norm == "spectral"
+        )
+
+    def _features(self, images: Tensor) -> Tensor:
+        x = images
+        for (layer,) in self.blocks:
+            x = layer(x)
+        return F.relu(x).sum((2, 3))
+
+
+class BigGANDiscriminator(SNGANDiscriminator):
+    """`d(images, labels) -> DiscriminatorOutput`, with spectral norm on every layer.
+
+    State-dict keys are those of StudioGAN's checkpoints. Published configurations (image_size, base_channels, embed_dim)
+    and their parameters, with attention after block 1 and conditioning "2C":
+
+        CIFAR-10       32, 96,  512:  2,517,186
+        Tiny ImageNet  64, 80,  768: 31,678,130
+        ImageNet      128, 96, 1536: 90,343,202
+
+    Source: as `BigGANGenerator`; the heads: `ConditionalDiscriminator`.
+
+    Args:
+        base_channels: unit of the widths; 96 and 80 as published.
+        attention_after: self-attention behind the block of this number, counted from 1; 0 for none.
+        image_size, num_classes, conditioning, embed_dim, image_channels: as in `ConditionalDiscriminator`.
+
+    Examples:
+        >>> import torch
+        >>> d = BigGANDiscriminator(32, num_classes=10, base_channels=8)
+        >>> out = d(torch.zeros(2, 3, 32, 32), torch.tensor([3, 7]))
+        >>> out.adversarial.shape, out.features.shape, out.embedding.shape, out.proxy.shape, out.class_logits
+        (torch.Size([2]), torch.Size([2, 16]), torch.Size([2, 512]), torch.Size([2, 512]), None)
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        num_classes: int,
+        base_channels: int,
+        attention_after: int = 1,
+        conditioning: Conditioning = "2C",
+        embed_dim: int = 512,
+        image_channels: int = 3,
+    ) -> None:
+        super().__init__(
+            *(image_size, num_classes, base_channels, conditioning, embed_dim, image_channels),
+            attention_after=attention_after,
         )
