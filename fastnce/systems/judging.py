@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastnce.data import list_images, split_folder
-from fastnce.data.aligned import find_pairs, holds_pairs
 from fastnce.data.broken import readable
-from fastnce.data.domains import Side, half_of
+from fastnce.data.domains import Side, find_pairs, half_of, holds_pairs
 from fastnce.data.images import UnfitFile, image_size, load_image, read_image, to_array, to_tensor
 from fastnce.demo import Evaluator, evaluate_digits, is_digits_photos
 from fastnce.errors import UserError
