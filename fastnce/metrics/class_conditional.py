@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from fastnce.metrics.distribution import (
     precision_recall_density_coverage,
     saved_features,
 )
-from fastnce.metrics.tables import finite_or_none, measured, rows_table
+from fastnce.metrics.tables import NEIGHBOURHOOD_COLUMNS, finite_or_none, measured, rows_table
 
 GENERATED = "generated"
 HELD_OUT = "other real images"
@@ -28,10 +28,7 @@ _COLUMNS = {
     "fid": ("FID", ".2f"),
     "intra_class_fid": ("intra-class FID", ".2f"),
     "inception_score": ("IS", ".2f"),
-    "precision": ("precision", ".3f"),
-    "recall": ("recall", ".3f"),
-    "density": ("density", ".3f"),
-    "coverage": ("coverage", ".3f"),
+    **NEIGHBOURHOOD_COLUMNS,
     "class_accuracy": ("class accuracy", ".3f"),
     "relabelled_accuracy": ("relabelled", ".3f"),
 }
@@ -315,20 +312,22 @@ def evaluate_generators(
     # Files come class by class; a generator with batch statistics needs batches of all classes.
     asked = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
     k = max(1, min(k, len(labels) - 1))
-    reference = _judge(evaluator, real_images.split(batch_size)).features
+    reference, _ = _judge(evaluator, real_images.split(batch_size))
+    how = {"k": k, "splits": splits}
+    reads = getattr(evaluator, "reads_labels", False)
     batches = {HELD_OUT: (held_out_images.split(batch_size), labels)} if held_out else {}
     for name, sample in samples.items():
         images = _generate(name, sample, asked.split(batch_size), real_images.shape[1:])
         batches[name] = images, asked
     rows = [
-        {"name": name} | _measure(_judge(evaluator, images), shown, reference, labels, k, splits)
+        {"name": name}
+        | _measure(*_judge(evaluator, images), shown, reference, labels, **how, reads_labels=reads)
         for name, (images, shown) in batches.items()
     ]
     return {
         "extractor": extractor_name(evaluator),
         "count": len(labels),
-        "k": k,
-        "splits": splits,
+        **how,
         "rows": rows,
     }
 
@@ -349,18 +348,8 @@ def format_generation_table(result: Mapping[str, Any]) -> str:
     return rows_table(rows, measured(_COLUMNS, rows), notes)
 
 
-class _Judged(NamedTuple):
-    """The evaluator's word on the images of a row; NaN for those that are not finite."""
-
-    features: Tensor
-    """(N, F) float64 on the CPU."""
-    probabilities: Tensor | None
-    """(N, K) float64 on the CPU."""
-    reads_labels: bool
-
-
-def _judge(evaluator: nn.Module, batches: Iterable[Tensor]) -> _Judged:
-    """Judges batches of images (B, C, H, W) as they are when saved."""
+def _judge(evaluator: nn.Module, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Features (N, F) and probabilities (N, K) of images (B, C, H, W) as they are when saved; NaN where those are not finite."""
     function = getattr(evaluator, "class_probabilities", lambda images: None)
     features, probabilities = [], []
     for batch in batches:
@@ -369,22 +358,20 @@ def _judge(evaluator: nn.Module, batches: Iterable[Tensor]) -> _Judged:
         given = function(images)
         if given is not None:
             probabilities.append(given.double().cpu().masked_fill(broken[:, None], math.nan))
-    return _Judged(
-        torch.cat(features),
-        torch.cat(probabilities) if probabilities else None,
-        getattr(evaluator, "reads_labels", False),
-    )
+    return torch.cat(features), torch.cat(probabilities) if probabilities else None
 
 
 def _measure(
-    judged: _Judged,
+    features: Tensor,
+    probabilities: Tensor | None,
     labels: Tensor,
     reference: Tensor,
     reference_labels: Tensor,
+    *,
     k: int,
     splits: int,
+    reads_labels: bool,
 ) -> dict[str, Any]:
-    features, probabilities = judged.features, judged.probabilities
     intra, intra_of = math.nan, {}
     # A class's distance needs two images; the rows have as many of each class as the reference.
     known = reference_labels.bincount() > 1
@@ -393,11 +380,10 @@ def _measure(
         intra, intra_of = intra_class_fid(
             features[own], labels[own], reference[real], reference_labels[real]
         )
-    score, score_std = math.nan, math.nan
-    accuracy = relabelled = math.nan
+    score = score_std = accuracy = relabelled = math.nan
     if probabilities is not None:
         score, score_std = inception_score(probabilities, splits)
-        if judged.reads_labels:
+        if reads_labels:
             accuracy = class_accuracy(probabilities, labels)
             relabelled = relabelled_accuracy(probabilities, labels)
     numbers = {

@@ -44,13 +44,10 @@ def authenticity_accuracy(
         >>> authenticity_accuracy(torch.tensor([1.0, -0.5]), torch.tensor([-1.0, -2.0]))
         Authenticity(real=0.5, fake=1.0)
     """
-    for name, logits in (("logits_real", logits_real), ("logits_fake", logits_fake)):
-        if logits.numel() == 0:
-            raise ValueError(
-                f"authenticity_accuracy: {name}: expected at least one logit, got "
-                f"{tuple(logits.shape)}."
-            )
-    return Authenticity(_share(logits_real, cutoff, 1), _share(logits_fake, cutoff, -1))
+    return Authenticity(
+        _share("authenticity_accuracy: logits_real", logits_real - cutoff),
+        _share("authenticity_accuracy: logits_fake", cutoff - logits_fake),
+    )
 
 
 def overfitting_gap(logits_train: Tensor, logits_held_out: Tensor, cutoff: float = 0.0) -> float:
@@ -67,12 +64,8 @@ def overfitting_gap(logits_train: Tensor, logits_held_out: Tensor, cutoff: float
     Raises:
         ValueError: If one is empty.
     """
-    for name, logits in (("logits_train", logits_train), ("logits_held_out", logits_held_out)):
-        if logits.numel() == 0:
-            raise ValueError(
-                f"overfitting_gap: {name}: expected at least one logit, got {tuple(logits.shape)}."
-            )
-    return _share(logits_train, cutoff, 1) - _share(logits_held_out, cutoff, 1)
+    trained_on = _share("overfitting_gap: logits_train", logits_train - cutoff)
+    return trained_on - _share("overfitting_gap: logits_held_out", logits_held_out - cutoff)
 
 
 @torch.no_grad()
@@ -116,10 +109,11 @@ def _largest_singular_value(matrix: Tensor) -> float:
     return torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt().item()
 
 
-def _share(logits: Tensor, cutoff: float, sign: int) -> float:
-    if not logits.isfinite().all():
-        return math.nan
-    return (sign * (logits - cutoff) > 0).double().mean().item()
+def _share(name: str, beyond: Tensor) -> float:
+    """The share of positive values."""
+    if beyond.numel() == 0:
+        raise ValueError(f"{name}: expected at least one logit, got {tuple(beyond.shape)}.")
+    return (beyond > 0).double().mean().item() if beyond.isfinite().all() else math.nan
 
 
 def _spectral_norm(layer: nn.Module) -> SpectralNorm | None:

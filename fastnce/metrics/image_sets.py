@@ -18,7 +18,14 @@ from fastnce.metrics.distribution import (
     precision_recall_density_coverage,
     saved_features,
 )
-from fastnce.metrics.tables import finite_or_none, measured, rows_table, write_result
+from fastnce.metrics.tables import (
+    NEIGHBOURHOOD_COLUMNS,
+    finite_or_none,
+    measured,
+    one_or_several,
+    rows_table,
+    write_result,
+)
 
 TRANSLATED = "translated"
 BEST = "translated, best checkpoint"
@@ -35,10 +42,7 @@ _COLUMNS = {
     "fid": ("FID", ".2f"),
     "fid_share": ("FID, share of untranslated", ".4f"),
     "kid": ("KID", ""),
-    "precision": ("precision", ".3f"),
-    "recall": ("recall", ".3f"),
-    "density": ("density", ".3f"),
-    "coverage": ("coverage", ".3f"),
+    **NEIGHBOURHOOD_COLUMNS,
 }
 
 
@@ -145,12 +149,11 @@ def write_report(result: Mapping[str, Any], folder: Path | str) -> list[Path]:
 
 
 class _Judged(NamedTuple):
-    features: Tensor
-    """(N, F) float64 on the CPU, NaN for an image that is not finite."""
-    read: Tensor | None
-    """(N,) int64 digits, -1 for an image that is not finite; None if nobody reads."""
-    size: str
-    """Width and height, "256x256", or "several sizes"."""
+    features: Tensor  # (N, F) float64 on the CPU, NaN for an image that is not finite
+    read: (
+        Tensor | None
+    )  # (N,) int64 digits, -1 for an image that is not finite; None if nobody reads
+    size: str  # width and height, "256x256", or "several sizes"
 
 
 def _judge(
@@ -166,7 +169,7 @@ def _judge(
     return _Judged(
         torch.cat(features) if features else torch.empty(0, 0),
         torch.cat(read) if read else None,
-        sizes.pop() if len(sizes) == 1 else "several sizes",
+        one_or_several(sizes),
     )
 
 
@@ -186,10 +189,9 @@ def _batches(images: Iterable[Tensor]) -> Iterator[Tensor]:
 def _compare(features: Tensor, reference: Tensor) -> dict[str, float | None]:
     far = distance(features, reference)
     numbers = {"fid": far.fid, "kid": far.kid, "kid_std": far.kid_std}
+    numbers |= dict.fromkeys(NEIGHBOURHOOD_COLUMNS, math.nan)
     if min(len(features), len(reference)) > NEIGHBOURS:
         numbers |= asdict(precision_recall_density_coverage(reference, features, NEIGHBOURS))
-    else:
-        numbers |= dict.fromkeys(("precision", "recall", "density", "coverage"), math.nan)
     return {name: finite_or_none(value) for name, value in numbers.items()}
 
 
@@ -198,7 +200,7 @@ def _foot(result: Mapping[str, Any], judged: Iterable[Mapping[str, Any]]) -> str
     counts, sizes = ({row[key] for row in judged} for key in ("count", "size"))
     count, size = result["reference_count"], result["reference_size"]
     images = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    at = sizes.pop() if len(sizes) == 1 else "several sizes"
+    at = one_or_several(sizes)
     against = f"against {count}" + ("" if at == size else f" of {size}")
     return (
         f"{images} images of {at} in each row, {against}, as 8-bit files hold them. "

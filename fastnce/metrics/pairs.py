@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnce.metrics.tables import finite_or_none, rows_table
+from fastnce.metrics.tables import finite_or_none, one_or_several, rows_table
 
 # Side of SSIM's Gaussian window (standard deviation 1.5); a smaller image has no SSIM.
 _WINDOW = 11
@@ -65,7 +65,7 @@ def pair_numbers(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     if not count:
         raise ValueError("pair_numbers: no pairs.")
     means = {name: finite_or_none(sum(numbers) / count) for name, numbers in values.items()}
-    return {"count": count, "size": sizes.pop() if len(sizes) == 1 else "several sizes"} | means
+    return {"count": count, "size": one_or_several(sizes)} | means
 
 
 def format_pair_table(result: Mapping[str, Any]) -> str:
