@@ -69,9 +69,7 @@ def write_digits_photos(
         raise UserError(
             f"photo={photo}: expected at least one photograph, none of them twice. Use some of {', '.join(PHOTOS)}."
         )
-    recipe = {
-        "kind": "digits-photos",
-        "version": 1,
+    settings = {
         "seed": seed,
         # A single name, as in the sets from before there could be several.
         "photo": photos[0] if len(photos) == 1 else photos,
@@ -81,7 +79,7 @@ def write_digits_photos(
         "noise_sigma": NOISE_SIGMA,
         "test_every": TEST_EVERY,
     }
-    return _write_once(Path(out), recipe, lambda: _digits_photos(seed, photos))
+    return _write_once(Path(out), "digits-photos", settings, lambda: _digits_photos(seed, photos))
 
 
 def write_photos(
@@ -116,9 +114,7 @@ def write_photos(
     """
     photos = _two_photos(photo_a, photo_b)
     counts = {"train": train_count, "test": test_count}
-    recipe = {
-        "kind": "photos",
-        "version": 1,
+    settings = {
         "seed": seed,
         "size": size,
         "photo_a": photo_a,
@@ -126,7 +122,7 @@ def write_photos(
         "train_count": train_count,
         "test_count": test_count,
     }
-    return _write_once(Path(out), recipe, lambda: _photos(photos, size, counts, seed))
+    return _write_once(Path(out), "photos", settings, lambda: _photos(photos, size, counts, seed))
 
 
 def write_single_photos(
@@ -147,14 +143,8 @@ def write_single_photos(
         UserError: As `write_digits_photos`, and if `size` is below 8 or above that of a photograph.
     """
     photos = _two_photos(photo_a, photo_b)
-    recipe = {
-        "kind": "single-photos",
-        "version": 1,
-        "size": size,
-        "photo_a": photo_a,
-        "photo_b": photo_b,
-    }
-    return _write_once(Path(out), recipe, lambda: _single_photos(photos, size))
+    settings = {"size": size, "photo_a": photo_a, "photo_b": photo_b}
+    return _write_once(Path(out), "single-photos", settings, lambda: _single_photos(photos, size))
 
 
 def write_digits(out: Path | str, size: int = 16, seed: int = 0) -> Path:
@@ -177,8 +167,8 @@ def write_digits(out: Path | str, size: int = 16, seed: int = 0) -> Path:
     """
     if size not in (16, 32):
         raise UserError(f"size={size}: the digits are written at 16 or 32 pixels. Use one of them.")
-    recipe = {"kind": "digits", "version": 1, "seed": seed, "size": size, "test_every": TEST_EVERY}
-    return _write_once(Path(out), recipe, lambda: _digits(size, seed))
+    settings = {"seed": seed, "size": size, "test_every": TEST_EVERY}
+    return _write_once(Path(out), "digits", settings, lambda: _digits(size, seed))
 
 
 def write_photo_crops(
@@ -207,16 +197,14 @@ def write_photo_crops(
     for split, count in counts.items():
         if count < 1:
             raise UserError(f"{split}_count={count}: expected at least 1 crop of each photograph.")
-    recipe = {
-        "kind": "photo-crops",
-        "version": 1,
+    settings = {
         "seed": seed,
         "size": CROP_SIZE,
         "shorter_side": BACKGROUND_SIDE,
         "photos": list(PHOTOS),
         **{f"{split}_count": count for split, count in counts.items()},
     }
-    return _write_once(Path(out), recipe, lambda: _photo_crops(counts, seed))
+    return _write_once(Path(out), "photo-crops", settings, lambda: _photo_crops(counts, seed))
 
 
 def read_labels(root: Path | str) -> dict[str, Any]:
@@ -251,13 +239,16 @@ def kind_of(root: Path | str | Mapping[str, Path]) -> str | None:
     return read_labels(root)["recipe"].get("kind")
 
 
-def _write_once(out: Path, recipe: dict[str, Any], images: Callable[[], Images]) -> Path:
+def _write_once(
+    out: Path, kind: str, settings: dict[str, Any], images: Callable[[], Images]
+) -> Path:
     """Writes a set into a folder beside `out` and renames it when complete; skips what is there."""
+    recipe = {"kind": kind, "version": 1} | settings
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         if (out / LABELS_FILE).is_file() and read_labels(out)["recipe"] == recipe:
             return out
         raise UserError(
-            f"{out}: holds something else already, not the {recipe['kind']} set with these "
+            f"{out}: holds something else already, not the {kind} set with these "
             "settings. Choose another folder, or delete this one first."
         )
     # Absolute, so that "." has a name; beside `out`, so that the renaming is one step.
