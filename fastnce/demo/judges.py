@@ -19,19 +19,20 @@ from fastnce.data.files import atomic_path
 from fastnce.data.images import SIGNED_UNIT
 from fastnce.data.labelled import LabelledImages
 from fastnce.data.stream import counter_rng
-from fastnce.demo.samples import (
+from fastnce.demo.sets import (
     BACKGROUND_SIDE,
     DIGIT_MARGIN,
     DIGIT_SIZE,
     NOISE_SIGMA,
     PHOTOS,
     composite,
+    kind_of,
     load_digits,
     noisy_digit,
     random_crops,
+    read_labels,
     scaled_photo,
 )
-from fastnce.demo.sets import kind_of, read_labels
 from fastnce.errors import UserError
 from fastnce.metrics.distribution import as_saved, extract_features
 from fastnce.metrics.extractors import load_extractor
