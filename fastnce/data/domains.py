@@ -92,20 +92,19 @@ class CachedImages:
         }
 
     def expect_one_size(self) -> None:
-        one, first = None, None
-        for index, size in self.sizes.items():
-            path, result = self.paths[index], self.phases[0].output_size(*size)
-            if result is None:
+        phase = self.phases[0]
+        sizes = {self.paths[index]: phase.output_size(*size) for index, size in self.sizes.items()}
+        one, first = next(iter(sizes.items()))
+        for path, size in sizes.items():
+            if first is None or size is None:
                 raise UserError(
-                    f'preprocess="{self.phases[0].steps}" gives images of random sizes, and a batch needs one. '
+                    f'preprocess="{phase.steps}" gives images of random sizes, and a batch needs one. '
                     "Add _and_crop, or use batch_size=1."
                 )
-            one, first = (path, result) if first is None else (one, first)
-            if result != first:
+            if size != first:
                 raise UserError(
-                    f"{path}: gives {result[0]}x{result[1]}, but {one} {first[0]}x"
-                    f"{first[1]}, and a batch needs one size. Use batch_size=1, or "
-                    'preprocess="resize_and_crop".'
+                    f"{path}: gives {size[0]}x{size[1]}, but {one} {first[0]}x{first[1]}, and a batch needs one size. "
+                    'Use batch_size=1, or preprocess="resize_and_crop".'
                 )
 
     def _read_sizes(self) -> dict[int, tuple[int, int]]:
@@ -193,39 +192,34 @@ class TwoDomains(Stream):
 class UnpairedImages(TwoDomains):
     """`root/trainA` and `root/trainB`, in the layout and with the transforms of CUT.
 
-    Sample i, for any i >= 0, is a pure function of (seed, i) and the arguments, so samples can be
-    read in any order, by any number of workers, and from the middle on. Every `len(self)` samples
-    are an epoch: all of A (repeated if B is larger) in an order drawn for that epoch; the partner
-    from B and all augmentation are drawn for each sample.
+    Sample i, for any i >= 0, is a pure function of (seed, i) and the arguments: see `Stream`. Every `len(self)` samples are an
+    epoch: all of A (repeated if B is larger) in an order drawn for that epoch; the partner from B and all augmentation are drawn
+    for each sample.
 
     Args:
-        root: Folder that holds trainA and trainB (testA and testB, or valA and valB, for
-            `split="test"`); or the folders by these names, wherever they are.
+        root: Folder that holds trainA and trainB (testA and testB, or valA and valB, for `split="test"`); or the folders by
+            these names, wherever they are.
         split: "train", "test" or any other prefix of the two folders.
         load_size: Side, in pixels, to which `preprocess` scales.
         crop_size: Side of the random crop.
-        preprocess: Steps, matched by substring: see `Preprocess`. "fixsize" scales to the size of
-            a folder's first image.
+        preprocess: Steps, matched by substring: see `Preprocess`. "fixsize" scales to the size of a folder's first image.
         flip: Mirrors each image with probability 0.5.
         augment_a: "affine" turns, scales and shifts A slightly; "none" does not.
-        channels_a: 3 for RGB, 1 for greyscale, of the samples' "A".
-        channels_b: The same for "B".
+        channels_a, channels_b: 3 for RGB, 1 for greyscale, of the samples' "A" and "B".
         bits: 16 keeps all bits of 16-bit greyscale files; 8 scales them to 8.
         value_range: The files' numbers that become -1 and 1, in float32; those beyond are clipped. Without it files must hold 8
             bits or 16-bit grey.
         direction: "AtoB", or "BtoA" to read "A" from trainB and "B" from trainA.
         serial: Takes both folders in order, without shuffling.
-        jitter_samples: From this sample on `load_size` is `crop_size`, as in the second half of
-            CUT's training.
+        jitter_samples: From this sample on `load_size` is `crop_size`, as in the second half of CUT's training.
         seed: Seed of the stream.
         cache_bytes: Memory for decoded images, shared out among the workers.
-        broken_files: "error" stops at the first file that cannot be read. "skip" takes the next
-            readable file of the folder in its place, so that all other samples stay what they are,
-            and names the file in the log, once.
+        broken_files: "error" stops at the first file that cannot be read. "skip" takes the next readable file of the folder in
+            its place, so that all other samples stay what they are, and names the file in the log, once.
 
     Raises:
-        UserError: A folder is missing or empty, a file is not an image (all files of a folder, if
-            they are skipped), an image is smaller than the crop, or an argument is out of range.
+        UserError: A folder is missing or empty, a file is not an image (all files of a folder, if they are skipped), an image is
+            smaller than the crop, or an argument is out of range.
     """
 
     def __init__(

@@ -41,9 +41,9 @@ _log = logging.getLogger("fastnce")
 class LabelledImages(Stream):
     """Class folders, Tiny ImageNet, CIFAR-10 or CIFAR-100, recognised by what is in the folder.
 
-    Sample i, for any i >= 0, is a pure function of (seed, i) and the arguments, so samples can be read in any order, by
-    any number of workers, and from the middle on. Every `len(self)` samples are an epoch: all images, in an order drawn
-    for that epoch. An image that is not square is cut to its central square; one of another size is scaled (bicubic).
+    Sample i, for any i >= 0, is a pure function of (seed, i) and the arguments: see `Stream`. Every `len(self)` samples are an
+    epoch: all images, in an order drawn for it. An image that is not square is cut to its central square; one of another size
+    is scaled (bicubic).
 
     With `class_balance` every class comes equally often: each K samples of K classes show one image of each, in random
     order, and a class shows all of its images before it repeats one.

@@ -60,12 +60,9 @@ def write_digits_photos(
 
     Args:
         out: Folder to write: trainA, trainB, testA, testB of 32x32 PNG files. As all these sets, it is left as it is if it
-            holds this set already.
+            holds this set already, and returned.
         seed: Seed of the halves, the noise and the crops.
         photo: One of `PHOTOS`; or several, one of which is drawn for each image of B.
-
-    Returns:
-        `out`.
 
     Raises:
         UserError: If `out` holds something else, cannot be written, a photograph is unknown, or a package is missing.
@@ -100,20 +97,15 @@ def write_photos(
 ) -> Path:
     """Writes random crops of two photographs as A and B, for training at real sizes.
 
-    The test crops come from the right of each photograph (a quarter of its width, or one crop's
-    width if that is more), the training crops from the rest: they share no pixel.
+    The test crops come from the right of each photograph (a quarter of its width, or one crop's width if that is more), the
+    training crops from the rest: they share no pixel.
 
     Args:
         out: Folder to write: trainA, trainB, testA, testB of PNG files.
         size: Side of the crops in pixels: 128, 256, or another that the photographs allow.
-        photo_a: One of `PHOTOS`.
-        photo_b: Another one.
-        train_count: Images in trainA and in trainB.
-        test_count: Images in testA and in testB.
+        photo_a, photo_b: Two of `PHOTOS`.
+        train_count, test_count: Images in trainA and in trainB, and in testA and in testB.
         seed: Seed of the crops.
-
-    Returns:
-        `out`.
 
     Raises:
         UserError: As `write_digits_photos`, and if a photograph is too small.
@@ -139,11 +131,7 @@ def write_single_photos(
     Args:
         out: Folder to write: trainA and trainB, each of one PNG file.
         size: Shorter side, in pixels, to which both photographs are scaled (bicubic).
-        photo_a: One of `PHOTOS`.
-        photo_b: Another one.
-
-    Returns:
-        `out`.
+        photo_a, photo_b: Two of `PHOTOS`.
 
     Raises:
         UserError: As `write_digits_photos`, and if `size` is below 8 or above that of a photograph.
@@ -156,17 +144,13 @@ def write_single_photos(
 def write_digits(out: Path | str, size: int = 16, seed: int = 0) -> Path:
     """Writes the digits set: scikit-learn's 1,797 handwritten digits in 10 classes, greyscale.
 
-    Each 8x8 original is enlarged (bicubic), white on black. A third of each class, drawn at random, is
-    for testing; the same people wrote both parts. `out/labels.json` holds the recipe and, for each image,
-    its digit and its number in scikit-learn's set.
+    Each 8x8 original is enlarged (bicubic), white on black. A third of each class, drawn at random, is for testing; the same
+    people wrote both parts. `out/labels.json` holds the recipe and, for each image, its digit and its number in scikit-learn's set.
 
     Args:
         out: Folder to write: train/0/0000.png to test/9/0058.png.
         size: Side of the images in pixels, 16 or 32.
         seed: Seed of the split.
-
-    Returns:
-        `out`.
 
     Raises:
         UserError: As `write_digits_photos`, and if `size` is another one.
@@ -182,19 +166,14 @@ def write_photo_crops(
 ) -> Path:
     """Writes 32x32 crops of the seven photographs; the class is the photograph.
 
-    Each photograph is scaled (bicubic) to a shorter side of 128 pixels, so that a crop shows part of the
-    scene. The test crops come from its right quarter, the training crops from the rest: they share no
-    pixel. `out/labels.json` holds the recipe and, for each image, its photograph and the corner of the
-    crop.
+    Each photograph is scaled (bicubic) to a shorter side of 128 pixels, so that a crop shows part of the scene. The test crops
+    come from its right quarter, the training crops from the rest: they share no pixel. `out/labels.json` holds the recipe and,
+    for each image, its photograph and the corner of the crop.
 
     Args:
         out: Folder to write: train/astronaut/0000.png and so on.
-        train_count: Training crops of each photograph.
-        test_count: Test crops of each photograph.
+        train_count, test_count: Crops of each photograph.
         seed: Seed of the crops.
-
-    Returns:
-        `out`.
 
     Raises:
         UserError: As `write_digits_photos`, and if a count is below 1.

@@ -27,15 +27,12 @@ def authenticity_accuracy(
 ) -> Authenticity:
     """The discriminator's accuracy on real and on fake images.
 
-    A discriminator that is surer of the real images it is trained on than of held-out ones has
-    learned them by heart: compare `real` of both (`overfitting_gap`). One that is right about
-    everything gives the generator nothing to follow.
+    A discriminator that is surer of the real images it is trained on than of held-out ones has learned them by heart: compare
+    `real` of both (`overfitting_gap`). One that is right about everything gives the generator nothing to follow.
 
     Args:
-        logits_real: (N,) adversarial logits of real images.
-        logits_fake: (M,) of generated ones.
-        cutoff: Where real begins: 0 for the hinge and the logistic loss, 0.5 for least squares. A
-            logit on it counts as wrong.
+        logits_real, logits_fake: (N,) and (M,) adversarial logits of real and of generated images.
+        cutoff: Where real begins: 0 for the hinge and the logistic loss, 0.5 for least squares. A logit on it counts as wrong.
 
     Raises:
         ValueError: If one is empty.
@@ -51,15 +48,12 @@ def authenticity_accuracy(
 
 
 def overfitting_gap(logits_train: Tensor, logits_held_out: Tensor, cutoff: float = 0.0) -> float:
-    """Accuracy on real training images less that on held-out ones: near 0, 1 at worst.
+    """Accuracy on real training images less that on held-out ones: near 0, 1 at worst; NaN if a logit is not finite.
 
     Args:
-        logits_train: (N,) adversarial logits of real images that the discriminator is trained on.
-        logits_held_out: (M,) of real images that it is not.
+        logits_train, logits_held_out: (N,) and (M,) adversarial logits of real images that the discriminator is trained on, and
+            of others.
         cutoff: As `authenticity_accuracy`.
-
-    Returns:
-        The difference; NaN if a logit is not finite.
 
     Raises:
         ValueError: If one is empty.
@@ -72,11 +66,10 @@ def overfitting_gap(logits_train: Tensor, logits_held_out: Tensor, cutoff: float
 def largest_singular_values(module: nn.Module, *, raw: bool = False) -> dict[str, float]:
     """The largest singular value of every convolution's and linear layer's weight, as a matrix.
 
-    The matrix is the one that spectral normalisation sees: output channels by all the rest. With
-    it, the values stay near 1 while its power iteration keeps up; they rise from layer to layer
-    shortly before a training collapses, and so do those of the raw weights (Brock et al., 2019).
-    Nothing is changed: no power iteration is made, so before the first forward in training mode,
-    while its vectors are still random, the values of normalised weights mean nothing.
+    The matrix is the one that spectral normalisation sees: output channels by all the rest. With it, the values stay near 1
+    while its power iteration keeps up; they rise from layer to layer shortly before a training collapses, and so do those of
+    the raw weights (Brock et al., 2019). Nothing is changed: no power iteration is made, so before the first forward in training
+    mode, while its vectors are still random, the values of normalised weights mean nothing.
 
     Args:
         module: A network, with spectral normalisation from `torch.nn.utils.spectral_norm`, from
