@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -215,9 +216,6 @@ def load_evaluator(
         The evaluator in eval mode, its parameters frozen, on the CPU.
     """
 
-    def build() -> Evaluator:
-        return Evaluator(len(recipe.photos), recipe.num_features, recipe.base_channels)
-
     def train(evaluator: Evaluator) -> None:
         batches = EvaluatorBatches(recipe)
 
@@ -230,7 +228,7 @@ def load_evaluator(
         _fit(evaluator, loss, recipe, "evaluator", progress)
 
     name = f"fastnce-digits-photos-v{recipe.version}-{recipe.digest()}"
-    return _load_or_train("evaluator", name, recipe, build, train, cache)
+    return _load_or_train("evaluator", name, recipe, partial(Evaluator, len(recipe.photos)), train, cache)
 
 
 class EvaluatorBatches:
@@ -300,9 +298,6 @@ def load_digit_classifier(
     data = hashlib.sha256(images.numpy().tobytes() + digits.numpy().tobytes())
     recipe = DigitRecipe(data.hexdigest()[:12], size, **settings)
 
-    def build() -> DigitClassifier:
-        return DigitClassifier(size, recipe.num_features, recipe.base_channels)
-
     def train(network: DigitClassifier) -> None:
         strokes = images[:, 0] / 255  # 0 where there is no ink
 
@@ -318,7 +313,7 @@ def load_digit_classifier(
         network.scale.copy_(features.var(0).mean().sqrt())
 
     name = f"fastnce-digits-v{recipe.version}-{recipe.digest()}"
-    return _load_or_train("digit-classifier", name, recipe, build, train, cache)
+    return _load_or_train("digit-classifier", name, recipe, partial(DigitClassifier, size), train, cache)
 
 
 def generation_evaluator(
@@ -359,7 +354,7 @@ def _load_or_train(
     stem: str,
     name: str,
     recipe: _Recipe,
-    build: Callable[[], Network],
+    build: Callable[[int, int], Network],
     train: Callable[[Network], None],
     cache: Path | str | None,
 ) -> Network:
@@ -370,7 +365,7 @@ def _load_or_train(
     def built() -> Network:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            network = build()
+            network = build(recipe.num_features, recipe.base_channels)
         network.name = name
         return network
 

@@ -19,8 +19,15 @@ from fastnce.demo import Evaluator, evaluate_digits, is_digits_photos
 from fastnce.errors import UserError
 from fastnce.metrics import Row, evaluate, format_table
 from fastnce.metrics.extractors import load_extractor
-from fastnce.metrics.image_sets import BEST, TRANSLATED, WITHOUT_NCE, halves_name, untranslated_name
-from fastnce.metrics.pairs import format_pair_table, pair_numbers
+from fastnce.metrics.image_sets import (
+    BEST,
+    TRANSLATED,
+    WITHOUT_NCE,
+    format_pair_table,
+    halves_name,
+    pair_numbers,
+    untranslated_name,
+)
 from fastnce.metrics.segmentation import (
     LabelKind,
     ScriptedSegmenter,
@@ -175,7 +182,7 @@ def judge_pairs(
     read with so many `channels` and `bits`; for the other arguments see `judge_folders`.
 
     Returns:
-        {"reference", "rows": [{"name"} and `fastnce.metrics.pairs.pair_numbers`, ...]}.
+        {"reference", "rows": [{"name"} and `fastnce.metrics.image_sets.pair_numbers`, ...]}.
     """
     source, truth = find_pairs(data, "test", direction)
     partners = dict(zip(source.paths, truth.paths, strict=True))

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from fastnce.data.files import atomic_path
-from fastnce.networks.geometry import PixelGrid
+from fastnce.networks.resnet_generator import PixelGrid
 from fastnce.viz.plots import as_rgb
 
 if TYPE_CHECKING:
