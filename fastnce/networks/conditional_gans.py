@@ -738,8 +738,8 @@ class DCGANGenerator(ConditionalGenerator):
     Linear layer to a 4x4 map (or 5x5 to 7x7, see `smallest_map`); 4x4 transposed convolutions of stride 2, each with a batch
     norm conditioned on the one-hot label and ReLU; conv3, tanh.
 
-    Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018, Table 3, which is 32
-    pixels with base_channels=64 and latent_dim=128 and has no labels; the conditional norm is that of its residual network.
+    Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018, Table 3. It is for 32
+    pixels, base_channels=64 and latent_dim=128, and has no labels; the conditional norm is that of its residual network.
     The other sizes have as many stages as they need.
 
     Args:
