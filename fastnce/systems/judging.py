@@ -12,16 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from fastnce.data import Preprocess, list_images, split_folder
-from fastnce.data.aligned import find_pairs, holds_pairs
 from fastnce.data.broken import readable
-from fastnce.data.domains import Side, half_of
+from fastnce.data.domains import Side, find_pairs, half_of, holds_pairs
 from fastnce.data.images import UnfitFile, image_size, load_image, read_image, to_array, to_tensor
 from fastnce.demo import evaluate_digits, is_digits_photos
 from fastnce.errors import UserError
 from fastnce.metrics import Row, evaluate, format_table
 from fastnce.metrics.extractors import load_extractor
-from fastnce.metrics.image_sets import BEST, TRANSLATED, WITHOUT_NCE, halves_name, untranslated_name
-from fastnce.metrics.pairs import format_pair_table, pair_numbers
+from fastnce.metrics.image_sets import (
+    BEST,
+    TRANSLATED,
+    WITHOUT_NCE,
+    format_pair_table,
+    halves_name,
+    pair_numbers,
+    untranslated_name,
+)
 from fastnce.metrics.segmentation import (
     LabelKind,
     ScriptedSegmenter,
@@ -194,7 +200,7 @@ def judge_pairs(
     """L1, PSNR and SSIM of folders of translated test images of a set of pairs, each against its own truth.
 
     The files have the names of the test images, as `fastnce translate` gives them, with any extension; some may be missing. The
-    result is {"reference", "rows": [{"name"} and `fastnce.metrics.pairs.pair_numbers`, ...]}.
+    result is {"reference", "rows": [{"name"} and `fastnce.metrics.image_sets.pair_numbers`, ...]}.
     """
     source, truth = find_pairs(data, "test", how.direction)
     partners = dict(zip(source.paths, truth.paths, strict=True))

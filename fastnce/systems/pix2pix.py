@@ -218,7 +218,7 @@ class Pix2PixSystem(TranslationSystem):
         return {}
 
     def preview(self, config: Pix2PixConfig, dataset: AlignedImages) -> Callable[[nn.Module], Rows]:
-        from fastnce.data.aligned import find_pairs
+        from fastnce.data.domains import find_pairs
 
         split = "test"
         try:

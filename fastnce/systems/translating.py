@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastnce.data import EXTENSIONS, Preprocess, list_images, save_image, to_uint8
-from fastnce.data.aligned import find_pairs
 from fastnce.data.broken import readable
-from fastnce.data.domains import half_of
+from fastnce.data.domains import find_pairs, half_of
 from fastnce.data.files import expect_apart
 from fastnce.data.images import (
     UnfitFile,

@@ -18,7 +18,7 @@ from fastnce.data.images import fitting_suffixes, read_image, to_array, to_image
 from fastnce.data.transforms import resize_to_multiple
 from fastnce.errors import UserError
 from fastnce.networks import PatchProjector
-from fastnce.networks.geometry import pixel_grid
+from fastnce.networks.resnet_generator import pixel_grid
 from fastnce.systems import TrainConfig, variants
 from fastnce.systems.translating import image_scaling
 from fastnce.systems.translation import convert_channels

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from torch import Tensor
 
-from fastnce.networks.geometry import PixelGrid
+from fastnce.networks.resnet_generator import PixelGrid
 from fastnce.viz.plots import as_rgb, new_figure, save_figure
 
 if TYPE_CHECKING:
