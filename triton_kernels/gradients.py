@@ -95,7 +95,6 @@ class RowGradients:
         launch(
             _row_gradients_kernel,
             (cdiv(len(rows), block),),
-            {"num_warps": 4, "num_stages": 2},
             x=rows.x,
             x_scale=rows.scale,
             inverse=rows.inverse,

@@ -243,7 +243,6 @@ def _solved(problem, parts, column_parts, fused, own) -> Solution:
     launch(
         _losses_kernel,
         (cdiv(total, _BLOCK),),
-        {"num_warps": 4, "num_stages": 2},
         positive=problem.positive,
         query_scale=problem.query.for_similarity.scale,
         key_scale=problem.key.for_similarity.scale,

@@ -25,7 +25,6 @@ from .tiles import LABELLED, LN_2, SUP_CON, TWO_C, load_pair_logits
 
 Gradients = tuple[Tensor | None, ...]
 _BLOCK = 128
-_OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
 # SupCon; NT-Xent is the one with two rows of each label.
@@ -50,7 +49,6 @@ def sup_con_forward(
     launch(
         _sup_con_kernel,
         (cdiv(len(labels), _BLOCK),),
-        _OPTIONS,
         largest=parts.largest,
         sums=parts.sum,
         same=parts.a,
@@ -133,7 +131,6 @@ def conditional_contrastive_forward(
     launch(
         _two_c_kernel,
         (cdiv(len(labels), _BLOCK),),
-        _OPTIONS,
         to_proxy=to_proxy,
         row_scale=rows.scale,
         proxy_scale=packed_proxies.scale,

@@ -73,7 +73,6 @@ def fold(
     launch(
         _fold_kernel,
         (cdiv(total, _BLOCK),),
-        {"num_warps": 4, "num_stages": 2},
         largest=parts.largest,
         sums=parts.sum,
         a=parts.a,
