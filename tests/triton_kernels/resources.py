@@ -1,13 +1,21 @@
-"""The share of a multiprocessor that a compiled kernel takes, and what is wrong with it."""
+"""The share of a multiprocessor that a compiled kernel takes, and what is wrong with it; remembered from run to run."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import hashlib
+import importlib
+import json
 import multiprocessing
 import re
+import time
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
+
+import triton
 
 from benchmarks.launches import SHARED_MEMORY, Launch, compiled
 
@@ -19,6 +27,8 @@ SPILLS_ALLOWED = {"_fold_kernel": 16, "_row_gradients_kernel": 16, "_scatter_ker
 # On sm_100 ptxas stops at 128 of the 255 registers (or at 80), so that more programs run side by side, and saves up to five for it.
 _OCCUPANCY_REGISTERS, _OCCUPANCY_SPILLS = 128, 20
 _TILE = ("HEAD", "TAIL", "BLOCK_M", "BLOCK_N", "BLOCK_D", "PRECISION")
+# Bumped when the meaning of what is remembered changes.
+_FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +94,41 @@ def resources(launch: Launch, target: int) -> Resources:
     )
 
 
+class Memory:
+    """Results by what they depend on: the kernel's source with all that it calls, the launch, target and compiler.
+
+    One line of JSON each, added as soon as it is known, so that a sweep that was stopped goes on where it was.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path, self._known = path, {}
+        if path is not None and path.exists():
+            for line in path.read_text().splitlines():
+                key, values = json.loads(line)
+                instructions = tuple(values.pop("instructions"))
+                self._known[key] = Resources(**values, instructions=instructions)
+
+    def get(self, job: Job) -> Resources | None:
+        """The result remembered of a launch for a target."""
+        return self._known.get(_key(*job))
+
+    def put(self, job: Job, result: Resources) -> None:
+        """Remembers a result."""
+        key = _key(*job)
+        self._known[key] = result
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(json.dumps([key, dataclasses.asdict(result)]) + "\n")
+
+
+def _key(launch: Launch, target: int) -> str:
+    module, _, name = launch.kernel.rpartition(".")
+    source = getattr(importlib.import_module(module), name).cache_key
+    text = f"{_FORMAT} {triton.__version__} {target} {source} {launch!r}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _attempt(job: Job) -> Resources | str:
     warnings.simplefilter("ignore")
     try:
@@ -92,12 +137,27 @@ def _attempt(job: Job) -> Resources | str:
         return f"{job[0].name} for sm_{job[1]}: {type(error).__name__}: {error}"
 
 
-def all_resources(jobs: Iterable[Job], processes: int = 2) -> dict[Job, Resources | str]:
-    """Compiles side by side in ``processes``; Triton keeps what it has compiled. Job -> resources, or the compiler's error."""
+def all_resources(
+    jobs: Iterable[Job], memory: Memory, processes: int = 2, deadline: float = float("inf")
+) -> dict[Job, Resources | str]:
+    """Compiles what is not remembered, side by side in ``processes``, and remembers it.
+
+    Returns:
+        Job -> resources, or the compiler's error. Those not begun by ``deadline``, of ``time.monotonic()``, are missing.
+    """
     jobs = list(dict.fromkeys(jobs))
-    if processes == 1 or len(jobs) < 4:
-        return {job: _attempt(job) for job in jobs}
-    # Not forked: PyTorch's threads would not survive it.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        return dict(zip(jobs, pool.map(_attempt, jobs, chunksize=4), strict=True))
+    found = {job: known for job in jobs if (known := memory.get(job)) is not None}
+    missing = [job for job in jobs if job not in found]
+    timely = (job for job in missing if time.monotonic() < deadline)
+    with contextlib.ExitStack() as stack:
+        results = map(_attempt, timely)
+        if processes > 1 and len(missing) >= 4:
+            # Not forked: PyTorch's threads would not survive it.
+            context = multiprocessing.get_context("spawn")
+            pool = concurrent.futures.ProcessPoolExecutor(processes, mp_context=context)
+            results = stack.enter_context(pool).map(_attempt, timely, chunksize=4)
+        for job, result in zip(missing, results, strict=False):
+            found[job] = result
+            if not isinstance(result, str):
+                memory.put(job, result)
+    return found

@@ -1,7 +1,7 @@
 """Every kernel in every form, compiled for every target; ``make triton-sweep``. Needs Triton, but no GPU.
 
-Writes the table of registers, spills and shared memory, and ends with status 1 where something is wrong. Triton keeps what it has
-compiled in its cache: stopped, the same command goes on.
+Writes the table of registers, spills and shared memory, and ends with status 1 where something is wrong or missing. What was
+compiled is remembered in ``out/triton-sweep``: stopped, the same command goes on.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import calls  # noqa: E402
-from resources import Resources, all_resources  # noqa: E402
+from resources import Memory, Resources, all_resources  # noqa: E402
 
 from benchmarks import report  # noqa: E402
 from benchmarks.launches import Launch, as_on  # noqa: E402
@@ -111,7 +112,7 @@ def rows(results: list[Resources]) -> list[dict[str, object]]:
     return sorted(table, key=lambda row: str([*row.values()][:6]))
 
 
-def markdown(table: list[dict], wrong: list[str], tuned: int) -> str:
+def markdown(table: list[dict], wrong: list[str], missing: int, tuned: int) -> str:
     """The table, a line for each kernel and dtype."""
     lines = []
     for kernel, dtype in dict.fromkeys((row["kernel"], row["dtype"]) for row in table):
@@ -119,7 +120,7 @@ def markdown(table: list[dict], wrong: list[str], tuned: int) -> str:
         cells = (_cell([row for row in of if row["target"] == target]) for target in TARGETS)
         lines.append((f"`{kernel.strip('_').removesuffix('_kernel')}`", dtype, *cells))
     more = f", and {tuned} with the further tiles of autotuning" if tuned else ""
-    count = f"{sum(row['forms'] for row in table)} launches compiled{more}."
+    count = f"{sum(row['forms'] for row in table)} launches compiled{more}; {missing} left out."
     notes = [f"Spills: {_place(row)}, {row['spills']} bytes." for row in table if row["spills"]]
     notes += [f"Wrong: {line}" for line in wrong] or ["Nothing is wrong with what was compiled."]
     return f"""\
@@ -157,28 +158,32 @@ def main(argv: list[str] | None = None) -> int:
     add("--depths", type=int, nargs="+", default=calls.DEPTHS)
     add("--tuned", action="store_true", help="the further tiles of autotuning as well")
     add("--processes", type=int, default=2)
+    add("--seconds", type=float, default=float("inf"), help="begin none after this time")
     add("--out", type=Path, help="folder of the table; without it only faults are printed")
     args = parser.parse_args(argv)
 
+    deadline = time.monotonic() + args.seconds
     chosen = [x for capability in args.targets for x in jobs(capability, args.dtypes, args.depths)]
     tuned = (
         {x for capability in args.targets for x in tuned_jobs(capability)} if args.tuned else set()
     )
-    found = all_resources((*chosen, *tuned), args.processes)
+    memory = Memory(ROOT / "out/triton-sweep/resources.jsonl")
+    found = all_resources((*chosen, *tuned), memory, args.processes, deadline)
     good = {job: each for job, each in found.items() if isinstance(each, Resources)}
     wrong = [each for each in found.values() if isinstance(each, str)]
     wrong += [fault for job, each in good.items() for fault in each.faults(job in tuned)]
+    missing = len(chosen) + len(tuned) - len(found)
     if args.out:
         table = rows([each for job, each in good.items() if job not in tuned])
         text = ",\n".join(json.dumps(row) for row in table)
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "triton-resources.json").write_text(f"[\n{text}\n]\n")
         (args.out / "triton-resources.md").write_text(
-            markdown(table, wrong, len(good.keys() & tuned))
+            markdown(table, wrong, missing, len(good.keys() & tuned))
         )
     print("\n".join(wrong))
-    print(f"{len(found)} launches compiled, {len(wrong)} wrong")
-    return 1 if wrong else 0
+    print(f"{len(found)} of {len(chosen) + len(tuned)} launches compiled, {len(wrong)} wrong")
+    return 1 if wrong or missing else 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import calls
 import sweep
-from resources import Resources, all_resources, resources
+from resources import Memory, Resources, all_resources, resources
 
 from benchmarks.launches import Launch, as_on, compiled, recorded
 from fastnce import triton_kernels
@@ -26,7 +26,7 @@ DEPTHS = (256, 768)
 
 
 def faults(jobs: list[tuple[Launch, int]]) -> list[str]:
-    found = all_resources(jobs).values()
+    found = all_resources(jobs, Memory()).values()
     return [fault for x in found for fault in ([x] if isinstance(x, str) else x.faults())]
 
 
@@ -110,15 +110,24 @@ def test_what_is_a_fault(changes, fault):
     assert [line.startswith(fault) for line in found] == [True] if fault else found == []
 
 
-def test_a_tile_that_autotuning_tries_may_be_slow():
-    assert dataclasses.replace(GOOD, spills=4, shared=228 * 1024).faults(tuned=True) == []
+def test_a_sweep_goes_on_where_it_was(tmp_path):
+    """A result is remembered on disk; another launch or target is another result."""
+    (job, other) = sweep.jobs(90, ["bf16"], (64,), (True,))[:2]
+    path = tmp_path / "memory.jsonl"
+    Memory(path).put(job, GOOD)
+    assert Memory(path).get(job) == GOOD
+    for missing in (other, (job[0], 80)):
+        assert Memory(path).get(missing) is None
+    assert all_resources([job], Memory(path)) == {job: GOOD}, "not compiled again"
+    assert all_resources([job, other], Memory(path), deadline=0.0).keys() == {job}
 
 
 def test_the_sweep_s_table():
+    assert dataclasses.replace(GOOD, spills=4).faults(tuned=True) == []  # it may be slow
     table = sweep.rows([GOOD, dataclasses.replace(GOOD, spills=4, registers=255)])
     assert [(row["registers"], row["spills"], row["forms"]) for row in table] == [(255, 4, 2)]
-    text = sweep.markdown(table, ["_x for sm_90: broken"], 0)
-    assert "255, 4, 1 (2)" in text and "2 launches compiled." in text
+    text = sweep.markdown(table, ["_x for sm_90: broken"], 0, 0)
+    assert "255, 4, 1 (2)" in text and "2 launches compiled; 0 left out." in text
     assert "Wrong: _x for sm_90: broken" in text
 
 
