@@ -36,7 +36,6 @@ _SUITES = [
     "tests/triton_kernels/test_triton_numerics.py",
     "tests/triton_kernels/test_triton_fp8.py",
     "tests/cuda_kernels/test_cuda_losses.py",
-    "tests/cuda_kernels/test_cuda_patch_nce.py",
     "tests/cuda_kernels/test_cuda_sample_patches.py",
 ]
 # Under a sanitizer a kernel runs many times slower: the ops' own tests on the one backend, and of these the plain ones.
