@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from cut_transcription import FAST, TINY, batches, draw_ids, make
+from transcriptions import FAST, TINY, batches, draw_ids, make
 
 import fastnce
 from fastnce.errors import UserError
@@ -73,8 +73,7 @@ def test_bf16_trains_every_network(changes):
     config = replace(TINY, **changes)
     model = make(replace(config, precision="bf16"), dtype=torch.float32)
     truth = make(config, dtype=torch.float32)
-    channels = (config.in_channels, config.out_channels)
-    batch = batches(1, dtype=torch.float32, channels=channels)[0]
+    batch = batches(1, config, torch.float32)[0]
     ids, results = draw_ids(truth, 0), []
     for each in (model, truth):
         torch.manual_seed(0)
@@ -115,7 +114,7 @@ def test_initialisation_gain():
 
 def test_any_channels_without_contrastive_loss():
     config = replace(TINY, in_channels=4, out_channels=2, lambda_nce=0.0)
-    batch = batches(1, dtype=torch.float32, channels=(4, 2))[0]
+    batch = batches(1, config, torch.float32)[0]
     assert CUT(config).training_step(batch)["G"].isfinite()
 
 

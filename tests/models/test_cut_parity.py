@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cut_transcription import FAST, TINY, Transcription, batches, draw_ids, gradient_pairs, make
+from transcriptions import FAST, TINY, CUTSteps, batches, check_steps, draw_ids, make
 
 from fastnce.models import CUT, CUTConfig
 
@@ -70,27 +70,12 @@ CASES = {
 def test_three_steps_follow_the_equations(case, backend):
     config, flips = CASES[case]
     model = make(replace(config, backend=backend))
-    truth = Transcription(model, config.norm_floor)
-    ids = draw_ids(model, 2) if config.num_patches else {"NCE": None, "NCE_Y": None}
-    given = ids if config.num_patches else None
-    channels = (config.in_channels, config.out_channels)
-    steps = zip(batches(3, channels=channels), flips or [False] * 3, strict=True)
-    for step, (batch, flip) in enumerate(steps):
-        torch.manual_seed(step)  # of the penalty's places
-        losses = model.training_step(batch, flip=flip, patch_ids=given)
-        torch.manual_seed(step)
-        expected = truth.step(batch, ids, flip)
-        assert set(losses) == set(expected)
-        for name, value in expected.items():
-            torch.testing.assert_close(losses[name], value.detach(), rtol=1e-6, atol=1e-9)
-        pairs = gradient_pairs(model, truth)
-        for name, (one, other) in pairs.items():
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9, msg=name)
-        # Every network's gradient is well above the tolerance.
-        for letter in model.optimizers:
-            assert (
-                max(one.abs().max() for name, (one, _) in pairs.items() if name[0] == letter) > 1e-5
-            )
+    ids = draw_ids(model, 2)
+    steps = [
+        (batch, {"flip": flip, "patch_ids": ids})
+        for batch, flip in zip(batches(3, config), flips or [False] * 3, strict=True)
+    ]
+    check_steps(model, CUTSteps(model, config.norm_floor), steps)
 
 
 def distances_at_the_published_initialisation(
@@ -106,17 +91,14 @@ def distances_at_the_published_initialisation(
         base_channels=16, disc_channels=16, num_patches=64, projection_dim=64, **options
     )
     model = CUT(config, (64, 64))
-    plain, exact = Transcription(model, floor), Transcription(model, floor)
-    for network in (exact.g, exact.d, exact.f):
-        network.double()
+    plain, exact = CUTSteps(model, floor), CUTSteps(model, floor)
+    exact.networks.double()
     found = []
-    for step, batch in enumerate(batches(steps, 1, torch.float32, side=(64, 64))):
+    for step, batch in enumerate(batches(steps, config, torch.float32, size=1, side=(64, 64))):
         ids = draw_ids(model, step, (64, 64))
-        for truth in (
-            plain,
-            exact,
-        ):  # else Adam turns rounding into steps: its first ones are signs
-            truth.copy_state(model)
+        # Else Adam turns rounding into steps: its first ones are signs.
+        plain.copy_state(model)
+        exact.copy_state(model)
         losses = model.training_step(batch, patch_ids=ids)
         plain.step(batch, ids, False)
         expected = exact.step({name: x.double() for name, x in batch.items()}, ids, False)
@@ -125,7 +107,7 @@ def distances_at_the_published_initialisation(
             for name, value in expected.items()
             if value.abs() > 1e-6  # D_fake begins at 1e-9
         }
-        of_plain, of_exact = gradient_pairs(model, plain), gradient_pairs(model, exact)
+        of_plain, of_exact = plain.gradient_pairs(model), exact.gradient_pairs(model)
         for name, (one, truth) in of_exact.items():
             rounding = (of_plain[name][1] - truth).norm()
             # A bias in front of a norm has no gradient but rounding: its layer's weight gives the scale.

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cut_transcription import TINY, batches, draw_ids, make
 from torch import Tensor
+from transcriptions import TINY, batches, draw_ids, make
 
 import fastnce
 from fastnce.networks import PatchProjector
