@@ -8,7 +8,6 @@ are cheaper in a larger batch would make the true share larger by that factor.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +18,7 @@ import torch
 import fastnce
 from benchmarks import baselines, machine, report
 from benchmarks.case import Draw
-from benchmarks.timing import seconds_of
+from benchmarks.timing import median_seconds
 from fastnce.models import ContraGAN, ContraGANConfig
 from fastnce.training import build_config
 
@@ -37,16 +36,12 @@ _COLUMNS = (
 )
 
 
-def _seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
-    return statistics.median(seconds_of(call, 1 + repeats, device)[1:])
-
-
 def _loss_seconds(config: ContraGANConfig, count: int, op: Callable, device: torch.device) -> float:
     draw = Draw(device, torch.float32)
     embeddings = draw.normal(count, config.embed_dim).requires_grad_()
     labels = draw.labels(count, config.num_classes)
     proxies = draw.normal(config.num_classes, config.embed_dim)[labels].requires_grad_()
-    return _seconds(lambda: op(embeddings, proxies, labels).backward(), _LOSS_REPEATS, device)
+    return median_seconds(lambda: op(embeddings, proxies, labels).backward(), _LOSS_REPEATS, device)
 
 
 def measure(preset: str, count: int, timed: int, device: torch.device) -> dict:
@@ -61,7 +56,7 @@ def measure(preset: str, count: int, timed: int, device: torch.device) -> dict:
         "image": torch.rand(total, *size, device=device) * 2 - 1,
         "label": torch.randint(config.num_classes, (total,), device=device),
     }
-    step = _seconds(lambda: model.training_step(batch), _NETWORK_REPEATS, device)
+    step = median_seconds(lambda: model.training_step(batch), _NETWORK_REPEATS, device)
     networks, updates = step * count / timed, config.d_steps + 1
     losses = {
         "fused": fastnce.conditional_contrastive,
@@ -118,9 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(measure(preset, count, count if device.type == "cuda" else timed, device))
         print(rows[-1], file=sys.stderr)
     text = table(rows, f"The 2C loss within a ContraGAN step on {facts['device']}")
-    print(text)
-    stem = f"{machine.slug(facts['device'])}-class-loss-share"
-    report.save(args.out, stem, {"machine": facts, "rows": rows}, text)
+    report.publish(args.out, "class-loss-share", facts, {"rows": rows}, text)
     return 0
 
 

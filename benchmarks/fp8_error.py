@@ -6,7 +6,6 @@ the rounding. It is the same on every backend, up to the order of sums.
 
 from __future__ import annotations
 
-import argparse
 import math
 
 import torch
@@ -97,12 +96,5 @@ def table() -> str:
     return report.table(columns, lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    prog = "python -m benchmarks.fp8_error"
-    argparse.ArgumentParser(prog=prog, description=__doc__.split("\n")[0]).parse_args(argv)
-    print(table())
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    print(table())

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.machine import ROOT, slug
+
 FORMAT = 2
 _COLUMNS = (
     "provider",
@@ -38,6 +39,14 @@ def save(out: Path | None, stem: str, document: dict[str, Any], text: str) -> No
         # A reason may quote a path of this checkout.
         beside.write_text(content.replace(f"{ROOT}/", ""))
         os.replace(beside, out / f"{stem}{name}")
+
+
+def publish(
+    out: Path | None, name: str, machine: dict[str, Any], document: dict[str, Any], text: str
+) -> None:
+    """Prints a text, and saves it and the document, with the machine's facts, as ``<device>-<name>``."""
+    print(text)
+    save(out, f"{slug(machine['device'])}-{name}", {"machine": machine, **document}, text)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -264,31 +273,38 @@ def _plot(path: Path, title: str, results: list[dict[str, Any]]) -> bool:
 
 def _draw_panel(axes, entry: dict[str, Any], eager: float, timed: list[dict[str, Any]]) -> None:
     speeds = [eager / _median(row) for row in timed]
+    names = [row["name"] for row in timed]
     limit = 1.3 * max(*speeds, 1.0)  # a single wild quartile must not make all bars short
-    for y, (row, speed) in enumerate(zip(timed, speeds, strict=True)):
-        # The quartiles of the time, as speeds.
-        ends = [min(limit, eager / row["seconds"][name]) for name in ("q3", "q1")]
-        axes.barh(y, speed, color="#c44e52" if row["ours"] else "#b4bfce", height=0.78)
-        axes.plot(ends, [y, y], color="#333333", linewidth=1.2, solid_capstyle="butt")
-        share = f", {_percent(row['share_of_peak'])} of peak" if "share_of_peak" in row else ""
-        axes.annotate(
-            f"{speed:.2f}x   {duration(_median(row))}{share}",
-            (max(speed, *ends), y),
-            (5, 0),
-            textcoords="offset points",
-            va="center",
-            size=8,
-            weight="bold" if row["ours"] else "normal",
-        )
+    # The quartiles of the time, as speeds.
+    slow, quick = (
+        [min(limit, eager / row["seconds"][quartile]) for row in timed] for quartile in ("q3", "q1")
+    )
+    beside = [
+        [max(0.0, speed - low) for speed, low in zip(speeds, slow, strict=True)],
+        [max(0.0, high - speed) for speed, high in zip(speeds, quick, strict=True)],
+    ]
+    bars = axes.barh(
+        names,
+        speeds,
+        xerr=beside,
+        color=["#c44e52" if row["ours"] else "#b4bfce" for row in timed],
+        height=0.78,
+        error_kw={"ecolor": "#333333", "elinewidth": 1.2},
+    )
+    labels = [
+        f"{speed:.2f}x   {duration(_median(row))}"
+        + (f", {_percent(row['share_of_peak'])} of peak" if "share_of_peak" in row else "")
+        for row, speed in zip(timed, speeds, strict=True)
+    ]
+    shown = axes.bar_label(bars, labels, padding=5, size=8)
+    for row, *texts in zip(timed, shown, axes.get_yticklabels(), strict=True):
+        for text in texts:
+            text.set_weight("bold" if row["ours"] else "normal")
     axes.set_title(f"{entry['case']} ({entry['dtype']})", size=9, loc="left", weight="bold", pad=3)
-    axes.set_yticks(range(len(timed)), [row["name"] for row in timed], size=8)
-    for label, row in zip(axes.get_yticklabels(), timed, strict=True):
-        label.set_weight("bold" if row["ours"] else "normal")
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, labelsize=8)
     axes.tick_params(axis="x", labelsize=7)
     axes.set_ylim(len(timed) - 0.5, -0.5)
     axes.set_xlim(0, 1.3 * limit)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
     axes.axvline(1.0, color="#333333", linewidth=0.8, linestyle=(0, (4, 3)))
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -80,6 +80,11 @@ def seconds_of(call: Callable[[], Any], count: int, device: torch.device) -> lis
     return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
 
 
+def median_seconds(call: Callable[[], Any], count: int, device: torch.device) -> float:
+    """The median of ``count`` calls, after two that warm up."""
+    return statistics.median(seconds_of(call, 2 + count, device)[2:])
+
+
 def in_turns(
     calls: dict[str, Callable[[], Any]], rounds: int, counts: dict[str, int], device: torch.device
 ) -> dict[str, list[float]]:
