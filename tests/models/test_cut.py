@@ -65,11 +65,13 @@ def test_a_and_b_of_different_sizes():
     assert model.training_step(batch)["D_real"] == (real - 1).square().mean()
 
 
-def test_initialisation_gain():
+@pytest.mark.parametrize(("changes", "gain"), [({}, 0.02), ({"init_gain": 0.5}, 0.5)])
+def test_initialisation_gain(changes, gain):
     torch.manual_seed(0)
-    weight = CUT(replace(TINY, base_channels=32, init_gain=0.5)).generator.model[8].weight
+    conv = CUT(replace(TINY, base_channels=32, **changes)).generator.model[8]
     fan = (64 + 128) * 9
-    assert weight.std().item() == pytest.approx(0.5 * (2 / fan) ** 0.5, rel=0.02)
+    assert conv.weight.std().item() == pytest.approx(gain * (2 / fan) ** 0.5, rel=0.02)
+    assert not conv.bias.any()
 
 
 def test_any_channels_without_contrastive_loss():
