@@ -27,14 +27,6 @@ PROVIDERS = ("eager fp32", "fastnce fp32", "fastnce bf16")
 _CHECK_SIZE = 64
 # Multiply-adds of a step on two 256 x 256 images, in 1e9: as published, and without the second pass for the keys.
 _GMAC = {"eager": 711.6, "fastnce": 642.7}
-_COLUMNS = (
-    "step",
-    "seconds",
-    "eager / this",
-    "GMAC/s of the published step",
-    "peak memory, MB",
-    "share of eager's",
-)
 _GROUPS = {
     "3x3 convolutions (Winograd)": ("fastnce::conv3x3",),
     "other convolutions (oneDNN)": ("aten::mkldnn_convolution", "aten::convolution_backward"),
@@ -172,10 +164,15 @@ def markdown(facts: Mapping, results: Mapping) -> str:
     steps = []
     for provider, seconds in times.items():
         median, peak = statistics.median(seconds), results["peak_bytes"][provider]
-        spread = f"{median:.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
-        rate = f"{_GMAC['eager'] / median * (size / 256) ** 2:.0f}"
-        sizes = (f"{peak / 1e6:.0f}", f"{peak / eager_peak:.2f}")
-        steps.append((provider, spread, f"{eager / median:.2f}", rate, *sizes))
+        step = {
+            "step": provider,
+            "seconds": f"{median:.2f} ({min(seconds):.2f} to {max(seconds):.2f})",
+            "eager / this": f"{eager / median:.2f}",
+            "GMAC/s of the published step": f"{_GMAC['eager'] / median * (size / 256) ** 2:.0f}",
+            "peak memory, MB": f"{peak / 1e6:.0f}",
+            "share of eager's": f"{peak / eager_peak:.2f}",
+        }
+        steps.append(step)
     shares = [
         (group, *(f"{of[group]:.2f}" for of in results["breakdown"].values()))
         for group in (*_GROUPS, "other")
@@ -185,7 +182,7 @@ def markdown(facts: Mapping, results: Mapping) -> str:
 
 {size} x {size}, batch 1, {facts["threads"]} threads, median of {len(seconds)} steps in turns (smallest to largest).
 
-{report.table(_COLUMNS, steps)}
+{report.table_of(steps)}
 
 Where the time of a profiled step goes, seconds:
 

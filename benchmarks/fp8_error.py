@@ -76,24 +76,20 @@ def measure(name: str, dim: int, seed: int = 0) -> dict[str, object]:
 
 def table() -> str:
     """Markdown."""
-    columns = (
-        "rows",
-        "D",
-        "cosine, rms",
-        "times sqrt(D)",
-        "cosine, largest",
-        "loss",
-        "its error",
-        "gradient's error",
-    )
     lines = []
     for row in (measure(name, dim) for name in DISTRIBUTIONS for dim in DIMS):
-        rms, loss = row["cosine_rms"], row["loss"]
-        scaled, largest = f"{rms * math.sqrt(row['dim']):.3f}", f"{row['cosine_max']:.1e}"
-        errors = (f"{row['loss_error']:+.1e}", f"{100 * row['gradient_error']:.1f} %")
-        dim = str(row["dim"])
-        lines.append((row["rows"], dim, f"{rms:.1e}", scaled, largest, f"{loss:.3f}", *errors))
-    return report.table(columns, lines)
+        line = {
+            "rows": row["rows"],
+            "D": str(row["dim"]),
+            "cosine, rms": f"{row['cosine_rms']:.1e}",
+            "times sqrt(D)": f"{row['cosine_rms'] * math.sqrt(row['dim']):.3f}",
+            "cosine, largest": f"{row['cosine_max']:.1e}",
+            "loss": f"{row['loss']:.3f}",
+            "its error": f"{row['loss_error']:+.1e}",
+            "gradient's error": f"{100 * row['gradient_error']:.1f} %",
+        }
+        lines.append(line)
+    return report.table_of(lines)
 
 
 if __name__ == "__main__":

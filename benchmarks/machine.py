@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def describe(device: torch.device) -> dict[str, Any]:
     """The facts by which a reader judges a timing: hardware, versions, threads, and what else was running."""
     facts = {
-        "device": device_name(device),
+        "device": f"{_cpu_model()}, {os.cpu_count()} cores",
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -45,6 +45,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts |= {
+            "device": torch.cuda.get_device_name(device),
             "gpu_memory_gb": round(properties.total_memory / 1e9, 1),
             "multiprocessors": properties.multi_processor_count,
             "compute_capability": f"{properties.major}.{properties.minor}",
@@ -52,13 +53,6 @@ def describe(device: torch.device) -> dict[str, Any]:
             "driver": _driver(),
         }
     return facts
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with its number of cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_cpu_model()}, {os.cpu_count()} cores"
 
 
 def slug(name: str) -> str:

@@ -11,16 +11,6 @@ from typing import Any
 from benchmarks.machine import ROOT, slug
 
 FORMAT = 2
-_COLUMNS = (
-    "provider",
-    "median",
-    "quartiles",
-    "against eager",
-    "GFLOP/s",
-    "of peak",
-    "of mm",
-    "memory",
-)
 _LEGEND = (
     "Times are forward and backward together where gradients are named, medians of interleaved calls. GFLOP/s count only the "
     "products that loss and gradients cannot do without. *of peak* is that rate as a share of the multiply-adds that the "
@@ -53,12 +43,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Markdown, the columns aligned."""
     lines = [columns, *rows]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    text = [
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))} |"
-        for cells in lines
-    ]
+    text = [f"| {' | '.join(map(str.ljust, cells, widths))} |" for cells in lines]
     text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(text)
+
+
+def table_of(rows: Sequence[dict[str, str]]) -> str:
+    """Markdown of rows that have the same keys, the titles."""
+    return table([*rows[0]], [[*row.values()] for row in rows])
 
 
 def write(
@@ -110,20 +102,14 @@ def case_table(entry: dict[str, Any]) -> str:
         facts += f"; peak {entry['fma_peak_gflops']:,.0f} GFLOP/s"
     timed = [row for row in entry["providers"] if row["seconds"]]
     eager = next((row for row in timed if row["name"] == "eager"), None)
-    columns, rows = [*_COLUMNS], [_cells(row, eager) for row in timed]
-    if alone:
-        columns.append("the op's share")
-        for cells, row in zip(rows, timed, strict=True):
-            cells.append(_share(row, eager))
-    if any("rank_peak_bytes" in row for row in timed):
-        columns.append("peak per rank")
-        for cells, row in zip(rows, timed, strict=True):
-            cells.append(f"{row['rank_peak_bytes'] / 1e6:,.0f} MB")
+    rows = [_cells(row, eager) for row in timed]
     unmeasured = {row["peak_extra_note"] for row in entry["providers"] if "peak_extra_note" in row}
-    notes = [
-        f"- {row['name']}: {_note(row)}" for row in entry["providers"] if row["status"] != "ok"
-    ]
-    parts = [heading, facts, *([table(columns, rows)] if rows else [])]
+    notes = []
+    for row in entry["providers"]:
+        status = "" if row["status"] in ("unavailable", "skipped") else f"{row['status'].upper()}, "
+        if row["status"] != "ok":
+            notes.append(f"- {row['name']}: {status}{row['reason']}")
+    parts = [heading, facts, *([table_of(rows)] if rows else [])]
     if unmeasured:
         parts.append(f"Peak memory is missing: {'; '.join(sorted(unmeasured))}.")
     if notes:
@@ -131,27 +117,28 @@ def case_table(entry: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _note(row: dict[str, Any]) -> str:
-    absent = row["status"] in ("unavailable", "skipped")
-    return row["reason"] if absent else f"{row['status'].upper()}, {row['reason']}"
-
-
 def _spread(seconds: dict[str, float]) -> str:
     return f"{duration(seconds['q1'])} to {duration(seconds['q3'])}"
 
 
-def _cells(row: dict[str, Any], eager: dict[str, Any] | None) -> list[str]:
+def _cells(row: dict[str, Any], eager: dict[str, Any] | None) -> dict[str, str]:
+    """By the columns' titles."""
     seconds, memory = row["seconds"], row.get("working_bytes")
-    return [
-        f"**{row['name']}**" if row["ours"] else row["name"],
-        duration(seconds["median"]),
-        f"{_spread(seconds)}, n = {seconds['samples']}",
-        f"{_median(eager) / seconds['median']:.2f}x" if eager else "",
-        _three_digits(row["gflops"]) if "gflops" in row else "",
-        _percent(row["share_of_peak"]) if "share_of_peak" in row else "",
-        _percent(row["share_of_matmul"]) if "share_of_matmul" in row else "",
-        f"{memory / 1e6:,.1f} MB" if memory is not None else "",
-    ]
+    cells = {
+        "provider": f"**{row['name']}**" if row["ours"] else row["name"],
+        "median": duration(seconds["median"]),
+        "quartiles": f"{_spread(seconds)}, n = {seconds['samples']}",
+        "against eager": f"{_median(eager) / seconds['median']:.2f}x" if eager else "",
+        "GFLOP/s": _three_digits(row["gflops"]) if "gflops" in row else "",
+        "of peak": _percent(row["share_of_peak"]) if "share_of_peak" in row else "",
+        "of mm": _percent(row["share_of_matmul"]) if "share_of_matmul" in row else "",
+        "memory": f"{memory / 1e6:,.1f} MB" if memory is not None else "",
+    }
+    if "seconds_above_alone" in row:
+        cells["the op's share"] = _share(row, eager)
+    if "rank_peak_bytes" in row:
+        cells["peak per rank"] = f"{row['rank_peak_bytes'] / 1e6:,.0f} MB"
+    return cells
 
 
 def _share(row: dict[str, Any], eager: dict[str, Any] | None) -> str:
@@ -179,8 +166,7 @@ def duration(seconds: float) -> str:
     """``12.3 ms``, with three digits."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= scale:
-            value = seconds / scale
-            return f"{_three_digits(value)} {unit}"
+            return f"{_three_digits(seconds / scale)} {unit}"
     return f"{seconds / 1e-9:.3g} ns"
 
 

@@ -172,9 +172,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     columns = ("op", "case", "provider", "must be", "is")
     met, missed = (sum(row["status"] == status for row in rows) for status in ("met", "missed"))
     count = f"{met} met, {missed} missed, {len(rows) - met - missed} not measured."
-    return (
-        f"{report.table(columns, [[row[name] for name in columns] for row in rows])}\n\n{count}\n"
-    )
+    shown = report.table(columns, [[row[name] for name in columns] for row in rows])
+    return f"{shown}\n\n{count}\n"
 
 
 _LEGEND = """\

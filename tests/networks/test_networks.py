@@ -34,11 +34,7 @@ def arange_image(size: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"),
-    [
-        (4, [2.5, 4, 8.5, 10]),
-        (5, [3, 4.5, 6, 10.5, 12, 13.5, 18, 19.5, 21]),
-    ],
+    ("size", "expected"), [(4, [2.5, 4, 8.5, 10]), (5, [3, 4.5, 6, 10.5, 12, 13.5, 18, 19.5, 21])]
 )
 def test_downsample_golden(size, expected):
     assert Downsample(1)(arange_image(size)).flatten().tolist() == expected
