@@ -67,23 +67,24 @@ def batches(
 
 
 def draw_ids(
-    model: CUT, seed: int, side: tuple[int, int] | None = None
+    model: nn.Module, seed: int, side: tuple[int, int] | None = None
 ) -> dict[str, list[Tensor]] | None:
-    """`num_patches` positions of each tapped map, for either loss; None for all of them."""
-    if not model.config.num_patches:
+    """`num_patches` positions of each tapped map, for every loss; None for all of them."""
+    config = model.config
+    if not config.num_patches:
         return None
     generator = torch.Generator().manual_seed(seed)
+    of_cut = isinstance(config, CUTConfig)
+    network = model.generator if of_cut else model.generators.a_to_b
     with torch.no_grad():
-        weight = next(model.generator.parameters())
-        sides = side or side_of(model.config)
-        image = torch.zeros(1, model.config.in_channels, *sides, dtype=weight.dtype)
-        maps = model.generator.encode(image, model.config.nce_layers)
+        dtype = next(network.parameters()).dtype
+        image = torch.zeros(1, config.in_channels, *(side or side_of(config)), dtype=dtype)
+        maps = network.encode(image, config.nce_layers)
     return {
         name: [
-            torch.randperm(x[0, 0].numel(), generator=generator)[: model.config.num_patches]
-            for x in maps
+            torch.randperm(x[0, 0].numel(), generator=generator)[: config.num_patches] for x in maps
         ]
-        for name in ("NCE", "NCE_Y")
+        for name in (("NCE", "NCE_Y") if of_cut else ("NCE1", "NCE2", "fake_A", "fake_B"))
     }
 
 
