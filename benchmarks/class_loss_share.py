@@ -17,7 +17,7 @@ import torch
 
 import fastnce
 from benchmarks import baselines, machine, report
-from benchmarks.case import Draw
+from benchmarks.cases import Draw
 from benchmarks.timing import median_seconds
 from fastnce.models import ContraGAN, ContraGANConfig
 from fastnce.training import build_config

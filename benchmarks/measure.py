@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from benchmarks import machine, memory, rivals
-from benchmarks.case import Call, Case, Inputs, Provider, leaves
+from benchmarks.cases import Call, Case, Inputs, Provider, leaves
 from benchmarks.timing import forget_upstream, run, time_interleaved
 
 Entry = dict[str, Any]

@@ -20,8 +20,7 @@ from torch import Tensor
 
 import fastnce
 from benchmarks import baselines, machine
-from benchmarks.case import Call, Case, Inputs, Provider
-from benchmarks.cases import network
+from benchmarks.cases import Call, Case, Inputs, Provider, network
 from fastnce.registry import OPS
 
 # Rivals that are quicker when compiled, and whose products are of the inputs' dtype. The reference multiplies in fp32.

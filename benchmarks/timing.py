@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.case import Call, Inputs, leaves
+from benchmarks.cases import Call, Inputs, leaves
 
 # The fewest and the most rounds, and the most calls of a provider in one.
 _ROUNDS, _MOST_CALLS = (3, 25), 200

@@ -20,7 +20,7 @@ from benchmarks import (
     targets,
 )
 from benchmarks.__main__ import main
-from benchmarks.case import Case, Provider
+from benchmarks.cases import Case, Provider
 from benchmarks.timing import quartiles, run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
