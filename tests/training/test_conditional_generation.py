@@ -7,10 +7,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES
 from PIL import Image
 from same_run import assert_identical
-from tiny import GENERATION
+from tiny import CLASSES, GENERATION
 
 from fastnce.demo.judges import DigitClassifier
 from fastnce.errors import UserError
