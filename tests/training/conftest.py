@@ -1,5 +1,8 @@
 """Tiny data sets of every kind, and tiny runs on them."""
 
+import itertools
+import signal
+
 import numpy as np
 import pytest
 from pictures import folders, noise, scripted
@@ -7,7 +10,8 @@ from PIL import Image
 from tiny import CLASSES, config_of
 from torch import Tensor, cat, nn
 
-from fastnce.training import train
+from fastnce.systems import SYSTEMS
+from fastnce.training import Interrupted, train
 
 
 class Colours(nn.Module):
@@ -89,3 +93,31 @@ def whole(made, tmp_path_factory):
         return runs[key]
 
     return run
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """Trains until this process gets a signal at the end of that training step, counted from now."""
+
+    def train_until(config, step, number=signal.SIGINT):
+        system, model_of = SYSTEMS[config.system], SYSTEMS[config.system].model
+
+        def model(config, dataset):
+            built = model_of(config, dataset)
+            training_step, steps = built.training_step, itertools.count(1)
+
+            def counted(batch):
+                losses = training_step(batch)
+                if next(steps) == step:
+                    signal.raise_signal(number)
+                return losses
+
+            built.training_step = counted
+            return built
+
+        with monkeypatch.context() as patch, pytest.raises(Interrupted) as stop:
+            patch.setattr(system, "model", model)
+            train(config)
+        assert stop.value.code == 130
+
+    return train_until
