@@ -57,11 +57,8 @@ def test_another_run_in_the_folder(tiny):
     train(tiny(steps=1))
     with pytest.raises(UserError) as error:
         train(tiny(steps=1, lr=0.5, nce_layers=[4], workers=3))
-    message = str(error.value)
-    assert (
-        "holds another run, with lr=0.0002 (now 0.5), nce_layers=[4, 8, 12] (now [4])." in message
-    )
-    assert "Name another folder" in message
+    other = "holds another run, with lr=0.0002 (now 0.5), nce_layers=[4, 8, 12] (now [4])."
+    assert other in str(error.value) and "Name another folder" in str(error.value)
 
 
 def test_a_run_from_before_an_option_was_there(tiny):
