@@ -5,9 +5,8 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-from PIL import Image
+from pictures import cut_short, folders
 
 from fastnce import cli, doctor, waiting
 from fastnce.backends import build, native
@@ -24,14 +23,8 @@ TINY = [
 
 @pytest.fixture
 def data(tmp_path):
-    root = tmp_path / "data"
-    rng = np.random.default_rng(0)
-    for folder in ("trainA", "trainB", "testA", "testB"):
-        (root / folder).mkdir(parents=True)
-        for index in range(3):
-            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / folder / f"{index}.png")
-    return root
+    counts = dict.fromkeys(("trainA", "trainB", "testA", "testB"), 3)
+    return folders(tmp_path / "data", counts, size=(32, 32))
 
 
 def run(capsys, *args):
@@ -85,6 +78,9 @@ MISTAKES = [
     ("translate --input x --out y --part up", "up"),
     ("translate --input x --out y stray", "stray"),
     ("translate --weights net.pt --input x --out y", "--checkpoint net.pt"),
+    ("translate --weights net.pth --input x --out y", "net.pth: no such file"),
+    ("translate --run r --weights net.pth --input x --out y", "two generators"),
+    ("translate --input x --out y", "name a generator: --run FOLDER"),
     ("data digits --out x --size", "--size"),
     ("evaluate", "either --run"),
     ("evaluate --run r --images i", "either --run"),
@@ -112,7 +108,7 @@ def test_mistakes_are_one_line(capsys, data, tmp_path, command, expected):
 
 
 def test_mistakes_in_files_are_one_line(capsys, data, tmp_path, monkeypatch):
-    (path := data / "trainB" / "2.png").write_bytes(path.read_bytes()[:1500])
+    cut_short(data / "trainB" / "2.png", 1500)
     assert_one_line(train(capsys, data, tmp_path / "run"), "trainB/2.png")
     for path in (data / "trainA").iterdir():
         path.unlink()
@@ -165,9 +161,9 @@ def test_help(capsys, command):
 def test_a_checkpoint_cut_short(capsys, data, tmp_path):
     out = tmp_path / "run"
     assert train(capsys, data, out)[0] == 0
-    path = out / "checkpoints" / "last.pt"
-    path.write_bytes(path.read_bytes()[:-200])
+    path = cut_short(out / "checkpoints" / "last.pt", 500)
     assert_one_line(train(capsys, data, out, "--steps", "4"), path, "damaged")
+    assert path.stat().st_size == 500
     result = run(capsys, "translate", "--run", out, "--input", data / "testA", "--out", out / "t")
     assert_one_line(result, path, "damaged")
 

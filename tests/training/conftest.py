@@ -1,18 +1,17 @@
 """Tiny data sets of every kind, and tiny runs on them."""
 
-import warnings
-from pathlib import Path
+import itertools
+import signal
 
 import numpy as np
 import pytest
-import torch
+from pictures import folders, noise, scripted
 from PIL import Image
-from tiny import config_of
-from torch import Tensor, nn
+from tiny import CLASSES, config_of
+from torch import Tensor, cat, nn
 
-from fastnce.training import train
-
-CLASSES = ("ant", "bee", "cat")
+from fastnce.systems import SYSTEMS
+from fastnce.training import Interrupted, train
 
 
 class Colours(nn.Module):
@@ -20,42 +19,24 @@ class Colours(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         mean = images.float().mean((2, 3)) / 255
-        return torch.cat([mean, mean * mean.roll(1, 1)], 1)
+        return cat([mean, mean * mean.roll(1, 1)], 1)
 
 
 @pytest.fixture(scope="session")
-def extractor(tmp_path_factory) -> Path:
+def extractor(tmp_path_factory):
     """A TorchScript file of `Colours`."""
-    path = tmp_path_factory.mktemp("extractor") / "colours.pt"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.script(Colours()).save(str(path))
-    return path
-
-
-def noise(path: Path, size=(20, 20), low=0, high=256, seed=0) -> Path:
-    """Writes a random RGB image of (width, height)."""
-    rng = np.random.default_rng(seed)
-    pixels = rng.integers(low, high, (*size[::-1], 3), dtype=np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-    return path
+    return scripted(Colours(), tmp_path_factory.mktemp("extractor") / "colours.pt")
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
+def data(tmp_path_factory):
     """trainA (5), trainB (3), testA (2) and testB (2): random 20x20 RGB images."""
-    root = tmp_path_factory.mktemp("data")
-    for seed, (folder, count) in enumerate(
-        zip(("trainA", "trainB", "testA", "testB"), (5, 3, 2, 2), strict=True)
-    ):
-        for index in range(count):
-            noise(root / folder / f"{index}.png", seed=10 * seed + index)
-    return root
+    counts = {"trainA": 5, "trainB": 3, "testA": 2, "testB": 2}
+    return folders(tmp_path_factory.mktemp("data"), counts)
 
 
 @pytest.fixture(scope="session")
-def single(tmp_path_factory) -> Path:
+def single(tmp_path_factory):
     """trainA: one image of 44x30; trainB: one of 25x50."""
     root = tmp_path_factory.mktemp("single")
     noise(root / "trainA" / "photo.png", (44, 30), seed=1)
@@ -64,34 +45,28 @@ def single(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pairs(tmp_path_factory) -> Path:
+def pairs(tmp_path_factory):
     """Smooth images and their negatives, side by side: 24 to train, 4 to test."""
-    root = tmp_path_factory.mktemp("pairs")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 24), ("test", 4)):
-        (root / split).mkdir()
-        for index in range(count):
-            small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    root = folders(tmp_path_factory.mktemp("pairs"), {"train": 24, "test": 4}, size=(4, 4))
+    for path in root.rglob("*.png"):
+        with Image.open(path) as small:
             a = np.asarray(small.resize((16, 16), Image.Resampling.BICUBIC))
-            both = np.concatenate([a, 255 - a], axis=1)
-            Image.fromarray(both).save(root / split / f"{index}.png")
+        Image.fromarray(np.concatenate([a, 255 - a], axis=1)).save(path)
     return root
 
 
 @pytest.fixture(scope="session")
-def classes(tmp_path_factory) -> Path:
+def classes(tmp_path_factory):
     """Five training and four test images of each of three classes, 16x16, darker and lighter."""
     root = tmp_path_factory.mktemp("classes")
-    for split, count in (("train", 5), ("test", 4)):
-        for shade, name in enumerate(CLASSES):
-            for index in range(count):
-                path, seed = root / split / name / f"{index}.png", 100 * shade + 10 * count + index
-                noise(path, (16, 16), 80 * shade, 80 * shade + 80, seed)
+    for shade, name in enumerate(CLASSES):
+        counts = {f"train/{name}": 5, f"test/{name}": 4}
+        folders(root, counts, size=(16, 16), low=80 * shade, high=80 * shade + 80)
     return root
 
 
 @pytest.fixture(scope="session")
-def made(data, single, pairs, classes) -> dict[str, Path]:
+def made(data, single, pairs, classes):
     return {"data": data, "single": single, "pairs": pairs, "classes": classes}
 
 
@@ -107,13 +82,42 @@ def tiny(made, tmp_path):
 
 @pytest.fixture(scope="session")
 def whole(made, tmp_path_factory):
-    """The tiny run of a variant, trained once, without a stop."""
+    """The tiny run of a variant, with changes, trained once without a stop; tests leave it as it is."""
     runs = {}
 
-    def run(variant="cut"):
-        if variant not in runs:
+    def run(variant="cut", **changes):
+        key = f"{variant} {changes}"
+        if key not in runs:
             out = tmp_path_factory.mktemp(variant) / "run"
-            runs[variant] = train(config_of(variant, made, out))
-        return runs[variant]
+            runs[key] = train(config_of(variant, made, out, **changes))
+        return runs[key]
 
     return run
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """Trains until this process gets a signal at the end of that training step, counted from now."""
+
+    def train_until(config, step, number=signal.SIGINT):
+        system, model_of = SYSTEMS[config.system], SYSTEMS[config.system].model
+
+        def model(config, dataset):
+            built = model_of(config, dataset)
+            training_step, steps = built.training_step, itertools.count(1)
+
+            def counted(batch):
+                losses = training_step(batch)
+                if next(steps) == step:
+                    signal.raise_signal(number)
+                return losses
+
+            built.training_step = counted
+            return built
+
+        with monkeypatch.context() as patch, pytest.raises(Interrupted) as stop:
+            patch.setattr(system, "model", model)
+            train(config)
+        assert stop.value.code == 130
+
+    return train_until

@@ -1,37 +1,39 @@
-"""Files that cannot be read, in training, measurement and translation."""
+"""Files that cannot be read, in training and measurement; the commands' own tests have theirs."""
 
 import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
+from pictures import cut_short, noise
 from same_run import checkpoint
 
 from fastnce.data.broken import BrokenFiles
 from fastnce.errors import UserError
-from fastnce.training import load_generator, train, translate_folder
+from fastnce.training import train
 from fastnce.training.log import read_metrics
 
 
 @pytest.fixture
 def broken(data, tmp_path):
-    """`data` with four images in each test folder, and in each a file that is cut off and one that is no image."""
-    root = tmp_path / "broken"
-    shutil.copytree(data, root)
-    rng = np.random.default_rng(1)
+    """`data` with four images in each test folder, and in each of them a file that is cut short."""
+    root = shutil.copytree(data, tmp_path / "broken")
     for folder in (root / "testA", root / "testB"):
-        for name in ("cut", "x", "y"):
-            Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(
-                folder / f"{name}.png"
-            )
-        (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:200])
-        (folder / "0.png").write_bytes(b"nothing")
+        for name in ("cut", "x"):
+            noise(folder / f"{name}.png")
+        cut_short(folder / "cut.png")
     return root
 
 
+def test_a_training_is_stopped_by_a_broken_file_or_leaves_it_out(tiny, broken, caplog):
+    (broken / "trainA" / "2.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"2\.png: cannot be read"):
+        train(tiny(data=broken, steps=2))
+    run = train(tiny(data=broken, steps=2, broken_files="skip"))
+    assert checkpoint(run)["step"] == 2
+    assert sum("2.png" in record.getMessage() for record in caplog.records) == 1
+
+
 def test_a_measurement_that_fails_loses_nothing(tiny, broken, extractor):
-    for folder in (broken / "testA", broken / "testB"):
-        (folder / "0.png").unlink()
     changes = {"data": broken, "extractor": extractor, "measure_every": 2, "steps": 4}
     changes |= {"cache_gb": 0, "sample_count": 1}
     with pytest.raises(UserError, match=r"cut\.png: cannot be read as an image"):
@@ -39,20 +41,6 @@ def test_a_measurement_that_fails_loses_nothing(tiny, broken, extractor):
     assert checkpoint(tiny().out)["step"] == 2
     train(tiny(broken_files="skip", **changes))
     assert [line["step"] for line in read_metrics(tiny().out / "measurements.jsonl")] == [4]
-
-
-@pytest.mark.parametrize("preprocess", ["none", "fixsize"])
-def test_translation_leaves_broken_files_out_if_asked_to(
-    tiny, broken, tmp_path, caplog, preprocess
-):
-    generator, config = load_generator(train(tiny(steps=1)))
-    folder, out = broken / "testA", tmp_path / "out"
-    with pytest.raises(UserError, match=r"0\.png: cannot be read as an image"):
-        translate_folder(generator, config, folder, out, preprocess=preprocess)
-    options = {"preprocess": preprocess, "broken_files": "skip"}
-    assert translate_folder(generator, config, folder, out, **options) == 3
-    assert sorted(path.name for path in out.iterdir()) == ["1.png", "x.png", "y.png"]
-    assert sum("cut.png" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_only_a_file_of_the_same_group_takes_the_place_of_a_broken_one(tmp_path):

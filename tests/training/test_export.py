@@ -15,21 +15,14 @@ from fastnce.training.export import export_graph
 from fastnce.training.shared import write_shared
 
 _TRANSLATION = {"base_channels": 16, "num_blocks": 2}
+_GENERATION = {"backbone": "sngan", "image_size": 16, "latent_dim": 8}
+_GENERATION |= {"gen_channels": 4, "disc_channels": 4}
 _RUNS = {
     "cut": ("cut", _TRANSLATION),
     "sincut": ("sincut", {"base_channels": 4, "num_blocks": 2, "nce_layers": (0, 2)}),
     "cyclegan": ("cyclegan", _TRANSLATION | {"in_channels": 1, "lambda_identity": 0.0}),
     "pix2pix": ("pix2pix", {"base_channels": 4, "num_downs": 4}),
-    "contragan": (
-        "contragan",
-        {
-            "backbone": "sngan",
-            "image_size": 16,
-            "latent_dim": 8,
-            "gen_channels": 4,
-            "disc_channels": 4,
-        },
-    ),
+    "contragan": ("contragan", _GENERATION),
     "simclr": ("simclr", {"encoder": "small", "encoder_channels": 4, "image_size": 16}),
 }
 _IMAGES = {"image": (1, 3, 36, 48)}

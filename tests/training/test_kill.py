@@ -7,28 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from same_run import assert_same_run, checkpoint
-from tiny import TINY
 
-from fastnce.training import train
 from fastnce.training.config import to_dict
 
 KILLER = Path(__file__).with_name("killer.py")
 STEPS = {"steps": 54, "checkpoint_every": 3, "sample_every": 27, "log_every": 2}
 
 
-@pytest.fixture(scope="module")
-def never_killed(data, tmp_path_factory):
-    from fastnce.training import build_config
-
-    out = tmp_path_factory.mktemp("never-killed") / "run"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # like the children: PyTorch's sums depend on the number
-    try:
-        return train(build_config("cut", overrides={"data": data, "out": out} | TINY | STEPS))
-    finally:
-        torch.set_num_threads(threads)
+@pytest.fixture
+def never_killed(whole, threads):
+    threads(1)  # like the children: PyTorch's sums depend on the number
+    return whole("cut", **STEPS)
 
 
 def killed(config, kills):
@@ -45,27 +35,14 @@ def killed(config, kills):
     return ends[:-1]
 
 
-def assert_whole(run):
-    """Nothing but what an uninterrupted run leaves; the checkpoint before the last one can be read, too."""
-    left = [str(path) for path in run.rglob(".*")]
-    assert left == []
-    assert checkpoint(run)["step"] == STEPS["steps"]
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_kills_at_random_moments_and_at_every_stage_of_writing_a_checkpoint(
     tiny, never_killed, workers
 ):
     """Stages: before the file is there, before it is on the disk, before it has its name; of the first checkpoint, then others."""
     config = tiny(workers=workers, **STEPS)
-    stages = [
-        ["replace", 1],
-        ["mkstemp", 1],
-        ["fsync", 1],
-        ["fsync", 2],
-        ["link", 1],
-        ["replace", 2],
-    ]
+    stages = [("replace", 1), ("mkstemp", 1), ("fsync", 1), ("fsync", 2), ("link", 1)]
+    stages += [("replace", 2)]
     ends = killed(config, [*stages, *range(8)])
     assert ends[: len(stages)] == [[9, True]] * len(stages)
     assert [number for number, _ in ends] == [9] * len(ends)  # none had finished before

@@ -57,11 +57,8 @@ def test_another_run_in_the_folder(tiny):
     train(tiny(steps=1))
     with pytest.raises(UserError) as error:
         train(tiny(steps=1, lr=0.5, nce_layers=[4], workers=3))
-    message = str(error.value)
-    assert (
-        "holds another run, with lr=0.0002 (now 0.5), nce_layers=[4, 8, 12] (now [4])." in message
-    )
-    assert "Name another folder" in message
+    other = "holds another run, with lr=0.0002 (now 0.5), nce_layers=[4, 8, 12] (now [4])."
+    assert other in str(error.value) and "Name another folder" in str(error.value)
 
 
 def test_a_run_from_before_an_option_was_there(tiny):
@@ -116,15 +113,6 @@ def test_divergence_stops_before_it_is_saved(tiny, monkeypatch, value):
     with pytest.raises(UserError, match=f"the training has diverged: loss G is {value}"):
         train(tiny())
     assert not (tiny().out / "checkpoints").exists()
-
-
-def test_a_damaged_checkpoint_is_not_overwritten(tiny):
-    train(tiny(steps=1))
-    path = tiny().out / "checkpoints" / "last.pt"
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(UserError, match="is damaged"):
-        train(tiny(steps=2))
-    assert len(path.read_bytes()) == 500
 
 
 def test_metrics_cut_short_are_read_up_to_there(tmp_path):

@@ -1,4 +1,4 @@
-"""Runs of pix2pix on pairs: what they leave, resuming, that it learns from the pairs; translating and judging pairs."""
+"""Runs of pix2pix on pairs: that it learns from the pairs; translating and judging pairs."""
 
 import dataclasses
 import json
@@ -8,46 +8,36 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from pictures import cut_short
 from PIL import Image
 from skimage.metrics import structural_similarity
-from tiny import config_of
 
 from fastnce.data import AlignedImages, list_images
 from fastnce.errors import UserError
 from fastnce.metrics.distribution import frechet_distance
 from fastnce.systems.judging import evaluate_images
-from fastnce.training import (
-    evaluate_run,
-    load_generator,
-    train,
-    translate,
-    translate_folder,
-)
+from fastnce.training import evaluate_run, load_generator, train, translate, translate_folder
 from fastnce.training.log import read_metrics
 
 TINY = {"base_channels": 8, "dropout": False, "disc_channels": 4, "batch_size": 4}
 
 
-@pytest.fixture(scope="module")
-def trained(made, tmp_path_factory):
-    return train(config_of("pix2pix", made, tmp_path_factory.mktemp("whole") / "run", **TINY))
+@pytest.fixture
+def trained(whole):
+    return whole("pix2pix", **TINY)
 
 
 def test_it_learns_the_pairs(tiny, pairs):
     rarely = dict.fromkeys(("log_every", "sample_every", "checkpoint_every"), 150)
     config = tiny("pix2pix", steps=150, lr=2e-3, ema_decay=0.9, **TINY, **rarely)
-    run = train(config)
-    generator, config = load_generator(run)
+    generator, _ = load_generator(train(config))
     test = list(AlignedImages(pairs, "test", load_size=16, crop_size=16, flip=False))
-    images = torch.stack([pair["A"] for pair in test])
-    truth = torch.stack([pair["B"] for pair in test])
-    error = (translate(generator, images) - truth).abs().mean()
-    assert error < 0.25 * (images - truth).abs().mean()
+    images, truth = (torch.stack([pair[domain] for pair in test]) for domain in "AB")
+    translated = translate(generator, images)
+    assert (translated - truth).abs().mean() < 0.25 * (images - truth).abs().mean()
     # One by one or together: nothing depends on the rest of the batch.
-    torch.testing.assert_close(
-        translate(generator, images), translate(generator, images, batch_size=1), rtol=0, atol=1e-5
-    )
-    assert config.system == "pix2pix"
+    one_by_one = translate(generator, images, batch_size=1)
+    torch.testing.assert_close(translated, one_by_one, rtol=0, atol=1e-5)
     # 13x16 is no size that the U-Net can halve.
     assert translate(generator, images[:, :, :13]).shape == (4, 3, 13, 16)
 
@@ -67,9 +57,9 @@ def by_hand(generator, image: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("direction", "which"), [("AtoB", 0), ("BtoA", 1)])
 def test_the_inputs_half_of_side_by_side_files_is_translated(
-    tiny, pairs, tmp_path, direction, which, capsys
+    whole, pairs, tmp_path, direction, which, capsys
 ):
-    run = train(tiny("pix2pix", direction=direction, steps=2, **TINY))
+    run = whole("pix2pix", direction=direction, steps=2, **TINY)
     generator, config = load_generator(run)
     translate_folder(generator, config, pairs / "test", tmp_path / "out")
     half = ("left", "right")[which]
@@ -82,42 +72,24 @@ def test_the_inputs_half_of_side_by_side_files_is_translated(
     translate_folder(generator, config, tmp_path / "copy", tmp_path / "again")
     assert np.array_equal(levels(tmp_path / "again" / "3.png"), levels(tmp_path / "out" / "3.png"))
     # Asked for, whole files.
-    whole = {"preprocess": "none", "part": "whole"}
-    translate_folder(generator, config, pairs / "test", tmp_path / "whole", **whole)
+    asked = {"preprocess": "none", "part": "whole"}
+    translate_folder(generator, config, pairs / "test", tmp_path / "whole", **asked)
     assert levels(tmp_path / "whole" / "0.png").shape == (16, 32, 3)
 
 
-def test_inputs_alone_are_translated_whole(trained, pairs, tmp_path, capsys):
+def test_inputs_alone_and_pairs_whose_training_data_are_gone(trained, pairs, tmp_path, capsys):
     generator, config = load_generator(trained)
     left = halves(pairs / "test")[0][0]
     (tmp_path / "in").mkdir()
     Image.fromarray(left).save(tmp_path / "in" / "a.png")
-    translate_folder(generator, config, tmp_path / "in", tmp_path / "out")
-    assert "whole files are translated" in capsys.readouterr().err
-    assert np.array_equal(levels(tmp_path / "out" / "a.png"), by_hand(generator, left))
-
-
-def test_pairs_or_not_where_the_training_data_are_gone(trained, pairs, tmp_path):
-    generator, config = load_generator(trained)
     moved = dataclasses.replace(config, data=tmp_path / "gone")
+    for known in (config, moved):
+        translate_folder(generator, known, tmp_path / "in", tmp_path / "out")
+        assert np.array_equal(levels(tmp_path / "out" / "a.png"), by_hand(generator, left))
+    assert "whole files are translated" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"0\.png: may be a pair .*--part left, or --part whole"):
         translate_folder(generator, moved, pairs / "test", tmp_path / "out")
     assert translate_folder(generator, moved, pairs / "test", tmp_path / "out", part="left") == 4
-    (tmp_path / "in").mkdir()
-    Image.new("RGB", (16, 16)).save(tmp_path / "in" / "a.png")
-    assert translate_folder(generator, moved, tmp_path / "in", tmp_path / "out") == 1
-
-
-@pytest.fixture(scope="module")
-def two_folders(pairs, tmp_path_factory):
-    """The same pairs, A and B in folders of their own."""
-    root = tmp_path_factory.mktemp("two_folders")
-    for split in ("train", "test"):
-        for which, domain in enumerate("AB"):
-            (root / f"{split}{domain}").mkdir()
-            for path, pair in zip(list_images(pairs / split), halves(pairs / split), strict=True):
-                Image.fromarray(pair[which]).save(root / f"{split}{domain}" / path.name)
-    return root
 
 
 def numbers(image: np.ndarray, truth: np.ndarray) -> tuple[float, float, float]:
@@ -134,7 +106,7 @@ def numbers(image: np.ndarray, truth: np.ndarray) -> tuple[float, float, float]:
     return np.abs(one - other).mean(), -10 * math.log10(((one - other) ** 2).mean()), ssim
 
 
-def test_evaluation_compares_with_the_other_half(trained, pairs, two_folders):
+def test_evaluation_compares_with_the_other_half(trained, pairs, tmp_path):
     result, table = evaluate_run(trained)
     assert json.loads((trained / "metrics.json").read_text()) == result
     assert (trained / "metrics.md").read_text() == table
@@ -151,8 +123,13 @@ def test_evaluation_compares_with_the_other_half(trained, pairs, two_folders):
         assert values == pytest.approx(np.mean(expected[row["name"]], axis=0), rel=1e-4)
     assert "| images         | L1" in table and "the right halves of test" in table
     assert "not measured without --extractor" in table and "rows" not in result
-    # The other layout, the same pictures.
-    other, _ = evaluate_run(trained, two_folders)
+    # The same pairs, A and B in folders of their own.
+    for split in ("train", "test"):
+        for which, domain in enumerate("AB"):
+            (tmp_path / f"{split}{domain}").mkdir()
+            for path, pair in zip(list_images(pairs / split), halves(pairs / split), strict=True):
+                Image.fromarray(pair[which]).save(tmp_path / f"{split}{domain}" / path.name)
+    other, _ = evaluate_run(trained, tmp_path)
     assert other["pairs"] == result["pairs"] | {"reference": "testB"}
 
 
@@ -168,17 +145,16 @@ def test_fid_of_pairs_and_images_of_another_program(trained, pairs, extractor, t
     assert rows["B against other images of B"]["count"] == 4
     assert "PSNR" in table and "| FID" in table
     # The truth itself, from anywhere, in another format.
+    made = tmp_path / "made"
+    made.mkdir()
     for path, (_, truth) in zip(list_images(pairs / "test"), halves(pairs / "test"), strict=True):
-        (tmp_path / "made").mkdir(exist_ok=True)
-        Image.fromarray(truth).save(tmp_path / "made" / f"{path.stem}.bmp")
-    result, _ = evaluate_images(tmp_path / "made", pairs, out=tmp_path)
+        Image.fromarray(truth).save(made / f"{path.stem}.bmp")
+    result, _ = evaluate_images(made, pairs, out=tmp_path)
     row = result["pairs"]["rows"][0]
     assert (row["l1"], row["psnr"], row["ssim"]) == (0, None, pytest.approx(1))
-    Image.new("RGB", (8, 8)).save(tmp_path / "made" / "2.bmp")
-    with pytest.raises(
-        UserError, match=r"2\.bmp: is 8x8, but what it should be, in .*2\.png, 16x16"
-    ):
-        evaluate_images(tmp_path / "made", pairs, out=tmp_path)
+    Image.new("RGB", (8, 8)).save(made / "2.bmp")
+    with pytest.raises(UserError, match=r"2\.bmp: is 8x8, but .*2\.png, 16x16"):
+        evaluate_images(made, pairs, out=tmp_path)
 
 
 def test_measuring_pairs_during_the_training(tiny, pairs, tmp_path, capsys):
@@ -192,19 +168,15 @@ def test_measuring_pairs_during_the_training(tiny, pairs, tmp_path, capsys):
     best = min(line["l1"] for line in lines)
     assert rows["translated, best checkpoint"]["l1"] == pytest.approx(best)
     capsys.readouterr()
-    (tmp_path / "no_test").mkdir()
-    (tmp_path / "no_test" / "train").symlink_to(pairs / "train")
-    train(
-        tiny("pix2pix", data=tmp_path / "no_test", out=tmp_path / "other", measure_every=2, steps=2)
-    )
+    (tmp_path / "train").symlink_to(pairs / "train")
+    train(tiny("pix2pix", data=tmp_path, out=tmp_path / "other", measure_every=2, steps=2))
     assert "Nothing is measured." in capsys.readouterr().err
 
 
 def test_a_broken_pair_is_left_out_of_the_evaluation(trained, pairs, tmp_path):
-    shutil.copytree(pairs, tmp_path / "data")
-    bad = tmp_path / "data" / "test" / "1.png"
-    bad.write_bytes(bad.read_bytes()[:100])
+    data = shutil.copytree(pairs, tmp_path / "data")
+    cut_short(data / "test" / "1.png", 100)
     with pytest.raises(UserError, match=r"1\.png: cannot be read .*--broken-files skip"):
-        evaluate_run(trained, tmp_path / "data")
-    result, _ = evaluate_run(trained, tmp_path / "data", broken_files="skip")
+        evaluate_run(trained, data)
+    result, _ = evaluate_run(trained, data, broken_files="skip")
     assert [row["count"] for row in result["pairs"]["rows"]] == [3, 3]

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from same_run import assert_identical
+from same_run import assert_identical, checkpoint
 
 import fastnce
 from fastnce.errors import UserError
 from fastnce.training import train
-from fastnce.training.checkpoint import load_checkpoint
 from fastnce.training.config import to_dict
 from fastnce.training.log import read_metrics
 from fastnce.training.ranks import Ranks, _Share
@@ -86,18 +85,16 @@ def test_two_processes_train_and_resume_exactly(tiny, tmp_path):
         assert code == 0, output
     assert "going on after step 4 of 8" in output
     assert output.count("going on") == 1  # said once
-    one, other = (
-        load_checkpoint(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "parts")
-    )
+    one, other = checkpoint(whole), checkpoint(parts)
     for key in ("model", "optimizers", "average", "rng", "metrics"):
         assert_identical(one[key], other[key], key)
     # The queue took in the 8 patches of either rank's image in each step.
     assert int(one["model"]["contrast.queues.NCE.0.queue_ptr"]) == 8 * 2 * 8 % 50
     assert len(one["rng"]) == 2
     assert not torch.equal(one["rng"][0]["cpu"], one["rng"][1]["cpu"])
-    assert [line["step"] for line in read_metrics(tmp_path / "whole" / "metrics.jsonl")] == [3, 6]
+    assert [line["step"] for line in read_metrics(whole / "metrics.jsonl")] == [3, 6]
     # One process may go on with it, and says what that means.
-    assert train(tiny(out=tmp_path / "parts", steps=9, **queue)) == tmp_path / "parts"
+    assert train(tiny(out=parts, steps=9, **queue)) == parts
 
 
 def test_a_process_that_dies_ends_the_run(tiny, tmp_path):
@@ -119,9 +116,8 @@ def test_batches_that_cannot_be_shared(tiny, monkeypatch):
     ranks = Ranks()
     ranks.size = 2
     monkeypatch.setattr(loop, "Ranks", lambda: ranks)
-    with pytest.raises(
-        UserError, match="batch_size=3 is shared by 2 processes. Use a multiple of 2"
-    ):
+    message = "batch_size=3 is shared by 2 processes. Use a multiple of 2"
+    with pytest.raises(UserError, match=message):
         train(tiny(batch_size=3))
 
 

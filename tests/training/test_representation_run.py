@@ -3,26 +3,25 @@
 import json
 import math
 import shutil
-import signal
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pictures import folders
 from PIL import Image
 from safetensors import safe_open
+from same_run import assert_identical, checkpoint
 from test_ranks import run
 from tiny import ENCODER
 
 from fastnce import cli
 from fastnce.errors import UserError
 from fastnce.metrics.probes import encode
-from fastnce.models import Representation
 from fastnce.systems import SYSTEMS
 from fastnce.systems.representation import images_of, random_encoder
 from fastnce.systems.schedule import warmup_cosine
 from fastnce.training import (
-    Interrupted,
     evaluate_run,
     export_shared,
     load_generator,
@@ -30,17 +29,13 @@ from fastnce.training import (
     write_features,
 )
 from fastnce.training.ablation import ablate, ablations
-from fastnce.training.checkpoint import load_checkpoint, save_checkpoint
+from fastnce.training.checkpoint import save_checkpoint
 from fastnce.training.log import read_metrics
 
 
 @pytest.fixture
 def tiny(tiny):
     return lambda variant="simclr", **changes: tiny(variant, **changes)
-
-
-def weights(run):
-    return load_checkpoint(run / "checkpoints" / "last.pt")["model"]
 
 
 def test_the_learning_rate_and_the_neighbours(whole):
@@ -71,16 +66,11 @@ def test_evaluate_shows_the_run_beside_its_baselines(tiny, capsys):
     (measured,) = read_metrics(config.out / "measurements.jsonl")
     assert 0 <= measured["knn/accuracy"] <= 1
     assert cli.main(["evaluate", "--run", str(config.out), "--data", str(config.data)]) == 0
-    shown = capsys.readouterr().out
-    for name in ("trained encoder", "random encoder", "raw pixels"):
-        assert f"| {name}" in shown
+    shown, names = capsys.readouterr().out, ["trained encoder", "random encoder", "raw pixels"]
+    assert all(f"| {name}" in shown for name in names)
     result = json.loads((config.out / "metrics.json").read_text())
     assert result["run"] == {"method": "simclr", "checkpoint": "last"}
-    assert [row["name"] for row in result["rows"]] == [
-        "trained encoder",
-        "random encoder",
-        "raw pixels",
-    ]
+    assert [row["name"] for row in result["rows"]] == names
     assert result["rows"][2]["linear"] > 0.7
 
 
@@ -95,37 +85,24 @@ def test_the_random_encoder_is_the_runs_own_before_training(tiny, monkeypatch):
     assert random.bn1.running_mean.abs().max() > 0
 
 
-@pytest.mark.parametrize("name", ["simclr", "moco"])
-def test_ablations(tiny, name, classes, tmp_path):
-    """Two choices of each are trained and compared."""
-    ablation = ablations()[name]
-    first, *_, last = ablation.choices
-    result, table = ablate(
-        name,
-        data=classes,
-        out=tmp_path,
-        seeds=[0],
-        only=[first, last],
-        overrides=ENCODER | {"steps": 4},
-    )
-    assert [choice["name"] for choice in result["choices"]] == [first, last]
-    assert f"| {first}" in table and "k-NN, k=20" in table
+def test_an_ablation(classes, tmp_path):
+    only = [list(ablations()["moco"].choices)[index] for index in (0, -1)]
+    settings = {"seeds": [0], "only": only, "overrides": ENCODER | {"steps": 4}}
+    result, table = ablate("moco", data=classes, out=tmp_path, **settings)
+    assert [choice["name"] for choice in result["choices"]] == only
+    assert f"| {only[0]}" in table and "k-NN, k=20" in table
 
 
-def flat_images(folder, count=7):
-    """Images without classes: noise of 8x8."""
-    folder.mkdir()
-    rng = np.random.default_rng(1)
-    for index in range(count):
-        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{index}.png")
-    return folder
+@pytest.fixture
+def flat(tmp_path):
+    """Seven images without classes, of 8x8."""
+    return folders(tmp_path, {"flat": 7}, size=(8, 8), channels=1) / "flat"
 
 
 @pytest.mark.parametrize("variant", ["simclr", "moco"])
-def test_images_without_labels(tiny, variant, tmp_path, capsys, classes):
-    """Seven images in batches of four: a batch an epoch. No test images, so no measurement, but a grid."""
-    data = flat_images(tmp_path / "flat")
-    config = tiny(variant, data=data, warmup_epochs=0, measure_every=4)
+def test_images_without_labels(tiny, variant, flat, capsys, classes):
+    """Batches of four: one an epoch. No test images, so no measurement, but a grid."""
+    config = tiny(variant, data=flat, warmup_epochs=0, measure_every=4)
     train(config)
     assert [line["epoch"] for line in read_metrics(config.out / "metrics.jsonl")] == [3, 6]
     assert "has no test images: trained without measuring" in capsys.readouterr().err
@@ -134,15 +111,14 @@ def test_images_without_labels(tiny, variant, tmp_path, capsys, classes):
     with pytest.raises(UserError, match=r"flat has no classes .* Name a folder with train/CLASS"):
         evaluate_run(config.out)
     with pytest.raises(UserError, match="flat, which is read"):
-        train(tiny(variant, data=data, out=data / "run", warmup_epochs=0))
+        train(tiny(variant, data=flat, out=flat / "run", warmup_epochs=0))
     result, _ = evaluate_run(config.out, classes)  # labels that the training did not have
     assert result["test_count"] == 12
 
 
-def test_supcon_needs_labels(tiny, tmp_path):
-    data = flat_images(tmp_path / "flat")
+def test_supcon_needs_labels(tiny, flat):
     with pytest.raises(UserError, match="Images without classes are for simclr, moco"):
-        train(tiny("supcon", data=data))
+        train(tiny("supcon", data=flat))
 
 
 def test_a_class_without_test_images(tiny, classes, tmp_path):
@@ -155,43 +131,27 @@ def test_a_class_without_test_images(tiny, classes, tmp_path):
     assert evaluate_run(config.out)[0]["test_count"] == 8
 
 
-def test_a_run_from_before_goes_on_as_it_was(tiny, tmp_path):
+def test_a_run_from_before_goes_on_as_it_was(tiny, stopped, tmp_path):
     """Its batches reach over two epochs, 15 images in batches of 4, and it knows no names of classes."""
     options = {"warmup_epochs": 0}
     train(tiny(out=tmp_path / "whole", last_batch="keep", **options))
     path = tiny().out / "checkpoints" / "last.pt"
-    stop_after(4, tiny(last_batch="keep", **options))
-    state = load_checkpoint(path)
+    stopped(tiny(last_batch="keep", **options), 4)
+    state = checkpoint(tiny().out)
     for name in ("last_batch", "class_names", "class_balance"):
         del state["config"][name]
     del state["files"]
     save_checkpoint({k: v for k, v in state.items() if k != "format"}, path)
-    stop_after(2, tiny(**options))
+    stopped(tiny(**options), 2)
     train(tiny(**options))
-    one, other = weights(tmp_path / "whole"), weights(tiny().out)
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    one, other = (checkpoint(run)["model"] for run in (tmp_path / "whole", tiny().out))
+    assert_identical(one, other)
     config = json.loads((tiny().out / "config.json").read_text())
     assert config["last_batch"] == "keep" and config["class_names"] == ["ant", "bee", "cat"]
-    train(tiny(out=tmp_path / "new", **options))
-    assert any(not torch.equal(v, one[name]) for name, v in weights(tmp_path / "new").items())
+    new = checkpoint(train(tiny(out=tmp_path / "new", **options)))["model"]
+    assert any(not torch.equal(value, one[name]) for name, value in new.items())
     with pytest.raises(UserError, match='last_batch="keep" .now "drop"'):
         train(tiny(last_batch="drop", **options))
-
-
-def stop_after(steps, config):
-    """Trains for some steps, and is then interrupted, after saving."""
-    training_step, left = Representation.training_step, steps
-
-    def step(self, batch):
-        nonlocal left
-        left -= 1
-        if left == 0:
-            signal.raise_signal(signal.SIGINT)
-        return training_step(self, batch)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(Representation, "training_step", step)
-        train(config)
 
 
 def test_features(whole, classes, tmp_path, capsys):
@@ -227,17 +187,15 @@ def test_features(whole, classes, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_features_leave_broken_files_out_if_asked_to(tiny, tmp_path):
-    run = train(tiny(steps=1, warmup_epochs=0))
-    folder = flat_images(tmp_path / "flat", 3)
-    (folder / "1.png").write_bytes(b"nothing")
-    encoder, config = load_generator(run)
+def test_features_leave_broken_files_out_if_asked_to(whole, flat, tmp_path):
+    (flat / "1.png").write_bytes(b"nothing")
+    encoder, config = load_generator(whole("simclr"))
     with pytest.raises(UserError, match=r"1\.png: cannot be read"):
-        write_features(encoder, config, folder, tmp_path / "x.npz")
+        write_features(encoder, config, flat, tmp_path / "x.npz")
     assert not (tmp_path / "x.npz").exists()
-    count, _ = write_features(encoder, config, folder, tmp_path / "x.npz", broken_files="skip")
+    count, _ = write_features(encoder, config, flat, tmp_path / "x.npz", broken_files="skip")
     with np.load(tmp_path / "x.npz") as file:
-        assert count == 2 and file["names"].tolist() == ["0.png", "2.png"]
+        assert count == 6 and file["names"].tolist() == [f"{n}.png" for n in (0, 2, 3, 4, 5, 6)]
 
 
 def test_two_processes_share_their_negatives(tiny, tmp_path):

@@ -5,28 +5,23 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from same_run import assert_same_run, checkpoint
+from pictures import noise
+from same_run import assert_identical, assert_same_run, checkpoint
 
 from fastnce.errors import UserError
 from fastnce.models import CUT
+from fastnce.systems import SYSTEMS
 from fastnce.systems.translation_system import collapse
 from fastnce.training import build_config, generate_folder, load_generator, train
+from fastnce.training.checkpoint import load_checkpoint
 from fastnce.training.evaluation import evaluate_run
 from fastnce.training.export import export_shared
 from fastnce.training.lock import locked
 from fastnce.training.patch_views import visualize_features
-
-
-def picture(path: Path, size=(20, 20), seed=7) -> None:
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+from fastnce.training.published import load_initial
 
 
 @pytest.fixture
@@ -89,8 +84,7 @@ def test_other_commands_do_not_write_among_what_they_read(data, tmp_path):
         generate_folder(None, config, tmp_path / "train" / "cat")
 
 
-def test_moved_data_is_the_same_run(tiny, data, tmp_path, monkeypatch):
-    whole = train(tiny(steps=4, sample_every=1, out=tmp_path / "whole"))
+def test_moved_data_is_the_same_run(tiny, whole, data, tmp_path, monkeypatch):
     moved = shutil.copytree(data, tmp_path / "moved")
     train(tiny(steps=2, sample_every=1, data=moved))
     monkeypatch.chdir(tmp_path)
@@ -101,18 +95,18 @@ def test_moved_data_is_the_same_run(tiny, data, tmp_path, monkeypatch):
         for d in "ab"
     }
     train(tiny(steps=4, sample_every=1, data=None, **folders))
-    assert_same_run(tiny().out, whole, free=("data", *folders))
+    assert_same_run(tiny().out, whole("cut", steps=4, sample_every=1), free=("data", *folders))
 
 
 def test_other_data_is_another_run(tiny, copy):
     train(tiny(steps=1, data=copy))
     extra = copy / "trainB" / "extra.png"  # in the smaller folder
-    picture(extra)
+    noise(extra)
     with pytest.raises(UserError, match=r"made with: B/extra\.png is new"):
         train(tiny(steps=2, data=copy))
     extra.unlink()
     for path in (copy / "trainA").iterdir():
-        picture(path, (21, 20))
+        noise(path, (21, 20))
     with pytest.raises(UserError, match=r"A/0\.png has \d+ bytes instead of \d+, .*and 2 more"):
         train(tiny(steps=2, data=copy))
 
@@ -132,9 +126,8 @@ def test_a_run_that_did_not_keep_its_files_is_tied_to_the_place(tiny, copy, monk
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_saves_the_step_before_it(tiny, copy, monkeypatch, capsys, workers):
+def test_an_error_saves_the_step_before_it(tiny, whole, copy, monkeypatch, capsys, workers):
     """A file that goes bad in step 3; the run goes on with a good one in its place."""
-    whole = train(tiny(data=copy, steps=8, out=tiny().out.with_name("whole")))
     victim = copy / "trainB" / "1.png"
     good, steps = victim.read_bytes(), 0
     training_step = CUT.training_step
@@ -147,7 +140,7 @@ def test_an_error_saves_the_step_before_it(tiny, copy, monkeypatch, capsys, work
         return training_step(self, batch, **kwargs)
 
     monkeypatch.setattr(CUT, "training_step", breaking)
-    config = tiny(data=copy, steps=8, workers=workers, cache_gb=0, checkpoint_every=100)
+    config = tiny(data=copy, workers=workers, cache_gb=0, checkpoint_every=100)
     with pytest.raises(UserError, match=r"1\.png: cannot be read"):
         train(config)
     step = checkpoint(config.out)["step"]
@@ -156,7 +149,7 @@ def test_an_error_saves_the_step_before_it(tiny, copy, monkeypatch, capsys, work
     monkeypatch.undo()
     victim.write_bytes(good)
     train(config)
-    assert_same_run(config.out, whole, free=("cache_gb", "checkpoint_every"))
+    assert_same_run(config.out, whole("cut"), free=("data", "cache_gb", "checkpoint_every"))
 
 
 def test_a_step_that_was_not_completed_is_not_saved(tiny, monkeypatch):
@@ -179,92 +172,65 @@ def test_kept_checkpoints(tiny):
     assert kept["step"] == 6
 
 
-def weights(run, network):
-    model = checkpoint(run)["model"]
-    prefix = f"{network}."
-    return {k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)}
+def network_of(run, name, file="last.pt"):
+    """The weights of one of the networks in a checkpoint."""
+    model = load_checkpoint(run / "checkpoints" / file)["model"]
+    return {k.removeprefix(f"{name}."): v for k, v in model.items() if k.startswith(f"{name}.")}
 
 
-def started_from(source, config):
-    """The model of a run that starts from another one, before its first step."""
-    from fastnce.systems import SYSTEMS
-    from fastnce.training.published import load_initial
-
-    torch.manual_seed(5)
+def started_from(config):
+    """The model of a run before its first step, and what was said of its networks."""
     system = SYSTEMS[config.system]
     model = system.model(config, system.dataset(config))
-    lines = load_initial(model, config)
-    return model, lines
-
-
-def assert_equal_weights(network, expected):
-    own = network.state_dict()
-    assert list(own) == list(expected)
-    assert all(torch.equal(own[name], expected[name]) for name in own)
+    return model, load_initial(model, config)
 
 
 def test_a_new_run_from_another_ones_weights(tiny, tmp_path, capsys):
     """Also from a checkpoint file; with another learning rate it is the way to go on."""
     first = train(tiny(steps=3, keep_every=2))
-    for source, step in ((first, 3), (first / "checkpoints" / "step_000002.pt", 2)):
-        config = tiny(steps=1, lr=1e-5, init_from=source, out=tmp_path / f"from{step}")
-        model, lines = started_from(source, config)
-        state = torch.load(
-            first / "checkpoints" / ("last.pt" if step == 3 else source.name), weights_only=True
-        )
-        expected = {k: v for k, v in state["model"].items() if k.startswith("generator.")}
-        assert_equal_weights(
-            model.generator, {k.removeprefix("generator."): v for k, v in expected.items()}
-        )
+    kept = first / "checkpoints" / "step_000002.pt"
+    for source, file in ((first, "last.pt"), (kept, kept.name)):
+        config = tiny(steps=1, lr=1e-5, init_from=source, out=tmp_path / "new")
+        model, lines = started_from(config)
+        expected = network_of(first, "generator", file)
+        assert_identical(dict(model.generator.state_dict()), expected)
         assert [line.split(":")[0] for line in lines] == ["generator", "discriminator", "projector"]
-    capsys.readouterr()
     train(config)
-    assert f"generator: from {source}" in capsys.readouterr().out
+    assert f"generator: from {kept}" in capsys.readouterr().out
     assert checkpoint(config.out)["step"] == 1
     assert checkpoint(config.out)["optimizers"]["G"]["state"][0]["step"] == 1
 
 
-def test_networks_that_fit_come_from_a_run_of_another_system(tiny, tmp_path):
-    two_way = {"base_channels": 2, "num_blocks": 1, "disc_channels": 2, "disc_layers": 1}
-    common = {"data": tiny().data, "device": "cpu", "workers": 0, "load_size": 20, "crop_size": 16}
-    both = train(
-        build_config(
-            "cyclegan", overrides={**common, **two_way, "out": tmp_path / "both", "steps": 1}
-        )
-    )
-    model, lines = started_from(both, tiny(init_from=both))
-    assert_equal_weights(model.generator, weights(both, "generators.a_to_b"))
-    assert_equal_weights(model.discriminator, weights(both, "discriminator_a"))
+def test_networks_that_fit_come_from_a_run_of_another_system(tiny, whole, tmp_path):
+    both = whole("cyclegan")
+    model, lines = started_from(tiny(init_from=both))
+    for own, other in (("generator", "generators.a_to_b"), ("discriminator", "discriminator_a")):
+        assert_identical(dict(getattr(model, own).state_dict()), network_of(both, other))
     assert "projector: starts anew" in lines[2]
     with pytest.raises(UserError, match="none of its networks fits"):
-        started_from(both, tiny(init_from=both, base_channels=4, disc_channels=4))
+        started_from(tiny(init_from=both, base_channels=4, disc_channels=4))
     with pytest.raises(UserError, match="no such checkpoint"):
-        started_from(both, tiny(init_from=tmp_path / "none.pt"))
+        started_from(tiny(init_from=tmp_path / "none.pt"))
 
 
 def test_folders_of_a_and_b_anywhere(tiny, data, tmp_path, extractor):
-    whole = train(tiny(steps=2, out=tmp_path / "whole"))
-    folders = {"data_a": data / "trainA", "data_b": data / "trainB"}
-    tests = {"test_a": data / "testA", "test_b": data / "testB"}
-    train(tiny(steps=2, data=None, **folders, **tests))
-    assert_same_run(tiny().out, whole, free=("data", *folders, *tests))
+    train_a, train_b, test_a = (data / name for name in ("trainA", "trainB", "testA"))
+    folders = {"data_a": train_a, "data_b": train_b}
+    # Without test folders the grids show training images.
+    run = train(tiny(steps=2, data=None, **folders))
     # An exported network has none of them.
-    path = export_shared(tiny().out, tmp_path / "shared")
+    path = export_shared(run, tmp_path / "shared")
     config = load_generator(path)[1]
     assert config.data == tmp_path / "shared" and config.data_a is None
     # Measured translations need the test images, from the start.
     with pytest.raises(UserError, match="test_a is missing"):
         train(tiny(data=None, **folders, measure_every=1, extractor=extractor, out=tmp_path / "m"))
     assert not (tmp_path / "m").exists()
-    # Without test folders the grids show training images.
-    train(
-        tiny(steps=2, data=None, data_a=data / "trainA", data_b=data / "trainB", out=tmp_path / "c")
-    )
     for changes, message in (
-        ({"data": None, "data_a": data / "trainA"}, "data_b is missing"),
-        ({"data_a": data / "trainA", "data_b": data / "trainB"}, "data=.* holds all folders"),
-        ({"data": None, "test_a": data / "testA"}, "data_a is missing"),
-        ({"data": None, "test_a": data / "testA", **folders}, "test_b is missing"),
+        ({"data": None, "data_a": train_a}, "data_b is missing"),
+        (folders, "data=.* holds all folders"),
+        ({"data": None, "test_a": test_a}, "data_a is missing"),
+        ({"data": None, "test_a": test_a, **folders}, "test_b is missing"),
     ):
         with pytest.raises(UserError, match=message):
             tiny(**changes)
@@ -276,9 +242,9 @@ def sizes(tmp_path):
     root = tmp_path / "sizes"
     for folder, count in (("trainA", 3), ("trainB", 2)):
         for index in range(count):
-            picture(root / folder / f"{index}.png", (24 + 4 * index + len(folder), 32 - 4 * index))
-    picture(root / "trainA" / "small.png", (24, 24))
-    picture(root / "trainB" / "wide.png", (60, 24))
+            noise(root / folder / f"{index}.png", (24 + 4 * index + len(folder), 32 - 4 * index))
+    noise(root / "trainA" / "small.png", (24, 24))
+    noise(root / "trainB" / "wide.png", (60, 24))
     return root
 
 
@@ -305,13 +271,11 @@ def test_collapsed_translations_are_told(tiny, monkeypatch, capsys):
     torch.manual_seed(0)
     images = [torch.rand(3, 20, width) * 2 - 1 for width in (20, 24, 28)]
     one = torch.rand(3, 20, 20)
-    assert (
-        collapse(images, [0.02 * image.flip(0) for image in images]) is None
-    )  # faint, but a translation
+    faint = [0.02 * image.flip(0) for image in images]
+    plain = [torch.full_like(image, index / 9) for index, image in enumerate(images)]
+    assert collapse(images, faint) is None
     assert "nearly the same, with 0.0 %" in collapse(images, [one, one, one])
-    assert "nearly one colour" in collapse(
-        images, [torch.full_like(x, i / 9) for i, x in enumerate(images)]
-    )
+    assert "nearly one colour" in collapse(images, plain)
     assert collapse([one], [one]) is None and collapse([one, one], [one, one]) is None
 
     def constant(self, batch, **kwargs):
@@ -323,9 +287,8 @@ def test_collapsed_translations_are_told(tiny, monkeypatch, capsys):
     training_step = CUT.training_step
     monkeypatch.setattr(CUT, "training_step", constant)
     train(tiny(steps=2, ema_decay=0.0))
-    assert (
-        "translations have collapsed: each of them is nearly one colour" in capsys.readouterr().err
-    )
+    said = "translations have collapsed: each of them is nearly one colour"
+    assert said in capsys.readouterr().err
 
 
 def test_evaluation_says_that_the_path_is_the_runs(tiny, data, tmp_path, monkeypatch):
@@ -334,7 +297,6 @@ def test_evaluation_says_that_the_path_is_the_runs(tiny, data, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path / "there")
     train(tiny(steps=1, data="images"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        UserError, match=r"data=images, which .*run/config\.json names, is not there in .*--data"
-    ):
+    message = r"data=images, which .*run/config\.json names, is not there in .*--data"
+    with pytest.raises(UserError, match=message):
         evaluate_run(tiny().out)

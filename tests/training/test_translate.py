@@ -13,6 +13,7 @@ from fastnce.training import (
     load_generator,
     train,
     translate,
+    translate_folder,
 )
 from fastnce.training.checkpoint import load_checkpoint
 
@@ -35,6 +36,8 @@ def test_load_generator(whole, tiny):
 
 def test_load_generator_mistakes(tiny, tmp_path):
     run = train(tiny(steps=1))
+    with pytest.raises(UserError, match="direction=BtoA: .*translates AtoB alone"):
+        translate_folder(*load_generator(run), tiny().data / "testA", run, direction="BtoA")
     with pytest.raises(UserError, match="is no training run: it has no config.json"):
         load_generator(tmp_path)
     with pytest.raises(UserError, match="no such checkpoint"):

@@ -2,12 +2,12 @@
 
 import json
 import shutil
-import warnings
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from pictures import cut_short, scripted
 from PIL import Image
 from torch import Tensor, nn
 
@@ -23,26 +23,9 @@ from fastnce.training.evaluation import evaluate_run
 from fastnce.training.log import read_metrics
 
 
-class Colours(nn.Module):
-    def forward(self, images: Tensor) -> Tensor:
-        return images.float().mean((2, 3)) / 255
-
-
 class AllRoad(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return torch.zeros_like(images[:, 0]).long()
-
-
-def script(module: nn.Module, path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.script(module).save(str(path))
-    return path
-
-
-@pytest.fixture(scope="module")
-def extractor(tmp_path_factory):
-    return script(Colours(), tmp_path_factory.mktemp("extractor") / "colours.pt")
 
 
 @pytest.fixture(scope="module")
@@ -50,25 +33,26 @@ def folders(tmp_path_factory):
     """Images of 20x24: A is dark, B light; eight of each in testA, ten in testB and trainB, nine in trainA."""
     root = tmp_path_factory.mktemp("folders")
     random = np.random.default_rng(0)
-    for name, count, level in (
-        ("trainA", 9, 60),
-        ("trainB", 10, 180),
-        ("testA", 8, 60),
-        ("testB", 10, 180),
-    ):
+    for name, count in {"trainA": 9, "trainB": 10, "testA": 8, "testB": 10}.items():
         (root / name).mkdir()
         for number in range(count):
-            colour = random.normal(level, 20, 3) + random.normal(0, 20, (20, 24, 3))
-            Image.fromarray(colour.clip(0, 255).astype(np.uint8)).save(
-                root / name / f"{number}.png"
-            )
+            level = random.normal(60 if name.endswith("A") else 180, 20, 3)
+            pixels = (level + random.normal(0, 20, (20, 24, 3))).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
     return root
 
 
-def means(paths) -> Tensor:
-    """What `Colours` makes of files."""
-    pixels = [np.asarray(Image.open(path), dtype=np.float64) for path in paths]
-    return torch.tensor(np.stack([x.mean((0, 1)) for x in pixels])) / 255
+def levels(folder, size=None) -> Tensor:
+    """The images of a folder, (N, 3, H, W), scaled to (width, height)."""
+    images = [Image.open(path) for path in list_images(folder)]
+    scaled = [x.resize(size, Image.Resampling.BICUBIC) if size else x for x in images]
+    return torch.tensor(np.stack(scaled)).permute(0, 3, 1, 2)
+
+
+def features(images: Tensor) -> Tensor:
+    """What the extractor makes of levels."""
+    mean = images.double().mean((2, 3)) / 255
+    return torch.cat([mean, mean * mean.roll(1, 1)], 1)
 
 
 def rows_of(result):
@@ -82,18 +66,18 @@ def test_a_folder_of_another_programs_images(folders, extractor, tmp_path):
     result, table = evaluate_images(tmp_path / "made", folders, extractor=extractor)
     rows = rows_of(result)
     made, plain, real, others = (
-        means(list_images(folder))
+        features(levels(folder))
         for folder in (tmp_path / "made", folders / "testA", folders / "testB", folders / "trainB")
     )
-    for name, features in (
+    for name, own in (
         ("translated", made),
         ("untranslated A", plain),
         ("B against other images of B", others[[0, 1, 2, 3, 5, 6, 7, 9]]),
     ):
         row = rows[name]
-        assert row["count"] == len(features)
-        assert row["fid"] == pytest.approx(frechet_distance(features, real), rel=1e-4)
-        expected = precision_recall_density_coverage(real, features, 5)
+        assert row["count"] == len(own)
+        assert row["fid"] == pytest.approx(frechet_distance(own, real), rel=1e-4)
+        expected = precision_recall_density_coverage(real, own, 5)
         assert (row["precision"], row["recall"]) == (expected.precision, expected.recall)
         assert (row["density"], row["coverage"]) == (expected.density, expected.coverage)
         assert row["fid_share"] == pytest.approx(row["fid"] / rows["untranslated A"]["fid"])
@@ -105,9 +89,8 @@ def test_a_folder_of_another_programs_images(folders, extractor, tmp_path):
 
 
 def test_the_other_direction_and_a_folder_for_the_report(folders, extractor, tmp_path):
-    result, _ = evaluate_images(
-        folders / "testA", folders, extractor=extractor, direction="BtoA", out=tmp_path / "report"
-    )
+    settings = {"extractor": extractor, "direction": "BtoA", "out": tmp_path / "report"}
+    result, _ = evaluate_images(folders / "testA", folders, **settings)
     assert rows_of(result)["translated"]["fid"] == pytest.approx(0, abs=1e-6)
     assert set(rows_of(result)) == {"translated", "untranslated B", "A against other images of A"}
     assert (tmp_path / "report" / "metrics.md").is_file() and not list(folders.glob("*/metrics*"))
@@ -125,18 +108,10 @@ def test_a_run_with_its_best_checkpoint(tiny, folders, extractor):
     assert rows["translated, best checkpoint"]["fid"] == min(line["fid"] for line in lines)
     # As made here by hand; A is scaled to the training's crops first.
     generator, _ = load_generator(run)
-    scaled = [
-        Image.open(path).resize((16, 16), Image.Resampling.BICUBIC)
-        for path in list_images(folders / "testA")
-    ]
-    images = torch.tensor(np.stack(scaled)).permute(0, 3, 1, 2) / 127.5 - 1
-    levels = ((translate(generator, images) + 1) * 127.5).floor().double()
-    real = [
-        Image.open(path).resize((16, 16), Image.Resampling.BICUBIC)
-        for path in list_images(folders / "testB")
-    ]
-    reference = torch.tensor(np.stack(real)).double().mean((1, 2)) / 255
-    by_hand = frechet_distance(levels.mean((2, 3)) / 255, reference)
+    images = levels(folders / "testA", (16, 16)) / 127.5 - 1
+    translated = ((translate(generator, images) + 1) * 127.5).floor()
+    real = levels(folders / "testB", (16, 16))
+    by_hand = frechet_distance(features(translated), features(real))
     assert rows["translated"]["fid"] == pytest.approx(by_hand, rel=1e-2)
     assert result["run"]["seconds_per_step"] > 0 and result["run"]["peak_memory_bytes"] > 2**20
     assert "s a step, at most" in table and "MiB resident, on CPU" in table
@@ -152,13 +127,12 @@ def test_a_set_that_nothing_can_judge(tiny, folders, capsys):
         train(tiny(data=folders, measure_every=2, steps=3, extractor=folders / "none.pt"))
 
 
-def test_broken_files_are_left_out_of_an_evaluation(tiny, folders, extractor, tmp_path, capsys):
-    run = train(tiny(data=folders, steps=1))
-    shutil.copytree(folders, tmp_path / "data")
+def test_broken_files_are_left_out_of_an_evaluation(whole, folders, extractor, tmp_path, capsys):
+    run = whole("cut", data=folders, steps=1)
+    data = shutil.copytree(folders, tmp_path / "data")
     for path in ("testA/3.png", "testB/5.png", "trainB/9.png"):
-        broken = tmp_path / "data" / path
-        broken.write_bytes(broken.read_bytes()[:200])
-    command = ["evaluate", "--run", str(run), "--data", str(tmp_path / "data"), "--device", "cpu"]
+        cut_short(data / path)
+    command = ["evaluate", "--run", str(run), "--data", str(data), "--device", "cpu"]
     command += ["--extractor", str(extractor)]
     assert main(command) == 2
     assert "3.png: cannot be read" in capsys.readouterr().err
@@ -166,15 +140,13 @@ def test_broken_files_are_left_out_of_an_evaluation(tiny, folders, extractor, tm
     result = json.loads((run / "metrics-data.json").read_text())
     assert result["reference_count"] == 9
     assert [row["count"] for row in result["rows"]] == [7, 7, 7]
-    made = tmp_path / "data" / "testA"
-    result, _ = evaluate_images(
-        made, tmp_path / "data", extractor=extractor, out=tmp_path, broken_files="skip"
-    )
+    made, settings = data / "testA", {"extractor": extractor, "broken_files": "skip"}
+    result, _ = evaluate_images(made, data, out=tmp_path, **settings)
     assert result["rows"][0]["count"] == 7 and result["reference_count"] == 9
     for path in list_images(made)[:-1]:
         path.write_bytes(b"nothing")
     with pytest.raises(UserError, match="testA: holds one image, and FID needs at least two"):
-        evaluate_images(made, tmp_path / "data", extractor=extractor, broken_files="skip")
+        evaluate_images(made, data, **settings)
 
 
 def test_folders_with_too_few_images(folders, extractor, tmp_path):
@@ -188,9 +160,8 @@ def test_folders_with_too_few_images(folders, extractor, tmp_path):
 def test_the_other_real_images_may_be_missing(folders, extractor, tmp_path):
     for name in ("testA", "testB"):
         (tmp_path / name).symlink_to(folders / name)
-    result, table = evaluate_images(
-        folders / "testA", tmp_path, extractor=extractor, out=tmp_path / "report"
-    )
+    settings = {"extractor": extractor, "out": tmp_path / "report"}
+    result, table = evaluate_images(folders / "testA", tmp_path, **settings)
     assert rows_of(result)["B against other images of B"] == {
         "name": "B against other images of B",
         "note": "not measured: there is no trainB",
@@ -208,36 +179,35 @@ def digits(tmp_path, monkeypatch):
 
 
 def test_digits_are_found_by_their_names(digits, extractor, tmp_path):
+    made = tmp_path / "made"
+    made.mkdir()
     for path in list_images(digits / "testA"):
-        Image.open(path).save((tmp_path / path.stem).with_suffix(".bmp"))
-    (tmp_path / "made").mkdir()
-    for path in tmp_path.glob("*.bmp"):
-        path.rename(tmp_path / "made" / path.name)
-    result, _ = evaluate_images(tmp_path / "made", digits)
+        Image.open(path).save(made / f"{path.stem}.bmp")
+    result, _ = evaluate_images(made, digits)
     rows = rows_of(result)
     assert rows["translated"] | {"name": ""} == rows["untranslated A"] | {"name": ""}
     assert rows["translated"]["content_accuracy"] is not None
-    scripted, _ = evaluate_images(tmp_path / "made", digits, extractor=extractor)
+    scripted, _ = evaluate_images(made, digits, extractor=extractor)
     assert scripted["extractor"].startswith("colours.pt")
     accuracy = rows["translated"]["content_accuracy"]  # still read by the set's own network
     assert rows_of(scripted)["translated"]["content_accuracy"] == accuracy
-    save_image(torch.zeros(3, 8, 8), tmp_path / "made" / "0003.bmp")
+    save_image(torch.zeros(3, 8, 8), made / "0003.bmp")
     with pytest.raises(UserError, match=r"0003\.bmp: is 8x8, but the digits are 32x32"):
-        evaluate_images(tmp_path / "made", digits)
-    (tmp_path / "made" / "0003.bmp").unlink()
+        evaluate_images(made, digits)
+    (made / "0003.bmp").unlink()
     with pytest.raises(UserError, match="holds no translation of 0003 and of 0 more"):
-        evaluate_images(tmp_path / "made", digits)
+        evaluate_images(made, digits)
 
 
-def test_segmentation_of_a_runs_translations(tiny, folders, tmp_path):
+def test_segmentation_of_a_runs_translations(whole, folders, tmp_path):
     """Without an extractor, and without the rows that need one."""
+    labels = np.zeros((16, 16), dtype=np.uint8)
+    labels[:4] = 10
+    (tmp_path / "labels").mkdir()
     for path in list_images(folders / "testA"):
-        labels = np.zeros((16, 16), dtype=np.uint8)
-        labels[:4] = 10
-        (tmp_path / "labels").mkdir(exist_ok=True)
         Image.fromarray(labels).save(tmp_path / "labels" / path.name)
-    run = train(tiny(data=folders, steps=1))
-    segmentation = Segmentation(script(AllRoad(), tmp_path / "road.pt"), tmp_path / "labels")
+    segmentation = Segmentation(scripted(AllRoad(), tmp_path / "road.pt"), tmp_path / "labels")
+    run = whole("cut", data=folders, steps=1)
     result, table = evaluate_run(run, segmentation=segmentation)
     assert result["segmentation"]["pixel_accuracy"] == 0.75
     assert result["segmentation"]["mean_iou"] == pytest.approx(0.75 / 2)

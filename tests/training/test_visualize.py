@@ -2,15 +2,15 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
+from pictures import noise
 from PIL import Image
 
 from fastnce import cli
 from fastnce.errors import UserError
 from fastnce.models import CUT
-from fastnce.training import load_generator, train
+from fastnce.training import load_generator
 from fastnce.training.checkpoint import load_checkpoint
 from fastnce.training.patch_views import (
     PatchEncoder,
@@ -122,14 +122,8 @@ def test_features_with_few_channels_and_constant_ones():
     assert main_components([torch.zeros(3, 4, 4)])[0].isfinite().all()
 
 
-def save(path, size):
-    rng = np.random.default_rng(0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(path)
-
-
-def test_from_a_run(tiny, tmp_path):
-    run = train(tiny(steps=3))
+def test_from_a_run(whole, tmp_path):
+    run = whole("cut")
     raw, average = PatchEncoder.of(run), PatchEncoder.of(run, weights="ema")
     state = load_checkpoint(run / "checkpoints" / "last.pt")["model"]
     for encoder in (raw, average):  # there is one F only
@@ -139,8 +133,8 @@ def test_from_a_run(tiny, tmp_path):
     assert not torch.equal(weight, average.generator.model[1].weight)
     assert torch.equal(average.generator.model[1].weight, load_generator(run)[0].model[1].weight)
 
-    save(tmp_path / "in" / "a.png", (30, 18))
-    save(tmp_path / "in" / "b.png", (16, 16))
+    noise(tmp_path / "in" / "a.png", (30, 18))
+    noise(tmp_path / "in" / "b.png", (16, 16))
     path = visualize_similarity(raw, tmp_path / "in" / "a.png", tmp_path / "out", points=[(3, 4)])
     with Image.open(path) as picture:
         assert picture.width > 500
@@ -151,8 +145,8 @@ def test_from_a_run(tiny, tmp_path):
     assert all(Image.open(p).height > 400 for p in paths)
 
 
-def test_dclgan_compares_with_the_other_directions_encoder(tiny, tmp_path):
-    run = train(tiny("dclgan", steps=1, lambda_sim=0))
+def test_dclgan_compares_with_the_other_directions_encoder(whole, tmp_path):
+    run = whole("dclgan")
     encoder = PatchEncoder.of(run)
     state = load_checkpoint(run / "checkpoints" / "last.pt")["model"]
     other = encoder.of_output
@@ -164,7 +158,7 @@ def test_dclgan_compares_with_the_other_directions_encoder(tiny, tmp_path):
     key, query = (part.project(part.encode(image))[0][0] for part in (encoder, other))
     assert m.own_cosine == pytest.approx((key[:, 8, 8] @ query[:, 8, 8]).item(), abs=1e-5)
     assert m.own_cosine < 0.999
-    save(tmp_path / "a.png", (16, 16))
+    noise(tmp_path / "a.png", (16, 16))
     assert len(visualize_features(encoder, tmp_path / "a.png", tmp_path / "out")) == 2
 
 

@@ -2,6 +2,8 @@
 
 from fastnce.training import build_config
 
+CLASSES = ("ant", "bee", "cat")
+
 COMMON = {
     "workers": 0,
     "device": "cpu",
