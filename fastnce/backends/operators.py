@@ -54,7 +54,7 @@ class Namespace:
         if all(map(self._has_kernel, op.runs)):
             self._ops.add(op.name)
 
-    def _function(self, operator: Operator) -> Callable:
+    def _function(self, operator: Operator) -> Callable | None:
         return function(self.name, operator)
 
     def _has_kernel(self, operator: str) -> bool:
