@@ -14,7 +14,7 @@ import torch
 
 import fastnce
 from fastnce import backends, reference
-from fastnce.backends import cuda, native, triton
+from fastnce.backends import blocks, cuda, native, triton
 
 X = torch.eye(3)
 
@@ -35,7 +35,7 @@ def refusing(monkeypatch) -> None:
 
 
 def test_names_and_available():
-    assert backends.names() == ("triton", "cuda", "native", "torch")
+    assert backends.names() == ("triton", "cuda", "native", "blocks", "torch")
     assert set(backends.available()) == set(backends.names())
     assert backends.available()["torch"] == "ok"
 
@@ -62,7 +62,7 @@ def test_the_automatic_choice_falls_back_and_one_by_name_never(refusing, monkeyp
             fastnce.info_nce(X, X)
         # An op's own argument overrides it.
         assert fastnce.info_nce(X, X, backend="torch").isfinite()
-    for module in (native, reference):
+    for module in (native, blocks, reference):
         monkeypatch.setattr(module, "supports", lambda *_: "nor for me")
     with pytest.raises(RuntimeError, match="no backend .*cpu torch.float32: triton: .*nor for me"):
         fastnce.info_nce(X, X)
@@ -90,7 +90,7 @@ def test_unknown_and_unable_names(refusing):
         lambda: fastnce.use_backend("tensorflow").__enter__(),
     ):
         with pytest.raises(
-            ValueError, match="backend='tensorflow' .*: triton, cuda, native, torch"
+            ValueError, match="backend='tensorflow' .*: triton, cuda, native, blocks, torch"
         ):
             call()
     with pytest.raises(RuntimeError, match="'cuda' cannot run here: not built; run make"):

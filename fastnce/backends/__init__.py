@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 
 from fastnce import reference
-from fastnce.backends import cuda, native
+from fastnce.backends import blocks, cuda, native
 from fastnce.backends import triton as triton_ops
 
 _log = logging.getLogger("fastnce")
@@ -29,6 +29,7 @@ _TABLE: dict[str, ModuleType] = {
     "triton": triton_ops,
     "cuda": cuda,
     "native": native,
+    "blocks": blocks,
     "torch": reference,
 }
 # What a backend can do but nobody wants unless asked for.
