@@ -8,20 +8,19 @@ import pytest
 from fastnce import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
-PAGES = [page for page in PAGES if page.exists()]
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG"))]
+PAGES += sorted(ROOT.glob("docs/*.md"))
 
 
 def prose(text: str) -> list[str]:
-    """The sentences of a page, and the cells of its tables; no code blocks, no targets of links."""
+    """The sentences of a page, of its tables' cells and of what stands for its pictures."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
-    text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text)
+    text = re.sub(r"!\[([^\]]*)\]\([^)]*\)", r"\1.\n\n", text)
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
     found = []
-    for block in re.split(r"\n\s*\n|\n(?=[-*|#>]|\d+\. )", text):
-        cells = block.split("|") if block.startswith("|") else [block]
-        for cell in cells:
-            found += re.split(r"(?<=[.!?:;])\s+(?=[A-Z`*(\"0-9])", " ".join(cell.split()))
+    for block in re.split(r"\n\s*\n|\n(?=[-*|>#]|\d+\. )", text):
+        for cell in block.split("|"):
+            found += re.split(r"(?<=[.!?])\s+(?=[A-Z`*(\"0-9])", " ".join(cell.split()))
     return found
 
 
@@ -36,8 +35,16 @@ def test_sentences_are_read_once(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
-        assert "://" in target or (page.parent / target).exists(), target
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        name, _, anchor = target.partition("#")
+        to = page.parent / name if name else page
+        assert "://" in target or to.exists(), target
+        if anchor and to.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)", to.read_text(), flags=re.M)
+            anchors = [
+                re.sub(r"[^\w -]", "", x).strip().lower().replace(" ", "-") for x in headings
+            ]
+            assert anchor in anchors, target
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

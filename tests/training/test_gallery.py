@@ -18,8 +18,7 @@ from fastnce.errors import UserError
 from fastnce.training import build_config, train
 from fastnce.training.config import from_dict
 from fastnce.training.gallery import training_command, write_gallery
-from fastnce.viz.embedded import embed
-from fastnce.viz.gallery import GalleryRun, gallery_page
+from fastnce.viz.gallery import GalleryRun, embed, gallery_page
 from fastnce.viz.line_chart import (
     BOTTOM,
     HEIGHT,
