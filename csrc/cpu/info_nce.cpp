@@ -1012,7 +1012,7 @@ class Job {
   // What its problems' gradients share.
   void finish() const {
     if (shared_.gradient) {
-      store_row_gradients(kernels_, call_.negatives, 0, call_.a.normalize, shared_.gradient,
+      store_row_gradients(kernels_, call_.negatives, call_.a.normalize, shared_.gradient,
                           call_.grad_negatives);
     }
     const double sum = std::accumulate(temperature_terms_.begin(), temperature_terms_.end(), 0.0);
@@ -1123,32 +1123,6 @@ void solve_forward(Problem<T, P>& problem, const RowRange& range) {
   problem.a.symmetric ? solve_symmetric(problem) : solve_rows(problem, range);
 }
 
-template <class T, class P>
-void forward(const Arguments& a, const std::optional<double>& grad_scale, Gradients& gradients,
-             const Tensor& loss, const Tensor& lse) {
-  std::vector<double> weights;
-  if (grad_scale) weights.assign(a.batch() * a.rows(), *grad_scale);
-  solve_one(std::make_unique<Job<T, P>>(a, grad_scale ? weights.data() : nullptr, gradients,
-                                        loss.mutable_data_ptr<T>(), lse.mutable_data_ptr<T>()),
-            solve_forward<T, P>);
-}
-
-template <class T, class P>
-void backward(const Arguments& a, const Tensor& grad_loss, const Tensor& lse,
-              Gradients& gradients) {
-  const std::vector<double> weights = to_vector<double>(grad_loss);
-  const T* row_lse = lse.const_data_ptr<T>();
-  const T* column_lse = a.symmetric ? row_lse + a.batch() * a.rows() : nullptr;
-  solve_one(std::make_unique<Job<T, P>>(a, weights.data(), gradients, nullptr, nullptr),
-            [&](Problem<T, P>& problem, const RowRange& range) {
-              if (a.symmetric) {
-                solve_symmetric_from_lse(problem, row_lse, column_lse);
-              } else {
-                solve_rows_from_lse(problem, range, row_lse);
-              }
-            });
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_forward(
     const Tensor& query, const Tensor& key, const std::optional<Tensor>& negatives,
     const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
@@ -1165,8 +1139,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_forward(
   Gradients gradients = new_gradients(a, grad_scale.has_value());
   const Tensor loss = new_tensor(query, {a.batch(), a.rows()}, a.acc());
   const Tensor lse = new_tensor(query, a.lse_shape(), a.acc());
+  std::vector<double> weights;
+  if (grad_scale) weights.assign(a.batch() * a.rows(), *grad_scale);
   with_operands(a.acc(), a.bfloat16_products, [&](auto sum, auto operand) {
-    forward<decltype(sum), decltype(operand)>(a, grad_scale, gradients, loss, lse);
+    using T = decltype(sum);
+    using P = decltype(operand);
+    solve_one(std::make_unique<Job<T, P>>(a, grad_scale ? weights.data() : nullptr, gradients,
+                                          loss.mutable_data_ptr<T>(), lse.mutable_data_ptr<T>()),
+              solve_forward<T, P>);
   });
   return {loss,
           lse,
@@ -1192,8 +1172,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward(
   check_rows(op, "lse", lse, a.acc(), a.lse_shape());
   const Tensor sums = torch::stable::contiguous(lse);
   Gradients gradients = new_gradients(a, true);
+  const std::vector<double> weights = to_vector<double>(grad_loss);
   with_operands(a.acc(), a.bfloat16_products, [&](auto sum, auto operand) {
-    backward<decltype(sum), decltype(operand)>(a, grad_loss, sums, gradients);
+    using T = decltype(sum);
+    using P = decltype(operand);
+    const T* row_lse = sums.const_data_ptr<T>();
+    const T* column_lse = symmetric ? row_lse + a.batch() * a.rows() : nullptr;
+    solve_one(std::make_unique<Job<T, P>>(a, weights.data(), gradients, nullptr, nullptr),
+              [&](Problem<T, P>& problem, const RowRange& range) {
+                if (symmetric) {
+                  solve_symmetric_from_lse(problem, row_lse, column_lse);
+                } else {
+                  solve_rows_from_lse(problem, range, row_lse);
+                }
+              });
   });
   return {gradients.query, gradients.key, gradients.negatives,
           new_scalar(query, need_temperature, gradients.temperature)};

@@ -331,11 +331,10 @@ void scatter(const char* op, const Tensors& maps, const Tensors& grad_patches,
       check_rows(op, "inverse_norms", inverse_norms[l], acc, {batch, samples});
       gradient.patches = patches[l];
       gradient.inverse_norms = inverse_norms[l];
-      if (acc == ScalarType::Double) {
-        gradient.projected_double = Buffer<double>(batch * samples * channels);
-      } else {
-        gradient.projected = Buffer<float>(batch * samples * channels);
-      }
+      with_sums(acc, [&](auto zero) {
+        using T = decltype(zero);
+        gradient.scratch<T>() = Buffer<T>(batch * samples * channels);
+      });
     }
     gradient.groups = group_by_position(ids, positions);
     if (normalize) whole.emplace_back(map, ids);
@@ -344,11 +343,9 @@ void scatter(const char* op, const Tensors& maps, const Tensors& grad_patches,
   }
   if (normalize) {
     run_patches(whole, [&](size_t l, int64_t begin, int64_t end) {
-      if (accumulation_type(whole[l].dtype) == ScalarType::Double) {
-        project_rows<double>(gradients[l], whole[l].channels, begin, end);
-      } else {
-        project_rows<float>(gradients[l], whole[l].channels, begin, end);
-      }
+      with_sums(accumulation_type(whole[l].dtype), [&](auto zero) {
+        project_rows<decltype(zero)>(gradients[l], whole[l].channels, begin, end);
+      });
     });
   }
   run_layers(layers, [&](const Block& block) {
@@ -395,12 +392,11 @@ std::tuple<Tensors, Tensors> sample_patches_forward(const Tensors& features,
   gather(layers, features, patches);
   if (normalize) {
     run_patches(layers, [&](size_t l, int64_t begin, int64_t end) {
-      const auto run = [&](auto zero) {
+      with_sums(accumulation_type(layers[l].dtype), [&](auto zero) {
         using T = decltype(zero);
         normalize_rows<T>(layers[l], begin, end, patches[l],
                           inverse_norms[l].mutable_data_ptr<T>());
-      };
-      accumulation_type(layers[l].dtype) == ScalarType::Double ? run(double{}) : run(float{});
+      });
     });
   }
   return {patches, inverse_norms};

@@ -193,17 +193,17 @@ void pack_unit_rows(const TileKernels<T>& kernels, const TensorRows& source, int
 
 // Turns gradients with respect to unit rows into gradients of the rows and stores them.
 template <class T>
-void store_row_gradients(const TileKernels<T>& kernels, const TensorRows& source, int64_t first,
-                         bool normalize, const SlabMatrix<T>& gradient, const OutputRows& out) {
+void store_row_gradients(const TileKernels<T>& kernels, const TensorRows& source, bool normalize,
+                         const SlabMatrix<T>& gradient, const OutputRows& out) {
   const int64_t depth = source.depth();
   run_blocks(gradient.rows(), 16, 8 * depth, [&](int64_t begin, int64_t end) {
     UnitRowReader<T> reader(kernels, source, normalize);
     Buffer<T> unit(depth), row(depth);
     for (int64_t r = begin; r < end; ++r) {
-      reader.read(first + r, 1.0, unit.data());
+      reader.read(r, 1.0, unit.data());
       gradient.copy_row_out(r, row.data());
       reader.project(row.data(), unit.data());
-      out.store(first + r, unit.data());
+      out.store(r, unit.data());
     }
   });
 }
