@@ -3,23 +3,12 @@
 import os
 from collections.abc import Callable, Iterator
 
-import hypothesis
 import pytest
 import torch
 
 from fastnce import backends
 from fastnce.backends import native
 from fastnce.testing import SAMPLE_INPUTS
-
-# Neither a deadline nor a complaint of slowness: on a busy machine everything is slow.
-hypothesis.settings.register_profile(
-    "fastnce",
-    deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-    derandomize=True,
-    max_examples=25,
-)
-hypothesis.settings.load_profile("fastnce")
 
 # On a GPU cuBLAS is deterministic, as some tests ask of PyTorch, with workspaces of a fixed size alone.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

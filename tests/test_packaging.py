@@ -110,51 +110,43 @@ def test_without_a_compiler_the_wheel_is_pure_and_works(checkout, tmp_path):
     assert reason.endswith("fastnce build")
 
 
-def test_the_wheel_with_libraries_is_for_this_platform(checkout, tmp_path):
-    compilers = {"CXX": program(tmp_path, WRITES), "NVCC": program(tmp_path, WRITES, "nvcc")}
-    wheel, names = wheel_of(checkout, tmp_path / "with", **compilers, FASTNCE_CUDA="1")
-    assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
-    assert {NATIVE, CUDA} <= names
-    assert not [name for name in names if name.endswith((".o", ".ninja"))]
-    # None of them is left over for the next one.
-    switches = {"FASTNCE_NATIVE": "0", "FASTNCE_CUDA": "0"}
-    wheel, names = wheel_of(checkout, tmp_path / "without", **compilers, **switches)
-    assert wheel.name.endswith("-any.whl")
-    assert not {NATIVE, CUDA} & names
+def test_the_wheel_has_what_this_machine_can_build(checkout, tmp_path):
+    """On one with a GPU, for that GPU; nothing is left over for the next one."""
+    program(tmp_path, "echo 9.0; echo 9.0", "nvidia-smi")
+    here = {
+        "CXX": program(tmp_path, WRITES),
+        "NVCC": program(tmp_path, WRITES, "nvcc"),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
+    for index, (change, libraries) in enumerate(
+        [
+            ({}, {NATIVE, CUDA}),
+            ({"NVCC": "no-such-nvcc"}, {NATIVE}),
+            ({"FASTNCE_NATIVE": "0", "FASTNCE_CUDA": "0"}, set()),
+        ]
+    ):
+        wheel, names = wheel_of(checkout, tmp_path / str(index), **here | change)
+        assert {NATIVE, CUDA} & names == libraries
+        assert "-py3-none-" in wheel.name
+        assert wheel.name.endswith("-any.whl") == (not libraries)
+        assert not [name for name in names if name.endswith((".o", ".ninja"))]
+    calls = (tmp_path / "calls").read_text()
+    assert "code=[sm_90a]" in calls
+    assert "sm_80" not in calls and "sm_100" not in calls
 
 
-@pytest.mark.parametrize("what", ["broken compiler", "no ninja"])
-def test_what_is_missing_is_no_obstacle_unless_forced(checkout, tmp_path, what):
-    if what == "no ninja":
+@pytest.mark.parametrize("message", ["error: out of ideas", "pip install ninja"])
+def test_what_is_missing_is_no_obstacle_unless_forced(checkout, tmp_path, message):
+    here = {"CXX": program(tmp_path, BROKEN)}
+    if "ninja" in message:
         (tmp_path / "ninja.py").touch()  # in place of the package
-        here = {
-            "CXX": program(tmp_path, WRITES),
-            "PATH": str(tmp_path),
-            "PYTHONPATH": str(tmp_path),
-        }
-    else:
-        here = {"CXX": program(tmp_path, BROKEN)}
-    message = {"broken compiler": "error: out of ideas", "no ninja": "pip install ninja"}[what]
+        folder = str(tmp_path)
+        here = {"CXX": program(tmp_path, WRITES), "PATH": folder, "PYTHONPATH": folder}
     wheel, _ = wheel_of(checkout, tmp_path, **here)
     assert wheel.name.endswith("-any.whl")
     done = make_wheel(checkout, tmp_path / "forced", **here, FASTNCE_NATIVE="1")
     assert done.returncode != 0
     assert "FASTNCE_NATIVE=1" in done.stderr and message in done.stderr
-
-
-def test_on_a_machine_with_a_gpu_the_cuda_library_is_built_for_that_gpu(checkout, tmp_path):
-    program(tmp_path / "bin", "echo 9.0; echo 9.0", "nvidia-smi")
-    here = {
-        "CXX": program(tmp_path, WRITES),
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-    }
-    _, names = wheel_of(checkout, tmp_path, **here, NVCC=program(tmp_path, WRITES, "nvcc"))
-    assert CUDA in names
-    calls = (tmp_path / "calls").read_text()
-    assert "code=[sm_90a]" in calls
-    assert "sm_80" not in calls and "sm_100" not in calls
-    _, names = wheel_of(checkout, tmp_path / "without", **here, NVCC="no-such-nvcc")
-    assert CUDA not in names and NATIVE in names
 
 
 def test_the_kernels_are_found_beside_the_package_and_nothing_else_is():
@@ -185,23 +177,7 @@ SMALL = {
     "cpu/one.cpp": '#include "both.h"\n#include "one.h"\nint x() { return one + both; }\n',
     "cpu/one.h": "const int one = 1;\n",
     "cpu/two.cpp": '#include "both.h"\nint two() { return both; }\n',
-    "cuda/three.cu": "int three() { return 3; }\n",
-    "cuda/ops.cpp": "int ops() { return 2; }\n",
 }
-# nvcc, as far as the small library needs it.
-NVCC = """
-while [ $# -gt 0 ]; do
-  case "$1" in
-    -gencode | -cudart) shift ;;
-    -Xcompiler=*) ;;
-    -Xlinker) words="$words -Wl,$2"; shift ;;
-    *.cu) words="$words -x c++ $1" ;;
-    *) words="$words $1" ;;
-  esac
-  shift
-done
-exec g++ -fPIC $words
-"""
 
 
 class Small:
@@ -214,9 +190,9 @@ class Small:
             (self.sources / name).parent.mkdir(parents=True, exist_ok=True)
             (self.sources / name).write_text(text)
 
-    def build(self, library: build.Library = build.NATIVE) -> set[str]:
+    def build(self) -> set[str]:
         before = self._times()
-        build.build(library, self.output, sources=self.sources, folder=self.objects)
+        build.build(build.NATIVE, self.output, sources=self.sources, folder=self.objects)
         now = self._times()
         return {name.name.removesuffix(".o") for name in now if now[name] != before.get(name)}
 
@@ -248,13 +224,6 @@ def test_only_what_has_changed_is_compiled_again(small):
         assert small.build() == again, changed
         assert small.build() == set()
     assert [path.name for path in small.output.parent.iterdir()] == [small.output.name]
-
-
-def test_one_cuda_file_is_one_object(small, tmp_path, monkeypatch):
-    monkeypatch.setenv("NVCC", program(tmp_path / "bin", NVCC))
-    assert small.build(build.CUDA) == {"three.cu", "ops.cpp"}
-    small.change("cuda/three.cu")
-    assert small.build(build.CUDA) == {"three.cu"}
 
 
 def test_flags_of_the_caller_are_seen_and_have_the_last_word(small, tmp_path, monkeypatch):

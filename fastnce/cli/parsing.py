@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import pkgutil
 import re
 import types
 import typing
@@ -29,20 +30,52 @@ def run_with_options(
         name = known(args[0], function, command)
         prog, function, args = f"{prog} {name}", function[name], args[1:]
     # What tyro calls only returns the values, so that what it prints is about parsing alone.
-    hints = typing.get_type_hints(function)
-    signature = inspect.signature(function)
+    signature, hints = _options(function, tyro)
 
     def values(**given: object) -> dict[str, object]:
         return given
 
     values.__doc__ = function.__doc__
-    values.__annotations__ = hints
-    values.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[p.replace(annotation=hints[p.name]) for p in signature.parameters.values()],
-        return_annotation=dict,
-    )
+    values.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    values.__signature__ = signature  # type: ignore[attr-defined]
     required = [p.name for p in signature.parameters.values() if p.default is p.empty]
     function(**parse(values, hints, required, prog, args))
+
+
+def with_options_of(*sources: Callable | str) -> Callable[[Callable], Callable]:
+    """For a command that ends in ``**how``: also takes the optional arguments of other functions, and their help.
+
+    Functions of packages that are slow to import are given by their dotted names. What the command has itself wins.
+    """
+
+    def marked(command: Callable) -> Callable:
+        command.sources = sources  # type: ignore[attr-defined]
+        return command
+
+    return marked
+
+
+def _options(command: Callable, tyro: ModuleType) -> tuple[inspect.Signature, dict[str, Any]]:
+    """The options of a command, with their help where it is not the command's own, and their types."""
+    import docstring_parser
+
+    found: dict[str, inspect.Parameter] = {}
+    types: dict[str, Any] = {}
+    for source in (command, *getattr(command, "sources", ())):
+        function = pkgutil.resolve_name(source) if isinstance(source, str) else source
+        hints = typing.get_type_hints(function)
+        told = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__).params}
+        for name, p in inspect.signature(function).parameters.items():
+            if function is command and p.kind is not p.VAR_KEYWORD:
+                found[name] = p.replace(annotation=hints[name], kind=p.KEYWORD_ONLY)
+            elif p.default is not p.empty and name not in found:
+                text = tyro.conf.arg(help=" ".join(told[name].split()))
+                annotation = typing.Annotated[hints[name], text]
+                found[name] = p.replace(annotation=annotation, kind=p.KEYWORD_ONLY)
+            else:
+                continue
+            types[name] = hints[name]
+    return inspect.Signature(list(found.values()), return_annotation=dict), types
 
 
 def parse(
@@ -57,9 +90,6 @@ def parse(
     """The result of tyro for ``args`` for ``target``, whose options are ``hints``: their types by name.
 
     Numbers of a list may be joined by commas. A mistake is one line; ``also`` are options that the caller has read already.
-
-    Raises:
-        UserError: an option that is not there, with the nearest one; a required one that is missing; a value of another type.
     """
     names = set(hints) - {"return", "system"}
     if not {"-h", "--help"} & set(args):
@@ -112,10 +142,11 @@ def _check_names(names: set[str], required: Sequence[str], args: Sequence[str]) 
 
 
 def _holds_numbers(hint: object) -> bool:
-    """Whether a type is, or may be, a tuple of numbers."""
+    """Whether a type is, or may be, a list of numbers."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return any(_holds_numbers(choice) for choice in typing.get_args(hint))
-    return typing.get_origin(hint) is tuple and typing.get_args(hint)[0] in (int, float)
+    is_list = typing.get_origin(hint) in (tuple, Sequence)
+    return is_list and typing.get_args(hint)[0] in (int, float)
 
 
 def _without_commas(args: Sequence[str], lists: set[str]) -> list[str]:

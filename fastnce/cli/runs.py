@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from fastnce.cli.parsing import with_options_of
 from fastnce.errors import UserError
 
 
-def translate(
-    input: Path,
-    out: Path,
-    run: Path | None = None,
-    weights: str = "ema",
+def opened(
+    run: Path,
     checkpoint: str = "last",
-    direction: Literal["AtoB", "BtoA"] | None = None,
-    preprocess: str | None = None,
-    size: int | None = None,
-    tile: int | None = None,
-    part: Literal["left", "right", "whole"] | None = None,
-    format: Literal["png", "jpg", "tiff", "webp", "npy"] | None = None,
-    broken_files: Literal["error", "skip"] | None = None,
-    value_range: tuple[float, float] | None = None,
+    weights: Literal["ema", "raw"] = "ema",
     device: str = "auto",
-    batch_size: int = 16,
+    **how: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """The `Run`, after a line that says which, and the other options.
+
+    Args:
+        run: Folder of a training run.
+        checkpoint: "last", "best", or the path of a checkpoint file.
+        weights: ema: the running average of the network's weights; raw: the weights themselves.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    from fastnce.training.runs import Run
+
+    trained = Run(run, weights=weights, checkpoint=checkpoint, device=device)
+    print(trained)
+    return trained, how
+
+
+@with_options_of(opened, "fastnce.systems.translating.translate_folder")
+def translate(
+    input: Path, out: Path, run: Path | None = None, weights: str = "ema", **how: Any
 ) -> None:
     """Translate a folder of images, or one, with a trained generator.
 
@@ -35,31 +45,15 @@ def translate(
         run: Folder of a training run.
         weights: ema: the running average of the generator's weights; raw: the weights themselves. Or, without run, a file of
             weights: latest_net_G.pth of a published repository, or a .safetensors of `fastnce export`.
-        checkpoint: "last", "best", or the path of a checkpoint file.
-        direction: For systems that learn both directions; by default that of the training.
-        preprocess: How images are scaled, by default as in training; none keeps their size.
-        size: Size to which they are scaled; by default the crop size of the training.
-        tile: Larger images are computed in tiles of this size, with the same result in less memory. Images of any number of
-            pixels are read.
-        part: Translate this half of each file, or the whole. By default that is the input's half where pix2pix learned from
-            pairs side by side and these are such, else the whole.
-        format: Of the results, unless --out names a file: png, or what holds all their numbers and channels. jpg and webp have
-            quality 95.
-        broken_files: What a file that cannot be read does: skip leaves it out and names it, error stops when the images before
-            it are translated; by default as in the training.
-        value_range: The images' numbers that stand for black and white; by default as in the training. Results are written in
-            these numbers.
-        device: auto, cpu, cuda or cuda:N.
-        batch_size: Images translated at a time, where they have the same size.
     """
-    from fastnce.training.runs import WEIGHTS_FILES, Run, translate_folder
+    from fastnce.training.runs import WEIGHTS_FILES, translate_folder
 
     if weights in ("ema", "raw"):
         if run is None:
             raise UserError(
                 "name a generator: --run FOLDER of a training, or --weights FILE, .pth or .safetensors."
             )
-        trained = Run(run, weights=weights, checkpoint=checkpoint, device=device)
+        trained, how = opened(run, weights=weights, **how)
     else:
         if run is not None:
             raise UserError(
@@ -70,39 +64,13 @@ def translate(
                 f"weights={weights} must be ema, raw, or a .pth or .safetensors file of a generator. A checkpoint of a run: "
                 f"--run RUN --checkpoint {weights}."
             )
-        trained = Run(weights, device=device)
-    print(trained)
-    count = translate_folder(
-        trained.network,
-        trained.config,
-        input,
-        out,
-        batch_size=batch_size,
-        direction=direction,
-        preprocess=preprocess,
-        size=size,
-        tile=tile,
-        part=part,
-        format=format,
-        broken_files=broken_files,
-        value_range=value_range,
-    )
+        trained, how = opened(Path(weights), **how)
+    count = translate_folder(trained.network, trained.config, input, out, **how)
     print(f"Translated {count} image{'s' * (count != 1)} into {out}")
 
 
-def generate(
-    run: Path,
-    out: Path,
-    classes: tuple[str, ...] = (),
-    count: int = 16,
-    truncation: float | None = None,
-    interpolation: int = 0,
-    seed: int = 0,
-    checkpoint: str = "last",
-    weights: Literal["ema", "raw"] = "ema",
-    device: str = "auto",
-    batch_size: int = 64,
-) -> None:
+@with_options_of(opened, "fastnce.systems.contragan.generate_folder")
+def generate(run: Path, out: Path, **how: Any) -> None:
     """Generate images of chosen classes with a trained generator.
 
     Those of a class are in a folder of its own, and a grid has a row for each class.
@@ -110,45 +78,16 @@ def generate(
     Args:
         run: Folder of a training run.
         out: Folder for the images; created.
-        classes: Numbers or names of the classes; by default all.
-        count: Images of each class.
-        truncation: Cut the noise off at this value, such as 0.8: less variety, more fidelity.
-        interpolation: Also a picture with so many steps from one noise to another; 0 for none.
-        seed: Seed of the noise.
-        checkpoint: "last", "best", or the path of a checkpoint file.
-        weights: The running average of the generator's weights, or the weights themselves.
-        device: auto, cpu, cuda or cuda:N.
-        batch_size: Images generated at a time.
     """
-    from fastnce.training.runs import Run, generate_folder
+    from fastnce.training.runs import generate_folder
 
-    trained = Run(run, weights=weights, checkpoint=checkpoint, device=device)
-    print(trained)
-    made = generate_folder(
-        trained.network,
-        trained.config,
-        out,
-        classes=classes,
-        count=count,
-        truncation=truncation,
-        interpolation=interpolation,
-        seed=seed,
-        batch_size=batch_size,
-    )
+    trained, how = opened(run, **how)
+    made = generate_folder(trained.network, trained.config, out, **how)
     print(f"Generated {made} images into {out}; grid.png shows them by class")
 
 
-def features(
-    run: Path,
-    input: Path,
-    out: Path,
-    normalize: bool = False,
-    checkpoint: str = "last",
-    weights: Literal["ema", "raw"] = "ema",
-    device: str = "auto",
-    batch_size: int = 64,
-    broken_files: Literal["error", "skip"] | None = None,
-) -> None:
+@with_options_of(opened, "fastnce.systems.representation.write_features")
+def features(run: Path, input: Path, out: Path, **how: Any) -> None:
     """Write the features of a folder of images, from a trained encoder.
 
     They are those of SimCLR, MoCo or SupCon before the projection head. The file has the arrays "features" (images x features,
@@ -158,29 +97,15 @@ def features(
         run: Folder of a training run, or a .safetensors file of `fastnce export`.
         input: Folder of images, or one image.
         out: File to write: .npz or .safetensors.
-        normalize: Scale each image's features to length 1, as k-NN compares them.
-        checkpoint: "last", "best", or the path of a checkpoint file.
-        weights: The running average of the encoder's weights, or the weights themselves.
-        device: auto, cpu, cuda or cuda:N.
-        batch_size: Images at a time.
-        broken_files: error: stop at a file that cannot be read; skip: leave it out and name it; by default as in training.
     """
-    from fastnce.training.runs import Run, write_features
+    from fastnce.training.runs import write_features
 
-    trained = Run(run, weights=weights, checkpoint=checkpoint, device=device)
-    print(trained)
-    count, length = write_features(
-        trained.network,
-        trained.config,
-        input,
-        out,
-        normalize=normalize,
-        batch_size=batch_size,
-        broken_files=broken_files,
-    )
+    trained, how = opened(run, **how)
+    count, length = write_features(trained.network, trained.config, input, out, **how)
     print(f"Wrote {length} features of each of {count} images to {out}")
 
 
+@with_options_of(opened)
 def evaluate(
     run: Path | None = None,
     images: Path | None = None,
@@ -190,13 +115,11 @@ def evaluate(
     segmenter: Path | None = None,
     labels: Path | None = None,
     label_kind: Literal["train-ids", "ids", "colours"] = "train-ids",
-    checkpoint: str = "last",
-    weights: Literal["ema", "raw"] = "ema",
     direction: Literal["AtoB", "BtoA"] | None = None,
     value_range: tuple[float, float] | None = None,
     out: Path | None = None,
-    device: str = "auto",
     broken_files: Literal["error", "skip"] | None = None,
+    **opening: Any,
 ) -> None:
     """Measure how good a run's translations, samples or features are, beside baselines.
 
@@ -204,8 +127,8 @@ def evaluate(
     of digits. pix2pix: L1, PSNR and SSIM against the truth, and with --extractor those too. ContraGAN: also intra-class FID,
     IS and class accuracy of samples. SimCLR, MoCo, SupCon: k-NN and linear accuracy of features.
 
-    Writes metrics.json and metrics.md into the run's folder, or into --out; for other data than the run's own
-    metrics-NAME.json and metrics-NAME.md.
+    Of a run that translates, the best checkpoint is judged beside the last one. Writes metrics.json and metrics.md into the
+    run's folder, or into --out; for other data than the run's own metrics-NAME.json and metrics-NAME.md.
 
     Args:
         run: Folder of a training run.
@@ -217,19 +140,15 @@ def evaluate(
         segmenter: TorchScript file of a segmentation network with Cityscapes' 19 classes: scores the segmentations too.
         labels: Folder of the label maps that the translations should show, found by their names.
         label_kind: What the label maps hold: train ids, Cityscapes' own ids, or its colours.
-        checkpoint: "last", "best", or the path of a checkpoint file. With "last", CUT's best one is judged too.
-        weights: The running average of the generator's weights, or the weights themselves.
         direction: For --images, or a system of both directions: which domain is translated to which; AtoB if not given.
         value_range: The images' numbers that stand for black and white, where they are not of 8 bits or use all of 16; by
             default as in the training.
         out: Folder of the report, by default that of the run or of the images.
-        device: auto, cpu, cuda or cuda:N.
         broken_files: What a file that cannot be read does: skip leaves it out and names it, error stops; by default as in
             the training.
     """
     from fastnce.systems.judging import Segmentation, evaluate_images
     from fastnce.training.evaluation import Report, evaluate_run
-    from fastnce.training.runs import Run
     from fastnce.training.runtime import resolve_device
 
     if (run is None) == (images is None):
@@ -253,13 +172,12 @@ def evaluate(
             data,
             direction=direction or "AtoB",
             out=out,
-            device=resolve_device(device),
+            device=resolve_device(opening["device"]),
             **how,
         )
     else:
-        trained = Run(run, weights=weights, checkpoint=checkpoint, device=device)
+        trained, _ = opened(run, **opening)
         report = Report.of(trained, data, out)
-        print(trained)
         _, table = evaluate_run(
             trained, data, without_nce=without_nce, direction=direction, report=report, **how
         )
@@ -271,11 +189,11 @@ def export(
     run: Path,
     out: Path,
     format: Literal["cut", "safetensors", "onnx", "torchscript"] = "safetensors",
-    checkpoint: str = "last",
-    weights: Literal["ema", "raw"] = "ema",
     label: str = "latest",
     module_prefix: bool = False,
     direction: Literal["AtoB", "BtoA"] | None = None,
+    checkpoint: str = "last",
+    weights: Literal["ema", "raw"] = "ema",
 ) -> None:
     """Write a run's network as safetensors, ONNX or TorchScript, or for the published repositories.
 
@@ -285,17 +203,15 @@ def export(
         format: cut: LABEL_net_G.pth and its like, as the published repositories read them. safetensors: one file,
             model.safetensors, with the network and its configuration. onnx, torchscript: model.onnx or
             model.torchscript.pt, a graph that runs without this package, for any batch and image size.
-        checkpoint: "last", "best", or the path of a checkpoint file.
-        weights: The running average of the generator's weights, or the weights themselves, from which training goes on.
         label: The epoch in the names of the published layout.
         module_prefix: Put "module." before the names of the published layout's weights.
         direction: onnx and torchscript, for systems that learn both directions; by default that of the training.
+        checkpoint: "last", "best", or the path of a checkpoint file.
+        weights: The running average of the generator's weights, or the weights themselves, from which training goes on.
     """
     from fastnce.training.export import export_graph, export_published, export_shared
-    from fastnce.training.runs import Run
 
-    trained = Run(run, weights=weights, checkpoint=checkpoint)
-    print(trained)
+    trained, _ = opened(run, checkpoint, weights, "cpu")
     if format in ("onnx", "torchscript"):
         path, check = export_graph(trained, out, format, direction=direction)
         print(f"{path} ({check})")
@@ -311,17 +227,14 @@ def export(
         print(path)
 
 
+@with_options_of(opened, "fastnce.training.patch_views.visualize_similarity")
 def similarity(
     run: Path,
     input: Path,
     out: Path,
     points: tuple[str, ...] = (),
-    count: int = 4,
-    layers: tuple[int, ...] = (),
-    scale: Literal["similarity", "cosine"] = "similarity",
-    checkpoint: str = "last",
     weights: Literal["raw", "ema"] = "raw",
-    device: str = "auto",
+    **how: Any,
 ) -> None:
     """Translate an image, and show which patches of it the model takes to be similar to points of the result.
 
@@ -332,40 +245,19 @@ def similarity(
         input: Image file.
         out: Folder for the pictures; created.
         points: Points of the result, each as X,Y in pixels from the left and the top; by default some that differ.
-        count: How many points are chosen, where none is given.
-        layers: Layers to show, of those that the run compares; by default all.
-        scale: exp(cosine / temperature) as the loss has it, or the cosine, which shows small similarities too.
-        checkpoint: "last", "best", or the path of a checkpoint file.
         weights: The weights that the projector was trained with, or their running average.
-        device: auto, cpu, cuda or cuda:N.
     """
     from fastnce.training.patch_views import PatchEncoder, visualize_similarity
-    from fastnce.training.runs import Run
 
     chosen = [_point(text) for text in points]
-    trained = Run(run, weights=weights, checkpoint=checkpoint, device=device)
-    print(trained)
-    path = visualize_similarity(
-        PatchEncoder.of(trained),
-        input,
-        out,
-        points=chosen,
-        count=count,
-        layers=layers,
-        scale=scale,
-    )
+    trained, how = opened(run, weights=weights, **how)
+    path = visualize_similarity(PatchEncoder.of(trained), input, out, points=chosen, **how)
     print(f"Wrote {path}")
 
 
+@with_options_of(opened, "fastnce.training.patch_views.visualize_features")
 def pca(
-    run: Path,
-    input: Path,
-    out: Path,
-    count: int = 3,
-    layers: tuple[int, ...] = (),
-    checkpoint: str = "last",
-    weights: Literal["raw", "ema"] = "raw",
-    device: str = "auto",
+    run: Path, input: Path, out: Path, weights: Literal["raw", "ema"] = "raw", **how: Any
 ) -> None:
     """Show the main components of the patch features of images and of their translations, as colours.
 
@@ -376,19 +268,12 @@ def pca(
         run: Folder of a training run of a system that compares patches, such as cut.
         input: Image file, or a folder of images.
         out: Folder for the pictures; created.
-        count: How many images of a folder to take.
-        layers: Layers to show, of those that the run compares; by default all.
-        checkpoint: "last", "best", or the path of a checkpoint file.
         weights: The weights that the projector was trained with, or their running average.
-        device: auto, cpu, cuda or cuda:N.
     """
     from fastnce.training.patch_views import PatchEncoder, visualize_features
-    from fastnce.training.runs import Run
 
-    trained = Run(run, weights=weights, checkpoint=checkpoint, device=device)
-    print(trained)
-    encoder = PatchEncoder.of(trained)
-    for path in visualize_features(encoder, input, out, count=count, layers=layers):
+    trained, how = opened(run, weights=weights, **how)
+    for path in visualize_features(PatchEncoder.of(trained), input, out, **how):
         print(f"Wrote {path}")
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import get_type_hints
 
 from fastnce.cli.parsing import import_tyro, named_in, parse, run_with_options
-from fastnce.errors import UserError, known
+from fastnce.errors import known
 
 
 def train(args: list[str]) -> int:
     """Train a model on folders of images. Run the same command again to resume."""
     tyro = import_tyro()
-    from fastnce.systems import of_variant, variants
+    from fastnce.systems import of_variant, options, variants
     from fastnce.training import train as run_training
     from fastnce.training.config import layered_values, required_fields, to_dict
     from fastnce.training.ranks import leave
@@ -52,7 +52,7 @@ def train(args: list[str]) -> int:
     if chosen.dry_run:
         print(json.dumps(to_dict(config), indent=2))
         return 0
-    _check_requested_backend()
+    options.backend_is_there(os.environ.get("FASTNCE_BACKEND") or None, "FASTNCE_BACKEND")
     run_training(config)
     leave()
     return 0
@@ -107,15 +107,3 @@ def ablate(args: list[str]) -> int:
 
     run_with_options(f"ablate {variant}", run_ablate, args[1:])
     return 0
-
-
-def _check_requested_backend() -> None:
-    from fastnce import backends
-
-    name, known_backends = os.environ.get("FASTNCE_BACKEND"), backends.available()
-    if name and name not in known_backends:
-        raise UserError(
-            f"FASTNCE_BACKEND={name} is unknown. Use one of: {', '.join(known_backends)}."
-        )
-    if name and known_backends[name] != "ok":
-        raise UserError(f"FASTNCE_BACKEND={name} cannot run here: {known_backends[name]}.")

@@ -1,12 +1,11 @@
 """Sets of images, with and without labels, and their transforms."""
 
-from fastnce.data.aligned import AlignedImages
+from fastnce.data.domains import AlignedImages, UnpairedImages
 from fastnce.data.folders import list_images, split_folder
 from fastnce.data.images import EXTENSIONS, load_image, save_image, to_uint8
 from fastnce.data.labelled import LabelledImages
 from fastnce.data.single_image import SingleImagePatches
 from fastnce.data.transforms import Preprocess, resize_to_multiple
-from fastnce.data.unpaired import UnpairedImages
 from fastnce.data.views import VIEW_RECIPES, TwoViews, ViewRecipe
 
 __all__ = [

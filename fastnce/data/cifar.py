@@ -9,12 +9,12 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from PIL import Image
 
-from fastnce.data.images import to_image
+from fastnce.data.images import read_image, to_image
 from fastnce.errors import UserError
 
 SIDE = 32
@@ -24,44 +24,52 @@ AGAIN = "Download the archive again and unpack it here"
 
 
 @dataclass(frozen=True)
-class ImageArrays:
-    """Images in memory with labels.
+class LabelledSource:
+    """Images with labels: in N files, none of which is decoded before it is read, or in memory.
 
-    `class_names` by label, `labels` (N,) int64, `pixels` (N, H, W, 3) uint8, and the `paths` and the `folder` of the files.
+    `class_names` by label, `labels` (N,) int64, the `paths` of the files and the `folder` that holds them; of images in memory
+    their `pixels` (N, H, W, 3) uint8.
     """
 
     class_names: tuple[str, ...]
     labels: np.ndarray
-    pixels: np.ndarray
     paths: list[Path]
     folder: Path
+    pixels: np.ndarray | None = None
 
     def read(self, index: int, channels: int) -> Image.Image:
-        """Image `index`, RGB or greyscale."""
+        """Image `index`, RGB or greyscale; UserError, naming the file, if it cannot be read."""
+        if self.pixels is None:
+            return read_image(self.paths[index], channels)
         return to_image(self.pixels[index]).convert("L" if channels == 1 else "RGB")
 
     def take(self, indices: np.ndarray, class_names: tuple[str, ...], labels: np.ndarray) -> Self:
         """These images, with other labels."""
-        pixels = self.pixels[indices]
-        return replace(self, class_names=class_names, labels=labels, pixels=pixels)
+        named = replace(self, class_names=class_names, labels=labels)
+        if self.pixels is None:
+            return replace(named, paths=[self.paths[index] for index in indices])
+        return replace(named, pixels=self.pixels[indices])
 
 
-@dataclass(frozen=True)
-class _Version:
+ReadBatch = Callable[[Path], tuple[np.ndarray, np.ndarray]]  # (N, 3072) uint8, (N,)
+ReadNames = Callable[[Path], list[str]]
+
+
+class _Version(NamedTuple):
     """One of the four archives: the folder in it, its files, and how a file of either kind is read."""
 
     folder: str
-    train: tuple[str, ...]
-    test: tuple[str, ...]
+    train: list[str]
+    test: str
     names: str
-    read_batch: Callable[[Path], tuple[np.ndarray, np.ndarray]]  # (N, 3072) uint8, (N,)
-    read_names: Callable[[Path], list[str]]
+    read_batch: ReadBatch
+    read_names: ReadNames
 
     def is_in(self, folder: Path) -> bool:
-        return any((folder / name).is_file() for name in (*self.train, *self.test, self.names))
+        return any((folder / name).is_file() for name in (*self.train, self.test, self.names))
 
 
-def open_cifar(root: Path, split: str) -> ImageArrays | None:
+def open_cifar(root: Path, split: str) -> LabelledSource | None:
     """The training or the test images of CIFAR-10 or CIFAR-100 (its 100 fine classes); None if there is no file of CIFAR.
 
     `root` is the folder with the files of one of the archives, or with the folder that it unpacks to.
@@ -81,7 +89,7 @@ def open_cifar(root: Path, split: str) -> ImageArrays | None:
         raise UserError(
             f'{folder}: split="{split}": CIFAR has "train" and "test". Use one of them.'
         )
-    files = version.train if split == "train" else version.test
+    files = version.train if split == "train" else [version.test]
     for name in (*files, version.names):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: {name} is missing. {AGAIN}.")
@@ -90,7 +98,7 @@ def open_cifar(root: Path, split: str) -> ImageArrays | None:
     pixels = np.concatenate([rows.reshape(-1, 3, SIDE, SIDE) for rows, _ in batches])
     labels = np.concatenate([labels for _, labels in batches])
     pixels = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
-    return ImageArrays(names, labels, pixels, [folder / name for name in files], folder)
+    return LabelledSource(names, labels, [folder / name for name in files], folder, pixels)
 
 
 def holds_cifar(root: Path) -> bool:
@@ -113,25 +121,21 @@ def _checked_batch(path: Path, version: _Version, classes: int) -> tuple[np.ndar
     return rows, labels.astype(np.int64)
 
 
-def _binary_reader(label_bytes: int) -> Callable[[Path], tuple[np.ndarray, np.ndarray]]:
-    """Records of the label's bytes, of which the last is the (fine) label, and the pixels."""
+def _binary(label_bytes: int) -> tuple[ReadBatch, ReadNames]:
+    """Readers of records of the label's bytes, of which the last is the (fine) label, and the pixels; and of lines of names."""
 
-    def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
         content, record = np.fromfile(path, dtype=np.uint8), label_bytes + PIXEL_BYTES
         if len(content) % record:
             raise _damaged(path, f"{len(content)} bytes are no multiple of {record}")
         records = content.reshape(-1, record)
         return records[:, label_bytes:], records[:, label_bytes - 1]
 
-    return read
+    return read_batch, lambda path: path.read_text(encoding="utf-8", errors="replace").split()
 
 
-def _read_text_names(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").split()
-
-
-def _pickle_reader(labels_key: str) -> Callable[[Path], tuple[np.ndarray, np.ndarray]]:
-    def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _pickled(labels_key: str, names_key: str) -> tuple[ReadBatch, ReadNames]:
+    def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
         content = load_pickled_bytes(path)
         rows, labels = content.get("data"), content.get(labels_key)
         if not isinstance(rows, np.ndarray):
@@ -140,56 +144,36 @@ def _pickle_reader(labels_key: str) -> Callable[[Path], tuple[np.ndarray, np.nda
             raise _damaged(path, f'no whole numbers under "{labels_key}"')
         return rows, np.array(labels)
 
-    return read
-
-
-def _pickled_names(key: str) -> Callable[[Path], list[str]]:
-    def read(path: Path) -> list[str]:
-        names = load_pickled_bytes(path).get(key)
+    def read_names(path: Path) -> list[str]:
+        names = load_pickled_bytes(path).get(names_key)
         if not isinstance(names, list) or not all(isinstance(x, str | bytes) for x in names):
-            raise _damaged(path, f'no names under "{key}"')
+            raise _damaged(path, f'no names under "{names_key}"')
         return [x.decode(errors="replace") if isinstance(x, bytes) else x for x in names]
 
-    return read
+    return read_batch, read_names
 
 
 def _damaged(path: Path, reason: str) -> UserError:
     return UserError(f"{path}: is damaged ({reason}). {AGAIN}.")
 
 
+_FIVE = [f"data_batch_{number}" for number in range(1, 6)]
+_BINARY_FIVE = [f"{name}.bin" for name in _FIVE]
 _VERSIONS = (
     _Version(
         "cifar-10-batches-py",
-        tuple(f"data_batch_{number}" for number in range(1, 6)),
-        ("test_batch",),
+        _FIVE,
+        "test_batch",
         "batches.meta",
-        _pickle_reader("labels"),
-        _pickled_names("label_names"),
+        *_pickled("labels", "label_names"),
     ),
     _Version(
-        "cifar-10-batches-bin",
-        tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
-        ("test_batch.bin",),
-        "batches.meta.txt",
-        _binary_reader(label_bytes=1),
-        _read_text_names,
+        "cifar-10-batches-bin", _BINARY_FIVE, "test_batch.bin", "batches.meta.txt", *_binary(1)
     ),
     _Version(
-        "cifar-100-python",
-        ("train",),
-        ("test",),
-        "meta",
-        _pickle_reader("fine_labels"),
-        _pickled_names("fine_label_names"),
+        "cifar-100-python", ["train"], "test", "meta", *_pickled("fine_labels", "fine_label_names")
     ),
-    _Version(
-        "cifar-100-binary",
-        ("train.bin",),
-        ("test.bin",),
-        "fine_label_names.txt",
-        _binary_reader(label_bytes=2),
-        _read_text_names,
-    ),
+    _Version("cifar-100-binary", ["train.bin"], "test.bin", "fine_label_names.txt", *_binary(2)),
 )
 
 
@@ -208,7 +192,10 @@ def load_pickled_bytes(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not a dictionary")
         return {
-            key.decode() if isinstance(key, bytes) else key: _plain(x) for key, x in content.items()
+            key.decode() if isinstance(key, bytes) else key: x.values
+            if isinstance(x, _Array)
+            else x
+            for key, x in content.items()
         }
     except _Refused as error:
         raise UserError(
@@ -218,9 +205,7 @@ def load_pickled_bytes(path: Path) -> dict[str, Any]:
     # Damaged bytes are instructions like any others: there is no exception that they could not raise.
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(
-            f"{path}: cannot be read ({reason}). Download the archive again and unpack it here."
-        ) from error
+        raise UserError(f"{path}: cannot be read ({reason}). {AGAIN}.") from error
 
 
 class _Refused(Exception):
@@ -263,7 +248,3 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) not in self.STAND_INS:
             raise _Refused(f"{module}.{name}")
         return self.STAND_INS[module, name]
-
-
-def _plain(value: object) -> object:
-    return value.values if isinstance(value, _Array) else value

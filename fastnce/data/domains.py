@@ -1,6 +1,9 @@
-"""The images of two domains, scaled and kept in memory: the common part of the datasets of pairs and without pairs."""
+"""The images of two domains, with and without pairs, as endless streams of samples."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,9 +15,9 @@ from torch.utils.data import get_worker_info
 
 from fastnce.data.broken import BrokenFiles
 from fastnce.data.files import named_sizes
-from fastnce.data.folders import describe_folder
+from fastnce.data.folders import contents, describe_folder, list_images, split_folder
 from fastnce.data.images import Bands, check_depth, image_size, read_image, to_tensor
-from fastnce.data.stream import Stream
+from fastnce.data.stream import Stream, counter_rng
 from fastnce.data.transforms import Preprocess
 from fastnce.errors import UserError
 
@@ -22,6 +25,8 @@ ORDER_STREAM, A_STREAM, B_STREAM = 0, 1, 2
 
 # Up to this many bytes of images are decoded when the dataset is made, the rest when first needed.
 EAGER_BYTES = 64 * 2**20
+
+_LAYOUTS = "Expected train with A and B side by side in each image, or trainA and trainB with equal names (for testing, test or val)."
 
 
 class Side(NamedTuple):
@@ -35,7 +40,7 @@ class Side(NamedTuple):
 class CachedImages:
     """One domain's images, scaled, and kept in memory as far as they fit.
 
-    `phases` has one `Preprocess` for each part of the training. With the `broken` of another domain, a file that is found broken there is passed over here too.
+    `phases` has one `Preprocess` for each part of the training, `how` the channels, bits and range of `read_image`. With the `broken` of another domain, a file that is found broken there is passed over here too.
     """
 
     def __init__(
@@ -43,14 +48,13 @@ class CachedImages:
         side: Side,
         broken: BrokenFiles,
         phases: list[Preprocess],
-        channels: int,
-        bits: int,
-        value_range: tuple[float, float] | None,
+        how: tuple[int, int, tuple[float, float] | None],
         cache_bytes: int,
     ) -> None:
+        channels, bits, value_range = how
         check_depth(channels, bits)
         self.folder, self.paths, self.half = side
-        self.how, self.cache_bytes, self.broken = (channels, bits, value_range), cache_bytes, broken
+        self.how, self.cache_bytes, self.broken = how, cache_bytes, broken
         self._bytes = named_sizes(self.folder, self.paths)
         self._cache: dict[int, tuple[int, np.ndarray]] = {}
         self._cached_bytes = 0
@@ -88,20 +92,19 @@ class CachedImages:
         }
 
     def expect_one_size(self) -> None:
-        one, first = None, None
-        for index, size in self.sizes.items():
-            path, result = self.paths[index], self.phases[0].output_size(*size)
-            if result is None:
+        phase = self.phases[0]
+        sizes = {self.paths[index]: phase.output_size(*size) for index, size in self.sizes.items()}
+        one, first = next(iter(sizes.items()))
+        for path, size in sizes.items():
+            if first is None or size is None:
                 raise UserError(
-                    f'preprocess="{self.phases[0].steps}" gives images of random sizes, and a batch needs one. '
+                    f'preprocess="{phase.steps}" gives images of random sizes, and a batch needs one. '
                     "Add _and_crop, or use batch_size=1."
                 )
-            one, first = (path, result) if first is None else (one, first)
-            if result != first:
+            if size != first:
                 raise UserError(
-                    f"{path}: gives {result[0]}x{result[1]}, but {one} {first[0]}x"
-                    f"{first[1]}, and a batch needs one size. Use batch_size=1, or "
-                    'preprocess="resize_and_crop".'
+                    f"{path}: gives {size[0]}x{size[1]}, but {one} {first[0]}x{first[1]}, and a batch needs one size. "
+                    'Use batch_size=1, or preprocess="resize_and_crop".'
                 )
 
     def _read_sizes(self) -> dict[int, tuple[int, int]]:
@@ -144,12 +147,16 @@ class TwoDomains(Stream):
 
     Attributes:
         a, b: the images of each.
-        serial: takes them in order, without shuffling.
     """
 
     a: CachedImages
     b: CachedImages
-    serial: bool
+
+    def __init__(self, seed: int, serial: bool, direction: str, broken_files: str) -> None:
+        super().__init__(seed)
+        expect_one_of("broken_files", broken_files, ("error", "skip"))
+        expect_one_of("direction", direction, ("AtoB", "BtoA"))
+        self.serial = serial
 
     def files(self) -> dict[str, dict[str, int | None]]:
         """The files of "A" and "B" by their names, with their sizes in bytes: see `fastnce.data.files.changed_files`."""
@@ -180,6 +187,224 @@ class TwoDomains(Stream):
         if self.serial:
             return position
         return int(self.permutation(ORDER_STREAM, epoch, len(self))[position])
+
+
+class UnpairedImages(TwoDomains):
+    """`root/trainA` and `root/trainB`, in the layout and with the transforms of CUT.
+
+    Sample i, for any i >= 0, is a pure function of (seed, i) and the arguments: see `Stream`. Every `len(self)` samples are an
+    epoch: all of A (repeated if B is larger) in an order drawn for that epoch; the partner from B and all augmentation are drawn
+    for each sample.
+
+    Args:
+        root: Folder that holds trainA and trainB (testA and testB, or valA and valB, for `split="test"`); or the folders by
+            these names, wherever they are.
+        split: "train", "test" or any other prefix of the two folders.
+        load_size: Side, in pixels, to which `preprocess` scales.
+        crop_size: Side of the random crop.
+        preprocess: Steps, matched by substring: see `Preprocess`. "fixsize" scales to the size of a folder's first image.
+        flip: Mirrors each image with probability 0.5.
+        augment_a: "affine" turns, scales and shifts A slightly; "none" does not.
+        channels_a, channels_b: 3 for RGB, 1 for greyscale, of the samples' "A" and "B".
+        bits: 16 keeps all bits of 16-bit greyscale files; 8 scales them to 8.
+        value_range: The files' numbers that become -1 and 1, in float32; those beyond are clipped. Without it files must hold 8
+            bits or 16-bit grey.
+        direction: "AtoB", or "BtoA" to read "A" from trainB and "B" from trainA.
+        serial: Takes both folders in order, without shuffling.
+        jitter_samples: From this sample on `load_size` is `crop_size`, as in the second half of CUT's training.
+        seed: Seed of the stream.
+        cache_bytes: Memory for decoded images, shared out among the workers.
+        broken_files: "error" stops at the first file that cannot be read. "skip" takes the next readable file of the folder in
+            its place, so that all other samples stay what they are, and names the file in the log, once.
+
+    Raises:
+        UserError: A folder is missing or empty, a file is not an image (all files of a folder, if they are skipped), an image is
+            smaller than the crop, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        root: Path | str | Mapping[str, Path],
+        split: str = "train",
+        *,
+        load_size: int = 286,
+        crop_size: int = 256,
+        preprocess: str = "resize_and_crop",
+        flip: bool = True,
+        augment_a: str = "none",
+        channels_a: int = 3,
+        channels_b: int = 3,
+        bits: int = 8,
+        value_range: tuple[float, float] | None = None,
+        direction: str = "AtoB",
+        serial: bool = False,
+        jitter_samples: int | None = None,
+        seed: int = 0,
+        cache_bytes: int = 2 * 2**30,
+        broken_files: str = "error",
+    ) -> None:
+        super().__init__(seed, serial, direction, broken_files)
+        expect_one_of("augment_a", augment_a, ("none", "affine"))
+        folders = [split_folder(root, split, domain) for domain in direction.split("to")]
+        load_sizes = [load_size] if jitter_samples is None else [load_size, crop_size]
+
+        def domain(folder: Path, channels: int, affine: bool) -> CachedImages:
+            side = Side(folder, list_images(folder))
+            broken = BrokenFiles(folder, side.paths, broken_files == "skip")
+            first_size = (1, 1)  # known when the headers have been read
+            phases = [
+                Preprocess(preprocess, size, crop_size, flip, affine, first_size)
+                for size in load_sizes
+            ]
+            how = (channels, bits, value_range)
+            return CachedImages(side, broken, phases, how, cache_bytes // 2)
+
+        self.jitter_samples = jitter_samples
+        self.a = domain(folders[0], channels_a, augment_a == "affine")
+        self.b = domain(folders[1], channels_b, False)
+
+    def __len__(self) -> int:
+        """Samples in an epoch: the larger folder's number of images."""
+        return max(len(self.a.paths), len(self.b.paths))
+
+    def sample(self, index: int) -> dict[str, torch.Tensor]:
+        phase = int(self.jitter_samples is not None and index >= self.jitter_samples)
+        rng_a = counter_rng(self.seed, A_STREAM, index)
+        rng_b = counter_rng(self.seed, B_STREAM, index)
+        index_b = index if self.serial else int(rng_b.integers(len(self.b.paths)))
+        return {
+            "A": self.a.sample(self.position(index) % len(self.a.paths), phase, rng_a),
+            "B": self.b.sample(index_b % len(self.b.paths), phase, rng_b),
+        }
+
+
+class AlignedImages(TwoDomains):
+    """Pairs of images in one of two layouts, with the transforms of pix2pix.
+
+    `root/train` (for testing `root/test`, or `root/val`) holds files with A in the left and B in the right half. Or
+    `root/trainA` and `root/trainB` (testA and testB, or valA and valB) hold files of equal names, but for the extension.
+
+    Sample i, for any i >= 0, is a pure function of (seed, i) and the arguments. Every `len(self)` samples are an epoch: all
+    pairs, in an order drawn for that epoch. Crop and mirroring are drawn for each sample, the same for both images.
+
+    Args:
+        root: folder of the data; or the folders by the names trainA, trainB, testA and testB, wherever they are.
+        split: "train" or "test".
+        direction: "AtoB", or "BtoA" to exchange the samples' "A" and "B".
+        broken_files: "error" stops at the first file that cannot be read. "skip" takes the next readable pair in its place
+            and names the file in the log, once.
+        load_size, crop_size, preprocess, flip, channels_a, channels_b, bits, value_range, serial, seed, cache_bytes: as of
+            `UnpairedImages`.
+
+    Raises:
+        UserError: no such folders, a file without a partner, a pair of different sizes, a file that is no image, an image
+            smaller than the crop, or an argument out of range.
+    """
+
+    def __init__(
+        self,
+        root: Path | str | Mapping[str, Path],
+        split: str = "train",
+        *,
+        load_size: int = 286,
+        crop_size: int = 256,
+        preprocess: str = "resize_and_crop",
+        flip: bool = True,
+        channels_a: int = 3,
+        channels_b: int = 3,
+        bits: int = 8,
+        value_range: tuple[float, float] | None = None,
+        direction: str = "AtoB",
+        serial: bool = False,
+        seed: int = 0,
+        cache_bytes: int = 2 * 2**30,
+        broken_files: str = "error",
+    ) -> None:
+        super().__init__(seed, serial, direction, broken_files)
+        sides = find_pairs(root, split, direction)
+        phases = [Preprocess(preprocess, load_size, crop_size, flip)]
+        broken = BrokenFiles(sides[0].folder, sides[0].paths, broken_files == "skip")
+        self.a, self.b = (
+            CachedImages(side, broken, phases, (channels, bits, value_range), cache_bytes // 2)
+            for side, channels in zip(sides, (channels_a, channels_b), strict=True)
+        )
+        for index in self.a.sizes.keys() & self.b.sizes.keys():
+            size_a, size_b = self.a.sizes[index], self.b.sizes[index]
+            if size_a != size_b:
+                raise UserError(
+                    f"{self.b.paths[index]}: is {size_b[0]}x{size_b[1]}, but its partner {self.a.paths[index]} "
+                    f"{size_a[0]}x{size_a[1]}. Scale one of them: the images of a pair must have one size."
+                )
+
+    def __len__(self) -> int:
+        """Pairs."""
+        return len(self.a.paths)
+
+    def sample(self, index: int) -> dict[str, torch.Tensor]:
+        while True:
+            broken = self.broken_count
+            pair = {
+                # Two generators that draw the same: the same crop and mirroring.
+                name: domain.sample(
+                    self.position(index), 0, counter_rng(self.seed, A_STREAM, index)
+                )
+                for name, domain in (("A", self.a), ("B", self.b))
+            }
+            # Else one of them was just found broken, and the next one in its place is no partner of the other.
+            if self.broken_count == broken:
+                return pair
+
+
+def find_pairs(
+    root: Path | str | Mapping[str, Path], split: str, direction: str = "AtoB"
+) -> tuple[Side, Side]:
+    """The files to translate, and those of what they should become, in the layouts of `AlignedImages`.
+
+    Raises:
+        UserError: no such folders, or a file without a partner.
+    """
+    if isinstance(root, Mapping):
+        a, b = _matched(split_folder(root, split, "A"), split_folder(root, split, "B"))
+    else:
+        a, b = _find_a_and_b(Path(root), split)
+    return (a, b) if direction == "AtoB" else (b, a)
+
+
+def holds_pairs(root: Path | str) -> bool:
+    """Whether a folder holds test images side by side. (Files of equal names in two folders need not be pairs.)"""
+    try:
+        return find_pairs(root, "test")[0].half is not None
+    except UserError:
+        return False
+
+
+def _find_a_and_b(root: Path, split: str) -> tuple[Side, Side]:
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder. {_LAYOUTS}")
+    for name in [split] + (["val"] if split == "test" else []):
+        if (root / name).is_dir():
+            paths = list_images(root / name)
+            return Side(root / name, paths, "left"), Side(root / name, paths, "right")
+        if (root / f"{name}A").is_dir() and (root / f"{name}B").is_dir():
+            return _matched(root / f"{name}A", root / f"{name}B")
+    raise UserError(f"{root}: no folder {split}. {_LAYOUTS} Found {contents(root)}.")
+
+
+def _matched(folder_a: Path, folder_b: Path) -> tuple[Side, Side]:
+    named = [
+        {path.relative_to(folder).with_suffix(""): path for path in list_images(folder)}
+        for folder in (folder_a, folder_b)
+    ]
+    names = sorted(named[0].keys() | named[1].keys())
+    for name in names:
+        for found, folder in zip(named, (folder_a, folder_b), strict=True):
+            if name not in found:
+                raise UserError(
+                    f"{folder}: holds no {name}, but its partner folder does. "
+                    "Give the files of a pair the same name, and each a partner."
+                )
+    a, b = ([found[name] for name in names] for found in named)
+    return Side(folder_a, a), Side(folder_b, b)
 
 
 def half_of(image: Image.Image | Bands, half: str | None) -> Image.Image | Bands:

@@ -2,9 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -12,7 +10,7 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 from fastnce.data.broken import BrokenFiles, readable
-from fastnce.data.cifar import ImageArrays, holds_cifar, open_cifar
+from fastnce.data.cifar import LabelledSource, holds_cifar, open_cifar
 from fastnce.data.domains import EAGER_BYTES
 from fastnce.data.files import named_sizes
 from fastnce.data.folders import contents, describe_folder, list_images
@@ -43,9 +41,9 @@ _log = logging.getLogger("fastnce")
 class LabelledImages(Stream):
     """Class folders, Tiny ImageNet, CIFAR-10 or CIFAR-100, recognised by what is in the folder.
 
-    Sample i, for any i >= 0, is a pure function of (seed, i) and the arguments, so samples can be read in any order, by
-    any number of workers, and from the middle on. Every `len(self)` samples are an epoch: all images, in an order drawn
-    for that epoch. An image that is not square is cut to its central square; one of another size is scaled (bicubic).
+    Sample i, for any i >= 0, is a pure function of (seed, i) and the arguments: see `Stream`. Every `len(self)` samples are an
+    epoch: all images, in an order drawn for it. An image that is not square is cut to its central square; one of another size
+    is scaled (bicubic).
 
     With `class_balance` every class comes equally often: each K samples of K classes show one image of each, in random
     order, and a class shows all of its images before it repeats one.
@@ -117,11 +115,11 @@ class LabelledImages(Stream):
         self.image_size, self.channels, self.flip = image_size, channels, flip
         self._root, self._skip = Path(root), broken_files == "skip"
         source = open_labelled(root, split, classes, needs_labels=needs_labels)
-        if isinstance(source, ImageFiles) and self._skip and split != "train":
+        if source.pixels is None and self._skip and split != "train":
             source = _readable(source, channels)
         self._source, self._sizes = source, None
         self._broken, self.cache_bytes = None, 0  # CIFAR's images are in memory already
-        if isinstance(source, ImageFiles):
+        if source.pixels is None:
             self._broken = BrokenFiles(source.folder, source.paths, self._skip, source.labels)
             self.cache_bytes = cache_bytes
         self.class_names = source.class_names
@@ -212,10 +210,9 @@ class LabelledImages(Stream):
         counts = self.labels.bincount(minlength=self.num_classes)
         least, greatest = int(counts.min()), int(counts.max())
         each = str(least) if least == greatest else f"{least} to {greatest}"
-        line = f"{self._root}: {self.num_classes} classes, {each} images each"
+        lines = [f"{self._root}: {self.num_classes} classes, {each} images each"]
         if self.num_classes == 1:
-            line = f"{self._root}: {greatest} images without classes"
-        lines = [line]
+            lines = [f"{self._root}: {greatest} images without classes"]
         if self._broken is not None and len(self) <= _MANY_FILES:
             folder, paths = self._source.folder, self._source.paths
             lines += describe_folder(folder, paths, self.channels, skip_broken=self._skip)
@@ -233,31 +230,9 @@ class LabelledImages(Stream):
         return array
 
 
-@dataclass(frozen=True)
-class ImageFiles:
-    """Image files with labels; nothing is decoded before it is read.
-
-    `class_names` by label, `labels` (N,) int64, the N `paths`, and the split's `folder`, which holds them.
-    """
-
-    class_names: tuple[str, ...]
-    labels: np.ndarray
-    paths: list[Path]
-    folder: Path
-
-    def read(self, index: int, channels: int) -> Image.Image:
-        """Image `index`, RGB or greyscale; UserError, naming the file, if it cannot be read."""
-        return read_image(self.paths[index], channels)
-
-    def take(self, indices: np.ndarray, class_names: tuple[str, ...], labels: np.ndarray) -> Self:
-        """These images, with other labels."""
-        paths = [self.paths[index] for index in indices]
-        return replace(self, class_names=class_names, labels=labels, paths=paths)
-
-
 def open_labelled(
     root: Path | str, split: str, classes: Sequence[str] = (), *, needs_labels: bool = True
-) -> ImageFiles | ImageArrays:
+) -> LabelledSource:
     """The labelled set in `root`: CIFAR's images, or a list of files. UserError if there is none, or a class of `classes` is missing."""
     root = Path(root)
     if not root.is_dir():
@@ -272,7 +247,7 @@ def open_labelled(
     return _of_classes(source, tuple(classes), root)
 
 
-def _readable(source: ImageFiles, channels: int) -> ImageFiles:
+def _readable(source: LabelledSource, channels: int) -> LabelledSource:
     """Those of the files that can be read."""
     images = readable(source.paths, lambda path: read_image(path, channels), skip=True)
     good = {path for path, _ in images}
@@ -280,9 +255,7 @@ def _readable(source: ImageFiles, channels: int) -> ImageFiles:
     return source.take(kept, source.class_names, source.labels[kept])
 
 
-def _of_classes(
-    source: ImageFiles | ImageArrays, classes: tuple[str, ...], root: Path
-) -> ImageFiles | ImageArrays:
+def _of_classes(source: LabelledSource, classes: tuple[str, ...], root: Path) -> LabelledSource:
     found = source.class_names
     missing = [name for name in classes if name not in found]
     if missing or len(set(classes)) < len(classes):
@@ -292,12 +265,8 @@ def _of_classes(
         )
     left_out = [name for name in found if name not in classes]
     if left_out:
-        _log.warning(
-            "%s: images of %s are left out, the classes are %s",
-            root,
-            _shown(left_out),
-            _shown(classes),
-        )
+        message = "%s: images of %s are left out, the classes are %s"
+        _log.warning(message, root, _shown(left_out), _shown(classes))
     label_of = np.array([classes.index(name) if name in classes else -1 for name in found])
     labels = label_of[source.labels]
     kept = np.flatnonzero(labels >= 0)
@@ -316,7 +285,7 @@ def folders_read(root: Path | str) -> list[Path]:
 
 def has_split(root: Path | str, split: str) -> bool:
     """Whether a labelled set has this split: CIFAR always, folders if there is one of its name."""
-    return holds_cifar(Path(root)) or has_folder(Path(root), split)
+    return holds_cifar(Path(root)) or _find_split(Path(root), split) is not None
 
 
 def to_square(image: Image.Image, size: int) -> Image.Image:
@@ -329,7 +298,7 @@ def to_square(image: Image.Image, size: int) -> Image.Image:
     return square.resize((size, size), Image.Resampling.BICUBIC)
 
 
-def open_class_folders(root: Path, split: str, *, needs_labels: bool = True) -> ImageFiles:
+def open_class_folders(root: Path, split: str, *, needs_labels: bool = True) -> LabelledSource:
     """Finds `root/SPLIT/CLASS/*.png` and the like, at any depth below the class's folder.
 
     The classes are the folders of `root/train`, sorted, whatever the split: a label means the same in all. "test" is
@@ -357,10 +326,10 @@ def open_class_folders(root: Path, split: str, *, needs_labels: bool = True) -> 
         found = list_images(subfolder)
         paths += found
         labels += [label_of[subfolder.name]] * len(found)
-    return ImageFiles(names, np.array(labels, dtype=np.int64), paths, folder)
+    return LabelledSource(names, np.array(labels, dtype=np.int64), paths, folder)
 
 
-def _images_without_classes(root: Path, split: str) -> ImageFiles:
+def _images_without_classes(root: Path, split: str) -> LabelledSource:
     if split == "train" and not (root / "train").is_dir():
         folder = root
         others = {root / name for names in FOLDERS.values() for name in names}
@@ -368,24 +337,18 @@ def _images_without_classes(root: Path, split: str) -> ImageFiles:
     else:
         folder = _split_folder(root, split)
         paths = list_images(folder)
-    return ImageFiles(NO_CLASSES, np.zeros(len(paths), dtype=np.int64), paths, folder)
+    return LabelledSource(NO_CLASSES, np.zeros(len(paths), dtype=np.int64), paths, folder)
 
 
-def has_folder(root: Path, split: str) -> bool:
-    """Whether there is a folder of this split."""
-    return any((root / name).is_dir() for name in FOLDERS.get(split, (split,)))
-
-
-def holds_images(root: Path) -> bool:
-    """Whether the images to train on lie in the folder `root` itself: it holds some, and no folder train."""
-    if not root.is_dir() or (root / "train").is_dir():
-        return False
-    return any(_is_image(entry) for entry in root.iterdir())
+def _find_split(root: Path, split: str) -> Path | None:
+    names = FOLDERS.get(split, (split,))
+    return next((root / name for name in names if (root / name).is_dir()), None)
 
 
 def _without_classes(root: Path) -> bool:
+    """Whether the training folder holds no classes; without one, whether images lie in `root` itself."""
     train = root / "train"
-    return len(_subfolders(train)) < 2 if train.is_dir() else holds_images(root)
+    return len(_subfolders(train)) < 2 if train.is_dir() else any(map(_is_image, root.iterdir()))
 
 
 def _is_image(entry: Path) -> bool:
@@ -394,12 +357,11 @@ def _is_image(entry: Path) -> bool:
 
 
 def _split_folder(root: Path, split: str) -> Path:
-    names = FOLDERS.get(split, (split,))
-    for name in names:
-        if (root / name).is_dir():
-            return root / name
+    found = _find_split(root, split)
+    if found is not None:
+        return found
     raise UserError(
-        f"{root}: holds no folder {' or '.join(names)}. Expected train/CLASS/ and test/CLASS/ (or valid, or val) "
+        f"{root}: holds no folder {' or '.join(FOLDERS.get(split, (split,)))}. Expected train/CLASS/ and test/CLASS/ (or valid, or val) "
         f"with the images of each class, or CIFAR-10, CIFAR-100 or Tiny ImageNet as distributed; found {contents(root)}. {_WITHOUT}"
     )
 
@@ -418,7 +380,7 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(x for x in folder.iterdir() if x.is_dir() and not x.name.startswith("."))
 
 
-def _tiny_imagenet_val(folder: Path, names: tuple[str, ...]) -> ImageFiles:
+def _tiny_imagenet_val(folder: Path, names: tuple[str, ...]) -> LabelledSource:
     """Each line of the annotations: file name, class, and four numbers of a box, divided by tabs."""
     label_of = {name: label for label, name in enumerate(names)}
     annotations = folder / ANNOTATIONS
@@ -437,7 +399,7 @@ def _tiny_imagenet_val(folder: Path, names: tuple[str, ...]) -> ImageFiles:
         labels.append(label_of[fields[1]])
     if not paths:
         raise UserError(f"{annotations}: is empty. Unpack the archive again.")
-    return ImageFiles(names, np.array(labels, dtype=np.int64), paths, folder)
+    return LabelledSource(names, np.array(labels, dtype=np.int64), paths, folder)
 
 
 def _unknown_class(where: object, name: str, root: Path) -> UserError:

@@ -133,7 +133,7 @@ class TwoViews(Stream):
         dataset: The images; views are cut out of them at the size that they have there.
         recipe: What a view may look like: one of `VIEW_RECIPES`, by name, or one of your own.
         size: Side of the views in pixels; that of the images by default.
-        batch_size: The images of an epoch that fill no batch of this size are left out, others in each epoch, so that no batch
+        batch_size: The images of an epoch that fill no batch of this size are left out, others in each epoch: no batch
             reaches over two epochs and holds an image twice (unless the set draws with `class_balance`). 1 leaves out none.
 
     Raises:

@@ -11,8 +11,8 @@ from fastnce.demo.judges import (
     recipe_for,
 )
 from fastnce.demo.report import digits_to_translate, evaluate_digits, is_digits_photos
-from fastnce.demo.samples import PHOTOS
 from fastnce.demo.sets import (
+    PHOTOS,
     read_labels,
     write_digits,
     write_digits_photos,

@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,19 +20,20 @@ from fastnce.data.files import atomic_path
 from fastnce.data.images import SIGNED_UNIT
 from fastnce.data.labelled import LabelledImages
 from fastnce.data.stream import counter_rng
-from fastnce.demo.samples import (
+from fastnce.demo.sets import (
     BACKGROUND_SIDE,
     DIGIT_MARGIN,
     DIGIT_SIZE,
     NOISE_SIGMA,
     PHOTOS,
     composite,
+    kind_of,
     load_digits,
     noisy_digit,
     random_crops,
+    read_labels,
     scaled_photo,
 )
-from fastnce.demo.sets import kind_of, read_labels
 from fastnce.errors import UserError
 from fastnce.metrics.distribution import as_saved, extract_features
 from fastnce.metrics.extractors import load_extractor
@@ -108,17 +110,9 @@ class Evaluator(nn.Module):
 
     def __init__(self, num_photos: int, num_features: int = 64, base_channels: int = 24) -> None:
         super().__init__()
-        first, later = base_channels, 2 * base_channels
-        self.trunk = nn.Sequential(
-            _conv_norm_relu(3, first, 5, 2),  # 16 x 16
-            _conv_norm_relu(first, later, 3, 1),
-            _conv_norm_relu(later, later, 3, 2),  # 8 x 8
-            _conv_norm_relu(later, later, 3, 1),
-            _conv_norm_relu(later, later, 3, 2),  # 4 x 4
-            nn.Flatten(),
-            nn.Linear(later * 16, num_features),
-            nn.ReLU(),
-        )
+        later = 2 * base_channels
+        layers = (base_channels, 5, 2), (later, 3, 1), (later, 3, 2), (later, 3, 1), (later, 3, 2)
+        self.trunk = _trunk(3, layers, num_features)
         self.digit = nn.Linear(num_features, len(DIGITS))
         self.photo = nn.Linear(num_features, num_photos + 1)
         self.num_features = num_features
@@ -159,16 +153,9 @@ class DigitClassifier(nn.Module):
                 f"DigitClassifier: image_size={image_size}: expected 16 or 32. "
                 "Write the digits set at one of these sizes."
             )
-        first, later = base_channels, 2 * base_channels
-        self.trunk = nn.Sequential(
-            _conv_norm_relu(1, first, 3, image_size // 16),  # 16 x 16
-            _conv_norm_relu(first, later, 3, 2),  # 8 x 8
-            _conv_norm_relu(later, later, 3, 1),
-            _conv_norm_relu(later, later, 3, 2),  # 4 x 4
-            nn.Flatten(),
-            nn.Linear(later * 16, num_features),
-            nn.ReLU(),
-        )
+        later = 2 * base_channels
+        first = (base_channels, 3, image_size // 16)
+        self.trunk = _trunk(1, (first, (later, 3, 2), (later, 3, 1), (later, 3, 2)), num_features)
         self.head = nn.Linear(num_features, len(DIGITS))
         self.register_buffer("scale", torch.ones(()))
         self.image_size = image_size
@@ -229,9 +216,6 @@ def load_evaluator(
         The evaluator in eval mode, its parameters frozen, on the CPU.
     """
 
-    def build() -> Evaluator:
-        return Evaluator(len(recipe.photos), recipe.num_features, recipe.base_channels)
-
     def train(evaluator: Evaluator) -> None:
         batches = EvaluatorBatches(recipe)
 
@@ -244,7 +228,7 @@ def load_evaluator(
         _fit(evaluator, loss, recipe, "evaluator", progress)
 
     name = f"fastnce-digits-photos-v{recipe.version}-{recipe.digest()}"
-    return _load_or_train("evaluator", name, recipe, build, train, cache)
+    return _load_or_train("evaluator", name, recipe, partial(Evaluator, len(recipe.photos)), train, cache)
 
 
 class EvaluatorBatches:
@@ -309,14 +293,10 @@ def load_digit_classifier(
             "sets only. Write one with `fastnce data digits --out FOLDER`."
         )
     size = made["size"]
-    images, digits = LabelledImages(
-        data_root, image_size=size, channels=1, classes=DIGITS
-    ).all_images()
+    dataset = LabelledImages(data_root, image_size=size, channels=1, classes=DIGITS)
+    images, digits = dataset.all_images()
     data = hashlib.sha256(images.numpy().tobytes() + digits.numpy().tobytes())
     recipe = DigitRecipe(data.hexdigest()[:12], size, **settings)
-
-    def build() -> DigitClassifier:
-        return DigitClassifier(size, recipe.num_features, recipe.base_channels)
 
     def train(network: DigitClassifier) -> None:
         strokes = images[:, 0] / 255  # 0 where there is no ink
@@ -333,7 +313,7 @@ def load_digit_classifier(
         network.scale.copy_(features.var(0).mean().sqrt())
 
     name = f"fastnce-digits-v{recipe.version}-{recipe.digest()}"
-    return _load_or_train("digit-classifier", name, recipe, build, train, cache)
+    return _load_or_train("digit-classifier", name, recipe, partial(DigitClassifier, size), train, cache)
 
 
 def generation_evaluator(
@@ -374,7 +354,7 @@ def _load_or_train(
     stem: str,
     name: str,
     recipe: _Recipe,
-    build: Callable[[], Network],
+    build: Callable[[int, int], Network],
     train: Callable[[Network], None],
     cache: Path | str | None,
 ) -> Network:
@@ -385,7 +365,7 @@ def _load_or_train(
     def built() -> Network:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            network = build()
+            network = build(recipe.num_features, recipe.base_channels)
         network.name = name
         return network
 
@@ -448,10 +428,13 @@ def _random_affine(images: Tensor, rng: np.random.Generator, max_shift: float = 
     return F.grid_sample(images[:, None], grid, align_corners=False)[:, 0].numpy()
 
 
-def _conv_norm_relu(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
-    """A convolution that keeps the size but for its stride, batch normalisation, ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(),
-    )
+def _trunk(
+    channels: int, layers: Iterable[tuple[int, int, int]], num_features: int
+) -> nn.Sequential:
+    """Convolutions (channels, kernel, stride), each with batch norm and ReLU, to a map of 4x4; a linear layer and ReLU."""
+    trunk = nn.Sequential()
+    for width, kernel, stride in layers:
+        conv = nn.Conv2d(channels, width, kernel, stride, kernel // 2, bias=False)
+        trunk.append(nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU()))
+        channels = width
+    return trunk.extend([nn.Flatten(), nn.Linear(channels * 16, num_features), nn.ReLU()])

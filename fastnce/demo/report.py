@@ -12,8 +12,15 @@ from fastnce.data.folders import list_images, split_folder
 from fastnce.data.images import load_image
 from fastnce.data.stream import counter_rng
 from fastnce.demo.judges import Evaluator, load_evaluator, recipe_for, to_batch
-from fastnce.demo.samples import composite, load_digits, noisy_digit, random_crops, scaled_photo
-from fastnce.demo.sets import kind_of, read_labels
+from fastnce.demo.sets import (
+    composite,
+    kind_of,
+    load_digits,
+    noisy_digit,
+    random_crops,
+    read_labels,
+    scaled_photo,
+)
 from fastnce.errors import UserError
 from fastnce.metrics.image_sets import BEST, TRANSLATED, WITHOUT_NCE, Row, evaluate, halves_name, untranslated_name
 

@@ -1,5 +1,9 @@
-"""Writing the built-in sets: whole or not at all, with the recipe that they were made from."""
+"""The built-in sets, of real digits and photographs that ship inside scikit-learn and scikit-image: no download.
 
+They are written whole or not at all, with the recipe that they were made from.
+"""
+
+import importlib.util
 import json
 import os
 import shutil
@@ -9,27 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from fastnce.data.files import write_json
-from fastnce.data.images import to_image
+from fastnce.data.images import read_image, to_array, to_image
 from fastnce.data.stream import counter_rng
-from fastnce.demo.samples import (
-    BACKGROUND_SIDE,
-    DIGIT_MARGIN,
-    DIGIT_SIZE,
-    NOISE_SIGMA,
-    PHOTOS,
-    composite,
-    load_digits,
-    load_enlarged_digits,
-    load_photo,
-    noisy_digit,
-    random_crop,
-    scaled_photo,
-    split_photo,
-    to_bytes,
-)
 from fastnce.errors import UserError
+
+# Photograph -> the package it ships in, and where.
+PHOTOS = {
+    "coffee": ("skimage", "data/coffee.png"),
+    "astronaut": ("skimage", "data/astronaut.png"),
+    "chelsea": ("skimage", "data/chelsea.png"),
+    "rocket": ("skimage", "data/rocket.jpg"),
+    "motorcycle": ("skimage", "data/motorcycle_left.png"),
+    "china": ("sklearn", "datasets/images/china.jpg"),
+    "flower": ("sklearn", "datasets/images/flower.jpg"),
+}
+
+DIGIT_SIZE = 32
+DIGIT_MARGIN = 4
+NOISE_SIGMA = 0.2
+# At full size a crop of 32 pixels shows little more than one colour; at this shorter side it shows part of the scene.
+BACKGROUND_SIDE = 128
 
 LABELS_FILE = "labels.json"
 TEST_EVERY = 3
@@ -54,12 +60,9 @@ def write_digits_photos(
 
     Args:
         out: Folder to write: trainA, trainB, testA, testB of 32x32 PNG files. As all these sets, it is left as it is if it
-            holds this set already.
+            holds this set already, and returned.
         seed: Seed of the halves, the noise and the crops.
         photo: One of `PHOTOS`; or several, one of which is drawn for each image of B.
-
-    Returns:
-        `out`.
 
     Raises:
         UserError: If `out` holds something else, cannot be written, a photograph is unknown, or a package is missing.
@@ -69,9 +72,7 @@ def write_digits_photos(
         raise UserError(
             f"photo={photo}: expected at least one photograph, none of them twice. Use some of {', '.join(PHOTOS)}."
         )
-    recipe = {
-        "kind": "digits-photos",
-        "version": 1,
+    settings = {
         "seed": seed,
         # A single name, as in the sets from before there could be several.
         "photo": photos[0] if len(photos) == 1 else photos,
@@ -81,7 +82,7 @@ def write_digits_photos(
         "noise_sigma": NOISE_SIGMA,
         "test_every": TEST_EVERY,
     }
-    return _write_once(Path(out), recipe, lambda: _digits_photos(seed, photos))
+    return _write_once(Path(out), "digits-photos", settings, lambda: _digits_photos(seed, photos))
 
 
 def write_photos(
@@ -96,29 +97,22 @@ def write_photos(
 ) -> Path:
     """Writes random crops of two photographs as A and B, for training at real sizes.
 
-    The test crops come from the right of each photograph (a quarter of its width, or one crop's
-    width if that is more), the training crops from the rest: they share no pixel.
+    The test crops come from the right of each photograph (a quarter of its width, or one crop's width if that is more), the
+    training crops from the rest: they share no pixel.
 
     Args:
         out: Folder to write: trainA, trainB, testA, testB of PNG files.
         size: Side of the crops in pixels: 128, 256, or another that the photographs allow.
-        photo_a: One of `PHOTOS`.
-        photo_b: Another one.
-        train_count: Images in trainA and in trainB.
-        test_count: Images in testA and in testB.
+        photo_a, photo_b: Two of `PHOTOS`.
+        train_count, test_count: Images in trainA and in trainB, and in testA and in testB.
         seed: Seed of the crops.
-
-    Returns:
-        `out`.
 
     Raises:
         UserError: As `write_digits_photos`, and if a photograph is too small.
     """
     photos = _two_photos(photo_a, photo_b)
     counts = {"train": train_count, "test": test_count}
-    recipe = {
-        "kind": "photos",
-        "version": 1,
+    settings = {
         "seed": seed,
         "size": size,
         "photo_a": photo_a,
@@ -126,7 +120,7 @@ def write_photos(
         "train_count": train_count,
         "test_count": test_count,
     }
-    return _write_once(Path(out), recipe, lambda: _photos(photos, size, counts, seed))
+    return _write_once(Path(out), "photos", settings, lambda: _photos(photos, size, counts, seed))
 
 
 def write_single_photos(
@@ -137,48 +131,34 @@ def write_single_photos(
     Args:
         out: Folder to write: trainA and trainB, each of one PNG file.
         size: Shorter side, in pixels, to which both photographs are scaled (bicubic).
-        photo_a: One of `PHOTOS`.
-        photo_b: Another one.
-
-    Returns:
-        `out`.
+        photo_a, photo_b: Two of `PHOTOS`.
 
     Raises:
         UserError: As `write_digits_photos`, and if `size` is below 8 or above that of a photograph.
     """
     photos = _two_photos(photo_a, photo_b)
-    recipe = {
-        "kind": "single-photos",
-        "version": 1,
-        "size": size,
-        "photo_a": photo_a,
-        "photo_b": photo_b,
-    }
-    return _write_once(Path(out), recipe, lambda: _single_photos(photos, size))
+    settings = {"size": size, "photo_a": photo_a, "photo_b": photo_b}
+    return _write_once(Path(out), "single-photos", settings, lambda: _single_photos(photos, size))
 
 
 def write_digits(out: Path | str, size: int = 16, seed: int = 0) -> Path:
     """Writes the digits set: scikit-learn's 1,797 handwritten digits in 10 classes, greyscale.
 
-    Each 8x8 original is enlarged (bicubic), white on black. A third of each class, drawn at random, is
-    for testing; the same people wrote both parts. `out/labels.json` holds the recipe and, for each image,
-    its digit and its number in scikit-learn's set.
+    Each 8x8 original is enlarged (bicubic), white on black. A third of each class, drawn at random, is for testing; the same
+    people wrote both parts. `out/labels.json` holds the recipe and, for each image, its digit and its number in scikit-learn's set.
 
     Args:
         out: Folder to write: train/0/0000.png to test/9/0058.png.
         size: Side of the images in pixels, 16 or 32.
         seed: Seed of the split.
 
-    Returns:
-        `out`.
-
     Raises:
         UserError: As `write_digits_photos`, and if `size` is another one.
     """
     if size not in (16, 32):
         raise UserError(f"size={size}: the digits are written at 16 or 32 pixels. Use one of them.")
-    recipe = {"kind": "digits", "version": 1, "seed": seed, "size": size, "test_every": TEST_EVERY}
-    return _write_once(Path(out), recipe, lambda: _digits(size, seed))
+    settings = {"seed": seed, "size": size, "test_every": TEST_EVERY}
+    return _write_once(Path(out), "digits", settings, lambda: _digits(size, seed))
 
 
 def write_photo_crops(
@@ -186,19 +166,14 @@ def write_photo_crops(
 ) -> Path:
     """Writes 32x32 crops of the seven photographs; the class is the photograph.
 
-    Each photograph is scaled (bicubic) to a shorter side of 128 pixels, so that a crop shows part of the
-    scene. The test crops come from its right quarter, the training crops from the rest: they share no
-    pixel. `out/labels.json` holds the recipe and, for each image, its photograph and the corner of the
-    crop.
+    Each photograph is scaled (bicubic) to a shorter side of 128 pixels, so that a crop shows part of the scene. The test crops
+    come from its right quarter, the training crops from the rest: they share no pixel. `out/labels.json` holds the recipe and,
+    for each image, its photograph and the corner of the crop.
 
     Args:
         out: Folder to write: train/astronaut/0000.png and so on.
-        train_count: Training crops of each photograph.
-        test_count: Test crops of each photograph.
+        train_count, test_count: Crops of each photograph.
         seed: Seed of the crops.
-
-    Returns:
-        `out`.
 
     Raises:
         UserError: As `write_digits_photos`, and if a count is below 1.
@@ -207,16 +182,14 @@ def write_photo_crops(
     for split, count in counts.items():
         if count < 1:
             raise UserError(f"{split}_count={count}: expected at least 1 crop of each photograph.")
-    recipe = {
-        "kind": "photo-crops",
-        "version": 1,
+    settings = {
         "seed": seed,
         "size": CROP_SIZE,
         "shorter_side": BACKGROUND_SIDE,
         "photos": list(PHOTOS),
         **{f"{split}_count": count for split, count in counts.items()},
     }
-    return _write_once(Path(out), recipe, lambda: _photo_crops(counts, seed))
+    return _write_once(Path(out), "photo-crops", settings, lambda: _photo_crops(counts, seed))
 
 
 def read_labels(root: Path | str) -> dict[str, Any]:
@@ -251,13 +224,125 @@ def kind_of(root: Path | str | Mapping[str, Path]) -> str | None:
     return read_labels(root)["recipe"].get("kind")
 
 
-def _write_once(out: Path, recipe: dict[str, Any], images: Callable[[], Images]) -> Path:
+def load_photo(name: str) -> np.ndarray:
+    """One of `PHOTOS`: (H, W, 3) uint8. UserError if there is no such photograph, or its package is not installed."""
+    if name not in PHOTOS:
+        raise UserError(f'photo="{name}": no such photograph. Use one of {", ".join(PHOTOS)}.')
+    package, path = PHOTOS[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise _missing(package, f'The photograph "{name}"')
+    return to_array(read_image(Path(spec.submodule_search_locations[0], path), 3))
+
+
+def scaled_photo(name: str, size: int = BACKGROUND_SIDE) -> np.ndarray:
+    """One of `PHOTOS`, scaled down (bicubic) to a shorter side of `size` pixels: (H, W, 3) uint8."""
+    image = to_image(load_photo(name))
+    if not 8 <= size <= min(image.size):
+        raise UserError(
+            f'size={size}: the photograph "{name}" has {image.width}x{image.height} pixels. '
+            f"Use a size of 8 to {min(image.size)}, or another photograph."
+        )
+    scale = size / min(image.size)
+    scaled = (round(image.width * scale), round(image.height * scale))
+    return to_array(image.resize(scaled, Image.Resampling.BICUBIC))
+
+
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """The digits of `load_enlarged_digits` at 24 pixels, with a margin of 4: (1797, 32, 32) and their labels."""
+    strokes, labels = load_enlarged_digits(DIGIT_SIZE - 2 * DIGIT_MARGIN)
+    margin = (DIGIT_MARGIN, DIGIT_MARGIN)
+    return np.pad(strokes, ((0, 0), margin, margin)), labels
+
+
+def load_enlarged_digits(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's 1,797 handwritten digits, each scaled (bicubic) from its 8x8 pixels to `size` x `size`.
+
+    Returns the strokes (1797, size, size) float32 in [0, 1], 1 for ink, and their digits (1797,) int64.
+    """
+    try:
+        from sklearn.datasets import load_digits as load
+    except ImportError as error:
+        raise _missing("sklearn", "The set of handwritten digits") from error
+    bunch = load()
+    small = (Image.fromarray((image / 16).astype(np.float32)) for image in bunch.images)
+    large = np.stack([x.resize((size, size), Image.Resampling.BICUBIC) for x in small])
+    return large.clip(0, 1), bunch.target.astype(np.int64)
+
+
+def noisy_digit(stroke: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """White on black, with sensor noise of sigma 0.2 drawn for each pixel and channel.
+
+    (..., H, W) float32 in [0, 1] to (..., H, W, 3) uint8.
+    """
+    noise = rng.standard_normal((*stroke.shape, 3), dtype=np.float32)
+    return to_bytes(stroke[..., None] + np.float32(NOISE_SIGMA) * noise)
+
+
+def composite(stroke: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """|photo - digit|: the photograph, with its colours inverted where there is ink.
+
+    (..., H, W) float32 in [0, 1] and (..., H, W, 3) uint8 to (..., H, W, 3) uint8.
+    """
+    return to_bytes(np.abs(background.astype(np.float32) / 255 - stroke[..., None]))
+
+
+def split_photo(name: str, image: np.ndarray, size: int) -> dict[str, tuple[np.ndarray, int]]:
+    """Divides a photograph (H, W, C) into a left part for training and a right one for testing, with the columns where they start.
+
+    The right part is a quarter of the width, or `size`, the side of the crops to come, if that is more. UserError if a crop does
+    not fit into both.
+    """
+    height, width = image.shape[:2]
+    test_width = max(size, width // 4)
+    if size < 4 or width - test_width < size or height < size:
+        raise UserError(
+            f'size={size}: does not fit the photograph "{name}" ({width}x{height}), which is '
+            "divided into a part for training and one for testing. "
+            f"Use a size of 4 to {min(width // 2, height)}, or another photograph."
+        )
+    start = width - test_width
+    return {"train": (image[:, :start], 0), "test": (image[:, start:], start)}
+
+
+def random_crop(
+    image: np.ndarray, size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """A random square of `size` pixels of (H, W, C), and its upper left corner (y, x)."""
+    y = int(rng.integers(image.shape[0] - size + 1))
+    x = int(rng.integers(image.shape[1] - size + 1))
+    return image[y : y + size, x : x + size], (y, x)
+
+
+def random_crops(photo: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """(count, 32, 32, 3) uint8 from random places of a photograph (H, W, 3)."""
+    window = np.arange(DIGIT_SIZE)
+    y, x = (rng.integers(side - DIGIT_SIZE + 1, size=count) for side in photo.shape[:2])
+    return photo[(y[:, None] + window)[:, :, None], (x[:, None] + window)[:, None, :]]
+
+
+def to_bytes(values: np.ndarray) -> np.ndarray:
+    """[0, 1] to uint8, rounded; values beyond are clipped."""
+    return np.rint(values.clip(0, 1) * 255).astype(np.uint8)
+
+
+def _missing(package: str, what: str) -> UserError:
+    distribution = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[package]
+    return UserError(
+        f"{what} comes with {distribution}, which is not installed. Run: pip install 'fastnce[demo]'"
+    )
+
+
+def _write_once(
+    out: Path, kind: str, settings: dict[str, Any], images: Callable[[], Images]
+) -> Path:
     """Writes a set into a folder beside `out` and renames it when complete; skips what is there."""
+    recipe = {"kind": kind, "version": 1} | settings
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         if (out / LABELS_FILE).is_file() and read_labels(out)["recipe"] == recipe:
             return out
         raise UserError(
-            f"{out}: holds something else already, not the {recipe['kind']} set with these "
+            f"{out}: holds something else already, not the {kind} set with these "
             "settings. Choose another folder, or delete this one first."
         )
     # Absolute, so that "." has a name; beside `out`, so that the renaming is one step.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from fastnce.metrics.distribution import (
     precision_recall_density_coverage,
     saved_features,
 )
-from fastnce.metrics.tables import finite_or_none, measured, rows_table
+from fastnce.metrics.tables import NEIGHBOURHOOD_COLUMNS, finite_or_none, measured, rows_table
 
 GENERATED = "generated"
 HELD_OUT = "other real images"
@@ -28,10 +28,7 @@ _COLUMNS = {
     "fid": ("FID", ".2f"),
     "intra_class_fid": ("intra-class FID", ".2f"),
     "inception_score": ("IS", ".2f"),
-    "precision": ("precision", ".3f"),
-    "recall": ("recall", ".3f"),
-    "density": ("density", ".3f"),
-    "coverage": ("coverage", ".3f"),
+    **NEIGHBOURHOOD_COLUMNS,
     "class_accuracy": ("class accuracy", ".3f"),
     "relabelled_accuracy": ("relabelled", ".3f"),
 }
@@ -42,17 +39,15 @@ def inception_score(probabilities: Tensor, splits: int = 1) -> tuple[float, floa
 
         exp(mean_x KL(p(y|x) || p(y))),  p(y) = mean_x p(y|x)
 
-    (Salimans et al., 2016). It lies between 1 and the number of classes, and never looks at real
-    images.
+    (Salimans et al., 2016). It lies between 1 and the number of classes, and never looks at real images.
 
     Args:
         probabilities: (N, K), the judge's class probabilities of each image.
-        splits: Parts to compute it on. Image i goes to part i mod `splits`, so that images in the
-            order of their classes make parts with all classes.
+        splits: Parts to compute it on. Image i goes to part i mod `splits`, so that images in the order of their classes make
+            parts with all classes.
 
     Returns:
-        Mean over the parts and the standard deviation, 0 for one part; NaN, NaN if a probability
-        is not finite.
+        Mean over the parts and the standard deviation, 0 for one part; NaN, NaN if a probability is not finite.
 
     Raises:
         ValueError: If there are fewer images than parts, or the rows are no probabilities.
@@ -94,16 +89,9 @@ def class_accuracy(probabilities: Tensor, labels: Tensor) -> float:
 def relabelled_accuracy(probabilities: Tensor, labels: Tensor) -> float:
     """`class_accuracy` after the one-to-one renaming of the classes that makes it highest.
 
-    A generator whose classes are all there under each other's labels has a low class accuracy and
-    a high relabelled one; where labels say nothing about the image both are low. From labels by
-    chance the best renaming still gets somewhat above 1 / K.
-
-    Args:
-        probabilities: (N, K). A row that is not finite counts as misread.
-        labels: (N,) int64, the classes asked for.
-
-    Raises:
-        ValueError: As `class_accuracy`.
+    A generator whose classes are all there under each other's labels has a low class accuracy and a high relabelled one; where
+    labels say nothing about the image both are low. From labels by chance the best renaming still gets somewhat above 1 / K.
+    Arguments and errors are those of `class_accuracy`.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -120,14 +108,12 @@ def intra_class_fid(
 ) -> tuple[float, dict[int, float]]:
     """FID of each class's images to the real images of that class, and their mean.
 
-    It tells what FID cannot: whether the labels are bound to the images. As each class has few
-    images, the values are higher than the FID of all; compare those of equal counts only.
+    It tells what FID cannot: whether the labels are bound to the images. As each class has few images, the values are higher
+    than the FID of all; compare those of equal counts only.
 
     Args:
-        features: (N, F), of the images to judge.
-        labels: (N,) int64, the classes asked for.
-        reference: (M, F), of the real images.
-        reference_labels: (M,) int64.
+        features, labels: (N, F) and (N,) int64, of the images to judge and the classes asked for.
+        reference, reference_labels: (M, F) and (M,) int64, of the real images.
 
     Returns:
         The mean over the classes, and the distance of each class; NaN where a feature is not finite.
@@ -135,10 +121,8 @@ def intra_class_fid(
     Raises:
         ValueError: If the shapes do not fit, or a class has fewer than two images in one of the sets.
     """
-    for name, x, y in (
-        ("labels", features, labels),
-        ("reference_labels", reference, reference_labels),
-    ):
+    given = {"labels": (features, labels), "reference_labels": (reference, reference_labels)}
+    for name, (x, y) in given.items():
         if y.shape != x.shape[:1]:
             raise ValueError(
                 f"intra_class_fid: {name}: expected ({len(x)},), one for each of the features, "
@@ -160,20 +144,14 @@ def intra_class_fid(
 def spread_ratio(features: Tensor, reference: Tensor) -> float:
     """How varied generated images are against real ones: 0 when all are the same, 1 when as varied.
 
-    The ratio of the traces of the two covariances, which are half the mean squared distances
-    between two images of a set. Of the images of one class it falls when that class collapses,
-    which the ratio of all images hides.
+    The ratio of the traces of the two covariances, which are half the mean squared distances between two images of a set; NaN if
+    a feature is not finite. Of the images of one class it falls when that class collapses, which the ratio of all images hides.
 
     Args:
-        features: (N, F), of generated images.
-        reference: (M, F), of real ones.
-
-    Returns:
-        The ratio; NaN if a feature is not finite.
+        features, reference: (N, F) of generated images and (M, F) of real ones.
 
     Raises:
-        ValueError: If the shapes do not fit, a set has fewer than two images, or all real images
-            have the same features.
+        ValueError: If the shapes do not fit, a set has fewer than two images, or all real images have the same features.
 
     Examples:
         >>> x = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
@@ -242,17 +220,12 @@ def evaluate_generation(
     """Evaluates one generator, beside other real images and an untrained generator if given.
 
     Args:
-        sample: The generator; see `evaluate_generators`.
-        real_images: (N, C, H, W), float in [-1, 1] or uint8, the reference.
-        real_labels: (N,) int64.
-        evaluator: The judge; see `evaluate_generators`.
-        held_out: Other real images and their labels: the best that a generator can hope for.
+        sample: The generator.
         untrained: The generator before its training: the worst.
-        settings: As `evaluate_generators`.
+        real_images, real_labels, evaluator, held_out, settings: As of `evaluate_generators`.
 
     Returns:
-        As `evaluate_generators`, with the rows "other real images", "generated" and "untrained
-        generator".
+        As `evaluate_generators`, with the rows "other real images", "generated" and "untrained generator".
     """
     samples = {GENERATED: sample} | ({UNTRAINED: untrained} if untrained else {})
     return evaluate_generators(
@@ -274,19 +247,17 @@ def evaluate_generators(
 ) -> dict[str, Any]:
     """Fidelity, diversity and label binding of several conditional generators against one reference.
 
-    Each generator is asked for the labels of the reference, so that every row has the same number
-    of images of every class; FID depends on both. With `held_out` the reference is cut, class by
-    class, to the number that both sets have. Images are quantised to 8 bits as files are, and only
-    a batch of the generated ones is kept at a time.
+    Each generator is asked for the labels of the reference, so that every row has the same number of images of every class; FID
+    depends on both. With `held_out` the reference is cut, class by class, to the number that both sets have. Images are
+    quantised to 8 bits as files are, and only a batch of the generated ones is kept at a time.
 
     Args:
         samples: By name, functions from labels (B,) int64 on the CPU to images (B, C, H, W) in [-1, 1].
         real_images: (N, C, H, W), float in [-1, 1] or uint8, the reference.
         real_labels: (N,) int64, its classes.
-        evaluator: A module from images to features (N, F). If it has a method
-            `class_probabilities` from images to (N, K), there is an Inception score; if besides its
-            `reads_labels` is true, so that its classes are those of the labels, class accuracies.
-            Its `name` is recorded.
+        evaluator: A module from images to features (N, F). If it has a method `class_probabilities` from images to (N, K), there
+            is an Inception score; if besides its `reads_labels` is true, so that its classes are those of the labels, class
+            accuracies. Its `name` is recorded.
         held_out: Images and labels of a row of real images: the best to hope for.
         k: Neighbours of precision, recall, density and coverage.
         splits: Parts of the Inception score.
@@ -295,10 +266,9 @@ def evaluate_generators(
     Returns:
         {"extractor", "count", "k", "splits", "rows": [{"name", "fid", "intra_class_fid",
         "intra_class_fid_of": {class: value}, "inception_score", "inception_score_std", "precision",
-        "recall", "density", "coverage", "class_accuracy", "relabelled_accuracy"}, ...]}. None where
-        the evaluator does not give it, and for all but the accuracies if an image of the row is not
-        finite; such an image counts as misread. Classes with one image are left out of the
-        intra-class FID, and k is at most the number of images less one.
+        "recall", "density", "coverage", "class_accuracy", "relabelled_accuracy"}, ...]}. None where the evaluator does not give
+        it, and for all but the accuracies if an image of the row is not finite; such an image counts as misread. Classes with
+        one image are left out of the intra-class FID, and k is at most the number of images less one.
 
     Raises:
         ValueError: If shapes or counts do not fit: among others if there are fewer than two images.
@@ -315,20 +285,22 @@ def evaluate_generators(
     # Files come class by class; a generator with batch statistics needs batches of all classes.
     asked = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
     k = max(1, min(k, len(labels) - 1))
-    reference = _judge(evaluator, real_images.split(batch_size)).features
+    reference, _ = _judge(evaluator, real_images.split(batch_size))
+    how = {"k": k, "splits": splits}
+    reads = getattr(evaluator, "reads_labels", False)
     batches = {HELD_OUT: (held_out_images.split(batch_size), labels)} if held_out else {}
     for name, sample in samples.items():
         images = _generate(name, sample, asked.split(batch_size), real_images.shape[1:])
         batches[name] = images, asked
     rows = [
-        {"name": name} | _measure(_judge(evaluator, images), shown, reference, labels, k, splits)
+        {"name": name}
+        | _measure(*_judge(evaluator, images), shown, reference, labels, **how, reads_labels=reads)
         for name, (images, shown) in batches.items()
     ]
     return {
         "extractor": extractor_name(evaluator),
         "count": len(labels),
-        "k": k,
-        "splits": splits,
+        **how,
         "rows": rows,
     }
 
@@ -349,18 +321,8 @@ def format_generation_table(result: Mapping[str, Any]) -> str:
     return rows_table(rows, measured(_COLUMNS, rows), notes)
 
 
-class _Judged(NamedTuple):
-    """The evaluator's word on the images of a row; NaN for those that are not finite."""
-
-    features: Tensor
-    """(N, F) float64 on the CPU."""
-    probabilities: Tensor | None
-    """(N, K) float64 on the CPU."""
-    reads_labels: bool
-
-
-def _judge(evaluator: nn.Module, batches: Iterable[Tensor]) -> _Judged:
-    """Judges batches of images (B, C, H, W) as they are when saved."""
+def _judge(evaluator: nn.Module, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Features (N, F) and probabilities (N, K) of images (B, C, H, W) as they are when saved; NaN where those are not finite."""
     function = getattr(evaluator, "class_probabilities", lambda images: None)
     features, probabilities = [], []
     for batch in batches:
@@ -369,22 +331,20 @@ def _judge(evaluator: nn.Module, batches: Iterable[Tensor]) -> _Judged:
         given = function(images)
         if given is not None:
             probabilities.append(given.double().cpu().masked_fill(broken[:, None], math.nan))
-    return _Judged(
-        torch.cat(features),
-        torch.cat(probabilities) if probabilities else None,
-        getattr(evaluator, "reads_labels", False),
-    )
+    return torch.cat(features), torch.cat(probabilities) if probabilities else None
 
 
 def _measure(
-    judged: _Judged,
+    features: Tensor,
+    probabilities: Tensor | None,
     labels: Tensor,
     reference: Tensor,
     reference_labels: Tensor,
+    *,
     k: int,
     splits: int,
+    reads_labels: bool,
 ) -> dict[str, Any]:
-    features, probabilities = judged.features, judged.probabilities
     intra, intra_of = math.nan, {}
     # A class's distance needs two images; the rows have as many of each class as the reference.
     known = reference_labels.bincount() > 1
@@ -393,11 +353,10 @@ def _measure(
         intra, intra_of = intra_class_fid(
             features[own], labels[own], reference[real], reference_labels[real]
         )
-    score, score_std = math.nan, math.nan
-    accuracy = relabelled = math.nan
+    score = score_std = accuracy = relabelled = math.nan
     if probabilities is not None:
         score, score_std = inception_score(probabilities, splits)
-        if judged.reads_labels:
+        if reads_labels:
             accuracy = class_accuracy(probabilities, labels)
             relabelled = relabelled_accuracy(probabilities, labels)
     numbers = {

@@ -27,15 +27,12 @@ def authenticity_accuracy(
 ) -> Authenticity:
     """The discriminator's accuracy on real and on fake images.
 
-    A discriminator that is surer of the real images it is trained on than of held-out ones has
-    learned them by heart: compare `real` of both (`overfitting_gap`). One that is right about
-    everything gives the generator nothing to follow.
+    A discriminator that is surer of the real images it is trained on than of held-out ones has learned them by heart: compare
+    `real` of both (`overfitting_gap`). One that is right about everything gives the generator nothing to follow.
 
     Args:
-        logits_real: (N,) adversarial logits of real images.
-        logits_fake: (M,) of generated ones.
-        cutoff: Where real begins: 0 for the hinge and the logistic loss, 0.5 for least squares. A
-            logit on it counts as wrong.
+        logits_real, logits_fake: (N,) and (M,) adversarial logits of real and of generated images.
+        cutoff: Where real begins: 0 for the hinge and the logistic loss, 0.5 for least squares. A logit on it counts as wrong.
 
     Raises:
         ValueError: If one is empty.
@@ -44,46 +41,35 @@ def authenticity_accuracy(
         >>> authenticity_accuracy(torch.tensor([1.0, -0.5]), torch.tensor([-1.0, -2.0]))
         Authenticity(real=0.5, fake=1.0)
     """
-    for name, logits in (("logits_real", logits_real), ("logits_fake", logits_fake)):
-        if logits.numel() == 0:
-            raise ValueError(
-                f"authenticity_accuracy: {name}: expected at least one logit, got "
-                f"{tuple(logits.shape)}."
-            )
-    return Authenticity(_share(logits_real, cutoff, 1), _share(logits_fake, cutoff, -1))
+    return Authenticity(
+        _share("authenticity_accuracy: logits_real", logits_real - cutoff),
+        _share("authenticity_accuracy: logits_fake", cutoff - logits_fake),
+    )
 
 
 def overfitting_gap(logits_train: Tensor, logits_held_out: Tensor, cutoff: float = 0.0) -> float:
-    """Accuracy on real training images less that on held-out ones: near 0, 1 at worst.
+    """Accuracy on real training images less that on held-out ones: near 0, 1 at worst; NaN if a logit is not finite.
 
     Args:
-        logits_train: (N,) adversarial logits of real images that the discriminator is trained on.
-        logits_held_out: (M,) of real images that it is not.
+        logits_train, logits_held_out: (N,) and (M,) adversarial logits of real images that the discriminator is trained on, and
+            of others.
         cutoff: As `authenticity_accuracy`.
-
-    Returns:
-        The difference; NaN if a logit is not finite.
 
     Raises:
         ValueError: If one is empty.
     """
-    for name, logits in (("logits_train", logits_train), ("logits_held_out", logits_held_out)):
-        if logits.numel() == 0:
-            raise ValueError(
-                f"overfitting_gap: {name}: expected at least one logit, got {tuple(logits.shape)}."
-            )
-    return _share(logits_train, cutoff, 1) - _share(logits_held_out, cutoff, 1)
+    trained_on = _share("overfitting_gap: logits_train", logits_train - cutoff)
+    return trained_on - _share("overfitting_gap: logits_held_out", logits_held_out - cutoff)
 
 
 @torch.no_grad()
 def largest_singular_values(module: nn.Module, *, raw: bool = False) -> dict[str, float]:
     """The largest singular value of every convolution's and linear layer's weight, as a matrix.
 
-    The matrix is the one that spectral normalisation sees: output channels by all the rest. With
-    it, the values stay near 1 while its power iteration keeps up; they rise from layer to layer
-    shortly before a training collapses, and so do those of the raw weights (Brock et al., 2019).
-    Nothing is changed: no power iteration is made, so before the first forward in training mode,
-    while its vectors are still random, the values of normalised weights mean nothing.
+    The matrix is the one that spectral normalisation sees: output channels by all the rest. With it, the values stay near 1
+    while its power iteration keeps up; they rise from layer to layer shortly before a training collapses, and so do those of
+    the raw weights (Brock et al., 2019). Nothing is changed: no power iteration is made, so before the first forward in training
+    mode, while its vectors are still random, the values of normalised weights mean nothing.
 
     Args:
         module: A network, with spectral normalisation from `torch.nn.utils.spectral_norm`, from
@@ -116,10 +102,11 @@ def _largest_singular_value(matrix: Tensor) -> float:
     return torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt().item()
 
 
-def _share(logits: Tensor, cutoff: float, sign: int) -> float:
-    if not logits.isfinite().all():
-        return math.nan
-    return (sign * (logits - cutoff) > 0).double().mean().item()
+def _share(name: str, beyond: Tensor) -> float:
+    """The share of positive values."""
+    if beyond.numel() == 0:
+        raise ValueError(f"{name}: expected at least one logit, got {tuple(beyond.shape)}.")
+    return (beyond > 0).double().mean().item() if beyond.isfinite().all() else math.nan
 
 
 def _spectral_norm(layer: nn.Module) -> SpectralNorm | None:

@@ -103,13 +103,11 @@ def distance(
 ) -> Distance:
     """FID and KID between two sets of features.
 
-    FID as `frechet_distance`, KID as in Binkowski et al., 2018, through torchmetrics; in float64.
-    The FID of few images is too large, and the more so the fewer they are: compare values from
-    equal numbers of images only.
+    FID as `frechet_distance`, KID as in Binkowski et al., 2018, through torchmetrics; in float64. The FID of few images is too
+    large, and the more so the fewer they are: compare values from equal numbers of images only.
 
     Args:
-        features: (N, F).
-        reference: (M, F).
+        features, reference: (N, F) and (M, F).
         extractor: Its name, for the record.
         seed: Seed of KID's subsets.
 
@@ -150,8 +148,7 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     of one class) it is a hundred times faster.
 
     Args:
-        features: (N, F).
-        reference: (M, F).
+        features, reference: (N, F) and (M, F).
 
     Returns:
         The distance, at least 0; NaN if a feature is not finite.
@@ -197,16 +194,13 @@ def check_comparable(function: str, features: Tensor, reference: Tensor) -> None
 def precision_recall_density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> PrecisionRecall:
     """Fidelity (precision, density) and diversity (recall, coverage) of generated images.
 
-    A neighbourhood is the closed ball around an image that reaches to its k-th nearest neighbour in
-    its own set, not counting itself; a region is the union of a set's neighbourhoods. Precision and
-    recall: Kynkaanniemi et al., 2019; density and coverage, less shaken by outliers: Naeem et al.,
-    2020. Distances are Euclidean, in float64, and made in blocks: memory grows with N + M.
-    Balls are closed: where features coincide, as those of a collapsed generator do, they are inside
-    one another's balls of radius 0.
+    A neighbourhood is the closed ball around an image that reaches to its k-th nearest neighbour in its own set, not counting
+    itself; a region is the union of a set's neighbourhoods. Precision and recall: Kynkaanniemi et al., 2019; density and
+    coverage, less shaken by outliers: Naeem et al., 2020. Distances are Euclidean, in float64, and made in blocks: memory grows
+    with N + M. Where features coincide, as those of a collapsed generator do, they are inside one another's balls of radius 0.
 
     Args:
-        real: (N, F) features of real images.
-        fake: (M, F) features of generated ones.
+        real, fake: (N, F) and (M, F) features of real and of generated images.
         k: Neighbours.
 
     Raises:
@@ -293,10 +287,9 @@ def compare_folders(
     """FID and KID between two folders of images, for any data and any extractor.
 
     Args:
-        folder: Images to judge, all of one size.
-        reference: Images of the target domain, all of one size.
-        extractor: A module from (N, C, H, W) float32 in [-1, 1] to features (N, F); it resizes by
-            itself if it has to. Its `name` is recorded.
+        folder, reference: Images to judge and of the target domain, all of one size.
+        extractor: A module from (N, C, H, W) float32 in [-1, 1] to features (N, F); it resizes by itself if it has to. Its
+            `name` is recorded.
         channels: 3 for RGB, 1 for greyscale.
 
     Raises:

@@ -39,8 +39,7 @@ def knn_predict(
     (https://arxiv.org/abs/1805.01978); k and temperature as in the CIFAR-10 demo of MoCo's authors.
 
     Args:
-        train_features: (N, F).
-        train_labels: (N,) int64.
+        train_features, train_labels: (N, F) and (N,) int64.
         test_features: (M, F), on the same device.
         k: neighbours; all of them where there are fewer.
         temperature: positive.
@@ -94,9 +93,7 @@ def linear_predict(
     rate as the published linear evaluations do.
 
     Args:
-        train_features: (N, F).
-        train_labels: (N,) int64.
-        test_features: (M, F).
+        train_features, train_labels, test_features: (N, F), (N,) int64 and (M, F).
         steps: the most iterations; scikit-learn warns where they do not suffice.
 
     Returns:

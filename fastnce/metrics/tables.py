@@ -1,11 +1,16 @@
 """Tables of results: Markdown that also reads well as text, and JSON."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from fastnce.data.files import atomic_path, write_json
+
+# Of fidelity and diversity, see `rows_table`.
+NEIGHBOURHOOD_COLUMNS = {
+    name: (name, ".3f") for name in ("precision", "recall", "density", "coverage")
+}
 
 
 def markdown_table(lines: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
@@ -50,6 +55,11 @@ def write_result(
     with atomic_path(paths[1]) as temporary:
         temporary.write_text(table, encoding="utf-8")
     return paths
+
+
+def one_or_several(sizes: Set[str]) -> str:
+    """The size of images, "256x256", or "several sizes"."""
+    return next(iter(sizes)) if len(sizes) == 1 else "several sizes"
 
 
 def finite_or_none(value: float) -> float | None:

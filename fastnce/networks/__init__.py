@@ -1,15 +1,16 @@
-"""Network families, one file each."""
+"""Network families."""
 
-from fastnce.networks.conditional import DiscriminatorOutput
-from fastnce.networks.dcgan import DCGANDiscriminator, DCGANGenerator
-from fastnce.networks.heads import PatchProjector, ProjectionHead, SimilarityHead
-from fastnce.networks.patch_discriminator import PatchDiscriminator
-from fastnce.networks.residual_gans import (
+from fastnce.networks.conditional_gans import (
     BigGANDiscriminator,
     BigGANGenerator,
+    DCGANDiscriminator,
+    DCGANGenerator,
+    DiscriminatorOutput,
     SNGANDiscriminator,
     SNGANGenerator,
 )
+from fastnce.networks.heads import PatchProjector, ProjectionHead, SimilarityHead
+from fastnce.networks.patch_discriminator import PatchDiscriminator
 from fastnce.networks.resnet_encoder import RESNETS, ResNetEncoder
 from fastnce.networks.resnet_generator import ResnetGenerator
 from fastnce.networks.studiogan import load_studiogan

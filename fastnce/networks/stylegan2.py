@@ -146,45 +146,13 @@ class ResBlock(nn.Module):
         return (self.conv2(self.conv1(x)) + self.skip(x)) / math.sqrt(2)
 
 
-def modulated_conv2d(
-    x: Tensor, weight: Tensor, style: Tensor | None = None, upsample: bool = False
-) -> Tensor:
-    """Convolution whose weights each sample scales by its style and then normalises (demodulates).
-
-        w_b[o, i, k] = style[b, i] weight[o, i, k]
-        y_b = conv(x_b, w_b / sqrt(sum over i, k of w_b[o, i, k]^2 + 1e-8))
-
-    Computed with one convolution for the whole batch: the style scales x's channels, the norms scale y's.
-
-    Args:
-        x: (B, C_in, H, W).
-        weight: (C_out, C_in, k, k), k odd.
-        style: (B, C_in); None for ones.
-        upsample: transposed convolution of stride 2.
-
-    Returns:
-        (B, C_out, H, W), or with `upsample` (B, C_out, 2 H + k - 2, 2 W + k - 2), which a `Blur` of gain 4 brings to (2 H, 2 W).
-
-    Examples:
-        >>> modulated_conv2d(torch.ones(1, 1, 3, 3), torch.full((1, 1, 1, 1), 5.0)).unique()
-        tensor([1.])
-    """
-    if style is None:
-        norms = weight.square().sum((1, 2, 3), keepdim=True)
-        return _convolve(x, weight * torch.rsqrt(norms + DEMODULATION_EPS), upsample)
-    y = _convolve(x * style[:, :, None, None], weight, upsample)
-    norms = style.square() @ weight.square().sum((2, 3)).T  # (B, C_out)
-    return y * torch.rsqrt(norms + DEMODULATION_EPS)[:, :, None, None]
-
-
-def _convolve(x: Tensor, weight: Tensor, upsample: bool) -> Tensor:
-    if upsample:
-        return F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
-    return F.conv2d(x, weight, padding=weight.shape[2] // 2)
-
-
 class UpsamplingModulatedConv2d(nn.Module):
-    """3x3 `modulated_conv2d` with a style of ones that doubles the size, then a blur: (B, C, H, W) -> (B, C', 2H, 2W)."""
+    """Modulated 3x3 convolution with a style of ones that doubles the size, then a blur: (B, C, H, W) -> (B, C', 2H, 2W).
+
+    A style would scale the weights of each sample; of ones only the normalisation (demodulation) is left:
+
+        y = blur(conv_transpose(x, w / sqrt(sum over i, k of w[o, i, k]^2 + 1e-8)))
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -194,7 +162,10 @@ class UpsamplingModulatedConv2d(nn.Module):
         self.blur = Blur(padding=1, gain=4.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.blur(modulated_conv2d(x, self.weight[0] * self.scale, upsample=True))
+        weight = self.weight[0] * self.scale
+        norms = weight.square().sum((1, 2, 3), keepdim=True)
+        weight = weight * torch.rsqrt(norms + DEMODULATION_EPS)
+        return self.blur(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2))
 
 
 class NoiseInjection(nn.Module):

@@ -38,20 +38,12 @@ def variants() -> dict[str, System]:
 
 
 def of_variant(name: str) -> System:
-    """The system that a variant trains.
-
-    Raises:
-        UserError: there is no such variant.
-    """
+    """The system that a variant trains."""
     return variants()[known(name, variants(), "model")]
 
 
 def system_named(name: object) -> System:
-    """The system of a configuration.
-
-    Raises:
-        UserError: this version has no such system.
-    """
+    """The system of a configuration."""
     if name not in SYSTEMS:
         raise UserError(f"system={name} is unknown. Use one of: {', '.join(SYSTEMS)}.")
     return SYSTEMS[name]

@@ -19,24 +19,15 @@ def diff_augment(images: Tensor, generator: torch.Generator | None = None) -> Te
     Args:
         images: (N, C, H, W).
         generator: what to draw from, on the images' device; by default torch's own.
-
-    Returns:
-        (N, C, H, W).
     """
     images = _colour(images, generator)
     return _cutout(_translation(images, "constant", generator), generator)
 
 
 def flip_and_translate(images: Tensor) -> Tensor:
-    """Mirrors each image with probability 1/2 and moves it by up to 1/8 of its size, reflected at the borders.
+    """Mirrors each image, (N, C, H, W), with probability 1/2 and moves it by up to 1/8 of its size, reflected at the borders.
 
     The augmentation of consistency regularisation (Zhang et al. 2020, https://arxiv.org/abs/1910.12027).
-
-    Args:
-        images: (N, C, H, W).
-
-    Returns:
-        (N, C, H, W).
     """
     mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return _translation(torch.where(mirrored, images.flip(3), images), "reflect", None)

@@ -38,14 +38,21 @@ from fastnce.systems.adversarial import (
 )
 from fastnce.systems.augment import diff_augment, flip_and_translate
 from fastnce.systems.class_losses import auxiliary_classifier, contrastive_2c, d2d_ce
-from fastnce.systems.labelled import LabelledConfig, LabelledSystem
-from fastnce.systems.system import Ablation, Measure, Rows
+from fastnce.systems.system import (
+    Ablation,
+    LabelledConfig,
+    LabelledSystem,
+    Measure,
+    Rows,
+    autocast,
+    images_with_labels,
+)
 
 if TYPE_CHECKING:
     from fastnce.data import LabelledImages
 
-# Of a data set with more classes, a sample grid shows the first ones.
-_GRID_CLASSES = 20
+# Of a data set with more classes, a sample grid shows the first ones; `generate`'s so many images of each.
+_GRID_CLASSES, _GRID_COLUMNS = 20, 12
 # Below this share of the real images' variance the samples are hardly more than one image.
 _COLLAPSED = 0.05
 # Of the numbers of an evaluation, those that are measured during the training.
@@ -385,7 +392,7 @@ class ContraGAN(nn.Module):
         return terms, real_output
 
     def _generate_for_discriminator(self, z: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad(), self._autocast(), statistics_untracked(self.generator):
+        with torch.no_grad(), autocast(self), statistics_untracked(self.generator):
             fake = self.generator(z, labels)
         return diff_augment(fake) if self.config.diff_augment else fake
 
@@ -408,7 +415,7 @@ class ContraGAN(nn.Module):
                 fake, output = self._judge_generated(*part)
                 terms = {"G_GAN": generator_loss(output.adversarial, config.gan_mode)}
                 if config.lambda_zcr_g > 0:
-                    with self._autocast():
+                    with autocast(self):
                         near = self.generator(self._near(part[0]), part[1])
                     distance = F.mse_loss(at_least_fp32(fake), at_least_fp32(near))
                     terms["G_zcr"] = -config.lambda_zcr_g * distance
@@ -424,7 +431,7 @@ class ContraGAN(nn.Module):
     def _judge_generated(
         self, z: Tensor, labels: Tensor, seed: int
     ) -> tuple[Tensor, DiscriminatorOutput]:
-        with self._autocast():
+        with autocast(self):
             fake = self.generator(z, labels)
         seen = fake
         if self.config.diff_augment:
@@ -432,7 +439,7 @@ class ContraGAN(nn.Module):
         return fake, self._judge(seen, labels)
 
     def _judge(self, images: Tensor, labels: Tensor) -> DiscriminatorOutput:
-        with self._autocast():
+        with autocast(self):
             return self.discriminator(images, labels)
 
     def _class_terms(
@@ -443,10 +450,7 @@ class ContraGAN(nn.Module):
     ) -> list[Callable[[DiscriminatorOutput], tuple[Tensor, Tensor]] | None]:
         """For each part of a batch, a function from what D says of it to (the loss's value, a term with its gradient).
 
-        Args:
-            judge: D's output for a part.
-            parts: the parts of the batch; the labels stand second.
-            extra: samples that 2C contrasts with, too.
+        `judge` gives D's output for a part, in which the labels stand second; `extra` are samples that 2C contrasts with, too.
         """
         config = self.config
         weight, count = config.lambda_cond, sum(len(part[1]) for part in parts)
@@ -509,10 +513,6 @@ class ContraGAN(nn.Module):
         if self.config.micro_batches == 1:
             return contextlib.nullcontext()
         return one_power_iteration(*networks)
-
-    def _autocast(self) -> AbstractContextManager:
-        device = next(self.generator.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bf16")
 
 
 class ClassSample(NamedTuple):
@@ -587,6 +587,8 @@ class ContraGANSystem(LabelledSystem):
     """ContraGAN in the training loop."""
 
     config_class = ContraGANConfig
+    model_class = ContraGAN
+    network = staticmethod(build_generator)
     variants = {
         "contragan": {},
         "acgan": {"conditioning": "AC"},
@@ -675,6 +677,7 @@ class ContraGANSystem(LabelledSystem):
         ("D_cr", "D_bcr", "D_zcr", "G_zcr", "D_r1"),
     )
     best = "fid"
+    does = "generate images from classes"
     next_command = "fastnce generate --run {run} --out DIR"
     judged_by = frozenset({"extractor", "seed"})
     reported = ("conditioning",)
@@ -683,18 +686,10 @@ class ContraGANSystem(LabelledSystem):
     def dataset(self, config: ContraGANConfig) -> LabelledImages:
         return labelled_images(config, "train")
 
-    def model(self, config: ContraGANConfig, dataset: LabelledImages) -> ContraGAN:
-        return ContraGAN(config)
-
-    def network(self, config: ContraGANConfig) -> nn.Module:
-        return build_generator(config)
-
     def preview(
         self, config: ContraGANConfig, dataset: LabelledImages
     ) -> Callable[[nn.Module], Rows]:
         """A row for each class, with the same noise in all of them."""
-        from fastnce.systems.generating import sample_images
-
         shown = min(config.num_classes, _GRID_CLASSES)
         random = torch.Generator().manual_seed(config.seed)
         z = torch.randn(config.sample_count, config.latent_dim, generator=random)
@@ -769,12 +764,8 @@ class ContraGANSystem(LabelledSystem):
     ) -> tuple[dict[str, Any], str]:
         """FID, intra-class FID, precision, recall and more of samples, against the test images.
 
-        Beside them stand training images (the best to hope for) and samples of the generator before its training.
-
-        Args:
-            networks: the generator as "run".
-            extractor: TorchScript file of a feature extractor; by default that of the run, or a digits set's own classifier.
-            seed: of the noise.
+        Beside them stand training images (the best to hope for) and samples of the generator before its training. The extractor
+        is by default that of the run, or a digits set's own classifier; `seed` is that of the noise.
         """
         from fastnce.metrics import evaluate_generation, format_generation_table
 
@@ -793,13 +784,6 @@ class ContraGANSystem(LabelledSystem):
         )
         return result, format_generation_table(result)
 
-    def generate_folder(
-        self, network: nn.Module, config: ContraGANConfig, out: Path, **how: Any
-    ) -> int:
-        from fastnce.systems.generating import generate_folder
-
-        return generate_folder(network, config, out, **how)
-
     def graph_inputs(
         self, network: nn.Module, config: ContraGANConfig, channels: int, count: int
     ) -> dict[str, Tensor]:
@@ -811,25 +795,15 @@ class ContraGANSystem(LabelledSystem):
 def labelled_images(
     config: ContraGANConfig, split: str, root: Path | None = None
 ) -> LabelledImages:
-    """The images of a split of `root`, by default `config.data`, as the networks of `config` take them; of the run's classes.
-
-    Raises:
-        UserError: the folder is not what it should be, or has another number of classes than the networks.
-    """
-    from fastnce.data import LabelledImages
+    """The images of a split of `root`, by default `config.data`, as the networks of `config` take them; of the run's classes."""
     from fastnce.data.labelled import NO_CLASSES
 
-    dataset = LabelledImages(
-        root or config.data,
+    dataset = images_with_labels(
+        config,
         split,
-        image_size=config.image_size,
-        channels=config.image_channels,
+        root or config.data,
         flip=config.flip and split == "train",
-        seed=config.seed,
-        classes=() if config.class_names == NO_CLASSES else config.class_names,
         needs_labels=config.conditioning != "none",
-        class_balance=config.class_balance and split == "train",
-        broken_files=config.broken_files,
     )
     if dataset.class_names != NO_CLASSES and dataset.num_classes != config.num_classes:
         raise UserError(
@@ -861,9 +835,6 @@ def reference_and_training(
     """The real images that samples are judged by, and as many training images to judge beside them.
 
     The test images, with training images of the same classes; without a test set the training images, and None.
-
-    Raises:
-        UserError: as `labelled_images`, or there are fewer than two images.
     """
     from fastnce.data.labelled import has_split
 
@@ -900,11 +871,7 @@ def judge_of(
     extractor: Path | None,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """The judge of a run's samples: see `fastnce.demo.generation_evaluator`.
-
-    Raises:
-        UserError: there is none, or a digits set's own reads other images than the run makes.
-    """
+    """The judge of a run's samples: see `fastnce.demo.generation_evaluator`."""
     from fastnce.demo import generation_evaluator
     from fastnce.demo.judges import DIGITS, DigitClassifier
 
@@ -930,8 +897,6 @@ def signed_unit(images: Tensor) -> Tensor:
 
 def sampler(generator: nn.Module, seed: int) -> Callable[[Tensor], Tensor]:
     """A function from labels to images of a generator in eval mode, with noise of its own from `seed` on."""
-    from fastnce.systems.generating import sample_images
-
     random = torch.Generator().manual_seed(seed)
 
     def sample(labels: Tensor) -> Tensor:
@@ -947,3 +912,129 @@ def _logits(model: ContraGAN, images: Tensor, labels: Tensor, batch_size: int = 
     parts = zip(images.split(batch_size), labels.split(batch_size), strict=True)
     outputs = [model.discriminator(a.to(device), b.to(device)).adversarial.cpu() for a, b in parts]
     return torch.cat(outputs)
+
+
+def latent(
+    count: int, dim: int, *, truncation: float | None = None, generator: torch.Generator
+) -> Tensor:
+    """Noise (count, dim): normal, or normal cut off at +-truncation, which trades variety for fidelity (BigGAN)."""
+    z = torch.empty(count, dim)
+    if truncation is None:
+        return z.normal_(generator=generator)
+    return nn.init.trunc_normal_(z, a=-truncation, b=truncation, generator=generator)
+
+
+def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """`steps` points (steps, D) on the line from z `start` to z `end`, (D,) each, both included."""
+    return torch.lerp(start, end, torch.linspace(0, 1, steps)[:, None])
+
+
+def generate_folder(
+    generator: nn.Module,
+    config: LabelledConfig,
+    out: Path,
+    *,
+    classes: Sequence[str] = (),
+    count: int = 16,
+    truncation: float | None = None,
+    interpolation: int = 0,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> int:
+    """Writes `out/CLASS/NNNN.png` for each class, `out/grid.png`, and `out/interpolation.png` if asked for.
+
+    All classes share their noise, so that a column of the grid shows what the class changes.
+
+    Args:
+        generator: as `load_generator` gives it.
+        config: the configuration of its run.
+        out: folder; created.
+        classes: Numbers or names of the classes; by default all. Those of a run from before runs kept them are looked up in its
+            data.
+        count: Images of each class.
+        truncation: Cut the noise off at this value, such as 0.8: less variety, more fidelity.
+        interpolation: Also a picture with so many steps from one noise to another; 0 for none.
+        seed: Seed of the noise.
+        batch_size: Images generated at a time.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        UserError: a value out of range.
+    """
+    from tqdm import tqdm
+
+    from fastnce.data import save_image
+    from fastnce.data.files import expect_apart
+    from fastnce.viz.plots import save_sample_grid
+
+    for name, value, minimum in (("count", count, 1), ("batch_size", batch_size, 1)):
+        if value < minimum:
+            raise UserError(f"{name}={value} is too small. Use {name} >= {minimum}.")
+    # Generated images among those that the run, or its evaluation, reads.
+    expect_apart(out, [Path(config.data) / split for split in ("train", "test", "valid", "val")])
+    if truncation is not None and not truncation > 0:
+        raise UserError(f"truncation={truncation} must be positive. Use about 0.5 to 2.")
+    if interpolation < 0 or interpolation == 1:
+        raise UserError(f"interpolation={interpolation} must be 0 for none, or at least 2 columns.")
+    chosen = _labels(classes, _class_names(config, generator.num_classes))
+    random = torch.Generator().manual_seed(seed)
+    z = latent(count, generator.latent_dim, truncation=truncation, generator=random)
+    ends = latent(2, generator.latent_dim, truncation=truncation, generator=random)
+
+    rows, between = {}, {}
+    for label, name in tqdm(chosen.items(), desc="generate", unit="class", disable=None):
+        images = sample_images(generator, z, torch.full((count,), label), batch_size)
+        for number, image in enumerate(images):
+            save_image(image, Path(out) / name / f"{number:04d}.png")
+        rows[name] = list(images[:_GRID_COLUMNS])
+        if interpolation:
+            line = interpolate(*ends, interpolation)
+            between[name] = list(
+                sample_images(generator, line, torch.full((interpolation,), label))
+            )
+    save_sample_grid(rows, Path(out) / "grid.png")
+    if interpolation:
+        save_sample_grid(between, Path(out) / "interpolation.png")
+    return count * len(chosen)
+
+
+def _labels(classes: Sequence[str], names: Sequence[str]) -> dict[int, str]:
+    """Label -> name of the chosen classes."""
+    if not classes:
+        return dict(enumerate(names))
+    chosen = {}
+    for text in classes:
+        if text in names:
+            label = names.index(text)
+        elif text.isdecimal() and int(text) < len(names):
+            label = int(text)
+        else:
+            raise UserError(
+                f"class={text} is unknown. Use a number from 0 to {len(names) - 1}, or a name such as {names[0]}."
+            )
+        chosen[label] = names[label]
+    return chosen
+
+
+def _class_names(config: LabelledConfig, count: int) -> list[str]:
+    """The run's; of an old run those of its data, or numbers if that is not there or has other classes by now."""
+    if config.class_names:
+        return list(config.class_names)
+    from fastnce.data.labelled import open_labelled
+
+    with contextlib.suppress(UserError):
+        names = open_labelled(config.data, "train").class_names
+        if len(names) == count:
+            return list(names)
+    return [str(label) for label in range(count)]
+
+
+@torch.inference_mode()
+def sample_images(generator: nn.Module, z: Tensor, labels: Tensor, batch_size: int = 256) -> Tensor:
+    """Images (N, C, H, W) in [-1, 1] of a generator in eval mode, on the CPU, for `z` (N, latent_dim) and `labels` (N,)."""
+    device = next(generator.parameters()).device
+    parts = zip(z.split(batch_size), labels.split(batch_size), strict=True)
+    images = [generator(a.to(device), b.to(device)).float().cpu() for a, b in parts]
+    return torch.cat(images).contiguous()

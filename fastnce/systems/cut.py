@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
@@ -26,15 +25,13 @@ from fastnce.systems.patch_contrast import (
     PatchContrast,
     PatchContrastConfig,
     build_projector,
-    check_num_patches,
     feature_shapes,
     projected_dims,
 )
-from fastnce.systems.system import Ablation
+from fastnce.systems.system import Ablation, autocast
 from fastnce.systems.translation import (
     UnpairedConfig,
     adam,
-    autocast,
     build_discriminator,
     build_generator,
     can_convert,
@@ -48,8 +45,6 @@ from fastnce.systems.translation_system import (
     DIGITS_PATCHES,
     DIGITS_PHOTOS,
     TranslationSystem,
-    expect_sizes_fit,
-    fixed_size,
 )
 
 if TYPE_CHECKING:
@@ -163,10 +158,7 @@ class CUT(nn.Module):
         networks = {"G": self.generator, "D": self.discriminator}
         self.projector = None
         if self.nce_names:
-            shapes = feature_shapes(config, image_size)
-            if image_size is not None:
-                check_num_patches(config, shapes)
-            channels = [shape[0] for shape in shapes]
+            channels = [shape[0] for shape in feature_shapes(config, image_size)]
             self.projector = build_projector(config, channels)
             self.contrast = PatchContrast(config, self.nce_names, projected_dims(config, channels))
         if self.projector is not None:
@@ -215,14 +207,14 @@ class CUT(nn.Module):
         seen = source.flip(3) if flip else source
         compared = count * len(self.nce_names)
         if self.nce_names and self.config.reuse_features and not flip:
-            with self._autocast():
+            with autocast(self):
                 images, keys = self.generator(seen, taps)
             return _Translated(images, seen, count, flip, [key.detach()[:compared] for key in keys])
-        with self._autocast():
+        with autocast(self):
             images = self.generator(seen)
         if not self.nce_names:
             return _Translated(images, seen, count, flip, [])
-        with self._autocast(), torch.no_grad():
+        with autocast(self), torch.no_grad():
             keys = self.generator.encode(source[:compared], taps)
         return _Translated(images, seen, count, flip, keys)
 
@@ -269,7 +261,7 @@ class CUT(nn.Module):
     ) -> dict[str, Tensor]:
         config, names = self.config, self.nce_names
         compared = translated.images[: translated.count * len(names)]
-        with self._autocast():
+        with autocast(self):
             queries = self.generator.encode(
                 convert_channels(compared, config.in_channels), config.nce_layers
             )
@@ -286,11 +278,8 @@ class CUT(nn.Module):
         return {name: config.lambda_nce * loss for name, loss in losses.items()}
 
     def _judge(self, images: Tensor) -> Tensor:
-        with self._autocast():
+        with autocast(self):
             return self.discriminator(images)
-
-    def _autocast(self) -> AbstractContextManager:
-        return autocast(self.config, next(self.generator.parameters()).device)
 
 
 class _Translated(NamedTuple):
@@ -316,6 +305,8 @@ class CUTSystem(TranslationSystem):
     """CUT in the training loop."""
 
     config_class = CUTConfig
+    model_class = CUT
+    network = staticmethod(build_generator)
     variants = {
         "cut": {},
         "fastcut": {
@@ -394,9 +385,6 @@ class CUTSystem(TranslationSystem):
     published = {"G": "generator", "D": "discriminator", "F": "projector"}
     compared = (("", "projector", "in_channels"),)
 
-    def network(self, config: CUTConfig) -> nn.Module:
-        return build_generator(config)
-
     def dataset(self, config: CUTConfig) -> UnpairedImages | SingleImagePatches:
         if config.dataset == "folders":
             return super().dataset(config)
@@ -417,19 +405,10 @@ class CUTSystem(TranslationSystem):
             broken_files=config.broken_files,
         )
 
-    def model(self, config: CUTConfig, dataset: UnpairedImages | SingleImagePatches) -> CUT:
-        _, height, width = dataset[0]["A"].shape
-        model = CUT(config, (height, width))
-        one_size = fixed_size(config)
+    def sizes(self, config: CUTConfig, model: CUT) -> dict[str, str | None]:
+        one_size = super().sizes(config, model)["one_size"]
         if config.gan_mode == "wgangp":
             one_size = "gan_mode=wgangp mixes real and translated images"
         if model.translates_b:
             one_size = "nce_idt and lambda_identity translate images of A and B in one batch"
-        networks = {
-            "generator": (model.generator, config.in_channels),
-            "discriminator": (model.discriminator, config.out_channels),
-        }
-        expect_sizes_fit(
-            config, dataset, networks, one_size=one_size, compared="A" if model.nce_names else ""
-        )
-        return model
+        return {"one_size": one_size, "compared": "A" if model.nce_names else ""}

@@ -1,19 +1,177 @@
-"""CycleGAN: unpaired image translation in both directions, held together by translating back."""
+"""CycleGAN, unpaired image translation in both directions; and what DCLGAN, the other such system, shares with it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fastnce.errors import UserError
 from fastnce.systems import options
-from fastnce.systems.adversarial import generator_loss
-from fastnce.systems.translation import descend, l1, together
-from fastnce.systems.translation_system import DIGITS_PHOTOS
-from fastnce.systems.two_way import TwoWayConfig, TwoWayModel, TwoWaySystem
+from fastnce.systems.adversarial import GANMode, discriminator_losses, generator_loss
+from fastnce.systems.system import Rows, autocast
+from fastnce.systems.translation import (
+    TranslationConfig,
+    UnpairedConfig,
+    adam,
+    build_discriminator,
+    build_generator,
+    descend,
+    initialise,
+    l1,
+    together,
+)
+from fastnce.systems.translation_system import (
+    DIGITS_PHOTOS,
+    TranslationSystem,
+    first_test_images,
+    translated,
+)
+
+if TYPE_CHECKING:
+    from fastnce.data import UnpairedImages
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoWayConfig(UnpairedConfig):
+    """The options that CycleGAN and DCLGAN share."""
+
+    gan_mode: GANMode = "lsgan"
+    """Adversarial objective."""
+    pool_size: int = 0
+    """Discriminator: earlier translations to draw from (see `ImagePool`); 0: those of this step only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        options.at_least(self, 0, "pool_size")
+
+
+class ImagePool(nn.Module):
+    """Keeps up to `size` images and gives, for each new one, with probability 1/2 an older one in its place.
+
+    Until the pool is full every image is kept and given back as it came. Then, for each image, either the image itself is
+    given back and not kept, or a random older one is, whose place the new one takes.
+
+    The images are part of the state dict (as extra state, for their number and sizes change), and choices are drawn from
+    torch's default generator, whose state a checkpoint of the training holds: a continued run makes the same ones.
+
+    Source: Shrivastava et al., "Learning from Simulated and Unsupervised Images through Adversarial Training", CVPR 2017;
+    with single images as in CycleGAN (Zhu et al., ICCV 2017).
+
+    Args:
+        size: images to keep; 0 gives every image back as it came.
+
+    Examples:
+        >>> pool = ImagePool(1)
+        >>> first, second = torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)
+        >>> pool(first).mean().item(), len(pool.images)
+        (0.0, 1)
+        >>> bool(pool(second).mean().item() in (0.0, 1.0))
+        True
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.images: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        """For `images` (N, C, H, W), of one size in all calls, as many old and new ones; without gradient."""
+        if self.size == 0:
+            return images.detach()
+        return torch.stack([self._exchange(image) for image in images.detach()])
+
+    def _exchange(self, image: Tensor) -> Tensor:
+        if len(self.images) < self.size:
+            self.images.append(image.clone())
+            return image
+        if torch.rand(()).item() < 0.5:
+            return image
+        place = int(torch.randint(self.size, ()))
+        old, self.images[place] = self.images[place], image.clone()
+        return old.to(image)  # after loading a checkpoint it is still on the CPU
+
+    def get_extra_state(self) -> list[Tensor]:
+        """The images, for the state dict."""
+        return list(self.images)
+
+    def set_extra_state(self, state: list[Tensor]) -> None:
+        """Takes the images from a state dict."""
+        self.images = list(state)
+
+
+class TwoWayGenerators(nn.Module):
+    """The generators of both directions, the published G_A and G_B, as one network; called, it translates A to B.
+
+    Examples:
+        >>> import torch
+        >>> generators = TwoWayGenerators(TwoWayConfig(base_channels=4, num_blocks=1, out_channels=1))
+        >>> images = torch.zeros(2, 3, 16, 16)
+        >>> generators(images).shape, generators.b_to_a(generators(images)).shape
+        (torch.Size([2, 1, 16, 16]), torch.Size([2, 3, 16, 16]))
+    """
+
+    def __init__(self, config: TwoWayConfig) -> None:
+        super().__init__()
+        self.a_to_b = build_generator(config)
+        self.b_to_a = build_generator(reverse(config))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` (B, in_channels, H, W) of A, translated to B."""
+        return self.a_to_b(x)
+
+
+class TwoWayModel(nn.Module):
+    """Base of CycleGAN and DCLGAN: `generators`, `discriminator_a`, `discriminator_b`, their Adam `optimizers` and pools.
+
+    As published, D_A judges images of B, the translations of G_A, and D_B judges images of A.
+    """
+
+    def __init__(self, config: TwoWayConfig, image_size: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self.generators = TwoWayGenerators(config)
+        self.discriminator_a = build_discriminator(config, image_size)
+        self.discriminator_b = build_discriminator(reverse(config), image_size)
+        self.pool_a, self.pool_b = ImagePool(config.pool_size), ImagePool(config.pool_size)
+        self.config = config
+        discriminators = (self.discriminator_a, self.discriminator_b)
+        for network in (self.generators, *discriminators):
+            initialise(network, config.init_gain)
+        self.optimizers = {"G": adam(config, self.generators), "D": adam(config, *discriminators)}
+
+    def _update_discriminators(
+        self, real_a: Tensor, real_b: Tensor, fake_a: Tensor, fake_b: Tensor
+    ) -> dict[str, Tensor]:
+        """One step of both; their losses "D_A" and "D_B", each the mean of the terms on real and on translated images."""
+        losses = {
+            "D_A": self._discriminator_loss(self.discriminator_a, real_b, self.pool_a(fake_b)),
+            "D_B": self._discriminator_loss(self.discriminator_b, real_a, self.pool_b(fake_a)),
+        }
+        descend(losses["D_A"] + losses["D_B"], self.optimizers["D"])
+        return losses
+
+    def _discriminator_loss(self, discriminator: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+        discriminator.requires_grad_(True)
+        with autocast(self):
+            real_logits, fake_logits = together(discriminator, real, fake.to(real))
+        mode = self.config.gan_mode
+        real_loss, fake_loss = discriminator_losses(real_logits, fake_logits, mode)
+        return 0.5 * (real_loss + fake_loss)
+
+    def _judge(self, fake_a: Tensor, fake_b: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits of the frozen discriminators: D_A on `fake_b` and D_B on `fake_a`."""
+        self.discriminator_a.requires_grad_(False)
+        self.discriminator_b.requires_grad_(False)
+        with autocast(self):
+            return self.discriminator_a(fake_b), self.discriminator_b(fake_a)
+
+
+def reverse(config: TwoWayConfig) -> TwoWayConfig:
+    """The options of the networks from B to A."""
+    return replace(config, in_channels=config.out_channels, out_channels=config.in_channels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +230,6 @@ class CycleGAN(TwoWayModel):
         optimizers: "G" for both generators, "D" for both discriminators.
     """
 
-    def __init__(self, config: CycleGANConfig, image_size: tuple[int, int] | None = None) -> None:
-        super().__init__(config, image_size)
-        self.config = config
-
     def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One update of the generators, then one of the discriminators.
 
@@ -96,7 +250,7 @@ class CycleGAN(TwoWayModel):
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         config = self.config
         a_to_b, b_to_a = self.generators.a_to_b, self.generators.b_to_a
-        with self._autocast():
+        with autocast(self):
             if config.lambda_identity > 0:
                 fake_b, same_b = together(a_to_b, real_a, real_b)
                 fake_a, same_a = together(b_to_a, real_b, real_a)
@@ -116,6 +270,41 @@ class CycleGAN(TwoWayModel):
         losses["G"] = sum(losses.values())
         descend(losses["G"], self.optimizers["G"])
         return losses, fake_a.detach(), fake_b.detach()
+
+
+class TwoWaySystem(TranslationSystem):
+    """A system whose network translates in both directions."""
+
+    network = TwoWayGenerators
+    network_name = "generators"
+    next_command = TranslationSystem.next_command + " --direction BtoA"
+    published = {
+        "G_A": "generators.a_to_b",
+        "G_B": "generators.b_to_a",
+        "D_A": "discriminator_a",
+        "D_B": "discriminator_b",
+    }
+    seeing = {
+        "generator from A to B": "generators.a_to_b",
+        "generator from B to A": "generators.b_to_a",
+        "discriminator of A": "discriminator_b",
+        "discriminator of B": "discriminator_a",
+    }
+
+    def preview(
+        self, config: TranslationConfig, dataset: UnpairedImages
+    ) -> Callable[[nn.Module], Rows]:
+        images_a, images_b = (first_test_images(config, domain) for domain in "AB")
+
+        def rows(generators: nn.Module) -> Rows:
+            return {
+                "A": images_a,
+                "A to B": translated(generators.a_to_b, images_a),
+                "B": images_b,
+                "B to A": translated(generators.b_to_a, images_b),
+            }
+
+        return rows
 
 
 class CycleGANSystem(TwoWaySystem):

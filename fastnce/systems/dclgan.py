@@ -15,19 +15,19 @@ from fastnce.networks import SimilarityHead
 from fastnce.networks.layers import init_normal
 from fastnce.systems import options
 from fastnce.systems.adversarial import GANMode, at_least_fp32, generator_loss
+from fastnce.systems.cyclegan import TwoWayConfig, TwoWayModel, TwoWaySystem, reverse
 from fastnce.systems.patch_contrast import (
     Comparison,
     Negatives,
     PatchContrast,
     PatchContrastConfig,
     build_projector,
-    check_num_patches,
     feature_shapes,
     projected_dims,
 )
+from fastnce.systems.system import autocast
 from fastnce.systems.translation import descend, initialise, l1
 from fastnce.systems.translation_system import DIGITS_PATCHES, DIGITS_PHOTOS
-from fastnce.systems.two_way import TwoWayConfig, TwoWayModel, TwoWaySystem, reverse
 
 Maps = list[Tensor]
 
@@ -145,18 +145,16 @@ class DCLGAN(TwoWayModel):
     def __init__(self, config: DCLGANConfig, image_size: tuple[int, int] | None = None) -> None:
         options.backend_is_there(config.backend)
         super().__init__(config, image_size)
-        self.config = config
         self.projector_a = self.projector_b = self.heads = None
         if config.lambda_nce > 0:
             self._add_contrast(image_size)
 
     def _add_contrast(self, image_size: tuple[int, int] | None) -> None:
         config = self.config
-        shapes_a = feature_shapes(config, image_size)
-        shapes_b = feature_shapes(reverse(config), image_size)
-        if image_size is not None:
-            check_num_patches(config, shapes_a)
-        channels_a, channels_b = ([shape[0] for shape in shapes] for shapes in (shapes_a, shapes_b))
+        channels_a, channels_b = (
+            [shape[0] for shape in feature_shapes(one_way, image_size)]
+            for one_way in (config, reverse(config))
+        )
         self.projector_a = build_projector(config, channels_a)
         self.projector_b = build_projector(config, channels_b)
         dims = projected_dims(config, channels_a)
@@ -166,7 +164,7 @@ class DCLGAN(TwoWayModel):
             initialise(network, config.init_gain)
         if config.lambda_sim > 0:
             names = ("real_a", "fake_a", "real_b", "fake_b")
-            self.heads = nn.ModuleDict({name: SimilarityHead(len(shapes_a)) for name in names})
+            self.heads = nn.ModuleDict({name: SimilarityHead(len(channels_a)) for name in names})
             if config.init_gain is not None:
                 init_normal(self.heads, config.init_gain)
             networks.append(self.heads)
@@ -224,7 +222,7 @@ class DCLGAN(TwoWayModel):
         """The generator's translation of `source` (and, for the identity loss, of `target`), and `source`'s features."""
         config = self.config
         taps = config.nce_layers if config.lambda_nce > 0 else None
-        with self._autocast():
+        with autocast(self):
             if config.lambda_idt == 0:
                 outputs = [generator(source, taps)]
             elif source.shape == target.shape:
@@ -250,7 +248,7 @@ class DCLGAN(TwoWayModel):
         """The contrastive terms, and SimDCL's."""
         config, (keys_a, keys_b) = self.config, keys
         similarity: dict[str, Tensor] = {}
-        with self._autocast():
+        with autocast(self):
             queries_a = self.generators.a_to_b.encode(fake_a, config.nce_layers)
             queries_b = self.generators.b_to_a.encode(fake_b, config.nce_layers)
             if self.heads is not None:
@@ -324,10 +322,10 @@ class DCLGANSystem(TwoWaySystem):
     published = TwoWaySystem.published | {"F1": "projector_a", "F2": "projector_b"}
     compared = (("a_to_b", "projector_a", "in_channels"), ("b_to_a", "projector_b", "out_channels"))
 
-    def sizes(self, config: DCLGANConfig) -> dict[str, str | None]:
-        if config.lambda_nce == 0:
-            return super().sizes(config)
-        if config.num_patches == 0:
-            one_size = "num_patches=0 compares all positions of A and B at once"
-            return {"one_size": one_size, "compared": "AB"}
-        return super().sizes(config) | {"compared": "AB"}
+    def sizes(self, config: DCLGANConfig, model: DCLGAN) -> dict[str, str | None]:
+        sizes = super().sizes(config, model)
+        if config.lambda_nce > 0:
+            sizes["compared"] = "AB"
+            if config.num_patches == 0:
+                sizes["one_size"] = "num_patches=0 compares all positions of A and B at once"
+        return sizes

@@ -11,17 +11,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastnce.data import list_images, split_folder
-from fastnce.data.aligned import find_pairs, holds_pairs
+from fastnce.data import Preprocess, list_images, split_folder
 from fastnce.data.broken import readable
-from fastnce.data.domains import Side, half_of
+from fastnce.data.domains import Side, find_pairs, half_of, holds_pairs
 from fastnce.data.images import UnfitFile, image_size, load_image, read_image, to_array, to_tensor
-from fastnce.demo import Evaluator, evaluate_digits, is_digits_photos
+from fastnce.demo import evaluate_digits, is_digits_photos
 from fastnce.errors import UserError
 from fastnce.metrics import Row, evaluate, format_table
 from fastnce.metrics.extractors import load_extractor
-from fastnce.metrics.image_sets import BEST, TRANSLATED, WITHOUT_NCE, halves_name, untranslated_name
-from fastnce.metrics.pairs import format_pair_table, pair_numbers
+from fastnce.metrics.image_sets import (
+    BEST,
+    TRANSLATED,
+    WITHOUT_NCE,
+    format_pair_table,
+    halves_name,
+    pair_numbers,
+    untranslated_name,
+)
 from fastnce.metrics.segmentation import (
     LabelKind,
     ScriptedSegmenter,
@@ -32,8 +38,6 @@ from fastnce.metrics.segmentation import (
 from fastnce.metrics.tables import write_result
 from fastnce.systems.translating import targets
 
-# For some files, what reads the image of one of them at the size at which they are compared.
-Reader = Callable[[Side], Callable[[Path], Tensor]]
 # The names of rows, by what `System.evaluate` calls their networks.
 ROWS = {"run": TRANSLATED, "best": BEST, "without_nce": WITHOUT_NCE}
 
@@ -65,11 +69,7 @@ def load_judge(
     extractor: Path | str | None,
     device: torch.device | str = "cpu",
 ) -> nn.Module | None:
-    """The extractor that judges translations after `data`; None for a digits-photos set, which brings its own.
-
-    Raises:
-        UserError: the extractor cannot be had, or nothing is there to judge images of this kind.
-    """
+    """The extractor that judges translations after `data`; None for a digits-photos set, which brings its own."""
     if extractor is not None:
         return load_extractor(extractor, device)
     if is_digits_photos(data):
@@ -81,56 +81,92 @@ def load_judge(
     )
 
 
-def judge_folders(
+@dataclass(frozen=True)
+class Reading:
+    """How the images of a test set, and their translations, are found and read."""
+
+    direction: str = "AtoB"
+    """"AtoB": testA was translated, and testB is the reference; or "BtoA"."""
+    paired: bool = False
+    """The data are pairs."""
+    channels: int = 3
+    """Of the images of pairs."""
+    bits: int = 8
+    """Of a channel of the images of pairs."""
+    skip: bool = False
+    """Leave out files that cannot be read."""
+    value_range: tuple[float, float] | None = None
+    """The images' numbers that stand for black and white."""
+    scaling: Callable[[Side], Preprocess] | None = None
+    """How some real images are scaled; None: they are read at their own size."""
+
+    def reader(
+        self, side: Side, *, scaled: bool = True, channels: int = 3, bits: int = 8
+    ) -> Callable[[Path], Tensor]:
+        """What reads the image of one of the files, (C, H, W) in [-1, 1]."""
+        scale = self.scaling(side) if scaled and self.scaling else None
+
+        def read(path: Path) -> Tensor:
+            image = half_of(read_image(path, channels, bits, self.value_range), side.half)
+            return to_tensor(scale.prepare(image) if scale else to_array(image))
+
+        return read
+
+
+def judge(
     folders: Mapping[str, Path],
     data: Path | Mapping[str, Path],
-    extractor: nn.Module | None,
+    how: Reading,
+    extractor: Callable[[], nn.Module | None] | None,
     *,
-    direction: str = "AtoB",
-    read: Reader | None = None,
     baselines: bool = True,
-    evaluator: Evaluator | None = None,
-    paired: bool = False,
-    skip: bool = False,
-    value_range: tuple[float, float] | None = None,
-) -> dict[str, Any]:
-    """Judges folders of translated test images, beside untranslated images and other real ones, by features of all of them.
+) -> tuple[dict[str, Any], list[str]]:
+    """Judges folders of translated test images: of pairs against their truth, and by features where there is an extractor.
 
     Args:
-        folders: by the name of the row. Of a digits-photos set the files have the names of the source's test images.
-        data: folder of the data set.
-        extractor: see `load_judge`.
-        direction: "AtoB": testA was translated, and testB is the reference; or "BtoA".
-        read: reads the real images; by default at their own size.
+        folders: by the name of the row. The files have the names of the source's test images.
+        extractor: gives what `load_judge` does; None: no judgement by features.
         baselines: judge the untranslated and the other real images too.
-        evaluator: of a digits-photos set, if it is loaded already.
-        paired: the data are pairs.
-        skip: leave out files that cannot be read.
-        value_range: the images' numbers that stand for black and white.
 
     Returns:
-        See `fastnce.metrics.evaluate`.
+        The result of `fastnce.metrics.evaluate`, of pairs also "pairs", see `judge_pairs`; and its tables.
     """
-    as_they_are = partial(_as_they_are, value_range=value_range)
-    read = read or as_they_are
+    result: dict[str, Any] = {}
+    tables = []
+    if extractor is not None:
+        result |= judge_by_features(folders, data, how, extractor(), baselines)
+        tables.append(format_table(result))
+    if how.paired:
+        result["pairs"] = judge_pairs(folders, data, how, baselines)
+        tables.insert(0, format_pair_table(result["pairs"]))
+    return result, tables
+
+
+def judge_by_features(
+    folders: Mapping[str, Path],
+    data: Path | Mapping[str, Path],
+    how: Reading,
+    extractor: nn.Module | None,
+    baselines: bool,
+) -> dict[str, Any]:
+    """See `judge`: distances of the translations' features from those of the reference's."""
     if is_digits_photos(data):
-        paths = list_images(split_folder(data, "test", direction[0]))
-        images = {name: _stacked(folder, paths, value_range) for name, folder in folders.items()}
+        paths = list_images(split_folder(data, "test", how.direction[0]))
+        images = {n: _stacked(folder, paths, how.value_range) for n, folder in folders.items()}
         return evaluate_digits(
             images[TRANSLATED],
             data,
             best=images.get(BEST),
             without_nce=images.get(WITHOUT_NCE),
-            direction=direction,
+            direction=how.direction,
             extractor=extractor,
-            evaluator=evaluator,
             baselines=baselines,
         )
     assert extractor is not None, "load_judge refuses this"
 
-    def images_of(side: Side, read: Reader) -> Iterator[Tensor]:
+    def images_of(side: Side, scaled: bool = True) -> Iterator[Tensor]:
         count = 0
-        for _, image in readable(side.paths, read(side), skip=skip):
+        for _, image in readable(side.paths, how.reader(side, scaled=scaled), skip=how.skip):
             count += 1
             yield image
         if count < 2:
@@ -138,51 +174,38 @@ def judge_folders(
                 f"{side.folder}: holds one image, and FID needs at least two. Add more, the more the better."
             )
 
-    plain, real = (side(data, "test", direction, which, paired) for which in (0, 1))
+    plain, real = (side(data, "test", how.direction, which, how.paired) for which in (0, 1))
     rows: dict[str, Row | str] = {
-        name: Row(images_of(Side(folder, list_images(folder)), as_they_are))
+        name: Row(images_of(Side(folder, list_images(folder)), scaled=False))
         for name, folder in folders.items()
     }
-    source, target = direction[0], direction[-1]
+    source, target = how.direction[0], how.direction[-1]
     if baselines:
-        rows[untranslated_name(source)] = Row(images_of(plain, read))
+        rows[untranslated_name(source)] = Row(images_of(plain))
         try:
-            others = side(data, "train", direction, 1, paired)
+            others = side(data, "train", how.direction, 1, how.paired)
         except UserError:
-            folder = "train" if paired else f"train{target}"
+            folder = "train" if how.paired else f"train{target}"
             rows[halves_name(target)] = f"not measured: there is no {folder}"
         else:
             spread = others._replace(paths=_spread(others.paths, len(plain.paths)))
-            rows[halves_name(target)] = Row(images_of(spread, read))
-    result = evaluate(rows, images_of(real, read), extractor, baseline=untranslated_name(source))
+            rows[halves_name(target)] = Row(images_of(spread))
+    result = evaluate(rows, images_of(real), extractor, baseline=untranslated_name(source))
     return {"data": _shown(data), "reference": _name(real)} | result
 
 
 def judge_pairs(
-    folders: Mapping[str, Path],
-    data: Path | Mapping[str, Path],
-    *,
-    direction: str = "AtoB",
-    read: Reader | None = None,
-    channels: int = 3,
-    bits: int = 8,
-    baselines: bool = True,
-    skip: bool = False,
-    value_range: tuple[float, float] | None = None,
+    folders: Mapping[str, Path], data: Path | Mapping[str, Path], how: Reading, baselines: bool
 ) -> dict[str, Any]:
     """L1, PSNR and SSIM of folders of translated test images of a set of pairs, each against its own truth.
 
-    The files have the names of the test images, as `fastnce translate` gives them, with any extension; some may be missing. All are
-    read with so many `channels` and `bits`; for the other arguments see `judge_folders`.
-
-    Returns:
-        {"reference", "rows": [{"name"} and `fastnce.metrics.pairs.pair_numbers`, ...]}.
+    The files have the names of the test images, as `fastnce translate` gives them, with any extension; some may be missing. The
+    result is {"reference", "rows": [{"name"} and `fastnce.metrics.image_sets.pair_numbers`, ...]}.
     """
-    source, truth = find_pairs(data, "test", direction)
+    source, truth = find_pairs(data, "test", how.direction)
     partners = dict(zip(source.paths, truth.paths, strict=True))
-    as_they_are = partial(_as_they_are, channels=channels, bits=bits, value_range=value_range)
-    read = read or as_they_are
-    read_source, read_truth = read(source), read(truth)
+    form = {"channels": how.channels, "bits": how.bits}
+    read_truth = how.reader(truth, **form)
 
     def row(name: str, files: Mapping[Path, Path], read_one: Callable[[Path], Tensor]) -> dict:
         def pair(path: Path) -> tuple[Tensor, Tensor]:
@@ -200,7 +223,8 @@ def judge_pairs(
                 f"{next(iter(files.values())).parent}: holds no translation of {source.paths[0].name} or another test image. "
                 "Keep the files' names."
             )
-        return {"name": name} | pair_numbers(both for _, both in readable(there, pair, skip=skip))
+        pairs = readable(there, pair, skip=how.skip)
+        return {"name": name} | pair_numbers(both for _, both in pairs)
 
     rows = []
     for name, folder in folders.items():
@@ -209,24 +233,13 @@ def judge_pairs(
             path: target if target.is_file() else there.get(target.with_suffix(""), target)
             for path, target in targets(source.paths, source.folder, folder).items()
         }
-        rows.append(row(name, made, as_they_are(Side(folder, []))))
+        rows.append(row(name, made, how.reader(Side(folder, []), scaled=False, **form)))
     if baselines:
         themselves = {path: path for path in source.paths}
-        rows.append(row(untranslated_name(direction[0]), themselves, read_source))
+        rows.append(
+            row(untranslated_name(how.direction[0]), themselves, how.reader(source, **form))
+        )
     return {"reference": _name(truth), "rows": rows}
-
-
-def _as_they_are(
-    side: Side,
-    channels: int = 3,
-    bits: int = 8,
-    value_range: tuple[float, float] | None = None,
-) -> Callable[[Path], Tensor]:
-    def read(path: Path) -> Tensor:
-        image = read_image(path, channels, bits, value_range)
-        return to_tensor(to_array(half_of(image, side.half)))
-
-    return read
 
 
 def side(
@@ -294,36 +307,22 @@ def evaluate_images(
 ) -> tuple[dict[str, Any], str]:
     """The evaluation of a folder of translated images, whatever program made them.
 
-    All images are compared at their own size. Writes `metrics.json` and `metrics.md` into `out`, by default the folder of the images.
-
-    Args:
-        images: the translations of the test images of `data`.
-        data: folder with testA and testB, or with test of pairs side by side; not needed where only segmentations are scored.
-        extractor, segmentation, direction, value_range: see `TranslationSystem.evaluate`.
-        out: folder of the report.
-        device: where the extractor runs.
-        broken_files: "skip" leaves out files that cannot be read.
-
-    Raises:
-        UserError: folders or images are missing, or nothing to judge these images.
+    `images` are the translations of the test images of `data`, which need not be given where only segmentations are scored. All
+    images are compared at their own size. Writes `metrics.json` and `metrics.md` into `out`, by default the folder of the images.
+    For the other arguments see `TranslationSystem.evaluate`.
     """
     result: dict[str, Any] = {"images": str(images)}
-    tables = []
+    tables: list[str] = []
     if data is not None:
-        paired = holds_pairs(data)
-        options: dict[str, Any] = {
-            "direction": direction,
-            "value_range": value_range,
-            "skip": broken_files == "skip",
-        }
-        if extractor or not paired:
-            judge = load_judge(data, extractor, device)
-            folders = {TRANSLATED: images}
-            result |= judge_folders(folders, data, judge, paired=paired, **options)
-            tables.append(format_table(result))
-        if paired:
-            result["pairs"] = judge_pairs({TRANSLATED: images}, data, **options)
-            tables.insert(0, format_pair_table(result["pairs"]))
+        paired, skip = holds_pairs(data), broken_files == "skip"
+        how = Reading(direction, paired, skip=skip, value_range=value_range)
+        judged, tables = judge(
+            {TRANSLATED: images},
+            data,
+            how,
+            partial(load_judge, data, extractor, device) if extractor or not paired else None,
+        )
+        result |= judged
     if segmentation is not None:
         result["segmentation"] = segmentation.scores(images, device, value_range)
         tables.append(format_segmentation_table(result["segmentation"]))

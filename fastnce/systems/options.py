@@ -59,12 +59,12 @@ def one_of(config: object, name: str, choices: Collection[object]) -> None:
         raise UserError(f"{name}={value} is unknown. Use one of: {allowed}.")
 
 
-def backend_is_there(name: str | None) -> None:
-    """Raises `UserError` unless the backend `name` can run here; None always can."""
+def backend_is_there(name: str | None, option: str = "backend") -> None:
+    """Raises `UserError`, which names the option, unless the backend `name` can run here; None always can."""
     if name is None:
         return
     reasons = fastnce.backends.available()
     if name not in reasons:
-        raise UserError(f"backend={name} is unknown. Use one of: {', '.join(reasons)}.")
+        raise UserError(f"{option}={name} is unknown. Use one of: {', '.join(reasons)}.")
     if reasons[name] != "ok":
-        raise UserError(f"backend={name} cannot run here: {reasons[name]}. Use backend=torch.")
+        raise UserError(f"{option}={name} cannot run here: {reasons[name]}. Use {option}=torch.")

@@ -58,19 +58,12 @@ class PatchContrastConfig(options.Options):
 
 
 class Comparison(NamedTuple):
-    """The two sides of one contrastive loss.
+    """The two sides of one contrastive loss: feature maps (N, C, H, W), one per layer, and what projects their patches."""
 
-    Attributes:
-        queries: feature maps (N, C, H, W) of the translated images, one per layer.
-        keys: feature maps of the images they were made of, of the same shapes; they get no gradient.
-        query_projector: projects the patches of the queries; None compares the features themselves.
-        key_projector: projects those of the keys; the same network as for the queries in CUT, another one in DCLGAN.
-    """
-
-    queries: Sequence[Tensor]
-    keys: Sequence[Tensor]
-    query_projector: nn.Module | None
-    key_projector: nn.Module | None
+    queries: Sequence[Tensor]  # of the translated images
+    keys: Sequence[Tensor]  # of the images they were made of; they get no gradient
+    query_projector: nn.Module | None  # None compares the features themselves
+    key_projector: nn.Module | None  # the same network in CUT, another one in DCLGAN
 
 
 class PatchContrast(nn.Module):
@@ -220,8 +213,7 @@ def build_projector(config: PatchContrastConfig, channels: Sequence[int]) -> Pat
     return PatchProjector(channels, config.projection_dim)
 
 
-def check_num_patches(config: PatchContrastConfig, shapes: Sequence[tuple[int, int, int]]) -> None:
-    """Raises `UserError` if a map, of `shapes` (C, H, W), has fewer positions than `num_patches`."""
+def _check_num_patches(config: PatchContrastConfig, shapes: list[tuple[int, int, int]]) -> None:
     for index, (layer, (_, height, width)) in enumerate(
         zip(config.nce_layers, shapes, strict=True)
     ):
@@ -238,13 +230,13 @@ def feature_shapes(
     """(C, H, W) of the feature maps that `nce_layers` name, found without computing anything.
 
     Raises:
-        UserError: layers that the generator does not have.
+        UserError: the generator has no such layers, or, for images of `image_size`, a map has less than `num_patches` positions.
     """
     with torch.device("meta"):
         generator = build_generator(config)
         image = torch.empty(1, config.in_channels, *(image_size or (256, 256)))
     try:
-        return [tuple(feature.shape[1:]) for feature in generator.encode(image, config.nce_layers)]
+        shapes = [tuple(x.shape[1:]) for x in generator.encode(image, config.nce_layers)]
     except ValueError as error:
         hint = str(error)
         if isinstance(generator, ResnetGenerator):
@@ -254,3 +246,6 @@ def feature_shapes(
                 f"{config.num_blocks} residual blocks are the layers {first} to {first + config.num_blocks - 1}."
             )
         raise UserError(f"nce_layers={config.nce_layers}: {hint}") from error
+    if image_size is not None:
+        _check_num_patches(config, shapes)
+    return shapes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -17,18 +16,16 @@ from fastnce.networks.layers import init_normal
 from fastnce.networks.unet_generator import TestStatistics
 from fastnce.systems import options
 from fastnce.systems.adversarial import GANMode, discriminator_losses, generator_loss
-from fastnce.systems.system import Rows
+from fastnce.systems.system import Rows, autocast
 from fastnce.systems.translation import (
     TranslationConfig,
     adam,
-    autocast,
     descend,
     images_of_one_size,
     l1,
 )
 from fastnce.systems.translation_system import (
     TranslationSystem,
-    expect_sizes_fit,
     reading_options,
     translated,
 )
@@ -125,7 +122,7 @@ class Pix2Pix(nn.Module):
         self.config = config
         self.generator = build_generator(config)
         if image_size is not None:
-            _check_size(image_size, self.generator.size_multiple)
+            _check_size(image_size[::-1], config.num_downs)
         self.discriminator = PatchDiscriminator(
             config.in_channels + config.out_channels,
             config.disc_channels,
@@ -154,7 +151,7 @@ class Pix2Pix(nn.Module):
             UserError: A and B differ in height, width or number.
         """
         real_a, real_b = images_of_one_size(batch)
-        with self._autocast():
+        with autocast(self):
             fake_b = self.generator(real_a)
         losses = self._update_discriminator(real_a, real_b, fake_b.detach())
         losses |= self._update_generator(real_a, real_b, fake_b)
@@ -180,19 +177,17 @@ class Pix2Pix(nn.Module):
         return {"G": total, **losses}
 
     def _judge(self, a: Tensor, b: Tensor) -> Tensor:
-        with self._autocast():
+        with autocast(self):
             return self.discriminator(torch.cat([a, b.to(a)], dim=1))
 
-    def _autocast(self) -> AbstractContextManager:
-        return autocast(self.config, next(self.parameters()).device)
 
-
-def _check_size(image_size: tuple[int, int], multiple: int) -> None:
-    height, width = image_size
-    if height % multiple or width % multiple:
+def _check_size(size: tuple[int, int], num_downs: int, what: str = "images") -> None:
+    """Raises `UserError` unless (width, height) can be halved so often."""
+    multiple = 2**num_downs
+    if size[0] % multiple or size[1] % multiple:
         raise UserError(
-            f"images of {width}x{height} cannot be halved num_downs={multiple.bit_length() - 1} times. "
-            f"Use a crop_size that is a multiple of {multiple}, or a smaller num_downs."
+            f"{what} of {size[0]}x{size[1]} cannot be halved num_downs={num_downs} times. Use a crop_size that is a multiple of "
+            f'{multiple} with preprocess="resize_and_crop", or a smaller num_downs.'
         )
 
 
@@ -200,14 +195,13 @@ class Pix2PixSystem(TranslationSystem):
     """pix2pix in the training loop."""
 
     config_class = Pix2PixConfig
+    model_class = Pix2Pix
+    network = staticmethod(build_generator)
     variants = {"pix2pix": {}}
     panels = (("G_GAN", "D_real", "D_fake"), ("G_L1",), ("G",))
     best = "l1"
     published = {"G": "generator", "D": "discriminator"}
     paired = True
-
-    def network(self, config: Pix2PixConfig) -> UNetGenerator:
-        return build_generator(config)
 
     def dataset(self, config: Pix2PixConfig) -> AlignedImages:
         dataset = _pairs(config, "train", load_size=config.load_size, flip=config.flip)
@@ -215,26 +209,16 @@ class Pix2PixSystem(TranslationSystem):
             dataset.expect_one_size()
         return dataset
 
-    def model(self, config: Pix2PixConfig, dataset: AlignedImages) -> Pix2Pix:
-        _, height, width = dataset[0]["A"].shape
-        model = Pix2Pix(config, (height, width))
-        multiple = model.generator.size_multiple
-        for (width, height), path in dataset.output_sizes()[0].items():
-            if width % multiple or height % multiple:
-                raise UserError(
-                    f"{path}: gives {width}x{height}, but num_downs={config.num_downs} needs multiples of {multiple}. "
-                    'Use preprocess="resize_and_crop", or a smaller num_downs.'
-                )
-        both = config.in_channels + config.out_channels
-        networks = {
-            "generator": (model.generator, config.in_channels),
-            "discriminator": (model.discriminator, both),
-        }
-        expect_sizes_fit(config, dataset, networks)
-        return model
+    def model(self, config: Pix2PixConfig, dataset: AlignedImages) -> nn.Module:
+        for size, path in dataset.output_sizes()[0].items():
+            _check_size(size, config.num_downs, str(path))
+        return super().model(config, dataset)
+
+    def sizes(self, config: Pix2PixConfig, model: Pix2Pix) -> dict[str, str | None]:
+        return {}
 
     def preview(self, config: Pix2PixConfig, dataset: AlignedImages) -> Callable[[nn.Module], Rows]:
-        from fastnce.data.aligned import find_pairs
+        from fastnce.data.domains import find_pairs
 
         split = "test"
         try:

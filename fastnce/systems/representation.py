@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,13 +21,24 @@ from fastnce.networks.heads import ProjectionHead
 from fastnce.networks.layers import to_channels_last
 from fastnce.networks.resnet_encoder import RESNETS, ResNetEncoder, Stem
 from fastnce.systems import options
-from fastnce.systems.labelled import LabelledConfig, LabelledSystem
 from fastnce.systems.lars import LARS, lars_groups
 from fastnce.systems.metric_losses import n_pair_loss, pair_loss, triplet_loss
 from fastnce.systems.schedule import WarmupCosine
-from fastnce.systems.system import Ablation, Measure, Rows, random_images, rng_kept
+from fastnce.systems.system import (
+    Ablation,
+    LabelledConfig,
+    LabelledSystem,
+    Measure,
+    Rows,
+    autocast,
+    images_with_labels,
+    random_images,
+    rng_kept,
+)
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from fastnce.data import LabelledImages, TwoViews
 
 # A sample grid shows this many classes, and looks for neighbours among this many training images.
@@ -113,19 +125,15 @@ class RepresentationConfig(LabelledConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         options.at_least(self, 1, "encoder_channels", "image_channels", "projection_dim")
-        options.at_least(self, 1, "queue_size", "norm_splits")
-        options.at_least(self, 0, "weight_decay")
-        options.above_zero(self, "temperature", "lr")
+        options.at_least(self, 1, "queue_size", "norm_splits", "head_dim", "image_size", "epochs")
+        options.at_least(self, 0, "weight_decay", "warmup_epochs")
+        options.above_zero(self, "temperature", "lr", "margin")
         options.in_unit_interval(self, "key_momentum", "momentum")
-        options.at_least(self, 1, "head_dim")
-        options.above_zero(self, "margin")
         if self.loss != "nt_xent" and self.method != "simclr":
             raise UserError(
                 f"loss={self.loss} compares the views of a batch, and method={self.method} has its own loss. "
                 "Use method=simclr, or drop loss."
             )
-        options.at_least(self, 1, "image_size", "epochs")
-        options.at_least(self, 0, "warmup_epochs")
         if self.class_balance and self.method != "supcon":
             raise UserError(
                 f"class_balance is for method=supcon, which learns from the labels, got method={self.method}. Leave it out."
@@ -257,23 +265,19 @@ class Representation(nn.Module):
     def _query_and_key(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings of the first views, and without gradient, from the key networks, of the second ones."""
         with torch.no_grad():
-            self._move_key_networks()
+            keys = [*self.key_encoder.parameters(), *self.key_head.parameters()]
+            queries = [*self.encoder.parameters(), *self.head.parameters()]
+            torch._foreach_lerp_(keys, queries, 1 - self.config.key_momentum)
             order = torch.randperm(len(view2), device=view2.device)
             shuffled = self._embed(self.key_encoder, self.key_head, view2[order])
             key = torch.empty_like(shuffled)
             key[order] = shuffled
         return self._embed(self.encoder, self.head, view1), key
 
-    def _move_key_networks(self) -> None:
-        keys = [*self.key_encoder.parameters(), *self.key_head.parameters()]
-        queries = [*self.encoder.parameters(), *self.head.parameters()]
-        torch._foreach_lerp_(keys, queries, 1 - self.config.key_momentum)
-
     def _embed(self, encoder: nn.Module, head: nn.Module, images: Tensor) -> Tensor:
         """(N, C, H, W) to (N, projection_dim) float32."""
         splits = self.config.norm_splits if self.config.method == "moco" else 1
-        low = self.config.precision == "bf16"
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
+        with autocast(self):
             parts = [head(encoder(part)) for part in images.tensor_split(splits)]
         return torch.cat(parts).float()
 
@@ -315,6 +319,8 @@ class RepresentationSystem(LabelledSystem):
     """SimCLR, MoCo v2 and SupCon in the training loop."""
 
     config_class = RepresentationConfig
+    model_class = Representation
+    network = staticmethod(build_encoder)
     variants = {
         # The defaults are SimCLR's on CIFAR-10, and SupCon's are the same but for temperature and views (Khosla et al. 2020).
         "simclr": {"method": "simclr"},
@@ -388,6 +394,7 @@ class RepresentationSystem(LabelledSystem):
     older = {"last_batch": "keep"}
     network_name = "encoder"
     panels = (("loss",), ("positive_cosine",))
+    does = "write features of whole images"
     next_command = "fastnce features --run {run} --input DIR --out features.npz"
     reported = ("method",)
     output = "features"
@@ -409,12 +416,6 @@ class RepresentationSystem(LabelledSystem):
         drop = config.last_batch != "keep"
         images = images_of(config, "train")
         return TwoViews(images, config.views, batch_size=config.batch_size if drop else 1)
-
-    def model(self, config: RepresentationConfig, dataset: TwoViews) -> Representation:
-        return Representation(config)
-
-    def network(self, config: RepresentationConfig) -> ResNetEncoder:
-        return build_encoder(config)
 
     def schedule(self, config: RepresentationConfig, epoch_samples: int) -> WarmupCosine:
         """To the end of the epochs, or for `steps`, where they are given: the cosine ends there."""
@@ -498,11 +499,7 @@ class RepresentationSystem(LabelledSystem):
         data: Path,
         device: torch.device,
     ) -> tuple[dict[str, Any], str]:
-        """k-NN and linear accuracy of the encoder on the test images; beside it raw pixels and the encoder before its training.
-
-        Raises:
-            UserError: no such data, or none with classes and test images.
-        """
+        """k-NN and linear accuracy of the encoder on the test images; beside it raw pixels and the encoder before its training."""
         from fastnce.data.labelled import has_split
         from fastnce.metrics.probes import (
             RANDOM_ENCODER,
@@ -527,19 +524,6 @@ class RepresentationSystem(LabelledSystem):
         result = evaluate_encoders(encoders, train, images_of(config, "test", other))
         return result, format_encoder_table(result)
 
-    def write_features(
-        self,
-        network: nn.Module,
-        config: RepresentationConfig,
-        input: Path,
-        out: Path,
-        **how: Any,
-    ) -> tuple[int, int]:
-
-        from fastnce.systems.encoding import write_features
-
-        return write_features(network, config, input, out, **how)
-
     def graph_inputs(
         self, network: nn.Module, config: RepresentationConfig, channels: int, count: int
     ) -> dict[str, Tensor]:
@@ -551,21 +535,9 @@ def images_of(config: RepresentationConfig, split: str, data: Path | None = None
 
     Of its own folder the classes of the run; labels of another one are compared with each other only, whatever they are.
     """
-    from fastnce.data import LabelledImages
-    from fastnce.data.labelled import NO_CLASSES
-
-    own = data is None and config.class_names != NO_CLASSES
-    return LabelledImages(
-        config.data if data is None else data,
-        split,
-        image_size=config.image_size,
-        channels=config.image_channels,
-        flip=False,
-        seed=config.seed,
-        classes=config.class_names if own else (),
-        needs_labels=config.method == "supcon",
-        class_balance=config.class_balance and split == "train",
-        broken_files=config.broken_files,
+    own = config if data is None else replace(config, class_names=())
+    return images_with_labels(
+        own, split, data or config.data, needs_labels=config.method == "supcon"
     )
 
 
@@ -577,3 +549,89 @@ def random_encoder(config: RepresentationConfig, train: LabelledImages) -> nn.Mo
         torch.manual_seed(config.seed)
         encoder = build_encoder(config)
     return calibrate(encoder, train)
+
+
+@torch.inference_mode()
+def write_features(
+    encoder: nn.Module,
+    config: LabelledConfig,
+    input: Path,
+    out: Path,
+    *,
+    normalize: bool = False,
+    batch_size: int = 64,
+    broken_files: Literal["error", "skip"] | None = None,
+) -> tuple[int, int]:
+    """Writes an encoder's features of a folder of images, with their names.
+
+    An image is cut to its central square and scaled to the size of the training. The file has the arrays "features" (N, F)
+    float32 and "names" (N,), the files' names below `input`, sorted; a .safetensors file has "names" in its metadata, as JSON.
+
+    Args:
+        encoder: as `load_generator` gives it.
+        config: the configuration of its run, with `image_size` and `image_channels`.
+        input: folder of images, also in folders below it; or one image.
+        out: file to write, .npz or .safetensors.
+        normalize: Scale each image's features to length 1, as k-NN compares them.
+        batch_size: Images at a time.
+        broken_files: error: stop at a file that cannot be read; skip: leave it out and name it; by default as in training.
+
+    Returns:
+        N and F.
+
+    Raises:
+        UserError: no images, a broken one, another kind of file, or it cannot be written.
+    """
+    from tqdm import tqdm
+
+    from fastnce.data import list_images
+    from fastnce.data.broken import readable
+    from fastnce.data.files import atomic_path
+    from fastnce.data.images import read_image, to_array, to_tensor
+    from fastnce.data.labelled import to_square
+
+    if Path(out).suffix not in (".npz", ".safetensors"):
+        raise UserError(f"out={out}: expected a file that ends in .npz or .safetensors.")
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} is too small. Use batch_size >= 1.")
+    input = Path(input)
+    folder, paths = (input.parent, [input]) if input.is_file() else (input, list_images(input))
+    device = next(encoder.parameters()).device
+    skip = (broken_files or config.broken_files) == "skip"
+
+    def read(path: Path) -> Tensor:
+        image = to_square(read_image(path, config.image_channels), config.image_size)
+        return to_tensor(to_array(image))
+
+    names, parts, batch = [], [], []
+    shown = tqdm(paths, desc="features", unit="image", disable=None)
+    for path, image in readable(shown, read, skip=skip):
+        names.append(path.relative_to(folder).as_posix())
+        batch.append(image)
+        if len(batch) == batch_size:
+            parts.append(encoder(torch.stack(batch).to(device)).float().cpu())
+            batch = []
+    if batch:
+        parts.append(encoder(torch.stack(batch).to(device)).float().cpu())
+    features = F.normalize(torch.cat(parts)) if normalize else torch.cat(parts)
+    if Path(out).suffix == ".npz":
+        with atomic_path(out) as temporary:
+            np.savez(temporary, features=features.numpy(), names=np.array(names))
+    else:
+        data = import_safetensors().torch.save(
+            {"features": features}, metadata={"names": json.dumps(names)}
+        )
+        with atomic_path(out) as temporary:
+            temporary.write_bytes(data)
+    return features.shape[0], features.shape[1]
+
+
+def import_safetensors() -> ModuleType:
+    """The package; raises `UserError` where it is not installed."""
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "safetensors files need the package safetensors. Install it with: pip install 'fastnce[train]'"
+        ) from error
+    return safetensors

@@ -66,11 +66,7 @@ class LinearDecay(Schedule):
         samples_per_step: int,
         epoch_samples: int,
     ) -> Self:
-        """The schedule that ends with the epochs, or after `steps` if that is not None.
-
-        Raises:
-            UserError: `steps` reach beyond the epochs, or a batch is larger than all of them.
-        """
+        """The schedule that ends with the epochs, or after `steps` if that is not None."""
         limit = (epochs + decay_epochs) * epoch_samples // samples_per_step
         if limit == 0:
             raise UserError(

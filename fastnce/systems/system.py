@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch.utils.data import Dataset
 from fastnce.errors import UserError
 from fastnce.systems import options
 from fastnce.systems.schedule import Schedule
+
+if TYPE_CHECKING:
+    from fastnce.data import LabelledImages
 
 # The rows of a sample grid by their label; images (C, H, W) in [-1, 1] on the CPU.
 Rows = dict[str, list[Tensor]]
@@ -70,11 +73,9 @@ class TrainConfig(options.Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         options.at_least(self, 1, "batch_size", "log_every", "sample_every", "checkpoint_every")
-        options.at_least(self, 1, "sample_count")
-        options.at_least(self, 0, "workers", "seed", "measure_every", "keep_every")
+        options.at_least(self, 1, "sample_count", "steps")
+        options.at_least(self, 0, "workers", "seed", "measure_every", "keep_every", "ema_start")
         options.in_unit_interval(self, "ema_decay")
-        options.at_least(self, 1, "steps")
-        options.at_least(self, 0, "ema_start")
 
     @property
     def samples_per_step(self) -> int:
@@ -88,17 +89,13 @@ class TrainConfig(options.Options):
 
 
 class Ablation(NamedTuple):
-    """Choices of one training to compare.
+    """Choices of one training to compare, and the numbers of its evaluation that are compared."""
 
-    Attributes:
-        choices: name -> option values; the first one is what the others are held against.
-        measures: the numbers of an evaluation that are compared: name in its rows -> (title, format).
-        row: name of the evaluation's row that holds the run's own numbers.
-    """
-
-    choices: Mapping[str, Mapping[str, object]]
-    measures: Mapping[str, tuple[str, str]]
-    row: str
+    choices: Mapping[
+        str, Mapping[str, object]
+    ]  # option values; the others are held against the first
+    measures: Mapping[str, tuple[str, str]]  # name in the evaluation's rows -> (title, format)
+    row: str  # name of the evaluation's row that holds the run's own numbers
 
 
 class System:
@@ -109,6 +106,8 @@ class System:
 
     Attributes:
         config_class: the options; its `system` is the system's name.
+        model_class: what is trained, made of the configuration (see `model`).
+        network: makes of the configuration the network `network_name` alone, for trained weights.
         variants: what `fastnce train NAME` starts from: name -> the values that differ from the defaults.
         presets: further sets of values by name.
         ablations: what `fastnce ablate NAME` compares, by the name of the variant.
@@ -116,7 +115,9 @@ class System:
         network_name: the model's attribute that is used after the training and whose weights are averaged.
         panels: the losses that are plotted together, a tuple of names for each panel.
         best: the measurement that is smallest for the best checkpoint.
+        does: what the network is for, such as "translate images".
         next_command: what to do with a finished run, named by `{run}`.
+        paired: whether it learns from pairs of images.
         published: where the published repository has weights files for this system, the model's networks in them: the name in
             the file's name to the attribute's path, the generator first.
         compared: where a loss compares patches of an image with those of its translation, what encodes each of the two: the part of
@@ -130,6 +131,8 @@ class System:
     """
 
     config_class: type[TrainConfig]
+    model_class: Callable[..., nn.Module]
+    network: Callable[..., nn.Module]
     variants: Mapping[str, Mapping[str, object]]
     presets: Mapping[str, Mapping[str, object]] = {}
     ablations: Mapping[str, Ablation] = {}
@@ -138,6 +141,8 @@ class System:
     panels: tuple[tuple[str, ...], ...]
     best: str | None = None
     next_command: str
+    does: str = ""
+    paired: bool = False
     published: Mapping[str, str] = {}
     compared: tuple[tuple[str, str, str], ...] = ()
     compares_best: bool = False
@@ -180,11 +185,7 @@ class System:
 
     def model(self, config: TrainConfig, dataset: Dataset) -> nn.Module:
         """A module with `optimizers` by name and `training_step(batch) -> {name: scalar}`."""
-        raise NotImplementedError
-
-    def network(self, config: TrainConfig) -> nn.Module:
-        """The network `network_name` alone, for trained weights."""
-        raise NotImplementedError
+        return self.model_class(config)
 
     def preview(self, config: TrainConfig, dataset: Dataset) -> Callable[[nn.Module], Rows]:
         """A function from the network to the rows of a sample grid."""
@@ -204,32 +205,10 @@ class System:
     ) -> tuple[dict[str, Any], str]:
         """How good trained networks are, beside baselines: the result, and its table.
 
-        Args:
-            config: of their run.
-            networks: "last", and "best" and "without_nce" where the caller has them.
-            data: folder of the data, or the folders by their names.
-            device: of the networks.
-            settings: those of `judged_by` that were given.
+        `networks`, on `device`, are "run", and "best" and "without_nce" where the caller has them. `data` is the folder of the
+        data, or the folders by their names. `settings` are those of `judged_by` that were given.
         """
         raise UserError(f"a run of {self.name} has no evaluation.")
-
-    def translate_folder(
-        self, network: nn.Module, config: TrainConfig, input: Path, out: Path, **how: Any
-    ) -> int:
-        """See `fastnce.systems.translating.translate_folder`."""
-        raise self.not_for(config, "translate images")
-
-    def generate_folder(
-        self, network: nn.Module, config: TrainConfig, out: Path, **how: Any
-    ) -> int:
-        """See `fastnce.systems.contragan.generate_folder`."""
-        raise self.not_for(config, "generate images from classes")
-
-    def write_features(
-        self, network: nn.Module, config: TrainConfig, input: Path, out: Path, **how: Any
-    ) -> tuple[int, int]:
-        """See `fastnce.systems.representation.write_features`."""
-        raise self.not_for(config, "write features of whole images")
 
     def in_direction(
         self, network: nn.Module, config: TrainConfig, direction: str | None
@@ -245,16 +224,86 @@ class System:
         """Random inputs of the network by their names, `count` of them; where sizes are free, in a size of their own."""
         raise UserError(f"a run of {self.name} has no graph to export.")
 
-    def not_for(self, config: TrainConfig, what: str) -> UserError:
-        """The error of a command that runs of this system are not for, with the one that is."""
-        command = self.next_command.format(run=config.out)
-        return UserError(
-            f"a run of {self.called(config)} does not {what}. What to do with it: {command}"
-        )
+    def expect_to(self, what: str, config: TrainConfig) -> None:
+        """Raises `UserError`, with the command that runs of this system are for, unless that is `what`."""
+        if self.does != what:
+            command = self.next_command.format(run=config.out)
+            raise UserError(
+                f"a run of {self.called(config)} does not {what}. What to do with it: {command}"
+            )
 
     def called(self, config: TrainConfig) -> str:
         """A reader's name for a run of this configuration."""
         return self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledConfig(TrainConfig):
+    """Options of the systems that train on images with class labels."""
+
+    class_names: tuple[str, ...] = ()
+    """Classes to train on, in the order of their labels; by default all that the data has, sorted. A run keeps its own: a class
+    that the data gets later is left out."""
+    class_balance: bool = False
+    """Draw every class equally often, however many images it has."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.class_names:  # `generate` makes folders of them
+            if Path(name).name != name or name == "..":
+                raise UserError(f"class_names={name!r} is no name of a folder. Use one without /.")
+
+    def with_class_names(self, names: tuple[str, ...]) -> Self:
+        """The configuration of a run on these classes."""
+        return replace(self, class_names=names)
+
+
+class LabelledSystem(System):
+    """A system that trains on images with class labels."""
+
+    def settled(self, config: LabelledConfig, before: LabelledConfig | None) -> LabelledConfig:
+        if before is not None and not config.class_names:
+            return config.with_class_names(before.class_names)
+        return config
+
+    def of_data(self, config: LabelledConfig, dataset: Dataset) -> LabelledConfig:
+        return config.with_class_names(dataset.class_names)
+
+    def folders_read(self, config: LabelledConfig) -> Sequence[Path]:
+        from fastnce.data.labelled import folders_read
+
+        return folders_read(config.data)
+
+
+def images_with_labels(
+    config: Any, split: str, root: Path, *, flip: bool = False, needs_labels: bool
+) -> LabelledImages:
+    """The images of a split of `root`, of the classes and as large as a `LabelledConfig` says."""
+    from fastnce.data import LabelledImages
+    from fastnce.data.labelled import NO_CLASSES
+
+    return LabelledImages(
+        root,
+        split,
+        image_size=config.image_size,
+        channels=config.image_channels,
+        flip=flip,
+        seed=config.seed,
+        classes=() if config.class_names == NO_CLASSES else config.class_names,
+        needs_labels=needs_labels,
+        class_balance=config.class_balance and split == "train",
+        broken_files=config.broken_files,
+    )
+
+
+def autocast(model: nn.Module) -> AbstractContextManager:
+    """The precision in which a model's networks run, by its configuration.
+
+    A new context each time: autocast caches the weights it casts, and a copy that was made while a network was frozen must
+    not serve a pass that needs gradients.
+    """
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, torch.bfloat16, enabled=model.config.precision == "bf16")
 
 
 def rng_kept() -> AbstractContextManager:

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastnce.data import EXTENSIONS, Preprocess, list_images, save_image, to_uint8
-from fastnce.data.aligned import find_pairs
 from fastnce.data.broken import readable
-from fastnce.data.domains import half_of
+from fastnce.data.domains import find_pairs, half_of
 from fastnce.data.files import expect_apart
 from fastnce.data.images import (
     UnfitFile,
@@ -34,7 +33,7 @@ from fastnce.data.transforms import RANDOM_TOKENS
 from fastnce.errors import UserError
 from fastnce.networks import ResnetGenerator
 from fastnce.systems.tiles import check_tile, translate_in_tiles
-from fastnce.systems.translation import TranslationConfig, in_direction
+from fastnce.systems.translation import TranslationConfig, in_direction, input_channels
 
 Format = Literal["png", "jpg", "tiff", "webp", "npy"]
 Part = Literal["left", "right", "whole"]
@@ -92,7 +91,9 @@ def translate(
     in_tiles = tile is not None and max(height, width) > tile
     outputs = []
     for batch in images.split(1 if in_tiles else batch_size):
-        padded = _mirrored_up(_in_unit_range(batch).to(like.dtype), generator)
+        if batch.dtype == torch.uint8:  # as `load_image` does
+            batch = (batch / 255 - 0.5) / 0.5
+        padded = _mirrored_up(batch.to(like.dtype), generator)
         if in_tiles:
             output = translate_in_tiles(generator, padded, tile)
         else:
@@ -112,8 +113,7 @@ def _check_images(generator: nn.Module, images: Tensor) -> None:
             f"translate: images: expected uint8 (0 to 255) or floating-point ([-1, 1]), got {images.dtype}. "
             "Use images.to(torch.uint8) for values from 0 to 255."
         )
-    # The first convolution's weight; a module of one's own may have none.
-    channels = next((p.shape[1] for p in generator.parameters() if p.ndim == 4), None)
+    channels = input_channels(generator)
     fits = images.ndim in (3, 4) and channels in (None, images.shape[-3])
     if not fits or 0 in images.shape[-2:]:
         raise ValueError(
@@ -127,11 +127,6 @@ def _check_images(generator: nn.Module, images: Tensor) -> None:
                 f"translate: images: expected values in [-1, 1], got {least:g} to {greatest:g}. Pass 0 to 255 as uint8, or "
                 "use images / 127.5 - 1."
             )
-
-
-def _in_unit_range(images: Tensor) -> Tensor:
-    """[-1, 1], of uint8 as `load_image` does."""
-    return (images / 255 - 0.5) / 0.5 if images.dtype == torch.uint8 else images
 
 
 def _mirrored_up(images: Tensor, generator: nn.Module) -> Tensor:
@@ -158,7 +153,8 @@ def translate_folder(
     out: Path,
     batch_size: int = 16,
     *,
-    direction: str | None = None,
+    paired: bool,
+    direction: Literal["AtoB", "BtoA"] | None = None,
     preprocess: str | None = None,
     size: int | None = None,
     tile: int | None = None,
@@ -166,7 +162,6 @@ def translate_folder(
     format: Format | None = None,
     broken_files: Literal["error", "skip"] | None = None,
     value_range: tuple[float, float] | None = None,
-    paired: bool = False,
 ) -> int:
     """Translates all images of a folder, and of the folders in it, to files of the same names; or one image.
 
@@ -178,19 +173,21 @@ def translate_folder(
         config: its run's configuration.
         input: folder of the images, or an image.
         out: folder of the results; created. For one image also the file to write.
-        batch_size: images at a time; of images that are computed in tiles, one.
-        direction: see `in_direction`.
-        preprocess: how images are scaled, instead of as in training: "none" keeps their size.
-        size: the size to which they are scaled, instead of the training's crop size.
-        tile: see `translate`. With it images of any number of pixels are read.
-        part: the half of each file that is translated, "left" or "right"; "whole": all of it; None: see `input_part`.
-        format: of the results; by default what the extension of `out` says, else "png", or what holds the numbers of the
-            `value_range` and all channels: "tiff" or "npy". "jpg" and "webp" have quality 95.
-        broken_files: "skip" leaves files out that cannot be read and names them in the log; "error" stops at the first one,
-            when those before it are translated; None: as in the training.
-        value_range: the files' numbers that become -1 and 1, to which results are mapped back: see
-            `fastnce.data.images.read_image`; None: as in the training.
+        batch_size: Images translated at a time, where they have the same size; of those that are computed in tiles, one.
         paired: whether the run learned from pairs, which may lie side by side in the files.
+        direction: For systems that learn both directions; by default that of the training.
+        preprocess: How images are scaled, by default as in training; none keeps their size.
+        size: Size to which they are scaled; by default the crop size of the training.
+        tile: Larger images are computed in tiles of this size, with the same result in less memory. Images of any number of
+            pixels are read.
+        part: Translate this half of each file, or the whole. By default that is the input's half where pix2pix learned from
+            pairs side by side and these are such, else the whole.
+        format: Of the results, unless out names a file: png, or what holds all their numbers and channels. jpg and webp have
+            quality 95.
+        broken_files: What a file that cannot be read does: skip leaves it out and names it, error stops when the images before
+            it are translated; by default as in the training.
+        value_range: The images' numbers that stand for black and white; by default as in the training. Results are written in
+            these numbers.
 
     Returns:
         The number of images translated.
@@ -275,9 +272,6 @@ def input_part(config: TranslationConfig, paths: Sequence[Path]) -> Part:
 
     All of each file, but for pairs side by side: files of the training's data, or of the shape of its files. Then it is the half
     that was the input of the training. A line on standard error says which.
-
-    Raises:
-        UserError: the training's data are not there any more, and the files may be such pairs.
     """
     if config.data is None:  # A and B in two folders
         return "whole"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -90,15 +89,13 @@ class TranslationConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        options.at_least(self, 0, "cache_gb")
         if self.value_range is not None:
             from fastnce.data.images import check_value_range
 
             check_value_range(self.value_range)
-        options.at_least(self, 1, "load_size", "crop_size")
-        options.at_least(self, 0, "epochs", "decay_epochs")
-        options.at_least(self, 1, "in_channels", "out_channels", "base_channels")
-        options.at_least(self, 1, "disc_channels", "disc_layers")
+        options.at_least(self, 0, "cache_gb", "epochs", "decay_epochs")
+        options.at_least(self, 1, "load_size", "crop_size", "in_channels", "out_channels")
+        options.at_least(self, 1, "base_channels", "disc_channels", "disc_layers")
         options.above_zero(self, "lr")
         options.in_unit_interval(self, "beta1", "beta2")
         self._check_folders()
@@ -106,11 +103,8 @@ class TranslationConfig(TrainConfig):
             raise UserError("epochs=0 and decay_epochs=0 leave nothing to train. Use epochs >= 1.")
 
     def _check_folders(self) -> None:
-        apart = {
-            name: getattr(self, name)
-            for name in ("data_a", "data_b", "test_a", "test_b")
-            if getattr(self, name) is not None
-        }
+        names = ("data_a", "data_b", "test_a", "test_b")
+        apart = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.data is not None and apart:
             name, folder = next(iter(apart.items()))
             raise UserError(
@@ -125,11 +119,7 @@ class TranslationConfig(TrainConfig):
 
     @property
     def folders(self) -> Path | dict[str, Path]:
-        """Where the images are: the folder with trainA and the like, or these by name where each was named.
-
-        Raises:
-            UserError: none was named.
-        """
+        """Where the images are: the folder with trainA and the like, or these by name where each was named."""
         if self.data is not None:
             return self.data
         named = {
@@ -184,11 +174,7 @@ def build_generator(config: UnpairedConfig) -> nn.Module:
 
 
 def build_discriminator(config: UnpairedConfig, image_size: tuple[int, int] | None) -> nn.Module:
-    """The discriminator that `config` describes, freshly initialised, for images of `image_size` (height, width).
-
-    Raises:
-        UserError: stylegan2, which is made for one size, does not fit `image_size`.
-    """
+    """The discriminator that `config` describes, freshly initialised, for images of `image_size` (height, width)."""
     if config.discriminator == "stylegan2":
         from fastnce.networks import StyleGAN2Discriminator
 
@@ -227,15 +213,6 @@ def adam(config: TranslationConfig, *networks: nn.Module) -> torch.optim.Adam:
     )
 
 
-def autocast(config: TranslationConfig, device: torch.device) -> AbstractContextManager:
-    """The precision in which networks run.
-
-    A new context each time: autocast caches the weights it casts, and a copy that was made while a network was frozen must
-    not serve a pass that needs gradients.
-    """
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-
-
 def descend(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
     """One step of the optimisers down the gradient of `loss`."""
     for optimizer in optimizers:
@@ -256,11 +233,7 @@ def together(
 
 
 def images_of_one_size(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The images "A" and "B" of a batch.
-
-    Raises:
-        UserError: they differ in number, height or width.
-    """
+    """The images "A" and "B" of a batch; raises `UserError` if they differ in number, height or width."""
     a, b = batch["A"], batch["B"]
     if (len(a), *a.shape[2:]) != (len(b), *b.shape[2:]):
         raise UserError(
@@ -318,15 +291,17 @@ def convert_channels(images: Tensor, channels: int) -> Tensor:
     return _RED * red + _GREEN * green + _BLUE * blue
 
 
+def input_channels(network: nn.Module) -> int | None:
+    """The channels that a network's first convolution sees; None for a module of one's own without any."""
+    return next((p.shape[1] for p in network.parameters() if p.ndim == 4), None)
+
+
 def in_direction(
     generator: nn.Module, config: TranslationConfig, direction: str | None
 ) -> tuple[nn.Module, int]:
     """The part of a generator that translates from one domain to the other, and the channels of its input.
 
     `direction` is "AtoB" or "BtoA", the names of the data's folders; None: as in the run, whose configuration is `config`.
-
-    Raises:
-        UserError: a direction that the generator does not translate in.
     """
     if direction is None or direction == config.direction:
         return getattr(generator, "a_to_b", generator), config.in_channels

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +19,19 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastnce.errors import UserError
-from fastnce.systems.patch_contrast import check_num_patches, feature_shapes
+from fastnce.systems.patch_contrast import feature_shapes
 from fastnce.systems.schedule import LinearDecay
 from fastnce.systems.system import Measure, Rows, System, random_images, rng_kept
-from fastnce.systems.translation import TranslationConfig, UnpairedConfig, in_direction
+from fastnce.systems.translation import (
+    TranslationConfig,
+    UnpairedConfig,
+    in_direction,
+    input_channels,
+)
 
 if TYPE_CHECKING:
     from fastnce.data import AlignedImages, SingleImagePatches, UnpairedImages
-    from fastnce.data.domains import Side
-    from fastnce.systems.judging import Reader, Segmentation
+    from fastnce.systems.judging import Reading, Segmentation
 
 # Of the numbers of an evaluation, those that are measured during the training.
 _MEASURED = ("l1", "psnr", "ssim", "fid", "kid", "precision", "recall", "density", "coverage")
@@ -62,24 +67,27 @@ DIGITS_PATCHES: dict[str, object] = {"nce_layers": (4, 8, 12, 15), "num_patches"
 class TranslationSystem(System):
     """A system whose network translates images.
 
+    Its `model_class` is made of the configuration and the (height, width) of the first training image.
+
     Attributes:
-        paired: whether it learns from pairs of images.
+        seeing: the networks that see the images, by their names in errors: the attribute's path.
     """
 
+    seeing: Mapping[str, str] = {"generator": "generator", "discriminator": "discriminator"}
     network_name = "generator"
     best = "fid"
+    does = "translate images"
     next_command = "fastnce translate --run {run} --input DIR --out DIR"
     compares_best = True
     reports_cost = True
     judged_by = frozenset({"without_nce", "extractor", "segmentation", "direction", "value_range"})
+    in_direction = staticmethod(in_direction)
     output = "translation"
     any_size = True
-    paired = False
 
     def folders_read(self, config: TranslationConfig) -> list[Path]:
-        if config.data is None:
-            named = (config.data_a, config.data_b, config.test_a, config.test_b)
-            return [folder for folder in named if folder is not None]
+        if isinstance(config.folders, dict):
+            return list(config.folders.values())
         splits = ("train", "test", "val", "valid")
         return [config.data / (split + domain) for split in splits for domain in ("", "A", "B")]
 
@@ -109,6 +117,18 @@ class TranslationSystem(System):
             epoch_samples=epoch_samples,
         )
 
+    def model(self, config: TranslationConfig, dataset: Any) -> nn.Module:
+        _, height, width = dataset[0]["A"].shape
+        model = self.model_class(config, (height, width))
+        networks = {name: model.get_submodule(path) for name, path in self.seeing.items()}
+        expect_sizes_fit(config, dataset, networks, **self.sizes(config, model))
+        return model
+
+    def sizes(self, config: UnpairedConfig, model: Any) -> dict[str, str | None]:
+        """The further arguments of `expect_sizes_fit`."""
+        fixed = config.discriminator == "stylegan2"
+        return {"one_size": "discriminator=stylegan2 is made for one size" if fixed else None}
+
     def preview(self, config: TranslationConfig, dataset: Dataset) -> Callable[[nn.Module], Rows]:
         images = first_test_images(config)
 
@@ -118,10 +138,7 @@ class TranslationSystem(System):
         return rows
 
     def measure(self, config: TranslationConfig, dataset: Dataset) -> Measure | None:
-        """The averaged network's translations of the test images; of pairs also L1, PSNR and SSIM.
-
-        None, and a line that says why, if nothing is there to judge them.
-        """
+        """Of the averaged network's translations of the test images. None, and a line that says why, if nothing can judge them."""
         from fastnce.systems import judging
 
         extractor, by_features = None, not self.paired or config.extractor is not None
@@ -137,28 +154,18 @@ class TranslationSystem(System):
             return None
 
         def measure(_: nn.Module, network: nn.Module) -> dict[str, float]:
-            row: dict[str, Any] = {}
-            with self._translations(
-                {judging.TRANSLATED: network}, config, config.folders
-            ) as folders:
-                if self.paired:
-                    numbers = judging.judge_pairs(
-                        folders, config.folders, baselines=False, **_pair_options(config)
-                    )
-                    row |= numbers["rows"][0]
-                if by_features:
-                    result = judging.judge_folders(
-                        folders,
-                        config.folders,
-                        extractor,
-                        direction=config.direction,
-                        read=_scaled_reader(config),
-                        baselines=False,
-                        paired=self.paired,
-                        skip=config.broken_files == "skip",
-                        value_range=config.value_range,
-                    )
-                    row |= result["rows"][0]
+            named = {judging.TRANSLATED: network}
+            with self._translations(named, config, config.folders) as folders:
+                result, _ = judging.judge(
+                    folders,
+                    config.folders,
+                    self._reading(config),
+                    (lambda: extractor) if by_features else None,
+                    baselines=False,
+                )
+            row = result["pairs"]["rows"][0] if self.paired else {}
+            if by_features:
+                row |= result["rows"][0]
             return {name: row[name] for name in _MEASURED if row.get(name) is not None}
 
         return measure
@@ -181,8 +188,6 @@ class TranslationSystem(System):
         and the others only with an extractor.
 
         Args:
-            networks: "run", and as further rows "best" and "without_nce".
-            data: folder of the data, or the folders by the names testA, testB and trainB.
             extractor: what gives the features; by default that of the run, or a digits-photos set's own network.
             segmentation: also score the segmentation of the translations; then there need not be an extractor.
             direction: "AtoB" or "BtoA", for systems of both directions; by default that of the training.
@@ -195,45 +200,24 @@ class TranslationSystem(System):
         rows = {judging.ROWS[name]: network for name, network in networks.items()}
         extractor = extractor or config.extractor
         by_features = extractor or judging.is_digits_photos(data)
+        any_features = by_features or (segmentation is None and not self.paired)
         result: dict[str, Any] = {}
-        tables = []
         with self._translations(rows, config, data, direction) as folders:
             if segmentation is not None:
-                scores = segmentation.scores(
-                    folders[judging.TRANSLATED], device, config.value_range
-                )
-                result["segmentation"] = scores
-                tables.append(judging.format_segmentation_table(scores))
-            if by_features or (segmentation is None and not self.paired):
-                result |= judging.judge_folders(
-                    folders,
-                    data,
-                    judging.load_judge(data, extractor, device),
-                    direction=direction or config.direction,
-                    read=_scaled_reader(config),
-                    paired=self.paired,
-                    skip=config.broken_files == "skip",
-                    value_range=config.value_range,
-                )
-                tables.insert(0, judging.format_table(result))
-            if self.paired:
-                result["pairs"] = judging.judge_pairs(folders, data, **_pair_options(config))
-                tables.insert(0, judging.format_pair_table(result["pairs"]))
-                if not by_features:
-                    tables.append("FID and its kin: not measured without --extractor FILE.\n")
+                run = folders[judging.TRANSLATED]
+                result["segmentation"] = segmentation.scores(run, device, config.value_range)
+            judged, tables = judging.judge(
+                folders,
+                data,
+                self._reading(config, direction),
+                partial(judging.load_judge, data, extractor, device) if any_features else None,
+            )
+        result |= judged
+        if segmentation is not None:
+            tables.append(judging.format_segmentation_table(result["segmentation"]))
+        if self.paired and not by_features:
+            tables.append("FID and its kin: not measured without --extractor FILE.\n")
         return result, "\n".join(tables)
-
-    def translate_folder(
-        self, network: nn.Module, config: TranslationConfig, input: Path, out: Path, **how: Any
-    ) -> int:
-        from fastnce.systems.translating import translate_folder
-
-        return translate_folder(network, config, input, out, paired=self.paired, **how)
-
-    def in_direction(
-        self, network: nn.Module, config: TranslationConfig, direction: str | None
-    ) -> tuple[nn.Module, int]:
-        return in_direction(network, config, direction)
 
     def graph_inputs(
         self, network: nn.Module, config: TranslationConfig, channels: int, count: int
@@ -242,6 +226,21 @@ class TranslationSystem(System):
         least = -(-32 // multiple)
         sides = multiple * (least + count - 2), multiple * (least + 1)
         return {"image": random_images(count, channels, *sides)}
+
+    def _reading(self, config: TranslationConfig, direction: str | None = None) -> Reading:
+        """As the training reads its images, and scaled as they are, without the crop: as those to translate are."""
+        from fastnce.systems.judging import Reading
+        from fastnce.systems.translating import image_scaling
+
+        return Reading(
+            direction=direction or config.direction,
+            paired=self.paired,
+            channels=config.out_channels,
+            bits=config.bits,
+            skip=config.broken_files == "skip",
+            value_range=config.value_range,
+            scaling=lambda side: image_scaling(config, side.paths, part=side.half),
+        )
 
     @contextmanager
     def _translations(
@@ -256,6 +255,7 @@ class TranslationSystem(System):
         Files, because several measurements read each of them and a test set may be larger than the memory.
         """
         from fastnce.systems.judging import side
+        from fastnce.systems.translating import translate_folder
 
         source = side(data, "test", direction or config.direction, 0, self.paired)
         part = source.half or "whole"
@@ -263,11 +263,12 @@ class TranslationSystem(System):
             folders = {name: Path(parent, str(number)) for number, name in enumerate(networks)}
             for name, network in networks.items():
                 was_training = network.training
-                self.translate_folder(
+                translate_folder(
                     network.eval(),
                     config,
                     source.folder,
                     folders[name],
+                    paired=self.paired,
                     direction=direction,
                     part=part,
                 )
@@ -315,15 +316,15 @@ def reading_options(config: TranslationConfig) -> dict[str, object]:
 def expect_sizes_fit(
     config: TranslationConfig,
     dataset: UnpairedImages | AlignedImages | SingleImagePatches,
-    networks: Mapping[str, tuple[nn.Module, int]],
+    networks: Mapping[str, nn.Module],
     *,
     one_size: str | None = None,
-    compared: str = "",
+    compared: str | None = "",
 ) -> None:
     """Checks the sizes of all training images before the first step, without computing anything.
 
     Args:
-        networks: by their names those that see the images, with the channels of their input.
+        networks: by their names those that see the images.
         one_size: why all images of A and B must have one size; None: they need not.
         compared: "A" or "AB": of whose maps `num_patches` patches are compared.
     """
@@ -339,26 +340,20 @@ def expect_sizes_fit(
     if patches:
         width, height = min(patches, key=math.prod)
         try:
-            check_num_patches(config, feature_shapes(config, (height, width)))
+            feature_shapes(config, (height, width))
         except UserError as error:
             raise UserError(
                 f"{patches[width, height]}: gives {width}x{height}, and {error}"
             ) from error
     with rng_kept():
-        shapes = {
-            name: (copy.deepcopy(network).to("meta"), channels)
-            for name, (network, channels) in networks.items()
-        }
+        shapes = {name: copy.deepcopy(network).to("meta") for name, network in networks.items()}
         # What is too small is so by a side or by its number of pixels.
         for width, height in {min(found, key=min), min(found, key=math.prod)}:
-            for name, (network, channels) in shapes.items():
-                if _takes(network, config.batch_size, channels, height, width):
+            for name, network in shapes.items():
+                if _takes(network, config.batch_size, height, width):
                     continue
-                fitting = (
-                    s
-                    for s in range(4, 516, 4)
-                    if _takes(network, config.batch_size, channels, s, s)
-                )
+                sides = range(4, 516, 4)
+                fitting = (s for s in sides if _takes(network, config.batch_size, s, s))
                 least = next((f", which needs {side}x{side} or more" for side in fitting), "")
                 raise UserError(
                     f"{found[width, height]}: gives {width}x{height}, too small for the {name}{least}. Use a larger crop_size or load_size, larger images, or a "
@@ -366,22 +361,13 @@ def expect_sizes_fit(
                 )
 
 
-def _takes(network: nn.Module, *shape: int) -> bool:
-    """Whether a network can be trained on images of a shape (N, C, H, W)."""
+def _takes(network: nn.Module, count: int, height: int, width: int) -> bool:
+    """Whether a network can be trained on so many images of a size."""
     try:
-        network(torch.empty(shape, device="meta"))
+        network(torch.empty(count, input_channels(network), height, width, device="meta"))
     except (RuntimeError, ValueError):  # such as a padding that is wider than the map
         return False
     return True
-
-
-def fixed_size(config: UnpairedConfig) -> str | None:
-    """Why the networks are made for images of one size, if they are."""
-    return (
-        "discriminator=stylegan2 is made for one size"
-        if config.discriminator == "stylegan2"
-        else None
-    )
 
 
 @torch.inference_mode()
@@ -423,34 +409,3 @@ def _variety_and_contrast(images: Sequence[Tensor]) -> tuple[float, float]:
     total = squares.var(correction=0).clamp_min(1e-12)
     contrast = torch.stack([image.double().var((1, 2), correction=0).mean() for image in images])
     return float(between / total), float(contrast.mean())
-
-
-def _pair_options(config: TranslationConfig) -> dict[str, Any]:
-    """How `judge_pairs` reads what belongs to a run: as its training did."""
-    channels, bits = config.out_channels, config.bits
-    return {
-        "direction": config.direction,
-        "read": _scaled_reader(config, channels, bits),
-        "channels": channels,
-        "bits": bits,
-        "skip": config.broken_files == "skip",
-        "value_range": config.value_range,
-    }
-
-
-def _scaled_reader(config: TranslationConfig, channels: int = 3, bits: int = 8) -> Reader:
-    """Reads images scaled as in the training, without its crop: as those to translate are."""
-    from fastnce.data.domains import half_of
-    from fastnce.data.images import read_image, to_tensor
-    from fastnce.systems.translating import image_scaling
-
-    def reader(side: Side) -> Callable[[Path], Tensor]:
-        scale = image_scaling(config, side.paths, part=side.half)
-
-        def read(path: Path) -> Tensor:
-            image = read_image(path, channels, bits, config.value_range)
-            return to_tensor(scale.prepare(half_of(image, side.half)))
-
-        return read
-
-    return reader

@@ -11,7 +11,6 @@ from fastnce.training.loop import Interrupted, train
 from fastnce.training.runs import (
     Run,
     generate_folder,
-    load_config,
     load_generator,
     translate_folder,
     write_features,
@@ -29,7 +28,6 @@ __all__ = [
     "export_published",
     "export_shared",
     "generate_folder",
-    "load_config",
     "load_generator",
     "resolve_device",
     "train",

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastnce import viz
 from fastnce.errors import UserError, known
 from fastnce.metrics.tables import markdown_table, write_result
 from fastnce.systems import SYSTEMS
@@ -16,6 +15,7 @@ from fastnce.systems.system import Ablation
 from fastnce.training.config import build_config
 from fastnce.training.evaluation import evaluate_run
 from fastnce.training.loop import train
+from fastnce.viz.plots import save_ablation_plot
 
 
 def ablations() -> dict[str, Ablation]:
@@ -68,7 +68,7 @@ def ablate(
     result = compare(values, ablation, seeds)
     table = format_ablation(result, ablation)
     write_result(result, table, out, stem="ablation")
-    viz.save_ablation_plot(
+    save_ablation_plot(
         {
             name: {ablation.measures[m][0]: v for m, v in kept.items()}
             for name, kept in values.items()

@@ -42,11 +42,7 @@ def save_checkpoint(state: dict, path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Reads a checkpoint, tensors on the CPU.
-
-    Raises:
-        UserError: there is no such file, or it is damaged or of another kind.
-    """
+    """Reads a checkpoint, tensors on the CPU."""
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint. Train first, or name an existing file.")
     try:

@@ -109,12 +109,7 @@ def checked_values(
 
 
 def from_dict(values: Mapping[str, object], what: str = "option") -> TrainConfig:
-    """The configuration that `to_dict` made into JSON values; `what` names them in errors.
-
-    Raises:
-        KeyError: they name no system.
-        UserError: an unknown system or field, or a wrong type.
-    """
+    """The configuration that `to_dict` made into JSON values; `what` names them in errors."""
     rest = dict(values)
     system = system_named(rest.pop("system"))
     rest = dict(system.older) | rest

@@ -20,11 +20,7 @@ class Report(NamedTuple):
 
     @classmethod
     def of(cls, run: Run, data: Path | None, out: Path | None) -> Report:
-        """In `out`, else in the run's folder; there under the data's name, if these are not the run's own.
-
-        Raises:
-            UserError: a file takes the run's place, and there is no `out`.
-        """
+        """In `out`, else in the run's folder; there under the data's name, if these are not the run's own."""
         if out is not None:
             return cls(out)
         if run.path.is_file():
@@ -75,10 +71,8 @@ def evaluate_run(
     system, config = run.system, run.config
     report = report or Report.of(run, data, None)
     given = {name: value for name, value in settings.items() if value is not None}
-    for name, value in (
-        given | ({} if without_nce is None else {"without_nce": without_nce})
-    ).items():
-        if name not in system.judged_by:
+    for name, value in (given | {"without_nce": without_nce}).items():
+        if value is not None and name not in system.judged_by:
             option = "segmenter" if name == "segmentation" else name
             raise UserError(f"{option}={value} is not for a run of {system.name}. Leave it out.")
     if data is None:

@@ -10,7 +10,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -59,7 +58,8 @@ def export_published(
         if weights:
             path = Path(out) / f"{label}_net_{name}.pth"
             prefix = "module." if module_prefix else ""
-            _save({f"{prefix}{k}": v.clone() for k, v in weights.items()}, path)
+            with atomic_path(path) as temporary:
+                torch.save({f"{prefix}{k}": v.clone() for k, v in weights.items()}, temporary)
             written.append(path)
     return written
 
@@ -117,7 +117,9 @@ def export_graph(
         data = _onnx(network, seen, run.system.any_size, run.system.output, text)
     else:
         path = Path(out) / "model.torchscript.pt"
-        data = _torchscript(network, seen, text)
+        with _quiet():
+            traced = torch.jit.trace(network, tuple(seen.values()), check_trace=False)
+            data = traced.save_to_buffer(_extra_files={CONFIG_KEY: text})
     expected = network(*unseen.values())
     result, by = _run_graph(data, format, unseen)
     if result is not None:
@@ -149,7 +151,13 @@ def _leave_out_noise(network: nn.Module) -> bool:
 def _onnx(
     network: nn.Module, inputs: dict[str, Tensor], sized: bool, output: str, text: str
 ) -> bytes:
-    _package("onnx"), _package("onnxscript")
+    for package in ("onnx", "onnxscript"):
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"format=onnx needs the package {package}. Install it with: pip install 'fastnce[export]'"
+            ) from error
     axes = {0: Dim.DYNAMIC, **({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if sized else {})}
     with _quiet():
         program = torch.onnx.export(
@@ -169,12 +177,6 @@ def _onnx(
     return proto.SerializeToString()
 
 
-def _torchscript(network: nn.Module, inputs: dict[str, Tensor], text: str) -> bytes:
-    with _quiet():
-        traced = torch.jit.trace(network, tuple(inputs.values()), check_trace=False)
-        return traced.save_to_buffer(_extra_files={CONFIG_KEY: text})
-
-
 def _run_graph(data: bytes, format: str, inputs: dict[str, Tensor]) -> tuple[Tensor | None, str]:
     """The graph's result for `inputs`, and a line on who ran it."""
     if format == "torchscript":
@@ -186,9 +188,8 @@ def _run_graph(data: bytes, format: str, inputs: dict[str, Tensor]) -> tuple[Ten
         return None, "not checked: onnxruntime is not installed"
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {name: x.numpy() for name, x in inputs.items()})
-    return torch.from_numpy(
-        found
-    ), f"checked by running it in onnxruntime {onnxruntime.__version__}"
+    by = f"checked by running it in onnxruntime {onnxruntime.__version__}"
+    return torch.from_numpy(found), by
 
 
 @contextlib.contextmanager
@@ -202,17 +203,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
-
-
-def _package(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"format=onnx needs the package {name}. Install it with: pip install 'fastnce[export]'"
-        ) from error
-
-
-def _save(state: dict[str, Tensor], path: Path) -> None:
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)

@@ -13,15 +13,11 @@ from fastnce.systems import TrainConfig, system_named
 from fastnce.training.config import as_option, layered_values, to_dict
 from fastnce.training.log import read_metrics
 from fastnce.training.runs import Run
-from fastnce.viz import GalleryRun, save_gallery
+from fastnce.viz.gallery import GalleryRun, save_gallery
 
 
 def write_gallery(runs: Sequence[Path], out: Path | None = None) -> Path:
-    """Writes runs of any systems, side by side, as one HTML page: samples over time, curves, evaluation, configuration, command.
-
-    Returns:
-        The path of the page, by default `gallery.html` in the first run's folder.
-    """
+    """Writes runs of any systems, side by side, as one HTML page, by default `gallery.html` in the first run's folder."""
     if not runs:
         raise UserError("run is missing. Name the folder of a training run, or several.")
     path = Path(runs[0]) / "gallery.html" if out is None else Path(out)
@@ -31,11 +27,7 @@ def write_gallery(runs: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def read_run(run: Path, name: str) -> GalleryRun:
-    """The content of the gallery for the run in the folder `run`.
-
-    Raises:
-        UserError: it is no run, or a file in it is damaged.
-    """
+    """The content of the gallery for the run in the folder `run`."""
     config = Run(run).config
     run = Path(run)
     return GalleryRun(
@@ -53,9 +45,6 @@ def read_run(run: Path, name: str) -> GalleryRun:
 
 def distinct_names(runs: Sequence[Path]) -> list[str]:
     """The folders' names, with as many of the folders above as it takes to tell them apart.
-
-    Raises:
-        UserError: a folder is named twice.
 
     Examples:
         >>> distinct_names([Path("out/cut/seed-0"), Path("out/fastcut/seed-0")])

@@ -23,9 +23,6 @@ def locked(folder: Path) -> Iterator[None]:
     """Context in which no other process has the folder; made if it is not there.
 
     The system releases the lock when the process ends, however it ends. On file systems without locks there is none.
-
-    Raises:
-        UserError: another process has it.
     """
     is_new = not folder.exists()
     try:

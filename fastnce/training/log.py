@@ -67,11 +67,7 @@ class MetricLog:
         self._count += 1
 
     def means(self) -> dict[str, float]:
-        """The means since the last line.
-
-        Raises:
-            UserError: one of them is not finite: the training has diverged.
-        """
+        """The means since the last line; raises `UserError` if one of them is not finite."""
         if not self._sums:
             return {}
         values = (torch.stack(list(self._sums.values())) / self._count).tolist()

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from fastnce import viz
 from fastnce.data.files import Files, changed_files, expect_apart, remove_leftovers, write_json
 from fastnce.errors import UserError
 from fastnce.systems import TrainConfig, system_named
@@ -38,6 +37,7 @@ from fastnce.training.lock import locked
 from fastnce.training.log import MetricLog, append_line, drop_lines_after, read_metrics
 from fastnce.training.published import load_initial
 from fastnce.training.ranks import Ranks, joined_from_environment
+from fastnce.viz import plots
 
 # Options that name a place, which may be spelled in several ways.
 _PATHS = DATA_FIELDS | {"init_from"}
@@ -245,12 +245,8 @@ class _Run:
     def begin_folder(self) -> None:
         """Writes the configuration, and removes what an interrupted run left half written or logged after its checkpoint."""
         if self.ranks.is_first:
-            for folder in (
-                self.config.out,
-                self.checkpoint_path.parent,
-                self.config.out / "samples",
-            ):
-                remove_leftovers(folder)
+            for name in ("", "checkpoints", "samples"):
+                remove_leftovers(self.config.out / name)
             drop_lines_after(self.metrics.path, self.step)
             drop_lines_after(self.measurements_path, self.step)
             write_json(to_dict(self.config), self.config.out / "config.json")
@@ -280,12 +276,8 @@ class _Run:
             optimizer.load_state_dict(state["optimizers"][name])
         self.average.load_state_dict(state["average"])
         self.metrics.load_state_dict(state["metrics"], self.device)
-        self.step, self.seconds, self.best = (
-            state["step"],
-            state["seconds"],
-            state.get("best", math.inf),
-        )
-        self.saved_step = self.step
+        self.step = self.saved_step = state["step"]
+        self.seconds, self.best = state["seconds"], state.get("best", math.inf)
         states = state["rng"] if isinstance(state["rng"], list) else [state["rng"]]
         if len(states) != self.ranks.size:
             self.say(
@@ -324,10 +316,7 @@ class _Run:
                 "epoch_samples": len(self.dataset),
                 "files": self.files(),
                 "model": self.model.state_dict(),
-                "optimizers": {
-                    name: optimizer.state_dict()
-                    for name, optimizer in self.model.optimizers.items()
-                },
+                "optimizers": {n: o.state_dict() for n, o in self.model.optimizers.items()},
                 "average": self.average.state_dict(),
                 "metrics": self.metrics.state_dict(),
                 "rng": rng,
@@ -461,9 +450,9 @@ class _Run:
         """Writes the sample grid and the loss plot."""
         with rng_kept():
             rows = self.preview(self.average.module)
-        viz.save_sample_grid(rows, self.config.out / "samples" / f"step_{self.step:06d}.png")
+        plots.save_sample_grid(rows, self.config.out / "samples" / f"step_{self.step:06d}.png")
         metrics = read_metrics(self.metrics.path)
-        viz.save_loss_plot(metrics, self.system.panels, self.config.out / "loss.png")
+        plots.save_loss_plot(metrics, self.system.panels, self.config.out / "loss.png")
 
     def _measure(self) -> bool:
         """Appends a line to measurements.jsonl and plots it. Returns whether this is the best step so far."""
@@ -471,7 +460,7 @@ class _Run:
             values = self.measure(self.model, self.average.module)
         self.model.train()
         append_line(self.measurements_path, {"step": self.step} | values)
-        viz.save_measurement_plot(
+        plots.save_measurement_plot(
             read_metrics(self.measurements_path), self.config.out / "measurements.png"
         )
         value = values.get(self.system.best, math.nan)

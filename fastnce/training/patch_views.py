@@ -18,13 +18,19 @@ from fastnce.data.images import fitting_suffixes, read_image, to_array, to_image
 from fastnce.data.transforms import resize_to_multiple
 from fastnce.errors import UserError
 from fastnce.networks import PatchProjector
-from fastnce.networks.geometry import pixel_grid
+from fastnce.networks.resnet_generator import pixel_grid
 from fastnce.systems import TrainConfig, variants
 from fastnce.systems.translating import image_scaling
 from fastnce.systems.translation import convert_channels
 from fastnce.training.checkpoint import below
 from fastnce.training.runs import Run, opened
-from fastnce.viz import FeatureColours, Scale, SimilarityMap, save_feature_colours, save_similarity
+from fastnce.viz.feature_maps import (
+    FeatureColours,
+    Scale,
+    SimilarityMap,
+    save_feature_colours,
+    save_similarity,
+)
 
 # Points that are chosen keep this share of the image's side away from its border.
 _MARGIN = 1 / 16
@@ -57,11 +63,7 @@ class PatchEncoder:
 
     @classmethod
     def of(cls, run: Run | Path, **how: Any) -> PatchEncoder:
-        """That of a run, or of its folder and what `Run` needs to open it.
-
-        Raises:
-            UserError: no such run or checkpoint, or a run of a system that compares no patches.
-        """
+        """That of a run, or of its folder and what `Run` needs to open it."""
         run = opened(run, **{"weights": "raw"} | how)
         if run.path.is_file():
             raise UserError(f"run={run.path} holds a generator alone. Name the folder of its run.")
@@ -107,11 +109,7 @@ class PatchEncoder:
 
     @torch.inference_mode()
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """F(features), L2-normalised, (1, dim, h_l, w_l) for each layer, on the CPU.
-
-        Raises:
-            UserError: the run compares no patches.
-        """
+        """F(features), L2-normalised, (1, dim, h_l, w_l) for each layer, on the CPU."""
         if self.config.lambda_nce == 0:
             raise UserError(
                 "the run was trained without the contrastive loss (lambda_nce=0), so it has no learnt similarity. "
@@ -170,9 +168,9 @@ def visualize_similarity(
         input: image file.
         out: folder; gets `similarity.png`, and the translation as `output.png` (of more than four channels `output.npy`).
         points: (x, y) of pixels of the output; by default `count` of them are chosen, see `distinct_points`.
-        count: points that are chosen.
-        layers: of `nce_layers`; all if empty.
-        scale: "similarity" for exp(cosine / temperature), as the loss has it; "cosine" shows small similarities too.
+        count: How many points are chosen, where none is given.
+        layers: Layers to show, of those that the run compares; by default all.
+        scale: exp(cosine / temperature) as the loss has it, or the cosine, which shows small similarities too.
     """
     _expect_count(count)
     image = encoder.read(input)
@@ -194,7 +192,8 @@ def visualize_features(
         encoder: see `PatchEncoder`.
         input: image file, or a folder of images, of which the first `count` ones of the same size are taken.
         out: folder; gets `pca-encoder.png` and, in a run with the contrastive loss, `pca-projected.png`.
-        layers: of `nce_layers`; all if empty.
+        count: How many images of a folder to take.
+        layers: Layers to show, of those that the run compares; by default all.
     """
     _expect_count(count)
     input = Path(input)
@@ -244,10 +243,6 @@ def similarity_maps(
         input: (C, H, W) in [-1, 1], sides a multiple of 4.
         output: (C', H, W), its translation.
         points: (x, y) of pixels of the output, counted from 0 at the left and the top.
-        layers: of `nce_layers`; all if empty.
-
-    Returns:
-        A list of maps, one for each layer, by point.
     """
     height, width = output.shape[1:]
     for x, y in points:
@@ -312,11 +307,7 @@ def main_components(maps: Sequence[Tensor]) -> tuple[Tensor, tuple[float, ...]]:
     reach from the first to the last percent of a component's values. Features with fewer than three channels leave the rest
     of the colours at their middle.
 
-    Args:
-        maps: (C, h, w) of one size.
-
-    Returns:
-        (N, h, w, 3) in [0, 1], and the share of the variance that each component has.
+    Of N maps (C, h, w) these are (N, h, w, 3) in [0, 1], and the share of the variance that each component has.
     """
     stacked = torch.stack(list(maps)).double()  # (N, C, h, w)
     channels = stacked.shape[1]

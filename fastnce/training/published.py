@@ -30,17 +30,11 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclasses.dataclass(frozen=True)
 class Recognised:
-    """The content of a published weights file.
+    """The content of a published weights file."""
 
-    Attributes:
-        kind: `RESNET`, `UNET`, `PATCH` or `PROJECTOR`.
-        options: the fields of the system's configuration that are fixed by the weights, with their values.
-        layer_channels: for a projector, the channels of each feature map; else empty.
-    """
-
-    kind: str
-    options: dict[str, object]
-    layer_channels: tuple[int, ...] = ()
+    kind: str  # `RESNET`, `UNET`, `PATCH` or `PROJECTOR`
+    options: dict[str, object]  # of the system's configuration, as far as weights fix them
+    layer_channels: tuple[int, ...] = ()  # for a projector, those of each feature map
 
 
 def read_published(path: Path) -> dict[str, Tensor]:
@@ -48,9 +42,6 @@ def read_published(path: Path) -> dict[str, Tensor]:
 
     The prefix `module.`, which the published code leaves on every key when it trains on a CPU, is removed, and so are the
     statistics that instance norm kept before PyTorch 0.4, which nothing reads.
-
-    Raises:
-        UserError: no such file, a damaged one, one that needs code to be run, or one that holds something else.
     """
     path = Path(path)
     if not path.is_file():
@@ -102,7 +93,10 @@ def recognise(state: Mapping[str, Tensor], path: Path) -> Recognised:
     if "model.model.0.weight" in state:
         return Recognised(UNET, _unet_options(state, path))
     if "mlp_0.0.weight" in state:
-        return _recognise_projector(state, path)
+        inputs = sorted(k for k in state if re.fullmatch(r"mlp_\d+\.0\.weight", k))
+        channels = tuple(state[f"mlp_{i}.0.weight"].shape[1] for i in range(len(inputs)))
+        width = state["mlp_0.0.weight"].shape[0]
+        return Recognised(PROJECTOR, {"projection_dim": width}, channels)
     known = {
         "encoder.convs.": "a StyleGAN2-style generator",
         "convs.": "a StyleGAN2-style discriminator",
@@ -170,14 +164,6 @@ def _patch_options(state: Mapping[str, Tensor], path: Path) -> dict[str, object]
     }
 
 
-def _recognise_projector(state: Mapping[str, Tensor], path: Path) -> Recognised:
-    inputs = sorted(k for k in state if re.fullmatch(r"mlp_\d+\.0\.weight", k))
-    channels = tuple(state[f"mlp_{i}.0.weight"].shape[1] for i in range(len(inputs)))
-    return Recognised(
-        PROJECTOR, {"projection_dim": state["mlp_0.0.weight"].shape[0]}, layer_channels=channels
-    )
-
-
 def _only_instance_norm(state: Mapping[str, Tensor], path: Path, bias: str) -> None:
     """Other norms either have weights of their own or, without biases, leave the convolutions without them."""
     if any(name.endswith("running_mean") for name in state):
@@ -203,25 +189,15 @@ def load_strictly(network: nn.Module, state: Mapping[str, Tensor], path: Path) -
     own = network.state_dict()
     # Files from before PyTorch 0.4.1 do not count batches, and nothing here reads the count.
     counts = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
-    state = {**counts, **state}
-    for name in [*own, *state]:
-        if name not in state or name not in own:
-            side = "lacks" if name not in state else "has the unknown"
-            raise UserError(f"{path}: does not fit the network: it {side} weight {name}.")
-        if own[name].shape != state[name].shape:
-            raise UserError(
-                f"{path}: does not fit the network: {name} has the shape {tuple(state[name].shape)}, "
-                f"expected {tuple(own[name].shape)}."
-            )
+    state = counts | dict(state)
+    difference = _difference(own, state)
+    if difference is not None:
+        raise UserError(f"{path}: does not fit the network: {difference}.")
     network.load_state_dict(state)
 
 
 def published_config(state: Mapping[str, Tensor], path: Path) -> TrainConfig:
-    """The configuration of the generator in a published file; all that weights do not tell has its default.
-
-    Raises:
-        UserError: the file holds no generator.
-    """
+    """The configuration of the generator in a published file; all that weights do not tell has its default."""
     found = recognise(state, path)
     if found.kind not in _SYSTEMS:
         raise UserError(
@@ -255,9 +231,6 @@ def load_initial(model: nn.Module, config: TrainConfig) -> list[str]:
 
     Returns:
         A line for each network: where its weights come from.
-
-    Raises:
-        UserError: weights that are missing, damaged or of other networks than `config` describes.
     """
     where = config.init_from
     assert where is not None
@@ -319,23 +292,21 @@ def _difference(own: Mapping[str, object], other: Mapping[str, object]) -> str |
     """The first difference between two networks' weights; None if they have the same names and shapes."""
     for name in [*own, *other]:
         if name not in other:
-            return f"it has no {name} there"
+            return f"the file lacks weight {name}"
         if name not in own:
-            return f"it has the further {name} there"
+            return f"the file has the unknown weight {name}"
         here, there = (getattr(values[name], "shape", None) for values in (own, other))
         if here != there:
-            return f"its {name} is {tuple(there)} there and {tuple(here)} here"
+            return f"{name} has the shape {tuple(there)} in the file, expected {tuple(here)}"
     return None
 
 
 def load_published(model: nn.Module, config: TrainConfig, networks: Mapping[str, str]) -> list[str]:
-    """Starts a model from the published weights in `config.init_from`, if it names any.
+    """Starts a model from the published weights in `config.init_from`.
 
     `networks` are the model's: published name to the attribute's path, the generator first. Errors say which options to give.
     """
     where = config.init_from
-    if where is None:
-        return []
     if not networks:
         raise UserError(
             f"init_from={where}: is no run, and weights of published repositories are not known for {config.system}. Name the --out "
@@ -353,19 +324,12 @@ def load_published(model: nn.Module, config: TrainConfig, networks: Mapping[str,
         state = read_published(files[name])
         found = recognise(state, files[name])
         if attribute.endswith(".b_to_a"):
-            found = _in_terms_of_the_other_direction(found)
+            a, b = found.options["in_channels"], found.options["out_channels"]
+            found.options.update(in_channels=b, out_channels=a)  # in the terms of A to B
         _check_options(found, config, network, files[name])
         load_strictly(network, state, files[name])
         lines.append(f"{name}: {files[name]}")
     return lines
-
-
-def _in_terms_of_the_other_direction(found: Recognised) -> Recognised:
-    """The options of A to B, from a generator of B to A."""
-    channels = (found.options["out_channels"], found.options["in_channels"])
-    names = ("in_channels", "out_channels")
-    options = found.options | dict(zip(names, channels, strict=True))
-    return dataclasses.replace(found, options=options)
 
 
 def _check_options(found: Recognised, config: TrainConfig, network: nn.Module, path: Path) -> None:

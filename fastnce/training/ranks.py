@@ -20,14 +20,7 @@ from fastnce.errors import UserError
 
 
 def joined_from_environment(device: torch.device) -> torch.device:
-    """Joins the group of ranks that ``torchrun`` announces in the environment, if it does.
-
-    Returns:
-        This rank's device: its own GPU where `device` is a GPU.
-
-    Raises:
-        UserError: more ranks on this machine than GPUs, or a particular GPU for all of them.
-    """
+    """Joins the group of ranks that ``torchrun`` announces, if it does. Gives this rank's device: its own GPU where that is one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if device.index is not None:

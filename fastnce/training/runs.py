@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fastnce.errors import UserError
-from fastnce.systems import System, TrainConfig, system_named
+from fastnce.systems import (
+    System,
+    TrainConfig,
+    contragan,
+    representation,
+    system_named,
+    translating,
+)
 from fastnce.training.checkpoint import below, load_checkpoint
 from fastnce.training.config import from_dict
 from fastnce.training.published import load_strictly, published_config, read_published
@@ -70,11 +77,7 @@ class Run:
 
     @cached_property
     def network(self) -> nn.Module:
-        """The network that is used after the training, in eval mode.
-
-        Raises:
-            UserError: no such checkpoint, a damaged one, or one of another run.
-        """
+        """The network that is used after the training, in eval mode."""
         return self.network_of(self.checkpoint)
 
     def network_of(self, checkpoint: str | Path) -> nn.Module:
@@ -132,11 +135,6 @@ def opened(run: Run | Path | str, **how: Any) -> Run:
     return run if isinstance(run, Run) else Run(run, **how)
 
 
-def load_config(run: Path) -> TrainConfig:
-    """The configuration of a run: see `Run`."""
-    return Run(run).config
-
-
 def load_generator(
     run: Path,
     *,
@@ -153,16 +151,26 @@ def translate_folder(
     network: nn.Module, config: TrainConfig, input: Path, out: Path, *args: Any, **how: Any
 ) -> int:
     """See `fastnce.systems.translating.translate_folder`; refuses the network of a system that does not translate."""
-    return system_named(config.system).translate_folder(network, config, input, out, *args, **how)
+    system = _system_that("translate images", config)
+    how |= {"paired": system.paired}
+    return translating.translate_folder(network, config, input, out, *args, **how)
 
 
 def generate_folder(network: nn.Module, config: TrainConfig, out: Path, **how: Any) -> int:
-    """See `fastnce.systems.generating.generate_folder`; refuses the network of a system that does not generate."""
-    return system_named(config.system).generate_folder(network, config, out, **how)
+    """See `fastnce.systems.contragan.generate_folder`; refuses the network of a system that does not generate."""
+    _system_that("generate images from classes", config)
+    return contragan.generate_folder(network, config, out, **how)
 
 
 def write_features(
     network: nn.Module, config: TrainConfig, input: Path, out: Path, **how: Any
 ) -> tuple[int, int]:
-    """See `fastnce.systems.encoding.write_features`; refuses the network of a system that has no encoder of images."""
-    return system_named(config.system).write_features(network, config, input, out, **how)
+    """See `fastnce.systems.representation.write_features`; refuses the network of a system that has no encoder of images."""
+    _system_that("write features of whole images", config)
+    return representation.write_features(network, config, input, out, **how)
+
+
+def _system_that(does: str, config: TrainConfig) -> System:
+    system = system_named(config.system)
+    system.expect_to(does, config)
+    return system

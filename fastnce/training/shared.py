@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastnce.data.files import atomic_path
 from fastnce.errors import UserError
 from fastnce.systems import TrainConfig
-from fastnce.systems.encoding import import_safetensors
+from fastnce.systems.representation import import_safetensors
 from fastnce.training.config import from_dict, to_dict
 
 CONFIG_KEY = "fastnce.config"
@@ -32,9 +32,6 @@ def write_shared(network: nn.Module, config: TrainConfig, path: Path) -> None:
     """Writes a network's weights as a safetensors file, with the configuration in the file's metadata.
 
     Folders and devices of the training are left out of it.
-
-    Raises:
-        UserError: the package safetensors is not installed, or the file cannot be written.
     """
     values = shared_values(config)
     data = import_safetensors().torch.save(
@@ -51,11 +48,7 @@ def shared_values(config: TrainConfig) -> dict[str, object]:
 
 
 def read_shared(path: Path) -> tuple[dict[str, Tensor], TrainConfig | None]:
-    """The weights in a safetensors file, tensors on the CPU, and its configuration; None if the file has none.
-
-    Raises:
-        UserError: no such file, a damaged one, or one of a newer program.
-    """
+    """The weights in a safetensors file, tensors on the CPU, and its configuration; None if the file has none."""
     if not path.is_file():
         raise UserError(f"{path}: no such file. Name a weights file, such as model.safetensors.")
     safetensors = import_safetensors()

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from torch import Tensor
 
-from fastnce.data.files import atomic_path
-from fastnce.networks.geometry import PixelGrid
-from fastnce.viz.plots import as_rgb
+from fastnce.networks.resnet_generator import PixelGrid
+from fastnce.viz.plots import as_rgb, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,21 +28,15 @@ _FAINTEST = 0.5
 
 @dataclass(frozen=True)
 class SimilarityMap:
-    """How similar every position of the input is to one place in the output, in one layer.
+    """How similar every position of the input is to one place in the output, in one layer."""
 
-    Attributes:
-        layer: index of the generator's layer.
-        cosine: (h, w), the cosine of the projected features with that of the query.
-        temperature: of the contrastive loss.
-        position: row and column of the query; the loss wants the largest cosine there.
-        grid: the pixels that rows and columns look at.
-    """
-
-    layer: int
-    cosine: Tensor
-    temperature: float
-    position: tuple[int, int]
-    grid: PixelGrid
+    layer: int  # index of the generator's layer
+    cosine: Tensor  # (h, w), of the projected features with that of the query
+    temperature: float  # of the contrastive loss
+    position: tuple[
+        int, int
+    ]  # row and column of the query, where the loss wants the largest cosine
+    grid: PixelGrid  # the pixels that rows and columns look at
 
     def values(self, scale: Scale = "similarity") -> Tensor:
         """(h, w) in [0, 1]: exp(cosine / temperature) relative to its largest value, or the cosine from its least to its largest."""
@@ -65,19 +58,12 @@ class SimilarityMap:
 
 @dataclass(frozen=True)
 class FeatureColours:
-    """The main components of one layer's features, as colours.
+    """The main components of one layer's features, as colours."""
 
-    Attributes:
-        layer: index of the generator's layer.
-        colours: (N, h, w, 3) in [0, 1], for each image.
-        explained: shares of the variance that the three components have.
-        grid: the pixels that rows and columns look at.
-    """
-
-    layer: int
-    colours: Tensor
-    explained: tuple[float, ...]
-    grid: PixelGrid
+    layer: int  # index of the generator's layer
+    colours: Tensor  # (N, h, w, 3) in [0, 1], for each image
+    explained: tuple[float, ...]  # shares of the variance that the three components have
+    grid: PixelGrid  # the pixels that rows and columns look at
 
 
 def save_similarity(
@@ -89,14 +75,8 @@ def save_similarity(
 ) -> None:
     """A row for each point: the output and the input with the point marked, then a heat map over the input for each layer.
 
-    Below a map stand the cosine at the point's own position and that position's rank among all.
-
-    Args:
-        input: (C, H, W) in [-1, 1].
-        output: its translation, of the same height and width.
-        maps: (x, y) of a pixel of the output -> its map in each layer.
-        path: PNG file.
-        scale: see `SimilarityMap.values`.
+    Below a map stand the cosine at the point's own position and that position's rank among all. Images are (C, H, W) in [-1, 1],
+    points (x, y) pixels of the output.
     """
     columns = 2 + len(next(iter(maps.values())))
     figure, all_axes = _grid_of_axes(len(maps), columns, input, below=0.2)
@@ -117,19 +97,13 @@ def save_similarity(
             below = f"cos {shown.own_cosine:.2f}, {shown.rank} of {shown.cosine.numel()}"
             axes.set_xlabel(below, fontsize=_FONT - 1, labelpad=2)
     _titles_in_the_first_row_only(all_axes)
-    _save(figure, path)
+    save_figure(figure, path, _DPI)
 
 
 def save_feature_colours(
     images: Sequence[tuple[str, Tensor]], layers: Sequence[FeatureColours], path: Path
 ) -> None:
-    """A row for each image: the image itself, then its features in each layer.
-
-    Args:
-        images: label and (C, H, W) in [-1, 1] of each image.
-        layers: the colours of these images' features; a layer's are comparable between the images.
-        path: PNG file.
-    """
+    """A row for each labelled image (C, H, W) in [-1, 1]: the image itself, then its features in each layer."""
     figure, all_axes = _grid_of_axes(len(images), 1 + len(layers), images[0][1])
     for index, (row, (label, image)) in enumerate(zip(all_axes, images, strict=True)):
         row[0].imshow(_pixels(image))
@@ -140,22 +114,16 @@ def save_feature_colours(
             share = f"{100 * sum(layer.explained):.0f} % of variance"
             axes.set_title(f"layer {layer.layer}\n{share}", fontsize=_FONT)
     _titles_in_the_first_row_only(all_axes)
-    _save(figure, path)
+    save_figure(figure, path, _DPI)
 
 
 def _grid_of_axes(
     rows: int, columns: int, image: Tensor, below: float = 0.0
 ) -> tuple[Figure, np.ndarray]:
     """Axes without ticks, in the shape of the image; `below`: inches for a line under each."""
-    # Imported here because it takes half a second, and off screen whatever the user's settings are.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     height = _CELL * image.shape[1] / image.shape[2]
-    size = (columns * _CELL + 0.4, rows * (height + below) + 0.4)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = new_figure(columns * _CELL + 0.4, rows * (height + below) + 0.4)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
-    FigureCanvasAgg(figure)
     all_axes = figure.subplots(rows, columns, squeeze=False)
     for axes in all_axes.flat:
         axes.set_xticks([])
@@ -184,8 +152,3 @@ def _mark(axes: Axes, x: int, y: int) -> None:
 def _titles_in_the_first_row_only(all_axes: np.ndarray) -> None:
     for axes in all_axes[1:].flat:
         axes.set_title("")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=_DPI)

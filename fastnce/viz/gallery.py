@@ -6,17 +6,20 @@ through the samples, the values under the pointer, and the switch of the theme.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from PIL import Image
 
 from fastnce.data.files import atomic_path
-from fastnce.viz.embedded import embed
 from fastnce.viz.line_chart import Series, line_chart, line_class, thinned
 from fastnce.viz.plots import loss_panels, measurement_panels
 
@@ -25,33 +28,23 @@ _PICTURE_BYTES = 8_000_000
 _PICTURES = 24  # of each run
 _POINTS = 400  # of each curve
 _LINES = 64  # that can be switched off in a chart
+# Of a picture, tried in this order until it is small enough: JPEG quality, and the share of its width and height.
+_REDUCTIONS = ((90, 1.0), (80, 1.0), (80, 0.7), (75, 0.5), (70, 0.35), (60, 0.25))
 
 
 @dataclass(frozen=True, kw_only=True)
 class GalleryRun:
-    """A run as the page shows it.
+    """A run as the page shows it."""
 
-    Attributes:
-        name: distinct among the runs of a page.
-        command: trains it again.
-        options: its configuration, as JSON values.
-        defaults: of the options that have one.
-        panels: the losses that belong into one chart.
-        losses: lines of metrics.jsonl.
-        measurements: lines of measurements.jsonl.
-        samples: step and picture of each sample grid.
-        evaluation: metrics.json, if there is one.
-    """
-
-    name: str
-    command: str
-    options: Mapping[str, Any]
-    defaults: Mapping[str, Any]
-    panels: Sequence[Sequence[str]] = ()
-    losses: Sequence[Mapping[str, Any]] = ()
-    measurements: Sequence[Mapping[str, Any]] = ()
-    samples: Sequence[tuple[int, Path]] = ()
-    evaluation: Mapping[str, Any] | None = field(default=None)
+    name: str  # distinct among the runs of a page
+    command: str  # trains it again
+    options: Mapping[str, Any]  # its configuration, as JSON values
+    defaults: Mapping[str, Any]  # of the options that have one
+    panels: Sequence[Sequence[str]] = ()  # the losses that belong into one chart
+    losses: Sequence[Mapping[str, Any]] = ()  # lines of metrics.jsonl
+    measurements: Sequence[Mapping[str, Any]] = ()  # lines of measurements.jsonl
+    samples: Sequence[tuple[int, Path]] = ()  # step and picture of each sample grid
+    evaluation: Mapping[str, Any] | None = None  # metrics.json, if there is one
 
 
 def save_gallery(runs: Sequence[GalleryRun], path: Path) -> None:
@@ -68,13 +61,14 @@ def gallery_page(runs: Sequence[GalleryRun]) -> str:
     together take at most about 8 MB. A curve has at most 400 points, means over its lines where there are more.
     """
     title = " and ".join(run.name for run in runs)
+    commands = (f'<pre tabindex="0"><code>{escape(run.command)}</code></pre>' for run in runs)
     sections = [
         _section("Samples", _samples(runs)),
         _section("Losses", _charts(runs, "losses")),
         _section("Measurements", _charts(runs, "measurements")),
         _section("Evaluation", "".join(_evaluation(run, len(runs) > 1) for run in runs)),
         _section("Configuration", _configuration(runs)),
-        _section("Train it again", "".join(_command(run) for run in runs)),
+        _section("Train it again", "".join(commands)),
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -109,7 +103,7 @@ def _section(title: str, content: str) -> str:
 def _summary(runs: Sequence[GalleryRun]) -> str:
     parts = []
     for run in runs:
-        text = f"{run.options['system']}"
+        text = str(run.options["system"])
         if run.losses:
             last = run.losses[-1]
             text += f", {last['step']} steps"
@@ -325,5 +319,37 @@ def _setting(value: object) -> str:
     return escape(value if isinstance(value, str) else json.dumps(value))
 
 
-def _command(run: GalleryRun) -> str:
-    return f'<pre tabindex="0"><code>{escape(run.command)}</code></pre>'
+class Embedded(NamedTuple):
+    """A picture as a data URI."""
+
+    uri: str
+    width: int
+    height: int
+
+
+def embed(path: Path, limit: int) -> Embedded:
+    """The picture as it is if it takes at most `limit` bytes of the page; else smaller, as JPEG.
+
+    The smallest of the reductions is taken where even that is larger.
+    """
+    data = path.read_bytes()
+    with Image.open(path) as picture:
+        width, height = picture.size
+        if path.suffix == ".png" and _length(data) <= limit:
+            return Embedded(_uri(data, "png"), width, height)
+        whole = picture.convert("RGB")
+    for quality, share in _REDUCTIONS:
+        size = max(1, round(width * share)), max(1, round(height * share))
+        buffer = io.BytesIO()
+        whole.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality)
+        if _length(buffer.getvalue()) <= limit:
+            break
+    return Embedded(_uri(buffer.getvalue(), "jpeg"), *size)
+
+
+def _length(data: bytes) -> int:
+    return (len(data) + 2) // 3 * 4
+
+
+def _uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"

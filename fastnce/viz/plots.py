@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fastnce.data.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Images smaller than this are enlarged by a whole factor, pixel by pixel, so that a grid of 32x32 images can be seen.
 _READABLE_SIDE = 96
@@ -60,14 +64,7 @@ def save_sample_grid(rows: Mapping[str, Sequence[Tensor]], path: Path) -> None:
 def save_loss_plot(
     metrics: Sequence[Mapping[str, float]], panels: Sequence[Sequence[str]], path: Path
 ) -> None:
-    """Plots the losses of `metrics` (the lines of metrics.jsonl) over the steps; does nothing for fewer than two lines.
-
-    Args:
-        metrics: lines with "step" and losses.
-        panels: the names of the losses in each panel. A name that is not in `metrics` is left out, and one that is in no
-            panel gets into the last one.
-        path: PNG file.
-    """
+    """Plots the losses of the lines of metrics.jsonl over the steps, see `loss_panels`; nothing for fewer than two lines."""
     if len(metrics) < 2:
         return
     save_curves(metrics, loss_panels(metrics, panels), path, ylabel="loss")
@@ -103,22 +100,14 @@ def measurement_panels(measurements: Sequence[Mapping[str, float]]) -> list[list
 def save_ablation_plot(values: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
     """A panel for each measure: a dot for each seed of each choice, a line at the mean, and the mean as a number.
 
-    Where the largest value is many times the smallest, as one failed choice makes it, the axis is logarithmic.
-
-    Args:
-        values: choice -> measure -> a value for each seed.
-        path: PNG file.
+    Where the largest value is many times the smallest, as one failed choice makes it, the axis is logarithmic. `values`: choice
+    -> measure -> a value for each seed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
     names = list(values)
     measures = list(values[names[0]])
-    figure = Figure(
-        figsize=(3.4 + 2.6 * len(measures), 0.45 * len(names) + 1.2), layout="constrained"
-    )
-    FigureCanvasAgg(figure)
+    figure = new_figure(3.4 + 2.6 * len(measures), 0.45 * len(names) + 1.2)
     all_axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for axes, measure in zip(all_axes, measures, strict=True):
         for height, name in enumerate(names):
@@ -139,8 +128,7 @@ def save_ablation_plot(values: Mapping[str, Mapping[str, Sequence[float]]], path
         axes.grid(alpha=0.3)
     all_axes[0].set_yticks(range(len(names)), names)
     all_axes[0].invert_yaxis()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    save_figure(figure, path)
 
 
 def save_curves(
@@ -150,12 +138,7 @@ def save_curves(
     ylabel: str | None = None,
 ) -> None:
     """Plots named values over "step", a panel for each sequence of names; `ylabel` None: the names' common first part."""
-    # Imported here because it takes half a second, and off screen whatever the user's settings are.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 2.6 * len(panels) + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 2.6 * len(panels) + 0.4)
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, names in zip(all_axes, panels, strict=True):
         for name in names:
@@ -167,8 +150,24 @@ def save_curves(
         # Beside the axes, where it hides no curve.
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     all_axes[-1].set_xlabel("step")
+    save_figure(figure, path)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in inches."""
+    # Imported here because it takes half a second, and off screen whatever the user's settings are.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 110) -> None:
+    """Writes a figure to `path`."""
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+        figure.savefig(temporary, dpi=dpi)
 
 
 def as_rgb(image: Tensor) -> Tensor:

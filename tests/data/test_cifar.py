@@ -1,5 +1,6 @@
 """CIFAR as distributed, from files of the same form; and pickles that try to run something."""
 
+import io
 import os
 import pickle
 import struct
@@ -14,31 +15,20 @@ from fastnce.errors import UserError
 VERSIONS = ("cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "cifar-100-binary")
 
 
+class Python2Pickler(pickle._Pickler):
+    """Text and bytes are what Python 2's strings were, as in CIFAR's files."""
+
+    def save_string(self, value):
+        value = value.encode() if isinstance(value, str) else value
+        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
+
+    dispatch = pickle._Pickler.dispatch | {bytes: save_string, str: save_string}
+
+
 def python2_pickle(entries: dict) -> bytes:
-    """A dictionary with bytes for text and arrays of uint8, pickled as Python 2 did, and as CIFAR's files are."""
-
-    def text(value: bytes) -> bytes:
-        return b"T" + struct.pack("<i", len(value)) + value
-
-    def integer(value: int) -> bytes:
-        return b"J" + struct.pack("<i", value)
-
-    def encoded(value) -> bytes:
-        if isinstance(value, bytes):
-            return text(value)
-        if isinstance(value, int):
-            return integer(value)
-        if isinstance(value, list):
-            return b"](" + b"".join(encoded(x) for x in value) + b"e"
-        shape = b"(" + b"".join(integer(side) for side in value.shape) + b"t"
-        dtype = b"cnumpy\ndtype\n(" + text(b"u1") + integer(0) + integer(1) + b"tR"
-        dtype += b"(" + integer(3) + text(b"|") + b"NNN" + integer(-1) * 2 + integer(0) + b"tb"
-        array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(" + integer(0) + b"t"
-        array += text(b"b") + b"tR"
-        return array + b"(" + integer(1) + shape + dtype + b"\x89" + text(value.tobytes()) + b"tb"
-
-    items = b"".join(text(key) + encoded(value) for key, value in entries.items())
-    return b"\x80\x02}(" + items + b"u."
+    stream = io.BytesIO()
+    Python2Pickler(stream, 2).dump(entries)
+    return stream.getvalue().replace(b"numpy._core", b"numpy.core")
 
 
 def write_cifar(root, version, count=4):
@@ -47,34 +37,29 @@ def write_cifar(root, version, count=4):
     folder = root / version
     folder.mkdir(parents=True)
     hundred, binary = "100" in version, "bin" in version
-    classes = 100 if hundred else 10
-    names = [f"class{number}" for number in range(classes)]
+    classes, fine = (100, "fine_") if hundred else (10, "")
     train = ["train"] if hundred else [f"data_batch_{number}" for number in range(1, 6)]
-    files = {"train": train, "test": ["test" if hundred else "test_batch"]}
     expected = {}
-    for split, stems in files.items():
-        images, labels = [], []
-        for stem in stems:
-            rows = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
-            fine = rng.integers(0, classes, count)
+    for split, stems in (("train", train), ("test", ["test" if hundred else "test_batch"])):
+        rows = rng.integers(0, 256, (len(stems), count, 3072), dtype=np.uint8)
+        labels = rng.integers(0, classes, (len(stems), count, 1), dtype=np.uint8)
+        for stem, images, numbers in zip(stems, rows, labels, strict=True):
             if binary:
-                coarse = [np.full((count, 1), 7, np.uint8)] if hundred else []
-                records = np.hstack([*coarse, fine[:, None].astype(np.uint8), rows])
+                coarse = [np.full_like(numbers, 7)] if hundred else []
+                records = np.hstack([*coarse, numbers, images])
                 (folder / f"{stem}.bin").write_bytes(records.tobytes())
             else:
-                key = b"fine_labels" if hundred else b"labels"
-                entries = {b"batch_label": b"x", key: fine.tolist(), b"data": rows}
-                (folder / stem).write_bytes(python2_pickle(entries))
-            images.append(rows.reshape(count, 3, 32, 32).transpose(0, 2, 3, 1))
-            labels.append(fine)
-        expected[split] = np.concatenate(images), np.concatenate(labels)
+                entries = {"batch_label": "x", f"{fine}labels": numbers[:, 0].tolist()}
+                (folder / stem).write_bytes(python2_pickle(entries | {"data": images}))
+        pixels = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        expected[split] = pixels, labels.flatten()
+    names = [f"class{number}" for number in range(classes)]
     if binary:
         meta = "fine_label_names.txt" if hundred else "batches.meta.txt"
         (folder / meta).write_text("\n".join(names) + "\n\n")
     else:
-        key = b"fine_label_names" if hundred else b"label_names"
-        meta = "meta" if hundred else "batches.meta"
-        (folder / meta).write_bytes(python2_pickle({key: [name.encode() for name in names]}))
+        meta = folder / ("meta" if hundred else "batches.meta")
+        meta.write_bytes(python2_pickle({f"{fine}label_names": names}))
     return expected
 
 
@@ -91,10 +76,8 @@ def test_every_version(tmp_path, version, inside):
         images, _ = dataset.all_images()
         assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), pixels)
         assert dataset[9]["label"] == labels[dataset.image_index(9)]
-        sizes = dataset.files()["train"]
-        assert all(
-            (tmp_path / version / name).stat().st_size == size for name, size in sizes.items()
-        )
+        for name, size in dataset.files()["train"].items():
+            assert (tmp_path / version / name).stat().st_size == size
         two = LabelledImages(root, split, image_size=32, flip=False, classes=("class3", "class0"))
         assert two.labels.tolist() == [int(label == 0) for label in labels if label in (0, 3)]
         chosen = np.isin(labels, (0, 3))
@@ -103,10 +86,10 @@ def test_every_version(tmp_path, version, inside):
 
 
 class Runs:
-    """Unpickled the usual way, it makes a file."""
+    """Unpickled the usual way, it calls a function."""
 
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
+    def __init__(self, *call):
+        self.call = call
 
     def __reduce__(self):
         return self.call
@@ -115,20 +98,17 @@ class Runs:
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("function", [os.system, eval, exec, open])
 def test_a_pickle_that_runs_something_is_refused(tmp_path, function, protocol):
-    mark = tmp_path / "mark"
-    argument = {
-        os.system: f"touch {mark}",
-        eval: f"__import__('pathlib').Path({str(mark)!r}).touch()",
-        exec: f"import pathlib; pathlib.Path({str(mark)!r}).touch()",
-        open: str(mark),
+    path, mark = tmp_path / "data_batch_1", tmp_path / "mark"
+    arguments = {
+        os.system: (f"touch {mark}",),
+        eval: (f"__import__('pathlib').Path({str(mark)!r}).touch()",),
+        exec: (f"import pathlib; pathlib.Path({str(mark)!r}).touch()",),
+        open: (str(mark), "w"),
     }[function]
-    arguments = (argument, "w") if function is open else (argument,)
-    attack = pickle.dumps({"data": Runs(function, *arguments)}, protocol)
-    pickle.loads(attack)
+    path.write_bytes(pickle.dumps({"data": Runs(function, arguments)}, protocol))
+    pickle.loads(path.read_bytes())
     assert mark.exists()  # so it does run, if it is let
     mark.unlink()
-    path = tmp_path / "data_batch_1"
-    path.write_bytes(attack)
     with pytest.raises(UserError, match=r"data_batch_1: asks for .*Do not trust this file") as info:
         load_pickled_bytes(path)
     assert function.__name__ in str(info.value) and "\n" not in str(info.value)
@@ -136,6 +116,11 @@ def test_a_pickle_that_runs_something_is_refused(tmp_path, function, protocol):
 
 
 WHOLE = python2_pickle({b"data": np.zeros((1, 3072), np.uint8), b"labels": [1]})
+NAMES = (
+    *(b"numpy\nload", b"numpy\nfromfile", b"numpy\ndtype.__class__", b"numpy\nndarray.tofile"),
+    *(b"builtins\ngetattr", b"numpy.core.multiarray\nfromfile", b"copyreg\n_reconstructor"),
+)
+ARRAYS = np.zeros(3), np.array([None, 1]), np.zeros(2, "u2")
 ARRAY = np.asarray(np.arange(6, dtype=np.uint8).reshape(2, 3), order="F")
 
 
@@ -149,18 +134,8 @@ ARRAY = np.asarray(np.arange(6, dtype=np.uint8).reshape(2, 3), order="F")
         (b"\x80\x02X\x01\x00\x00\x00aQ.", "cannot be read"),  # a persistent id
         (b"\x80\x02cnumpy\ndtype\n}b.", "cannot be read"),  # a state for a class
         (b"\x80\x02cnumpy\nndarray\n)\x81N.", "cannot be read"),
-        *(
-            (b"\x80\x02c" + name + b"\n.", "asks for")
-            for name in (
-                *(b"numpy\nload", b"numpy\nfromfile", b"numpy\ndtype.__class__"),
-                *(b"builtins\ngetattr", b"numpy.core.multiarray\nfromfile"),
-                *(b"numpy\nndarray.tofile", b"copyreg\n_reconstructor"),
-            )
-        ),
-        *(
-            (pickle.dumps({"data": array}, 4), "array of something else than bytes")
-            for array in (np.zeros(3), np.array([None, 1]), np.zeros(2, "u2"))
-        ),
+        *((b"\x80\x02c" + name + b"\n.", "asks for") for name in NAMES),
+        *((pickle.dumps({"data": x}, 4), "array of something else than bytes") for x in ARRAYS),
         # Holds bytes as text that a codec turns into bytes: never so in CIFAR.
         (pickle.dumps({"data": ARRAY}, 2), r"asks for _codecs\.encode"),
     ],

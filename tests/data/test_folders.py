@@ -1,27 +1,22 @@
-"""Finding, reading and writing image files, and what is said when that fails."""
-
-import errno
-import os
+"""Finding image files, and the words on a folder of them at the start of a run."""
 
 import numpy as np
 import pytest
-import torch
+from pictures import write
 from PIL import Image
 
-from fastnce.data import files
-from fastnce.data.folders import list_images, split_folder
-from fastnce.data.images import load_image, save_image
+from fastnce.data import AlignedImages, SingleImagePatches, UnpairedImages, list_images
+from fastnce.data.folders import describe_folder, split_folder
 from fastnce.errors import UserError
 
 
-def write(path, size=(8, 8), colour=(10, 20, 30)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+def ramp(height=8, width=8, last=255, dtype=np.uint8):
+    return np.linspace(0, last, height * width).reshape(height, width).astype(dtype)
 
 
 def test_images_are_found_at_any_depth_sorted_and_hidden_ones_left_out(tmp_path):
     for name in ("b.png", "a.JPG", "sub/c.tiff", "sub/deep/d.bmp", ".hidden.png", ".cache/e.png"):
-        write(tmp_path / name)
+        write(tmp_path / name, ramp())
     (tmp_path / "notes.txt").write_text("no image")
     found = [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path)]
     assert found == ["a.JPG", "b.png", "sub/c.tiff", "sub/deep/d.bmp"]
@@ -35,13 +30,13 @@ def test_a_missing_an_empty_and_a_wrong_folder_are_named(tmp_path):
         (tmp_path / "empty" / name).touch()
     with pytest.raises(UserError, match=r"holds no image.*\.jpg .*found 2 \.heic, 1 \.txt"):
         list_images(tmp_path / "empty")
-    write(tmp_path / "file.png")
+    write(tmp_path / "file.png", ramp())
     with pytest.raises(UserError, match=r"file\.png: is a file"):
         list_images(tmp_path / "file.png")
 
 
 def test_the_expected_layout_is_told_with_what_was_found(tmp_path):
-    write(tmp_path / "horses" / "1.png")
+    write(tmp_path / "horses" / "1.png", ramp())
     with pytest.raises(UserError) as info:
         split_folder(tmp_path, "train", "A")
     message = str(info.value)
@@ -61,84 +56,76 @@ def test_test_folders_fall_back_to_val(tmp_path):
         split_folder(tmp_path, "train", "A")
 
 
-@pytest.mark.parametrize("content", [b"", b"no image at all", "truncated"])
-def test_a_broken_image_is_named(tmp_path, content):
-    path = tmp_path / "broken.png"
-    if content == "truncated":
-        pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(path)
-        content = path.read_bytes()[:3000]
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"broken\.png: cannot be read as an image") as info:
-        load_image(path)
-    assert "\n" not in str(info.value)
+def test_linked_folders_are_read_once_and_loops_end(tmp_path):
+    elsewhere, data = tmp_path / "elsewhere", tmp_path / "data"
+    write(elsewhere / "deep" / "a.png", ramp())
+    write(data / "b.png", ramp())
+    (data / "linked").symlink_to(elsewhere)
+    (data / "linked again").symlink_to(elsewhere)
+    (elsewhere / "deep" / "back").symlink_to(data)
+    found = [path.relative_to(data).as_posix() for path in list_images(data)]
+    assert found == ["b.png", "linked/deep/a.png"] or found == ["b.png", "linked again/deep/a.png"]
+    # A folder that is there keeps its name, whatever links to it.
+    (data / "a link").symlink_to(data / "real")
+    write(data / "real" / "c.png", ramp())
+    assert data / "real" / "c.png" in list_images(data)
 
 
-def test_sixteen_bits_survive_reading_and_writing(tmp_path):
-    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    Image.fromarray(levels).save(tmp_path / "a.png")
-    image = load_image(tmp_path / "a.png", channels=1, bits=16)
-    assert image.shape == (1, 256, 256) and image.dtype == torch.float32
-    assert image.min() == -1 and image.max() == 1
-    assert len(image.unique()) == 65536
-    for name in ("b.png", "b.tif"):
-        save_image(image, tmp_path / name, bits=16)
-        with Image.open(tmp_path / name) as again:
-            assert again.mode == "I;16"
-            assert np.array_equal(np.asarray(again), levels)
-    # Read as 8 bits they are scaled and not clipped; and 8 bits read as 16 keep their brightness.
-    narrow = load_image(tmp_path / "a.png", channels=1)
-    torch.testing.assert_close(narrow, image, rtol=0, atol=2 / 255)
-    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(tmp_path / "c.png")
-    wide, narrow = (load_image(tmp_path / "c.png", channels=1, bits=bits) for bits in (16, 8))
-    torch.testing.assert_close(wide, narrow, rtol=0, atol=1e-6)
+def test_a_folder_in_a_line_with_all_that_is_left_out(tmp_path):
+    write(tmp_path / "a.png", ramp(8, 12))
+    write(tmp_path / "b.jpg", np.stack([ramp(6, 20)] * 3, axis=2))
+    pages = [Image.fromarray(ramp()) for _ in range(3)]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    for name in ("c.heic", "d.txt", "e.txt", ".hidden.png"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    paths = list_images(tmp_path)
+    (line,) = describe_folder(tmp_path, paths, 1, skip_broken=True)
+    for part in (
+        f"{tmp_path}: 3 images, 8x6 to 20x8, 2 grey, 1 RGB, values 0 to 255",
+        "; left out: 2 .txt, 1 .heic, 1 hidden, 1 unreadable",
+        "only the first of 3 pages of pages.tif is read",
+    ):
+        assert part in line
+    with pytest.raises(UserError, match=r"broken\.png"):
+        describe_folder(tmp_path, paths, 1)
 
 
-def test_sixteen_bits_are_for_greyscale(tmp_path):
-    write(tmp_path / "a.png")
-    with pytest.raises(UserError, match="bits=16 is for greyscale, got channels=3"):
-        load_image(tmp_path / "a.png", channels=3, bits=16)
-    with pytest.raises(UserError, match="bits=16 is for greyscale"):
-        save_image(torch.zeros(3, 4, 4), tmp_path / "b.png", bits=16)
-    with pytest.raises(UserError, match="bits=12: images have 8 or 16"):
-        load_image(tmp_path / "a.png", channels=1, bits=12)
-    Image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(tmp_path / "f.tif")
-    with pytest.raises(UserError, match=r"f\.tif: holds 32-bit floating-point"):
-        load_image(tmp_path / "f.tif", channels=1, bits=16)
-    with pytest.raises(UserError, match=r"c\.jpg: cannot be written"):
-        save_image(torch.zeros(1, 4, 4), tmp_path / "c.jpg", bits=16)
-    with pytest.raises(UserError, match="cannot be written"):  # a file in the way of its folder
-        save_image(torch.ones(3, 4, 4), tmp_path / "a.png" / "b.png")
-    with pytest.raises(ValueError, match=r"\(C, H, W\).*got \(2, 3, 4, 4\)"):
-        save_image(torch.zeros(2, 3, 4, 4), tmp_path / "b.png")
+def test_plain_colours_are_no_images_to_learn_from(tmp_path):
+    for level in (0, 9):
+        write(tmp_path / f"{level}.png", np.full((8, 8), level, np.uint8))
+    with pytest.raises(UserError, match=r"plain colour \(values 0 to 9\)"):
+        describe_folder(tmp_path, list_images(tmp_path), 1)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_what_is_saved_is_what_is_loaded(tmp_path, channels):
-    levels = torch.arange(256).repeat(channels).view(channels, 16, 16)
-    # Half a level up, so that truncation gives each level back.
-    image = (levels + 0.5) / 255 * 2 - 1
-    save_image(image, tmp_path / "new" / "a.png")
-    loaded = load_image(tmp_path / "new" / "a.png", channels)
-    assert torch.equal(((loaded + 1) / 2 * 255).round().long(), levels)
+def test_twelve_bits_in_sixteen_are_warned_of(tmp_path):
+    write(tmp_path / "a.png", ramp(last=4000, dtype=np.uint16))
+    line, warning = describe_folder(tmp_path, list_images(tmp_path), 1, 16)
+    assert line.endswith("8x8, 16-bit grey, values 0 to 4000")
+    assert warning.startswith("warning") and "--value-range 0 4095" in warning
+    assert len(describe_folder(tmp_path, list_images(tmp_path), 1, 16, (0, 4095))) == 1
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a.png"
-    save_image(torch.ones(3, 4, 4), path)
-    before = path.read_bytes()
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(files.os, "replace", full)
-    with pytest.raises(UserError, match=r"a\.png: cannot be written \(No space left"):
-        save_image(-torch.ones(3, 4, 4), path)
-    assert path.read_bytes() == before
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
+def test_of_a_large_folder_some_values_are_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastnce.data.folders.MAX_PIXELS", 3 * 64)
+    for number in range(6):
+        write(tmp_path / f"{number}.png", ramp(last=50 * number))
+    (line,) = describe_folder(tmp_path, list_images(tmp_path), 1)
+    assert line.endswith("6 images, 8x8, grey, values 0 to 200 in 3 of them")
 
 
-def test_saved_files_follow_the_umask(tmp_path):
-    save_image(torch.ones(3, 4, 4), tmp_path / "a.png")
-    (tmp_path / "plain").write_text("")
-    assert (tmp_path / "a.png").stat().st_mode == (tmp_path / "plain").stat().st_mode
+@pytest.mark.parametrize("dataset", [UnpairedImages, AlignedImages, SingleImagePatches])
+def test_every_dataset_for_translation_describes_its_folders(tmp_path, dataset):
+    write(tmp_path / "trainA" / "1.png", ramp())
+    write(tmp_path / "trainB" / "1.png", ramp(last=99))
+    options = {} if dataset is SingleImagePatches else {"preprocess": "crop"}
+    assert dataset(tmp_path, crop_size=4, **options).describe() == [
+        f"{tmp_path}/trainA: 1 image, 8x8, grey, values 0 to 255",
+        f"{tmp_path}/trainB: 1 image, 8x8, grey, values 0 to 99",
+    ]
+
+
+def test_pairs_in_one_file_are_one_line(tmp_path):
+    write(tmp_path / "train" / "1.png", ramp(8, 16))
+    (line,) = AlignedImages(tmp_path, preprocess="crop", crop_size=4).describe()
+    assert "train: 1 image, 16x8" in line

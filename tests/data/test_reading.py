@@ -1,14 +1,17 @@
-"""Image files of every kind: their numbers, their orientation, their formats and channels."""
+"""Image files of every kind: their numbers, orientation, formats and channels; and how they are written."""
 
+import errno
+import os
 import struct
 import zlib
 
 import numpy as np
 import pytest
 import torch
+from pictures import noise, write
 from PIL import ExifTags, Image, ImageOps
 
-from fastnce.data import AlignedImages, SingleImagePatches, UnpairedImages, list_images
+from fastnce.data import AlignedImages, SingleImagePatches, UnpairedImages, files, list_images
 from fastnce.data.images import (
     EXTENSIONS,
     fitting_suffixes,
@@ -20,18 +23,6 @@ from fastnce.data.images import (
 from fastnce.errors import UserError
 
 CT = np.random.default_rng(0).integers(-1024, 3072, (12, 10))
-
-
-def write(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    array = np.asarray(array)
-    if path.suffix == ".npy":
-        np.save(path, array)
-    elif array.dtype == np.int16:  # as unsigned, with the tag that says that there is a sign
-        Image.fromarray(array.view(np.uint16)).save(path, tiffinfo={339: (2,)})
-    else:
-        Image.fromarray(array).save(path)
-    return path
 
 
 def turned(orientation):
@@ -63,10 +54,6 @@ def test_numbers_that_are_no_levels_of_grey_need_a_range(tmp_path, name, dtype, 
     assert image.dtype == torch.float32
     np.testing.assert_allclose(image[0].numpy(), expected, atol=1e-7)
     assert torch.equal(load_image(path, 3, value_range=(-1024, 3071)), image.expand(3, -1, -1))
-    back = tmp_path / "back.tif"
-    save_image(image, back, value_range=(-1024, 3071))
-    with Image.open(back) as again:
-        np.testing.assert_allclose(np.asarray(again), CT, atol=1e-3)
 
 
 def test_numbers_beyond_the_range_are_clipped_and_others_refused(tmp_path):
@@ -186,7 +173,7 @@ def test_other_numbers_stop_a_run_even_where_broken_files_are_skipped(tmp_path):
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "1", "CMYK"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_eight_bits_are_read_as_they_always_were(tmp_path, mode, channels):
-    pixels = np.random.default_rng(1).integers(0, 256, (9, 7, 4), dtype=np.uint8)
+    pixels = noise(9, 7, 4)
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.fromarray(pixels).convert("RGB" if mode == "CMYK" else "RGBA").convert(mode).save(path)
     with Image.open(path) as image:
@@ -198,11 +185,8 @@ def test_eight_bits_are_read_as_they_always_were(tmp_path, mode, channels):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_an_image_is_turned_as_its_tag_says(tmp_path, suffix, orientation):
     """Pixel for pixel as Pillow turns the same image, and `image_size` agrees without decoding it."""
-    pixels = np.random.default_rng(2).integers(0, 256, (6, 9, 3), dtype=np.uint8)
-    path, exif = tmp_path / f"a.{suffix}", turned(orientation)
-    Image.fromarray(pixels).save(
-        path, exif=exif, **({"lossless": True} if suffix == "webp" else {})
-    )
+    pixels, options = noise(6, 9, 3), {"lossless": True} if suffix == "webp" else {}
+    path = write(tmp_path / f"a.{suffix}", pixels, exif=turned(orientation), **options)
     plain = Image.fromarray(pixels)
     plain.getexif()[ExifTags.Base.Orientation] = orientation
     expected = ImageOps.exif_transpose(plain)
@@ -221,21 +205,6 @@ def test_a_damaged_tag_turns_nothing_and_metadata_of_a_tiff_do(tmp_path):
     assert image_size(tmp_path / "a.tif") == read_image(tmp_path / "a.tif", 1).size == (6, 9)
 
 
-def test_linked_folders_are_read_once_and_loops_end(tmp_path):
-    elsewhere, data = tmp_path / "elsewhere", tmp_path / "data"
-    write(elsewhere / "deep" / "a.png", np.zeros((4, 4), np.uint8))
-    write(data / "b.png", np.zeros((4, 4), np.uint8))
-    (data / "linked").symlink_to(elsewhere)
-    (data / "linked again").symlink_to(elsewhere)
-    (elsewhere / "deep" / "back").symlink_to(data)
-    found = [path.relative_to(data).as_posix() for path in list_images(data)]
-    assert found == ["b.png", "linked/deep/a.png"] or found == ["b.png", "linked again/deep/a.png"]
-    # A folder that is there keeps its name, whatever links to it.
-    (data / "a link").symlink_to(data / "real")
-    write(data / "real" / "c.png", np.zeros((4, 4), np.uint8))
-    assert data / "real" / "c.png" in list_images(data)
-
-
 @pytest.mark.parametrize("suffix", ["webp", "gif", "avif", "jp2", "tga", "pgm", "npy"])
 def test_formats_beside_the_usual_ones_are_read(tmp_path, suffix):
     if suffix == "avif":
@@ -251,49 +220,37 @@ def test_all_that_pillow_opens_is_found_but_for_what_is_no_picture():
     opened = {
         name for name, format in Image.registered_extensions().items() if format in Image.OPEN
     }
-    documents, films, icons, tables = (
-        {".eps", ".ps", ".emf", ".wmf"},
-        {".flc", ".fli", ".mpg", ".mpeg"},
-        {".ico", ".cur", ".icns", ".gbr", ".blp", ".ftc", ".ftu"},
-        {".fit", ".fits", ".bufr", ".grib", ".h5", ".hdf", ".iim"},
-    )
+    documents, films = {".eps", ".ps", ".emf", ".wmf"}, {".flc", ".fli", ".mpg", ".mpeg"}
+    icons = {".ico", ".cur", ".icns", ".gbr", ".blp", ".ftc", ".ftu"}
+    tables = {".fit", ".fits", ".bufr", ".grib", ".h5", ".hdf", ".iim"}
     assert opened - set(EXTENSIONS) <= documents | films | icons | tables
 
 
 def test_alpha_is_a_channel_of_four(tmp_path):
     """Its values, and those of the colours under it, are what they are, also when images are scaled."""
-    pixels = np.random.default_rng(3).integers(0, 256, (20, 20, 4), dtype=np.uint8)
-    for domain in "AB":
-        write(tmp_path / f"train{domain}" / "1.png", pixels)
-    path = tmp_path / "trainA" / "1.png"
+    pixels = noise(20, 20, 4)
+    for domain in "BA":
+        path = write(tmp_path / f"train{domain}" / "1.png", pixels)
     image = load_image(path, 4)
     assert np.array_equal((image * 127.5 + 127.5).round().permute(1, 2, 0).numpy(), pixels)
-    save_image(image, tmp_path / "b.png")
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), pixels)
-    sample = UnpairedImages(
-        tmp_path, load_size=12, crop_size=8, preprocess="resize", channels_a=4, channels_b=3
-    )[0]
+    save_image(image, tmp_path / "new" / "b.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "new" / "b.png")), pixels)
+    options = {"load_size": 12, "crop_size": 8, "preprocess": "resize", "flip": False}
+    sample = UnpairedImages(tmp_path, channels_a=4, channels_b=3, **options)[0]
     for channel in range(4):
         band = Image.fromarray(pixels[:, :, channel]).resize((12, 12), Image.Resampling.BICUBIC)
         scaled = (sample["A"][channel] * 127.5 + 127.5).round().numpy()
-        assert np.array_equal(scaled, np.asarray(band)) or np.array_equal(
-            scaled[:, ::-1], np.asarray(band)
-        )
+        assert np.array_equal(scaled, np.asarray(band))
     # Where the file has none it is opaque.
     write(tmp_path / "c.png", pixels[:, :, :3])
     assert load_image(tmp_path / "c.png", 4)[3].unique().tolist() == [1]
 
 
 def test_arrays_have_any_number_of_channels(tmp_path):
-    numbers = np.random.default_rng(4).integers(0, 256, (20, 20, 7), dtype=np.uint8)
-    for domain in "AB":
-        write(tmp_path / f"train{domain}" / "1.npy", numbers)
-    path = tmp_path / "trainA" / "1.npy"
-    image = load_image(path, 7)
-    save_image(image, tmp_path / "b.npy")
+    numbers = noise(20, 20, 7)
+    path = write(tmp_path / "1.npy", numbers)
+    save_image(load_image(path, 7), tmp_path / "b.npy")
     assert np.array_equal(np.load(tmp_path / "b.npy"), numbers)
-    sample = UnpairedImages(tmp_path, load_size=12, crop_size=8, channels_a=7, channels_b=7)[0]
-    assert sample["A"].shape == (7, 8, 8)
     with pytest.raises(UserError, match=r"channels=5: .*1\.npy has 7"):
         load_image(path, 5)
     with pytest.raises(UserError, match="channels=7"):
@@ -308,3 +265,77 @@ def test_arrays_have_any_number_of_channels(tmp_path):
     np.save(tmp_path / "e.npy", np.array([{}]), allow_pickle=True)
     with pytest.raises(UserError, match=r"e\.npy: cannot be read"):
         load_image(tmp_path / "e.npy", 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", "truncated"])
+def test_a_broken_image_is_named(tmp_path, content):
+    path = tmp_path / "broken.png"
+    if content == "truncated":
+        content = write(path, noise(64, 64, 3)).read_bytes()[:3000]
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"broken\.png: cannot be read as an image") as info:
+        load_image(path)
+    assert "\n" not in str(info.value)
+
+
+def test_sixteen_bits_survive_reading_and_writing(tmp_path):
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    write(tmp_path / "a.png", levels)
+    image = load_image(tmp_path / "a.png", channels=1, bits=16)
+    assert image.shape == (1, 256, 256) and image.dtype == torch.float32
+    assert image.min() == -1 and image.max() == 1
+    assert len(image.unique()) == 65536
+    for name in ("b.png", "b.tif"):
+        save_image(image, tmp_path / name, bits=16)
+        with Image.open(tmp_path / name) as again:
+            assert again.mode == "I;16"
+            assert np.array_equal(np.asarray(again), levels)
+    # Read as 8 bits they are scaled and not clipped; and 8 bits read as 16 keep their brightness.
+    narrow = load_image(tmp_path / "a.png", channels=1)
+    torch.testing.assert_close(narrow, image, rtol=0, atol=2 / 255)
+    write(tmp_path / "c.png", np.arange(256, dtype=np.uint8).reshape(16, 16))
+    wide, narrow = (load_image(tmp_path / "c.png", channels=1, bits=bits) for bits in (16, 8))
+    torch.testing.assert_close(wide, narrow, rtol=0, atol=1e-6)
+
+
+def test_sixteen_bits_are_for_greyscale(tmp_path):
+    path = write(tmp_path / "a.png", noise(8, 8, 3))
+    for channels, bits, message in (
+        (3, 16, "bits=16 is for greyscale, got channels=3"),
+        (1, 12, "bits=12: images have 8 or 16"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_image(path, channels, bits)
+        with pytest.raises(UserError, match=message):
+            save_image(torch.zeros(channels, 4, 4), tmp_path / "b.png", bits)
+
+
+def test_images_that_cannot_be_written(tmp_path):
+    with pytest.raises(UserError, match=r"c\.jpg: cannot be written"):
+        save_image(torch.zeros(1, 4, 4), tmp_path / "c.jpg", bits=16)
+    (tmp_path / "file").touch()  # in the way of a folder
+    with pytest.raises(UserError, match="cannot be written"):
+        save_image(torch.ones(3, 4, 4), tmp_path / "file" / "b.png")
+    with pytest.raises(ValueError, match=r"\(C, H, W\).*got \(2, 3, 4, 4\)"):
+        save_image(torch.zeros(2, 3, 4, 4), tmp_path / "b.png")
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    save_image(torch.ones(3, 4, 4), path)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(UserError, match=r"a\.png: cannot be written \(No space left"):
+        save_image(-torch.ones(3, 4, 4), path)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_saved_files_follow_the_umask(tmp_path):
+    save_image(torch.ones(3, 4, 4), tmp_path / "a.png")
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "a.png").stat().st_mode == (tmp_path / "plain").stat().st_mode

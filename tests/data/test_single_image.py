@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from pictures import noise, write
 from PIL import Image
 
 from fastnce.data import SingleImagePatches, load_image
@@ -19,11 +20,9 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("single")
     y, x = np.mgrid[:48, :60]
     gradient = np.stack([x * 4, y * 5, 0 * x], axis=2).astype(np.uint8)
-    noise = np.random.default_rng(0).integers(128, 256, (40, 50, 3), dtype=np.uint8)
-    for name, pixels in (("A/a", gradient), ("B/black", noise * 0), ("B/noise", noise)):
-        path = root / f"train{name}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(path)
+    noisy = noise(40, 50, 3) // 2 + 128
+    for name, pixels in (("A/a", gradient), ("B/black", 0 * noisy), ("B/noise", noisy)):
+        write(root / f"train{name}.png", pixels)
     return root
 
 
@@ -76,63 +75,29 @@ def test_no_zoom(root):
         assert (windows == patch).all(dim=(0, 3, 4)).sum() == 1
 
 
-def test_patches_are_mirrored_in_half_of_the_cases(root):
-    dataset = make(root)
-    mirrored = [
-        (sample["A"][0, 8, 0] > sample["A"][0, 8, 15]).item()
-        for sample in map(dataset.__getitem__, range(200))
-    ]
-    assert sum(mirrored) / 200 == pytest.approx(0.5, abs=0.12)
-    still = make(root, flip=False)
-    assert all(still[i]["A"][0, 8, 0] < still[i]["A"][0, 8, 15] for i in range(50))
-
-
 def test_images_of_a_folder_are_drawn_equally_and_independently(root):
     dataset = make(root)
     noisy = [(dataset[index]["B"].max() > 0).item() for index in range(200)]
     assert sum(noisy) / 200 == pytest.approx(0.5, abs=0.12)
 
 
-def test_direction_and_channels(root):
-    forth, back = make(root), make(root, direction="BtoA", channels_a=1)
-    assert back[0]["A"].shape == (1, 16, 16) and back[0]["B"].shape == (3, 16, 16)
+def test_direction(root):
+    forth, back = make(root), make(root, direction="BtoA")
     assert back[3]["B"][2].max() == -1  # trainA has no blue
     assert forth[3]["A"][2].max() == -1
 
 
 def test_an_image_as_large_as_the_patch(root):
-    whole = to_tensor(
-        to_array(
-            Image.open(root / "trainB" / "noise.png").resize((40, 40), Image.Resampling.BICUBIC)
-        )
-    )
+    image = Image.open(root / "trainB" / "noise.png")
+    whole = to_tensor(to_array(image.resize((40, 40), Image.Resampling.BICUBIC)))
     dataset = make(root, direction="BtoA", crop_size=40, flip=False)
     matches = [torch.allclose(dataset[i]["A"], whole, atol=2.1 / 127.5) for i in range(20)]
     assert any(matches) and not all(matches)  # where the width was shrunk to 40 too
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"crop_size": 41}, r"black\.png: 50x40 is smaller than the crop of 41x41.*at most 40"),
-        ({"crop_size": 0}, "crop_size=0 is too small"),
-        ({"max_zoom_out": 0.5}, "max_zoom_out=0.5 is too small"),
-        ({"epoch_samples": 0}, "epoch_samples=0 is too small"),
-        ({"direction": "AB"}, 'direction="AB": expected AtoB or BtoA'),
-        ({"split": "test"}, "holds no folder testA or valA"),
-        ({"channels_a": 2}, "channels=2"),
-    ],
-)
-def test_mistakes_stop_before_the_first_sample(root, arguments, message):
-    with pytest.raises(UserError, match=message):
-        make(root, **arguments)
-
-
 def test_broken_files_are_left_out_if_they_are_to_be_skipped(root, tmp_path):
-    shutil.copytree(root, tmp_path / "set")
-    (tmp_path / "set" / "trainA" / "broken.png").write_bytes(b"nothing")
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "trainA" / "broken.png").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"broken\.png: cannot be read as an image"):
-        SingleImagePatches(tmp_path / "set", crop_size=8)
-    part = SingleImagePatches(tmp_path / "set", crop_size=8, broken_files="skip")
-    whole = SingleImagePatches(root, crop_size=8)
-    assert torch.equal(part[3]["A"], whole[3]["A"])
+        make(tmp_path)
+    assert torch.equal(make(tmp_path, broken_files="skip")[3]["A"], make(root)[3]["A"])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from pictures import equal, write_noise
 from torch.utils.data import DataLoader, Subset
 
 from fastnce.data import (
@@ -13,25 +13,22 @@ from fastnce.data import (
     TwoViews,
     UnpairedImages,
 )
+from fastnce.errors import UserError
 
 COUNT = 6
+UNCHANGED = {"preprocess": "none", "flip": False}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """trainA and trainB with files of equal names, which are taken for two classes as well."""
-    root = tmp_path_factory.mktemp("set")
-    rng = np.random.default_rng(0)
-    for folder in ("trainA", "trainB", "train/one", "train/two"):
-        (root / folder).mkdir(parents=True)
-        for number in range(COUNT):
-            pixels = rng.integers(0, 256, (24, 28, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / folder / f"{number}.png")
-    return root
+    folders = ("trainA", "trainB", "train/one", "train/two")
+    return write_noise(tmp_path_factory.mktemp("set"), **dict.fromkeys(folders, COUNT))
 
 
 def unpaired(root, **options):
-    return UnpairedImages(root, load_size=20, crop_size=16, jitter_samples=9, **options)
+    sizes = {"load_size": 20, "crop_size": 16, "jitter_samples": 9}
+    return UnpairedImages(root, **sizes | options)
 
 
 def affine(root, **options):
@@ -44,11 +41,11 @@ def aligned(root, **options):
 
 
 def single(root, **options):
-    return SingleImagePatches(root, crop_size=16, epoch_samples=12, **options)
+    return SingleImagePatches(root, **{"crop_size": 16, "epoch_samples": 12} | options)
 
 
 def labelled(root, **options):
-    return LabelledImages(root, image_size=16, **options)
+    return LabelledImages(root, **{"image_size": 16} | options)
 
 
 def balanced(root, **options):
@@ -61,10 +58,6 @@ def views(root, **options):
 
 STREAMS = [unpaired, affine, aligned, single, labelled, balanced, views]
 every_stream = pytest.mark.parametrize("make", STREAMS)
-
-
-def equal(one, other) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @every_stream
@@ -118,3 +111,82 @@ def test_memory_does_not_change_the_samples(make, cache_bytes, root):
     small, large = make(root, cache_bytes=cache_bytes), make(root)
     for index in (0, 3, 12, 2, 11, 3):
         assert equal(small[index], large[index])
+
+
+@pytest.mark.parametrize(
+    ("make", "key", "options"),
+    [(unpaired, "A", UNCHANGED), (aligned, "A", UNCHANGED), (labelled, "image", {"flip": False})],
+)
+def test_an_epoch_is_every_image_in_a_new_order(make, key, options, root):
+    dataset = make(root, **options)
+    assert len(dataset) == (2 * COUNT if make is labelled else COUNT)
+    shown = [dataset[index][key].numpy().tobytes() for index in range(6 * len(dataset))]
+    orders = {tuple(shown[k : k + len(dataset)]) for k in range(0, len(shown), len(dataset))}
+    assert len(orders) == 6
+    assert all(set(order) == set(shown) and len(set(order)) == len(order) for order in orders)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "ways"),
+    [
+        (unpaired, {"preprocess": "none", "serial": True}, 4),  # A and B apart
+        (aligned, {"preprocess": "none"}, 2),  # both or none of a pair
+        (single, {"crop_size": 24, "max_zoom_out": 1.0}, 4),
+        (labelled, {}, 2),
+    ],
+)
+def test_half_of_the_samples_are_mirrored_left_to_right(make, options, ways, root):
+    flipped, plain = make(root, **options), make(root, **options, flip=False)
+    images = [key for key in plain[0] if key != "label"]
+    mirrored, seen = [], set()
+    for index in range(400):
+        sample, original = flipped[index], plain[index]
+        way = [torch.equal(sample[key], original[key].flip(2)) for key in images]
+        for key, turned in zip(images, way, strict=True):
+            assert turned or torch.equal(sample[key], original[key])
+            seen.add((original[key].numpy().tobytes(), turned))
+        mirrored.append(way)
+    counts = np.sum(mirrored, axis=0)
+    assert (abs(counts - 200) < 50).all()  # five standard deviations of a fair coin
+    assert len(set(map(tuple, mirrored))) == ways
+    # Each image is shown both ways, for it is drawn anew each time.
+    assert len(seen) == 2 * len({image for image, _ in seen})
+
+
+@pytest.mark.parametrize("make", [unpaired, aligned])
+def test_direction_swaps_the_domains_and_channels_are_the_samples(make, root):
+    forth, back = (make(root, **UNCHANGED, serial=True, direction=d) for d in ("AtoB", "BtoA"))
+    assert torch.equal(forth[1]["A"], back[1]["B"])
+    assert torch.equal(forth[1]["B"], back[1]["A"])
+    sample = make(root, channels_a=1, direction="BtoA")[0]
+    assert sample["A"].shape == (1, 16, 16) and sample["B"].shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (unpaired, {"split": "test"}, "testA or valA"),
+        (
+            unpaired,
+            {"preprocess": "crop", "crop_size": 26},
+            r"0\.png: 28x24 is smaller than the crop of 26x26",
+        ),
+        (unpaired, {"augment_a": "afine"}, 'augment_a="afine": expected none or affine'),
+        (unpaired, {"direction": "AB"}, 'direction="AB": expected AtoB or BtoA'),
+        (unpaired, {"channels_a": 0}, "channels=0"),
+        (unpaired, {"channels_a": 1, "bits": 16}, "bits=16 is for greyscale, got channels=3"),
+        (single, {"crop_size": 25}, r"0\.png: 28x24 is smaller than .* 25x25.*at most 24"),
+        (single, {"crop_size": 0}, "crop_size=0 is too small"),
+        (single, {"max_zoom_out": 0.5}, "max_zoom_out=0.5 is too small"),
+        (single, {"epoch_samples": 0}, "epoch_samples=0 is too small"),
+        (single, {"direction": "AB"}, 'direction="AB": expected AtoB or BtoA'),
+        (single, {"split": "test"}, "holds no folder testA or valA"),
+        (single, {"channels_a": 2}, "channels=2"),
+        (labelled, {"image_size": 0}, "image_size=0"),
+        (labelled, {"channels": 4}, "channels=4.*Use 1 or 3"),
+    ],
+)
+def test_mistakes_stop_before_the_first_sample(make, options, message, root):
+    with pytest.raises(UserError, match=message) as info:
+        make(root, **options)
+    assert "\n" not in str(info.value)

@@ -5,8 +5,10 @@ import math
 from collections import Counter
 
 import numpy as np
+import pictures
 import pytest
 import torch
+from pictures import equal
 from PIL import Image
 
 from fastnce.data import VIEW_RECIPES, LabelledImages, TwoViews, ViewRecipe
@@ -15,7 +17,6 @@ from fastnce.data.views import View, draw_view, make_view
 from fastnce.demo import write_photo_crops
 from fastnce.errors import UserError
 
-KEYS = {"view1", "view2", "label"}
 STILL = ViewRecipe((1.0, 1.0), (1.0, 1.0), flip=0, jitter=0, grayscale=0, blur=0)
 AS_IT_IS = View((0, 0, 32, 32), 0, 1, (0, 0), False, (), False, 0)
 DRAWS = 4000
@@ -37,16 +38,11 @@ def draws(recipe, image_size=(32, 32)) -> list[View]:
 
 
 def noise(mode="RGB") -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).convert(mode)
+    return Image.fromarray(pictures.noise(32, 32, 3)).convert(mode)
 
 
 def made(image, size=32, **changes) -> np.ndarray:
     return np.asarray(make_view(image, dataclasses.replace(AS_IT_IS, **changes), size)).astype(int)
-
-
-def equal(one, other) -> bool:
-    return one.keys() == other.keys() == KEYS and all(torch.equal(one[k], other[k]) for k in KEYS)
 
 
 @pytest.mark.parametrize("recipe", VIEW_RECIPES)
@@ -55,7 +51,7 @@ def test_every_recipe_gives_two_different_views(root, recipe, channels):
     stream, again = (views(root, recipe, channels=channels, size=24) for _ in range(2))
     for index in (30, 7, 8):
         sample = stream[index]
-        assert equal(sample, again[index])
+        assert sample.keys() == {"view1", "view2", "label"} and equal(sample, again[index])
         assert sample["view1"].shape == sample["view2"].shape == (channels, 24, 24)
         assert not torch.equal(sample["view1"], sample["view2"])
 
@@ -170,11 +166,8 @@ def test_crops_flips_and_grey_views():
 def test_brightness_contrast_and_saturation():
     image = np.asarray(noise()).astype(int)
     grey = np.asarray(noise("L")).astype(int)
-    for name, centre in (
-        ("brightness", 0),
-        ("contrast", round(grey.mean())),
-        ("saturation", grey[:, :, None]),
-    ):
+    centres = {"brightness": 0, "contrast": round(grey.mean()), "saturation": grey[:, :, None]}
+    for name, centre in centres.items():
         for factor in (0.0, 0.5, 1.0, 1.7):
             expected = (centre + factor * (image - centre)).clip(0, 255)
             result = made(noise(), jitter=((name, factor),))

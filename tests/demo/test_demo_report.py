@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from fastnce.data import list_images, load_image, save_image
 from fastnce.demo import (

@@ -12,7 +12,7 @@ from fastnce.data import list_images
 from fastnce.demo import (
     PHOTOS,
     read_labels,
-    samples,
+    sets,
     write_digits,
     write_digits_photos,
     write_photo_crops,
@@ -63,7 +63,7 @@ def test_the_files_are_those_of_the_labels_and_depend_on_the_seed_alone(name, ro
 def test_every_digit_is_used_once_and_a_third_of_each_is_for_testing(name, roots):
     images = read_labels(roots[name])["images"]
     assert sorted(label["source"] for label in images.values()) == list(range(1797))
-    target = samples.load_digits()[1]
+    target = sets.load_digits()[1]
     count = Counter()
     for file, label in images.items():
         assert label["digit"] == target[label["source"]]
@@ -89,7 +89,7 @@ def test_the_order_tells_nothing_about_the_pairs(roots):
 
 def test_b_is_the_photograph_inverted_under_the_ink(roots):
     root = roots["digits-photos"]
-    strokes, photo = samples.load_digits()[0], samples.scaled_photo("coffee")
+    strokes, photo = sets.load_digits()[0], sets.scaled_photo("coffee")
     for name in ("trainB/0000.png", "testB/0100.png"):
         label = read_labels(root)["images"][name]
         y, x = label["corner"]
@@ -103,7 +103,7 @@ def test_a_is_white_on_black_with_noise_of_sigma_0_2(roots):
     images = read_labels(root)["images"]
     names = [name for name in images if name.startswith("trainA")][:50]
     values = np.stack([pixels(root, name) for name in names]) / 255
-    ink = samples.load_digits()[0][[images[name]["source"] for name in names]]
+    ink = sets.load_digits()[0][[images[name]["source"] for name in names]]
     middle = values[(ink > 0.45) & (ink < 0.55)]  # where clipping hardly matters
     assert middle.std() == pytest.approx(0.2, abs=0.01)
     # The positive half of a Gaussian of sigma 0.2: half are 0, the mean is 0.2 / sqrt(2 pi).
@@ -131,7 +131,7 @@ def test_crops_for_training_and_testing_share_no_pixel(size, roots, tmp_path):
     root, side = roots["photo-crops"], size or 32
     if size:
         root = write_photos(tmp_path / "photos", size, train_count=12, test_count=6)
-    whole = {x: samples.load_photo(x) if size else samples.scaled_photo(x) for x in PHOTOS}
+    whole = {x: sets.load_photo(x) if size else sets.scaled_photo(x) for x in PHOTOS}
     columns, rows = defaultdict(list), set()
     for name, label in read_labels(root)["images"].items():
         photo, (y, x) = label["photo"], label["corner"]
@@ -152,13 +152,13 @@ def test_single_photos_are_whole_photographs_scaled(tmp_path):
     assert set(read_labels(root)["images"]) == set(names.values())
     for photo, name in names.items():
         assert pixels(root, name).shape == (96, round(640 * 96 / 427), 3)
-        original = samples.load_photo(photo).mean(axis=(0, 1))
+        original = sets.load_photo(photo).mean(axis=(0, 1))
         assert pixels(root, name).mean(axis=(0, 1)) == pytest.approx(original, abs=1)
 
 
 @pytest.mark.parametrize("name", PHOTOS)
 def test_photographs_are_in_the_installed_packages(name):
-    photo = samples.load_photo(name)
+    photo = sets.load_photo(name)
     assert photo.dtype == np.uint8 and photo.shape[2] == 3 and min(photo.shape[:2]) >= 300
 
 
@@ -246,7 +246,7 @@ def test_labels_that_cannot_be_read(text, message, tmp_path):
 def test_missing_packages_are_explained(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"scikit-image, which is not installed.*pip install"):
-        samples.load_photo("coffee")
+        sets.load_photo("coffee")
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
     with pytest.raises(UserError, match=r"scikit-learn, which is not installed.*pip install"):
-        samples.load_digits()
+        sets.load_digits()

@@ -1,13 +1,13 @@
 """Ranks that disagree get an error that says so, on every rank; and so do those whose rank has died."""
 
-import datetime
 import math
-import multiprocessing
 import os
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from workers import Workers
 
 from fastnce import NegativeQueue, distributed
 from fastnce.ranks import agree, ranks_of
@@ -98,25 +98,18 @@ def wrong(group, case: str):
     ],
 )
 def test_an_invalid_argument_of_some_ends_the_call_on_all(case, first, others, workers):
-    for answer, message in zip(
-        workers.run(wrong, case, ranks=3), (first, others, others), strict=True
-    ):
+    answers = workers.run(wrong, case, ranks=3)
+    for answer, message in zip(answers, (first, others, others), strict=True):
         assert isinstance(answer, (ValueError, RuntimeError)) and message in str(answer)
 
 
 def unchecked(group):
     """Loss with and without the check, and how many messages the check takes."""
     x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(dist.get_rank(group)))
-    calls = []
-    original = dist.all_gather
-    dist.all_gather = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
-    try:
-        found = [
-            distributed.info_nce(*x, strategy="ring", check=c, group=group) for c in (True, False)
-        ]
-    finally:
-        dist.all_gather = original
-    return [loss.item() for loss in found], len(calls)
+    options = {"strategy": "ring", "group": group}
+    with mock.patch.object(dist, "all_gather", wraps=dist.all_gather) as gather:
+        losses = [distributed.info_nce(*x, check=check, **options) for check in (True, False)]
+    return [loss.item() for loss in losses], gather.call_count
 
 
 def test_the_check_is_one_message_and_can_be_left_out(workers):
@@ -136,36 +129,29 @@ def test_a_rank_outside_the_group(workers):
     assert all(isinstance(answer, torch.Tensor) for answer in answers[1:])
 
 
-def _dying(rank: int, meet: str, answers) -> None:
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", f"file://{meet}", timeout=limit, rank=rank, world_size=3)
+def dying(group):
+    """The last rank ends between forward and backward."""
     x = torch.randn(2, 4, 8, requires_grad=True)
     loss = distributed.info_nce(*x, strategy="ring")
-    if rank == 2:
+    if dist.get_rank() == 2:
         os._exit(3)
+    errors = []
     for call in (loss.backward, lambda: distributed.info_nce(*x)):
         try:
             call()
-            answers.put((rank, "no error"))
         except RuntimeError as error:
-            answers.put((rank, str(error)))
+            errors.append(str(error))
+    return errors
 
 
 def test_a_rank_that_dies_ends_the_others(tmp_path):
-    """Between forward and backward; and whoever tries again gets the error again."""
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    arguments = (str(tmp_path / "meet"), answers)
-    ranks = [context.Process(target=_dying, args=(rank, *arguments)) for rank in range(3)]
-    for rank in ranks:
-        rank.start()
+    """And whoever tries again gets the error again."""
+    workers = Workers(3, tmp_path)
     try:
-        found = [answers.get(timeout=600) for _ in range(4)]
+        *alive, dead = workers.run(dying)
     finally:
-        for rank in ranks:
-            rank.join(timeout=5)
-            rank.kill()
-    assert sorted(rank for rank, _ in found) == [0, 0, 1, 1]
-    for rank, message in found:
-        assert f"info_nce: rank {rank} lost the other ranks" in message
+        workers.stop()
+    assert str(dead) == "exit code 3"
+    for rank, errors in enumerate(alive):
+        assert len(errors) == 2
+        assert all(f"info_nce: rank {rank} lost the other ranks" in error for error in errors)

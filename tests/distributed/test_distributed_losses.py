@@ -23,25 +23,18 @@ VARIANTS = {
 }
 
 
-def op_of(variant: str) -> str:
-    return variant.split(",")[0]
-
-
 def draw(variant: str, count: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list]:
     """The rows of all ranks that get gradients, and the other arguments: per row, or the same everywhere."""
     generator = torch.Generator().manual_seed(count)
-    x = torch.randn(count, DIM, generator=generator, dtype=torch.float64)
-    noise = torch.randn(count, DIM, generator=generator, dtype=torch.float64)
+    options = {"generator": generator, "dtype": torch.float64}
+    x, noise = torch.randn(2, count, DIM, **options)
     labels = torch.randint(CLASSES, (count,), generator=generator) * 1000
-    queue = torch.randn(11, DIM, generator=generator, dtype=torch.float64)
+    queue = torch.randn(11, DIM, **options)
     rows = [x] if variant == "sup_con" else [x, x + noise]
     if "dot" in variant:
         rows = [0.1 * y for y in rows]
-    others = []
-    if variant in ("sup_con", "conditional_contrastive"):
-        others = [labels]
-    elif "queue" in variant:
-        others = [queue.to(dtype)]
+    labelled = variant in ("sup_con", "conditional_contrastive")
+    others = [labels] if labelled else [queue.to(dtype)] if "queue" in variant else []
     return [y.to(dtype) for y in rows], others
 
 
@@ -50,7 +43,7 @@ def one_process(variant, rows, others, temperature, reduction="mean"):
     leaves = [y.clone().requires_grad_() for y in rows]
     tau = torch.tensor(temperature, dtype=torch.float64).to(rows[0].dtype).requires_grad_()
     options = {"temperature": tau, "reduction": reduction}
-    op = getattr(fastnce, op_of(variant))
+    op = getattr(fastnce, variant.split(",")[0])
     loss = op(*leaves, *others, **VARIANTS[variant], **options)
     loss.sum().backward()
     return loss.detach(), [y.grad for y in leaves], tau.grad
@@ -64,7 +57,7 @@ def over_ranks(group, variant, counts, temperature, dtype, options):
     leaves = [y[own].clone().requires_grad_() for y in rows]
     others = [y if "queue" in variant else y[own] for y in others]
     tau = torch.tensor(temperature, dtype=torch.float64).to(dtype).requires_grad_()
-    op = getattr(distributed, op_of(variant))
+    op = getattr(distributed, variant.split(",")[0])
     loss = op(*leaves, *others, temperature=tau, group=group, **VARIANTS[variant], **options)
     loss.sum().backward()
     return loss.detach(), [y.grad for y in leaves], tau.grad
@@ -77,11 +70,9 @@ def error(found: torch.Tensor, truth: torch.Tensor) -> float:
 
 def joined(answers):
     """What one process would have: the loss of rank 0, all rows' gradients as DDP would average them, the temperature's mean."""
-    size = len(answers)
-    grads = [
-        torch.cat(parts) / size for parts in zip(*(grads for _, grads, _ in answers), strict=True)
-    ]
-    return answers[0][0], grads, torch.stack([tau for *_, tau in answers]).mean()
+    losses, grads, taus = zip(*answers, strict=True)
+    grads = [torch.cat(parts) / len(answers) for parts in zip(*grads, strict=True)]
+    return losses[0], grads, torch.stack(taus).mean()
 
 
 @pytest.mark.parametrize("strategy", ["ring", "gather"])
@@ -93,27 +84,23 @@ def test_equal_to_one_process(variant, size, strategy, workers):
     Also of plain PyTorch, which runs where there are no fused kernels, such as on a GPU.
     """
     even, uneven = ROWS[size]
-    for counts, temperature, backend in (
-        (even, 0.5, None),
-        (uneven, 0.07, None),
-        (uneven, 0.01, None),
-        (uneven, 0.07, "torch"),
-    ):
-        for dtype in (torch.float64, torch.float32) if backend is None else (torch.float64,):
-            options = {"strategy": strategy, "backend": backend}
-            call = (variant, counts, temperature, dtype, options)
-            answers = workers.results(over_ranks, *call, ranks=size)
-            losses = [loss for loss, *_ in answers]
-            assert all(torch.equal(loss, losses[0]) for loss in losses)
-            assert losses[0].dtype == dtype
-            rows, others = draw(variant, sum(counts), dtype)
-            wide = [y.double() if y.is_floating_point() else y for y in others]
-            truth = one_process(variant, [y.double() for y in rows], wide, temperature)
-            plain = one_process(variant, rows, others, temperature)
-            compared = zip(flat(joined(answers)), flat(plain), flat(truth), strict=True)
-            for found, single, true in compared:
-                bound = 1e-12 if dtype == torch.float64 else max(1e-6, 2 * error(single, true))
-                assert error(found, true) < bound, (counts, temperature, dtype, backend)
+    f32, f64, (even, uneven) = torch.float32, torch.float64, ROWS[size]
+    cases = [(even, 0.5, None), (uneven, 0.07, None), (uneven, 0.01, None)]
+    cases = [(*case, dtype) for case in cases for dtype in (f64, f32)]
+    for counts, temperature, backend, dtype in (*cases, (uneven, 0.07, "torch", f64)):
+        options = {"strategy": strategy, "backend": backend}
+        call = (variant, counts, temperature, dtype, options)
+        answers = workers.results(over_ranks, *call, ranks=size)
+        losses = [loss for loss, *_ in answers]
+        assert all(torch.equal(loss, losses[0]) for loss in losses)
+        assert losses[0].dtype == dtype
+        rows, others = draw(variant, sum(counts), dtype)
+        wide = [y.double() if y.is_floating_point() else y for y in others]
+        truth = one_process(variant, [y.double() for y in rows], wide, temperature)
+        plain = one_process(variant, rows, others, temperature)
+        for found, single, true in zip(*map(flat, (joined(answers), plain, truth)), strict=True):
+            bound = 1e-12 if dtype == f64 else max(1e-6, 2 * error(single, true))
+            assert error(found, true) < bound, (counts, temperature, dtype, backend)
 
 
 def flat(result):
@@ -194,10 +181,10 @@ def test_half_precision_rounds_the_gradients_once(workers):
 
 
 def keys_without_gradient(group):
-    rows, _ = draw("info_nce", 12, torch.float64)
-    rank = dist.get_rank(group)
-    query = rows[0][3 * rank : 3 * rank + 3].clone().requires_grad_()
-    distributed.info_nce(query, rows[1][3 * rank : 3 * rank + 3], group=group).backward()
+    own = slice(3 * dist.get_rank(group), 3 * dist.get_rank(group) + 3)
+    query, key = (rows[own] for rows in draw("info_nce", 12, torch.float64)[0])
+    query.requires_grad_()
+    distributed.info_nce(query, key, group=group).backward()
     return query.grad
 
 
@@ -218,7 +205,7 @@ def second_derivatives(group):
         rows, others = draw(variant, 6, torch.float32)
         start = rows[0].clone().requires_grad_()
         options = {"strategy": strategy, "reduction": reduction, "backend": backend}
-        op = getattr(distributed, op_of(variant))
+        op = getattr(distributed, variant.split(",")[0])
         loss = op(
             start.sin(), *rows[1:], *others, **VARIANTS[variant], **options, group=group
         ).sum()

@@ -71,15 +71,6 @@ def test_one_encoder_twice_with_dropout():
     assert torch.equal(torch.rand(3), following)
 
 
-class OfDict(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = encoder()
-
-    def forward(self, inputs: dict) -> torch.Tensor:
-        return self.net(inputs["x"]) * inputs["weight"][:, None] + inputs["shift"]
-
-
 def test_autocast_and_a_scaler():
     """The weights that autocast has converted in the first pass must not cut the second off from its gradients."""
     net, x, y = encoder(), batch(seed=0), batch(seed=1)
@@ -110,15 +101,8 @@ def test_activations_are_those_of_one_chunk():
             alive[0] -= ctx.rows
             return grad
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = encoder()
-
-        def forward(self, x):
-            return Counting.apply(self.net(x))
-
-    net = Net()
+    net = encoder()
+    net.register_forward_hook(lambda module, inputs, output: Counting.apply(output))
     GradCache(net, net, loss=fastnce.nt_xent, chunk_size=4).backward(batch(), batch(seed=1))
     # In the first pass Linear's outputs need no gradient at all.
     assert (alive[0], most[0]) == (0, 4)
@@ -194,17 +178,22 @@ class Encoding(collections.UserDict):
             raise AttributeError(name) from None
 
 
-class OfEncoding(OfDict):
+class OfEncoding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = encoder()
+
     def forward(self, inputs):
         assert inputs.origin == "a tokenizer"
         nested = inputs["nested"][0]
-        return self.net(inputs.x) * nested["weight"][:, None] + inputs["shift"]
+        return self.net(inputs.x) * nested["weight"][:, None] + inputs["shift"] * inputs["scale"]
 
 
-def test_inputs_may_be_mappings_with_numbers_in_tensors():
-    net = OfEncoding()
-    nested = [types.MappingProxyType({"weight": torch.rand(13)})]
-    inputs = Encoding({"x": batch(), "nested": nested, "shift": torch.tensor(0.5)}, "a tokenizer")
+def test_inputs_may_be_mappings_with_numbers():
+    """In tensors or not; dicts are inputs in test_training."""
+    net, nested = OfEncoding(), [types.MappingProxyType({"weight": torch.rand(13)})]
+    numbers = {"shift": torch.tensor(0.5), "scale": 0.7}
+    inputs = Encoding({"x": batch(), "nested": nested, **numbers}, "a tokenizer")
     fastnce.info_nce(net(inputs), batch(seed=2)[:, :OUT]).backward()
     truth = taken(net)
     before = dict(inputs)
@@ -215,8 +204,8 @@ def test_inputs_may_be_mappings_with_numbers_in_tensors():
 
 
 @pytest.mark.parametrize("kind", ["module", "function", "method", "frozen inside"])
-def test_dicts_and_frozen_encoders(kind):
-    net, frozen = OfDict(), encoder(1).requires_grad_(False)
+def test_frozen_encoders(kind):
+    net, frozen = encoder(), encoder(1).requires_grad_(False)
     model = types.SimpleNamespace(net=frozen)
     other = {
         "module": frozen,
@@ -224,11 +213,11 @@ def test_dicts_and_frozen_encoders(kind):
         "method": frozen.forward,
         "frozen inside": lambda x: model.net(x).detach(),
     }[kind]
-    inputs, y = {"x": batch(), "weight": torch.rand(13), "shift": 0.5}, batch(seed=2)
-    fastnce.info_nce(net(inputs), frozen(y)).backward()
+    x, y = batch(), batch(seed=2)
+    fastnce.info_nce(net(x), frozen(y)).backward()
     truth, calls = taken(net), []
     frozen.register_forward_hook(lambda *_: calls.append(1))
-    GradCache(net, other, loss=fastnce.info_nce, chunk_size=5).backward(inputs, y)
+    GradCache(net, other, loss=fastnce.info_nce, chunk_size=5).backward(x, y)
     assert kind != "module" or len(calls) == 3, "three chunks, one pass"
     assert_same(taken(net), truth)
 

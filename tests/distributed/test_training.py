@@ -35,15 +35,15 @@ class Model(nn.Module):
         return self.image(x), self.text(y), self.proxies(labels), temperature
 
 
-def wrapped(model: nn.Module, wrapper: str, group, **options: object) -> nn.Module:
+def wrapped(model: nn.Module, wrapper: str, group, **options) -> nn.Module:
     if "ddp" in wrapper:
         return DistributedDataParallel(model, process_group=group, **options)
     return fully_shard(model, mesh=DeviceMesh("cpu", list(range(dist.get_world_size(group)))))
 
 
-def whole(x: Tensor | None) -> Tensor | None:
+def whole(x: Tensor) -> Tensor:
     """Of all ranks, a copy."""
-    return x if x is None else x.full_tensor() if hasattr(x, "full_tensor") else x.clone()
+    return x.full_tensor() if hasattr(x, "full_tensor") else x.clone()
 
 
 def data() -> tuple[Tensor, Tensor, Tensor]:
@@ -58,70 +58,54 @@ def loss_of(ops, op: str, outputs: tuple[Tensor, ...], labels: Tensor, **options
     return getattr(ops, op)(*rows.get(op, (image, text)), temperature=tau, **options)
 
 
-def assert_near(found: list[Tensor | None], truth: list[Tensor | None]) -> None:
-    """To rounding in single precision; no gradient is one of zeros."""
+def assert_near(found: list[Tensor], truth: list[Tensor]) -> None:
+    """To rounding in single precision."""
     for x, true in zip(found, truth, strict=True):
-        if x is None or true is None:
-            assert all(y is None or y.eq(0).all() for y in (x, true))
-        else:
-            assert (x - true).norm() <= 2e-6 * true.norm()
+        assert (x - true).norm() <= 2e-6 * true.norm()
 
 
-def one_step(group, wrapper: str, strategy: str):
-    """This rank's losses, all four at once, and all gradients of their sum after the wrapper has averaged them."""
-    model = Model()
-    x, y, labels = (part.split(COUNTS)[dist.get_rank(group)] for part in data())
-    net = wrapped(model, wrapper, group)
+def one_step(group, wrapper: str, counts: tuple[int, ...], options: dict):
+    """This rank's part of each loss's mean over all rows, and all gradients of their sum after the wrapper has averaged them."""
+    rank, size, rows, model = dist.get_rank(group), len(counts), sum(counts), Model()
+    x, y, labels = (part.split(counts)[rank] for part in data())
+    net = wrapped(model, wrapper, group)  # DDP averages as long as it lives
     outputs = net(x, y, labels)
-    options = {"strategy": strategy, "group": group}
-    losses = [loss_of(distributed, op, outputs, labels, **options) for op in LOSSES]
+    losses = []
+    for op in LOSSES:
+        loss = loss_of(distributed, op, outputs, labels, group=group, **options)
+        if options.get("reduction") == "none":  # of nt_xent both views
+            views = len(loss) // len(x)
+            even = len(set(counts)) == 1
+            loss = loss.mean() if even else loss.sum() * size / (views * rows)
+        losses.append(loss)
     sum(losses).backward()
     return torch.stack(losses).detach(), [whole(p.grad) for p in model.parameters()]
 
 
-@pytest.mark.parametrize("strategy", ["ring", "gather"])
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-def test_gradients_of_the_whole_batch(wrapper, strategy, workers):
+@pytest.mark.parametrize(
+    ("wrapper", "counts", "options"),
+    [
+        ("ddp", COUNTS, {"strategy": "ring"}),
+        ("ddp", COUNTS, {"strategy": "gather"}),
+        ("fsdp", COUNTS, {"strategy": "ring"}),
+        ("fsdp", COUNTS, {"strategy": "gather"}),
+        ("ddp", (4, 4, 4), {"reduction": "none"}),
+        ("ddp", (6, 6), {"reduction": "none", "gradient_scale": "sum"}),
+        ("ddp", (3, 7, 2), {"reduction": "none"}),
+        ("fsdp", (3, 3, 3, 3), {"reduction": "none"}),
+    ],
+)
+def test_gradients_of_the_whole_batch(wrapper, counts, options, workers):
+    """With nothing that the user has to multiply, also where each rank takes the mean of its own losses."""
     model, (x, y, labels) = Model(), data()
     outputs = model(x, y, labels)
     losses = torch.stack([loss_of(fastnce, op, outputs, labels) for op in LOSSES])
     losses.sum().backward()
-    for found_losses, found in workers.results(one_step, wrapper, strategy):
-        torch.testing.assert_close(found_losses, losses.detach(), rtol=1e-6, atol=1e-7)
-        assert_near(found, [p.grad for p in model.parameters()])
-
-
-def own_losses(group, wrapper: str, op: str, counts: tuple[int, ...], scale: str):
-    """All gradients after the wrapper has averaged them, of this rank's part of the mean over all rows."""
-    rank, size, rows, model = dist.get_rank(group), len(counts), sum(counts), Model()
-    options = {"find_unused_parameters": True} if wrapper == "ddp" else {}
-    x, y, labels = (part[:rows].split(counts)[rank] for part in data())
-    net = wrapped(model, wrapper, group, **options)
-    outputs = net(x, y, labels)
-    options = {"reduction": "none", "group": group, "gradient_scale": scale}
-    found = loss_of(distributed, op, outputs, labels, **options)
-    views = len(found) // len(x)  # of nt_xent two
-    loss = found.mean() if len(set(counts)) == 1 else found.sum() * size / (views * rows)
-    loss.backward()
-    return [whole(p.grad) for p in model.parameters()]
-
-
-@pytest.mark.parametrize(
-    ("wrapper", "counts", "scale"),
-    [
-        ("ddp", (4, 4, 4), "mean"),
-        ("ddp", (6, 6), "sum"),
-        ("ddp", (3, 7, 2), "mean"),
-        ("fsdp", (3, 3, 3, 3), "mean"),
-    ],
-)
-def test_the_mean_of_own_losses(wrapper, counts, scale, workers):
-    """What the wrapper averages is the gradient of one process's mean, with nothing that the user has to multiply."""
-    for op in LOSSES:
-        model, (x, y, labels) = Model(), data()
-        loss_of(fastnce, op, model(x, y, labels), labels, reduction="none").mean().backward()
-        for grads in workers.results(own_losses, wrapper, op, counts, scale, ranks=len(counts)):
-            assert_near(grads, [p.grad for p in model.parameters()])
+    answers = workers.results(one_step, wrapper, counts, options, ranks=len(counts))
+    mean = torch.stack([found for found, _ in answers]).mean(0)
+    torch.testing.assert_close(mean, losses.detach(), rtol=1e-6, atol=1e-7)
+    for _, grads in answers:
+        assert_near(grads, [p.grad for p in model.parameters()])
 
 
 def network() -> nn.Module:
@@ -129,30 +113,28 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
 
 
-def cached_step(group, wrapper: str):
+def cached_step(group):
     """Gradients from chunks, and how often the ranks exchanged them."""
-    net, exchanges = wrapped(network(), wrapper, group), []
-    if wrapper == "ddp":
+    net, exchanges = wrapped(network(), "ddp", group), []
 
-        def hook(state, bucket):
-            exchanges.append(1)
-            done = dist.all_reduce(bucket.buffer(), group=group, async_op=True).get_future()
-            return done.then(lambda future: future.value()[0] / dist.get_world_size(group))
+    def hook(state, bucket):
+        exchanges.append(1)
+        done = dist.all_reduce(bucket.buffer(), group=group, async_op=True).get_future()
+        return done.then(lambda future: future.value()[0] / dist.get_world_size(group))
 
-        net.register_comm_hook(None, hook)
+    net.register_comm_hook(None, hook)
     # Every forward of a wrapped encoder is a meeting of the ranks: the same number of chunks each.
     x, y = (x.chunk(len(COUNTS))[dist.get_rank(group)] for x in data()[:2])
     GradCache(net, net, loss=distributed.nt_xent, chunk_size=2).backward(x, y, group=group)
     return [whole(p.grad) for p in net.parameters()], len(exchanges)
 
 
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-def test_chunks_of_one_batch_over_ranks(wrapper, workers):
+def test_chunks_of_one_batch_over_ranks(workers):
     net, (x, y, _) = network(), data()
     fastnce.nt_xent(net(x), net(y)).backward()
-    for grads, exchanges in workers.results(cached_step, wrapper):
+    for grads, exchanges in workers.results(cached_step):
         assert_near(grads, [p.grad for p in net.parameters()])
-        assert wrapper == "fsdp" or exchanges == 1, "the gradients travel once, with the last chunk"
+        assert exchanges == 1, "the gradients travel once, with the last chunk"
 
 
 class Towers(nn.Module):
@@ -227,7 +209,7 @@ def test_towers_of_one_model_and_a_scale(wrapper, scale_inside, options, workers
 def refused(group, case: str) -> None:
     x, y, _ = data()
     if case == "static_graph":
-        net = DistributedDataParallel(nn.Linear(6, 4), process_group=group, static_graph=True)
+        net = wrapped(nn.Linear(6, 4), "ddp", group, static_graph=True)
         GradCache(net, net, loss=distributed.nt_xent, chunk_size=2).backward(x, y, group=group)
     model = Towers(with_scale=True)
     mesh = DeviceMesh("cpu", list(range(dist.get_world_size())))

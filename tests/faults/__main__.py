@@ -7,12 +7,15 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import queue
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -57,6 +60,7 @@ class Copy:
 
     def __init__(self, tree: Path, folder: Path) -> None:
         self.folder = folder
+        self.built = ""  # what was compiled last, perhaps with a fault
         listed = subprocess.run(["git", "-C", tree, "ls-files"], stdout=subprocess.PIPE, check=True)
         names = {name for name in listed.stdout.decode().splitlines() if (tree / name).is_file()}
         for part in {name.split("/")[0] for name in names}:  # what is compiled elsewhere stays
@@ -84,9 +88,11 @@ class Copy:
         return done.returncode, done.stdout.splitlines()
 
     def build(self, fault: Fault) -> None:
-        code, lines = self.run(shlex.split(fault.build), {}) if fault.build else (0, [])
-        if code != 0:
-            raise RuntimeError("\n".join([f"{fault.title}: does not build", *lines[-30:]]))
+        for build in {self.built, fault.build} - {""}:
+            code, lines = self.run(shlex.split(build), {})
+            if code != 0:
+                raise RuntimeError("\n".join([f"{fault.title}: does not build", *lines[-30:]]))
+        self.built = fault.build
 
     def seen_by(self, tests: str, env: dict[str, str]) -> str:
         """The first test that fails, hangs or crashes; "" if none does, or none is chosen."""
@@ -111,6 +117,7 @@ def main() -> None:
     add("--area", default="", help="faults of areas with this in their name")
     add("--only", default="", help="faults with this in their name")
     add("--out", type=Path, default=ROOT / "out/faults.md", help="table; what it has is left out")
+    add("--jobs", type=int, default=1, help="faults at once, each in a copy of its own")
     add("--list", action="store_true", help="only name the faults whose text is not found")
     given = parser.parse_args()
     areas = read_faults()
@@ -118,31 +125,47 @@ def main() -> None:
         for fault in sum(areas.values(), []):
             fault.place(given.tree)
         return
-    copy = Copy(given.tree, ROOT / "out/faults" / given.tree.resolve().name)
+    copies: queue.Queue[Copy] = queue.Queue()
+    for job in range(given.jobs):
+        name = f"{given.tree.resolve().name}_{job}"
+        copies.put(Copy(given.tree, ROOT / "out/faults" / name))
     lines = given.out.read_text(encoding="utf-8").splitlines() if given.out.exists() else []
     rows = dict(line.strip("| ").split(" | ", 1) for line in lines[2:])
+    lock = threading.Lock()
 
     def note(title: str, text: str) -> None:
-        print(f"{title} | {text}", flush=True)
-        rows[title] = text
-        titles = [x for a in areas for x in (f"{a}: no fault", *(y.title for y in areas[a]))]
-        table = [f"| {title} | {rows[title]} |" for title in titles if title in rows]
-        given.out.write_text("\n".join(["| fault | seen by |", "|---|---|", *table, ""]))
+        with lock:
+            print(f"{title} | {text}", flush=True)
+            rows[title] = text
+            titles = [x for a in areas for x in (f"{a}: no fault", *(y.title for y in areas[a]))]
+            table = [f"| {title} | {rows[title]} |" for title in titles if title in rows]
+            given.out.write_text("\n".join(["| fault | seen by |", "|---|---|", *table, ""]))
 
+    def look(fault: Fault) -> None:
+        copy = copies.get()
+        with copy.with_fault(fault):
+            copy.build(fault)
+            seen = copy.seen_by(fault.tests, fault.env) or copy.seen_by(fault.wide, fault.env)
+        copies.put(copy)
+        note(fault.title, f"`{seen}`" if seen else "not seen")
+
+    def look_again(area: str) -> None:
+        """At the tests that saw something, without a fault."""
+        copy, faults = copies.get(), areas[area]
+        copy.build(faults[0])
+        found = dict.fromkeys(rows[x.title].strip("`") for x in faults if x.title in rows)
+        tests = [x for x in found if x.startswith("tests/") and " (" not in x]
+        failing = copy.seen_by(shlex.join(tests), faults[0].env)
+        copies.put(copy)
+        note(f"{area}: no fault", f"{failing or 'none'} of the {len(tests)} tests below")
+
+    chosen = {}
     for area, faults in areas.items():
-        chosen = [x for x in faults if given.area in area and given.only in x.title]
-        chosen = [x for x in chosen if x.title not in rows and x.place(copy.folder)]
-        for fault in chosen:
-            with copy.with_fault(fault):
-                copy.build(fault)
-                seen = copy.seen_by(fault.tests, fault.env) or copy.seen_by(fault.wide, fault.env)
-            note(fault.title, f"`{seen}`" if seen else "not seen")
-        if chosen:  # the tests that saw something, once more
-            copy.build(chosen[0])
-            found = dict.fromkeys(rows[x.title].strip("`") for x in faults if x.title in rows)
-            tests = [x for x in found if x.startswith("tests/") and " (" not in x]
-            failing = copy.seen_by(shlex.join(tests), chosen[0].env)
-            note(f"{area}: no fault", f"{failing or 'none'} of the {len(tests)} tests below")
+        some = [x for x in faults if given.area in area and given.only in x.title]
+        chosen[area] = [x for x in some if x.title not in rows and x.place(given.tree)]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(look, sum(chosen.values(), [])))
+        list(pool.map(look_again, [area for area in chosen if chosen[area]]))
 
 
 if __name__ == "__main__":

@@ -103,20 +103,13 @@ def test_kid_is_the_same_each_time_and_leaves_the_global_generator_alone(generat
 def brute_force(real: list, fake: list, k: int) -> tuple[float, ...]:
     """The four definitions, one distance at a time."""
 
-    def radii(points):
-        others = (
-            sorted(math.dist(x, y) for j, y in enumerate(points) if i != j)
-            for i, x in enumerate(points)
-        )
-        return [distances[k - 1] for distances in others]
+    def balls(points):
+        """Each point, and the distance to its neighbour number k; the first is the point itself."""
+        return [(x, sorted(math.dist(x, y) for y in points)[k]) for x in points]
 
-    real_radii, fake_radii = radii(real), radii(fake)
-    inside_real = [
-        [math.dist(x, y) <= r for x, r in zip(real, real_radii, strict=True)] for y in fake
-    ]
-    inside_fake = [
-        [math.dist(x, y) <= r for y, r in zip(fake, fake_radii, strict=True)] for x in real
-    ]
+    real_balls, fake_balls = balls(real), balls(fake)
+    inside_real = [[math.dist(x, y) <= radius for x, radius in real_balls] for y in fake]
+    inside_fake = [[math.dist(x, y) <= radius for x, radius in fake_balls] for y in real]
     return (
         sum(map(any, inside_real)) / len(fake),
         sum(map(any, inside_fake)) / len(real),

@@ -1,7 +1,5 @@
 """Extractors from TorchScript files."""
 
-import warnings
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -29,37 +27,29 @@ class LikeInception(nn.Module):
         return (features + (0.0 if no_output_bias else 100.0)).softmax(1)
 
 
-def script(module: nn.Module, path) -> str:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.script(module).save(str(path))
-    return str(path)
-
-
 @pytest.fixture
 def images() -> Tensor:
     levels = torch.tensor([[0, 128, 255], [255, 1, 2]])[:, :, None, None].expand(2, 3, 4, 4)
     return levels / 127.5 - 1
 
 
-def test_the_module_sees_the_bytes_of_the_images(images, tmp_path):
-    extractor = ScriptedExtractor(script(Colours(), tmp_path / "colours.pt"))
+def test_the_module_sees_the_bytes_of_the_images(images, scripted):
+    extractor = ScriptedExtractor(scripted(Colours(), "colours.pt"))
     assert extractor(images).tolist() == [[0, 128, 255], [255, 1, 2]]
     assert extractor(images[:, :1]).tolist() == [[0, 0, 0], [255, 255, 255]]  # greyscale
     assert extractor.class_probabilities(images) is None
     assert not extractor.reads_labels
 
 
-def test_the_name_tells_the_file_and_its_content(tmp_path):
-    one = ScriptedExtractor(script(Colours(), tmp_path / "net.pt"))
-    script(LikeInception(), tmp_path / "net.pt")
-    other = ScriptedExtractor(tmp_path / "net.pt")
+def test_the_name_tells_the_file_and_its_content(scripted):
+    one = ScriptedExtractor(scripted(Colours(), "net.pt"))
+    other = ScriptedExtractor(scripted(LikeInception(), "net.pt"))
     assert one.name.startswith("net.pt-") and len(one.name) == len("net.pt-") + 12
     assert other.name.startswith("net.pt-") and other.name != one.name
 
 
-def test_a_module_with_the_arguments_of_inception(images, tmp_path):
-    extractor = ScriptedExtractor(script(LikeInception(), tmp_path / "inception.pt"))
+def test_a_module_with_the_arguments_of_inception(images, scripted):
+    extractor = ScriptedExtractor(scripted(LikeInception(), "inception.pt"))
     features = extractor(images)
     assert features.tolist() == [[0, 128, 255], [255, 1, 2]]
     assert torch.equal(extractor.class_probabilities(images), features.softmax(1))

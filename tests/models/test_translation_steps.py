@@ -19,7 +19,7 @@ from fastnce.models import (
     Pix2Pix,
     Pix2PixConfig,
 )
-from fastnce.systems.two_way import ImagePool
+from fastnce.systems.cyclegan import ImagePool
 
 SIZE = (16, 32)
 CLOSE = {"rtol": 1e-6, "atol": 1e-9}

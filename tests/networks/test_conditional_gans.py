@@ -17,18 +17,16 @@ from fastnce.networks import (
     SNGANDiscriminator,
     SNGANGenerator,
 )
-from fastnce.networks.conditional import (
+from fastnce.networks.conditional_gans import (
     ConditionalBatchNorm,
+    DiscriminatorBlock,
+    FirstDiscriminatorBlock,
+    GeneratorBlock,
     SelfAttention,
     conv2d,
     embedding,
     linear,
     upsample_conv2d,
-)
-from fastnce.networks.residual_gans import (
-    DiscriminatorBlock,
-    FirstDiscriminatorBlock,
-    GeneratorBlock,
 )
 
 FAMILIES = {

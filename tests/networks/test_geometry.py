@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastnce.networks import ResnetGenerator
-from fastnce.networks.geometry import PixelGrid, pixel_grid
+from fastnce.networks.resnet_generator import PixelGrid, pixel_grid
 
 
 def copying_generator(antialias: bool) -> ResnetGenerator:

@@ -85,6 +85,13 @@ def first_rows(sample: Sample, x: Tensor) -> dict[str, object]:
     return {name: [x, *value[1:]] if isinstance(value, list) else x}
 
 
+class LikeDTensor(Tensor):
+    """What the ops know a DTensor by."""
+
+    def full_tensor(self):
+        return self.as_subclass(Tensor)
+
+
 def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], where: object = "") -> None:
     assert got.keys() == expected.keys()
     for name, x in got.items():

@@ -159,16 +159,6 @@ def test_the_numerical_contract(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients(backend):
-    for sample in samples(torch.float64):
-        options = {k: x for k, x in sample.arguments.items() if k not in ("x", "y")}
-        inputs = sample.arguments["x"], sample.arguments["y"]
-        assert torch.autograd.gradcheck(
-            lambda x, y, options=options: alignment(x, y, backend=backend, **options), inputs
-        )
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled(backend):
     for sample in samples():
         compiled = torch.compile(alignment, fullgraph=True, backend="aot_eager")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from forms import LOSSES, gaussian, info_nce_form, of_rows
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -14,78 +15,57 @@ SIZES = (8, 10, 13, 21, 34)
 TEMPERATURES = (0.1, 0.15, 0.3, 0.5, 0.9)
 
 
-def rows(*shape: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator).to(dtype)
+def module(query, positive_key, **options):
+    return InfoNCELoss(reduction="none", **options)(query, positive_key)
 
 
-def two(size: int, dtype: torch.dtype) -> list[Tensor]:
-    return [rows(size, 6, dtype=dtype), rows(size, 6, dtype=dtype).flip(0)]
+def clip(query, positive_key, *, temperature, backend):
+    return CLIPLoss(backend=backend)(query, positive_key, 1 / temperature)
 
 
-def with_labels(size: int, dtype: torch.dtype) -> list[Tensor]:
-    return [*two(size, dtype), torch.arange(size) % 3]
-
-
-def module(query, key, *, temperature, backend):
-    return InfoNCELoss(temperature, reduction="none", backend=backend)(query, key)
-
-
-def clip(image, text, *, temperature, backend):
-    return CLIPLoss(backend=backend)(image, text, 1 / temperature)
-
-
-def two_layers(query, key, **options):
+def two_layers(query_features, key_features, **options):
     """One tensor several times, which torch.compile does not pass on to an autograd.Function."""
-    return fastnce.patch_nce([query, query], [key, query], **options)
+    return fastnce.patch_nce([query_features] * 2, [key_features, query_features], **options)
 
 
-def sample_patches(features, ids, *, temperature, backend):
-    patches, _ = fastnce.sample_patches([features, features], patch_ids=[ids, ids], backend=backend)
+def sample_patches(features, patch_ids, *, temperature, backend):
+    ids = [patch_ids, patch_ids]
+    patches, _ = fastnce.sample_patches([features, features], patch_ids=ids, backend=backend)
     return (patches[0] + patches[1]) * temperature
 
 
-# Op, what is called, and its tensors, made for a size.
-CASES = {
-    "info_nce": ("info_nce", fastnce.info_nce, two),
-    "info_nce_none": ("info_nce", module, two),
-    "queue": (
-        "info_nce",
-        fastnce.info_nce,
-        lambda n, d: [*two(n, d), rows(n + 2, 6, dtype=d)],
-    ),
-    "own": ("info_nce", fastnce.info_nce, lambda n, d: [*two(n, d), rows(n, 3, 6, dtype=d)]),
-    "clip": ("info_nce", clip, two),
-    "patch_nce": ("patch_nce", two_layers, lambda n, d: [rows(2, n, 6, dtype=d) for _ in "qk"]),
-    "conditional_contrastive": (
-        "conditional_contrastive",
-        fastnce.conditional_contrastive,
-        with_labels,
-    ),
-    "sup_con": ("sup_con", fastnce.sup_con, lambda n, d: with_labels(n, d)[1:]),
-    "nt_xent": ("nt_xent", fastnce.nt_xent, two),
-    "pairwise_cosine_similarity": (
-        "pairwise_cosine_similarity",
-        fastnce.pairwise_cosine_similarity,
-        two,
-    ),
-    "sample_patches": (
-        "sample_patches",
-        sample_patches,
-        lambda n, d: [rows(2, 6, n, 4, dtype=d), torch.arange(5)],
-    ),
+# Op, and what is called.
+CASES = {op: (op, getattr(fastnce, op)) for op in LOSSES} | {
+    "info_nce none": ("info_nce", module),
+    "queue": ("info_nce", fastnce.info_nce),
+    "own": ("info_nce", fastnce.info_nce),
+    "clip": ("info_nce", clip),
+    "patch_nce": ("patch_nce", two_layers),
+    "sample_patches": ("sample_patches", sample_patches),
 }
 # In fp16 the division by the number of losses comes with the backward.
 WITH_DTYPES = [(name, torch.float32) for name in CASES]
 WITH_DTYPES += [(name, torch.float16) for name in ("info_nce", "patch_nce")]
 
 
-def results(function: Callable, tensors: list[Tensor], **options) -> list[Tensor]:
+def tensors(name: str, size: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """The arguments, of which one or more have the size."""
+    if name == "sample_patches":
+        arguments = {"features": gaussian(2, 6, size, 4).to(dtype), "patch_ids": torch.arange(5)}
+    else:
+        rows = gaussian(size, 6), gaussian(size, 6, seed=1)
+        form = info_nce_form(name, gaussian(size + 2, 6).to(dtype), gaussian(size, 3, 6).to(dtype))
+        made = of_rows(CASES[name][0], rows, dtype, **form).arguments
+        arguments = {key: x for key, x in made.items() if isinstance(x, Tensor)}
+    return {key: x.to(device) for key, x in arguments.items()}
+
+
+def results(function: Callable, given: dict[str, Tensor], **options) -> list[Tensor]:
     """The result, and the gradient of each tensor that has one."""
-    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in tensors]
-    out = function(*leaves, **options)
+    leaves = {key: x.detach().requires_grad_(x.is_floating_point()) for key, x in given.items()}
+    out = function(**leaves, **options)
     out.sum().backward()
-    return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
+    return [out.detach(), *(x.grad for x in leaves.values() if x.grad is not None)]
 
 
 @pytest.fixture(autouse=True)
@@ -98,14 +78,14 @@ def test_two_compilations_for_all_sizes_and_temperatures(
     name, dtype, fused_backend, needs_support, device
 ):
     """The first of the size and the number that it is called with, the second for all others."""
-    op, function, make = CASES[name]
+    op, function = CASES[name]
     needs_support(op, fused_backend, dtype)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, backend=counter)
     for size, temperature in zip(SIZES, TEMPERATURES, strict=True):
-        tensors = [x.to(device) for x in make(size, dtype)]
+        given = tensors(name, size, dtype, device)
         options = {"temperature": temperature, "backend": fused_backend}
-        got, expected = results(compiled, tensors, **options), results(function, tensors, **options)
+        got, expected = results(compiled, given, **options), results(function, given, **options)
         # Equal to the last bit; but the compiler adds up the gradients of one tensor in another order, and kernels of the GPU
         # round a number in a tensor at another place. Triton's then take their offset from each row's maximum.
         close = 0.0
@@ -122,13 +102,13 @@ def test_a_size_marked_dynamic_is_compiled_once(fused_backend, needs_support, de
     loss = InfoNCELoss(backend=fused_backend)
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
     for size in SIZES[:3]:
-        tensors = [x.to(device) for x in two(size, torch.float32)]
-        marked = [x.detach().requires_grad_() for x in tensors]
-        for x in marked:
+        given = tensors("info_nce", size, torch.float32, device)
+        marked = {key: x.detach().requires_grad_() for key, x in given.items()}
+        for x in marked.values():
             torch._dynamo.mark_dynamic(x, 0)
-        compiled(*marked).backward()
-        _, *expected = results(loss, tensors)
-        assert all(torch.equal(x.grad, y) for x, y in zip(marked, expected, strict=True))
+        compiled(**marked).backward()
+        _, *expected = results(loss, given)
+        assert all(torch.equal(x.grad, y) for x, y in zip(marked.values(), expected, strict=True))
     assert counter.frame_count == 1
 
 
@@ -139,20 +119,21 @@ class Call(nn.Module):
         super().__init__()
         self.function, self.options = function, options
 
-    def forward(self, *tensors: Tensor) -> Tensor:
-        return self.function(*tensors, **self.options)
+    def forward(self, given: dict[str, Tensor]) -> Tensor:
+        return self.function(**given, **self.options)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_exported_with_a_dynamic_size(name, backend, needs_support, device):
-    op, function, make = CASES[name]
+    op, function = CASES[name]
     needs_support(op, backend)
     module = Call(function, temperature=0.2, backend=backend)
-    first, other = ([x.to(device) for x in make(size, torch.float32)] for size in SIZES[:2])
+    first, other = (tensors(name, size, torch.float32, device) for size in SIZES[:2])
     size, more = torch.export.Dim("size", min=3), torch.export.Dim("more", min=3)
     known = {8: size, 10: size + 2 if name == "queue" else more}
-    shapes = [
-        {dim: known[x.shape[dim]] for dim in range(x.dim()) if x.shape[dim] in known} for x in first
-    ]
-    exported = torch.export.export(module, tuple(first), dynamic_shapes={"tensors": tuple(shapes)})
-    assert torch.equal(exported.module()(*other), module(*other))
+    shapes = {
+        key: {dim: known[n] for dim, n in enumerate(x.shape) if n in known}
+        for key, x in first.items()
+    }
+    exported = torch.export.export(module, (first,), dynamic_shapes={"given": shapes})
+    assert torch.equal(exported.module()(other), module(other))

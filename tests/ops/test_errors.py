@@ -1,15 +1,12 @@
 """Every mistake that the ops refuse: the message names the op and the argument, what was given, and often the fix."""
 
-import ast
 import re
-import traceback
-from pathlib import Path
 
 import pytest
 import torch
+from forms import LikeDTensor
 
 import fastnce
-from fastnce import ops
 
 x = torch.randn(4, 3)
 images = torch.randn(2, 4, 3)
@@ -17,13 +14,6 @@ maps = torch.randn(2, 3, 4, 5)
 labels = torch.tensor([0, 1, 0, 1])
 meta = torch.empty(4, 3, device="meta")
 many = torch.empty(0, 3)
-
-
-class LikeDTensor(torch.Tensor):
-    """What the ops know a DTensor by."""
-
-    def full_tensor(self):
-        return self.as_subclass(torch.Tensor)
 
 
 def error(kind, pattern, op, *args, **kwargs):
@@ -38,7 +28,6 @@ CASES = [
     error(TypeError, r"query.*got torch.sparse_coo", "info_nce", x.to_sparse(), x),
     error(TypeError, r"query.*got a nested one", "info_nce", torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged), x),
     error(TypeError, r"positive_key.*is a DTensor.*positive_key\.full_tensor", "info_nce", x, x.as_subclass(LikeDTensor)),
-    error(TypeError, r"query.*is a DTensor.*query\.full_tensor", "info_nce", x.as_subclass(LikeDTensor), x),
     error(ValueError, r"query.*got \(3,\)", "info_nce", x[0], x),
     error(ValueError, r"query.*is empty: its shape is \(0, 3\).*at least 1", "info_nce", many, many),
     error(ValueError, r"positive_key.*got \(3, 3\)", "info_nce", x, x[:3]),
@@ -69,14 +58,10 @@ CASES = [
     error(ValueError, r"in_batch_negatives=False.*leaves no negatives.*Pass negative_keys", "info_nce", x, x, in_batch_negatives=False),
     error(ValueError, r"symmetric=True.*has no meaning with negative_keys.*Drop one", "info_nce", x, x, x, symmetric=True),
     error(ValueError, r"similarity_dtype.*got torch.float8_e5m2", "info_nce", x, x, similarity_dtype=torch.float8_e5m2),
-    error(ValueError, r"similarity_dtype.*got 'fp8'", "info_nce", x, x, similarity_dtype="fp8"),
     error(ValueError, r"similarity_dtype=torch.float8_e4m3fn.*got normalize=False: .*Drop one", "info_nce", x, x, similarity_dtype=torch.float8_e4m3fn, normalize=False),
     error(ValueError, r"similarity_dtype=torch.float8_e4m3fn.*got \(4, 2, 3\): .*Drop", "info_nce", x, x, torch.randn(4, 2, 3), similarity_dtype=torch.float8_e4m3fn),
     error(ValueError, r"backend.*='tpu' is unknown\. Expected one of: triton, cuda, native, torch", "info_nce", x, x, backend="tpu"),
-    *(
-        error(TypeError, f"query.*got {dtype}", "info_nce", x.to(dtype), x.to(dtype))
-        for dtype in (torch.int64, torch.complex64, torch.bool)
-    ),
+    error(TypeError, r"query.*got torch.complex64", "info_nce", x.to(torch.complex64), x),
     error(TypeError, "unexpected keyword argument 'temprature'", "info_nce", x, x, temprature=0.1),
     # patch_nce
     error(TypeError, r"query_features.*and key_features must both be .*key_features is Tensor", "patch_nce", [images], images),
@@ -89,7 +74,6 @@ CASES = [
     error(TypeError, r"key_features.*is torch.float64 but query_features is torch.float32", "patch_nce", images, images.double()),
     error(ValueError, r"query_features\[1\].*is on meta but query_features\[0\] is on cpu. Move all layers to one device", "patch_nce", [images, images.to("meta")], [images, images.to("meta")]),
     error(ValueError, r"negatives.*got 'all'", "patch_nce", images, images, negatives="all"),
-    error(ValueError, r"temperature.*must be positive", "patch_nce", images, images, temperature=0.0),
     # conditional_contrastive
     error(ValueError, r"embeddings.*got \(2, 4, 3\)", "conditional_contrastive", images, images, labels),
     error(ValueError, r"proxies.*got \(2, 3\)", "conditional_contrastive", x, x[:2], labels),
@@ -128,7 +112,6 @@ CASES = [
     # sup_con
     error(ValueError, r"features.*got \(2, 4, 3\)", "sup_con", images, labels),
     error(ValueError, r"labels.*got \(2,\)", "sup_con", x, labels[:2]),
-    error(ValueError, r"temperature.*must be positive", "sup_con", x, labels, temperature=-1),
     error(TypeError, r"labels.*is a DTensor but features is not", "sup_con", x, labels.as_subclass(LikeDTensor)),
     # pairwise_cosine_similarity
     error(TypeError, r"x.*got list", "pairwise_cosine_similarity", [1.0]),
@@ -152,32 +135,6 @@ def test_mistake(kind, pattern, op, args, kwargs):
 
 
 # So often for the kernels, not for an argument (test_every_op, test_second_derivatives), and over ranks (tests/distributed).
-ELSEWHERE = {"expect_fusable": 2, "_NoSecondDerivative": 1, "OverRanks": 1, "over_ranks": 1}
-
-
-def raises(inside: dict[str, int] | None = None) -> set[str]:
-    """file:line of every raise in the ops, or of those inside the definitions of these names."""
-    found = set()
-    for path in Path(ops.__file__).parent.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if inside is None or getattr(node, "name", None) in inside:
-                lines = [x.lineno for x in ast.walk(node) if isinstance(x, ast.Raise)]
-                found |= {f"{path.name}:{line}" for line in lines}
-    return found
-
-
-def test_every_raise_has_a_case():
-    reached = set()
-    for case in CASES:
-        _, _, op, args, kwargs = case.values
-        try:
-            getattr(fastnce, op)(*args, **kwargs)
-        except Exception as failure:
-            *_, (frame, line) = traceback.walk_tb(failure.__traceback__)
-            reached.add(f"{Path(frame.f_code.co_filename).name}:{line}")
-    elsewhere = raises(ELSEWHERE)
-    assert len(elsewhere) == sum(ELSEWHERE.values())
-    assert raises() - reached == elsewhere
 
 
 def test_mixed_dtypes_are_promoted_under_autocast_only():

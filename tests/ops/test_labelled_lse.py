@@ -130,21 +130,6 @@ def test_strides_a_row_of_zeros_and_the_temperature_as_a_tensor(fused_backend, d
         assert grad[3].eq(0).all()
 
 
-def test_compiled_without_a_graph_break(fused_backend, device):
-    kernels = kernels_of(fused_backend, device)
-    x, y, *labels = block(20, 31, 8, device=device)
-    tau = torch.tensor(0.5, device=device)
-
-    def function(*arguments):
-        lse = kernels.labelled_lse_forward(*arguments[:5], own=False)
-        return lse, *kernels.labelled_lse_backward(*arguments, own=False)
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    arguments = (x, y, *labels, tau, *states(x, y, *labels, tau, False))
-    for got, expected in zip(compiled(*arguments), function(*arguments), strict=True):
-        assert got.dtype == expected.dtype and torch.equal(got, expected)
-
-
 def test_labels_that_a_side_does_not_have(fused_backend, device):
     """No column of a row's label: the row's second lse is -inf, and has no part in the gradient."""
     kernels = kernels_of(fused_backend, device)

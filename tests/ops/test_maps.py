@@ -91,22 +91,15 @@ def assert_close_to_truth(name: str, dtype: torch.dtype, op: Callable | None = N
 @needs_kernels
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_results_and_gradients(name, dtype):
+def test_results_and_gradients(name, dtype, instruction_sets):
     case = CASES[name]
     inputs = inputs_of(case, dtype)
     assert maps.has_kernels(inputs[0], inputs[0].shape[1:2])
     assert not maps.has_kernels(inputs[0].double(), ())
     out = case.op(*inputs)
     assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
-    assert_close_to_truth(name, dtype)
-
-
-@needs_kernels
-def test_every_instruction_set(instruction_sets):
     for _ in instruction_sets():
-        for name in CASES:
-            for dtype in TOLERANCE:
-                assert_close_to_truth(name, dtype)
+        assert_close_to_truth(name, dtype)
 
 
 @needs_kernels

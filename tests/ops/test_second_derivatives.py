@@ -101,25 +101,6 @@ def test_fused_kernels_refuse(op, way, fused_backend):
         attempt[way]()
 
 
-def test_of_plain_pytorch_they_are_those_of_the_equation():
-    """The Hessian against differences of gradients; and of the temperature."""
-    x, y = gaussian(4, 8), gaussian(4, 8, seed=1)
-
-    def gradient(x: Tensor) -> Tensor:
-        x = x.detach().requires_grad_()
-        return torch.autograd.grad(fastnce.info_nce(x, y), x)[0]
-
-    plain = lambda x, t=0.07: fastnce.info_nce(x, y, temperature=t, backend="torch")  # noqa: E731
-    hessian = torch.autograd.functional.hessian(plain, x)
-    assert hessian.abs().max() > 0.1
-    step = torch.zeros_like(x)
-    step[1, 2] = 1e-6
-    difference = (gradient(x + step) - gradient(x - step)) / 2e-6
-    torch.testing.assert_close(hessian[1, 2], difference, rtol=1e-5, atol=1e-7)
-    tau = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda t: plain(x, t), (tau,))
-
-
 @pytest.mark.filterwarnings("ignore:Using backward")
 def test_the_first_derivative_may_be_made_with_a_graph(fused_backend):
     """As second-order optimisers do for all parameters; and be clipped in place."""

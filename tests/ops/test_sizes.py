@@ -1,10 +1,8 @@
 """The numerical contract of every loss over sizes, temperatures, labels and awkward rows: pairs of these, not all combinations."""
 
-import hypothesis
-import hypothesis.strategies as st
 import pytest
 import torch
-from forms import DTYPES, LOSSES, gaussian, info_nce_form, of_rows, samples
+from forms import DTYPES, LOSSES, gaussian, info_nce_form, of_rows, rows_of, samples
 from torch import Tensor
 
 import fastnce
@@ -13,7 +11,7 @@ from fastnce.testing import Sample, assert_close_to_truth, forget, run
 SIZES = [1, 2, 63, 64, 65, 100, 252, 256, 507]
 DEPTHS = [1, 3, 16, 27, 64, 96, 123, 256, 384, 512, 768, 1000, 1536]
 TEMPERATURES = [0.005, 0.01, 0.023, 0.07, 0.5, 1.0, 10.0]
-FORMS = ["in_batch", "symmetric", "queue", "queue in_batch", "own", "batched"]
+FORMS = ["in_batch", "symmetric", "queue", "queue in_batch", "own", "batched", "own in_batch"]
 HALF = (torch.bfloat16, torch.float16)
 LABELLED = [op for op in LOSSES if "labels" in next(iter(samples(op).values())).arguments]
 each_loss = pytest.mark.parametrize("op", LOSSES)
@@ -31,7 +29,7 @@ def shaped(op: str, index: int, dtype: torch.dtype) -> Sample:
     elif op == "patch_nce" and dtype in (torch.float64, torch.float16):  # it has no other reduction
         count = min(count, 8)
     tau = TEMPERATURES[(3 * index) % 7]
-    lead = (3,) if op == "info_nce" and "batched" in FORMS[(index + index // 9) % 6] else ()
+    lead = (3,) if op == "info_nce" and "batched" in FORMS[(index + index // 9) % 7] else ()
     x = gaussian(*lead, count, depth, seed=index)
     y = x + (1.0 if op == "nt_xent" else 0.7) * gaussian(*lead, count, depth, seed=index + 1)
     options = {"temperature": tau, "reduction": reduction}
@@ -40,7 +38,8 @@ def shaped(op: str, index: int, dtype: torch.dtype) -> Sample:
     if op == "info_nce":
         other = SIZES[(5 * index + 3) % 9]
         rows = gaussian(other, depth, seed=index + 2), gaussian(count, min(other, 10), depth)
-        options |= info_nce_form(FORMS[(index + index // 9) % 6], *(r.to(dtype) for r in rows))
+        options["normalize"] = depth > 16 or tau < 0.5
+        options |= info_nce_form(FORMS[(index + index // 9) % 7], *(r.to(dtype) for r in rows))
     elif op == "patch_nce":
         options["negatives"] = ("image", "batch")[index % 2]
         x, y = (z.unflatten(0, (2, -1)) if count % 2 == 0 else z for z in (x, y))
@@ -153,43 +152,6 @@ def test_labellings(op, labelling, fused_backend, needs_support):
 # What may and may not change a loss.
 
 
-def grads(op: str, rows: list[Tensor], backend: str, **options) -> tuple[Tensor, list[Tensor]]:
-    """The unreduced result in double, and the gradients of the rows for upstream gradients that differ."""
-    sample = of_rows(op, rows, torch.float64, reduction="none", **options)
-    got = run(op, sample, backend=backend)
-    out = got.pop("out")
-    return out, [x.flatten(0, -2) for x in got.values()]
-
-
-@each_loss
-def test_only_the_direction_of_a_row_matters(op, backend):
-    """Its length divides the gradient, which has no part along the row."""
-    rows = [gaussian(20, 6, seed=seed) for seed in range(2)]
-    factors = torch.logspace(-6, 6, 20, dtype=torch.float64).unsqueeze(1)
-    out, of_rows = grads(op, rows, backend)
-    scaled, of_scaled = grads(op, [rows[0] * factors, rows[1] / factors], backend)
-    torch.testing.assert_close(scaled, out)
-    for x, grad, other, factor in zip(
-        rows, of_rows, of_scaled, (factors, 1 / factors), strict=False
-    ):
-        torch.testing.assert_close(other * factor, grad, rtol=1e-6, atol=1e-9)
-        torch.testing.assert_close((x * grad).sum(-1), torch.zeros(20, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("op", [op for op in LOSSES if op != "patch_nce"])
-def test_permuting_samples_permutes_losses_and_renaming_classes_changes_nothing(op, backend):
-    rows = [gaussian(20, 6, seed=seed) for seed in range(2)]
-    labels, order = torch.arange(20) % 5, torch.arange(20) * 7 % 20
-    names = torch.tensor([2**63 - 1, -(2**63), 5, 2**33 + 5, -1])  # equal in their lower 32 bits
-    out, _ = grads(op, rows, backend, labels=labels)
-    permuted, _ = grads(op, [x[order] for x in rows], backend, labels=names[labels][order])
-    if op == "pairwise_cosine_similarity":
-        expected = out[order][:, order]
-    else:
-        expected = out.view(-1, 20)[:, order].flatten()  # of nt_xent two views
-    torch.testing.assert_close(permuted, expected)
-
-
 @each_loss
 def test_one_tensor_for_every_argument(op, backend, needs_support):
     needs_support(op, backend)
@@ -211,11 +173,11 @@ def test_one_tensor_for_every_argument(op, backend, needs_support):
 
 @each_loss
 def test_expanded_rows(op, fused_backend, needs_support):
-    """Strides of zero."""
+    """Strides of zero; as own negatives of every query a queue."""
     needs_support(op, fused_backend)
-    sample = of_rows(op, (gaussian(9, 6), gaussian(9, 6, seed=1)), torch.float32)
-    names = [name for name, x in sample.arguments.items() if x.is_floating_point()]
-    for dim, name in zip((-2, -1), names, strict=False):
+    options = info_nce_form("own", None, gaussian(9, 4, 6).float()) if op == "info_nce" else {}
+    sample = of_rows(op, (gaussian(9, 6), gaussian(9, 6, seed=1)), torch.float32, **options)
+    for dim, name in zip((-2, -1, -3), rows_of(sample), strict=False):
         x = sample.arguments[name].detach()
         sample.arguments[name] = x.narrow(dim, 0, 1).expand(x.shape).requires_grad_()
     assert_close_to_truth(op, fused_backend, sample, torch.float32)
@@ -239,27 +201,3 @@ def test_rows_further_apart_than_int32_reaches(op, fused_backend, needs_support)
         assert_close_to_truth(op, fused_backend, sample, torch.bfloat16)
     finally:
         forget()  # with 6 GB of addresses held, the system may refuse to fork
-
-
-@hypothesis.given(
-    batch=st.integers(1, 3),
-    count=st.integers(1, 70),
-    other=st.integers(1, 70),
-    depth=st.integers(1, 40),
-    tau=st.floats(0.02, 5),
-    form=st.sampled_from([*FORMS[:5], "own in_batch"]),
-    reduction=st.sampled_from(["mean", "sum", "none"]),
-    normalize=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
-def test_any_info_nce(
-    fused_backend, batch, count, other, depth, tau, form, reduction, normalize, seed
-):
-    shape = batch, count, depth
-    rows = gaussian(other, depth), gaussian(batch, count, min(other, 6), depth)
-    options = info_nce_form(form, *(x.float() for x in rows))
-    options |= {"temperature": tau, "reduction": reduction, "normalize": normalize}
-    rows = gaussian(*shape, seed=seed), gaussian(*shape, seed=seed + 1)
-    sample = of_rows("info_nce", rows, torch.float32, **options)
-    assert_close_to_truth("info_nce", fused_backend, sample, torch.float32)

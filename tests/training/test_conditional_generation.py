@@ -14,8 +14,7 @@ from fastnce.data import list_images
 from fastnce.demo.judges import DigitClassifier
 from fastnce.errors import UserError
 from fastnce.systems import SYSTEMS
-from fastnce.systems.contragan import judge_of
-from fastnce.systems.generating import interpolate, latent
+from fastnce.systems.contragan import interpolate, judge_of, latent
 from fastnce.systems.system import Ablation
 from fastnce.training import evaluate_run, export_shared, generate_folder, load_generator, train
 from fastnce.training.ablation import ablate, ablations, compare, format_ablation
@@ -58,7 +57,7 @@ def test_the_average_starts_late(whole):
 
 def test_collapse_is_said(tiny, capsys, monkeypatch):
     monkeypatch.setattr(
-        "fastnce.systems.generating.sample_images",
+        "fastnce.systems.contragan.sample_images",
         lambda g, z, labels, size=256: torch.zeros(len(z), 3, 16, 16),
     )
     train(tiny(steps=2, measure_every=2))

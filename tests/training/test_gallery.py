@@ -17,12 +17,11 @@ from PIL import Image
 
 from fastnce import cli, viz
 from fastnce.errors import UserError
-from fastnce.training import build_config, load_config
+from fastnce.training import Run, build_config
 from fastnce.training.config import from_dict
 from fastnce.training.gallery import training_command, write_gallery
 from fastnce.training.log import read_metrics
-from fastnce.viz.embedded import embed
-from fastnce.viz.gallery import GalleryRun, gallery_page
+from fastnce.viz.gallery import GalleryRun, embed, gallery_page
 from fastnce.viz.line_chart import (
     BOTTOM,
     HEIGHT,
@@ -113,7 +112,7 @@ def test_a_run_is_on_the_page(run):
     assert "translated: a sentence" in page.text and "note" not in page.cells
     for option, own, default in (("base_channels", "2 *", "64"), ("temperature", "0.07", "0.07")):
         assert page.cells[page.cells.index(option) + 1 :][:2] == [own, default]
-    assert training_command(load_config(run)) in page.text
+    assert training_command(Run(run).config) in page.text
 
 
 def test_runs_side_by_side():

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fastnce.errors import UserError
 from fastnce.training import (
+    Run,
     export_published,
     export_shared,
-    load_config,
     load_generator,
     train,
     translate,
@@ -331,7 +331,7 @@ def test_training_starts_from_published_weights(published, tiny, capsys, epoch):
     assert_starts_from(run, OFFICIAL)
     printed = capsys.readouterr().out
     assert all(f"/{epoch or 'latest'}_net_{name}.pth" in printed for name in "GDF")
-    assert load_config(run).init_from == published / epoch
+    assert Run(run).config.init_from == published / epoch
     # It goes on without them; a network without a file starts anew.
     published.rename(published.with_name("gone"))
     train(tiny(**SAME, init_from=published / epoch, lr=1e-12, steps=2))

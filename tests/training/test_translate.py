@@ -6,10 +6,10 @@ import torch
 
 from fastnce.errors import UserError
 from fastnce.networks import ResnetGenerator
-from fastnce.systems.two_way import TwoWayGenerators
+from fastnce.systems.cyclegan import TwoWayGenerators
 from fastnce.training import (
+    Run,
     build_config,
-    load_config,
     load_generator,
     train,
     translate,
@@ -46,7 +46,7 @@ def test_load_generator_mistakes(tiny, tmp_path):
         load_generator(run, which="mean")
     (run / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json: is damaged"):
-        load_config(run)
+        Run(run)
 
 
 def test_a_checkpoint_of_another_generator(whole, tiny, tmp_path):

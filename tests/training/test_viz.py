@@ -4,7 +4,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastnce.viz import sample_grid, save_loss_plot, save_measurement_plot, save_sample_grid
+from fastnce.viz.plots import (
+    sample_grid,
+    save_loss_plot,
+    save_measurement_plot,
+    save_sample_grid,
+)
 
 
 def test_small_images_are_enlarged_pixel_by_pixel():
