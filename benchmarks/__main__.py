@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import sys
 import time
@@ -23,10 +22,10 @@ from benchmarks import (
     targets,
     waiting,
 )
+from fastnce.errors import UserError, known
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _SIZES = ("quick", "full", "table", "target")
-_PRECISIONS = ("highest", "high", "medium")
 _OF_ALL_OPS = ("all", "table", "demo")
 _COMMANDS = {
     "all": "all ops",
@@ -39,7 +38,6 @@ _COMMANDS = {
     "gpu-report": "on a machine with a GPU: builds, tests, measures, judges; writes results.json, results.md",
     "gpu-targets": "what the GPU kernels must reach: judges the --results of a gpu-report, or says what is not measured",
 }
-_NAMES = (*cases.OPS, *_COMMANDS)
 _DESCRIPTION = """\
 Times the fused losses against plain PyTorch, torch.compile, fused attention and the published eager forms.
 Every provider is first checked against fp64; one that is wrong is reported as wrong and not timed."""
@@ -78,7 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="DIR", help="folder of the report; without it, it is printed")
     add("--dtype", nargs="+", choices=_DTYPES, help="of the inputs (default: float32 on a CPU)")
     add("--size", choices=_SIZES, default="quick", help="cases (default quick); target: on a GPU")
-    add("--precision", choices=_PRECISIONS, help="torch.set_float32_matmul_precision, for all")
+    add(
+        "--precision",
+        choices=("highest", "high", "medium"),
+        help="torch.set_float32_matmul_precision, for all",
+    )
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     compiles = "whether torch.compile takes part (default: on a GPU, and with --size full or table)"
@@ -102,10 +104,10 @@ def _positive(text: str) -> float:
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.command not in _NAMES:
-        near = difflib.get_close_matches(args.command, _NAMES, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(_NAMES)}."
-        parser.error(f"unknown command {args.command!r}; {hint}")
+    try:
+        known(args.command, (*cases.OPS, *_COMMANDS), "command")
+    except UserError as error:
+        parser.error(str(error))
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU on this machine; use --device cpu")
     if args.threads is not None and args.threads < 1:

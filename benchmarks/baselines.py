@@ -171,13 +171,8 @@ def _attend(query: Tensor, key: Tensor, scale: float, kernel: str) -> tuple[Tens
         return aten._scaled_dot_product_flash_attention_for_cpu(query, key, key, scale=scale)
     if kernel == "flash":
         return aten._scaled_dot_product_flash_attention(query, key, key, scale=scale)[:2]
-    if kernel == "cudnn":
-        return aten._scaled_dot_product_cudnn_attention(query, key, key, None, True, scale=scale)[
-            :2
-        ]
-    return aten._scaled_dot_product_efficient_attention(query, key, key, None, True, scale=scale)[
-        :2
-    ]
+    attend = getattr(aten, f"_scaled_dot_product_{kernel}_attention")  # cudnn, efficient
+    return attend(query, key, key, None, True, scale=scale)[:2]
 
 
 def attention_kernels(device: torch.device, dtype: torch.dtype, dim: int) -> dict[str, str]:

@@ -8,7 +8,6 @@ are cheaper in a larger batch would make the true share larger by that factor.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,27 +17,14 @@ import torch
 
 import fastnce
 from benchmarks import baselines, machine, report
-from benchmarks.case import Draw
-from benchmarks.timing import seconds_of
+from benchmarks.cases import Draw
+from benchmarks.timing import median_seconds
 from fastnce.models import ContraGAN, ContraGANConfig
 from fastnce.training import build_config
 
 # Preset, images of a batch, images of the batch that the networks are timed with on a CPU.
 SETTINGS = (("cifar10", 64, 16), ("tiny-imagenet", 1024, 8))
 _NETWORK_REPEATS, _LOSS_REPEATS = 3, 7
-_COLUMNS = (
-    "setting",
-    "batch x D",
-    "networks, s per step",
-    "timed with",
-    "2C fused",
-    "plain PyTorch",
-    "published form",
-)
-
-
-def _seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
-    return statistics.median(seconds_of(call, 1 + repeats, device)[1:])
 
 
 def _loss_seconds(config: ContraGANConfig, count: int, op: Callable, device: torch.device) -> float:
@@ -46,7 +32,7 @@ def _loss_seconds(config: ContraGANConfig, count: int, op: Callable, device: tor
     embeddings = draw.normal(count, config.embed_dim).requires_grad_()
     labels = draw.labels(count, config.num_classes)
     proxies = draw.normal(config.num_classes, config.embed_dim)[labels].requires_grad_()
-    return _seconds(lambda: op(embeddings, proxies, labels).backward(), _LOSS_REPEATS, device)
+    return median_seconds(lambda: op(embeddings, proxies, labels).backward(), _LOSS_REPEATS, device)
 
 
 def measure(preset: str, count: int, timed: int, device: torch.device) -> dict:
@@ -61,7 +47,7 @@ def measure(preset: str, count: int, timed: int, device: torch.device) -> dict:
         "image": torch.rand(total, *size, device=device) * 2 - 1,
         "label": torch.randint(config.num_classes, (total,), device=device),
     }
-    step = _seconds(lambda: model.training_step(batch), _NETWORK_REPEATS, device)
+    step = median_seconds(lambda: model.training_step(batch), _NETWORK_REPEATS, device)
     networks, updates = step * count / timed, config.d_steps + 1
     losses = {
         "fused": fastnce.conditional_contrastive,
@@ -92,17 +78,19 @@ def table(rows: list[dict], title: str) -> str:
         return f"{1e3 * row[f'{name}_seconds']:.1f} ms, {100 * row[f'{name}_share']:.3f} %"
 
     lines = [
-        (
-            row["preset"],
-            f"{row['batch']} x {row['embed_dim']}",
-            f"{row['networks_seconds']:.1f}",
-            f"{row['networks_timed_with']} images",
-            *(of(row, name) for name in ("fused", "plain", "published")),
-        )
+        {
+            "setting": row["preset"],
+            "batch x D": f"{row['batch']} x {row['embed_dim']}",
+            "networks, s per step": f"{row['networks_seconds']:.1f}",
+            "timed with": f"{row['networks_timed_with']} images",
+            "2C fused": of(row, "fused"),
+            "plain PyTorch": of(row, "plain"),
+            "published form": of(row, "published"),
+        }
         for row in rows
     ]
     note = "Medians; the loss in ms and as a share of the step. All updates of a step together, forward and backward."
-    return f"# {title}\n\n{report.table(_COLUMNS, lines)}\n\n{note}\n"
+    return f"# {title}\n\n{report.table_of(lines)}\n\n{note}\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,9 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(measure(preset, count, count if device.type == "cuda" else timed, device))
         print(rows[-1], file=sys.stderr)
     text = table(rows, f"The 2C loss within a ContraGAN step on {facts['device']}")
-    print(text)
-    stem = f"{machine.slug(facts['device'])}-class-loss-share"
-    report.save(args.out, stem, {"machine": facts, "rows": rows}, text)
+    report.publish(args.out, "class-loss-share", facts, {"rows": rows}, text)
     return 0
 
 

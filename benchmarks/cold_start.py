@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -106,12 +104,15 @@ def _calls() -> dict[str, list[float]]:
         with tempfile.TemporaryDirectory() as cache:
             for state in ("empty", "filled"):
                 environment = {**os.environ, "TRITON_CACHE_DIR": cache}
-                command = [sys.executable, "-m", "benchmarks.cold_start", "--call", step]
-                done = subprocess.run(
-                    command, env=environment, check=True, stdout=subprocess.PIPE, text=True
-                )
-                found[f"{step}, cache {state}"] = json.loads(done.stdout.splitlines()[-1])
+                times = machine.in_fresh_process(environment, _two_calls, step)
+                found[f"{step}, cache {state}"] = times
     return found
+
+
+def _two_calls(step: str) -> list[float]:
+    gpu = torch.device("cuda")
+    torch.zeros(1, device=gpu).add_(1)  # the device's own start
+    return seconds_of(lambda: STEPS[step](gpu), 2, gpu)
 
 
 def table(found: dict, device: str) -> str:
@@ -145,13 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--out", type=Path, help="folder for the JSON and the table")
     add("--targets", type=int, nargs="+", choices=TARGETS, default=TARGETS)
-    add("--call", choices=STEPS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.call:
-        gpu = torch.device("cuda")
-        torch.zeros(1, device=gpu).add_(1)  # the device's own start
-        print(json.dumps(seconds_of(lambda: STEPS[args.call](gpu), 2, gpu)))
-        return 0
     if importlib.util.find_spec("triton") is None:
         missing = "Triton is not installed. Run: pip install triton"
         print(f"benchmarks cold_start: {missing}", file=sys.stderr)
@@ -165,10 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     calls = _calls() if torch.cuda.is_available() else {}
     found = {"compile_cpu_seconds": compiled, "calls": calls}
     text = table(found, facts["device"])
-    print(text)
-    report.save(
-        args.out, f"{machine.slug(facts['device'])}-cold-start", {"machine": facts, **found}, text
-    )
+    report.publish(args.out, "cold-start", facts, found, text)
     return 0
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,14 +27,6 @@ PROVIDERS = ("eager fp32", "fastnce fp32", "fastnce bf16")
 _CHECK_SIZE = 64
 # Multiply-adds of a step on two 256 x 256 images, in 1e9: as published, and without the second pass for the keys.
 _GMAC = {"eager": 711.6, "fastnce": 642.7}
-_COLUMNS = (
-    "step",
-    "seconds",
-    "eager / this",
-    "GMAC/s of the published step",
-    "peak memory, MB",
-    "share of eager's",
-)
 _GROUPS = {
     "3x3 convolutions (Winograd)": ("fastnce::conv3x3",),
     "other convolutions (oneDNN)": ("aten::mkldnn_convolution", "aten::convolution_backward"),
@@ -112,14 +103,9 @@ def check() -> dict[str, float]:
         "eager fp32": _difference(results["eager", torch.float32], truth),
         "fastnce fp32": _difference(results["fastnce", torch.float32], truth),
     }
-    require_same(found)
-    return found
-
-
-def require_same(found: Mapping[str, float]) -> None:
-    """Raises a RuntimeError unless the differences that ``check`` found are those of rounding."""
     if not (found["float64"] < 1e-4 and found["fastnce fp32"] < 3 * found["eager fp32"]):
         raise RuntimeError(f"cut_step: not the same step, relative differences {found}")
+    return found
 
 
 def _difference(got: list[Tensor], truth: list[Tensor]) -> float:
@@ -159,17 +145,7 @@ def breakdown(provider: str, size: int) -> dict[str, float]:
 
 def peak_bytes(provider: str, size: int) -> int:
     """By how much the resident memory of a process of its own rises: networks, Adam and two steps."""
-    command = [sys.executable, "-m", "benchmarks.cut_step", "--peak-of", provider]
-    command += ["--size", str(size)]
-    done = subprocess.run(
-        command,
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=machine.ROOT,
-        env=os.environ | memory.GLIBC,
-    )
-    return int(done.stdout.split()[-1])
+    return machine.in_fresh_process(os.environ | memory.GLIBC, _own_peak, provider, size)
 
 
 def _own_peak(provider: str, size: int) -> int:
@@ -181,27 +157,32 @@ def _own_peak(provider: str, size: int) -> int:
     return memory.status_bytes("VmHWM") - before
 
 
-def markdown(results: Mapping) -> str:
+def markdown(facts: Mapping, results: Mapping) -> str:
     """The report."""
     size, found, times = results["size"], results["check"], results["seconds"]
     eager, eager_peak = statistics.median(times["eager fp32"]), results["peak_bytes"]["eager fp32"]
     steps = []
     for provider, seconds in times.items():
         median, peak = statistics.median(seconds), results["peak_bytes"][provider]
-        spread = f"{median:.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
-        rate = f"{_GMAC['eager'] / median * (size / 256) ** 2:.0f}"
-        sizes = (f"{peak / 1e6:.0f}", f"{peak / eager_peak:.2f}")
-        steps.append((provider, spread, f"{eager / median:.2f}", rate, *sizes))
+        step = {
+            "step": provider,
+            "seconds": f"{median:.2f} ({min(seconds):.2f} to {max(seconds):.2f})",
+            "eager / this": f"{eager / median:.2f}",
+            "GMAC/s of the published step": f"{_GMAC['eager'] / median * (size / 256) ** 2:.0f}",
+            "peak memory, MB": f"{peak / 1e6:.0f}",
+            "share of eager's": f"{peak / eager_peak:.2f}",
+        }
+        steps.append(step)
     shares = [
         (group, *(f"{of[group]:.2f}" for of in results["breakdown"].values()))
         for group in (*_GROUPS, "other")
     ]
     return f"""\
-# A training step of CUT on {results["machine"]["device"]}
+# A training step of CUT on {facts["device"]}
 
-{size} x {size}, batch 1, {results["machine"]["threads"]} threads, median of {len(seconds)} steps in turns (smallest to largest).
+{size} x {size}, batch 1, {facts["threads"]} threads, median of {len(seconds)} steps in turns (smallest to largest).
 
-{report.table(_COLUMNS, steps)}
+{report.table_of(steps)}
 
 Where the time of a profiled step goes, seconds:
 
@@ -220,19 +201,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for the JSON and the table")
     parser.add_argument("--size", type=int, default=256, help="height and width (default 256)")
     parser.add_argument("--rounds", type=int, default=5, help="steps timed of each (default 5)")
-    parser.add_argument("--peak-of", choices=PROVIDERS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.peak_of:
-        print(_own_peak(args.peak_of, args.size))
-        return 0
     facts = machine.describe(torch.device("cpu"))
-    results = {"machine": facts, "size": args.size, "check": check()}
+    results = {"size": args.size, "check": check()}
     results["seconds"] = time_steps(args.size, args.rounds)
     results["breakdown"] = {p: breakdown(p, args.size) for p in PROVIDERS}
     results["peak_bytes"] = {p: peak_bytes(p, args.size) for p in PROVIDERS}
-    text = markdown(results)
-    print(text)
-    report.save(args.out, f"{machine.slug(facts['device'])}-cut_step", results, text)
+    report.publish(args.out, "cut_step", facts, results, markdown(facts, results))
     return 0
 
 

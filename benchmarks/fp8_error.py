@@ -6,7 +6,6 @@ the rounding. It is the same on every backend, up to the order of sums.
 
 from __future__ import annotations
 
-import argparse
 import math
 
 import torch
@@ -77,32 +76,21 @@ def measure(name: str, dim: int, seed: int = 0) -> dict[str, object]:
 
 def table() -> str:
     """Markdown."""
-    columns = (
-        "rows",
-        "D",
-        "cosine, rms",
-        "times sqrt(D)",
-        "cosine, largest",
-        "loss",
-        "its error",
-        "gradient's error",
-    )
     lines = []
     for row in (measure(name, dim) for name in DISTRIBUTIONS for dim in DIMS):
-        rms, loss = row["cosine_rms"], row["loss"]
-        scaled, largest = f"{rms * math.sqrt(row['dim']):.3f}", f"{row['cosine_max']:.1e}"
-        errors = (f"{row['loss_error']:+.1e}", f"{100 * row['gradient_error']:.1f} %")
-        dim = str(row["dim"])
-        lines.append((row["rows"], dim, f"{rms:.1e}", scaled, largest, f"{loss:.3f}", *errors))
-    return report.table(columns, lines)
-
-
-def main(argv: list[str] | None = None) -> int:
-    prog = "python -m benchmarks.fp8_error"
-    argparse.ArgumentParser(prog=prog, description=__doc__.split("\n")[0]).parse_args(argv)
-    print(table())
-    return 0
+        line = {
+            "rows": row["rows"],
+            "D": str(row["dim"]),
+            "cosine, rms": f"{row['cosine_rms']:.1e}",
+            "times sqrt(D)": f"{row['cosine_rms'] * math.sqrt(row['dim']):.3f}",
+            "cosine, largest": f"{row['cosine_max']:.1e}",
+            "loss": f"{row['loss']:.3f}",
+            "its error": f"{row['loss_error']:+.1e}",
+            "gradient's error": f"{100 * row['gradient_error']:.1f} %",
+        }
+        lines.append(line)
+    return report.table_of(lines)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    print(table())

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import platform
 import re
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-from benchmarks.timing import quartiles, seconds_of
+from benchmarks.timing import median_seconds
 from fastnce.backends import native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def describe(device: torch.device) -> dict[str, Any]:
     """The facts by which a reader judges a timing: hardware, versions, threads, and what else was running."""
     facts = {
-        "device": device_name(device),
+        "device": f"{_cpu_model()}, {os.cpu_count()} cores",
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -42,6 +45,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts |= {
+            "device": torch.cuda.get_device_name(device),
             "gpu_memory_gb": round(properties.total_memory / 1e9, 1),
             "multiprocessors": properties.multi_processor_count,
             "compute_capability": f"{properties.major}.{properties.minor}",
@@ -49,13 +53,6 @@ def describe(device: torch.device) -> dict[str, Any]:
             "driver": _driver(),
         }
     return facts
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with its number of cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_cpu_model()}, {os.cpu_count()} cores"
 
 
 def slug(name: str) -> str:
@@ -104,19 +101,14 @@ def _rate(device: torch.device, dtype: torch.dtype, calls: int) -> float:
     if dtype == torch.float64:
         size //= 2
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / _median(lambda: torch.mm(a, b), calls, device) / 1e9
+    return 2 * size**3 / median_seconds(lambda: torch.mm(a, b), calls, device) / 1e9
 
 
 def bandwidth(device: torch.device, calls: int = 10) -> float:
     """GB/s of the memory: bytes read and written by a copy far larger than any cache, the median of ``calls``."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _median(lambda: target.copy_(source), calls, device) / 1e9
-
-
-def _median(call: Callable[[], object], calls: int, device: torch.device) -> float:
-    seconds_of(call, 2, device)
-    return quartiles(seconds_of(call, calls, device))["median"]
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), calls, device) / 1e9
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -130,6 +122,18 @@ def free_bytes(device: torch.device) -> int | None:
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return None
+
+
+def in_fresh_process(
+    environment: dict[str, str], call: Callable[..., Any], *arguments: object
+) -> Any:
+    """``call(*arguments)`` in a process that begins with this environment; raises what it raises."""
+    context = multiprocessing.get_context("spawn")
+    with (
+        mock.patch.dict(os.environ, environment, clear=True),
+        ProcessPoolExecutor(1, mp_context=context) as pool,
+    ):
+        return pool.submit(call, *arguments).result()
 
 
 @contextlib.contextmanager

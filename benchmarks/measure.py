@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from benchmarks import machine, memory, rivals
-from benchmarks.case import Call, Case, Inputs, Provider, leaves
+from benchmarks.cases import Call, Case, Inputs, Provider, leaves
 from benchmarks.timing import forget_upstream, run, time_interleaved
 
 Entry = dict[str, Any]
@@ -54,13 +55,11 @@ def in_double(inputs: Inputs) -> Inputs:
     """The same numbers in fp64."""
 
     def convert(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [convert(x) for x in value]
         if isinstance(value, Tensor) and value.is_floating_point():
             return value.detach().double().requires_grad_(value.requires_grad)
         return value
 
-    return {name: convert(value) for name, value in inputs.items()}
+    return tree_map(convert, inputs)
 
 
 def _fault(error: dict[str, float], bound: dict[str, float], against: str) -> str:

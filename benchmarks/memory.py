@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import cases, rivals
-from benchmarks.case import Case, Provider
+from benchmarks.cases import Case, Provider
 from benchmarks.machine import ROOT
 from benchmarks.timing import forget_upstream, quartiles, run
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.overhead OTHER_CHECKOUT [--rounds 15]
 
-One process per checkout, of which only one works at a time: they take turns, so that a busy machine hinders both alike. Of every
-round counts the quickest batch of calls, of all rounds the median. One thread, the compiled CPU kernels.
+The checkouts take turns, so that a busy machine hinders both alike. Of every round, a process of its own, counts the quickest
+batch of calls, of all rounds the median. One thread, the compiled CPU kernels.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,32 +59,21 @@ def _calls() -> dict[str, Callable[[], object]]:
     }
 
 
-def _serve() -> None:
-    """One round, as a line of JSON, for every line that comes."""
-    import torch
-
-    torch.set_num_threads(1)
-    calls = _calls()
-    for _ in sys.stdin:
-        print(json.dumps({name: _microseconds(call) for name, call in calls.items()}), flush=True)
-
-
 def _microseconds(call: Callable[[], object]) -> float:
-    quickest = float("inf")
-    for _ in range(_BATCHES):
-        start = time.process_time()
-        for _ in range(_CALLS):
-            call()
-        quickest = min(quickest, time.process_time() - start)
-    return 1e6 * quickest / _CALLS
+    batches = timeit.repeat(call, timer=time.process_time, repeat=_BATCHES, number=_CALLS)
+    return 1e6 * min(batches) / _CALLS
 
 
-def _worker(checkout: Path) -> subprocess.Popen:
-    # This file is run by its path, and fastnce found in the checkout.
+def _round(checkout: Path) -> dict[str, float]:
+    """Microseconds of each call, in a process that finds fastnce in the checkout."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "FASTNCE_BACKEND": "native"}
-    command = [sys.executable, __file__, "--serve"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, cwd=checkout, **pipes)
+    environment |= {"OMP_NUM_THREADS": "1"}
+    # This file is run by its path.
+    command = [sys.executable, __file__, "--round"]
+    done = subprocess.run(
+        command, env=environment, cwd=checkout, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return json.loads(done.stdout)
 
 
 def main() -> None:
@@ -91,26 +81,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("other", type=Path, nargs="?", help="another checkout, built")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--round", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.serve:
-        return _serve()
+    if args.round:
+        print(json.dumps({name: _microseconds(call) for name, call in _calls().items()}))
+        return
     if args.other is None:
         parser.error("name another checkout")
-    here = Path(__file__).resolve().parents[1]
-    workers = [_worker(checkout) for checkout in (here, args.other.resolve())]
-    rounds: list[list[dict[str, float]]] = [[], []]
-    for _ in range(args.rounds + 1):
-        for worker, found in zip(workers, rounds, strict=True):
-            worker.stdin.write("\n")
-            worker.stdin.flush()
-            found.append(json.loads(worker.stdout.readline()))
-    for worker in workers:
-        worker.stdin.close()
+    checkouts = (Path(__file__).resolve().parents[1], args.other.resolve())
+    rounds = [[_round(checkout) for checkout in checkouts] for _ in range(args.rounds)]
     print("| forward and backward, in us | this checkout | the other | ratio |\n|---|---|---|---|")
     for name in rounds[0][0]:
-        # The first round warms up.
-        new, old = (statistics.median(x[name] for x in found[1:]) for found in rounds)
+        new, old = (
+            statistics.median(x[name] for x in found) for found in zip(*rounds, strict=True)
+        )
         print(f"| {name} | {new:.1f} | {old:.1f} | {new / old:.2f} |")
 
 

@@ -8,18 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.machine import ROOT, slug
+
 FORMAT = 2
-_COLUMNS = (
-    "provider",
-    "median",
-    "quartiles",
-    "against eager",
-    "GFLOP/s",
-    "of peak",
-    "of mm",
-    "memory",
-)
 _LEGEND = (
     "Times are forward and backward together where gradients are named, medians of interleaved calls. GFLOP/s count only the "
     "products that loss and gradients cannot do without. *of peak* is that rate as a share of the multiply-adds that the "
@@ -40,16 +31,26 @@ def save(out: Path | None, stem: str, document: dict[str, Any], text: str) -> No
         os.replace(beside, out / f"{stem}{name}")
 
 
+def publish(
+    out: Path | None, name: str, machine: dict[str, Any], document: dict[str, Any], text: str
+) -> None:
+    """Prints a text, and saves it and the document, with the machine's facts, as ``<device>-<name>``."""
+    print(text)
+    save(out, f"{slug(machine['device'])}-{name}", {"machine": machine, **document}, text)
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Markdown, the columns aligned."""
     lines = [columns, *rows]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    text = [
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))} |"
-        for cells in lines
-    ]
+    text = [f"| {' | '.join(map(str.ljust, cells, widths))} |" for cells in lines]
     text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(text)
+
+
+def table_of(rows: Sequence[dict[str, str]]) -> str:
+    """Markdown of rows that have the same keys, the titles."""
+    return table([*rows[0]], [[*row.values()] for row in rows])
 
 
 def write(
@@ -101,20 +102,14 @@ def case_table(entry: dict[str, Any]) -> str:
         facts += f"; peak {entry['fma_peak_gflops']:,.0f} GFLOP/s"
     timed = [row for row in entry["providers"] if row["seconds"]]
     eager = next((row for row in timed if row["name"] == "eager"), None)
-    columns, rows = [*_COLUMNS], [_cells(row, eager) for row in timed]
-    if alone:
-        columns.append("the op's share")
-        for cells, row in zip(rows, timed, strict=True):
-            cells.append(_share(row, eager))
-    if any("rank_peak_bytes" in row for row in timed):
-        columns.append("peak per rank")
-        for cells, row in zip(rows, timed, strict=True):
-            cells.append(f"{row['rank_peak_bytes'] / 1e6:,.0f} MB")
+    rows = [_cells(row, eager) for row in timed]
     unmeasured = {row["peak_extra_note"] for row in entry["providers"] if "peak_extra_note" in row}
-    notes = [
-        f"- {row['name']}: {_note(row)}" for row in entry["providers"] if row["status"] != "ok"
-    ]
-    parts = [heading, facts, *([table(columns, rows)] if rows else [])]
+    notes = []
+    for row in entry["providers"]:
+        status = "" if row["status"] in ("unavailable", "skipped") else f"{row['status'].upper()}, "
+        if row["status"] != "ok":
+            notes.append(f"- {row['name']}: {status}{row['reason']}")
+    parts = [heading, facts, *([table_of(rows)] if rows else [])]
     if unmeasured:
         parts.append(f"Peak memory is missing: {'; '.join(sorted(unmeasured))}.")
     if notes:
@@ -122,27 +117,28 @@ def case_table(entry: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _note(row: dict[str, Any]) -> str:
-    absent = row["status"] in ("unavailable", "skipped")
-    return row["reason"] if absent else f"{row['status'].upper()}, {row['reason']}"
-
-
 def _spread(seconds: dict[str, float]) -> str:
     return f"{duration(seconds['q1'])} to {duration(seconds['q3'])}"
 
 
-def _cells(row: dict[str, Any], eager: dict[str, Any] | None) -> list[str]:
+def _cells(row: dict[str, Any], eager: dict[str, Any] | None) -> dict[str, str]:
+    """By the columns' titles."""
     seconds, memory = row["seconds"], row.get("working_bytes")
-    return [
-        f"**{row['name']}**" if row["ours"] else row["name"],
-        duration(seconds["median"]),
-        f"{_spread(seconds)}, n = {seconds['samples']}",
-        f"{_median(eager) / seconds['median']:.2f}x" if eager else "",
-        _three_digits(row["gflops"]) if "gflops" in row else "",
-        _percent(row["share_of_peak"]) if "share_of_peak" in row else "",
-        _percent(row["share_of_matmul"]) if "share_of_matmul" in row else "",
-        f"{memory / 1e6:,.1f} MB" if memory is not None else "",
-    ]
+    cells = {
+        "provider": f"**{row['name']}**" if row["ours"] else row["name"],
+        "median": duration(seconds["median"]),
+        "quartiles": f"{_spread(seconds)}, n = {seconds['samples']}",
+        "against eager": f"{_median(eager) / seconds['median']:.2f}x" if eager else "",
+        "GFLOP/s": _three_digits(row["gflops"]) if "gflops" in row else "",
+        "of peak": _percent(row["share_of_peak"]) if "share_of_peak" in row else "",
+        "of mm": _percent(row["share_of_matmul"]) if "share_of_matmul" in row else "",
+        "memory": f"{memory / 1e6:,.1f} MB" if memory is not None else "",
+    }
+    if "seconds_above_alone" in row:
+        cells["the op's share"] = _share(row, eager)
+    if "rank_peak_bytes" in row:
+        cells["peak per rank"] = f"{row['rank_peak_bytes'] / 1e6:,.0f} MB"
+    return cells
 
 
 def _share(row: dict[str, Any], eager: dict[str, Any] | None) -> str:
@@ -170,8 +166,7 @@ def duration(seconds: float) -> str:
     """``12.3 ms``, with three digits."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= scale:
-            value = seconds / scale
-            return f"{_three_digits(value)} {unit}"
+            return f"{_three_digits(seconds / scale)} {unit}"
     return f"{seconds / 1e-9:.3g} ns"
 
 
@@ -264,31 +259,38 @@ def _plot(path: Path, title: str, results: list[dict[str, Any]]) -> bool:
 
 def _draw_panel(axes, entry: dict[str, Any], eager: float, timed: list[dict[str, Any]]) -> None:
     speeds = [eager / _median(row) for row in timed]
+    names = [row["name"] for row in timed]
     limit = 1.3 * max(*speeds, 1.0)  # a single wild quartile must not make all bars short
-    for y, (row, speed) in enumerate(zip(timed, speeds, strict=True)):
-        # The quartiles of the time, as speeds.
-        ends = [min(limit, eager / row["seconds"][name]) for name in ("q3", "q1")]
-        axes.barh(y, speed, color="#c44e52" if row["ours"] else "#b4bfce", height=0.78)
-        axes.plot(ends, [y, y], color="#333333", linewidth=1.2, solid_capstyle="butt")
-        share = f", {_percent(row['share_of_peak'])} of peak" if "share_of_peak" in row else ""
-        axes.annotate(
-            f"{speed:.2f}x   {duration(_median(row))}{share}",
-            (max(speed, *ends), y),
-            (5, 0),
-            textcoords="offset points",
-            va="center",
-            size=8,
-            weight="bold" if row["ours"] else "normal",
-        )
+    # The quartiles of the time, as speeds.
+    slow, quick = (
+        [min(limit, eager / row["seconds"][quartile]) for row in timed] for quartile in ("q3", "q1")
+    )
+    beside = [
+        [max(0.0, speed - low) for speed, low in zip(speeds, slow, strict=True)],
+        [max(0.0, high - speed) for speed, high in zip(speeds, quick, strict=True)],
+    ]
+    bars = axes.barh(
+        names,
+        speeds,
+        xerr=beside,
+        color=["#c44e52" if row["ours"] else "#b4bfce" for row in timed],
+        height=0.78,
+        error_kw={"ecolor": "#333333", "elinewidth": 1.2},
+    )
+    labels = [
+        f"{speed:.2f}x   {duration(_median(row))}"
+        + (f", {_percent(row['share_of_peak'])} of peak" if "share_of_peak" in row else "")
+        for row, speed in zip(timed, speeds, strict=True)
+    ]
+    shown = axes.bar_label(bars, labels, padding=5, size=8)
+    for row, *texts in zip(timed, shown, axes.get_yticklabels(), strict=True):
+        for text in texts:
+            text.set_weight("bold" if row["ours"] else "normal")
     axes.set_title(f"{entry['case']} ({entry['dtype']})", size=9, loc="left", weight="bold", pad=3)
-    axes.set_yticks(range(len(timed)), [row["name"] for row in timed], size=8)
-    for label, row in zip(axes.get_yticklabels(), timed, strict=True):
-        label.set_weight("bold" if row["ours"] else "normal")
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, labelsize=8)
     axes.tick_params(axis="x", labelsize=7)
     axes.set_ylim(len(timed) - 0.5, -0.5)
     axes.set_xlim(0, 1.3 * limit)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
     axes.axvline(1.0, color="#333333", linewidth=0.8, linestyle=(0, (4, 3)))
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)

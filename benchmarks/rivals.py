@@ -20,8 +20,7 @@ from torch import Tensor
 
 import fastnce
 from benchmarks import baselines, machine
-from benchmarks.case import Call, Case, Inputs, Provider
-from benchmarks.cases import network
+from benchmarks.cases import Call, Case, Inputs, Provider, network
 from fastnce.registry import OPS
 
 # Rivals that are quicker when compiled, and whose products are of the inputs' dtype. The reference multiplies in fp32.
@@ -136,16 +135,11 @@ def _rivals(case: Case, device: torch.device, dtype: torch.dtype) -> list[Provid
         matmul = partial(_call, baselines.conditional_contrastive_matmul, case.options)
         found.append(Provider("matmul + logsumexp", matmul, extra_bytes=20 * pairs))
     if case.op == "patch_nce" or (case.op == "info_nce" and case.wrt == ("query",)):
-        kernels = baselines.attention_kernels(device, dtype, case.shape["D"])
         attention = getattr(baselines, f"attention_{case.op}")
-        found += [
-            Provider(
-                f"attention ({kernel})",
-                partial(_call, partial(attention, kernel), case.options),
-                reason=reason,
-            )
-            for kernel, reason in kernels.items()
-        ]
+        kernels = baselines.attention_kernels(device, dtype, case.shape["D"])
+        for kernel, reason in kernels.items():
+            call = partial(_call, partial(attention, kernel), case.options)
+            found.append(Provider(f"attention ({kernel})", call, reason=reason))
     if case.op == "info_nce" and device.type == "cuda" and "M" not in case.shape:
         found += other_people_s(case)
     return found
@@ -166,10 +160,9 @@ def other_people_s(case: Case) -> list[Provider]:
         inf_cl = "its gradient of the temperature fails on one GPU"
     elif case.shape["D"] % _INF_CL_DEPTH or case.shape["N"] % _INF_CL_ROWS:
         inf_cl = f"needs D to be a multiple of {_INF_CL_DEPTH}, and N of {_INF_CL_ROWS}"
+    linear = partial(linear_cross_entropy, symmetric)
     found = [
-        Provider(
-            "linear_cross_entropy", partial(linear_cross_entropy, symmetric), reason=has_linear
-        ),
+        Provider("linear_cross_entropy", linear, reason=has_linear),
         Provider("memeff", partial(_memeff, symmetric, both), reason=memeff),
     ]
     if symmetric:

@@ -172,26 +172,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     columns = ("op", "case", "provider", "must be", "is")
     met, missed = (sum(row["status"] == status for row in rows) for status in ("met", "missed"))
     count = f"{met} met, {missed} missed, {len(rows) - met - missed} not measured."
-    return (
-        f"{report.table(columns, [[row[name] for name in columns] for row in rows])}\n\n{count}\n"
-    )
+    shown = report.table(columns, [[row[name] for name in columns] for row in rows])
+    return f"{shown}\n\n{count}\n"
 
 
 _LEGEND = """\
 What the GPU kernels are to reach on an H200, row by row, in bfloat16. A figure is of a run of `make gpu-report` on a GPU.
 *Share of cuBLAS* is the rate on the mandatory products (3 for both gradients, 2 with keys without gradient) as a share of
-torch.mm's in the same run. Of several rivals the fastest counts. *Not measured* claims no speed."""
-_INSTEAD = """\
-## What is known without hardware
-
-No kernel of either GPU backend has run on a GPU, and none is chosen by default. What shows that they are right, and what they take:
-
-- Triton: `make test-kernels` runs every kernel in Triton's interpreter against the reference in fp64, and compiles kernels for
-  sm_80, sm_90 and sm_100. `make triton-sweep` compiles all of them in all forms and writes
-  [triton-resources.md](triton-resources.md).
-- CUDA C++: `make test-kernels` builds every file for every target, where `nvcc` is installed, and runs the kernels in an
-  emulator on the host. `python -m tests.cuda_kernels.cuda_resources` writes [cuda-resources.md](cuda-resources.md).
-"""
+torch.mm's in the same run. Of several rivals the fastest counts. *Not measured* claims no speed;
+`docs/gpu.md` tells what is known without hardware."""
 
 
 def main(out: Path | None, results: Path | None = None) -> int:
@@ -214,7 +203,7 @@ def main(out: Path | None, results: Path | None = None) -> int:
         )
         return 1
     title = f"# Targets of the GPU kernels: {device or 'no GPU at hand'}"
-    text = "\n\n".join([title, _LEGEND, table(rows)]) + ("" if device else f"\n{_INSTEAD}")
+    text = "\n\n".join([title, _LEGEND, table(rows)])
     print(text)
     document = {"format": report.FORMAT, "device": device, "targets": rows}
     report.save(out, "gpu", document, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.case import Call, Inputs, leaves
+from benchmarks.cases import Call, Inputs, leaves
 
 # The fewest and the most rounds, and the most calls of a provider in one.
 _ROUNDS, _MOST_CALLS = (3, 25), 200
@@ -27,27 +28,23 @@ def run(call: Call, inputs: Inputs, wrt: Iterable[str]) -> tuple[list[Tensor], l
     outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
     if not wrt:
         return [x.detach() for x in outputs], []
-    grads = torch.autograd.grad(outputs, leaves(inputs, wrt), [_upstream(x) for x in outputs])
+    upstream = [_upstream(x.shape, x.dtype, x.device) for x in outputs]
+    grads = torch.autograd.grad(outputs, leaves(inputs, wrt), upstream)
     return [x.detach() for x in outputs], list(grads)
 
 
-_patterns: dict[tuple, Tensor] = {}
-
-
-def _upstream(x: Tensor) -> Tensor:
+@functools.cache
+def _upstream(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The same for every call, so that making it is not part of a provider's time."""
-    key = (tuple(x.shape), x.dtype, x.device)
-    if key not in _patterns:
-        steps = torch.arange(x.numel(), device=x.device, dtype=torch.float32)
-        # bf16 values, so that all dtypes see the same gradient.
-        pattern = steps.cos().bfloat16().reshape(x.shape) if x.dim() else torch.tensor(4096.0)
-        _patterns[key] = pattern.to(x.device, x.dtype)
-    return _patterns[key]
+    steps = torch.arange(shape.numel(), device=device, dtype=torch.float32)
+    # bf16 values, so that all dtypes see the same gradient.
+    pattern = steps.cos().bfloat16().reshape(shape) if shape else torch.tensor(4096.0)
+    return pattern.to(device, dtype)
 
 
 def forget_upstream() -> None:
     """Frees the upstream gradients of the last case."""
-    _patterns.clear()
+    _upstream.cache_clear()
 
 
 def quartiles(samples: list[float]) -> dict[str, float | int]:
@@ -78,6 +75,11 @@ def seconds_of(call: Callable[[], Any], count: int, device: torch.device) -> lis
         event.record()
     torch.cuda.synchronize()
     return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
+
+
+def median_seconds(call: Callable[[], Any], count: int, device: torch.device) -> float:
+    """The median of ``count`` calls, after two that warm up."""
+    return statistics.median(seconds_of(call, 2 + count, device)[2:])
 
 
 def in_turns(

@@ -6,18 +6,17 @@ step of training, in milliseconds on average, for it is the slow steps that a us
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 
 import fastnce
 from benchmarks import machine, report
@@ -77,13 +76,9 @@ def time_steps(seconds: float) -> dict[str, float]:
     for name, make in STEPS.items():
         torch.manual_seed(0)
         step = make()
-        for _ in range(3):
-            step()
-        count, start = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - start) < seconds:
-            step()
-            count += 1
-        found[name] = elapsed / count * 1e3
+        timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+        timer.timeit(3)
+        found[name] = 1e3 * timer.blocked_autorange(min_run_time=seconds).mean
     return found
 
 
@@ -102,15 +97,12 @@ def measure(rounds: int, seconds: float) -> dict[str, dict[str, dict[str, float]
     """Median milliseconds by state of the machine, step and setting."""
     found: dict[tuple[str, str, str], list[float]] = {}
     plain = {k: v for k, v in os.environ.items() if k not in (*VARIABLES, "OMP_NUM_THREADS")}
-    command = [sys.executable, "-m", "benchmarks.waiting", str(seconds)]
     for _ in range(rounds):
         for busy, state in _BUSY.items():
             for setting, variables in SETTINGS.items():
                 with _machine(busy):
-                    result = subprocess.run(
-                        command, env=plain | variables, check=True, capture_output=True, text=True
-                    )
-                for step, value in json.loads(result.stdout).items():
+                    times = machine.in_fresh_process(plain | variables, time_steps, seconds)
+                for step, value in times.items():
                     found.setdefault((state, step, setting), []).append(value)
     return {
         state: {
@@ -136,11 +128,6 @@ def main(out: Path | None, rounds: int = 5, seconds: float = 1.0) -> int:
     """Prints the table; with `out` also writes it there."""
     facts = machine.describe(torch.device("cpu"))
     found = measure(rounds, seconds)
-    print(table(found))
-    stem, text = f"{machine.slug(facts['device'])}-waiting", f"# Waiting on {facts['device']}\n\n"
-    report.save(out, stem, {"machine": facts, "ms": found}, f"{text}{table(found)}\n")
+    text = f"# Waiting on {facts['device']}\n\n{table(found)}\n"
+    report.publish(out, "waiting", facts, {"ms": found}, text)
     return 0
-
-
-if __name__ == "__main__":
-    print(json.dumps(time_steps(float(sys.argv[1]))))

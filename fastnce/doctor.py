@@ -59,11 +59,7 @@ def _chosen(op: str, device: str) -> str:
         module = backends.select(op, torch.empty(0, device=device))
     except (ValueError, RuntimeError) as error:
         return str(error)
-    return (
-        module.__name__.rpartition(".")[2]
-        .replace("reference", "torch")
-        .replace("triton_ops", "triton")
-    )
+    return module.__name__.rpartition(".")[2].replace("reference", "torch")
 
 
 def _instructions() -> str:

@@ -1,4 +1,4 @@
-"""The table of backends: what is there, who chooses, by what was measured on a GPU too, and that a choice by name is kept.
+"""The table of backends: what is there, who chooses, and that a choice by name is kept.
 
 Backends that can run everything, or nothing, are those of the GPU with other answers; tensors of the host stand for a GPU's.
 """
@@ -14,8 +14,7 @@ import torch
 
 import fastnce
 from fastnce import backends, reference
-from fastnce.backends import cuda, dispatch, native, triton
-from fastnce.backends.dispatch import Point
+from fastnce.backends import blocks, cuda, native, triton
 
 X = torch.eye(3)
 
@@ -36,7 +35,7 @@ def refusing(monkeypatch) -> None:
 
 
 def test_names_and_available():
-    assert backends.names() == ("triton", "cuda", "native", "torch")
+    assert backends.names() == ("triton", "cuda", "native", "blocks", "torch")
     assert set(backends.available()) == set(backends.names())
     assert backends.available()["torch"] == "ok"
 
@@ -63,7 +62,7 @@ def test_the_automatic_choice_falls_back_and_one_by_name_never(refusing, monkeyp
             fastnce.info_nce(X, X)
         # An op's own argument overrides it.
         assert fastnce.info_nce(X, X, backend="torch").isfinite()
-    for module in (native, reference):
+    for module in (native, blocks, reference):
         monkeypatch.setattr(module, "supports", lambda *_: "nor for me")
     with pytest.raises(RuntimeError, match="no backend .*cpu torch.float32: triton: .*nor for me"):
         fastnce.info_nce(X, X)
@@ -91,7 +90,7 @@ def test_unknown_and_unable_names(refusing):
         lambda: fastnce.use_backend("tensorflow").__enter__(),
     ):
         with pytest.raises(
-            ValueError, match="backend='tensorflow' .*: triton, cuda, native, torch"
+            ValueError, match="backend='tensorflow' .*: triton, cuda, native, blocks, torch"
         ):
             call()
     with pytest.raises(RuntimeError, match="'cuda' cannot run here: not built; run make"):
@@ -130,71 +129,3 @@ def test_environment_variable():
     refused = run_python("fastnce.nt_xent(x, x)", **absent)
     assert refused.returncode != 0
     assert "RuntimeError: nt_xent: backend 'native' cannot run it" in refused.stderr
-
-
-# By measurements.
-
-
-@pytest.fixture
-def measured(monkeypatch) -> None:
-    """Both backends of the GPU can run everything, are used by name only, and are measured at some sizes on "this" GPU."""
-    answering(monkeypatch, triton, "ok")
-    answering(monkeypatch, cuda, "ok")
-    monkeypatch.setattr(dispatch, "generation", lambda device: "sm_90")
-    points = (
-        Point("float32", (1, 256, 256), {"triton": 10.0, "cuda": 15.0, "torch": 300.0}),
-        Point("float32", (16, 256, 256), {"triton": 50.0, "cuda": 40.0}),
-        Point("float32", (1, 65536, 256), {"cuda": 9e5, "torch": 8e5}),
-    )
-    monkeypatch.setattr(dispatch, "MEASURED", {"sm_90": {"patch_nce": points}})
-
-
-def chosen(*sizes: int, op: str = "patch_nce", dtype: torch.dtype = torch.float32) -> object:
-    return backends.select(op, torch.empty(sizes, dtype=dtype))
-
-
-@pytest.mark.parametrize(
-    ("sizes", "expected"),
-    [
-        ((1, 256, 256), triton),
-        ((2, 200, 256), triton),
-        ((256, 256), triton),  # a missing leading size is 1
-        ((16, 256, 256), cuda),
-        ((8, 256, 256), cuda),
-        ((0, 256, 256), triton),
-        ((1, 60000, 256), reference),  # plain PyTorch may be the quickest
-    ],
-)
-def test_the_quickest_at_the_nearest_sizes(measured, sizes, expected):
-    assert chosen(*sizes) is expected
-
-
-def test_what_is_not_measured_is_chosen_as_without_a_table(measured, monkeypatch):
-    """Another op, another dtype, another generation: the measured backends stay by name only."""
-    for op, dtype in (("sup_con", torch.float32), ("patch_nce", torch.float64)):
-        assert chosen(1, 256, 256, op=op, dtype=dtype) in (native, reference)
-    for other in ("sm_80", None):
-        monkeypatch.setattr(dispatch, "generation", lambda device, other=other: other)
-        assert chosen(1, 256, 256) in (native, reference)
-
-
-def test_a_name_or_what_cannot_run_overrides_the_table(measured, monkeypatch):
-    assert backends.select("patch_nce", torch.empty(1, 256, 256), "cuda") is cuda
-    with fastnce.use_backend("torch"):
-        assert chosen(1, 256, 256) is reference
-    monkeypatch.setattr(triton, "supports", lambda *_: "not built")
-    assert chosen(1, 256, 256) is cuda
-    points = (Point("float32", (1, 2, 3), {"qick": 1.0}),)
-    monkeypatch.setattr(dispatch, "MEASURED", {"sm_90": {"patch_nce": points}})
-    with pytest.raises(ValueError, match="fastnce.backends.dispatch: backend='qick' is unknown"):
-        chosen(1, 2, 3)
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_a_compiler_can_trace_the_choice(measured, dynamic):
-    def double(x: torch.Tensor) -> torch.Tensor:
-        return x * (2.0 if backends.select("patch_nce", x) is triton else 3.0)
-
-    traced = torch.compile(double, backend="eager", fullgraph=True, dynamic=dynamic)
-    # A size that may vary has no nearest measured one.
-    assert traced(torch.ones(1, 256, 256)).eq(3.0 if dynamic else 2.0).all()

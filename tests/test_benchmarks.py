@@ -20,7 +20,7 @@ from benchmarks import (
     targets,
 )
 from benchmarks.__main__ import main
-from benchmarks.case import Case, Provider
+from benchmarks.cases import Case, Provider
 from benchmarks.timing import quartiles, run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -44,16 +44,6 @@ def test_every_rival_computes_the_same(op):
             assert max(error.values()) < 1e-6, (case.name, provider.name, error)
 
 
-@pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="not in torch")
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_linear_cross_entropy_is_the_same_loss(symmetric):
-    (case,) = (c for c in cases.CASES if c.name == "two directions, both gradients, 65536 x 256")
-    inputs = case.inputs(CPU, torch.float64, {"N": 24, "D": 16})
-    (loss,), _ = run(lambda x: rivals.linear_cross_entropy(symmetric, x), inputs, ())
-    expected = fastnce.info_nce(**inputs, symmetric=symmetric, backend="torch")
-    torch.testing.assert_close(loss, expected.detach())
-
-
 def square(inputs):
     return (inputs["x"] @ inputs["x"].T).square().sum()
 
@@ -75,8 +65,14 @@ def broken(inputs):
 
 
 def test_what_is_wrong_or_absent_is_said_and_not_timed():
-    rows = {"x": lambda shape, draw: {"x": draw.normal(shape["N"], shape["D"])}}
-    case = Case("square", "small", {"N": 8, "D": 3}, rows["x"], ("x",), gate_limits={"N": 4})
+    case = Case(
+        "square",
+        "small",
+        {"N": 8, "D": 3},
+        lambda shape, draw: {"x": draw.normal(shape["N"], shape["D"])},
+        ("x",),
+        gate_limits={"N": 4},
+    )
     providers = [
         Provider("eager", square),
         Provider("rival that rounds", lambda x: square(x) * (1 + 1e-4)),
@@ -93,23 +89,14 @@ def test_what_is_wrong_or_absent_is_said_and_not_timed():
     entry = measure.measure(case, providers, square, CPU, torch.float32, 0.01)
     status = ["ok", "ok", *["wrong"] * 6, "failed", "unavailable", "skipped"]
     assert [row["status"] for row in entry["providers"]] == status
-    assert [row["name"] for row in entry["providers"] if row["seconds"]] == [
-        "eager",
-        "rival that rounds",
-    ]
+    timed = [row["name"] for row in entry["providers"] if row["seconds"]]
+    assert timed == ["eager", "rival that rounds"]
     assert report.has_fault([entry])
     text = report.case_table(entry)
     assert "full size" in text and "no such kernel" in text and "no compiler" in text
 
 
-@pytest.fixture
-def restored_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def test_a_run_writes_its_report(tmp_path, capsys, restored_threads):
+def test_a_run_writes_its_report(tmp_path, capsys, threads):
     options = ["--seconds", "0.1", "--device", "cpu", "--threads", "1", "--out", str(tmp_path)]
     assert main(["sample_patches", *options, "--precision", "high"]) == 0
     (path,) = tmp_path.glob("*-sample_patches.json")
@@ -127,13 +114,6 @@ def test_a_run_writes_its_report(tmp_path, capsys, restored_threads):
         assert found["native"]["status"] == expected
     text = path.with_suffix(".md").read_text()
     assert "| eager " in text and "| eager " in capsys.readouterr().out
-
-
-def test_cases_beyond_the_limit_are_listed_as_not_run():
-    chosen = cases.select("nt_xent", "quick", CPU)
-    results = measure.run_cases(chosen, CPU, [torch.float32], seconds=0.1, deadline=0.0)
-    assert [entry["not_run"] for entry in results] == ["out of time"] * len(chosen)
-    assert "Not run: out of time" in report.case_table(results[0])
 
 
 def entry_with(ours: float, rival: float, **more) -> dict:
@@ -227,8 +207,6 @@ def test_the_gpu_report_has_its_rows(tmp_path, monkeypatch):
 
 def test_the_published_step_of_cut_is_ours():
     assert cut_step.check()["float64"] < 1e-6
-    with pytest.raises(RuntimeError, match="not the same step"):
-        cut_step.require_same({"float64": 0.1, "eager fp32": 1e-3, "fastnce fp32": 1e-3})
 
 
 def test_ranks_are_checked_timed_and_measured():
@@ -251,7 +229,7 @@ def test_every_kernel_of_a_step_is_compiled():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gpu_report"], "did you mean 'gpu-report'?"),
+        (["gpu_report"], "unknown command 'gpu_report'. Did you mean 'gpu-report'?"),
         (["info_nce", "--seconds", "-1"], "expected a positive number, got '-1'"),
         (["info_nce", "--dtype", "fp32"], "invalid choice: 'fp32'"),
         (["info_nce", "--threads", "0"], "--threads must be at least 1, got 0"),

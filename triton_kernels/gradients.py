@@ -43,9 +43,14 @@ _SCALE = {torch.float16: 1024.0}
 def relative_weights(grad_loss: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients that arrive, as weights of at most 1 and a factor: fp16 holds the former times a softmax."""
     flat = grad_loss.reshape(-1).float()
-    top = flat.abs().amax()
-    top = torch.where((top > 0) & top.isfinite(), top, 1.0)
+    top = largest_weight(flat)
     return flat / top, top
+
+
+def largest_weight(weights: Tensor) -> Tensor:
+    """The largest magnitude, 1 where that is no number to divide by."""
+    top = weights.abs().amax().float()
+    return torch.where((top > 0) & top.isfinite(), top, 1.0)
 
 
 def statistics(
@@ -95,7 +100,6 @@ class RowGradients:
         launch(
             _row_gradients_kernel,
             (cdiv(len(rows), block),),
-            {"num_warps": 4, "num_stages": 2},
             x=rows.x,
             x_scale=rows.scale,
             inverse=rows.inverse,

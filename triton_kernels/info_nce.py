@@ -51,14 +51,6 @@ class Problem:
     self_logit: float | None = None
     negatives: Tensor | None = None  # each query's own
 
-    @property
-    def in_batch(self) -> Columns | None:
-        return next((x for x in self.sets if x.kind == IN_BATCH.value), None)
-
-    @property
-    def queue(self) -> Columns | None:
-        return next((x for x in self.sets if x.kind == QUEUE.value), None)
-
 
 @dataclasses.dataclass
 class Solution:
@@ -69,9 +61,8 @@ class Solution:
     logit: Tensor  # (R,), of the positive
     missing: Tensor  # (R,): the softmax's weight on all but the positive; mean of both directions if symmetric
     factor: Tensor | None = None  # (P, R): from exponentials of a part to the softmax
-    term: Tensor | None = (
-        None  # (R,): sum of softmax times logit over what is in the parts, and the constant logit
-    )
+    # (R,): sum of softmax times logit over what is in the parts, and the constant logit
+    term: Tensor | None = None
     parts: Parts | None = None
     own: OwnNegatives | None = None
 
@@ -243,7 +234,6 @@ def _solved(problem, parts, column_parts, fused, own) -> Solution:
     launch(
         _losses_kernel,
         (cdiv(total, _BLOCK),),
-        {"num_warps": 4, "num_stages": 2},
         positive=problem.positive,
         query_scale=problem.query.for_similarity.scale,
         key_scale=problem.key.for_similarity.scale,
@@ -338,7 +328,7 @@ def gradients(
             grad_negatives = gradient_of(columns.y, None).finish(found_y)
     if of_query is not None and products:
         of_query.finish(*products)
-    if need_key and problem.in_batch is None:
+    if need_key and grad_key is None:  # a positive alone
         grad_key = gradient_of(problem.key, query).finish()
     grad_query = None if of_query is None else of_query.out
     grad_temperature = None

@@ -15,15 +15,14 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def launch(kernel, grid: Sequence[int], options: dict[str, int], /, **arguments: object) -> None:
-    """Runs ``kernel`` on the device of its tensors, in the current stream.
+# Of kernels that have no tile.
+_OPTIONS = {"num_warps": 4, "num_stages": 2}
 
-    Args:
-        kernel: a Triton function.
-        grid: the number of programs in each dimension.
-        options: ``num_warps`` and ``num_stages``.
-        arguments: the kernel's own.
-    """
+
+def launch(
+    kernel, grid: Sequence[int], options: dict[str, int] = _OPTIONS, /, **arguments: object
+) -> None:
+    """Runs ``kernel`` on the device of its tensors, in the current stream, with ``num_warps`` and ``num_stages`` as options."""
     _start(kernel, tuple(grid), arguments, {**options, "enable_fp_fusion": True})
 
 

@@ -10,10 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch, temperature_arguments
-from .rows import Rows, _inverse_root, _power_of_two
+from .rows import Rows, inverse_root, largest_magnitude, power_of_two
 from .tiles import LN_2, LOG2_E, to_base_2
 
-_OPTIONS = {"num_warps": 4, "num_stages": 2}
 _BLOCK_M = 32
 
 
@@ -57,7 +56,6 @@ def own_sums(
     launch(
         _own_sums_kernel,
         (len(query),),
-        _OPTIONS,
         logits=logits,
         inverse=inverse,
         largest=largest,
@@ -84,7 +82,6 @@ def own_gradients(
     launch(
         _own_gradients_kernel,
         (len(query), triton.cdiv(query.padded, arguments["BLOCK_D"])),
-        _OPTIONS,
         logits=own.logits,
         inverse=own.inverse,
         lse=lse,
@@ -132,13 +129,8 @@ def _own_sums_kernel(
         rows = negatives + m.to(tl.int64)[:, None] * strides[2]
         power = tl.full((BLOCK_M,), 1.0, tl.float32)
         if NORMALIZE:
-            highest = tl.zeros((BLOCK_M,), tl.float32)
-            for start in range(0, depth, BLOCK_D):
-                d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
-                mask = there[:, None] & (d < depth)
-                chunk = tl.load(rows + d * strides[3], mask=mask, other=0.0).to(tl.float32)
-                highest = tl.maximum(highest, tl.max(tl.abs(chunk), 1))
-            power = _power_of_two(highest)
+            largest_of = largest_magnitude(rows, strides[3], there, depth, BLOCK_M, BLOCK_D)
+            power = power_of_two(largest_of)
         dot = tl.zeros((BLOCK_M,), tl.float32)
         squares = tl.zeros((BLOCK_M,), tl.float64)
         for start in range(0, depth, BLOCK_D):
@@ -152,7 +144,7 @@ def _own_sums_kernel(
             squares += tl.sum(wide * wide, 1)
         length = tl.full((BLOCK_M,), 1.0, tl.float32)
         if NORMALIZE:
-            length = _inverse_root(squares)
+            length = inverse_root(squares)
         z = dot * length * unit
         tl.store(logits + i * count + m, z, mask=there)
         tl.store(inverse + i * count + m, length * power, mask=there)

@@ -34,18 +34,13 @@ class Parts:
         return Parts(*(None if x is None else x[which] for x in values))
 
 
-def new_parts(
-    rows: Rows, count: int, *, labelled: bool, term: bool = False, product: bool = False
-) -> Parts:
+def new_parts(rows: Rows, count: int, *, labelled: bool, term: bool = False) -> Parts:
     """Room for ``count`` parts of the sums of ``rows``."""
 
     def numbers(wanted: bool) -> Tensor | None:
         return rows.x.new_empty((count, len(rows)), dtype=torch.float32) if wanted else None
 
-    raw = rows.x.new_empty((count, *rows.x.shape), dtype=torch.float32) if product else None
-    return Parts(
-        numbers(True), numbers(True), numbers(labelled), numbers(labelled), numbers(term), raw
-    )
+    return Parts(*map(numbers, (True, True, labelled, labelled, term)))
 
 
 @triton.jit
@@ -73,7 +68,6 @@ def fold(
     launch(
         _fold_kernel,
         (cdiv(total, _BLOCK),),
-        {"num_warps": 4, "num_stages": 2},
         largest=parts.largest,
         sums=parts.sum,
         a=parts.a,

@@ -20,7 +20,6 @@ from .launch import INTERPRETED, cdiv, launch
 FP8 = torch.float8_e4m3fn
 _LARGEST = tl.constexpr(torch.finfo(FP8).max)
 _INTERPRETED = tl.constexpr(INTERPRETED)
-_OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +112,6 @@ def _pack(x: Tensor, y: Tensor | None, normalize: bool, fp8: bool):
     launch(
         _pack_kernel,
         (cdiv(total, block),),
-        _OPTIONS,
         x=x,
         y=y,
         dot=dot,
@@ -145,7 +143,18 @@ def _outputs(prefix: str, rows: Rows | None) -> dict[str, Tensor | None]:
 
 
 @triton.jit
-def _power_of_two(largest):
+def largest_magnitude(x, stride, there, depth, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Of each of the rows at ``x`` (BLOCK, 1)."""
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, depth, BLOCK_D):
+        d = (begin + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
+        chunk = tl.load(x + d * stride, mask=there[:, None] & (d < depth), other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.abs(chunk.to(tl.float32)), 1))
+    return largest
+
+
+@triton.jit
+def power_of_two(largest):
     """2^e with largest * 2^e in [1, 2), as far as e fits."""
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
     shifted = tl.minimum(tl.maximum(254 - exponent, 1), 254) << 23
@@ -153,7 +162,7 @@ def _power_of_two(largest):
 
 
 @triton.jit
-def _inverse_root(squares):
+def inverse_root(squares):
     """1 / sqrt, 0 for 0, of sums in fp64: logits are as exact as the norms in them, and there are few norms."""
     root = tl.sqrt(tl.where(squares == 0, 1.0, squares))
     return tl.where(squares == 0, 0.0, 1.0 / root).to(tl.float32)
@@ -170,6 +179,41 @@ def _codes(chunk, largest):
         large = tl.maximum(leading, 0.015625) * 1572864.0  # 1.5 2^20
         x = (x + large) - large
     return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def _powers(x, stride, there, depth, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Of each row the power of two that it is multiplied by, and its largest magnitude then, 1 of a zero row."""
+    largest = largest_magnitude(x, stride, there, depth, BLOCK, BLOCK_D)
+    power = power_of_two(largest)
+    return power, tl.where(largest == 0, 1.0, largest * power)
+
+
+@triton.jit
+def _pack_chunk(x, mask, power, largest, out, codes, at, inside):
+    """Packs the elements at ``x``; returns those that similarities multiply, and the sums of the squares, in fp64."""
+    chunk = tl.load(x, mask=mask, other=0.0).to(tl.float32) * power[:, None]
+    tl.store(out + at, chunk.to(out.dtype.element_ty), mask=inside)
+    wide = chunk.to(tl.float64)
+    squares = tl.sum(wide * wide, 1)
+    if codes is not None:
+        code = _codes(chunk, largest)
+        tl.store(codes + at, code, mask=inside)
+        wide = code.to(tl.float32).to(tl.float64)
+    return wide, squares
+
+
+@triton.jit
+def _store_scales(
+    scale, inverse, code_scale, rows, there, squares, power, largest, NORMALIZE: tl.constexpr
+):
+    unit = power
+    if NORMALIZE:
+        unit = inverse_root(squares)
+    tl.store(scale + rows, unit, mask=there)
+    tl.store(inverse + rows, unit * power, mask=there)
+    if code_scale is not None:
+        tl.store(code_scale + rows, unit * (largest / _LARGEST), mask=there)
 
 
 @triton.jit(do_not_specialize=["count", "total"])
@@ -205,66 +249,37 @@ def _pack_kernel(
         y += (rows // count * y_strides[0] + rows % count * y_strides[1])[:, None]
 
     x_power = tl.full((BLOCK,), 1.0, tl.float32)
-    y_power = tl.full((BLOCK,), 1.0, tl.float32)
+    x_largest = x_power
+    y_power, y_largest = x_power, x_power
     if NORMALIZE:
-        x_largest = tl.zeros((BLOCK,), tl.float32)
-        y_largest = tl.zeros((BLOCK,), tl.float32)
-        for begin in range(0, depth, BLOCK_D):
-            d = (begin + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
-            mask = there[:, None] & (d < depth)
-            x_chunk = tl.load(x + d * x_strides[2], mask=mask, other=0.0).to(tl.float32)
-            x_largest = tl.maximum(x_largest, tl.max(tl.abs(x_chunk), 1))
-            if PAIR:
-                y_chunk = tl.load(y + d * y_strides[2], mask=mask, other=0.0).to(tl.float32)
-                y_largest = tl.maximum(y_largest, tl.max(tl.abs(y_chunk), 1))
-        x_power = _power_of_two(x_largest)
-        y_power = _power_of_two(y_largest)
-        x_largest = tl.where(x_largest == 0, 1.0, x_largest * x_power)
-        y_largest = tl.where(y_largest == 0, 1.0, y_largest * y_power)
+        x_power, x_largest = _powers(x, x_strides[2], there, depth, BLOCK, BLOCK_D)
+        if PAIR:
+            y_power, y_largest = _powers(y, y_strides[2], there, depth, BLOCK, BLOCK_D)
 
     x_squares = tl.zeros((BLOCK,), tl.float64)
     y_squares = tl.zeros((BLOCK,), tl.float64)
     products = tl.zeros((BLOCK,), tl.float64)
     for begin in range(0, padded, BLOCK_D):
         d = (begin + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
+        at = rows[:, None] * padded + d
         mask = there[:, None] & (d < depth)
         inside = there[:, None] & (d < padded)
-        at = rows[:, None] * padded + d
-        x_chunk = tl.load(x + d * x_strides[2], mask=mask, other=0.0).to(tl.float32)
-        x_chunk *= x_power[:, None]
-        tl.store(out + at, x_chunk.to(out.dtype.element_ty), mask=inside)
-        x_wide = x_chunk.to(tl.float64)
-        x_squares += tl.sum(x_wide * x_wide, 1)
-        if codes is not None:
-            x_code = _codes(x_chunk, x_largest)
-            tl.store(codes + at, x_code, mask=inside)
-            x_wide = x_code.to(tl.float32).to(tl.float64)
+        x_wide, squares = _pack_chunk(
+            x + d * x_strides[2], mask, x_power, x_largest, out, codes, at, inside
+        )
+        x_squares += squares
         if PAIR:
-            y_chunk = tl.load(y + d * y_strides[2], mask=mask, other=0.0).to(tl.float32)
-            y_chunk *= y_power[:, None]
-            tl.store(y_out + at, y_chunk.to(out.dtype.element_ty), mask=inside)
-            y_wide = y_chunk.to(tl.float64)
-            y_squares += tl.sum(y_wide * y_wide, 1)
-            if codes is not None:
-                y_code = _codes(y_chunk, y_largest)
-                tl.store(y_codes + at, y_code, mask=inside)
-                y_wide = y_code.to(tl.float32).to(tl.float64)
+            y_wide, squares = _pack_chunk(
+                y + d * y_strides[2], mask, y_power, y_largest, y_out, y_codes, at, inside
+            )
+            y_squares += squares
             products += tl.sum(x_wide * y_wide, 1)
 
-    x_unit = x_power
-    y_unit = y_power
-    if NORMALIZE:
-        x_unit = _inverse_root(x_squares)
-        y_unit = _inverse_root(y_squares)
-    tl.store(scale + rows, x_unit, mask=there)
-    tl.store(inverse + rows, x_unit * x_power, mask=there)
-    if codes is not None:
-        tl.store(code_scale + rows, x_unit * (x_largest / _LARGEST), mask=there)
+    _store_scales(scale, inverse, code_scale, rows, there, x_squares, x_power, x_largest, NORMALIZE)
     if PAIR:
-        tl.store(y_scale + rows, y_unit, mask=there)
-        tl.store(y_inverse + rows, y_unit * y_power, mask=there)
-        if codes is not None:
-            tl.store(y_code_scale + rows, y_unit * (y_largest / _LARGEST), mask=there)
+        _store_scales(
+            y_scale, y_inverse, y_code_scale, rows, there, y_squares, y_power, y_largest, NORMALIZE
+        )
         tl.store(dot + rows, products.to(tl.float32), mask=there)
 
 

@@ -14,9 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import cdiv, launch
-from .rows import _inverse_root, _power_of_two
+from .rows import inverse_root, largest_magnitude, power_of_two
 
-_OPTIONS = {"num_warps": 4, "num_stages": 2}
 _PATCHES = 16
 _CHANNELS = 64
 _IDS = 128
@@ -95,7 +94,6 @@ def _launch(
     launch(
         kernel,
         (ends[-1], width),
-        _OPTIONS,
         maps=tuple(maps),
         ids=tuple(ids),
         strides=tuple(x.stride() for x in maps),
@@ -122,7 +120,6 @@ def _through_normalisation(
     launch(
         _normalisation_kernel,
         (ends[-1],),
-        _OPTIONS,
         grads=tuple(grads),
         patches=tuple(patches),
         norms=tuple(norms),
@@ -185,13 +182,11 @@ def _gather_kernel(
             power = tl.full((PATCHES,), 1.0, tl.float32)
             length = tl.full((PATCHES,), 1.0, tl.float32)
             if norms is not None:
-                largest = tl.zeros((PATCHES,), tl.float32)
-                for begin in range(0, channels[i], CHANNELS):
-                    x, _, _ = _chunk(
-                        maps[i], places, strides[i], channels[i], there, begin, CHANNELS
+                power = power_of_two(
+                    largest_magnitude(
+                        maps[i] + places, strides[i][1], there, channels[i], PATCHES, CHANNELS
                     )
-                    largest = tl.maximum(largest, tl.max(tl.abs(x.to(tl.float32)), 1))
-                power = _power_of_two(largest)
+                )
                 squares = tl.zeros((PATCHES,), tl.float64)
                 for begin in range(0, channels[i], CHANNELS):
                     x, _, _ = _chunk(
@@ -199,7 +194,7 @@ def _gather_kernel(
                     )
                     wide = (x.to(tl.float32) * power[:, None]).to(tl.float64)
                     squares += tl.sum(wide * wide, 1)
-                length = _inverse_root(squares)
+                length = inverse_root(squares)
                 tl.store(norms[i] + image * count + s, length * power, mask=there)
             for begin in range(0, channels[i], CHANNELS):
                 x, c, mask = _chunk(

@@ -17,20 +17,13 @@ struct Table {
   bool whole;
 };
 
-template <class T>
-__device__ const T* negatives_of(const OwnNegatives& own, int64_t query) {
-  const int64_t batch = query / own.queries;
-  return static_cast<const T*>(own.data) + batch * own.strides[0] +
-         (query - batch * own.queries) * own.strides[1];
-}
-
 template <class T, class U>
 __global__ void __launch_bounds__(kWarp* kWarps)
     own_sums_kernel(const __grid_constant__ Table table, float* largest, float* sum) {
   const OwnNegatives& own = table.own;
   const int64_t i = blockIdx.x, depth = own.depth, stride = own.strides[3];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const T* negatives = negatives_of<T>(own, i);
+  const T* negatives = row_of<T>(own.data, own.queries, own.strides, i);
   const U* query = static_cast<const U*>(own.query.data) + i * own.padded_depth;
   const float unit = to_base_2(own.query.scale[i], base_2_factor(own.temperature));
   float top = -__builtin_inff(), total = 0;  // of this warp, in every lane
@@ -80,7 +73,7 @@ __global__ void __launch_bounds__(kWarp* kWarps)
   const float upstream = out.upstream.tensor ? *out.upstream.tensor : out.upstream.value;
   const auto to_input = static_cast<float>(upstream / temperature);
   const auto to_cosine = static_cast<float>(kLn2 * temperature);
-  const T* negatives = negatives_of<T>(own, i);
+  const T* negatives = row_of<T>(own.data, own.queries, own.strides, i);
   const U* packed = static_cast<const U*>(own.query.data) + i * padded;
   const float4 query = load_four(packed, d, padded, 1, true) * own.query.scale[i];
   const float lse = out.row_statistics[i] * kLog2E, weight = out.row_statistics[own.total + i];

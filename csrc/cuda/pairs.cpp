@@ -11,8 +11,12 @@
 namespace fastnce::cuda {
 namespace {
 
-// Coefficients of a panel, in elements: 256 MiB in 16 bits.
+// Coefficients of a panel, in elements: 256 MiB in 16 bits. Emulated, small problems have several.
+#ifdef FASTNCE_EMULATED
+constexpr int64_t kPanelElements = int64_t{1} << 11;
+#else
 constexpr int64_t kPanelElements = int64_t{1} << 27;
+#endif
 constexpr int64_t kMostRowsOfBlock = 128;  // 8 warps of 16
 constexpr int64_t kLeastRowsOfBlock = 16;
 

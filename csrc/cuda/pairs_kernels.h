@@ -44,6 +44,14 @@ inline Pairs exchanged(Pairs pairs) {
   std::swap(pairs.rows, pairs.columns);
   return pairs;
 }
+// Of those, what `out` asks for the columns.
+inline Products exchanged(const Products& out) {
+  Products back;
+  back.x_statistics = out.y_statistics;
+  back.y_statistics = out.x_statistics;
+  back.x_product = out.y_product;
+  return back;
+}
 
 }  // namespace fastnce::cuda
 

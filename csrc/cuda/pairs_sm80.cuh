@@ -234,7 +234,8 @@ __device__ __forceinline__ void for_each_resident_tile(const Pairs& pairs, const
   const auto fetch = [&](int first, int buffer) {
     if (first < span.end) {
       copy_rows(memory.y(buffer), y + first * pitch, pitch, span.columns - first, chunks);
-      copy_column_data(memory.data(buffer), pairs, y_statistics, span, first);
+      copy_column_data(memory.data(buffer), pairs, y_statistics, span, first, threadIdx.x,
+                       blockDim.x);
     }
     copy_async_commit();
   };
@@ -311,7 +312,7 @@ __global__ void __launch_bounds__(256, 1)
   const ThreadRows rows = rows_of_thread(pairs, span, threadIdx.x / kWarp, temperature);
   const auto depth = static_cast<int>(pairs.depth);
   const float scale = coefficient_scale(pairs.dtype);
-  Coefficients<true> coefficients(pairs, out, rows);
+  Coefficients coefficients(pairs, out, rows);
   float product[kOut / 8][4] = {};
   for_each_resident_tile<T, kOut>(pairs, span, out.y_statistics,
                                   [&](float (&tile)[kColumns / 8][4], int first,
@@ -382,7 +383,10 @@ __device__ __forceinline__ void for_each_streamed_tile(const Pairs& pairs, const
       copy_rows(memory.x(buffer), x + block * 128, pitch, span.rows - span.row, count);
       copy_rows(memory.y(buffer), y + first * pitch + block * 128, pitch, span.columns - first,
                 count);
-      if (block == 0) copy_column_data(memory.data(tile), pairs, y_statistics, span, first);
+      if (block == 0) {
+        copy_column_data(memory.data(tile), pairs, y_statistics, span, first, threadIdx.x,
+                         blockDim.x);
+      }
     }
     copy_async_commit();
   };
@@ -436,8 +440,13 @@ __global__ void __launch_bounds__(256, 1)
                                   if (!offset.running)
                                     sum_columns_of_warp(tile, offset, memory.scratch());
                                   sync_threads();
-                                  store_column_sums(memory.scratch(), out, column_part, first,
-                                                    span.columns, block > begin);
+                                  const auto& [largest, sum] = memory.scratch();
+                                  for (int j = threadIdx.x;
+                                       j < kStreamedColumns && first + j < span.columns;
+                                       j += blockDim.x) {
+                                    store_column(largest, sum, blockDim.x / kWarp, j, out,
+                                                 column_part + first + j, block > begin);
+                                  }
                                 }
                               });
     const int64_t part = int64_t{blockIdx.y} * pairs.problems * pairs.rows;
@@ -466,7 +475,7 @@ __global__ void __launch_bounds__(256, 1)
   const ThreadRows rows = rows_of_thread(pairs, span, threadIdx.x / kWarp, temperature);
   const float factor = coefficient_scale(pairs.dtype);
   const float scale[2] = {pairs.x_scale[rows.at[0]] * factor, pairs.x_scale[rows.at[1]] * factor};
-  Coefficients<true> coefficients(pairs, out, rows);
+  Coefficients coefficients(pairs, out, rows);
   for_each_streamed_tile<T>(pairs, span, StreamedMemory{row_block}, out.y_statistics,
                             [&](StreamedTile& tile, int first, const StreamedMemory::Data& data) {
                               to_logits(tile, data, rows, span, first, pairs.kind);
@@ -777,11 +786,7 @@ void launch_products_of(const Pairs& p, const ProductsPlan& plan, const Products
       launch_row_products<T>(p, plan.x_splits, plan.x_row_block, out, stream);
     }
     if (out.y_product != nullptr) {
-      Products of_y;
-      of_y.x_statistics = out.y_statistics;
-      of_y.y_statistics = out.x_statistics;
-      of_y.x_product = out.y_product;
-      launch_row_products<T>(exchanged(p), plan.y_splits, plan.y_row_block, of_y, stream);
+      launch_row_products<T>(exchanged(p), plan.y_splits, plan.y_row_block, exchanged(out), stream);
     }
     return;
   }

@@ -42,7 +42,6 @@ int64_t splits_of(const Pairs& pairs, const Machine& machine, int out, int64_t r
 Arguments arguments_of(const Pairs& pairs, int64_t splits, int out, int64_t row_steps = 1) {
   Arguments a{};
   a.pairs = pairs;
-  a.all_columns = pairs.problems * pairs.columns;
   a.row_steps = static_cast<int>(row_steps);
   a.row_blocks = static_cast<int>(ceil_div(pairs.rows, kBlockRows * row_steps));
   a.splits = static_cast<int>(splits);
@@ -136,13 +135,7 @@ void launch_products(const Pairs& pairs, const ProductsPlan& plan, const Product
     }
   };
   if (plan.x_splits > 0) launch_one(pairs, plan.x_splits, out);
-  if (plan.y_splits > 0) {
-    Products back{};  // the same with the roles exchanged
-    back.x_statistics = out.y_statistics;
-    back.y_statistics = out.x_statistics;
-    back.x_product = out.y_product;
-    launch_one(exchanged(pairs), plan.y_splits, back);
-  }
+  if (plan.y_splits > 0) launch_one(exchanged(pairs), plan.y_splits, exchanged(out));
 }
 
 }  // namespace fastnce::cuda::sm90

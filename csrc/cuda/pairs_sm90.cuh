@@ -52,10 +52,9 @@ struct Config {
 
 struct Arguments {
   Pairs pairs;
-  Sums sums;            // of the passes that sum
-  Products products;    // of the others: x_product and x_term
-  int64_t all_columns;  // of all problems
-  int row_blocks;       // of one problem, with `row_steps` blocks of 128 rows each
+  Sums sums;          // of the passes that sum
+  Products products;  // of the others: x_product and x_term
+  int row_blocks;     // of one problem, with `row_steps` blocks of 128 rows each
   int row_steps;
   int splits;  // of the columns
   int parts;   // of the depth of the product, each with similarities of its own
@@ -223,22 +222,8 @@ __device__ __forceinline__ void bring_data(const Arguments& a, const Memory<C::k
     const Span& span = piece.span;
     for (int column = span.begin; column < span.end; column += C::kColumns) {
       barrier_wait(&barriers.data_empty[turn.slot], turn.parity ^ 1);
-      ColumnData<C::kColumns>& data = memory.data(turn.slot);
-#pragma unroll 1
-      for (int i = static_cast<int>(threadIdx.x) % kWarp; i < C::kColumns; i += kWarp) {
-        const int64_t at = span.first_column + column + i;
-        const bool there = column + i < span.columns;
-        copy_async<4>(&data.scale[i], a.pairs.y_scale + at, there);
-        if (a.pairs.y_labels != nullptr) {
-          copy_async<8>(&data.label[i], a.pairs.y_labels + at, there);
-        }
-        if (a.products.y_statistics == nullptr) continue;
-#pragma unroll
-        for (int k = 0; k < 3; ++k) {
-          copy_async<4>(&data.statistics[k][i], a.products.y_statistics + k * a.all_columns + at,
-                        there);
-        }
-      }
+      copy_column_data(memory.data(turn.slot), a.pairs, a.products.y_statistics, span, column,
+                       threadIdx.x % kWarp, kWarp);
       copy_async_commit();
       copy_async_wait<0>();
       barrier_arrive(&barriers.data_full[turn.slot]);
@@ -286,22 +271,6 @@ __device__ __forceinline__ void sum_columns_of_warp(const float (&tile)[16][4], 
   share_sums<8>(v, 4);
 #pragma unroll
   for (int k = 0; k < 4; ++k) sum[8 * (((lane & 28) + k) / 2) + t2 + k % 2] = v[k];
-}
-
-// The four warps together with what is in memory of earlier rows if `more`, by one thread for a
-// column.
-__device__ __forceinline__ void store_column(const float (&largest)[4][128],
-                                             const float (&sum)[4][128], int column,
-                                             float* out_largest, float* out_sum, bool more) {
-  const float old = more ? *out_largest : FASTNCE_NO_LOGIT;
-  float top = old;
-#pragma unroll
-  for (int w = 0; w < 4; ++w) top = fmaxf(top, largest[w][column]);
-  float total = more ? *out_sum * exp2_fast(old - finite(top)) : 0.0f;
-#pragma unroll
-  for (int w = 0; w < 4; ++w) total += sum[w][column] * exp2_fast(largest[w][column] - finite(top));
-  *out_largest = top;
-  *out_sum = total;
 }
 
 // --- the two that multiply ---
@@ -458,8 +427,7 @@ struct Consumer {
     if (column + mine < span.columns && span.row + 64 * group < span.rows) {
       const int64_t part = piece.block * kConsumers + group;
       const int64_t at = part * a.pairs.problems * span.columns + span.first_column + column + mine;
-      store_column(largest, sum, mine, a.sums.column_largest + at, a.sums.column_sum + at,
-                   piece.step > 0);
+      store_column(largest, sum, 4, mine, a.sums, at, piece.step > 0);
     }
     buffer ^= 1;  // whoever writes there next has met those who read here
   }
@@ -512,7 +480,7 @@ struct Consumer {
     for (Piece<kColumns> piece(a); piece.there(a); piece.next(a)) {
       const Span& span = piece.span;
       const ThreadRows rows = rows_of_thread(a.pairs, span, 4 * group + warp, temperature);
-      Coefficients<true> coefficients(a.pairs, a.products, rows);
+      Coefficients coefficients(a.pairs, a.products, rows);
       Output o;
       clear(o);
       for_each_tile(span, o, [&](Tile& tile, int column, const ColumnData<kColumns>& values) {

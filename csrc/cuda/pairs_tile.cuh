@@ -70,13 +70,14 @@ struct ColumnData {
   float statistics[3][kColumns];
 };
 
-// The background copy of it, by a whole block; zeros beyond the problem's columns.
+// The background copy of it, by `thread` of `threads`; zeros beyond the problem's columns.
 template <int kColumns>
 __device__ __forceinline__ void copy_column_data(ColumnData<kColumns>& to, const Pairs& pairs,
                                                  const float* statistics, const Span& span,
-                                                 int first) {
+                                                 int first, unsigned thread, unsigned threads) {
   const int64_t total = pairs.problems * pairs.columns;
-  for (unsigned j = threadIdx.x; j < kColumns; j += blockDim.x) {
+#pragma unroll 1
+  for (unsigned j = thread; j < kColumns; j += threads) {
     const bool valid = first + static_cast<int>(j) < span.columns;
     const int64_t at = span.first_column + first + j;
     copy_async<4>(&to.scale[j], pairs.y_scale + at, valid);
@@ -333,26 +334,22 @@ __device__ __forceinline__ void sum_columns_of_warp(const float (&tile)[kTiles][
   }
 }
 
-// The block's warps together, after a barrier. `part` is where the block's sums of the problem's
-// columns begin; what is there is of the block's earlier rows if `more`.
-template <int kColumns, int kWarps>
-__device__ __forceinline__ void store_column_sums(const ColumnScratch<kColumns, kWarps>& scratch,
-                                                  const Sums& out, int64_t part, int first,
-                                                  int columns, bool more) {
-  const int warps = blockDim.x / kWarp;
-  for (int j = threadIdx.x; j < kColumns && first + j < columns; j += blockDim.x) {
-    float* const largest = out.column_largest + part + first + j;
-    float* const total = out.column_sum + part + first + j;
-    const float old = more ? *largest : FASTNCE_NO_LOGIT;
-    float top = old, sum = 0.0f;
-    for (int w = 0; w < warps; ++w) top = fmaxf(top, scratch.largest[w][j]);
-    if (more) sum = *total * exp2_fast(old - finite(top));
-    for (int w = 0; w < warps; ++w) {
-      sum += scratch.sum[w][j] * exp2_fast(scratch.largest[w][j] - finite(top));
-    }
-    *largest = top;
-    *total = sum;
-  }
+// The warps together, after a barrier, for one column, whose sums go to `at`; what is there is of
+// earlier rows if `more`.
+template <int kWarps, int kColumns>
+__device__ __forceinline__ void store_column(const float (&largest)[kWarps][kColumns],
+                                             const float (&sum)[kWarps][kColumns], int warps,
+                                             int column, const Sums& out, int64_t at, bool more) {
+  const float old = more ? out.column_largest[at] : FASTNCE_NO_LOGIT;
+  float top = old;
+#pragma unroll
+  for (int w = 0; w < warps; ++w) top = fmaxf(top, largest[w][column]);
+  float total = more ? out.column_sum[at] * exp2_fast(old - finite(top)) : 0.0f;
+#pragma unroll
+  for (int w = 0; w < warps; ++w)
+    total += sum[w][column] * exp2_fast(largest[w][column] - finite(top));
+  out.column_largest[at] = top;
+  out.column_sum[at] = total;
 }
 
 // --- coefficients ---
@@ -375,7 +372,6 @@ __device__ __forceinline__ float coefficient(float z, const Statistics& s, bool 
   return g - (kind == Kind::kSupCon ? s.third : s.weight * exp2_fast(z - s.third * kLog2E));
 }
 
-template <bool kTerm>
 struct Coefficients {
   const bool by_row, by_column;
   const Kind kind;
@@ -418,7 +414,7 @@ struct Coefficients {
           if (by_row) g += coefficient(z, row[h], same, kind);
           if (by_column) g += coefficient(z, column, same, kind);
           if (z == FASTNCE_NO_LOGIT) g = 0.0f;
-          if constexpr (kTerm) term[h] += g == 0.0f ? 0.0f : g * z;
+          term[h] += g == 0.0f ? 0.0f : g * z;
           tile[n][2 * h + c] = g * (data.scale[j] * scale[h]);
         }
       }

@@ -216,20 +216,6 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   store_gradient<0>(shared, warp, static_cast<float>(problem.layer.grad_scale / temperature));
 }
 
-// The sum over a block, in double, for its first thread.
-__device__ __forceinline__ double block_sum(double x) {
-  double* const of_warps = shared_memory<double>();
-  const int thread = static_cast<int>(threadIdx.x);
-  x = warp_sum_double(x);
-  sync_threads();
-  if (thread % kWarp == 0) of_warps[thread / kWarp] = x;
-  sync_threads();
-  double sum = 0;
-#pragma unroll
-  for (int w = 0; w < kSumThreads / kWarp; ++w) sum += of_warps[w];
-  return sum;
-}
-
 // In a launch of its own: a block that knew itself to be the last one would need a counter that is
 // zero before, and that calls on other streams and in graphs do not share.
 __global__ void __launch_bounds__(kSumThreads)
@@ -239,7 +225,10 @@ __global__ void __launch_bounds__(kSumThreads)
     sums[0] += parts[i].x;
     sums[1] += parts[i].y;
   }
-  for (double& sum : sums) sum = block_sum(sum);
+  for (double& sum : sums) {
+    sum = block_sum(sum);
+    sync_threads();
+  }
   if (threadIdx.x != 0) return;
   *loss = static_cast<float>(sums[0]);
   if (grad_temperature != nullptr) *grad_temperature = static_cast<float>(sums[1]);

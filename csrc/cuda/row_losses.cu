@@ -18,22 +18,6 @@ constexpr int kTemperatureThreads = 1024;  // one block takes all rows
 constexpr int kManyParts = 4;
 constexpr float kInfinity = __builtin_inff();
 
-// combine of what all threads have, for all of them. To be called by all threads, again after a
-// barrier only.
-template <class T, class Combine>
-__device__ T of_block(T mine, Combine combine) {
-  T* shared = shared_memory<T>();
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) mine = combine(mine, shuffle_xor(mine, mask));
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = mine;
-  sync_threads();
-  T out = shared[0];
-  for (int warp = 1; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) {
-    out = combine(out, shared[warp]);
-  }
-  return out;
-}
-
 __device__ float loss_gradient(const LossGradient& g, int64_t row) {
   const int64_t outer = row / g.inner;
   return g.data[outer * g.strides[0] + (row - outer * g.inner) * g.strides[1]];
@@ -186,7 +170,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t row = threadIdx.x; row < l.total; row += kThreads) {
       mine += positives_of(l, row) > 0 ? 1 : 0;
     }
-    const int number = of_block(mine, [](int a, int b) { return a + b; });
+    const int number = block_sum(mine);
     if (blockIdx.x == 0 && threadIdx.x == 0) {
       *l.grad_loss.upstream = l.grad_scale / (number < 1 ? 1 : number);
     }
@@ -250,7 +234,7 @@ __global__ void __launch_bounds__(kTemperatureThreads, 1)
       mine += g.row_statistics[g.total + row] * softmax * constant;
     }
   }
-  const double sum = of_block(mine, [](double a, double b) { return a + b; });
+  const double sum = block_sum(mine);
   if (threadIdx.x != 0) return;
   const float upstream = g.upstream.tensor ? *g.upstream.tensor : g.upstream.value;
   *g.out = static_cast<float>(-sum * (upstream / temperature));

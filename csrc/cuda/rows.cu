@@ -23,13 +23,6 @@ struct PackTable {
 };
 
 template <class T>
-__device__ const T* row_of(const RowsView& view, int64_t row) {
-  const int64_t batch = row / view.rows;
-  return static_cast<const T*>(view.data) + batch * view.strides[0] +
-         (row - batch * view.rows) * view.strides[1];
-}
-
-template <class T>
 __device__ float row_power(const T* row, int64_t depth, int64_t stride, bool whole) {
   float largest = 0;
   for (int64_t d = 4 * (threadIdx.x % kWarp); d < depth; d += 4 * kWarp) {
@@ -48,8 +41,8 @@ __global__ void __launch_bounds__(kWarp* kWarps)
   const Pack& pack = table.packs[which];
   const bool pair = pack.y.data != nullptr;
   const int64_t depth = table.depth, padded = table.padded;
-  const T* x = row_of<T>(pack.x, row);
-  const T* y = pair ? row_of<T>(pack.y, row) : nullptr;
+  const T* x = row_of<T>(pack.x.data, pack.x.rows, pack.x.strides, row);
+  const T* y = pair ? row_of<T>(pack.y.data, pack.y.rows, pack.y.strides, row) : nullptr;
   const int64_t x_stride = pack.x.strides[2], y_stride = pack.y.strides[2];
   const bool x_whole = table.x_whole[which], y_whole = table.y_whole[which];
   float x_power = 1, y_power = 1;

@@ -128,19 +128,24 @@ __device__ __forceinline__ void gather_row(const PatchMap& map, int image, int s
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kWarpsPerBlock* kWarp)
-    gather_kernel(const __grid_constant__ Maps maps, int items) {
-  const int lane = threadIdx.x % kWarp;
+// Calls run(map, image, patch, whether by vectors) for this warp.
+template <class Run>
+__device__ __forceinline__ void for_patch(const Maps& maps, int items, const Run& run) {
   int item = static_cast<int>(blockIdx.x * kWarpsPerBlock + threadIdx.x / kWarp);
   if (item >= items) return;
   const int i = find_map(maps, item);
   const PatchMap& map = maps.map[i];
-  if (maps.vectors[i]) {
-    gather_row<T, 16 / sizeof(T)>(map, item / map.count, item % map.count, lane);
-  } else {
-    gather_row<T, 1>(map, item / map.count, item % map.count, lane);
-  }
+  run(map, item / map.count, item % map.count, maps.vectors[i]);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kWarpsPerBlock* kWarp)
+    gather_kernel(const __grid_constant__ Maps maps, int items) {
+  const int lane = threadIdx.x % kWarp;
+  for_patch(maps, items, [&](const PatchMap& map, int image, int s, bool vectors) {
+    if (vectors) return gather_row<T, 16 / sizeof(T)>(map, image, s, lane);
+    gather_row<T, 1>(map, image, s, lane);
+  });
 }
 
 // --- gradients of patches to map ---
@@ -227,16 +232,12 @@ template <class T>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarp)
     add_kernel(const __grid_constant__ Maps maps, int items) {
   const int lane = threadIdx.x % kWarp;
-  int item = static_cast<int>(blockIdx.x * kWarpsPerBlock + threadIdx.x / kWarp);
-  if (item >= items) return;
-  const int i = find_map(maps, item);
-  const PatchMap& map = maps.map[i];
-  const int image = item / map.count, s = item % map.count;
-  if (maps.vectors[i]) {
-    scatter_row<T, 16 / sizeof(T), true>(map, image, s, 0, map.channels, lane);
-  } else {
+  for_patch(maps, items, [&](const PatchMap& map, int image, int s, bool vectors) {
+    if (vectors) {
+      return scatter_row<T, 16 / sizeof(T), true>(map, image, s, 0, map.channels, lane);
+    }
     scatter_row<T, 1, true>(map, image, s, 0, map.channels, lane);
-  }
+  });
 }
 
 // Zeros for channels [c, c_end) of positions [p, p_end) of an image, V elements at a time along the

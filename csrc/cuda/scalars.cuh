@@ -44,6 +44,35 @@ __device__ __forceinline__ double warp_sum_double(double x) {
   return x;
 }
 
+// combine of what all threads have, for all of them. To be called by all threads, again after a
+// barrier only.
+template <class T, class Combine>
+__device__ __forceinline__ T of_block(T mine, Combine combine) {
+  T* shared = shared_memory<T>();
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) mine = combine(mine, shuffle_xor(mine, mask));
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = mine;
+  sync_threads();
+  T out = shared[0];
+  for (int warp = 1; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) {
+    out = combine(out, shared[warp]);
+  }
+  return out;
+}
+
+template <class T>
+__device__ __forceinline__ T block_sum(T mine) {
+  return of_block(mine, [](T a, T b) { return a + b; });
+}
+
+// Of batches of `rows` rows each, all numbered in order.
+template <class T>
+__device__ __forceinline__ const T* row_of(const void* data, int64_t rows, const int64_t* strides,
+                                           int64_t row) {
+  const int64_t batch = row / rows;
+  return static_cast<const T*>(data) + batch * strides[0] + (row - batch * rows) * strides[1];
+}
+
 // Elements d ... d + 3 of a row, zeros from `depth` on. `whole`: they lie side by side, aligned to
 // their size, and the depth is a multiple of 4.
 template <class T>

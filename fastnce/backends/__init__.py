@@ -5,8 +5,7 @@ predicates: ``available() -> str`` and ``supports(op, device_type, dtype) -> str
 The ``torch`` backend is ``fastnce.reference``: differentiable PyTorch that every other backend is tested against.
 
 Asked for by name (``backend=``, ``use_backend``, ``FASTNCE_BACKEND``), a backend runs or raises with its reason.
-Chosen automatically, the first of the table that can run the op does; on a GPU on which backends were measured
-(``fastnce.backends.dispatch``), the quickest of these.
+Chosen automatically, the first of the table that can run the op does.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from types import ModuleType
 import torch
 
 from fastnce import reference
-from fastnce.backends import cuda, dispatch, native
+from fastnce.backends import blocks, cuda, native
 from fastnce.backends import triton as triton_ops
 
 _log = logging.getLogger("fastnce")
@@ -30,6 +29,7 @@ _TABLE: dict[str, ModuleType] = {
     "triton": triton_ops,
     "cuda": cuda,
     "native": native,
+    "blocks": blocks,
     "torch": reference,
 }
 # What a backend can do but nobody wants unless asked for.
@@ -123,11 +123,9 @@ def select(op: str, tensor: torch.Tensor, backend: str | None = None) -> ModuleT
             )
         return module
     reasons: list[str] = []
-    measured = dispatch.quickest(op, tensor)
-    for name in dict.fromkeys((*measured, *_TABLE)) if measured else _TABLE:
-        module = _module(name, "fastnce.backends.dispatch: backend")
+    for name, module in _TABLE.items():
         reason = module.supports(op, device, dtype)
-        if reason == "ok" and name not in measured:
+        if reason == "ok":
             reason = _ONLY_BY_NAME.get((name, device), "ok")
         if reason == "ok":
             if not torch.compiler.is_compiling():

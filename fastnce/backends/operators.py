@@ -9,6 +9,7 @@ returns ``(loss, lse, (grad_query, None, None, grad_temperature))``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -53,12 +54,41 @@ class Namespace:
         if all(map(self._has_kernel, op.runs)):
             self._ops.add(op.name)
 
-    def _function(self, operator: Operator) -> Callable:
+    def _function(self, operator: Operator) -> Callable | None:
         return function(self.name, operator)
 
     def _has_kernel(self, operator: str) -> bool:
         name = f"{self.name}::{operator}"
         return torch._C._dispatch_has_kernel_for_dispatch_key(name, self._device)
+
+
+class PythonNamespace(Namespace):
+    """Its operators run the functions ``<operator>`` of a module.
+
+    Called eagerly, an op goes straight to them. While torch.compile traces, it becomes an operator, which the compiler does not
+    look into.
+    """
+
+    def __init__(self, name: str, kernels: ModuleType, functions: dict[str, object]) -> None:
+        self._kernels = kernels
+        super().__init__(name, "", functions)
+
+    def _function(self, operator: Operator) -> Callable | None:
+        eager = getattr(self._kernels, operator.name, None)
+        if eager is None:
+            return None
+        run = implementation(operator, eager)
+        self._library.impl(operator.name, run, "CompositeExplicitAutograd")
+        compiled = function(self.name, operator)
+
+        def choose(*arguments: object, **options: object) -> object:
+            call = compiled if torch.compiler.is_compiling() else eager
+            return call(*arguments, **options)
+
+        return choose
+
+    def _has_kernel(self, operator: str) -> bool:
+        return self._functions.get(operator) is not None
 
 
 def function(namespace: str, operator: Operator) -> Callable:

@@ -1,21 +1,15 @@
-"""The Triton backend: the kernels of ``triton_kernels``, loaded where they can run, and registered for torch.compile.
-
-Called eagerly, an op goes straight to the kernels. While torch.compile traces, it becomes one of ``torch.ops.fastnce_triton``,
-which the compiler does not look into.
-"""
+"""The Triton backend: the kernels of ``triton_kernels``, loaded where they can run, and registered for torch.compile."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
 from types import ModuleType
 
 import torch
 
-from fastnce.backends import operators
-from fastnce.registry import Operator
+from fastnce.backends.operators import PythonNamespace
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -44,27 +38,6 @@ def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
     return _KERNELS.supports(op, device_type, dtype)
 
 
-class _Namespace(operators.Namespace):
-    """Its operators run the functions ``<operator>`` of ``triton_kernels``."""
-
-    def _function(self, operator: Operator) -> Callable | None:
-        eager = getattr(_KERNELS, operator.name, None)
-        if eager is None:
-            return None
-        run = operators.implementation(operator, eager)
-        self._library.impl(operator.name, run, "CompositeExplicitAutograd")
-        compiled = operators.function(self.name, operator)
-
-        def function(*arguments: object, **options: object) -> object:
-            call = compiled if torch.compiler.is_compiling() else eager
-            return call(*arguments, **options)
-
-        return function
-
-    def _has_kernel(self, operator: str) -> bool:
-        return self._functions.get(operator) is not None
-
-
 _KERNELS, _STATUS = _load()
 if _KERNELS is not None:
-    _operators = _Namespace("fastnce_triton", "CUDA", globals())
+    _operators = PythonNamespace("fastnce_triton", _KERNELS, globals())

@@ -11,16 +11,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastnce import backends
 from fastnce.ops import _checks
 
 REDUCTIONS = ("mean", "sum", "none")
-
-
-def reduce(losses: Tensor, reduction: str) -> Tensor:
-    """The ``mean`` or ``sum`` of all losses, or the losses themselves."""
-    if reduction == "none":
-        return losses
-    return losses.mean() if reduction == "mean" else losses.sum()
 
 
 def row_weight(count: int, reduction: str) -> float | None:
@@ -173,6 +167,43 @@ def gradients(
 
 def row_loss(
     op: str,
+    plain: Callable[..., Tensor | tuple[Tensor, Tensor]],
+    rows: Sequence[Tensor],
+    labels: Tensor | None,
+    temperature: object,
+    reduction: object,
+    backend: str | None,
+    operators: str = "",
+) -> Tensor:
+    """The losses of checked rows, their sum or mean, on the ``backend`` that is asked for.
+
+    Args:
+        op: the public function.
+        plain: ``(*rows, labels, temperature)`` -> the losses; and whether each counts in the mean, if not all do.
+        rows: the tensors that may need a gradient, at most three, in the order of the operators' arguments.
+        labels: the argument that follows them, if there is one.
+        temperature: is checked here.
+        reduction: is checked here.
+        backend: as the public functions take it.
+        operators: whose ``<op>_forward`` and ``<op>_backward`` are run, if not those of ``op``.
+    """
+    temperature = _checks.expect_temperature(op, temperature, rows[0])
+    _checks.expect_choice(op, "reduction", reduction, REDUCTIONS)
+    kernels = backends.select(op, rows[0], backend)
+    with no_autocast(rows[0]):
+        if kernels is not backends.reference:
+            return fused_row_loss(op, kernels, rows, labels, temperature, reduction, operators)
+        found = plain(*rows, *(() if labels is None else (labels,)), temperature)
+        losses, counts = found if isinstance(found, tuple) else (found, None)
+        if reduction == "none":
+            return losses
+        if reduction == "mean":
+            return losses.mean() if counts is None else losses.sum() / positives(counts)
+        return losses.sum()
+
+
+def fused_row_loss(
+    op: str,
     kernels: ModuleType,
     rows: Sequence[Tensor | None],
     labels: Tensor | None,
@@ -181,18 +212,7 @@ def row_loss(
     operators: str = "",
     **options: object,
 ) -> Tensor:
-    """The losses of a fused backend, one per row, their sum or mean.
-
-    Args:
-        op: the public function.
-        kernels: the backend.
-        rows: the tensors that may need a gradient, at most three, in the order of the operators' arguments.
-        labels: the argument that follows them, if there is one.
-        temperature: a float or a 0-d tensor.
-        reduction: "mean", "sum" or "none".
-        operators: whose ``<op>_forward`` and ``<op>_backward`` are run, if not those of ``op``.
-        options: those of the operators.
-    """
+    """``row_loss`` of the kernels of a fused backend, with the ``options`` of its operators."""
     _checks.expect_fusable(op, rows[0])
     grad_now = reduction != "none" and wants_grad(*rows, temperature)
     padded = [*distinct(rows), None, None][:3]

@@ -9,7 +9,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnce import backends
 from fastnce.ops import _checks, _common
 from fastnce.ops._over_ranks import GRADIENT_SCALES, OverRanks
 from fastnce.ops.labelled_lse import LabelledLSE
@@ -60,15 +59,8 @@ def conditional_contrastive(
     op = "conditional_contrastive"
     embeddings, proxies = _checks.same_dtype_under_autocast(embeddings, proxies)
     labels = _checked_labels(op, embeddings, proxies, labels)
-    temperature = _checks.expect_temperature(op, temperature, embeddings)
-    _checks.expect_choice(op, "reduction", reduction, _common.REDUCTIONS)
-
-    kernels = backends.select(op, embeddings, backend)
-    with _common.no_autocast(embeddings):
-        if kernels is backends.reference:
-            losses = plain(embeddings, proxies, labels, temperature)
-            return _common.reduce(losses, reduction)
-        return _common.row_loss(op, kernels, (embeddings, proxies), labels, temperature, reduction)
+    rows = (embeddings, proxies)
+    return _common.row_loss(op, plain, rows, labels, temperature, reduction, backend)
 
 
 def plain(

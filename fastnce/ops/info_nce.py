@@ -115,7 +115,7 @@ def info_nce(
     kernels = backends.select(name, query, backend)
     with _common.no_autocast(query):
         if kernels is not backends.reference:
-            loss = _common.row_loss(
+            loss = _common.fused_row_loss(
                 op, kernels, rows, None, temperature, reduction, operators=name, **options
             )
         else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastnce.ops import _checks, _common
 from fastnce.ops._over_ranks import OverRanks
 from fastnce.ops.labelled_lse import LabelledLSE
-from fastnce.ops.sup_con import sup_con_reduced
+from fastnce.ops.sup_con import plain as sup_con
 from fastnce.ranks import Fact
 from fastnce.reference.normalize import accumulation_dtype, normalize_rows
 from fastnce.registry import Make, Op, Sample, declare
@@ -56,8 +56,9 @@ def nt_xent(
     _checks.expect_rows(op, "z1", z1)
     _checks.expect_rows(op, "z2", z2, like=z1, like_name="z1")
     image = torch.arange(z1.shape[0], device=z1.device)
-    return sup_con_reduced(
-        op, torch.cat([z1, z2]), torch.cat([image, image]), temperature, reduction, backend
+    rows, labels = (torch.cat([z1, z2]),), torch.cat([image, image])
+    return _common.row_loss(
+        op, sup_con, rows, labels, temperature, reduction, backend, operators="sup_con"
     )
 
 

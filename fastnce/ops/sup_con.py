@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastnce import backends
 from fastnce.ops import _checks, _common
 from fastnce.ops._over_ranks import OverRanks
 from fastnce.ops.labelled_lse import LabelledLSE, SameLabelSum
@@ -55,30 +54,7 @@ def sup_con(
     op = "sup_con"
     _checks.expect_rows(op, "features", features)
     labels = _checks.expect_labels(op, labels, features, "features")
-    return sup_con_reduced(op, features, labels, temperature, reduction, backend)
-
-
-def sup_con_reduced(
-    op: str,
-    features: Tensor,
-    labels: Tensor,
-    temperature: float | Tensor,
-    reduction: str,
-    backend: str | None,
-) -> Tensor:
-    """``sup_con`` of validated features (N, D) and labels (N,) int64, under the name ``op``."""
-    temperature = _checks.expect_temperature(op, temperature, features)
-    _checks.expect_choice(op, "reduction", reduction, _common.REDUCTIONS)
-    kernels = backends.select(op, features, backend)
-    with _common.no_autocast(features):
-        if kernels is backends.reference:
-            losses, has_positive = plain(features, labels, temperature)
-            if reduction == "mean":
-                return losses.sum() / _common.positives(has_positive)
-            return _common.reduce(losses, reduction)
-        return _common.row_loss(
-            op, kernels, (features,), labels, temperature, reduction, operators="sup_con"
-        )
+    return _common.row_loss(op, plain, (features,), labels, temperature, reduction, backend)
 
 
 def plain(features: Tensor, labels: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The ``torch`` backend: every op in plain PyTorch, written to be read beside its equation, in ``fastnce/ops/<op>.py``.
 
-It is the specification, the fallback on every device, the oracle of the tests and the baseline of the benchmarks. The functions
-are differentiable; autograd derives their gradients. They take inputs that ``fastnce.ops`` has validated.
+It is the specification, the oracle of the tests and the baseline of the benchmarks. The functions are differentiable; autograd
+derives their gradients. They take inputs that ``fastnce.ops`` has validated.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """What the CUDA kernels take of each GPU that they are built for, as the compiler reports it; no GPU is needed.
 
-``python -m tests.cuda_kernels.cuda_resources`` writes benchmarks/results/cuda-resources.md and .json.
+``python -m tests.cuda_kernels.cuda_resources`` writes benchmarks/results/cuda-resources.md.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import os
 import re
 import shlex
 import shutil
@@ -23,7 +22,7 @@ from fastnce.backends import build
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results" / "cuda-resources.md"
 CACHE = ROOT / "out" / "cuda-resources"
 
 # In the machine code: mma.sync, wgmma, TMA's loads; loads and stores of a thread's own memory.
@@ -46,11 +45,10 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A file for a target: its kernels, what the compiler warns of, and the seconds of one processor that it took."""
+    """A file for a target: its kernels, and what the compiler warns of."""
 
     kernels: list[Kernel]
     warnings: list[str]
-    seconds: float
 
 
 def jobs() -> list[tuple[Path, str]]:
@@ -96,7 +94,10 @@ def compile_one(file: Path, target: str, output: Path) -> None:
         cubin = Path(folder) / f"{file.stem}.cubin"
         command = build.for_gpu("-cubin", f"-arch=sm_{target}", "-Xptxas=-v")
         command += [str(file), "-o", str(cubin), "-MMD", "-MF", f"{output}.d"]
-        seconds, log = _run(command)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        log = done.stdout
+        if done.returncode != 0:
+            raise build.BuildError(f"the compiler failed:\n{shlex.join(command)}\n{log}")
         reports = reports_of(log)
         counts = instructions_of(disassembled(cubin)) if reports else {}
     names = dict(zip(reports, readable(list(reports)), strict=True))
@@ -108,21 +109,8 @@ def compile_one(file: Path, target: str, output: Path) -> None:
     warnings = [
         line for line in log.splitlines() if "warning" in line or "Performance Loss" in line
     ]
-    done = Compiled(sorted(kernels, key=lambda kernel: kernel.name), warnings, round(seconds, 1))
-    output.write_text(json.dumps(dataclasses.asdict(done)))
-
-
-def _run(command: list[str]) -> tuple[float, str]:
-    """The seconds of one processor, of the program with all that it starts, and what it prints."""
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        log.seek(0)
-        printed = log.read()
-    if process.returncode != 0:
-        raise build.BuildError(f"the compiler failed:\n{' '.join(command)}\n{printed}")
-    return usage.ru_utime + usage.ru_stime, printed
+    found = Compiled(sorted(kernels, key=lambda kernel: kernel.name), warnings)
+    output.write_text(json.dumps(dataclasses.asdict(found)))
 
 
 def reports_of(log: str) -> dict[str, dict[str, int]]:
@@ -198,9 +186,6 @@ def _short(name: str) -> str:
 
 def table(done: list[Compiled]) -> str:
     """As Markdown."""
-    seconds = collections.Counter()
-    for (file, _), each in zip(jobs(), done, strict=True):
-        seconds[file.name] += each.seconds
     lines = [
         "# Resources of the CUDA kernels",
         "",
@@ -218,11 +203,7 @@ def table(done: list[Compiled]) -> str:
         lines.append(
             f"| {kernel.file} | `{kernel.name}` | sm_{kernel.target} | {kernel.registers} | {own} | {matrix} |"
         )
-    lines += ["", "Seconds of one processor to compile, all targets together:", ""]
-    lines += ["| file | seconds |", "|---|---|"]
-    lines += [f"| {name} | {value:.1f} |" for name, value in seconds.items()]
-    lines += [f"| all | {sum(seconds.values()):.1f} |", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, ""])
 
 
 def _nvcc_version() -> str:
@@ -231,16 +212,9 @@ def _nvcc_version() -> str:
     return found.group(1) if found else "of unknown version"
 
 
-def main() -> None:
-    done = compile_all()
-    (RESULTS / "cuda-resources.md").write_text(table(done))
-    data = [dataclasses.asdict(each) for each in done]
-    (RESULTS / "cuda-resources.json").write_text(json.dumps(data, indent=1) + "\n")
-    print(RESULTS / "cuda-resources.md")
-
-
 if __name__ == "__main__":
     if len(sys.argv) > 1:  # as compile_all calls it
         compile_one(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
     else:
-        main()
+        RESULTS.write_text(table(compile_all()))
+        print(RESULTS)

@@ -21,12 +21,12 @@ FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-DFASTNCE_
 
 
 def build_emulated(output: Path = LIBRARY) -> Path:
-    """Compiles what has changed of the kernels, the emulator, and the calls of :mod:`pairs_library`.
+    """Compiles what has changed of the kernels and the emulator.
 
     Raises:
         BuildError: no torch, no compiler, no ninja, or the compiler failed, with its message.
     """
-    files = [*build.cuda_files(SOURCES.parent), HERE / "emulator.cpp", HERE / "pairs_calls.cpp"]
+    files = [*build.cuda_files(SOURCES.parent), HERE / "emulator.cpp"]
     stamp = build.source_hash(SOURCES.parent, build.CUDA)
     build.compile_library(plan(files), output, output.parent / "objects", stamp)
     return output

@@ -85,7 +85,8 @@ struct Block {
   std::vector<std::function<void()>> background;
   Barrier barriers[kBarriers];
   std::vector<Meeting> warps, groups;
-  int ended = 0;
+  std::vector<unsigned> haste;  // of the warps
+  int ended = 0, steps = 0;
   std::exception_ptr error;
 };
 
@@ -102,14 +103,12 @@ size_t draw(size_t count) { return generator() % count; }
 
 // Some warps are slow for a while: what they should have waited for, or been waited for, shows.
 size_t draw_ready() {
-  static std::vector<unsigned> haste;
-  static int until = 0;
-  if (--until < 0 || haste.size() != block->warps.size()) {
+  std::vector<unsigned>& haste = block->haste;
+  if (block->steps++ % 500 == 0) {
     haste.resize(block->warps.size());
     for (unsigned& h : haste) h = generator();
-    until = 500;
   }
-  const auto haste_of = [](size_t i) { return haste[static_cast<size_t>(block->ready[i]) / 32]; };
+  const auto haste_of = [&](size_t i) { return haste[static_cast<size_t>(block->ready[i]) / 32]; };
   size_t best = draw(block->ready.size());
   for (int i = 0; i < 8; ++i) {
     const size_t other = draw(block->ready.size());

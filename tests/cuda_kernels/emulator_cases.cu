@@ -1,29 +1,16 @@
-// Small kernels, right and wrong, by which test_emulator.py sees that the emulator notices what a
-// GPU would punish.
-#include <cstdio>
-#include <cstring>
+// Small kernels, right and with the fault that they are given, by which test_emulator.py sees that
+// the emulator notices what a GPU would punish. The faults are described there.
 #include <string>
+#include <string_view>
 
+#include "device_sm90.cuh"
 #include "launch.cuh"
 
 using namespace fastnce::cuda;
 
 namespace {
 
-enum class Fault {
-  kNone,
-  kNoBarrier,        // read before others have written
-  kNoWait,           // read what a copy has not brought yet
-  kCopyLeftBehind,   // end with a copy on its way
-  kSomeSkipBarrier,  // a barrier that not all reach
-  kBarrierSizes,     // a named barrier with two sizes
-  kOverrun,          // write beyond the shared memory
-  kHalfWarp,         // an operation of the warp that half of it takes part in
-  kDivergentWarp,    // halves of a warp in different operations
-  kMisalignedCopy,   // an asynchronous copy of 16 bytes to an address that is no multiple of 16
-  kTooManyThreads,   // launches that no GPU accepts
-  kTooMuchSharedMemory,
-};
+using Fault = std::string_view;
 
 constexpr int kThreads = 128;
 
@@ -32,9 +19,9 @@ __global__ void reverse(const float* in, float* out, Fault fault) {
   auto* shared = shared_memory<float>();
   const int t = static_cast<int>(threadIdx.x);
   shared[t] = in[t];
-  if (fault == Fault::kOverrun && t == 0) shared[kThreads] = 0.0f;
-  if (fault != Fault::kNoBarrier && !(fault == Fault::kSomeSkipBarrier && t >= 96)) sync_threads();
-  if (fault == Fault::kBarrierSizes) sync_named(1, t < 64 ? 128 : 96);
+  if (fault == "overrun" && t == 0) shared[kThreads] = 0.0f;
+  if (fault != "no_barrier" && !(fault == "some_skip_barrier" && t >= 96)) sync_threads();
+  if (fault == "barrier_sizes") sync_named(1, t < 64 ? 128 : 96);
   out[t] = shared[kThreads - 1 - t];
 }
 
@@ -42,13 +29,13 @@ __global__ void reverse(const float* in, float* out, Fault fault) {
 __global__ void copy(const float* in, float* out, Fault fault) {
   auto* shared = shared_memory<float>();
   const int t = static_cast<int>(threadIdx.x);
-  const int shift = fault == Fault::kMisalignedCopy ? 1 : 0;
+  const int shift = fault == "misaligned_copy" ? 1 : 0;
   if (t < kThreads / 4) copy_async<16>(shared + 4 * t + shift, in + 4 * t);
   copy_async_commit();
-  if (fault != Fault::kNoWait && fault != Fault::kCopyLeftBehind) copy_async_wait<0>();
+  if (fault != "no_wait" && fault != "copy_left_behind") copy_async_wait<0>();
   sync_threads();
   out[t] = shared[t];
-  if (fault == Fault::kNoWait) copy_async_wait<0>();
+  if (fault == "no_wait") copy_async_wait<0>();
 }
 
 // out[t] = the sum of the warp's in.
@@ -56,8 +43,8 @@ __global__ void sum(const float* in, float* out, Fault fault) {
   const int t = static_cast<int>(threadIdx.x);
   const bool low = t % kWarp < kWarp / 2;
   float total = in[t];
-  if (fault == Fault::kHalfWarp && !low) return;
-  if (fault == Fault::kDivergentWarp && !low) {
+  if (fault == "half_warp" && !low) return;
+  if (fault == "divergent_warp" && !low) {
     sync_warp();
   } else {
     total = warp_sum(total);
@@ -80,29 +67,115 @@ __global__ void multiply(const float* in, float* out) {
   for (int i = 0; i < 4; ++i) out[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = c[i];
 }
 
-void run(const std::string& kernel, Fault fault, const float* in, float* out) {
-  Launch l{"a test", 1, kThreads, kThreads * sizeof(float), nullptr};
-  if (fault == Fault::kTooManyThreads) l.block = 2048;
-  if (fault == Fault::kTooMuchSharedMemory) l.shared_bytes = 300 * 1024;
-  if (kernel == "reverse") return launch(l, reverse, in, out, fault);
-  if (kernel == "copy") return launch(l, copy, in, out, fault);
-  if (kernel == "sum") return launch(l, sum, in, out, fault);
-  l.block = kWarp;
-  l.shared_bytes = 32 * 16 * 2;
-  if (kernel == "multiply_bfloat16") return launch(l, multiply<bfloat16>, in, out);
-  launch(l, multiply<float16>, in, out);
+// --- Hopper's instructions ---
+
+constexpr int kLines = 128;
+constexpr int kTile = kLines * kLineBytes;
+
+struct Places {
+  int element, row, problem;
+};
+
+// Two boxes of `in` (problems, rows, depth), lines from (problem, row, element) on: of 64 and of
+// 128 rows. Then
+//   from tiles: d (64, kColumns) = a b^T over 64 elements; out is every thread's d, in order
+//   across:     d (64, 64) = r b over 64 lines of b, r from `registers` (4 steps, 128 threads, 4)
+// and the tiles' bytes as they lie in shared memory.
+template <class T, int kColumns>
+__global__ void multiply_tiles(const __grid_constant__ TensorMap a_map,
+                               const __grid_constant__ TensorMap b_map, Places at,
+                               const uint32_t* registers, float* out, char* bytes, Fault fault) {
+  char* a = shared_memory<char>();
+  char* b = a + kTile / 2;
+  auto* barrier = reinterpret_cast<uint64_t*>(b + kTile);
+  const auto thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) {
+    if (fault != "no_init") barrier_init(barrier, 1);
+    barrier_init_done();
+    const int extra = fault == "too_many_bytes" ? 16 : 0;
+    barrier_arrive_expecting(barrier, kTile + kTile / 2 + extra);
+    copy_tensor(a, &a_map, barrier, at.element, at.row, at.problem);
+    copy_tensor(b, &b_map, barrier, at.element, at.row, at.problem);
+    if (fault == "two_arrivals") barrier_arrive(barrier);
+  }
+  sync_threads();
+  if (fault != "no_barrier") barrier_wait(barrier, 0);
+  for (int i = thread; i < kTile + kTile / 2; i += kWarpGroup) bytes[i] = a[i];
+
+  float d[kColumns / 8][4] = {};
+  uint32_t r[4][4] = {};
+  for (int k = 0; registers != nullptr && k < 4; ++k) {
+    for (int i = 0; i < 4; ++i) r[k][i] = registers[(k * kWarpGroup + thread) * 4 + i];
+  }
+  if (fault != "no_fence") wgmma_fence();
+  for (int k = 0; k < 4; ++k) {
+    if constexpr (kColumns == 64) {
+      if (registers != nullptr) {
+        wgmma_registers<T>(d, r[k], tile_descriptor(b + 2048 * k));
+        continue;
+      }
+    }
+    const char* mine = fault == "disagree" && thread / kWarp == 2 ? b + 1024 : b;
+    wgmma_tiles<T, kColumns>(d, tile_descriptor(a + 32 * k), tile_descriptor(mine + 32 * k));
+  }
+  wgmma_commit();
+  if (fault == "tile_changed" && thread == 0) b[7] ^= 64;
+  if (fault == "operand_changed" && thread == 9) r[2][1] = 0;
+  if (fault != "no_wait") wgmma_wait<0>();
+  pin(d);
+  for (int i = 0; i < kColumns / 2; ++i) out[thread * (kColumns / 2) + i] = d[i / 4][i % 4];
+}
+
+// "" or the error's message.
+template <class Run>
+const char* message_of(Run run) {
+  static std::string message;
+  message.clear();
+  try {
+    run();
+  } catch (const std::runtime_error& error) {
+    message = error.what();
+  }
+  return message.c_str();
 }
 
 }  // namespace
 
-// "" or the error's message.
-extern "C" const char* run_case(const char* kernel, int fault, const float* in, float* out) {
-  static std::string message;
-  message.clear();
-  try {
-    run(kernel, static_cast<Fault>(fault), in, out);
-  } catch (const LaunchError& error) {
-    message = error.what();
-  }
-  return message.c_str();
+#pragma GCC visibility push(default)
+
+extern "C" const char* run_kernel(const char* name, const char* fault, const float* in,
+                                  float* out) {
+  const std::string_view kernel = name;
+  const Fault f = fault;
+  Launch l{"a test", 1, kThreads, kThreads * sizeof(float), nullptr};
+  if (f == "too_many_threads") l.block = 2048;
+  if (f == "too_much_shared_memory") l.shared_bytes = 300 * 1024;
+  return message_of([&]() mutable {
+    if (kernel == "reverse") return launch(l, reverse, in, out, f);
+    if (kernel == "copy") return launch(l, copy, in, out, f);
+    if (kernel == "sum") return launch(l, sum, in, out, f);
+    l.block = kWarp;
+    l.shared_bytes = 32 * 16 * 2;
+    if (kernel == "multiply_bfloat16") return launch(l, multiply<bfloat16>, in, out);
+    launch(l, multiply<float16>, in, out);
+  });
+}
+
+// `sizes` are those of `in`, `at` the boxes' element, row and problem.
+extern "C" const char* run_tiles(int is_bfloat16, const void* in, const int* sizes, const int* at,
+                                 int columns, const uint32_t* registers, float* out, char* bytes,
+                                 const char* fault) {
+  return message_of([=] {
+    const Launch l{"a test", 1, kWarpGroup, kTile + kTile / 2 + sizeof(uint64_t), nullptr};
+    const Dtype dtype = is_bfloat16 != 0 ? Dtype::kBfloat16 : Dtype::kFloat16;
+    const auto map = [&](int rows) {
+      return make_tensor_map(l.op, in, dtype, sizes[2], sizes[1], sizes[0], rows);
+    };
+    auto* kernel = columns == 64 ? multiply_tiles<float16, 64> : multiply_tiles<float16, 128>;
+    if (is_bfloat16 != 0) {
+      kernel = columns == 64 ? multiply_tiles<bfloat16, 64> : multiply_tiles<bfloat16, 128>;
+    }
+    launch(l, kernel, map(64), map(kLines), Places{at[0], at[1], at[2]}, registers, out, bytes,
+           Fault(fault));
+  });
 }

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from cuda_resources import Kernel, compile_all, files, instructions_of, reports_of
+from cuda_resources import Kernel, compile_all, files
 
 from fastnce.backends import build
 
@@ -106,21 +106,3 @@ def test_the_library_loads_into_a_torch_without_cuda(nvcc, tmp_path, monkeypatch
     code = f"import torch; torch.ops.load_library({str(library)!r})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert loaded.returncode == 0, loaded.stderr
-
-
-def test_reports_are_read():
-    log = """
-ptxas info    : Compiling entry function '_Z1fv' for 'sm_80'
-ptxas info    : Function properties for _Z1fv
-    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
-ptxas info    : Used 40 registers, used 1 barriers, 16 bytes cumulative stack size
-"""
-    expected = {"registers": 40, "stack": 16, "spill_stores": 8, "spill_loads": 12}
-    assert reports_of(log) == {"_Z1fv": expected}
-    listing = """
-	Function : _Z1fv
-        /*0000*/                   LDC R1, c[0x0][0x28] ;                /* 0x00000a00ff017b82 */
-        /*0010*/              @!P0 HMMA.16816.F32.BF16 R4, R4, R2, RZ ;  /* 0x0000000204047220 */
-        /*0020*/               @P1 STL.64 [R1], R2 ;
-"""
-    assert instructions_of(listing) == {"_Z1fv": {"HMMA": 1, "STL": 1}}

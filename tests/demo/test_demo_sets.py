@@ -26,11 +26,7 @@ def small_crops(out, **settings):
     return write_photo_crops(out, train_count=30, test_count=10, **settings)
 
 
-WRITERS = {
-    "digits": write_digits,
-    "digits-photos": write_digits_photos,
-    "photo-crops": small_crops,
-}
+WRITERS = {"digits": write_digits, "digits-photos": write_digits_photos, "photo-crops": small_crops}
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from cut_transcription import FAST, TINY, batches, draw_ids, make
+from transcriptions import FAST, TINY, batches, draw_ids, make
 
-import fastnce
 from fastnce.errors import UserError
 from fastnce.models import CUT
-from fastnce.training import build_config
 
 
 @pytest.mark.parametrize("config", [TINY, FAST], ids=["cut", "fastcut"])
@@ -57,44 +54,6 @@ def test_without_contrastive_loss():
     )
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"lambda_r1": 1.0, "lambda_identity": 1.0, "gan_mode": "nonsaturating"},
-        {"gan_mode": "wgangp"},
-        {"in_channels": 1},
-        {"out_channels": 1, "negatives": "image+queue", "queue_size": 40},
-        {"projector": "none", "negatives": "queue", "queue_size": 40},
-    ],
-    ids=["cut", "r1-identity", "wgangp", "from-grey", "to-grey-queue", "features-queue"],
-)
-def test_bf16_trains_every_network(changes):
-    config = replace(TINY, **changes)
-    model = make(replace(config, precision="bf16"), dtype=torch.float32)
-    truth = make(config, dtype=torch.float32)
-    channels = (config.in_channels, config.out_channels)
-    batch = batches(1, dtype=torch.float32, channels=channels)[0]
-    ids, results = draw_ids(truth, 0), []
-    for each in (model, truth):
-        torch.manual_seed(0)
-        results.append(each.training_step(batch, patch_ids=ids))
-    # A critic's mean is small beside the logits that it is the mean of.
-    logits = make(config, dtype=torch.float32).discriminator(batch["B"]).abs().mean().item()
-    atol = 0.05 * logits if config.gan_mode == "wgangp" else 0
-    if "D_gp" in results[1]:  # about slopes: the distance from 1 magnifies their rounding
-        for losses in results:
-            losses["D_gp"] = 1 + (2 * losses["D_gp"] / config.lambda_gp).sqrt()
-    for name, value in results[1].items():
-        torch.testing.assert_close(results[0][name], value, rtol=0.05, atol=atol, msg=name)
-    # A weight whose low-precision copy was cached without gradient would have a wrong or no gradient here. The bound is
-    # loose because bf16 rounds the gradient of this random generator by a third of its length.
-    for one, other in zip(model.parameters(), truth.parameters(), strict=True):
-        if one.dim() > 1:
-            assert F.cosine_similarity(one.grad.flatten(), other.grad.flatten(), dim=0) > 0.5
-            assert one.grad.norm().item() == pytest.approx(other.grad.norm().item(), rel=0.3)
-
-
 def test_a_and_b_of_different_sizes():
     batch = batches(1, dtype=torch.float32)[0]
     batch = {"A": batch["A"], "B": batch["B"][..., :16]}
@@ -106,31 +65,16 @@ def test_a_and_b_of_different_sizes():
     assert model.training_step(batch)["D_real"] == (real - 1).square().mean()
 
 
-def test_initialisation_gain():
+@pytest.mark.parametrize(("changes", "gain"), [({}, 0.02), ({"init_gain": 0.5}, 0.5)])
+def test_initialisation_gain(changes, gain):
     torch.manual_seed(0)
-    weight = CUT(replace(TINY, base_channels=32, init_gain=0.5)).generator.model[8].weight
+    conv = CUT(replace(TINY, base_channels=32, **changes)).generator.model[8]
     fan = (64 + 128) * 9
-    assert weight.std().item() == pytest.approx(0.5 * (2 / fan) ** 0.5, rel=0.02)
+    assert conv.weight.std().item() == pytest.approx(gain * (2 / fan) ** 0.5, rel=0.02)
+    assert not conv.bias.any()
 
 
 def test_any_channels_without_contrastive_loss():
     config = replace(TINY, in_channels=4, out_channels=2, lambda_nce=0.0)
-    batch = batches(1, dtype=torch.float32, channels=(4, 2))[0]
+    batch = batches(1, config, torch.float32)[0]
     assert CUT(config).training_step(batch)["G"].isfinite()
-
-
-def test_the_demos_first_step_is_the_same_on_native_and_torch():
-    """In fp32 and at the demo's size, to 1e-5 relative."""
-    if fastnce.backends.available()["native"] != "ok":
-        pytest.skip(fastnce.backends.available()["native"])
-    config = build_config("cut", preset="digits", overrides={"data": "data", "out": "run"})
-    generator = torch.Generator().manual_seed(0)
-    batch = {domain: torch.rand(8, 3, 32, 32, generator=generator) * 2 - 1 for domain in "AB"}
-    losses = {}
-    for backend in ("native", "torch"):
-        torch.manual_seed(0)
-        model = CUT(replace(config, backend=backend), (32, 32))
-        losses[backend] = model.training_step(batch)
-    assert set(losses["native"]) == {"G_GAN", "D_real", "D_fake", "G", "NCE", "NCE_Y"}
-    for name, value in losses["native"].items():
-        torch.testing.assert_close(value, losses["torch"][name], rtol=1e-5, atol=0, msg=name)

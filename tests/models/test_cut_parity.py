@@ -4,93 +4,61 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cut_transcription import FAST, TINY, Transcription, batches, draw_ids, gradient_pairs, make
+from transcriptions import FAST, TINY, CUTSteps, batches, check_steps, draw_ids, make
 
 from fastnce.models import CUT, CUTConfig
 
-MIRRORED = [False, True, False]
 PATCHES = {"num_patches": 6, "nce_layers": (4, 8, 12)}
+SINCUT = {"num_patches": 1, "negatives": "batch", "gan_mode": "nonsaturating"}
+SINCUT |= {"lambda_nce": 4.0, "lambda_r1": 1.0, "lambda_identity": 1.0}
 CASES = {
-    "cut": (TINY, None),
-    "cut, all images' negatives": (replace(TINY, negatives="batch"), None),
-    "fastcut": (FAST, MIRRORED),
-    "fastcut, all images' negatives": (replace(FAST, negatives="batch"), MIRRORED),
-    "mirrored, no anti-aliasing": (
-        replace(TINY, antialias=False, nce_layers=(0, 4, 6, 10, 12)),
-        [True] * 3,
-    ),
-    "grey to RGB": (replace(TINY, in_channels=1), None),
-    "RGB to grey": (replace(TINY, out_channels=1), None),
-    "grey to RGB, fastcut": (replace(FAST, in_channels=1), MIRRORED),
-    "RGB to grey, fastcut": (replace(FAST, out_channels=1), MIRRORED),
-    "grey": (replace(TINY, in_channels=1, out_channels=1), None),
-    "vanilla": (replace(TINY, gan_mode="vanilla"), None),
-    "non-saturating, R1": (replace(TINY, gan_mode="nonsaturating", lambda_r1=2.0), None),
-    "hinge": (replace(TINY, gan_mode="hinge", lambda_gan=0.5), None),
-    "wgangp": (replace(TINY, gan_mode="wgangp", lambda_gp=3.0), None),
-    "wgangp, R1": (replace(TINY, gan_mode="wgangp", lambda_r1=0.7), None),
-    "identity": (replace(TINY, lambda_identity=2.0), MIRRORED),
-    "identity, fastcut": (replace(FAST, lambda_identity=2.0), MIRRORED),
-    "identity, no contrast": (replace(TINY, lambda_nce=0.0, lambda_identity=2.0), None),
-    "no projector": (replace(TINY, projector="none"), None),
-    "all positions": (replace(TINY, num_patches=0, nce_layers=(12, 14)), None),
+    "cut": (TINY, {}),
+    "cut, all images' negatives": (TINY, {"negatives": "batch"}),
+    "fastcut": (FAST, {}),
+    "fastcut, all images' negatives": (FAST, {"negatives": "batch"}),
+    "no anti-aliasing": (TINY, {"antialias": False, "nce_layers": (0, 4, 6, 10, 12)}),
+    "grey to RGB": (TINY, {"in_channels": 1}),
+    "RGB to grey": (TINY, {"out_channels": 1}),
+    "grey to RGB, fastcut": (FAST, {"in_channels": 1}),
+    "RGB to grey, fastcut": (FAST, {"out_channels": 1}),
+    "grey": (TINY, {"in_channels": 1, "out_channels": 1}),
+    "vanilla": (TINY, {"gan_mode": "vanilla"}),
+    "non-saturating, R1": (TINY, {"gan_mode": "nonsaturating", "lambda_r1": 2.0}),
+    "hinge": (TINY, {"gan_mode": "hinge", "lambda_gan": 0.5}),
+    "wgangp": (TINY, {"gan_mode": "wgangp", "lambda_gp": 3.0}),
+    "wgangp, R1": (TINY, {"gan_mode": "wgangp", "lambda_r1": 0.7}),
+    "identity": (TINY, {"lambda_identity": 2.0}),
+    "identity, fastcut": (FAST, {"lambda_identity": 2.0}),
+    "identity, no contrast": (TINY, {"lambda_nce": 0.0, "lambda_identity": 2.0}),
+    "no projector": (TINY, {"projector": "none"}),
+    "all positions": (TINY, {"num_patches": 0, "nce_layers": (12, 14)}),
     # Smaller than what a step brings, no multiple of it, and so large that random keys stay to the end.
-    "short queue": (replace(TINY, **PATCHES, negatives="queue", queue_size=7), None),
-    "queue": (replace(TINY, **PATCHES, negatives="queue", queue_size=17), None),
-    "queue beside the image": (
-        replace(FAST, **PATCHES, negatives="image+queue", queue_size=50),
-        MIRRORED,
-    ),
+    "short queue": (TINY, PATCHES | {"negatives": "queue", "queue_size": 7}),
+    "queue": (TINY, PATCHES | {"negatives": "queue", "queue_size": 17}),
+    "queue beside the image": (FAST, PATCHES | {"negatives": "image+queue", "queue_size": 50}),
     "queue of features": (
-        replace(TINY, **PATCHES, negatives="image+queue", queue_size=17, projector="none"),
-        None,
+        TINY,
+        PATCHES | {"negatives": "image+queue", "queue_size": 17, "projector": "none"},
     ),
-    "floor under norms": (replace(TINY, norm_floor=0.3), None),
-    "floor under norms, all images' negatives": (
-        replace(FAST, norm_floor=0.3, negatives="batch"),
-        MIRRORED,
-    ),
-    "as in SinCUT": (
-        replace(
-            TINY,
-            num_patches=1,
-            negatives="batch",
-            gan_mode="nonsaturating",
-            lambda_nce=4.0,
-            lambda_r1=1.0,
-            lambda_identity=1.0,
-        ),
-        None,
-    ),
+    "floor under norms": (TINY, {"norm_floor": 0.3}),
+    "floor under norms, all images' negatives": (FAST, {"norm_floor": 0.3, "negatives": "batch"}),
+    "as in SinCUT": (TINY, SINCUT),
 }
 
 
 @pytest.mark.parametrize("backend", ["torch", None])
 @pytest.mark.parametrize("case", CASES)
 def test_three_steps_follow_the_equations(case, backend):
-    config, flips = CASES[case]
-    model = make(replace(config, backend=backend))
-    truth = Transcription(model, config.norm_floor)
-    ids = draw_ids(model, 2) if config.num_patches else {"NCE": None, "NCE_Y": None}
-    given = ids if config.num_patches else None
-    channels = (config.in_channels, config.out_channels)
-    steps = zip(batches(3, channels=channels), flips or [False] * 3, strict=True)
-    for step, (batch, flip) in enumerate(steps):
-        torch.manual_seed(step)  # of the penalty's places
-        losses = model.training_step(batch, flip=flip, patch_ids=given)
-        torch.manual_seed(step)
-        expected = truth.step(batch, ids, flip)
-        assert set(losses) == set(expected)
-        for name, value in expected.items():
-            torch.testing.assert_close(losses[name], value.detach(), rtol=1e-6, atol=1e-9)
-        pairs = gradient_pairs(model, truth)
-        for name, (one, other) in pairs.items():
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9, msg=name)
-        # Every network's gradient is well above the tolerance.
-        for letter in model.optimizers:
-            assert (
-                max(one.abs().max() for name, (one, _) in pairs.items() if name[0] == letter) > 1e-5
-            )
+    """The second of them mirrored."""
+    config, changes = CASES[case]
+    config = replace(config, **changes, backend=backend)
+    model = make(config)
+    ids = draw_ids(model, 2)
+    steps = [
+        (batch, {"flip": step == 1, "patch_ids": ids})
+        for step, batch in enumerate(batches(3, config))
+    ]
+    check_steps(model, CUTSteps(model, config.norm_floor), steps)
 
 
 def distances_at_the_published_initialisation(
@@ -106,17 +74,14 @@ def distances_at_the_published_initialisation(
         base_channels=16, disc_channels=16, num_patches=64, projection_dim=64, **options
     )
     model = CUT(config, (64, 64))
-    plain, exact = Transcription(model, floor), Transcription(model, floor)
-    for network in (exact.g, exact.d, exact.f):
-        network.double()
+    plain, exact = CUTSteps(model, floor), CUTSteps(model, floor)
+    exact.networks.double()
     found = []
-    for step, batch in enumerate(batches(steps, 1, torch.float32, side=(64, 64))):
+    for step, batch in enumerate(batches(steps, config, torch.float32, size=1, side=(64, 64))):
         ids = draw_ids(model, step, (64, 64))
-        for truth in (
-            plain,
-            exact,
-        ):  # else Adam turns rounding into steps: its first ones are signs
-            truth.copy_state(model)
+        # Else Adam turns rounding into steps: its first ones are signs.
+        plain.copy_state(model)
+        exact.copy_state(model)
         losses = model.training_step(batch, patch_ids=ids)
         plain.step(batch, ids, False)
         expected = exact.step({name: x.double() for name, x in batch.items()}, ids, False)
@@ -125,7 +90,7 @@ def distances_at_the_published_initialisation(
             for name, value in expected.items()
             if value.abs() > 1e-6  # D_fake begins at 1e-9
         }
-        of_plain, of_exact = gradient_pairs(model, plain), gradient_pairs(model, exact)
+        of_plain, of_exact = plain.gradient_pairs(model), exact.gradient_pairs(model)
         for name, (one, truth) in of_exact.items():
             rounding = (of_plain[name][1] - truth).norm()
             # A bias in front of a norm has no gradient but rounding: its layer's weight gives the scale.

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transcriptions import TINY, Transcription, batches, check_steps, draw_ids, make
 
 from fastnce.errors import UserError
 from fastnce.models import (
@@ -21,8 +22,6 @@ from fastnce.models import (
 )
 from fastnce.systems.cyclegan import ImagePool
 
-SIZE = (16, 32)
-CLOSE = {"rtol": 1e-6, "atol": 1e-9}
 SMALL = {"base_channels": 4, "disc_channels": 4, "disc_layers": 2, "lr": 1e-3}
 CYCLEGAN = CycleGANConfig(**SMALL, num_blocks=2, pool_size=3, lambda_a=7.0, lambda_b=11.0)
 DUAL = DCLGANConfig(
@@ -35,61 +34,6 @@ DUAL = DCLGANConfig(
 )
 SIM = replace(DUAL, lambda_sim=10.0, lr_f=1e-3, beta1_f=0.5)
 PIX2PIX = Pix2PixConfig(**SMALL, in_channels=1, num_downs=4, lambda_gan=2.0, lambda_l1=30.0)
-MODELS = {CycleGANConfig: CycleGAN, DCLGANConfig: DCLGAN, Pix2PixConfig: Pix2Pix}
-
-
-def make(config, dtype=torch.float64):
-    torch.manual_seed(0)
-    model = MODELS[type(config)](config, SIZE).to(dtype)
-    # The published initialisation makes all biases 0 and features tiny; the comparison should see every term.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2) if parameter.dim() == 1 else parameter.mul_(20)
-    return model
-
-
-def batches(count, config, dtype=torch.float64, size=2, widths=(32, 32)):
-    generator = torch.Generator().manual_seed(1)
-    channels = (config.in_channels, config.out_channels)
-    return [
-        {
-            name: torch.rand(size, c, 16, w, generator=generator, dtype=dtype) * 2 - 1
-            for name, c, w in zip("AB", channels, widths, strict=True)
-        }
-        for _ in range(count)
-    ]
-
-
-def positions(seed):
-    """Of DCLGAN's patches."""
-    generator = torch.Generator().manual_seed(seed)
-    counts = (16 * 32, 8 * 16, 4 * 8, 4 * 8)
-    return {
-        name: [torch.randperm(n, generator=generator)[:12] for n in counts]
-        for name in ("NCE1", "NCE2", "fake_A", "fake_B")
-    }
-
-
-class Transcription:
-    """A step written down one pass per term, with nothing shared, batched or fused; keeps each update's gradients."""
-
-    def __init__(self, model, networks: dict[str, list[str]], **betas):
-        self.config, self.networks = model.config, copy.deepcopy(model)
-        self.optimizers, self.gradients = {}, {}
-        for letter, names in networks.items():
-            parts = [getattr(self.networks, name) for name in names]
-            parameters = [p for part in parts if part is not None for p in part.parameters()]
-            how = {"lr": self.config.lr, "betas": (0.5, 0.999)} | betas.get(letter, {})
-            self.optimizers[letter] = torch.optim.Adam(parameters, foreach=False, **how)
-
-    def descend(self, loss: Tensor, *letters: str) -> None:
-        for letter in letters:
-            self.optimizers[letter].zero_grad()
-        loss.backward()
-        for letter in letters:
-            for group in self.optimizers[letter].param_groups:
-                self.gradients |= {p: p.grad.clone() for p in group["params"]}
-            self.optimizers[letter].step()
 
 
 class CycleSteps(Transcription):
@@ -133,22 +77,16 @@ class DualSteps(Transcription):
 
     def patches(self, g, f, image: Tensor, ids: list[Tensor]) -> list[Tensor]:
         """Projected patches of each layer, (B, P, C)."""
-        results = []
-        for layer, tap in enumerate(self.config.nce_layers):
-            picked = g.encode(image, [tap])[0].permute(0, 2, 3, 1).flatten(1, 2)[:, ids[layer]]
-            results.append(getattr(f, f"mlp_{layer}")(picked))
-        return results
+        return [
+            self.project(f, g.encode(image, [tap])[0], layer, ids[layer])
+            for layer, tap in enumerate(self.config.nce_layers)
+        ]
 
     def nce(self, queries: list[Tensor], keys: list[Tensor]) -> Tensor:
-        """All rows of the batch are negatives; the similarity is the cosine, spelled out."""
         total = 0
         for query, key in zip(queries, keys, strict=True):
-            q, k = query.flatten(0, 1), key.flatten(0, 1).detach()
-            similarity = F.cosine_similarity(q[:, None], k[None], dim=2)
-            negatives = similarity.masked_fill(torch.eye(len(q), dtype=torch.bool), -10.0)
-            logits = torch.cat([similarity.diagonal()[:, None], negatives], 1)
-            target = torch.zeros(len(q), dtype=torch.long)
-            total = total + F.cross_entropy(logits / self.config.temperature, target)
+            rows = self.row_losses(F.normalize(query, dim=2), F.normalize(key.detach(), dim=2))
+            total = total + sum(rows) / len(rows)
         return total / len(queries) * self.config.lambda_nce
 
     def adversarial(self, logits: Tensor) -> Tensor:
@@ -160,7 +98,10 @@ class DualSteps(Transcription):
         x = self.networks.heads[name].model(torch.stack(patches, 1))
         return x / x.square().sum(1, keepdim=True).sqrt()
 
-    def step(self, batch: dict[str, Tensor], ids: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    def step(
+        self, batch: dict[str, Tensor], patch_ids: dict[str, list[Tensor]]
+    ) -> dict[str, Tensor]:
+        ids = patch_ids
         config, a, b, nets = self.config, batch["A"], batch["B"], self.networks
         g_a, g_b = nets.generators.a_to_b, nets.generators.b_to_a
         d_a, d_b, f_1, f_2 = (
@@ -235,24 +176,11 @@ def test_three_steps_follow_the_equations(case):
     config, transcription = CASES[case]
     model = make(config)
     truth = transcription(model)
-    for seed, batch in enumerate(batches(3, config)):
-        given = {"patch_ids": positions(seed)} if isinstance(config, DCLGANConfig) else {}
-        torch.manual_seed(seed)  # of pools and dropout
-        losses = model.training_step(batch, **given)
-        torch.manual_seed(seed)
-        expected = truth.step(batch, *given.values())
-        assert set(losses) == set(expected)
-        for name, value in expected.items():
-            torch.testing.assert_close(losses[name], value.detach(), **CLOSE, msg=name)
-        pairs = zip(model.named_parameters(), truth.networks.parameters(), strict=True)
-        for (name, ours), theirs in pairs:
-            torch.testing.assert_close(ours.grad, truth.gradients[theirs], **CLOSE, msg=name)
-        for ours, theirs in zip(model.buffers(), truth.networks.buffers(), strict=True):
-            torch.testing.assert_close(ours, theirs, **CLOSE)
-    # Otherwise a gradient or a pool would not have been tested.
-    for network in model.children():
-        if list(network.parameters()):
-            assert max(p.grad.abs().max() for p in network.parameters()) > 1e-5
+    steps = [
+        (batch, {"patch_ids": draw_ids(model, seed)} if isinstance(config, DCLGANConfig) else {})
+        for seed, batch in enumerate(batches(3, config))
+    ]
+    check_steps(model, truth, steps)
     for pool in getattr(truth, "pools", ()):
         assert len(pool.images) == 3
 
@@ -261,13 +189,12 @@ def test_cyclegan_takes_a_and_b_of_any_sizes():
     """Others in each step, too: the pool gives images of earlier sizes."""
     model = make(replace(CYCLEGAN, pool_size=1))
     truth = CycleSteps(model)
-    for seed, widths in enumerate([(20, 16), (12, 20), (16, 16)]):
-        (batch,) = batches(1, CYCLEGAN, size=1, widths=widths)
-        torch.manual_seed(seed)
-        losses = model.training_step(batch)
-        torch.manual_seed(seed)
-        for name, value in truth.step(batch).items():
-            torch.testing.assert_close(losses[name], value.detach(), **CLOSE)
+    (batch,) = batches(1, CYCLEGAN, size=1)
+    steps = [
+        ({"A": batch["A"][..., :a], "B": batch["B"][..., :b]}, {})
+        for a, b in ((20, 16), (12, 20), (16, 16))
+    ]
+    check_steps(model, truth, steps)
 
 
 def test_a_state_dict_and_the_random_state_continue_exactly():
@@ -289,21 +216,45 @@ def test_a_state_dict_and_the_random_state_continue_exactly():
 
 @pytest.mark.parametrize(
     "config",
-    [CYCLEGAN, DUAL, SIM, replace(PIX2PIX, dropout=False)],
-    ids=["cyclegan", "dclgan", "simdcl", "pix2pix"],
+    [
+        TINY,
+        replace(TINY, lambda_r1=1.0, lambda_identity=1.0, gan_mode="nonsaturating"),
+        replace(TINY, gan_mode="wgangp"),
+        replace(TINY, in_channels=1),
+        replace(TINY, out_channels=1, negatives="image+queue", queue_size=40),
+        replace(TINY, projector="none", negatives="queue", queue_size=40),
+        CYCLEGAN,
+        DUAL,
+        SIM,
+        replace(PIX2PIX, dropout=False),
+    ],
+    ids=lambda config: type(config).__name__,
 )
 def test_bf16_trains_every_network(config):
     (batch,) = batches(1, config, torch.float32)
-    given = {"patch_ids": positions(1)} if isinstance(config, DCLGANConfig) else {}
-    truth = make(config, torch.float32)
+    truth, results = make(config, torch.float32), []
+    given = {"patch_ids": draw_ids(truth, 0)} if hasattr(config, "num_patches") else {}
+    atol = 0.0
+    if (
+        config.gan_mode == "wgangp"
+    ):  # a critic's mean is small beside the logits that it is the mean of
+        atol = 0.05 * truth.discriminator(batch["B"]).abs().mean().item()
     model = make(replace(config, precision="bf16"), torch.float32)
-    losses, expected = (m.training_step(batch, **given) for m in (model, truth))
-    for name, value in expected.items():
-        torch.testing.assert_close(losses[name], value, rtol=0.1, atol=0, msg=name)
-    # A weight whose low-precision copy was cached without gradient would have a wrong or no gradient here.
+    for each in (model, truth):
+        torch.manual_seed(0)
+        losses = each.training_step(batch, **given)
+        if "D_gp" in losses:  # about slopes: the distance from 1 magnifies their rounding
+            losses["D_gp"] = 1 + (2 * losses["D_gp"] / config.lambda_gp).sqrt()
+        results.append(losses)
+    rtol = 0.05 if isinstance(config, CUTConfig) else 0.1
+    for name, value in results[1].items():
+        torch.testing.assert_close(results[0][name], value, rtol=rtol, atol=atol, msg=name)
+    # A weight whose low-precision copy was cached without gradient would have a wrong or no gradient here. The bound is
+    # loose because bf16 rounds the gradient of this random generator by a third of its length.
     for one, other in zip(model.parameters(), truth.parameters(), strict=True):
         if one.dim() > 1:
             assert F.cosine_similarity(one.grad.flatten(), other.grad.flatten(), dim=0) > 0.5
+            assert one.grad.norm().item() == pytest.approx(other.grad.norm().item(), rel=0.3)
 
 
 def test_dclgan_encodes_nothing_twice():

@@ -48,20 +48,13 @@ def test_dropout_is_where_it_was_published():
     assert [name.count("model") - 1 for name in sorted(names, key=len)] == [5, 6, 7]
 
 
-@pytest.mark.parametrize("size", [(16, 16), (32, 48)])
-def test_shapes(size):
-    generator = UNetGenerator(1, 2, base_channels=4, num_downs=4)
-    image = generator(torch.randn(2, 1, *size))
-    assert image.shape == (2, 2, *size)
-    assert image.abs().max() <= 1
-
-
 def test_every_level_has_a_say():
     """The image changes if any single convolution does: no level is left out, no skip replaces one."""
     torch.manual_seed(0)
     generator = UNetGenerator(base_channels=4, num_downs=4).eval()
-    x = torch.randn(1, 3, 32, 32)
+    x = torch.randn(1, 3, 32, 48)
     before = generator(x)
+    assert before.shape == x.shape and before.abs().max() <= 1
     for module in generator.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             weight = module.weight.detach().clone()

@@ -22,12 +22,7 @@ def alignment(x, y, *, temperature=1.0, reduction="mean", backend=None):
     op = "alignment"
     _checks.expect_rows(op, "x", x)
     _checks.expect_rows(op, "y", y, like=x, like_name="x")
-    temperature = _checks.expect_temperature(op, temperature, x)
-    _checks.expect_choice(op, "reduction", reduction, _common.REDUCTIONS)
-    kernels = backends.select(op, x, backend)
-    if kernels is backends.reference:
-        return _common.reduce(plain(x, y, temperature), reduction)
-    return _common.row_loss(op, kernels, (x, y), None, temperature, reduction)
+    return _common.row_loss(op, plain, (x, y), None, temperature, reduction, backend)
 
 
 def plain(x, y, temperature):

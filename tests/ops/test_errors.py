@@ -60,7 +60,7 @@ CASES = [
     error(ValueError, r"similarity_dtype.*got torch.float8_e5m2", "info_nce", x, x, similarity_dtype=torch.float8_e5m2),
     error(ValueError, r"similarity_dtype=torch.float8_e4m3fn.*got normalize=False: .*Drop one", "info_nce", x, x, similarity_dtype=torch.float8_e4m3fn, normalize=False),
     error(ValueError, r"similarity_dtype=torch.float8_e4m3fn.*got \(4, 2, 3\): .*Drop", "info_nce", x, x, torch.randn(4, 2, 3), similarity_dtype=torch.float8_e4m3fn),
-    error(ValueError, r"backend.*='tpu' is unknown\. Expected one of: triton, cuda, native, torch", "info_nce", x, x, backend="tpu"),
+    error(ValueError, r"backend.*='tpu' is unknown\. Expected one of: triton, cuda, native, blocks, torch", "info_nce", x, x, backend="tpu"),
     error(TypeError, r"query.*got torch.complex64", "info_nce", x.to(torch.complex64), x),
     error(TypeError, "unexpected keyword argument 'temprature'", "info_nce", x, x, temprature=0.1),
     # patch_nce

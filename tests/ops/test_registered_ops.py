@@ -18,7 +18,11 @@ from fastnce.testing import run
 # Backend, and the namespace of its operators, where it can run.
 NAMESPACES = {
     name: namespace
-    for name, namespace in (("native", "fastnce"), ("cuda", "fastnce_cuda"))
+    for name, namespace in (
+        ("native", "fastnce"),
+        ("cuda", "fastnce_cuda"),
+        ("blocks", "fastnce_blocks"),
+    )
     if backends.available()[name] == "ok"
 }
 pytestmark = pytest.mark.skipif(not NAMESPACES, reason=str(backends.available()))

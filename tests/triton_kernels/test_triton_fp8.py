@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 import calls
+from loss_forms import check_form, each_offset
 
 import fastnce
 from benchmarks.launches import SHARED_MEMORY, Launch, as_on, compiled
@@ -18,23 +19,9 @@ from fastnce.triton_kernels import config, launch
 from fastnce.triton_kernels.rows import pack
 
 FP8 = torch.float8_e4m3fn
-IN_BATCH = {**calls.IN_BATCH, "similarity_dtype": FP8}
-SYMMETRIC = {**IN_BATCH, "symmetric": True}
-QUEUE = {**IN_BATCH, "in_batch": False}
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
 runs = pytest.mark.skipif(triton_ops.available() != "ok", reason=triton_ops.available())
 compiles = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter has no compiler")
-
-# (B, N, D), rows of a queue, options. Depths: shorter than a matrix instruction's, head and tail, and chunks with panels.
-CASES = {
-    "tiles": ((1, 70, 20), None, IN_BATCH),
-    "tail": ((1, 40, 90), None, SYMMETRIC),
-    "batched": ((3, 20, 40), None, SYMMETRIC),
-    "panels": ((1, 40, 270), None, SYMMETRIC),
-    "panels_queue": ((1, 20, 270), 50, IN_BATCH),
-    "queue": ((1, 70, 40), 30, QUEUE),
-    "constant": ((2, 20, 20), None, {**IN_BATCH, "self_logit": 0.3}),
-}
 
 
 @pytest.fixture
@@ -45,42 +32,16 @@ def small_tiles(monkeypatch, nan_in_fresh_memory):
     monkeypatch.setattr(config, "PANEL_ELEMENTS", (16 * 60, 16 * 60))
 
 
-def problem(name: str, tau: float, dtype: torch.dtype):
-    shape, queue, options = CASES[name]
-    generator = torch.Generator().manual_seed(0)
-    query, noise = (torch.randn(shape, generator=generator) for _ in "qk")
-    key = 0.3 * query + noise
-    key[0, 0] = 0
-    negatives = None if queue is None else torch.randn(queue, shape[-1], generator=generator)
-    # Values of bf16: those of fp32 may lie so near the middle of two codes that fp32 and fp64 disagree.
-    made = (x if x is None else x.bfloat16().to(DEVICE, dtype) for x in (query, key, negatives))
-    return (*made, torch.tensor(tau, device=DEVICE)), options
+# Depths: shorter than a matrix instruction's, head and tail, and chunks with panels.
+FORMS = ("tiles", "tail", "batched", "batched_queue", "panels", "panels_queue", "constant")
 
 
 @runs
-@pytest.mark.parametrize("tau", [0.01, 0.1], ids=["running", "fixed"])
-@pytest.mark.parametrize("name", CASES)
+@each_offset
+@pytest.mark.parametrize("name", FORMS)
 def test_passes_multiply_rounded_rows(name, tau, small_tiles):
-    """Loss and gradients, at once and from a saved log-sum-exp, in float32: the reference's up to the order of sums."""
-    inputs, options = problem(name, tau, torch.float32)
-    needs = tuple(x is not None for x in inputs)
-    loss, lse, now = triton_kernels.info_nce_forward(
-        *inputs, **options, grad_scale=0.25, needs=needs
-    )
-    upstream = torch.linspace(-1, 1, loss.numel(), device=DEVICE).view_as(loss)
-    later = triton_kernels.info_nce_backward(upstream, *inputs, lse, **options, needs=needs)
-    got = [loss, *(x for x in (*now, *later) if x is not None)]
-
-    leaves = [x if x is None else x.double().requires_grad_() for x in inputs]
-    wanted = [x for x in leaves if x is not None]
-    exact = reference.info_nce(*leaves, **options)
-    first = torch.autograd.grad(exact, wanted, torch.full_like(exact, 0.25), retain_graph=True)
-    second = torch.autograd.grad(exact, wanted, upstream.double())
-    for index, (a, b) in enumerate(zip(got, [exact.detach(), *first, *second], strict=True)):
-        # Rounding of logits of size 1 / tau, in a softmax over tau; the temperature's gradient is one sum over all pairs.
-        size = 1 if index == 0 else 1 / tau * (loss.numel() / tau if b.dim() == 0 else 1)
-        bound = 1e-5 * b.abs().max() + 4 * torch.finfo(torch.float32).eps / tau * size
-        assert (a.double() - b).abs().max() <= bound, (index, a, b)
+    """In float32 they give the reference's numbers up to the order of sums."""
+    check_form(triton_kernels, DEVICE, name, tau, similarity_dtype=FP8)
 
 
 @runs
@@ -119,7 +80,7 @@ def test_packed_codes_are_the_reference_s():
 
 @runs
 def test_a_compiled_step_has_it_too():
-    query, key = (x[0].requires_grad_() for x in problem("tiles", 0.1, torch.float32)[0][:2])
+    query, key = torch.randn(2, 70, 20, device=DEVICE, requires_grad=True).unbind()
 
     def step() -> list[torch.Tensor]:
         loss = fastnce.info_nce(query, key, similarity_dtype=FP8, backend="triton")

@@ -39,11 +39,11 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if _is_tensor(x)}
+        given = {storage._cdata for storage in _storages((args, kwargs))}
         out = function(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if _is_tensor(x) and x.untyped_storage()._cdata not in given:
-                self._count(x.untyped_storage())
+        for storage in _storages(out):
+            if storage._cdata not in given:
+                self._count(storage)
         self.peak = max(self.peak, self.live)
         return out
 
@@ -60,8 +60,8 @@ class LiveBytes(TorchDispatchMode):
         self._known[key] = weakref.ref(storage, freed)
 
 
-def _is_tensor(x: object) -> bool:
-    return isinstance(x, torch.Tensor)
+def _storages(tree: object) -> list[torch.UntypedStorage]:
+    return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
 @pytest.fixture(autouse=True)
@@ -90,22 +90,6 @@ def peak_of_info_nce(count: int, depth: int, at_once: bool, **options) -> int:
     return max(forward.peak, backward.peak)
 
 
-def test_the_count_is_of_what_lives():
-    x = rows(1000)
-    with LiveBytes() as memory:
-        a = x + 1
-        assert memory.live == a.nbytes == 2000
-        view = a[10:]
-        del a
-        b = view.float()
-        assert memory.live == memory.peak == 2000 + b.nbytes
-        del view
-        b.add_(1)
-        b[:10] = 2
-        assert memory.live == b.nbytes
-    assert memory.peak == 2000 + b.nbytes
-
-
 @pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize(
     ("count", "depth", "at_once"),
@@ -120,7 +104,7 @@ def test_the_count_is_of_what_lives():
 )
 def test_both_gradients_take_less_than_four_times_the_inputs(count, depth, at_once, options):
     inputs = 2 * count * depth * 2
-    assert peak_of_info_nce(count, depth, at_once, **options) < 4 * inputs
+    assert inputs <= peak_of_info_nce(count, depth, at_once, **options) < 4 * inputs
 
 
 @pytest.mark.parametrize("depth", [128, 512])

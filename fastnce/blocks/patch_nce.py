@@ -1,0 +1,55 @@
+"""PatchNCE in blocks: layers of the same shape are one batch of InfoNCE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastnce.blocks.info_nce import Problem
+
+
+def patch_nce_forward(
+    queries: list[Tensor],
+    keys: list[Tensor],
+    temperature: float | Tensor,
+    *,
+    self_logit: float,
+    loss_scales: Sequence[float],
+    grad_scales: Sequence[float],
+    loss_layers: int = 0,
+    grad_layers: int = 0,
+    needs: tuple[Sequence[bool], Sequence[bool], bool],
+) -> tuple[Tensor, tuple[list[Tensor | None], list[Tensor | None], Tensor | None]]:
+    need_queries, need_keys, need_temperature = needs
+    alike: dict[tuple, list[int]] = {}
+    for layer, query in enumerate(queries):
+        count = query.shape[:2].numel()
+        loss_scale = loss_scales[layer] / (loss_layers * count if loss_layers else 1)
+        grad_scale = None
+        if len(grad_scales) > 0:
+            grad_scale = grad_scales[layer] / (grad_layers * count if grad_layers else 1)
+        needed = need_queries[layer], need_keys[layer]
+        alike.setdefault((query.shape, loss_scale, grad_scale, needed), []).append(layer)
+
+    loss, of_temperature = 0, None
+    grads: tuple[list, list] = ([None] * len(queries), [None] * len(queries))
+    for (shape, loss_scale, grad_scale, needed), layers in alike.items():
+        both = [_joined([x[layer] for layer in layers]) for x in (queries, keys)]
+        options = {"normalize": True, "in_batch": True, "self_logit": self_logit}
+        problem = Problem(*both, None, temperature, **options)
+        losses, _, found = problem.run(grad_scale, (*needed, False, need_temperature))
+        loss = loss + losses.sum() * loss_scale
+        for side, grad in zip(grads, found, strict=False):
+            if grad is not None:
+                for layer, part in zip(layers, grad.split(shape[0]), strict=True):
+                    side[layer] = part
+        if found[3] is not None:  # the temperature's is that of the loss
+            part = found[3] * (loss_scale / grad_scale)
+            of_temperature = part if of_temperature is None else of_temperature + part
+    return loss, (*grads, of_temperature)
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

@@ -1,0 +1,117 @@
+"""The ``blocks`` backend on another device, as which tensors without values serve: what it allocates, and that it waits for none."""
+
+import pytest
+import torch
+from forms import FORMS, gaussian, mapped, samples
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastnce
+from fastnce.blocks import tiles
+from fastnce.testing import run
+
+# Operators that leave the device alone.
+VIEWS = [
+    "alias",
+    "detach",
+    "diagonal",
+    "empty",
+    "expand",
+    "promote_types",
+    "slice",
+    "split",
+    "squeeze",
+    "transpose",
+    "view",
+]
+
+
+class Watch(TorchDispatchMode):
+    """Keeps the names of the operators that run on the device, and the largest number of bytes of one result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if not any(word in func.name() for word in VIEWS):
+            self.names.append(func.name())
+        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+        for x in tree_leaves(found):
+            if torch.is_tensor(x) and id(x.untyped_storage()) not in given:
+                self.largest = max(self.largest, x.numel() * x.element_size())
+        return found
+
+
+@pytest.mark.parametrize(("op", "name"), FORMS, ids=[f"{op}-{n}" for op, n in FORMS])
+def test_no_result_is_read_by_the_host_or_on_another_device(op, name):
+    """Whatever asks for a value raises, and so do operators between devices."""
+    sample = mapped(samples(op, torch.bfloat16, "meta")[name], "", lambda x: x.to("meta"))
+    found = run(op, sample, backend="blocks")
+    assert {x.device.type for x in found.values()} == {"meta"}
+
+
+def rows(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="meta", requires_grad=True)
+
+
+LARGE = {
+    "info_nce": lambda n: fastnce.info_nce(rows(n, 64), rows(n, 64), backend="blocks"),
+    "symmetric": lambda n: fastnce.info_nce(
+        rows(n, 64), rows(n, 64), symmetric=True, backend="blocks"
+    ),
+    "none": lambda n: fastnce.info_nce(
+        rows(n, 64), rows(n, 64), reduction="none", backend="blocks"
+    ).sum(),
+    "queue": lambda n: fastnce.info_nce(
+        rows(512, 64), rows(512, 64), rows(n, 64), backend="blocks"
+    ),
+    "patch_nce": lambda n: fastnce.patch_nce(rows(1, n, 64), rows(1, n, 64), backend="blocks"),
+    "sup_con": lambda n: fastnce.sup_con(
+        rows(n, 64), torch.zeros(n, dtype=torch.int64, device="meta"), backend="blocks"
+    ),
+    "nt_xent": lambda n: fastnce.nt_xent(rows(n, 64), rows(n, 64), backend="blocks"),
+    "conditional_contrastive": lambda n: fastnce.conditional_contrastive(
+        rows(n, 64), rows(n, 64), torch.zeros(n, dtype=torch.int64, device="meta"), backend="blocks"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_no_array_is_larger_than_a_block(case, monkeypatch):
+    """Of 32768 rows the matrix has 4 GB."""
+    monkeypatch.setattr(tiles, "BYTES_ELSEWHERE", 16 << 20)
+    with Watch() as watch:
+        LARGE[case](32768).backward()
+    assert 8 << 20 <= watch.largest <= 20 << 20
+
+
+def test_a_step_of_patch_nce_is_few_operators():
+    """Five layers, one image, keys detached."""
+    layers = [rows(1, 256, 256) for _ in range(5)]
+    keys = [rows(1, 256, 256).detach() for _ in range(5)]
+    with Watch() as watch:
+        fastnce.patch_nce(layers, keys, backend="blocks").backward()
+    with Watch() as eager:
+        fastnce.patch_nce(layers, keys, backend="torch").backward()
+    assert 4 * len(watch.names) <= len(eager.names), watch.names
+
+
+def test_blocks_of_every_height_give_the_same(monkeypatch):
+    query, key = gaussian(300, 20).requires_grad_(), gaussian(300, 20, seed=1).requires_grad_()
+    batched = query.view(4, 75, 20), key.view(4, 75, 20)
+    found = []
+    for budget in (1, 300 * 4 * 100, 75 * 75 * 4 * 2, 1 << 30):
+        monkeypatch.setitem(tiles.BYTES, "cpu", budget)
+        losses = [
+            fastnce.info_nce(query, key, symmetric=True, backend="blocks"),
+            fastnce.info_nce(query, key, key, in_batch_negatives=True, backend="blocks"),
+            fastnce.info_nce(*batched, backend="blocks"),
+            fastnce.sup_con(query, torch.arange(300) % 9, backend="blocks"),
+        ]
+        grads = torch.autograd.grad(sum(losses), (query, key))
+        found.append((*losses, *grads))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
