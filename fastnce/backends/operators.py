@@ -141,6 +141,7 @@ def _in_place(found: tuple, before: int, needs: Sequence[bool | Sequence[bool]])
 def implementation(operator: Operator, function: Callable) -> Callable:
     """The operator whose results are those of a ``function`` that a backend has."""
 
+    @torch.no_grad()
     def run(*arguments: object) -> object:
         values: dict[str, Any] = dict(zip(operator.arguments, arguments, strict=True))
         values.pop("bfloat16_products", None)

@@ -37,7 +37,7 @@ class Rows:
             self._is_zero = largest == 0
             self._largest = largest.masked_fill_(self._is_zero, 1)
             self.units = self.units / self._largest
-            norm = torch.linalg.vector_norm(self.units, dim=-1, keepdim=True)
+            norm = self.units.square().sum(dim=-1, keepdim=True).sqrt_()
             self._norm = norm.masked_fill_(self._is_zero, 1)
             self.units /= self._norm
         self.similar = self.units

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from pictures import equal, noise, write
+from pictures import equal, levels, write
 
 from fastnce.data import AlignedImages
 from fastnce.errors import UserError
 
 COUNT = 6
-IMAGES = noise(COUNT, 24, 28, 3)
+IMAGES = levels(COUNT, 24, 28, 3)
 
 
 @pytest.fixture(scope="module")

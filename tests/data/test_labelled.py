@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from pictures import equal, noise, write
+from pictures import equal, levels, write
 from PIL import Image
 
 from fastnce.data import LabelledImages, labelled
@@ -17,7 +17,7 @@ CLASSES = {"cat": 3, "dog": 4, "eel": 2}
 def write_classes(folder, classes=CLASSES, size=(8, 8)):
     """Noise, but the upper left pixel tells the class and the number: (10 x class, 10 x number, 0)."""
     for label, (name, count) in enumerate(classes.items()):
-        for number, pixels in enumerate(noise(count, *size, 3)):
+        for number, pixels in enumerate(levels(count, *size, 3)):
             pixels[0, 0] = 10 * label, 10 * number, 0
             write(folder / name / f"{number}.png", pixels)
 

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from pictures import noise, write
+from pictures import levels, write
 from PIL import ExifTags, Image, ImageOps
 
 from fastnce.data import AlignedImages, SingleImagePatches, UnpairedImages, files, list_images
@@ -173,7 +173,7 @@ def test_other_numbers_stop_a_run_even_where_broken_files_are_skipped(tmp_path):
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "1", "CMYK"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_eight_bits_are_read_as_they_always_were(tmp_path, mode, channels):
-    pixels = noise(9, 7, 4)
+    pixels = levels(9, 7, 4)
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.fromarray(pixels).convert("RGB" if mode == "CMYK" else "RGBA").convert(mode).save(path)
     with Image.open(path) as image:
@@ -185,7 +185,7 @@ def test_eight_bits_are_read_as_they_always_were(tmp_path, mode, channels):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_an_image_is_turned_as_its_tag_says(tmp_path, suffix, orientation):
     """Pixel for pixel as Pillow turns the same image, and `image_size` agrees without decoding it."""
-    pixels, options = noise(6, 9, 3), {"lossless": True} if suffix == "webp" else {}
+    pixels, options = levels(6, 9, 3), {"lossless": True} if suffix == "webp" else {}
     path = write(tmp_path / f"a.{suffix}", pixels, exif=turned(orientation), **options)
     plain = Image.fromarray(pixels)
     plain.getexif()[ExifTags.Base.Orientation] = orientation
@@ -228,7 +228,7 @@ def test_all_that_pillow_opens_is_found_but_for_what_is_no_picture():
 
 def test_alpha_is_a_channel_of_four(tmp_path):
     """Its values, and those of the colours under it, are what they are, also when images are scaled."""
-    pixels = noise(20, 20, 4)
+    pixels = levels(20, 20, 4)
     for domain in "BA":
         path = write(tmp_path / f"train{domain}" / "1.png", pixels)
     image = load_image(path, 4)
@@ -247,7 +247,7 @@ def test_alpha_is_a_channel_of_four(tmp_path):
 
 
 def test_arrays_have_any_number_of_channels(tmp_path):
-    numbers = noise(20, 20, 7)
+    numbers = levels(20, 20, 7)
     path = write(tmp_path / "1.npy", numbers)
     save_image(load_image(path, 7), tmp_path / "b.npy")
     assert np.array_equal(np.load(tmp_path / "b.npy"), numbers)
@@ -271,7 +271,7 @@ def test_arrays_have_any_number_of_channels(tmp_path):
 def test_a_broken_image_is_named(tmp_path, content):
     path = tmp_path / "broken.png"
     if content == "truncated":
-        content = write(path, noise(64, 64, 3)).read_bytes()[:3000]
+        content = write(path, levels(64, 64, 3)).read_bytes()[:3000]
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"broken\.png: cannot be read as an image") as info:
         load_image(path)
@@ -299,7 +299,7 @@ def test_sixteen_bits_survive_reading_and_writing(tmp_path):
 
 
 def test_sixteen_bits_are_for_greyscale(tmp_path):
-    path = write(tmp_path / "a.png", noise(8, 8, 3))
+    path = write(tmp_path / "a.png", levels(8, 8, 3))
     for channels, bits, message in (
         (3, 16, "bits=16 is for greyscale, got channels=3"),
         (1, 12, "bits=12: images have 8 or 16"),

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from pictures import noise, write
+from pictures import levels, write
 from PIL import Image
 
 from fastnce.data import SingleImagePatches, load_image
@@ -20,7 +20,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("single")
     y, x = np.mgrid[:48, :60]
     gradient = np.stack([x * 4, y * 5, 0 * x], axis=2).astype(np.uint8)
-    noisy = noise(40, 50, 3) // 2 + 128
+    noisy = levels(40, 50, 3) // 2 + 128
     for name, pixels in (("A/a", gradient), ("B/black", 0 * noisy), ("B/noise", noisy)):
         write(root / f"train{name}.png", pixels)
     return root

@@ -1,9 +1,10 @@
 """All that every stream of samples promises: pure in (seed, index), whatever reads it and however much memory it has."""
 
 import numpy as np
+import pictures
 import pytest
 import torch
-from pictures import equal, write_noise
+from pictures import equal
 from torch.utils.data import DataLoader, Subset
 
 from fastnce.data import (
@@ -23,7 +24,9 @@ UNCHANGED = {"preprocess": "none", "flip": False}
 def root(tmp_path_factory):
     """trainA and trainB with files of equal names, which are taken for two classes as well."""
     folders = ("trainA", "trainB", "train/one", "train/two")
-    return write_noise(tmp_path_factory.mktemp("set"), **dict.fromkeys(folders, COUNT))
+    return pictures.folders(
+        tmp_path_factory.mktemp("set"), dict.fromkeys(folders, COUNT), size=(28, 24)
+    )
 
 
 def unpaired(root, **options):

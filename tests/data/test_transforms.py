@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from pictures import noise
+from pictures import levels
 from PIL import Image
 
 from fastnce.data.images import to_tensor, to_uint8
@@ -27,7 +27,7 @@ from fastnce.errors import UserError
 )
 def test_scaling_is_pillows_bicubic(steps, expected):
     preprocess = Preprocess(steps, load_size=30, crop_size=20, fixed_size=(12, 8))
-    image = Image.fromarray(noise(40, 60, 3))
+    image = Image.fromarray(levels(40, 60, 3))
     assert preprocess.prepared_size(60, 40) == expected
     scaled = image.resize(expected, Image.Resampling.BICUBIC)
     assert np.array_equal(preprocess.prepare(image), np.asarray(scaled))
@@ -36,7 +36,7 @@ def test_scaling_is_pillows_bicubic(steps, expected):
 
 @pytest.mark.parametrize("size", [(30, 21), (5, 7), (6, 10), (1, 64), (8, 12)])
 def test_sides_become_the_nearest_multiple_of_four(size):
-    image = Image.fromarray(noise(size[1], size[0], 3))
+    image = Image.fromarray(levels(size[1], size[0], 3))
     resized = resize_to_multiple(image)
     for side, result in zip(size, resized.size, strict=True):
         assert result % 4 == 0
@@ -46,7 +46,7 @@ def test_sides_become_the_nearest_multiple_of_four(size):
     assert np.array_equal(np.asarray(resized), np.asarray(expected))
     assert (resized is image) == (resized.size == size)
     cropped = Preprocess("crop", crop_size=30, flip=False).augment(
-        noise(30, 30, 3), counter_rng(0, 1, 0)
+        levels(30, 30, 3), counter_rng(0, 1, 0)
     )
     assert cropped.shape == (32, 32, 3)
 
@@ -90,7 +90,7 @@ def test_windows_are_cut_everywhere(steps, crop_size, size, expected):
 
 
 def test_zoom_shrinks_each_side_by_up_to_a_fifth_but_not_below_the_crop():
-    preprocess, array = Preprocess("zoom", crop_size=88, flip=False), noise(200, 100, 3)
+    preprocess, array = Preprocess("zoom", crop_size=88, flip=False), levels(200, 100, 3)
     sizes = np.array(
         [preprocess.augment(array, counter_rng(0, 1, index)).shape[:2] for index in range(200)]
     )
@@ -101,7 +101,7 @@ def test_zoom_shrinks_each_side_by_up_to_a_fifth_but_not_below_the_crop():
     assert cropped.output_size(100, 200) == (88, 88)
     # What is too small for the crop is enlarged to it.
     cropped.check("x.png", 40, 40)
-    assert cropped.augment(noise(40, 40, 3), counter_rng(0, 1, 0)).shape == (88, 88, 3)
+    assert cropped.augment(levels(40, 40, 3), counter_rng(0, 1, 0)).shape == (88, 88, 3)
 
 
 def test_sixteen_bits_do_not_wrap_around():
@@ -134,7 +134,7 @@ def test_warp_shifts_by_whole_pixels_and_mirrors_at_the_border():
 
 
 def test_warp_turns_and_enlarges_about_the_centre():
-    array = noise(8, 8, 3)
+    array = levels(8, 8, 3)
     turned = warp(array, Affine(math.pi / 2, 1.0, 0.0, 0.0))
     assert any(np.array_equal(turned, np.rot90(array, quarters)) for quarters in (1, 3))
     dot = np.zeros((9, 9, 1), dtype=np.uint8)

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from pictures import equal, write, write_noise
+from pictures import equal, folders, write
 from torch.utils.data import DataLoader, Subset
 
 from fastnce.data import UnpairedImages, load_image
@@ -16,7 +16,9 @@ COUNT_A, COUNT_B = 5, 3
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return write_noise(tmp_path_factory.mktemp("set"), trainA=COUNT_A, trainB=COUNT_B)
+    return folders(
+        tmp_path_factory.mktemp("set"), {"trainA": COUNT_A, "trainB": COUNT_B}, size=(28, 24)
+    )
 
 
 def make(root, **arguments) -> UnpairedImages:

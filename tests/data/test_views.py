@@ -37,8 +37,8 @@ def draws(recipe, image_size=(32, 32)) -> list[View]:
     return [draw_view(recipe, image_size, counter_rng(0, 5, index)) for index in range(DRAWS)]
 
 
-def noise(mode="RGB") -> Image.Image:
-    return Image.fromarray(pictures.noise(32, 32, 3)).convert(mode)
+def levels(mode="RGB") -> Image.Image:
+    return Image.fromarray(pictures.levels(32, 32, 3)).convert(mode)
 
 
 def made(image, size=32, **changes) -> np.ndarray:
@@ -153,24 +153,24 @@ def test_the_jitter_comes_in_every_order():
 
 
 def test_crops_flips_and_grey_views():
-    assert np.array_equal(made(noise()), np.asarray(noise()))
-    crop = np.asarray(noise())[8:24, 4:20]
-    assert np.array_equal(made(noise(), 16, box=(4, 8, 20, 24)), crop)
-    assert np.array_equal(made(noise(), 16, box=(4, 8, 20, 24), flip=True), crop[:, ::-1])
-    grey = made(noise(), grayscale=True)
-    assert grey.shape == (32, 32, 3) and (grey == np.asarray(noise("L"))[:, :, None]).all()
+    assert np.array_equal(made(levels()), np.asarray(levels()))
+    crop = np.asarray(levels())[8:24, 4:20]
+    assert np.array_equal(made(levels(), 16, box=(4, 8, 20, 24)), crop)
+    assert np.array_equal(made(levels(), 16, box=(4, 8, 20, 24), flip=True), crop[:, ::-1])
+    grey = made(levels(), grayscale=True)
+    assert grey.shape == (32, 32, 3) and (grey == np.asarray(levels("L"))[:, :, None]).all()
     one = (("brightness", 1.8), ("contrast", 0.3))
-    assert not np.array_equal(made(noise(), jitter=one), made(noise(), jitter=one[::-1]))
+    assert not np.array_equal(made(levels(), jitter=one), made(levels(), jitter=one[::-1]))
 
 
 def test_brightness_contrast_and_saturation():
-    image = np.asarray(noise()).astype(int)
-    grey = np.asarray(noise("L")).astype(int)
+    image = np.asarray(levels()).astype(int)
+    grey = np.asarray(levels("L")).astype(int)
     centres = {"brightness": 0, "contrast": round(grey.mean()), "saturation": grey[:, :, None]}
     for name, centre in centres.items():
         for factor in (0.0, 0.5, 1.0, 1.7):
             expected = (centre + factor * (image - centre)).clip(0, 255)
-            result = made(noise(), jitter=((name, factor),))
+            result = made(levels(), jitter=((name, factor),))
             assert np.abs(result - expected).max() <= 1, (name, factor)
 
 
@@ -193,14 +193,14 @@ def test_blur_has_its_standard_deviation():
 
 
 def test_rotation_shift_and_zoom():
-    turned = noise("L").rotate(12, Image.Resampling.BILINEAR)
-    difference = np.abs(made(noise("L"), rotation=12) - np.asarray(turned))
+    turned = levels("L").rotate(12, Image.Resampling.BILINEAR)
+    difference = np.abs(made(levels("L"), rotation=12) - np.asarray(turned))
     assert np.percentile(difference, 99) <= 1  # but for rounding at the black border
-    image, shifted = np.asarray(noise("L")), made(noise("L"), shift=(4 / 32, -2 / 32))
+    image, shifted = np.asarray(levels("L")), made(levels("L"), shift=(4 / 32, -2 / 32))
     assert np.array_equal(shifted[:30, 4:], image[2:, :28])
     assert not shifted[30:].any() and not shifted[:, :4].any()
-    large = made(noise("L"), zoom=2.0)
-    expected = noise("L").crop((8, 8, 24, 24)).resize((32, 32), Image.Resampling.BILINEAR)
+    large = made(levels("L"), zoom=2.0)
+    expected = levels("L").crop((8, 8, 24, 24)).resize((32, 32), Image.Resampling.BILINEAR)
     assert np.abs(large - np.asarray(expected))[1:-1, 1:-1].max() <= 1
 
 

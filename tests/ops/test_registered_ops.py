@@ -18,11 +18,7 @@ from fastnce.testing import run
 # Backend, and the namespace of its operators, where it can run.
 NAMESPACES = {
     name: namespace
-    for name, namespace in (
-        ("native", "fastnce"),
-        ("cuda", "fastnce_cuda"),
-        ("blocks", "fastnce_blocks"),
-    )
+    for name, namespace in (("native", "fastnce"), ("cuda", "fastnce_cuda"))
     if backends.available()[name] == "ok"
 }
 pytestmark = pytest.mark.skipif(not NAMESPACES, reason=str(backends.available()))
