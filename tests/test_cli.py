@@ -114,7 +114,9 @@ def test_mistakes_in_files_are_one_line(capsys, data, tmp_path, monkeypatch):
         path.unlink()
     assert_one_line(train(capsys, data, tmp_path / "run"), "trainA", ".png")
     monkeypatch.setenv("FASTNCE_BACKEND", "tpu")
-    assert_one_line(train(capsys, data, tmp_path / "run"), "FASTNCE_BACKEND=tpu", "native, blocks, torch")
+    assert_one_line(
+        train(capsys, data, tmp_path / "run"), "FASTNCE_BACKEND=tpu", "native, blocks, torch"
+    )
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,8 @@ class Colours(nn.Module):
         self.optimizers = {"G": torch.optim.Adam(self.generator.parameters(), config.lr)}
 
     def training_step(self, batch: dict) -> dict:
-        guess = self.generator(batch["grey"])
+        noise = 0.01 * torch.randn_like(batch["grey"])
+        guess = self.generator(batch["grey"] + noise)
         loss = self.config.lambda_l1 * F.l1_loss(guess, batch["image"])
         self.optimizers["G"].zero_grad()
         loss.backward()
@@ -78,6 +79,7 @@ class ColourSystem(System):
     presets = {"quick": {"steps": 2, "log_every": 1}}
     network_name = "generator"
     panels = (("L1",),)
+    best = "l1"
     next_command = "fastnce visualize gallery --run {run}"
 
     def dataset(self, config):
@@ -99,6 +101,14 @@ class ColourSystem(System):
 
         return rows
 
+    def measure(self, config, dataset):
+        def values(model, average):
+            grey = torch.rand(1, 1, 4, 4)  # may draw, and change modes
+            model.eval()
+            return {"l1": model.generator(grey).sub(grey).abs().mean().item()}
+
+        return values
+
     def evaluate(self, config, networks, data, device):
         model = Colours(config)
         model.generator = networks["run"]
@@ -118,14 +128,20 @@ def test_a_new_system_has_all_that_the_others_have(data, tmp_path, capsys):
     options = {"data": data, "device": "cpu", "workers": 0, "batch_size": 2, "log_every": 1}
     options |= {"sample_count": 2, "sample_every": 2, "checkpoint_every": 2}
 
-    def config(name, steps):
-        return build_config("colours", overrides=options | {"out": tmp_path / name, "steps": steps})
+    def config(name, steps, **others):
+        changes = options | others | {"out": tmp_path / name, "steps": steps}
+        return build_config("colours", overrides=changes)
 
     whole = train(config("whole", 4))
     train(config("parts", 2))
     parts = train(config("parts", 4))  # goes on
     assert_same_run(whole, parts)
-    losses = [line["L1"] for line in read_metrics(whole / "metrics.jsonl")]
+    measured = train(config("measured", 4, measure_every=1))
+    assert len(read_metrics(measured / "measurements.jsonl")) == 4
+    losses, same = (
+        [line["L1"] for line in read_metrics(run / "metrics.jsonl")] for run in (whole, measured)
+    )
+    assert losses == same  # whatever is measured
     assert len(losses) == 4 and losses[-1] < losses[0]
     assert (whole / "samples" / "step_000004.png").exists()
 
