@@ -13,7 +13,7 @@ from fastnce.registry import accumulation_dtype
 # Bytes of a block of logits. On a CPU it stays in the cache between its product and its exponentials; on other devices a product
 # has to fill the chip.
 BYTES = {"cpu": 16 << 20}
-BYTES_ELSEWHERE = 256 << 20
+BYTES_ELSEWHERE = 64 << 20
 # Of a block, but for the last: below that, products starve.
 LEAST_ROWS = 64
 
