@@ -103,7 +103,7 @@ class Reading:
     def reader(
         self, side: Side, *, scaled: bool = True, channels: int = 3, bits: int = 8
     ) -> Callable[[Path], Tensor]:
-        """Reads the image of one of the files, (C, H, W) in [-1, 1]."""
+        """The function that reads the image of one of the files, (C, H, W) in [-1, 1]."""
         scale = self.scaling(side) if scaled and self.scaling else None
 
         def read(path: Path) -> Tensor:
