@@ -11,6 +11,7 @@ import torch
 from forms import DTYPES, OPS, gaussian, info_nce_form, of_rows, rows_of, samples
 from torch import Tensor
 
+import fastnce
 from fastnce import backends, reference
 from fastnce.backends import native
 from fastnce.ops.instance_norm import instance_norm
@@ -154,3 +155,16 @@ def test_instance_norm(value):
         (grad,) = torch.autograd.grad(out, leaf, out.detach().isnan().to(dtype) + 0.5)
         found.append(torch.stack([out.isfinite().all(-1).all(-1), grad.isfinite().all(-1).all(-1)]))
     assert torch.equal(*found) and not found[0].all() and found[0].sum() == 62
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("argument", ["query", "positive_key", "negative_keys"])
+def test_a_loss_is_infinite_where_that_of_plain_pytorch_is(argument, value, backend):
+    """Not NaN, also where a row's sums, with and without its own negatives, have maxima far apart."""
+    rows = {"query": gaussian(2, 9, 6), "positive_key": gaussian(2, 9, 6, seed=1)}
+    rows["negative_keys"] = gaussian(2, 9, 4, 6, seed=2)
+    rows = {name: x.float() for name, x in rows.items()}
+    rows[argument][1, 4, ..., 2] = value
+    options = {"in_batch_negatives": True, "normalize": False, "reduction": "none"}
+    losses, plain = (fastnce.info_nce(**rows, **options, backend=x) for x in (backend, "torch"))
+    torch.testing.assert_close(losses, plain, equal_nan=True, rtol=1e-4, atol=1e-4)
