@@ -83,9 +83,9 @@ test-kernels: install
 	$(TESTS_ENVIRONMENT) $(PYTEST) tests/triton_kernels
 	$(TESTS_ENVIRONMENT) TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_every_op.py tests/ops/test_labelled_lse.py tests/triton_kernels -k "$(INTERPRETED_TESTS)" -W ignore::RuntimeWarning
 
-# Mistakes made on purpose, and which test sees each: hours. Stopped, it goes on where it was.
+# Mistakes made on purpose, and which test sees each: an hour; half of it where ccache compiles. Stopped, it goes on where it was.
 faults: install
-	$(TESTS_ENVIRONMENT) $(PY) -m tests.faults
+	$(TESTS_ENVIRONMENT) $(PY) -m tests.faults --jobs $(TEST_WORKERS)
 
 # Every Triton kernel for all depths, dtypes and targets. Stopped, it goes on where it was.
 triton-sweep: install
