@@ -55,6 +55,15 @@ def test_the_first_signal_only_asks(number):
     assert signal.getsignal(number) is before
 
 
+@pytest.fixture
+def interruptible():
+    """As a program in the foreground; a shell lets those in the background ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_second_signal_acts():
     # With threads about, a signal may arrive a moment later, and two that wait count as one.
     with pytest.raises(KeyboardInterrupt), StopOnSignal() as stop:
