@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastnce
+from fastnce import blocks
 from fastnce.blocks import tiles
 from fastnce.testing import run
 
@@ -115,3 +116,23 @@ def test_blocks_of_every_height_give_the_same(monkeypatch):
         found.append((*losses, *grads))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0])
+
+
+def test_layers_of_one_shape_keep_their_gradients():
+    """They are one batch."""
+    queries = [gaussian(2, 9, 6, seed=i).requires_grad_() for i in range(3)]
+    keys = [gaussian(2, 9, 6, seed=i).requires_grad_() for i in range(3, 6)]
+    found = []
+    for backend in ("blocks", "torch"):
+        loss = fastnce.patch_nce(queries, keys, backend=backend)
+        found.append((loss, *torch.autograd.grad(loss, queries + keys)))
+    torch.testing.assert_close(*found)
+
+
+def test_gradients_are_added_into_maps_of_any_strides():
+    ids = torch.tensor([7, 0, 7])
+    wide, dense = torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 4, 5)
+    grads = [gaussian(2, 3, 3).float()]
+    for maps in (wide[..., :5], dense):
+        blocks.sample_patches_add_([maps], grads, [], [], [ids], False)
+    assert dense.any() and torch.equal(wide[..., :5], dense) and not wide[..., 5:].any()

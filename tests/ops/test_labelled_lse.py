@@ -26,7 +26,7 @@ def rounding(backend, dtype, tau):
     """
     if dtype == torch.float64:
         return 1e-12
-    if backend not in ("triton", "blocks") and dtype != torch.float16:
+    if backend != "triton" and dtype != torch.float16:
         return 1e-6
     of_logits = torch.finfo(torch.float32).eps * max(8.0, 1 / tau)
     return of_logits + (torch.finfo(dtype).eps if backend == "triton" else 0.0)
@@ -147,8 +147,6 @@ def test_labels_that_a_side_does_not_have(fused_backend, device):
 
 
 def test_results_do_not_depend_on_the_threads(fused_backend, threads):
-    if fused_backend == "blocks":
-        pytest.skip("PyTorch's products do")
     kernels = kernels_of(fused_backend, "cpu")
     x, y, *labels = block(300, 700, 16)
     arguments, found = (x, y, *labels, 0.1), []
@@ -157,4 +155,7 @@ def test_results_do_not_depend_on_the_threads(fused_backend, threads):
         threads(count)
         lse = kernels.labelled_lse_forward(*arguments, own=False)
         found.append((lse, *kernels.labelled_lse_backward(*arguments, *both, own=False)))
-    assert all(map(torch.equal, *found))
+    if fused_backend == "blocks":  # of PyTorch's products the last bits do
+        torch.testing.assert_close(*found)
+    else:
+        assert all(map(torch.equal, *found))
