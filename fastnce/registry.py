@@ -149,6 +149,7 @@ OPS: dict[str, Op] = {}
 OPERATORS: dict[str, Operator] = {}
 # Plain PyTorch, by the name in ``fastnce.reference``.
 REFERENCES: dict[str, Callable] = {}
+_declared: list[tuple[Op, Sequence[Operator]]] = []
 _watchers: list[Callable[[Op, Sequence[Operator]], None]] = []
 
 
@@ -158,10 +159,13 @@ def declare(op: Op, *operators: Operator, **references: Callable) -> None:
     op = OPS[op.name] = dataclasses.replace(op, runs=names)
     OPERATORS.update({x.name: x for x in operators})
     REFERENCES.update(references)
+    _declared.append((op, operators))
     for watcher in _watchers:
         watcher(op, operators)
 
 
 def watch(watcher: Callable[[Op, Sequence[Operator]], None]) -> None:
-    """Calls ``watcher(op, its operators)`` for every op that is declared from now on."""
+    """Calls ``watcher(op, its operators)`` for every op that is declared, before and from now on."""
     _watchers.append(watcher)
+    for op, operators in _declared:
+        watcher(op, operators)

@@ -45,12 +45,13 @@ def available() -> str:
     return "ok"
 
 
-def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
-    """``"ok"``, or why ``op`` cannot run here on tensors of ``dtype`` on ``device_type``."""
+def supports(op: str, device: str | torch.device, dtype: torch.dtype) -> str:
+    """``"ok"``, or why ``op`` cannot run here on tensors of ``dtype`` on ``device``."""
     reason = available()
     if reason != "ok":
         return reason
-    if device_type != "cuda" and not (INTERPRETED and device_type == "cpu"):
+    kind = torch.device(device).type
+    if kind != "cuda" and not (INTERPRETED and kind == "cpu"):
         return "the Triton kernels run on cuda tensors"
     if dtype not in _DTYPES:
         return "the Triton kernels take float32, bfloat16 and float16"

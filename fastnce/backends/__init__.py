@@ -1,7 +1,7 @@
 """The table of backends, and the only place that chooses one.
 
 A backend is a module with plain functions ``<op>_forward`` and ``<op>_backward`` over validated tensors, and two
-predicates: ``available() -> str`` and ``supports(op, device_type, dtype) -> str``, which answer ``"ok"`` or the reason why not.
+predicates: ``available() -> str`` and ``supports(op, device, dtype) -> str``, which answer ``"ok"`` or the reason why not.
 The ``torch`` backend is ``fastnce.reference``: differentiable PyTorch that every other backend is tested against.
 
 Asked for by name (``backend=``, ``use_backend``, ``FASTNCE_BACKEND``), a backend runs or raises with its reason.
@@ -60,15 +60,15 @@ def available() -> dict[str, str]:
     return {name: module.available() for name, module in _TABLE.items()}
 
 
-def supports(name: str, op: str, device_type: str, dtype: torch.dtype) -> str:
-    """``"ok"``, or why the backend ``name`` cannot run ``op`` on tensors of ``dtype`` on ``device_type`` ("cpu", "cuda").
+def supports(name: str, op: str, device: str | torch.device, dtype: torch.dtype) -> str:
+    """``"ok"``, or why the backend ``name`` cannot run ``op`` on tensors of ``dtype`` on ``device`` ("cpu", "cuda:1").
 
     Examples:
         >>> import fastnce, torch
         >>> fastnce.backends.supports("torch", "info_nce", "cpu", torch.float32)
         'ok'
     """
-    return _module(name).supports(op, device_type, dtype)
+    return _module(name).supports(op, device, dtype)
 
 
 @contextlib.contextmanager
@@ -111,14 +111,14 @@ def select(op: str, tensor: torch.Tensor, backend: str | None = None) -> ModuleT
         ValueError: the requested backend's name is unknown.
         RuntimeError: the requested backend cannot run this op on this device and dtype; the message says why.
     """
-    device, dtype = tensor.device.type, tensor.dtype
+    device, dtype = tensor.device, tensor.dtype
     name = backend or _requested
     if name is not None:
         module = _module(name, "backend" if backend else "FASTNCE_BACKEND")
         reason = module.supports(op, device, dtype)
         if reason != "ok":
             raise RuntimeError(
-                f"{op}: backend {name!r} cannot run it on {device} {dtype}: {reason}. "
+                f"{op}: backend {name!r} cannot run it on {device.type} {dtype}: {reason}. "
                 f"Use backend='torch', or leave the choice to fastnce with backend=None."
             )
         return module
@@ -126,13 +126,15 @@ def select(op: str, tensor: torch.Tensor, backend: str | None = None) -> ModuleT
     for name, module in _TABLE.items():
         reason = module.supports(op, device, dtype)
         if reason == "ok":
-            reason = _ONLY_BY_NAME.get((name, device), "ok")
+            reason = _ONLY_BY_NAME.get((name, device.type), "ok")
         if reason == "ok":
             if not torch.compiler.is_compiling():
-                _log_choice(op, device, dtype, name, reasons)
+                _log_choice(op, device.type, dtype, name, reasons)
             return module
         reasons.append(f"{name}: {reason}")
-    raise RuntimeError(f"{op}: no backend can run it on {device} {dtype}: {'; '.join(reasons)}")
+    raise RuntimeError(
+        f"{op}: no backend can run it on {device.type} {dtype}: {'; '.join(reasons)}"
+    )
 
 
 def _module(name: str, asked_by: str = "backend") -> ModuleType:

@@ -11,7 +11,7 @@ def available() -> str:
     return "ok"
 
 
-def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
+def supports(op: str, device: str | torch.device, dtype: torch.dtype) -> str:
     """``"ok"``, or why ``op`` is left to others."""
     return "ok" if _operators.has(op) else f"{op} keeps no matrix in plain PyTorch either"
 

@@ -25,13 +25,13 @@ def available() -> str:
     return _STATUS
 
 
-def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
-    """``"ok"``, or why ``op`` cannot run here on tensors of ``dtype`` on ``device_type``."""
+def supports(op: str, device: str | torch.device, dtype: torch.dtype) -> str:
+    """``"ok"``, or why ``op`` cannot run here on tensors of ``dtype`` on ``device``."""
     if _STATUS != "ok" or _operators is None:
         return _STATUS
     if not _operators.has(op):
         return f"{op} has no CUDA kernel"
-    if device_type != _DEVICE:
+    if torch.device(device).type != _DEVICE:
         return f"the CUDA kernels run on {_DEVICE} tensors{' where emulated' if _EMULATED else ''}"
     if dtype not in _DTYPES:
         return "the CUDA kernels take float32, bfloat16 and float16"

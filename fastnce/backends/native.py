@@ -20,13 +20,13 @@ def available() -> str:
     return _STATUS
 
 
-def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
-    """``"ok"``, or why ``op`` cannot run here on tensors of ``dtype`` on ``device_type``."""
+def supports(op: str, device: str | torch.device, dtype: torch.dtype) -> str:
+    """``"ok"``, or why ``op`` cannot run here on tensors of ``dtype`` on ``device``."""
     if _STATUS != "ok" or _operators is None:
         return _STATUS
     if not _operators.has(op):
         return f"{op} has no compiled kernel yet"
-    if device_type not in _DEVICES:
+    if torch.device(device).type not in _DEVICES:
         return f"the compiled kernels run on {', '.join(_DEVICES)} tensors"
     if dtype not in _DTYPES:
         return "the compiled kernels take float64, float32, bfloat16 and float16"

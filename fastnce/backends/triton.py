@@ -29,13 +29,13 @@ def available() -> str:
     return _STATUS
 
 
-def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
-    """``"ok"``, or why ``op`` cannot run here on tensors of ``dtype`` on ``device_type``."""
+def supports(op: str, device: str | torch.device, dtype: torch.dtype) -> str:
+    """``"ok"``, or why ``op`` cannot run here on tensors of ``dtype`` on ``device``."""
     if _KERNELS is None:
         return _STATUS
     if not _operators.has(op):
         return f"{op} has no Triton kernel"
-    return _KERNELS.supports(op, device_type, dtype)
+    return _KERNELS.supports(op, device, dtype)
 
 
 _KERNELS, _STATUS = _load()

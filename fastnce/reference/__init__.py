@@ -16,7 +16,7 @@ def available() -> str:
     return "ok"
 
 
-def supports(op: str, device_type: str, dtype: torch.dtype) -> str:
+def supports(op: str, device: str | torch.device, dtype: torch.dtype) -> str:
     """Plain PyTorch runs every op on every device and floating-point dtype."""
     return "ok"
 
