@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastnce.cli.parsing import no_arguments
-from fastnce.errors import UserError
+from fastnce.errors import UserError, known
 
 
 def doctor(args: list[str]) -> int:
@@ -50,25 +50,35 @@ def verify(args: list[str]) -> int:
     parser.add_argument(
         "--report", type=Path, metavar="FILE", help="write the report there, for a bug report"
     )
+    options = [option for action in parser._actions for option in action.option_strings]
+    for arg in args:
+        if arg.startswith("--"):
+            known(arg.partition("=")[0], options, "option")
     given = parser.parse_args(args)
     kinds = verification.kinds()
     if not kinds:
         print(f"fastnce verify: {NONE}. Only the kernels of GPUs are verified.", file=sys.stderr)
         return 1
+    if given.report is not None:
+        _expect_writable(given.report)  # before it takes two minutes
     how = {"backend": given.backend, "seconds": given.seconds, "again": given.again}
     text = "\n".join(verification.verify(place, **how) for place in kinds)
     if given.report is None:
         print(text)
-        return 0
-    try:
-        given.report.parent.mkdir(parents=True, exist_ok=True)
+    else:
         given.report.write_text(text, encoding="utf-8")
+        print(f"Written: {given.report}")
+    return 0
+
+
+def _expect_writable(report: Path) -> None:
+    try:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.touch()
     except OSError as error:
         raise UserError(
-            f"--report {given.report} cannot be written: {error.strerror}. Name another file."
+            f"--report {report} cannot be written: {error.strerror}. Name another file."
         ) from error
-    print(f"Written: {given.report}")
-    return 0
 
 
 def build(args: list[str]) -> int:

@@ -223,7 +223,7 @@ class _Backend:
         def work(part: list[Task]) -> None:
             run({**self.request, "stage": stage}, part, limit, self.device.patience, tell)
 
-        parts = [tasks[first::workers] for first in range(workers)]
+        parts = [part for first in range(workers) if (part := tasks[first::workers])]
         with ThreadPoolExecutor(workers) as pool:
             try:
                 list(pool.map(work, parts))
