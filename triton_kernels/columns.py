@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import config, tuning
+from . import config
 from . import launch as machine
 from .launch import cdiv, kept_for_graphs
 from .rows import Rows, input_precision
@@ -38,13 +38,7 @@ class Columns:
         memory, accumulators = machine.shared_memory(device), machine.tensor_memory(device)
         tile, small = config.tiles(kind, rich, dtype, x.padded, memory, both, accumulators)
         count = self.row_blocks(x, tile.m) * cdiv(self._width(), tile.n)
-        if count < machine.multiprocessors(device):
-            tile, small = small, tile
-        if tuning.TUNER is None:
-            return tile
-        name = f"{kind}{' fp8' * both}{' rich' * rich}, {dtype.itemsize} bytes, "
-        name += config.problem_class(x.padded, count / machine.multiprocessors(device))
-        return tuning.TUNER.tile(device, name, config.candidates(kind, dtype, tile, small))
+        return small if count < machine.multiprocessors(device) else tile
 
     @property
     def row_labels(self) -> Tensor | None:

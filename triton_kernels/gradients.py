@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config, tuning
+from . import config
 from .columns import Columns
 from .launch import cdiv, launch, temperature_arguments
 from .rows import Rows, input_precision
@@ -181,7 +181,6 @@ class Coefficients:
         }
 
 
-@tuning.tuned
 def both_products(
     g: Coefficients,
     *,

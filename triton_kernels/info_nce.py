@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config, tuning
+from . import config
 from .columns import Columns
 from .gradients import (
     Coefficients,
@@ -157,7 +157,6 @@ def _shaped(found: Gradients, *inputs: Tensor | None) -> Gradients:
     return tuple(g if g is None or x is None else g.view(x.shape) for g, x in pairs)
 
 
-@tuning.tuned
 def solve(problem: Problem, *, with_product: bool, with_term: bool) -> Solution:
     """The losses; with the sums that the queries' gradient needs, where one pass can make both."""
     query = problem.query
