@@ -34,7 +34,7 @@ class Columns:
         both = kind == "products" and x.rounded is not None
         dtype = x.x.dtype if both else x.for_similarity.x.dtype
         if dtype == torch.float32:
-            rich = input_precision() == "ieee"  # multiply-adds, with both operands in registers
+            rich = input_precision(x.x) == "ieee"  # multiply-adds, with both operands in registers
         memory, accumulators = machine.shared_memory(device), machine.tensor_memory(device)
         tile, small = config.tiles(kind, rich, dtype, x.padded, memory, both, accumulators)
         count = self.row_blocks(x, tile.m) * cdiv(self._width(), tile.n)

@@ -176,7 +176,7 @@ class Coefficients:
             "depth": self.x.padded,
             "KIND": self.columns.kind,
             "SCALE": _SCALE.get(self.x.x.dtype, 1.0),
-            "PRECISION": input_precision(),
+            "PRECISION": input_precision(self.x.x),
             **temperature_arguments(self.temperature),
         }
 

@@ -40,7 +40,7 @@ def pairwise_cosine_similarity_forward(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_D=rows.chunk(tile.d),
-        PRECISION=input_precision(),
+        PRECISION=input_precision(rows.x),
         **temperature_arguments(temperature),
     )
     return out

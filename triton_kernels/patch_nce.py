@@ -43,7 +43,7 @@ def patch_nce_forward(
     grad_queries: list[Tensor | None] = [None] * len(queries)
     grad_keys: list[Tensor | None] = [None] * len(queries)
     for depth, all_of_depth in depths.items():
-        resident = depth <= resident_depth(queries[0].dtype)
+        resident = depth <= resident_depth(queries[0])
         for layers in [all_of_depth] if resident else [[layer] for layer in all_of_depth]:
             function = _together if resident else _alone
             part, dq, dk, dt = function(

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastnce.precision import float32_products
+
 from . import config
 from .launch import INTERPRETED, cdiv, launch
 
@@ -57,25 +59,25 @@ class Rows:
     @property
     def split(self) -> tuple[int, int]:
         """Head and tail of the depth where tiles of whole rows stay on the chip, else (0, 0)."""
-        resident = self.depth <= resident_depth(self.x.dtype)
+        resident = self.depth <= resident_depth(self.x)
         return config.split_depth(self.padded) if resident else (0, 0)
 
 
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype that rows are packed in: their own, but bf16 for fp32 where the user allows it."""
-    medium = dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
-    return torch.bfloat16 if medium else dtype
+    medium = x.dtype == torch.float32 and float32_products(x.device.type) == "medium"
+    return torch.bfloat16 if medium else x.dtype
 
 
-def input_precision() -> str:
-    """How Triton multiplies fp32 tiles."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def input_precision(x: Tensor) -> str:
+    """How Triton multiplies tiles of ``x``, if they are of fp32: in fp32 or in tf32."""
+    highest = x.dtype == torch.float32 and float32_products(x.device.type) == "highest"
+    return "ieee" if highest else "tf32"
 
 
-def resident_depth(dtype: torch.dtype) -> int:
+def resident_depth(x: Tensor) -> int:
     """Up to which depth tiles of whole rows stay on the chip."""
-    ieee = product_dtype(dtype) == torch.float32 and input_precision() == "ieee"
-    return config.RESIDENT_DEPTH_IEEE if ieee else config.RESIDENT_DEPTH
+    return config.RESIDENT_DEPTH_IEEE if input_precision(x) == "ieee" else config.RESIDENT_DEPTH
 
 
 def pack(x: Tensor, normalize: bool, fp8: bool = False) -> Rows:
@@ -98,7 +100,7 @@ def _pack(x: Tensor, y: Tensor | None, normalize: bool, fp8: bool):
 
     def new() -> Rows:
         scale, inverse = x.new_empty((2, total), dtype=torch.float32)
-        packed = x.new_empty((total, padded), dtype=product_dtype(x.dtype))
+        packed = x.new_empty((total, padded), dtype=product_dtype(x))
         rounded = None
         if fp8:
             codes = x.new_empty((total, padded), dtype=FP8)

@@ -112,7 +112,7 @@ def sum_exponentials(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_D=x.chunk(tile.d),
-        PRECISION=input_precision(),
+        PRECISION=input_precision(x.x),
         **columns.span_arguments(x, tile.m),
         **temperature_arguments(temperature),
     )
