@@ -48,7 +48,7 @@ def sample_patches(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices or numbers that do not fit together.
-        IndexError: a patch id outside the map (on an accelerator this is reported by the device instead).
+        IndexError: a patch id outside the map. On an accelerator, whose ids are not read, its patch is NaN, or the device raises.
         RuntimeError: the requested backend cannot run this.
 
     Examples:
