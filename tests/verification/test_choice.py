@@ -160,6 +160,13 @@ def test_of_sizes_that_a_compiler_keeps_variable_all_have_to_be_won(gpu):
         assert len(calls) == (3 if expected == "triton" else 1)
 
 
+def test_float32_in_other_precisions_is_not_verified(gpu, monkeypatch):
+    write()
+    assert chosen() == "triton"
+    monkeypatch.setattr(verdicts, "float32_products", lambda device_type: "high")
+    assert chosen() == "native"
+
+
 def test_on_a_cpu_nobody_asks(monkeypatch):
     monkeypatch.setattr(verdicts, "of", lambda *_: pytest.fail("a verdict was asked for"))
     assert chosen() == "native"
