@@ -124,8 +124,8 @@ def verdict(
     place = torch.device(device)
     if name not in verdicts.EARNING or place.type in _UNPROVED:
         return {}
-    if place.index is None:
-        place = torch.device(place.type, torch.cuda.current_device())
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
     found = verdicts.of(name, place) or {}
     of_op = {
         form: entry
