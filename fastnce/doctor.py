@@ -14,6 +14,7 @@ import torch
 import fastnce
 from fastnce import backends, waiting
 from fastnce.backends import build, native
+from fastnce.precision import float32_products
 from fastnce.registry import OPS
 
 _TRAINING_PACKAGES = ("PIL", "tqdm", "tyro", "matplotlib", "torchmetrics", "scipy")
@@ -26,7 +27,7 @@ def report() -> str:
         f"fastnce {fastnce.__version__}  ({Path(fastnce.__file__).parent})",
         f"python  {platform.python_version()}  {platform.system()} {platform.machine()}",
         f"torch   {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"fp32 products: {torch.get_float32_matmul_precision()}",
+        f"fp32 products: {float32_products('cpu')}, on a GPU {float32_products('cuda')}",
         f"waiting {waiting.shown()}",
         f"cpu     {_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
         f"gpu     {_gpu_name()}",

@@ -61,16 +61,6 @@ def tensor_memory(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (10, 11)
 
 
-_READ_BY_GRAPHS: dict[int, Tensor] = {}
-
-
-def kept_for_graphs(table: Tensor) -> Tensor:
-    """``table``, out of a cache that may drop it; a CUDA graph that is being captured will read its memory for as long as it lives."""
-    if table.is_cuda and torch.cuda.is_current_stream_capturing():
-        _READ_BY_GRAPHS[id(table)] = table
-    return table
-
-
 def temperature_arguments(temperature: float | Tensor) -> dict[str, object]:
     """A float goes to the kernels by value, a tensor by address: neither makes the host wait or compiles anew."""
     return {"temperature": temperature, "TENSOR": isinstance(temperature, Tensor)}

@@ -9,12 +9,23 @@ only after a first pass: four.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastnce.blocks.tiles import Buffer, Rows, blocks, lse_in_place, product
+from fastnce.blocks.attention import attention, has_attention
+from fastnce.blocks.tiles import (
+    BYTES,
+    HALF_SCALE,
+    Buffer,
+    Rows,
+    Similarities,
+    blocks,
+    exponentials,
+    product,
+)
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -29,10 +40,9 @@ def info_nce_forward(
     mean: bool = False,
     needs: Sequence[bool],
     symmetric: bool,
-    rounded: bool = False,
     **options: object,
 ) -> tuple[Tensor, Tensor, Gradients]:
-    problem = Problem(query, key, negatives, temperature, rounded=rounded, **options)
+    problem = _problem(query, key, negatives, temperature, **options)
     weights = grad_scale
     if mean and weights is not None:
         weights /= query.shape[:2].numel()
@@ -53,10 +63,9 @@ def info_nce_backward(
     *,
     needs: Sequence[bool],
     symmetric: bool,
-    rounded: bool = False,
     **options: object,
 ) -> Gradients:
-    problem = Problem(query, key, negatives, temperature, rounded=rounded, **options)
+    problem = _problem(query, key, negatives, temperature, **options)
     return problem.run(grad_loss.to(lse.dtype), needs, lse)[2]
 
 
@@ -64,59 +73,82 @@ info_nce_fp8_forward = functools.partial(info_nce_forward, rounded=True)
 info_nce_fp8_backward = functools.partial(info_nce_backward, rounded=True)
 
 
+def _problem(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None,
+    temperature: float | Tensor,
+    *,
+    normalize: bool,
+    rounded: bool = False,
+    **options: object,
+) -> Problem:
+    rows = (Rows(x, normalize, rounded) for x in (query, key))
+    return Problem(*rows, negatives, temperature, **options)
+
+
 class Problem:
     """Queries and keys (B, N, D), and what else is in their sums; as the operators have it."""
 
     def __init__(
         self,
-        query: Tensor,
-        key: Tensor,
+        query: Rows,
+        key: Rows,
         negatives: Tensor | None,
         temperature: float | Tensor,
         *,
-        normalize: bool,
         in_batch: bool,
         self_logit: float | None,
-        rounded: bool = False,
     ) -> None:
-        self.make = functools.partial(Rows, normalize=normalize, rounded=rounded)
-        self.query, self.key = self.make(query), self.make(key)
-        self.negatives = negatives
+        self.query, self.key, self.negatives = query, key, negatives
         self.own = negatives is not None and negatives.dim() == 4
-        self.shared = self.make(negatives) if negatives is not None and not self.own else None
-        self.in_batch, self.rounded = in_batch, rounded
-        units = self.query.units
-        self.tau = temperature
+        self.in_batch, self.tau = in_batch, temperature
+        self.similarities = Similarities(query, temperature)
+        self.moderate = self.similarities.moderate
+        units = query.units
+        # The sum has a logit of at least -1 / t. What changes no bit of it is left out.
+        least = math.log(torch.finfo(units.dtype).eps / 4)
         self.constant = None
-        if self_logit is not None:
-            self.constant = units.new_full((), self_logit) / self.tau
+        if self_logit is not None and not (
+            self.moderate and (self_logit + 1) / temperature < least
+        ):
+            self.constant = units.new_full((), self_logit) / temperature
+        # Coefficients in 16 bits, where the products take those.
+        self.narrow = query.inverse is not None and not self.own
         self._buffers = [Buffer(units) for _ in range(3)]
 
+    @functools.cached_property
+    def shared(self) -> Rows | None:
+        """Negatives (M, D)."""
+        return None if self.negatives is None or self.own else self._rows(self.negatives)
+
+    def _rows(self, x: Tensor) -> Rows:
+        return Rows(x, self.key.normalize, self.key.rounded)
+
     def blocks(self):
-        batch, rows, _ = self.query.units.shape
+        batch, rows, depth = self.query.units.shape
         columns = rows if self.in_batch else 1
         columns += 0 if self.negatives is None else self.negatives.shape[-2]
         if self.own:
-            columns *= 1 + self.query.units.shape[-1]  # these rows are copied, too
+            columns *= 1 + depth  # these rows are copied, too
         return blocks(batch, rows, columns, self.query.units)
 
     def logits(self, at: tuple[slice, slice]) -> tuple[list[Tensor], Rows | None]:
         """Those of a block's queries with keys and with negatives, and the queries' own negatives."""
-        query = self.query.similar[at]
-        count, height = query.shape[:2]
         if self.in_batch:
-            key = self.key.similar[at[0]]
-            out = self._buffers[0](count, height, key.shape[1])
-            found = [product(query, key.mT, out).div_(self.tau)]
+            key = self.key[at[0]]
+            found = [self.similarities(at, key.similar, key.inverse, self._buffers[0])]
         else:
-            found = [(query * self.key.similar[at]).sum(dim=-1, keepdim=True) / self.tau]
+            positive = (self.query.wide[at] * self.key.wide[at]).sum(dim=-1, keepdim=True)
+            found = [positive / self.tau]
         if self.shared is not None:
-            columns = self.shared.similar
-            out = self._buffers[1](count, height, len(columns))
-            found.append(product(query, columns.T, out).div_(self.tau))
-        own = self.make(self.negatives[at]) if self.own else None
-        if own is not None:
-            found.append((own.similar @ query.unsqueeze(-1)).squeeze(-1) / self.tau)
+            found.append(
+                self.similarities(at, self.shared.similar, self.shared.inverse, self._buffers[1])
+            )
+        own = None
+        if self.own:
+            own = self._rows(self.negatives[at].to(self.query.units.dtype))
+            found.append((own.units @ self.query.units[at].unsqueeze(-1)).squeeze(-1) / self.tau)
         return found, own
 
     def positive(self, parts: list[Tensor], at: tuple[slice, slice]) -> Tensor:
@@ -135,13 +167,20 @@ class Problem:
         for at in self.blocks():
             (part,), _ = self.logits(at)
             positive[at] = self.positive([part], at)
-            of_element, before = at[0], top[at[0]]
-            now = torch.maximum(before, part.amax(dim=-2))
-            relative = torch.sub(part, now.unsqueeze(-2), out=self._buffers[2](*part.shape)).exp_()
-            total[of_element] = total[of_element] * (before - now).exp() + relative.sum(dim=-2)
-            top[of_element] = now
-            lse[0][at] = lse_in_place([part], None)[2].squeeze(-1)
-        lse[1] = top + total.masked_fill_(top == torch.inf, 1).log()  # as in lse_in_place
+            of_element = at[0]
+            if not self.moderate:
+                before, now = top[of_element], torch.maximum(top[of_element], part.amax(dim=-2))
+                relative = torch.sub(part, now.unsqueeze(-2), out=self._buffers[2](*part.shape))
+                sums = relative.exp_().sum(dim=-2)
+                total[of_element] = total[of_element] * (before - now).exp() + sums
+                top[of_element] = now
+            lse[0][at] = exponentials([part], None, self.moderate)[2].squeeze(-1)
+            if self.moderate:
+                total[of_element] += part.sum(dim=-2)
+        if self.moderate:
+            lse[1] = total.log_()
+        else:
+            lse[1] = top + total.masked_fill_(top == torch.inf, 1).log()  # as in exponentials
         return lse.mean(dim=0) - positive, lse
 
     def run(
@@ -154,91 +193,191 @@ class Problem:
             needs: of query, key, negatives and temperature.
             lse: (B, N), or (2, B, N) where the losses are symmetric.
         """
-        need_query, need_key, need_negatives, need_temperature = needs
-        units = self.query.units
-        found = None
+        need_query, need_key, need_negatives, need_temperature = (
+            weights is not None and need for need in needs
+        )
+        units, symmetric = self.query.units, lse is not None and lse.dim() == 3
+        attends = need_query or need_temperature
+        if attends and not (need_key or need_negatives or symmetric) and self._has_attention():
+            return self._attend(weights, needs, lse)
+        losses = None
         if lse is None:
-            found = [units.new_empty(units.shape[:2]) for _ in range(2)]
-        wanted = weights is not None
-        of_query = torch.empty_like(units) if wanted and need_query else None
-        of_key = torch.zeros_like(units) if wanted and need_key else None
+            losses, lse = (units.new_empty(units.shape[:2]) for _ in range(2))
+        of_query = torch.empty_like(units) if attends else None
+        of_key = torch.zeros_like(units) if need_key else None
         of_negatives = None
-        if wanted and need_negatives:
+        if need_negatives:
             of_negatives = torch.zeros_like(self.negatives if self.own else self.shared.units)
-        moment = units.new_zeros(()) if wanted and need_temperature else None
+        # Of the gradients' factors, the numbers are in their products, and tensors multiply at the end.
+        scale, each, last = 1.0, None, None
+        if isinstance(weights, Tensor):
+            each = weights.unsqueeze(-1)
+            if self.narrow:
+                each, last = _at_most_1(each)
+        elif weights is not None:
+            scale = weights
+        if isinstance(self.tau, Tensor):
+            last = 1 / self.tau if last is None else last / self.tau
+        else:
+            scale /= self.tau
+        if self.narrow:
+            scale /= HALF_SCALE
+        if symmetric:
+            scale /= 2
+        moment = None
 
         for at in self.blocks():
             parts, own = self.logits(at)
-            positive, constant = self.positive(parts, at), None
-            kept = None
-            if moment is not None and self.rounded:
-                kept = [part.clone() for part in parts]
-            if lse is None:
-                value = positive.clone()
-                top, total, of_rows = lse_in_place(parts, self.constant)
-                found[0][at], found[1][at] = of_rows.squeeze(-1) - value, of_rows.squeeze(-1)
-                if not wanted:
-                    continue
-                if self.constant is not None:
-                    constant = (self.constant - top).exp()
-                factor = _at(weights, at) / total
-                positive -= total.squeeze(-1)
-            elif lse.dim() == 2:
-                for part in parts:
-                    part.sub_(lse[at].unsqueeze(-1)).exp_()
-                if self.constant is not None:
-                    constant = (self.constant - lse[at].unsqueeze(-1)).exp()
-                factor = _at(weights, at)
-                positive -= 1
+            positive = self.positive(parts, at)
+            kept = [x.clone() for x in parts] if need_temperature and self.key.rounded else []
+            weight = None if each is None else each[at]
+            if symmetric:
+                divisor = None
+                self._coefficients_of_both(parts[0], positive, at, lse, each)
             else:
-                factor = self._coefficients_of_both(parts[0], positive, at, lse, weights)
-            # From here ``factor * parts`` is G.
-            to_keys = self.query.units[at] * (factor / self.tau)
-            if of_query is not None or (moment is not None and kept is None):
-                sums = self._times_columns(parts, own, at) * (factor / self.tau)
-                if of_query is not None:
-                    of_query[at] = sums
-                if moment is not None and kept is None:
-                    moment += (self.query.units[at] * sums).sum()
-            if kept is not None:
-                for part, logits in zip(parts, kept, strict=True):
-                    moment += (part * logits * factor).sum()
-            if moment is not None and constant is not None:
-                moment += (constant * self.constant * factor).sum()
-            if of_key is not None and self.in_batch:
-                product(parts[0].mT, to_keys, of_key[at[0]], keep=1)
-            elif of_key is not None:
-                of_key[at] = parts[0] * to_keys
-            if of_negatives is not None and own is not None:
+                divisor = self._exponentials(parts, positive, at, losses, lse)
+                if weights is None:
+                    continue
+                positive -= 1 if divisor is None else divisor.squeeze(-1)
+            # The coefficients are ``parts * weight / divisor``; of symmetric losses, without the weight.
+            if self.narrow:
+                parts, divisor = [_narrowed(part, divisor, self.key.like) for part in parts], None
+            if weight is not None and not symmetric:
+                divisor = 1 / weight if divisor is None else divisor / weight
+            to_keys = self.query.units[at]
+            if divisor is not None and (need_key or need_negatives):
+                to_keys = to_keys / divisor
+            if attends:
+                sums = self._times_columns(parts, own, at, of_query[at], scale)
+                if divisor is not None:
+                    sums.div_(divisor)
+            for part, logits in zip(parts, kept, strict=True) if kept else ():
+                terms = part * logits
+                terms = terms.sum() if divisor is None else (terms / divisor).sum()
+                moment = terms if moment is None else moment + terms
+            if need_key and self.in_batch:
+                rows = to_keys.to(parts[0].dtype)
+                product(parts[0].mT, rows, of_key[at[0]], keep=1, scale=scale)
+            elif need_key:
+                of_key[at] = parts[0] * to_keys * scale
+            if need_negatives and own is not None:
                 of_units = parts[-1].unsqueeze(-1) * to_keys.unsqueeze(-2)
+                of_units.mul_(scale if last is None else last * scale)
                 of_negatives[at] = own.gradient(of_units)
-            elif of_negatives is not None:
-                flat = parts[-1].flatten(0, 1)
-                of_negatives.addmm_(flat.T, to_keys.flatten(0, 1))
+            elif need_negatives:
+                flat, rows = parts[-1].flatten(0, 1), to_keys.to(parts[-1].dtype).flatten(0, 1)
+                product(flat.T[None], rows, of_negatives[None], keep=1, scale=scale)
 
+        if last is not None:
+            for grad in (of_query, of_key, None if self.own else of_negatives):
+                if grad is not None:
+                    grad.mul_(last)
+        of_temperature = None
+        if need_temperature:
+            of_temperature = -(units * of_query).sum() / self.tau
+            if moment is not None:  # of rounded similarities
+                of_temperature = -moment * (scale if last is None else last * scale)
+            of_temperature = self._with_constant(of_temperature, weights, lse)
         grads = (
-            None if of_query is None else self.query.gradient(of_query),
+            self.query.gradient(of_query) if need_query else None,
             None if of_key is None else self.key.gradient(of_key),
-            self.shared.gradient(of_negatives)
-            if of_negatives is not None and not self.own
-            else of_negatives,
-            None if moment is None else -moment / self.tau,
+            of_negatives
+            if of_negatives is None or self.own
+            else self.shared.gradient(of_negatives),
+            of_temperature,
         )
-        return (*(found if found is not None else (None, None)), grads)
+        return losses, lse, grads
+
+    def _has_attention(self) -> bool:
+        plain = not self.own and not self.key.rounded and self.query.inverse is None
+        return plain and has_attention(self.query.units)
+
+    def _attend(
+        self, weights: float | Tensor, needs: Sequence[bool], lse: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Gradients]:
+        """As ``run``, for keys without gradient.
+
+        With m the mean key and p the softmax's share of the positive, where it is not among these keys, the gradient of a query is
+        ``w / t (m - k)`` or, with m that of the other keys, ``w / t ((1 - p) m - (1 - p) k)``.
+        """
+        left, scale, key = self.similarities.left, self.similarities.scale, self.key.units
+        positive = (left * key).sum(dim=-1, keepdim=True).mul_(scale)
+        found = attention(left, key, scale) if self.in_batch else None
+        flat = left.flatten(0, 1).unsqueeze(0)
+        rows = BYTES["cpu"] // 4 // (key.shape[-1] * key.element_size())
+        for negatives in () if self.negatives is None else self.negatives.split(rows):
+            units = self._rows(negatives).units.unsqueeze(0)
+            more = (x.view(*left.shape[:2], -1) for x in attention(flat, units, scale))
+            found = more if found is None else _both_means(*found, *more)
+        mean, of_others = found
+        total = of_others if self.in_batch else torch.logaddexp(of_others, positive)
+        if self.constant is not None:
+            total = torch.logaddexp(total, self.constant)
+        losses = None
+        if lse is None:
+            losses, lse = (total - positive).squeeze(-1), total.squeeze(-1)
+        if total is not of_others:
+            mean.mul_((of_others - total).exp_())
+        if self.in_batch:
+            mean.sub_(key)
+        else:
+            mean.addcmul_(key, torch.expm1(positive - total))
+        factor = weights.unsqueeze(-1) if isinstance(weights, Tensor) else weights
+        of_query = mean.mul_(factor / self.tau)
+        of_temperature = None
+        if needs[3]:
+            of_temperature = -(self.query.units * of_query).sum() / self.tau
+            of_temperature = self._with_constant(of_temperature, weights, lse)
+        grads = self.query.gradient(of_query) if needs[0] else None, None, None, of_temperature
+        return losses, lse, grads
+
+    def _with_constant(self, of_temperature: Tensor, weights: float | Tensor, lse: Tensor):
+        """The gradient of the temperature with that from the constant logit."""
+        if self.constant is None:
+            return of_temperature
+        shares = (self.constant - lse).exp_().mul_(weights)
+        return of_temperature - shares.sum() * self.constant / self.tau
+
+    def _exponentials(
+        self,
+        parts: list[Tensor],
+        positive: Tensor,
+        at: tuple[slice, slice],
+        losses: Tensor | None,
+        lse: Tensor,
+    ) -> Tensor | None:
+        """Makes the logits exponentials; their sum (..., 1), None for 1. Writes losses and lse, if there are any losses."""
+        if losses is not None:
+            value = positive.clone()
+            _, total, of_rows = exponentials(parts, self.constant, self.moderate)
+            lse[at] = of_rows.squeeze(-1)
+            torch.sub(of_rows.squeeze(-1), value, out=losses[at])
+            return total
+        for part in parts:
+            if not self.moderate:
+                part.sub_(lse[at].unsqueeze(-1))
+            part.exp_()
+        return lse[at].unsqueeze(-1).exp() if self.moderate else None
 
     def _times_columns(
-        self, parts: list[Tensor], own: Rows | None, at: tuple[slice, slice]
+        self,
+        parts: list[Tensor],
+        own: Rows | None,
+        at: tuple[slice, slice],
+        out: Tensor,
+        scale: float,
     ) -> Tensor:
-        """``sum_j part_ij k_j`` over all columns, (B, n, D)."""
+        """``scale sum_j part_ij k_j`` over all columns, (B, n, D)."""
         if self.in_batch:
-            sums = product(parts[0], self.key.units[at[0]])
+            key = self.key.factors if self.narrow else self.key.units
+            product(parts[0], key[at[0]], out, scale=scale)
         else:
-            sums = parts[0] * self.key.units[at]
+            torch.mul(parts[0], self.key.units[at], out=out).mul_(scale)
         if self.shared is not None:
-            product(parts[1], self.shared.units, sums, keep=1)
+            product(parts[1], self.shared.factors, out, keep=1, scale=scale)
         if own is not None:
-            sums += (parts[-1].unsqueeze(-2) @ own.units).squeeze(-2)
-        return sums
+            out.add_((parts[-1].unsqueeze(-2) @ own.units).squeeze(-2), alpha=scale)
+        return out
 
     def _coefficients_of_both(
         self,
@@ -246,21 +385,43 @@ class Problem:
         positive: Tensor,
         at: tuple[slice, slice],
         lse: Tensor,
-        weights: float | Tensor,
-    ) -> float:
-        """Makes a block of logits G of the symmetric losses, but for the factor that is returned."""
-        by_row = torch.sub(part, lse[0][at].unsqueeze(-1), out=self._buffers[2](*part.shape)).exp_()
-        part.sub_(lse[1][at[0]].unsqueeze(-2)).exp_()
-        if isinstance(weights, Tensor):
-            by_row *= weights[at].unsqueeze(-1)
-            part *= weights[at[0]].unsqueeze(-2)
-            part += by_row
-            positive -= 2 * weights[at]
-            return 0.5
-        part += by_row
-        positive -= 2
-        return 0.5 * weights
+        weights: Tensor | None,
+    ) -> None:
+        """Makes a block of logits twice the coefficients of the symmetric losses, whose weights are (B, N, 1), 1 if None."""
+        of_rows, of_columns = lse[0][at].unsqueeze(-1), lse[1][at[0]].unsqueeze(-2)
+        buffer = self._buffers[2](*part.shape)
+        row_weights = 1.0 if weights is None else weights[at]
+        column_weights = 1.0 if weights is None else weights[at[0]].mT
+        if self.moderate:
+            shares = row_weights * (-of_rows).exp_(), column_weights * (-of_columns).exp_()
+            part.exp_().mul_(torch.add(*shares, out=buffer))
+        else:
+            by_row = torch.sub(part, of_rows, out=buffer).exp_()
+            part.sub_(of_columns).exp_()
+            if weights is not None:
+                by_row.mul_(row_weights)
+                part.mul_(column_weights)
+            part.add_(by_row)
+        positive -= 2 if weights is None else 2 * weights[at].squeeze(-1)
 
 
-def _at(weights: float | Tensor, at: tuple[slice, slice]) -> float | Tensor:
-    return weights[at].unsqueeze(-1) if isinstance(weights, Tensor) else weights
+def _both_means(mean: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean key of two sets of keys, and the log-sum-exp."""
+    total = torch.logaddexp(lse, more_lse)
+    mean = mean.mul_((lse - total).exp_()).addcmul_(more, (more_lse - total).exp_())
+    return mean, total
+
+
+def _narrowed(part: Tensor, divisor: Tensor | None, like: Tensor) -> Tensor:
+    """Coefficients ``part / divisor`` times ``HALF_SCALE``, in the dtype of ``like``."""
+    out = torch.empty_like(part, dtype=like.dtype)
+    if divisor is None:
+        return torch.mul(part, HALF_SCALE, out=out)
+    return torch.div(part, divisor / HALF_SCALE, out=out)
+
+
+def _at_most_1(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights divided by a power of two, and that: the least that makes the largest finite magnitude less than 1."""
+    largest = weights.abs().nan_to_num(0, 0, 0).amax()
+    power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    return weights / power, power

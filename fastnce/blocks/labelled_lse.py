@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fastnce.blocks.tiles import Buffer, Rows, blocks, lse_in_place, product
+from fastnce.blocks.tiles import Buffer, Rows, blocks, exponentials, product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Logits:
 
 def lse_of(z: Tensor) -> Tensor:
     """``log sum exp`` of each row, which is overwritten."""
-    return lse_in_place([z], None)[2].squeeze(-1)
+    return exponentials([z], None, False)[2].squeeze(-1)
 
 
 def labelled_lse_forward(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastnce.blocks.info_nce import Problem
+from fastnce.blocks.tiles import Rows
 
 
 def patch_nce_forward(
@@ -36,9 +37,11 @@ def patch_nce_forward(
     loss, of_temperature = 0, None
     grads: tuple[list, list] = ([None] * len(queries), [None] * len(queries))
     for (shape, loss_scale, grad_scale, needed), layers in alike.items():
-        both = [_joined([x[layer] for layer in layers]) for x in (queries, keys)]
-        options = {"normalize": True, "in_batch": True, "self_logit": self_logit}
-        problem = Problem(*both, None, temperature, **options)
+        both = Rows(torch.cat([x[layer] for x in (queries, keys) for layer in layers]), True)
+        half = len(both.units) // 2
+        problem = Problem(
+            both[:half], both[half:], None, temperature, in_batch=True, self_logit=self_logit
+        )
         losses, _, found = problem.run(grad_scale, (*needed, False, need_temperature))
         loss = loss + losses.sum() * loss_scale
         for side, grad in zip(grads, found, strict=False):
@@ -49,7 +52,3 @@ def patch_nce_forward(
             part = found[3] * (loss_scale / grad_scale)
             of_temperature = part if of_temperature is None else of_temperature + part
     return loss, (*grads, of_temperature)
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -16,10 +19,24 @@ BYTES = {"cpu": 16 << 20}
 BYTES_ELSEWHERE = 64 << 20
 # Of a block, but for the last: below that, products starve.
 LEAST_ROWS = 64
+# Logits that lie within this have exponentials, and sums and quotients of these, that float32 holds: they need no maximum.
+MODERATE = 43.5
+# Of coefficients in 16 bits, which are at most 1: a power of two, so that float16 keeps small ones.
+HALF_SCALE = 2.0**14
+
+
+def multiplies_in_16_bits(x: Tensor) -> bool:
+    """Whether PyTorch multiplies rows like ``x`` as they are, with results in float32; elsewhere they are converted first."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return half and x.device.type == "cuda" and torch.version.hip is None
 
 
 class Rows:
-    """Rows ``x (..., D)`` in the dtype of the sums, of length 1 if ``normalize``.
+    """Rows ``x (..., D)`` in the dtype of the sums, of length 1 if ``normalize``, and what products take in their place.
+
+    The products for logits take ``similar``, those for gradients ``factors``: both are ``units``, unless the inputs have 16 bits
+    and so have the products. Then ``factors`` are the units rounded, and ``similar`` the rows as they came, times a power of two,
+    so that logits are as exact as float32's: products are to be multiplied by ``inverse (..., 1)`` of both sides.
 
     Args:
         x: the rows.
@@ -28,25 +45,50 @@ class Rows:
     """
 
     def __init__(self, x: Tensor, normalize: bool, rounded: bool = False) -> None:
-        self.like, self.normalize = x, normalize
-        dtype = accumulation_dtype(x.dtype)
-        self.units = x.to(dtype, memory_format=torch.contiguous_format)
+        self.like, self.normalize, self.rounded = x, normalize, rounded
+        units = x.to(accumulation_dtype(x.dtype), memory_format=torch.contiguous_format)
+        self.inverse = None
         if normalize:
             # By the largest magnitude first, so that no square overflows or vanishes.
-            largest = torch.linalg.vector_norm(self.units, torch.inf, dim=-1, keepdim=True)
-            self._is_zero = largest == 0
-            self._largest = largest.masked_fill_(self._is_zero, 1)
-            self.units = self.units / self._largest
-            norm = self.units.square().sum(dim=-1, keepdim=True).sqrt_()
-            self._norm = norm.masked_fill_(self._is_zero, 1)
-            self.units /= self._norm
-        self.similar = self.units
+            self._largest = torch.threshold_(_largest(units), 0, 1)
+            units = units / self._largest
+            norm = torch.linalg.vector_norm(units, dim=-1, keepdim=True)
+            self._norm = torch.threshold_(norm, 0, math.inf)  # of zero rows: divided by it is 0
+            units.div_(self._norm)
+        self.units = self.similar = self.factors = units
         if rounded:
-            self.similar = rounded_unit_rows(x.to(self.units.dtype))
+            self.similar = rounded_unit_rows(x.to(units.dtype))
+        elif multiplies_in_16_bits(x):
+            self._narrow()
+
+    def _narrow(self) -> None:
+        x = self.like
+        if not self.normalize:
+            self.similar = self.factors = x.contiguous()
+            self.inverse = torch.ones_like(self.units[..., :1])
+            return
+        self.factors = self.units.to(x.dtype)
+        # Largest elements of about 1000: products of two rows are in float32's range, and small elements in float16's.
+        power = torch.frexp(self._largest).mantissa.mul_(1024).div_(self._largest)
+        power.clamp_(max=2.0**100)
+        self.similar = torch.mul(x, power, out=torch.empty_like(self.factors))
+        self.inverse = power.mul_(self._largest).mul_(self._norm).reciprocal_()
+
+    @property
+    def wide(self) -> Tensor:
+        """The similar rows in the dtype of the sums."""
+        return self.similar if self.inverse is None else self.units
+
+    def __getitem__(self, at: slice) -> Rows:
+        part = copy.copy(self)
+        for name, x in vars(self).items():
+            if isinstance(x, Tensor):
+                setattr(part, name, x[at])
+        return part
 
     def inverse_norm(self) -> Tensor:
         """(...), 0 for zero rows."""
-        return (1 / self._norm / self._largest).masked_fill_(self._is_zero, 0).squeeze(-1)
+        return (1 / self._norm / self._largest).squeeze(-1)
 
     def gradient(self, of_units: Tensor) -> Tensor:
         """The gradient of ``x`` from that of the unit rows, which is overwritten."""
@@ -57,8 +99,45 @@ class Rows:
         if self.normalize:
             along = (self.units * of_units).sum(dim=-1, keepdim=True)
             of_units.addcmul_(self.units, along, value=-1).div_(self._norm).div_(self._largest)
-            of_units.masked_fill_(self._is_zero, 0)
         return of_units
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude (..., 1) of each row."""
+    if x.device.type == "cpu":  # whose operator for it is slow
+        return torch.maximum(x.amax(dim=-1, keepdim=True), x.amin(dim=-1, keepdim=True).neg_())
+    return torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True)
+
+
+class Similarities:
+    """``z = x . y / t`` of blocks of the rows x.
+
+    Attributes:
+        moderate: every z is known to lie within ``MODERATE``. Nobody reads a temperature that is a tensor.
+    """
+
+    def __init__(self, rows: Rows, temperature: float | Tensor) -> None:
+        self.left, self.scale, self._inverse = rows.similar, 1.0, None
+        self.moderate = False
+        if not isinstance(temperature, Tensor):
+            self.scale = 1 / temperature
+            # Eight bits make cosines larger than 1.
+            largest = self.scale * (1.2 if rows.rounded else 1)
+            self.moderate = rows.normalize and largest <= MODERATE
+        if rows.inverse is not None:
+            self._inverse = rows.inverse / temperature
+        elif isinstance(temperature, Tensor):
+            self.left = self.left / temperature
+
+    def __call__(
+        self, at: object, similar: Tensor, inverse: Tensor | None, buffer: Buffer
+    ) -> Tensor:
+        """(b, n, m), of the rows ``at`` and others, (b, m, D) or (m, D)."""
+        left = self.left[at]
+        if inverse is not None:
+            return product(left, similar.mT).mul_(inverse.mT).mul_(self._inverse[at])
+        out = buffer(*left.shape[:2], similar.shape[-2])
+        return product(left, similar.mT, out, scale=self.scale)
 
 
 def blocks(batch: int, rows: int, columns: int, like: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -90,38 +169,58 @@ class Buffer:
         return self._memory[:size].view(shape)
 
 
-def product(a: Tensor, b: Tensor, out: Tensor | None = None, keep: float = 0) -> Tensor:
-    """``out = keep out + a @ b``, (B, n, k) and (B, k, m) or (k, m) -> (B, n, m)."""
-    if out is None:
-        out = a.new_empty((*a.shape[:2], b.shape[-1]))
-    if b.dim() == 2 or len(a) == 1:
-        into, a, b = (
-            out.view(-1, out.shape[-1]),
-            a.flatten(0, 1),
-            b.squeeze(0) if b.dim() == 3 else b,
-        )
-        torch.addmm(into, a, b, beta=keep, out=into)
-    else:
-        torch.baddbmm(out, a, b, beta=keep, out=out)
+def product(
+    a: Tensor, b: Tensor, out: Tensor | None = None, keep: float = 0, scale: float = 1
+) -> Tensor:
+    """``keep out + scale a @ b`` in ``out``, (B, n, k) and (B, k, m) or (k, m) -> (B, n, m); of 16 bits in float32."""
+    shape = (*a.shape[:2], b.shape[-1])
+    flat = b.dim() == 2 or len(a) == 1
+    if flat:
+        a, b = a.flatten(0, 1), b.squeeze(0) if b.dim() == 3 else b
+    if a.dtype.itemsize == 2:
+        found = _wide_product(a, b).view(shape)
+        if scale != 1:
+            found.mul_(scale)
+        if out is None:
+            return found
+        return out.add_(found) if keep else out.copy_(found)
+    out = a.new_empty(shape) if out is None else out
+    into = out.view(-1, shape[-1]) if flat else out
+    multiply = torch.addmm if flat else torch.baddbmm
+    multiply(into, a, b, beta=keep, alpha=scale, out=into)
     return out
 
 
-def lse_in_place(parts: list[Tensor], constant: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Makes ``parts`` (..., m) their exponentials, relative to the largest of a row.
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    if a.device.type != "cuda":  # the same numbers, for tests
+        return a.float() @ b.float()
+    multiply = torch.mm if a.dim() == 2 else torch.bmm
+    return multiply(a, b, out_dtype=torch.float32)
+
+
+def exponentials(
+    parts: list[Tensor], constant: Tensor | None, moderate: bool
+) -> tuple[float | Tensor, Tensor, Tensor]:
+    """Makes ``parts`` (..., m) their exponentials, relative to 0 if ``moderate``, or to the largest of a row.
 
     Returns:
-        That largest logit, the sum of the exponentials, and ``log sum exp``, all (..., 1). The ``constant`` is one more logit.
+        What they are relative to, the sum of the exponentials, and ``log sum exp``, all (..., 1). The ``constant`` is one more
+        logit.
     """
-    tops = [part.amax(dim=-1, keepdim=True) for part in parts]
+    top: float | Tensor = 0.0
+    if not moderate:
+        top = functools.reduce(torch.maximum, [part.amax(dim=-1, keepdim=True) for part in parts])
+        if constant is not None:
+            top = torch.maximum(top, constant)
+        top = top.clamp(min=torch.finfo(top.dtype).min)  # of -inf alone, the sum is 0
+        for part in parts:
+            part.sub_(top)
+    sums = [part.exp_().sum(dim=-1, keepdim=True) for part in parts]
     if constant is not None:
-        tops.append(constant.expand_as(tops[0]))
-    top = tops[0]
-    for other in tops[1:]:
-        top = torch.maximum(top, other)
-    top = top.clamp(min=torch.finfo(top.dtype).min)  # of -inf alone, the sum is 0
-    total = sum(part.sub_(top).exp_().sum(dim=-1, keepdim=True) for part in parts)
-    if constant is not None:
-        total = total + (constant - top).exp()
+        sums.append((constant - top).exp())
+    total = functools.reduce(torch.add, sums)
+    if moderate:
+        return top, total, total.log()
     # Of an infinite logit, the softmax is NaN at the logit itself, and 0 elsewhere: the sum must not carry it there.
     total = total.masked_fill(top == torch.inf, 1)
     return top, total, top + total.log()

@@ -189,7 +189,7 @@ def row_loss(
     """
     temperature = _checks.expect_temperature(op, temperature, rows[0])
     _checks.expect_choice(op, "reduction", reduction, REDUCTIONS)
-    kernels = backends.select(op, rows[0], backend)
+    kernels = backends.select(op, rows[0], backend, rows)
     with no_autocast(rows[0]):
         if kernels is not backends.reference:
             return fused_row_loss(op, kernels, rows, labels, temperature, reduction, operators)

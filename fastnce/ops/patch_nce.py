@@ -11,7 +11,7 @@ from torch import Tensor
 from fastnce import backends
 from fastnce.ops import _checks, _common
 from fastnce.ops.info_nce import plain as info_nce
-from fastnce.registry import Make, Op, Operator, Sample, accumulation_dtype, declare
+from fastnce.registry import Form, Make, Op, Operator, Sample, accumulation_dtype, declare
 
 # CUT overwrites each patch's similarity with its own key among the negatives by this value before dividing by the temperature.
 # It is no -inf: at a temperature near 1 the term exp(-10 / t) is part of the published loss.
@@ -89,7 +89,7 @@ def _weighted_sum(
 ) -> Tensor:
     """The part of these layers, (B, N, D) each, of one device and dtype, in the mean over ``count`` layers."""
     queries, keys = ([pair[side] for pair in pairs] for side in (0, 1))
-    kernels = backends.select(op, queries[0], backend)
+    kernels = backends.select(op, queries[0], backend, queries, keys)
     with _common.no_autocast(queries[0]):
         if kernels is backends.reference:
             return sum(
@@ -112,6 +112,12 @@ def _weighted_sum(
             kernels, count, grad_now, temperature, *_common.distinct((*queries, *keys))
         )
         return loss
+
+
+def _form(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Form:
+    name = "both gradients" if _common.wants_grad(*keys) else "keys fixed"
+    work = sum(query.numel() * query.shape[-2] for query in queries)
+    return Form(name, work, max(query.shape[-1] for query in queries))
 
 
 def _layer_weight(query: Tensor, count: int) -> float:
@@ -228,7 +234,7 @@ def _loss(queries: list[Tensor], **_: object) -> tuple[Tensor]:
 
 
 declare(
-    Op("patch_nce", function=patch_nce, samples=_samples),
+    Op("patch_nce", function=patch_nce, samples=_samples, form=_form),
     # The sum over layers of loss_scale * sum(loss), the losses those of info_nce_forward with normalize, in_batch and self_logit, of
     # queries[l], keys[l] (B, N, D), whose sizes may differ. If grad_scales is not empty, also the gradients: of layer l those of
     # grad_scale * sum(loss), of the temperature that of the loss returned. Where loss_layers is not 0, each layer's loss_scale is

@@ -173,3 +173,33 @@ def test_the_interpreter_is_never_chosen_by_itself():
     for op in ("info_nce", "pairwise_cosine_similarity"):
         assert backends.select(op, torch.empty(1)) is not triton_ops
         assert backends.select(op, torch.empty(1), "triton") is triton_ops
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_patch_id_outside_its_map_touches_no_memory(normalize):
+    """The host does not look at ids on a GPU: such a patch is NaN, its gradient is dropped, and others are as without it."""
+    ids = torch.tensor([4, -1, 11, 12, 4, -(2**40), 2**40], device=DEVICE)
+    right = torch.tensor([0, 2, 4], device=DEVICE)
+    # Maps that lie between others' memory, which nobody may read or write.
+    memory = torch.full((3, 2, 5, 4, 3), torch.nan, device=DEVICE)
+    memory[1] = gaussian((2, 5, 4, 3), torch.Generator().manual_seed(0), torch.float32)
+    patches, norms = triton_kernels.sample_patches_forward([memory[1]], [ids], normalize)
+    expected, _ = triton_kernels.sample_patches_forward([memory[1]], [ids[right]], normalize)
+    wrong = torch.ones(len(ids), dtype=torch.bool, device=DEVICE)
+    wrong[right] = False
+    assert torch.equal(patches[0][:, right], expected[0]) and patches[0][:, wrong].isnan().all()
+
+    grad = torch.ones_like(patches[0])
+    sums = torch.zeros_like(memory)
+    saved = ([patches[0]], norms) if normalize else ([], [])
+    triton_kernels.sample_patches_add_([sums[1]], [grad], *saved, [ids], normalize)
+    assert sums[0].eq(0).all() and sums[2].eq(0).all()
+    only = (
+        ([patches[0][:, right]], [x[:, right].contiguous() for x in norms])
+        if normalize
+        else ([], [])
+    )
+    expected = triton_kernels.sample_patches_backward(
+        [grad[:, right]], *only, [ids[right]], [memory[1]], normalize
+    )
+    assert torch.equal(sums[1], expected[0])
