@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastnce.blocks.labelled_lse import Logits, State, lse_of
+from fastnce.blocks.labelled_lse import Logits, State
 from fastnce.blocks.tiles import Rows
 
 
@@ -22,7 +22,7 @@ def conditional_contrastive_forward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     call = _Call(embeddings, proxies, labels, temperature)
-    sums = torch.stack(call.logits.sums(lse_of))
+    sums = torch.stack(call.logits.sums())
     lse = torch.logaddexp(sums, call.to_proxy)  # (2, N)
     if grad_scale is None:
         return lse[0] - lse[1], lse, (None,) * 3

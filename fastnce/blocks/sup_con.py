@@ -24,7 +24,7 @@ def sup_con_forward(
     logits = Logits(rows, rows, labels, labels, temperature, own=True)
     positives = _positives(labels)
     has_positive, divisor = positives > 0, positives.clamp(min=1).to(rows.units.dtype)
-    lse, of_positives = logits.sums(_sum_of_finite)
+    lse, of_positives = logits.sums(linear=True)
     if len(lse) == 1:
         lse.zero_()  # the sum of nothing
     losses = (lse - of_positives / divisor).where(has_positive, 0)
@@ -57,10 +57,6 @@ def _positives(labels: Tensor) -> Tensor:
     labels = labels.contiguous()
     found = labels.sort().values
     return torch.searchsorted(found, labels, right=True) - torch.searchsorted(found, labels) - 1
-
-
-def _sum_of_finite(z: Tensor) -> Tensor:
-    return z.masked_fill_(z == -torch.inf, 0).sum(dim=1)
 
 
 def _gradients(

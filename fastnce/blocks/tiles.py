@@ -20,9 +20,9 @@ BYTES_ELSEWHERE = 64 << 20
 # Of a block, but for the last: below that, products starve.
 LEAST_ROWS = 64
 # Logits that lie within this have exponentials, and sums and quotients of these, that float32 holds: they need no maximum.
-MODERATE = 43.5
-# Of coefficients in 16 bits, which are at most 1: a power of two, so that float16 keeps small ones.
-HALF_SCALE = 2.0**14
+MODERATE = 36.0
+# Of coefficients in 16 bits, which are at most 6 times the largest weight: a power of two, so that float16 keeps small ones.
+HALF_SCALE = 2.0**13
 
 
 def multiplies_in_16_bits(x: Tensor) -> bool:
@@ -52,8 +52,8 @@ class Rows:
             # By the largest magnitude first, so that no square overflows or vanishes.
             self._largest = torch.threshold_(_largest(units), 0, 1)
             units = units / self._largest
-            norm = torch.linalg.vector_norm(units, dim=-1, keepdim=True)
-            self._norm = torch.threshold_(norm, 0, math.inf)  # of zero rows: divided by it is 0
+            # What is divided by that of a zero row is 0.
+            self._norm = torch.threshold_(_norm(units), 0, math.inf)
             units.div_(self._norm)
         self.units = self.similar = self.factors = units
         if rounded:
@@ -79,7 +79,7 @@ class Rows:
         """The similar rows in the dtype of the sums."""
         return self.similar if self.inverse is None else self.units
 
-    def __getitem__(self, at: slice) -> Rows:
+    def __getitem__(self, at: slice | None) -> Rows:
         part = copy.copy(self)
         for name, x in vars(self).items():
             if isinstance(x, Tensor):
@@ -109,6 +109,19 @@ def _largest(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True)
 
 
+def _norm(x: Tensor) -> Tensor:
+    """The norm (..., 1) of each row."""
+    if x.device.type == "cpu":  # rounded as the reference rounds it
+        return x.square().sum(dim=-1, keepdim=True).sqrt_()
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+def number(temperature: float | Tensor) -> float | Tensor:
+    """The temperature's number, unless a device would be waited for."""
+    on_host = isinstance(temperature, Tensor) and temperature.device.type == "cpu"
+    return temperature.item() if on_host else temperature
+
+
 class Similarities:
     """``z = x . y / t`` of blocks of the rows x.
 
@@ -117,6 +130,7 @@ class Similarities:
     """
 
     def __init__(self, rows: Rows, temperature: float | Tensor) -> None:
+        rows = rows[None] if rows.units.dim() == 2 else rows
         self.left, self.scale, self._inverse = rows.similar, 1.0, None
         self.moderate = False
         if not isinstance(temperature, Tensor):
@@ -224,3 +238,17 @@ def exponentials(
     # Of an infinite logit, the softmax is NaN at the logit itself, and 0 elsewhere: the sum must not carry it there.
     total = total.masked_fill(top == torch.inf, 1)
     return top, total, top + total.log()
+
+
+def narrowed(part: Tensor, divisor: Tensor | None, like: Tensor) -> Tensor:
+    """Coefficients ``part / divisor`` times ``HALF_SCALE``, in the dtype of ``like``."""
+    out = torch.empty_like(part, dtype=like.dtype)
+    if divisor is None:
+        return torch.mul(part, HALF_SCALE, out=out)
+    return torch.div(part, divisor / HALF_SCALE, out=out)
+
+
+def power_above(x: Tensor) -> Tensor:
+    """The least power of two above the largest finite magnitude."""
+    largest = x.abs().nan_to_num(0, 0, 0).amax()
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
