@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CPU, prepare
-from stand_ins import stand_in
+from stand_ins import CPU, prepare, stand_in
 
 import fastnce
 from fastnce import backends, cli, doctor, verification

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from conftest import CPU
+from stand_ins import CPU
 from torch import Tensor
 
 from fastnce import backends, cli, testing, verification
