@@ -89,19 +89,20 @@ def verify(
 
 
 def verify_once(device: torch.device) -> None:
-    """Verifies, before a training, what can run on its GPU and never was verified there."""
+    """Verifies, before a training, what can run on its GPU and never was verified there. An error ends no training."""
     place = _device().place(device)
 
     def find() -> Found:
-        found = [(key, verdicts.find(key)) for key in _keys(place)]
-        new = [key.backend for key, verdict in found if verdict is None]
-        if not new:
-            return found
-        progress = _Progress(True)
+        new = [key.backend for key in _keys(place) if verdicts.find(key) is None]
+        progress = _Progress(bool(new))
         progress.say(
             f"the GPU kernels are verified, once, for at most {SECONDS:.0f} s (--no-verify: not)"
         )
-        return _verify(place, new, SECONDS, False, progress)
+        try:
+            return _verify(place, new, SECONDS, False, progress)
+        except Exception as error:
+            verdicts.say(f"The GPU kernels could not be verified, and are not used: {error}")
+            return []
 
     _of_rank_0(place, find)
 
@@ -147,20 +148,24 @@ def _of_rank_0(place: torch.device, find: Callable[[], Found]) -> None:
 def _verify(
     place: torch.device, names: list[str], seconds: float, again: bool, progress: _Progress
 ) -> Found:
-    """Verifies the backends one after the other, and writes what it has found, interrupted or not."""
-    found: Found = []
-    keys = [key for key in _keys(place) if key.backend in names]
-    with _alone(progress):
+    """Verifies the backends ``names`` one after the other, and writes what it has found, interrupted or not.
+
+    Returns:
+        What is known then, of the other backends too.
+    """
+    keys = _keys(place)
+    known_of = {key: verdicts.find(key) for key in keys if key.backend not in names}
+    new = [key for key in keys if key.backend in names]
+    with _alone(progress) if new else contextlib.nullcontext():
         end = time.monotonic() + seconds
-        for left, key in zip(range(len(keys), 0, -1), keys, strict=True):
+        for left, key in zip(range(len(new), 0, -1), new, strict=True):
             limit = Limit(time.monotonic() + (end - time.monotonic()) / left)
-            verdict = (None if again else verdicts.find(key)) or {}
+            verdict = known_of[key] = (None if again else verdicts.find(key)) or {}
             try:
                 _Backend(key.backend, place, verdict, progress).verify(limit)
             finally:
-                found.append((key, verdict))
                 _write(key, verdict)
-    return found
+    return list(known_of.items())
 
 
 def _write(key: Key, verdict: Verdict) -> None:
@@ -187,7 +192,8 @@ class _Backend:
         self, name: str, place: torch.device, verdict: Verdict, progress: _Progress
     ) -> None:
         self.name, self.verdict, self.progress = name, verdict, progress
-        self.device = _device()
+        device = _device()
+        self.patience, self.workers = device.patience, device.workers(place)
         self.request = {"device": _DEVICE, "index": place.index or 0, "backend": name}
         self.tasks: list[Task] = [
             (op, verdicts.name_of(dtype), form)
@@ -204,7 +210,7 @@ class _Backend:
         entries = self.verdict
         errors = Limit(time.monotonic() + _SHARE_OF_ERRORS * limit.seconds)
         new = [task for task in self.tasks if entries[task].status == verdicts.NOT_REACHED]
-        self._run("right", new, errors, self.device.workers)
+        self._run("right", new, errors, self.workers)
         right = [task for task in self.tasks if entries[task].status == verdicts.RIGHT]
         self._run("faster", [task for task in right if not entries[task].speed], limit, 1)
 
@@ -221,7 +227,7 @@ class _Backend:
             )
 
         def work(part: list[Task]) -> None:
-            run({**self.request, "stage": stage}, part, limit, self.device.patience, tell)
+            run({**self.request, "stage": stage}, part, limit, self.patience, tell)
 
         parts = [part for first in range(workers) if (part := tasks[first::workers])]
         with ThreadPoolExecutor(workers) as pool:

@@ -85,6 +85,9 @@ def is_right(
                 _expect_graph(device, backend, op, sample)
         except AssertionError as wrong:
             return {"status": "wrong", "reason": f"{case.name}: {_line(wrong)}", "errors": errors}
+        except torch.OutOfMemoryError:
+            reason = f"{case.name}: not enough memory"
+            return {"status": verdicts.NOT_REACHED, "reason": reason, "errors": errors}
         except Exception as error:
             reason = f"{case.name}: {type(error).__name__}: {_line(error)}"
             return {"status": "failed", "reason": reason, "errors": errors}

@@ -139,7 +139,6 @@ class Device:
     """See ``fastnce.verification.device.GPU``."""
 
     patience = 5.0
-    workers = 1
     repeats = 20
     rounds = 3
     share = 0.02
@@ -156,6 +155,10 @@ class Device:
     @staticmethod
     def kinds() -> list[torch.device]:
         return [CPU]
+
+    @staticmethod
+    def workers(place: torch.device) -> int:
+        return 1
 
     def synchronize(self) -> None:
         pass
