@@ -195,7 +195,8 @@ def _sum(values: Sequence[Tensor], out: Tensor) -> Tensor:
 
 def lse_of(z: Tensor) -> Tensor:
     """``log sum exp`` of each row, which is overwritten."""
-    return exponentials([z], None, False)[2].squeeze(-1)
+    top, total = exponentials([z], None, False)
+    return (top + total.log()).squeeze(-1)
 
 
 def labelled_lse_forward(

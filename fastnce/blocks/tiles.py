@@ -214,12 +214,11 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
 
 def exponentials(
     parts: list[Tensor], constant: Tensor | None, moderate: bool
-) -> tuple[float | Tensor, Tensor, Tensor]:
+) -> tuple[float | Tensor, Tensor]:
     """Makes ``parts`` (..., m) their exponentials, relative to 0 if ``moderate``, or to the largest of a row.
 
     Returns:
-        What they are relative to, the sum of the exponentials, and ``log sum exp``, all (..., 1). The ``constant`` is one more
-        logit.
+        What they are relative to, and the sum of the exponentials, both (..., 1). The ``constant`` is one more logit.
     """
     top: float | Tensor = 0.0
     if not moderate:
@@ -233,11 +232,10 @@ def exponentials(
     if constant is not None:
         sums.append((constant - top).exp())
     total = functools.reduce(torch.add, sums)
-    if moderate:
-        return top, total, total.log()
     # Of an infinite logit, the softmax is NaN at the logit itself, and 0 elsewhere: the sum must not carry it there.
-    total = total.masked_fill(top == torch.inf, 1)
-    return top, total, top + total.log()
+    if not moderate:
+        total = total.masked_fill(top == torch.inf, 1)
+    return top, total
 
 
 def narrowed(part: Tensor, divisor: Tensor | None, like: Tensor) -> Tensor:

@@ -95,9 +95,7 @@ def test_a_step_of_patch_nce_is_few_operators():
     keys = [rows(1, 256, 256).detach() for _ in range(5)]
     with Watch() as watch:
         fastnce.patch_nce(layers, keys, backend="blocks").backward()
-    with Watch() as eager:
-        fastnce.patch_nce(layers, keys, backend="torch").backward()
-    assert 4 * len(watch.names) <= len(eager.names), watch.names
+    assert len(watch.names) <= 24, watch.names
 
 
 def test_blocks_of_every_height_give_the_same(monkeypatch):
