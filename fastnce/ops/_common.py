@@ -74,16 +74,16 @@ def scaled(
         by = by * factor
 
     wanted = [grad for grad in grads if grad is not None]
-    compiling = torch.compiler.is_compiling()
-    if len(wanted) > 1 and by.device.type != "cpu" and not compiling:
-        if all(grad.dtype == by.dtype for grad in wanted):
-            found = iter(torch._foreach_mul(wanted, by))  # one launch
-            return tuple(None if grad is None else next(found) for grad in grads)
+    on_host, compiling = by.device.type == "cpu", torch.compiler.is_compiling()
+    alike = len(wanted) > 1 and all(grad.dtype == by.dtype for grad in wanted)
+    if alike and not on_host and not compiling:
+        found = iter(torch._foreach_mul(wanted, by))  # one launch
+        return tuple(None if grad is None else next(found) for grad in grads)
 
     def times(grad: Tensor | None) -> Tensor | None:
         if grad is None:
             return None
-        if grad.device.type == "cpu" and not compiling:
+        if on_host and not compiling:
             return grad * by  # which reads a number on the CPU in its own dtype, and rounds once
         # In the wide dtype: fp16 cannot hold GradScaler's 65536.
         wide = torch.promote_types(grad.dtype, by.dtype)

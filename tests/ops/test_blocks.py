@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from forms import FORMS, gaussian, mapped, samples
+from forms import DTYPES, FORMS, LOSSES, gaussian, mapped, samples
+from test_sizes import FORMS as INFO_NCE_FORMS
+from test_sizes import KINDS, awkward, shaped
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastnce
 from fastnce import blocks
-from fastnce.blocks import tiles
-from fastnce.testing import run
+from fastnce.blocks import info_nce, labelled_lse, tiles
+from fastnce.testing import assert_close_to_truth, run
 
 # Operators that leave the device alone.
 VIEWS = [
@@ -134,3 +136,34 @@ def test_gradients_are_added_into_maps_of_any_strides():
     for maps in (wide[..., :5], dense):
         blocks.sample_patches_add_([maps], grads, [], [], [ids], False)
     assert dense.any() and torch.equal(wide[..., :5], dense) and not wide[..., 5:].any()
+
+
+# On a CPU as on a GPU: products of 16 bits, multiplied exactly; a temperature that nobody reads; no attention.
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(tiles, "multiplies_in_16_bits", lambda x: x.dtype.itemsize == 2)
+    monkeypatch.setattr(info_nce, "has_attention", lambda x: False)
+    for file in (info_nce, labelled_lse):
+        monkeypatch.setattr(file, "number", lambda temperature: temperature)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", LOSSES)
+def test_numerical_contract_as_on_a_gpu(op, dtype, as_on_a_gpu):
+    """Every form, sizes and temperatures; of the latter also small ones."""
+    for sample in samples(op, dtype).values():
+        assert_close_to_truth(op, "blocks", sample, dtype)
+    for index in range(DTYPES.index(dtype), 54 if op == "info_nce" else 36, 4):
+        assert_close_to_truth(op, "blocks", shaped(op, index, dtype), dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("op", LOSSES)
+def test_awkward_rows_as_on_a_gpu(op, kind, as_on_a_gpu):
+    for tau in (0.005, 0.07, 1.0):
+        for dtype in DTYPES[1:] if kind != "norms" else DTYPES[1:3]:
+            for form in INFO_NCE_FORMS if op == "info_nce" else [""]:
+                sample = awkward(op, kind, tau, form, dtype)
+                assert_close_to_truth(op, "blocks", sample, dtype)
