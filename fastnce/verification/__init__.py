@@ -267,7 +267,7 @@ def _alone(progress: _Progress) -> Iterator[None]:
     with handle or contextlib.nullcontext():
         if handle is not None and fcntl is not None:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_NB | fcntl.LOCK_EX)
             except BlockingIOError:
                 progress.say("waiting for another verification on this machine")
                 fcntl.flock(handle, fcntl.LOCK_EX)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -79,49 +80,40 @@ def _pairs(
     return arguments
 
 
-def _labels(make: Make, count: int, classes: int) -> Tensor:
-    """Of which the first is alone in its class."""
-    labels = torch.arange(count, device=make.device) * 7 % classes
-    labels[:1] = classes
-    return labels
+def _rows(
+    name: str,
+    count: int,
+    depth: int,
+    *,
+    partners: str = "",
+    labels: bool = True,
+    alone: bool = True,
+    tau: float = 0.2,
+    **options: object,
+) -> Arguments:
+    """Of a loss among rows: the arguments ``name``, ``partners``, if there are some, and ``labels``.
 
+    There are four classes, and the first row is ``alone`` in a fifth.
+    """
 
-def _labelled(count: int, depth: int, classes: int = 10, **options: object) -> Arguments:
     def arguments(make: Make, cut: Cut) -> dict[str, object]:
-        features = make(cut(count), depth)
-        found = {"features": features, "labels": _labels(make, len(features), classes)}
-        return found | _options(make, 0.2, options)
+        rows = make(cut(count), depth)
+        found: dict[str, object] = {name: rows}
+        if partners:
+            found[partners] = make.similar(rows)
+        if labels:
+            of_row = torch.arange(len(rows), device=make.device) * 7 % 4
+            of_row[:alone] = 4
+            found["labels"] = of_row
+        return found | _options(make, tau, options)
 
     return arguments
 
 
-def _with_proxies(count: int, depth: int, classes: int = 10, **options: object) -> Arguments:
-    def arguments(make: Make, cut: Cut) -> dict[str, object]:
-        embeddings = make(cut(count), depth)
-        labels = _labels(make, len(embeddings), classes)
-        found = {"embeddings": embeddings, "proxies": make.similar(embeddings), "labels": labels}
-        return found | _options(make, 0.2, options)
-
-    return arguments
-
-
-def _views(count: int, depth: int, **options: object) -> Arguments:
-    def arguments(make: Make, cut: Cut) -> dict[str, object]:
-        z1 = make(cut(count), depth)
-        return {"z1": z1, "z2": make.similar(z1)} | _options(make, 0.2, options)
-
-    return arguments
-
-
-def _block(count: int, depth: int) -> Arguments:
-    """Of ``labelled_lse``. Every label is there more than once: the sum over none is -inf."""
-
-    def arguments(make: Make, cut: Cut) -> dict[str, object]:
-        x = make(cut(count), depth)
-        labels = torch.arange(len(x), device=make.device) % max(1, len(x) // 4)
-        return {"x": x, "labels": labels} | _options(make, 0.2, {})
-
-    return arguments
+_features = functools.partial(_rows, "features")
+_embeddings = functools.partial(_rows, "embeddings", partners="proxies")
+_views = functools.partial(_rows, "z1", partners="z2", labels=False)
+_block = functools.partial(_rows, "x", alone=False)  # the sum over no row is -inf
 
 
 def _layers(
@@ -163,9 +155,9 @@ def _maps(
     return arguments
 
 
-def _two(rows: int, columns: int, depth: int) -> Arguments:
+def _two(rows: int, depth: int, columns: int = 0) -> Arguments:
     def arguments(make: Make, cut: Cut) -> dict[str, object]:
-        found = {"x": make(cut(rows), depth), "y": make(cut(columns), depth)}
+        found = {"x": make(cut(rows), depth), "y": make(cut(columns or rows), depth)}
         return found | _options(make, 0.5, {})
 
     return arguments
@@ -204,22 +196,22 @@ CASES: dict[str, list[Case]] = {
         Case("own negatives", "33 each", _pairs(65, 64, own=33, tau=0.1)),
     ],
     "sup_con": [
-        Case("any", "N = 515", _labelled(515, 64)),
-        Case("any", "half of the tiles", _labelled(4100, 256)),
-        Case("any", "unreduced, D = 300", _labelled(259, 300, reduction="none")),
+        Case("any", "N = 515", _features(515, 64)),
+        Case("any", "half of the tiles", _features(4100, 256)),
+        Case("any", "unreduced, D = 300", _features(259, 300, reduction="none")),
     ],
     "nt_xent": [
         Case("any", "N = 259", _views(259, 64)),
         Case("any", "unreduced, D = 300", _views(259, 300, reduction="none")),
     ],
     "conditional_contrastive": [
-        Case("any", "N = 515", _with_proxies(515, 64)),
-        Case("any", "half of the tiles", _with_proxies(4100, 256)),
-        Case("any", "unreduced, D = 300", _with_proxies(259, 300, reduction="none")),
+        Case("any", "N = 515", _embeddings(515, 64)),
+        Case("any", "half of the tiles", _embeddings(4100, 256)),
+        Case("any", "unreduced, D = 300", _embeddings(259, 300, reduction="none")),
     ],
     "pairwise_cosine_similarity": [
-        Case("any", "77 x 1003", _two(77, 1003, 128)),
-        Case("any", "D = 300", _two(259, 77, 300)),
+        Case("any", "77 x 1003", _two(77, 128, 1003)),
+        Case("any", "D = 300", _two(259, 300, 77)),
     ],
     "labelled_lse": [
         Case("any", "N = 515", _block(515, 64)),
@@ -251,10 +243,6 @@ def _each_map(form: str, last: bool) -> list[Case]:
     ]
 
 
-def _square(count: int, depth: int) -> Arguments:
-    return _two(count, count, depth)
-
-
 RACES: dict[str, list[Case]] = {
     "patch_nce": [
         Case("keys fixed", "small", _layers(*_OF_CUT, keys=False)),
@@ -272,12 +260,12 @@ RACES: dict[str, list[Case]] = {
         Case("own negatives", "small", _pairs(512, 128, own=256)),
         Case("own negatives", "medium", _pairs(2048, 256, own=1024)),
     ],
-    "sup_con": _each("any", _labelled),
+    "sup_con": _each("any", _features),
     "nt_xent": [
         Case("any", size, _views(count // 2, depth)) for size, (count, depth) in _ROWS.items()
     ],
-    "conditional_contrastive": _each("any", _with_proxies),
-    "pairwise_cosine_similarity": _each("any", _square),
+    "conditional_contrastive": _each("any", _embeddings),
+    "pairwise_cosine_similarity": _each("any", _two),
     "labelled_lse": _each("any", _block),
 }
 RACES["tap_patches"] = RACES["sample_patches"]

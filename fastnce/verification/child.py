@@ -12,7 +12,8 @@ import os
 import pkgutil
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ def main() -> None:
     # Compilers and libraries write where they like.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    request = json.load(sys.stdin)
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def answer(**found: object) -> None:
         answers.write(json.dumps(found) + "\n")
@@ -50,6 +52,12 @@ def main() -> None:
         answer(task=task, **found)
         if not _is_alive(device):  # its context has ended with an error; another process goes on
             return
+
+
+def _end_with_parent() -> None:
+    """However the parent has ended, its end of the standard input is closed then."""
+    sys.stdin.read()
+    os._exit(1)
 
 
 def _is_alive(device: GPU) -> bool:
@@ -104,9 +112,8 @@ def _expect_graph(device: GPU, backend: str, op: str, sample: Sample) -> None:
     run = functools.partial(testing.run, op, sample, backend=backend)
     results, replay = device.captured(run)
     with torch.no_grad():
-        for x in _tensors(sample):
-            if x.is_floating_point() and x.dim() > 0:
-                x.copy_(x.flip(0) * 0.5 + 0.1)
+        for x in testing.leaves_of(sample):
+            x.mul_(0.5) if x.dim() == 0 else x.copy_(x.flip(0) * 0.5 + 0.1)
     replay()
     _expect_equal(run(), results, "a graph that is replayed")
 
@@ -177,13 +184,6 @@ def _speed(device: GPU, step: Callable[[str], None], names: tuple[str, str]) -> 
 
 def _cut(device: GPU) -> Cut:
     return lambda count: max(1, int(count * device.share))
-
-
-def _tensors(sample: Sample) -> Iterator[Tensor]:
-    for value in sample.arguments.values():
-        for x in value if isinstance(value, list) else [value]:
-            if isinstance(x, Tensor):
-                yield x
 
 
 def _line(error: BaseException) -> str:

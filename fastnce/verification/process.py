@@ -115,8 +115,8 @@ class _Child:
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(OSError):
-            process.stdin.write(request)
-            process.stdin.close()
+            process.stdin.write(request + "\n")  # and stays open, for the child ends with it
+            process.stdin.flush()
         for line in process.stdout:
             self.lines.put(line)
         self.lines.put(None)

@@ -4,25 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from stand_ins import stand_in
+from stand_ins import CPU, prepare
 
-from fastnce import backends, verification
+from fastnce import verification
 from fastnce.backends import verdicts
-
-CPU = torch.device("cpu")
-
-
-def prepare(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    """The CPU is a GPU, the stand-in is its Triton backend, and nothing is known of it."""
-    monkeypatch.setenv("FASTNCE_CACHE", str(cache))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    monkeypatch.setattr(verification, "_DEVICE", "stand_ins:Device")
-    monkeypatch.setattr(backends, "_TABLE", {**backends._TABLE, "triton": stand_in("triton")})
-    monkeypatch.setattr(backends, "_UNPROVED", ())
-    monkeypatch.setattr(verdicts, "machine", lambda device: ("Stand-in 9000", "1.0"))
-    monkeypatch.setattr(verdicts, "_said", set())
-    verdicts.forget()
 
 
 @pytest.fixture(scope="session")

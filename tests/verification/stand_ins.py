@@ -8,11 +8,13 @@ import signal
 import time
 import types
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from fastnce import backends
-from fastnce.backends import blocks
+from fastnce import backends, verification
+from fastnce.backends import blocks, verdicts
 from fastnce.registry import OPS
 
 # What a call has cost, in seconds of no clock; and calls since the first sample.
@@ -20,6 +22,7 @@ COST = {"seconds": 3.0}
 CALLS: dict[str, int] = {}
 # Memory beside that of the tensors, which a verification fills with NaN.
 BESIDE = torch.zeros(1)
+CPU = torch.device("cpu")
 
 
 def right(results: tuple) -> tuple:
@@ -120,6 +123,18 @@ def _operator(name: str, op: str, operator: str) -> Callable:
     return call
 
 
+def prepare(monkeypatch: Any, cache: Path) -> None:
+    """The CPU is a GPU, the stand-in is its Triton backend, and nothing is known of it."""
+    monkeypatch.setenv("FASTNCE_CACHE", str(cache))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setattr(verification, "_DEVICE", "stand_ins:Device")
+    monkeypatch.setattr(backends, "_TABLE", {**backends._TABLE, "triton": stand_in("triton")})
+    monkeypatch.setattr(backends, "_UNPROVED", ())
+    monkeypatch.setattr(verdicts, "machine", lambda device: ("Stand-in 9000", "1.0"))
+    monkeypatch.setattr(verdicts, "_said", set())
+    verdicts.forget()
+
+
 class Device:
     """See ``fastnce.verification.device.GPU``."""
 
@@ -130,17 +145,17 @@ class Device:
     share = 0.02
 
     def __init__(self, index: int) -> None:
-        self.device = torch.device("cpu")
+        self.device = CPU
         torch.set_num_threads(1)
         backends._TABLE["triton"] = stand_in("triton")
 
     @staticmethod
     def place(device: object) -> torch.device:
-        return torch.device("cpu")
+        return CPU
 
     @staticmethod
     def kinds() -> list[torch.device]:
-        return [torch.device("cpu")]
+        return [CPU]
 
     def synchronize(self) -> None:
         pass

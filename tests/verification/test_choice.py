@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CPU, prepare
-from stand_ins import stand_in
+from stand_ins import CPU, prepare, stand_in
 
 import fastnce
 from fastnce import backends, cli, doctor, verification
@@ -158,6 +157,13 @@ def test_of_sizes_that_a_compiler_keeps_variable_all_have_to_be_won(gpu):
         kernels.info_nce_forward = forward
         # The first size is compiled in: it is small, and the small race was won.
         assert len(calls) == (3 if expected == "triton" else 1)
+
+
+def test_float32_in_other_precisions_is_not_verified(gpu, monkeypatch):
+    write()
+    assert chosen() == "triton"
+    monkeypatch.setattr(verdicts, "float32_products", lambda device_type: "high")
+    assert chosen() == "native"
 
 
 def test_on_a_cpu_nobody_asks(monkeypatch):

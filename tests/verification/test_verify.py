@@ -1,11 +1,14 @@
 """``fastnce verify`` on a stand-in for a GPU: what it finds of kernels that are right, wrong, slow, or end their process."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
-from conftest import CPU
+from stand_ins import CPU
 from torch import Tensor
 
 from fastnce import backends, cli, testing, verification
@@ -118,6 +121,21 @@ def test_a_process_that_cannot_start_is_started_once(monkeypatch):
     process.run(request, [TASK, ("", "", "")], limit, 60.0, told.__setitem__)
     assert len(begun) == 1 and list(told) == [TASK, ("", "", "")]
     assert told[TASK]["reason"].startswith("starting: status 1, AttributeError")
+
+
+def test_a_process_ends_with_the_one_that_has_started_it(gpu):
+    """Here: it is told what to do, in an op that hangs, and its standard input ends."""
+    task = ("conditional_contrastive", "bfloat16", "any")
+    request = {"device": "stand_ins:Device", "index": 0, "backend": "triton"}
+    done = subprocess.run(
+        [sys.executable, "-m", "fastnce.verification.child"],
+        input=json.dumps(request | {"stage": "right", "tasks": [task]}) + "\n",
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and done.stderr == ""
 
 
 def test_who_comes_second_waits_and_finds_nothing_to_do(gpu, verified, monkeypatch, capsys):
