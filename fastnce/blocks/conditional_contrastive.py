@@ -64,10 +64,10 @@ class _Call:
         of_units = of_temperature = None
         if need_embeddings or need_temperature:
             state = State(lse[0], weights, lse[1], -weights)
-            of_units = self.logits.gradient(state, state, None)
-        if need_temperature:  # every pair of samples is in the gradients of two
-            moment = 0.5 * (units * of_units).sum() + (of_proxy * self.to_proxy).sum()
-            of_temperature = -moment / tau
+            of_units, moment = self.logits.gradient(state, state, need_temperature)
+        if need_temperature:
+            moment = moment + (of_proxy * self.to_proxy).sum()
+            of_temperature = (-moment / tau).to(units.dtype)
         return (
             self.rows.gradient(of_units.add_(self.proxies.units * to_proxy))
             if need_embeddings

@@ -175,7 +175,8 @@ class Problem:
                 sums = relative.exp_().sum(dim=-2)
                 total[of_element] = total[of_element] * (before - now).exp() + sums
                 top[of_element] = now
-            lse[0][at] = exponentials([part], None, self.moderate)[2].squeeze(-1)
+            row_top, row_total = exponentials([part], None, self.moderate)
+            lse[0][at] = (row_top + row_total.log()).squeeze(-1)
             if self.moderate:
                 total[of_element] += part.sum(dim=-2)
         if self.moderate:
@@ -350,10 +351,14 @@ class Problem:
     ) -> Tensor | None:
         """Makes the logits exponentials; their sum (..., 1), None for 1. Writes losses and lse, if there are any losses."""
         if losses is not None:
-            value = positive.clone()
-            _, total, of_rows = exponentials(parts, self.constant, self.moderate)
-            lse[at] = of_rows.squeeze(-1)
-            torch.sub(of_rows.squeeze(-1), value, out=losses[at])
+            value = None if self.moderate else positive.clone()
+            top, total = exponentials(parts, self.constant, self.moderate)
+            torch.log(total.squeeze(-1), out=lse[at])
+            if self.moderate:  # no quotient of two of these overflows
+                torch.div(total.squeeze(-1), positive, out=losses[at]).log_()
+            else:
+                lse[at] += top.squeeze(-1)
+                torch.sub(lse[at], value, out=losses[at])
             return total
         for part in parts:
             if not self.moderate:

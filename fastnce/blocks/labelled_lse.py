@@ -143,9 +143,12 @@ class Logits:
             (found[0] if linear else found).log_()
         return found[0], found[1]
 
-    def gradient(self, x_state: State, y_state: State, moment: Tensor | None) -> Tensor:
-        """``sum_j (G_ij + G_ji) y_j / t`` (N, D); adds ``sum_ij G_ij z_ij``, of the rows' G, to ``moment``."""
-        of_units = torch.empty_like(self.x.units)
+    def gradient(
+        self, x_state: State, y_state: State, need_moment: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """``sum_j (G_ij + G_ji) y_j / t`` (N, D), and ``sum_ij G_ij z_ij`` of the rows' G."""
+        units = self.x.units
+        of_units = torch.empty_like(units)
         narrow, largest = self.y.inverse is not None, None
         scale, last = 1.0, 1 / self.tau
         if not isinstance(last, Tensor):
@@ -153,11 +156,16 @@ class Logits:
         if narrow:
             largest = power_above(torch.cat([*x_state.weights(), *y_state.weights()]))
             scale, last = scale / HALF_SCALE, largest if last is None else largest * last
+        symmetric = x_state is y_state  # so is the matrix: the moment of G + G^T is twice that of G
+        moments = need_moment and (narrow or not symmetric)
+        moment = units.new_zeros((), dtype=torch.float64) if moments else None
         columns = y_state.map(lambda x: x.unsqueeze(0))
         for rows, z, same in self:
             mine = x_state.map(lambda x, rows=rows: x[rows, None])
-            if moment is None:
+            if symmetric or not moments:
                 both = self._coefficients(rows, z, same, mine, columns)
+                if moments:
+                    moment += 0.5 * (z * both).sum(dtype=moment.dtype)
             else:
                 both = self._coefficients(rows, z, same, mine).clone()
                 moment += (z * both).sum(dtype=moment.dtype)
@@ -165,7 +173,11 @@ class Logits:
             if narrow:
                 both = narrowed(both, largest, self.y.like)
             product(both[None], self.y.factors, of_units[None, rows], scale=scale)
-        return of_units if last is None else of_units.mul_(last)
+        if last is not None:
+            of_units.mul_(last)
+        if need_moment and not moments:
+            moment = 0.5 * (units * of_units).sum()
+        return of_units, moment
 
     def _coefficients(self, rows: slice, z: Tensor, same: Tensor, *states: State) -> Tensor:
         """G (n, m) of states (n, 1) and (1, m), added up."""
@@ -195,7 +207,8 @@ def _sum(values: Sequence[Tensor], out: Tensor) -> Tensor:
 
 def lse_of(z: Tensor) -> Tensor:
     """``log sum exp`` of each row, which is overwritten."""
-    return exponentials([z], None, False)[2].squeeze(-1)
+    top, total = exponentials([z], None, False)
+    return (top + total.log()).squeeze(-1)
 
 
 def labelled_lse_forward(
@@ -229,6 +242,5 @@ def labelled_lse_backward(
         all_lse, same_lse, all_weight, same_weight = columns.to(rows.units.dtype).unbind(dim=1)
         return State(all_lse, all_weight, same_lse, same_weight)
 
-    moment = rows.units.new_zeros((), dtype=torch.float64)
-    of_units = logits.gradient(state(x_state), state(y_state), moment)
+    of_units, moment = logits.gradient(state(x_state), state(y_state), True)
     return rows.wide_gradient(of_units), -moment / logits.tau

@@ -63,8 +63,6 @@ def _gradients(
     logits: Logits, lse: Tensor, weights: Tensor, divisor: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     state = State(lse, weights, linear=-weights / divisor)
-    of_units = logits.gradient(state, state, None)
-    of_temperature = None
-    if needs[1]:  # every pair is in the gradients of two rows
-        of_temperature = -(logits.x.units * of_units).sum() / (2 * logits.tau)
+    of_units, moment = logits.gradient(state, state, needs[1])
+    of_temperature = None if moment is None else (-moment / logits.tau).to(of_units.dtype)
     return logits.x.gradient(of_units) if needs[0] else None, of_temperature

@@ -50,7 +50,8 @@ class Rows:
         self.inverse = None
         if normalize:
             # By the largest magnitude first, so that no square overflows or vanishes.
-            self._largest = torch.threshold_(_largest(units), 0, 1)
+            least = torch.finfo(units.dtype).tiny * 2.0**26
+            self._largest = _largest(units).clamp_(min=least)
             units = units / self._largest
             # What is divided by that of a zero row is 0.
             self._norm = torch.threshold_(_norm(units), 0, math.inf)
@@ -68,11 +69,10 @@ class Rows:
             self.inverse = torch.ones_like(self.units[..., :1])
             return
         self.factors = self.units.to(x.dtype)
-        # Largest elements of about 1000: products of two rows are in float32's range, and small elements in float16's.
-        power = torch.frexp(self._largest).mantissa.mul_(1024).div_(self._largest)
-        power.clamp_(max=2.0**100)
-        self.similar = torch.mul(x, power, out=torch.empty_like(self.factors))
-        self.inverse = power.mul_(self._largest).mul_(self._norm).reciprocal_()
+        # Largest elements between a half and 1: no product of two rows leaves float32's range.
+        mantissa = torch.frexp(self._largest).mantissa
+        self.similar = torch.mul(x, mantissa / self._largest, out=torch.empty_like(self.factors))
+        self.inverse = (mantissa * self._norm).reciprocal_()
 
     @property
     def wide(self) -> Tensor:
@@ -184,21 +184,21 @@ class Buffer:
 
 
 def product(
-    a: Tensor, b: Tensor, out: Tensor | None = None, keep: float = 0, scale: float = 1
+    a: Tensor, b: Tensor, out: Tensor | None = None, keep: int = 0, scale: float = 1
 ) -> Tensor:
-    """``keep out + scale a @ b`` in ``out``, (B, n, k) and (B, k, m) or (k, m) -> (B, n, m); of 16 bits in float32."""
+    """``keep out + scale a @ b`` in ``out``, (B, n, k) and (B, k, m) or (k, m) -> (B, n, m).
+
+    Of factors of 16 bits the result is in float32; without ``out`` it is ``a @ b``.
+    """
     shape = (*a.shape[:2], b.shape[-1])
     flat = b.dim() == 2 or len(a) == 1
     if flat:
         a, b = a.flatten(0, 1), b.squeeze(0) if b.dim() == 3 else b
     if a.dtype.itemsize == 2:
         found = _wide_product(a, b).view(shape)
-        if scale != 1:
-            found.mul_(scale)
         if out is None:
             return found
-        return out.add_(found) if keep else out.copy_(found)
-    out = a.new_empty(shape) if out is None else out
+        return out.add_(found, alpha=scale) if keep else torch.mul(found, scale, out=out)
     into = out.view(-1, shape[-1]) if flat else out
     multiply = torch.addmm if flat else torch.baddbmm
     multiply(into, a, b, beta=keep, alpha=scale, out=into)
@@ -206,7 +206,7 @@ def product(
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    if a.device.type != "cuda":  # the same numbers, for tests
+    if a.device.type == "cpu":  # the same numbers, for tests
         return a.float() @ b.float()
     multiply = torch.mm if a.dim() == 2 else torch.bmm
     return multiply(a, b, out_dtype=torch.float32)
@@ -214,12 +214,11 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
 
 def exponentials(
     parts: list[Tensor], constant: Tensor | None, moderate: bool
-) -> tuple[float | Tensor, Tensor, Tensor]:
+) -> tuple[float | Tensor, Tensor]:
     """Makes ``parts`` (..., m) their exponentials, relative to 0 if ``moderate``, or to the largest of a row.
 
     Returns:
-        What they are relative to, the sum of the exponentials, and ``log sum exp``, all (..., 1). The ``constant`` is one more
-        logit.
+        What they are relative to, and the sum of the exponentials, both (..., 1). The ``constant`` is one more logit.
     """
     top: float | Tensor = 0.0
     if not moderate:
@@ -233,11 +232,10 @@ def exponentials(
     if constant is not None:
         sums.append((constant - top).exp())
     total = functools.reduce(torch.add, sums)
-    if moderate:
-        return top, total, total.log()
     # Of an infinite logit, the softmax is NaN at the logit itself, and 0 elsewhere: the sum must not carry it there.
-    total = total.masked_fill(top == torch.inf, 1)
-    return top, total, top + total.log()
+    if not moderate:
+        total = total.masked_fill(top == torch.inf, 1)
+    return top, total
 
 
 def narrowed(part: Tensor, divisor: Tensor | None, like: Tensor) -> Tensor:

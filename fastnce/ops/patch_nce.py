@@ -158,7 +158,7 @@ class PatchNCEFunction(torch.autograd.Function):
             grad_layers=layers if kernel_mean else 0,
             needs=(needs[:count], needs[count:], ctx.needs_input_grad[3]),
         )
-        ctx.factors = ones * 2
+        ctx.factors = None
         if not kernel_mean:
             pairs = zip(rows[:count], kept, strict=True)
             ctx.factors = [_layer_weight(x, layers) / scale for x, scale in pairs] * 2
@@ -170,6 +170,8 @@ class PatchNCEFunction(torch.autograd.Function):
     @_common.first_derivative_only
     def backward(ctx, saved: tuple[Tensor | None, ...], grad_loss: Tensor, _: object):
         _, grad_temperature, *grads = saved
+        if ctx.factors is None:
+            return None, None, None, *_common.scaled((grad_temperature, *grads), grad_loss)
         (grad_temperature,) = _common.scaled((grad_temperature,), grad_loss)
         if torch.compiler.is_compiling() or len(set(ctx.factors)) > 1:
             scaled = [
