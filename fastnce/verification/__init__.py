@@ -117,9 +117,9 @@ def _device() -> type[GPU]:
 
 
 def _keys(place: torch.device) -> list[Key]:
-    """Of the backends that can run on this machine."""
-    reasons = backends.available()
-    return [verdicts.key_of(name, place) for name in verdicts.EARNING if reasons[name] == "ok"]
+    """Of the backends that can run there."""
+    able = [name for name in verdicts.EARNING if report.runs(name, place) == "ok"]
+    return [verdicts.key_of(name, place) for name in able]
 
 
 def _of_rank_0(place: torch.device, find: Callable[[], Found]) -> None:
