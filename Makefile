@@ -89,7 +89,7 @@ faults: install
 
 # Every Triton kernel for all depths, dtypes and targets. Stopped, it goes on where it was.
 triton-sweep: install
-	$(PY) tests/triton_kernels/sweep.py --tuned --out benchmarks/results
+	$(PY) tests/triton_kernels/sweep.py --out benchmarks/results
 
 sanitize: install
 	@FASTNCE_LIBRARY=$(SANITIZED) CXX=g++ CXXFLAGS="$(SANITIZERS)" $(FASTNCE) build

@@ -23,6 +23,7 @@ from benchmarks import (
     waiting,
 )
 from fastnce.errors import UserError, known
+from fastnce.precision import float32_products
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _SIZES = ("quick", "full", "table", "target")
@@ -188,7 +189,7 @@ def _benchmark(args: argparse.Namespace) -> int:
         "seconds_per_case": seconds,
         "dtypes": names,
         "compile": with_compile,
-        "precision": torch.get_float32_matmul_precision(),
+        "precision": float32_products(device.type),
     }
 
     def keep(results: list[dict]) -> None:

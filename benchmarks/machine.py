@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.timing import median_seconds
 from fastnce.backends import native
+from fastnce.precision import float32_products
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,7 +39,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "triton": _version("triton"),
         "numpy": _version("numpy"),
         "commit": _commit(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "float32_matmul_precision": float32_products(device.type),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "fastnce_cpu_isa": os.environ.get("FASTNCE_CPU_ISA") or "widest",
     }
@@ -142,7 +143,7 @@ def matmul_precision(precision: str | None) -> Iterator[None]:
     if precision is None:
         yield
         return
-    before = torch.get_float32_matmul_precision()
+    before = float32_products("cpu")
     torch.set_float32_matmul_precision(precision)
     try:
         yield

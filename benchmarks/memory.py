@@ -24,6 +24,7 @@ from benchmarks import cases, rivals
 from benchmarks.cases import Case, Provider
 from benchmarks.machine import ROOT
 from benchmarks.timing import forget_upstream, quartiles, run
+from fastnce.precision import float32_products
 
 # Arrays of 64 kB and more come from the system and go straight back.
 GLIBC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -114,7 +115,7 @@ def _ask_subprocess(jobs: list[list[str]], deadline: float) -> tuple[list[dict],
         return [], "not measured: needs Linux's /proc/self/clear_refs"
     limit = None if deadline == float("inf") else max(30.0, deadline - time.monotonic())
     command = [sys.executable, "-m", "benchmarks.memory", str(torch.get_num_threads())]
-    command.append(torch.get_float32_matmul_precision())
+    command.append(float32_products("cpu"))
     try:
         done = subprocess.run(
             command,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,6 +82,25 @@ def _like(x: Tensor | None, needed: bool) -> Tensor | None:
     return x.new_empty(x.shape) if needed and x is not None else None
 
 
+class Form(NamedTuple):
+    """What the verdict on a GPU's kernels is about (``fastnce verify``): the path that a call takes in them, and its size.
+
+    Args:
+        name: such as "both gradients"; one of the forms of ``fastnce.verification.cases``.
+        work: multiply-adds of one product of the rows, or elements of the feature maps.
+        depth: D of the rows; 0 for maps.
+    """
+
+    name: str
+    work: int
+    depth: int
+
+
+def _only_form(rows: Sequence[Tensor]) -> Form:
+    """Of rows (N, D) among themselves, whichever gradients are needed."""
+    return Form("any", rows[0].numel() * rows[0].shape[-2], rows[0].shape[-1])
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Op:
     """A public op, or what public ops are computed with.
@@ -93,6 +112,7 @@ class Op:
         over_ranks: the function of ``fastnce.distributed``.
         samples: (``fastnce.testing.Make``) -> samples for tests, in every form that the op has.
         is_loss: it is reduced, and its result is in the dtype of the sums; else in the inputs'.
+        form: of a call, from what its function gives to ``backends.select``.
     """
 
     name: str
@@ -101,6 +121,7 @@ class Op:
     over_ranks: Callable | None = None
     samples: Callable | None = None
     is_loss: bool = True
+    form: Callable[..., Form] = _only_form
 
     @property
     def rounds_products(self) -> bool:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 import fastnce
+from fastnce import backends
+from fastnce.ops.labelled_lse import LabelledLSE
 from fastnce.reference.normalize import accumulation_dtype
 from fastnce.registry import OPS, Make, Op, Sample, watch
 
@@ -26,6 +28,8 @@ __all__ = [
     "assert_close_to_truth",
     "error",
     "forget",
+    "leaves_of",
+    "outputs_of",
     "rows",
     "run",
     "truth",
@@ -60,6 +64,52 @@ for _op in OPS.values():
 watch(_add)
 
 
+class _OneRank:
+    """The exchange of a rank that is alone."""
+
+    def trip(self, block: tuple[Tensor, ...]) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        yield 0, block
+
+
+def _labelled_lse(
+    x: Tensor, labels: Tensor, *, temperature: float | Tensor = 1.0, backend: str | None = None
+) -> Tensor:
+    kernels = backends.select("labelled_lse", x, backend, (x,))
+    return LabelledLSE.apply(x, temperature, labels, _OneRank(), kernels, 1)
+
+
+# In the place of a public function, for ops that have none.
+_FUNCTIONS: dict[str, Callable] = {"labelled_lse": _labelled_lse}
+
+
+def _parameters(op: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(_FUNCTIONS.get(op) or OPS[op].function).parameters
+
+
+def outputs_of(op: str, arguments: dict[str, object], backend: str | None = None) -> list[Tensor]:
+    """The tensors that the op returns, but for positions."""
+    result = _called(op, None, arguments, backend)
+    return [result] if isinstance(result, Tensor) else result
+
+
+def _called(
+    op: str, function: Callable | None, arguments: dict[str, object], backend: str | None
+) -> Tensor | list[Tensor]:
+    function = function or _FUNCTIONS.get(op) or getattr(fastnce, op)
+    result = function(**arguments, backend=backend)
+    if isinstance(result, tuple) and len(result) == 2:  # patches and their positions
+        return result[0]
+    if isinstance(result, tuple):  # the maps before them
+        return [x for part in result[:2] for x in (part if isinstance(part, list) else [part])]
+    return result
+
+
+def leaves_of(sample: Sample) -> list[Tensor]:
+    """The tensors whose gradients are part of the result."""
+    values = [v if isinstance(v, list) else [v] for v in sample.arguments.values()]
+    return [x for value in values for x in value if isinstance(x, Tensor) and x.requires_grad]
+
+
 def run(
     op: str,
     sample: Sample,
@@ -73,7 +123,7 @@ def run(
     The gradient that arrives at a result differs from element to element; a loss that is one number gets 0.7.
 
     Args:
-        op: name of a public op.
+        op: its name.
         sample: its arguments. Strides and storage are passed on as they are.
         backend: where to run.
         convert: applied before the call to each floating-point tensor, with the argument's name, and to the gradient that
@@ -93,9 +143,7 @@ def run(
         return value
 
     arguments = {name: leaf(name, name, value) for name, value in sample.arguments.items()}
-    result = (function or getattr(fastnce, op))(**arguments, backend=backend)
-    if isinstance(result, tuple):  # of patches and their positions
-        result = result[0]
+    result = _called(op, function, arguments, backend)
     outputs = list(result) if isinstance(result, (list, tuple)) else [result]
     names = ["out"] if isinstance(result, Tensor) else [f"out[{i}]" for i in range(len(outputs))]
     if leaves:
@@ -108,9 +156,13 @@ def run(
     return values | {name: x.grad for name, x in leaves.items()}
 
 
+# In fp32, for every dtype. It is no tensor: a CUDA graph cannot hold a copy from the host.
+_UPSTREAM = torch.tensor(0.7).item()
+
+
 def _upstream(output: Tensor) -> Tensor:
     if output.dim() == 0:
-        return torch.tensor(0.7, dtype=torch.float32).to(output)
+        return torch.full_like(output, _UPSTREAM)
     index = torch.arange(output.numel(), dtype=torch.float64, device=output.device)
     # bf16 values, which every dtype represents, so that the truth sees the same gradient.
     return (0.2 + index.cos()).bfloat16().to(output.dtype).reshape(output.shape)
@@ -165,7 +217,7 @@ def _normalizes(op: str, sample: Sample) -> bool:
 @functools.cache
 def _compares(op: str) -> bool:
     """Whether it compares rows with one another, as all that have a temperature do; the others take theirs as they are."""
-    return "temperature" in inspect.signature(OPS[op].function).parameters
+    return "temperature" in _parameters(op)
 
 
 def error(op: str, sample: Sample, name: str, value: Tensor) -> float:
@@ -214,7 +266,7 @@ def _before_cancellation(op: str, sample: Sample, name: str) -> float:
 
 def _sizes(op: str, sample: Sample) -> tuple[float, float, float, float]:
     """The temperature, the norms of the longest query and key as the logits have them, and the largest logit, at least 1."""
-    default = inspect.signature(OPS[op].function).parameters["temperature"].default
+    default = _parameters(op)["temperature"].default
     temperature = sample.arguments.get("temperature", default)
     temperature = temperature.item() if isinstance(temperature, Tensor) else temperature
     longest = longest_key = 1.0
@@ -245,8 +297,14 @@ def _rows_of(sample: Sample) -> list[Tensor]:
 
 
 def assert_close_to_truth(
-    op: str, backend: str, sample: Sample, dtype: torch.dtype, *, plain_limit: float = 0.02
-) -> None:
+    op: str,
+    backend: str,
+    sample: Sample,
+    dtype: torch.dtype,
+    *,
+    plain_limit: float = 0.02,
+    got: dict[str, Tensor] | None = None,
+) -> float:
     """Checks the numerical contract for the result and every gradient of one call.
 
     ``scale`` is the largest magnitude in the true tensor, plus, at the precision of the accumulation (fp32, or fp64 for fp64),
@@ -256,20 +314,25 @@ def assert_close_to_truth(
     whose factors are rounded to that dtype (see ``_rounded_factors``).
 
     Args:
-        op: name of a public op.
+        op: its name.
         backend: the backend under test.
         sample: the call.
         dtype: that of the inputs; the gradients must come back in it.
         plain_limit: where plain PyTorch itself is off by more than this part of the truth (or a hundred roundings of what
             cancels), the bound would mean nothing: an error.
+        got: what ``run`` gave, if it has been called.
+
+    Returns:
+        The largest error, as a share of what is allowed.
 
     Raises:
         AssertionError: a tensor is missing, has the wrong dtype or shape, or is too far from the truth.
     """
     true, plain = truth(op, sample), _plain_errors(op, sample)
-    got = run(op, sample, backend=backend)
+    got = run(op, sample, backend=backend) if got is None else got
     assert got.keys() == true.keys()
     acc = accumulation_dtype(dtype)
+    largest_share = 0.0
     for name, expected in true.items():
         value = got[name]
         where = f"{op} on {backend}, {dtype}, sample {sample.name!r}: {name}"
@@ -293,9 +356,13 @@ def assert_close_to_truth(
             f"{where} is off by {deviation:.2e}, allowed {bound:.2e} "
             f"(twice plain PyTorch's {plain[name]:.2e}; largest value {largest:.2e})"
         )
+        largest_share = max(largest_share, deviation / bound if bound else 0.0)
+    return largest_share
 
 
 def _expected_dtype(op: str, sample: Sample, name: str, dtype: torch.dtype) -> torch.dtype:
     if name.startswith("d "):
         return _argument(sample, name).dtype
+    if op == "labelled_lse":
+        return torch.float64
     return accumulation_dtype(dtype) if OPS[op].is_loss else dtype

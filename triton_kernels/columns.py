@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 from torch import Tensor
 
-from . import config, tuning
+from . import config
 from . import launch as machine
-from .launch import cdiv, kept_for_graphs
+from .launch import cdiv
 from .rows import Rows, input_precision
 from .tiles import GIVEN
 
 
 @dataclasses.dataclass
 class Columns:
-    """A set of columns for the rows of ``problems`` equal problems, or of ragged ones."""
+    """A set of columns for the rows of ``problems`` equal problems."""
 
     y: Rows
     kind: int
     problems: int = 1
     labels: Tensor | None = None
     x_labels: Tensor | None = None  # of the rows, if they are not the columns themselves
-    ragged: Ragged | None = None
 
     def tile(self, x: Rows, kind: str, rich: bool = False) -> config.Tile:
         """The tile for the rows ``x``: the small one where there would be fewer tiles than multiprocessors."""
@@ -34,17 +32,11 @@ class Columns:
         both = kind == "products" and x.rounded is not None
         dtype = x.x.dtype if both else x.for_similarity.x.dtype
         if dtype == torch.float32:
-            rich = input_precision() == "ieee"  # multiply-adds, with both operands in registers
+            rich = input_precision(x.x) == "ieee"  # multiply-adds, with both operands in registers
         memory, accumulators = machine.shared_memory(device), machine.tensor_memory(device)
         tile, small = config.tiles(kind, rich, dtype, x.padded, memory, both, accumulators)
         count = self.row_blocks(x, tile.m) * cdiv(self._width(), tile.n)
-        if count < machine.multiprocessors(device):
-            tile, small = small, tile
-        if tuning.TUNER is None:
-            return tile
-        name = f"{kind}{' fp8' * both}{' rich' * rich}, {dtype.itemsize} bytes, "
-        name += config.problem_class(x.padded, count / machine.multiprocessors(device))
-        return tuning.TUNER.tile(device, name, config.candidates(kind, dtype, tile, small))
+        return small if count < machine.multiprocessors(device) else tile
 
     @property
     def row_labels(self) -> Tensor | None:
@@ -57,12 +49,10 @@ class Columns:
 
     def row_blocks(self, x: Rows, block: int) -> int:
         """Blocks of rows of all problems."""
-        if self.ragged is not None:
-            return self.ragged.row_blocks(block)
         return self.problems * cdiv(len(x) // self.problems, block)
 
     def _width(self) -> int:
-        return len(self.y) // self.problems if self.ragged is None else max(self.ragged.counts)
+        return len(self.y) // self.problems
 
     def splits(self, x: Rows, tile: config.Tile, blocks: int | None = None) -> int:
         """Into how many parts the columns go, so that the programs for ``blocks`` of rows, all by default, fill the device."""
@@ -70,36 +60,10 @@ class Columns:
         spare = wanted // (blocks or self.row_blocks(x, tile.m))
         return max(1, min(spare, cdiv(self._width(), tile.n)))
 
-    def span_arguments(self, x: Rows, block: int) -> dict[str, object]:
+    def span_arguments(self, x: Rows) -> dict[str, object]:
         """The arguments of ``tiles.span``."""
         return {
             "rows": len(x) // self.problems,
             "columns": len(self.y) // self.problems,
             "total_rows": len(x),
-            "table": None if self.ragged is None else self.ragged.table(block, x.x.device),
-            "RAGGED": self.ragged is not None,
         }
-
-
-@dataclasses.dataclass(frozen=True)
-class Ragged:
-    """Problems of ``counts`` rows and as many columns each, one after another."""
-
-    counts: tuple[int, ...]
-
-    def row_blocks(self, block: int) -> int:
-        return sum(cdiv(count, block) for count in self.counts)
-
-    def table(self, block: int, device: torch.device) -> Tensor:
-        """For each block of rows: the first row of its problem, the problem's rows, the block's row in it."""
-        return kept_for_graphs(_table(self.counts, block, device))
-
-
-@functools.lru_cache(maxsize=64)
-def _table(counts: tuple[int, ...], block: int, device: torch.device) -> Tensor:
-    # Copied to the device once, not with every call.
-    entries, first = [], 0
-    for count in counts:
-        entries += [(first, count, start) for start in range(0, count, block)]
-        first += count
-    return torch.tensor(entries, dtype=torch.int64).to(device)

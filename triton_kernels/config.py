@@ -130,19 +130,6 @@ COMPACT = _IEEE | _table(
     ("products", 4, 128, (32, 32, 8, 2), (32, 32, 4, 2)),
     ("products", 4, 256, (32, 16, 8, 2), (32, 16, 8, 2)),
 )
-# What autotuning tries beside the table's two tiles (see ``tuning``).
-CANDIDATES: dict[tuple[str, int], tuple[Tile, ...]] = {
-    ("sums", 1): (Tile(128, 128, 8, 3), Tile(128, 64, 4, 3), Tile(64, 128, 4, 3)),
-    ("sums", 2): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 3)),
-    ("sums", 4): (Tile(64, 64, 8, 2, 32), Tile(64, 32, 4, 3, 32)),
-    ("products", 2): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 8, 3)),
-    ("products", 4): (Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
-    ("panel", 1): (Tile(128, 128, 8, 4), Tile(64, 128, 4, 4)),
-    ("panel", 2): (Tile(128, 128, 8, 4), Tile(128, 64, 4, 3), Tile(64, 128, 4, 4)),
-    ("panel", 4): (Tile(128, 64, 8, 3, 32), Tile(64, 64, 4, 3, 32)),
-}
-# Classes of problems by tiles for each multiprocessor: fewer programs than fit, a few rounds of them, many.
-_TILES_PER_MULTIPROCESSOR = (1, 16)
 
 
 def tiles(
@@ -171,18 +158,6 @@ def tiles(
     names = [f"{kind} fp8"] * fp8 + [f"{kind} rich"] * rich + [kind]
     rows = next(table[name, size] for name in names if (name, size) in table)
     return next((tile, small) for limit, tile, small in rows if depth <= limit)
-
-
-def candidates(kind: str, dtype: torch.dtype, *of_table: Tile) -> tuple[Tile, ...]:
-    """The tiles that autotuning times for a pass over packed rows of ``dtype``, the tiles of the table first."""
-    return tuple(dict.fromkeys((*of_table, *CANDIDATES.get((kind, dtype.itemsize), ()))))
-
-
-def problem_class(depth: int, tiles_per_multiprocessor: float) -> str:
-    """The range of depths and sizes that autotuning takes for one."""
-    deepest = next((str(limit) for limit in (64, 128, RESIDENT_DEPTH) if depth <= limit), "any")
-    rounds = sum(tiles_per_multiprocessor >= limit for limit in _TILES_PER_MULTIPROCESSOR)
-    return f"depth {deepest}, size {rounds}"
 
 
 def split_depth(depth: int, least: int = 16) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config, tuning
+from . import config
 from .columns import Columns
 from .launch import cdiv, launch, temperature_arguments
 from .rows import Rows, input_precision
@@ -36,6 +36,9 @@ from .tiles import (
     to_base_2,
 )
 
+# So many parts of a row are added where its gradient is made; of more, many at a time, by programs of their own.
+_FEW_PARTS = 8
+_TOGETHER, _TOGETHER_D = 32, 64
 # fp16 has too few small numbers for the weights of many columns; statistics' weights are at most 1.
 _SCALE = {torch.float16: 1024.0}
 
@@ -49,16 +52,15 @@ def relative_weights(grad_loss: Tensor) -> tuple[Tensor, Tensor]:
 
 def largest_weight(weights: Tensor) -> Tensor:
     """The largest magnitude, 1 where that is no number to divide by."""
-    top = weights.abs().amax().float()
+    top = torch.linalg.vector_norm(weights, torch.inf).float()
     return torch.where((top > 0) & top.isfinite(), top, 1.0)
 
 
 def statistics(
     lse: Tensor, weight: Tensor, third: Tensor | None = None, fourth: Tensor | None = None
 ) -> Tensor:
-    """(4, R) for ``tiles.load_statistics``."""
-    rest = (weight if x is None else x for x in (third, fourth))
-    return torch.stack([lse, weight, *rest])
+    """(2 to 4, R) for ``tiles.load_statistics``."""
+    return torch.stack([x for x in (lse, weight, third, fourth) if x is not None])
 
 
 @dataclasses.dataclass
@@ -124,11 +126,32 @@ class RowGradients:
 
 
 def _joined(products: Sequence[Products]) -> tuple[Tensor | None, Tensor | None]:
-    """All parts together, and their factors."""
-    if len(products) < 2:
-        return (products[0].raw, products[0].factor) if products else (None, None)
-    ones = [x.raw.new_ones(x.raw.shape[:2]) if x.factor is None else x.factor for x in products]
-    return torch.cat([x.raw for x in products]), torch.cat(ones)
+    """Raw parts and their factors, few enough for one program to go through them."""
+    if not products:
+        return None, None
+    if len(products) == 1 and len(products[0].raw) <= _FEW_PARTS:
+        return products[0].raw, products[0].factor
+    total = products[0].raw.new_empty((1, *products[0].raw.shape[1:]))
+    _, count, padded = total.shape
+    for index, each in enumerate(products):
+        parts = len(each.raw)
+        together = min(_TOGETHER, triton.next_power_of_2(parts))
+        rows = _TOGETHER // together
+        launch(
+            _add_parts_kernel,
+            (cdiv(count, rows), cdiv(padded, _TOGETHER_D)),
+            raw=each.raw,
+            factor=each.factor,
+            out=total,
+            parts=parts,
+            total=count,
+            padded=padded,
+            MORE=index > 0,
+            PARTS=together,
+            ROWS=rows,
+            BLOCK_D=_TOGETHER_D,
+        )
+    return total, None
 
 
 @dataclasses.dataclass
@@ -139,9 +162,10 @@ class Coefficients:
         x: the rows.
         columns: the columns.
         temperature: a float or a 0-d tensor.
-        x_statistics: (4, R) of the rows' losses (see ``tiles.load_statistics``), None if they have none.
-        y_statistics: (4, C) of the columns' losses, likewise.
+        x_statistics: (2 to 4, R) of the rows' losses (see ``tiles.load_statistics``), None if they have none.
+        y_statistics: (2 to 4, C) of the columns' losses, likewise.
         given: the coefficients (problems, rows, columns) themselves, any strides, for columns of the kind GIVEN.
+        given_unit: a 0-d tensor, by which those are divided.
     """
 
     x: Rows
@@ -150,13 +174,16 @@ class Coefficients:
     x_statistics: Tensor | None = None
     y_statistics: Tensor | None = None
     given: Tensor | None = None
+    given_unit: Tensor | None = None
 
     def transposed(self) -> Coefficients:
         """The columns as rows, and the rows as columns."""
         given = None if self.given is None else self.given.mT
         columns = self.columns.swapped(self.x)
         statistics = self.y_statistics, self.x_statistics
-        return Coefficients(self.columns.y, columns, self.temperature, *statistics, given)
+        return Coefficients(
+            self.columns.y, columns, self.temperature, *statistics, given, self.given_unit
+        )
 
     def arguments(self) -> dict[str, object]:
         """Those of a kernel."""
@@ -172,16 +199,16 @@ class Coefficients:
             "y_statistics": self.y_statistics,
             "given": self.given,
             "given_strides": (0, 0, 0) if self.given is None else self.given.stride(),
+            "given_unit": self.given_unit,
             "total_columns": len(y),
             "depth": self.x.padded,
             "KIND": self.columns.kind,
             "SCALE": _SCALE.get(self.x.x.dtype, 1.0),
-            "PRECISION": input_precision(),
+            "PRECISION": input_precision(self.x.x),
             **temperature_arguments(self.temperature),
         }
 
 
-@tuning.tuned
 def both_products(
     g: Coefficients,
     *,
@@ -225,9 +252,11 @@ def _through_panels(
     term = x.scale.new_empty((len(x),)) if want_term else None
 
     def products(raw: Tensor | None, rows: Rows) -> Products | None:
-        # The panel's coefficients hold the scale of rows and columns.
-        without = torch.where(rows.scale == 0, 0.0, 1 / rows.scale)
-        return None if raw is None else Products(raw, without.unsqueeze(0))
+        if raw is None:
+            return None
+        # The panel's coefficients hold the scale of rows and columns; where that is 0, so is the product.
+        without = rows.scale.reciprocal().nan_to_num_(nan=torch.nan, posinf=0.0)
+        return Products(raw, without.unsqueeze(0))
 
     tile = columns.tile(x, "panel", rich=want_term)
     x_rows, y_rows = x.x.view(problems, count, -1), columns.y.x.view(problems, width, -1)
@@ -323,7 +352,7 @@ def _row_products(g: Coefficients, want_term: bool) -> tuple[Products, Tensor | 
         TAIL=tail,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
-        **columns.span_arguments(x, tile.m),
+        **columns.span_arguments(x),
         **g.arguments(),
     )
     return Products(raw), None if term is None else term.sum(0)
@@ -345,6 +374,7 @@ def tile_coefficients(
     of_rows,
     given,
     given_strides,
+    given_unit,
     rows,
     columns,
     total_columns,
@@ -357,6 +387,8 @@ def tile_coefficients(
         at = row.to(tl.int64)[:, None] * given_strides[1]
         at += column.to(tl.int64)[None, :] * given_strides[2]
         g = tl.load(given + at, mask=keep & (row < rows)[:, None], other=0.0).to(tl.float32)
+        if given_unit is not None:
+            g /= tl.load(given_unit)
         return g, tl.where(keep, g * z, 0.0)
     same = keep
     LABELS: tl.constexpr = KIND == SUP_CON or KIND == TWO_C or KIND == LABELLED
@@ -364,7 +396,7 @@ def tile_coefficients(
         same = row_labels[:, None] == tl.load(y_labels + first_y + y_offsets)[None, :]
     g = tl.zeros(z.shape, tl.float32)
     if y_statistics is not None:
-        of_columns = load_statistics(y_statistics, first_y, y_offsets, total_columns)
+        of_columns = load_statistics(y_statistics, first_y, y_offsets, total_columns, KIND)
         g += row_gradient(z, of_columns, 0, same, KIND)
     by_rows = tl.zeros(z.shape, tl.float32)
     if x_statistics is not None:
@@ -384,11 +416,11 @@ def _row_products_kernel(
     x_labels,
     y_labels,
     temperature,
-    table,
     x_statistics,
     y_statistics,
     given,
     given_strides,
+    given_unit,
     values,
     value_scale,
     raw,
@@ -400,7 +432,6 @@ def _row_products_kernel(
     depth,
     KIND: tl.constexpr,
     TENSOR: tl.constexpr,
-    RAGGED: tl.constexpr,
     SCALE: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
@@ -409,9 +440,7 @@ def _row_products_kernel(
     PRECISION: tl.constexpr,
 ):
     part = tl.program_id(1)
-    first_row, first_column, rows, columns, start = span(
-        tl.program_id(0), rows, columns, table, RAGGED, BLOCK_M
-    )
+    start, first_row, first_column = span(tl.program_id(0), rows, columns, BLOCK_M)
     if given is not None:
         given += first_row // rows * given_strides[0]
     row = start + tl.arange(0, BLOCK_M)
@@ -427,7 +456,7 @@ def _row_products_kernel(
         row_labels = tl.load(x_labels + first_row + x_offsets)
     of_rows = (row_scale, row_scale, row_scale, row_scale)
     if x_statistics is not None:
-        of_rows = load_statistics(x_statistics, first_row, x_offsets, total_rows)
+        of_rows = load_statistics(x_statistics, first_row, x_offsets, total_rows, KIND)
 
     steps = tl.cdiv(tl.cdiv(columns, BLOCK_N), tl.num_programs(1))
     begin = part * steps * BLOCK_N
@@ -452,7 +481,7 @@ def _row_products_kernel(
         column_scale = tl.load(y_scale + first_y + y_offsets)
         g, moment = tile_coefficients(
             s, row, column, first_y, y_offsets, row_scale, column_scale, row_labels, y_labels,
-            x_statistics, y_statistics, of_rows, given, given_strides,
+            x_statistics, y_statistics, of_rows, given, given_strides, given_unit,
             rows, columns, total_columns, KIND,
         )  # fmt: skip
         if part_term is not None:
@@ -496,6 +525,7 @@ def _panel_kernel(
     y_statistics,
     given,
     given_strides,
+    given_unit,
     x_value_scale,
     y_value_scale,
     panel,
@@ -543,7 +573,7 @@ def _panel_kernel(
         row_labels = tl.load(x_labels + first_row + x_offsets)
     of_rows = (row_scale, row_scale, row_scale, row_scale)
     if x_statistics is not None:
-        of_rows = load_statistics(x_statistics, first_row, x_offsets, total_rows)
+        of_rows = load_statistics(x_statistics, first_row, x_offsets, total_rows, KIND)
     if given is not None:
         given += problem * given_strides[0]
 
@@ -553,7 +583,7 @@ def _panel_kernel(
     )  # fmt: skip
     g, moment = tile_coefficients(
         s, row, column, first_y, y_offsets, row_scale, column_scale, row_labels, y_labels,
-        x_statistics, y_statistics, of_rows, given, given_strides,
+        x_statistics, y_statistics, of_rows, given, given_strides, given_unit,
         rows, columns, total_columns, KIND,
     )  # fmt: skip
     panel_row = panel_start + tl.arange(0, BLOCK_M)
@@ -567,6 +597,39 @@ def _panel_kernel(
     out = panel + (number * size + panel_row)[:, None] * panel_width + column[None, :]
     mask = there[:, None] & (column < columns)[None, :]
     tl.store(out, g.to(panel.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["parts", "total"])
+def _add_parts_kernel(
+    raw,
+    factor,
+    out,
+    parts,
+    total,
+    padded,
+    MORE: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``out`` is, or if MORE gets, the sum of the parts times their factors."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (row < total)[:, None] & (d < padded)[None, :]
+    at = row[:, None] * padded + d[None, :]
+    sum_ = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    if MORE:
+        sum_ = tl.load(out + at, mask=inside, other=0.0)
+    for begin in range(0, parts, PARTS):
+        part = (begin + tl.arange(0, PARTS)).to(tl.int64)
+        first = part[:, None] * total
+        mask = (part < parts)[:, None, None] & inside[None, :, :]
+        term = tl.load(raw + (first * padded)[:, :, None] + at[None, :, :], mask=mask, other=0.0)
+        if factor is not None:
+            there = (part < parts)[:, None] & (row < total)[None, :]
+            term *= tl.load(factor + first + row[None, :], mask=there, other=0.0)[:, :, None]
+        sum_ += tl.sum(term, 0)
+    tl.store(out + at, sum_, mask=inside)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config, tuning
+from . import config
 from .columns import Columns
 from .gradients import (
     Coefficients,
@@ -28,7 +28,7 @@ from .gradients import (
 )
 from .launch import cdiv, launch, temperature_arguments
 from .own_negatives import OwnNegatives, own_gradients, own_sums
-from .parts import Parts, fold, merged, new_parts
+from .parts import PARTS, Parts, fold, merged, new_parts, some_parts
 from .rows import Rows, pack, pack_pairs, pair_logits
 from .sums import offset_kind, sum_exponentials, sums_tile
 from .tiles import IN_BATCH, LN_2, LOG2_E, QUEUE, load_pair_logits
@@ -59,7 +59,9 @@ class Solution:
     loss: Tensor  # (R,)
     lse: Tensor  # (R,) or, symmetric, (2, R)
     logit: Tensor  # (R,), of the positive
-    missing: Tensor  # (R,): the softmax's weight on all but the positive; mean of both directions if symmetric
+    at_positive: (
+        Tensor  # (R,): d loss / d logit of the positive; minus the softmax's weight on all others
+    )
     factor: Tensor | None = None  # (P, R): from exponentials of a part to the softmax
     # (R,): sum of softmax times logit over what is in the parts, and the constant logit
     term: Tensor | None = None
@@ -113,9 +115,8 @@ def info_nce_forward(
     lse = solution.lse.view(*solution.lse.shape[:-1], *query.shape[:2])
     grads: Gradients = (None,) * 4
     if now:
-        weight = torch.ones_like(solution.loss)
         scale = grad_scale / query.shape[:2].numel() if mean else grad_scale
-        found = gradients(problem, solution, weight, scale, needs, query.dtype)
+        found = gradients(problem, solution, None, scale, needs, query.dtype)
         grads = _shaped(found, query, key, negatives)
     return solution.loss.view(query.shape[:2]), lse, grads
 
@@ -136,13 +137,13 @@ def info_nce_backward(
     weight, upstream = relative_weights(grad_loss)
     lse = lse.reshape(2, -1) if problem.symmetric else lse.reshape(-1)
     positive = pair_logits(problem.query, problem.key, problem.positive, temperature)
-    missing = -torch.expm1(positive - lse)
-    missing = missing.mean(0) if problem.symmetric else missing
+    at_positive = torch.expm1(positive - lse)
+    at_positive = at_positive.mean(0) if problem.symmetric else at_positive
     own = None
     if problem.negatives is not None:
         unused = torch.empty_like(problem.positive), torch.empty_like(problem.positive)
         own = own_sums(problem.query, problem.negatives, temperature, *unused)
-    solution = Solution(positive, lse, positive, missing, own=own)
+    solution = Solution(positive, lse, positive, at_positive, own=own)
     found = gradients(problem, solution, weight, upstream, needs, query.dtype)
     return _shaped(found, query, key, negatives)
 
@@ -157,7 +158,6 @@ def _shaped(found: Gradients, *inputs: Tensor | None) -> Gradients:
     return tuple(g if g is None or x is None else g.view(x.shape) for g, x in pairs)
 
 
-@tuning.tuned
 def solve(problem: Problem, *, with_product: bool, with_term: bool) -> Solution:
     """The losses; with the sums that the queries' gradient needs, where one pass can make both."""
     query = problem.query
@@ -227,9 +227,9 @@ def _solved(problem, parts, column_parts, fused, own) -> Solution:
     lse = new((2, total) if problem.symmetric else (total,))
     factor = new((parts.raw.shape[0], total)) if fused else None
     term = new((total,)) if parts.term is not None else None
-    loss, logit, missing = (new((total,)) for _ in range(3))
+    loss, logit, at_positive = (new((total,)) for _ in range(3))
     kept = parts if fused else None
-    solution = Solution(loss, lse, logit, missing, factor, term, kept, own)
+    solution = Solution(loss, lse, logit, at_positive, factor, term, kept, own)
     of_columns = column_parts or Parts()
     launch(
         _losses_kernel,
@@ -245,7 +245,7 @@ def _solved(problem, parts, column_parts, fused, own) -> Solution:
         loss=solution.loss,
         lse=lse,
         logit=solution.logit,
-        missing=solution.missing,
+        at_positive=solution.at_positive,
         factor=factor,
         term=term,
         self_logit=float(problem.self_logit or 0.0),
@@ -263,12 +263,12 @@ def _solved(problem, parts, column_parts, fused, own) -> Solution:
 def gradients(
     problem: Problem,
     solution: Solution,
-    weight: Tensor,
+    weight: Tensor | None,
     upstream: float | Tensor,
     needs: Sequence[bool],
     dtype: torch.dtype,
 ) -> Gradients:
-    """The four gradients of ``upstream * (weight * losses).sum()``, those of rows as (R, D).
+    """The four gradients of ``upstream * (weight * losses).sum()``, those of rows as (R, D); no weight is 1.
 
     The temperature's is ``-upstream / t * sum_i weight_i (sum_j softmax_ij z_ij - z_ip)``.
     """
@@ -276,27 +276,33 @@ def gradients(
     query, temperature = problem.query, problem.temperature
     half = 0.5 if problem.symmetric else 1.0
     lses = solution.lse.view(-1, len(query))
-    row, column = (statistics(lse, weight * half) for lse in (lses[0], lses[-1]))
-    if not problem.symmetric:
-        column = None
-    missing = solution.missing * weight
+
+    def weighted(x: Tensor) -> Tensor:
+        return x if weight is None else x * weight
+
+    @functools.cache  # only where a pass needs them
+    def of_losses() -> tuple[Tensor, Tensor | None]:
+        each = torch.full_like(lses[0], half) if weight is None else weight * half
+        return statistics(lses[0], each), statistics(lses[1], each) if problem.symmetric else None
+
+    at_positive = weighted(solution.at_positive)
     want_row = need_query or need_temperature
     fused = solution.parts is not None
 
     def gradient_of(rows: Rows, pair: Rows | None) -> RowGradients:
-        pair_weight = None if pair is None else -missing
+        pair_weight = None if pair is None else at_positive
         return RowGradients(rows, temperature, upstream, dtype, pair, pair_weight)
 
     of_query = gradient_of(query, problem.key) if need_query else None
     products: list[Products] = []  # of the queries
     grad_key = grad_negatives = term = None
     if fused:
-        products.append(Products(solution.parts.raw, solution.factor * weight))
-        term = None if solution.term is None else solution.term * weight
+        products.append(Products(solution.parts.raw, weighted(solution.factor)))
+        term = None if solution.term is None else weighted(solution.term)
         solution.parts = None
     if solution.own is not None and (want_row or need_negatives):
         raw, grad_negatives, own_term = own_gradients(
-            query, solution.own, temperature, row[0], weight, upstream, need_negatives
+            query, solution.own, temperature, lses[0], weight, upstream, need_negatives
         )
         products.append(Products(raw))
         term = _sum(term, own_term)
@@ -312,9 +318,9 @@ def gradients(
         want_y = need_key if is_key else need_negatives
         if not (want_x or want_y):
             continue
-        of_losses = Coefficients(query, columns, temperature, row, column if is_key else None)
+        row, column = of_losses()
         found_x, found_y, found_term = both_products(
-            of_losses,
+            Coefficients(query, columns, temperature, row, column if is_key else None),
             want_x=want_x,
             want_y=want_y,
             want_term=want_x and need_temperature,
@@ -333,11 +339,11 @@ def gradients(
     grad_query = None if of_query is None else of_query.out
     grad_temperature = None
     if need_temperature:
-        by_row = -missing * solution.logit
+        by_row = at_positive * solution.logit
         by_row = by_row if term is None else by_row + term
         if problem.self_logit is not None and not fused:
             constant = problem.self_logit / temperature
-            by_row = by_row + weight * torch.exp(constant - lses[0]) * constant
+            by_row = by_row + weighted(torch.exp(constant - lses[0])) * constant
         grad_temperature = -by_row.sum() * (upstream / temperature)
     return grad_query, grad_key, grad_negatives, grad_temperature
 
@@ -378,7 +384,7 @@ def _losses_kernel(
     loss,
     lse,
     logit,
-    missing,
+    at_positive,
     factor,
     term,
     self_logit,
@@ -412,16 +418,16 @@ def _losses_kernel(
         row_loss = 0.5 * (row_loss + column_loss)
         row_missing = 0.5 * (row_missing + column_missing)
     tl.store(loss + at, row_loss, mask=there)
-    tl.store(missing + at, row_missing, mask=there)
+    tl.store(at_positive + at, -row_missing, mask=there)
     if factor is not None:
         sum_ = tl.zeros((BLOCK,), tl.float32)
-        for part in range(factor_parts):
-            first = tl.cast(part, tl.int64) * total
-            each = tl.load(largest + first + at, mask=there, other=0.0)
-            to_softmax = tl.exp2(each - row_lse * LOG2_E)
-            tl.store(factor + first + at, to_softmax, mask=there)
+        for begin in range(0, factor_parts, PARTS):
+            where, mask = some_parts(begin, factor_parts, at, there, total)
+            each = tl.load(largest + where, mask=mask, other=float("-inf"))
+            to_softmax = tl.exp2(each - (row_lse * LOG2_E)[None, :])
+            tl.store(factor + where, to_softmax, mask=mask)
             if term is not None:
-                sum_ += to_softmax * tl.load(terms + first + at, mask=there, other=0.0)
+                sum_ += tl.sum(to_softmax * tl.load(terms + where, mask=mask, other=0.0), 0)
         if term is not None:
             if SELF:
                 sum_ += tl.exp2(constant - row_lse * LOG2_E) * constant * LN_2

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import config, tuning
+from . import config
 from .columns import Columns
 from .gradients import Coefficients, RowGradients, both_products
 from .launch import cdiv
@@ -18,7 +18,6 @@ from .rows import Rows
 from .sums import offset_kind, sum_exponentials, sums_tile
 
 
-@tuning.tuned
 def self_sums(columns: Columns, temperature: float | Tensor, dtype: torch.dtype) -> Parts:
     """Sums over all other rows and over those with the same label; ``dtype`` of the inputs."""
     if not config.half_tiles(len(columns.y), columns.y.depth):
@@ -26,7 +25,6 @@ def self_sums(columns: Columns, temperature: float | Tensor, dtype: torch.dtype)
     return _half_of_the_tiles(columns, temperature, dtype)
 
 
-@tuning.tuned
 def labelled_sums(
     x: Rows, columns: Columns, temperature: float | Tensor, dtype: torch.dtype
 ) -> Parts:

@@ -26,6 +26,17 @@ def launch(
     _start(kernel, tuple(grid), arguments, {**options, "enable_fp_fusion": True})
 
 
+@triton.jit
+def _nothing_kernel():
+    pass
+
+
+def start_nothing(index: int) -> None:
+    """Raises where Triton cannot compile or start a kernel on a GPU."""
+    with torch.cuda.device(index):
+        launch(_nothing_kernel, (1,))
+
+
 def _start(kernel, grid: tuple[int, ...], arguments: dict, options: dict) -> None:
     with _device_of(arguments):
         kernel[grid](**arguments, **options)
@@ -59,16 +70,6 @@ def shared_memory(device: torch.device) -> int:
 def tensor_memory(device: torch.device) -> bool:
     """Whether products accumulate in tensor memory, as they do from compute capability 10.0 to 11."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (10, 11)
-
-
-_READ_BY_GRAPHS: dict[int, Tensor] = {}
-
-
-def kept_for_graphs(table: Tensor) -> Tensor:
-    """``table``, out of a cache that may drop it; a CUDA graph that is being captured will read its memory for as long as it lives."""
-    if table.is_cuda and torch.cuda.is_current_stream_capturing():
-        _READ_BY_GRAPHS[id(table)] = table
-    return table
 
 
 def temperature_arguments(temperature: float | Tensor) -> dict[str, object]:

@@ -70,11 +70,11 @@ def own_gradients(
     own: OwnNegatives,
     temperature: float | Tensor,
     lse: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     upstream: float | Tensor,
     need_negatives: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The queries' part (1, R, padded depth), the negatives' gradient, and ``sum_m G_im z_im`` (R,)."""
+    """By (R,) ``lse`` and weights, none for 1: the queries' part (1, R, padded depth), the negatives' gradient, and ``sum_m G_im z_im`` (R,)."""
     raw = query.x.new_empty((1, *query.x.shape), dtype=torch.float32)
     out = own.values.new_empty(own.values.shape) if need_negatives else None
     terms = query.scale.new_empty((len(query),))
@@ -191,7 +191,9 @@ def _own_gradients_kernel(
         upstream = tl.load(upstream)
     q = tl.load(query + i * padded + d, mask=inside, other=0.0).to(tl.float32) * tl.load(scale + i)
     own_lse = tl.load(lse + i) * LOG2_E
-    own_weight = tl.load(weight + i)
+    own_weight = 1.0
+    if weight is not None:
+        own_weight = tl.load(weight + i)
     negatives += i // queries * strides[0] + i % queries * strides[1]
     product = tl.zeros((BLOCK_D,), tl.float32)
     term = tl.zeros((BLOCK_M,), tl.float32)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .columns import Columns
-from .gradients import Coefficients, RowGradients, both_products
+from .gradients import Coefficients, RowGradients, both_products, largest_weight
 from .launch import cdiv, launch, temperature_arguments
 from .rows import Rows, input_precision, pack
-from .tiles import GIVEN, inside, products_of_chunks
+from .tiles import GIVEN, inside, products_of_chunks, span
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -25,9 +26,10 @@ def pairwise_cosine_similarity_forward(
     rows, columns = _packed(x, y)
     out = x.new_empty((*x.shape[:-1], y.shape[-2]))
     tile = columns.tile(rows, "sums")
+    row_blocks = columns.row_blocks(rows, tile.m)
     launch(
         _similarity_kernel,
-        (columns.row_blocks(rows, tile.m), cdiv(y.shape[-2], tile.n)),
+        (row_blocks * cdiv(y.shape[-2], tile.n),),  # in one dimension: others end at 65535
         tile.options,
         x=rows.x,
         x_scale=rows.scale,
@@ -36,11 +38,12 @@ def pairwise_cosine_similarity_forward(
         out=out,
         rows=x.shape[-2],
         columns=y.shape[-2],
+        row_blocks=row_blocks,
         depth=rows.padded,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_D=rows.chunk(tile.d),
-        PRECISION=input_precision(),
+        PRECISION=input_precision(rows.x),
         **temperature_arguments(temperature),
     )
     return out
@@ -62,12 +65,15 @@ def pairwise_cosine_similarity_backward(
     rows, columns = _packed(x, y)
     need_x, need_y, need_temperature = needs
     given = grad.reshape(columns.problems, x.shape[-2], y.shape[-2])
+    # fp16 multiplies coefficients of at most 1, of whatever size those are that arrive.
+    unit = largest_weight(grad) if rows.x.dtype == torch.float16 else None
+    upstream = 1.0 if unit is None else unit
     of_x, of_y = (
-        RowGradients(of, temperature, 1.0, x.dtype) if needed else None
+        RowGradients(of, temperature, upstream, x.dtype) if needed else None
         for of, needed in ((rows, need_x), (columns.y, need_y))
     )
     _, found_y, term = both_products(
-        Coefficients(rows, columns, temperature, given=given),
+        Coefficients(rows, columns, temperature, given=given, given_unit=unit),
         want_x=need_x,
         want_y=need_y,
         want_term=need_temperature,
@@ -76,7 +82,7 @@ def pairwise_cosine_similarity_backward(
     return (
         of_x.out.view(x.shape) if need_x else None,
         of_y.finish(found_y).view(y.shape) if need_y else None,
-        -term.sum() / temperature if need_temperature else None,
+        -term.sum() * (upstream / temperature) if need_temperature else None,
     )
 
 
@@ -86,7 +92,7 @@ def _packed(x: Tensor, y: Tensor) -> tuple[Rows, Columns]:
     return rows, Columns(columns, GIVEN.value, problems)
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+@triton.jit(do_not_specialize=["rows", "columns", "row_blocks"])
 def _similarity_kernel(
     x,
     x_scale,
@@ -96,6 +102,7 @@ def _similarity_kernel(
     out,
     rows,
     columns,
+    row_blocks,
     depth,
     TENSOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -103,16 +110,14 @@ def _similarity_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    blocks = tl.cdiv(rows, BLOCK_M)
-    problem = (tl.program_id(0) // blocks).to(tl.int64)
-    start = tl.program_id(0) % blocks * BLOCK_M
-    j = tl.program_id(1) * BLOCK_N
+    start, first_row, first_y = span(tl.program_id(0) % row_blocks, rows, columns, BLOCK_M)
+    j = tl.program_id(0) // row_blocks * BLOCK_N
     row = start + tl.arange(0, BLOCK_M)
     column = j + tl.arange(0, BLOCK_N)
     x_offsets = inside(start, rows, BLOCK_M)
     y_offsets = inside(j, columns, BLOCK_N)
-    first_row = problem * rows + start
-    first_y = problem * columns + j
+    first_row += start
+    first_y += j
     if TENSOR:
         temperature = tl.load(temperature)
     row_scale = tl.load(x_scale + first_row + x_offsets) / temperature
@@ -122,6 +127,6 @@ def _similarity_kernel(
         depth, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
     )  # fmt: skip
     s = s * row_scale[:, None] * column_scale[None, :]
-    at = (problem * rows + row)[:, None] * columns + column[None, :]
+    at = (first_row + tl.arange(0, BLOCK_M))[:, None] * columns + column[None, :]
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(out + at, s.to(out.dtype.element_ty), mask=mask)

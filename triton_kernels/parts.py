@@ -14,7 +14,7 @@ from .rows import Rows
 from .tiles import SUP_CON
 
 _BLOCK = 128  # columns
-_PARTS = 16  # of them at a time
+PARTS = tl.constexpr(16)  # of them at a time
 
 
 @dataclasses.dataclass
@@ -81,7 +81,6 @@ def fold(
         total=total,
         KIND=kind,
         HALF_BLOCK=half_block or 0,
-        PARTS=_PARTS,
         BLOCK=_BLOCK,
     )
 
@@ -111,7 +110,6 @@ def _fold_kernel(
     total,
     KIND: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -145,16 +143,19 @@ def _fold_kernel(
 
 
 @triton.jit
+def some_parts(begin, parts, at, there, total):
+    """Where PARTS numbers of each row ``at`` lie, from part ``begin`` on, and which of them are there."""
+    part = begin + tl.arange(0, PARTS)
+    mask = (part < parts)[:, None] & there[None, :]
+    return part.to(tl.int64)[:, None] * total + at[None, :], mask
+
+
+@triton.jit
 def merged(largest, sums, at, there, parts, total, constant):
     """Maximum and sum over the parts, and a constant logit, to base 2."""
     top = constant
-    for part in range(parts):
-        each = tl.load(largest + tl.cast(part, tl.int64) * total + at, mask=there, other=0.0)
-        top = tl.maximum(top, each)
-    finite = tl.where(top == float("-inf"), 0.0, top)
-    sum_ = tl.exp2(constant - finite)
-    for part in range(parts):
-        first = tl.cast(part, tl.int64) * total
-        each = tl.load(largest + first + at, mask=there, other=0.0)
-        sum_ += tl.load(sums + first + at, mask=there, other=0.0) * tl.exp2(each - finite)
+    sum_ = tl.where(constant == float("-inf"), 0.0, 1.0)
+    for begin in range(0, parts, PARTS):
+        where, mask = some_parts(begin, parts, at, there, total)
+        top, sum_ = _more(top, sum_, largest, sums, where, mask)
     return top, sum_

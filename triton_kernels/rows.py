@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastnce.precision import float32_products
+
 from . import config
 from .launch import INTERPRETED, cdiv, launch
 
@@ -57,25 +59,25 @@ class Rows:
     @property
     def split(self) -> tuple[int, int]:
         """Head and tail of the depth where tiles of whole rows stay on the chip, else (0, 0)."""
-        resident = self.depth <= resident_depth(self.x.dtype)
+        resident = self.depth <= resident_depth(self.x)
         return config.split_depth(self.padded) if resident else (0, 0)
 
 
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype that rows are packed in: their own, but bf16 for fp32 where the user allows it."""
-    medium = dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
-    return torch.bfloat16 if medium else dtype
+    medium = x.dtype == torch.float32 and float32_products(x.device.type) == "medium"
+    return torch.bfloat16 if medium else x.dtype
 
 
-def input_precision() -> str:
-    """How Triton multiplies fp32 tiles."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def input_precision(x: Tensor) -> str:
+    """How Triton multiplies tiles of ``x``, if they are of fp32: in fp32 or in tf32."""
+    highest = x.dtype == torch.float32 and float32_products(x.device.type) == "highest"
+    return "ieee" if highest else "tf32"
 
 
-def resident_depth(dtype: torch.dtype) -> int:
+def resident_depth(x: Tensor) -> int:
     """Up to which depth tiles of whole rows stay on the chip."""
-    ieee = product_dtype(dtype) == torch.float32 and input_precision() == "ieee"
-    return config.RESIDENT_DEPTH_IEEE if ieee else config.RESIDENT_DEPTH
+    return config.RESIDENT_DEPTH_IEEE if input_precision(x) == "ieee" else config.RESIDENT_DEPTH
 
 
 def pack(x: Tensor, normalize: bool, fp8: bool = False) -> Rows:
@@ -95,10 +97,11 @@ def _pack(x: Tensor, y: Tensor | None, normalize: bool, fp8: bool):
     x, y = (v.unsqueeze(0) if v is not None and v.dim() == 2 else v for v in (x, y))
     batch, count, depth = x.shape
     total, padded = batch * count, config.padded_depth(depth, fp8)
+    packed_dtype = product_dtype(x)
 
     def new() -> Rows:
         scale, inverse = x.new_empty((2, total), dtype=torch.float32)
-        packed = x.new_empty((total, padded), dtype=product_dtype(x.dtype))
+        packed = x.new_empty((total, padded), dtype=packed_dtype)
         rounded = None
         if fp8:
             codes = x.new_empty((total, padded), dtype=FP8)
@@ -122,6 +125,7 @@ def _pack(x: Tensor, y: Tensor | None, normalize: bool, fp8: bool):
         depth=depth,
         padded=padded,
         NORMALIZE=normalize,
+        TF32=packed_dtype == torch.float32 and input_precision(x) == "tf32",
         PAIR=y is not None,
         BLOCK=block,
         BLOCK_D=block_d,
@@ -190,12 +194,26 @@ def _powers(x, stride, there, depth, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr)
 
 
 @triton.jit
-def _pack_chunk(x, mask, power, largest, out, codes, at, inside):
-    """Packs the elements at ``x``; returns those that similarities multiply, and the sums of the squares, in fp64."""
+def _to_tf32(x):
+    """To the nearest number of 10 bits, away from zero in the middle; what matrix instructions would cut off is 0 then."""
+    bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def _pack_chunk(x, mask, power, largest, out, codes, at, inside, TF32: tl.constexpr):
+    """Packs the elements at ``x``; returns those that similarities multiply, and the sums of the squares, in fp64.
+
+    The product of a pair is of rounded elements as well: it is the same number as that of an equal row among the negatives.
+    """
     chunk = tl.load(x, mask=mask, other=0.0).to(tl.float32) * power[:, None]
-    tl.store(out + at, chunk.to(out.dtype.element_ty), mask=inside)
     wide = chunk.to(tl.float64)
     squares = tl.sum(wide * wide, 1)
+    packed = chunk.to(out.dtype.element_ty)
+    if TF32:
+        packed = _to_tf32(packed)
+    tl.store(out + at, packed, mask=inside)
+    wide = packed.to(tl.float32).to(tl.float64)
     if codes is not None:
         code = _codes(chunk, largest)
         tl.store(codes + at, code, mask=inside)
@@ -238,6 +256,7 @@ def _pack_kernel(
     depth,
     padded,
     NORMALIZE: tl.constexpr,
+    TF32: tl.constexpr,
     PAIR: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -265,12 +284,12 @@ def _pack_kernel(
         mask = there[:, None] & (d < depth)
         inside = there[:, None] & (d < padded)
         x_wide, squares = _pack_chunk(
-            x + d * x_strides[2], mask, x_power, x_largest, out, codes, at, inside
+            x + d * x_strides[2], mask, x_power, x_largest, out, codes, at, inside, TF32
         )
         x_squares += squares
         if PAIR:
             y_wide, squares = _pack_chunk(
-                y + d * y_strides[2], mask, y_power, y_largest, y_out, y_codes, at, inside
+                y + d * y_strides[2], mask, y_power, y_largest, y_out, y_codes, at, inside, TF32
             )
             y_squares += squares
             products += tl.sum(x_wide * y_wide, 1)

@@ -1,7 +1,7 @@
 """Patch sampling: all maps in one launch, straight from any strides, and back without atomics.
 
 The positions of a map are usually distinct, so each has one writer. Where one repeats, its first patch adds the gradients of all of
-them, in order.
+them, in order. Positions outside a map are not looked at by the host: their patches are NaN, and their gradients go nowhere.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ def _launch(
         strides=tuple(x.stride() for x in maps),
         id_strides=tuple(x.stride(0) for x in ids),
         widths=tuple(x.shape[3] for x in maps),
+        positions=tuple(x.shape[2] * x.shape[3] for x in maps),
         channels=tuple(x.shape[1] for x in maps),
         counts=tuple(len(x) for x in ids),
         ends=tuple(ends),
@@ -137,18 +138,21 @@ def _through_normalisation(
 
 
 @triton.jit
-def _places(ids, id_stride, strides, width, s, count, image):
-    """Offsets of patches ``s`` of an image in a map (B, C, H, W)."""
-    position = tl.load(ids + s.to(tl.int64) * id_stride, mask=s < count, other=0)
-    return image * strides[0] + position // width * strides[2] + position % width * strides[3]
+def _places(ids, id_stride, strides, width, positions, s, count, image):
+    """Offsets of patches ``s`` of an image in a map (B, C, H, W), and their positions; -1 of one outside."""
+    position = tl.load(ids + s.to(tl.int64) * id_stride, mask=s < count, other=-1)
+    position = tl.where(position < positions, tl.maximum(position, -1), -1)
+    places = image * strides[0] + position // width * strides[2] + position % width * strides[3]
+    return places[:, None], position
 
 
 @triton.jit
-def _chunk(map_, places, strides, channels, there, begin, CHANNELS: tl.constexpr):
-    """Some channels of the patches at ``places``, which they are, and which of them are there."""
+def _chunk(map_, places, strides, channels, inside, begin, CHANNELS: tl.constexpr):
+    """Some channels of the patches at ``places``, and which they are; NaN of patches outside the map, 0 beyond the last channel."""
     c = (begin + tl.arange(0, CHANNELS)).to(tl.int64)[None, :]
-    mask = there[:, None] & (c < channels)
-    return tl.load(map_ + places + c * strides[1], mask=mask, other=0.0), c, mask
+    mask = inside[:, None] & (c < channels)
+    x = tl.load(map_ + places + c * strides[1], mask=mask, other=0.0)
+    return tl.where(inside[:, None], x, float("nan")), c
 
 
 @triton.jit
@@ -158,6 +162,7 @@ def _gather_kernel(
     strides,
     id_strides,
     widths,
+    positions,
     channels,
     counts,
     ends,
@@ -177,32 +182,31 @@ def _gather_kernel(
             image = tl.cast(block // blocks, tl.int64)
             s = block % blocks * PATCHES + tl.arange(0, PATCHES)
             there = s < count
-            places = _places(ids[i], id_strides[i], strides[i], widths[i], s, count, image)[:, None]
+            places, position = _places(
+                ids[i], id_strides[i], strides[i], widths[i], positions[i], s, count, image
+            )
+            inside = position >= 0
             out = patches[i] + ((image * count + s) * channels[i])[:, None]
             power = tl.full((PATCHES,), 1.0, tl.float32)
             length = tl.full((PATCHES,), 1.0, tl.float32)
             if norms is not None:
                 power = power_of_two(
                     largest_magnitude(
-                        maps[i] + places, strides[i][1], there, channels[i], PATCHES, CHANNELS
+                        maps[i] + places, strides[i][1], inside, channels[i], PATCHES, CHANNELS
                     )
                 )
                 squares = tl.zeros((PATCHES,), tl.float64)
                 for begin in range(0, channels[i], CHANNELS):
-                    x, _, _ = _chunk(
-                        maps[i], places, strides[i], channels[i], there, begin, CHANNELS
-                    )
+                    x, _ = _chunk(maps[i], places, strides[i], channels[i], inside, begin, CHANNELS)
                     wide = (x.to(tl.float32) * power[:, None]).to(tl.float64)
                     squares += tl.sum(wide * wide, 1)
                 length = inverse_root(squares)
                 tl.store(norms[i] + image * count + s, length * power, mask=there)
             for begin in range(0, channels[i], CHANNELS):
-                x, c, mask = _chunk(
-                    maps[i], places, strides[i], channels[i], there, begin, CHANNELS
-                )
+                x, c = _chunk(maps[i], places, strides[i], channels[i], inside, begin, CHANNELS)
                 if norms is not None:
                     x = (x.to(tl.float32) * power[:, None] * length[:, None]).to(x.dtype)
-                tl.store(out + c, x, mask=mask)
+                tl.store(out + c, x, mask=there[:, None] & (c < channels[i]))
         first = ends[i]
 
 
@@ -225,6 +229,7 @@ def _scatter_kernel(
     strides,
     id_strides,
     widths,
+    positions,
     channels,
     counts,
     ends,
@@ -245,10 +250,11 @@ def _scatter_kernel(
             blocks = tl.cdiv(count, PATCHES)
             image = tl.cast(block // blocks, tl.int64)
             s = block % blocks * PATCHES + tl.arange(0, PATCHES)
-            there = s < count
-            position = tl.load(ids[i] + s.to(tl.int64) * id_strides[i], mask=there, other=-2)
+            places, position = _places(
+                ids[i], id_strides[i], strides[i], widths[i], positions[i], s, count, image
+            )
             is_first = _next(ids[i], id_strides[i], position, s * 0 - 1, count, IDS) == s
-            is_first = there & is_first
+            is_first = is_first & (position >= 0)
             c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)[None, :]
             total = tl.zeros((PATCHES, CHANNELS), tl.float32)
             grad = grads[i] + (image * grad_strides[i][0] + c * grad_strides[i][2])
@@ -258,7 +264,6 @@ def _scatter_kernel(
                 at = now.to(tl.int64)[:, None] * grad_strides[i][1]
                 total += tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
                 now = _next(ids[i], id_strides[i], position, now, count, IDS)
-            places = _places(ids[i], id_strides[i], strides[i], widths[i], s, count, image)[:, None]
             mask = is_first[:, None] & (c < channels[i])
             at = maps[i] + places + c * strides[i][1]
             total += tl.load(at, mask=mask, other=0.0).to(tl.float32)

@@ -112,8 +112,8 @@ def sum_exponentials(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_D=x.chunk(tile.d),
-        PRECISION=input_precision(),
-        **columns.span_arguments(x, tile.m),
+        PRECISION=input_precision(x.x),
+        **columns.span_arguments(x),
         **temperature_arguments(temperature),
     )
 
@@ -260,7 +260,6 @@ def _sums_kernel(
     x_labels,
     y_labels,
     temperature,
-    table,
     part_largest,
     part_sum,
     part_a,
@@ -281,7 +280,6 @@ def _sums_kernel(
     OFFSET: tl.constexpr,
     HALF: tl.constexpr,
     TENSOR: tl.constexpr,
-    RAGGED: tl.constexpr,
     LIMIT: tl.constexpr,
     TOP: tl.constexpr,
     HEAD: tl.constexpr,
@@ -293,9 +291,7 @@ def _sums_kernel(
 ):
     block = tl.program_id(0) + first_block
     part = tl.program_id(1)
-    first_row, first_column, rows, columns, start = span(
-        block, rows, columns, table, RAGGED, BLOCK_M
-    )
+    start, first_row, first_column = span(block, rows, columns, BLOCK_M)
     row = start + tl.arange(0, BLOCK_M)
     there = row < rows
     x_offsets = inside(start, rows, BLOCK_M)

@@ -13,7 +13,7 @@ from .columns import Columns
 from .gradients import RowGradients, relative_weights, statistics
 from .labelled import self_products, self_sums
 from .launch import cdiv, launch
-from .parts import merged
+from .parts import PARTS, merged, some_parts
 from .rows import pack
 from .tiles import LN_2, SUP_CON
 
@@ -116,10 +116,10 @@ def _sup_con_kernel(
     top, sum_ = merged(largest, sums, at, there, parts, total, none)
     number = tl.zeros((BLOCK,), tl.float32)
     logits = tl.zeros((BLOCK,), tl.float32)
-    for part in range(parts):
-        first = tl.cast(part, tl.int64) * total
-        logits += tl.load(same + first + at, mask=there, other=0.0)
-        number += tl.load(counts + first + at, mask=there, other=0.0)
+    for begin in range(0, parts, PARTS):
+        where, mask = some_parts(begin, parts, at, there, total)
+        logits += tl.sum(tl.load(same + where, mask=mask, other=0.0), 0)
+        number += tl.sum(tl.load(counts + where, mask=mask, other=0.0), 0)
     log_sum = tl.where(sum_ == 0, 0.0, (top + tl.log2(sum_)) * LN_2)  # 0 for a single row
     own = log_sum - logits / tl.maximum(number, 1.0)
     tl.store(loss + at, tl.where(number > 0, own, 0.0), mask=there)

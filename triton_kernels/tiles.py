@@ -24,19 +24,14 @@ LABELLED = tl.constexpr(5)  # all; those with its label by their own log-sum-exp
 
 
 @triton.jit
-def span(block, rows, columns, table, RAGGED: tl.constexpr, BLOCK: tl.constexpr):
-    """The problem of a block of rows: its first row and column in the packed ones, its rows and columns, the block's row in it.
+def span(block, rows, columns, BLOCK: tl.constexpr):
+    """The first row of a block, in its problem of ``rows`` and ``columns``, and the problem's first row and column.
 
-    All problems have ``rows`` rows and ``columns`` columns; or, if RAGGED, the table has for each block the problem's first row,
-    its number of rows, and the block's row in it. The first two are int64: an address is theirs, plus a small offset in a tile.
+    The latter are int64, and in the packed rows: an address is theirs, plus a small offset in a tile.
     """
-    if RAGGED:
-        first = tl.load(table + 3 * block)
-        rows = tl.load(table + 3 * block + 1).to(tl.int32)
-        return first, first, rows, rows, tl.load(table + 3 * block + 2).to(tl.int32)
     blocks = tl.cdiv(rows, BLOCK)
     problem = (block // blocks).to(tl.int64)
-    return problem * rows, problem * columns, rows, columns, block % blocks * BLOCK
+    return block % blocks * BLOCK, problem * rows, problem * columns
 
 
 @triton.jit
@@ -113,14 +108,19 @@ def counts(row, column, columns, KIND: tl.constexpr):
 
 
 @triton.jit
-def load_statistics(statistics, first, offsets, total):
-    """Of each row log-sum-exp (to base 2), weight, and two more numbers that its loss may need (see ``row_gradient``)."""
+def load_statistics(statistics, first, offsets, total, KIND: tl.constexpr):
+    """Of each row log-sum-exp (to base 2), weight, and two more numbers where its loss needs them (see ``row_gradient``)."""
     statistics += first
     total = tl.cast(total, tl.int64)
     lse = tl.load(statistics + offsets) * LOG2_E
     weight = tl.load(statistics + total + offsets)
-    third = tl.load(statistics + 2 * total + offsets)
-    fourth = tl.load(statistics + 3 * total + offsets)
+    third = weight
+    fourth = weight
+    BY_LSE: tl.constexpr = KIND == TWO_C or KIND == LABELLED
+    if KIND == SUP_CON or BY_LSE:
+        third = tl.load(statistics + 2 * total + offsets)
+    if BY_LSE:
+        fourth = tl.load(statistics + 3 * total + offsets)
     return lse, weight, third, fourth
 
 

@@ -21,7 +21,7 @@ class ConditionalContrastive : public SelfSimilarity {
         grad_proxies(new_gradient(proxies, need_proxies)),
         need_proxies_(need_proxies) {
     const bool any = need_embeddings || need_proxies || need_temperature;
-    workspace_.want(&packed_proxies_, total_, c_.padded, c_.packed);
+    workspace_.want(&packed_proxies_, total_, c_.padded);
     workspace_.want(&proxy_products_, total_);
     workspace_.want(&logit_, any ? total_ : 0);
     workspace_.want(&weight_, any ? total_ : 0);
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conditional_contrastive_forwa
   const char* op = "conditional_contrastive_forward";
   check(op, embeddings, proxies, labels);
   if (grad_scale && mean) *grad_scale /= static_cast<double>(embeddings.size(0));
-  const RowsCall call(op, embeddings, temperature_tensor, temperature, true, false);
+  const RowsCall call(op, embeddings, temperature_tensor, temperature, true);
   const bool now = grad_scale.has_value();
   const Tensor in_order = torch::stable::contiguous(labels);
   ConditionalContrastive run(call, embeddings, proxies, in_order, true, now && need_embeddings,
@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> conditional_contrastive_backward(
   const int64_t total = embeddings.size(0);
   check_tensor(op, "grad_loss", grad_loss, ScalarType::Float, {total});
   check_tensor(op, "lse", lse, ScalarType::Float, {2, total});
-  const RowsCall call(op, embeddings, temperature_tensor, temperature, true, false);
+  const RowsCall call(op, embeddings, temperature_tensor, temperature, true);
   const Tensor in_order = torch::stable::contiguous(labels);
   ConditionalContrastive run(call, embeddings, proxies, in_order, false, need_embeddings,
                              need_proxies, need_temperature);

@@ -1,11 +1,10 @@
-// InfoNCE: in-batch, batched, a queue, each query's own negatives, symmetric.
+// InfoNCE: in-batch, batched, a queue, symmetric.
 //
 // Launches of a loss with its gradients: packing, sums, losses, gradients of rows; where keys need
 // a gradient too, or the loss is symmetric, a pass for products before the last; one more each for
-// the temperature's gradient, a second set of columns, and (twice) each query's own negatives.
+// the temperature's gradient and a second set of columns.
 #include "info_nce.h"
 
-#include "own_negatives.h"
 #include "row_losses.h"
 #include "rows_call.h"
 
@@ -41,7 +40,6 @@ class InfoNce {
         symmetric_(symmetric),
         self_logit_(self_logit),
         needs_(needs),
-        own_(negatives.has_value() && negatives->dim() == 4),
         batch_(query.size(0)),
         rows_(query.size(1)),
         total_(batch_ * rows_),
@@ -50,7 +48,7 @@ class InfoNce {
         grad_negatives(new_gradient(negatives ? *negatives : query, needs.negatives)),
         grad_temperature(new_scalar(query, needs.temperature)) {
     if (in_batch) sets_.push_back({true, &packed_key_, batch_, rows_});
-    if (negatives && !own_) sets_.push_back({false, &packed_queue_, 1, negatives->size(0)});
+    if (negatives) sets_.push_back({false, &packed_queue_, 1, negatives->size(0)});
     plan(forward);
     want_memory(forward);
     workspace_.allocate(query);
@@ -71,7 +69,6 @@ class InfoNce {
 
   void backward(const Tensor& grad_loss, const Tensor& lse) {
     pack();
-    if (own_) launch_own_sums(own(), largest_, sum_, c_.stream);
     InfoNceLosses l = losses();
     l.lse = const_cast<float*>(lse.const_data_ptr<float>());
     l.grad_loss = {grad_loss.const_data_ptr<float>(),
@@ -86,7 +83,7 @@ class InfoNce {
   void plan(bool forward) {
     // Sums and the queries' product in one pass, where a row's sum is all that its gradient waits
     // for.
-    fused_ = forward && needs_.rows() && !sets_.empty() && !symmetric_;
+    fused_ = forward && needs_.rows() && !symmetric_;
     for (const Columns& set : sets_) {
       fused_ = fused_ && can_sum_with_product(pairs(set), c_.machine);
     }
@@ -98,15 +95,14 @@ class InfoNce {
       sum_parts_ += set.sums.splits;
       product_parts_ += fused_ ? set.sums.splits : set.products.x_splits;
     }
-    if (own_) ++sum_parts_;
   }
 
   void want_memory(bool forward) {
     Workspace& w = workspace_;
-    const int64_t padded = c_.padded, columns = own_ ? negatives_->size(2) : 0;
+    const int64_t padded = c_.padded;
     const bool gradients = needs_.any();
-    w.want(&packed_query_, total_, padded, c_.packed);
-    w.want(&packed_key_, total_, padded, c_.packed);
+    w.want(&packed_query_, total_, padded);
+    w.want(&packed_key_, total_, padded);
     w.want(&pair_products_, total_);
     w.want(&largest_, sum_parts_ * total_);
     w.want(&sum_, sum_parts_ * total_);
@@ -119,13 +115,11 @@ class InfoNce {
     w.want(&column_statistics_, gradients && symmetric_ ? 3 * total_ : 0);
     w.want(&factor_, fused_ ? product_parts_ * total_ : 0);
     w.want(&upstream_, forward ? 0 : 1);
-    w.want(&own_logits_, total_ * columns);
-    w.want(&own_inverse_, total_ * columns);
-    const int64_t parts = needs_.rows() ? product_parts_ + own_ : 0;
+    const int64_t parts = needs_.rows() ? product_parts_ : 0;
     w.want(&product_, parts * total_ * padded);
-    w.want(&term_, needs_.temperature || own_ ? parts * total_ : 0);
+    w.want(&term_, needs_.temperature ? parts * total_ : 0);
     for (Columns& set : sets_) {
-      if (!set.of_keys) w.want(&packed_queue_, set.count, padded, c_.packed);
+      if (!set.of_keys) w.want(&packed_queue_, set.count, padded);
       w.want(&set.product, set.products.y_splits * set.problems * set.count * padded);
       w.want(&set.workspace, set.products.workspace_bytes);
     }
@@ -141,7 +135,7 @@ class InfoNce {
     Pack packs[kMostPacks] = {
         {rows_of(c_.op, query_), packed_query_, rows_of(c_.op, key_), packed_key_, pair_products_}};
     int count = 1;
-    if (negatives_ && !own_) packs[count++] = {rows_of(c_.op, *negatives_), packed_queue_};
+    if (negatives_) packs[count++] = {rows_of(c_.op, *negatives_), packed_queue_};
     launch_pack(packs, count, c_.pack_options(), c_.stream);
   }
 
@@ -163,7 +157,6 @@ class InfoNce {
       part += set.sums.splits;
       launch_sums(pairs(set), set.sums, out, c_.stream);
     }
-    if (own_) launch_own_sums(own(), largest_ + part * total_, sum_ + part * total_, c_.stream);
     return of_columns;
   }
 
@@ -182,29 +175,8 @@ class InfoNce {
     return l;
   }
 
-  OwnNegatives own() const {
-    const Tensor& n = *negatives_;
-    return {c_.op,          n.const_data_ptr(),
-            c_.dtype,       total_,
-            rows_,          n.size(2),
-            c_.depth,       {n.stride(0), n.stride(1), n.stride(2), n.stride(3)},
-            packed_query_,  c_.packed,
-            c_.padded,      c_.normalize,
-            c_.temperature, own_logits_,
-            own_inverse_};
-  }
-
   void gradients(const Upstream& upstream) {
     multiply();
-    if (own_ && (needs_.rows() || needs_.negatives)) {
-      OwnGradients out{row_statistics_, upstream};
-      if (needs_.rows()) {
-        out.product = product_ + product_parts_ * total_ * c_.padded;
-        out.term = term_ + product_parts_ * total_;
-      }
-      if (needs_.negatives) out.negatives = grad_negatives.mutable_data_ptr();
-      launch_own_gradients(own(), out, c_.stream);
-    }
     finish_rows(upstream);
     if (needs_.temperature) finish_temperature(upstream);
   }
@@ -235,7 +207,7 @@ class InfoNce {
     if (needs_.query) {
       RowGradient& g = all[count++] = {packed_query_, total_};
       g.product = product_;
-      g.parts = product_parts_ + own_;
+      g.parts = product_parts_;
       g.factor = factor_;
       g.factor_parts = fused_ ? product_parts_ : 0;
       g.pair = packed_key_;
@@ -265,7 +237,7 @@ class InfoNce {
     g.pair_weight = pair_weight_;
     g.pair_logit = pair_logit_;
     g.term = term_;
-    g.parts = product_parts_ + own_;
+    g.parts = product_parts_;
     g.factor = factor_;
     g.factor_parts = fused_ ? product_parts_ : 0;
     g.row_statistics = self_logit_ ? row_statistics_ : nullptr;
@@ -280,16 +252,13 @@ class InfoNce {
   const bool symmetric_;
   const std::optional<double> self_logit_;
   const Needs needs_;
-  const bool own_;
   const int64_t batch_, rows_, total_;
   bool fused_ = false;
-  int64_t sum_parts_ = 0;      // those of the sets in order, that of own negatives last
-  int64_t product_parts_ = 0;  // of the sets; that of own negatives follows
+  int64_t sum_parts_ = 0, product_parts_ = 0;  // those of the sets in order
   std::vector<Columns> sets_;
   PackedRows packed_query_, packed_key_, packed_queue_;
   float *pair_products_, *largest_, *sum_, *column_largest_, *column_sum_, *pair_logit_,
-      *pair_weight_, *row_statistics_, *column_statistics_, *factor_, *upstream_, *own_logits_,
-      *own_inverse_, *product_, *term_;
+      *pair_weight_, *row_statistics_, *column_statistics_, *factor_, *upstream_, *product_, *term_;
   Workspace workspace_;
 
  public:
@@ -306,12 +275,11 @@ void check(const char* op, const Tensor& query, const Tensor& key,
   STD_TORCH_CHECK(!symmetric || (in_batch && !negatives), op,
                   ": a symmetric loss has the keys of the batch as columns, and no others.");
   if (!negatives) return;
-  const int64_t dims = negatives->dim();
-  STD_TORCH_CHECK(dims == 2 || dims == 4, op, ": negatives must be (M, D) or (B, N, M, D).");
-  const int64_t count = negatives->size(dims - 2);
-  check_tensor(op, "negatives", *negatives, dtype,
-               dims == 2 ? std::vector<int64_t>{count, shape[2]}
-                         : std::vector<int64_t>{shape[0], shape[1], count, shape[2]});
+  STD_TORCH_CHECK(
+      negatives->dim() == 2, op,
+      ": the CUDA kernels take negatives (M, D) that all queries share, and none of each "
+      "query's own. Use backend='blocks' for those.");
+  check_tensor(op, "negatives", *negatives, dtype, {negatives->size(0), shape[2]});
 }
 
 }  // namespace
@@ -319,13 +287,13 @@ void check(const char* op, const Tensor& query, const Tensor& key,
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_forward(
     const Tensor& query, const Tensor& key, const std::optional<Tensor>& negatives,
     const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
-    bool symmetric, bool in_batch, std::optional<double> self_logit, bool bfloat16_products,
+    bool symmetric, bool in_batch, std::optional<double> self_logit, bool /*bfloat16_products*/,
     std::optional<double> grad_scale, bool mean, bool need_query, bool need_key,
     bool need_negatives, bool need_temperature) {
   const char* op = "info_nce_forward";
   check(op, query, key, negatives, symmetric, in_batch);
   if (grad_scale && mean) *grad_scale /= static_cast<double>(query.size(0) * query.size(1));
-  const RowsCall call(op, query, temperature_tensor, temperature, normalize, bfloat16_products);
+  const RowsCall call(op, query, temperature_tensor, temperature, normalize);
   const bool now = grad_scale.has_value();
   const Needs needs{now && need_query, now && need_key,
                     now && need_negatives && negatives.has_value(), now && need_temperature};
@@ -342,7 +310,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward(
     const Tensor& grad_loss, const Tensor& query, const Tensor& key,
     const std::optional<Tensor>& negatives, const std::optional<Tensor>& temperature_tensor,
     double temperature, const Tensor& lse, bool normalize, bool symmetric, bool in_batch,
-    std::optional<double> self_logit, bool bfloat16_products, bool need_query, bool need_key,
+    std::optional<double> self_logit, bool /*bfloat16_products*/, bool need_query, bool need_key,
     bool need_negatives, bool need_temperature) {
   const char* op = "info_nce_backward";
   check(op, query, key, negatives, symmetric, in_batch);
@@ -350,7 +318,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward(
   check_tensor(op, "grad_loss", grad_loss, ScalarType::Float, shape);
   if (symmetric) shape.insert(shape.begin(), 2);
   check_tensor(op, "lse", lse, ScalarType::Float, shape);
-  const RowsCall call(op, query, temperature_tensor, temperature, normalize, bfloat16_products);
+  const RowsCall call(op, query, temperature_tensor, temperature, normalize);
   const Needs needs{need_query, need_key, need_negatives && negatives.has_value(),
                     need_temperature};
   InfoNce run(call, query, key, negatives, symmetric, in_batch, self_logit, needs, false);

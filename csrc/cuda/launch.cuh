@@ -1,6 +1,8 @@
 // Starting a kernel, and saying what went wrong.
 #pragma once
 
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -40,22 +42,34 @@ inline void check(cudaError_t error, const Launch& l) {
   if (error != cudaSuccess) refuse(l, cudaGetErrorString(error));
 }
 
+// A kernel has 48 KiB of shared memory unasked. The first launch of more on a device asks for all
+// that it has, once: a limit of each launch's own could fall below that of another thread's, just
+// before it begins.
+inline void allow_shared_memory(const Launch& l, const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), l);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device}) > 0) return;
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), l);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), l);
+  allowed.insert({kernel, device});
+}
+
 // Runs kernel(arguments...) in the stream. Throws LaunchError.
 template <class... Parameters, class... Arguments>
 void launch(const Launch& l, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  const void* const address = reinterpret_cast<const void*>(kernel);
+  if (l.shared_bytes > 48 * 1024) allow_shared_memory(l, address);
 #ifdef FASTNCE_EMULATED
   try {
-    emulator::launch(l.op, l.grid, l.block, l.shared_bytes,
+    emulator::launch(l.op, address, l.grid, l.block, l.shared_bytes,
                      [&] { kernel(static_cast<Parameters>(arguments)...); });
   } catch (const std::runtime_error& error) {
     refuse(l, error.what());
   }
 #else
-  if (l.shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(l.shared_bytes)),
-          l);
-  }
   cudaLaunchConfig_t config{};
   config.gridDim = l.grid;
   config.blockDim = l.block;

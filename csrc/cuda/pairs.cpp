@@ -20,8 +20,6 @@ constexpr int64_t kPanelElements = int64_t{1} << 27;
 constexpr int64_t kMostRowsOfBlock = 128;  // 8 warps of 16
 constexpr int64_t kLeastRowsOfBlock = 16;
 
-int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
-
 void check(const Pairs& p) {
   const auto refuse = [&](const char* what, int64_t got) {
     throw std::invalid_argument(std::string(p.op) + ": " + what + ", got " + std::to_string(got));
@@ -37,7 +35,7 @@ void check(const Pairs& p) {
 bool resident(const Pairs& p) { return p.depth <= kResidentDepth; }
 
 int64_t resident_columns(const Pairs& p) {
-  return kTileBytes / (resident_out(p.depth) * element_bytes(p.dtype));
+  return kTileBytes / (resident_out(p.depth) * kElementBytes);
 }
 
 // Into how many blocks of rows and parts of columns: the largest blocks of rows that fill the
@@ -45,37 +43,29 @@ int64_t resident_columns(const Pairs& p) {
 struct Cut {
   int64_t row_block, splits;
 };
-Cut cut(int64_t problems, int64_t rows, int64_t columns, int64_t most, int64_t tile,
-        int64_t multiprocessors) {
+Cut cut(int64_t problems, int64_t rows, int64_t columns, int64_t tile, int64_t multiprocessors) {
   const int64_t tiles = blocks_of(columns, tile);
-  int64_t block = most;
+  int64_t block = kMostRowsOfBlock;
   const auto row_blocks = [&] { return problems * blocks_of(rows, block); };
   while (block > kLeastRowsOfBlock &&
          (block / 2 >= rows || row_blocks() * tiles < multiprocessors)) {
     block /= 2;
   }
-  const int64_t wanted = std::max<int64_t>(1, multiprocessors / row_blocks());
-  const int64_t parts = std::min({wanted, tiles, int64_t{65535}});
-  // As many as there are parts of that size: none is empty.
-  return {block, blocks_of(tiles, blocks_of(tiles, parts))};
+  return {block, splits_that_fill(row_blocks(), tiles, multiprocessors)};
 }
 
 Cut resident_cut(const Pairs& p, int64_t rows, int64_t columns, const Machine& machine) {
-  const int64_t row_bytes = blocks_of(p.depth * element_bytes(p.dtype), 128) * 128;
-  int64_t most = kMostRowsOfBlock;
-  while (most * row_bytes > kResidentBytes) most /= 2;
-  return cut(p.problems, rows, columns, most, resident_columns(p), machine.multiprocessors);
+  return cut(p.problems, rows, columns, resident_columns(p), machine.multiprocessors);
 }
 
 Cut streamed_cut(const Pairs& p, const Machine& machine) {
-  return cut(p.problems, p.rows, p.columns, kMostRowsOfBlock, kStreamedColumns,
-             machine.multiprocessors);
+  return cut(p.problems, p.rows, p.columns, kStreamedColumns, machine.multiprocessors);
 }
 
 // Parts of the depth k of a panel's products, so that they fill the device.
 int64_t panel_splits(int64_t problems, int64_t m, int64_t k, const Pairs& p,
                      const Machine& machine) {
-  const int64_t step = 128 / element_bytes(p.dtype);
+  const int64_t step = 128 / kElementBytes;
   const int64_t blocks = problems * blocks_of(m, kPanelTile) * blocks_of(p.depth, kPanelTile);
   // A part of fewer than 8 steps would mostly write.
   const int64_t most = blocks_of(k, 8 * step);
@@ -98,7 +88,7 @@ ProductsPlan plan_panels(const Pairs& p, const Machine& machine, bool of_x, bool
   plan.y_splits = of_y ? panel_splits(together, p.columns, height, p, machine) : 0;
   plan.panel_splits = coefficients.splits;
   plan.workspace_bytes =
-      term_bytes(p, coefficients.splits) + together * height * pitch * element_bytes(p.dtype);
+      term_bytes(p, coefficients.splits) + together * height * pitch * kElementBytes;
   plan.x_row_block = block;
   plan.panel_rows = height;
   plan.panel_problems = together;
@@ -127,8 +117,7 @@ SumsPlan plan_sums(const Pairs& pairs, const Machine& machine, bool with_product
 
 void launch_sums(const Pairs& pairs, const SumsPlan& plan, const Sums& out, Stream stream) {
   if (plan.blocks > 0) return sm90::launch_sums(pairs, plan, out, stream);
-  const bool wide = pairs.dtype == Dtype::kFloat32;
-  (wide ? launch_sums_float : launch_sums_half)(pairs, plan, out, stream);
+  launch_sums_sm80(pairs, plan, out, stream);
 }
 
 ProductsPlan plan_products(const Pairs& pairs, const Machine& machine, bool of_x, bool of_y) {
@@ -152,8 +141,7 @@ ProductsPlan plan_products(const Pairs& pairs, const Machine& machine, bool of_x
 void launch_products(const Pairs& pairs, const ProductsPlan& plan, const Products& out,
                      Stream stream) {
   if (plan.blocks > 0) return sm90::launch_products(pairs, plan, out, stream);
-  const bool wide = pairs.dtype == Dtype::kFloat32;
-  (wide ? launch_products_float : launch_products_half)(pairs, plan, out, stream);
+  launch_products_sm80(pairs, plan, out, stream);
 }
 
 }  // namespace fastnce::cuda

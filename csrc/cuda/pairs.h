@@ -46,7 +46,7 @@ struct Pairs {
   const float* y_scale;  // (C,)
   int64_t problems, rows, columns;
   int64_t depth;   // P
-  Dtype dtype;     // of x and y as packed
+  Dtype dtype;     // of x and y: of 16 bits
   bool unit_rows;  // s are cosines: see offset_of in pairs_tile.cuh
   Kind kind;
   const int64_t* x_labels = nullptr;  // (R,) and (C,), of labelled kinds

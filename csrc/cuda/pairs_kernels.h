@@ -1,5 +1,5 @@
 // The kernels that make the passes of pairs.h: those by mma.sync and cp.async, for every GPU since
-// Ampere, of float and of 16-bit elements; and those by Hopper's own instructions.
+// Ampere; and those by Hopper's own instructions.
 #pragma once
 
 #include <utility>
@@ -8,18 +8,17 @@
 
 namespace fastnce::cuda {
 
+constexpr int kElementBytes = 2;
+
 // Up to here a block keeps whole rows in shared memory, and a gradient's product is made where the
 // similarities are: two products for a gradient, four for both. Beyond, each block could keep but a
 // part of the product's depth and would make the similarities once for every 256 of it: 1 + P / 256
 // products instead. There the coefficients of a panel of rows go through memory: two products for a
 // gradient, three for both.
 constexpr int kResidentDepth = 256;
-constexpr int kResidentBytes = 64 * 1024;  // of x
-constexpr int kTileBytes = 16 * 1024;      // of a tile of y, or of a step of an operand
-constexpr int kStreamedColumns = 128;      // of a tile of similarities without a product
-constexpr int kPanelTile = 128;            // rows and columns of a tile of a panel's products
-
-inline int64_t element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+constexpr int kTileBytes = 16 * 1024;  // of a tile of y, or of a step of an operand
+constexpr int kStreamedColumns = 128;  // of a tile of similarities without a product
+constexpr int kPanelTile = 128;        // rows and columns of a tile of a panel's products
 
 // Of a workspace for panels: parts of the rows' terms.
 inline int64_t term_bytes(const Pairs& pairs, int64_t parts) {
@@ -29,12 +28,24 @@ inline int64_t term_bytes(const Pairs& pairs, int64_t parts) {
 // Instances of the resident kernels: the product's depth is at most this.
 inline int64_t resident_out(int64_t depth) { return depth <= 128 ? 128 : 256; }
 
-void launch_sums_half(const Pairs& pairs, const SumsPlan& plan, const Sums& out, Stream stream);
-void launch_sums_float(const Pairs& pairs, const SumsPlan& plan, const Sums& out, Stream stream);
-void launch_products_half(const Pairs& pairs, const ProductsPlan& plan, const Products& out,
+void launch_sums_sm80(const Pairs& pairs, const SumsPlan& plan, const Sums& out, Stream stream);
+void launch_products_sm80(const Pairs& pairs, const ProductsPlan& plan, const Products& out,
                           Stream stream);
-void launch_products_float(const Pairs& pairs, const ProductsPlan& plan, const Products& out,
-                           Stream stream);
+
+inline int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
+
+// Into how many parts to cut `tiles` of columns for `blocks` of rows: as few as keep the
+// multiprocessors busy 7/8 of the time, a block being on each.
+inline int64_t splits_that_fill(int64_t blocks, int64_t tiles, int64_t multiprocessors) {
+  const int64_t most = tiles < 65535 ? tiles : 65535;
+  int64_t splits = 1;
+  while (splits < most) {
+    const int64_t waves = blocks_of(blocks * splits, multiprocessors);
+    if (8 * blocks * splits >= 7 * waves * multiprocessors) break;
+    ++splits;
+  }
+  return blocks_of(tiles, blocks_of(tiles, splits));  // none is empty
+}
 
 // The same pairs with rows and columns in each other's place.
 inline Pairs exchanged(Pairs pairs) {
@@ -57,11 +68,11 @@ inline Products exchanged(const Products& out) {
 
 namespace fastnce::cuda::sm90 {
 
-// Of 16-bit rows of 64 to 512 elements: whether the passes over these pairs can be made here.
+// Of rows of 64 to 512 elements: whether the passes over these pairs can be made here.
 inline bool runs(const Pairs& pairs, const Machine& machine) {
   constexpr int64_t kMost = int64_t{1} << 30;  // columns, and a tile more, are counted by an int
-  return machine.capability == 90 && pairs.dtype != Dtype::kFloat32 && pairs.depth >= 64 &&
-         pairs.depth <= 512 && pairs.rows <= kMost && pairs.columns <= kMost;
+  return machine.capability == 90 && pairs.depth >= 64 && pairs.depth <= 512 &&
+         pairs.rows <= kMost && pairs.columns <= kMost;
 }
 
 SumsPlan plan_sums(const Pairs& pairs, const Machine& machine, bool with_product);

@@ -1,9 +1,5 @@
-// The passes of pairs.h by mma.sync and cp.async, for every GPU since Ampere; and their launches
-// for one kind of element.
+// The kernels of all passes of pairs_sm80.cu, by mma.sync and cp.async.
 #pragma once
-
-#include <algorithm>
-#include <type_traits>
 
 #include "launch.cuh"
 #include "pairs_kernels.h"
@@ -13,16 +9,10 @@ namespace fastnce::cuda {
 
 // --- tiles in shared memory, and their products by mma.sync ---
 //
-// Whatever the element, one step of a product takes 32 bytes of a row's depth: 16 elements of 16
-// bits (m16n8k16) or 8 of tf32 (m16n8k8). ldmatrix moves 8 rows of 16 bytes, a 32-bit word to each
-// lane: two 16-bit elements, or one of tf32, just where the fragments a and b of both instructions
-// want them. So both take the same loads.
+// One step of a product takes 32 bytes of a row's depth, 16 elements. ldmatrix moves 8 rows of 16
+// bytes, just where the fragments a and b of the instruction want them.
 
-template <class T>
-constexpr bool kHalf = sizeof(T) == 2;
-// Elements in 16 bytes, a chunk.
-template <class T>
-constexpr int kPerChunk = 16 / static_cast<int>(sizeof(T));
+constexpr int kPerChunk = 16 / kElementBytes;  // elements in 16 bytes, a chunk
 
 // Rows in shared memory, as blocks of 128 bytes of depth: block, row, then 8 chunks of 16 bytes,
 // the chunk at place chunk ^ (row % 8). An ldmatrix reads one chunk of 8 neighbouring rows, which
@@ -50,49 +40,10 @@ __device__ __forceinline__ void copy_rows(const SharedRows& to, const unsigned c
   }
 }
 
-// N registers of an operand. A float is the sum of two tf32 numbers to 22 bits, and a product of
-// two floats three products of those; the fourth, of both low parts, is below 2^-22 of the whole.
-template <class T, int N>
-struct Fragment {
-  uint32_t part[kHalf<T> ? 1 : 2][N];
-};
-
-template <class T, int N>
-__device__ __forceinline__ Fragment<T, N> fragment_of(const uint32_t (&bits)[N]) {
-  Fragment<T, N> out;
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if constexpr (kHalf<T>) {
-      out.part[0][i] = bits[i];
-    } else {
-      const float x = __uint_as_float(bits[i]);
-      out.part[0][i] = round_to_tf32(x);
-      // What is left has 13 bits, of which the instruction takes 11.
-      out.part[1][i] = __float_as_uint(x - __uint_as_float(out.part[0][i]));
-    }
-  }
-  return out;
-}
-
-template <class T>
-__device__ __forceinline__ void multiply(float (&c)[4], const Fragment<T, 4>& a,
-                                         const Fragment<T, 2>& b) {
-  if constexpr (kHalf<T>) {
-    multiply_m16n8k16<T>(c, a.part[0], b.part[0]);
-  } else {
-    multiply_m16n8k8_tf32(c, a.part[1], b.part[0]);
-    multiply_m16n8k8_tf32(c, a.part[0], b.part[1]);
-    multiply_m16n8k8_tf32(c, a.part[0], b.part[0]);
-  }
-}
-
 // The a of 16 rows from `row` on, at chunks `chunk` and chunk + 1.
-template <class T>
-__device__ __forceinline__ Fragment<T, 4> load_a(const SharedRows& x, int row, int chunk) {
+__device__ __forceinline__ void load_a(uint32_t (&a)[4], const SharedRows& x, int row, int chunk) {
   const int lane = threadIdx.x % kWarp;
-  uint32_t bits[4];
-  load_matrix_x4(bits, x.chunk(row + lane % 16, chunk + lane / 16));
-  return fragment_of<T>(bits);
+  load_matrix_x4(a, x.chunk(row + lane % 16, chunk + lane / 16));
 }
 
 // tile += x y^T of the warp's 16 rows from x_row on and all rows of y, over `chunks` chunks of
@@ -105,81 +56,39 @@ __device__ __forceinline__ void multiply_similarities(float (&tile)[kTiles][4], 
   constexpr int kSteps = kTiles < 16 ? 2 : 1;  // side by side, as registers allow
 #pragma unroll kSteps
   for (int chunk = 0; chunk < chunks; chunk += 2) {
-    const Fragment<T, 4> a = load_a<T>(x, x_row, chunk);
+    uint32_t a[4];
+    load_a(a, x, x_row, chunk);
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2) {
-      uint32_t bits[4];  // b of columns 8n ... 8n + 7, and of the next 8
-      load_matrix_x4(bits, y.chunk(8 * n + lane / 16 * 8 + lane % 8, chunk + lane / 8 % 2));
-      multiply<T>(tile[n], a, fragment_of<T>({bits[0], bits[1]}));
-      multiply<T>(tile[n + 1], a, fragment_of<T>({bits[2], bits[3]}));
+      uint32_t b[4];  // of columns 8n ... 8n + 7, and of the next 8
+      load_matrix_x4(b, y.chunk(8 * n + lane / 16 * 8 + lane % 8, chunk + lane / 8 % 2));
+      multiply_m16n8k16<T>(tile[n], a, {b[0], b[1]});
+      multiply_m16n8k16<T>(tile[n + 1], a, {b[2], b[3]});
     }
   }
 }
 
-// y as the b of a product over its rows: 16 of them from `row` on (of tf32 8), and its elements d
-// ... d + 15 as columns, in two fragments of 8. For tf32 a lane's two rows are chosen:
-struct RowOrder {
-  int first, second;
-};
-// So the c of a 16 x 8 tile is the a of the next product, and the lanes of a load are in
-// different banks: rows 2t in places ^ 2t, so that a quad's 4 rows times 2 chunks are 8 places.
-__device__ __forceinline__ RowOrder paired_rows() {
-  const int t = threadIdx.x % 4;
-  return {2 * t, 2 * t + 1};
-}
-// As ldmatrix gives a: two lanes meet in each bank.
-__device__ __forceinline__ RowOrder natural_rows() {
-  const int t = threadIdx.x % 4;
-  return {t, t + 4};
-}
-template <class T>
-__device__ __forceinline__ uint32_t load_word(const SharedRows& y, int row, int d) {
-  return *reinterpret_cast<const uint32_t*>(y.chunk(row, d / 4) + d % 4 * 4);
-}
-template <class T>
-__device__ __forceinline__ void load_b(Fragment<T, 2> (&b)[2], const SharedRows& y, int row, int d,
-                                       RowOrder order) {
+// y as the b of a product over its rows: 16 of them from `row` on, and its elements d ... d + 15 as
+// columns, two fragments of 8.
+__device__ __forceinline__ void load_b(uint32_t (&b)[4], const SharedRows& y, int row, int d) {
   const int lane = threadIdx.x % kWarp;
-  if constexpr (kHalf<T>) {
-    uint32_t bits[4];
-    load_matrix_x4_transposed(bits, y.chunk(row + lane % 16, d / 8 + lane / 16));
-    b[0] = fragment_of<T>({bits[0], bits[1]});
-    b[1] = fragment_of<T>({bits[2], bits[3]});
-  } else {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int at = d + 8 * i + lane / 4;
-      b[i] = fragment_of<T>(
-          {load_word<T>(y, row + order.first, at), load_word<T>(y, row + order.second, at)});
-    }
-  }
+  load_matrix_x4_transposed(b, y.chunk(row + lane % 16, d / 8 + lane / 16));
 }
 
-// out += tile y, tile the warp's 16 rows by all rows of y, y's depth a multiple of 16.
+// out += factor y, the factor the warp's 16 rows by all rows of y, y's depth a multiple of 16.
 template <class T, int kTiles, int kOut>
 __device__ __forceinline__ void multiply_outputs(float (&out)[kOut / 8][4],
-                                                 const float (&tile)[kTiles][4],
-                                                 const SharedRows& y, int depth) {
-  constexpr int kTilesOfStep = kHalf<T> ? 2 : 1;
+                                                 const Factor<kTiles>& factor, const SharedRows& y,
+                                                 int depth) {
 #pragma unroll
-  for (int n = 0; n < kTiles; n += kTilesOfStep) {
-    Fragment<T, 4> a;
-    if constexpr (kHalf<T>) {
-      a = fragment_of<T>({pack_pair<T>(tile[n][0], tile[n][1]),
-                          pack_pair<T>(tile[n][2], tile[n][3]),
-                          pack_pair<T>(tile[n + 1][0], tile[n + 1][1]),
-                          pack_pair<T>(tile[n + 1][2], tile[n + 1][3])});
-    } else {
-      a = fragment_of<T>({__float_as_uint(tile[n][0]), __float_as_uint(tile[n][2]),
-                          __float_as_uint(tile[n][1]), __float_as_uint(tile[n][3])});
-    }
+  for (int n = 0; n < kTiles; n += 2) {
 #pragma unroll
     for (int d = 0; d < kOut / 8; d += 2) {
       if (8 * d >= depth) break;
-      Fragment<T, 2> b[2];
-      load_b<T>(b, y, 8 * n, 8 * d, paired_rows());
-      multiply<T>(out[d], a, b[0]);
-      multiply<T>(out[d + 1], a, b[1]);
+      uint32_t b[4];
+      load_b(b, y, 8 * n, 8 * d);
+      multiply_m16n8k16<T>(out[d], factor[n / 2], {b[0], b[1]});
+      multiply_m16n8k16<T>(out[d + 1], factor[n / 2], {b[2], b[3]});
     }
   }
 }
@@ -194,13 +103,13 @@ __device__ __forceinline__ void multiply_outputs(float (&out)[kOut / 8][4],
 // 99 KiB of every GPU since Ampere. `out` takes kOut / 2 registers of a thread, of 255.
 
 // Columns of a tile for an `out` of kOut elements.
-template <class T, int kOut>
-constexpr int kResidentColumns = kTileBytes / (kOut * static_cast<int>(sizeof(T)));
+template <int kOut>
+constexpr int kResidentColumns = kTileBytes / (kOut * kElementBytes);
 
 // The block's shared memory: its rows x, twice a tile of y, twice what belongs to its columns.
-template <class T, int kOut>
+template <int kOut>
 struct ResidentMemory {
-  static constexpr int kColumns = kResidentColumns<T, kOut>;
+  static constexpr int kColumns = kResidentColumns<kOut>;
   using Data = ColumnData<kColumns>;
   int row_block, blocks;  // rows of x, and blocks of 128 bytes of depth
 
@@ -224,13 +133,13 @@ struct ResidentMemory {
 template <class T, int kOut, class Body>
 __device__ __forceinline__ void for_each_resident_tile(const Pairs& pairs, const Span& span,
                                                        const float* y_statistics, Body body) {
-  constexpr int kColumns = kResidentColumns<T, kOut>;
+  constexpr int kColumns = kResidentColumns<kOut>;
   const int row_block = blockDim.x / 2, warp = threadIdx.x / kWarp;  // 16 rows for each 32 threads
-  const int chunks = static_cast<int>(pairs.depth) / kPerChunk<T>;
+  const int chunks = static_cast<int>(pairs.depth) / kPerChunk;
   const int64_t pitch = int64_t{chunks} * 16;
   const auto* x = static_cast<const unsigned char*>(pairs.x) + span.first_row * pitch;
   const auto* y = static_cast<const unsigned char*>(pairs.y) + span.first_column * pitch;
-  const ResidentMemory<T, kOut> memory{row_block, (chunks + 7) / 8};
+  const ResidentMemory<kOut> memory{row_block, (chunks + 7) / 8};
   const auto fetch = [&](int first, int buffer) {
     if (first < span.end) {
       copy_rows(memory.y(buffer), y + first * pitch, pitch, span.columns - first, chunks);
@@ -262,7 +171,7 @@ __device__ __forceinline__ void store_outputs(const float (&out)[kOut / 8][4], f
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     if (rows.row[h] >= span.rows) continue;
-    float* line = to + (part + rows.at[h]) * depth + t2;
+    float* line = to + (part + rows.at(span, h)) * depth + t2;
 #pragma unroll
     for (int d = 0; d < kOut / 8; ++d) {
       if (8 * d >= depth) break;
@@ -274,12 +183,12 @@ __device__ __forceinline__ void store_outputs(const float (&out)[kOut / 8][4], f
 
 template <class T, int kOut>
 __global__ void __launch_bounds__(256, 1) sums_resident_kernel(const Pairs pairs, const Sums out) {
-  constexpr int kColumns = kResidentColumns<T, kOut>;
+  constexpr int kColumns = kResidentColumns<kOut>;
   const double temperature = value_of(pairs.temperature);
   const Span span = span_of(pairs, blockIdx.x, blockDim.x / 2, kColumns);
   const ThreadRows rows = rows_of_thread(pairs, span, threadIdx.x / kWarp, temperature);
   const auto depth = static_cast<int>(pairs.depth);
-  RowSums<true> sums(offset_of(pairs, temperature));
+  RowSums sums(offset_of(pairs, temperature), out.term != nullptr);
   float product[kOut / 8][4] = {};
   for_each_resident_tile<T, kOut>(
       pairs, span, nullptr,
@@ -295,8 +204,9 @@ __global__ void __launch_bounds__(256, 1) sums_resident_kernel(const Pairs pairs
             for (int i = 0; i < 4; ++i) product[d][i] *= shrink[i / 2];
           }
         }
-        scale_columns(tile, data.scale);
-        multiply_outputs<T, kColumns / 8, kOut>(product, tile, y, depth);
+        Factor<kColumns / 8> factor;
+        scale_columns<T>(factor, tile, data.scale);
+        multiply_outputs<T, kColumns / 8, kOut>(product, factor, y, depth);
       });
   const int64_t part = int64_t{blockIdx.y} * pairs.problems * pairs.rows;
   sums.store(out, rows, span, part);
@@ -306,24 +216,25 @@ __global__ void __launch_bounds__(256, 1) sums_resident_kernel(const Pairs pairs
 template <class T, int kOut>
 __global__ void __launch_bounds__(256, 1)
     products_resident_kernel(const Pairs pairs, const Products out) {
-  constexpr int kColumns = kResidentColumns<T, kOut>;
+  constexpr int kColumns = kResidentColumns<kOut>;
   const double temperature = value_of(pairs.temperature);
   const Span span = span_of(pairs, blockIdx.x, blockDim.x / 2, kColumns);
   const ThreadRows rows = rows_of_thread(pairs, span, threadIdx.x / kWarp, temperature);
   const auto depth = static_cast<int>(pairs.depth);
   const float scale = coefficient_scale(pairs.dtype);
-  Coefficients coefficients(pairs, out, rows);
+  Coefficients coefficients(pairs, out, span, rows, out.x_term != nullptr);
   float product[kOut / 8][4] = {};
   for_each_resident_tile<T, kOut>(pairs, span, out.y_statistics,
                                   [&](float (&tile)[kColumns / 8][4], int first,
                                       const SharedRows& y, const ColumnData<kColumns>& data) {
                                     to_logits(tile, data, rows, span, first, pairs.kind);
-                                    coefficients.replace(tile, data, rows, {scale, scale});
-                                    multiply_outputs<T, kColumns / 8, kOut>(product, tile, y,
+                                    Factor<kColumns / 8> factor;
+                                    coefficients.find<T>(factor, tile, data, rows, {scale, scale});
+                                    multiply_outputs<T, kColumns / 8, kOut>(product, factor, y,
                                                                             depth);
                                   });
   const int64_t part = int64_t{blockIdx.y} * pairs.problems * pairs.rows;
-  if (out.x_term != nullptr) coefficients.store_term(out.x_term, rows, span, part);
+  if (coefficients.with_term) coefficients.store_term(out.x_term, rows, span, part);
   store_outputs<kOut>(product, out.x_product, rows, span, part, depth, 1.0f / scale);
 }
 
@@ -371,7 +282,7 @@ __device__ __forceinline__ void for_each_streamed_tile(const Pairs& pairs, const
                                                        const StreamedMemory& memory,
                                                        const float* y_statistics, Body body) {
   const int warp = threadIdx.x / kWarp;
-  const int chunks = static_cast<int>(pairs.depth) / kPerChunk<T>, blocks = (chunks + 7) / 8;
+  const int chunks = static_cast<int>(pairs.depth) / kPerChunk, blocks = (chunks + 7) / 8;
   const int64_t pitch = int64_t{chunks} * 16;
   const auto* x = static_cast<const unsigned char*>(pairs.x) + span.first_row * pitch;
   const auto* y = static_cast<const unsigned char*>(pairs.y) + span.first_column * pitch;
@@ -426,19 +337,19 @@ __global__ void __launch_bounds__(256, 1)
     const Span span = span_of(pairs, problem * blocks + block, row_block, kStreamedColumns);
     const ThreadRows rows = rows_of_thread(pairs, span, threadIdx.x / kWarp, temperature);
     const int64_t column_part = group * pairs.problems * pairs.columns + span.first_column;
-    RowSums<false> sums(offset);
+    RowSums sums(offset, false);
     LabelSums labels(pairs.kind, offset);
     for_each_streamed_tile<T>(pairs, span, memory, nullptr,
                               [&](StreamedTile& tile, int first, const StreamedMemory::Data& data) {
                                 to_logits(tile, data, rows, span, first, pairs.kind);
                                 if (out.label_a != nullptr) labels.add(tile, data, rows);
                                 if (columns && offset.running)
-                                  sum_columns_of_warp(tile, offset, memory.scratch());
+                                  sum_columns_of_warp<true>(tile, offset, memory.scratch());
                                 float shrink[2];
                                 sums.add(tile, shrink);
                                 if (columns) {
                                   if (!offset.running)
-                                    sum_columns_of_warp(tile, offset, memory.scratch());
+                                    sum_columns_of_warp<false>(tile, offset, memory.scratch());
                                   sync_threads();
                                   const auto& [largest, sum] = memory.scratch();
                                   for (int j = threadIdx.x;
@@ -474,32 +385,29 @@ __global__ void __launch_bounds__(256, 1)
   const Span span = span_of(pairs, panel.first_block + blockIdx.x, row_block, kStreamedColumns);
   const ThreadRows rows = rows_of_thread(pairs, span, threadIdx.x / kWarp, temperature);
   const float factor = coefficient_scale(pairs.dtype);
-  const float scale[2] = {pairs.x_scale[rows.at[0]] * factor, pairs.x_scale[rows.at[1]] * factor};
-  Coefficients coefficients(pairs, out, rows);
+  const float scale[2] = {pairs.x_scale[rows.at(span, 0)] * factor,
+                          pairs.x_scale[rows.at(span, 1)] * factor};
+  Coefficients coefficients(pairs, out, span, rows, panel.terms != nullptr);
   for_each_streamed_tile<T>(pairs, span, StreamedMemory{row_block}, out.y_statistics,
                             [&](StreamedTile& tile, int first, const StreamedMemory::Data& data) {
                               to_logits(tile, data, rows, span, first, pairs.kind);
-                              coefficients.replace(tile, data, rows, scale);
+                              Factor<kStreamedColumns / 8> factor;
+                              coefficients.find<T>(factor, tile, data, rows, scale);
                               const int column = first + 2 * static_cast<int>(threadIdx.x % 4);
 #pragma unroll
                               for (int h = 0; h < 2; ++h) {
                                 if (rows.row[h] >= span.rows) continue;
                                 T* line = static_cast<T*>(panel.data) +
-                                          (rows.at[h] - panel.first_row) * panel.pitch;
+                                          (rows.at(span, h) - panel.first_row) * panel.pitch;
 #pragma unroll
                                 for (int n = 0; n < kStreamedColumns / 8; ++n) {
                                   if (column + 8 * n >= panel.pitch) break;
                                   T* to = line + column + 8 * n;
-                                  const float low = tile[n][2 * h], high = tile[n][2 * h + 1];
-                                  if constexpr (kHalf<T>) {
-                                    *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(low, high);
-                                  } else {
-                                    *reinterpret_cast<float2*>(to) = make_float2(low, high);
-                                  }
+                                  *reinterpret_cast<uint32_t*>(to) = factor[n / 2][2 * (n % 2) + h];
                                 }
                               }
                             });
-  if (panel.terms != nullptr) {
+  if (coefficients.with_term) {
     const int64_t part = int64_t{blockIdx.y} * pairs.problems * pairs.rows;
     coefficients.store_term(panel.terms, rows, span, part);
   }
@@ -536,63 +444,52 @@ struct PanelProduct {
 };
 
 // Depth of the product in a step: 128 bytes of A's rows; transposed, as many of its columns.
-template <class T>
-constexpr int kPanelStep = 128 / static_cast<int>(sizeof(T));
+constexpr int kPanelStep = 128 / kElementBytes;
 
-template <class T, bool kTransposed>
-__device__ __forceinline__ Fragment<T, 4> load_panel(const SharedRows& a, int row, int k) {
+template <bool kTransposed>
+__device__ __forceinline__ void load_panel(uint32_t (&a)[4], const SharedRows& panel, int row,
+                                           int k) {
   if constexpr (!kTransposed) {
-    return load_a<T>(a, row, k / kPerChunk<T>);
-  } else if constexpr (kHalf<T>) {
-    const int lane = threadIdx.x % kWarp;
-    uint32_t bits[4];
-    load_matrix_x4_transposed(bits, a.chunk(k + lane / 16 * 8 + lane % 8, row / 8 + lane / 8 % 2));
-    return fragment_of<T>(bits);
+    load_a(a, panel, row, k / kPerChunk);
   } else {
-    const int g = threadIdx.x % kWarp / 4;
-    const RowOrder order = paired_rows();
-    return fragment_of<T>({load_word<T>(a, k + order.first, row + g),
-                           load_word<T>(a, k + order.first, row + g + 8),
-                           load_word<T>(a, k + order.second, row + g),
-                           load_word<T>(a, k + order.second, row + g + 8)});
+    const int lane = threadIdx.x % kWarp;
+    load_matrix_x4_transposed(a, panel.chunk(k + lane / 16 * 8 + lane % 8, row / 8 + lane / 8 % 2));
   }
 }
 
 template <class T, bool kTransposed>
 __global__ void __launch_bounds__(256, 1) panel_product_kernel(const PanelProduct p) {
-  constexpr int kStep = kPanelStep<T>, kStepOfProduct = 32 / static_cast<int>(sizeof(T));
   const int64_t problem = blockIdx.z / p.splits, split = blockIdx.z % p.splits;
   const int m = blockIdx.x * kPanelTile, d = blockIdx.y * kPanelTile;
-  const int steps = (p.k + kStep - 1) / kStep, part = (steps + p.splits - 1) / p.splits;
-  const int begin = static_cast<int>(split) * part * kStep;
-  const int end = begin + part * kStep < p.k ? begin + part * kStep : p.k;
+  const int steps = (p.k + kPanelStep - 1) / kPanelStep, part = (steps + p.splits - 1) / p.splits;
+  const int begin = static_cast<int>(split) * part * kPanelStep;
+  const int end = begin + part * kPanelStep < p.k ? begin + part * kPanelStep : p.k;
   const T* a = static_cast<const T*>(p.a) + problem * p.a_problem;
   const T* b = static_cast<const T*>(p.b) + problem * p.b_problem * p.depth + d;
   const auto chunks_to = [](int64_t elements, int most) {
-    return static_cast<int>(elements < most ? elements : most) / kPerChunk<T>;
+    return static_cast<int>(elements < most ? elements : most) / kPerChunk;
   };
   const auto a_of = [&](int buffer) {
     return SharedRows{shared_memory<unsigned char>() + buffer * kPanelBufferBytes,
-                      kTransposed ? kStep : kPanelTile};
+                      kTransposed ? kPanelStep : kPanelTile};
   };
   const auto b_of = [&](int buffer) {
     return SharedRows{shared_memory<unsigned char>() + buffer * kPanelBufferBytes + kTileBytes,
-                      kStep};
+                      kPanelStep};
   };
   const auto fetch = [&](int k, int buffer) {
     if (k < end) {
-      const int64_t pitch = p.a_pitch * static_cast<int64_t>(sizeof(T));
+      const int64_t pitch = p.a_pitch * kElementBytes;
       if constexpr (kTransposed) {
         copy_rows(a_of(buffer), reinterpret_cast<const unsigned char*>(a + k * p.a_pitch + m),
                   pitch, p.k - k, chunks_to(p.a_pitch - m, kPanelTile));
       } else {
         // Beyond the panel's end nothing is copied, and so nothing multiplied.
         copy_rows(a_of(buffer), reinterpret_cast<const unsigned char*>(a + m * p.a_pitch + k),
-                  pitch, p.m - m, chunks_to(p.a_pitch - k, kStep));
+                  pitch, p.m - m, chunks_to(p.a_pitch - k, kPanelStep));
       }
       copy_rows(b_of(buffer), reinterpret_cast<const unsigned char*>(b + int64_t{k} * p.depth),
-                p.depth * static_cast<int64_t>(sizeof(T)), p.k - k,
-                chunks_to(p.depth - d, kPanelTile));
+                p.depth * kElementBytes, p.k - k, chunks_to(p.depth - d, kPanelTile));
     }
     copy_async_commit();
   };
@@ -600,26 +497,26 @@ __global__ void __launch_bounds__(256, 1) panel_product_kernel(const PanelProduc
   float out[2][8][4] = {};
   fetch(begin, 0);
   int buffer = 0;
-  for (int k = begin; k < end; k += kStep, buffer ^= 1) {
+  for (int k = begin; k < end; k += kPanelStep, buffer ^= 1) {
     copy_async_wait<0>();
     sync_threads();  // this step's parts are there, and nobody reads the other ones any more
-    fetch(k + kStep, buffer ^ 1);
+    fetch(k + kPanelStep, buffer ^ 1);
     const int inside = (p.k - k + 15) / 16 * 16;  // the panel has zeros up to there
 #pragma unroll
-    for (int s = 0; s < kStep; s += kStepOfProduct) {
+    for (int s = 0; s < kPanelStep; s += 16) {
       if (s >= inside) break;
-      Fragment<T, 4> of_a[2];
+      uint32_t of_a[2][4];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        of_a[i] = load_panel<T, kTransposed>(a_of(buffer), row + 16 * i, s);
-      }
+      for (int i = 0; i < 2; ++i) load_panel<kTransposed>(of_a[i], a_of(buffer), row + 16 * i, s);
 #pragma unroll
       for (int n = 0; n < 8; n += 2) {
-        Fragment<T, 2> of_b[2];
-        load_b<T>(of_b, b_of(buffer), s, column + 8 * n,
-                  kTransposed ? paired_rows() : natural_rows());
+        uint32_t of_b[4];
+        load_b(of_b, b_of(buffer), s, column + 8 * n);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) multiply<T>(out[i / 2][n + i % 2], of_a[i / 2], of_b[i % 2]);
+        for (int i = 0; i < 4; ++i) {
+          multiply_m16n8k16<T>(out[i / 2][n + i % 2], of_a[i / 2],
+                               {of_b[i % 2 * 2], of_b[i % 2 * 2 + 1]});
+        }
       }
     }
   }
@@ -652,151 +549,6 @@ __global__ void __launch_bounds__(256, 1) panel_product_kernel(const PanelProduc
     sum += p.terms[i * p.out_split + at];
   }
   p.term[split * p.out_split + at] = sum;
-}
-
-// --- launches ---
-
-inline Launch launch_of(const Pairs& p, int64_t row_blocks, int64_t splits, int64_t row_block,
-                        size_t shared_bytes, Stream stream) {
-  return {p.op, dim3(static_cast<unsigned>(row_blocks), static_cast<unsigned>(splits)),
-          dim3(static_cast<unsigned>(2 * row_block)),  // 32 threads for 16 rows
-          shared_bytes, stream};
-}
-
-inline int64_t row_blocks_of(int64_t problems, int64_t rows, int64_t row_block) {
-  return problems * ((rows + row_block - 1) / row_block);
-}
-
-template <class T, int kOut>
-Launch resident_launch(const Pairs& p, int64_t splits, int64_t row_block, Stream stream) {
-  const auto blocks = static_cast<int>((p.depth * static_cast<int64_t>(sizeof(T)) + 127) / 128);
-  const ResidentMemory<T, kOut> memory{static_cast<int>(row_block), blocks};
-  return launch_of(p, row_blocks_of(p.problems, p.rows, row_block), splits, row_block,
-                   memory.bytes(), stream);
-}
-
-// Calls run(an integral constant) with the resident kernels' instance for a depth.
-template <class Run>
-void with_resident_out(int64_t depth, const Run& run) {
-  if (resident_out(depth) == 128) return run(std::integral_constant<int, 128>{});
-  run(std::integral_constant<int, 256>{});
-}
-
-template <class T>
-void launch_sums_of(const Pairs& p, const SumsPlan& plan, const Sums& out, Stream stream) {
-  if (out.product == nullptr) {
-    const StreamedMemory memory{static_cast<int>(plan.row_block)};
-    launch(launch_of(p, p.problems * plan.row_blocks, plan.splits, plan.row_block, memory.bytes(),
-                     stream),
-           sums_streamed_kernel<T>, p, out, static_cast<int>(plan.row_blocks));
-    return;
-  }
-  with_resident_out(p.depth, [&](auto kOut) {
-    launch(resident_launch<T, kOut>(p, plan.splits, plan.row_block, stream),
-           sums_resident_kernel<T, kOut>, p, out);
-  });
-}
-
-template <class T>
-void launch_row_products(const Pairs& p, int64_t splits, int64_t row_block, const Products& out,
-                         Stream stream) {
-  with_resident_out(p.depth, [&](auto kOut) {
-    launch(resident_launch<T, kOut>(p, splits, row_block, stream),
-           products_resident_kernel<T, kOut>, p, out);
-  });
-}
-
-template <class T, bool kTransposed>
-void launch_panel_product(const Pairs& p, int64_t problems, const PanelProduct& product,
-                          Stream stream) {
-  const auto tiles = [](int64_t count) {
-    return static_cast<unsigned>((count + kPanelTile - 1) / kPanelTile);
-  };
-  launch({p.op,
-          dim3(tiles(product.m), tiles(product.depth),
-               static_cast<unsigned>(problems * product.splits)),
-          dim3(256), 2 * kPanelBufferBytes, stream},
-         panel_product_kernel<T, kTransposed>, product);
-}
-
-// The coefficients of rows `start` to start + size of problems `problem` to problem + count, and
-// both products with them.
-template <class T>
-void launch_panel(const Pairs& p, const ProductsPlan& plan, const Products& out, Stream stream,
-                  int64_t problem, int64_t count, int64_t start, int64_t size) {
-  const int64_t pitch = padded_depth(p.columns), total = p.problems * p.rows;
-  const int64_t first_row = problem * p.rows + start, first_column = problem * p.columns;
-  const int64_t blocks = row_blocks_of(1, p.rows, plan.x_row_block);
-  // The workspace: the parts of the terms, then the panel.
-  float* const terms = out.x_term == nullptr ? nullptr : static_cast<float*>(out.workspace);
-  auto* const coefficients =
-      static_cast<unsigned char*>(out.workspace) + term_bytes(p, plan.panel_splits);
-  const Panel panel{coefficients, pitch, first_row, problem * blocks + start / plan.x_row_block,
-                    terms};
-  const StreamedMemory memory{static_cast<int>(plan.x_row_block)};
-  launch(launch_of(p, row_blocks_of(count, size, plan.x_row_block), plan.panel_splits,
-                   plan.x_row_block, memory.bytes(), stream),
-         coefficients_kernel<T>, p, out, panel);
-
-  PanelProduct product{};
-  product.a = coefficients;
-  product.a_pitch = pitch;
-  product.a_problem = size * pitch;
-  product.depth = static_cast<int>(p.depth);
-  product.factor = 1.0f / coefficient_scale(p.dtype);
-  if (out.x_product != nullptr) {
-    PanelProduct of_x = product;
-    of_x.b = static_cast<const T*>(p.y) + first_column * p.depth;
-    of_x.b_problem = p.columns;
-    of_x.m = static_cast<int>(size);
-    of_x.k = static_cast<int>(p.columns);
-    of_x.splits = static_cast<int>(plan.x_splits);
-    of_x.out = out.x_product + first_row * p.depth;
-    of_x.out_problem = size;
-    of_x.out_split = total;
-    of_x.row_scale = p.x_scale + first_row;
-    if (terms != nullptr) {
-      of_x.terms = terms + first_row;
-      of_x.term_parts = static_cast<int>(plan.panel_splits);
-      of_x.term = out.x_term + first_row;
-    }
-    launch_panel_product<T, false>(p, count, of_x, stream);
-  }
-  if (out.y_product != nullptr) {
-    PanelProduct of_y = product;
-    of_y.b = static_cast<const T*>(p.x) + first_row * p.depth;
-    of_y.b_problem = size;
-    of_y.m = static_cast<int>(p.columns);
-    of_y.k = static_cast<int>(size);
-    of_y.splits = static_cast<int>(plan.y_splits);
-    of_y.out = out.y_product + first_column * p.depth;
-    of_y.out_problem = p.columns;
-    of_y.out_split = p.problems * p.columns;
-    of_y.row_scale = p.y_scale + first_column;
-    of_y.accumulate = start > 0;
-    launch_panel_product<T, true>(p, count, of_y, stream);
-  }
-}
-
-template <class T>
-void launch_products_of(const Pairs& p, const ProductsPlan& plan, const Products& out,
-                        Stream stream) {
-  if (plan.panel_rows == 0) {
-    if (out.x_product != nullptr) {
-      launch_row_products<T>(p, plan.x_splits, plan.x_row_block, out, stream);
-    }
-    if (out.y_product != nullptr) {
-      launch_row_products<T>(exchanged(p), plan.y_splits, plan.y_row_block, exchanged(out), stream);
-    }
-    return;
-  }
-  for (int64_t problem = 0; problem < p.problems; problem += plan.panel_problems) {
-    const int64_t count = std::min(plan.panel_problems, p.problems - problem);
-    for (int64_t start = 0; start < p.rows; start += plan.panel_rows) {
-      const int64_t size = std::min(plan.panel_rows, p.rows - start);
-      launch_panel<T>(p, plan, out, stream, problem, count, start, size);
-    }
-  }
 }
 
 }  // namespace fastnce::cuda

@@ -8,45 +8,29 @@
 namespace fastnce::cuda::sm90 {
 namespace {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Chunks of the output's depth that one block makes, and how many such parts a row has.
 int parts_of(int64_t depth) { return depth > 256 ? 2 : 1; }
 int out_chunks(int64_t depth) {
-  return static_cast<int>(ceil_div(depth, parts_of(depth) * kLineElements));
+  return static_cast<int>(blocks_of(depth, parts_of(depth) * kLineElements));
 }
 int tile_columns(int out) { return out > 2 ? 64 : 128; }
-
-// Parts of the columns: as few as keep the multiprocessors busy 7/8 of the time, a block being on
-// each, and no part so short that its beginning and end count.
-int64_t splits_of(int64_t blocks, int64_t columns, int tile, int64_t multiprocessors) {
-  constexpr int64_t kFewestTiles = 4;
-  const int64_t tiles = ceil_div(columns, tile);
-  const int64_t most = std::max<int64_t>(1, tiles / kFewestTiles);
-  int64_t splits = 1;
-  while (splits < most) {
-    const int64_t waves = ceil_div(blocks * splits, multiprocessors);
-    if (8 * blocks * splits >= 7 * waves * multiprocessors) break;
-    ++splits;
-  }
-  return ceil_div(tiles, ceil_div(tiles, splits));  // none is empty
-}
 
 // `row_steps` blocks of 128 rows belong together.
 int64_t splits_of(const Pairs& pairs, const Machine& machine, int out, int64_t row_steps = 1) {
   const int64_t parts = out > 0 ? parts_of(pairs.depth) : 1;
-  const int64_t blocks = pairs.problems * ceil_div(pairs.rows, kBlockRows * row_steps) * parts;
-  return splits_of(blocks, pairs.columns, tile_columns(out), machine.multiprocessors);
+  const int64_t blocks = pairs.problems * blocks_of(pairs.rows, kBlockRows * row_steps) * parts;
+  const int64_t tiles = blocks_of(pairs.columns, tile_columns(out));
+  return splits_that_fill(blocks, tiles, machine.multiprocessors);
 }
 
 Arguments arguments_of(const Pairs& pairs, int64_t splits, int out, int64_t row_steps = 1) {
   Arguments a{};
   a.pairs = pairs;
   a.row_steps = static_cast<int>(row_steps);
-  a.row_blocks = static_cast<int>(ceil_div(pairs.rows, kBlockRows * row_steps));
+  a.row_blocks = static_cast<int>(blocks_of(pairs.rows, kBlockRows * row_steps));
   a.splits = static_cast<int>(splits);
   a.parts = out > 0 ? parts_of(pairs.depth) : 1;
-  a.chunks = out > 0 ? a.parts * out : static_cast<int>(ceil_div(pairs.depth, kLineElements));
+  a.chunks = out > 0 ? a.parts * out : static_cast<int>(blocks_of(pairs.depth, kLineElements));
   const int64_t pieces = pairs.problems * a.row_blocks * a.splits * a.parts;
   if (pieces > INT_MAX) {
     throw LaunchError(std::string(pairs.op) + ": " + std::to_string(pairs.problems) +
@@ -90,10 +74,10 @@ void launch_sums_of(const Arguments& a, int out, int64_t blocks, Stream stream) 
 SumsPlan plan_sums(const Pairs& pairs, const Machine& machine, bool with_product) {
   SumsPlan plan{};
   plan.blocks = machine.multiprocessors;
-  const int64_t row_blocks = ceil_div(pairs.rows, kBlockRows);
+  const int64_t row_blocks = blocks_of(pairs.rows, kBlockRows);
   // Sums of columns are in memory once for each piece's rows and warp group: where there are more
   // blocks of rows than multiprocessors, they follow one another in groups.
-  const int64_t most = ceil_div(pairs.problems * row_blocks, machine.multiprocessors);
+  const int64_t most = blocks_of(pairs.problems * row_blocks, machine.multiprocessors);
   const int64_t row_steps = with_product ? 1 : std::min(most, row_blocks);
   plan.splits = splits_of(pairs, machine, with_product ? out_chunks(pairs.depth) : 0, row_steps);
   plan.row_block = row_steps * kBlockRows;

@@ -248,9 +248,10 @@ __device__ __forceinline__ void share_sums(float (&v)[32], int bit) {
   }
 }
 
-// One warp's sums to its line of the scratch, of logits with maxima over its own 16 rows if the
+// One warp's sums to its line of the scratch, of logits with maxima over its own 16 rows where the
 // offset is running, else of exponentials. A thread's share of the columns is 2 n + r for column
 // 8 n + 2 t + r.
+template <bool kRunning>
 __device__ __forceinline__ void sum_columns_of_warp(const float (&tile)[16][4], Offset offset,
                                                     float (&largest)[128], float (&sum)[128]) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, t2 = 2 * (lane % 4);
@@ -258,7 +259,7 @@ __device__ __forceinline__ void sum_columns_of_warp(const float (&tile)[16][4], 
 #pragma unroll
   for (int k = 0; k < 32; ++k) {
     float first = tile[k / 2][k % 2], second = tile[k / 2][k % 2 + 2], top = offset.fixed;
-    if (offset.running) {
+    if constexpr (kRunning) {
       top = over_rows_max(fmaxf(first, second));
       first = exp2_fast(first - finite(top));
       second = exp2_fast(second - finite(top));
@@ -325,7 +326,7 @@ struct Consumer {
   }
 
   // O += E y from the last kOut slots, which are then given back.
-  __device__ __forceinline__ void multiply(Output& o, uint32_t (&e)[kColumns / 16][4]) {
+  __device__ __forceinline__ void multiply(Output& o, Factor<kColumns / 8>& e) {
     const auto slot = [&](int c) {
       const int at = ring.slot - kOut + c;
       return at < 0 ? at + a.slots : at;
@@ -349,8 +350,8 @@ struct Consumer {
     }
   }
 
-  // Calls body(tile of products, first column, column data) for each tile of the columns, which
-  // leaves the factor of y in the tile, if there is an output.
+  // Calls body(tile of products, first column, column data, factor) for each tile of the columns,
+  // which fills the factor of y, if there is an output.
   template <class Body>
   __device__ __forceinline__ void for_each_tile(const Span& span, Output& o, Body body) {
     Barriers& barriers = memory.barriers();
@@ -359,21 +360,12 @@ struct Consumer {
       Tile s = {};
       similarities(s);
       barrier_wait(&barriers.data_full[data.slot], data.parity);
-      body(s, column, memory.data(data.slot));
+      Factor<kColumns / 8> factor;
+      body(s, column, memory.data(data.slot), factor);
       sync_warp();  // all lanes have read the data
       arrive(&barriers.data_empty[data.slot]);
       data.next(kDataSlots);
-      if constexpr (kOut > 0) {
-        uint32_t e[kColumns / 16][4];  // in the order of wgmma_registers
-#pragma unroll
-        for (int i = 0; i < kColumns / 8; ++i) {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            e[i / 2][2 * (i % 2) + h] = pack_pair<T>(s[i][2 * h], s[i][2 * h + 1]);
-          }
-        }
-        multiply(o, e);
-      }
+      if constexpr (kOut > 0) multiply(o, factor);
     }
     arrive(&barriers.x_empty);
     x.next(1);
@@ -387,7 +379,7 @@ struct Consumer {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (rows.row[h] >= span.rows) continue;
-      float* line = to + (first_row_of(piece) + rows.at[h]) * depth;
+      float* line = to + (first_row_of(piece) + rows.at(span, h)) * depth;
 #pragma unroll
       for (int c = 0; c < kOut; ++c) {
 #pragma unroll
@@ -416,12 +408,13 @@ struct Consumer {
   }
 
   // The two warp groups of a block have parts of their own: neither waits for the other.
+  template <bool kRunning>
   __device__ __forceinline__ void add_columns(const Tile& tile, Offset offset, const Span& span,
                                               const Piece<kColumns>& piece, int column) {
     ColumnScratch& scratch = memory.scratch();
     auto& largest = scratch.largest[buffer][group];
     auto& sum = scratch.sum[buffer][group];
-    sum_columns_of_warp(tile, offset, largest[warp], sum[warp]);
+    sum_columns_of_warp<kRunning>(tile, offset, largest[warp], sum[warp]);
     sync_named(1 + group, kWarpGroup);
     const int mine = warp * kWarp + lane;
     if (column + mine < span.columns && span.row + 64 * group < span.rows) {
@@ -438,33 +431,38 @@ struct Consumer {
     for (Piece<kColumns> piece(a); piece.there(a); piece.next(a)) {
       const Span& span = piece.span;
       const ThreadRows rows = rows_of_thread(a.pairs, span, 4 * group + warp, temperature);
-      RowSums<(kOut > 0)> sums(offset);
+      RowSums sums(offset, kOut > 0 && a.sums.term != nullptr && piece.part == 0);
       LabelSums labels(a.pairs.kind, offset);
       Output o;
       clear(o);
-      for_each_tile(span, o, [&](Tile& tile, int column, const ColumnData<kColumns>& values) {
-        to_logits(tile, values, rows, span, column, a.pairs.kind);
-        float shrink[2];
-        if constexpr (kOut == 0) {
-          if (a.pairs.x_labels != nullptr) labels.add(tile, values, rows);
-          if (a.column_sums() && offset.running) add_columns(tile, offset, span, piece, column);
-          sums.add(tile, shrink);
-          if (a.column_sums() && !offset.running) add_columns(tile, offset, span, piece, column);
-        } else {
-          sums.add(tile, shrink);
-          if (!(shrink[0] == 1.0f && shrink[1] == 1.0f)) {  // a new maximum is rare
+      for_each_tile(span, o,
+                    [&](Tile& tile, int column, const ColumnData<kColumns>& values,
+                        Factor<kColumns / 8>& factor) {
+                      to_logits(tile, values, rows, span, column, a.pairs.kind);
+                      float shrink[2];
+                      if constexpr (kOut == 0) {
+                        if (a.pairs.x_labels != nullptr) labels.add(tile, values, rows);
+                        const bool columns = a.column_sums();
+                        if (columns && offset.running)
+                          add_columns<true>(tile, offset, span, piece, column);
+                        sums.add(tile, shrink);
+                        if (columns && !offset.running)
+                          add_columns<false>(tile, offset, span, piece, column);
+                      } else {
+                        sums.add(tile, shrink);
+                        if (!(shrink[0] == 1.0f && shrink[1] == 1.0f)) {  // a new maximum is rare
 #pragma unroll
-            for (auto& chunk : o) {
+                          for (auto& chunk : o) {
 #pragma unroll
-              for (auto& four : chunk) {
+                            for (auto& four : chunk) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) four[i] *= shrink[i / 2];
-              }
-            }
-          }
-          scale_columns(tile, values.scale);
-        }
-      });
+                              for (int i = 0; i < 4; ++i) four[i] *= shrink[i / 2];
+                            }
+                          }
+                        }
+                        scale_columns<T>(factor, tile, values.scale);
+                      }
+                    });
       if (piece.part == 0) sums.store(a.sums, rows, span, first_row_of(piece));
       if constexpr (kOut > 0) {
         store_output(o, a.sums.product, rows, span, piece, 1.0f);
@@ -480,14 +478,17 @@ struct Consumer {
     for (Piece<kColumns> piece(a); piece.there(a); piece.next(a)) {
       const Span& span = piece.span;
       const ThreadRows rows = rows_of_thread(a.pairs, span, 4 * group + warp, temperature);
-      Coefficients coefficients(a.pairs, a.products, rows);
+      const bool with_term = a.products.x_term != nullptr && piece.part == 0;
+      Coefficients coefficients(a.pairs, a.products, span, rows, with_term);
       Output o;
       clear(o);
-      for_each_tile(span, o, [&](Tile& tile, int column, const ColumnData<kColumns>& values) {
-        to_logits(tile, values, rows, span, column, a.pairs.kind);
-        coefficients.replace(tile, values, rows, {scale, scale});
-      });
-      if (a.products.x_term != nullptr && piece.part == 0) {
+      for_each_tile(span, o,
+                    [&](Tile& tile, int column, const ColumnData<kColumns>& values,
+                        Factor<kColumns / 8>& factor) {
+                      to_logits(tile, values, rows, span, column, a.pairs.kind);
+                      coefficients.template find<T>(factor, tile, values, rows, {scale, scale});
+                    });
+      if (with_term) {
         coefficients.store_term(a.products.x_term, rows, span, first_row_of(piece));
       }
       store_output(o, a.products.x_product, rows, span, piece, 1.0f / scale);

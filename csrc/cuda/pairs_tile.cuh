@@ -4,7 +4,12 @@
 //   tile[n] = {(g, 8n + 2t), (g, 8n + 2t + 1), (g + 8, 8n + 2t), (g + 8, 8n + 2t + 1)}.
 // Four neighbouring lanes (a quad) share rows. A pair that does not count has the logit -inf.
 //
-// Below: a block's tiles and their logits; sums of exponentials; coefficients G = d L / d z.
+// What a tile becomes as the first factor of a product over its columns, in 16 bits: 16 columns to
+// an operand of the instructions,
+//   factor[n / 2][2 (n % 2) + h] = the pair of columns of tile[n] in row g + 8 h.
+//
+// Below: a block's tiles and their logits; sums of exponentials; coefficients G = d L / d z. What
+// differs between calls is asked for once a tile, and is a constant to the loops over its elements.
 #pragma once
 
 #include "pairs.h"
@@ -95,9 +100,14 @@ __device__ __forceinline__ void copy_column_data(ColumnData<kColumns>& to, const
 struct ThreadRows {
   int warp_row;      // the warp's first row, in the problem
   int row[2];        // in the problem
-  int64_t at[2];     // in x; beyond the problem's end its last row
   float scale[2];    // to base 2
   int64_t label[2];  // of labelled kinds
+
+  // In x; beyond the problem's end its last row.
+  __device__ __forceinline__ int64_t at(const Span& span, int h) const {
+    const int inside = row[h] < span.rows ? row[h] : span.rows - 1;
+    return span.first_row + (inside - span.row);
+  }
 };
 __device__ __forceinline__ ThreadRows rows_of_thread(const Pairs& pairs, const Span& span, int warp,
                                                      double temperature) {
@@ -106,10 +116,9 @@ __device__ __forceinline__ ThreadRows rows_of_thread(const Pairs& pairs, const S
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     out.row[h] = out.warp_row + static_cast<int>(threadIdx.x % kWarp) / 4 + 8 * h;
-    const int inside = out.row[h] < span.rows ? out.row[h] : span.rows - 1;
-    out.at[h] = span.first_row + (inside - span.row);
-    out.scale[h] = to_base_2(pairs.x_scale[out.at[h]], base_2_factor(temperature));
-    out.label[h] = pairs.x_labels != nullptr ? pairs.x_labels[out.at[h]] : 0;
+    const int64_t at = out.at(span, h);
+    out.scale[h] = to_base_2(pairs.x_scale[at], base_2_factor(temperature));
+    out.label[h] = pairs.x_labels != nullptr ? pairs.x_labels[at] : 0;
   }
   return out;
 }
@@ -145,12 +154,21 @@ __device__ __forceinline__ void to_logits(float (&tile)[kTiles][4], const Data& 
 }
 
 template <int kTiles>
-__device__ __forceinline__ void scale_columns(float (&tile)[kTiles][4], const float* scale) {
+using Factor = uint32_t[kTiles / 2][4];
+
+// Exponentials with the scales of their columns.
+template <class T, int kTiles>
+__device__ __forceinline__ void scale_columns(Factor<kTiles>& factor,
+                                              const float (&tile)[kTiles][4], const float* scale) {
   const int t2 = 2 * (threadIdx.x % 4);
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
+    const float low = scale[8 * n + t2], high = scale[8 * n + t2 + 1];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) tile[n][i] *= scale[8 * n + t2 + i % 2];
+    for (int h = 0; h < 2; ++h) {
+      factor[n / 2][2 * (n % 2) + h] =
+          pack_pair<T>(tile[n][2 * h] * low, tile[n][2 * h + 1] * high);
+    }
   }
 }
 
@@ -169,13 +187,14 @@ __device__ __forceinline__ float finite(float largest) {
 
 // --- sums of exponentials ---
 
-// Of a thread's two rows, over its columns.
-template <bool kTerm>
+// Of a thread's two rows, over its columns; the terms e z for the temperature's gradient on
+// request.
 struct RowSums {
   Offset offset;
+  bool with_term;
   float largest[2], sum[2], term[2];
 
-  __device__ __forceinline__ explicit RowSums(Offset o) : offset(o) {
+  __device__ __forceinline__ RowSums(Offset o, bool with_term) : offset(o), with_term(with_term) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       largest[h] = o.running ? FASTNCE_NO_LOGIT : o.fixed;
@@ -202,9 +221,27 @@ struct RowSums {
         shrink[h] = exp2_fast(largest[h] - relative[h]);
         largest[h] = top;
         sum[h] *= shrink[h];
-        if constexpr (kTerm) term[h] *= shrink[h];
+        term[h] *= shrink[h];
       }
     }
+    with_term ? add_tile<true>(tile, relative) : add_tile<false>(tile, relative);
+  }
+
+  __device__ __forceinline__ void store(const Sums& out, const ThreadRows& rows, const Span& span,
+                                        int64_t part) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float all = quad_sum(sum[h]), all_terms = quad_sum(term[h]);
+      if (threadIdx.x % 4 != 0 || rows.row[h] >= span.rows) continue;
+      out.largest[part + rows.at(span, h)] = largest[h];
+      out.sum[part + rows.at(span, h)] = all;
+      if (with_term) out.term[part + rows.at(span, h)] = all_terms * kLn2;
+    }
+  }
+
+ private:
+  template <bool kTerm, int kTiles>
+  __device__ __forceinline__ void add_tile(float (&tile)[kTiles][4], const float (&relative)[2]) {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -216,24 +253,10 @@ struct RowSums {
       }
     }
   }
-
-  __device__ __forceinline__ void store(const Sums& out, const ThreadRows& rows, const Span& span,
-                                        int64_t part) const {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float all = quad_sum(sum[h]), all_terms = kTerm ? quad_sum(term[h]) : 0.0f;
-      if (threadIdx.x % 4 != 0 || rows.row[h] >= span.rows) continue;
-      out.largest[part + rows.at[h]] = largest[h];
-      out.sum[part + rows.at[h]] = all;
-      if constexpr (kTerm) {
-        if (out.term != nullptr) out.term[part + rows.at[h]] = all_terms * kLn2;
-      }
-    }
-  }
 };
 
-// Of the positives by label. Each thread has a maximum of its own, as few exponentials are
-// positives'.
+// Of the positives by label: of SupCon their logits and their number, of 2C maximum and sum of
+// their exponentials. Each thread has a maximum of its own until the end.
 struct LabelSums {
   Kind kind;
   bool running;
@@ -247,32 +270,27 @@ struct LabelSums {
     }
   }
 
-  __device__ __forceinline__ void add_one(float z, int h) {
-    if (kind == Kind::kSupCon) {
-      a[h] += z;
-      b[h] += 1.0f;
-      return;
-    }
-    if (running && !(z <= a[h])) {
-      b[h] *= exp2_fast(a[h] - finite(z));
-      a[h] = z;
-    }
-    b[h] += exp2_fast(z - finite(a[h]));
-  }
-
   template <int kTiles, class Data>
   __device__ __forceinline__ void add(const float (&tile)[kTiles][4], const Data& data,
                                       const ThreadRows& rows) {
-    const int t2 = 2 * (threadIdx.x % 4);
+    if (kind == Kind::kSupCon) {
+      for_positives(tile, data, rows, [&](float z, int h) {
+        a[h] += z == FASTNCE_NO_LOGIT ? 0.0f : z;
+        b[h] += z == FASTNCE_NO_LOGIT ? 0.0f : 1.0f;
+      });
+      return;
+    }
+    if (running) {
+      float top[2] = {a[0], a[1]};
+      for_positives(tile, data, rows, [&](float z, int h) { top[h] = fmaxf(top[h], z); });
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float z = tile[n][i];
-        const bool same = rows.label[i / 2] == data.label[8 * n + t2 + i % 2];
-        if (same && z != FASTNCE_NO_LOGIT) add_one(z, i / 2);
+      for (int h = 0; h < 2; ++h) {
+        b[h] *= exp2_fast(a[h] - finite(top[h]));
+        a[h] = top[h];
       }
     }
+    const float relative[2] = {finite(a[0]), finite(a[1])};
+    for_positives(tile, data, rows, [&](float z, int h) { b[h] += exp2_fast(z - relative[h]); });
   }
 
   __device__ __forceinline__ void store(const Sums& out, const ThreadRows& rows, const Span& span,
@@ -284,8 +302,25 @@ struct LabelSums {
       const float all_a = two_c ? top : quad_sum(a[h]) * kLn2;
       const float all_b = quad_sum(two_c ? b[h] * exp2_fast(a[h] - finite(top)) : b[h]);
       if (threadIdx.x % 4 != 0 || rows.row[h] >= span.rows) continue;
-      out.label_a[part + rows.at[h]] = all_a;
-      out.label_b[part + rows.at[h]] = all_b;
+      out.label_a[part + rows.at(span, h)] = all_a;
+      out.label_b[part + rows.at(span, h)] = all_b;
+    }
+  }
+
+ private:
+  // Calls run(logit, which of the rows) for all pairs; those that are no positives have no logit.
+  template <int kTiles, class Data, class Run>
+  static __device__ __forceinline__ void for_positives(const float (&tile)[kTiles][4],
+                                                       const Data& data, const ThreadRows& rows,
+                                                       Run run) {
+    const int t2 = 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool same = rows.label[i / 2] == data.label[8 * n + t2 + i % 2];
+        run(same ? tile[n][i] : FASTNCE_NO_LOGIT, i / 2);
+      }
     }
   }
 };
@@ -309,9 +344,9 @@ __device__ __forceinline__ float over_rows_sum(float x) {
   return x + shuffle_xor(x, 16);
 }
 
-// A warp's 16 rows: of logits with a maximum of their own if the offset is running, else of
+// A warp's 16 rows: of logits with a maximum of their own where the offset is running, else of
 // exponentials.
-template <int kTiles, int kColumns, int kWarps>
+template <bool kRunning, int kTiles, int kColumns, int kWarps>
 __device__ __forceinline__ void sum_columns_of_warp(const float (&tile)[kTiles][4], Offset offset,
                                                     ColumnScratch<kColumns, kWarps>& scratch) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -320,7 +355,7 @@ __device__ __forceinline__ void sum_columns_of_warp(const float (&tile)[kTiles][
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float first = tile[n][i], second = tile[n][i + 2], top = offset.fixed;
-      if (offset.running) {
+      if constexpr (kRunning) {
         top = over_rows_max(fmaxf(first, second));
         first = exp2_fast(first - finite(top));
         second = exp2_fast(second - finite(top));
@@ -365,60 +400,36 @@ struct Statistics {
   float lse, weight, third;
 };
 
-// d loss / d z at a pair: weight softmax, less the target for a positive (`same`).
-__device__ __forceinline__ float coefficient(float z, const Statistics& s, bool same, Kind kind) {
-  const float g = s.weight * exp2_fast(z - s.lse);
-  if (!same) return g;
-  return g - (kind == Kind::kSupCon ? s.third : s.weight * exp2_fast(z - s.third * kLog2E));
-}
-
 struct Coefficients {
   const bool by_row, by_column;
   const Kind kind;
+  const bool with_term;
   Statistics row[2];
   float term[2] = {0.0f, 0.0f};
 
-  __device__ __forceinline__ Coefficients(const Pairs& pairs, const Products& out,
-                                          const ThreadRows& rows)
+  __device__ __forceinline__ Coefficients(const Pairs& pairs, const Products& out, const Span& span,
+                                          const ThreadRows& rows, bool with_term)
       : by_row(out.x_statistics != nullptr),
         by_column(out.y_statistics != nullptr),
-        kind(pairs.kind) {
+        kind(pairs.kind),
+        with_term(with_term) {
     const int64_t total = pairs.problems * pairs.rows;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       row[h] = {0.0f, 0.0f, 0.0f};
       if (!by_row) continue;
-      const float* s = out.x_statistics + rows.at[h];
+      const float* s = out.x_statistics + rows.at(span, h);
       row[h] = {s[0] * kLog2E, s[total], s[2 * total]};
     }
   }
 
-  // Turns logits into G_ij times the scale of column j and `scale` of the row (base 1).
-  template <int kTiles, class Data>
-  __device__ __forceinline__ void replace(float (&tile)[kTiles][4], const Data& data,
-                                          const ThreadRows& rows, const float (&scale)[2]) {
-    const int t2 = 2 * (threadIdx.x % 4);
-    const bool labels = kind == Kind::kSupCon || kind == Kind::kTwoC;
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int j = 8 * n + t2 + c;
-        const Statistics column = {data.statistics[0][j] * kLog2E, data.statistics[1][j],
-                                   data.statistics[2][j]};
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float z = tile[n][2 * h + c];
-          const bool same = labels && rows.label[h] == data.label[j];
-          float g = 0.0f;
-          if (by_row) g += coefficient(z, row[h], same, kind);
-          if (by_column) g += coefficient(z, column, same, kind);
-          if (z == FASTNCE_NO_LOGIT) g = 0.0f;
-          term[h] += g == 0.0f ? 0.0f : g * z;
-          tile[n][2 * h + c] = g * (data.scale[j] * scale[h]);
-        }
-      }
-    }
+  // From logits G_ij times the scale of column j and `scale` of the row (base 1).
+  template <class T, int kTiles, class Data>
+  __device__ __forceinline__ void find(Factor<kTiles>& factor, const float (&tile)[kTiles][4],
+                                       const Data& data, const ThreadRows& rows,
+                                       const float (&scale)[2]) {
+    with_term ? find_by_kind<T, true>(factor, tile, data, rows, scale)
+              : find_by_kind<T, false>(factor, tile, data, rows, scale);
   }
 
   __device__ __forceinline__ void store_term(float* out, const ThreadRows& rows, const Span& span,
@@ -426,8 +437,72 @@ struct Coefficients {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float all = quad_sum(term[h]);
-      if (threadIdx.x % 4 == 0 && rows.row[h] < span.rows) out[part + rows.at[h]] = all * kLn2;
+      if (threadIdx.x % 4 == 0 && rows.row[h] < span.rows)
+        out[part + rows.at(span, h)] = all * kLn2;
     }
+  }
+
+ private:
+  template <class T, bool kTerm, int kTiles, class Data>
+  __device__ __forceinline__ void find_by_kind(Factor<kTiles>& factor,
+                                               const float (&tile)[kTiles][4], const Data& data,
+                                               const ThreadRows& rows, const float (&scale)[2]) {
+    // Rows of labelled kinds are columns too, so that both have statistics.
+    if (kind == Kind::kSupCon) {
+      find_all<T, kTerm, true, true, Kind::kSupCon>(factor, tile, data, rows, scale);
+    } else if (kind == Kind::kTwoC) {
+      find_all<T, kTerm, true, true, Kind::kTwoC>(factor, tile, data, rows, scale);
+    } else if (by_row && by_column) {
+      find_all<T, kTerm, true, true, Kind::kQueue>(factor, tile, data, rows, scale);
+    } else if (by_row) {
+      find_all<T, kTerm, true, false, Kind::kQueue>(factor, tile, data, rows, scale);
+    } else {  // terms are of rows
+      find_all<T, false, false, true, Kind::kQueue>(factor, tile, data, rows, scale);
+    }
+  }
+
+  // d loss / d z at a pair is weight softmax, less the target for a positive.
+  template <class T, bool kTerm, bool kByRow, bool kByColumn, Kind kKind, int kTiles, class Data>
+  __device__ __forceinline__ void find_all(Factor<kTiles>& factor, const float (&tile)[kTiles][4],
+                                           const Data& data, const ThreadRows& rows,
+                                           const float (&scale)[2]) {
+    const int t2 = 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      float pairs[2][2];  // of two rows
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int j = 8 * n + t2 + c;
+        Statistics column;
+        if constexpr (kByColumn) {
+          column = {data.statistics[0][j] * kLog2E, data.statistics[1][j], data.statistics[2][j]};
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float z = tile[n][2 * h + c];
+          float g = 0.0f;
+          if constexpr (kByRow) g += row[h].weight * exp2_fast(z - row[h].lse);
+          if constexpr (kByColumn) g += column.weight * exp2_fast(z - column.lse);
+          if constexpr (kKind != Kind::kQueue) {
+            const float target = target_of<kKind>(z, row[h]) + target_of<kKind>(z, column);
+            g -= rows.label[h] == data.label[j] ? target : 0.0f;
+            g = z == FASTNCE_NO_LOGIT ? 0.0f : g;
+          }
+          if constexpr (kTerm) term[h] += g == 0.0f ? 0.0f : g * z;
+          pairs[h][c] = g * (data.scale[j] * scale[h]);
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        factor[n / 2][2 * (n % 2) + h] = pack_pair<T>(pairs[h][0], pairs[h][1]);
+      }
+    }
+  }
+
+  template <Kind kKind>
+  static __device__ __forceinline__ float target_of(float z, const Statistics& s) {
+    if constexpr (kKind == Kind::kSupCon) return s.third;
+    return s.weight * exp2_fast(z - s.third * kLog2E);
   }
 };
 

@@ -1,5 +1,5 @@
-// PatchNCE of all layers in one call: the kernel for many small problems, and InfoNCE for layers
-// beyond it.
+// PatchNCE of all layers in one call: the kernel for many small problems, and InfoNCE for layers of
+// 16 bits beyond it.
 #include "patch_nce.h"
 
 #include <tuple>
@@ -83,6 +83,9 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
     if (loss_layers > 0) loss_scales[l] /= static_cast<double>(rows * loss_layers);
     if (grad_layers > 0 && now) grad_scales[l] /= static_cast<double>(rows * grad_layers);
     const bool is_small = can_run_patch_nce(dtype, queries[l].size(2), queries[l].size(1), call);
+    STD_TORCH_CHECK(is_small || dtype != Dtype::kFloat32, kOp,
+                    ": the CUDA kernel takes float32 features of up to 256 channels, got ",
+                    queries[l].size(2), ". Use backend='blocks'.");
     grad_queries.push_back(new_gradient(queries[l], is_small && now && need_queries[l]));
     grad_keys.push_back(new_gradient(keys[l], is_small && now && need_keys[l]));
     if (is_small) {

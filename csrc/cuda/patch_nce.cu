@@ -23,8 +23,9 @@ namespace fastnce::cuda {
 namespace {
 
 constexpr int64_t kMostDepth = 256;  // the sums of products of 16 rows fill the registers of a warp
-constexpr int64_t kMostRows =
-    4096;                    // beyond, a problem alone fills a GPU, and larger tiles read less
+// Beyond, a problem alone fills a GPU, and the larger tiles of InfoNCE, which has none of float32,
+// read less.
+constexpr int64_t kMostRows = 4096;
 constexpr int kLayers = 16;  // of one launch
 constexpr int kSumThreads = 256;
 constexpr size_t kSumBytes = kSumThreads / kWarp * sizeof(double);
@@ -268,14 +269,14 @@ auto with_shape(Dtype dtype, int64_t depth, bool few, const PatchCall& call, con
     if (few && fits<Few>(call)) return run(Few{});
     return run(Shape<P, kDepth, 4, 2>{});
   };
-  const auto with_type = [&](auto zero) {
+  const auto with_products = [&](auto zero) {
     if (depth <= 64) return with_depth(zero, std::integral_constant<int, 64>{});
     if (depth <= 128) return with_depth(zero, std::integral_constant<int, 128>{});
     return with_depth(zero, std::integral_constant<int, 256>{});
   };
   const bool rounded = dtype == Dtype::kFloat32 && call.bfloat16_products;
-  if (dtype == Dtype::kBfloat16 || rounded) return with_type(bfloat16{});
-  return dtype == Dtype::kFloat16 ? with_type(float16{}) : with_type(float{});
+  if (dtype == Dtype::kBfloat16 || rounded) return with_products(bfloat16{});
+  return dtype == Dtype::kFloat16 ? with_products(float16{}) : with_products(float{});
 }
 
 int64_t count_blocks(const PatchLayer& layer, int rows) {
@@ -327,7 +328,7 @@ void run_layers(const std::vector<PatchLayer>& layers, const PatchCall& call, bo
 }  // namespace
 
 bool can_run_patch_nce(Dtype dtype, int64_t depth, int64_t rows, const PatchCall& call) {
-  return depth <= kMostDepth && rows <= kMostRows &&
+  return depth <= kMostDepth && (rows <= kMostRows || dtype == Dtype::kFloat32) &&
          with_shape(dtype, depth, false, call,
                     [&](auto shape) { return fits<decltype(shape)>(call); });
 }

@@ -13,6 +13,78 @@ constexpr int kWarps = 8;
 // As many as a thread asks for at a time; the warps of a block share a row of more.
 constexpr int kManyParts = 4;
 
+// Of all batches' rows, numbered in order.
+template <class T>
+__device__ const T* row_of(const RowsView& x, int64_t row) {
+  const int64_t batch = row / x.rows;
+  return static_cast<const T*>(x.data) + batch * x.strides[0] +
+         (row - batch * x.rows) * x.strides[1];
+}
+
+// Elements d ... d + 3 of a row, zeros from `depth` on. `whole`: they lie side by side, aligned to
+// their size, and the depth is a multiple of 4.
+template <class T>
+__device__ float4 load_four(const T* row, int64_t d, int64_t depth, int64_t stride, bool whole) {
+  if (whole) {
+    if (d >= depth) return make_float4(0, 0, 0, 0);
+    union {
+      uint2 bits;
+      T elements[4];
+    } four;
+    four.bits = *reinterpret_cast<const uint2*>(row + d);
+    return make_float4(to_float(four.elements[0]), to_float(four.elements[1]),
+                       to_float(four.elements[2]), to_float(four.elements[3]));
+  }
+  float out[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) out[i] = d + i < depth ? to_float(row[(d + i) * stride]) : 0.0f;
+  return make_float4(out[0], out[1], out[2], out[3]);
+}
+
+template <class T>
+__device__ void store_four(T* row, int64_t d, int64_t depth, float4 x, bool whole) {
+  const T out[4] = {from_float<T>(x.x), from_float<T>(x.y), from_float<T>(x.z), from_float<T>(x.w)};
+  if (whole) {
+    if (d >= depth) return;
+    union {
+      uint2 bits;
+      T elements[4];
+    } four = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four.elements[i] = out[i];
+    *reinterpret_cast<uint2*>(row + d) = four.bits;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (d + i < depth) row[d + i] = out[i];
+  }
+}
+
+__device__ float4 operator*(float4 a, float b) {
+  return make_float4(a.x * b, a.y * b, a.z * b, a.w * b);
+}
+__device__ void add_product(float4& sum, float a, float4 b) {
+  sum.x += a * b.x;
+  sum.y += a * b.y;
+  sum.z += a * b.z;
+  sum.w += a * b.w;
+}
+__device__ float dot(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
+__device__ float largest_of(float4 a) {
+  return fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(a.z), fabsf(a.w)));
+}
+__device__ double dot_double(float4 a, float4 b) {
+  const double low = static_cast<double>(a.x) * b.x + static_cast<double>(a.y) * b.y;
+  return low + static_cast<double>(a.z) * b.z + static_cast<double>(a.w) * b.w;
+}
+
+// Whether load_four may take the elements as they lie.
+bool lie_in_fours(const RowsView& x) {
+  return x.strides[2] == 1 && x.depth % 4 == 0 && x.strides[0] % 4 == 0 && x.strides[1] % 4 == 0 &&
+         reinterpret_cast<uintptr_t>(x.data) % 8 == 0;
+}
+
 struct PackTable {
   Pack packs[kMostPacks];
   bool x_whole[kMostPacks], y_whole[kMostPacks];
@@ -31,7 +103,7 @@ __device__ float row_power(const T* row, int64_t depth, int64_t stride, bool who
   return power_of_two(warp_max(largest));
 }
 
-template <class T, class U>
+template <class T>
 __global__ void __launch_bounds__(kWarp* kWarps)
     pack_kernel(const __grid_constant__ PackTable table) {
   int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
@@ -41,8 +113,8 @@ __global__ void __launch_bounds__(kWarp* kWarps)
   const Pack& pack = table.packs[which];
   const bool pair = pack.y.data != nullptr;
   const int64_t depth = table.depth, padded = table.padded;
-  const T* x = row_of<T>(pack.x.data, pack.x.rows, pack.x.strides, row);
-  const T* y = pair ? row_of<T>(pack.y.data, pack.y.rows, pack.y.strides, row) : nullptr;
+  const T* x = row_of<T>(pack.x, row);
+  const T* y = pair ? row_of<T>(pack.y, row) : nullptr;
   const int64_t x_stride = pack.x.strides[2], y_stride = pack.y.strides[2];
   const bool x_whole = table.x_whole[which], y_whole = table.y_whole[which];
   float x_power = 1, y_power = 1;
@@ -51,8 +123,8 @@ __global__ void __launch_bounds__(kWarp* kWarps)
     if (pair) y_power = row_power(y, depth, y_stride, y_whole);
   }
 
-  U* x_out = static_cast<U*>(pack.x_packed.data) + row * padded;
-  U* y_out = static_cast<U*>(pack.y_packed.data) + (pair ? row * padded : 0);
+  T* x_out = static_cast<T*>(pack.x_packed.data) + row * padded;
+  T* y_out = static_cast<T*>(pack.y_packed.data) + (pair ? row * padded : 0);
   double x_squares = 0, y_squares = 0, product = 0;
   for (int64_t d = 4 * (threadIdx.x % kWarp); d < padded; d += 4 * kWarp) {
     const float4 a = load_four(x, d, depth, x_stride, x_whole) * x_power;
@@ -101,7 +173,7 @@ __device__ float4 parts_sum(const RowGradient& of, int64_t row, int64_t d, int64
 
 // A row is taken by `sharers` warps, one or all of the block, which first sum up parts of their
 // own.
-template <class T, class U>
+template <class T>
 __global__ void __launch_bounds__(kWarp* kWarps)
     row_gradients_kernel(const __grid_constant__ RowGradientTable table, int sharers) {
   const int warps = static_cast<int>(blockDim.x) / kWarp, lane = threadIdx.x % kWarp;
@@ -124,8 +196,8 @@ __global__ void __launch_bounds__(kWarp* kWarps)
 
   const float upstream = table.upstream.tensor ? *table.upstream.tensor : table.upstream.value;
   const float to_input = static_cast<float>(upstream / value_of(table.temperature));
-  const U* x = static_cast<const U*>(of.rows.data) + row * padded;
-  const U* pair = static_cast<const U*>(of.pair.data) + (of.pair.data ? row * padded : 0);
+  const T* x = static_cast<const T*>(of.rows.data) + row * padded;
+  const T* pair = static_cast<const T*>(of.pair.data) + (of.pair.data ? row * padded : 0);
   const float pair_factor = of.pair.data ? of.pair_weight[row] * of.pair.scale[row] : 0.0f;
   const float unit = of.rows.scale[row];
   float along = 0;  // x^ . g
@@ -165,8 +237,8 @@ void launch_pack(const Pack* packs, int count, const PackOptions& o, Stream stre
   for (int i = 0; i < count; ++i) {
     const RowsView &x = packs[i].x, &y = packs[i].y;
     table.packs[i] = packs[i];
-    table.x_whole[i] = lie_in_fours(x.data, x.dtype, x.depth, x.strides, 3);
-    table.y_whole[i] = y.data && lie_in_fours(y.data, y.dtype, y.depth, y.strides, 3);
+    table.x_whole[i] = lie_in_fours(x);
+    table.y_whole[i] = y.data && lie_in_fours(y);
     table.total += x.batch * x.rows;
     if (i == 0) table.first_rows = table.total;
   }
@@ -175,21 +247,19 @@ void launch_pack(const Pack* packs, int count, const PackOptions& o, Stream stre
   table.normalize = o.normalize;
   const auto blocks = static_cast<unsigned>((table.total + kWarps - 1) / kWarps);
   const Launch l{o.op, dim3(blocks), dim3(kWarp * kWarps), 0, stream};
-  with_types(packs[0].x.dtype, o.packed,
-             [&](auto t, auto u) { launch(l, pack_kernel<decltype(t), decltype(u)>, table); });
+  launch(l, o.dtype == Dtype::kBfloat16 ? pack_kernel<bfloat16> : pack_kernel<float16>, table);
 }
 
 void launch_row_gradients(const RowGradient* gradients, int count, const RowGradientOptions& o,
                           Stream stream) {
   RowGradientTable table{};
   table.whole = o.depth % 4 == 0;
-  const int64_t bytes = o.dtype == Dtype::kFloat32 ? 16 : 8;
   int64_t parts = 0;
   for (int i = 0; i < count; ++i) {
     table.gradients[i] = gradients[i];
     table.total += gradients[i].count;
     parts = gradients[i].parts > parts ? gradients[i].parts : parts;
-    table.whole = table.whole && reinterpret_cast<uintptr_t>(gradients[i].out) % bytes == 0;
+    table.whole = table.whole && reinterpret_cast<uintptr_t>(gradients[i].out) % 8 == 0;
   }
   table.depth = o.depth;
   table.padded = o.padded_depth;
@@ -206,9 +276,8 @@ void launch_row_gradients(const RowGradient* gradients, int count, const RowGrad
   const auto blocks = static_cast<unsigned>((table.total + rows - 1) / rows);
   const Launch l{o.op, dim3(blocks), dim3(static_cast<unsigned>(kWarp * warps)), warps * warp_bytes,
                  stream};
-  with_types(o.dtype, o.packed, [&](auto t, auto u) {
-    launch(l, row_gradients_kernel<decltype(t), decltype(u)>, table, sharers);
-  });
+  const bool brain = o.dtype == Dtype::kBfloat16;
+  launch(l, brain ? row_gradients_kernel<bfloat16> : row_gradients_kernel<float16>, table, sharers);
 }
 
 }  // namespace fastnce::cuda

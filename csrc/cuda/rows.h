@@ -13,7 +13,7 @@ namespace fastnce::cuda {
 
 // R rows of (batch, rows) in order.
 struct PackedRows {
-  void* data = nullptr;      // (R, P) in the dtype of the products
+  void* data = nullptr;      // (R, P) in the rows' dtype
   float* scale = nullptr;    // (R,)
   float* inverse = nullptr;  // (R,): 1 / ||x||, 0 for a zero row; 1 where rows are not normalised
 };
@@ -30,7 +30,7 @@ struct Pack {
 struct PackOptions {
   const char* op;
   int64_t padded_depth;
-  Dtype packed;  // the rows' own dtype; of float32 also bfloat16
+  Dtype dtype;  // of the rows: bfloat16 or float16
   bool normalize;
 };
 
@@ -61,7 +61,7 @@ struct RowGradient {
 struct RowGradientOptions {
   const char* op;
   int64_t depth, padded_depth;
-  Dtype packed, dtype;  // of the packed rows, of the gradients
+  Dtype dtype;
   bool normalize;
   Temperature temperature;
   Upstream upstream;

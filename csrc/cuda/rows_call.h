@@ -13,7 +13,7 @@ namespace fastnce::cuda {
 
 struct RowsCall {
   const char* op;
-  Dtype dtype, packed;  // of the rows, of the packed rows
+  Dtype dtype;  // of the rows, packed or not
   int64_t depth, padded;
   bool normalize;
   Temperature temperature;
@@ -22,26 +22,29 @@ struct RowsCall {
 
   // rows (N, D) or (B, N, D).
   RowsCall(const char* op, const Tensor& rows, const std::optional<Tensor>& temperature_tensor,
-           double temperature, bool normalize, bool bfloat16_products)
+           double temperature, bool normalize)
       : op(op),
         dtype(dtype_of(op, rows)),
-        packed(dtype == Dtype::kFloat32 && bfloat16_products ? Dtype::kBfloat16 : dtype),
         depth(rows.size(rows.dim() - 1)),
         padded(padded_depth(depth)),
         normalize(normalize),
         temperature(temperature_of(op, temperature_tensor, temperature)),
         machine{compute_capability(rows), multiprocessors(rows)},
-        stream(current_stream(rows)) {}
+        stream(current_stream(rows)) {
+    STD_TORCH_CHECK(dtype != Dtype::kFloat32, op,
+                    ": the CUDA kernels take bfloat16 and float16 rows, got float32. Use "
+                    "backend='blocks'.");
+  }
 
-  PackOptions pack_options() const { return {op, padded, packed, normalize}; }
+  PackOptions pack_options() const { return {op, padded, dtype, normalize}; }
   RowGradientOptions gradient_options(const Upstream& upstream) const {
-    return {op, depth, padded, packed, dtype, normalize, temperature, upstream};
+    return {op, depth, padded, dtype, normalize, temperature, upstream};
   }
   // Addresses are null where a plan alone is wanted.
   Pairs pairs(Kind kind, int64_t problems, int64_t rows, int64_t columns, const PackedRows& x,
               const PackedRows& y, const int64_t* labels = nullptr) const {
     return {op,     x.data, x.scale,   y.data, y.scale, problems, rows,       columns,
-            padded, packed, normalize, kind,   labels,  labels,   temperature};
+            padded, dtype,  normalize, kind,   labels,  labels,   temperature};
   }
 };
 
@@ -63,8 +66,8 @@ class Workspace {
     if (bytes > 0)
       want_bytes(where, bytes, [](void* w, char* at) { *static_cast<void**>(w) = at; });
   }
-  void want(PackedRows* rows, int64_t count, int64_t padded_depth, Dtype dtype) {
-    want(&rows->data, count * padded_depth * (dtype == Dtype::kFloat32 ? 4 : 2));
+  void want(PackedRows* rows, int64_t count, int64_t padded_depth) {
+    want(&rows->data, count * padded_depth * 2);
     want(&rows->scale, count);
     want(&rows->inverse, count);
   }

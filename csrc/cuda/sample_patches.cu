@@ -366,21 +366,21 @@ void for_patches(const std::vector<PatchMap>& maps, Stream stream, void (*kernel
 }  // namespace
 
 void gather_patches(Dtype dtype, const std::vector<PatchMap>& maps, Stream stream) {
-  with_types(dtype, dtype, [&](auto zero, auto) {
+  with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     for_patches<T>(maps, stream, gather_kernel<T>);
   });
 }
 
 void add_patch_gradients(Dtype dtype, const std::vector<PatchMap>& maps, Stream stream) {
-  with_types(dtype, dtype, [&](auto zero, auto) {
+  with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     for_patches<T>(maps, stream, add_kernel<T>);
   });
 }
 
 void fill_patch_gradients(Dtype dtype, const std::vector<PatchMap>& maps, Stream stream) {
-  with_types(dtype, dtype, [&](auto zero, auto) {
+  with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     for_groups(maps, sizeof(T), true, [&](const Maps& group, int tiles) {
       const auto blocks = static_cast<unsigned>(tiles);

@@ -1,4 +1,4 @@
-// What kernels share: numbers of rows, and four elements at a time.
+// What kernels share: the temperature, and numbers of rows.
 #pragma once
 
 #include "arguments.h"
@@ -65,99 +65,11 @@ __device__ __forceinline__ T block_sum(T mine) {
   return of_block(mine, [](T a, T b) { return a + b; });
 }
 
-// Of batches of `rows` rows each, all numbered in order.
-template <class T>
-__device__ __forceinline__ const T* row_of(const void* data, int64_t rows, const int64_t* strides,
-                                           int64_t row) {
-  const int64_t batch = row / rows;
-  return static_cast<const T*>(data) + batch * strides[0] + (row - batch * rows) * strides[1];
-}
-
-// Elements d ... d + 3 of a row, zeros from `depth` on. `whole`: they lie side by side, aligned to
-// their size, and the depth is a multiple of 4.
-template <class T>
-__device__ __forceinline__ float4 load_four(const T* row, int64_t d, int64_t depth, int64_t stride,
-                                            bool whole) {
-  if (whole) {
-    if (d >= depth) return make_float4(0, 0, 0, 0);
-    if constexpr (sizeof(T) == 4) {
-      return *reinterpret_cast<const float4*>(row + d);
-    } else {
-      union {
-        uint2 bits;
-        T elements[4];
-      } four;
-      four.bits = *reinterpret_cast<const uint2*>(row + d);
-      return make_float4(to_float(four.elements[0]), to_float(four.elements[1]),
-                         to_float(four.elements[2]), to_float(four.elements[3]));
-    }
-  }
-  float out[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) out[i] = d + i < depth ? to_float(row[(d + i) * stride]) : 0.0f;
-  return make_float4(out[0], out[1], out[2], out[3]);
-}
-
-template <class T>
-__device__ __forceinline__ void store_four(T* row, int64_t d, int64_t depth, float4 x, bool whole) {
-  const T out[4] = {from_float<T>(x.x), from_float<T>(x.y), from_float<T>(x.z), from_float<T>(x.w)};
-  if (whole) {
-    if (d >= depth) return;
-    if constexpr (sizeof(T) == 4) {
-      *reinterpret_cast<float4*>(row + d) = x;
-    } else {
-      union {
-        uint2 bits;
-        T elements[4];
-      } four = {};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) four.elements[i] = out[i];
-      *reinterpret_cast<uint2*>(row + d) = four.bits;
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (d + i < depth) row[d + i] = out[i];
-  }
-}
-
-__device__ __forceinline__ float4 operator*(float4 a, float b) {
-  return make_float4(a.x * b, a.y * b, a.z * b, a.w * b);
-}
-__device__ __forceinline__ void add_product(float4& sum, float a, float4 b) {
-  sum.x += a * b.x;
-  sum.y += a * b.y;
-  sum.z += a * b.z;
-  sum.w += a * b.w;
-}
-__device__ __forceinline__ float dot(float4 a, float4 b) {
-  return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
-}
-__device__ __forceinline__ float largest_of(float4 a) {
-  return fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(a.z), fabsf(a.w)));
-}
-__device__ __forceinline__ double dot_double(float4 a, float4 b) {
-  const double low = static_cast<double>(a.x) * b.x + static_cast<double>(a.y) * b.y;
-  return low + static_cast<double>(a.z) * b.z + static_cast<double>(a.w) * b.w;
-}
-
-// Whether load_four may take the elements as they lie.
-inline bool lie_in_fours(const void* data, Dtype dtype, int64_t depth, const int64_t* strides,
-                         int dimensions) {
-  bool out = strides[dimensions - 1] == 1 && depth % 4 == 0;
-  for (int i = 0; i < dimensions - 1; ++i) out = out && strides[i] % 4 == 0;
-  const int64_t bytes = dtype == Dtype::kFloat32 ? 16 : 8;
-  return out && reinterpret_cast<uintptr_t>(data) % bytes == 0;
-}
-
-// Calls run(T{}, U{}) with the types of rows and of packed rows.
+// Calls run(T{}) with the type of a dtype.
 template <class Run>
-void with_types(Dtype rows, Dtype packed, const Run& run) {
-  if (rows == Dtype::kFloat16) return run(float16{}, float16{});
-  if (rows == Dtype::kBfloat16) return run(bfloat16{}, bfloat16{});
-  if (packed == Dtype::kBfloat16) return run(float{}, bfloat16{});
-  run(float{}, float{});
+void with_type(Dtype dtype, const Run& run) {
+  if (dtype == Dtype::kFloat16) return run(float16{});
+  dtype == Dtype::kBfloat16 ? run(bfloat16{}) : run(float{});
 }
 
 }  // namespace fastnce::cuda

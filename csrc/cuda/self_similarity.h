@@ -32,7 +32,7 @@ class SelfSimilarity {
       products_ = plan_products(pairs(), c_.machine, true, false);
     }
     const int64_t sums = sums_.splits * total_, products = products_.x_splits * total_;
-    workspace_.want(&rows_, total_, c_.padded, c_.packed);
+    workspace_.want(&rows_, total_, c_.padded);
     workspace_.want(&out_.largest, sums);
     workspace_.want(&out_.sum, sums);
     workspace_.want(&out_.label_a, sums);

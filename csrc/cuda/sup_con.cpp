@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sup_con_forward(
     bool need_temperature) {
   const char* op = "sup_con_forward";
   check(op, features, labels);
-  const RowsCall call(op, features, temperature_tensor, temperature, true, false);
+  const RowsCall call(op, features, temperature_tensor, temperature, true);
   const bool now = grad_scale.has_value();
   const Tensor in_order = torch::stable::contiguous(labels);
   SupCon run(call, features, in_order, true, now && need_features, now && need_temperature);
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor> sup_con_backward(const Tensor& grad_loss, const Tenso
   const std::vector<int64_t> shape = {features.size(0)};
   check_tensor(op, "grad_loss", grad_loss, ScalarType::Float, shape);
   check_tensor(op, "lse", lse, ScalarType::Float, shape);
-  const RowsCall call(op, features, temperature_tensor, temperature, true, false);
+  const RowsCall call(op, features, temperature_tensor, temperature, true);
   const Tensor in_order = torch::stable::contiguous(labels);
   SupCon run(call, features, in_order, false, need_features, need_temperature);
   run.backward(grad_loss, torch::stable::contiguous(lse));

@@ -5,7 +5,8 @@ predicates: ``available() -> str`` and ``supports(op, device, dtype) -> str``, w
 The ``torch`` backend is ``fastnce.reference``: differentiable PyTorch that every other backend is tested against.
 
 Asked for by name (``backend=``, ``use_backend``, ``FASTNCE_BACKEND``), a backend runs or raises with its reason.
-Chosen automatically, the first of the table that can run the op does.
+Chosen automatically, the first of the table that can run the op does; but kernels of a GPU only where ``fastnce verify`` has found
+them right and faster on that GPU, for such calls (``fastnce.backends.verdicts``).
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from types import ModuleType
 import torch
 
 from fastnce import reference
-from fastnce.backends import blocks, cuda, native
+from fastnce.backends import blocks, cuda, native, verdicts
 from fastnce.backends import triton as triton_ops
+from fastnce.registry import OPS
 
 _log = logging.getLogger("fastnce")
 
@@ -32,13 +34,14 @@ _TABLE: dict[str, ModuleType] = {
     "blocks": blocks,
     "torch": reference,
 }
-# What a backend can do but nobody wants unless asked for.
-_ONLY_BY_NAME = {
-    ("triton", "cpu"): "Triton's interpreter is for tests, ask for it by name",
-    ("triton", "cuda"): "its kernels have not run on a GPU yet, ask for it by name",
-    ("cuda", "cpu"): "its emulation is for tests, ask for it by name",
-    ("cuda", "cuda"): "its kernels have not run on a GPU yet, ask for it by name",
+# Of those that have to earn it, what nobody wants on a CPU.
+_ON_CPU = {
+    "triton": "Triton's interpreter is for tests, ask for it by name",
+    "cuda": "its emulation is for tests, ask for it by name",
 }
+
+# Where no verdict is asked for.
+_UNPROVED = ("cpu",)
 
 _requested: str | None = os.environ.get("FASTNCE_BACKEND") or None
 _logged: set[tuple[str, str, torch.dtype, str]] = set()
@@ -104,8 +107,42 @@ def requested() -> str | None:
     return _requested
 
 
-def select(op: str, tensor: torch.Tensor, backend: str | None = None) -> ModuleType:
+def verdict(
+    name: str, op: str, device: str | torch.device, dtype: torch.dtype
+) -> dict[str, dict[str, str]]:
+    """By form and size of the call, ``"ok"`` where the backend ``name`` is chosen by itself on a GPU, or why it is not.
+
+    It is what ``fastnce verify`` found: "both gradients" -> "large" -> "no faster: 0.91 times as fast". Empty where there is no
+    verdict on this op.
+
+    Examples:
+        >>> import fastnce, torch
+        >>> fastnce.backends.verdict("triton", "info_nce", "cuda", torch.bfloat16)  # doctest: +SKIP
+        {'both gradients': {'small': 'ok', 'medium': 'ok', 'large': 'no faster: 0.91 times as fast', 'deep': 'ok'}}
+    """
+    _module(name)
+    place = torch.device(device)
+    if name not in verdicts.EARNING or place.type in _UNPROVED:
+        return {}
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    return {
+        form: {size: entry.why_not(size) for size in verdicts.SIZES}
+        for (*call, form), entry in (verdicts.of(name, place) or {}).items()
+        if call == [op, verdicts.name_of(dtype)]
+    }
+
+
+def select(
+    op: str, tensor: torch.Tensor, backend: str | None = None, *found_by: object
+) -> ModuleType:
     """The module that runs ``op`` on tensors like ``tensor``.
+
+    Args:
+        op: by its name.
+        tensor: one of the call.
+        backend: asked for by name; None chooses.
+        found_by: the arguments of the op's ``form``, by which the kernels of a GPU are chosen. Without them they are not.
 
     Raises:
         ValueError: the requested backend's name is unknown.
@@ -122,19 +159,45 @@ def select(op: str, tensor: torch.Tensor, backend: str | None = None) -> ModuleT
                 f"Use backend='torch', or leave the choice to fastnce with backend=None."
             )
         return module
+    able: list[str] = []
     reasons: list[str] = []
     for name, module in _TABLE.items():
         reason = module.supports(op, device, dtype)
-        if reason == "ok":
-            reason = _ONLY_BY_NAME.get((name, device.type), "ok")
-        if reason == "ok":
+        if reason != "ok":
+            reasons.append(f"{name}: {reason}")
+        elif name in verdicts.EARNING:
+            able.append(name)
+        else:
+            chosen = _proved(able, op, device, dtype, found_by, reasons) if able else ""
             if not torch.compiler.is_compiling():
-                _log_choice(op, device.type, dtype, name, reasons)
-            return module
-        reasons.append(f"{name}: {reason}")
+                _log_choice(op, device.type, dtype, chosen or name, reasons)
+            return _TABLE[chosen] if chosen else module
+    reasons += [f"{name}: ask for it by name" for name in able]
     raise RuntimeError(
         f"{op}: no backend can run it on {device.type} {dtype}: {'; '.join(reasons)}"
     )
+
+
+def _proved(
+    able: list[str],
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    found_by: tuple,
+    reasons: list[str],
+) -> str:
+    """The fastest of the ``able`` backends that have proved themselves for this call, or ""; adds why others have not."""
+    if device.type in _UNPROVED:
+        reasons += [f"{name}: {_ON_CPU[name]}" for name in able]
+        return ""
+    if not found_by:
+        reasons += [f"{name}: this depends on the call" for name in able]
+        return ""
+    form = OPS[op].form(*found_by)
+    size = verdicts.size_of(form)
+    chosen, why = verdicts.fastest(tuple(able), op, device, dtype, form.name, size)
+    reasons += why
+    return chosen
 
 
 def _module(name: str, asked_by: str = "backend") -> ModuleType:

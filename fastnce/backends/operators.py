@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastnce import registry
+from fastnce.precision import float32_products
 from fastnce.registry import Op, Operator
 
 # Options that a caller may leave out.
@@ -169,10 +170,7 @@ def _apart(tensors: Sequence[Tensor | None]) -> list[Tensor]:
 
 def _bfloat16_products(x: Tensor | list[Tensor]) -> bool:
     """Whether products may round their factors to bfloat16, which costs bfloat16 inputs nothing."""
-    dtype = (x if isinstance(x, Tensor) else x[0]).dtype
-    return dtype == torch.bfloat16 or (dtype == torch.float32 and _medium_precision())
-
-
-@torch.compiler.assume_constant_result  # torch.compile cannot trace the question; the answer is compiled in
-def _medium_precision() -> bool:
-    return torch.get_float32_matmul_precision() == "medium"
+    x = x if isinstance(x, Tensor) else x[0]
+    if x.dtype != torch.float32:
+        return x.dtype == torch.bfloat16
+    return float32_products(x.device.type) == "medium"

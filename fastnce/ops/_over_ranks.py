@@ -54,6 +54,7 @@ class OverRanks:
         rows: Tensor,
         validate: Callable[[], dict[str, Fact]],
         gradient_scales: tuple[str, ...] = GRADIENT_SCALES,
+        of_form: tuple | None = None,
     ) -> None:
         """Waits until all ranks have valid arguments that fit together.
 
@@ -63,6 +64,7 @@ class OverRanks:
             validate: checks this rank's other arguments; returns what else must be the same on all ranks, and ``rows`` if there
                 are more than in ``rows``.
             gradient_scales: what ``gradient_scale`` may be.
+            of_form: what the form of ``kernel_op`` is found by; None: ``rows`` alone.
         """
 
         def facts() -> dict[str, Fact]:
@@ -72,7 +74,8 @@ class OverRanks:
             _checks.expect_choice(self.op, "strategy", self.strategy, STRATEGIES)
             _checks.expect_choice(self.op, "gradient_scale", self.gradient_scale, gradient_scales)
             # A rank that lacks the backend must say so before the others wait for its rows.
-            self.kernels = backends.select(kernel_op, rows, self.backend)
+            found_by = ((rows,),) if of_form is None else of_form
+            self.kernels = backends.select(kernel_op, rows, self.backend, *found_by)
             return {
                 "rows": len(rows),
                 "D": rows.shape[1],

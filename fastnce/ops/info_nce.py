@@ -21,7 +21,7 @@ from fastnce.reference.normalize import (
     over_temperature,
     rounded_unit_rows,
 )
-from fastnce.registry import Make, Op, Operator, Sample, declare
+from fastnce.registry import Form, Make, Op, Operator, Sample, declare
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -112,7 +112,7 @@ def info_nce(
         "self_logit": None,
     }
     name = op if similarity_dtype is None else f"{op}_fp8"
-    kernels = backends.select(name, query, backend)
+    kernels = backends.select(name, query, backend, rows, bool(symmetric))
     with _common.no_autocast(query):
         if kernels is not backends.reference:
             loss = _common.fused_row_loss(
@@ -123,6 +123,18 @@ def info_nce(
             if reduction != "none":
                 loss = loss.sum() * _common.row_weight(loss.numel(), reduction)
     return loss.squeeze(0) if reduction == "none" and not batched else loss
+
+
+def _form(rows: Sequence[Tensor | None], symmetric: bool) -> Form:
+    query, key, negatives = rows
+    columns = query.shape[-2] if negatives is None else negatives.shape[-2]
+    if negatives is not None and negatives.dim() > 2:
+        name = "own negatives"
+    elif symmetric:
+        name = "symmetric"
+    else:
+        name = "both gradients" if _common.wants_grad(key, negatives) else "keys fixed"
+    return Form(name, query.numel() * columns, query.shape[-1])
 
 
 def _check_use_of_negatives(
@@ -315,7 +327,8 @@ def over_ranks(
             "whether positive_key needs a gradient": _common.wants_grad(positive_key),
         }
 
-    call.agree(op, query, validate)
+    rows = (query, positive_key, negative_keys)
+    call.agree(op, query, validate, of_form=(rows, bool(symmetric)))
     tau = call.temperature
     negatives = None if negative_keys is None else negative_keys.detach()
     with _common.no_autocast(query):
@@ -506,11 +519,12 @@ class _GatheredFunction(torch.autograd.Function):
                 others if len(others) > 0 else None,
                 tau,
                 **blocks.options(in_batch=True),
-                grad_scale=1.0 if grad_now else None,
+                grad_scale=_common.kept_scale(query) if grad_now else None,
                 needs=(need_query, need_key, need_key, need_tau),
             )
             losses, grads = losses[0], (_first(grads[0]), _first(grads[1]), *grads[2:])
         losses = losses.double()
+        ctx.factor = 1 / _common.kept_scale(query)
         ctx.save_for_backward(losses, *grads)
         return losses
 
@@ -518,7 +532,7 @@ class _GatheredFunction(torch.autograd.Function):
     @_common.first_derivative_only
     def backward(ctx, saved: tuple[Tensor | None, ...], grad: Tensor):
         weight = grad[0] if len(grad) > 0 else grad.new_zeros(())
-        query, key, others, tau = _common.scaled(saved[1:], weight)
+        query, key, others, tau = _common.scaled(saved[1:], weight, ctx.factor)
         needs = ctx.needs_input_grad
         if key is not None and needs[1]:
             acc = accumulation_dtype(key.dtype)
@@ -594,9 +608,10 @@ declare(
         function=info_nce,
         over_ranks=over_ranks,
         samples=_samples,
+        form=_form,
     ),
     *_operators("info_nce"),
     info_nce=plain,
 )
 # The same with similarity_dtype=torch.float8_e4m3fn.
-declare(Op("info_nce_fp8"), *_operators("info_nce_fp8"))
+declare(Op("info_nce_fp8", form=_form), *_operators("info_nce_fp8"))

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastnce import backends
 from fastnce.ops import _checks, _common
 from fastnce.reference.normalize import accumulation_dtype, normalize_rows, over_temperature
-from fastnce.registry import Make, Op, Operator, Sample, declare
+from fastnce.registry import Form, Make, Op, Operator, Sample, declare
 
 
 def pairwise_cosine_similarity(
@@ -55,13 +55,18 @@ def pairwise_cosine_similarity(
         _checks.expect_shape(op, "y", y, expected, "x is", x)
         _checks.expect_alike(op, "y", y, "x", x)
     temperature = _checks.expect_temperature(op, temperature, x)
-    kernels = backends.select(op, x, backend)
+    kernels = backends.select(op, x, backend, x, y)
     with _common.no_autocast(x):
         if kernels is backends.reference:
             return plain(x, x if y is None else y, temperature)
         _checks.expect_fusable(op, x)
         other = None if y is x else y
         return PairwiseCosineSimilarityFunction.apply(x, other, temperature, kernels)
+
+
+def _form(x: Tensor, y: Tensor | None) -> Form:
+    columns = x if y is None else y
+    return Form("any", x.numel() * columns.shape[-2], x.shape[-1])
 
 
 def _expect_rows(op: str, name: str, rows: object, shape: str) -> None:
@@ -121,6 +126,7 @@ declare(
         function=pairwise_cosine_similarity,
         samples=_samples,
         is_loss=False,
+        form=_form,
     ),
     # x (..., N, D), y (..., M, D), none for x itself -> (..., N, M) in their dtype.
     Operator(

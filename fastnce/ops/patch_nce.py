@@ -11,7 +11,7 @@ from torch import Tensor
 from fastnce import backends
 from fastnce.ops import _checks, _common
 from fastnce.ops.info_nce import plain as info_nce
-from fastnce.registry import Make, Op, Operator, Sample, accumulation_dtype, declare
+from fastnce.registry import Form, Make, Op, Operator, Sample, accumulation_dtype, declare
 
 # CUT overwrites each patch's similarity with its own key among the negatives by this value before dividing by the temperature.
 # It is no -inf: at a temperature near 1 the term exp(-10 / t) is part of the published loss.
@@ -89,7 +89,7 @@ def _weighted_sum(
 ) -> Tensor:
     """The part of these layers, (B, N, D) each, of one device and dtype, in the mean over ``count`` layers."""
     queries, keys = ([pair[side] for pair in pairs] for side in (0, 1))
-    kernels = backends.select(op, queries[0], backend)
+    kernels = backends.select(op, queries[0], backend, queries, keys)
     with _common.no_autocast(queries[0]):
         if kernels is backends.reference:
             return sum(
@@ -112,6 +112,12 @@ def _weighted_sum(
             kernels, count, grad_now, temperature, *_common.distinct((*queries, *keys))
         )
         return loss
+
+
+def _form(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Form:
+    name = "both gradients" if _common.wants_grad(*keys) else "keys fixed"
+    work = sum(query.numel() * query.shape[-2] for query in queries)
+    return Form(name, work, max(query.shape[-1] for query in queries))
 
 
 def _layer_weight(query: Tensor, count: int) -> float:
@@ -139,6 +145,7 @@ class PatchNCEFunction(torch.autograd.Function):
         count = len(rows) // 2
         ones = (1.0,) * count
         kernel_mean = _common.kernel_mean("mean", rows[0].dtype)
+        kept = [_common.kept_scale(x) for x in rows[:count]]
         needs = ctx.needs_input_grad[4:]
         loss, (grad_queries, grad_keys, grad_temperature) = kernels.patch_nce_forward(
             list(rows[:count]),
@@ -146,14 +153,15 @@ class PatchNCEFunction(torch.autograd.Function):
             temperature,
             self_logit=SELF_LOGIT,
             loss_scales=ones,
-            grad_scales=ones if grad_now else (),
+            grad_scales=kept if grad_now else (),
             loss_layers=layers,
             grad_layers=layers if kernel_mean else 0,
             needs=(needs[:count], needs[count:], ctx.needs_input_grad[3]),
         )
         ctx.factors = None
         if not kernel_mean:
-            ctx.factors = [_layer_weight(x, layers) for x in rows[:count]] * 2
+            pairs = zip(rows[:count], kept, strict=True)
+            ctx.factors = [_layer_weight(x, layers) / scale for x, scale in pairs] * 2
         handle = _common.handle(ctx, loss, grad_now)
         ctx.save_for_backward(handle, grad_temperature, *grad_queries, *grad_keys)
         return loss, handle
@@ -165,10 +173,13 @@ class PatchNCEFunction(torch.autograd.Function):
         if ctx.factors is None:
             return None, None, None, *_common.scaled((grad_temperature, *grads), grad_loss)
         (grad_temperature,) = _common.scaled((grad_temperature,), grad_loss)
-        scaled = [
-            _common.scaled((grad,), grad_loss, factor)[0]
-            for grad, factor in zip(grads, ctx.factors, strict=True)
-        ]
+        if torch.compiler.is_compiling() or len(set(ctx.factors)) > 1:
+            scaled = [
+                _common.scaled((grad,), grad_loss, factor)[0]
+                for grad, factor in zip(grads, ctx.factors, strict=True)
+            ]
+        else:  # at once, where they are parts of one
+            scaled = _common.scaled(grads, grad_loss, ctx.factors[0])
         return None, None, None, grad_temperature, *scaled
 
 
@@ -230,7 +241,7 @@ def _loss(queries: list[Tensor], **_: object) -> tuple[Tensor]:
 
 
 declare(
-    Op("patch_nce", function=patch_nce, samples=_samples),
+    Op("patch_nce", function=patch_nce, samples=_samples, form=_form),
     # The sum over layers of loss_scale * sum(loss), the losses those of info_nce_forward with normalize, in_batch and self_logit, of
     # queries[l], keys[l] (B, N, D), whose sizes may differ. If grad_scales is not empty, also the gradients: of layer l those of
     # grad_scale * sum(loss), of the temperature that of the loss returned. Where loss_layers is not 0, each layer's loss_scale is

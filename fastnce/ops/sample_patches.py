@@ -12,7 +12,7 @@ from torch import Tensor
 from fastnce import backends
 from fastnce.ops import _checks, _common
 from fastnce.reference.normalize import normalize_rows
-from fastnce.registry import Make, Op, Operator, Sample, accumulation_dtype, declare
+from fastnce.registry import Form, Make, Op, Operator, Sample, accumulation_dtype, declare
 
 # From here on drawing again what came twice is quicker than a whole permutation.
 _CHEAP_SHARE = 16
@@ -48,7 +48,7 @@ def sample_patches(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices or numbers that do not fit together.
-        IndexError: a patch id outside the map (on an accelerator this is reported by the device instead).
+        IndexError: a patch id outside the map. On an accelerator, whose ids are not read, its patch is NaN, or the device raises.
         RuntimeError: the requested backend cannot run this.
 
     Examples:
@@ -195,7 +195,7 @@ def _of_each_kind(
 def _gather_alike(
     op: str, maps: list[Tensor], ids: list[Tensor], normalize: bool, backend: str | None
 ) -> list[Tensor]:
-    kernels = backends.select(op, maps[0], backend)
+    kernels = backends.select(op, maps[0], backend, maps)
     with _common.no_autocast(maps[0]):
         if kernels is backends.reference:
             pairs = zip(maps, ids, strict=True)
@@ -209,7 +209,7 @@ def _gather_alike(
 def _tap_alike(
     op: str, maps: list[Tensor], ids: list[Tensor], normalize: bool, backend: str | None
 ) -> list[tuple[Tensor, Tensor]]:
-    kernels = backends.select(op, maps[0], backend)
+    kernels = backends.select(op, maps[0], backend, maps)
     # A compiler sees both uses of the map, and cannot trace sparse gradients.
     apart = (
         kernels is backends.reference
@@ -389,6 +389,11 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
+def _form(maps: Sequence[Tensor]) -> Form:
+    planes = _memory_format(maps[0]) == torch.contiguous_format
+    return Form("planes" if planes else "channels last", sum(x.numel() for x in maps), 0)
+
+
 def draw_patch_ids(
     num_positions: int,
     num_patches: int,
@@ -482,6 +487,7 @@ declare(
         function=sample_patches,
         samples=_samples,
         is_loss=False,
+        form=_form,
     ),
     # patch_ids[l] (S_l,) are positions in H * W, which may repeat. inverse_norms[l] (B, S_l) in acc, 0 for a zero row; none
     # without normalize.
@@ -512,5 +518,6 @@ declare(
         runs=(*_SAMPLED, "sample_patches_add_"),
         function=tap_patches,
         is_loss=False,
+        form=_form,
     )
 )

@@ -18,6 +18,7 @@
 
 namespace emulator::sm90 {
 
+using device::add_truncated;
 using device::element;
 using device::expect_aligned;
 using device::sync_warp;
@@ -212,9 +213,9 @@ inline void run_product(const Product& p, const char* shared, int rank) {
         b[k] = operand<T>(shared, p.b, 8 * i + 2 * t + r, k, FromRegisters);
       for (int half = 0; half < 2; ++half) {
         float& d = p.d[4 * i + 2 * half + r];  // d[i][2 * half + r]
-        double sum = d;
-        for (int k = 0; k < 16; ++k) sum += a[half][k] * b[k];
-        d = static_cast<float>(sum);
+        double products[16];
+        for (int k = 0; k < 16; ++k) products[k] = a[half][k] * b[k];
+        d = add_truncated(d, products);
       }
     }
   }

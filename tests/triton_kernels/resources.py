@@ -54,15 +54,15 @@ class Resources:
             f"{self.registers} registers, {self.spills} bytes spilled, {self.shared} shared"
         )
 
-    def faults(self, tuned: bool = False) -> list[str]:
-        """The faults, a line each; of a tile that autotuning tries, only those that make it wrong and not slow."""
+    def faults(self) -> list[str]:
+        """The faults, a line each."""
         found = []
         allowed = SPILLS_ALLOWED.get(self.kernel, 0)
         if self.target == 100 and self.registers <= _OCCUPANCY_REGISTERS:
             allowed = max(allowed, _OCCUPANCY_SPILLS)
-        if self.spills > allowed and not tuned:
+        if self.spills > allowed:
             found.append(f"spills: {self}")
-        if self.shared > SHARED_MEMORY[self.target] and not tuned:
+        if self.shared > SHARED_MEMORY[self.target]:
             found.append(f"too much shared memory: {self}")
         if self.atomics:
             found.append(f"atomics: {self}")

@@ -7,12 +7,11 @@ compiled is remembered in ``out/triton-sweep``: stopped, the same command goes o
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -27,7 +26,6 @@ from resources import Memory, Resources, all_resources  # noqa: E402
 from benchmarks import report  # noqa: E402
 from benchmarks.launches import Launch, as_on  # noqa: E402
 from benchmarks.machine import matmul_precision  # noqa: E402
-from fastnce.triton_kernels import config  # noqa: E402
 
 TARGETS = (80, 90, 100)
 # Of the rows given, and what torch.set_float32_matmul_precision makes of products of float32.
@@ -38,23 +36,6 @@ DTYPES = {
     "tf32": (torch.float32, "high"),
     "fp32 as bf16": (torch.float32, "medium"),
 }
-
-
-@contextlib.contextmanager
-def candidate(index: int) -> Iterator[None]:
-    """Of what autotuning tries for a pass the tile at ``index``, where there are so many; else the first."""
-    tiles = config.tiles
-
-    def one(kind: str, rich: bool, dtype: torch.dtype, *rest) -> tuple[config.Tile, config.Tile]:
-        found = config.candidates(kind, dtype, *tiles(kind, rich, dtype, *rest))
-        tile = found[index if index < len(found) else 0]
-        return tile, tile
-
-    config.tiles = one
-    try:
-        yield
-    finally:
-        config.tiles = tiles
 
 
 def jobs(
@@ -78,21 +59,6 @@ def jobs(
     return [(each, capability) for each in dict.fromkeys(found)]
 
 
-def tuned_jobs(capability: int) -> list[tuple[Launch, int]]:
-    """Those with the further tiles that autotuning tries, in bf16 and fp32."""
-    known = set(jobs(capability))
-    found: list[Launch] = []
-    for index in range(2, 2 + max(map(len, config.CANDIDATES.values()))):
-        for dtype in (torch.bfloat16, torch.float32):
-            with as_on(capability), candidate(index):
-                for depth in calls.DEPTHS:
-                    found += calls.launches(depth, dtype)
-                    if capability >= 90 and dtype == torch.bfloat16:
-                        found += calls.fp8_launches(depth, dtype)
-    passes = [each for each in dict.fromkeys(found) if each.constant("PRECISION")]
-    return [(each, capability) for each in passes if (each, capability) not in known]
-
-
 def rows(results: list[Resources]) -> list[dict[str, object]]:
     """One row for a kernel's tile on a target: the most that any form of it takes."""
     groups: dict[tuple, list[Resources]] = {}
@@ -112,15 +78,14 @@ def rows(results: list[Resources]) -> list[dict[str, object]]:
     return sorted(table, key=lambda row: str([*row.values()][:6]))
 
 
-def markdown(table: list[dict], wrong: list[str], missing: int, tuned: int) -> str:
+def markdown(table: list[dict], wrong: list[str], missing: int) -> str:
     """The table, a line for each kernel and dtype."""
     lines = []
     for kernel, dtype in dict.fromkeys((row["kernel"], row["dtype"]) for row in table):
         of = [row for row in table if (row["kernel"], row["dtype"]) == (kernel, dtype)]
         cells = (_cell([row for row in of if row["target"] == target]) for target in TARGETS)
         lines.append((f"`{kernel.strip('_').removesuffix('_kernel')}`", dtype, *cells))
-    more = f", and {tuned} with the further tiles of autotuning" if tuned else ""
-    count = f"{sum(row['forms'] for row in table)} launches compiled{more}; {missing} left out."
+    count = f"{sum(row['forms'] for row in table)} launches compiled; {missing} left out."
     notes = [f"Spills: {_place(row)}, {row['spills']} bytes." for row in table if row["spills"]]
     notes += [f"Wrong: {line}" for line in wrong] or ["Nothing is wrong with what was compiled."]
     return f"""\
@@ -156,7 +121,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--targets", type=int, nargs="+", choices=TARGETS, default=TARGETS)
     add("--dtypes", nargs="+", choices=DTYPES, default=tuple(DTYPES))
     add("--depths", type=int, nargs="+", default=calls.DEPTHS)
-    add("--tuned", action="store_true", help="the further tiles of autotuning as well")
     add("--processes", type=int, default=2)
     add("--seconds", type=float, default=float("inf"), help="begin none after this time")
     add("--out", type=Path, help="folder of the table; without it only faults are printed")
@@ -164,25 +128,20 @@ def main(argv: list[str] | None = None) -> int:
 
     deadline = time.monotonic() + args.seconds
     chosen = [x for capability in args.targets for x in jobs(capability, args.dtypes, args.depths)]
-    tuned = (
-        {x for capability in args.targets for x in tuned_jobs(capability)} if args.tuned else set()
-    )
     memory = Memory(ROOT / "out/triton-sweep/resources.jsonl")
-    found = all_resources((*chosen, *tuned), memory, args.processes, deadline)
+    found = all_resources(chosen, memory, args.processes, deadline)
     good = {job: each for job, each in found.items() if isinstance(each, Resources)}
     wrong = [each for each in found.values() if isinstance(each, str)]
-    wrong += [fault for job, each in good.items() for fault in each.faults(job in tuned)]
-    missing = len(chosen) + len(tuned) - len(found)
+    wrong += [fault for each in good.values() for fault in each.faults()]
+    missing = len(chosen) - len(found)
     if args.out:
-        table = rows([each for job, each in good.items() if job not in tuned])
+        table = rows([*good.values()])
         text = ",\n".join(json.dumps(row) for row in table)
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "triton-resources.json").write_text(f"[\n{text}\n]\n")
-        (args.out / "triton-resources.md").write_text(
-            markdown(table, wrong, missing, len(good.keys() & tuned))
-        )
+        (args.out / "triton-resources.md").write_text(markdown(table, wrong, missing))
     print("\n".join(wrong))
-    print(f"{len(found)} of {len(chosen) + len(tuned)} launches compiled, {len(wrong)} wrong")
+    print(f"{len(found)} of {len(chosen)} launches compiled, {len(wrong)} wrong")
     return 1 if wrong or missing else 0
 
 

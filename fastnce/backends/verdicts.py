@@ -1,0 +1,307 @@
+"""Verdicts on a GPU's kernels, which ``fastnce verify`` writes and the automatic choice reads.
+
+A verdict is about one backend on one kind of GPU, with one driver, torch, Triton and source of the kernels: its :class:`Key`, and
+a file in the user's cache. Files that come with the package serve users of the same GPU and versions, whatever their driver.
+A process reads the verdicts of a device once, and keeps to them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastnce.backends import build
+from fastnce.precision import float32_products
+from fastnce.registry import Form
+
+_log = logging.getLogger("fastnce")
+
+# The backends that are chosen only where a verdict says so.
+EARNING = ("triton", "cuda")
+RIGHT, NOT_REACHED = "right", "not verified"
+# Of what the losses' own choice would be, to be chosen instead.
+LEAST_SPEED = 1.03
+# Sizes of a call: below the first number small, from the second on large. Work is what Form has.
+_WORK = (2**29, 2**34)
+_WORK_OF_MAPS = (2**20, 2**25)
+# Longer rows than this take other kernels; small problems wait for launches, whatever their depth.
+_DEEP = 256
+SIZES = ("small", "medium", "large", "deep")
+SHIPPED = build.PACKAGE / "verification" / "results"
+
+_VERSION = 1  # of the files
+_COMMAND = "Run: fastnce verify"
+
+
+class Key(NamedTuple):
+    """What a verdict holds for. ``kernels`` is a hash of both sides of the race: the kernels, and the backend ``blocks``."""
+
+    backend: str
+    gpu: str
+    driver: str
+    torch: str
+    triton: str
+    kernels: str
+
+
+@dataclasses.dataclass
+class Entry:
+    """What was found of one form of an op in one dtype.
+
+    Args:
+        status: "right", or what became of it: "wrong", "failed", "crashed", "hung", "not verified".
+        reason: in words, unless it is right.
+        errors: by case, the largest error as a share of what the numerical contract allows.
+        speed: by size, how many times as fast as without the backend; or why there was no race.
+    """
+
+    status: str = NOT_REACHED
+    reason: str = "time ran out"
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    speed: dict[str, float | str] = dataclasses.field(default_factory=dict)
+
+    def why_not(self, size: str) -> str:
+        """``"ok"``, or why the backend is not chosen for calls of this size; "any" stands for all sizes."""
+        if self.status != RIGHT:
+            return f"{self.status}: {self.reason}"
+        if size == "any":
+            reasons = [self.why_not(raced) for raced in self.speed] or [self.why_not("small")]
+            return next((reason for reason in reasons if reason != "ok"), "ok")
+        speed = self.speed.get(size, "not raced at this size")
+        if isinstance(speed, str):
+            return speed
+        return "ok" if speed >= LEAST_SPEED else f"no faster: {speed:.2f} times as fast"
+
+    def least_speed(self, size: str) -> float:
+        """At this size; of all sizes, where there was no race at it."""
+        raced = {key: x for key, x in self.speed.items() if not isinstance(x, str)}
+        return raced.get(size, min(raced.values(), default=0.0))
+
+
+# By op, dtype ("bfloat16") and the form's name.
+Verdict = dict[tuple[str, str, str], Entry]
+_kept: dict[tuple[str, int | None], Verdict | None] = {}
+_said: set[str] = set()
+
+
+def size_of(form: Form) -> str:
+    """The class of sizes, one of SIZES; "any" where a compiler keeps the size variable, so that no size is compiled in."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value  # heavy
+
+        if not (has_static_value(form.work) and has_static_value(form.depth)):
+            return "any"
+    medium, large = _WORK if form.depth else _WORK_OF_MAPS
+    if form.work < medium:
+        return "small"
+    if form.depth > _DEEP:
+        return "deep"
+    return "medium" if form.work < large else "large"
+
+
+Choice = tuple[str, tuple[str, ...]]
+
+
+@torch.compiler.assume_constant_result  # compiled in: a process does not change its mind
+def fastest(
+    names: tuple[str, ...], op: str, device: torch.device, dtype: torch.dtype, form: str, size: str
+) -> Choice:
+    """That of the backends ``names`` which has proved itself for such calls, and is the fastest, "" where none has; and why others not."""
+    if dtype == torch.float32 and float32_products(device.type) != "highest":
+        return "", ("float32 is verified for products in full precision alone",)
+    return _fastest(names, op, device, dtype, form, size)
+
+
+@functools.cache
+def _fastest(
+    names: tuple[str, ...], op: str, device: torch.device, dtype: torch.dtype, form: str, size: str
+) -> Choice:
+    call = op, device, dtype, form
+    reasons = {name: why_not(name, *call, size) for name in names}
+    speeds = {
+        name: _entry(name, *call).least_speed(size) for name in names if reasons[name] == "ok"
+    }
+    chosen = max(speeds, key=lambda name: speeds[name], default="")
+    slower = f"slower than {chosen}"
+    told = {name: slower if x == "ok" else x for name, x in reasons.items() if name != chosen}
+    return chosen, tuple(f"{name}: {reason}" for name, reason in told.items())
+
+
+def why_not(
+    backend: str, op: str, device: torch.device, dtype: torch.dtype, form: str, size: str
+) -> str:
+    """``"ok"``, or why a backend is not chosen for such calls."""
+    if of(backend, device) is None:
+        return f"not verified on this GPU. {_COMMAND}"
+    return _entry(backend, op, device, dtype, form).why_not(size)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """``"bfloat16"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _entry(backend: str, op: str, device: torch.device, dtype: torch.dtype, form: str) -> Entry:
+    verdict = of(backend, device) or {}
+    return verdict.get((op, name_of(dtype), form), Entry())
+
+
+def of(backend: str, device: torch.device) -> Verdict | None:
+    """The verdict, read when first asked for; None if there is none."""
+    place = (backend, device.index)
+    if place not in _kept:
+        _kept[place] = find(key_of(backend, device))
+        if _kept[place] is None:
+            say(
+                f"The GPU kernels of the backend {backend!r} are not verified on this GPU, so losses run without them. "
+                f"{_COMMAND}",
+                once="not verified",
+            )
+    return _kept[place]
+
+
+def keep(backend: str, device: torch.device, verdict: Verdict | None) -> None:
+    """The verdict that holds in this process from now on."""
+    _kept[backend, device.index] = verdict
+    _fastest.cache_clear()
+
+
+def forget() -> None:
+    """Reads all verdicts anew when they are next asked for."""
+    _kept.clear()
+    _fastest.cache_clear()
+
+
+def say(line: str, once: str = "") -> None:
+    """Logs a warning, at most once in a process: the line itself, or all those with one name ``once``."""
+    if (once or line) not in _said:
+        _said.add(once or line)
+        _log.warning(line)
+
+
+def key_of(backend: str, device: torch.device) -> Key:
+    """What a verdict on this backend and device would hold for."""
+    gpu, driver = machine(device)
+    triton = ""
+    if backend == "triton":
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            triton = importlib.metadata.version("triton")
+    return Key(backend, gpu, driver, torch.__version__, triton, _kernels(backend))
+
+
+def machine(device: torch.device) -> tuple[str, str]:
+    """The GPU's name, and the version of its driver."""
+    name = torch.cuda.get_device_name(device)
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return name, torch.version.hip or ""
+    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", text)
+    return name, found.group(1) if found else text.strip()
+
+
+@functools.cache
+def _kernels(backend: str) -> str:
+    sources = [*(build.PACKAGE / "blocks").glob("*.py")]
+    parts = []
+    if backend == "triton":
+        spec = importlib.util.find_spec("fastnce.triton_kernels")
+        if spec is not None and spec.origin is not None:
+            sources += Path(spec.origin).parent.glob("*.py")
+    elif (folder := build.source_folder()) is not None:
+        parts.append(build.source_hash(folder, build.CUDA))
+    elif (library := build.find_library(build.CUDA)) is not None:
+        parts.append(_hash(library.read_bytes()))
+    parts += [f"{x.parent.name}/{x.name}: {_hash(x.read_bytes())}" for x in sorted(sources)]
+    return _hash("\n".join(parts).encode())
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def folder() -> Path:
+    """Of the user's own verdicts."""
+    cache = os.environ.get("FASTNCE_CACHE") or Path.home() / ".cache" / "fastnce"
+    return Path(cache) / "verdicts"
+
+
+def path_of(key: Key) -> Path:
+    """The user's own file."""
+    gpu = re.sub(r"[^a-z0-9]+", "-", key.gpu.lower()).strip("-")
+    return folder() / f"{gpu}-{key.backend}-{_hash(json.dumps(key).encode())}.json"
+
+
+def find(key: Key) -> Verdict | None:
+    """The user's own verdict, else one that came with the package; None if there is none, or none that can be read."""
+    path = path_of(key)
+    if path.is_file() and (verdict := _read(path, key)) is not None:
+        return verdict
+    shipped = sorted(SHIPPED.glob("*.json")) if SHIPPED.is_dir() else []
+    found = (_read(path, key, any_driver=True) for path in shipped)
+    return next((verdict for verdict in found if verdict is not None), None)
+
+
+def _read(path: Path, key: Key, any_driver: bool = False) -> Verdict | None:
+    """The verdict in a file, if it is one for the key. A file that cannot be used is told of, and never an error."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["version"] != _VERSION:
+            say(f"{path} is of another version of fastnce and is not used. {_COMMAND}")
+            return None
+        of_file = Key(**document["key"])
+        if any_driver:
+            of_file = of_file._replace(driver=key.driver)
+        if of_file != key:
+            return None
+        return dict(_from_json(entry) for entry in document["found"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is damaged"
+        say(f"{path} is not used: {reason}. {_COMMAND}")
+        return None
+
+
+def write(key: Key, verdict: Verdict) -> Path:
+    """Writes the user's own file, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = path_of(key)
+    found = [_to_json(place, entry) for place, entry in verdict.items()]
+    document = {"version": _VERSION, "key": key._asdict(), "found": found}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _to_json(place: tuple[str, str, str], entry: Entry) -> dict[str, Any]:
+    return dict(zip(("op", "dtype", "form"), place, strict=True)) | dataclasses.asdict(entry)
+
+
+def _from_json(found: dict[str, Any]) -> tuple[tuple[str, str, str], Entry]:
+    """Raises ValueError, TypeError or KeyError where it is none."""
+    values = dict(found)
+    place = (str(values.pop("op")), str(values.pop("dtype")), str(values.pop("form")))
+    entry = Entry(**values)
+    numbers = [*entry.errors.values(), *(x for x in entry.speed.values() if not isinstance(x, str))]
+    if not all(isinstance(x, (int, float)) for x in numbers):
+        raise ValueError("not a number")
+    return place, entry
