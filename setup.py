@@ -96,7 +96,7 @@ setup(
     # The bare name belongs to another project.
     package_dir={"fastnce.csrc": "csrc", "fastnce.triton_kernels": "triton_kernels"},
     package_data=dict.fromkeys(CSRC, ["*.cpp", "*.h", "*.cu", "*.cuh"])
-    | {"fastnce.viz": ["*.css", "*.js"]},
+    | {"fastnce.viz": ["*.css", "*.js"], "fastnce.verification": ["results/*.json"]},
     cmdclass={
         "build": build_with_libraries,
         "build_libraries": build_libraries,

@@ -1,4 +1,4 @@
-"""One command for a machine with a GPU: build, test, measure, judge, report, within a fixed time and without a network.
+"""One command for a machine with a GPU: build, verify, test, measure, judge, report, within a fixed time and without a network.
 
 Each step is a process of its own with a time limit: a crash or a hang on the device costs that step alone.
 """
@@ -22,7 +22,7 @@ import torch
 from benchmarks import cases, machine, report, targets
 
 # Shares of the whole time at most; what these steps leave over, the benchmarks get.
-_BUILD_SHARE, _TEST_SHARE, _SANITIZE_SHARE = 0.2, 0.25, 0.1
+_BUILD_SHARE, _VERIFY_SHARE, _TEST_SHARE, _SANITIZE_SHARE = 0.2, 0.25, 0.25, 0.1
 _DTYPES = ("bfloat16", "float32")
 # (set of cases, dtypes, share of the time that is left): first what the targets are about, then the wider look.
 _PHASES = (("target", ("bfloat16",), 0.7), ("quick", _DTYPES, 1.0))
@@ -85,11 +85,12 @@ def main(out: Path, minutes: float = 9.0) -> int:
     """Makes the report.
 
     Args:
-        out: folder for ``results.json``, ``results.md`` and, with matplotlib, ``results.png``.
+        out: folder for ``results.json``, ``results.md``, ``verdicts/*.json``, which ``fastnce/verification/results`` may take,
+            ``verify.md``, and, with matplotlib, ``results.png``.
         minutes: for everything together.
 
     Returns:
-        0 if build, tests and sanitizers passed (or there was nothing to run) and no backend of this package was wrong; 1 otherwise,
+        0 if build, verification, tests and sanitizers passed (or there was nothing to run) and no backend of this package was wrong; 1 otherwise,
         also on a machine without a GPU. Targets that are missed are reported and change nothing.
     """
     if not torch.cuda.is_available():
@@ -108,7 +109,8 @@ def main(out: Path, minutes: float = 9.0) -> int:
 
     steps = {
         "build": step(["-m", "fastnce", "build"], _BUILD_SHARE * total),
-        "backends": step(["-m", "fastnce", "doctor"], 60),
+        "verify": _verify(out, _VERIFY_SHARE * total),
+        "backends": step(["-m", "fastnce", "doctor"], 60, FASTNCE_CACHE=str(out.resolve())),
         "tests": _test(_SUITES, _TEST_SHARE * total),
     }
     for name in _SANITIZERS:
@@ -139,6 +141,14 @@ def main(out: Path, minutes: float = 9.0) -> int:
 
 def _say(line: str) -> None:
     print(f"gpu-report: {line}", file=sys.stderr, flush=True)
+
+
+def _verify(out: Path, limit: float) -> Step:
+    """Every kernel that can be, anew; of the time some goes into starting."""
+    options = ["--again", "--seconds", f"{max(1.0, limit - 20):.0f}"]
+    options += ["--report", str(out.resolve() / "verify.md")]
+    _say("verifying the kernels")
+    return step(["-m", "fastnce", "verify", *options], limit, FASTNCE_CACHE=str(out.resolve()))
 
 
 def _test(arguments: list[str], limit: float, **options) -> Step:

@@ -44,8 +44,13 @@ from fastnce.ops.sample_patches import sample_patches, tap_patches  # noqa: E402
 from fastnce.ops.sup_con import sup_con  # noqa: E402
 from fastnce.registry import OPS  # noqa: E402
 
-# Loaded when first asked for: most programs have one process.
-_LAZY = {"distributed": "", "GradCache": "GradCache", "NegativeQueue": "NegativeQueue"}
+# Loaded when first asked for: most programs have one process, and verify once.
+_LAZY = {
+    "distributed": ("fastnce.distributed", ""),
+    "GradCache": ("fastnce.distributed", "GradCache"),
+    "NegativeQueue": ("fastnce.distributed", "NegativeQueue"),
+    "verify": ("fastnce.verification", "verify"),
+}
 
 __version__ = "0.2.0"
 
@@ -64,6 +69,7 @@ __all__ = [
     "sup_con",
     "tap_patches",
     "use_backend",
+    "verify",
 ]
 
 
@@ -73,5 +79,6 @@ def __getattr__(name: str) -> object:
         return OPS[name].function
     if name not in _LAZY:
         raise AttributeError(f"module 'fastnce' has no attribute {name!r}")
-    module = importlib.import_module("fastnce.distributed")
-    return getattr(module, _LAZY[name]) if _LAZY[name] else module
+    module_name, attribute = _LAZY[name]
+    module = importlib.import_module(module_name)
+    return getattr(module, attribute) if attribute else module

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import fastnce
-from fastnce import backends, waiting
+from fastnce import backends, verification, waiting
 from fastnce.backends import build, native
 from fastnce.precision import float32_products
 from fastnce.registry import OPS
@@ -44,10 +44,11 @@ def report() -> str:
             "  Without it everything runs in plain PyTorch: slower, with the N x N matrix in memory."
         )
     lines += ["", "Chosen on this machine (float32):"]
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for op in (op.name for op in OPS.values() if op.function is not None):
-        chosen = ", ".join(f"{device}: {_chosen(op, device)}" for device in devices)
-        lines.append(f"  {op:27} {chosen}")
+        lines.append(f"  {op:27} cpu: {_chosen(op)}")
+    for device in verification.kinds():
+        lines += ["", f"Chosen on {device}, {torch.cuda.get_device_name(device)}:"]
+        lines += [f"  {line}" for line in verification.report.choices(device)]
     if os.environ.get("FASTNCE_BACKEND"):
         lines.append(f"FASTNCE_BACKEND={os.environ['FASTNCE_BACKEND']} decides for all of them.")
     lines += ["", f"Training: {_packages(_TRAINING_PACKAGES, 'train')}"]
@@ -55,9 +56,9 @@ def report() -> str:
     return "\n".join(lines)
 
 
-def _chosen(op: str, device: str) -> str:
+def _chosen(op: str) -> str:
     try:
-        module = backends.select(op, torch.empty(0, device=device))
+        module = backends.select(op, torch.empty(0))
     except (ValueError, RuntimeError) as error:
         return str(error)
     return module.__name__.rpartition(".")[2].replace("reference", "torch")

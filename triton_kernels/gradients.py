@@ -252,9 +252,11 @@ def _through_panels(
     term = x.scale.new_empty((len(x),)) if want_term else None
 
     def products(raw: Tensor | None, rows: Rows) -> Products | None:
-        # The panel's coefficients hold the scale of rows and columns.
-        without = torch.where(rows.scale == 0, 0.0, 1 / rows.scale)
-        return None if raw is None else Products(raw, without.unsqueeze(0))
+        if raw is None:
+            return None
+        # The panel's coefficients hold the scale of rows and columns; where that is 0, so is the product.
+        without = rows.scale.reciprocal().nan_to_num_(nan=torch.nan, posinf=0.0)
+        return Products(raw, without.unsqueeze(0))
 
     tile = columns.tile(x, "panel", rich=want_term)
     x_rows, y_rows = x.x.view(problems, count, -1), columns.y.x.view(problems, width, -1)

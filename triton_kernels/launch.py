@@ -26,6 +26,17 @@ def launch(
     _start(kernel, tuple(grid), arguments, {**options, "enable_fp_fusion": True})
 
 
+@triton.jit
+def _nothing_kernel():
+    pass
+
+
+def start_nothing(index: int) -> None:
+    """Raises where Triton cannot compile or start a kernel on a GPU."""
+    with torch.cuda.device(index):
+        launch(_nothing_kernel, (1,))
+
+
 def _start(kernel, grid: tuple[int, ...], arguments: dict, options: dict) -> None:
     with _device_of(arguments):
         kernel[grid](**arguments, **options)

@@ -124,17 +124,12 @@ def verdict(
     place = torch.device(device)
     if name not in verdicts.EARNING or place.type in _UNPROVED:
         return {}
-    if place.index is None:
-        place = torch.device(place.type, torch.cuda.current_device())
-    found = verdicts.of(name, place) or {}
-    of_op = {
-        form: entry
-        for (o, d, form), entry in found.items()
-        if (o, d) == (op, verdicts.name_of(dtype))
-    }
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
     return {
         form: {size: entry.why_not(size) for size in verdicts.SIZES}
-        for form, entry in of_op.items()
+        for (*call, form), entry in (verdicts.of(name, place) or {}).items()
+        if call == [op, verdicts.name_of(dtype)]
     }
 
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastnce.backends import build
+from fastnce.precision import float32_products
 from fastnce.registry import Form
 
 _log = logging.getLogger("fastnce")
@@ -118,6 +119,8 @@ def fastest(
     names: tuple[str, ...], op: str, device: torch.device, dtype: torch.dtype, form: str, size: str
 ) -> Choice:
     """That of the backends ``names`` which has proved itself for such calls, and is the fastest, "" where none has; and why others not."""
+    if dtype == torch.float32 and float32_products(device.type) != "highest":
+        return "", ("float32 is verified for products in full precision alone",)
     return _fastest(names, op, device, dtype, form, size)
 
 

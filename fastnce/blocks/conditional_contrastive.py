@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastnce.blocks.labelled_lse import Logits, State, lse_of
+from fastnce.blocks.labelled_lse import Logits, State
 from fastnce.blocks.tiles import Rows
 
 
@@ -22,7 +22,7 @@ def conditional_contrastive_forward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     call = _Call(embeddings, proxies, labels, temperature)
-    sums = torch.stack(call.logits.sums(lse_of))
+    sums = torch.stack(call.logits.sums())
     lse = torch.logaddexp(sums, call.to_proxy)  # (2, N)
     if grad_scale is None:
         return lse[0] - lse[1], lse, (None,) * 3
@@ -64,10 +64,10 @@ class _Call:
         of_units = of_temperature = None
         if need_embeddings or need_temperature:
             state = State(lse[0], weights, lse[1], -weights)
-            of_units = self.logits.gradient(state, state, None)
-        if need_temperature:  # every pair of samples is in the gradients of two
-            moment = 0.5 * (units * of_units).sum() + (of_proxy * self.to_proxy).sum()
-            of_temperature = -moment / tau
+            of_units, moment = self.logits.gradient(state, state, need_temperature)
+        if need_temperature:
+            moment = moment + (of_proxy * self.to_proxy).sum()
+            of_temperature = (-moment / tau).to(units.dtype)
         return (
             self.rows.gradient(of_units.add_(self.proxies.units * to_proxy))
             if need_embeddings

@@ -24,6 +24,9 @@ from fastnce.blocks.tiles import (
     Similarities,
     blocks,
     exponentials,
+    narrowed,
+    number,
+    power_above,
     product,
 )
 
@@ -102,17 +105,15 @@ class Problem:
     ) -> None:
         self.query, self.key, self.negatives = query, key, negatives
         self.own = negatives is not None and negatives.dim() == 4
-        self.in_batch, self.tau = in_batch, temperature
-        self.similarities = Similarities(query, temperature)
+        self.in_batch, self.tau = in_batch, number(temperature)
+        self.similarities = Similarities(query, self.tau)
         self.moderate = self.similarities.moderate
         units = query.units
         # The sum has a logit of at least -1 / t. What changes no bit of it is left out.
         least = math.log(torch.finfo(units.dtype).eps / 4)
         self.constant = None
-        if self_logit is not None and not (
-            self.moderate and (self_logit + 1) / temperature < least
-        ):
-            self.constant = units.new_full((), self_logit) / temperature
+        if self_logit is not None and not (self.moderate and (self_logit + 1) / self.tau < least):
+            self.constant = units.new_full((), self_logit) / self.tau
         # Coefficients in 16 bits, where the products take those.
         self.narrow = query.inverse is not None and not self.own
         self._buffers = [Buffer(units) for _ in range(3)]
@@ -174,7 +175,8 @@ class Problem:
                 sums = relative.exp_().sum(dim=-2)
                 total[of_element] = total[of_element] * (before - now).exp() + sums
                 top[of_element] = now
-            lse[0][at] = exponentials([part], None, self.moderate)[2].squeeze(-1)
+            row_top, row_total = exponentials([part], None, self.moderate)
+            lse[0][at] = (row_top + row_total.log()).squeeze(-1)
             if self.moderate:
                 total[of_element] += part.sum(dim=-2)
         if self.moderate:
@@ -213,7 +215,8 @@ class Problem:
         if isinstance(weights, Tensor):
             each = weights.unsqueeze(-1)
             if self.narrow:
-                each, last = _at_most_1(each)
+                last = power_above(weights)
+                each = each / last
         elif weights is not None:
             scale = weights
         if isinstance(self.tau, Tensor):
@@ -241,7 +244,7 @@ class Problem:
                 positive -= 1 if divisor is None else divisor.squeeze(-1)
             # The coefficients are ``parts * weight / divisor``; of symmetric losses, without the weight.
             if self.narrow:
-                parts, divisor = [_narrowed(part, divisor, self.key.like) for part in parts], None
+                parts, divisor = [narrowed(part, divisor, self.key.like) for part in parts], None
             if weight is not None and not symmetric:
                 divisor = 1 / weight if divisor is None else divisor / weight
             to_keys = self.query.units[at]
@@ -348,10 +351,14 @@ class Problem:
     ) -> Tensor | None:
         """Makes the logits exponentials; their sum (..., 1), None for 1. Writes losses and lse, if there are any losses."""
         if losses is not None:
-            value = positive.clone()
-            _, total, of_rows = exponentials(parts, self.constant, self.moderate)
-            lse[at] = of_rows.squeeze(-1)
-            torch.sub(of_rows.squeeze(-1), value, out=losses[at])
+            value = None if self.moderate else positive.clone()
+            top, total = exponentials(parts, self.constant, self.moderate)
+            torch.log(total.squeeze(-1), out=lse[at])
+            if self.moderate:  # no quotient of two of these overflows
+                torch.div(total.squeeze(-1), positive, out=losses[at]).log_()
+            else:
+                lse[at] += top.squeeze(-1)
+                torch.sub(lse[at], value, out=losses[at])
             return total
         for part in parts:
             if not self.moderate:
@@ -410,18 +417,3 @@ def _both_means(mean: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tu
     total = torch.logaddexp(lse, more_lse)
     mean = mean.mul_((lse - total).exp_()).addcmul_(more, (more_lse - total).exp_())
     return mean, total
-
-
-def _narrowed(part: Tensor, divisor: Tensor | None, like: Tensor) -> Tensor:
-    """Coefficients ``part / divisor`` times ``HALF_SCALE``, in the dtype of ``like``."""
-    out = torch.empty_like(part, dtype=like.dtype)
-    if divisor is None:
-        return torch.mul(part, HALF_SCALE, out=out)
-    return torch.div(part, divisor / HALF_SCALE, out=out)
-
-
-def _at_most_1(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights divided by a power of two, and that: the least that makes the largest finite magnitude less than 1."""
-    largest = weights.abs().nan_to_num(0, 0, 0).amax()
-    power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
-    return weights / power, power

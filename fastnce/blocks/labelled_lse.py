@@ -11,12 +11,23 @@ its uses.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from fastnce.blocks.tiles import Buffer, Rows, blocks, exponentials, product
+from fastnce.blocks.tiles import (
+    HALF_SCALE,
+    Buffer,
+    Rows,
+    Similarities,
+    blocks,
+    exponentials,
+    narrowed,
+    number,
+    power_above,
+    product,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +44,26 @@ class State:
         found = (getattr(self, field.name) for field in dataclasses.fields(self))
         return State(*(None if x is None else function(x) for x in found))
 
-    def add_to(self, out: Tensor, z: Tensor, same: Tensor, buffer: Buffer) -> None:
-        """Adds G to ``out`` (n, m); the state is one of (n, 1) or (1, m)."""
+    def weights(self) -> list[Tensor]:
+        found = (self.all_weight, self.same_weight, self.linear)
+        return [x for x in found if x is not None]
+
+    def factor(self) -> Tensor:
+        """Of ``exp z`` in G."""
+        return self.all_weight * (-self.all_lse).exp()
+
+    def factor_of_same(self) -> Tensor:
+        """Another, in columns of the same label."""
+        return self.same_weight * (-self.same_lse).exp()
+
+    def add_to(self, out: Tensor, z: Tensor, same: Tensor, part: Tensor) -> None:
+        """Adds G to ``out`` (n, m), and overwrites ``part``; the state is one of (n, 1) or (1, m)."""
         # Of -inf, which is the sum of nothing, the difference to -inf would be NaN.
         least = torch.finfo(z.dtype).min
-        part = torch.sub(z, self.all_lse.clamp(min=least), out=buffer(*z.shape)).exp_()
+        torch.sub(z, self.all_lse.clamp(min=least), out=part).exp_()
         out += part.mul_(self.all_weight)
         if self.same_weight is not None:
-            part = torch.sub(z, self.same_lse.clamp(min=least), out=part).exp_()
+            torch.sub(z, self.same_lse.clamp(min=least), out=part).exp_()
             out += part.mul_(self.same_weight).masked_fill_(~same, 0)
         if self.linear is not None:
             out += torch.mul(same, self.linear, out=part)
@@ -48,6 +71,8 @@ class State:
 
 class Logits:
     """``z_ij = x_i . y_j / t`` in blocks of rows, with which columns have the label of the row.
+
+    If one block has all rows, it is made once, for the sums and for the gradient.
 
     Args:
         own: row i leaves out column i.
@@ -63,49 +88,127 @@ class Logits:
         own: bool,
     ) -> None:
         self.x, self.y, self.x_labels, self.y_labels = x, y, x_labels, y_labels
-        self.tau, self.own = temperature, own
-        self.buffers = [Buffer(x.units) for _ in range(3)]
+        self.tau, self.own = number(temperature), own
+        self.similarities = Similarities(x, self.tau)
+        self.moderate = self.similarities.moderate
+        if not self.moderate:  # divided afterwards, as the reference rounds them
+            self.similarities = Similarities(x, 1.0)
+        self._buffers = [Buffer(x.units) for _ in range(4)]
+        self._zero = x.units.new_zeros(())
+        self._blocks = [rows for _, rows in blocks(1, len(x.units), len(y.units), x.units)]
+        self._only: tuple[slice, Tensor, Tensor] | None = None
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rows, z and same, which may be changed."""
-        count, columns = len(self.x.units), len(self.y.units)
-        for _, rows in blocks(1, count, columns, self.x.units):
-            units = self.x.units[rows]
-            z = self.buffers[0](len(units), columns)
-            product(units[None], self.y.units.T, z[None]).div_(self.tau)
+        """Rows, z and same; not to be changed. In z, a row's own column is like others."""
+        if self._only is not None:
+            yield self._only
+            return
+        for rows in self._blocks:
+            at = slice(None), rows
+            z = self.similarities(at, self.y.similar, self.y.inverse, self._buffers[0])[0]
+            if not self.moderate:
+                z.div_(self.tau)
             same = self.x_labels[rows, None] == self.y_labels
-            if self.own:
-                z.diagonal(rows.start).fill_(-torch.inf)
-                same.diagonal(rows.start).fill_(False)
+            self._set_own(same, rows, False)
+            if len(self._blocks) == 1:
+                self._only = rows, z, same
             yield rows, z, same
 
-    def sums(self, of_same: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """The lse (N,) of the rows, and ``of_same`` of the logits with columns of their label, -inf for the others."""
-        sums, same_sums = (self.x.units.new_empty(len(self.x.units)) for _ in range(2))
-        for rows, z, same in self:
-            part = self.buffers[1](*z.shape).copy_(z).masked_fill_(~same, -torch.inf)
-            same_sums[rows] = of_same(part)
-            sums[rows] = lse_of(z)
-        return sums, same_sums
+    def _set_own(self, x: Tensor, rows: slice, value: float) -> None:
+        if self.own:
+            x.diagonal(rows.start).fill_(value)
 
-    def gradient(self, x_state: State, y_state: State, moment: Tensor | None) -> Tensor:
-        """``sum_j (G_ij + G_ji) y_j / t`` (N, D); adds ``sum_ij G_ij z_ij``, of the rows' G, to ``moment``."""
-        of_units = torch.empty_like(self.x.units)
+    def sums(self, linear: bool = False) -> tuple[Tensor, Tensor]:
+        """The lse (N,) of the rows, and that of the columns of their label, or the sum of these logits if ``linear``."""
+        found = self.x.units.new_empty((2, len(self.x.units)))
+        for rows, z, same in self:
+            part, of_same = (buffer(*z.shape) for buffer in self._buffers[1:3])
+            if self.moderate:
+                torch.exp(z, out=part)
+                self._set_own(part, rows, 0)
+            else:
+                part.copy_(z)
+                self._set_own(part, rows, -torch.inf)
+            if linear or self.moderate:
+                torch.where(same, z if linear else part, self._zero, out=of_same)
+                torch.sum(of_same, dim=1, out=found[1, rows])
+            else:
+                of_same.copy_(part).masked_fill_(~same, -torch.inf)
+                found[1, rows] = lse_of(of_same)
+            if self.moderate:
+                torch.sum(part, dim=1, out=found[0, rows])
+            else:
+                found[0, rows] = lse_of(part)
+        if self.moderate:
+            (found[0] if linear else found).log_()
+        return found[0], found[1]
+
+    def gradient(
+        self, x_state: State, y_state: State, need_moment: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """``sum_j (G_ij + G_ji) y_j / t`` (N, D), and ``sum_ij G_ij z_ij`` of the rows' G."""
+        units = self.x.units
+        of_units = torch.empty_like(units)
+        narrow, largest = self.y.inverse is not None, None
+        scale, last = 1.0, 1 / self.tau
+        if not isinstance(last, Tensor):
+            scale, last = last, None
+        if narrow:
+            largest = power_above(torch.cat([*x_state.weights(), *y_state.weights()]))
+            scale, last = scale / HALF_SCALE, largest if last is None else largest * last
+        symmetric = x_state is y_state  # so is the matrix: the moment of G + G^T is twice that of G
+        moments = need_moment and (narrow or not symmetric)
+        moment = units.new_zeros((), dtype=torch.float64) if moments else None
         columns = y_state.map(lambda x: x.unsqueeze(0))
         for rows, z, same in self:
-            both = self.buffers[1](*z.shape).zero_()
-            x_state.map(lambda x, rows=rows: x[rows, None]).add_to(both, z, same, self.buffers[2])
-            if moment is not None:
-                finite = torch.clamp(z, min=torch.finfo(z.dtype).min, out=self.buffers[2](*z.shape))
-                moment += finite.mul_(both).sum(dtype=moment.dtype)
-            columns.add_to(both, z, same, self.buffers[2])
-            product(both[None], self.y.units, of_units[None, rows])
-        return of_units.div_(self.tau)
+            mine = x_state.map(lambda x, rows=rows: x[rows, None])
+            if symmetric or not moments:
+                both = self._coefficients(rows, z, same, mine, columns)
+                if moments:
+                    moment += 0.5 * (z * both).sum(dtype=moment.dtype)
+            else:
+                both = self._coefficients(rows, z, same, mine).clone()
+                moment += (z * both).sum(dtype=moment.dtype)
+                both += self._coefficients(rows, z, same, columns)
+            if narrow:
+                both = narrowed(both, largest, self.y.like)
+            product(both[None], self.y.factors, of_units[None, rows], scale=scale)
+        if last is not None:
+            of_units.mul_(last)
+        if need_moment and not moments:
+            moment = 0.5 * (units * of_units).sum()
+        return of_units, moment
+
+    def _coefficients(self, rows: slice, z: Tensor, same: Tensor, *states: State) -> Tensor:
+        """G (n, m) of states (n, 1) and (1, m), added up."""
+        out, part, other = (buffer(*z.shape) for buffer in self._buffers[1:])
+        if self.moderate:
+            _sum([state.factor() for state in states], out)
+            if states[0].same_weight is not None:
+                of_same = _sum([state.factor_of_same() for state in states], other)
+                out.add_(torch.where(same, of_same, self._zero, out=part))
+            out.mul_(torch.exp(z, out=part))
+            if states[0].linear is not None:
+                linear = _sum([state.linear for state in states], other)
+                out.add_(torch.where(same, linear, self._zero, out=part))
+        else:
+            out.zero_()
+            for state in states:
+                state.add_to(out, z, same, part)
+        self._set_own(out, rows, 0)
+        return out
+
+
+def _sum(values: Sequence[Tensor], out: Tensor) -> Tensor:
+    """That of one or two tensors, (n, 1) and (1, m) -> (n, m), in ``out``."""
+    first, *rest = values
+    return torch.add(first, *rest, out=out) if rest else out.copy_(first)
 
 
 def lse_of(z: Tensor) -> Tensor:
     """``log sum exp`` of each row, which is overwritten."""
-    return exponentials([z], None, False)[2].squeeze(-1)
+    top, total = exponentials([z], None, False)
+    return (top + total.log()).squeeze(-1)
 
 
 def labelled_lse_forward(
@@ -118,7 +221,7 @@ def labelled_lse_forward(
     own: bool,
 ) -> Tensor:
     logits = Logits(Rows(x, True), Rows(y, True), x_labels, y_labels, temperature, own)
-    return torch.stack(logits.sums(lse_of), dim=1).double()
+    return torch.stack(logits.sums(), dim=1).double()
 
 
 def labelled_lse_backward(
@@ -139,6 +242,5 @@ def labelled_lse_backward(
         all_lse, same_lse, all_weight, same_weight = columns.to(rows.units.dtype).unbind(dim=1)
         return State(all_lse, all_weight, same_lse, same_weight)
 
-    moment = rows.units.new_zeros((), dtype=torch.float64)
-    of_units = logits.gradient(state(x_state), state(y_state), moment)
+    of_units, moment = logits.gradient(state(x_state), state(y_state), True)
     return rows.wide_gradient(of_units), -moment / logits.tau

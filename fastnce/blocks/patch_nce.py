@@ -34,7 +34,7 @@ def patch_nce_forward(
         needed = need_queries[layer], need_keys[layer]
         alike.setdefault((query.shape, loss_scale, grad_scale, needed), []).append(layer)
 
-    loss, of_temperature = 0, None
+    loss, of_temperature = None, None
     grads: tuple[list, list] = ([None] * len(queries), [None] * len(queries))
     for (shape, loss_scale, grad_scale, needed), layers in alike.items():
         both = Rows(torch.cat([x[layer] for x in (queries, keys) for layer in layers]), True)
@@ -43,7 +43,9 @@ def patch_nce_forward(
             both[:half], both[half:], None, temperature, in_batch=True, self_logit=self_logit
         )
         losses, _, found = problem.run(grad_scale, (*needed, False, need_temperature))
-        loss = loss + losses.sum() * loss_scale
+        part, scale = losses.mean(), loss_scale * losses.numel()
+        part = part if scale == 1 else part * scale
+        loss = part if loss is None else loss + part
         for side, grad in zip(grads, found, strict=False):
             if grad is not None:
                 for layer, part in zip(layers, grad.split(shape[0]), strict=True):

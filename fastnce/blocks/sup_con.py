@@ -24,7 +24,7 @@ def sup_con_forward(
     logits = Logits(rows, rows, labels, labels, temperature, own=True)
     positives = _positives(labels)
     has_positive, divisor = positives > 0, positives.clamp(min=1).to(rows.units.dtype)
-    lse, of_positives = logits.sums(_sum_of_finite)
+    lse, of_positives = logits.sums(linear=True)
     if len(lse) == 1:
         lse.zero_()  # the sum of nothing
     losses = (lse - of_positives / divisor).where(has_positive, 0)
@@ -59,16 +59,10 @@ def _positives(labels: Tensor) -> Tensor:
     return torch.searchsorted(found, labels, right=True) - torch.searchsorted(found, labels) - 1
 
 
-def _sum_of_finite(z: Tensor) -> Tensor:
-    return z.masked_fill_(z == -torch.inf, 0).sum(dim=1)
-
-
 def _gradients(
     logits: Logits, lse: Tensor, weights: Tensor, divisor: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     state = State(lse, weights, linear=-weights / divisor)
-    of_units = logits.gradient(state, state, None)
-    of_temperature = None
-    if needs[1]:  # every pair is in the gradients of two rows
-        of_temperature = -(logits.x.units * of_units).sum() / (2 * logits.tau)
+    of_units, moment = logits.gradient(state, state, needs[1])
+    of_temperature = None if moment is None else (-moment / logits.tau).to(of_units.dtype)
     return logits.x.gradient(of_units) if needs[0] else None, of_temperature

@@ -20,9 +20,9 @@ BYTES_ELSEWHERE = 64 << 20
 # Of a block, but for the last: below that, products starve.
 LEAST_ROWS = 64
 # Logits that lie within this have exponentials, and sums and quotients of these, that float32 holds: they need no maximum.
-MODERATE = 43.5
-# Of coefficients in 16 bits, which are at most 1: a power of two, so that float16 keeps small ones.
-HALF_SCALE = 2.0**14
+MODERATE = 36.0
+# Of coefficients in 16 bits, which are at most 6 times the largest weight: a power of two, so that float16 keeps small ones.
+HALF_SCALE = 2.0**13
 
 
 def multiplies_in_16_bits(x: Tensor) -> bool:
@@ -50,10 +50,11 @@ class Rows:
         self.inverse = None
         if normalize:
             # By the largest magnitude first, so that no square overflows or vanishes.
-            self._largest = torch.threshold_(_largest(units), 0, 1)
+            least = torch.finfo(units.dtype).tiny * 2.0**26
+            self._largest = _largest(units).clamp_(min=least)
             units = units / self._largest
-            norm = torch.linalg.vector_norm(units, dim=-1, keepdim=True)
-            self._norm = torch.threshold_(norm, 0, math.inf)  # of zero rows: divided by it is 0
+            # What is divided by that of a zero row is 0.
+            self._norm = torch.threshold_(_norm(units), 0, math.inf)
             units.div_(self._norm)
         self.units = self.similar = self.factors = units
         if rounded:
@@ -68,18 +69,17 @@ class Rows:
             self.inverse = torch.ones_like(self.units[..., :1])
             return
         self.factors = self.units.to(x.dtype)
-        # Largest elements of about 1000: products of two rows are in float32's range, and small elements in float16's.
-        power = torch.frexp(self._largest).mantissa.mul_(1024).div_(self._largest)
-        power.clamp_(max=2.0**100)
-        self.similar = torch.mul(x, power, out=torch.empty_like(self.factors))
-        self.inverse = power.mul_(self._largest).mul_(self._norm).reciprocal_()
+        # Largest elements between a half and 1: no product of two rows leaves float32's range.
+        mantissa = torch.frexp(self._largest).mantissa
+        self.similar = torch.mul(x, mantissa / self._largest, out=torch.empty_like(self.factors))
+        self.inverse = (mantissa * self._norm).reciprocal_()
 
     @property
     def wide(self) -> Tensor:
         """The similar rows in the dtype of the sums."""
         return self.similar if self.inverse is None else self.units
 
-    def __getitem__(self, at: slice) -> Rows:
+    def __getitem__(self, at: slice | None) -> Rows:
         part = copy.copy(self)
         for name, x in vars(self).items():
             if isinstance(x, Tensor):
@@ -109,6 +109,19 @@ def _largest(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True)
 
 
+def _norm(x: Tensor) -> Tensor:
+    """The norm (..., 1) of each row."""
+    if x.device.type == "cpu":  # rounded as the reference rounds it
+        return x.square().sum(dim=-1, keepdim=True).sqrt_()
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+def number(temperature: float | Tensor) -> float | Tensor:
+    """The temperature's number, unless a device would be waited for."""
+    on_host = isinstance(temperature, Tensor) and temperature.device.type == "cpu"
+    return temperature.item() if on_host else temperature
+
+
 class Similarities:
     """``z = x . y / t`` of blocks of the rows x.
 
@@ -117,6 +130,7 @@ class Similarities:
     """
 
     def __init__(self, rows: Rows, temperature: float | Tensor) -> None:
+        rows = rows[None] if rows.units.dim() == 2 else rows
         self.left, self.scale, self._inverse = rows.similar, 1.0, None
         self.moderate = False
         if not isinstance(temperature, Tensor):
@@ -170,21 +184,21 @@ class Buffer:
 
 
 def product(
-    a: Tensor, b: Tensor, out: Tensor | None = None, keep: float = 0, scale: float = 1
+    a: Tensor, b: Tensor, out: Tensor | None = None, keep: int = 0, scale: float = 1
 ) -> Tensor:
-    """``keep out + scale a @ b`` in ``out``, (B, n, k) and (B, k, m) or (k, m) -> (B, n, m); of 16 bits in float32."""
+    """``keep out + scale a @ b`` in ``out``, (B, n, k) and (B, k, m) or (k, m) -> (B, n, m).
+
+    Of factors of 16 bits the result is in float32; without ``out`` it is ``a @ b``.
+    """
     shape = (*a.shape[:2], b.shape[-1])
     flat = b.dim() == 2 or len(a) == 1
     if flat:
         a, b = a.flatten(0, 1), b.squeeze(0) if b.dim() == 3 else b
     if a.dtype.itemsize == 2:
         found = _wide_product(a, b).view(shape)
-        if scale != 1:
-            found.mul_(scale)
         if out is None:
             return found
-        return out.add_(found) if keep else out.copy_(found)
-    out = a.new_empty(shape) if out is None else out
+        return out.add_(found, alpha=scale) if keep else torch.mul(found, scale, out=out)
     into = out.view(-1, shape[-1]) if flat else out
     multiply = torch.addmm if flat else torch.baddbmm
     multiply(into, a, b, beta=keep, alpha=scale, out=into)
@@ -192,7 +206,7 @@ def product(
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    if a.device.type != "cuda":  # the same numbers, for tests
+    if a.device.type == "cpu":  # the same numbers, for tests
         return a.float() @ b.float()
     multiply = torch.mm if a.dim() == 2 else torch.bmm
     return multiply(a, b, out_dtype=torch.float32)
@@ -200,12 +214,11 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
 
 def exponentials(
     parts: list[Tensor], constant: Tensor | None, moderate: bool
-) -> tuple[float | Tensor, Tensor, Tensor]:
+) -> tuple[float | Tensor, Tensor]:
     """Makes ``parts`` (..., m) their exponentials, relative to 0 if ``moderate``, or to the largest of a row.
 
     Returns:
-        What they are relative to, the sum of the exponentials, and ``log sum exp``, all (..., 1). The ``constant`` is one more
-        logit.
+        What they are relative to, and the sum of the exponentials, both (..., 1). The ``constant`` is one more logit.
     """
     top: float | Tensor = 0.0
     if not moderate:
@@ -219,8 +232,21 @@ def exponentials(
     if constant is not None:
         sums.append((constant - top).exp())
     total = functools.reduce(torch.add, sums)
-    if moderate:
-        return top, total, total.log()
     # Of an infinite logit, the softmax is NaN at the logit itself, and 0 elsewhere: the sum must not carry it there.
-    total = total.masked_fill(top == torch.inf, 1)
-    return top, total, top + total.log()
+    if not moderate:
+        total = total.masked_fill(top == torch.inf, 1)
+    return top, total
+
+
+def narrowed(part: Tensor, divisor: Tensor | None, like: Tensor) -> Tensor:
+    """Coefficients ``part / divisor`` times ``HALF_SCALE``, in the dtype of ``like``."""
+    out = torch.empty_like(part, dtype=like.dtype)
+    if divisor is None:
+        return torch.mul(part, HALF_SCALE, out=out)
+    return torch.div(part, divisor / HALF_SCALE, out=out)
+
+
+def power_above(x: Tensor) -> Tensor:
+    """The least power of two above the largest finite magnitude."""
+    largest = x.abs().nan_to_num(0, 0, 0).amax()
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)

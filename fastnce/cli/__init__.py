@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from fastnce.cli import data, runs
 from fastnce.cli.parsing import run_with_options
-from fastnce.cli.tools import bench, build, doctor
+from fastnce.cli.tools import bench, build, doctor, verify
 from fastnce.cli.train import ablate, train
 from fastnce.errors import UserError, known
 
@@ -34,8 +34,9 @@ COMMANDS: dict[str, Callable | dict[str, Callable]] = {
     "bench": bench,
     "build": build,
     "doctor": doctor,
+    "verify": verify,
 }
-_PARSE_THEMSELVES = (train, ablate, bench, build, doctor)
+_PARSE_THEMSELVES = (train, ablate, bench, build, doctor, verify)
 _GROUPS = {
     "visualize": "Show what a model learnt: similarity maps, components of its features, a run as a page.",
     "data": "Write one of the built-in data sets.",

@@ -1,13 +1,15 @@
-"""`fastnce doctor`, `fastnce build` and `fastnce bench`."""
+"""`fastnce doctor`, `fastnce verify`, `fastnce build` and `fastnce bench`."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from fastnce.cli.parsing import no_arguments
-from fastnce.errors import UserError
+from fastnce.errors import UserError, known
 
 
 def doctor(args: list[str]) -> int:
@@ -17,6 +19,66 @@ def doctor(args: list[str]) -> int:
     no_arguments("doctor", doctor.__doc__, args)
     print(report())
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises its errors. It needs no package for training."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message[0].lower()}{message[1:]}. See {self.prog} --help.")
+
+
+def verify(args: list[str]) -> int:
+    """Find out which GPU kernels are right and faster on this machine; those are then used by themselves."""
+    from fastnce import verification
+    from fastnce.backends import verdicts
+    from fastnce.verification.device import NONE
+
+    parser = _Parser(prog="fastnce verify", description=verify.__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=verification.SECONDS,
+        help="stop after so long; the same command goes on with the rest (default: %(default).0f)",
+    )
+    parser.add_argument(
+        "--backend", choices=verdicts.EARNING, help="verify this one alone (default: both)"
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="do everything anew, whatever is known already"
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="write the report there, for a bug report"
+    )
+    options = [option for action in parser._actions for option in action.option_strings]
+    for arg in args:
+        if arg.startswith("--"):
+            known(arg.partition("=")[0], options, "option")
+    given = parser.parse_args(args)
+    kinds = verification.kinds()
+    if not kinds:
+        print(f"fastnce verify: {NONE}. Only the kernels of GPUs are verified.", file=sys.stderr)
+        return 1
+    if given.report is not None:
+        _expect_writable(given.report)  # before it takes two minutes
+    how = {"backend": given.backend, "seconds": given.seconds, "again": given.again}
+    text = "\n".join(verification.verify(place, **how) for place in kinds)
+    if given.report is None:
+        print(text)
+    else:
+        given.report.write_text(text, encoding="utf-8")
+        print(f"Written: {given.report}")
+    return 0
+
+
+def _expect_writable(report: Path) -> None:
+    try:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.touch()
+    except OSError as error:
+        raise UserError(
+            f"--report {report} cannot be written: {error.strerror}. Name another file."
+        ) from error
 
 
 def build(args: list[str]) -> int:

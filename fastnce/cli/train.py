@@ -30,6 +30,7 @@ def train(args: list[str]) -> int:
     first.add_argument("--preset")
     first.add_argument("--config")
     first.add_argument("--dry-run", action="store_true")
+    first.add_argument("--no-verify", action="store_true")
     chosen, rest = first.parse_known_args(args[1:])
 
     config_class, values = layered_values(variant, chosen.preset, chosen.config)
@@ -41,11 +42,11 @@ def train(args: list[str]) -> int:
         [name for name in required_fields(given) if name not in values],
         f"fastnce train {variant}",
         rest,
-        also=("preset", "config", "dry_run"),
+        also=("preset", "config", "dry_run", "no_verify"),
         default=config_class(**(dict.fromkeys(needed, tyro.MISSING) | values)),
         description=(
             f"Also: --preset {{{','.join(of_variant(variant).presets)}}} sets several options at once; --config FILE reads options from a JSON "
-            "file, such as the config.json of a run; --dry-run prints the resulting configuration and stops. "
+            "file, such as the config.json of a run; --dry-run prints the resulting configuration and stops; --no-verify does not verify the kernels of a new GPU. "
             "Later ones win: defaults, preset, file, options."
         ),
     )
@@ -53,7 +54,7 @@ def train(args: list[str]) -> int:
         print(json.dumps(to_dict(config), indent=2))
         return 0
     options.backend_is_there(os.environ.get("FASTNCE_BACKEND") or None, "FASTNCE_BACKEND")
-    run_training(config)
+    run_training(config, verify=not chosen.no_verify)
     leave()
     return 0
 

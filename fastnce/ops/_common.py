@@ -57,6 +57,17 @@ def kernel_mean(reduction: str, dtype: torch.dtype) -> bool:
     return reduction == "mean" and dtype != torch.float16
 
 
+def kept_scale(rows: Tensor) -> float:
+    """What the gradients of the sum of the losses of ``rows`` (..., N, D) are multiplied by while they are kept.
+
+    fp16 ends at 65504, which the gradient of a key can pass where many rows are near it and that of their mean would not. It also
+    ends at 6e-8, so few rows keep 1. There are three powers of two, for a compiler would take one of each N for a constant.
+    """
+    if rows.dtype != torch.float16 or rows.shape[-2] <= 2**11:
+        return 1.0
+    return 2**-4 if rows.shape[-2] <= 2**15 else 2**-8
+
+
 def distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The tensors; for ``torch.compile``, which does not pass a Function one tensor twice, a view of each."""
     if not torch.compiler.is_compiling():
@@ -73,16 +84,40 @@ def scaled(
     if factor != 1.0:
         by = by * factor
 
-    def times(grad: Tensor | None) -> Tensor | None:
-        if grad is None:
-            return None
-        if grad.device.type == "cpu" and not torch.compiler.is_compiling():
+    def times(grad: Tensor) -> Tensor:
+        eager = not torch.compiler.is_compiling()
+        if grad.device.type == "cpu" and eager:
             return grad * by  # which reads a number on the CPU in its own dtype, and rounds once
         # In the wide dtype: fp16 cannot hold GradScaler's 65536.
         wide = torch.promote_types(grad.dtype, by.dtype)
+        if grad.device.type == "cuda" and grad.dim() > 0 and wide != grad.dtype and eager:
+            # One launch: of a vector, unlike a number, the dtype counts.
+            return torch.mul(grad, by.reshape(1), out=torch.empty_like(grad))
         return (grad.to(wide) * by).to(grad.dtype)
 
-    return tuple(times(grad) for grad in grads)
+    present = [grad for grad in grads if grad is not None]
+    together = _as_one(present)
+    if together is None:
+        found = iter([times(grad) for grad in present])
+    else:
+        parts = times(together).split([grad.numel() for grad in present])
+        found = iter([x.view(grad.shape) for x, grad in zip(parts, present, strict=True)])
+    return tuple(None if grad is None else next(found) for grad in grads)
+
+
+def _as_one(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The numbers of all ``tensors`` as one, if they lie one after another in one memory of a GPU; else None."""
+    if len(tensors) < 2 or tensors[0].device.type == "cpu" or torch.compiler.is_compiling():
+        return None
+    first, end = tensors[0], tensors[0].storage_offset()
+    memory = first.untyped_storage()._cdata
+    for x in tensors:
+        if x.untyped_storage()._cdata != memory or x.storage_offset() != end:
+            return None
+        if not x.is_contiguous() or x.dtype != first.dtype:
+            return None
+        end += x.numel()
+    return first.as_strided((end - first.storage_offset(),), (1,))
 
 
 def first_derivative_only(backward: Callable) -> Callable:
@@ -255,12 +290,12 @@ class RowLossFunction(torch.autograd.Function):
         rows = (first, second, third)[:count]
         needs = (*ctx.needs_input_grad[8 : 8 + count], ctx.needs_input_grad[6])
         tensors = rows if labels is None else (*rows, labels)
-        mean = kernel_mean(reduction, first.dtype)
+        mean, kept = kernel_mean(reduction, first.dtype), kept_scale(first)
         losses, *has_positive, lse, grads = getattr(kernels, f"{op}_forward")(
             *tensors,
             temperature,
             **options,
-            grad_scale=1.0 if grad_now else None,
+            grad_scale=kept if grad_now else None,
             mean=mean,
             needs=needs,
         )
@@ -269,11 +304,11 @@ class RowLossFunction(torch.autograd.Function):
             shared = handle(ctx, first, grad_now)
             if has_positive:  # the mean is over the rows that have one
                 number = positives(has_positive[0]) if reduction == "mean" else None
-                ctx.factor = 1.0
+                ctx.factor = 1 / kept
                 ctx.save_for_backward(shared, None if mean else number, *grads)
                 return losses.sum() if number is None else losses.sum() / number, shared
             weight = row_weight(losses.numel(), reduction)
-            ctx.factor = 1.0 if mean else weight
+            ctx.factor = (1.0 if mean else weight) / kept
             ctx.save_for_backward(shared, None, *grads)
             return losses.sum() * weight, shared
         ctx.backward_of, ctx.options, ctx.needs = (

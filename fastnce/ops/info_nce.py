@@ -519,11 +519,12 @@ class _GatheredFunction(torch.autograd.Function):
                 others if len(others) > 0 else None,
                 tau,
                 **blocks.options(in_batch=True),
-                grad_scale=1.0 if grad_now else None,
+                grad_scale=_common.kept_scale(query) if grad_now else None,
                 needs=(need_query, need_key, need_key, need_tau),
             )
             losses, grads = losses[0], (_first(grads[0]), _first(grads[1]), *grads[2:])
         losses = losses.double()
+        ctx.factor = 1 / _common.kept_scale(query)
         ctx.save_for_backward(losses, *grads)
         return losses
 
@@ -531,7 +532,7 @@ class _GatheredFunction(torch.autograd.Function):
     @_common.first_derivative_only
     def backward(ctx, saved: tuple[Tensor | None, ...], grad: Tensor):
         weight = grad[0] if len(grad) > 0 else grad.new_zeros(())
-        query, key, others, tau = _common.scaled(saved[1:], weight)
+        query, key, others, tau = _common.scaled(saved[1:], weight, ctx.factor)
         needs = ctx.needs_input_grad
         if key is not None and needs[1]:
             acc = accumulation_dtype(key.dtype)

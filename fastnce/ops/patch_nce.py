@@ -145,6 +145,7 @@ class PatchNCEFunction(torch.autograd.Function):
         count = len(rows) // 2
         ones = (1.0,) * count
         kernel_mean = _common.kernel_mean("mean", rows[0].dtype)
+        kept = [_common.kept_scale(x) for x in rows[:count]]
         needs = ctx.needs_input_grad[4:]
         loss, (grad_queries, grad_keys, grad_temperature) = kernels.patch_nce_forward(
             list(rows[:count]),
@@ -152,14 +153,15 @@ class PatchNCEFunction(torch.autograd.Function):
             temperature,
             self_logit=SELF_LOGIT,
             loss_scales=ones,
-            grad_scales=ones if grad_now else (),
+            grad_scales=kept if grad_now else (),
             loss_layers=layers,
             grad_layers=layers if kernel_mean else 0,
             needs=(needs[:count], needs[count:], ctx.needs_input_grad[3]),
         )
-        ctx.factors = ones * 2
+        ctx.factors = None
         if not kernel_mean:
-            ctx.factors = [_layer_weight(x, layers) for x in rows[:count]] * 2
+            pairs = zip(rows[:count], kept, strict=True)
+            ctx.factors = [_layer_weight(x, layers) / scale for x, scale in pairs] * 2
         handle = _common.handle(ctx, loss, grad_now)
         ctx.save_for_backward(handle, grad_temperature, *grad_queries, *grad_keys)
         return loss, handle
@@ -168,11 +170,16 @@ class PatchNCEFunction(torch.autograd.Function):
     @_common.first_derivative_only
     def backward(ctx, saved: tuple[Tensor | None, ...], grad_loss: Tensor, _: object):
         _, grad_temperature, *grads = saved
+        if ctx.factors is None:
+            return None, None, None, *_common.scaled((grad_temperature, *grads), grad_loss)
         (grad_temperature,) = _common.scaled((grad_temperature,), grad_loss)
-        scaled = [
-            _common.scaled((grad,), grad_loss, factor)[0]
-            for grad, factor in zip(grads, ctx.factors, strict=True)
-        ]
+        if torch.compiler.is_compiling() or len(set(ctx.factors)) > 1:
+            scaled = [
+                _common.scaled((grad,), grad_loss, factor)[0]
+                for grad, factor in zip(grads, ctx.factors, strict=True)
+            ]
+        else:  # at once, where they are parts of one
+            scaled = _common.scaled(grads, grad_loss, ctx.factors[0])
         return None, None, None, grad_temperature, *scaled
 
 

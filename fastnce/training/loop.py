@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from fastnce import backends
 from fastnce.data.files import Files, changed_files, expect_apart, remove_leftovers, write_json
 from fastnce.errors import UserError
 from fastnce.systems import TrainConfig, system_named
@@ -37,6 +38,7 @@ from fastnce.training.lock import locked
 from fastnce.training.log import MetricLog, append_line, drop_lines_after, read_metrics
 from fastnce.training.published import load_initial
 from fastnce.training.ranks import Ranks, joined_from_environment
+from fastnce.verification import verify_once
 from fastnce.viz import plots
 
 # Options that name a place, which may be spelled in several ways.
@@ -54,7 +56,7 @@ class Interrupted(SystemExit):
         super().__init__(130)
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, *, verify: bool = True) -> Path:
     """Trains a system, or continues the run that is in `config.out`.
 
     Started by `torchrun --nproc-per-node N -m fastnce train ...`, N processes share each batch, one GPU each if there are any.
@@ -64,6 +66,10 @@ def train(config: TrainConfig) -> Path:
     `measurements.jsonl`, `measurements.png` and `checkpoints/best.pt`; with `keep_every` also `checkpoints/step_XXXXXX.pt`.
 
     After an error the state before it is saved, if it is whole: not when a training step or a log line was under way.
+
+    Args:
+        config: of the run.
+        verify: on a GPU whose kernels never were verified, do so first (see `fastnce.verify`).
 
     Returns:
         `config.out`.
@@ -83,6 +89,8 @@ def train(config: TrainConfig) -> Path:
         raise UserError(f"out={config.out} is a file. Name a folder for the run.")
     expect_apart(config.out, system_named(config.system).folders_read(config))
     with locked(config.out) if ranks.is_first else contextlib.nullcontext():
+        if verify and device.type == "cuda" and backends.requested() is None:
+            verify_once(device)
         return _train(config, device, ranks)
 
 

@@ -201,3 +201,20 @@ def test_rows_further_apart_than_int32_reaches(op, fused_backend, needs_support)
         assert_close_to_truth(op, fused_backend, sample, torch.bfloat16)
     finally:
         forget()  # with 6 GB of addresses held, the system may refuse to fork
+
+
+@pytest.mark.parametrize("op", ["info_nce", "patch_nce"])
+def test_a_key_that_all_queries_are_near(op, fused_backend, device, needs_support):
+    """In fp16 the gradient of the sum of their losses is beyond 65504, that of the mean is not."""
+    needs_support(op, fused_backend, torch.float16)
+    query = torch.zeros(4096, 16, dtype=torch.float16, device=device)
+    query[:, 0], query[:, 1] = 0.9, 0.43
+    key = torch.eye(16, dtype=torch.float16, device=device).roll(-1, 0).repeat(256, 1)
+    key[0], key[1:, 0] = 0, 0
+    key[0, 0] = 0.1
+    names = {"info_nce": ("query", "positive_key"), "patch_nce": ("query_features", "key_features")}
+    rows = (
+        x.requires_grad_() if op == "info_nce" else x[None].requires_grad_() for x in (query, key)
+    )
+    sample = Sample("hub", dict(zip(names[op], rows, strict=True)))
+    assert_close_to_truth(op, fused_backend, sample, torch.float16)

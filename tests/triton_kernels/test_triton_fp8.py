@@ -126,18 +126,6 @@ def test_compiles_to_the_fp8_instruction(capability, depth):
     assert {each.name for each in found} == {"_pack_kernel", "_sums_kernel", passing}
 
 
-@compiles
-@pytest.mark.parametrize(("capability", "works"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
-def test_older_gpus_are_refused_with_a_reason(capability, works, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    reason = triton_kernels.supports("info_nce_fp8", "cuda", torch.bfloat16)
-    version = ".".join(map(str, capability))
-    why = f"products in fp8 need a GPU of compute capability 8.9, this one has {version}"
-    assert reason == ("ok" if works else why)
-    assert triton_kernels.supports("info_nce", "cuda", torch.bfloat16) == "ok"
-
-
 def test_depths_have_room_for_the_instruction():
     for depth in range(1, 1025):
         padded = config.padded_depth(depth, fp8=True)

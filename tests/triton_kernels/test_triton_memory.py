@@ -1,6 +1,5 @@
 """The bytes that the kernels' calls hold at their peak beyond their inputs, as ``peak_extra_bytes`` of the benchmarks."""
 
-import gc
 import os
 import weakref
 
@@ -15,7 +14,6 @@ import calls
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.launches import recorded
 from fastnce import triton_kernels
 from fastnce.triton_kernels import launch
 
@@ -116,32 +114,3 @@ def test_half_the_tiles_take_little_memory(depth):
             features, labels, 0.07, grad_scale=None, mean=True, needs=(False, False)
         )
     assert memory.peak < features.nbytes + 100 * MIB
-
-
-def test_a_graph_keeps_the_tables_that_it_reads(monkeypatch):
-    """A cache of tables drops them; the memory that a captured launch reads must stay what it is."""
-
-    class OnGpu:
-        is_cuda = True
-
-    for capturing in (False, True):
-        monkeypatch.setattr(
-            torch.cuda, "is_current_stream_capturing", lambda answer=capturing: answer
-        )
-        table = OnGpu()
-        assert launch.kept_for_graphs(table) is table
-        kept = weakref.ref(table)
-        del table
-        gc.collect()
-        assert (kept() is not None) == capturing
-
-
-def test_a_panel_of_millions_of_columns_can_be_launched():
-    """The second and third dimension of a grid end at 65535; ``recorded`` looks."""
-    query, queue = rows(1, 64, 512), rows(10_000_000, 512)
-    options = {**calls.IN_BATCH, "in_batch": False, "grad_scale": 1.0}
-    with recorded() as found:
-        triton_kernels.info_nce_forward(
-            query, query, queue, 0.07, **options, needs=(True, True, True, False)
-        )
-    assert "_panel_kernel" in {each.name for each in found}

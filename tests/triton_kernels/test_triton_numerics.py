@@ -3,6 +3,8 @@
 On a GPU, or with TRITON_INTERPRET=1 on the host.
 """
 
+import math
+
 import pytest
 import torch
 from loss_forms import (
@@ -24,9 +26,10 @@ from fastnce.backends import triton as triton_ops
 if triton_ops.available() != "ok":
     pytest.skip(triton_ops.available(), allow_module_level=True)
 
-from fastnce import triton_kernels
+from fastnce import pairwise_cosine_similarity, triton_kernels
 from fastnce.testing import Sample, assert_close_to_truth, rows, run
 from fastnce.triton_kernels import config, launch
+from fastnce.triton_kernels.rows import pack
 
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
 
@@ -203,3 +206,56 @@ def test_a_patch_id_outside_its_map_touches_no_memory(normalize):
         [grad[:, right]], *only, [ids[right]], [memory[1]], normalize
     )
     assert torch.equal(sums[1], expected[0])
+
+
+@pytest.mark.parametrize(("size", "norm"), [(300.0, 1.0), (2e-4, 2**-6)])
+@pytest.mark.parametrize("dim", [16, 270])
+def test_fp16_cosines_take_gradients_of_any_size(dim, size, norm, generator):
+    x, y = (norm * gaussian((33, dim), generator, torch.float16).to(DEVICE) for _ in "xy")
+    grad = gaussian((33, 33), generator, torch.float32).sign().to(DEVICE) * size
+    got = triton_kernels.pairwise_cosine_similarity_backward(
+        grad.half(), x, y, 0.5, needs=(True, True, True)
+    )
+    leaves = [v.double().requires_grad_() for v in (x, y)] + [torch.tensor(0.5).double()]
+    leaves[2].requires_grad_()
+    cosines = pairwise_cosine_similarity(*leaves[:2], temperature=leaves[2], backend="torch")
+    true = torch.autograd.grad(cosines, leaves, grad.half().double())
+    for found, expected in zip(got, true, strict=True):
+        assert (found.double() - expected).norm() < 2e-3 * expected.norm()
+
+
+@pytest.fixture(params=["high", "medium"])
+def fewer_bits(request):
+    torch.set_float32_matmul_precision(request.param)
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("dim", [20, 270])
+def test_fewer_bits_of_a_product_are_the_positive_s_as_well(dim, fewer_bits, generator):
+    """A negative that equals the positive has the same logit: log 2, or log 5 of four, at any temperature."""
+    query, key = (gaussian((1, 9, dim), generator, torch.float32).to(DEVICE) for _ in "qk")
+    for copies, expected in ((1, math.log(2)), (4, math.log(5))):
+        loss, _, _ = triton_kernels.info_nce_forward(
+            query[:, :1],
+            key[:, :1],
+            key[0, :1].repeat(copies, 1),
+            0.005,
+            **QUEUE | {"in_batch": False},
+            grad_scale=None,
+            needs=(False,) * 4,
+        )
+        assert abs(loss.item() - expected) < 1e-4
+
+
+def test_rows_are_rounded_to_tf32_where_it_is_multiplied(generator):
+    """To the nearest: matrix instructions cut off what they do not take. NaN and infinity stay."""
+    x = gaussian((40, 20), generator, torch.float32).to(DEVICE)
+    x[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    x[1, 0] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    torch.set_float32_matmul_precision("high")
+    packed = pack(x, False).x[:, :20]
+    torch.set_float32_matmul_precision("highest")
+    mantissa, exponent = torch.frexp(x)
+    expected = torch.ldexp((mantissa * 2**11).round(), exponent - 11)
+    torch.testing.assert_close(packed, expected, rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,277 @@
+"""``fastnce verify``: the kernels of a GPU earn their place on the user's machine.
+
+For each backend that can run there, child processes look for errors (stage A) and then race it against plain PyTorch (stage B): op by
+op, dtype by dtype, form by form. What they find is written into the user's cache, and decides which backend is chosen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import pkgutil
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastnce import backends
+from fastnce.backends import verdicts
+from fastnce.backends.verdicts import Entry, Key, Verdict
+from fastnce.errors import UserError, known
+from fastnce.verification import report
+from fastnce.verification.cases import CASES, DTYPES, forms
+from fastnce.verification.device import GPU
+from fastnce.verification.process import Limit, Task, run
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+SECONDS = 120.0
+# Of the time of a backend that may go into the search for errors.
+_SHARE_OF_ERRORS = 0.6
+# Ranks wait so long for rank 0, which may wait for another program's verification.
+_PATIENCE = datetime.timedelta(hours=1)
+_DEVICE = "fastnce.verification.device:GPU"
+
+Found = list[tuple[Key, Verdict | None]]
+
+
+def verify(
+    device: str | torch.device | None = None,
+    *,
+    backend: str | None = None,
+    seconds: float = SECONDS,
+    again: bool = False,
+    progress: bool = True,
+) -> str:
+    """Finds out which kernels are right, and faster than plain PyTorch, on a GPU; from then on those are chosen by themselves there.
+
+    What an earlier call has found on the same GPU, driver and versions stays, and what it has not reached is done. Under
+    ``torch.distributed`` every rank has to call it: rank 0 verifies, and the ranks with the same kind of GPU take its verdict.
+
+    Args:
+        device: a GPU, by default the current one.
+        backend: "triton" or "cuda" alone; by default both.
+        seconds: what is not reached by then stays unverified.
+        again: does everything anew.
+        progress: shows it on standard error.
+
+    Returns:
+        A report in Markdown.
+
+    Raises:
+        UserError: there is no GPU, or an argument is wrong.
+
+    Examples:
+        >>> import fastnce
+        >>> print(fastnce.verify())  # doctest: +SKIP
+    """
+    if backend is not None:
+        known(backend, verdicts.EARNING, "backend")
+    if not seconds > 0:
+        raise UserError(f"seconds={seconds} must be positive. The default is {SECONDS:.0f}.")
+    place = _device().place(device)
+    names = [name for name in verdicts.EARNING if backend in (None, name)]
+
+    def find() -> Found:
+        return _verify(place, names, seconds, again, _Progress(progress))
+
+    _of_rank_0(place, find)
+    return report.text(place)
+
+
+def verify_once(device: torch.device) -> None:
+    """Verifies, before a training, what can run on its GPU and never was verified there."""
+    place = _device().place(device)
+
+    def find() -> Found:
+        found = [(key, verdicts.find(key)) for key in _keys(place)]
+        new = [key.backend for key, verdict in found if verdict is None]
+        if not new:
+            return found
+        progress = _Progress(True)
+        progress.say(
+            f"the GPU kernels are verified, once, for at most {SECONDS:.0f} s (--no-verify: not)"
+        )
+        return _verify(place, new, SECONDS, False, progress)
+
+    _of_rank_0(place, find)
+
+
+def kinds() -> list[torch.device]:
+    """The first GPU of each kind that torch sees here."""
+    return _device().kinds()
+
+
+def _device() -> type[GPU]:
+    return pkgutil.resolve_name(_DEVICE)
+
+
+def _keys(place: torch.device) -> list[Key]:
+    """Of the backends that can run on this machine."""
+    reasons = backends.available()
+    return [verdicts.key_of(name, place) for name in verdicts.EARNING if reasons[name] == "ok"]
+
+
+def _of_rank_0(place: torch.device, find: Callable[[], Found]) -> None:
+    """Keeps what ``find`` has found, on rank 0; an error there is one on every rank."""
+    answer: list[Any] = [None]
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        answer = [find()]
+    else:
+        # A group of its own: to NCCL's, waiting for so long would be an error.
+        group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        if dist.get_rank() == 0:
+            try:
+                answer = [find()]
+            except Exception as error:
+                answer = [error]
+        dist.broadcast_object_list(answer, src=0, group=group)
+        dist.destroy_process_group(group)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    for key, verdict in answer[0]:
+        # The ranks' GPUs may be of several kinds.
+        if key == verdicts.key_of(key.backend, place):
+            verdicts.keep(key.backend, place, verdict)
+
+
+def _verify(
+    place: torch.device, names: list[str], seconds: float, again: bool, progress: _Progress
+) -> Found:
+    """Verifies the backends one after the other, and writes what it has found, interrupted or not."""
+    found: Found = []
+    keys = [key for key in _keys(place) if key.backend in names]
+    with _alone(progress):
+        end = time.monotonic() + seconds
+        for left, key in zip(range(len(keys), 0, -1), keys, strict=True):
+            limit = Limit(time.monotonic() + (end - time.monotonic()) / left)
+            verdict = (None if again else verdicts.find(key)) or {}
+            try:
+                _Backend(key.backend, place, verdict, progress).verify(limit)
+            finally:
+                found.append((key, verdict))
+                _write(key, verdict)
+    return found
+
+
+def _write(key: Key, verdict: Verdict) -> None:
+    try:
+        verdicts.write(key, verdict)
+    except OSError as error:
+        verdicts.say(
+            f"{verdicts.folder()} cannot be written ({error.strerror}): what was found holds in this process alone. "
+            "Set FASTNCE_CACHE to a folder that can be."
+        )
+
+
+class _Backend:
+    """The verification of one backend.
+
+    Args:
+        name: of the backend.
+        place: the device.
+        verdict: what is known; gets what is found.
+        progress: shows it.
+    """
+
+    def __init__(
+        self, name: str, place: torch.device, verdict: Verdict, progress: _Progress
+    ) -> None:
+        self.name, self.verdict, self.progress = name, verdict, progress
+        self.device = _device()
+        self.request = {"device": _DEVICE, "index": place.index or 0, "backend": name}
+        self.tasks: list[Task] = [
+            (op, verdicts.name_of(dtype), form)
+            for dtype in DTYPES
+            for op in CASES
+            if backends.supports(name, op, place, dtype) == "ok"
+            for form in forms(op)
+        ]
+
+    def verify(self, limit: Limit) -> None:
+        """Stage A, then stage B, of what is not known yet."""
+        for task in self.tasks:
+            self.verdict.setdefault(task, Entry())
+        entries = self.verdict
+        errors = Limit(time.monotonic() + _SHARE_OF_ERRORS * limit.seconds)
+        new = [task for task in self.tasks if entries[task].status == verdicts.NOT_REACHED]
+        self._run("right", new, errors, self.device.workers)
+        right = [task for task in self.tasks if entries[task].status == verdicts.RIGHT]
+        self._run("faster", [task for task in right if not entries[task].speed], limit, 1)
+
+    def _run(self, stage: str, tasks: list[Task], limit: Limit, workers: int) -> None:
+        """Each worker takes every ``workers``-th task."""
+        done = itertools.count(1)
+
+        def tell(task: Task, fields: dict[str, Any]) -> None:
+            entry = self.verdict[task]
+            for name, value in fields.items():
+                setattr(entry, name, value)
+            self.progress.step(
+                f"{self.name}, {stage}? {next(done)} of {len(tasks)}: {', '.join(task)}: {report.told(entry)}"
+            )
+
+        def work(part: list[Task]) -> None:
+            run({**self.request, "stage": stage}, part, limit, self.device.patience, tell)
+
+        parts = [part for first in range(workers) if (part := tasks[first::workers])]
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                list(pool.map(work, parts))
+            except BaseException:  # Ctrl-C: the processes end, and the threads with them
+                limit.end = 0
+                raise
+
+
+class _Progress:
+    """Shows lines on standard error, if at all; of the steps a terminal shows the last alone."""
+
+    def __init__(self, shown: bool) -> None:
+        self._shown, self._rewrites = shown, sys.stderr.isatty()
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        if self._shown:
+            print(f"fastnce verify: {line}", file=sys.stderr, flush=True)
+
+    def step(self, line: str) -> None:
+        """A line that the next one may replace."""
+        if self._shown and self._rewrites:
+            room = shutil.get_terminal_size().columns - 1
+            print(f"\r\x1b[2K{line[:room]}", end="", file=sys.stderr, flush=True)
+        elif self._shown:
+            print(line, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Removes the last step."""
+        if self._shown and self._rewrites:
+            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _alone(progress: _Progress) -> Iterator[None]:
+    """Two that race at once would disturb each other: who comes second waits, and finds little left to do."""
+    handle = None
+    with contextlib.suppress(OSError):  # a cache that is read-only
+        verdicts.folder().mkdir(parents=True, exist_ok=True)
+        handle = open(verdicts.folder() / "lock", "w")  # noqa: SIM115
+    with handle or contextlib.nullcontext():
+        if handle is not None and fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_NB | fcntl.LOCK_EX)
+            except BlockingIOError:
+                progress.say("waiting for another verification on this machine")
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            progress.end()
