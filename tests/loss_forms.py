@@ -121,16 +121,14 @@ def check_form(
     assert_close(got, [exact.detach(), *first[:2], *first, *second], tau)
 
 
-awkward = pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [
-        (kind, dtype)
-        for kind in ("identical", "opposite", "zero", "sizes", "own")
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-        # Its gradients would be out of range.
-        if dtype != torch.float16 or kind in ("identical", "opposite", "zero")
-    ],
-)
+AWKWARD = [
+    (kind, dtype)
+    for kind in ("identical", "opposite", "zero", "sizes", "own")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    # Its gradients would be out of range.
+    if dtype != torch.float16 or kind in ("identical", "opposite", "zero")
+]
+awkward = pytest.mark.parametrize(("kind", "dtype"), AWKWARD)
 
 
 def check_awkward_rows(backend: str, device: str, kind: str, dtype: torch.dtype, tau: float):

@@ -31,7 +31,9 @@ def gpus(fresh, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(9, 0), (7, 5)][i])
     monkeypatch.setattr(cuda, "_load", lambda: "ok")
-    monkeypatch.setattr(cuda, "_operators", types.SimpleNamespace(has=lambda op: op != "labelled_lse"))
+    monkeypatch.setattr(
+        cuda, "_operators", types.SimpleNamespace(has=lambda op: op != "labelled_lse")
+    )
     probe = lambda index: said[-1] if index == 0 else "never asked"  # noqa: E731
     namespace = types.SimpleNamespace(probe=probe)
     monkeypatch.setattr(torch.ops, "fastnce_cuda", namespace, raising=False)

@@ -1,13 +1,14 @@
 """The losses' CUDA kernels and their host side, in every form, against the reference in fp64."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
 from emulated_or_gpu import DEVICE
 from loss_forms import (
+    AWKWARD,
     CASES,
-    awkward,
     check_awkward_rows,
     check_form,
     check_the_constant_of_patch_nce,
@@ -41,7 +42,8 @@ def sample_of(form: str, *shapes: tuple[int, ...], dtype=BF16, tau=0.1, **option
     def rows(shape: tuple[int, ...]) -> Tensor:
         return gaussian(shape, generator, dtype).to(DEVICE).requires_grad_()
 
-    options["temperature"] = torch.tensor(tau, device=DEVICE, requires_grad=True)
+    of_temperature = torch.tensor(tau, device=DEVICE, requires_grad=True)
+    options = {"temperature": of_temperature, **options}
     if form == "patch_nce":
         queries, keys = ([rows(shape) for shape in shapes] for _ in "qk")
         return Sample(form, {"query_features": queries, "key_features": keys, **options})
@@ -65,6 +67,7 @@ PASSES = [
     ("queue", (1, 130, 1000), 2, 0.07, 4),
     ("queue", (1, 65, 512), 70, 0.01, 132),
     ("in_batch", (1, 65, 27), None, 0.1, 4),
+    ("in_batch", (1, 20, 90), 50, 0.07, 4),
     ("in_batch", (2, 65, 256), None, 0.01, 132),
     ("in_batch", (2, 65, 272), None, 0.1, 4),
     ("in_batch", (6, 20, 270), None, 0.1, 1),
@@ -91,13 +94,15 @@ PASSES = [
 )
 @pytest.mark.parametrize("case", PASSES, ids=str)
 def test_passes_of_every_gpu(case, capability, dtype, monkeypatch):
-    """Gradients at once with the sum, and later, in other orders of the threads."""
+    """Gradients at once with the sum, and later, in other orders of the threads; one of them with the temperature's."""
     form, shape, queue, tau, multiprocessors = case
     monkeypatch.setenv("FASTNCE_EMULATED_CAPABILITY", str(capability))
     monkeypatch.setenv("FASTNCE_EMULATED_MULTIPROCESSORS", str(multiprocessors))
     for seed, reduction in enumerate(("sum", "none")):
         monkeypatch.setenv("FASTNCE_EMULATOR_SEED", str(seed))
         options = {"dtype": dtype, "tau": tau, "reduction": reduction}
+        if (reduction == "none") == (dtype == BF16):
+            options["temperature"] = tau
         if form in ("sup_con", "conditional_contrastive"):
             sample = labelled(form, *shape[1:], DEVICE, **options)
             assert_close_to_truth(form, "cuda", sample, dtype)
@@ -114,11 +119,15 @@ LAYERS = [(2, 9, 24), (1, 12, 256), (3, 1, 7), (2, 20, 70), *[(1, 3, 8)] * 14]
 DEEP_LAYERS = [(2, 9, 24), (1, 12, 300)]
 
 
-@each_dtype
-@pytest.mark.parametrize("shapes", [*([shape] for shape in SHAPES), LAYERS, DEEP_LAYERS], ids=str)
+@pytest.mark.parametrize(
+    ("shapes", "dtype"),
+    [
+        *itertools.product([*([shape] for shape in SHAPES), LAYERS], DTYPES),
+        *itertools.product([DEEP_LAYERS], [BF16, FP16]),
+    ],
+    ids=str,
+)
 def test_patch_nce(shapes, dtype):
-    if shapes is DEEP_LAYERS and dtype == FP32:
-        pytest.skip("refused, see test_cuda_backend.py")
     tau = 0.5 if shapes is LAYERS else 0.07
     sample = sample_of("patch_nce", *shapes, dtype=dtype, tau=tau)
     assert_close_to_truth("patch_nce", "cuda", sample, dtype)
@@ -187,11 +196,9 @@ def test_equal_gradients_that_arrive_and_extreme_ones():
     assert torch.equal(backward(2.0**-30) != 0, (now.float() * 2.0**-30).half() != 0)
 
 
-@awkward
+@pytest.mark.parametrize(("kind", "dtype"), [case for case in AWKWARD if case[0] != "own"])
 @pytest.mark.parametrize("tau", [0.005, 0.07, 10.0])
 def test_awkward_rows(kind, dtype, tau):
-    if kind == "own":
-        pytest.skip("refused, see test_cuda_backend.py")
     check_awkward_rows("cuda", DEVICE, kind, dtype, tau)
 
 
