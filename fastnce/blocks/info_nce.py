@@ -117,6 +117,8 @@ class Problem:
         # Coefficients in 16 bits, where the products take those.
         self.narrow = query.inverse is not None and not self.own
         self._buffers = [Buffer(units) for _ in range(3)]
+        # Of symmetric losses, if one block has them all.
+        self._kept: list[Tensor] | None = None
 
     @functools.cached_property
     def shared(self) -> Rows | None:
@@ -136,6 +138,8 @@ class Problem:
 
     def logits(self, at: tuple[slice, slice]) -> tuple[list[Tensor], Rows | None]:
         """Those of a block's queries with keys and with negatives, and the queries' own negatives."""
+        if self._kept is not None:
+            return self._kept, None
         if self.in_batch:
             key = self.key[at[0]]
             found = [self.similarities(at, key.similar, key.inverse, self._buffers[0])]
@@ -163,26 +167,28 @@ class Problem:
         units = self.query.units
         shape = units.shape[:2]
         lse, positive = units.new_empty((2, *shape)), units.new_empty(shape)
-        top = units.new_full(shape, torch.finfo(units.dtype).min)
+        top = units.new_full(shape, 0 if self.moderate else torch.finfo(units.dtype).min)
         total = units.new_zeros(shape)
-        for at in self.blocks():
+        found = list(self.blocks())
+        for at in found:
             (part,), _ = self.logits(at)
+            if len(found) == 1:
+                self._kept = [part]
             positive[at] = self.positive([part], at)
-            of_element = at[0]
-            if not self.moderate:
-                before, now = top[of_element], torch.maximum(top[of_element], part.amax(dim=-2))
-                relative = torch.sub(part, now.unsqueeze(-2), out=self._buffers[2](*part.shape))
-                sums = relative.exp_().sum(dim=-2)
-                total[of_element] = total[of_element] * (before - now).exp() + sums
-                top[of_element] = now
-            row_top, row_total = exponentials([part], None, self.moderate)
-            lse[0][at] = (row_top + row_total.log()).squeeze(-1)
+            relative, of_element = self._buffers[2](*part.shape), at[0]
             if self.moderate:
-                total[of_element] += part.sum(dim=-2)
-        if self.moderate:
-            lse[1] = total.log_()
-        else:
-            lse[1] = top + total.masked_fill_(top == torch.inf, 1).log()  # as in exponentials
+                torch.exp(part, out=relative)
+                torch.log(relative.sum(dim=-1), out=lse[0][at])
+                total[of_element] += relative.sum(dim=-2)
+                continue
+            row_top, row_total = exponentials([relative.copy_(part)], None, moderate=False)
+            lse[0][at] = (row_top + row_total.log()).squeeze(-1)
+            before, now = top[of_element], torch.maximum(top[of_element], part.amax(dim=-2))
+            torch.sub(part, now.unsqueeze(-2), out=relative)
+            total[of_element] *= (before - now).exp()
+            total[of_element] += relative.exp_().sum(dim=-2)
+            top[of_element] = now
+        lse[1] = top + total.masked_fill_(top == torch.inf, 1).log()  # as in exponentials
         return lse.mean(dim=0) - positive, lse
 
     def run(

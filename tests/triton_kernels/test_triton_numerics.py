@@ -8,6 +8,8 @@ import math
 import pytest
 import torch
 from loss_forms import (
+    CASES,
+    IN_BATCH,
     QUEUE,
     awkward,
     check_awkward_rows,
@@ -49,6 +51,21 @@ def small_tiles(monkeypatch, nan_in_fresh_memory):
 @each_form
 def test_tiles_and_panels_add_up(name, tau):
     check_form(triton_kernels, DEVICE, name, tau)
+
+
+@each_offset
+def test_many_parts_of_few_rows(tau, monkeypatch):
+    """More than are added at a time, as a large device has them."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 40)
+    monkeypatch.setitem(CASES, "many_parts", ((1, 3, 20), (700, 20), IN_BATCH))
+    check_form(triton_kernels, DEVICE, "many_parts", tau)
+
+
+def test_many_parts_of_labelled_rows(monkeypatch):
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 400)
+    monkeypatch.setattr(config, "HALF_TILES", (0, 1 << 62))
+    sample = labelled("sup_con", 273, 20, DEVICE, twins=True)
+    assert_close_to_truth("sup_con", "triton", sample, torch.float32)
 
 
 def test_the_tests_notice_a_wrong_tile(monkeypatch):
