@@ -19,6 +19,7 @@ from fastnce.blocks.attention import attention, has_attention
 from fastnce.blocks.tiles import (
     BYTES,
     HALF_SCALE,
+    LEAST_ROWS,
     Buffer,
     Rows,
     Similarities,
@@ -313,7 +314,7 @@ class Problem:
         positive = (left * key).sum(dim=-1, keepdim=True).mul_(scale)
         found = attention(left, key, scale) if self.in_batch else None
         flat = left.flatten(0, 1).unsqueeze(0)
-        rows = BYTES["cpu"] // 4 // (key.shape[-1] * key.element_size())
+        rows = max(LEAST_ROWS, BYTES["cpu"] // 4 // (key.shape[-1] * key.element_size()))
         for negatives in () if self.negatives is None else self.negatives.split(rows):
             units = self._rows(negatives).units.unsqueeze(0)
             more = (x.view(*left.shape[:2], -1) for x in attention(flat, units, scale))
