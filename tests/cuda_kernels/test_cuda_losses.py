@@ -142,6 +142,20 @@ def test_patch_nce_on_gpus_with_less_shared_memory(capability, dtype, monkeypatc
     assert_close_to_truth("patch_nce", "cuda", sample, dtype)
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_sums_of_many_equal_numbers(capability, monkeypatch):
+    """Added one by one, each sum would be rounded the same way."""
+    monkeypatch.setenv("FASTNCE_EMULATED_CAPABILITY", str(capability))
+    monkeypatch.setenv("FASTNCE_EMULATED_MULTIPROCESSORS", "1")
+    sample = sample_of("queue", (1, 2, 64), (4096, 64), tau=0.3)
+    queue = sample.arguments["negative_keys"].data
+    queue.copy_(queue[:1].expand_as(queue))
+    found, expected = run("info_nce", sample, backend="cuda"), truth("info_nce", sample)
+    assert abs(found["out"] - expected["out"]) < 2e-6
+    tau = "d temperature"
+    assert abs(found[tau] / expected[tau] - 1) < 2e-6
+
+
 def test_the_constant_of_patch_nce():
     check_the_constant_of_patch_nce(cuda, DEVICE, depth=256)
 

@@ -40,7 +40,7 @@ DEVICE = "cpu" if launch.INTERPRETED else "cuda"
 def small_tiles(monkeypatch, nan_in_fresh_memory):
     """Several of everything in small problems."""
     tile = config.Tile(16, 16, 4, 2, 32)
-    monkeypatch.setattr(config, "tiles", lambda *arguments: (tile, tile))
+    monkeypatch.setattr(config, "tile", lambda *arguments: tile)
     monkeypatch.setattr(config, "PANEL_ELEMENTS", (16 * 60, 16 * 60))
     monkeypatch.setattr(config, "ADDED_ELEMENTS", 1)
     monkeypatch.setattr(config, "COLUMN_PARTS", 160)  # of 40 rows two blocks of three at a time
@@ -126,7 +126,7 @@ def test_labelled_rows_in_tiles_and_panels(op, tau, dim):
 )
 def test_half_the_tiles(op, count, dtype, tau, height, monkeypatch):
     tile = config.Tile(height, 16, 4, 2, 32)
-    monkeypatch.setattr(config, "tiles", lambda *arguments: (tile, tile))
+    monkeypatch.setattr(config, "tile", lambda *arguments: tile)
     monkeypatch.setattr(config, "COLUMN_PARTS", 10 * count)  # two blocks at a time
     sample = labelled(op, count, 20, DEVICE, dtype, tau, twins=True)
     assert_close_to_truth(op, "triton", sample, dtype)
