@@ -85,13 +85,15 @@ def nan_in_fresh_memory() -> Iterator[None]:
 
 @pytest.fixture
 def needs_support(request):
-    """Skips the test, with the backend's reason, where the backend does not run the op in that dtype."""
+    """The first of the dtypes that the backend runs the op in; without one, skips the test, with the backend's reason."""
     device = request.getfixturevalue("device") if "device" in request.fixturenames else "cpu"
 
-    def check(op: str, backend: str, dtype: torch.dtype = torch.float32) -> None:
-        reason = backends.supports(backend, op, device, dtype)
-        if reason != "ok":
-            pytest.skip(f"{backend}: {reason}")
+    def check(op: str, backend: str, *dtypes: torch.dtype) -> torch.dtype:
+        for dtype in dtypes or (torch.float32,):
+            reason = backends.supports(backend, op, device, dtype)
+            if reason == "ok":
+                return dtype
+        pytest.skip(f"{backend}: {reason}")
 
     return check
 

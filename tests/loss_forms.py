@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastnce import reference
+from fastnce import backends, reference
 from fastnce.testing import Sample, assert_close_to_truth, rows
 
 IN_BATCH = {"normalize": True, "symmetric": False, "in_batch": True, "self_logit": None}
@@ -67,11 +67,15 @@ def problem(name: str, tau: float, device: str) -> tuple[tuple[Tensor | None, ..
 
 
 def assert_close(got: list[Tensor], expected: list[Tensor], tau: float) -> None:
-    """To 1e-5 of the largest number, and to the rounding of logits of size L = 1 / tau in softmaxes times 1 / tau."""
+    """To 1e-5 of the largest number, and to the rounding of logits of size L = 1 / tau in softmaxes times 1 / tau.
+
+    Numbers of 16 bits to the rounding of their own, and that of the factors of their products.
+    """
     for index, (a, b) in enumerate(zip(got, expected, strict=True)):
         logit = max(1.0, 1 / tau)
         count = 1 if index == 0 else logit * (logit * got[0].numel() if b.dim() == 0 else 1)
-        bound = 1e-5 * b.abs().max() + 4 * torch.finfo(torch.float32).eps * logit * count
+        own = 1e-5 if a.dtype == torch.float32 else 1.5 * torch.finfo(a.dtype).eps
+        bound = own * b.abs().max() + 4 * torch.finfo(torch.float32).eps * logit * count
         assert (a.double() - b).abs().max() <= bound, (index, a, b)
 
 
@@ -85,6 +89,7 @@ def check_form(
     name: str,
     tau: float,
     similarity_dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Gradients with the loss, of one argument alone, and later, from the saved log-sum-exp."""
     tau = 10 * tau if name == "dot" else tau
@@ -93,6 +98,7 @@ def check_form(
         options = {**options, "similarity_dtype": similarity_dtype}
         # Values of bf16: those of fp32 may lie so near the middle of two codes of fp8 that fp32 and fp64 disagree.
         inputs = [x if x is None or x.dim() == 0 else x.bfloat16().float() for x in inputs]
+    inputs = [x if x is None or x.dim() == 0 else x.to(dtype) for x in inputs]
     needs = tuple(x is not None for x in inputs)
     query, key, negatives, _ = inputs
     loss, lse, now = kernels.info_nce_forward(*inputs, **options, grad_scale=0.25, needs=needs)
@@ -115,16 +121,14 @@ def check_form(
     assert_close(got, [exact.detach(), *first[:2], *first, *second], tau)
 
 
-awkward = pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [
-        (kind, dtype)
-        for kind in ("identical", "opposite", "zero", "sizes", "own")
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-        # Its gradients would be out of range.
-        if dtype != torch.float16 or kind in ("identical", "opposite", "zero")
-    ],
-)
+AWKWARD = [
+    (kind, dtype)
+    for kind in ("identical", "opposite", "zero", "sizes", "own")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    # Its gradients would be out of range.
+    if dtype != torch.float16 or kind in ("identical", "opposite", "zero")
+]
+awkward = pytest.mark.parametrize(("kind", "dtype"), AWKWARD)
 
 
 def check_awkward_rows(backend: str, device: str, kind: str, dtype: torch.dtype, tau: float):
@@ -151,7 +155,8 @@ def check_awkward_rows(backend: str, device: str, kind: str, dtype: torch.dtype,
         if isinstance(x, Tensor):
             arguments[name] = x.to(device, dtype).requires_grad_()
     sample = Sample(f"{kind} {tau}", arguments | {"symmetric": kind != "own"})
-    assert_close_to_truth("info_nce", backend, sample, dtype)
+    if backends.supports(backend, "info_nce", device, dtype) == "ok":
+        assert_close_to_truth("info_nce", backend, sample, dtype)
     if kind != "own":
         layers = {
             "query_features": arguments["query"][None],
@@ -162,10 +167,10 @@ def check_awkward_rows(backend: str, device: str, kind: str, dtype: torch.dtype,
         assert_close_to_truth("patch_nce", backend, sample, dtype)
 
 
-def check_the_constant_of_patch_nce(kernels: ModuleType, device: str) -> None:
+def check_the_constant_of_patch_nce(kernels: ModuleType, device: str, depth: int = 270) -> None:
     """In layers of two depths; one that can be seen, unlike CUT's."""
     generator = seeded()
-    shapes = [(2, 9, 20), (2, 12, 20), (1, 12, 270)]
+    shapes = [(2, 9, 20), (2, 12, 20), (1, 12, depth)]
     queries, keys = ([gaussian(x, generator).float().to(device) for x in shapes] for _ in "qk")
     scales = [0.1, 0.2, 0.3]
     loss, (grads, _, grad_temperature) = kernels.patch_nce_forward(

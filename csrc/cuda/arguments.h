@@ -36,4 +36,8 @@ struct DeviceProperties {
 // Emulated: what FASTNCE_EMULATED_MULTIPROCESSORS and FASTNCE_EMULATED_CAPABILITY say, or 4 and 80.
 DeviceProperties device_properties(int device);
 
+// Runs a kernel that does nothing on the current device, and waits for it: "ok", or what keeps this
+// library's kernels from running there. Not while a graph is captured.
+const char* try_a_kernel();
+
 }  // namespace fastnce::cuda

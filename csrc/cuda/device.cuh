@@ -17,8 +17,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-
-#include <cassert>
 #endif
 
 namespace fastnce::cuda {
@@ -62,12 +60,6 @@ __device__ __forceinline__ T shuffle_xor(T value, int mask) {
 // Bit l is what lane l says.
 __device__ __forceinline__ uint32_t ballot(bool predicate) {
   return __ballot_sync(0xffffffffu, predicate);
-}
-
-// Where not `ok`, stops the kernel; the message is printed, and the next call that waits for the
-// device fails.
-__device__ __forceinline__ void report_unless(bool ok, const char* message) {
-  if (!ok) __assert_fail(message, "fastnce", 0, "");
 }
 
 // --- from global to shared memory, in the background ---
@@ -145,7 +137,8 @@ __device__ __forceinline__ void multiply_m16n8k16<float16>(float (&c)[4], const 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// c += a b with a 16 x 8, b 8 x 8, elements of tf32 (see round_to_tf32), c as above:
+// c += a b with a 16 x 8, b 8 x 8, elements of tf32 (floats without their last 13 bits), c as
+// above:
 //   a = {(g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)}, b = {(t, g), (t + 4, g)}
 __device__ __forceinline__ void multiply_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4],
                                                       const uint32_t (&b)[2]) {
@@ -154,13 +147,6 @@ __device__ __forceinline__ void multiply_m16n8k8_tf32(float (&c)[4], const uint3
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-// To 11 significant bits, to the nearest, ties away from zero; the bits of a float.
-__device__ __forceinline__ uint32_t round_to_tf32(float x) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return bits;
 }
 
 // --- numbers ---

@@ -19,6 +19,8 @@ DeviceProperties device_properties(int) {
   return {number("FASTNCE_EMULATED_MULTIPROCESSORS", 4), number("FASTNCE_EMULATED_CAPABILITY", 80)};
 }
 
+const char* try_a_kernel() { return "ok"; }
+
 #else
 
 namespace {
@@ -34,7 +36,20 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
+__global__ void nothing_kernel() {}
+
 }  // namespace
+
+const char* try_a_kernel() {
+  cudaStream_t stream = nullptr;
+  cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  nothing_kernel<<<1, 1, 0, stream> > >();
+  error = cudaGetLastError();
+  if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+  cudaStreamDestroy(stream);
+  return error == cudaSuccess ? "ok" : cudaGetErrorString(error);
+}
 
 DeviceProperties device_properties(int device) {
   static std::mutex mutex;

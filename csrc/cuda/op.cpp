@@ -1,5 +1,7 @@
 #include "op.h"
 
+#include <string>
+
 #ifndef FASTNCE_EMULATED
 // In libtorch_cuda, which a torch for CPUs lacks: weak, so that the library can be linked against
 // one.
@@ -99,5 +101,22 @@ void check_tensor(const char* op, const char* name, const Tensor& tensor, Scalar
 Tensor new_scalar(const Tensor& like, bool needed) {
   return needed ? new_tensor(like, {}, ScalarType::Float) : Tensor();
 }
+
+namespace {
+
+// "ok", or why no kernel runs on the GPU of this index.
+std::string probe(int64_t device) {
+#ifndef FASTNCE_EMULATED
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
+#endif
+  return try_a_kernel();
+}
+
+// There is no tensor by which to find a device.
+STABLE_TORCH_LIBRARY_IMPL(fastnce_cuda, CompositeExplicitAutograd, m) {
+  m.impl("probe", TORCH_BOX(&probe));
+}
+
+}  // namespace
 
 }  // namespace fastnce::cuda

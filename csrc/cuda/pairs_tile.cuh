@@ -240,17 +240,24 @@ struct RowSums {
   }
 
  private:
+  // The tile's own sums first: a sum of thousands of numbers one by one would be rounded as often.
   template <bool kTerm, int kTiles>
   __device__ __forceinline__ void add_tile(float (&tile)[kTiles][4], const float (&relative)[2]) {
+    float own[2] = {0.0f, 0.0f}, own_term[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float z = tile[n][i], e = exp2_fast(z - relative[i / 2]);
-        sum[i / 2] += e;
-        if constexpr (kTerm) term[i / 2] += z == FASTNCE_NO_LOGIT ? 0.0f : e * z;
+        own[i / 2] += e;
+        if constexpr (kTerm) own_term[i / 2] += z == FASTNCE_NO_LOGIT ? 0.0f : e * z;
         tile[n][i] = e;
       }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      sum[h] += own[h];
+      term[h] += own_term[h];
     }
   }
 };

@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
     const int64_t rows = queries[l].size(0) * queries[l].size(1);
     if (loss_layers > 0) loss_scales[l] /= static_cast<double>(rows * loss_layers);
     if (grad_layers > 0 && now) grad_scales[l] /= static_cast<double>(rows * grad_layers);
-    const bool is_small = can_run_patch_nce(dtype, queries[l].size(2), queries[l].size(1), call);
+    const bool is_small = can_run_patch_nce(dtype, queries[l].size(2), queries[l].size(1));
     STD_TORCH_CHECK(is_small || dtype != Dtype::kFloat32, kOp,
                     ": the CUDA kernel takes float32 features of up to 256 channels, got ",
                     queries[l].size(2), ". Use backend='blocks'.");

@@ -248,9 +248,10 @@ __global__ void __launch_bounds__(kSumThreads) sum_layer_kernel(LargeLayer layer
 // --- launches ---
 
 // Bytes that a block may have.
+constexpr size_t kLeastSharedBytes = 99 * 1024;
 size_t most_shared_bytes(int capability) {
   if (capability >= 90 && capability < 120) return 227 * 1024;
-  return capability == 80 || capability == 87 ? 163 * 1024 : 99 * 1024;
+  return capability == 80 || capability == 87 ? 163 * 1024 : kLeastSharedBytes;
 }
 
 template <class S>
@@ -259,15 +260,19 @@ bool fits(const PatchCall& call) {
 }
 
 // Calls run(Shape) with the shape for many problems, or that for few, where it fits. float32 rows
-// take so much room that four warps' tiles are what fits.
+// take so much room that four warps' tiles are what fits, and two warps' where there is little.
 template <class Run>
 auto with_shape(Dtype dtype, int64_t depth, bool few, const PatchCall& call, const Run& run) {
   const auto with_depth = [&](auto zero, auto depth_constant) {
     using P = decltype(zero);
     constexpr int kDepth = decltype(depth_constant)::value;
     using Few = Shape<P, kDepth, 1, sizeof(P) == 2 ? 8 : 4>;
+    using Many = Shape<P, kDepth, 4, 2>;
     if (few && fits<Few>(call)) return run(Few{});
-    return run(Shape<P, kDepth, 4, 2>{});
+    if constexpr (sizeof(Shared<Many>) > kLeastSharedBytes) {
+      if (!fits<Many>(call)) return run(Shape<P, kDepth, 2, 1>{});
+    }
+    return run(Many{});
   };
   const auto with_products = [&](auto zero) {
     if (depth <= 64) return with_depth(zero, std::integral_constant<int, 64>{});
@@ -327,10 +332,8 @@ void run_layers(const std::vector<PatchLayer>& layers, const PatchCall& call, bo
 
 }  // namespace
 
-bool can_run_patch_nce(Dtype dtype, int64_t depth, int64_t rows, const PatchCall& call) {
-  return depth <= kMostDepth && (rows <= kMostRows || dtype == Dtype::kFloat32) &&
-         with_shape(dtype, depth, false, call,
-                    [&](auto shape) { return fits<decltype(shape)>(call); });
+bool can_run_patch_nce(Dtype dtype, int64_t depth, int64_t rows) {
+  return depth <= kMostDepth && (rows <= kMostRows || dtype == Dtype::kFloat32);
 }
 
 int64_t patch_nce_blocks(const std::vector<PatchLayer>& layers, const PatchCall& call) {

@@ -77,21 +77,27 @@ struct Products {
   }
 };
 
-// float32 as the sum of two tf32 numbers; of the four products the smallest is left out, which is
-// below float's rounding.
+// float32 as the sum of two tf32 numbers, of 11 significant bits each: the instructions do not look
+// at the last 13 bits of a register. Of the four products the smallest is left out, which is below
+// float's rounding. What the instructions cannot hold in their accumulator they cut off, each a
+// little more. So no sum stays in it: what they add up of 8 elements is added to c in float,
+// rounded.
 struct Split {
   uint32_t high, low;
   __device__ __forceinline__ explicit Split(float x) {
-    high = round_to_tf32(x);
-    low = round_to_tf32(x - __uint_as_float(high));
+    high = (__float_as_uint(x) + 0x1000) & ~0x1fffu;   // to the nearest
+    low = __float_as_uint(x - __uint_as_float(high));  // NaN, where x is
   }
 };
 __device__ __forceinline__ void multiply_split(float (&c)[4], const Split (&a)[4],
                                                const Split (&b)[2]) {
   const uint32_t high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
-  multiply_m16n8k8_tf32(c, {a[0].low, a[1].low, a[2].low, a[3].low}, {b[0].high, b[1].high});
-  multiply_m16n8k8_tf32(c, high, {b[0].low, b[1].low});
-  multiply_m16n8k8_tf32(c, high, {b[0].high, b[1].high});
+  float own[4] = {};
+  multiply_m16n8k8_tf32(own, {a[0].low, a[1].low, a[2].low, a[3].low}, {b[0].high, b[1].high});
+  multiply_m16n8k8_tf32(own, high, {b[0].low, b[1].low});
+  multiply_m16n8k8_tf32(own, high, {b[0].high, b[1].high});
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] += own[i];
 }
 
 template <int Depth>
@@ -120,9 +126,10 @@ struct Products<float, Depth> {
   // coefficients lie.
   __device__ __forceinline__ void accumulate(float (&sum)[Depth / 8][4], const float (&e)[2][4],
                                              const float* y, int lane) const {
-#pragma unroll
+#pragma unroll 1  // side by side they have not registers enough
     for (int n = 0; n < 2; ++n) {
-      const Split a[4] = {Split(e[n][0]), Split(e[n][2]), Split(e[n][1]), Split(e[n][3])};
+      const auto of = [&](int i) { return Split(n == 0 ? e[0][i] : e[1][i]); };
+      const Split a[4] = {of(0), of(2), of(1), of(3)};
       const float* column = y + (8 * n + 2 * (lane % 4)) * kRowPitch + lane / 4;
 #pragma unroll
       for (int d = 0; d < Depth / 8; ++d) {

@@ -30,7 +30,7 @@ struct PatchCall {
   int capability, multiprocessors;
 };
 
-bool can_run_patch_nce(Dtype dtype, int64_t depth, int64_t rows, const PatchCall& call);
+bool can_run_patch_nce(Dtype dtype, int64_t depth, int64_t rows);
 
 // The results' parts, pairs of floats: sum of loss_scale loss, and its derivative with respect to
 // the temperature. The layers have so many:

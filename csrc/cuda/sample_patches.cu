@@ -70,11 +70,10 @@ __device__ __forceinline__ int64_t place_of(const PatchMap& map, int image, int 
          position % map.width * map.strides[3];
 }
 
+// -1 for an id that is no position of the map.
 __device__ __forceinline__ int load_id(const PatchMap& map, int s) {
   const int64_t id = map.ids[s * map.id_stride];
-  report_unless(id >= 0 && id < int64_t{map.height} * map.width,
-                "sample_patches: patch_ids must lie in [0, height * width) of their map");
-  return static_cast<int>(id);
+  return id >= 0 && id < int64_t{map.height} * map.width ? static_cast<int>(id) : -1;
 }
 
 __device__ __forceinline__ const void* row_of(const PatchRows& rows, int image, int s,
@@ -90,8 +89,15 @@ template <class T, int V>
 __device__ __forceinline__ void gather_row(const PatchMap& map, int image, int s, int lane) {
   const int channels = map.channels;
   const int64_t row = int64_t{image} * map.count + s;
-  const T* from = static_cast<const T*>(map.map) + place_of(map, image, load_id(map, s));
+  const int id = load_id(map, s);
   T* out = static_cast<T*>(map.patches.data) + row * channels;
+  if (id < 0) {
+    const float nan = __int_as_float(0x7fc00000);
+    for (int c = lane; c < channels; c += kWarp) out[c] = from_float<T>(nan);
+    if (map.inverse_norms != nullptr && lane == 0) map.inverse_norms[row] = nan;
+    return;
+  }
+  const T* from = static_cast<const T*>(map.map) + place_of(map, image, id);
   double squares = 0;
   for (int begin = lane * V; begin < channels; begin += kUnroll<V> * kWarp * V) {
     T x[kUnroll<V>][V];
@@ -184,7 +190,7 @@ template <class T, int V, bool Add>
 __device__ __forceinline__ void scatter_row(const PatchMap& map, int image, int s, int begin,
                                             int end, int lane) {
   const int id = load_id(map, s);
-  if (next_at(map, id, -1, lane) != s) return;
+  if (id < 0 || next_at(map, id, -1, lane) != s) return;
   T* to = static_cast<T*>(map.map) + place_of(map, image, id);
   const bool normalize = map.inverse_norms != nullptr;
   for (; begin < end; begin += kUnroll<V> * kWarp * V) {

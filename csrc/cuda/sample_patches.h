@@ -28,7 +28,8 @@ struct PatchMap {
   PatchRows gradients;   // of the patches
 };
 
-// patches = the map at ids, divided by their norms if those are asked for.
+// patches = the map at ids, divided by their norms if those are asked for; NaN where an id is no
+// position of the map, which gradients then leave out.
 void gather_patches(Dtype dtype, const std::vector<PatchMap>& maps, Stream stream);
 
 // map += the gradients of the patches, those of a repeated position in the order of ids.

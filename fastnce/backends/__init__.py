@@ -152,7 +152,7 @@ def select(
     name = backend or _requested
     if name is not None:
         module = _module(name, "backend" if backend else "FASTNCE_BACKEND")
-        reason = module.supports(op, device, dtype)
+        reason = _supports(module, op, device, dtype, found_by)
         if reason != "ok":
             raise RuntimeError(
                 f"{op}: backend {name!r} cannot run it on {device.type} {dtype}: {reason}. "
@@ -162,7 +162,7 @@ def select(
     able: list[str] = []
     reasons: list[str] = []
     for name, module in _TABLE.items():
-        reason = module.supports(op, device, dtype)
+        reason = _supports(module, op, device, dtype, found_by)
         if reason != "ok":
             reasons.append(f"{name}: {reason}")
         elif name in verdicts.EARNING:
@@ -176,6 +176,16 @@ def select(
     raise RuntimeError(
         f"{op}: no backend can run it on {device.type} {dtype}: {'; '.join(reasons)}"
     )
+
+
+def _supports(
+    module: ModuleType, op: str, device: torch.device, dtype: torch.dtype, found_by: tuple
+) -> str:
+    """What the module's ``supports`` says, and, of calls of a form that it lacks, why."""
+    reason = module.supports(op, device, dtype)
+    if reason == "ok" and found_by and module is cuda:
+        return cuda.lacks(op, dtype, OPS[op].form(*found_by)) or "ok"
+    return reason
 
 
 def _proved(

@@ -234,7 +234,8 @@ def _hash(data: bytes) -> str:
 
 def folder() -> Path:
     """Of the user's own verdicts."""
-    cache = os.environ.get("FASTNCE_CACHE") or Path.home() / ".cache" / "fastnce"
+    # Path's own ways to a home, and to whether a file is there, raise errors where these do not.
+    cache = os.environ.get("FASTNCE_CACHE") or os.path.expanduser("~/.cache/fastnce")
     return Path(cache) / "verdicts"
 
 
@@ -247,7 +248,7 @@ def path_of(key: Key) -> Path:
 def find(key: Key) -> Verdict | None:
     """The user's own verdict, else one that came with the package; None if there is none, or none that can be read."""
     path = path_of(key)
-    if path.is_file() and (verdict := _read(path, key)) is not None:
+    if os.path.isfile(path) and (verdict := _read(path, key)) is not None:
         return verdict
     shipped = sorted(SHIPPED.glob("*.json")) if SHIPPED.is_dir() else []
     found = (_read(path, key, any_driver=True) for path in shipped)

@@ -10,6 +10,7 @@
 
 #include <cstdlib>
 #include <deque>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -48,6 +49,7 @@ namespace {
 
 constexpr size_t kStack = 256 * 1024;  // of a fiber; only touched pages take memory
 constexpr size_t kMostThreads = 1024;
+constexpr size_t kMostShared = 227 * 1024, kUnaskedShared = 48 * 1024;
 constexpr int kBarriers = 16;
 
 struct Fiber {
@@ -98,6 +100,8 @@ void* scheduler = nullptr;
 #else
 ucontext_t scheduler;
 #endif
+
+std::map<const void*, size_t> shared_limits;  // of kernels that asked
 
 size_t draw(size_t count) { return generator() % count; }
 
@@ -282,6 +286,8 @@ void wait_until(const std::function<bool()>& condition) {
 
 void later(std::function<void()> work) { block->background.push_back(std::move(work)); }
 
+void at_some_time(std::function<void()> work) { draw(2) == 0 ? work() : defer(std::move(work)); }
+
 void defer(std::function<void()> work) {
   block->fibers[static_cast<size_t>(current)].open.push_back(std::move(work));
 }
@@ -300,7 +306,7 @@ void finish_groups(int pending) {
   }
 }
 
-void launch(const char* op, dim3 grid, dim3 threads, size_t shared_bytes,
+void launch(const char* op, const void* kernel, dim3 grid, dim3 threads, size_t shared_bytes,
             const std::function<void()>& body) {
   const size_t count = size_t{threads.x} * threads.y * threads.z;
   const size_t blocks = size_t{grid.x} * grid.y * grid.z;
@@ -310,7 +316,10 @@ void launch(const char* op, dim3 grid, dim3 threads, size_t shared_bytes,
   if (count == 0 || count > kMostThreads || count % 32 != 0)
     refuse("a block cannot have this size");
   if (blocks == 0 || grid.y > 65535 || grid.z > 65535) refuse("a grid cannot have this size");
-  if (shared_bytes > 227 * 1024) refuse("more shared memory than a block can have");
+  if (shared_bytes > kMostShared) refuse("more shared memory than a block can have");
+  const auto allowed = shared_limits.find(kernel);
+  if (shared_bytes > (allowed == shared_limits.end() ? kUnaskedShared : allowed->second))
+    refuse("more shared memory than the kernel may have");
   const char* seed = std::getenv("FASTNCE_EMULATOR_SEED");
   generator.seed(seed ? static_cast<unsigned>(std::atoi(seed)) : 0);
 
@@ -359,3 +368,15 @@ void launch(const char* op, dim3 grid, dim3 threads, size_t shared_bytes,
 }
 
 }  // namespace emulator
+
+cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+  if (attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin) return 1;
+  *value = static_cast<int>(emulator::kMostShared);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, int attribute, int bytes) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return 1;
+  emulator::shared_limits[kernel] = static_cast<size_t>(bytes);
+  return cudaSuccess;
+}

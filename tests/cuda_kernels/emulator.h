@@ -3,7 +3,7 @@
 // The threads of a block are fibers of one thread of the host. One runs until it meets others (a
 // barrier, an operation of its warp) or ends; who runs next is drawn at random, from the seed in
 // FASTNCE_EMULATOR_SEED. So do blocks follow one another, in random order. Work in the background
-// (an asynchronous copy) is done when somebody waits for it.
+// is done when somebody waits for it; a copy, at random, at once.
 #pragma once
 
 #include <algorithm>
@@ -49,6 +49,11 @@ using cudaStream_t = CUstream_st*;
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
+constexpr int cudaDevAttrMaxSharedMemoryPerBlockOptin = 97;
+constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 8;
+cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int device);
+cudaError_t cudaFuncSetAttribute(const void* kernel, int attribute, int bytes);
 
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __float_as_int(float x) {
@@ -76,9 +81,10 @@ namespace emulator {
 
 // --- the machine ---
 
-// Runs body() once for every thread of every block. Throws std::runtime_error where threads wait
-// for ever, meet in different operations, or write beyond the shared memory.
-void launch(const char* op, dim3 grid, dim3 block, size_t shared_bytes,
+// Runs body(), which calls the kernel, once for every thread of every block. Throws
+// std::runtime_error where threads wait for ever, meet in different operations, or write beyond the
+// shared memory.
+void launch(const char* op, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
             const std::function<void()>& body);
 
 struct Place {
@@ -107,7 +113,8 @@ void wait_until(const std::function<bool()>& condition);
 void later(std::function<void()> work);
 
 // Work of this thread, done in groups: `close` ends one, `finish` does all but the last `pending`
-// groups.
+// groups. Work `at_some_time` is done when the group is, or at once.
+void at_some_time(std::function<void()> work);
 void defer(std::function<void()> work);
 void close_group();
 void finish_groups(int pending);
@@ -163,11 +170,6 @@ inline uint32_t pack_pair(float low, float high) {
   return out;
 }
 
-inline uint32_t round_to_tf32(float x) {
-  const uint32_t bits = __float_as_uint(x);
-  if ((bits & 0x7f800000u) == 0x7f800000u) return bits;
-  return (bits + 0x1000u) & ~0x1fffu;  // ties away from zero: the magnitude is what the bits order
-}
 inline float exp2_fast(float x) {
   const float out = std::exp2(x);
   return std::fabs(out) < 1.17549435e-38f ? 0.0f : out;  // subnormal results are flushed
@@ -217,10 +219,6 @@ inline uint32_t ballot(bool predicate) {
   return b.out;
 }
 
-inline void report_unless(bool ok, const char* message) {
-  if (!ok) fail(message);
-}
-
 inline void expect_aligned(const void* p, size_t bytes, const char* what) {
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail(what);
 }
@@ -230,7 +228,7 @@ inline void copy_async(void* shared, const void* global, bool valid = true) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
   expect_aligned(shared, Bytes, "copy_async: shared address is not aligned");
   if (valid) expect_aligned(global, Bytes, "copy_async: global address is not aligned");
-  defer([=] {
+  at_some_time([=] {
     if (valid) {
       std::memcpy(shared, global, Bytes);
     } else {
@@ -275,10 +273,10 @@ inline void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row) {
 }
 
 // c plus the products of one instruction, as tensor cores add them up: the products are exact; they
-// and c are aligned to the largest of them, and lose what lies below its last bit as a float; so does
-// the sum. Nothing is rounded to the nearest: what is lost always makes numbers smaller. Measured on
-// GPUs by Fasi et al. 2021 ("Numerical behavior of NVIDIA tensor cores") and Li et al. 2024
-// (arXiv:2403.00232), where those since Ampere align one to three bits finer.
+// and c are aligned to the largest of them, and lose what lies below its last bit as a float; so
+// does the sum. Nothing is rounded to the nearest: what is lost always makes numbers smaller.
+// Measured on GPUs by Fasi et al. 2021 ("Numerical behavior of NVIDIA tensor cores") and Li et al.
+// 2024 (arXiv:2403.00232), where those since Ampere align one to three bits finer.
 constexpr int kFractionBits = 23;
 template <int Depth>
 inline float add_truncated(float c, const double (&products)[Depth]) {

@@ -133,13 +133,26 @@ def test_zero_tiny_and_huge_patches(layout, dtype, generator):
     torch.testing.assert_close(1 / norms[0][0, 1:].double(), 4 * x[0, 0].flatten()[1:].double())
 
 
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("bad", [-1, 12, 2**62])
-def test_positions_outside_the_map_are_reported(bad, generator):
-    if DEVICE != "cpu":
-        pytest.skip("a GPU's context does not outlive the report")
-    x, ids = gaussian((1, 4, 3, 4), generator), torch.tensor([0, bad])
-    with pytest.raises(RuntimeError, match=r"patch_ids must lie in \[0, height \* width\)"):
-        cuda.sample_patches_forward([x], [ids], False)
-    grad = gaussian((1, 2, 4), generator)
-    with pytest.raises(RuntimeError, match="patch_ids must lie in"):
-        cuda.sample_patches_backward([grad], [], [], [ids], [x], False)
+def test_positions_outside_the_map(bad, normalize, generator):
+    """Their patches are NaN; their gradients go nowhere, whatever they are."""
+    x, ids = gaussian((2, 4, 3, 4), generator), torch.tensor([7, bad, 0], device=DEVICE)
+    inside = ids[::2]
+    patches, norms = cuda.sample_patches_forward([x], [ids], normalize)
+    assert all(x[:, 1].isnan().all() for x in [*patches, *norms])
+    expected, expected_norms = cuda.sample_patches_forward([x], [inside], normalize)
+    assert torch.equal(patches[0][:, ::2], expected[0])
+    upstream = gaussian(patches[0].shape, generator)
+    upstream[:, 1] = torch.nan
+    saved = (patches, norms) if normalize else ([], [])
+    saved_inside = (expected, expected_norms) if normalize else ([], [])
+    wanted = [[upstream[:, ::2]], *saved_inside, [inside]]
+    dense = cuda.sample_patches_backward(*wanted, [x], normalize)[0]
+    assert torch.equal(
+        cuda.sample_patches_backward([upstream], *saved, [ids], [x], normalize)[0], dense
+    )
+    onto, onto_inside = x.clone(), x.clone()
+    cuda.sample_patches_add_([onto], [upstream], *saved, [ids], normalize)
+    cuda.sample_patches_add_([onto_inside], *wanted, normalize)
+    assert torch.equal(onto, onto_inside)

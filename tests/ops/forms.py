@@ -23,23 +23,32 @@ LOSSES = with_option("temperature")
 REDUCED = with_option("reduction")
 
 
+def has_form(backend: str, name: str) -> bool:
+    """Whether a backend that runs the op takes the sample of this name: the CUDA kernels have no negatives of each query's own."""
+    return backend != "cuda" or "own" not in name.split("_")
+
+
 @functools.cache
-def samples(op: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Sample]:
-    """In every form of the op, by name."""
+def samples(
+    op: str, dtype: torch.dtype = torch.float32, device: str = "cpu", backend: str = ""
+) -> dict[str, Sample]:
+    """In every form of the op that the backend has, by name."""
     found = SAMPLE_INPUTS[op](dtype, device, torch.Generator().manual_seed(0))
-    return {sample.name: sample for sample in found}
+    return {sample.name: sample for sample in found if has_form(backend, sample.name)}
 
 
 FORMS = [(op, name) for op in OPS for name in samples(op)]
 
 
-def typical(op: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Sample:
+def typical(
+    op: str, dtype: torch.dtype = torch.float32, device: str = "cpu", backend: str = ""
+) -> Sample:
     """The form with the most gradients and options: for what takes long, or does not depend on the form."""
 
     def size(sample: Sample) -> tuple[int, int]:
         return sum(x.requires_grad for x in tensors_of(sample)), len(sample.arguments)
 
-    return max(samples(op, dtype, device).values(), key=size)
+    return max(samples(op, dtype, device, backend).values(), key=size)
 
 
 def tensors_of(sample: Sample) -> list[Tensor]:

@@ -56,7 +56,7 @@ def every_sample(backend: str, dtype: torch.dtype) -> None:
     device = "cpu" if on_host else "cuda"
     for op in OPS:
         if backends.supports(backend, op, device, dtype) == "ok":
-            for sample in samples(op, dtype, device).values():
+            for sample in samples(op, dtype, device, backend).values():
                 run(op, sample, backend=backend)
     if backends.supports(backend, "tap_patches", device, dtype) == "ok":
         shapes = ((2, 3, 4, 5), (1, 6, 2, 2))

@@ -93,7 +93,7 @@ def test_never_verified_one_line_says_what_would_change_it(gpu, caplog, monkeypa
     assert record.getMessage().endswith("Run: fastnce verify")
     assert backends.verdict("triton", "info_nce", "cpu", FP32) == {}
     assert report.choices(CPU)[0].endswith("not verified here. Run: fastnce verify")
-    monkeypatch.setattr(backends._TABLE["triton"], "available", lambda: "broken")
+    monkeypatch.setattr(backends._TABLE["triton"], "supports", lambda *_: "broken")
     assert report.choices(CPU)[0].startswith("blocks: neither of the GPU's own backends can run")
 
 
