@@ -69,7 +69,7 @@ def test_no_result_is_read_by_the_host_or_on_another_device(op, name, in_16_bits
     with Watch() as watch:
         found = run(op, sample, backend="blocks")
     assert {x.device.type for x in found.values()} == {"meta"}
-    if op not in ("pairwise_cosine_similarity", "sample_patches") and "own" not in name:
+    if op != "sample_patches" and "own" not in name:
         dtype = torch.bfloat16 if in_16_bits else torch.float32
         assert {x.dtype for x in watch.factors} == {dtype}, watch.names
 
@@ -142,6 +142,19 @@ def test_blocks_of_every_height_give_the_same(temperature, monkeypatch):
         found.append((*losses, *grads))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0])
+
+
+@pytest.mark.parametrize("temperature", [0.02, 1 / 36, 0.028])
+def test_logits_as_far_apart_as_they_can_be(temperature):
+    """Positives are opposite, and negatives the same: their exponentials are without a maximum where float32 holds them."""
+    x = gaussian(8, 12)
+    found = []
+    for dtype, backend in ((torch.float32, "blocks"), (torch.float64, "torch")):
+        rows = [z.to(dtype).requires_grad_() for z in (x, -x, x.repeat(100, 1))]
+        loss = fastnce.info_nce(*rows, temperature=temperature, backend=backend)
+        found.append([loss.double(), *(z.double() for z in torch.autograd.grad(loss, rows))])
+    for got, truth in zip(*found, strict=True):
+        torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-4)
 
 
 def test_layers_of_one_shape_keep_their_gradients():
