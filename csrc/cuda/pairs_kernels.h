@@ -35,16 +35,21 @@ void launch_products_sm80(const Pairs& pairs, const ProductsPlan& plan, const Pr
 inline int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
 
 // Into how many parts to cut `tiles` of columns for `blocks` of rows: as few as keep the
-// multiprocessors busy 7/8 of the time, a block being on each.
+// multiprocessors busy 7/8 of the time, a block being on each, or else as busy as they can be.
 inline int64_t splits_that_fill(int64_t blocks, int64_t tiles, int64_t multiprocessors) {
-  const int64_t most = tiles < 65535 ? tiles : 65535;
-  int64_t splits = 1;
-  while (splits < most) {
-    const int64_t waves = blocks_of(blocks * splits, multiprocessors);
-    if (8 * blocks * splits >= 7 * waves * multiprocessors) break;
-    ++splits;
+  int64_t best = 1;
+  double busiest = 0;
+  for (int64_t splits = 1; splits <= tiles && splits <= 65535 && busiest < 0.875; ++splits) {
+    const int64_t each = blocks_of(tiles, splits), parts = blocks_of(tiles, each);  // none is empty
+    const int64_t time = blocks_of(blocks * parts, multiprocessors) * each;
+    const double busy =
+        static_cast<double>(blocks * tiles) / static_cast<double>(time * multiprocessors);
+    if (busy > busiest) {
+      busiest = busy;
+      best = parts;
+    }
   }
-  return blocks_of(tiles, blocks_of(tiles, splits));  // none is empty
+  return best;
 }
 
 // The same pairs with rows and columns in each other's place.

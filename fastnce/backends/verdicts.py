@@ -79,7 +79,8 @@ class Entry:
         if size == "any":
             reasons = [self.why_not(raced) for raced in self.speed] or [self.why_not("small")]
             return next((reason for reason in reasons if reason != "ok"), "ok")
-        speed = self.speed.get(size, "not raced at this size")
+        missing = "not raced at this size" if self.speed else "not raced: time ran out"
+        speed = self.speed.get(size, missing)
         if isinstance(speed, str):
             return speed
         return "ok" if speed >= LEAST_SPEED else f"no faster: {speed:.2f} times as fast"

@@ -208,7 +208,10 @@ class _Backend:
         new = [task for task in self.tasks if entries[task].status == verdicts.NOT_REACHED]
         self._run("right", new, errors, self.workers)
         right = [task for task in self.tasks if entries[task].status == verdicts.RIGHT]
-        self._run("faster", [task for task in right if not entries[task].speed], limit, 1)
+        unraced = [task for task in right if not entries[task].speed]
+        self._run("faster", unraced, limit, 1)
+        if not new and not unraced:
+            self.say(f"{self.name}: everything is known already; --again does it anew")
 
     def _run(self, stage: str, tasks: list[Task], limit: Limit, workers: int) -> None:
         """Each worker takes every ``workers``-th task."""

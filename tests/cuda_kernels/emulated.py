@@ -26,7 +26,7 @@ def build_emulated(output: Path = LIBRARY) -> Path:
     Raises:
         BuildError: no torch, no compiler, no ninja, or the compiler failed, with its message.
     """
-    files = [*build.cuda_files(SOURCES.parent), HERE / "emulator.cpp"]
+    files = [*build.cuda_files(SOURCES.parent), HERE / "emulator.cpp", HERE / "plans.cpp"]
     stamp = build.source_hash(SOURCES.parent, build.CUDA)
     build.compile_library(plan(files), output, output.parent / "objects", stamp)
     return output

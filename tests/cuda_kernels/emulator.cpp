@@ -102,6 +102,7 @@ ucontext_t scheduler;
 #endif
 
 std::map<const void*, size_t> shared_limits;  // of kernels that asked
+int times_set = 0;
 
 size_t draw(size_t count) { return generator() % count; }
 
@@ -244,6 +245,10 @@ void fail(const char* what) { throw std::runtime_error(std::string("emulator: ")
 
 const Place& place() { return block->fibers[static_cast<size_t>(current)].place; }
 
+int limits_set() { return times_set; }
+
+int shared_limit(const void* kernel) { return static_cast<int>(shared_limits[kernel]); }
+
 int block_threads() { return static_cast<int>(block->fibers.size()); }
 
 void barrier(int id, int threads, bool wait) {
@@ -378,5 +383,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
 cudaError_t cudaFuncSetAttribute(const void* kernel, int attribute, int bytes) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return 1;
   emulator::shared_limits[kernel] = static_cast<size_t>(bytes);
+  ++emulator::times_set;
   return cudaSuccess;
 }

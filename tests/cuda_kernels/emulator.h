@@ -87,6 +87,10 @@ namespace emulator {
 void launch(const char* op, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
             const std::function<void()>& body);
 
+// How often a limit of shared memory was set, and a kernel's.
+int limits_set();
+int shared_limit(const void* kernel);
+
 struct Place {
   uint3 thread, block;
   dim3 threads, blocks;

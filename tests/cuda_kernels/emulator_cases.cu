@@ -126,6 +126,8 @@ __global__ void multiply_tiles(const __grid_constant__ TensorMap a_map,
   for (int i = 0; i < kColumns / 2; ++i) out[thread * (kColumns / 2) + i] = d[i / 4][i % 4];
 }
 
+__global__ void asked(int) {}
+
 // "" or the error's message.
 template <class Run>
 const char* message_of(Run run) {
@@ -159,6 +161,17 @@ extern "C" const char* run_kernel(const char* name, const char* fault, const flo
     if (kernel == "multiply_bfloat16") return launch(l, multiply<bfloat16>, in, out);
     launch(l, multiply<float16>, in, out);
   });
+}
+
+// After launches with 60, 100 and 60 KiB: how often the limit of shared memory was set, and the
+// last.
+extern "C" void run_limits(int* found) {
+  const int before = emulator::limits_set();
+  for (const size_t kilobytes : {60, 100, 60}) {
+    launch({"a test", 1, kWarp, kilobytes * 1024, nullptr}, asked, 0);
+  }
+  found[0] = emulator::limits_set() - before;
+  found[1] = emulator::shared_limit(reinterpret_cast<const void*>(asked));
 }
 
 // `sizes` are those of `in`, `at` the boxes' element, row and problem.

@@ -69,6 +69,18 @@ def test_matrix_instructions(run, dtype):
     torch.testing.assert_close(out.view(16, 8), x[:16] @ x[16:].T)
 
 
+@each_dtype
+def test_the_accumulator_is_cut_off(run, dtype):
+    """A float's last bit beside 1 is 2^-23. What lies below is lost, and not rounded."""
+    x = torch.zeros(24, 16)
+    x[0, :2] = torch.tensor([1.0, 2.0**-8])
+    x[16:18, 0] = 1.0
+    x[16, 1], x[17, 1] = 2.0**-15, 1.75 * 2.0**-15
+    out, message = run(f"multiply_{dtype}".replace("torch.", ""), x)
+    assert message == ""
+    assert out[:2].tolist() == [1 + 2.0**-23, 1 + 2.0**-23]
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("kernel", "fault"), [("reverse", "no_barrier"), ("copy", "no_wait")])
 def test_what_came_too_late_is_nan(run, x, kernel, fault, seed):
@@ -117,6 +129,13 @@ def test_launch_errors_name_op_shape_and_fix(run, x, fault, shape, what):
     assert shape in message and what in message
     assert message.endswith("Use backend='triton' or backend='torch' for this call.")
     assert (out == 0).all()
+
+
+def test_a_kernel_s_limit_of_shared_memory_is_set_once(library):
+    """To all that there is: were it each launch's own, one thread's could fall before another's launch begins."""
+    found = (ctypes.c_int * 2)()
+    library.run_limits(found)
+    assert list(found) == [1, 227 * 1024]
 
 
 def test_the_seed_decides_the_order(run, x):

@@ -26,7 +26,8 @@ MATRIX_INSTRUCTION = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100
 SPILLS_ALLOWED = {"_fold_kernel": 16, "_row_gradients_kernel": 16, "_scatter_kernel": 8}
 # Labels or given coefficients with the temperature's gradient, at depth 256: six of the 255 registers too many.
 _HOPPER_SPILLS = {"_row_products_kernel": 24}
-# On sm_100 ptxas stops at 128 of the 255 registers (or at 80), so that more programs run side by side, and saves up to five for it.
+# On sm_100, and for multiply-adds of fp32 ("ieee"), ptxas stops at 128 of the 255 registers (or at 80), so that more programs run
+# side by side, and saves up to five for it.
 _OCCUPANCY_REGISTERS, _OCCUPANCY_SPILLS = 128, 20
 _TILE = ("HEAD", "TAIL", "BLOCK_M", "BLOCK_N", "BLOCK_D", "PRECISION")
 # Bumped when the meaning of what is remembered changes.
@@ -62,7 +63,8 @@ class Resources:
         allowed = SPILLS_ALLOWED.get(self.kernel, 0)
         if self.target == 90:
             allowed = max(allowed, _HOPPER_SPILLS.get(self.kernel, 0))
-        if self.target == 100 and self.registers <= _OCCUPANCY_REGISTERS:
+        stops_early = self.target == 100 or self.tile.get("PRECISION") == "ieee"
+        if stops_early and self.registers <= _OCCUPANCY_REGISTERS:
             allowed = max(allowed, _OCCUPANCY_SPILLS)
         if self.spills > allowed:
             found.append(f"spills: {self}")

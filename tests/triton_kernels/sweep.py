@@ -2,6 +2,7 @@
 
 Writes the table of registers, spills and shared memory, beside those of other versions of Triton, and ends with status 1 where
 something is wrong or missing. What was compiled is remembered in ``out/triton-sweep``: stopped, the same command goes on.
+Another Triton: ``pip install --target FOLDER --no-deps triton==3.6.0``, and the folder first in PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ TARGETS = (80, 89, 90, 100)
 # Of the rows given, what torch.set_float32_matmul_precision makes of products of float32, and depths: the largest of each class
 # that has a tile of its own, one with head and tail, and one that goes through panels.
 DTYPES = {
-    "bf16": (torch.bfloat16, "highest", (128, 192, 256, 768)),
-    "fp16": (torch.float16, "highest", (128, 192, 256, 768)),
-    "fp32": (torch.float32, "highest", (48, 64, 768)),
-    "tf32": (torch.float32, "high", (96, 128, 768)),
-    "fp32 as bf16": (torch.float32, "medium", (128, 192, 256, 768)),
+    "bf16": (torch.bfloat16, "highest", (256, 768, 192, 128)),
+    "fp16": (torch.float16, "highest", (256, 768, 192, 128)),
+    "fp32": (torch.float32, "highest", (64, 768, 48)),
+    "tf32": (torch.float32, "high", (128, 768, 96)),
+    "fp32 as bf16": (torch.float32, "medium", (256, 768, 192, 128)),
 }
 
 
@@ -87,11 +88,10 @@ def swept(
     good: list[Resources], wrong: list[str], left_out: list[tuple[Launch, int]]
 ) -> dict[str, object]:
     """What a sweep has found, for the file of all sweeps."""
-    groups = collections.Counter(
-        f"{launch.name} {operand(launch)} sm_{target}".replace("  ", " ")
-        for launch, target in left_out
-    )
-    return {"wrong": wrong, "left_out": dict(groups), "rows": rows(good)}
+    by_target: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for launch, target in left_out:
+        by_target[f"sm_{target}"][f"{_short(launch.name)} {operand(launch)}".strip()] += 1
+    return {"wrong": wrong, "left_out": by_target, "rows": rows(good)}
 
 
 def written(folder: Path, found: dict[str, object]) -> None:
@@ -116,17 +116,20 @@ def markdown(versions: dict[str, dict]) -> str:
         for kernel, dtype in dict.fromkeys((row["kernel"], row["dtype"]) for row in table):
             of = [row for row in table if (row["kernel"], row["dtype"]) == (kernel, dtype)]
             cells = (_cell([row for row in of if row["target"] == target]) for target in TARGETS)
-            lines.append((f"`{kernel.strip('_').removesuffix('_kernel')}`", dtype, *cells))
+            lines.append((f"`{_short(kernel)}`", dtype, *cells))
         parts.append(report.table(("kernel", "rows", *(f"sm_{x}" for x in TARGETS)), lines))
-        counts = sum(row["forms"] for row in table), sum(left_out.values())
-        notes = ["{} launches compiled; {} left out.".format(*counts)]
-        notes += [f"Left out: {place}, {count}." for place, count in left_out.items()]
+        compiled = sum(row["forms"] for row in table)
+        notes = [
+            f"{compiled} launches compiled; {sum(sum(x.values()) for x in left_out.values())} left out."
+        ]
+        for target, kernels in left_out.items():
+            names = ", ".join(f"{name} {count}" for name, count in kernels.items())
+            notes.append(f"Left out on {target}: {names}.")
         notes += [
             f"Spills: {_place(row)}, {row['spills']} bytes." for row in table if row["spills"]
         ]
-        notes += [f"Wrong: {line}" for line in found["wrong"]] or [
-            "Nothing is wrong with what was compiled."
-        ]
+        wrong = [f"Wrong: {line}" for line in found["wrong"]]
+        notes += wrong or ["Nothing is wrong with what was compiled."]
         parts.append("\n".join(f"- {note}" for note in notes))
     return "\n\n".join(parts) + "\n"
 
@@ -138,6 +141,10 @@ def _cell(of: list[dict]) -> str:
         max(r[name] for r in of) for name in ("registers", "spills", "shared")
     )
     return f"{registers}, {spills}, {shared / 1024:.0f} ({sum(r['forms'] for r in of)})"
+
+
+def _short(kernel: str) -> str:
+    return kernel.strip("_").removesuffix("_kernel")
 
 
 def _place(row: dict) -> str:

@@ -124,6 +124,8 @@ def test_the_form_and_the_size_decide(gpu):
         True,
         False,
     ]
+    assert Entry("right", "").why_not("small") == "not raced: time ran out"
+    assert Entry("right", "", {}, {"small": 2.0}).why_not("large") == "not raced at this size"
     # Nothing is known of the call.
     assert backends.select("info_nce", torch.eye(3)) is native
 

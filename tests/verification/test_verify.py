@@ -70,12 +70,14 @@ def test_the_report(verified):
     assert "## cuda\n\nIt cannot run here: the CUDA kernels" in report
 
 
-def test_what_is_known_is_not_done_again_unless_asked(verified_gpu, monkeypatch):
+def test_what_is_known_is_not_done_again_unless_asked(verified_gpu, monkeypatch, capsys):
     began = []
     monkeypatch.setattr(verification, "run", lambda request, tasks, *_: began.extend(tasks))
     before = verified_gpu.read_text()
-    verification.verify(progress=False)
+    verification.verify()
     assert began == [] and verified_gpu.read_text() == before
+    line = "fastnce verify: triton: everything is known already; --again does it anew\n"
+    assert capsys.readouterr().err == line
     verification.verify(progress=False, again=True)
     assert len(began) == 19
     with pytest.raises(UserError, match="unknown backend 'tritn'. Did you mean 'triton'?"):
