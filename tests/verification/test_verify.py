@@ -187,6 +187,7 @@ def test_the_command(verified_gpu, capsys, tmp_path):
     assert capsys.readouterr().out.startswith("# fastnce verify: Stand-in 9000")
     assert cli.main(["verify", "--report", str(tmp_path / "new" / "report.md")]) == 0
     assert "| right |" in (tmp_path / "new" / "report.md").read_text()
+    capsys.readouterr()
     (tmp_path / "file").write_text("")
     for words, message in {
         ("--report", str(tmp_path / "file" / "x")): "cannot be written: File exists",
