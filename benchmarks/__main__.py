@@ -36,7 +36,7 @@ _COMMANDS = {
     "distributed": "info_nce over 4 gloo ranks of this machine: time and memory of each rank; --size full: up to 65536 rows",
     "cold_start": "compiling the Triton kernels of a step for every GPU generation; on a GPU the first call against the second",
     "waiting": "training steps under each way that OpenMP's threads can wait, on the machine as it is and beside a busy process",
-    "gpu-report": "on a machine with a GPU: builds, tests, measures, judges; writes results.json, results.md",
+    "gpu-report": "on a machine with a GPU: builds, verifies, tests, measures, judges; writes results.json, results.md, verify.md, verdicts/",
     "gpu-targets": "what the GPU kernels must reach: judges the --results of a gpu-report, or says what is not measured",
 }
 _DESCRIPTION = """\

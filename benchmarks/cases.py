@@ -379,6 +379,7 @@ CASES = [
     _case(ONE_WAY, "full", "cpu", N=4096, D=768),
     _case(FIXED, "quick full", "cpu", N=2048, D=256),
     _case(FIXED, "full table", "cpu", N=16384, D=256),
+    _case(replace(ONE_WAY, once=True), "table", "cpu", N=65536, D=64),
     _case(replace(ONE_WAY, once=True), "table", "cpu", N=131072, D=128),
     _case(CLIP, "quick full", "cpu", N=1024, D=512),
     _case(CLIP, "full", "cpu", N=4096, D=512),

@@ -17,15 +17,12 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 import fastnce.triton_kernels.launch as launch_module
 
-# Shared memory that a program can have, in bytes. Code for 8.0 serves 8.6, 8.9 and 12.0 too, which have less than 8.0's 163 KiB.
-SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# Triton's own, where its ptxas knows it.
-_ALLOCATION = ("--regAllocOptLevel=2",)
+# Shared memory that a program can have, in bytes. 8.0 has 163 KiB, but its tiles serve 8.6, 8.9 and 12.0 too.
+SHARED_MEMORY = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -77,7 +74,7 @@ def recorded() -> Iterator[list[Launch]]:
 def as_on(capability: int) -> Iterator[None]:
     """Inside the block tiles are chosen as on a GPU of that compute capability."""
     before = launch_module.shared_memory, launch_module.tensor_memory
-    launch_module.shared_memory = lambda device: SHARED_MEMORY.get(capability, 99 * 1024) + 1024
+    launch_module.shared_memory = lambda device: SHARED_MEMORY[capability] + 1024
     launch_module.tensor_memory = lambda device: capability == 100
     try:
         yield
@@ -122,13 +119,13 @@ def _specialised(kernel, arguments: dict[str, object], options: dict[str, object
 
 @dataclasses.dataclass
 class Compiled:
-    """The compiler's output and ptxas' report for one launch."""
+    """The compiler's output for one launch, and what it takes."""
 
     ttgir: str
     ptx: str
     shared: int
     registers: int
-    spills: int  # bytes stored
+    spills: int  # bytes of stack: registers that do not fit, for no kernel here has arrays
 
 
 def build(launch: Launch, capability: int):
@@ -149,19 +146,14 @@ def build(launch: Launch, capability: int):
 
 
 def compiled(launch: Launch, capability: int) -> Compiled:
-    """Compiles a launch, and asks ptxas what it takes."""
+    """Compiles a launch, and asks CUDA's tool that comes with Triton what it takes."""
     result = build(launch, capability)
-    ptx = result.asm["ptx"]
-    architecture = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.ptx"
-        file.write_text(ptx)
-        ptxas = get_ptxas(capability).path
-        command = [ptxas, "-v", f"--gpu-name={architecture}", str(file), "-o", f"{folder}/out"]
-        done = subprocess.run([*command, *_ALLOCATION], capture_output=True, text=True)
-        if "Unknown option" in done.stderr:
-            done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    registers = max(int(x) for x in re.findall(r"Used (\d+) registers", done.stderr))
-    spills = sum(int(x) for x in re.findall(r"(\d+) bytes spill stores", done.stderr))
-    return Compiled(result.asm["ttgir"], ptx, result.metadata.shared, registers, spills)
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(result.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        command = [tool, "--dump-resource-usage", str(file)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    asm, shared = result.asm, result.metadata.shared
+    return Compiled(asm["ttgir"], asm["ptx"], shared, int(registers), int(stack))

@@ -177,9 +177,10 @@ def test_a_step_of_the_gpu_report_ends_in_time():
 
 def test_the_gpu_report_has_its_rows(tmp_path, monkeypatch):
     """With the steps and figures of a GPU made up; one op breaks."""
-    target = targets.TARGETS[0]
+    target, asked = targets.TARGETS[0], []
 
     def step(arguments, limit, **options):
+        asked.append((arguments, options))
         if "--out" not in arguments or arguments[2] != target.op:
             broken = arguments[2] == "sup_con"
             return {"status": "failed with status 3" if broken else "ok", "output": ""}
@@ -199,7 +200,11 @@ def test_the_gpu_report_has_its_rows(tmp_path, monkeypatch):
     assert gpu_report.main(tmp_path) == 1
     document = json.loads((tmp_path / "results.json").read_text())
     assert [row["status"] for row in document["targets"]].count("met") == 2
-    assert document["steps"]["build"]["status"] == "ok"
+    assert list(document["steps"])[:4] == ["build", "verify", "backends", "tests"]
+    assert document["steps"]["build"]["status"] == document["steps"]["verify"]["status"] == "ok"
+    ((command, options),) = [x for x in asked if "verify" in x[0]]
+    assert command[command.index("--report") + 1] == str(tmp_path / "verify.md")
+    assert options["FASTNCE_CACHE"] == str(tmp_path)  # where the verdicts are found
     text = (tmp_path / "results.md").read_text()
     assert "met: 90% of 40%" in text and "- sup_con, quick cases: failed with status 3" in text
     assert main(["gpu-targets", "--results", str(tmp_path / "results.json")]) == 0

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import Tensor
 
 from . import config
 from . import launch as machine
 from .launch import cdiv
-from .rows import Rows, input_precision
+from .rows import Rows
 from .tiles import GIVEN
 
 
@@ -25,18 +24,11 @@ class Columns:
     x_labels: Tensor | None = None  # of the rows, if they are not the columns themselves
 
     def tile(self, x: Rows, kind: str, rich: bool = False) -> config.Tile:
-        """The tile for the rows ``x``: the small one where there would be fewer tiles than multiprocessors."""
+        """The tile for the rows ``x``."""
         device = x.x.device
         rich = rich or self.labels is not None or self.kind == GIVEN.value
-        # Without a product the rows in fp8 are all that a pass reads; with one, there are two copies to keep.
-        both = kind == "products" and x.rounded is not None
-        dtype = x.x.dtype if both else x.for_similarity.x.dtype
-        if dtype == torch.float32:
-            rich = input_precision(x.x) == "ieee"  # multiply-adds, with both operands in registers
         memory, accumulators = machine.shared_memory(device), machine.tensor_memory(device)
-        tile, small = config.tiles(kind, rich, dtype, x.padded, memory, both, accumulators)
-        count = self.row_blocks(x, tile.m) * cdiv(self._width(), tile.n)
-        return small if count < machine.multiprocessors(device) else tile
+        return config.tile(kind, rich, x.operands, x.padded, memory, accumulators)
 
     @property
     def row_labels(self) -> Tensor | None:

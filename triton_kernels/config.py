@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
-
 # Up to here a tile of rows stays on the chip, and the gradient's product is made where the similarities are. Beyond, the
-# similarities' coefficients of a panel of rows go through memory, and the other products are the library's.
+# similarities' coefficients of a panel of rows go through memory, and the other products are the library's. By what multiplies:
+# fp32 takes twice the registers of 16 bits, and without tensor cores ("ieee") both operands lie in registers whole.
 RESIDENT_DEPTH = 256
-# Likewise for fp32 without tensor cores, whose operands lie in registers whole.
-RESIDENT_DEPTH_IEEE = 64
+RESIDENT_DEPTHS = {"fp8": RESIDENT_DEPTH, "16 bits": RESIDENT_DEPTH, "tf32": 128, "ieee": 64}
+# A product's accumulator has no more columns than the tallest tile has rows. Where tensor cores keep it in registers, Triton
+# then gives each warp rows of its own; else each reads all rows, and the similarities are made twice.
+WIDEST_HEAD = 128
 # Coefficients of a panel, in elements: 3/4 of those of the packed rows and columns, between 32 MiB and 512 MiB in bf16. More
 # are better, for each panel reads and writes all sums of the columns' gradient once. But both gradients are to take less than 4
 # times the inputs. The packed rows are 1 of these, in fp8 as well 1/2 more, those sums 1, and the first gradient 1/2.
@@ -48,127 +49,109 @@ class Tile:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# The tiles of a pass by the bytes of an element, in ascending depth. An entry has the largest padded depth, the tile, and the one
-# where tiles of that size would not fill the device; a tile is (m, n, warps, stages), or with d.
+# The tile of a pass by what multiplies, in ascending depth: the largest padded depth, and (m, n, warps, stages), or with d.
 # The passes are "sums": similarities alone; "products": and one product with them; "panel": coefficients into memory.
 # An entry "... rich" goes before where a pass has more to keep in registers: labels, given coefficients, the temperature's
-# gradient, a running maximum, or fp32 without tensor cores. So does "... fp8" where it has the rows in fp8 beside.
-_Table = dict[tuple[str, int], tuple[tuple[int, Tile, Tile], ...]]
+# gradient, or a running maximum. "fp8" has the rows in fp8, and where there are products, in 16 bits beside.
+_Table = dict[tuple[str, str], tuple[tuple[int, Tile], ...]]
 _ANY = 1 << 30
 
 
-def _table(*entries: tuple[str, int, int, tuple, tuple]) -> _Table:
+def _table(*entries: tuple[str, str, int, tuple]) -> _Table:
     table: _Table = {}
-    for kind, size, depth, tile, small in entries:
-        table[kind, size] = (*table.get((kind, size), ()), (depth, Tile(*tile), Tile(*small)))
+    for kind, operands, depth, tile in entries:
+        table[kind, operands] = (*table.get((kind, operands), ()), (depth, Tile(*tile)))
     return table
 
 
-# fp32 in registers whole, the same on every GPU.
-_IEEE = _table(
-    ("panel", 4, _ANY, (64, 64, 8, 3, 32), (32, 32, 4, 3, 32)),
-    ("sums rich", 4, _ANY, (32, 32, 4, 2, 32), (32, 32, 4, 2, 32)),
-    ("products rich", 4, RESIDENT_DEPTH_IEEE, (32, 32, 4, 2), (32, 32, 4, 2)),
-    ("panel rich", 4, _ANY, (32, 32, 4, 3, 32), (32, 32, 4, 3, 32)),
+# fp32, the same on every GPU.
+_FLOAT32 = _table(
+    ("sums", "ieee", _ANY, (32, 32, 4, 2, 32)),
+    ("products", "ieee", _ANY, (32, 32, 4, 2)),
+    ("panel", "ieee", _ANY, (32, 32, 4, 3, 32)),
+    ("sums", "tf32", 128, (64, 32, 4, 3)),
+    ("sums", "tf32", _ANY, (64, 64, 8, 3, 32)),
+    ("products", "tf32", _ANY, (128, 16, 8, 3)),
+    ("panel", "tf32", _ANY, (64, 64, 8, 3, 32)),
 )
 # For 228 KiB of shared memory and asynchronous products: Hopper.
-LARGE = _IEEE | _table(
-    ("sums", 1, _ANY, (128, 64, 8, 3), (64, 64, 4, 3)),
-    ("panel", 1, _ANY, (128, 64, 8, 3), (64, 64, 4, 3)),
-    ("sums", 2, 256, (128, 64, 8, 3), (64, 64, 4, 2)),
-    ("sums", 2, _ANY, (128, 128, 8, 3), (64, 64, 4, 3)),
-    ("sums rich", 2, _ANY, (64, 64, 8, 3), (64, 64, 8, 2)),
-    ("products", 2, 128, (128, 64, 8, 3), (64, 64, 4, 2)),
-    ("products", 2, 256, (128, 64, 8, 3), (64, 32, 4, 2)),
-    ("products rich", 2, 128, (128, 64, 8, 3), (64, 64, 8, 2)),
-    ("products rich", 2, 256, (128, 32, 8, 3), (64, 32, 8, 2)),
-    ("products fp8", 2, 128, (128, 64, 8, 3), (64, 64, 8, 2)),
-    ("products fp8", 2, 256, (64, 64, 8, 3), (64, 32, 8, 2)),
-    ("panel", 2, _ANY, (128, 128, 8, 3), (64, 64, 4, 3)),
-    ("panel rich", 2, _ANY, (128, 64, 8, 3), (64, 64, 4, 3)),
-    ("sums", 4, 64, (64, 64, 8, 2), (32, 32, 4, 2)),
-    ("sums", 4, 128, (64, 32, 8, 2), (32, 32, 4, 2)),
-    ("sums", 4, 256, (32, 32, 8, 2), (32, 32, 8, 2)),
-    ("sums", 4, _ANY, (64, 64, 8, 3, 32), (32, 32, 4, 3, 32)),
-    ("products", 4, 64, (64, 64, 8, 2), (32, 32, 4, 2)),
-    ("products", 4, 128, (64, 32, 8, 2), (32, 32, 4, 2)),
-    ("products", 4, 256, (32, 32, 8, 2), (32, 32, 8, 2)),
+LARGE = _FLOAT32 | _table(
+    ("sums", "fp8", _ANY, (128, 64, 8, 3)),
+    ("products", "fp8", 128, (128, 64, 8, 3)),
+    ("products", "fp8", _ANY, (64, 64, 8, 3)),
+    ("panel", "fp8", _ANY, (128, 64, 8, 3)),
+    ("sums", "16 bits", 256, (128, 64, 8, 3)),
+    ("sums", "16 bits", _ANY, (128, 128, 8, 3)),
+    ("sums rich", "16 bits", _ANY, (64, 64, 8, 3)),
+    ("products", "16 bits", _ANY, (128, 64, 8, 3)),
+    ("products rich", "16 bits", 128, (128, 64, 8, 3)),
+    ("products rich", "16 bits", _ANY, (128, 32, 8, 3)),
+    ("panel", "16 bits", _ANY, (128, 128, 8, 3)),
+    ("panel rich", "16 bits", _ANY, (128, 64, 8, 3)),
 )
 # Where products accumulate in tensor memory: data-centre Blackwell. What becomes of a product comes through registers all at
-# once, beside the factors: tiles of half the size, or registers spill.
+# once, beside the factors: smaller tiles, or registers spill.
 TENSOR_MEMORY = LARGE | _table(
-    ("sums", 2, 256, (128, 64, 8, 3), (64, 64, 4, 2)),
-    ("sums", 2, _ANY, (128, 64, 8, 3), (64, 64, 4, 3)),
-    ("sums rich", 2, _ANY, (64, 32, 8, 2), (64, 32, 8, 2)),
-    ("products", 2, 256, (64, 64, 8, 2), (64, 64, 8, 2)),
-    ("products rich", 2, 256, (64, 64, 8, 2), (64, 64, 8, 2)),
-    ("products fp8", 2, 128, (128, 64, 8, 2), (64, 64, 8, 2)),
-    ("products fp8", 2, 256, (64, 64, 8, 3), (64, 32, 8, 2)),
-    ("panel", 2, _ANY, (128, 64, 8, 3), (64, 64, 8, 3)),
-    ("panel rich", 2, _ANY, (64, 64, 8, 3), (64, 64, 8, 3)),
+    ("products", "fp8", 128, (128, 64, 8, 2)),
+    ("products", "fp8", _ANY, (64, 64, 8, 3)),
+    ("sums", "16 bits", _ANY, (128, 64, 8, 3)),
+    ("sums rich", "16 bits", _ANY, (64, 32, 8, 2)),
+    ("products rich", "16 bits", _ANY, (128, 64, 8, 3)),
+    ("panel", "16 bits", _ANY, (128, 64, 8, 3)),
+    ("panel rich", "16 bits", _ANY, (64, 64, 8, 3)),
 )
 # For the 100 KiB or more of the other GPUs since Ampere, and products that keep their operands in registers.
-COMPACT = _IEEE | _table(
-    ("sums", 1, 256, (64, 64, 4, 2), (64, 64, 4, 2)),
-    ("sums", 1, _ANY, (128, 64, 8, 3), (64, 64, 4, 3)),
-    ("panel", 1, _ANY, (128, 64, 8, 3), (64, 64, 4, 3)),
-    ("sums", 2, 128, (64, 64, 4, 2), (64, 64, 4, 2)),
-    ("sums", 2, 256, (64, 32, 4, 2), (64, 32, 4, 2)),
-    ("sums", 2, _ANY, (128, 64, 8, 3), (64, 64, 4, 3)),
-    ("sums rich", 2, 128, (64, 64, 8, 2), (64, 64, 8, 2)),
-    ("sums rich", 2, 256, (64, 32, 8, 2), (64, 32, 8, 2)),
-    ("sums rich", 2, _ANY, (64, 64, 8, 3), (64, 64, 8, 3)),
-    ("products", 2, 64, (64, 32, 4, 3), (64, 32, 4, 2)),
-    ("products", 2, 128, (64, 64, 4, 2), (64, 32, 4, 2)),
-    ("products", 2, 256, (64, 32, 8, 2), (64, 32, 8, 2)),
-    ("panel", 2, _ANY, (128, 64, 8, 3), (64, 64, 4, 3)),
-    ("sums", 4, 64, (64, 64, 8, 2), (32, 32, 4, 2)),
-    ("sums", 4, 128, (32, 32, 8, 2), (32, 32, 4, 2)),
-    ("sums", 4, 256, (32, 16, 8, 2), (32, 16, 8, 2)),
-    ("sums", 4, _ANY, (64, 64, 8, 3, 32), (32, 32, 4, 3, 32)),
-    ("products", 4, 64, (64, 64, 8, 2), (32, 32, 4, 2)),
-    ("products", 4, 128, (32, 32, 8, 2), (32, 32, 4, 2)),
-    ("products", 4, 256, (32, 16, 8, 2), (32, 16, 8, 2)),
+COMPACT = _FLOAT32 | _table(
+    ("sums", "fp8", 256, (64, 64, 4, 2)),
+    ("sums", "fp8", _ANY, (128, 64, 8, 3)),
+    ("products", "fp8", 128, (128, 32, 8, 3)),
+    ("products", "fp8", _ANY, (128, 16, 8, 3)),
+    ("panel", "fp8", _ANY, (128, 64, 8, 3)),
+    ("sums", "16 bits", 128, (128, 64, 8, 3)),
+    ("sums", "16 bits", 256, (64, 32, 4, 3)),
+    ("sums", "16 bits", _ANY, (128, 64, 8, 3)),
+    ("sums rich", "16 bits", 128, (64, 64, 8, 3)),
+    ("sums rich", "16 bits", 256, (64, 32, 4, 3)),
+    ("sums rich", "16 bits", _ANY, (64, 64, 8, 3)),
+    ("products", "16 bits", 128, (128, 32, 8, 3)),
+    ("products", "16 bits", _ANY, (128, 16, 8, 3)),
+    ("panel", "16 bits", _ANY, (128, 64, 8, 3)),
 )
 
 
-def tiles(
-    kind: str,
-    rich: bool,
-    dtype: torch.dtype,
-    depth: int,
-    shared_memory: int,
-    fp8: bool = False,
-    tensor_memory: bool = False,
-) -> tuple[Tile, Tile]:
-    """The tile of a pass over rows of ``depth`` padded elements, and the one for small problems.
+def tile(
+    kind: str, rich: bool, operands: str, depth: int, shared_memory: int, tensor_memory: bool
+) -> Tile:
+    """The tile of a pass over rows of ``depth`` padded elements.
 
     Args:
         kind: of the pass, "sums", "products" or "panel".
         rich: whether it has more to keep.
-        dtype: of the packed rows.
+        operands: what multiplies, "fp8", "16 bits", "tf32" or "ieee".
         depth: padded.
         shared_memory: bytes of a multiprocessor.
-        fp8: whether there is a copy of the rows in fp8 beside.
         tensor_memory: whether products accumulate there.
     """
-    table, size = LARGE if shared_memory >= 228 * 1024 else COMPACT, dtype.itemsize
+    table = LARGE if shared_memory >= 228 * 1024 else COMPACT
     if tensor_memory:
         table = TENSOR_MEMORY
-    names = [f"{kind} fp8"] * fp8 + [f"{kind} rich"] * rich + [kind]
-    rows = next(table[name, size] for name in names if (name, size) in table)
-    return next((tile, small) for limit, tile, small in rows if depth <= limit)
+    key = kind, operands
+    if rich:
+        key = next(k for k in ((f"{kind} rich", operands), key) if k in table)
+    return next(found for limit, found in table[key] if depth <= limit)
 
 
 def split_depth(depth: int, least: int = 16) -> tuple[int, int]:
     """Powers of two (head, tail) that hold a ``depth`` of at most ``RESIDENT_DEPTH``, with fewer than 64 to spare.
 
-    Neither is smaller than ``least``, but for a tail of 0. The split of their sum is the same.
+    Neither is smaller than ``least``, but for a tail of 0, or larger than ``WIDEST_HEAD``. The split of their sum is the same.
     """
     head = least
     while head < depth:
         if head >= 2 * least and head + head // 2 >= depth:
             return head, head // 2
+        if head == WIDEST_HEAD:
+            return head, head
         head *= 2
     return head, 0
 

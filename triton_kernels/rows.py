@@ -52,6 +52,13 @@ class Rows:
         """The rows that similarities multiply; the products of the gradients take the others."""
         return self if self.rounded is None else self.rounded
 
+    @property
+    def operands(self) -> str:
+        """What similarities multiply, as the tables of ``config`` name it."""
+        if self.rounded is not None:
+            return "fp8"
+        return "16 bits" if self.x.dtype.itemsize == 2 else input_precision(self.x)
+
     def chunk(self, largest: int) -> int:
         """The depth of a step where rows are not resident: no step goes beyond their end."""
         return min(largest, self.padded & -self.padded)
@@ -59,7 +66,7 @@ class Rows:
     @property
     def split(self) -> tuple[int, int]:
         """Head and tail of the depth where tiles of whole rows stay on the chip, else (0, 0)."""
-        resident = self.depth <= resident_depth(self.x)
+        resident = self.depth <= config.RESIDENT_DEPTHS[self.operands]
         return config.split_depth(self.padded) if resident else (0, 0)
 
 
@@ -73,11 +80,6 @@ def input_precision(x: Tensor) -> str:
     """How Triton multiplies tiles of ``x``, if they are of fp32: in fp32 or in tf32."""
     highest = x.dtype == torch.float32 and float32_products(x.device.type) == "highest"
     return "ieee" if highest else "tf32"
-
-
-def resident_depth(x: Tensor) -> int:
-    """Up to which depth tiles of whole rows stay on the chip."""
-    return config.RESIDENT_DEPTH_IEEE if input_precision(x) == "ieee" else config.RESIDENT_DEPTH
 
 
 def pack(x: Tensor, normalize: bool, fp8: bool = False) -> Rows:

@@ -159,10 +159,14 @@ def select(
                 f"Use backend='torch', or leave the choice to fastnce with backend=None."
             )
         return module
+    # On a CPU nobody is asked who would not be chosen there: every call comes here.
+    passed = verdicts.EARNING if device.type in _UNPROVED else ()
     able: list[str] = []
     reasons: list[str] = []
     for name, module in _TABLE.items():
-        reason = _supports(module, op, device, dtype, found_by)
+        if name in passed:
+            continue
+        reason = module.supports(op, device, dtype)
         if reason != "ok":
             reasons.append(f"{name}: {reason}")
         elif name in verdicts.EARNING:
@@ -170,12 +174,18 @@ def select(
         else:
             chosen = _proved(able, op, device, dtype, found_by, reasons) if able else ""
             if not torch.compiler.is_compiling():
-                _log_choice(op, device.type, dtype, chosen or name, reasons)
+                _log_choice(op, device, dtype, chosen or name, passed, reasons)
             return _TABLE[chosen] if chosen else module
-    reasons += [f"{name}: ask for it by name" for name in able]
+    told = _told(passed, op, device, dtype) + [f"{name}: ask for it by name" for name in able]
     raise RuntimeError(
-        f"{op}: no backend can run it on {device.type} {dtype}: {'; '.join(reasons)}"
+        f"{op}: no backend can run it on {device.type} {dtype}: {'; '.join(told + reasons)}"
     )
+
+
+def _told(passed: tuple[str, ...], op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why backends were passed over on a CPU."""
+    answers = {name: _TABLE[name].supports(op, device, dtype) for name in passed if name in _TABLE}
+    return [f"{name}: {_ON_CPU[name] if x == 'ok' else x}" for name, x in answers.items()]
 
 
 def _supports(
@@ -197,13 +207,13 @@ def _proved(
     reasons: list[str],
 ) -> str:
     """The fastest of the ``able`` backends that have proved themselves for this call, or ""; adds why others have not."""
-    if device.type in _UNPROVED:
-        reasons += [f"{name}: {_ON_CPU[name]}" for name in able]
-        return ""
     if not found_by:
         reasons += [f"{name}: this depends on the call" for name in able]
         return ""
     form = OPS[op].form(*found_by)
+    if "cuda" in able and _TABLE["cuda"] is cuda and (lack := cuda.lacks(op, dtype, form)):
+        able.remove("cuda")
+        reasons.append(f"cuda: {lack}")
     size = verdicts.size_of(form)
     chosen, why = verdicts.fastest(tuple(able), op, device, dtype, form.name, size)
     reasons += why
@@ -216,8 +226,17 @@ def _module(name: str, asked_by: str = "backend") -> ModuleType:
     return _TABLE[name]
 
 
-def _log_choice(op: str, device: str, dtype: torch.dtype, name: str, reasons: list[str]) -> None:
-    if (op, device, dtype, name) not in _logged:
-        _logged.add((op, device, dtype, name))
-        why = f" ({'; '.join(reasons)})" if reasons else ""
-        _log.info("%s on %s %s: backend %s%s", op, device, dtype, name, why)
+def _log_choice(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    name: str,
+    passed: tuple[str, ...],
+    reasons: list[str],
+) -> None:
+    choice = (op, device.type, dtype, name)
+    if choice not in _logged:
+        _logged.add(choice)
+        told = _told(passed, op, device, dtype) + reasons
+        why = f" ({'; '.join(told)})" if told else ""
+        _log.info("%s on %s %s: backend %s%s", op, device.type, dtype, name, why)

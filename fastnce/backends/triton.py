@@ -1,7 +1,7 @@
 """The Triton backend: the kernels of ``triton_kernels``, registered for torch.compile.
 
 They are loaded at the first question about a device that they could run on: ``import fastnce`` imports no Triton, and asks no GPU.
-They have been written for NVIDIA GPUs. On AMD's nobody has tried them, and they run by name alone.
+They have been written for NVIDIA GPUs. On AMD's they may run, by name, but nobody has tried them there.
 """
 
 from __future__ import annotations

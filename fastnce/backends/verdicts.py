@@ -79,7 +79,8 @@ class Entry:
         if size == "any":
             reasons = [self.why_not(raced) for raced in self.speed] or [self.why_not("small")]
             return next((reason for reason in reasons if reason != "ok"), "ok")
-        speed = self.speed.get(size, "not raced at this size")
+        missing = "not raced at this size" if self.speed else "not raced: time ran out"
+        speed = self.speed.get(size, missing)
         if isinstance(speed, str):
             return speed
         return "ok" if speed >= LEAST_SPEED else f"no faster: {speed:.2f} times as fast"
@@ -234,7 +235,8 @@ def _hash(data: bytes) -> str:
 
 def folder() -> Path:
     """Of the user's own verdicts."""
-    cache = os.environ.get("FASTNCE_CACHE") or Path.home() / ".cache" / "fastnce"
+    # Path's own ways to a home, and to whether a file is there, raise errors where these do not.
+    cache = os.environ.get("FASTNCE_CACHE") or os.path.expanduser("~/.cache/fastnce")
     return Path(cache) / "verdicts"
 
 
@@ -247,7 +249,7 @@ def path_of(key: Key) -> Path:
 def find(key: Key) -> Verdict | None:
     """The user's own verdict, else one that came with the package; None if there is none, or none that can be read."""
     path = path_of(key)
-    if path.is_file() and (verdict := _read(path, key)) is not None:
+    if os.path.isfile(path) and (verdict := _read(path, key)) is not None:
         return verdict
     shipped = sorted(SHIPPED.glob("*.json")) if SHIPPED.is_dir() else []
     found = (_read(path, key, any_driver=True) for path in shipped)

@@ -19,6 +19,7 @@ from fastnce.blocks.attention import attention, has_attention
 from fastnce.blocks.tiles import (
     BYTES,
     HALF_SCALE,
+    LEAST_ROWS,
     Buffer,
     Rows,
     Similarities,
@@ -117,6 +118,8 @@ class Problem:
         # Coefficients in 16 bits, where the products take those.
         self.narrow = query.inverse is not None and not self.own
         self._buffers = [Buffer(units) for _ in range(3)]
+        # Of symmetric losses, if one block has them all.
+        self._kept: list[Tensor] | None = None
 
     @functools.cached_property
     def shared(self) -> Rows | None:
@@ -136,6 +139,8 @@ class Problem:
 
     def logits(self, at: tuple[slice, slice]) -> tuple[list[Tensor], Rows | None]:
         """Those of a block's queries with keys and with negatives, and the queries' own negatives."""
+        if self._kept is not None:
+            return self._kept, None
         if self.in_batch:
             key = self.key[at[0]]
             found = [self.similarities(at, key.similar, key.inverse, self._buffers[0])]
@@ -163,26 +168,28 @@ class Problem:
         units = self.query.units
         shape = units.shape[:2]
         lse, positive = units.new_empty((2, *shape)), units.new_empty(shape)
-        top = units.new_full(shape, torch.finfo(units.dtype).min)
+        top = units.new_full(shape, 0 if self.moderate else torch.finfo(units.dtype).min)
         total = units.new_zeros(shape)
-        for at in self.blocks():
+        found = list(self.blocks())
+        for at in found:
             (part,), _ = self.logits(at)
+            if len(found) == 1:
+                self._kept = [part]
             positive[at] = self.positive([part], at)
-            of_element = at[0]
-            if not self.moderate:
-                before, now = top[of_element], torch.maximum(top[of_element], part.amax(dim=-2))
-                relative = torch.sub(part, now.unsqueeze(-2), out=self._buffers[2](*part.shape))
-                sums = relative.exp_().sum(dim=-2)
-                total[of_element] = total[of_element] * (before - now).exp() + sums
-                top[of_element] = now
-            row_top, row_total = exponentials([part], None, self.moderate)
-            lse[0][at] = (row_top + row_total.log()).squeeze(-1)
+            relative, of_element = self._buffers[2](*part.shape), at[0]
             if self.moderate:
-                total[of_element] += part.sum(dim=-2)
-        if self.moderate:
-            lse[1] = total.log_()
-        else:
-            lse[1] = top + total.masked_fill_(top == torch.inf, 1).log()  # as in exponentials
+                torch.exp(part, out=relative)
+                torch.log(relative.sum(dim=-1), out=lse[0][at])
+                total[of_element] += relative.sum(dim=-2)
+                continue
+            row_top, row_total = exponentials([relative.copy_(part)], None, moderate=False)
+            lse[0][at] = (row_top + row_total.log()).squeeze(-1)
+            before, now = top[of_element], torch.maximum(top[of_element], part.amax(dim=-2))
+            torch.sub(part, now.unsqueeze(-2), out=relative)
+            total[of_element] *= (before - now).exp()
+            total[of_element] += relative.exp_().sum(dim=-2)
+            top[of_element] = now
+        lse[1] = top + total.masked_fill_(top == torch.inf, 1).log()  # as in exponentials
         return lse.mean(dim=0) - positive, lse
 
     def run(
@@ -195,103 +202,37 @@ class Problem:
             needs: of query, key, negatives and temperature.
             lse: (B, N), or (2, B, N) where the losses are symmetric.
         """
-        need_query, need_key, need_negatives, need_temperature = (
-            weights is not None and need for need in needs
-        )
-        units, symmetric = self.query.units, lse is not None and lse.dim() == 3
-        attends = need_query or need_temperature
-        if attends and not (need_key or need_negatives or symmetric) and self._has_attention():
+        symmetric = lse is not None and lse.dim() == 3
+        if weights is not None and not symmetric and self._has_attention(needs):
             return self._attend(weights, needs, lse)
         losses = None
         if lse is None:
-            losses, lse = (units.new_empty(units.shape[:2]) for _ in range(2))
-        of_query = torch.empty_like(units) if attends else None
-        of_key = torch.zeros_like(units) if need_key else None
-        of_negatives = None
-        if need_negatives:
-            of_negatives = torch.zeros_like(self.negatives if self.own else self.shared.units)
-        # Of the gradients' factors, the numbers are in their products, and tensors multiply at the end.
-        scale, each, last = 1.0, None, None
-        if isinstance(weights, Tensor):
-            each = weights.unsqueeze(-1)
-            if self.narrow:
-                last = power_above(weights)
-                each = each / last
-        elif weights is not None:
-            scale = weights
-        if isinstance(self.tau, Tensor):
-            last = 1 / self.tau if last is None else last / self.tau
-        else:
-            scale /= self.tau
-        if self.narrow:
-            scale /= HALF_SCALE
-        if symmetric:
-            scale /= 2
-        moment = None
-
+            losses, lse = (self.query.units.new_empty(self.query.units.shape[:2]) for _ in range(2))
+        sums = None if weights is None else _Sums(self, weights, needs, symmetric)
         for at in self.blocks():
             parts, own = self.logits(at)
-            positive = self.positive(parts, at)
-            kept = [x.clone() for x in parts] if need_temperature and self.key.rounded else []
-            weight = None if each is None else each[at]
+            positive, divisor, logits = self.positive(parts, at), None, []
+            if sums is not None and needs[3] and self.key.rounded:
+                logits = [part.clone() for part in parts]
             if symmetric:
-                divisor = None
-                self._coefficients_of_both(parts[0], positive, at, lse, each)
+                self._coefficients_of_both(parts[0], positive, at, lse, sums.weights)
             else:
                 divisor = self._exponentials(parts, positive, at, losses, lse)
-                if weights is None:
+                if sums is None:
                     continue
                 positive -= 1 if divisor is None else divisor.squeeze(-1)
-            # The coefficients are ``parts * weight / divisor``; of symmetric losses, without the weight.
-            if self.narrow:
-                parts, divisor = [narrowed(part, divisor, self.key.like) for part in parts], None
-            if weight is not None and not symmetric:
-                divisor = 1 / weight if divisor is None else divisor / weight
-            to_keys = self.query.units[at]
-            if divisor is not None and (need_key or need_negatives):
-                to_keys = to_keys / divisor
-            if attends:
-                sums = self._times_columns(parts, own, at, of_query[at], scale)
-                if divisor is not None:
-                    sums.div_(divisor)
-            for part, logits in zip(parts, kept, strict=True) if kept else ():
-                terms = part * logits
-                terms = terms.sum() if divisor is None else (terms / divisor).sum()
-                moment = terms if moment is None else moment + terms
-            if need_key and self.in_batch:
-                rows = to_keys.to(parts[0].dtype)
-                product(parts[0].mT, rows, of_key[at[0]], keep=1, scale=scale)
-            elif need_key:
-                of_key[at] = parts[0] * to_keys * scale
-            if need_negatives and own is not None:
-                of_units = parts[-1].unsqueeze(-1) * to_keys.unsqueeze(-2)
-                of_units.mul_(scale if last is None else last * scale)
-                of_negatives[at] = own.gradient(of_units)
-            elif need_negatives:
-                flat, rows = parts[-1].flatten(0, 1), to_keys.to(parts[-1].dtype).flatten(0, 1)
-                product(flat.T[None], rows, of_negatives[None], keep=1, scale=scale)
-
-        if last is not None:
-            for grad in (of_query, of_key, None if self.own else of_negatives):
-                if grad is not None:
-                    grad.mul_(last)
-        of_temperature = None
-        if need_temperature:
-            of_temperature = -(units * of_query).sum() / self.tau
-            if moment is not None:  # of rounded similarities
-                of_temperature = -moment * (scale if last is None else last * scale)
+            sums.add(parts, own, at, divisor, logits)
+        if sums is None:
+            return losses, lse, (None,) * 4
+        *grads, of_temperature = sums.gradients()
+        if of_temperature is not None:
             of_temperature = self._with_constant(of_temperature, weights, lse)
-        grads = (
-            self.query.gradient(of_query) if need_query else None,
-            None if of_key is None else self.key.gradient(of_key),
-            of_negatives
-            if of_negatives is None or self.own
-            else self.shared.gradient(of_negatives),
-            of_temperature,
-        )
-        return losses, lse, grads
+        return losses, lse, (*grads, of_temperature)
 
-    def _has_attention(self) -> bool:
+    def _has_attention(self, needs: Sequence[bool]) -> bool:
+        need_query, need_key, need_negatives, need_temperature = needs
+        if need_key or need_negatives or not (need_query or need_temperature):
+            return False
         plain = not self.own and not self.key.rounded and self.query.inverse is None
         return plain and has_attention(self.query.units)
 
@@ -307,7 +248,7 @@ class Problem:
         positive = (left * key).sum(dim=-1, keepdim=True).mul_(scale)
         found = attention(left, key, scale) if self.in_batch else None
         flat = left.flatten(0, 1).unsqueeze(0)
-        rows = BYTES["cpu"] // 4 // (key.shape[-1] * key.element_size())
+        rows = max(LEAST_ROWS, BYTES["cpu"] // 4 // (key.shape[-1] * key.element_size()))
         for negatives in () if self.negatives is None else self.negatives.split(rows):
             units = self._rows(negatives).units.unsqueeze(0)
             more = (x.view(*left.shape[:2], -1) for x in attention(flat, units, scale))
@@ -366,26 +307,6 @@ class Problem:
             part.exp_()
         return lse[at].unsqueeze(-1).exp() if self.moderate else None
 
-    def _times_columns(
-        self,
-        parts: list[Tensor],
-        own: Rows | None,
-        at: tuple[slice, slice],
-        out: Tensor,
-        scale: float,
-    ) -> Tensor:
-        """``scale sum_j part_ij k_j`` over all columns, (B, n, D)."""
-        if self.in_batch:
-            key = self.key.factors if self.narrow else self.key.units
-            product(parts[0], key[at[0]], out, scale=scale)
-        else:
-            torch.mul(parts[0], self.key.units[at], out=out).mul_(scale)
-        if self.shared is not None:
-            product(parts[1], self.shared.factors, out, keep=1, scale=scale)
-        if own is not None:
-            out.add_((parts[-1].unsqueeze(-2) @ own.units).squeeze(-2), alpha=scale)
-        return out
-
     def _coefficients_of_both(
         self,
         part: Tensor,
@@ -410,6 +331,126 @@ class Problem:
                 part.mul_(column_weights)
             part.add_(by_row)
         positive -= 2 if weights is None else 2 * weights[at].squeeze(-1)
+
+
+class _Sums:
+    """The gradients of the rows, added up block by block. The coefficients are ``parts * weights / divisor``.
+
+    What is a number in that goes into the products, and tensors that all rows have in common multiply at the end. Symmetric
+    coefficients come twice as large, with their weights.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        weights: float | Tensor,
+        needs: Sequence[bool],
+        symmetric: bool,
+    ) -> None:
+        self.problem, self.needs, self.symmetric = problem, needs, symmetric
+        self.query, self.key = problem.query, problem.key
+        self.scale, self.weights, last = 1.0, None, 1.0
+        if isinstance(weights, Tensor):
+            self.weights = weights.unsqueeze(-1)
+            if problem.narrow:
+                last = power_above(weights)
+                self.weights = self.weights / last
+        else:
+            self.scale = weights
+        if isinstance(problem.tau, Tensor):
+            last = last / problem.tau
+        else:
+            self.scale /= problem.tau
+        self.last = last if isinstance(last, Tensor) else None
+        if problem.narrow:
+            self.scale /= HALF_SCALE
+        if symmetric:
+            self.scale /= 2
+        need_query, need_key, need_negatives, need_temperature = needs
+        units = self.query.units
+        self.of_query = torch.empty_like(units) if need_query or need_temperature else None
+        self.of_key = torch.zeros_like(units) if need_key else None
+        self.of_negatives, self.moment = None, None
+        if need_negatives:
+            like = problem.negatives if problem.own else problem.shared.units
+            self.of_negatives = torch.zeros_like(like)
+
+    def add(
+        self,
+        parts: list[Tensor],
+        own: Rows | None,
+        at: tuple[slice, slice],
+        divisor: Tensor | None,
+        logits: list[Tensor],
+    ) -> None:
+        """Adds a block's; the logits, if there are any, for the temperature."""
+        if self.problem.narrow:
+            parts, divisor = [narrowed(part, divisor, self.key.like) for part in parts], None
+        if self.weights is not None and not self.symmetric:
+            divisor = (1 if divisor is None else divisor) / self.weights[at]
+        for part, z in zip(parts, logits, strict=False):
+            terms = part * z if divisor is None else part * z / divisor
+            self.moment = terms.sum() if self.moment is None else self.moment + terms.sum()
+        if self.of_query is not None:
+            sums = self._times_columns(parts, own, self.of_query[at], at)
+            if divisor is not None:
+                sums.div_(divisor)
+        if self.of_key is None and self.of_negatives is None:
+            return
+        query = self.query.units[at] if divisor is None else self.query.units[at] / divisor
+        rows = query.to(parts[0].dtype)
+        if self.of_key is not None and self.problem.in_batch:
+            product(parts[0].mT, rows, self.of_key[at[0]], keep=1, scale=self.scale)
+        elif self.of_key is not None:
+            self.of_key[at] = parts[0] * query * self.scale
+        if self.of_negatives is None:
+            return
+        if own is None:
+            flat, rows = parts[-1].flatten(0, 1).T, rows.flatten(0, 1)
+            product(flat[None], rows, self.of_negatives[None], keep=1, scale=self.scale)
+        else:
+            of_units = parts[-1].unsqueeze(-1) * query.unsqueeze(-2)
+            of_units.mul_(self.scale if self.last is None else self.last * self.scale)
+            self.of_negatives[at] = own.gradient(of_units)
+
+    def _times_columns(
+        self, parts: list[Tensor], own: Rows | None, out: Tensor, at: tuple[slice, slice]
+    ) -> Tensor:
+        """``scale sum_j part_ij k_j`` over all columns, (B, n, D)."""
+        problem, scale = self.problem, self.scale
+        if problem.in_batch:
+            key = self.key.factors if problem.narrow else self.key.units
+            product(parts[0], key[at[0]], out, scale=scale)
+        else:
+            torch.mul(parts[0], self.key.units[at], out=out).mul_(scale)
+        if problem.shared is not None:
+            product(parts[1], problem.shared.factors, out, keep=1, scale=scale)
+        if own is not None:
+            out.add_((parts[-1].unsqueeze(-2) @ own.units).squeeze(-2), alpha=scale)
+        return out
+
+    def gradients(self) -> Gradients:
+        """Of queries, keys, negatives and temperature; None of those that are not needed."""
+        need_query, need_key, need_negatives, need_temperature = self.needs
+        own, last = self.problem.own, self.last
+        if last is not None:
+            for grad in (self.of_query, self.of_key, None if own else self.of_negatives):
+                if grad is not None:
+                    grad.mul_(last)
+        of_temperature = None
+        if need_temperature and self.moment is None:
+            of_temperature = -(self.query.units * self.of_query).sum() / self.problem.tau
+        elif need_temperature:  # of rounded similarities
+            of_temperature = self.moment * (-self.scale if last is None else last * -self.scale)
+        of_negatives = self.of_negatives
+        if need_negatives and not own:
+            of_negatives = self.problem.shared.gradient(of_negatives)
+        return (
+            self.query.gradient(self.of_query) if need_query else None,
+            self.key.gradient(self.of_key) if need_key else None,
+            of_negatives,
+            of_temperature,
+        )
 
 
 def _both_means(mean: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,9 @@ from torch import Tensor
 from fastnce.blocks.info_nce import Problem
 from fastnce.blocks.tiles import Rows
 
+# Elements up to which layers of the same shape are one batch on a CPU: larger ones, one at a time, stay in its cache.
+_JOINED_ON_CPU = 1 << 14
+
 
 def patch_nce_forward(
     queries: list[Tensor],
@@ -32,11 +35,13 @@ def patch_nce_forward(
         if len(grad_scales) > 0:
             grad_scale = grad_scales[layer] / (grad_layers * count if grad_layers else 1)
         needed = need_queries[layer], need_keys[layer]
-        alike.setdefault((query.shape, loss_scale, grad_scale, needed), []).append(layer)
+        alone = layer if query.device.type == "cpu" and query.numel() > _JOINED_ON_CPU else None
+        kind = query.shape, loss_scale, grad_scale, needed, alone
+        alike.setdefault(kind, []).append(layer)
 
     loss, of_temperature = None, None
     grads: tuple[list, list] = ([None] * len(queries), [None] * len(queries))
-    for (shape, loss_scale, grad_scale, needed), layers in alike.items():
+    for (shape, loss_scale, grad_scale, needed, _), layers in alike.items():
         both = Rows(torch.cat([x[layer] for x in (queries, keys) for layer in layers]), True)
         half = len(both.units) // 2
         problem = Problem(

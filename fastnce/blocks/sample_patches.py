@@ -13,8 +13,7 @@ def sample_patches_forward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     patches, norms = [], []
     for x, ids in zip(features, patch_ids, strict=True):
-        width = x.shape[3]
-        rows = x[:, :, ids // width, ids % width].mT.contiguous()  # (B, S, C)
+        rows = _gathered(x, ids).contiguous()
         if normalize:
             unit = Rows(rows, True)
             rows = unit.units.to(x.dtype)
@@ -50,11 +49,38 @@ def sample_patches_add_(
             units, wide = patches[i].to(norm.dtype), grad.to(norm.dtype)
             along = (units * wide).sum(dim=-1, keepdim=True)
             grad = ((wide - units * along) * norm).to(x.dtype)
-        height, width = x.shape[2:]
-        if x.stride(2) == width * x.stride(3):  # the positions are one dimension
-            size, strides = (*x.shape[:2], height * width), (*x.stride()[:2], x.stride(3))
-            x.as_strided(size, strides).index_add_(2, ids, grad.mT)
-        else:
+        flat = _flat(x)
+        if flat is None:
             element, channel = (torch.arange(size, device=x.device) for size in x.shape[:2])
-            at = (element[:, None, None], channel[:, None], ids // width, ids % width)
+            at = (element[:, None, None], channel[:, None], *_rows_and_columns(x, ids))
             x.index_put_(at, grad.mT, accumulate=True)
+        elif _channels_last(x):
+            flat.mT.index_add_(1, ids, grad)
+        else:
+            flat.index_add_(2, ids, grad.mT)
+
+
+def _gathered(x: Tensor, ids: Tensor) -> Tensor:
+    """(B, S, C), by the operator that is quickest for these strides."""
+    flat = _flat(x)
+    if flat is None:
+        return x[:, :, *_rows_and_columns(x, ids)].mT
+    if _channels_last(x):
+        return flat.mT.index_select(1, ids)
+    return flat.gather(2, ids.expand(*x.shape[:2], -1)).mT
+
+
+def _flat(x: Tensor) -> Tensor | None:
+    """The map as (B, C, H W), a view; None where the positions are not one dimension."""
+    height, width = x.shape[2:]
+    if x.stride(2) != width * x.stride(3):
+        return None
+    return x.as_strided((*x.shape[:2], height * width), (*x.stride()[:2], x.stride(3)))
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.stride(1) == 1
+
+
+def _rows_and_columns(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    return ids // x.shape[3], ids % x.shape[3]

@@ -190,6 +190,8 @@ def product(
 
     Of factors of 16 bits the result is in float32; without ``out`` it is ``a @ b``.
     """
+    if out is None and a.dtype.itemsize > 2:
+        out = a.new_empty((*a.shape[:2], b.shape[-1]))
     shape = (*a.shape[:2], b.shape[-1])
     flat = b.dim() == 2 or len(a) == 1
     if flat:

@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import itertools
 import pkgutil
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +41,7 @@ _PATIENCE = datetime.timedelta(hours=1)
 _DEVICE = "fastnce.verification.device:GPU"
 
 Found = list[tuple[Key, Verdict | None]]
+Say = Callable[[str], None]
 
 
 def verify(
@@ -82,26 +82,27 @@ def verify(
     names = [name for name in verdicts.EARNING if backend in (None, name)]
 
     def find() -> Found:
-        return _verify(place, names, seconds, again, _Progress(progress))
+        return _verify(place, names, seconds, again, _print if progress else lambda line: None)
 
     _of_rank_0(place, find)
     return report.text(place)
 
 
 def verify_once(device: torch.device) -> None:
-    """Verifies, before a training, what can run on its GPU and never was verified there."""
+    """Verifies, before a training, what can run on its GPU and never was verified there. An error ends no training."""
     place = _device().place(device)
 
     def find() -> Found:
-        found = [(key, verdicts.find(key)) for key in _keys(place)]
-        new = [key.backend for key, verdict in found if verdict is None]
-        if not new:
-            return found
-        progress = _Progress(True)
-        progress.say(
-            f"the GPU kernels are verified, once, for at most {SECONDS:.0f} s (--no-verify: not)"
-        )
-        return _verify(place, new, SECONDS, False, progress)
+        new = [key.backend for key in _keys(place) if verdicts.find(key) is None]
+        if new:
+            _print(
+                f"before the first training on this GPU, for at most {SECONDS:.0f} s (--no-verify: not)"
+            )
+        try:
+            return _verify(place, new, SECONDS, False, _print)
+        except Exception as error:
+            verdicts.say(f"The GPU kernels could not be verified, and are not used: {error}")
+            return []
 
     _of_rank_0(place, find)
 
@@ -116,9 +117,9 @@ def _device() -> type[GPU]:
 
 
 def _keys(place: torch.device) -> list[Key]:
-    """Of the backends that can run on this machine."""
-    reasons = backends.available()
-    return [verdicts.key_of(name, place) for name in verdicts.EARNING if reasons[name] == "ok"]
+    """Of the backends that can run there."""
+    able = [name for name in verdicts.EARNING if report.runs(name, place) == "ok"]
+    return [verdicts.key_of(name, place) for name in able]
 
 
 def _of_rank_0(place: torch.device, find: Callable[[], Found]) -> None:
@@ -144,23 +145,25 @@ def _of_rank_0(place: torch.device, find: Callable[[], Found]) -> None:
             verdicts.keep(key.backend, place, verdict)
 
 
-def _verify(
-    place: torch.device, names: list[str], seconds: float, again: bool, progress: _Progress
-) -> Found:
-    """Verifies the backends one after the other, and writes what it has found, interrupted or not."""
-    found: Found = []
-    keys = [key for key in _keys(place) if key.backend in names]
-    with _alone(progress):
+def _verify(place: torch.device, names: list[str], seconds: float, again: bool, say: Say) -> Found:
+    """Verifies the backends ``names`` one after the other, and writes what it has found, interrupted or not.
+
+    Returns:
+        What is known then, of the other backends too.
+    """
+    keys = _keys(place)
+    known_of = {key: verdicts.find(key) for key in keys if key.backend not in names}
+    new = [key for key in keys if key.backend in names]
+    with _alone(say) if new else contextlib.nullcontext():
         end = time.monotonic() + seconds
-        for left, key in zip(range(len(keys), 0, -1), keys, strict=True):
+        for left, key in zip(range(len(new), 0, -1), new, strict=True):
             limit = Limit(time.monotonic() + (end - time.monotonic()) / left)
-            verdict = (None if again else verdicts.find(key)) or {}
+            verdict = known_of[key] = (None if again else verdicts.find(key)) or {}
             try:
-                _Backend(key.backend, place, verdict, progress).verify(limit)
+                _Backend(key.backend, place, verdict, say).verify(limit)
             finally:
-                found.append((key, verdict))
                 _write(key, verdict)
-    return found
+    return list(known_of.items())
 
 
 def _write(key: Key, verdict: Verdict) -> None:
@@ -180,14 +183,13 @@ class _Backend:
         name: of the backend.
         place: the device.
         verdict: what is known; gets what is found.
-        progress: shows it.
+        say: shows a line of progress.
     """
 
-    def __init__(
-        self, name: str, place: torch.device, verdict: Verdict, progress: _Progress
-    ) -> None:
-        self.name, self.verdict, self.progress = name, verdict, progress
-        self.device = _device()
+    def __init__(self, name: str, place: torch.device, verdict: Verdict, say: Say) -> None:
+        self.name, self.verdict, self.say = name, verdict, say
+        device = _device()
+        self.patience, self.workers = device.patience, device.workers(place)
         self.request = {"device": _DEVICE, "index": place.index or 0, "backend": name}
         self.tasks: list[Task] = [
             (op, verdicts.name_of(dtype), form)
@@ -204,9 +206,12 @@ class _Backend:
         entries = self.verdict
         errors = Limit(time.monotonic() + _SHARE_OF_ERRORS * limit.seconds)
         new = [task for task in self.tasks if entries[task].status == verdicts.NOT_REACHED]
-        self._run("right", new, errors, self.device.workers)
+        self._run("right", new, errors, self.workers)
         right = [task for task in self.tasks if entries[task].status == verdicts.RIGHT]
-        self._run("faster", [task for task in right if not entries[task].speed], limit, 1)
+        unraced = [task for task in right if not entries[task].speed]
+        self._run("faster", unraced, limit, 1)
+        if not new and not unraced:
+            self.say(f"{self.name}: everything is known already; --again does it anew")
 
     def _run(self, stage: str, tasks: list[Task], limit: Limit, workers: int) -> None:
         """Each worker takes every ``workers``-th task."""
@@ -216,12 +221,12 @@ class _Backend:
             entry = self.verdict[task]
             for name, value in fields.items():
                 setattr(entry, name, value)
-            self.progress.step(
+            self.say(
                 f"{self.name}, {stage}? {next(done)} of {len(tasks)}: {', '.join(task)}: {report.told(entry)}"
             )
 
         def work(part: list[Task]) -> None:
-            run({**self.request, "stage": stage}, part, limit, self.device.patience, tell)
+            run({**self.request, "stage": stage}, part, limit, self.patience, tell)
 
         parts = [part for first in range(workers) if (part := tasks[first::workers])]
         with ThreadPoolExecutor(workers) as pool:
@@ -232,33 +237,12 @@ class _Backend:
                 raise
 
 
-class _Progress:
-    """Shows lines on standard error, if at all; of the steps a terminal shows the last alone."""
-
-    def __init__(self, shown: bool) -> None:
-        self._shown, self._rewrites = shown, sys.stderr.isatty()
-
-    def say(self, line: str) -> None:
-        """A line that stays."""
-        if self._shown:
-            print(f"fastnce verify: {line}", file=sys.stderr, flush=True)
-
-    def step(self, line: str) -> None:
-        """A line that the next one may replace."""
-        if self._shown and self._rewrites:
-            room = shutil.get_terminal_size().columns - 1
-            print(f"\r\x1b[2K{line[:room]}", end="", file=sys.stderr, flush=True)
-        elif self._shown:
-            print(line, file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        """Removes the last step."""
-        if self._shown and self._rewrites:
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+def _print(line: str) -> None:
+    print(f"fastnce verify: {line}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def _alone(progress: _Progress) -> Iterator[None]:
+def _alone(say: Say) -> Iterator[None]:
     """Two that race at once would disturb each other: who comes second waits, and finds little left to do."""
     handle = None
     with contextlib.suppress(OSError):  # a cache that is read-only
@@ -269,9 +253,6 @@ def _alone(progress: _Progress) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_NB | fcntl.LOCK_EX)
             except BlockingIOError:
-                progress.say("waiting for another verification on this machine")
+                say("waiting for another verification on this machine")
                 fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            progress.end()
+        yield

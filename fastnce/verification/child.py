@@ -85,6 +85,9 @@ def is_right(
                 _expect_graph(device, backend, op, sample)
         except AssertionError as wrong:
             return {"status": "wrong", "reason": f"{case.name}: {_line(wrong)}", "errors": errors}
+        except torch.OutOfMemoryError:
+            reason = f"{case.name}: not enough memory"
+            return {"status": verdicts.NOT_REACHED, "reason": reason, "errors": errors}
         except Exception as error:
             reason = f"{case.name}: {type(error).__name__}: {_line(error)}"
             return {"status": "failed", "reason": reason, "errors": errors}
@@ -147,26 +150,33 @@ def is_faster(
             )
         except torch.OutOfMemoryError:
             speed[race.name] = "not raced: not enough memory"
+        except AssertionError as wrong:
+            return {"status": "wrong", "reason": f"the {race.name} race: {_line(wrong)}"}
         except Exception as error:
             reason = f"the {race.name} race: {type(error).__name__}: {_line(error)}"
             return {"status": "failed", "reason": reason}
     return {"status": verdicts.RIGHT, "speed": speed}
 
 
-def _step(op: str, arguments: Arguments, make: Make, device: GPU) -> Callable[[str], None]:
-    """Runs a forward and a backward on a backend."""
+Step = Callable[[str], list[Tensor]]
+
+
+def _step(op: str, arguments: Arguments, make: Make, device: GPU) -> Step:
+    """Runs a forward and a backward on a backend; returns results and gradients."""
     sample = Sample("", arguments(make, _cut(device)))
     leaves = testing.leaves_of(sample)
 
-    def step(backend: str) -> None:
+    def step(backend: str) -> list[Tensor]:
         outputs = testing.outputs_of(op, sample.arguments, backend)
-        torch.autograd.grad(outputs, leaves, [torch.ones_like(x) for x in outputs])
+        ones = [torch.ones_like(x) for x in outputs]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, ones)]
 
     return step
 
 
-def _speed(device: GPU, step: Callable[[str], None], names: tuple[str, str]) -> float:
+def _speed(device: GPU, step: Step, names: tuple[str, str]) -> float:
     """How many times as fast the first backend is as the second: they take turns, the medians count."""
+    _expect_alike(step(names[0]), step(names[1]))
     for name in names:
         for _ in range(3):  # compiled, cached
             step(name)
@@ -180,6 +190,18 @@ def _speed(device: GPU, step: Callable[[str], None], names: tuple[str, str]) -> 
             found.append(device.seconds(functools.partial(step, name), number))
     ours, theirs = map(statistics.median, times)
     return round(theirs / ours, 3)
+
+
+def _expect_alike(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    """No contract, for which these sizes are too large: it sees what goes wrong beyond the sizes of the cases alone."""
+    for x, y in zip(ours, theirs, strict=True):
+        if x.dim() > 0:  # the temperature's gradient may cancel
+            apart, size = (x.double() - y.double()).norm(), y.double().norm()
+            allowed = 1e-3 + 8 * torch.finfo(y.dtype).eps
+            if not apart <= allowed * size:
+                raise AssertionError(
+                    f"off by {apart / size:.1e} of {tuple(x.shape)} from the rival"
+                )
 
 
 def _cut(device: GPU) -> Cut:

@@ -19,14 +19,12 @@ class GPU:
 
     Attributes:
         patience: seconds without an answer after which a child process is given up.
-        workers: child processes that look for errors side by side; the races are run by one alone.
         repeats: of each case, which have to be equal in every bit.
         rounds: of each race.
         share: part of the rows that the cases and races have.
     """
 
     patience = 60.0
-    workers = 4
     repeats = 20
     rounds = 7
     share = 1.0
@@ -56,6 +54,12 @@ class GPU:
         for place in (torch.device("cuda", index) for index in range(count)):
             first.setdefault(verdicts.machine(place)[0], place)
         return list(first.values())
+
+    @staticmethod
+    def workers(place: torch.device) -> int:
+        """Child processes that look for errors side by side, 8 GiB for each; the races are run by one alone."""
+        memory = torch.cuda.get_device_properties(place).total_memory
+        return max(1, min(4, memory // (8 * 2**30)))
 
     def synchronize(self) -> None:
         """Waits for the device; an error of a kernel is raised here at the latest."""

@@ -10,6 +10,13 @@ import fastnce
 from fastnce import backends
 from fastnce.backends import verdicts
 from fastnce.backends.verdicts import SIZES, Entry
+from fastnce.verification.cases import CASES, DTYPES
+
+
+def runs(name: str, place: torch.device) -> str:
+    """``"ok"``, or why a backend runs nothing there; the GPUs of one machine may differ."""
+    reasons = [backends.supports(name, op, place, dtype) for op in CASES for dtype in DTYPES]
+    return "ok" if "ok" in reasons else reasons[0]
 
 
 def told(entry: Entry) -> str:
@@ -34,10 +41,10 @@ def text(place: torch.device) -> str:
         "Errors are shares of what the numerical contract allows. Speeds are relative to plain PyTorch: a backend is chosen from "
         f"{verdicts.LEAST_SPEED} on, the faster of two.",
     ]
-    for name, reason in backends.available().items():
-        if name in verdicts.EARNING:
-            lines += ["", f"## {name}", ""]
-            lines += _table(name, place) if reason == "ok" else [f"It cannot run here: {reason}"]
+    for name in verdicts.EARNING:
+        reason = runs(name, place)
+        lines += ["", f"## {name}", ""]
+        lines += _table(name, place) if reason == "ok" else [f"It cannot run here: {reason}"]
     return "\n".join(lines) + "\n"
 
 
@@ -65,8 +72,7 @@ def _table(name: str, place: torch.device) -> list[str]:
 
 def choices(place: torch.device) -> list[str]:
     """What is chosen on a device, and why not something else: one line for each op, dtype and form with a verdict."""
-    reasons = backends.available()
-    names = tuple(name for name in verdicts.EARNING if reasons[name] == "ok")
+    names = tuple(name for name in verdicts.EARNING if runs(name, place) == "ok")
     if not names:
         return ["blocks: neither of the GPU's own backends can run, see above"]
     found = {name: verdicts.of(name, place) for name in names}

@@ -69,7 +69,7 @@ def test_no_result_is_read_by_the_host_or_on_another_device(op, name, in_16_bits
     with Watch() as watch:
         found = run(op, sample, backend="blocks")
     assert {x.device.type for x in found.values()} == {"meta"}
-    if op not in ("pairwise_cosine_similarity", "sample_patches") and "own" not in name:
+    if op != "sample_patches" and "own" not in name:
         dtype = torch.bfloat16 if in_16_bits else torch.float32
         assert {x.dtype for x in watch.factors} == {dtype}, watch.names
 
@@ -121,22 +121,40 @@ def test_a_step_of_patch_nce_is_few_operators():
     assert len(watch.names) <= 24, watch.names
 
 
-def test_blocks_of_every_height_give_the_same(monkeypatch):
+@pytest.mark.parametrize("temperature", [0.01, 0.07])
+def test_blocks_of_every_height_give_the_same(temperature, monkeypatch):
+    """Without the maximum of a row, and with it."""
     query, key = gaussian(300, 20).requires_grad_(), gaussian(300, 20, seed=1).requires_grad_()
     batched = query.view(4, 75, 20), key.view(4, 75, 20)
+    options = {"temperature": temperature, "backend": "blocks"}
     found = []
     for budget in (1, 300 * 4 * 100, 75 * 75 * 4 * 2, 1 << 30):
         monkeypatch.setitem(tiles.BYTES, "cpu", budget)
         losses = [
-            fastnce.info_nce(query, key, symmetric=True, backend="blocks"),
-            fastnce.info_nce(query, key, key, in_batch_negatives=True, backend="blocks"),
-            fastnce.info_nce(*batched, backend="blocks"),
-            fastnce.sup_con(query, torch.arange(300) % 9, backend="blocks"),
+            fastnce.info_nce(query, key, symmetric=True, **options),
+            fastnce.info_nce(query, key, key, in_batch_negatives=True, **options),
+            fastnce.info_nce(query, key.detach(), key.detach(), **options),
+            fastnce.info_nce(*batched, **options),
+            fastnce.sup_con(query, torch.arange(300) % 9, **options),
+            fastnce.conditional_contrastive(query, key, torch.arange(300) % 9, **options),
         ]
         grads = torch.autograd.grad(sum(losses), (query, key))
         found.append((*losses, *grads))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0])
+
+
+@pytest.mark.parametrize("temperature", [0.02, 1 / 36, 0.028])
+def test_logits_as_far_apart_as_they_can_be(temperature):
+    """Positives are opposite, and negatives the same: their exponentials are without a maximum where float32 holds them."""
+    x = gaussian(8, 12)
+    found = []
+    for dtype, backend in ((torch.float32, "blocks"), (torch.float64, "torch")):
+        rows = [z.to(dtype).requires_grad_() for z in (x, -x, x.repeat(100, 1))]
+        loss = fastnce.info_nce(*rows, temperature=temperature, backend=backend)
+        found.append([loss.double(), *(z.double() for z in torch.autograd.grad(loss, rows))])
+    for got, truth in zip(*found, strict=True):
+        torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-4)
 
 
 def test_layers_of_one_shape_keep_their_gradients():
@@ -183,8 +201,23 @@ def test_numerical_contract_as_on_a_gpu(op, dtype, as_on_a_gpu):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("op", LOSSES)
 def test_awkward_rows_as_on_a_gpu(op, kind, as_on_a_gpu):
-    for tau in (0.005, 0.07, 1.0):
+    for tau in (0.005, 0.02, 0.028, 0.07, 1.0):
         for dtype in DTYPES[1:] if kind != "norms" else DTYPES[1:3]:
             for form in INFO_NCE_FORMS if op == "info_nce" else [""]:
                 sample = awkward(op, kind, tau, form, dtype)
                 assert_close_to_truth(op, "blocks", sample, dtype)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_coefficients_of_16_bits_hold_gradients_of_any_size(symmetric, as_on_a_gpu):
+    """As a gradient scaler sends them, to losses that are not reduced."""
+    query, key = (gaussian(40, 12, seed=seed).half().requires_grad_() for seed in (0, 1))
+    found = []
+    for dtype, backend in ((torch.float16, "blocks"), (torch.float64, "torch")):
+        options = {"symmetric": symmetric, "reduction": "none", "backend": backend}
+        rows = query.to(dtype), key.to(dtype)
+        losses = fastnce.info_nce(*rows, temperature=torch.tensor(1.0), **options)
+        upstream = torch.logspace(-3, 3, 40, dtype=losses.dtype)
+        found.append([x.double() for x in torch.autograd.grad(losses, (query, key), upstream)])
+    for x, truth in zip(*found, strict=True):
+        torch.testing.assert_close(x, truth, rtol=2e-3, atol=2e-3 * truth.abs().max().item())

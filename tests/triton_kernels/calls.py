@@ -9,22 +9,21 @@ from fastnce import triton_kernels
 
 IN_BATCH = {"normalize": True, "symmetric": False, "in_batch": True, "self_logit": None}
 FP8 = {"similarity_dtype": torch.float8_e4m3fn}
-# One of each tile of the tables and of each way of holding the depth: whole, head and tail, chunks.
-DEPTHS = (64, 96, 128, 192, 256, 768)
+COUNT = 16384
 
 
-def launches(depth: int, dtype: torch.dtype, large: bool = True) -> list[Launch]:
-    """All different launches of losses of rows of ``depth``; of the small problems' tiles unless ``large``."""
+def launches(depth: int, dtype: torch.dtype) -> list[Launch]:
+    """All different launches of losses of rows of ``depth``."""
     with recorded() as found:
-        _info_nce(depth, dtype, 16384 if large else 256)
-        _losses(depth, dtype, 16384 if large else 256)
+        _info_nce(depth, dtype, COUNT)
+        _losses(depth, dtype, COUNT)
     return list(dict.fromkeys(found))
 
 
-def fp8_launches(depth: int, dtype: torch.dtype, large: bool = True) -> list[Launch]:
+def fp8_launches(depth: int, dtype: torch.dtype) -> list[Launch]:
     """Likewise those with similarities in fp8, from compute capability 8.9 on."""
     with recorded() as found:
-        _info_nce(depth, dtype, 16384 if large else 256, fp8=True)
+        _info_nce(depth, dtype, COUNT, fp8=True)
     return list(dict.fromkeys(found))
 
 

@@ -1,13 +1,14 @@
 """Every kernel in every form, compiled for every target; ``make triton-sweep``. Needs Triton, but no GPU.
 
-Writes the table of registers, spills and shared memory, and ends with status 1 where something is wrong or missing. What was
-compiled is remembered in ``out/triton-sweep``: stopped, the same command goes on.
+Writes the table of registers, spills and shared memory, beside those of other versions of Triton, and ends with status 1 where
+something is wrong or missing. What was compiled is remembered in ``out/triton-sweep``: stopped, the same command goes on.
+Another Triton: ``pip install --target FOLDER --no-deps triton==3.6.0``, and the folder first in PYTHONPATH.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import collections
 import json
 import sys
 import time
@@ -21,84 +22,116 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import calls  # noqa: E402
-from resources import Memory, Resources, all_resources  # noqa: E402
+from resources import Memory, Resources, all_resources, operand  # noqa: E402
 
 from benchmarks import report  # noqa: E402
 from benchmarks.launches import Launch, as_on  # noqa: E402
 from benchmarks.machine import matmul_precision  # noqa: E402
 
-TARGETS = (80, 90, 100)
-# Of the rows given, and what torch.set_float32_matmul_precision makes of products of float32.
+STEM = "triton-resources"
+TARGETS = (80, 89, 90, 100)
+# Of the rows given, what torch.set_float32_matmul_precision makes of products of float32, and depths: the largest of each class
+# that has a tile of its own, one with head and tail, and one that goes through panels.
 DTYPES = {
-    "bf16": (torch.bfloat16, "highest"),
-    "fp16": (torch.float16, "highest"),
-    "fp32": (torch.float32, "highest"),
-    "tf32": (torch.float32, "high"),
-    "fp32 as bf16": (torch.float32, "medium"),
+    "bf16": (torch.bfloat16, "highest", (256, 768, 192, 128)),
+    "fp16": (torch.float16, "highest", (256, 768, 192, 128)),
+    "fp32": (torch.float32, "highest", (64, 768, 48)),
+    "tf32": (torch.float32, "high", (128, 768, 96)),
+    "fp32 as bf16": (torch.float32, "medium", (256, 768, 192, 128)),
 }
 
 
 def jobs(
-    capability: int,
-    dtypes: Iterable[str] = tuple(DTYPES),
-    depths: Iterable[int] = calls.DEPTHS,
-    sizes: Iterable[bool] = (True, False),
+    capability: int, dtypes: Iterable[str] = tuple(DTYPES), depths: Iterable[int] | None = None
 ) -> list[tuple[Launch, int]]:
-    """All different launches for a target with the tiles of the tables; ``sizes``: of large problems, of small ones."""
+    """All different launches for a target with the tiles of the tables, of all of a dtype's ``depths`` or some."""
     found: list[Launch] = []
     for name in dtypes:
-        dtype, products = DTYPES[name]
+        dtype, products, all_depths = DTYPES[name]
         with as_on(capability), matmul_precision(products):
             found += calls.sampling_launches(dtype)
-            for depth in depths:
-                for large in sizes:
-                    found += calls.launches(depth, dtype, large)
-                    # fp8 products came with compute capability 8.9.
-                    if capability >= 90 and name == "bf16":
-                        found += calls.fp8_launches(depth, dtype, large)
+            for depth in all_depths if depths is None else depths:
+                found += calls.launches(depth, dtype)
+                # fp8 products came with compute capability 8.9.
+                if capability >= 89 and name == "bf16":
+                    found += calls.fp8_launches(depth, dtype)
     return [(each, capability) for each in dict.fromkeys(found)]
+
+
+def widest_first(chosen: list[tuple[Launch, int]]) -> list[tuple[Launch, int]]:
+    """One of every kernel, operand and target, then a second of each, and so on: a sweep that is stopped has seen all of them."""
+    seen: collections.Counter[tuple] = collections.Counter()
+    rank = {}
+    for launch, target in chosen:
+        of = launch.name, operand(launch), launch.constant("PRECISION"), target
+        rank[launch, target] = seen[of]
+        seen[of] += 1
+    return sorted(chosen, key=rank.__getitem__)
 
 
 def rows(results: list[Resources]) -> list[dict[str, object]]:
     """One row for a kernel's tile on a target: the most that any form of it takes."""
     groups: dict[tuple, list[Resources]] = {}
     for each in results:
-        key = (each.kernel, each.dtype, *each.tile.items(), each.warps, each.stages, each.target)
-        groups.setdefault(key, []).append(each)
+        tile = ", ".join(f"{name} {value}" for name, value in each.tile.items())
+        tile = f"{tile}; {each.warps} warps, {each.stages} stages".removeprefix("; ")
+        groups.setdefault((each.kernel, each.dtype, each.target, tile), []).append(each)
     table = []
-    for of in groups.values():
-        one = dataclasses.asdict(of[0])
-        same = ("kernel", "dtype", "tile", "warps", "stages", "target")
-        most = {
-            name: max(getattr(x, name) for x in of) for name in ("registers", "spills", "shared")
-        }
-        instructions = sorted({name for x in of for name in x.instructions})
-        counts = {"forms": len(of), **most, "instructions": instructions}
-        table.append({name: one[name] for name in same} | counts)
-    return sorted(table, key=lambda row: str([*row.values()][:6]))
+    for key, of in sorted(groups.items()):
+        row = dict(zip(("kernel", "dtype", "target", "tile"), key, strict=True))
+        most = ("registers", "spills", "shared")
+        table.append({**row, "forms": len(of), **{x: max(getattr(r, x) for r in of) for x in most}})
+    return table
 
 
-def markdown(table: list[dict], wrong: list[str], missing: int) -> str:
-    """The table, a line for each kernel and dtype."""
-    lines = []
-    for kernel, dtype in dict.fromkeys((row["kernel"], row["dtype"]) for row in table):
-        of = [row for row in table if (row["kernel"], row["dtype"]) == (kernel, dtype)]
-        cells = (_cell([row for row in of if row["target"] == target]) for target in TARGETS)
-        lines.append((f"`{kernel.strip('_').removesuffix('_kernel')}`", dtype, *cells))
-    count = f"{sum(row['forms'] for row in table)} launches compiled; {missing} left out."
-    notes = [f"Spills: {_place(row)}, {row['spills']} bytes." for row in table if row["spills"]]
-    notes += [f"Wrong: {line}" for line in wrong] or ["Nothing is wrong with what was compiled."]
-    return f"""\
-# Triton kernels: what they take
+def swept(
+    good: list[Resources], wrong: list[str], left_out: list[tuple[Launch, int]]
+) -> dict[str, object]:
+    """What a sweep has found, for the file of all sweeps."""
+    by_target: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for launch, target in left_out:
+        by_target[f"sm_{target}"][f"{_short(launch.name)} {operand(launch)}".strip()] += 1
+    return {"wrong": wrong, "left_out": by_target, "rows": rows(good)}
 
-Compiled with Triton {triton.__version__} without a GPU by `make triton-sweep`; no figure here is a time. A cell: the most
-registers of a thread, bytes that it spills, and KiB of shared memory of a program, over all tiles and forms of a kernel
-(their number in brackets). `triton-resources.json` has every tile.
 
-{report.table(("kernel", "rows", *(f"sm_{x}" for x in TARGETS)), lines)}
+def written(folder: Path, found: dict[str, object]) -> None:
+    """Writes what was found with this Triton beside what the files have of others."""
+    path = folder / f"{STEM}.json"
+    versions = json.loads(path.read_text()) if path.exists() else {}
+    versions = dict(sorted({**versions, triton.__version__: found}.items()))
+    report.save(folder, STEM, versions, markdown(versions))
 
-{chr(10).join([count, *notes])}
-"""
+
+def markdown(versions: dict[str, dict]) -> str:
+    """A table for each version of Triton, with a line for each kernel and dtype."""
+    parts = [
+        "# Triton kernels: what they take",
+        "Compiled without a GPU by `make triton-sweep`; no figure here is a time. A cell: the most registers of a thread, bytes "
+        "of its stack, where registers go that do not fit, and KiB of shared memory of a program, over all tiles and forms of "
+        "a kernel (their number in brackets). `triton-resources.json` has every tile.",
+    ]
+    for version, found in versions.items():
+        parts.append(f"## Triton {version}")
+        table, left_out, lines = found["rows"], found["left_out"], []
+        for kernel, dtype in dict.fromkeys((row["kernel"], row["dtype"]) for row in table):
+            of = [row for row in table if (row["kernel"], row["dtype"]) == (kernel, dtype)]
+            cells = (_cell([row for row in of if row["target"] == target]) for target in TARGETS)
+            lines.append((f"`{_short(kernel)}`", dtype, *cells))
+        parts.append(report.table(("kernel", "rows", *(f"sm_{x}" for x in TARGETS)), lines))
+        compiled = sum(row["forms"] for row in table)
+        notes = [
+            f"{compiled} launches compiled; {sum(sum(x.values()) for x in left_out.values())} left out."
+        ]
+        for target, kernels in left_out.items():
+            names = ", ".join(f"{name} {count}" for name, count in kernels.items())
+            notes.append(f"Left out on {target}: {names}.")
+        notes += [
+            f"Spills: {_place(row)}, {row['spills']} bytes." for row in table if row["spills"]
+        ]
+        wrong = [f"Wrong: {line}" for line in found["wrong"]]
+        notes += wrong or ["Nothing is wrong with what was compiled."]
+        parts.append("\n".join(f"- {note}" for note in notes))
+    return "\n\n".join(parts) + "\n"
 
 
 def _cell(of: list[dict]) -> str:
@@ -110,9 +143,12 @@ def _cell(of: list[dict]) -> str:
     return f"{registers}, {spills}, {shared / 1024:.0f} ({sum(r['forms'] for r in of)})"
 
 
+def _short(kernel: str) -> str:
+    return kernel.strip("_").removesuffix("_kernel")
+
+
 def _place(row: dict) -> str:
-    tile = ", ".join(f"{name} {value}" for name, value in row["tile"].items())
-    return f"`{row['kernel']}` {row['dtype']} on sm_{row['target']} ({tile})"
+    return f"`{row['kernel']}` {row['dtype']} on sm_{row['target']} ({row['tile']})"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--targets", type=int, nargs="+", choices=TARGETS, default=TARGETS)
     add("--dtypes", nargs="+", choices=DTYPES, default=tuple(DTYPES))
-    add("--depths", type=int, nargs="+", default=calls.DEPTHS)
+    add("--depths", type=int, nargs="+", help="by default one of each class")
     add("--processes", type=int, default=2)
     add("--seconds", type=float, default=float("inf"), help="begin none after this time")
     add("--out", type=Path, help="folder of the table; without it only faults are printed")
@@ -129,20 +165,16 @@ def main(argv: list[str] | None = None) -> int:
     deadline = time.monotonic() + args.seconds
     chosen = [x for capability in args.targets for x in jobs(capability, args.dtypes, args.depths)]
     memory = Memory(ROOT / "out/triton-sweep/resources.jsonl")
-    found = all_resources(chosen, memory, args.processes, deadline)
+    found = all_resources(widest_first(chosen), memory, args.processes, deadline)
     good = {job: each for job, each in found.items() if isinstance(each, Resources)}
     wrong = [each for each in found.values() if isinstance(each, str)]
     wrong += [fault for each in good.values() for fault in each.faults()]
-    missing = len(chosen) - len(found)
+    left_out = [job for job in chosen if job not in found]
     if args.out:
-        table = rows([*good.values()])
-        text = ",\n".join(json.dumps(row) for row in table)
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "triton-resources.json").write_text(f"[\n{text}\n]\n")
-        (args.out / "triton-resources.md").write_text(markdown(table, wrong, missing))
+        written(args.out, swept([*good.values()], wrong, left_out))
     print("\n".join(wrong))
     print(f"{len(found)} of {len(chosen)} launches compiled, {len(wrong)} wrong")
-    return 1 if wrong or missing else 0
+    return 1 if wrong or left_out else 0
 
 
 if __name__ == "__main__":

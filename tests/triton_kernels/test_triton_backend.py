@@ -98,11 +98,16 @@ def test_the_first_kernel_can_be_compiled(monkeypatch):
     assert "_nothing_kernel" in compiled(found[0], 80).ptx
 
 
-def test_importing_loads_no_kernels():
+def test_importing_asks_no_gpu():
     """Nor does a call on the CPU. A process that has woken a GPU cannot fork, nor choose among GPUs any more."""
     in_a_process(
         """
-import sys, torch, fastnce
+import sys, torch
+def asked(*args): raise AssertionError("a GPU was asked")
+for name in {"_cuda_getDeviceCount", "_cuda_init"} & set(dir(torch._C)):
+    setattr(torch._C, name, asked)
+torch.cuda.is_available = torch.cuda.get_device_capability = torch.cuda.device_count = asked
+import fastnce
 fastnce.info_nce(torch.eye(4), torch.eye(4))
 assert not torch.cuda.is_initialized() and "fastnce.triton_kernels" not in sys.modules
 """

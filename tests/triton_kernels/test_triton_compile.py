@@ -1,11 +1,12 @@
 """The kernels compiled for real targets; needs Triton, but no GPU.
 
-Checked are what ptxas reports (registers spilled to memory), the shared memory of a program, that there are no atomics, and that
+Checked are the stack (registers that ptxas spills to memory), the shared memory of a program, that there are no atomics, and that
 products use the target's matrix instruction. ``make triton-sweep`` does the same for all depths, dtypes and targets.
 """
 
 import dataclasses
 import os
+import re
 
 import pytest
 import torch
@@ -18,11 +19,10 @@ import calls
 import sweep
 from resources import Memory, Resources, all_resources, resources
 
-from benchmarks.launches import Launch, as_on, compiled, recorded
+from benchmarks.launches import SHARED_MEMORY, Launch, as_on, compiled, recorded
 from fastnce import triton_kernels
 from fastnce.triton_kernels import config
-
-DEPTHS = (256, 768)
+from fastnce.triton_kernels.tiles import GIVEN
 
 
 def faults(jobs: list[tuple[Launch, int]]) -> list[str]:
@@ -47,11 +47,16 @@ def one_of_each(jobs: list[tuple[Launch, int]], *constants: str) -> list[tuple[L
 
 
 @pytest.mark.parametrize(
-    ("capability", "sizes", "constants"),
-    [(80, (True,), TILE), (90, (True, False), (*TILE, "KIND")), (100, (True,), TILE)],
+    ("capability", "constants"),
+    [
+        (80, TILE),
+        (89, TILE),
+        (90, (*TILE, "KIND")),
+        (100, TILE),
+    ],
 )
-def test_kernels_compile_without_spills(capability, sizes, constants):
-    jobs = one_of_each(sweep.jobs(capability, ["bf16"], DEPTHS, sizes), *constants)
+def test_kernels_compile_without_spills(capability, constants):
+    jobs = one_of_each(sweep.jobs(capability, ["bf16"], (256, 768)), *constants)
     kernels = {job[0].name for job in jobs}
     assert kernels == EVERY_KERNEL, kernels ^ EVERY_KERNEL
     wrong = faults(jobs)
@@ -59,7 +64,7 @@ def test_kernels_compile_without_spills(capability, sizes, constants):
 
 
 def test_products_compile_without_tensor_cores():
-    jobs = one_of_each(sweep.jobs(90, ["fp32"], (64,), (True,)), *TILE)
+    jobs = one_of_each(sweep.jobs(90, ["fp32"], (64,)), *TILE)
     wrong = faults([job for job in jobs if job[0].constant("PRECISION")])
     assert not wrong, "\n".join(wrong)
 
@@ -74,11 +79,43 @@ def test_the_precision_that_torch_is_set_to_reaches_the_products(name, precision
     assert {dict(each.signature)["x"] for each in sums} == {rows}
 
 
+@pytest.mark.parametrize(
+    ("capability", "name", "depth"),
+    [
+        (80, "bf16", 96),
+        (89, "fp16", 128),
+        (89, "bf16", 192),
+        (80, "bf16", 256),
+        (80, "tf32", 128),
+    ],
+)
+def test_warps_have_rows_of_their_own_and_the_next_columns_are_on_their_way(
+    capability, name, depth
+):
+    """Else each warp reads all rows of the tile, and each of the similarities is made twice (mma.sync)."""
+    passes = [
+        job
+        for job in sweep.jobs(capability, [name], (depth,))
+        if job[0].name in ("_sums_kernel", "_row_products_kernel")
+        # Given coefficients have no similarities, but where the temperature has a gradient.
+        and job[0].constant("KIND") != GIVEN.value
+        and dict(job[0].signature)["raw"] != "constexpr"
+    ]
+    for launch, target in one_of_each(passes, "KIND", "OFFSET"):
+        result = compiled(launch, target)
+        split = re.findall(r"nvidia_mma<.*?warpsPerCTA = \[(\d+), (\d+)\]", result.ttgir)
+        assert split and all(columns == "1" for _, columns in split), (launch, split)
+        # A local_alloc of (buffers, columns of y, depth) for each array that is copied ahead.
+        buffers = re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x", result.ttgir)
+        assert buffers and all(int(number) >= 2 for number in buffers), (launch, buffers)
+        assert result.spills == 0 and result.shared <= SHARED_MEMORY[target], launch
+
+
 GOOD = Resources(
     kernel="_sums_kernel",
     target=90,
     dtype="bf16",
-    tile={"HEAD": 64, "PRECISION": "ieee"},
+    tile={"HEAD": 64, "PRECISION": "tf32"},
     warps=8,
     stages=2,
     registers=200,
@@ -87,6 +124,8 @@ GOOD = Resources(
     instructions=("wgmma.mma_async",),
     atomics=False,
 )
+AMPERE = {"target": 89, "instructions": ("mma.sync",)}
+IEEE = {"dtype": "fp32", "tile": {"HEAD": 64, "PRECISION": "ieee"}, "instructions": ()}
 BLACKWELL = {"target": 100, "instructions": ("tcgen05.mma",)}
 
 
@@ -96,6 +135,11 @@ BLACKWELL = {"target": 100, "instructions": ("tcgen05.mma",)}
         ({}, None),
         ({"kernel": "_scatter_kernel", "tile": {}, "spills": 8}, None),
         ({**BLACKWELL, "spills": 20, "registers": 128}, None),
+        ({"kernel": "_row_products_kernel", "spills": 24}, None),
+        ({"kernel": "_row_products_kernel", "spills": 28}, "spills: "),
+        ({"kernel": "_row_products_kernel", "spills": 8, **AMPERE}, "spills: "),
+        ({**IEEE, "spills": 16, "registers": 80}, None),
+        ({**IEEE, "spills": 16, "registers": 129}, "spills: "),
         ({"spills": 4, "registers": 128}, "spills: "),
         ({**BLACKWELL, "spills": 4}, "spills: "),
         ({**BLACKWELL, "spills": 24, "registers": 128}, "spills: "),
@@ -112,7 +156,7 @@ def test_what_is_a_fault(changes, fault):
 
 def test_a_sweep_goes_on_where_it_was(tmp_path):
     """A result is remembered on disk; another launch or target is another result."""
-    (job, other) = sweep.jobs(90, ["bf16"], (64,), (True,))[:2]
+    (job, other) = sweep.jobs(90, ["bf16"], (64,))[:2]
     path = tmp_path / "memory.jsonl"
     Memory(path).put(job, GOOD)
     assert Memory(path).get(job) == GOOD
@@ -122,20 +166,40 @@ def test_a_sweep_goes_on_where_it_was(tmp_path):
     assert all_resources([job, other], Memory(path), deadline=0.0).keys() == {job}
 
 
-def test_the_sweep_s_table():
-    table = sweep.rows([GOOD, dataclasses.replace(GOOD, spills=4, registers=255)])
-    assert [(row["registers"], row["spills"], row["forms"]) for row in table] == [(255, 4, 2)]
-    text = sweep.markdown(table, ["_x for sm_90: broken"], 0)
-    assert "255, 4, 1 (2)" in text and "2 launches compiled; 0 left out." in text
-    assert "Wrong: _x for sm_90: broken" in text
+def test_the_sweep_s_table(tmp_path, monkeypatch):
+    """What another version of Triton has left in the files stays there; what was not compiled is named."""
+    table = sweep.swept([GOOD, dataclasses.replace(GOOD, spills=4, registers=255)], [], [])
+    assert [(row["registers"], row["spills"], row["forms"]) for row in table["rows"]] == [
+        (255, 4, 2)
+    ]
+    sweep.written(tmp_path, table)
+    monkeypatch.setattr(sweep.triton, "__version__", "0.1")
+    left_out = sweep.jobs(90, ["bf16"], (128,))[:1]
+    for _ in "twice":
+        sweep.written(tmp_path, sweep.swept([GOOD], ["_x for sm_90: broken"], left_out))
+    text = (tmp_path / "triton-resources.md").read_text()
+    old, new = text.split("## Triton ")[1:]
+    assert "200, 0, 1 (1)" in old and "Wrong: _x for sm_90: broken" in old
+    assert "1 launches compiled; 1 left out." in old
+    assert "Left out on sm_90: gather 1." in old
+    assert "255, 4, 1 (2)" in new and "2 launches compiled; 0 left out." in new
+
+
+def test_a_sweep_that_is_stopped_has_seen_every_kernel():
+    """Of each kernel, dtype and target one goes first."""
+    jobs = [job for target in (80, 90) for job in sweep.jobs(target, ["bf16", "fp16"], (256,))]
+    ordered = sweep.widest_first(jobs)
+    kinds = {(job[0].name, sweep.operand(job[0]), job[1]) for job in jobs}
+    first = {(job[0].name, sweep.operand(job[0]), job[1]) for job in ordered[: len(kinds) + 8]}
+    assert set(ordered) == set(jobs) and first == kinds
 
 
 def test_the_report_sees_spills(monkeypatch):
     """A tile that cannot fit in registers."""
     tile = config.Tile(128, 128, 4, 2)
-    monkeypatch.setattr(config, "tiles", lambda *arguments, **options: (tile, tile))
+    monkeypatch.setattr(config, "tile", lambda *arguments: tile)
     found = calls.launches(256, torch.bfloat16)
-    worst = next(x for x in found if x.name == "_row_products_kernel" and x.constant("HEAD") == 256)
+    worst = next(x for x in found if x.name == "_row_products_kernel")
     assert any(fault.startswith("spills: ") for fault in resources(worst, 90).faults())
 
 
@@ -182,15 +246,11 @@ def test_depths_are_padded_by_less_than_64():
         assert depth <= padded < depth + 64
         if depth <= config.RESIDENT_DEPTH:
             assert sum(config.split_depth(depth)) == padded
-        for dtype, rich, least in (
-            (torch.bfloat16, False, config.RESIDENT_DEPTH),
-            (torch.float32, False, config.RESIDENT_DEPTH),
-            (torch.float32, True, config.RESIDENT_DEPTH_IEEE),
-        ):
-            for kind in ("sums", "panel") if depth > least else ():
+        for operands, resident in config.RESIDENT_DEPTHS.items():
+            for kind in ("sums", "panel") if depth > resident else ():
                 for size in (100, 228):
-                    for tile in config.tiles(kind, rich, dtype, padded, size * 1024):
-                        assert padded % tile.d == 0  # chunks need no mask
+                    tile = config.tile(kind, False, operands, padded, size * 1024, False)
+                    assert padded % tile.d == 0  # chunks need no mask
 
 
 def test_addresses_are_64_bit():

@@ -28,7 +28,7 @@ compiles = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter has no
 def small_tiles(monkeypatch, nan_in_fresh_memory):
     """Several of everything in small problems."""
     tile = config.Tile(16, 16, 4, 2, 64)
-    monkeypatch.setattr(config, "tiles", lambda *arguments: (tile, tile))
+    monkeypatch.setattr(config, "tile", lambda *arguments: tile)
     monkeypatch.setattr(config, "PANEL_ELEMENTS", (16 * 60, 16 * 60))
 
 
@@ -119,7 +119,7 @@ def test_compiles_to_the_fp8_instruction(capability, depth):
     for each in found:
         result = compiled(each, capability)
         assert result.spills == 0, each
-        assert result.shared <= SHARED_MEMORY.get(capability, 99 * 1024), each
+        assert result.shared <= SHARED_MEMORY[capability], each
         if each.name != "_pack_kernel":
             assert re.search(INSTRUCTION[capability], result.ptx), each
     passing = "_row_products_kernel" if depth <= config.RESIDENT_DEPTH else "_panel_kernel"

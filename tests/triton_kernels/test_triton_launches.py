@@ -112,7 +112,7 @@ def test_a_call_leaves_no_tensor_behind(monkeypatch, grids):
     gc.collect()
     before = {id(x) for x in gc.get_objects() if issubclass(type(x), torch.Tensor)}
     patch_nce_of([(2, 33, 64), (2, 256, 64), (2, 1, 64)], torch.bfloat16, keys=True)
-    calls.launches(64, torch.bfloat16, large=False)
+    calls.launches(64, torch.bfloat16)
     gc.collect()
     after = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
     assert all(id(x) in before for x in after)

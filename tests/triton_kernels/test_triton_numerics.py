@@ -8,6 +8,8 @@ import math
 import pytest
 import torch
 from loss_forms import (
+    CASES,
+    IN_BATCH,
     QUEUE,
     awkward,
     check_awkward_rows,
@@ -38,7 +40,7 @@ DEVICE = "cpu" if launch.INTERPRETED else "cuda"
 def small_tiles(monkeypatch, nan_in_fresh_memory):
     """Several of everything in small problems."""
     tile = config.Tile(16, 16, 4, 2, 32)
-    monkeypatch.setattr(config, "tiles", lambda *arguments: (tile, tile))
+    monkeypatch.setattr(config, "tile", lambda *arguments: tile)
     monkeypatch.setattr(config, "PANEL_ELEMENTS", (16 * 60, 16 * 60))
     monkeypatch.setattr(config, "ADDED_ELEMENTS", 1)
     monkeypatch.setattr(config, "COLUMN_PARTS", 160)  # of 40 rows two blocks of three at a time
@@ -49,6 +51,21 @@ def small_tiles(monkeypatch, nan_in_fresh_memory):
 @each_form
 def test_tiles_and_panels_add_up(name, tau):
     check_form(triton_kernels, DEVICE, name, tau)
+
+
+@each_offset
+def test_many_parts_of_few_rows(tau, monkeypatch):
+    """More than are added at a time, as a large device has them."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 40)
+    monkeypatch.setitem(CASES, "many_parts", ((1, 3, 20), (700, 20), IN_BATCH))
+    check_form(triton_kernels, DEVICE, "many_parts", tau)
+
+
+def test_many_parts_of_labelled_rows(monkeypatch):
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 400)
+    monkeypatch.setattr(config, "HALF_TILES", (0, 1 << 62))
+    sample = labelled("sup_con", 273, 20, DEVICE, twins=True)
+    assert_close_to_truth("sup_con", "triton", sample, torch.float32)
 
 
 def test_the_tests_notice_a_wrong_tile(monkeypatch):
@@ -109,7 +126,7 @@ def test_labelled_rows_in_tiles_and_panels(op, tau, dim):
 )
 def test_half_the_tiles(op, count, dtype, tau, height, monkeypatch):
     tile = config.Tile(height, 16, 4, 2, 32)
-    monkeypatch.setattr(config, "tiles", lambda *arguments: (tile, tile))
+    monkeypatch.setattr(config, "tile", lambda *arguments: tile)
     monkeypatch.setattr(config, "COLUMN_PARTS", 10 * count)  # two blocks at a time
     sample = labelled(op, count, 20, DEVICE, dtype, tau, twins=True)
     assert_close_to_truth(op, "triton", sample, dtype)

@@ -93,7 +93,7 @@ def test_never_verified_one_line_says_what_would_change_it(gpu, caplog, monkeypa
     assert record.getMessage().endswith("Run: fastnce verify")
     assert backends.verdict("triton", "info_nce", "cpu", FP32) == {}
     assert report.choices(CPU)[0].endswith("not verified here. Run: fastnce verify")
-    monkeypatch.setattr(backends._TABLE["triton"], "available", lambda: "broken")
+    monkeypatch.setattr(backends._TABLE["triton"], "supports", lambda *_: "broken")
     assert report.choices(CPU)[0].startswith("blocks: neither of the GPU's own backends can run")
 
 
@@ -124,6 +124,8 @@ def test_the_form_and_the_size_decide(gpu):
         True,
         False,
     ]
+    assert Entry("right", "").why_not("small") == "not raced: time ran out"
+    assert Entry("right", "", {}, {"small": 2.0}).why_not("large") == "not raced at this size"
     # Nothing is known of the call.
     assert backends.select("info_nce", torch.eye(3)) is native
 
