@@ -223,7 +223,7 @@ def machine(device: torch.device) -> tuple[str, str]:
 
 @functools.cache
 def _kernels(backend: str) -> str:
-    sources = [*(build.PACKAGE / "blocks").glob("*.py")]
+    sources = [build.PACKAGE / "precision.py", *(build.PACKAGE / "blocks").glob("*.py")]
     parts = []
     if backend == "triton":
         spec = importlib.util.find_spec("fastnce.triton_kernels")
