@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,13 +44,26 @@ class QuickMake(Make):
         return (0.8 * x.detach() + 0.6 * torch.randn_like(x)).requires_grad_()
 
 
-def _options(make: Make, tau: float | None, options: dict[str, object]) -> dict[str, object]:
-    if tau is None:
-        return options
-    return options | {"temperature": torch.tensor(tau, device=make.device, requires_grad=True)}
+def _later(function: Callable[..., dict[str, object]]) -> Callable[..., Arguments]:
+    """The function without its ``make`` and ``cut``, which are given to what it returns."""
+
+    def options(*given: Any, **named: Any) -> Arguments:
+        return lambda make, cut: function(make, cut, *given, **named)
+
+    return options
 
 
+def _temperature(make: Make, value: float | None) -> dict[str, object]:
+    """One that gets its gradient."""
+    if value is None:
+        return {}
+    return {"temperature": torch.tensor(value, device=make.device, requires_grad=True)}
+
+
+@_later
 def _pairs(
+    make: Make,
+    cut: Cut,
     count: int,
     depth: int,
     *,
@@ -59,108 +72,95 @@ def _pairs(
     own: int = 0,
     tau: float | None = None,
     **options: object,
-) -> Arguments:
-    """Of ``info_nce``; ``tau`` is a temperature that gets its gradient.
+) -> dict[str, object]:
+    """Of ``info_nce``.
 
     Keys are not like their queries: where positives dominate, gradients are near zero, and no error of theirs would be seen.
     """
-
-    def arguments(make: Make, cut: Cut) -> dict[str, object]:
-        query = make(cut(count), depth)
-        found: dict[str, object] = {
-            "query": query,
-            "positive_key": make(cut(count), depth, grad=keys),
-        }
-        if queue:
-            found["negative_keys"] = make(cut(queue), depth, grad=False)
-        if own:
-            found["negative_keys"] = make(cut(count), cut(own), depth)
-        return found | _options(make, tau, options)
-
-    return arguments
+    found = {"query": make(cut(count), depth), "positive_key": make(cut(count), depth, grad=keys)}
+    if queue:
+        found["negative_keys"] = make(cut(queue), depth, grad=False)
+    if own:
+        found["negative_keys"] = make(cut(count), cut(own), depth)
+    return found | _temperature(make, tau) | options
 
 
+@_later
 def _rows(
+    make: Make,
+    cut: Cut,
     name: str,
+    partners: str,
     count: int,
     depth: int,
     *,
-    partners: str = "",
     labels: bool = True,
     alone: bool = True,
-    tau: float = 0.2,
     **options: object,
-) -> Arguments:
+) -> dict[str, object]:
     """Of a loss among rows: the arguments ``name``, ``partners``, if there are some, and ``labels``.
 
     There are four classes, and the first row is ``alone`` in a fifth.
     """
-
-    def arguments(make: Make, cut: Cut) -> dict[str, object]:
-        rows = make(cut(count), depth)
-        found: dict[str, object] = {name: rows}
-        if partners:
-            found[partners] = make.similar(rows)
-        if labels:
-            of_row = torch.arange(len(rows), device=make.device) * 7 % 4
-            of_row[:alone] = 4
-            found["labels"] = of_row
-        return found | _options(make, tau, options)
-
-    return arguments
+    rows = make(cut(count), depth)
+    found = {name: rows}
+    if partners:
+        found[partners] = make.similar(rows)
+    if labels:
+        found["labels"] = torch.arange(len(rows), device=make.device) * 7 % 4
+        found["labels"][:alone] = 4
+    return found | _temperature(make, 0.2) | options
 
 
-_features = functools.partial(_rows, "features")
-_embeddings = functools.partial(_rows, "embeddings", partners="proxies")
-_views = functools.partial(_rows, "z1", partners="z2", labels=False)
-_block = functools.partial(_rows, "x", alone=False)  # the sum over no row is -inf
+_features = functools.partial(_rows, "features", "")
+_embeddings = functools.partial(_rows, "embeddings", "proxies")
+_views = functools.partial(_rows, "z1", "z2", labels=False)
+_block = functools.partial(_rows, "x", "", alone=False)  # the sum over no row is -inf
 
 
+@_later
+def _two(make: Make, cut: Cut, rows: int, depth: int, columns: int = 0) -> dict[str, object]:
+    found = {"x": make(cut(rows), depth), "y": make(cut(columns or rows), depth)}
+    return found | _temperature(make, 0.5)
+
+
+@_later
 def _layers(
-    *shapes: tuple[int, int, int], keys: bool = True, tau: float | None = None
-) -> Arguments:
+    make: Make,
+    cut: Cut,
+    *shapes: tuple[int, int, int],
+    keys: bool = True,
+    tau: float | None = None,
+) -> dict[str, object]:
     """Of ``patch_nce``: (B, S, C) of each layer."""
-
-    def arguments(make: Make, cut: Cut) -> dict[str, object]:
-        queries = [make(batch, cut(patches), depth) for batch, patches, depth in shapes]
-        of_keys = [make(*query.shape, grad=keys) for query in queries]
-        return {"query_features": queries, "key_features": of_keys} | _options(make, tau, {})
-
-    return arguments
+    queries = [make(batch, cut(patches), depth) for batch, patches, depth in shapes]
+    of_keys = [make(*query.shape, grad=keys) for query in queries]
+    return {"query_features": queries, "key_features": of_keys} | _temperature(make, tau)
 
 
+@_later
 def _maps(
+    make: Make,
+    cut: Cut,
     *shapes: tuple[int, int, int, int],
-    patches: int,
+    patches: int = 256,
     last: bool = False,
     repeated: bool = False,
     **options: object,
-) -> Arguments:
+) -> dict[str, object]:
     """Of ``sample_patches`` and ``tap_patches``: maps (B, C, H, W), channels ``last``."""
-
-    def arguments(make: Make, cut: Cut) -> dict[str, object]:
-        maps, ids = [], []
-        for batch, channels, height, width in shapes:
-            x = make(batch, channels, cut(height), width, grad=False)
-            if last:
-                x = x.contiguous(memory_format=torch.channels_last)
-            positions = cut(height) * width
-            drawn = torch.arange(min(patches, positions), device=make.device) * 37 % positions
-            if repeated:
-                drawn[::3] = drawn[0]
-            maps.append(x.requires_grad_())
-            ids.append(drawn)
-        return {"features": maps, "patch_ids": ids} | options
-
-    return arguments
-
-
-def _two(rows: int, depth: int, columns: int = 0) -> Arguments:
-    def arguments(make: Make, cut: Cut) -> dict[str, object]:
-        found = {"x": make(cut(rows), depth), "y": make(cut(columns or rows), depth)}
-        return found | _options(make, 0.5, {})
-
-    return arguments
+    maps, ids = [], []
+    for batch, channels, height, width in shapes:
+        x = make(batch, channels, cut(height), width, grad=False)
+        if last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        positions = cut(height) * width
+        drawn = torch.arange(min(patches, positions), device=make.device) * 37 % positions
+        if repeated:
+            drawn[::3] = drawn[0]
+        maps.append(x.requires_grad_())
+        ids.append(drawn)
+    return {"features": maps, "patch_ids": ids} | options
 
 
 _ODD_MAPS = ((2, 33, 17, 13), (2, 130, 9, 8))
@@ -219,9 +219,14 @@ CASES: dict[str, list[Case]] = {
     ],
 }
 
-# The layers of CUT: one image, and 32.
-_OF_CUT, _OF_32 = ((1, 256, 256),) * 5, ((32, 256, 256),) * 5
-_LONG_LAYERS = ((2, 4096, 256),) * 5
+# Of each size: rows N x D, the layers of CUT for one image and for 32 and longer ones, and maps.
+_ROWS = {"small": (512, 128), "medium": (4096, 128), "large": (16384, 128), "deep": (4096, 512)}
+_VIEWS = {size: (count // 2, depth) for size, (count, depth) in _ROWS.items()}
+_LAYERS = {
+    "small": ((1, 256, 256),) * 5,
+    "medium": ((32, 256, 256),) * 5,
+    "large": ((2, 4096, 256),) * 5,
+}
 _MAPS = {
     "small": ((1, 64, 64, 64),),
     "medium": ((1, 128, 128, 128), (1, 256, 64, 64)),
@@ -229,44 +234,33 @@ _MAPS = {
 }
 
 
-# Rows N x D of each size.
-_ROWS = {"small": (512, 128), "medium": (4096, 128), "large": (16384, 128), "deep": (4096, 512)}
-
-
-def _each(form: str, arguments: Callable[..., Arguments], **options: object) -> list[Case]:
-    return [Case(form, size, arguments(*rows, **options)) for size, rows in _ROWS.items()]
-
-
-def _each_map(form: str, last: bool) -> list[Case]:
-    return [
-        Case(form, size, _maps(*shapes, patches=256, last=last)) for size, shapes in _MAPS.items()
-    ]
+def _races(
+    form: str, arguments: Callable[..., Arguments], sizes: Mapping[str, tuple], **options: object
+) -> list[Case]:
+    return [Case(form, size, arguments(*given, **options)) for size, given in sizes.items()]
 
 
 RACES: dict[str, list[Case]] = {
     "patch_nce": [
-        Case("keys fixed", "small", _layers(*_OF_CUT, keys=False)),
-        Case("keys fixed", "medium", _layers(*_OF_32, keys=False)),
-        Case("keys fixed", "large", _layers(*_LONG_LAYERS, keys=False)),
-        Case("both gradients", "small", _layers(*_OF_CUT)),
-        Case("both gradients", "medium", _layers(*_OF_32)),
-        Case("both gradients", "large", _layers(*_LONG_LAYERS)),
+        *_races("keys fixed", _layers, _LAYERS, keys=False),
+        *_races("both gradients", _layers, _LAYERS),
     ],
-    "sample_patches": [*_each_map("planes", last=False), *_each_map("channels last", last=True)],
+    "sample_patches": [
+        *_races("planes", _maps, _MAPS),
+        *_races("channels last", _maps, _MAPS, last=True),
+    ],
     "info_nce": [
-        *_each("keys fixed", _pairs, keys=False),
-        *_each("both gradients", _pairs),
-        *_each("symmetric", _pairs, symmetric=True),
+        *_races("keys fixed", _pairs, _ROWS, keys=False),
+        *_races("both gradients", _pairs, _ROWS),
+        *_races("symmetric", _pairs, _ROWS, symmetric=True),
         Case("own negatives", "small", _pairs(512, 128, own=256)),
         Case("own negatives", "medium", _pairs(2048, 256, own=1024)),
     ],
-    "sup_con": _each("any", _features),
-    "nt_xent": [
-        Case("any", size, _views(count // 2, depth)) for size, (count, depth) in _ROWS.items()
-    ],
-    "conditional_contrastive": _each("any", _embeddings),
-    "pairwise_cosine_similarity": _each("any", _two),
-    "labelled_lse": _each("any", _block),
+    "sup_con": _races("any", _features, _ROWS),
+    "nt_xent": _races("any", _views, _VIEWS),
+    "conditional_contrastive": _races("any", _embeddings, _ROWS),
+    "pairwise_cosine_similarity": _races("any", _two, _ROWS),
+    "labelled_lse": _races("any", _block, _ROWS),
 }
 RACES["tap_patches"] = RACES["sample_patches"]
 

@@ -41,11 +41,9 @@ def wrong(results: tuple) -> tuple:
 def wrong_when_large(results: tuple) -> tuple:
     """In more rows than the cases have."""
     *others, gradients = results
-    return (
-        (*others, tuple(None if x is None else 2 * x for x in gradients))
-        if len(results[0]) > 200
-        else results
-    )
+    if len(results[0]) <= 200:
+        return results
+    return (*others, tuple(None if x is None else 2 * x for x in gradients))
 
 
 def late(results: tuple) -> tuple:
@@ -146,7 +144,6 @@ class Device:
     patience = 5.0
     repeats = 20
     rounds = 3
-    share = 0.02
 
     def __init__(self, index: int) -> None:
         self.device = CPU
@@ -165,8 +162,9 @@ class Device:
     def workers(place: torch.device) -> int:
         return 1
 
-    def synchronize(self) -> None:
-        pass
+    @staticmethod
+    def cut(count: int) -> int:
+        return max(1, count // 50)
 
     def poison(self) -> None:
         BESIDE.fill_(torch.nan)
