@@ -218,7 +218,9 @@ def run_ninja(folder: Path, lines: list[str]) -> None:
         raise BuildError(f"the build failed:\n{done.stdout}{done.stderr}")
     known = subprocess.run([program, "-t", "deps"], cwd=folder, capture_output=True, text=True)
     inputs = {line.strip() for line in known.stdout.splitlines() if line.startswith("    ")}
-    record.write_text(json.dumps({name: hash_of(Path(name).read_bytes()) for name in sorted(inputs)}))
+    record.write_text(
+        json.dumps({name: hash_of(Path(name).read_bytes()) for name in sorted(inputs)})
+    )
 
 
 def escaped(path: Path | str) -> str:
@@ -440,7 +442,9 @@ def _user_folder() -> Path:
 def source_hash(folder: Path, patterns: tuple[str, ...]) -> str:
     """Of the files there."""
     files = sorted(file for pattern in patterns for file in folder.glob(pattern))
-    read = [f"{file.relative_to(folder).as_posix()}: {hash_of(file.read_bytes())}" for file in files]
+    read = [
+        f"{file.relative_to(folder).as_posix()}: {hash_of(file.read_bytes())}" for file in files
+    ]
     return hash_of("\n".join(read).encode())
 
 

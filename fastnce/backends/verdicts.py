@@ -45,7 +45,6 @@ _VERSION = 1
 _TASK = ("op", "dtype", "form")
 _COMMAND = "Run: fastnce verify"
 
-
 Task = tuple[str, str, str]  # op, dtype ("bfloat16"), the form's name
 
 
@@ -250,8 +249,7 @@ def find(key: Key) -> Verdict | None:
     path = path_of(key)
     if os.path.isfile(path) and (verdict := _read(path, key)) is not None:
         return verdict
-    shipped = sorted(SHIPPED.glob("*.json")) if SHIPPED.is_dir() else []
-    found = (_read(path, key, any_driver=True) for path in shipped)
+    found = (_read(path, key, any_driver=True) for path in sorted(SHIPPED.glob("*.json")))
     return next((verdict for verdict in found if verdict is not None), None)
 
 
