@@ -26,7 +26,7 @@ from fastnce.backends.verdicts import Entry, Key, Task, Verdict
 from fastnce.errors import UserError, known
 from fastnce.registry import Form
 from fastnce.verification import report
-from fastnce.verification.cases import CASES, DTYPES, forms
+from fastnce.verification.cases import CASES, DTYPES
 from fastnce.verification.device import GPU
 from fastnce.verification.process import Fields, Limit, run
 
@@ -42,7 +42,7 @@ _SHARE_OF_ERRORS = 0.6
 _PATIENCE = datetime.timedelta(hours=1)
 _DEVICE = "fastnce.verification.device:GPU"
 
-Found = list[tuple[Key, Verdict | None]]
+Found = dict[Key, Verdict | None]
 Say = Callable[[str], None]
 
 
@@ -104,7 +104,7 @@ def verify_once(device: torch.device) -> None:
             return _verify(place, new, SECONDS, False, _print)
         except Exception as error:
             verdicts.say(f"The GPU kernels could not be verified, and are not used: {error}")
-            return []
+            return {}
 
     _of_rank_0(place, find)
 
@@ -141,7 +141,7 @@ def _of_rank_0(place: torch.device, find: Callable[[], Found]) -> None:
         dist.destroy_process_group(group)
     if isinstance(answer[0], Exception):
         raise answer[0]
-    for key, verdict in answer[0]:
+    for key, verdict in answer[0].items():
         # The ranks' GPUs may be of several kinds.
         if key == verdicts.key_of(key.backend, place):
             verdicts.keep(key.backend, place, verdict)
@@ -165,7 +165,7 @@ def _verify(place: torch.device, names: list[str], seconds: float, again: bool, 
                 _stages(key.backend, place, verdict, limit, say)
             finally:
                 _write(key, verdict)
-    return list(known_of.items())
+    return known_of
 
 
 def _write(key: Key, verdict: Verdict) -> None:
@@ -185,7 +185,7 @@ def _tasks(name: str, place: torch.device) -> list[Task]:
         for dtype in DTYPES
         for op in CASES
         if backends.supports(name, op, place, dtype) == "ok"
-        for form in forms(op)
+        for form in CASES[op]
         if not (name == "cuda" and cuda.lacks(dtype, Form(form, 0, 0)))
     ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,22 +13,11 @@ from fastnce.registry import Make
 
 # In the order of what a training is likely to have.
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+# (What makes rows, what cuts numbers of rows down for tests on a CPU) -> the op's arguments.
 Cut = Callable[[int], int]
 Arguments = Callable[[Make, Cut], dict[str, object]]
-
-
-class Case(NamedTuple):
-    """One call of an op.
-
-    Args:
-        form: the name that the op's form has for it.
-        name: what is special about it; of a race, its size.
-        arguments: (what makes rows, what cuts numbers of rows down for tests on a CPU) -> the op's arguments.
-    """
-
-    form: str
-    name: str
-    arguments: Arguments
+# By op, form, and what is special about a case, or the size of a race.
+Calls = dict[str, dict[str, dict[str, Arguments]]]
 
 
 class QuickMake(Make):
@@ -68,8 +57,7 @@ def _pairs(
     depth: int,
     *,
     keys: bool = True,
-    queue: int = 0,
-    own: int = 0,
+    negatives: tuple[int, ...] = (),
     tau: float | None = None,
     **options: object,
 ) -> dict[str, object]:
@@ -78,10 +66,8 @@ def _pairs(
     Keys are not like their queries: where positives dominate, gradients are near zero, and no error of theirs would be seen.
     """
     found = {"query": make(cut(count), depth), "positive_key": make(cut(count), depth, grad=keys)}
-    if queue:
-        found["negative_keys"] = make(cut(queue), depth, grad=False)
-    if own:
-        found["negative_keys"] = make(cut(count), cut(own), depth)
+    if negatives:
+        found["negative_keys"] = make(*map(cut, negatives), depth, grad=keys)
     return found | _temperature(make, tau) | options
 
 
@@ -164,59 +150,69 @@ def _maps(
 
 
 _ODD_MAPS = ((2, 33, 17, 13), (2, 130, 9, 8))
-_SAMPLED = [
-    Case("planes", "planes", _maps(*_ODD_MAPS, patches=64)),
-    Case("planes", "repeated positions", _maps(*_ODD_MAPS, patches=64, repeated=True)),
-    Case("planes", "normalised", _maps(*_ODD_MAPS, patches=64, normalize=True)),
-    Case("channels last", "channels last", _maps(*_ODD_MAPS, patches=64, last=True)),
-    Case(
-        "channels last",
-        "repeated, normalised",
-        _maps(*_ODD_MAPS, patches=64, last=True, repeated=True, normalize=True),
-    ),
-]
 _ODD_LAYERS = ((2, 33, 64), (2, 256, 256), (2, 1, 48))
+_SAMPLED = {
+    "planes": {
+        "planes": _maps(*_ODD_MAPS, patches=64),
+        "repeated positions": _maps(*_ODD_MAPS, patches=64, repeated=True),
+        "normalised": _maps(*_ODD_MAPS, patches=64, normalize=True),
+    },
+    "channels last": {
+        "channels last": _maps(*_ODD_MAPS, patches=64, last=True),
+        "repeated, normalised": _maps(
+            *_ODD_MAPS, patches=64, last=True, repeated=True, normalize=True
+        ),
+    },
+}
 
 # The first of a form is captured in a graph as well.
-CASES: dict[str, list[Case]] = {
-    "patch_nce": [
-        Case("keys fixed", "uneven layers", _layers(*_ODD_LAYERS, keys=False)),
-        Case("both gradients", "uneven layers", _layers(*_ODD_LAYERS, tau=0.1)),
-    ],
+CASES: Calls = {
+    "patch_nce": {
+        "keys fixed": {"uneven layers": _layers(*_ODD_LAYERS, keys=False)},
+        "both gradients": {"uneven layers": _layers(*_ODD_LAYERS, tau=0.1)},
+    },
     "sample_patches": _SAMPLED,
     "tap_patches": _SAMPLED,
-    "info_nce": [
-        Case("keys fixed", "queue of 20011", _pairs(77, 128, keys=False, queue=20011)),
-        Case("keys fixed", "N = 1029", _pairs(1029, 128, keys=False)),
-        Case("both gradients", "N = 2125", _pairs(2125, 128, temperature=0.07)),
-        Case("both gradients", "unreduced", _pairs(515, 64, tau=0.1, reduction="none")),
-        Case("both gradients", "D = 300", _pairs(515, 300)),
-        Case("symmetric", "temperature 0.07", _pairs(1029, 128, symmetric=True, tau=0.07)),
-        Case("symmetric", "temperature 0.01", _pairs(1029, 128, symmetric=True, tau=0.01)),
-        Case("own negatives", "33 each", _pairs(65, 64, own=33, tau=0.1)),
-    ],
-    "sup_con": [
-        Case("any", "N = 515", _features(515, 64)),
-        Case("any", "half of the tiles", _features(4100, 256)),
-        Case("any", "unreduced, D = 300", _features(259, 300, reduction="none")),
-    ],
-    "nt_xent": [
-        Case("any", "N = 259", _views(259, 64)),
-        Case("any", "unreduced, D = 300", _views(259, 300, reduction="none")),
-    ],
-    "conditional_contrastive": [
-        Case("any", "N = 515", _embeddings(515, 64)),
-        Case("any", "half of the tiles", _embeddings(4100, 256)),
-        Case("any", "unreduced, D = 300", _embeddings(259, 300, reduction="none")),
-    ],
-    "pairwise_cosine_similarity": [
-        Case("any", "77 x 1003", _two(77, 128, 1003)),
-        Case("any", "D = 300", _two(259, 300, 77)),
-    ],
-    "labelled_lse": [
-        Case("any", "N = 515", _block(515, 64)),
-        Case("any", "D = 300", _block(259, 300)),
-    ],
+    "info_nce": {
+        "keys fixed": {
+            "queue of 20011": _pairs(77, 128, keys=False, negatives=(20011,)),
+            "N = 1029": _pairs(1029, 128, keys=False),
+        },
+        "both gradients": {
+            "N = 2125": _pairs(2125, 128, temperature=0.07),
+            "unreduced": _pairs(515, 64, tau=0.1, reduction="none"),
+            "D = 300": _pairs(515, 300),
+        },
+        "symmetric": {
+            "temperature 0.07": _pairs(1029, 128, symmetric=True, tau=0.07),
+            "temperature 0.01": _pairs(1029, 128, symmetric=True, tau=0.01),
+        },
+        "own negatives": {"33 each": _pairs(65, 64, negatives=(65, 33), tau=0.1)},
+    },
+    "sup_con": {
+        "any": {
+            "N = 515": _features(515, 64),
+            "half of the tiles": _features(4100, 256),
+            "unreduced, D = 300": _features(259, 300, reduction="none"),
+        },
+    },
+    "nt_xent": {
+        "any": {
+            "N = 259": _views(259, 64),
+            "unreduced, D = 300": _views(259, 300, reduction="none"),
+        },
+    },
+    "conditional_contrastive": {
+        "any": {
+            "N = 515": _embeddings(515, 64),
+            "half of the tiles": _embeddings(4100, 256),
+            "unreduced, D = 300": _embeddings(259, 300, reduction="none"),
+        },
+    },
+    "pairwise_cosine_similarity": {
+        "any": {"77 x 1003": _two(77, 128, 1003), "D = 300": _two(259, 300, 77)},
+    },
+    "labelled_lse": {"any": {"N = 515": _block(515, 64), "D = 300": _block(259, 300)}},
 }
 
 # Of each size: rows N x D, the layers of CUT for one image and for 32 and longer ones, and maps.
@@ -235,36 +231,33 @@ _MAPS = {
 
 
 def _races(
-    form: str, arguments: Callable[..., Arguments], sizes: Mapping[str, tuple], **options: object
-) -> list[Case]:
-    return [Case(form, size, arguments(*given, **options)) for size, given in sizes.items()]
+    arguments: Callable[..., Arguments], sizes: Mapping[str, tuple], **options: object
+) -> dict[str, Arguments]:
+    return {size: arguments(*given, **options) for size, given in sizes.items()}
 
 
-RACES: dict[str, list[Case]] = {
-    "patch_nce": [
-        *_races("keys fixed", _layers, _LAYERS, keys=False),
-        *_races("both gradients", _layers, _LAYERS),
-    ],
-    "sample_patches": [
-        *_races("planes", _maps, _MAPS),
-        *_races("channels last", _maps, _MAPS, last=True),
-    ],
-    "info_nce": [
-        *_races("keys fixed", _pairs, _ROWS, keys=False),
-        *_races("both gradients", _pairs, _ROWS),
-        *_races("symmetric", _pairs, _ROWS, symmetric=True),
-        Case("own negatives", "small", _pairs(512, 128, own=256)),
-        Case("own negatives", "medium", _pairs(2048, 256, own=1024)),
-    ],
-    "sup_con": _races("any", _features, _ROWS),
-    "nt_xent": _races("any", _views, _VIEWS),
-    "conditional_contrastive": _races("any", _embeddings, _ROWS),
-    "pairwise_cosine_similarity": _races("any", _two, _ROWS),
-    "labelled_lse": _races("any", _block, _ROWS),
+RACES: Calls = {
+    "patch_nce": {
+        "keys fixed": _races(_layers, _LAYERS, keys=False),
+        "both gradients": _races(_layers, _LAYERS),
+    },
+    "sample_patches": {
+        "planes": _races(_maps, _MAPS),
+        "channels last": _races(_maps, _MAPS, last=True),
+    },
+    "info_nce": {
+        "keys fixed": _races(_pairs, _ROWS, keys=False),
+        "both gradients": _races(_pairs, _ROWS),
+        "symmetric": _races(_pairs, _ROWS, symmetric=True),
+        "own negatives": {
+            "small": _pairs(512, 128, negatives=(512, 256)),
+            "medium": _pairs(2048, 256, negatives=(2048, 1024)),
+        },
+    },
+    "sup_con": {"any": _races(_features, _ROWS)},
+    "nt_xent": {"any": _races(_views, _VIEWS)},
+    "conditional_contrastive": {"any": _races(_embeddings, _ROWS)},
+    "pairwise_cosine_similarity": {"any": _races(_two, _ROWS)},
+    "labelled_lse": {"any": _races(_block, _ROWS)},
 }
 RACES["tap_patches"] = RACES["sample_patches"]
-
-
-def forms(op: str) -> list[str]:
-    """The forms of an op, in order."""
-    return list(dict.fromkeys(case.form for case in CASES[op]))

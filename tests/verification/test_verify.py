@@ -1,5 +1,6 @@
 """``fastnce verify`` on a stand-in for a GPU: what it finds of kernels that are right, wrong, slow, or end their process."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -242,19 +243,20 @@ def form_of(op: str, arguments: dict[str, object], monkeypatch) -> tuple[str, st
 @pytest.mark.parametrize("op", cases.CASES)
 def test_cases_and_races_are_of_the_form_and_size_that_they_say(op, monkeypatch):
     make = cases.QuickMake(torch.bfloat16, "meta")
-    assert {race.form for race in cases.RACES[op]} == set(cases.forms(op))
-    for case in cases.CASES[op] + cases.RACES[op]:
-        form, size = form_of(op, case.arguments(make, lambda count: count), monkeypatch)
-        assert form == case.form
-        assert case in cases.CASES[op] or size == case.name, (case.form, case.name, size)
+    assert cases.RACES[op].keys() == cases.CASES[op].keys()
+    for calls in (cases.CASES, cases.RACES):
+        for form, of_form in calls[op].items():
+            for name, arguments in of_form.items():
+                found = form_of(op, arguments(make, lambda count: count), monkeypatch)
+                assert found == (form, name if calls is cases.RACES else found[1])
 
 
 @pytest.mark.parametrize("op", cases.CASES)
 def test_every_case_sees_a_gradient_that_is_a_little_off(op):
     dtype = torch.float32
-    for case in cases.CASES[op]:
+    for name, arguments in itertools.chain(*(x.items() for x in cases.CASES[op].values())):
         make = Make(dtype, "cpu", torch.Generator().manual_seed(0))
-        sample = Sample(case.name, case.arguments(make, lambda count: max(1, count // 20)))
+        sample = Sample(name, arguments(make, lambda count: max(1, count // 20)))
         got = testing.run(op, sample, backend="blocks")
         assert testing.assert_close_to_truth(op, "blocks", sample, dtype, got=got) <= 1
         # Of one patch alone there is next to none.
