@@ -28,6 +28,8 @@ from fastnce.verification.device import GPU
 # A race's sample lasts about so long, in seconds; a slow one has fewer rounds.
 _SAMPLE, _RACE = 0.01, 1.5
 _LEAST_ROUNDS = 3
+Run = Callable[[], dict[str, Tensor]]
+Begin = Callable[[str], None]
 
 
 def main() -> None:
@@ -61,7 +63,7 @@ def _end_with_parent() -> None:
 
 
 def _is_right(
-    device: GPU, backend: str, op: str, dtype: torch.dtype, form: str, begin: Callable[[str], None]
+    device: GPU, backend: str, op: str, dtype: torch.dtype, form: str, begin: Begin
 ) -> dict[str, Any]:
     """Stage A: status, reason and errors of one form."""
     errors: dict[str, float] = {}
@@ -70,9 +72,11 @@ def _is_right(
         try:
             make = Make(dtype, str(device.device), torch.Generator().manual_seed(0))
             sample = Sample(name, arguments(make, device.cut))
-            errors[name] = _checked(device, backend, op, sample, dtype)
+            run = functools.partial(testing.run, op, sample, backend=backend)
+            got = _repeated(device, run)
+            errors[name] = testing.assert_close_to_truth(op, backend, sample, dtype, got=got)
             if len(errors) == 1 and op != "tap_patches":  # which adds sparse gradients
-                _expect_graph(device, backend, op, sample)
+                _expect_graph(device, run, sample)
         except Exception as error:
             return _blame(name, error) | {"errors": errors}
         finally:
@@ -82,7 +86,7 @@ def _is_right(
 
 def _blame(name: str, error: Exception) -> dict[str, str]:
     """Status and reason after an error in a case or a race."""
-    line = _line(error)
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     if isinstance(error, AssertionError):
         # Without the op, which the reader knows.
         return {"status": "wrong", "reason": f"{name}: {line.rpartition(f'{name!r}: ')[2]}"}
@@ -91,19 +95,18 @@ def _blame(name: str, error: Exception) -> dict[str, str]:
     return {"status": "failed", "reason": f"{name}: {type(error).__name__}: {line}"}
 
 
-def _checked(device: GPU, backend: str, op: str, sample: Sample, dtype: torch.dtype) -> float:
-    """The largest error as a share of what is allowed, after repeats beside another stream that must not differ."""
+def _repeated(device: GPU, run: Run) -> dict[str, Tensor]:
+    """The results, after repeats beside another stream that must not differ."""
     device.poison()
-    first = testing.run(op, sample, backend=backend)
+    first = run()
     for repeat in range(2, device.repeats + 1):
         device.busy()
-        _expect_equal(first, testing.run(op, sample, backend=backend), f"repeat {repeat}")
-    return testing.assert_close_to_truth(op, backend, sample, dtype, got=first)
+        _expect_equal(first, run(), f"repeat {repeat}")
+    return first
 
 
-def _expect_graph(device: GPU, backend: str, op: str, sample: Sample) -> None:
+def _expect_graph(device: GPU, run: Run, sample: Sample) -> None:
     """A graph replays with other numbers in the same memory."""
-    run = functools.partial(testing.run, op, sample, backend=backend)
     results, replay = device.captured(run)
     with torch.no_grad():
         for x in testing.leaves_of(sample):
@@ -115,8 +118,7 @@ def _expect_graph(device: GPU, backend: str, op: str, sample: Sample) -> None:
 def _expect_equal(first: dict[str, Tensor], again: dict[str, Tensor], what: str) -> None:
     for name, x in first.items():
         # As integers: where the first is NaN, the contract says so.
-        if not torch.equal(_bits(x), _bits(again[name])):
-            raise AssertionError(f"{what} gives another {name}")
+        assert torch.equal(_bits(x), _bits(again[name])), f"{what} gives another {name}"
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -124,7 +126,7 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def _is_faster(
-    device: GPU, backend: str, op: str, dtype: torch.dtype, form: str, begin: Callable[[str], None]
+    device: GPU, backend: str, op: str, dtype: torch.dtype, form: str, begin: Begin
 ) -> dict[str, Any]:
     """Stage B: the speed of one form in each size, relative to what would be chosen without the backend."""
     speed: dict[str, float | str] = {}
@@ -176,15 +178,8 @@ def _expect_alike(ours: list[Tensor], theirs: list[Tensor]) -> None:
         if x.dim() > 0:  # the temperature's gradient may cancel
             apart, size = (x.double() - y.double()).norm(), y.double().norm()
             allowed = 1e-3 + 8 * torch.finfo(y.dtype).eps
-            if not apart <= allowed * size:
-                raise AssertionError(
-                    f"off by {apart / size:.1e} of {tuple(x.shape)} from the rival"
-                )
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            off = f"off by {apart / size:.1e} of {tuple(x.shape)} from the rival"
+            assert apart <= allowed * size, off
 
 
 if __name__ == "__main__":

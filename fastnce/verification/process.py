@@ -99,13 +99,17 @@ class _Child:
         self.at, self._log = "starting", log
         self.lines: queue.Queue[str | None] = queue.Queue()
         paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
+        environment = {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PYTHONOPTIMIZE": "",  # would take the checks out
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "fastnce.verification.child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            env=os.environ | environment,
             start_new_session=True,
         )
         threading.Thread(target=self._read, args=(json.dumps(request),), daemon=True).start()

@@ -123,6 +123,7 @@ def prepare(monkeypatch: Any, cache: Path) -> None:
     """The CPU is a GPU, the stand-in is its Triton backend, and nothing is known of it."""
     monkeypatch.setenv("FASTNCE_CACHE", str(cache))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")  # which must take no check out
     monkeypatch.setattr(verification, "_DEVICE", "stand_ins:Device")
     monkeypatch.setattr(backends, "_TABLE", {**backends._TABLE, "triton": stand_in()})
     monkeypatch.setattr(backends, "_VERIFIED", ("cpu", "cuda"))
