@@ -44,8 +44,10 @@ const char* try_a_kernel() {
   cudaStream_t stream = nullptr;
   cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  nothing_kernel<<<1, 1, 0, stream> > >();
-  error = cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = config.blockDim = dim3(1);
+  config.stream = stream;
+  error = cudaLaunchKernelEx(&config, nothing_kernel);
   if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
   cudaStreamDestroy(stream);
   return error == cudaSuccess ? "ok" : cudaGetErrorString(error);

@@ -189,8 +189,8 @@ __device__ __forceinline__ float along_patch(const PatchMap& map, const T* grad,
 template <class T, int V, bool Add>
 __device__ __forceinline__ void scatter_row(const PatchMap& map, int image, int s, int begin,
                                             int end, int lane) {
-  const int id = load_id(map, s);
-  if (id < 0 || next_at(map, id, -1, lane) != s) return;
+  const auto id = static_cast<int>(map.ids[s * map.id_stride]);  // a position of the map
+  if (next_at(map, id, -1, lane) != s) return;
   T* to = static_cast<T*>(map.map) + place_of(map, image, id);
   const bool normalize = map.inverse_norms != nullptr;
   for (; begin < end; begin += kUnroll<V> * kWarp * V) {
@@ -239,6 +239,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarp)
     add_kernel(const __grid_constant__ Maps maps, int items) {
   const int lane = threadIdx.x % kWarp;
   for_patch(maps, items, [&](const PatchMap& map, int image, int s, bool vectors) {
+    if (load_id(map, s) < 0) return;
     if (vectors) {
       return scatter_row<T, 16 / sizeof(T), true>(map, image, s, 0, map.channels, lane);
     }
