@@ -34,14 +34,13 @@ _TABLE: dict[str, ModuleType] = {
     "blocks": blocks,
     "torch": reference,
 }
-# Of those that have to earn it, what nobody wants on a CPU.
+# Devices on which a backend has to earn its place.
+_VERIFIED = ("cuda",)
+# Elsewhere they run by name alone; on a CPU, because
 _ON_CPU = {
     "triton": "Triton's interpreter is for tests, ask for it by name",
     "cuda": "its emulation is for tests, ask for it by name",
 }
-
-# Where no verdict is asked for.
-_UNPROVED = ("cpu",)
 
 _requested: str | None = os.environ.get("FASTNCE_BACKEND") or None
 _logged: set[tuple[str, str, torch.dtype, str]] = set()
@@ -122,7 +121,7 @@ def verdict(
     """
     _module(name)
     place = torch.device(device)
-    if name not in verdicts.EARNING or place.type in _UNPROVED:
+    if name not in verdicts.EARNING or place.type not in _VERIFIED:
         return {}
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
@@ -159,32 +158,31 @@ def select(
                 f"Use backend='torch', or leave the choice to fastnce with backend=None."
             )
         return module
-    # On a CPU nobody is asked who would not be chosen there: every call comes here.
-    passed = verdicts.EARNING if device.type in _UNPROVED else ()
-    able: list[str] = []
-    reasons: list[str] = []
+    if device.type in _VERIFIED:
+        chosen, reasons = _proved(op, device, dtype, found_by)
+    else:
+        chosen, reasons = "", []
     for name, module in _TABLE.items():
-        if name in passed:
+        if chosen or name in verdicts.EARNING:
             continue
         reason = module.supports(op, device, dtype)
-        if reason != "ok":
-            reasons.append(f"{name}: {reason}")
-        elif name in verdicts.EARNING:
-            able.append(name)
+        if reason == "ok":
+            chosen = name
         else:
-            chosen = _proved(able, op, device, dtype, found_by, reasons) if able else ""
-            if not torch.compiler.is_compiling():
-                _log_choice(op, device, dtype, chosen or name, passed, reasons)
-            return _TABLE[chosen] if chosen else module
-    told = _told(passed, op, device, dtype) + [f"{name}: ask for it by name" for name in able]
-    raise RuntimeError(
-        f"{op}: no backend can run it on {device.type} {dtype}: {'; '.join(told + reasons)}"
-    )
+            reasons.append(f"{name}: {reason}")
+    if not chosen:
+        told = "; ".join(_told(op, device, dtype) + reasons)
+        raise RuntimeError(f"{op}: no backend can run it on {device.type} {dtype}: {told}")
+    if not torch.compiler.is_compiling():
+        _log_choice(op, device, dtype, chosen, reasons)
+    return _TABLE[chosen]
 
 
-def _told(passed: tuple[str, ...], op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Why backends were passed over on a CPU."""
-    answers = {name: _TABLE[name].supports(op, device, dtype) for name in passed if name in _TABLE}
+def _told(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why the backends that have to earn it were passed over where they cannot."""
+    if device.type in _VERIFIED:
+        return []
+    answers = {name: _TABLE[name].supports(op, device, dtype) for name in _ON_CPU if name in _TABLE}
     return [f"{name}: {_ON_CPU[name] if x == 'ok' else x}" for name, x in answers.items()]
 
 
@@ -199,25 +197,25 @@ def _supports(
 
 
 def _proved(
-    able: list[str],
-    op: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    found_by: tuple,
-    reasons: list[str],
-) -> str:
-    """The fastest of the ``able`` backends that have proved themselves for this call, or ""; adds why others have not."""
+    op: str, device: torch.device, dtype: torch.dtype, found_by: tuple
+) -> tuple[str, list[str]]:
+    """The fastest of the backends that have proved themselves for this call, or ""; and why others have not.
+
+    Nobody else is asked whether it runs: no compiler starts where nothing was verified.
+    """
     if not found_by:
-        reasons += [f"{name}: this depends on the call" for name in able]
-        return ""
+        return "", [f"{name}: this depends on the call" for name in verdicts.EARNING]
     form = OPS[op].form(*found_by)
-    if "cuda" in able and _TABLE["cuda"] is cuda and (lack := cuda.lacks(op, dtype, form)):
-        able.remove("cuda")
-        reasons.append(f"cuda: {lack}")
     size = verdicts.size_of(form)
-    chosen, why = verdicts.fastest(tuple(able), op, device, dtype, form.name, size)
-    reasons += why
-    return chosen
+    names: tuple[str, ...] = verdicts.EARNING
+    reasons: list[str] = []
+    while True:
+        chosen, why = verdicts.fastest(names, op, device, dtype, form.name, size)
+        reason = chosen and _supports(_TABLE[chosen], op, device, dtype, found_by)
+        if reason in ("", "ok"):
+            return chosen, [*reasons, *why]
+        names = tuple(name for name in names if name != chosen)
+        reasons.append(f"{chosen}: {reason}")
 
 
 def _module(name: str, asked_by: str = "backend") -> ModuleType:
@@ -227,16 +225,11 @@ def _module(name: str, asked_by: str = "backend") -> ModuleType:
 
 
 def _log_choice(
-    op: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    name: str,
-    passed: tuple[str, ...],
-    reasons: list[str],
+    op: str, device: torch.device, dtype: torch.dtype, name: str, reasons: list[str]
 ) -> None:
     choice = (op, device.type, dtype, name)
     if choice not in _logged:
         _logged.add(choice)
-        told = _told(passed, op, device, dtype) + reasons
+        told = _told(op, device, dtype) + reasons
         why = f" ({'; '.join(told)})" if told else ""
         _log.info("%s on %s %s: backend %s%s", op, device.type, dtype, name, why)

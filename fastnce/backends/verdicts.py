@@ -145,7 +145,8 @@ def why_not(
 ) -> str:
     """``"ok"``, or why a backend is not chosen for such calls."""
     if of(backend, device) is None:
-        return f"not verified on this GPU. {_COMMAND}"
+        installed = is_installed(backend)
+        return f"not verified on this GPU. {_COMMAND}" if installed else "not installed"
     return _entry(backend, op, device, dtype, form).why_not(size)
 
 
@@ -164,13 +165,20 @@ def of(backend: str, device: torch.device) -> Verdict | None:
     place = (backend, device.index)
     if place not in _kept:
         _kept[place] = find(key_of(backend, device))
-        if _kept[place] is None:
+        if _kept[place] is None and is_installed(backend):
             say(
                 f"The GPU kernels of the backend {backend!r} are not verified on this GPU, so losses run without them. "
                 f"{_COMMAND}",
                 once="not verified",
             )
     return _kept[place]
+
+
+def is_installed(backend: str) -> bool:
+    """Whether there is something to verify, without loading it."""
+    if backend == "triton":
+        return importlib.util.find_spec("triton") is not None
+    return build.find_library(build.CUDA) is not None
 
 
 def keep(backend: str, device: torch.device, verdict: Verdict | None) -> None:
@@ -215,7 +223,7 @@ def machine(device: torch.device) -> tuple[str, str]:
 
 @functools.cache
 def _kernels(backend: str) -> str:
-    sources = [*(build.PACKAGE / "blocks").glob("*.py")]
+    sources = [build.PACKAGE / "precision.py", *(build.PACKAGE / "blocks").glob("*.py")]
     parts = []
     if backend == "triton":
         spec = importlib.util.find_spec("fastnce.triton_kernels")

@@ -3,7 +3,9 @@
 With row weights w and the softmax p, ``G_ij = w_i (p_ij - [j is the positive])``, and ``dq_i = sum_j G_ij k_j / t``,
 ``dk_j = sum_i G_ij q_i / t``, ``dt = -sum_ij G_ij z_ij / t``. A block of rows is complete, so that its sums are known before
 it leaves: three products for both gradients, two without that of the keys. Symmetric, the sums of the columns are known
-only after a first pass: four.
+only after a first pass: four, unless one block has all logits.
+
+Logits that are known to be moderate go without the maximum of their row, and are then relative to 0.
 """
 
 from __future__ import annotations

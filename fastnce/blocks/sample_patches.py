@@ -83,4 +83,6 @@ def _channels_last(x: Tensor) -> bool:
 
 
 def _rows_and_columns(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    return ids // x.shape[3], ids % x.shape[3]
+    """Of ids below 0, rows outside the map, at which a device raises; a negative index would count from the end."""
+    height, width = x.shape[2:]
+    return (ids // width).masked_fill(ids < 0, height), ids % width

@@ -1,4 +1,4 @@
-"""SupCon in blocks: two products for a gradient, and one for the sums before it."""
+"""SupCon in blocks: two products where one block has all logits, else one more for their sums."""
 
 from __future__ import annotations
 

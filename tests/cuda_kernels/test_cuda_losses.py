@@ -294,3 +294,13 @@ def test_repeated_calls_are_bitwise_equal(op, shapes, monkeypatch):
         monkeypatch.setenv("FASTNCE_EMULATOR_SEED", seed)
         for name, x in run(op, sample, backend="cuda").items():
             assert torch.equal(x, first[name]), name
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_deep_rows_lose_no_more_than_tensor_cores_drop(dtype):
+    """Losses that are not reduced, whose positives count fully."""
+    generator = seeded()
+    z1 = gaussian((259, 300), generator, dtype).to(DEVICE).requires_grad_()
+    z2 = gaussian((259, 300), generator, dtype).to(DEVICE).requires_grad_()
+    sample = Sample("deep", {"z1": z1, "z2": z2, "temperature": 0.2, "reduction": "none"})
+    assert_close_to_truth("nt_xent", "cuda", sample, dtype)

@@ -134,7 +134,7 @@ def prepare(monkeypatch: Any, cache: Path) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setattr(verification, "_DEVICE", "stand_ins:Device")
     monkeypatch.setattr(backends, "_TABLE", {**backends._TABLE, "triton": stand_in("triton")})
-    monkeypatch.setattr(backends, "_UNPROVED", ())
+    monkeypatch.setattr(backends, "_VERIFIED", ("cpu", "cuda"))
     monkeypatch.setattr(verdicts, "machine", lambda device: ("Stand-in 9000", "1.0"))
     monkeypatch.setattr(verdicts, "_said", set())
     verdicts.forget()

@@ -62,6 +62,13 @@ def test_the_choice_follows_what_was_found(verified_gpu):
     assert fastnce.sup_con(x, labels).isfinite()
 
 
+def test_nothing_is_loaded_where_nothing_was_verified(gpu, monkeypatch):
+    """Triton would compile a kernel to answer, in the first call of whoever has a GPU."""
+    asked = lambda *_: pytest.fail("the backend was asked")  # noqa: E731
+    monkeypatch.setattr(backends._TABLE["triton"], "supports", asked)
+    assert chosen(torch.bfloat16) == "native"
+
+
 def test_why_not_is_told(verified_gpu):
     def why(op: str, dtype: torch.dtype = FP32, form: str = "any") -> str:
         return backends.verdict("triton", op, "cpu", dtype)[form]["small"]
