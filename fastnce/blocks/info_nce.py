@@ -1,18 +1,22 @@
 """InfoNCE in blocks.
 
-With row weights w and the softmax p, ``G_ij = w_i (p_ij - [j is the positive])``, and ``dq_i = sum_j G_ij k_j / t``,
-``dk_j = sum_i G_ij q_i / t``, ``dt = -sum_ij G_ij z_ij / t``. A block of rows is complete, so that its sums are known before
-it leaves: three products for both gradients, two without that of the keys. Symmetric, the sums of the columns are known
+With row weights w and the softmax p, the gradient of a logit is ``G_ij = w_i (p_ij - [j is the positive])``; then
+``dq_i = sum_j G_ij k_j / t``, ``dk_j = sum_i G_ij q_i / t`` and ``dt = -sum_ij G_ij z_ij / t = -sum_i q_i . dq_i / t``. A block of
+rows is complete, so that its sums are known before it leaves: three products for both gradients, two without that of the keys.
+Symmetric, ``G_ij = (w_i p_ij + w_j c_ij) / 2 - w_i [j is the positive]`` with the softmax c of the columns, whose sums are known
 only after a first pass: four, unless one block has all logits.
 
-Logits that are known to be moderate go without the maximum of their row, and are then relative to 0.
+A block is touched as little as can be. Logits that are *moderate*, within ``tiles.MODERATE``, go without the maximum of their row:
+exponentials are relative to 0. Coefficients G stay what is in memory times w / t, and over the row's sum: numbers in that go into
+the products, what a row has of its own multiplies (n, D), and a tensor that all rows have in common multiplies in the end.
+Where products take rows of 16 bits as they are, the coefficients are *narrow*: of 16 bits, too, and times ``HALF_SCALE``.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +29,8 @@ from fastnce.blocks.tiles import (
     Buffer,
     Rows,
     Similarities,
+    accumulate,
+    apart,
     blocks,
     exponentials,
     narrowed,
@@ -34,6 +40,7 @@ from fastnce.blocks.tiles import (
 )
 
 Gradients = tuple[Tensor | None, ...]
+At = tuple[slice, slice]
 
 
 def info_nce_forward(
@@ -93,6 +100,71 @@ def _problem(
     return Problem(*rows, negatives, temperature, **options)
 
 
+class _Shared:
+    """Columns of all rows of a batch element: its keys (B, M, D), or negatives (1, M, D) of all elements."""
+
+    def __init__(self, problem: Problem, rows: Rows) -> None:
+        self.problem, self.rows, self.buffer = problem, rows, Buffer(rows.units)
+        self.sums: Tensor | None = None
+
+    def start(self) -> None:
+        """Their gradient is needed."""
+        self.sums = torch.zeros_like(self.rows.units)
+
+    def _element(self, at: At) -> slice:
+        return at[0] if len(self.rows.units) > 1 else slice(None)
+
+    def logits(self, at: At) -> Tensor:
+        """Of the queries of a block, (b, n, M)."""
+        return self.problem.similarities(at, self.rows[self._element(at)], self.buffer)
+
+    def times(self, part: Tensor, at: At, out: Tensor, keep: bool, scale: float) -> None:
+        """``keep out + scale sum_j part_ij k_j`` in ``out``."""
+        rows = self.rows.factors if self.problem.narrow else self.rows.units
+        product(part, rows[self._element(at)], out, keep=keep, scale=scale)
+
+    def add(self, part: Tensor, query: Tensor, at: At, scale: float, last: Tensor | None) -> None:
+        """Adds ``scale sum_i part_ij q_i`` to the gradient."""
+        query = query.to(part.dtype)
+        if len(self.sums) == 1:
+            part, query = (x.flatten(0, 1).unsqueeze(0) for x in (part, query))
+        product(part.mT, query, self.sums[self._element(at)], keep=1, scale=scale)
+
+    def gradient(self, last: Tensor | None) -> Tensor:
+        return self.rows.gradient(self.sums if last is None else self.sums.mul_(last))
+
+
+class _Own:
+    """Columns of one row each: its positive (B, N, D) alone, or its negatives (B, N, M, D). Of a block's the gradient is whole."""
+
+    def __init__(self, problem: Problem, x: Tensor, rows: Callable[[At], Rows]) -> None:
+        self.problem, self.like, self._rows_at = problem, x, rows
+        self.sums: Tensor | None = None
+
+    def start(self) -> None:
+        self.sums = torch.empty_like(self.like)
+
+    def logits(self, at: At) -> Tensor:
+        self._rows = self._rows_at(at)  # (b, n, m, D)
+        rows, query = self._rows.wide, self.problem.query.wide[at].unsqueeze(-2)
+        one = rows.shape[-2] == 1
+        found = (rows * query).sum(dim=-1) if one else (rows @ query.mT).squeeze(-1)
+        return found / self.problem.tau
+
+    def times(self, part: Tensor, at: At, out: Tensor, keep: bool, scale: float) -> None:
+        units, part = self._rows.units, part.to(out.dtype).unsqueeze(-2)
+        found = part * units if units.shape[-2] == 1 else part @ units
+        accumulate(found.squeeze(-2), out, keep, scale)
+
+    def add(self, part: Tensor, query: Tensor, at: At, scale: float, last: Tensor | None) -> None:
+        of_units = part.unsqueeze(-1) * query.unsqueeze(-2)
+        of_units.mul_(scale if last is None else last * scale)
+        self.sums[at] = self._rows.gradient(of_units).view_as(self.sums[at])
+
+    def gradient(self, last: Tensor | None) -> Tensor:
+        return self.sums
+
+
 class Problem:
     """Queries and keys (B, N, D), and what else is in their sums; as the operators have it."""
 
@@ -117,21 +189,29 @@ class Problem:
         self.constant = None
         if self_logit is not None and not (self.moderate and (self_logit + 1) / self.tau < least):
             self.constant = units.new_full((), self_logit) / self.tau
-        # Coefficients in 16 bits, where the products take those.
         self.narrow = query.inverse is not None and not self.own
-        self._buffers = [Buffer(units) for _ in range(3)]
+        self._buffer = Buffer(units)
         # Of symmetric losses, if one block has them all.
         self._kept: list[Tensor] | None = None
 
     @functools.cached_property
-    def shared(self) -> Rows | None:
-        """Negatives (M, D)."""
-        return None if self.negatives is None or self.own else self._rows(self.negatives)
+    def columns(self) -> list[_Shared | _Own]:
+        """The positives' first."""
+        key, negatives = self.key, self.negatives
+        found: list[_Shared | _Own] = [_Shared(self, key)]
+        if not self.in_batch:
+            found = [_Own(self, key.like, lambda at: key[(*at, None)])]
+        if self.own:
+            dtype = key.units.dtype
+            found.append(_Own(self, negatives, lambda at: self._rows(negatives[at].to(dtype))))
+        elif negatives is not None:
+            found.append(_Shared(self, self._rows(negatives.unsqueeze(0))))
+        return found
 
     def _rows(self, x: Tensor) -> Rows:
         return Rows(x, self.key.normalize, self.key.rounded)
 
-    def blocks(self):
+    def blocks(self) -> Iterator[At]:
         batch, rows, depth = self.query.units.shape
         columns = rows if self.in_batch else 1
         columns += 0 if self.negatives is None else self.negatives.shape[-2]
@@ -139,59 +219,33 @@ class Problem:
             columns *= 1 + depth  # these rows are copied, too
         return blocks(batch, rows, columns, self.query.units)
 
-    def logits(self, at: tuple[slice, slice]) -> tuple[list[Tensor], Rows | None]:
-        """Those of a block's queries with keys and with negatives, and the queries' own negatives."""
-        if self._kept is not None:
-            return self._kept, None
-        if self.in_batch:
-            key = self.key[at[0]]
-            found = [self.similarities(at, key.similar, key.inverse, self._buffers[0])]
-        else:
-            positive = (self.query.wide[at] * self.key.wide[at]).sum(dim=-1, keepdim=True)
-            found = [positive / self.tau]
-        if self.shared is not None:
-            found.append(
-                self.similarities(at, self.shared.similar, self.shared.inverse, self._buffers[1])
-            )
-        own = None
-        if self.own:
-            own = self._rows(self.negatives[at].to(self.query.units.dtype))
-            found.append((own.units @ self.query.units[at].unsqueeze(-1)).squeeze(-1) / self.tau)
-        return found, own
-
-    def positive(self, parts: list[Tensor], at: tuple[slice, slice]) -> Tensor:
-        """(B, n), a view."""
+    def positive(self, part: Tensor, at: At) -> Tensor:
+        """(b, n), a view of what the first columns have."""
         if not self.in_batch:
-            return parts[0].squeeze(-1)
-        return parts[0].diagonal(at[1].start, dim1=-2, dim2=-1)
+            return part.squeeze(-1)
+        return part.diagonal(at[1].start, dim1=-2, dim2=-1)
 
     def sums_of_both(self) -> tuple[Tensor, Tensor]:
         """The symmetric losses (B, N), and the lse (2, B, N) of rows and columns."""
-        units = self.query.units
+        units, (column,) = self.query.units, self.columns
         shape = units.shape[:2]
         lse, positive = units.new_empty((2, *shape)), units.new_empty(shape)
-        top = units.new_full(shape, 0 if self.moderate else torch.finfo(units.dtype).min)
-        total = units.new_zeros(shape)
+        # Added up over the blocks, of which there may be hundreds.
+        of_columns = units.new_full(shape, -torch.inf, dtype=torch.float64)
         found = list(self.blocks())
         for at in found:
-            (part,), _ = self.logits(at)
+            part = column.logits(at)
+            positive[at] = self.positive(part, at)
+            if self.moderate:
+                relative = torch.exp(part, out=self._buffer(*part.shape))
+                by_row, by_column = (relative.sum(dim=dim).log_() for dim in (-1, -2))
+            else:
+                by_row, by_column = (part.logsumexp(dim=dim) for dim in (-1, -2))
+            lse[0][at], sums = by_row, of_columns[at[0]]
+            torch.logaddexp(sums, by_column.to(sums.dtype), out=sums)
             if len(found) == 1:
                 self._kept = [part]
-            positive[at] = self.positive([part], at)
-            relative, of_element = self._buffers[2](*part.shape), at[0]
-            if self.moderate:
-                torch.exp(part, out=relative)
-                torch.log(relative.sum(dim=-1), out=lse[0][at])
-                total[of_element] += relative.sum(dim=-2)
-                continue
-            row_top, row_total = exponentials([relative.copy_(part)], None, moderate=False)
-            lse[0][at] = (row_top + row_total.log()).squeeze(-1)
-            before, now = top[of_element], torch.maximum(top[of_element], part.amax(dim=-2))
-            torch.sub(part, now.unsqueeze(-2), out=relative)
-            total[of_element] *= (before - now).exp()
-            total[of_element] += relative.exp_().sum(dim=-2)
-            top[of_element] = now
-        lse[1] = top + total.masked_fill_(top == torch.inf, 1).log()  # as in exponentials
+        lse[1] = of_columns
         return lse.mean(dim=0) - positive, lse
 
     def run(
@@ -212,24 +266,35 @@ class Problem:
             losses, lse = (self.query.units.new_empty(self.query.units.shape[:2]) for _ in range(2))
         sums = None if weights is None else _Sums(self, weights, needs, symmetric)
         for at in self.blocks():
-            parts, own = self.logits(at)
-            positive, divisor, logits = self.positive(parts, at), None, []
+            parts = self._kept or [column.logits(at) for column in self.columns]
+            positive, divisor, logits = self.positive(parts[0], at), None, []
             if sums is not None and needs[3] and self.key.rounded:
                 logits = [part.clone() for part in parts]
             if symmetric:
                 self._coefficients_of_both(parts[0], positive, at, lse, sums.weights)
             else:
                 divisor = self._exponentials(parts, positive, at, losses, lse)
-                if sums is None:
-                    continue
-                positive -= 1 if divisor is None else divisor.squeeze(-1)
-            sums.add(parts, own, at, divisor, logits)
-        if sums is None:
-            return losses, lse, (None,) * 4
-        *grads, of_temperature = sums.gradients()
-        if of_temperature is not None:
-            of_temperature = self._with_constant(of_temperature, weights, lse)
-        return losses, lse, (*grads, of_temperature)
+            if sums is not None:
+                sums.add(parts, at, divisor, logits)
+        return losses, lse, (None,) * 4 if sums is None else sums.gradients(lse)
+
+    def gradients(
+        self,
+        needs: Sequence[bool],
+        weights: float | Tensor,
+        lse: Tensor,
+        of_query: Tensor | None,
+        of_columns: Sequence[Tensor | None],
+        of_temperature: Tensor | None = None,
+    ) -> Gradients:
+        """The inputs' gradients, from those of unit queries, of keys and negatives, and of the temperature if it is known."""
+        if needs[3]:
+            if of_temperature is None:
+                of_temperature = -(self.query.units * of_query).sum() / self.tau
+            if self.constant is not None:
+                shares = (self.constant - lse).exp_().mul_(weights)
+                of_temperature = of_temperature - shares.sum() * self.constant / self.tau
+        return self.query.gradient(of_query) if needs[0] else None, *of_columns, of_temperature
 
     def _has_attention(self, needs: Sequence[bool]) -> bool:
         need_query, need_key, need_negatives, need_temperature = needs
@@ -270,56 +335,43 @@ class Problem:
             mean.addcmul_(key, torch.expm1(positive - total))
         factor = weights.unsqueeze(-1) if isinstance(weights, Tensor) else weights
         of_query = mean.mul_(factor / self.tau)
-        of_temperature = None
-        if needs[3]:
-            of_temperature = -(self.query.units * of_query).sum() / self.tau
-            of_temperature = self._with_constant(of_temperature, weights, lse)
-        grads = self.query.gradient(of_query) if needs[0] else None, None, None, of_temperature
-        return losses, lse, grads
-
-    def _with_constant(self, of_temperature: Tensor, weights: float | Tensor, lse: Tensor):
-        """The gradient of the temperature with that from the constant logit."""
-        if self.constant is None:
-            return of_temperature
-        shares = (self.constant - lse).exp_().mul_(weights)
-        return of_temperature - shares.sum() * self.constant / self.tau
+        return losses, lse, self.gradients(needs, weights, lse, of_query, (None, None))
 
     def _exponentials(
-        self,
-        parts: list[Tensor],
-        positive: Tensor,
-        at: tuple[slice, slice],
-        losses: Tensor | None,
-        lse: Tensor,
+        self, parts: list[Tensor], positive: Tensor, at: At, losses: Tensor | None, lse: Tensor
     ) -> Tensor | None:
-        """Makes the logits exponentials; their sum (..., 1), None for 1. Writes losses and lse, if there are any losses."""
+        """Makes the logits coefficients times a divisor (b, n, 1), None for 1. Writes losses and lse, if there are any losses."""
+        divisor = None
         if losses is not None:
-            value = None if self.moderate else positive.clone()
-            top, total = exponentials(parts, self.constant, self.moderate)
-            torch.log(total.squeeze(-1), out=lse[at])
+            logit = None if self.moderate else positive.clone()
+            top, divisor = exponentials(parts, self.constant, self.moderate)
+            torch.log(divisor.squeeze(-1), out=lse[at])
             if self.moderate:  # no quotient of two of these overflows
-                torch.div(total.squeeze(-1), positive, out=losses[at]).log_()
+                torch.div(divisor.squeeze(-1), positive, out=losses[at]).log_()
             else:
                 lse[at] += top.squeeze(-1)
-                torch.sub(lse[at], value, out=losses[at])
-            return total
-        for part in parts:
-            if not self.moderate:
-                part.sub_(lse[at].unsqueeze(-1))
-            part.exp_()
-        return lse[at].unsqueeze(-1).exp() if self.moderate else None
+                torch.sub(lse[at], logit, out=losses[at])
+        else:
+            for part in parts:
+                if not self.moderate:
+                    part.sub_(lse[at].unsqueeze(-1))
+                part.exp_()
+            if self.moderate:
+                divisor = lse[at].unsqueeze(-1).exp()
+        positive -= 1 if divisor is None else divisor.squeeze(-1)
+        return divisor
 
     def _coefficients_of_both(
         self,
         part: Tensor,
         positive: Tensor,
-        at: tuple[slice, slice],
+        at: At,
         lse: Tensor,
         weights: Tensor | None,
     ) -> None:
         """Makes a block of logits twice the coefficients of the symmetric losses, whose weights are (B, N, 1), 1 if None."""
         of_rows, of_columns = lse[0][at].unsqueeze(-1), lse[1][at[0]].unsqueeze(-2)
-        buffer = self._buffers[2](*part.shape)
+        buffer = self._buffer(*part.shape)
         row_weights = 1.0 if weights is None else weights[at]
         column_weights = 1.0 if weights is None else weights[at[0]].mT
         if self.moderate:
@@ -336,122 +388,76 @@ class Problem:
 
 
 class _Sums:
-    """The gradients of the rows, added up block by block. The coefficients are ``parts * weights / divisor``.
+    """The gradients, added up block by block. The coefficients are ``parts * weights / divisor``.
 
-    What is a number in that goes into the products, and tensors that all rows have in common multiply at the end. Symmetric
-    coefficients come twice as large, with their weights.
+    Symmetric ones come twice as large, with their weights.
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        weights: float | Tensor,
-        needs: Sequence[bool],
-        symmetric: bool,
+        self, problem: Problem, weights: float | Tensor, needs: Sequence[bool], symmetric: bool
     ) -> None:
         self.problem, self.needs, self.symmetric = problem, needs, symmetric
-        self.query, self.key = problem.query, problem.key
-        self.scale, self.weights, last = 1.0, None, 1.0
+        self.given, self.weights, common = weights, None, weights
         if isinstance(weights, Tensor):
-            self.weights = weights.unsqueeze(-1)
-            if problem.narrow:
-                last = power_above(weights)
-                self.weights = self.weights / last
-        else:
-            self.scale = weights
-        if isinstance(problem.tau, Tensor):
-            last = last / problem.tau
-        else:
-            self.scale /= problem.tau
-        self.last = last if isinstance(last, Tensor) else None
-        if problem.narrow:
-            self.scale /= HALF_SCALE
-        if symmetric:
-            self.scale /= 2
-        need_query, need_key, need_negatives, need_temperature = needs
-        units = self.query.units
-        self.of_query = torch.empty_like(units) if need_query or need_temperature else None
-        self.of_key = torch.zeros_like(units) if need_key else None
-        self.of_negatives, self.moment = None, None
-        if need_negatives:
-            like = problem.negatives if problem.own else problem.shared.units
-            self.of_negatives = torch.zeros_like(like)
+            common = power_above(weights) if problem.narrow else 1.0
+            self.weights = (weights / common).unsqueeze(-1)
+        self.scale, self.last = apart(
+            common,
+            1 / problem.tau,
+            1 / HALF_SCALE if problem.narrow else 1.0,
+            0.5 if symmetric else 1.0,
+        )
+        units = problem.query.units
+        self.of_query = torch.empty_like(units) if needs[0] or needs[3] else None
+        self.moment: Tensor | None = None
+        for column, need in zip(problem.columns, needs[1:], strict=False):
+            if need:
+                column.start()
 
     def add(
-        self,
-        parts: list[Tensor],
-        own: Rows | None,
-        at: tuple[slice, slice],
-        divisor: Tensor | None,
-        logits: list[Tensor],
+        self, parts: list[Tensor], at: At, divisor: Tensor | None, logits: list[Tensor]
     ) -> None:
         """Adds a block's; the logits, if there are any, for the temperature."""
         if self.problem.narrow:
-            parts, divisor = [narrowed(part, divisor, self.key.like) for part in parts], None
+            parts, divisor = [narrowed(x, divisor, self.problem.key.like) for x in parts], None
         if self.weights is not None and not self.symmetric:
             divisor = (1 if divisor is None else divisor) / self.weights[at]
         for part, z in zip(parts, logits, strict=False):
             terms = part * z if divisor is None else part * z / divisor
             self.moment = terms.sum() if self.moment is None else self.moment + terms.sum()
+        columns = self.problem.columns
         if self.of_query is not None:
-            sums = self._times_columns(parts, own, self.of_query[at], at)
+            out = self.of_query[at]
+            for i, (column, part) in enumerate(zip(columns, parts, strict=True)):
+                column.times(part, at, out, i > 0, self.scale)
             if divisor is not None:
-                sums.div_(divisor)
-        if self.of_key is None and self.of_negatives is None:
-            return
-        query = self.query.units[at] if divisor is None else self.query.units[at] / divisor
-        rows = query.to(parts[0].dtype)
-        if self.of_key is not None and self.problem.in_batch:
-            product(parts[0].mT, rows, self.of_key[at[0]], keep=1, scale=self.scale)
-        elif self.of_key is not None:
-            self.of_key[at] = parts[0] * query * self.scale
-        if self.of_negatives is None:
-            return
-        if own is None:
-            flat, rows = parts[-1].flatten(0, 1).T, rows.flatten(0, 1)
-            product(flat[None], rows, self.of_negatives[None], keep=1, scale=self.scale)
-        else:
-            of_units = parts[-1].unsqueeze(-1) * query.unsqueeze(-2)
-            of_units.mul_(self.scale if self.last is None else self.last * self.scale)
-            self.of_negatives[at] = own.gradient(of_units)
+                out.div_(divisor)
+        found = [
+            (column, part)
+            for column, part in zip(columns, parts, strict=True)
+            if column.sums is not None
+        ]
+        if found:
+            query = self.problem.query.units[at]
+            query = query if divisor is None else query / divisor
+            for column, part in found:
+                column.add(part, query, at, self.scale, self.last)
 
-    def _times_columns(
-        self, parts: list[Tensor], own: Rows | None, out: Tensor, at: tuple[slice, slice]
-    ) -> Tensor:
-        """``scale sum_j part_ij k_j`` over all columns, (B, n, D)."""
-        problem, scale = self.problem, self.scale
-        if problem.in_batch:
-            key = self.key.factors if problem.narrow else self.key.units
-            product(parts[0], key[at[0]], out, scale=scale)
-        else:
-            torch.mul(parts[0], self.key.units[at], out=out).mul_(scale)
-        if problem.shared is not None:
-            product(parts[1], problem.shared.factors, out, keep=1, scale=scale)
-        if own is not None:
-            out.add_((parts[-1].unsqueeze(-2) @ own.units).squeeze(-2), alpha=scale)
-        return out
-
-    def gradients(self) -> Gradients:
+    def gradients(self, lse: Tensor) -> Gradients:
         """Of queries, keys, negatives and temperature; None of those that are not needed."""
-        need_query, need_key, need_negatives, need_temperature = self.needs
-        own, last = self.problem.own, self.last
-        if last is not None:
-            for grad in (self.of_query, self.of_key, None if own else self.of_negatives):
-                if grad is not None:
-                    grad.mul_(last)
+        problem, last = self.problem, self.last
+        if last is not None and self.of_query is not None:
+            self.of_query.mul_(last)
         of_temperature = None
-        if need_temperature and self.moment is None:
-            of_temperature = -(self.query.units * self.of_query).sum() / self.problem.tau
-        elif need_temperature:  # of rounded similarities
+        if self.moment is not None:  # of rounded similarities
             of_temperature = self.moment * (-self.scale if last is None else last * -self.scale)
-        of_negatives = self.of_negatives
-        if need_negatives and not own:
-            of_negatives = self.problem.shared.gradient(of_negatives)
-        return (
-            self.query.gradient(self.of_query) if need_query else None,
-            self.key.gradient(self.of_key) if need_key else None,
-            of_negatives,
-            of_temperature,
+        of_columns: list[Tensor | None] = [None, None]
+        for i, column in enumerate(problem.columns):
+            if column.sums is not None:
+                like = problem.negatives if i else problem.key.like
+                of_columns[i] = column.gradient(last).view_as(like)
+        return problem.gradients(
+            self.needs, self.given, lse, self.of_query, of_columns, of_temperature
         )
 
 
