@@ -103,12 +103,12 @@ def _problem(
 class _Shared:
     """Columns of all rows of a batch element: its keys (B, M, D), or negatives (1, M, D) of all elements."""
 
-    def __init__(self, problem: Problem, rows: Rows) -> None:
-        self.problem, self.rows, self.buffer = problem, rows, Buffer(rows.units)
-        self.sums: Tensor | None = None
+    sums: Tensor | None = None  # of the gradient, if it is needed
+
+    def __init__(self, similarities: Similarities, rows: Rows) -> None:
+        self.similarities, self.rows, self.buffer = similarities, rows, Buffer(rows.units)
 
     def start(self) -> None:
-        """Their gradient is needed."""
         self.sums = torch.zeros_like(self.rows.units)
 
     def _element(self, at: At) -> slice:
@@ -116,11 +116,11 @@ class _Shared:
 
     def logits(self, at: At) -> Tensor:
         """Of the queries of a block, (b, n, M)."""
-        return self.problem.similarities(at, self.rows[self._element(at)], self.buffer)
+        return self.similarities(at, self.rows[self._element(at)], self.buffer)
 
     def times(self, part: Tensor, at: At, out: Tensor, keep: bool, scale: float) -> None:
         """``keep out + scale sum_j part_ij k_j`` in ``out``."""
-        rows = self.rows.factors if self.problem.narrow else self.rows.units
+        rows = self.rows.factors if part.dtype.itemsize == 2 else self.rows.units
         product(part, rows[self._element(at)], out, keep=keep, scale=scale)
 
     def add(self, part: Tensor, query: Tensor, at: At, scale: float, last: Tensor | None) -> None:
@@ -137,19 +137,22 @@ class _Shared:
 class _Own:
     """Columns of one row each: its positive (B, N, D) alone, or its negatives (B, N, M, D). Of a block's the gradient is whole."""
 
-    def __init__(self, problem: Problem, x: Tensor, rows: Callable[[At], Rows]) -> None:
-        self.problem, self.like, self._rows_at = problem, x, rows
-        self.sums: Tensor | None = None
+    sums: Tensor | None = None
+
+    def __init__(
+        self, similarities: Similarities, like: Tensor, rows: Callable[[At], Rows]
+    ) -> None:
+        self.similarities, self.like, self._rows_at = similarities, like, rows
 
     def start(self) -> None:
         self.sums = torch.empty_like(self.like)
 
     def logits(self, at: At) -> Tensor:
         self._rows = self._rows_at(at)  # (b, n, m, D)
-        rows, query = self._rows.wide, self.problem.query.wide[at].unsqueeze(-2)
+        rows, query = self._rows.wide, self.similarities.rows.wide[at].unsqueeze(-2)
         one = rows.shape[-2] == 1
         found = (rows * query).sum(dim=-1) if one else (rows @ query.mT).squeeze(-1)
-        return found / self.problem.tau
+        return found / self.similarities.tau
 
     def times(self, part: Tensor, at: At, out: Tensor, keep: bool, scale: float) -> None:
         units, part = self._rows.units, part.to(out.dtype).unsqueeze(-2)
@@ -197,19 +200,16 @@ class Problem:
     @functools.cached_property
     def columns(self) -> list[_Shared | _Own]:
         """The positives' first."""
-        key, negatives = self.key, self.negatives
-        found: list[_Shared | _Own] = [_Shared(self, key)]
+        key, negatives, similarities = self.key, self.negatives, self.similarities
+        found: list[_Shared | _Own] = [_Shared(similarities, key)]
         if not self.in_batch:
-            found = [_Own(self, key.like, lambda at: key[(*at, None)])]
+            found = [_Own(similarities, key.like, lambda at: key[(*at, None)])]
         if self.own:
-            dtype = key.units.dtype
-            found.append(_Own(self, negatives, lambda at: self._rows(negatives[at].to(dtype))))
+            rows = lambda at: key.alike(negatives[at].to(key.units.dtype))  # noqa: E731
+            found.append(_Own(similarities, negatives, rows))
         elif negatives is not None:
-            found.append(_Shared(self, self._rows(negatives.unsqueeze(0))))
+            found.append(_Shared(similarities, key.alike(negatives.unsqueeze(0))))
         return found
-
-    def _rows(self, x: Tensor) -> Rows:
-        return Rows(x, self.key.normalize, self.key.rounded)
 
     def blocks(self) -> Iterator[At]:
         batch, rows, depth = self.query.units.shape
@@ -317,7 +317,7 @@ class Problem:
         flat = left.flatten(0, 1).unsqueeze(0)
         rows = max(LEAST_ROWS, BYTES["cpu"] // 4 // (key.shape[-1] * key.element_size()))
         for negatives in () if self.negatives is None else self.negatives.split(rows):
-            units = self._rows(negatives).units.unsqueeze(0)
+            units = self.key.alike(negatives).units.unsqueeze(0)
             more = (x.view(*left.shape[:2], -1) for x in attention(flat, units, scale))
             found = more if found is None else _both_means(*found, *more)
         mean, of_others = found

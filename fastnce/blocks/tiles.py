@@ -79,7 +79,11 @@ class Rows:
         """The similar rows in the dtype of the sums."""
         return self.similar if self.inverse is None else self.units
 
-    def __getitem__(self, at: slice | None) -> Rows:
+    def alike(self, x: Tensor) -> Rows:
+        """Others with the same options."""
+        return Rows(x, self.normalize, self.rounded)
+
+    def __getitem__(self, at: object) -> Rows:
         part = copy.copy(self)
         for name, x in vars(self).items():
             if isinstance(x, Tensor):
@@ -131,6 +135,7 @@ class Similarities:
 
     def __init__(self, rows: Rows, temperature: float | Tensor) -> None:
         rows = rows[None] if rows.units.dim() == 2 else rows
+        self.rows, self.tau = rows, temperature
         self.left, self.scale, self._inverse = rows.similar, 1.0, None
         self.moderate = False
         if not isinstance(temperature, Tensor):
