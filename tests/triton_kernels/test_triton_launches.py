@@ -11,8 +11,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("tensors without memory cannot be interpreted", allow_module_level=True)
 
 import calls
+from operators import Operators
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.launches import recorded
 from fastnce import triton_kernels
@@ -20,21 +20,6 @@ from fastnce.ops import _common
 from fastnce.triton_kernels import gradients, launch
 
 CUDA = torch.backends.cuda.matmul
-
-
-class Operators(TorchDispatchMode):
-    """The operators of PyTorch inside the block that start something: neither views nor room for results."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        out = function(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not function.is_view and "empty" not in name:
-            self.names.append(name)
-        return out
 
 
 @pytest.fixture
