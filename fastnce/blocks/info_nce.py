@@ -52,18 +52,11 @@ def info_nce_forward(
     grad_scale: float | None,
     mean: bool = False,
     needs: Sequence[bool],
-    symmetric: bool,
     **options: object,
 ) -> tuple[Tensor, Tensor, Gradients]:
-    problem = _problem(query, key, negatives, temperature, **options)
-    weights = grad_scale
-    if mean and weights is not None:
-        weights /= query.shape[:2].numel()
-    if symmetric:
-        loss, lse = problem.sums_of_both()
-        grads = problem.run(weights, needs, lse)[2] if weights is not None else (None,) * 4
-        return loss, lse, grads
-    return problem.run(weights, needs)
+    if mean and grad_scale is not None:
+        grad_scale /= query.shape[:2].numel()
+    return _problem(query, key, negatives, temperature, **options).run(grad_scale, needs)
 
 
 def info_nce_backward(
@@ -75,7 +68,6 @@ def info_nce_backward(
     lse: Tensor,
     *,
     needs: Sequence[bool],
-    symmetric: bool,
     **options: object,
 ) -> Gradients:
     problem = _problem(query, key, negatives, temperature, **options)
@@ -180,8 +172,9 @@ class Problem:
         *,
         in_batch: bool,
         self_logit: float | None,
+        symmetric: bool = False,
     ) -> None:
-        self.query, self.key, self.negatives = query, key, negatives
+        self.query, self.key, self.negatives, self.symmetric = query, key, negatives, symmetric
         self.own = negatives is not None and negatives.dim() == 4
         self.in_batch, self.tau = in_batch, number(temperature)
         self.similarities = Similarities(query, self.tau)
@@ -258,43 +251,36 @@ class Problem:
             needs: of query, key, negatives and temperature.
             lse: (B, N), or (2, B, N) where the losses are symmetric.
         """
-        symmetric = lse is not None and lse.dim() == 3
-        if weights is not None and not symmetric and self._has_attention(needs):
-            return self._attend(weights, needs, lse)
+        sums, losses = None if weights is None else _Sums(self, weights, needs), None
+        if self.symmetric:
+            if lse is None:
+                losses, lse = self.sums_of_both()
+            if sums is not None:
+                self._add_blocks(sums, lse)
+        elif sums is not None and self._has_attention(needs):
+            losses, lse = self._attend(sums, lse)
+        else:
+            losses, lse = self._add_blocks(sums, lse)
+        return losses, lse, (None,) * 4 if sums is None else sums.gradients(lse)
+
+    def _add_blocks(self, sums: _Sums | None, lse: Tensor | None) -> tuple[Tensor | None, Tensor]:
         losses = None
         if lse is None:
             losses, lse = (self.query.units.new_empty(self.query.units.shape[:2]) for _ in range(2))
-        sums = None if weights is None else _Sums(self, weights, needs, symmetric)
+        if sums is not None:
+            sums.start()
         for at in self.blocks():
             parts = self._kept or [column.logits(at) for column in self.columns]
             positive, divisor, logits = self.positive(parts[0], at), None, []
-            if sums is not None and needs[3] and self.key.rounded:
+            if sums is not None and sums.moment is not None:
                 logits = [part.clone() for part in parts]
-            if symmetric:
+            if self.symmetric:
                 self._coefficients_of_both(parts[0], positive, at, lse, sums.weights)
             else:
                 divisor = self._exponentials(parts, positive, at, losses, lse)
             if sums is not None:
                 sums.add(parts, at, divisor, logits)
-        return losses, lse, (None,) * 4 if sums is None else sums.gradients(lse)
-
-    def gradients(
-        self,
-        needs: Sequence[bool],
-        weights: float | Tensor,
-        lse: Tensor,
-        of_query: Tensor | None,
-        of_columns: Sequence[Tensor | None],
-        of_temperature: Tensor | None = None,
-    ) -> Gradients:
-        """The inputs' gradients, from those of unit queries, of keys and negatives, and of the temperature if it is known."""
-        if needs[3]:
-            if of_temperature is None:
-                of_temperature = -(self.query.units * of_query).sum() / self.tau
-            if self.constant is not None:
-                shares = (self.constant - lse).exp_().mul_(weights)
-                of_temperature = of_temperature - shares.sum() * self.constant / self.tau
-        return self.query.gradient(of_query) if needs[0] else None, *of_columns, of_temperature
+        return losses, lse
 
     def _has_attention(self, needs: Sequence[bool]) -> bool:
         need_query, need_key, need_negatives, need_temperature = needs
@@ -303,10 +289,8 @@ class Problem:
         plain = not self.own and not self.key.rounded and self.query.inverse is None
         return plain and has_attention(self.query.units)
 
-    def _attend(
-        self, weights: float | Tensor, needs: Sequence[bool], lse: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Gradients]:
-        """As ``run``, for keys without gradient.
+    def _attend(self, sums: _Sums, lse: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """As ``_add_blocks``, for keys without gradient.
 
         With m the mean key and p the softmax's share of the positive, where it is not among these keys, the gradient of a query is
         ``w / t (m - k)`` or, with m that of the other keys, ``w / t ((1 - p) m - (1 - p) k)``.
@@ -333,9 +317,8 @@ class Problem:
             mean.sub_(key)
         else:
             mean.addcmul_(key, torch.expm1(positive - total))
-        factor = weights.unsqueeze(-1) if isinstance(weights, Tensor) else weights
-        of_query = mean.mul_(factor / self.tau)
-        return losses, lse, self.gradients(needs, weights, lse, of_query, (None, None))
+        sums.of_query = mean.mul_(sums.scale if sums.weights is None else sums.weights * sums.scale)
+        return losses, lse
 
     def _exponentials(
         self, parts: list[Tensor], positive: Tensor, at: At, losses: Tensor | None, lse: Tensor
@@ -362,55 +345,49 @@ class Problem:
         return divisor
 
     def _coefficients_of_both(
-        self,
-        part: Tensor,
-        positive: Tensor,
-        at: At,
-        lse: Tensor,
-        weights: Tensor | None,
+        self, part: Tensor, positive: Tensor, at: At, lse: Tensor, weights: Tensor | None
     ) -> None:
         """Makes a block of logits twice the coefficients of the symmetric losses, whose weights are (B, N, 1), 1 if None."""
         of_rows, of_columns = lse[0][at].unsqueeze(-1), lse[1][at[0]].unsqueeze(-2)
+        mine, theirs = (1.0, 1.0) if weights is None else (weights[at], weights[at[0]].mT)
         buffer = self._buffer(*part.shape)
-        row_weights = 1.0 if weights is None else weights[at]
-        column_weights = 1.0 if weights is None else weights[at[0]].mT
         if self.moderate:
-            shares = row_weights * (-of_rows).exp_(), column_weights * (-of_columns).exp_()
-            part.exp_().mul_(torch.add(*shares, out=buffer))
+            torch.add(mine * (-of_rows).exp_(), theirs * (-of_columns).exp_(), out=buffer)
+            part.exp_().mul_(buffer)
         else:
             by_row = torch.sub(part, of_rows, out=buffer).exp_()
             part.sub_(of_columns).exp_()
             if weights is not None:
-                by_row.mul_(row_weights)
-                part.mul_(column_weights)
+                by_row.mul_(mine)
+                part.mul_(theirs)
             part.add_(by_row)
-        positive -= 2 if weights is None else 2 * weights[at].squeeze(-1)
+        positive.unsqueeze(-1).sub_(2 * mine)
 
 
 class _Sums:
-    """The gradients, added up block by block. The coefficients are ``parts * weights / divisor``.
+    """The gradients, added up block by block.
 
-    Symmetric ones come twice as large, with their weights.
+    The coefficients are ``scale last parts / divisor`` times the weights (B, N, 1), if these differ. Symmetric parts have them.
     """
 
-    def __init__(
-        self, problem: Problem, weights: float | Tensor, needs: Sequence[bool], symmetric: bool
-    ) -> None:
-        self.problem, self.needs, self.symmetric = problem, needs, symmetric
-        self.given, self.weights, common = weights, None, weights
+    def __init__(self, problem: Problem, weights: float | Tensor, needs: Sequence[bool]) -> None:
+        self.problem, self.given, self.needs = problem, weights, needs
+        self.weights, common = None, weights
         if isinstance(weights, Tensor):
             common = power_above(weights) if problem.narrow else 1.0
             self.weights = (weights / common).unsqueeze(-1)
-        self.scale, self.last = apart(
-            common,
-            1 / problem.tau,
-            1 / HALF_SCALE if problem.narrow else 1.0,
-            0.5 if symmetric else 1.0,
-        )
-        units = problem.query.units
-        self.of_query = torch.empty_like(units) if needs[0] or needs[3] else None
-        self.moment: Tensor | None = None
-        for column, need in zip(problem.columns, needs[1:], strict=False):
+        # Of parts that are larger.
+        factor = (HALF_SCALE if problem.narrow else 1) * (2 if problem.symmetric else 1)
+        self.scale, self.last = apart(common, 1 / problem.tau, 1 / factor)
+        self.of_query: Tensor | None = None
+        # Rounded similarities are not the product of what is multiplied for the gradient.
+        rounded = problem.key.rounded and needs[3]
+        self.moment = problem.query.units.new_zeros(()) if rounded else None
+
+    def start(self) -> None:
+        if self.needs[0] or self.needs[3]:
+            self.of_query = torch.empty_like(self.problem.query.units)
+        for column, need in zip(self.problem.columns, self.needs[1:], strict=False):
             if need:
                 column.start()
 
@@ -420,45 +397,45 @@ class _Sums:
         """Adds a block's; the logits, if there are any, for the temperature."""
         if self.problem.narrow:
             parts, divisor = [narrowed(x, divisor, self.problem.key.like) for x in parts], None
-        if self.weights is not None and not self.symmetric:
+        if self.weights is not None and not self.problem.symmetric:
             divisor = (1 if divisor is None else divisor) / self.weights[at]
         for part, z in zip(parts, logits, strict=False):
-            terms = part * z if divisor is None else part * z / divisor
-            self.moment = terms.sum() if self.moment is None else self.moment + terms.sum()
-        columns = self.problem.columns
+            self.moment += (part * z if divisor is None else part * z / divisor).sum()
+        both = list(zip(self.problem.columns, parts, strict=True))
         if self.of_query is not None:
             out = self.of_query[at]
-            for i, (column, part) in enumerate(zip(columns, parts, strict=True)):
+            for i, (column, part) in enumerate(both):
                 column.times(part, at, out, i > 0, self.scale)
             if divisor is not None:
                 out.div_(divisor)
-        found = [
-            (column, part)
-            for column, part in zip(columns, parts, strict=True)
-            if column.sums is not None
-        ]
-        if found:
-            query = self.problem.query.units[at]
-            query = query if divisor is None else query / divisor
-            for column, part in found:
+        query = None
+        for column, part in both:
+            if column.sums is not None:
+                if query is None:
+                    query = self.problem.query.units[at]
+                    query = query if divisor is None else query / divisor
                 column.add(part, query, at, self.scale, self.last)
 
     def gradients(self, lse: Tensor) -> Gradients:
         """Of queries, keys, negatives and temperature; None of those that are not needed."""
-        problem, last = self.problem, self.last
-        if last is not None and self.of_query is not None:
-            self.of_query.mul_(last)
+        problem, last, of_query = self.problem, self.last, self.of_query
+        if last is not None and of_query is not None:
+            of_query.mul_(last)
         of_temperature = None
-        if self.moment is not None:  # of rounded similarities
+        if self.moment is not None:
             of_temperature = self.moment * (-self.scale if last is None else last * -self.scale)
+        elif self.needs[3]:
+            of_temperature = -(problem.query.units * of_query).sum() / problem.tau
+        if self.needs[3] and problem.constant is not None:
+            shares = (problem.constant - lse).exp_().mul_(self.given)
+            of_temperature = of_temperature - shares.sum() * problem.constant / problem.tau
         of_columns: list[Tensor | None] = [None, None]
-        for i, column in enumerate(problem.columns):
-            if column.sums is not None:
-                like = problem.negatives if i else problem.key.like
-                of_columns[i] = column.gradient(last).view_as(like)
-        return problem.gradients(
-            self.needs, self.given, lse, self.of_query, of_columns, of_temperature
-        )
+        likes = problem.key.like, problem.negatives
+        for i, need in enumerate(self.needs[1:3]):
+            if need:
+                of_columns[i] = problem.columns[i].gradient(last).view_as(likes[i])
+        of_query = problem.query.gradient(of_query) if self.needs[0] else None
+        return of_query, *of_columns, of_temperature
 
 
 def _both_means(mean: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
