@@ -139,27 +139,25 @@ class Logits:
             largest = power_above(torch.cat([*x_state.weights(), *y_state.weights()]))
         scale, last = apart(1 / self.tau, largest, 1 / HALF_SCALE if narrow else 1.0)
         symmetric = x_state is y_state  # so is the matrix: the moment of G + G^T is twice that of G
-        moments = need_moment and (narrow or not symmetric)
+        alone = need_moment and not symmetric  # the moment is that of the rows' G
+        moments = alone or (need_moment and narrow)
         moment = units.new_zeros((), dtype=torch.float64) if moments else None
         columns = y_state.map(lambda x: x.unsqueeze(0))
         for rows, z, same in self:
             mine = x_state.map(lambda x, rows=rows: x[rows, None])
-            if symmetric or not moments:
-                both = self._coefficients(rows, z, same, mine, columns)
-                if moments:
-                    moment += 0.5 * (z * both).sum(dtype=moment.dtype)
-            else:
-                both = self._coefficients(rows, z, same, mine).clone()
+            both = self._coefficients(rows, z, same, mine, *(() if alone else (columns,)))
+            if moments:
                 moment += (z * both).sum(dtype=moment.dtype)
-                both += self._coefficients(rows, z, same, columns)
+            if alone:
+                both = both.clone().add_(self._coefficients(rows, z, same, columns))
             if narrow:
                 both = narrowed(both, largest, self.y.like)
             product(both[None], self.y.factors, of_units[None, rows], scale=scale)
         if last is not None:
             of_units.mul_(last)
         if need_moment and not moments:
-            moment = 0.5 * (units * of_units).sum()
-        return of_units, moment
+            moment = (units * of_units).sum()
+        return of_units, 0.5 * moment if need_moment and symmetric else moment
 
     def _coefficients(self, rows: slice, z: Tensor, same: Tensor, *states: State) -> Tensor:
         """G (n, m) of states (n, 1) and (1, m), added up."""
