@@ -96,7 +96,10 @@ TENSOR_MEMORY = LARGE | _table(
     ("products", "fp8", _ANY, (64, 64, 8, 3)),
     ("sums", "16 bits", _ANY, (128, 64, 8, 3)),
     ("sums rich", "16 bits", _ANY, (64, 32, 8, 2)),
-    ("products rich", "16 bits", _ANY, (128, 64, 8, 3)),
+    ("products", "16 bits", 128, (128, 64, 8, 3)),
+    ("products", "16 bits", _ANY, (64, 64, 8, 2)),
+    ("products rich", "16 bits", 128, (128, 64, 8, 3)),
+    ("products rich", "16 bits", _ANY, (64, 64, 8, 2)),
     ("panel", "16 bits", _ANY, (128, 64, 8, 3)),
     ("panel rich", "16 bits", _ANY, (64, 64, 8, 3)),
 )

@@ -375,7 +375,9 @@ def gpu_targets() -> tuple[str, ...]:
 
 
 def target_of(capability: str) -> str:
-    """The architecture to compile for a GPU of a compute capability, ``"8.6"``: code for x.0 runs on every x.y."""
+    """The architecture to compile for a GPU of a compute capability, ``"8.6"``: code for x.0 runs on every x.y but Orin's 8.7."""
+    if capability == "8.7":
+        return "87"
     major = int(capability.partition(".")[0])
     return {9: "90a"}.get(major, f"{major}0")
 

@@ -30,6 +30,8 @@ __global__ void copy(const float* in, float* out, Fault fault) {
   auto* shared = shared_memory<float>();
   const int t = static_cast<int>(threadIdx.x);
   const int shift = fault == "misaligned_copy" ? 1 : 0;
+  shared[t] = 7.0f;
+  sync_threads();
   if (t < kThreads / 4) copy_async<16>(shared + 4 * t + shift, in + 4 * t);
   copy_async_commit();
   if (fault != "no_wait" && fault != "copy_left_behind") copy_async_wait<0>();

@@ -69,6 +69,15 @@ def test_each_gpu_is_tried_once_and_for_itself(gpus):
     assert "8.0, this one has 7.5" in cuda.supports("info_nce", "cuda:1", torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [("8.0", "80"), ("8.6", "80"), ("8.7", "87"), ("8.9", "80"), ("9.0", "90a"), ("10.3", "100")],
+)
+def test_targets(capability, target):
+    """Orin's GPU runs no code for desktops' GPUs."""
+    assert build.target_of(capability) == target
+
+
 def test_nothing_is_tried_while_a_graph_is_captured(gpus, monkeypatch):
     gpus.append("asked in the middle of a capture")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
