@@ -1,18 +1,22 @@
 """InfoNCE in blocks.
 
-With row weights w and the softmax p, ``G_ij = w_i (p_ij - [j is the positive])``, and ``dq_i = sum_j G_ij k_j / t``,
-``dk_j = sum_i G_ij q_i / t``, ``dt = -sum_ij G_ij z_ij / t``. A block of rows is complete, so that its sums are known before
-it leaves: three products for both gradients, two without that of the keys. Symmetric, the sums of the columns are known
+With row weights w and the softmax p, the gradient of a logit is ``G_ij = w_i (p_ij - [j is the positive])``; then
+``dq_i = sum_j G_ij k_j / t``, ``dk_j = sum_i G_ij q_i / t`` and ``dt = -sum_ij G_ij z_ij / t = -sum_i q_i . dq_i / t``. A block of
+rows is complete, so that its sums are known before it leaves: three products for both gradients, two without that of the keys.
+Symmetric, ``G_ij = (w_i p_ij + w_j c_ij) / 2 - w_i [j is the positive]`` with the softmax c of the columns, whose sums are known
 only after a first pass: four, unless one block has all logits.
 
-Logits that are known to be moderate go without the maximum of their row, and are then relative to 0.
+A block is touched as little as can be. Logits that are *moderate*, within ``tiles.MODERATE``, go without the maximum of their row:
+exponentials are relative to 0. Coefficients G stay what is in memory times w / t, and over the row's sum: numbers in that go into
+the products, what a row has of its own multiplies (n, D), and a tensor that all rows have in common multiplies in the end.
+Where products take rows of 16 bits as they are, the coefficients are *narrow*: of 16 bits, too, and times ``HALF_SCALE``.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +29,8 @@ from fastnce.blocks.tiles import (
     Buffer,
     Rows,
     Similarities,
+    accumulate,
+    apart,
     blocks,
     exponentials,
     narrowed,
@@ -34,6 +40,7 @@ from fastnce.blocks.tiles import (
 )
 
 Gradients = tuple[Tensor | None, ...]
+At = tuple[slice, slice]
 
 
 def info_nce_forward(
@@ -45,18 +52,11 @@ def info_nce_forward(
     grad_scale: float | None,
     mean: bool = False,
     needs: Sequence[bool],
-    symmetric: bool,
     **options: object,
 ) -> tuple[Tensor, Tensor, Gradients]:
-    problem = _problem(query, key, negatives, temperature, **options)
-    weights = grad_scale
-    if mean and weights is not None:
-        weights /= query.shape[:2].numel()
-    if symmetric:
-        loss, lse = problem.sums_of_both()
-        grads = problem.run(weights, needs, lse)[2] if weights is not None else (None,) * 4
-        return loss, lse, grads
-    return problem.run(weights, needs)
+    if mean and grad_scale is not None:
+        grad_scale /= query.shape[:2].numel()
+    return _problem(query, key, negatives, temperature, **options).run(grad_scale, needs)
 
 
 def info_nce_backward(
@@ -68,7 +68,6 @@ def info_nce_backward(
     lse: Tensor,
     *,
     needs: Sequence[bool],
-    symmetric: bool,
     **options: object,
 ) -> Gradients:
     problem = _problem(query, key, negatives, temperature, **options)
@@ -93,6 +92,74 @@ def _problem(
     return Problem(*rows, negatives, temperature, **options)
 
 
+class _Shared:
+    """Columns of all rows of a batch element: its keys (B, M, D), or negatives (1, M, D) of all elements."""
+
+    sums: Tensor | None = None  # of the gradient, if it is needed
+
+    def __init__(self, similarities: Similarities, rows: Rows) -> None:
+        self.similarities, self.rows, self.buffer = similarities, rows, Buffer(rows.units)
+
+    def start(self) -> None:
+        self.sums = torch.zeros_like(self.rows.units)
+
+    def _element(self, at: At) -> slice:
+        return at[0] if len(self.rows.units) > 1 else slice(None)
+
+    def logits(self, at: At) -> Tensor:
+        """Of the queries of a block, (b, n, M)."""
+        return self.similarities(at, self.rows[self._element(at)], self.buffer)
+
+    def times(self, part: Tensor, at: At, out: Tensor, keep: bool, scale: float) -> None:
+        """``keep out + scale sum_j part_ij k_j`` in ``out``."""
+        rows = self.rows.factors if part.dtype.itemsize == 2 else self.rows.units
+        product(part, rows[self._element(at)], out, keep=keep, scale=scale)
+
+    def add(self, part: Tensor, query: Tensor, at: At, scale: float, last: Tensor | None) -> None:
+        """Adds ``scale sum_i part_ij q_i`` to the gradient."""
+        query = query.to(part.dtype)
+        if len(self.sums) == 1:
+            part, query = (x.flatten(0, 1).unsqueeze(0) for x in (part, query))
+        product(part.mT, query, self.sums[self._element(at)], keep=1, scale=scale)
+
+    def gradient(self, last: Tensor | None) -> Tensor:
+        return self.rows.gradient(self.sums if last is None else self.sums.mul_(last))
+
+
+class _Own:
+    """Columns of one row each: its positive (B, N, D) alone, or its negatives (B, N, M, D). Of a block's the gradient is whole."""
+
+    sums: Tensor | None = None
+
+    def __init__(
+        self, similarities: Similarities, like: Tensor, rows: Callable[[At], Rows]
+    ) -> None:
+        self.similarities, self.like, self._rows_at = similarities, like, rows
+
+    def start(self) -> None:
+        self.sums = torch.empty_like(self.like)
+
+    def logits(self, at: At) -> Tensor:
+        self._rows = self._rows_at(at)  # (b, n, m, D)
+        rows, query = self._rows.wide, self.similarities.rows.wide[at].unsqueeze(-2)
+        one = rows.shape[-2] == 1
+        found = (rows * query).sum(dim=-1) if one else (rows @ query.mT).squeeze(-1)
+        return found / self.similarities.tau
+
+    def times(self, part: Tensor, at: At, out: Tensor, keep: bool, scale: float) -> None:
+        units, part = self._rows.units, part.to(out.dtype).unsqueeze(-2)
+        found = part * units if units.shape[-2] == 1 else part @ units
+        accumulate(found.squeeze(-2), out, keep, scale)
+
+    def add(self, part: Tensor, query: Tensor, at: At, scale: float, last: Tensor | None) -> None:
+        of_units = part.unsqueeze(-1) * query.unsqueeze(-2)
+        of_units.mul_(scale if last is None else last * scale)
+        self.sums[at] = self._rows.gradient(of_units).view_as(self.sums[at])
+
+    def gradient(self, last: Tensor | None) -> Tensor:
+        return self.sums
+
+
 class Problem:
     """Queries and keys (B, N, D), and what else is in their sums; as the operators have it."""
 
@@ -105,8 +172,9 @@ class Problem:
         *,
         in_batch: bool,
         self_logit: float | None,
+        symmetric: bool = False,
     ) -> None:
-        self.query, self.key, self.negatives = query, key, negatives
+        self.query, self.key, self.negatives, self.symmetric = query, key, negatives, symmetric
         self.own = negatives is not None and negatives.dim() == 4
         self.in_batch, self.tau = in_batch, number(temperature)
         self.similarities = Similarities(query, self.tau)
@@ -117,21 +185,26 @@ class Problem:
         self.constant = None
         if self_logit is not None and not (self.moderate and (self_logit + 1) / self.tau < least):
             self.constant = units.new_full((), self_logit) / self.tau
-        # Coefficients in 16 bits, where the products take those.
         self.narrow = query.inverse is not None and not self.own
-        self._buffers = [Buffer(units) for _ in range(3)]
+        self._buffer = Buffer(units)
         # Of symmetric losses, if one block has them all.
         self._kept: list[Tensor] | None = None
 
     @functools.cached_property
-    def shared(self) -> Rows | None:
-        """Negatives (M, D)."""
-        return None if self.negatives is None or self.own else self._rows(self.negatives)
+    def columns(self) -> list[_Shared | _Own]:
+        """The positives' first."""
+        key, negatives, similarities = self.key, self.negatives, self.similarities
+        found: list[_Shared | _Own] = [_Shared(similarities, key)]
+        if not self.in_batch:
+            found = [_Own(similarities, key.like, lambda at: key[(*at, None)])]
+        if self.own:
+            rows = lambda at: key.alike(negatives[at].to(key.units.dtype))  # noqa: E731
+            found.append(_Own(similarities, negatives, rows))
+        elif negatives is not None:
+            found.append(_Shared(similarities, key.alike(negatives.unsqueeze(0))))
+        return found
 
-    def _rows(self, x: Tensor) -> Rows:
-        return Rows(x, self.key.normalize, self.key.rounded)
-
-    def blocks(self):
+    def blocks(self) -> Iterator[At]:
         batch, rows, depth = self.query.units.shape
         columns = rows if self.in_batch else 1
         columns += 0 if self.negatives is None else self.negatives.shape[-2]
@@ -139,59 +212,33 @@ class Problem:
             columns *= 1 + depth  # these rows are copied, too
         return blocks(batch, rows, columns, self.query.units)
 
-    def logits(self, at: tuple[slice, slice]) -> tuple[list[Tensor], Rows | None]:
-        """Those of a block's queries with keys and with negatives, and the queries' own negatives."""
-        if self._kept is not None:
-            return self._kept, None
-        if self.in_batch:
-            key = self.key[at[0]]
-            found = [self.similarities(at, key.similar, key.inverse, self._buffers[0])]
-        else:
-            positive = (self.query.wide[at] * self.key.wide[at]).sum(dim=-1, keepdim=True)
-            found = [positive / self.tau]
-        if self.shared is not None:
-            found.append(
-                self.similarities(at, self.shared.similar, self.shared.inverse, self._buffers[1])
-            )
-        own = None
-        if self.own:
-            own = self._rows(self.negatives[at].to(self.query.units.dtype))
-            found.append((own.units @ self.query.units[at].unsqueeze(-1)).squeeze(-1) / self.tau)
-        return found, own
-
-    def positive(self, parts: list[Tensor], at: tuple[slice, slice]) -> Tensor:
-        """(B, n), a view."""
+    def positive(self, part: Tensor, at: At) -> Tensor:
+        """(b, n), a view of what the first columns have."""
         if not self.in_batch:
-            return parts[0].squeeze(-1)
-        return parts[0].diagonal(at[1].start, dim1=-2, dim2=-1)
+            return part.squeeze(-1)
+        return part.diagonal(at[1].start, dim1=-2, dim2=-1)
 
     def sums_of_both(self) -> tuple[Tensor, Tensor]:
         """The symmetric losses (B, N), and the lse (2, B, N) of rows and columns."""
-        units = self.query.units
+        units, (column,) = self.query.units, self.columns
         shape = units.shape[:2]
         lse, positive = units.new_empty((2, *shape)), units.new_empty(shape)
-        top = units.new_full(shape, 0 if self.moderate else torch.finfo(units.dtype).min)
-        total = units.new_zeros(shape)
+        # Added up over the blocks, of which there may be hundreds.
+        of_columns = units.new_full(shape, -torch.inf, dtype=torch.float64)
         found = list(self.blocks())
         for at in found:
-            (part,), _ = self.logits(at)
+            part = column.logits(at)
+            positive[at] = self.positive(part, at)
+            if self.moderate:
+                relative = torch.exp(part, out=self._buffer(*part.shape))
+                by_row, by_column = (relative.sum(dim=dim).log_() for dim in (-1, -2))
+            else:
+                by_row, by_column = (part.logsumexp(dim=dim) for dim in (-1, -2))
+            lse[0][at], sums = by_row, of_columns[at[0]]
+            torch.logaddexp(sums, by_column.to(sums.dtype), out=sums)
             if len(found) == 1:
                 self._kept = [part]
-            positive[at] = self.positive([part], at)
-            relative, of_element = self._buffers[2](*part.shape), at[0]
-            if self.moderate:
-                torch.exp(part, out=relative)
-                torch.log(relative.sum(dim=-1), out=lse[0][at])
-                total[of_element] += relative.sum(dim=-2)
-                continue
-            row_top, row_total = exponentials([relative.copy_(part)], None, moderate=False)
-            lse[0][at] = (row_top + row_total.log()).squeeze(-1)
-            before, now = top[of_element], torch.maximum(top[of_element], part.amax(dim=-2))
-            torch.sub(part, now.unsqueeze(-2), out=relative)
-            total[of_element] *= (before - now).exp()
-            total[of_element] += relative.exp_().sum(dim=-2)
-            top[of_element] = now
-        lse[1] = top + total.masked_fill_(top == torch.inf, 1).log()  # as in exponentials
+        lse[1] = of_columns
         return lse.mean(dim=0) - positive, lse
 
     def run(
@@ -204,32 +251,36 @@ class Problem:
             needs: of query, key, negatives and temperature.
             lse: (B, N), or (2, B, N) where the losses are symmetric.
         """
-        symmetric = lse is not None and lse.dim() == 3
-        if weights is not None and not symmetric and self._has_attention(needs):
-            return self._attend(weights, needs, lse)
+        sums, losses = None if weights is None else _Sums(self, weights, needs), None
+        if self.symmetric:
+            if lse is None:
+                losses, lse = self.sums_of_both()
+            if sums is not None:
+                self._add_blocks(sums, lse)
+        elif sums is not None and self._has_attention(needs):
+            losses, lse = self._attend(sums, lse)
+        else:
+            losses, lse = self._add_blocks(sums, lse)
+        return losses, lse, (None,) * 4 if sums is None else sums.gradients(lse)
+
+    def _add_blocks(self, sums: _Sums | None, lse: Tensor | None) -> tuple[Tensor | None, Tensor]:
         losses = None
         if lse is None:
             losses, lse = (self.query.units.new_empty(self.query.units.shape[:2]) for _ in range(2))
-        sums = None if weights is None else _Sums(self, weights, needs, symmetric)
+        if sums is not None:
+            sums.start()
         for at in self.blocks():
-            parts, own = self.logits(at)
-            positive, divisor, logits = self.positive(parts, at), None, []
-            if sums is not None and needs[3] and self.key.rounded:
+            parts = self._kept or [column.logits(at) for column in self.columns]
+            positive, divisor, logits = self.positive(parts[0], at), None, []
+            if sums is not None and sums.moment is not None:
                 logits = [part.clone() for part in parts]
-            if symmetric:
+            if self.symmetric:
                 self._coefficients_of_both(parts[0], positive, at, lse, sums.weights)
             else:
                 divisor = self._exponentials(parts, positive, at, losses, lse)
-                if sums is None:
-                    continue
-                positive -= 1 if divisor is None else divisor.squeeze(-1)
-            sums.add(parts, own, at, divisor, logits)
-        if sums is None:
-            return losses, lse, (None,) * 4
-        *grads, of_temperature = sums.gradients()
-        if of_temperature is not None:
-            of_temperature = self._with_constant(of_temperature, weights, lse)
-        return losses, lse, (*grads, of_temperature)
+            if sums is not None:
+                sums.add(parts, at, divisor, logits)
+        return losses, lse
 
     def _has_attention(self, needs: Sequence[bool]) -> bool:
         need_query, need_key, need_negatives, need_temperature = needs
@@ -238,10 +289,8 @@ class Problem:
         plain = not self.own and not self.key.rounded and self.query.inverse is None
         return plain and has_attention(self.query.units)
 
-    def _attend(
-        self, weights: float | Tensor, needs: Sequence[bool], lse: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Gradients]:
-        """As ``run``, for keys without gradient.
+    def _attend(self, sums: _Sums, lse: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """As ``_add_blocks``, for keys without gradient.
 
         With m the mean key and p the softmax's share of the positive, where it is not among these keys, the gradient of a query is
         ``w / t (m - k)`` or, with m that of the other keys, ``w / t ((1 - p) m - (1 - p) k)``.
@@ -252,7 +301,7 @@ class Problem:
         flat = left.flatten(0, 1).unsqueeze(0)
         rows = max(LEAST_ROWS, BYTES["cpu"] // 4 // (key.shape[-1] * key.element_size()))
         for negatives in () if self.negatives is None else self.negatives.split(rows):
-            units = self._rows(negatives).units.unsqueeze(0)
+            units = self.key.alike(negatives).units.unsqueeze(0)
             more = (x.view(*left.shape[:2], -1) for x in attention(flat, units, scale))
             found = more if found is None else _both_means(*found, *more)
         mean, of_others = found
@@ -268,191 +317,125 @@ class Problem:
             mean.sub_(key)
         else:
             mean.addcmul_(key, torch.expm1(positive - total))
-        factor = weights.unsqueeze(-1) if isinstance(weights, Tensor) else weights
-        of_query = mean.mul_(factor / self.tau)
-        of_temperature = None
-        if needs[3]:
-            of_temperature = -(self.query.units * of_query).sum() / self.tau
-            of_temperature = self._with_constant(of_temperature, weights, lse)
-        grads = self.query.gradient(of_query) if needs[0] else None, None, None, of_temperature
-        return losses, lse, grads
-
-    def _with_constant(self, of_temperature: Tensor, weights: float | Tensor, lse: Tensor):
-        """The gradient of the temperature with that from the constant logit."""
-        if self.constant is None:
-            return of_temperature
-        shares = (self.constant - lse).exp_().mul_(weights)
-        return of_temperature - shares.sum() * self.constant / self.tau
+        sums.of_query = mean.mul_(sums.scale if sums.weights is None else sums.weights * sums.scale)
+        return losses, lse
 
     def _exponentials(
-        self,
-        parts: list[Tensor],
-        positive: Tensor,
-        at: tuple[slice, slice],
-        losses: Tensor | None,
-        lse: Tensor,
+        self, parts: list[Tensor], positive: Tensor, at: At, losses: Tensor | None, lse: Tensor
     ) -> Tensor | None:
-        """Makes the logits exponentials; their sum (..., 1), None for 1. Writes losses and lse, if there are any losses."""
+        """Makes the logits coefficients times a divisor (b, n, 1), None for 1. Writes losses and lse, if there are any losses."""
+        divisor = None
         if losses is not None:
-            value = None if self.moderate else positive.clone()
-            top, total = exponentials(parts, self.constant, self.moderate)
-            torch.log(total.squeeze(-1), out=lse[at])
+            logit = None if self.moderate else positive.clone()
+            top, divisor = exponentials(parts, self.constant, self.moderate)
+            torch.log(divisor.squeeze(-1), out=lse[at])
             if self.moderate:  # no quotient of two of these overflows
-                torch.div(total.squeeze(-1), positive, out=losses[at]).log_()
+                torch.div(divisor.squeeze(-1), positive, out=losses[at]).log_()
             else:
                 lse[at] += top.squeeze(-1)
-                torch.sub(lse[at], value, out=losses[at])
-            return total
-        for part in parts:
-            if not self.moderate:
-                part.sub_(lse[at].unsqueeze(-1))
-            part.exp_()
-        return lse[at].unsqueeze(-1).exp() if self.moderate else None
+                torch.sub(lse[at], logit, out=losses[at])
+        else:
+            for part in parts:
+                if not self.moderate:
+                    part.sub_(lse[at].unsqueeze(-1))
+                part.exp_()
+            if self.moderate:
+                divisor = lse[at].unsqueeze(-1).exp()
+        positive -= 1 if divisor is None else divisor.squeeze(-1)
+        return divisor
 
     def _coefficients_of_both(
-        self,
-        part: Tensor,
-        positive: Tensor,
-        at: tuple[slice, slice],
-        lse: Tensor,
-        weights: Tensor | None,
+        self, part: Tensor, positive: Tensor, at: At, lse: Tensor, weights: Tensor | None
     ) -> None:
         """Makes a block of logits twice the coefficients of the symmetric losses, whose weights are (B, N, 1), 1 if None."""
         of_rows, of_columns = lse[0][at].unsqueeze(-1), lse[1][at[0]].unsqueeze(-2)
-        buffer = self._buffers[2](*part.shape)
-        row_weights = 1.0 if weights is None else weights[at]
-        column_weights = 1.0 if weights is None else weights[at[0]].mT
+        mine, theirs = (1.0, 1.0) if weights is None else (weights[at], weights[at[0]].mT)
+        buffer = self._buffer(*part.shape)
         if self.moderate:
-            shares = row_weights * (-of_rows).exp_(), column_weights * (-of_columns).exp_()
-            part.exp_().mul_(torch.add(*shares, out=buffer))
+            torch.add(mine * (-of_rows).exp_(), theirs * (-of_columns).exp_(), out=buffer)
+            part.exp_().mul_(buffer)
         else:
             by_row = torch.sub(part, of_rows, out=buffer).exp_()
             part.sub_(of_columns).exp_()
             if weights is not None:
-                by_row.mul_(row_weights)
-                part.mul_(column_weights)
+                by_row.mul_(mine)
+                part.mul_(theirs)
             part.add_(by_row)
-        positive -= 2 if weights is None else 2 * weights[at].squeeze(-1)
+        positive.unsqueeze(-1).sub_(2 * mine)
 
 
 class _Sums:
-    """The gradients of the rows, added up block by block. The coefficients are ``parts * weights / divisor``.
+    """The gradients, added up block by block.
 
-    What is a number in that goes into the products, and tensors that all rows have in common multiply at the end. Symmetric
-    coefficients come twice as large, with their weights.
+    The coefficients are ``scale last parts / divisor`` times the weights (B, N, 1), if these differ. Symmetric parts have them.
     """
 
-    def __init__(
-        self,
-        problem: Problem,
-        weights: float | Tensor,
-        needs: Sequence[bool],
-        symmetric: bool,
-    ) -> None:
-        self.problem, self.needs, self.symmetric = problem, needs, symmetric
-        self.query, self.key = problem.query, problem.key
-        self.scale, self.weights, last = 1.0, None, 1.0
+    def __init__(self, problem: Problem, weights: float | Tensor, needs: Sequence[bool]) -> None:
+        self.problem, self.given, self.needs = problem, weights, needs
+        self.weights, common = None, weights
         if isinstance(weights, Tensor):
-            self.weights = weights.unsqueeze(-1)
-            if problem.narrow:
-                last = power_above(weights)
-                self.weights = self.weights / last
-        else:
-            self.scale = weights
-        if isinstance(problem.tau, Tensor):
-            last = last / problem.tau
-        else:
-            self.scale /= problem.tau
-        self.last = last if isinstance(last, Tensor) else None
-        if problem.narrow:
-            self.scale /= HALF_SCALE
-        if symmetric:
-            self.scale /= 2
-        need_query, need_key, need_negatives, need_temperature = needs
-        units = self.query.units
-        self.of_query = torch.empty_like(units) if need_query or need_temperature else None
-        self.of_key = torch.zeros_like(units) if need_key else None
-        self.of_negatives, self.moment = None, None
-        if need_negatives:
-            like = problem.negatives if problem.own else problem.shared.units
-            self.of_negatives = torch.zeros_like(like)
+            common = power_above(weights) if problem.narrow else 1.0
+            self.weights = (weights / common).unsqueeze(-1)
+        # Of parts that are larger.
+        factor = (HALF_SCALE if problem.narrow else 1) * (2 if problem.symmetric else 1)
+        self.scale, self.last = apart(common, 1 / problem.tau, 1 / factor)
+        self.of_query: Tensor | None = None
+        # Rounded similarities are not the product of what is multiplied for the gradient.
+        rounded = problem.key.rounded and needs[3]
+        self.moment = problem.query.units.new_zeros(()) if rounded else None
+
+    def start(self) -> None:
+        if self.needs[0] or self.needs[3]:
+            self.of_query = torch.empty_like(self.problem.query.units)
+        for column, need in zip(self.problem.columns, self.needs[1:], strict=False):
+            if need:
+                column.start()
 
     def add(
-        self,
-        parts: list[Tensor],
-        own: Rows | None,
-        at: tuple[slice, slice],
-        divisor: Tensor | None,
-        logits: list[Tensor],
+        self, parts: list[Tensor], at: At, divisor: Tensor | None, logits: list[Tensor]
     ) -> None:
         """Adds a block's; the logits, if there are any, for the temperature."""
         if self.problem.narrow:
-            parts, divisor = [narrowed(part, divisor, self.key.like) for part in parts], None
-        if self.weights is not None and not self.symmetric:
+            parts, divisor = [narrowed(x, divisor, self.problem.key.like) for x in parts], None
+        if self.weights is not None and not self.problem.symmetric:
             divisor = (1 if divisor is None else divisor) / self.weights[at]
         for part, z in zip(parts, logits, strict=False):
-            terms = part * z if divisor is None else part * z / divisor
-            self.moment = terms.sum() if self.moment is None else self.moment + terms.sum()
+            self.moment += (part * z if divisor is None else part * z / divisor).sum()
+        both = list(zip(self.problem.columns, parts, strict=True))
         if self.of_query is not None:
-            sums = self._times_columns(parts, own, self.of_query[at], at)
+            out = self.of_query[at]
+            for i, (column, part) in enumerate(both):
+                column.times(part, at, out, i > 0, self.scale)
             if divisor is not None:
-                sums.div_(divisor)
-        if self.of_key is None and self.of_negatives is None:
-            return
-        query = self.query.units[at] if divisor is None else self.query.units[at] / divisor
-        rows = query.to(parts[0].dtype)
-        if self.of_key is not None and self.problem.in_batch:
-            product(parts[0].mT, rows, self.of_key[at[0]], keep=1, scale=self.scale)
-        elif self.of_key is not None:
-            self.of_key[at] = parts[0] * query * self.scale
-        if self.of_negatives is None:
-            return
-        if own is None:
-            flat, rows = parts[-1].flatten(0, 1).T, rows.flatten(0, 1)
-            product(flat[None], rows, self.of_negatives[None], keep=1, scale=self.scale)
-        else:
-            of_units = parts[-1].unsqueeze(-1) * query.unsqueeze(-2)
-            of_units.mul_(self.scale if self.last is None else self.last * self.scale)
-            self.of_negatives[at] = own.gradient(of_units)
+                out.div_(divisor)
+        query = None
+        for column, part in both:
+            if column.sums is not None:
+                if query is None:
+                    query = self.problem.query.units[at]
+                    query = query if divisor is None else query / divisor
+                column.add(part, query, at, self.scale, self.last)
 
-    def _times_columns(
-        self, parts: list[Tensor], own: Rows | None, out: Tensor, at: tuple[slice, slice]
-    ) -> Tensor:
-        """``scale sum_j part_ij k_j`` over all columns, (B, n, D)."""
-        problem, scale = self.problem, self.scale
-        if problem.in_batch:
-            key = self.key.factors if problem.narrow else self.key.units
-            product(parts[0], key[at[0]], out, scale=scale)
-        else:
-            torch.mul(parts[0], self.key.units[at], out=out).mul_(scale)
-        if problem.shared is not None:
-            product(parts[1], problem.shared.factors, out, keep=1, scale=scale)
-        if own is not None:
-            out.add_((parts[-1].unsqueeze(-2) @ own.units).squeeze(-2), alpha=scale)
-        return out
-
-    def gradients(self) -> Gradients:
+    def gradients(self, lse: Tensor) -> Gradients:
         """Of queries, keys, negatives and temperature; None of those that are not needed."""
-        need_query, need_key, need_negatives, need_temperature = self.needs
-        own, last = self.problem.own, self.last
-        if last is not None:
-            for grad in (self.of_query, self.of_key, None if own else self.of_negatives):
-                if grad is not None:
-                    grad.mul_(last)
+        problem, last, of_query = self.problem, self.last, self.of_query
+        if last is not None and of_query is not None:
+            of_query.mul_(last)
         of_temperature = None
-        if need_temperature and self.moment is None:
-            of_temperature = -(self.query.units * self.of_query).sum() / self.problem.tau
-        elif need_temperature:  # of rounded similarities
+        if self.moment is not None:
             of_temperature = self.moment * (-self.scale if last is None else last * -self.scale)
-        of_negatives = self.of_negatives
-        if need_negatives and not own:
-            of_negatives = self.problem.shared.gradient(of_negatives)
-        return (
-            self.query.gradient(self.of_query) if need_query else None,
-            self.key.gradient(self.of_key) if need_key else None,
-            of_negatives,
-            of_temperature,
-        )
+        elif self.needs[3]:
+            of_temperature = -(problem.query.units * of_query).sum() / problem.tau
+        if self.needs[3] and problem.constant is not None:
+            shares = (problem.constant - lse).exp_().mul_(self.given)
+            of_temperature = of_temperature - shares.sum() * problem.constant / problem.tau
+        of_columns: list[Tensor | None] = [None, None]
+        likes = problem.key.like, problem.negatives
+        for i, need in enumerate(self.needs[1:3]):
+            if need:
+                of_columns[i] = problem.columns[i].gradient(last).view_as(likes[i])
+        of_query = problem.query.gradient(of_query) if self.needs[0] else None
+        return of_query, *of_columns, of_temperature
 
 
 def _both_means(mean: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:

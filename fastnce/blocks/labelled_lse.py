@@ -21,8 +21,8 @@ from fastnce.blocks.tiles import (
     Buffer,
     Rows,
     Similarities,
+    apart,
     blocks,
-    exponentials,
     narrowed,
     number,
     power_above,
@@ -47,14 +47,6 @@ class State:
     def weights(self) -> list[Tensor]:
         found = (self.all_weight, self.same_weight, self.linear)
         return [x for x in found if x is not None]
-
-    def factor(self) -> Tensor:
-        """Of ``exp z`` in G."""
-        return self.all_weight * (-self.all_lse).exp()
-
-    def factor_of_same(self) -> Tensor:
-        """Another, in columns of the same label."""
-        return self.same_weight * (-self.same_lse).exp()
 
     def add_to(self, out: Tensor, z: Tensor, same: Tensor, part: Tensor) -> None:
         """Adds G to ``out`` (n, m), and overwrites ``part``; the state is one of (n, 1) or (1, m)."""
@@ -95,6 +87,8 @@ class Logits:
             self.similarities = Similarities(x, 1.0)
         self._buffers = [Buffer(x.units) for _ in range(4)]
         self._zero = x.units.new_zeros(())
+        # The logit, or the exponential, of what is not in a sum.
+        self._nothing = x.units.new_full((), 0 if self.moderate else -torch.inf)
         self._blocks = [rows for _, rows in blocks(1, len(x.units), len(y.units), x.units)]
         self._only: tuple[slice, Tensor, Tensor] | None = None
 
@@ -105,16 +99,16 @@ class Logits:
             return
         for rows in self._blocks:
             at = slice(None), rows
-            z = self.similarities(at, self.y.similar, self.y.inverse, self._buffers[0])[0]
+            z = self.similarities(at, self.y, self._buffers[0])[0]
             if not self.moderate:
                 z.div_(self.tau)
             same = self.x_labels[rows, None] == self.y_labels
-            self._set_own(same, rows, False)
+            self._leave_own(same, rows)
             if len(self._blocks) == 1:
                 self._only = rows, z, same
             yield rows, z, same
 
-    def _set_own(self, x: Tensor, rows: slice, value: float) -> None:
+    def _leave_own(self, x: Tensor, rows: slice, value: float | Tensor = 0) -> None:
         if self.own:
             x.diagonal(rows.start).fill_(value)
 
@@ -122,26 +116,17 @@ class Logits:
         """The lse (N,) of the rows, and that of the columns of their label, or the sum of these logits if ``linear``."""
         found = self.x.units.new_empty((2, len(self.x.units)))
         for rows, z, same in self:
-            part, of_same = (buffer(*z.shape) for buffer in self._buffers[1:3])
-            if self.moderate:
-                torch.exp(z, out=part)
-                self._set_own(part, rows, 0)
-            else:
-                part.copy_(z)
-                self._set_own(part, rows, -torch.inf)
-            if linear or self.moderate:
-                torch.where(same, z if linear else part, self._zero, out=of_same)
-                torch.sum(of_same, dim=1, out=found[1, rows])
-            else:
-                of_same.copy_(part).masked_fill_(~same, -torch.inf)
-                found[1, rows] = lse_of(of_same)
-            if self.moderate:
-                torch.sum(part, dim=1, out=found[0, rows])
-            else:
-                found[0, rows] = lse_of(part)
-        if self.moderate:
-            (found[0] if linear else found).log_()
+            part = self._buffers[1](*z.shape)
+            torch.exp(z, out=part) if self.moderate else part.copy_(z)
+            self._leave_own(part, rows, self._nothing)
+            found[0, rows] = self._lse(part)
+            of_same = z if linear else part
+            torch.where(same, of_same, self._zero if linear else self._nothing, out=part)
+            found[1, rows] = part.sum(dim=1) if linear else self._lse(part)
         return found[0], found[1]
+
+    def _lse(self, part: Tensor) -> Tensor:
+        return part.sum(dim=1).log_() if self.moderate else part.logsumexp(dim=1)
 
     def gradient(
         self, x_state: State, y_state: State, need_moment: bool
@@ -149,53 +134,51 @@ class Logits:
         """``sum_j (G_ij + G_ji) y_j / t`` (N, D), and ``sum_ij G_ij z_ij`` of the rows' G."""
         units = self.x.units
         of_units = torch.empty_like(units)
-        narrow, largest = self.y.inverse is not None, None
-        scale, last = 1.0, 1 / self.tau
-        if not isinstance(last, Tensor):
-            scale, last = last, None
+        narrow, largest = self.y.inverse is not None, 1.0
         if narrow:
             largest = power_above(torch.cat([*x_state.weights(), *y_state.weights()]))
-            scale, last = scale / HALF_SCALE, largest if last is None else largest * last
+        scale, last = apart(1 / self.tau, largest, 1 / HALF_SCALE if narrow else 1.0)
         symmetric = x_state is y_state  # so is the matrix: the moment of G + G^T is twice that of G
-        moments = need_moment and (narrow or not symmetric)
+        alone = need_moment and not symmetric  # the moment is that of the rows' G
+        moments = alone or (need_moment and narrow)
         moment = units.new_zeros((), dtype=torch.float64) if moments else None
         columns = y_state.map(lambda x: x.unsqueeze(0))
         for rows, z, same in self:
             mine = x_state.map(lambda x, rows=rows: x[rows, None])
-            if symmetric or not moments:
-                both = self._coefficients(rows, z, same, mine, columns)
-                if moments:
-                    moment += 0.5 * (z * both).sum(dtype=moment.dtype)
-            else:
-                both = self._coefficients(rows, z, same, mine).clone()
+            both = self._coefficients(rows, z, same, mine, *(() if alone else (columns,)))
+            if moments:
                 moment += (z * both).sum(dtype=moment.dtype)
-                both += self._coefficients(rows, z, same, columns)
+            if alone:
+                both = both.clone().add_(self._coefficients(rows, z, same, columns))
             if narrow:
                 both = narrowed(both, largest, self.y.like)
             product(both[None], self.y.factors, of_units[None, rows], scale=scale)
         if last is not None:
             of_units.mul_(last)
         if need_moment and not moments:
-            moment = 0.5 * (units * of_units).sum()
-        return of_units, moment
+            moment = (units * of_units).sum()
+        return of_units, 0.5 * moment if need_moment and symmetric else moment
 
     def _coefficients(self, rows: slice, z: Tensor, same: Tensor, *states: State) -> Tensor:
         """G (n, m) of states (n, 1) and (1, m), added up."""
         out, part, other = (buffer(*z.shape) for buffer in self._buffers[1:])
         if self.moderate:
-            _sum([state.factor() for state in states], out)
+
+            def add_of_same(values: list[Tensor]) -> None:
+                out.add_(torch.where(same, _sum(values, other), self._zero, out=part))
+
+            # exp z once, times the factors that it has.
+            _sum([x.all_weight * (-x.all_lse).exp() for x in states], out)
             if states[0].same_weight is not None:
-                of_same = _sum([state.factor_of_same() for state in states], other)
-                out.add_(torch.where(same, of_same, self._zero, out=part))
+                add_of_same([x.same_weight * (-x.same_lse).exp() for x in states])
             out.mul_(torch.exp(z, out=part))
             if states[0].linear is not None:
-                linear = _sum([state.linear for state in states], other)
-                out.add_(torch.where(same, linear, self._zero, out=part))
+                add_of_same([x.linear for x in states])
         else:
             out.zero_()
             for state in states:
                 state.add_to(out, z, same, part)
-        self._set_own(out, rows, 0)
+        self._leave_own(out, rows)
         return out
 
 
@@ -203,12 +186,6 @@ def _sum(values: Sequence[Tensor], out: Tensor) -> Tensor:
     """That of one or two tensors, (n, 1) and (1, m) -> (n, m), in ``out``."""
     first, *rest = values
     return torch.add(first, *rest, out=out) if rest else out.copy_(first)
-
-
-def lse_of(z: Tensor) -> Tensor:
-    """``log sum exp`` of each row, which is overwritten."""
-    top, total = exponentials([z], None, False)
-    return (top + total.log()).squeeze(-1)
 
 
 def labelled_lse_forward(

@@ -8,15 +8,13 @@ from torch import Tensor
 
 from fastnce.blocks.tiles import Buffer, Rows, Similarities, number, product
 
-_ALL = slice(None), slice(None)
-
 
 def pairwise_cosine_similarity_forward(
     x: Tensor, y: Tensor | None, temperature: float | Tensor
 ) -> Tensor:
     rows, columns = _sides(x, y)
     similarities = Similarities(rows, number(temperature))
-    found = similarities(_ALL, columns.similar, columns.inverse, Buffer(rows.units))
+    found = similarities(..., columns, Buffer(rows.units))
     return found.view(*x.shape[:-1], found.shape[-1]).to(x.dtype)
 
 

@@ -54,7 +54,7 @@ def sample_patches_add_(
             element, channel = (torch.arange(size, device=x.device) for size in x.shape[:2])
             at = (element[:, None, None], channel[:, None], *_rows_and_columns(x, ids))
             x.index_put_(at, grad.mT, accumulate=True)
-        elif _channels_last(x):
+        elif x.stride(1) == 1:  # channels last
             flat.mT.index_add_(1, ids, grad)
         else:
             flat.index_add_(2, ids, grad.mT)
@@ -65,7 +65,7 @@ def _gathered(x: Tensor, ids: Tensor) -> Tensor:
     flat = _flat(x)
     if flat is None:
         return x[:, :, *_rows_and_columns(x, ids)].mT
-    if _channels_last(x):
+    if x.stride(1) == 1:  # channels last
         return flat.mT.index_select(1, ids)
     return flat.gather(2, ids.expand(*x.shape[:2], -1)).mT
 
@@ -76,10 +76,6 @@ def _flat(x: Tensor) -> Tensor | None:
     if x.stride(2) != width * x.stride(3):
         return None
     return x.as_strided((*x.shape[:2], height * width), (*x.stride()[:2], x.stride(3)))
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.stride(1) == 1
 
 
 def _rows_and_columns(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,11 @@ class Rows:
         """The similar rows in the dtype of the sums."""
         return self.similar if self.inverse is None else self.units
 
-    def __getitem__(self, at: slice | None) -> Rows:
+    def alike(self, x: Tensor) -> Rows:
+        """Others with the same options."""
+        return Rows(x, self.normalize, self.rounded)
+
+    def __getitem__(self, at: object) -> Rows:
         part = copy.copy(self)
         for name, x in vars(self).items():
             if isinstance(x, Tensor):
@@ -123,7 +127,7 @@ def number(temperature: float | Tensor) -> float | Tensor:
 
 
 class Similarities:
-    """``z = x . y / t`` of blocks of the rows x.
+    """``z = x . y / t`` of blocks of the rows x, (N, D) or (B, N, D).
 
     Attributes:
         moderate: every z is known to lie within ``MODERATE``. Nobody reads a temperature that is a tensor.
@@ -131,6 +135,7 @@ class Similarities:
 
     def __init__(self, rows: Rows, temperature: float | Tensor) -> None:
         rows = rows[None] if rows.units.dim() == 2 else rows
+        self.rows, self.tau = rows, temperature
         self.left, self.scale, self._inverse = rows.similar, 1.0, None
         self.moderate = False
         if not isinstance(temperature, Tensor):
@@ -143,15 +148,12 @@ class Similarities:
         elif isinstance(temperature, Tensor):
             self.left = self.left / temperature
 
-    def __call__(
-        self, at: object, similar: Tensor, inverse: Tensor | None, buffer: Buffer
-    ) -> Tensor:
-        """(b, n, m), of the rows ``at`` and others, (b, m, D) or (m, D)."""
-        left = self.left[at]
-        if inverse is not None:
-            return product(left, similar.mT).mul_(inverse.mT).mul_(self._inverse[at])
-        out = buffer(*left.shape[:2], similar.shape[-2])
-        return product(left, similar.mT, out, scale=self.scale)
+    def __call__(self, at: object, y: Rows, buffer: Buffer) -> Tensor:
+        """(b, n, m), of the rows ``at`` and of y, (b, m, D), (1, m, D) or (m, D)."""
+        left, right = self.left[at], y.similar.mT
+        if y.inverse is not None:
+            return product(left, right).mul_(y.inverse.mT).mul_(self._inverse[at])
+        return product(left, right, buffer(*left.shape[:2], right.shape[-1]), scale=self.scale)
 
 
 def blocks(batch: int, rows: int, columns: int, like: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -186,25 +188,27 @@ class Buffer:
 def product(
     a: Tensor, b: Tensor, out: Tensor | None = None, keep: int = 0, scale: float = 1
 ) -> Tensor:
-    """``keep out + scale a @ b`` in ``out``, (B, n, k) and (B, k, m) or (k, m) -> (B, n, m).
+    """``keep out + scale a @ b`` in ``out``, (B, n, k) and (B, k, m), (1, k, m) or (k, m) -> (B, n, m).
 
     Of factors of 16 bits the result is in float32; without ``out`` it is ``a @ b``.
     """
-    if out is None and a.dtype.itemsize > 2:
-        out = a.new_empty((*a.shape[:2], b.shape[-1]))
     shape = (*a.shape[:2], b.shape[-1])
-    flat = b.dim() == 2 or len(a) == 1
+    flat = b.dim() == 2 or len(b) == 1
     if flat:
-        a, b = a.flatten(0, 1), b.squeeze(0) if b.dim() == 3 else b
+        a, b = a.flatten(0, 1), b.view(b.shape[-2:])
     if a.dtype.itemsize == 2:
         found = _wide_product(a, b).view(shape)
-        if out is None:
-            return found
-        return out.add_(found, alpha=scale) if keep else torch.mul(found, scale, out=out)
+        return found if out is None else accumulate(found, out, keep, scale)
+    out = a.new_empty(shape) if out is None else out
     into = out.view(-1, shape[-1]) if flat else out
     multiply = torch.addmm if flat else torch.baddbmm
     multiply(into, a, b, beta=keep, alpha=scale, out=into)
     return out
+
+
+def accumulate(x: Tensor, out: Tensor, keep: int, scale: float) -> Tensor:
+    """``keep out + scale x`` in ``out``."""
+    return out.add_(x, alpha=scale) if keep else torch.mul(x, scale, out=out)
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -252,3 +256,10 @@ def power_above(x: Tensor) -> Tensor:
     """The least power of two above the largest finite magnitude."""
     largest = x.abs().nan_to_num(0, 0, 0).amax()
     return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+
+
+def apart(*factors: float | Tensor) -> tuple[float, Tensor | None]:
+    """Their product in two: of the numbers, which matrix products take, and of the tensors, which multiply in the end."""
+    numbers = [x for x in factors if not isinstance(x, Tensor)]
+    tensors = [x for x in factors if isinstance(x, Tensor)]
+    return math.prod(numbers), functools.reduce(torch.mul, tensors) if tensors else None

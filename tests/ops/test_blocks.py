@@ -1,56 +1,34 @@
 """The ``blocks`` backend on another device, as which tensors without values serve: what it allocates, and that it waits for none."""
 
-import functools
-
 import pytest
 import torch
 from forms import DTYPES, FORMS, LOSSES, gaussian, mapped, samples
+from operators import Operators
 from test_sizes import FORMS as INFO_NCE_FORMS
 from test_sizes import KINDS, awkward, shaped
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastnce
 from fastnce import blocks
 from fastnce.blocks import info_nce, labelled_lse, tiles
-from fastnce.testing import assert_close_to_truth, run
-
-# Operators that leave the device alone.
-VIEWS = [
-    "alias",
-    "as_strided",
-    "detach",
-    "diagonal",
-    "empty",
-    "expand",
-    "promote_types",
-    "slice",
-    "split",
-    "squeeze",
-    "transpose",
-    "view",
-]
+from fastnce.testing import Sample, assert_close_to_truth, run
 
 
-class Watch(TorchDispatchMode):
-    """Keeps the names of the operators that run on the device, and the largest number of bytes of one result."""
+class Watch(Operators):
+    """Keeps also the factors of matrix products, and the largest number of bytes of one result."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: list[str] = []
-        self.largest = 0
-        self.factors: list[torch.Tensor] = []  # of matrix products
+        self.largest, self.factors = 0, []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        if not any(word in func.name() for word in VIEWS):
-            self.names.append(func.name())
-        if "mm" in func.name():
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = super().__torch_dispatch__(function, types, args, kwargs)
+        if "mm" in function.name():
             self.factors += [x for x in args if torch.is_tensor(x)][-2:]
         given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
         for x in tree_leaves(found):
             if torch.is_tensor(x) and id(x.untyped_storage()) not in given:
-                self.largest = max(self.largest, x.numel() * x.element_size())
+                self.largest = max(self.largest, x.nbytes)
         return found
 
 
@@ -78,37 +56,27 @@ def rows(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
 
 
-LARGE = {
-    "info_nce": lambda n, rows: fastnce.info_nce(rows(n, 64), rows(n, 64), backend="blocks"),
-    "symmetric": lambda n, rows: fastnce.info_nce(
-        rows(n, 64), rows(n, 64), symmetric=True, backend="blocks"
-    ),
-    "none": lambda n, rows: fastnce.info_nce(
-        rows(n, 64), rows(n, 64), reduction="none", backend="blocks"
-    ).sum(),
-    "queue": lambda n, rows: fastnce.info_nce(
-        rows(512, 64), rows(512, 64), rows(n, 64), backend="blocks"
-    ),
-    "patch_nce": lambda n, rows: fastnce.patch_nce(
-        rows(1, n, 64), rows(1, n, 64), backend="blocks"
-    ),
-    "sup_con": lambda n, rows: fastnce.sup_con(
-        rows(n, 64), torch.zeros(n, dtype=torch.int64, device="meta"), backend="blocks"
-    ),
-    "nt_xent": lambda n, rows: fastnce.nt_xent(rows(n, 64), rows(n, 64), backend="blocks"),
-    "conditional_contrastive": lambda n, rows: fastnce.conditional_contrastive(
-        rows(n, 64), rows(n, 64), torch.zeros(n, dtype=torch.int64, device="meta"), backend="blocks"
-    ),
-}
+LONG, LABELS = (32768, 64), torch.zeros(32768, dtype=torch.int64, device="meta")
+LARGE = [
+    ("info_nce", [LONG, LONG], {}),
+    ("info_nce", [LONG, LONG], {"symmetric": True}),
+    ("info_nce", [LONG, LONG], {"reduction": "none"}),
+    ("info_nce", [(512, 64), (512, 64), LONG], {}),
+    ("patch_nce", [(1, *LONG), (1, *LONG)], {}),
+    ("sup_con", [LONG], {"labels": LABELS}),
+    ("nt_xent", [LONG, LONG], {}),
+    ("conditional_contrastive", [LONG, LONG], {"labels": LABELS}),
+]
 
 
-@pytest.mark.parametrize("case", LARGE)
-def test_no_array_is_larger_than_a_block(case, in_16_bits, monkeypatch):
-    """Of 32768 rows the matrix has 4 GB."""
+@pytest.mark.parametrize(("op", "shapes", "options"), LARGE)
+def test_no_array_is_larger_than_a_block(op, shapes, options, in_16_bits, monkeypatch):
+    """The whole matrix has 4 GB."""
     monkeypatch.setattr(tiles, "BYTES_ELSEWHERE", 16 << 20)
     dtype = torch.bfloat16 if in_16_bits else torch.float32
+    arguments = [rows(*shape, dtype=dtype) for shape in shapes]
     with Watch() as watch:
-        LARGE[case](32768, functools.partial(rows, dtype=dtype)).backward()
+        getattr(fastnce, op)(*arguments, **options, backend="blocks").sum().backward()
     assert 8 << 20 <= watch.largest <= 20 << 20
 
 
@@ -117,7 +85,7 @@ def test_a_step_of_patch_nce_is_few_operators(in_16_bits):
     dtype, most = (torch.bfloat16, 39) if in_16_bits else (torch.float32, 24)
     layers = [rows(1, 256, 256, dtype=dtype) for _ in range(5)]
     keys = [rows(1, 256, 256, dtype=dtype).detach() for _ in range(5)]
-    with Watch() as watch:
+    with Operators() as watch:
         fastnce.patch_nce(layers, keys, backend="blocks").backward()
     assert len(watch.names) <= most, watch.names
 
@@ -148,25 +116,18 @@ def test_blocks_of_every_height_give_the_same(temperature, monkeypatch):
 @pytest.mark.parametrize("temperature", [0.02, 1 / 36, 0.028])
 def test_logits_as_far_apart_as_they_can_be(temperature):
     """Positives are opposite, and negatives the same: their exponentials are without a maximum where float32 holds them."""
-    x = gaussian(8, 12)
-    found = []
-    for dtype, backend in ((torch.float32, "blocks"), (torch.float64, "torch")):
-        rows = [z.to(dtype).requires_grad_() for z in (x, -x, x.repeat(100, 1))]
-        loss = fastnce.info_nce(*rows, temperature=temperature, backend=backend)
-        found.append([loss.double(), *(z.double() for z in torch.autograd.grad(loss, rows))])
-    for got, truth in zip(*found, strict=True):
-        torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-4)
+    x = gaussian(8, 12).float()
+    given = (z.requires_grad_() for z in (x, -x, x.repeat(100, 1)))
+    arguments = dict(zip(("query", "positive_key", "negative_keys"), given, strict=True))
+    sample = Sample("far apart", arguments | {"temperature": temperature})
+    assert_close_to_truth("info_nce", "blocks", sample, torch.float32)
 
 
 def test_layers_of_one_shape_keep_their_gradients():
     """They are one batch."""
-    queries = [gaussian(2, 9, 6, seed=i).requires_grad_() for i in range(3)]
-    keys = [gaussian(2, 9, 6, seed=i).requires_grad_() for i in range(3, 6)]
-    found = []
-    for backend in ("blocks", "torch"):
-        loss = fastnce.patch_nce(queries, keys, backend=backend)
-        found.append((loss, *torch.autograd.grad(loss, queries + keys)))
-    torch.testing.assert_close(*found)
+    layers = [gaussian(2, 9, 6, seed=i).requires_grad_() for i in range(6)]
+    sample = Sample("layers", {"query_features": layers[:3], "key_features": layers[3:]})
+    assert_close_to_truth("patch_nce", "blocks", sample, layers[0].dtype)
 
 
 def test_gradients_are_added_into_maps_of_any_strides():

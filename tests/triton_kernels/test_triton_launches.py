@@ -11,8 +11,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("tensors without memory cannot be interpreted", allow_module_level=True)
 
 import calls
+from operators import Operators
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.launches import recorded
 from fastnce import triton_kernels
@@ -20,21 +20,6 @@ from fastnce.ops import _common
 from fastnce.triton_kernels import gradients, launch
 
 CUDA = torch.backends.cuda.matmul
-
-
-class Operators(TorchDispatchMode):
-    """The operators of PyTorch inside the block that start something: neither views nor room for results."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        out = function(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not function.is_view and "empty" not in name:
-            self.names.append(name)
-        return out
 
 
 @pytest.fixture
@@ -69,28 +54,28 @@ def patch_nce_of(shapes, dtype, keys=False):
     )
 
 
-@pytest.mark.parametrize(
-    ("dtype", "kernels", "operators"),
-    [
-        (torch.bfloat16, "pack sums losses row_gradients", ["cat", "cat", "sum", "mul"]),
-        (
-            torch.float32,
-            "pack sums losses panel row_gradients",
-            ["cat", "cat", "full_like", "stack", "bmm", "reciprocal", "nan_to_num_", "sum", "mul"],
-        ),
-    ],
-)
-def test_patch_nce_of_five_layers_starts_little(dtype, kernels, operators):
+STARTED = {
+    torch.bfloat16: ("pack sums losses row_gradients", "cat cat sum mul"),
+    torch.float32: (
+        "pack sums losses panel row_gradients",
+        "cat cat full_like stack bmm reciprocal nan_to_num_ sum mul",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", STARTED)
+def test_patch_nce_of_five_layers_starts_little(dtype):
     """Keys detached, as CUT has them. Layers of other sizes are a problem of their own."""
     shapes = [(1, 256, 256)] * 5
+    kernels, operators = (names.split() for names in STARTED[dtype])
     with recorded() as found, Operators() as started:
         _, (grads, _, _) = patch_nce_of(shapes, dtype)
-    assert [each.name for each in found] == [f"_{name}_kernel" for name in kernels.split()]
+    assert [each.name for each in found] == [f"_{name}_kernel" for name in kernels]
     assert started.names == operators
     assert [grad.shape for grad in grads] == [torch.Size(shape) for shape in shapes]
     with recorded() as found:
         patch_nce_of([*shapes, (1, 64, 256)], dtype)
-    assert len(found) == 2 * len(kernels.split())
+    assert len(found) == 2 * len(kernels)
 
 
 @pytest.mark.parametrize(("apart", "starts"), [(False, 1), (True, 5)])
@@ -107,7 +92,7 @@ def test_gradients_in_one_memory_are_scaled_at_once(dtype, apart, starts):
     assert [(x.shape, x.dtype) for x in found[1:]] == [(x.shape, x.dtype) for x in grads]
 
 
-def test_a_call_leaves_no_tensor_behind(monkeypatch, grids):
+def test_a_call_leaves_no_tensor_behind(grids):
     """What a cache kept would lie in the memory of a CUDA graph that captured the first call, and be freed with it."""
     gc.collect()
     before = {id(x) for x in gc.get_objects() if issubclass(type(x), torch.Tensor)}
@@ -139,13 +124,17 @@ def test_16_bit_rows_do_not_ask_for_it(monkeypatch):
         patch_nce_of([(1, 256, 64)], torch.bfloat16, keys=True)
 
 
+def with_a_queue(count: int, negatives: int, depth: int, needs: tuple[bool, ...]) -> torch.Tensor:
+    """The gradients that are needed, of queries, which are returned, and a queue."""
+    query, queue = rows(1, count, depth), rows(negatives, depth)
+    options = {**calls.IN_BATCH, "in_batch": False, "grad_scale": 1.0, "needs": needs}
+    triton_kernels.info_nce_forward(query, query, queue, 0.07, **options)
+    return query
+
+
 def test_many_parts_of_few_rows_have_many_programs(grids):
     """A queue of 65536 for 256 rows is split into 132 parts, so that the device is busy; it is when they are added as well."""
-    query, queue = rows(1, 256, 256), rows(65536, 256)
-    options = {**calls.IN_BATCH, "in_batch": False, "grad_scale": 1.0}
-    triton_kernels.info_nce_forward(
-        query, query, queue, 0.07, **options, needs=(True, False, False, False)
-    )
+    query = with_a_queue(256, 65536, 256, needs=(True, False, False, False))
     programs = launch.multiprocessors(query.device)
     assert grids["_sums_kernel"][1] > programs // 2 > gradients._FEW_PARTS
     across, down = grids["_add_parts_kernel"]
@@ -154,11 +143,7 @@ def test_many_parts_of_few_rows_have_many_programs(grids):
 
 def test_a_panel_of_millions_of_columns_can_be_launched():
     """The second and third dimension of a grid end at 65535; ``recorded`` looks."""
-    query, queue = rows(1, 64, 512), rows(10_000_000, 512)
-    options = {**calls.IN_BATCH, "in_batch": False, "grad_scale": 1.0}
     with recorded() as found:
-        triton_kernels.info_nce_forward(
-            query, query, queue, 0.07, **options, needs=(True, True, True, False)
-        )
-        triton_kernels.pairwise_cosine_similarity_forward(query[0], queue, 0.07)
+        query = with_a_queue(64, 10_000_000, 512, needs=(True, True, True, False))
+        triton_kernels.pairwise_cosine_similarity_forward(query[0], rows(10_000_000, 512), 0.07)
     assert {"_panel_kernel", "_similarity_kernel"} <= {each.name for each in found}
