@@ -302,7 +302,7 @@ def test_a_named_library_takes_the_place_of_the_package_s(small, tmp_path, monke
     assert build.build(sources=small.sources, folder=small.objects) == named
     assert build.find_library() == named
     assert "built from other sources" in availability(named)
-    stamp = build.source_hash(ROOT / "csrc", build.NATIVE)
+    stamp = build.source_hash(ROOT / "csrc", build.NATIVE.sources)
     named.write_bytes(f"not ELF; fastnce-build:{stamp};".encode())
     assert "cannot be loaded" in availability(named)
 

@@ -158,10 +158,8 @@ def select(
                 f"Use backend='torch', or leave the choice to fastnce with backend=None."
             )
         return module
-    if device.type in _VERIFIED:
-        chosen, reasons = _proved(op, device, dtype, found_by)
-    else:
-        chosen, reasons = "", []
+    may_prove = device.type in _VERIFIED
+    chosen, reasons = _proved(op, device, dtype, found_by) if may_prove else ("", [])
     for name, module in _TABLE.items():
         if chosen or name in verdicts.EARNING:
             continue
@@ -192,7 +190,7 @@ def _supports(
     """What the module's ``supports`` says, and, of calls of a form that it lacks, why."""
     reason = module.supports(op, device, dtype)
     if reason == "ok" and found_by and module is cuda:
-        return cuda.lacks(op, dtype, OPS[op].form(*found_by)) or "ok"
+        return cuda.lacks(dtype, OPS[op].form(*found_by)) or "ok"
     return reason
 
 
@@ -201,7 +199,7 @@ def _proved(
 ) -> tuple[str, list[str]]:
     """The fastest of the backends that have proved themselves for this call, or ""; and why others have not.
 
-    Nobody else is asked whether it runs: no compiler starts where nothing was verified.
+    No other is asked whether it runs: no compiler starts where nothing was verified.
     """
     if not found_by:
         return "", [f"{name}: this depends on the call" for name in verdicts.EARNING]

@@ -162,7 +162,7 @@ def build(
         first, *others = library_candidates(library)
         output = others[0] if others and not os.access(PACKAGE, os.W_OK) else first
     output = output.absolute()
-    stamp = source_hash(sources, library)
+    stamp = source_hash(sources, library.sources)
     compile_library(library.plan(sources), output, folder or _build_folder(output), stamp)
     _tell_installer(output)
     return output
@@ -191,7 +191,7 @@ def compile_library(plan: Plan, output: Path, folder: Path, stamp: str = "") -> 
         made = escaped(f"{file.parent.name}/{file.name}.o")
         objects.append(made)
         lines += [f"build {made}: compile {escaped(file)}", _words("words", command)]
-        lines += [f"  version = {_hash(compiler_version(command[0]).encode())}"]
+        lines += [f"  version = {hash_of(compiler_version(command[0]).encode())}"]
     lines += [f"build {escaped(output.name)}: link {' '.join(objects)}"]
     lines += [_words("words", link), _words("libraries", plan.libraries)]
     with locked(folder):
@@ -211,14 +211,16 @@ def run_ninja(folder: Path, lines: list[str]) -> None:
         read = {Path(name): digest for name, digest in json.loads(record.read_text()).items()}
         time = record.stat().st_mtime_ns
         older = [file for file in read if file.is_file() and file.stat().st_mtime_ns <= time]
-        if any(_hash(file.read_bytes()) != read[file] for file in older):
+        if any(hash_of(file.read_bytes()) != read[file] for file in older):
             (folder / ".ninja_log").unlink(missing_ok=True)
     done = subprocess.run([program], cwd=folder, capture_output=True, text=True, close_fds=False)
     if done.returncode != 0:
         raise BuildError(f"the build failed:\n{done.stdout}{done.stderr}")
     known = subprocess.run([program, "-t", "deps"], cwd=folder, capture_output=True, text=True)
     inputs = {line.strip() for line in known.stdout.splitlines() if line.startswith("    ")}
-    record.write_text(json.dumps({name: _hash(Path(name).read_bytes()) for name in sorted(inputs)}))
+    record.write_text(
+        json.dumps({name: hash_of(Path(name).read_bytes()) for name in sorted(inputs)})
+    )
 
 
 def escaped(path: Path | str) -> str:
@@ -423,27 +425,29 @@ def find_library(library: Library = NATIVE) -> Path | None:
 def is_current(file: Path, library: Library = NATIVE) -> bool:
     """Whether a file was built from the present sources (True where there are no sources to compare with)."""
     folder = source_folder()
-    return folder is None or _stamp(source_hash(folder, library)) in file.read_bytes()
+    return folder is None or _stamp(source_hash(folder, library.sources)) in file.read_bytes()
 
 
 def _build_folder(output: Path) -> Path:
     root = PACKAGE.parent
     checkout = (root / "csrc" / "cpu").is_dir() and os.access(root, os.W_OK)
-    name = f"{output.stem}-{_hash(str(output).encode())}"
+    name = f"{output.stem}-{hash_of(str(output).encode())}"
     return (root / "build" if checkout else _user_folder()) / name
 
 
 def _user_folder() -> Path:
     """A folder per place of installation, so that two versions do not share one library."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache / "fastnce" / _hash(str(PACKAGE).encode())
+    return cache / "fastnce" / hash_of(str(PACKAGE).encode())
 
 
-def source_hash(folder: Path, library: Library) -> str:
-    """Of what a library is built from."""
-    files = sorted(file for pattern in library.sources for file in folder.glob(pattern))
-    read = [f"{file.relative_to(folder).as_posix()}: {_hash(file.read_bytes())}" for file in files]
-    return _hash("\n".join(read).encode())
+def source_hash(folder: Path, patterns: tuple[str, ...]) -> str:
+    """Of the files there."""
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
+    read = [
+        f"{file.relative_to(folder).as_posix()}: {hash_of(file.read_bytes())}" for file in files
+    ]
+    return hash_of("\n".join(read).encode())
 
 
 def _stamp(source_hash: str) -> bytes:
@@ -451,5 +455,5 @@ def _stamp(source_hash: str) -> bytes:
     return f"fastnce-build:{source_hash};".encode()
 
 
-def _hash(data: bytes) -> str:
+def hash_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]

@@ -55,8 +55,8 @@ def supports(op: str, device: str | torch.device, dtype: torch.dtype) -> str:
     return "ok"
 
 
-def lacks(op: str, dtype: torch.dtype, form: Form) -> str:
-    """``""``, or why no kernel takes calls of this form, though ``op`` has kernels for ``dtype``."""
+def lacks(dtype: torch.dtype, form: Form) -> str:
+    """``""``, or why no kernel takes calls of this form, though the op has kernels for ``dtype``."""
     if form.name == "own negatives":
         return "the CUDA kernels take negatives that all queries share, none of each query's own"
     if dtype == torch.float32 and form.depth > _MOST_CHANNELS_OF_FLOAT32:

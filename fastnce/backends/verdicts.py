@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -41,8 +40,12 @@ _DEEP = 256
 SIZES = ("small", "medium", "large", "deep")
 SHIPPED = build.PACKAGE / "verification" / "results"
 
-_VERSION = 1  # of the files
+# Of the files.
+_VERSION = 1
+_TASK = ("op", "dtype", "form")
 _COMMAND = "Run: fastnce verify"
+
+Task = tuple[str, str, str]  # op, dtype ("bfloat16"), the form's name
 
 
 class Key(NamedTuple):
@@ -72,10 +75,13 @@ class Entry:
     errors: dict[str, float] = dataclasses.field(default_factory=dict)
     speed: dict[str, float | str] = dataclasses.field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return RIGHT if self.status == RIGHT else f"{self.status}: {self.reason}"
+
     def why_not(self, size: str) -> str:
         """``"ok"``, or why the backend is not chosen for calls of this size; "any" stands for all sizes."""
         if self.status != RIGHT:
-            return f"{self.status}: {self.reason}"
+            return str(self)
         if size == "any":
             reasons = [self.why_not(raced) for raced in self.speed] or [self.why_not("small")]
             return next((reason for reason in reasons if reason != "ok"), "ok")
@@ -91,8 +97,9 @@ class Entry:
         return raced.get(size, min(raced.values(), default=0.0))
 
 
-# By op, dtype ("bfloat16") and the form's name.
-Verdict = dict[tuple[str, str, str], Entry]
+Verdict = dict[Task, Entry]
+# Of a task that the backend does not take.
+_NOT_ASKED = Entry(reason="no kernel takes such calls")
 _kept: dict[tuple[str, int | None], Verdict | None] = {}
 _said: set[str] = set()
 
@@ -112,52 +119,41 @@ def size_of(form: Form) -> str:
     return "medium" if form.work < large else "large"
 
 
-Choice = tuple[str, tuple[str, ...]]
-
-
 @torch.compiler.assume_constant_result  # compiled in: a process does not change its mind
 def fastest(
     names: tuple[str, ...], op: str, device: torch.device, dtype: torch.dtype, form: str, size: str
-) -> Choice:
+) -> tuple[str, tuple[str, ...]]:
     """That of the backends ``names`` which has proved itself for such calls, and is the fastest, "" where none has; and why others not."""
     if dtype == torch.float32 and float32_products(device.type) != "highest":
         return "", ("float32 is verified for products in full precision alone",)
-    return _fastest(names, op, device, dtype, form, size)
+    return _fastest(names, device, (op, name_of(dtype), form), size)
 
 
 @functools.cache
 def _fastest(
-    names: tuple[str, ...], op: str, device: torch.device, dtype: torch.dtype, form: str, size: str
-) -> Choice:
-    call = op, device, dtype, form
-    reasons = {name: why_not(name, *call, size) for name in names}
-    speeds = {
-        name: _entry(name, *call).least_speed(size) for name in names if reasons[name] == "ok"
-    }
+    names: tuple[str, ...], device: torch.device, task: Task, size: str
+) -> tuple[str, tuple[str, ...]]:
+    reasons, speeds = {}, {}
+    for name in names:
+        verdict = of(name, device)
+        entry = (verdict or {}).get(task, _NOT_ASKED)
+        reasons[name] = _unverified(name) if verdict is None else entry.why_not(size)
+        if reasons[name] == "ok":
+            speeds[name] = entry.least_speed(size)
     chosen = max(speeds, key=lambda name: speeds[name], default="")
-    slower = f"slower than {chosen}"
-    told = {name: slower if x == "ok" else x for name, x in reasons.items() if name != chosen}
-    return chosen, tuple(f"{name}: {reason}" for name, reason in told.items())
+    reasons |= dict.fromkeys(speeds, f"slower than {chosen}")
+    return chosen, tuple(f"{name}: {x}" for name, x in reasons.items() if name != chosen)
 
 
-def why_not(
-    backend: str, op: str, device: torch.device, dtype: torch.dtype, form: str, size: str
-) -> str:
-    """``"ok"``, or why a backend is not chosen for such calls."""
-    if of(backend, device) is None:
-        installed = is_installed(backend)
-        return f"not verified on this GPU. {_COMMAND}" if installed else "not installed"
-    return _entry(backend, op, device, dtype, form).why_not(size)
+def _unverified(backend: str) -> str:
+    if not is_installed(backend):
+        return "not installed"
+    return f"not verified on this GPU. {_COMMAND}"
 
 
 def name_of(dtype: torch.dtype) -> str:
     """``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")
-
-
-def _entry(backend: str, op: str, device: torch.device, dtype: torch.dtype, form: str) -> Entry:
-    verdict = of(backend, device) or {}
-    return verdict.get((op, name_of(dtype), form), Entry())
 
 
 def of(backend: str, device: torch.device) -> Verdict | None:
@@ -223,22 +219,16 @@ def machine(device: torch.device) -> tuple[str, str]:
 
 @functools.cache
 def _kernels(backend: str) -> str:
-    sources = [build.PACKAGE / "precision.py", *(build.PACKAGE / "blocks").glob("*.py")]
-    parts = []
+    parts = [build.source_hash(build.PACKAGE, ("precision.py", "blocks/*.py"))]
     if backend == "triton":
         spec = importlib.util.find_spec("fastnce.triton_kernels")
         if spec is not None and spec.origin is not None:
-            sources += Path(spec.origin).parent.glob("*.py")
-    elif (folder := build.source_folder()) is not None:
-        parts.append(build.source_hash(folder, build.CUDA))
+            parts.append(build.source_hash(Path(spec.origin).parent, ("*.py",)))
+    elif (sources := build.source_folder()) is not None:
+        parts.append(build.source_hash(sources, build.CUDA.sources))
     elif (library := build.find_library(build.CUDA)) is not None:
-        parts.append(_hash(library.read_bytes()))
-    parts += [f"{x.parent.name}/{x.name}: {_hash(x.read_bytes())}" for x in sorted(sources)]
-    return _hash("\n".join(parts).encode())
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
+        parts.append(build.hash_of(library.read_bytes()))
+    return build.hash_of("\n".join(parts).encode())
 
 
 def folder() -> Path:
@@ -251,7 +241,7 @@ def folder() -> Path:
 def path_of(key: Key) -> Path:
     """The user's own file."""
     gpu = re.sub(r"[^a-z0-9]+", "-", key.gpu.lower()).strip("-")
-    return folder() / f"{gpu}-{key.backend}-{_hash(json.dumps(key).encode())}.json"
+    return folder() / f"{gpu}-{key.backend}-{build.hash_of(json.dumps(key).encode())}.json"
 
 
 def find(key: Key) -> Verdict | None:
@@ -259,8 +249,7 @@ def find(key: Key) -> Verdict | None:
     path = path_of(key)
     if os.path.isfile(path) and (verdict := _read(path, key)) is not None:
         return verdict
-    shipped = sorted(SHIPPED.glob("*.json")) if SHIPPED.is_dir() else []
-    found = (_read(path, key, any_driver=True) for path in shipped)
+    found = (_read(path, key, any_driver=True) for path in sorted(SHIPPED.glob("*.json")))
     return next((verdict for verdict in found if verdict is not None), None)
 
 
@@ -276,7 +265,7 @@ def _read(path: Path, key: Key, any_driver: bool = False) -> Verdict | None:
             of_file = of_file._replace(driver=key.driver)
         if of_file != key:
             return None
-        return dict(_from_json(entry) for entry in document["found"])
+        return dict(map(_from_json, document["found"]))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is damaged"
         say(f"{path} is not used: {reason}. {_COMMAND}")
@@ -290,7 +279,10 @@ def write(key: Key, verdict: Verdict) -> Path:
         OSError: it cannot be written.
     """
     path = path_of(key)
-    found = [_to_json(place, entry) for place, entry in verdict.items()]
+    found = [
+        dict(zip(_TASK, task, strict=True)) | dataclasses.asdict(entry)
+        for task, entry in verdict.items()
+    ]
     document = {"version": _VERSION, "key": key._asdict(), "found": found}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -302,16 +294,11 @@ def write(key: Key, verdict: Verdict) -> Path:
     return path
 
 
-def _to_json(place: tuple[str, str, str], entry: Entry) -> dict[str, Any]:
-    return dict(zip(("op", "dtype", "form"), place, strict=True)) | dataclasses.asdict(entry)
-
-
-def _from_json(found: dict[str, Any]) -> tuple[tuple[str, str, str], Entry]:
+def _from_json(found: dict[str, Any]) -> tuple[Task, Entry]:
     """Raises ValueError, TypeError or KeyError where it is none."""
-    values = dict(found)
-    place = (str(values.pop("op")), str(values.pop("dtype")), str(values.pop("form")))
-    entry = Entry(**values)
+    op, dtype, form = (str(found.pop(name)) for name in _TASK)
+    entry = Entry(**found)
     numbers = [*entry.errors.values(), *(x for x in entry.speed.values() if not isinstance(x, str))]
     if not all(isinstance(x, (int, float)) for x in numbers):
         raise ValueError("not a number")
-    return place, entry
+    return (op, dtype, form), entry

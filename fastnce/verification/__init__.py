@@ -7,6 +7,7 @@ op, dtype by dtype, form by form. What they find is written into the user's cach
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import itertools
 import pkgutil
@@ -20,13 +21,14 @@ import torch
 import torch.distributed as dist
 
 from fastnce import backends
-from fastnce.backends import verdicts
-from fastnce.backends.verdicts import Entry, Key, Verdict
+from fastnce.backends import cuda, verdicts
+from fastnce.backends.verdicts import Entry, Key, Task, Verdict
 from fastnce.errors import UserError, known
+from fastnce.registry import Form
 from fastnce.verification import report
-from fastnce.verification.cases import CASES, DTYPES, forms
+from fastnce.verification.cases import CASES, DTYPES
 from fastnce.verification.device import GPU
-from fastnce.verification.process import Limit, Task, run
+from fastnce.verification.process import Fields, Limit, run
 
 try:
     import fcntl
@@ -40,7 +42,7 @@ _SHARE_OF_ERRORS = 0.6
 _PATIENCE = datetime.timedelta(hours=1)
 _DEVICE = "fastnce.verification.device:GPU"
 
-Found = list[tuple[Key, Verdict | None]]
+Found = dict[Key, Verdict | None]
 Say = Callable[[str], None]
 
 
@@ -102,7 +104,7 @@ def verify_once(device: torch.device) -> None:
             return _verify(place, new, SECONDS, False, _print)
         except Exception as error:
             verdicts.say(f"The GPU kernels could not be verified, and are not used: {error}")
-            return []
+            return {}
 
     _of_rank_0(place, find)
 
@@ -139,7 +141,7 @@ def _of_rank_0(place: torch.device, find: Callable[[], Found]) -> None:
         dist.destroy_process_group(group)
     if isinstance(answer[0], Exception):
         raise answer[0]
-    for key, verdict in answer[0]:
+    for key, verdict in answer[0].items():
         # The ranks' GPUs may be of several kinds.
         if key == verdicts.key_of(key.backend, place):
             verdicts.keep(key.backend, place, verdict)
@@ -160,10 +162,10 @@ def _verify(place: torch.device, names: list[str], seconds: float, again: bool, 
             limit = Limit(time.monotonic() + (end - time.monotonic()) / left)
             verdict = known_of[key] = (None if again else verdicts.find(key)) or {}
             try:
-                _Backend(key.backend, place, verdict, say).verify(limit)
+                _stages(key.backend, place, verdict, limit, say)
             finally:
                 _write(key, verdict)
-    return list(known_of.items())
+    return known_of
 
 
 def _write(key: Key, verdict: Verdict) -> None:
@@ -176,65 +178,52 @@ def _write(key: Key, verdict: Verdict) -> None:
         )
 
 
-class _Backend:
-    """The verification of one backend.
+def _tasks(name: str, place: torch.device) -> list[Task]:
+    """All that a backend takes there."""
+    return [
+        (op, verdicts.name_of(dtype), form)
+        for dtype in DTYPES
+        for op in CASES
+        if backends.supports(name, op, place, dtype) == "ok"
+        for form in CASES[op]
+        if not (name == "cuda" and cuda.lacks(dtype, Form(form, 0, 0)))
+    ]
 
-    Args:
-        name: of the backend.
-        place: the device.
-        verdict: what is known; gets what is found.
-        say: shows a line of progress.
-    """
 
-    def __init__(self, name: str, place: torch.device, verdict: Verdict, say: Say) -> None:
-        self.name, self.verdict, self.say = name, verdict, say
-        device = _device()
-        self.patience, self.workers = device.patience, device.workers(place)
-        self.request = {"device": _DEVICE, "index": place.index or 0, "backend": name}
-        self.tasks: list[Task] = [
-            (op, verdicts.name_of(dtype), form)
-            for dtype in DTYPES
-            for op in CASES
-            if backends.supports(name, op, place, dtype) == "ok"
-            for form in forms(op)
-        ]
+def _stages(name: str, place: torch.device, verdict: Verdict, limit: Limit, say: Say) -> None:
+    """Stage A, then stage B, of what is not known yet of a backend; ``verdict`` gets what is found."""
+    device = _device()
+    request = {"device": _DEVICE, "index": place.index or 0, "backend": name}
 
-    def verify(self, limit: Limit) -> None:
-        """Stage A, then stage B, of what is not known yet."""
-        for task in self.tasks:
-            self.verdict.setdefault(task, Entry())
-        entries = self.verdict
-        errors = Limit(time.monotonic() + _SHARE_OF_ERRORS * limit.seconds)
-        new = [task for task in self.tasks if entries[task].status == verdicts.NOT_REACHED]
-        self._run("right", new, errors, self.workers)
-        right = [task for task in self.tasks if entries[task].status == verdicts.RIGHT]
-        unraced = [task for task in right if not entries[task].speed]
-        self._run("faster", unraced, limit, 1)
-        if not new and not unraced:
-            self.say(f"{self.name}: everything is known already; --again does it anew")
-
-    def _run(self, stage: str, tasks: list[Task], limit: Limit, workers: int) -> None:
-        """Each worker takes every ``workers``-th task."""
+    def work(stage: str, tasks: list[Task], limit: Limit, workers: int) -> None:
         done = itertools.count(1)
 
-        def tell(task: Task, fields: dict[str, Any]) -> None:
-            entry = self.verdict[task]
-            for name, value in fields.items():
-                setattr(entry, name, value)
-            self.say(
-                f"{self.name}, {stage}? {next(done)} of {len(tasks)}: {', '.join(task)}: {report.told(entry)}"
-            )
+        def tell(task: Task, fields: Fields) -> None:
+            entry = verdict[task] = dataclasses.replace(verdict[task], **fields)
+            number = f"{next(done)} of {len(tasks)}"
+            say(f"{name}, {stage}? {number}: {', '.join(task)}: {report.told(entry)}")
 
-        def work(part: list[Task]) -> None:
-            run({**self.request, "stage": stage}, part, limit, self.patience, tell)
+        def take(part: list[Task]) -> None:
+            run({**request, "stage": stage}, part, limit, device.patience, tell)
 
-        parts = [part for first in range(workers) if (part := tasks[first::workers])]
         with ThreadPoolExecutor(workers) as pool:
             try:
-                list(pool.map(work, parts))
+                list(pool.map(take, [tasks[first::workers] for first in range(workers)]))
             except BaseException:  # Ctrl-C: the processes end, and the threads with them
                 limit.end = 0
                 raise
+
+    tasks = _tasks(name, place)
+    for task in tasks:
+        verdict.setdefault(task, Entry())
+    errors = Limit(time.monotonic() + _SHARE_OF_ERRORS * limit.seconds)
+    new = [task for task in tasks if verdict[task].status == verdicts.NOT_REACHED]
+    work("right", new, errors, device.workers(place))
+    right = [task for task in tasks if verdict[task].status == verdicts.RIGHT]
+    unraced = [task for task in right if not verdict[task].speed]
+    work("faster", unraced, limit, 1)
+    if not new and not unraced:
+        say(f"{name}: everything is known already; --again does it anew")
 
 
 def _print(line: str) -> None:
@@ -244,15 +233,14 @@ def _print(line: str) -> None:
 @contextlib.contextmanager
 def _alone(say: Say) -> Iterator[None]:
     """Two that race at once would disturb each other: who comes second waits, and finds little left to do."""
-    handle = None
-    with contextlib.suppress(OSError):  # a cache that is read-only
-        verdicts.folder().mkdir(parents=True, exist_ok=True)
-        handle = open(verdicts.folder() / "lock", "w")  # noqa: SIM115
-    with handle or contextlib.nullcontext():
-        if handle is not None and fcntl is not None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_NB | fcntl.LOCK_EX)
-            except BlockingIOError:
-                say("waiting for another verification on this machine")
-                fcntl.flock(handle, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a cache that is read-only, or has no locks
+            verdicts.folder().mkdir(parents=True, exist_ok=True)
+            handle = stack.enter_context(open(verdicts.folder() / "lock", "w"))
+            if fcntl is not None:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_NB | fcntl.LOCK_EX)
+                except BlockingIOError:
+                    say("waiting for another verification on this machine")
+                    fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -1,7 +1,7 @@
 """The child process of a verification, in which a kernel may crash or hang: ``python -m fastnce.verification.child``.
 
 It reads what to do, one JSON object, from its standard input, and writes a JSON object a line to its standard output: ``{"in": case}``
-when it begins with something, and ``{"task": [op, dtype, form], ...}`` with the fields of an ``Entry`` when it has finished a task.
+when it begins with something, and the fields of an ``Entry`` when it has finished a task.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from torch import Tensor
 from fastnce import backends, testing
 from fastnce.backends import verdicts
 from fastnce.registry import Make, Sample
-from fastnce.verification.cases import CASES, RACES, Arguments, Cut, QuickMake
+from fastnce.verification.cases import CASES, RACES, QuickMake
 from fastnce.verification.device import GPU
 
 # A race's sample lasts about so long, in seconds; a slow one has fewer rounds.
 _SAMPLE, _RACE = 0.01, 1.5
 _LEAST_ROUNDS = 3
+Run = Callable[[], dict[str, Tensor]]
+Begin = Callable[[str], None]
 
 
 def main() -> None:
@@ -38,19 +40,19 @@ def main() -> None:
     request = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
-    def answer(**found: object) -> None:
+    def answer(found: dict[str, Any]) -> None:
         answers.write(json.dumps(found) + "\n")
 
     def begin(name: str) -> None:
-        answer(**{"in": name})
+        answer({"in": name})
 
     device = pkgutil.resolve_name(request["device"])(request["index"])
-    check = {"right": is_right, "faster": is_faster}[request["stage"]]
-    for task in request["tasks"]:
-        op, dtype, form = task
-        found = check(device, request["backend"], op, getattr(torch, dtype), form, begin)
-        answer(task=task, **found)
-        if not _is_alive(device):  # its context has ended with an error; another process goes on
+    check = {"right": _is_right, "faster": _is_faster}[request["stage"]]
+    for op, dtype, form in request["tasks"]:
+        answer(check(device, request["backend"], op, getattr(torch, dtype), form, begin))
+        try:
+            torch.ones(1, device=device.device).item()
+        except RuntimeError:  # the context has ended with an error; another process goes on
             return
 
 
@@ -60,59 +62,51 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _is_alive(device: GPU) -> bool:
-    try:
-        torch.zeros(1, device=device.device).add_(1)
-        device.synchronize()
-    except RuntimeError:
-        return False
-    return True
-
-
-def is_right(
-    device: GPU, backend: str, op: str, dtype: torch.dtype, form: str, begin: Callable[[str], None]
+def _is_right(
+    device: GPU, backend: str, op: str, dtype: torch.dtype, form: str, begin: Begin
 ) -> dict[str, Any]:
     """Stage A: status, reason and errors of one form."""
     errors: dict[str, float] = {}
-    of_form = [case for case in CASES[op] if case.form == form]
-    for case in of_form:
-        begin(case.name)
+    for name, arguments in CASES[op][form].items():
+        begin(name)
         try:
             make = Make(dtype, str(device.device), torch.Generator().manual_seed(0))
-            sample = Sample(case.name, case.arguments(make, _cut(device)))
-            errors[case.name] = _checked(device, backend, op, sample, dtype)
-            if case is of_form[0] and op != "tap_patches":  # which adds sparse gradients
-                _expect_graph(device, backend, op, sample)
-        except AssertionError as wrong:
-            return {"status": "wrong", "reason": f"{case.name}: {_line(wrong)}", "errors": errors}
-        except torch.OutOfMemoryError:
-            reason = f"{case.name}: not enough memory"
-            return {"status": verdicts.NOT_REACHED, "reason": reason, "errors": errors}
+            sample = Sample(name, arguments(make, device.cut))
+            run = functools.partial(testing.run, op, sample, backend=backend)
+            got = _repeated(device, run)
+            errors[name] = testing.assert_close_to_truth(op, backend, sample, dtype, got=got)
+            if len(errors) == 1 and op != "tap_patches":  # which adds sparse gradients
+                _expect_graph(device, run, sample)
         except Exception as error:
-            reason = f"{case.name}: {type(error).__name__}: {_line(error)}"
-            return {"status": "failed", "reason": reason, "errors": errors}
+            return _blame(name, error) | {"errors": errors}
         finally:
             testing.forget()
     return {"status": verdicts.RIGHT, "reason": "", "errors": errors}
 
 
-def _checked(device: GPU, backend: str, op: str, sample: Sample, dtype: torch.dtype) -> float:
-    """The largest error as a share of what is allowed, after repeats beside another stream that must not differ."""
+def _blame(name: str, error: Exception) -> dict[str, str]:
+    """Status and reason after an error in a case or a race."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    if isinstance(error, AssertionError):
+        # Without the op, which the reader knows.
+        return {"status": "wrong", "reason": f"{name}: {line.rpartition(f'{name!r}: ')[2]}"}
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"status": verdicts.NOT_REACHED, "reason": f"{name}: not enough memory"}
+    return {"status": "failed", "reason": f"{name}: {type(error).__name__}: {line}"}
+
+
+def _repeated(device: GPU, run: Run) -> dict[str, Tensor]:
+    """The results, after repeats beside another stream that must not differ."""
     device.poison()
-    first = testing.run(op, sample, backend=backend)
+    first = run()
     for repeat in range(2, device.repeats + 1):
         device.busy()
-        _expect_equal(first, testing.run(op, sample, backend=backend), f"repeat {repeat}")
-    try:
-        return testing.assert_close_to_truth(op, backend, sample, dtype, got=first)
-    except AssertionError as wrong:
-        # Without the op, which the reader knows.
-        raise AssertionError(_line(wrong).rpartition(f"{sample.name!r}: ")[2]) from wrong
+        _expect_equal(first, run(), f"repeat {repeat}")
+    return first
 
 
-def _expect_graph(device: GPU, backend: str, op: str, sample: Sample) -> None:
+def _expect_graph(device: GPU, run: Run, sample: Sample) -> None:
     """A graph replays with other numbers in the same memory."""
-    run = functools.partial(testing.run, op, sample, backend=backend)
     results, replay = device.captured(run)
     with torch.no_grad():
         for x in testing.leaves_of(sample):
@@ -124,57 +118,43 @@ def _expect_graph(device: GPU, backend: str, op: str, sample: Sample) -> None:
 def _expect_equal(first: dict[str, Tensor], again: dict[str, Tensor], what: str) -> None:
     for name, x in first.items():
         # As integers: where the first is NaN, the contract says so.
-        if not torch.equal(_bits(x), _bits(again[name])):
-            raise AssertionError(f"{what} gives another {name}")
+        assert torch.equal(_bits(x), _bits(again[name])), f"{what} gives another {name}"
 
 
 def _bits(x: Tensor) -> Tensor:
     return x.contiguous().flatten().view(torch.uint8)
 
 
-def is_faster(
-    device: GPU, backend: str, op: str, dtype: torch.dtype, form: str, begin: Callable[[str], None]
+def _is_faster(
+    device: GPU, backend: str, op: str, dtype: torch.dtype, form: str, begin: Begin
 ) -> dict[str, Any]:
     """Stage B: the speed of one form in each size, relative to what would be chosen without the backend."""
     speed: dict[str, float | str] = {}
     can = backends.supports("blocks", op, device.device, dtype) == "ok"
-    rival = "blocks" if can else "torch"
-    for race in RACES[op]:
-        if race.form != form:
-            continue
-        begin(f"the {race.name} race")
+    rivals = (backend, "blocks" if can else "torch")
+    for size, arguments in RACES[op][form].items():
+        name = f"the {size} race"
+        begin(name)
         try:
-            make = QuickMake(dtype, device.device)
-            speed[race.name] = _speed(
-                device, _step(op, race.arguments, make, device), (backend, rival)
+            sample = Sample("", arguments(QuickMake(dtype, device.device), device.cut))
+            speed[size] = _speed(
+                device, functools.partial(_step, op, sample, testing.leaves_of(sample)), rivals
             )
         except torch.OutOfMemoryError:
-            speed[race.name] = "not raced: not enough memory"
-        except AssertionError as wrong:
-            return {"status": "wrong", "reason": f"the {race.name} race: {_line(wrong)}"}
+            speed[size] = "not raced: not enough memory"
         except Exception as error:
-            reason = f"the {race.name} race: {type(error).__name__}: {_line(error)}"
-            return {"status": "failed", "reason": reason}
+            return _blame(name, error)
     return {"status": verdicts.RIGHT, "speed": speed}
 
 
-Step = Callable[[str], list[Tensor]]
+def _step(op: str, sample: Sample, leaves: list[Tensor], backend: str) -> list[Tensor]:
+    """The results of a forward, and the gradients of a backward."""
+    outputs = testing.outputs_of(op, sample.arguments, backend)
+    ones = [torch.ones_like(x) for x in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, ones)]
 
 
-def _step(op: str, arguments: Arguments, make: Make, device: GPU) -> Step:
-    """Runs a forward and a backward on a backend; returns results and gradients."""
-    sample = Sample("", arguments(make, _cut(device)))
-    leaves = testing.leaves_of(sample)
-
-    def step(backend: str) -> list[Tensor]:
-        outputs = testing.outputs_of(op, sample.arguments, backend)
-        ones = [torch.ones_like(x) for x in outputs]
-        return [*outputs, *torch.autograd.grad(outputs, leaves, ones)]
-
-    return step
-
-
-def _speed(device: GPU, step: Step, names: tuple[str, str]) -> float:
+def _speed(device: GPU, step: Callable[[str], list[Tensor]], names: tuple[str, str]) -> float:
     """How many times as fast the first backend is as the second: they take turns, the medians count."""
     _expect_alike(step(names[0]), step(names[1]))
     for name in names:
@@ -198,19 +178,8 @@ def _expect_alike(ours: list[Tensor], theirs: list[Tensor]) -> None:
         if x.dim() > 0:  # the temperature's gradient may cancel
             apart, size = (x.double() - y.double()).norm(), y.double().norm()
             allowed = 1e-3 + 8 * torch.finfo(y.dtype).eps
-            if not apart <= allowed * size:
-                raise AssertionError(
-                    f"off by {apart / size:.1e} of {tuple(x.shape)} from the rival"
-                )
-
-
-def _cut(device: GPU) -> Cut:
-    return lambda count: max(1, int(count * device.share))
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            off = f"off by {apart / size:.1e} of {tuple(x.shape)} from the rival"
+            assert apart <= allowed * size, off
 
 
 if __name__ == "__main__":

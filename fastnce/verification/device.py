@@ -21,13 +21,11 @@ class GPU:
         patience: seconds without an answer after which a child process is given up.
         repeats: of each case, which have to be equal in every bit.
         rounds: of each race.
-        share: part of the rows that the cases and races have.
     """
 
     patience = 60.0
     repeats = 20
     rounds = 7
-    share = 1.0
 
     def __init__(self, index: int) -> None:
         self.device = torch.device("cuda", index)
@@ -61,9 +59,10 @@ class GPU:
         memory = torch.cuda.get_device_properties(place).total_memory
         return max(1, min(4, memory // (8 * 2**30)))
 
-    def synchronize(self) -> None:
-        """Waits for the device; an error of a kernel is raised here at the latest."""
-        torch.cuda.synchronize(self.device)
+    @staticmethod
+    def cut(count: int) -> int:
+        """The number of rows that a case or race of ``count`` has here."""
+        return count
 
     def poison(self) -> None:
         """Fills the memory that the next tensors will get with NaN, of every dtype."""
@@ -97,7 +96,7 @@ class GPU:
     def seconds(self, call: Callable[[], object], calls: int) -> float:
         """Of one of several calls, by the device's clock: the host's where that is what the device waits for."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.synchronize()
+        torch.cuda.synchronize(self.device)
         start.record()
         for _ in range(calls):
             call()

@@ -16,11 +16,12 @@ from collections.abc import Callable
 from typing import IO, Any
 
 from fastnce.backends.build import PACKAGE
+from fastnce.backends.verdicts import Task
 
-Task = tuple[str, str, str]  # op, dtype, form
 # Seconds for a process to start, on a busy machine.
 _START = 60.0
-Tell = Callable[[Task, dict[str, Any]], None]
+Fields = dict[str, Any]  # of an Entry
+Tell = Callable[[Task, Fields], None]
 
 
 class Limit:
@@ -43,9 +44,9 @@ def run(
     Args:
         request: what ``fastnce.verification.child`` reads, but for the tasks.
         tasks: in order.
-        limit: what has not begun by then is left out.
+        limit: what is not finished by then is left out.
         patience: seconds without a line from the process after which it is ended.
-        tell: (task, fields of an ``Entry``), for each task that was finished, or that ended its process.
+        tell: called for each task that was finished, or that ended its process.
     """
     left = list(tasks)
     while left and limit.seconds > 0:
@@ -56,18 +57,19 @@ def run(
                 blame = _serve(child, left, limit, patience, tell)
             finally:
                 child.end()
-            if blame is None and len(left) == count and limit.seconds > 0:
-                blame = {"status": "failed", "reason": "a process has ended without an answer"}
-            if blame is not None:
-                # What cannot even start cannot start for the others.
-                for task in left if child.at == "starting" else left[:1]:
-                    tell(task, blame)
-                del left[: None if child.at == "starting" else 1]
+        if blame is None and len(left) == count and limit.seconds > 0:
+            blame = {"status": "failed", "reason": "a process has ended without an answer"}
+        if blame is not None:
+            # What cannot even start cannot start for the others.
+            ended = len(left) if child.at == "starting" else 1
+            for task in left[:ended]:
+                tell(task, blame)
+            del left[:ended]
 
 
 def _serve(
     child: _Child, left: list[Task], limit: Limit, patience: float, tell: Tell
-) -> dict[str, Any] | None:
+) -> Fields | None:
     """Takes the finished tasks off ``left``; returns what to say of the next one if it has ended the process."""
     heard = time.monotonic()
     while True:
@@ -78,8 +80,7 @@ def _serve(
                 return None
             if time.monotonic() - heard < (_START if child.at == "starting" else patience):
                 continue
-            reason = f"{child.at}: no answer for {patience:.0f} s"
-            return {"status": "hung", "reason": reason}
+            return {"status": "hung", "reason": f"{child.at}: no answer for {patience:.0f} s"}
         heard = time.monotonic()
         if line is None:
             return child.crash()
@@ -87,10 +88,8 @@ def _serve(
         if "in" in answer:
             child.at = answer["in"]
         else:
-            task = left.pop(0)
-            del answer["task"]
             child.at = "between cases"
-            tell(task, answer)
+            tell(left.pop(0), answer)
 
 
 class _Child:
@@ -100,13 +99,17 @@ class _Child:
         self.at, self._log = "starting", log
         self.lines: queue.Queue[str | None] = queue.Queue()
         paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
+        environment = {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PYTHONOPTIMIZE": "",  # would take the checks out
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "fastnce.verification.child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            env=os.environ | environment,
             start_new_session=True,
         )
         threading.Thread(target=self._read, args=(json.dumps(request),), daemon=True).start()
@@ -121,7 +124,7 @@ class _Child:
             self.lines.put(line)
         self.lines.put(None)
 
-    def crash(self) -> dict[str, Any] | None:
+    def crash(self) -> Fields | None:
         """What to say of a process that has closed its output; None if it has ended well."""
         code = self._process.wait()
         if code == 0:
@@ -130,10 +133,7 @@ class _Child:
         self._log.seek(0)
         said = self._log.read().decode(errors="replace").strip().splitlines()
         last = f", {said[-1][:300]}" if said and code > 0 else ""
-        return {
-            "status": "crashed",
-            "reason": f"{self.at}: {how}{last}",
-        }
+        return {"status": "crashed", "reason": f"{self.at}: {how}{last}"}
 
     def end(self) -> None:
         """Ends the process and those that it has started."""

@@ -20,13 +20,13 @@ def runs(name: str, place: torch.device) -> str:
 
 
 def told(entry: Entry) -> str:
-    """One form in a few words: "right, small 1.84, medium 0.97 times as fast"."""
-    if entry.status != verdicts.RIGHT:
-        return f"{entry.status}: {entry.reason}"
-    speeds = ", ".join(
-        f"{size} {x if isinstance(x, str) else f'{x:.2f}'}" for size, x in entry.speed.items()
-    )
-    return f"right; {speeds} times as fast" if speeds else "right"
+    """One form in a few words: "right; small 1.84, medium 0.97 times as fast"."""
+    speeds = ", ".join(f"{size} {_shown(speed)}" for size, speed in entry.speed.items())
+    return f"{entry}; {speeds} times as fast" if speeds else str(entry)
+
+
+def _shown(speed: float | str) -> str:
+    return speed if isinstance(speed, str) else f"{speed:.2f}"
 
 
 def text(place: torch.device) -> str:
@@ -60,13 +60,10 @@ def _table(name: str, place: torch.device) -> list[str]:
         f"|---|---|---|---|---|{'---|' * len(SIZES)}",
     ]
     for (op, dtype, form), entry in verdict.items():
-        found = entry.status
-        if found != verdicts.RIGHT:
-            found += f": {entry.reason}".replace("|", "\\|").replace("\n", " ")
+        found = str(entry).replace("|", "\\|").replace("\n", " ")
         error = f"{max(entry.errors.values()):.2f}" if entry.errors else ""
-        speeds = [entry.speed.get(size, "") for size in SIZES]
-        told = [x if isinstance(x, str) else f"{x:.2f}" for x in speeds]
-        lines.append(f"| {op} | {dtype} | {form} | {found} | {error} | {' | '.join(told)} |")
+        speeds = " | ".join(_shown(entry.speed.get(size, "")) for size in SIZES)
+        lines.append(f"| {op} | {dtype} | {form} | {found} | {error} | {speeds} |")
     return lines
 
 
@@ -75,20 +72,14 @@ def choices(place: torch.device) -> list[str]:
     names = tuple(name for name in verdicts.EARNING if runs(name, place) == "ok")
     if not names:
         return ["blocks: neither of the GPU's own backends can run, see above"]
-    found = {name: verdicts.of(name, place) for name in names}
-    if not any(found.values()):
+    found = [verdict for name in names if (verdict := verdicts.of(name, place))]
+    if not found:
         return ["blocks: the GPU's own backends are not verified here. Run: fastnce verify"]
     lines = []
-    for op, dtype, form in dict.fromkeys(
-        task for verdict in found.values() for task in verdict or {}
-    ):
+    for task in dict.fromkeys(task for verdict in found for task in verdict):
+        op, dtype, form = task
+        raced = {size for verdict in found if task in verdict for size in verdict[task].speed}
         told: dict[str, list[str]] = {}
-        raced = {
-            s
-            for verdict in found.values()
-            if verdict
-            for s in verdict.get((op, dtype, form), Entry()).speed
-        }
         for size in [size for size in SIZES if size in raced] or ["small"]:
             chosen, why = verdicts.fastest(names, op, place, getattr(torch, dtype), form, size)
             because = f" ({'; '.join(why)})" if why else ""

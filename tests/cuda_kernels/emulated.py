@@ -27,7 +27,7 @@ def build_emulated(output: Path = LIBRARY) -> Path:
         BuildError: no torch, no compiler, no ninja, or the compiler failed, with its message.
     """
     files = [*build.cuda_files(SOURCES.parent), HERE / "emulator.cpp", HERE / "plans.cpp"]
-    stamp = build.source_hash(SOURCES.parent, build.CUDA)
+    stamp = build.source_hash(SOURCES.parent, build.CUDA.sources)
     build.compile_library(plan(files), output, output.parent / "objects", stamp)
     return output
 

@@ -48,7 +48,7 @@ def test_without_a_gpu_or_library(fresh, monkeypatch, tmp_path):
 
 
 def test_an_emulated_library_that_is_not_there_or_old_or_broken(fresh, monkeypatch, tmp_path):
-    file, stamp = tmp_path / "emulated.so", build.source_hash(build.source_folder(), build.CUDA)
+    file, stamp = tmp_path / "emulated.so", build.source_hash(build.source_folder(), build.CUDA.sources)
     monkeypatch.setattr(cuda, "_EMULATED", str(file))
     assert "not built. Run: python -m tests.cuda_kernels.emulated" in cuda._load()
     file.write_bytes(b"fastnce-build:0123;")
@@ -114,7 +114,7 @@ def test_a_change_of_the_kernels_is_seen_and_one_of_the_cpu_s_is_not(tmp_path):
         (tmp_path / name).write_text("one")
 
     def hashes() -> tuple[str, str]:
-        return tuple(build.source_hash(tmp_path, x) for x in (build.CUDA, build.NATIVE))
+        return tuple(build.source_hash(tmp_path, x.sources) for x in (build.CUDA, build.NATIVE))
 
     for name, changes in (
         ("cuda/device.cuh", (True, False)),

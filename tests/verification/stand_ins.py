@@ -25,10 +25,6 @@ BESIDE = torch.zeros(1)
 CPU = torch.device("cpu")
 
 
-def right(results: tuple) -> tuple:
-    return results
-
-
 def wrong(results: tuple) -> tuple:
     """One element of the first gradient."""
     gradients = results[-1] if isinstance(results[-1], tuple) else results
@@ -41,11 +37,9 @@ def wrong(results: tuple) -> tuple:
 def wrong_when_large(results: tuple) -> tuple:
     """In more rows than the cases have."""
     *others, gradients = results
-    return (
-        (*others, tuple(None if x is None else 2 * x for x in gradients))
-        if len(results[0]) > 200
-        else results
-    )
+    if len(results[0]) <= 200:
+        return results
+    return (*others, tuple(None if x is None else 2 * x for x in gradients))
 
 
 def late(results: tuple) -> tuple:
@@ -64,76 +58,74 @@ def raising(results: tuple) -> tuple:
     raise RuntimeError("no kernel image is available\nand more lines")
 
 
-def hanging(results: tuple) -> tuple:
-    time.sleep(600)
-    return results
+def costing(seconds: float) -> Callable[[tuple], tuple]:
+    def cost(results: tuple) -> tuple:
+        COST["seconds"] = seconds
+        return results
+
+    return cost
 
 
-def crashing(results: tuple) -> tuple:
-    os.kill(os.getpid(), signal.SIGSEGV)
-    return results
-
-
-def slow(results: tuple) -> tuple:
-    COST["seconds"] = 10.0
-    return results
-
-
-def quick(results: tuple) -> tuple:
-    COST["seconds"] = 1.0
-    return results
-
-
-# By backend and dtype: what the forwards do. The others are right, and as fast as plain PyTorch.
-BEHAVIOUR: dict[tuple[str, str, torch.dtype], Callable] = {
-    ("triton", "info_nce", torch.bfloat16): quick,
-    ("triton", "info_nce", torch.float32): wrong,
-    ("triton", "info_nce", torch.float16): late,
-    ("triton", "sup_con", torch.bfloat16): raising,
-    ("triton", "sup_con", torch.float32): slow,
-    ("triton", "sup_con", torch.float16): wrong_when_large,
-    ("triton", "conditional_contrastive", torch.bfloat16): hanging,
-    ("triton", "conditional_contrastive", torch.float32): crashing,
-    ("triton", "pairwise_cosine_similarity", torch.float32): quick,
-    ("triton", "pairwise_cosine_similarity", torch.bfloat16): reading,
+# By op and dtype: what the forwards do.
+BEHAVIOUR: dict[tuple[str, torch.dtype], Callable] = {
+    ("info_nce", torch.bfloat16): costing(1.0),
+    ("info_nce", torch.float32): wrong,
+    ("info_nce", torch.float16): late,
+    ("sup_con", torch.bfloat16): raising,
+    ("sup_con", torch.float32): costing(10.0),
+    ("sup_con", torch.float16): wrong_when_large,
+    ("conditional_contrastive", torch.bfloat16): lambda _: time.sleep(600),
+    ("conditional_contrastive", torch.float32): lambda _: os.kill(os.getpid(), signal.SIGSEGV),
+    ("pairwise_cosine_similarity", torch.float32): costing(1.0),
+    ("pairwise_cosine_similarity", torch.bfloat16): reading,
 }
 
 
-def stand_in(name: str) -> types.ModuleType:
-    """The backend: the functions of ``blocks``, each followed by what its name, op and dtype are given above."""
-    module = types.ModuleType(f"stand_in_{name}")
-    ops = {op for _, op, _ in BEHAVIOUR}
+def stand_in() -> types.ModuleType:
+    """The backend: the functions of ``blocks``, each forward followed by what its op and dtype are given above."""
+    module = types.ModuleType("stand_in")
     module.available = lambda: "ok"
     module.supports = lambda op, device, dtype: (
-        "ok" if (name, op, dtype) in BEHAVIOUR else f"{op} is not for it"
+        "ok" if (op, dtype) in BEHAVIOUR else f"{op} is not for it"
     )
-    for op in ops:
+    for op in {op for op, _ in BEHAVIOUR}:
         for operator in OPS[op].runs:
-            setattr(module, operator, _operator(name, op, operator))
+            function = getattr(blocks, operator)
+            backward = operator.endswith("_backward")
+            setattr(module, operator, function if backward else _changed(op, function))
     return module
 
 
-def _operator(name: str, op: str, operator: str) -> Callable:
-    function = getattr(blocks, operator)
-
-    def call(*arguments, **options):
-        tensor = arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[0][0]
-        results = function(*arguments, **options)
-        if operator.endswith("_backward"):
-            return results
-        found = results if isinstance(results, tuple) else (results,)
-        found = BEHAVIOUR[name, op, tensor.dtype](found)
-        return found if isinstance(results, tuple) else results
+def _changed(op: str, forward: Callable) -> Callable:
+    def call(rows, *arguments, **options):
+        results = forward(rows, *arguments, **options)
+        change = BEHAVIOUR[op, rows.dtype]
+        return change(results) if isinstance(results, tuple) else change((results,))[0]
 
     return call
+
+
+def answering(monkeypatch: Any, **fields: object) -> list[tuple]:
+    """In the place of child processes: this, if anything, is found of each task. Returns the tasks that they get."""
+    began = []
+
+    def run(request, tasks, limit, patience, tell) -> None:
+        for task in tasks:
+            began.append(task)
+            if fields:
+                tell(task, fields)
+
+    monkeypatch.setattr(verification, "run", run)
+    return began
 
 
 def prepare(monkeypatch: Any, cache: Path) -> None:
     """The CPU is a GPU, the stand-in is its Triton backend, and nothing is known of it."""
     monkeypatch.setenv("FASTNCE_CACHE", str(cache))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")  # which must take no check out
     monkeypatch.setattr(verification, "_DEVICE", "stand_ins:Device")
-    monkeypatch.setattr(backends, "_TABLE", {**backends._TABLE, "triton": stand_in("triton")})
+    monkeypatch.setattr(backends, "_TABLE", {**backends._TABLE, "triton": stand_in()})
     monkeypatch.setattr(backends, "_VERIFIED", ("cpu", "cuda"))
     monkeypatch.setattr(verdicts, "machine", lambda device: ("Stand-in 9000", "1.0"))
     monkeypatch.setattr(verdicts, "_said", set())
@@ -146,12 +138,11 @@ class Device:
     patience = 5.0
     repeats = 20
     rounds = 3
-    share = 0.02
 
     def __init__(self, index: int) -> None:
         self.device = CPU
         torch.set_num_threads(1)
-        backends._TABLE["triton"] = stand_in("triton")
+        backends._TABLE["triton"] = stand_in()
 
     @staticmethod
     def place(device: object) -> torch.device:
@@ -165,8 +156,9 @@ class Device:
     def workers(place: torch.device) -> int:
         return 1
 
-    def synchronize(self) -> None:
-        pass
+    @staticmethod
+    def cut(count: int) -> int:
+        return max(1, count // 50)
 
     def poison(self) -> None:
         BESIDE.fill_(torch.nan)
