@@ -97,9 +97,8 @@ def verify_once(device: torch.device) -> None:
     def find() -> Found:
         new = [key.backend for key in _keys(place) if verdicts.find(key) is None]
         if new:
-            _print(
-                f"before the first training on this GPU, for at most {SECONDS:.0f} s (--no-verify: not)"
-            )
+            most = f"for at most {SECONDS:.0f} s (--no-verify: not)"
+            _print(f"before the first training on this GPU, {most}")
         try:
             return _verify(place, new, SECONDS, False, _print)
         except Exception as error:
@@ -153,19 +152,19 @@ def _verify(place: torch.device, names: list[str], seconds: float, again: bool, 
     Returns:
         What is known then, of the other backends too.
     """
-    keys = _keys(place)
-    known_of = {key: verdicts.find(key) for key in keys if key.backend not in names}
-    new = [key for key in keys if key.backend in names]
+    found = {key: verdicts.find(key) for key in _keys(place)}
+    new = [key for key in found if key.backend in names]
     with _alone(say) if new else contextlib.nullcontext():
         end = time.monotonic() + seconds
         for left, key in zip(range(len(new), 0, -1), new, strict=True):
             limit = Limit(time.monotonic() + (end - time.monotonic()) / left)
-            verdict = known_of[key] = (None if again else verdicts.find(key)) or {}
+            # Another verification may have ended by now.
+            verdict = found[key] = (None if again else verdicts.find(key)) or {}
             try:
                 _stages(key.backend, place, verdict, limit, say)
             finally:
                 _write(key, verdict)
-    return known_of
+    return found
 
 
 def _write(key: Key, verdict: Verdict) -> None:

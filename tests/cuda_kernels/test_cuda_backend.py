@@ -48,7 +48,10 @@ def test_without_a_gpu_or_library(fresh, monkeypatch, tmp_path):
 
 
 def test_an_emulated_library_that_is_not_there_or_old_or_broken(fresh, monkeypatch, tmp_path):
-    file, stamp = tmp_path / "emulated.so", build.source_hash(build.source_folder(), build.CUDA.sources)
+    file, stamp = (
+        tmp_path / "emulated.so",
+        build.source_hash(build.source_folder(), build.CUDA.sources),
+    )
     monkeypatch.setattr(cuda, "_EMULATED", str(file))
     assert "not built. Run: python -m tests.cuda_kernels.emulated" in cuda._load()
     file.write_bytes(b"fastnce-build:0123;")
