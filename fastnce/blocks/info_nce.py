@@ -6,10 +6,12 @@ rows is complete, so that its sums are known before it leaves: three products fo
 Symmetric, ``G_ij = (w_i p_ij + w_j c_ij) / 2 - w_i [j is the positive]`` with the softmax c of the columns, whose sums are known
 only after a first pass: four, unless one block has all logits.
 
-A block is touched as little as can be. Logits that are *moderate*, within ``tiles.MODERATE``, go without the maximum of their row:
-exponentials are relative to 0. Coefficients G stay what is in memory times w / t, and over the row's sum: numbers in that go into
-the products, what a row has of its own multiplies (n, D), and a tensor that all rows have in common multiplies in the end.
-Where products take rows of 16 bits as they are, the coefficients are *narrow*: of 16 bits, too, and times ``HALF_SCALE``.
+If logits are *moderate*, known to lie within ``tiles.MODERATE``, exponentials are relative to 0, without the maximum of a row.
+What a block then has in memory is G up to factors, which are applied where they cost least. Numbers, such as 1 / t and one w
+for all, are the *scale* of the products. A row's sum over w_i, the *divisor*, divides rows (b, n, D). A tensor that all have in
+common, such as 1 / t of a temperature that nobody reads, comes *last*, and multiplies the gradients.
+
+Where products take rows of 16 bits as they are, coefficients are *narrow*: divided, times ``HALF_SCALE``, and rounded to 16 bits.
 """
 
 from __future__ import annotations
@@ -251,7 +253,8 @@ class Problem:
             needs: of query, key, negatives and temperature.
             lse: (B, N), or (2, B, N) where the losses are symmetric.
         """
-        sums, losses = None if weights is None else _Sums(self, weights, needs), None
+        losses = None
+        sums = None if weights is None else _Sums(self, weights, needs)
         if self.symmetric:
             if lse is None:
                 losses, lse = self.sums_of_both()
@@ -264,6 +267,7 @@ class Problem:
         return losses, lse, (None,) * 4 if sums is None else sums.gradients(lse)
 
     def _add_blocks(self, sums: _Sums | None, lse: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """Adds all blocks to the sums, if there are any; losses and lse, as of ``run``."""
         losses = None
         if lse is None:
             losses, lse = (self.query.units.new_empty(self.query.units.shape[:2]) for _ in range(2))

@@ -117,7 +117,10 @@ class Logits:
         found = self.x.units.new_empty((2, len(self.x.units)))
         for rows, z, same in self:
             part = self._buffers[1](*z.shape)
-            torch.exp(z, out=part) if self.moderate else part.copy_(z)
+            if self.moderate:
+                torch.exp(z, out=part)
+            else:
+                part.copy_(z)
             self._leave_own(part, rows, self._nothing)
             found[0, rows] = self._lse(part)
             of_same = z if linear else part

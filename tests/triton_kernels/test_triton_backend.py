@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 from fastnce.backends import triton as triton_ops
 from fastnce.triton_kernels import launch
 
+ON_HOST = "the interpreter runs on the host"
 COMPILERS = "Failed to find C compiler. Please specify via CC environment variable"
-needs_compiler = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter runs on the host")
 
 
 def in_a_process(code: str, **variables: str) -> None:
@@ -27,6 +27,8 @@ def in_a_process(code: str, **variables: str) -> None:
 @pytest.fixture
 def gpus(monkeypatch) -> list[int]:
     """Of compute capability 9.0, 7.5 and 8.0. Returns the GPUs on which the first kernel was started."""
+    if launch.INTERPRETED:
+        pytest.skip(ON_HOST)
     capabilities = [(9, 0), (7, 5), (8, 0)]
     started: list[int] = []
     monkeypatch.setattr(triton_ops, "_answers", {})
@@ -42,7 +44,6 @@ def ask(device: str, op: str = "info_nce") -> str:
     return triton_ops.supports(op, device, torch.bfloat16)
 
 
-@needs_compiler
 def test_each_gpu_is_asked_once_for_itself(gpus):
     assert [ask(f"cuda:{index}") for index in (0, 2, 0, 2)] == ["ok"] * 4
     assert ask("cuda") == triton_ops.available() == "ok"
@@ -51,14 +52,12 @@ def test_each_gpu_is_asked_once_for_itself(gpus):
     assert gpus == [0, 2]
 
 
-@needs_compiler
 def test_older_gpus_multiply_no_fp8(gpus):
     why = "products in fp8 need a GPU of compute capability 8.9, this one has 8.0"
     assert ask("cuda:2", "info_nce_fp8") == why
     assert ask("cuda:0", "info_nce_fp8") == ask("cuda", "info_nce_fp8") == "ok"
 
 
-@needs_compiler
 @pytest.mark.parametrize(
     "error", [RuntimeError(COMPILERS), PermissionError(13, "denied"), KeyError]
 )
@@ -78,7 +77,6 @@ def test_a_machine_that_cannot_compile_says_so(error, gpus, monkeypatch):
     assert triton_ops.available() == reason and gpus == [0]
 
 
-@needs_compiler
 def test_nothing_is_started_while_a_graph_is_captured(gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert ask("cuda:0") == "ok" and gpus == []
@@ -86,7 +84,7 @@ def test_nothing_is_started_while_a_graph_is_captured(gpus, monkeypatch):
     assert ask("cuda:0") == "ok" and gpus == [0]
 
 
-@needs_compiler
+@pytest.mark.skipif(launch.INTERPRETED, reason=ON_HOST)
 def test_the_first_kernel_can_be_compiled(monkeypatch):
     import contextlib
 
