@@ -5,6 +5,14 @@ from __future__ import annotations
 import torch
 
 
+def _slowly(backend: str, op: str) -> str:
+    return getattr(getattr(torch.backends, backend), op).fp32_precision
+
+
+# Every loss of float32 asks, and torch's own way to this takes a microsecond.
+_newer = getattr(torch._C, "_get_fp32_precision_getter", _slowly)
+
+
 @torch.compiler.assume_constant_result  # torch.compile cannot trace the question; the answer is compiled in
 def float32_products(device_type: str) -> str:
     """``"highest"``, ``"high"`` (tf32) or ``"medium"`` (bfloat16), as ``torch.set_float32_matmul_precision`` calls them.
@@ -15,8 +23,7 @@ def float32_products(device_type: str) -> str:
     Args:
         device_type: "cpu", or any other for a GPU's products.
     """
-    place = torch.backends.mkldnn if device_type == "cpu" else torch.backends.cuda
-    newer = place.matmul.fp32_precision
+    newer = _newer("mkldnn" if device_type == "cpu" else "cuda", "matmul")
     if newer == "tf32" and device_type != "cpu" and _older() == "medium":
         return "medium"
     return {"tf32": "high", "bf16": "medium"}.get(newer, "highest")
