@@ -86,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     compiles = "whether torch.compile takes part (default: on a GPU, and with --size full or table)"
     add("--compile", action=argparse.BooleanOptionalAction, help=compiles)
+    only = "the cases whose names have one of these in them"
+    add("--only", nargs="+", metavar="TEXT", help=only)
     add("--no-memory", action="store_true", help="do not measure peak memory")
     limit = "begin no further case after this time (default: none; demo: twice its --seconds)"
     add("--limit", type=_positive, metavar="SECONDS", help=limit)
@@ -167,6 +169,16 @@ def _benchmark(args: argparse.Namespace) -> int:
     ops = cases.OPS if args.command in _OF_ALL_OPS else (args.command,)
     size = args.command if args.command in ("demo", "table") else args.size
     chosen = [case for op in ops for case in cases.select(op, size, device)]
+    if args.only:
+        names_of_all = [case.name for case in chosen]
+        chosen = [case for case in chosen if any(text in case.name for text in args.only)]
+        if not chosen:
+            print(
+                f"benchmarks: --only {' '.join(args.only)}: no case has that in its name. "
+                f"There are: {'; '.join(names_of_all)}",
+                file=sys.stderr,
+            )
+            return 2
     seconds, limit = args.seconds or 5.0, args.limit or math.inf
     if is_demo:
         total = args.seconds or 30.0
