@@ -35,6 +35,7 @@ from fastnce.blocks.tiles import (
     apart,
     blocks,
     exponentials,
+    long_sums,
     narrowed,
     number,
     power_above,
@@ -226,7 +227,7 @@ class Problem:
         shape = units.shape[:2]
         lse, positive = units.new_empty((2, *shape)), units.new_empty(shape)
         # Added up over the blocks, of which there may be hundreds.
-        of_columns = units.new_full(shape, -torch.inf, dtype=torch.float64)
+        of_columns = units.new_full(shape, -torch.inf, dtype=long_sums(units))
         found = list(self.blocks())
         for at in found:
             part = column.logits(at)

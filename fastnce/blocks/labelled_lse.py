@@ -23,6 +23,7 @@ from fastnce.blocks.tiles import (
     Similarities,
     apart,
     blocks,
+    long_sums,
     narrowed,
     number,
     power_above,
@@ -144,7 +145,7 @@ class Logits:
         symmetric = x_state is y_state  # so is the matrix: the moment of G + G^T is twice that of G
         alone = need_moment and not symmetric  # the moment is that of the rows' G
         moments = alone or (need_moment and narrow)
-        moment = units.new_zeros((), dtype=torch.float64) if moments else None
+        moment = units.new_zeros((), dtype=long_sums(units)) if moments else None
         columns = y_state.map(lambda x: x.unsqueeze(0))
         for rows, z, same in self:
             mine = x_state.map(lambda x, rows=rows: x[rows, None])

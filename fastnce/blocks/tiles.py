@@ -31,6 +31,11 @@ def multiplies_in_16_bits(x: Tensor) -> bool:
     return half and x.device.type == "cuda" and torch.version.hip is None
 
 
+def long_sums(x: Tensor) -> torch.dtype:
+    """That of sums over hundreds of blocks: float64, but for Apple's GPUs, which have none."""
+    return x.dtype if x.device.type == "mps" else torch.float64
+
+
 class Rows:
     """Rows ``x (..., D)`` in the dtype of the sums, of length 1 if ``normalize``, and what products take in their place.
 

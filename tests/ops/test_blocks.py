@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 import fastnce
 from fastnce import blocks
 from fastnce.blocks import info_nce, labelled_lse, tiles
-from fastnce.testing import Sample, assert_close_to_truth, run
+from fastnce.testing import Sample, assert_close_to_truth, leaves_of, outputs_of, run
 
 
 class Watch(Operators):
@@ -19,7 +19,7 @@ class Watch(Operators):
 
     def __init__(self) -> None:
         super().__init__()
-        self.largest, self.factors = 0, []
+        self.largest, self.factors, self.dtypes = 0, [], set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         found = super().__torch_dispatch__(function, types, args, kwargs)
@@ -27,6 +27,8 @@ class Watch(Operators):
             self.factors += [x for x in args if torch.is_tensor(x)][-2:]
         given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
         for x in tree_leaves(found):
+            if torch.is_tensor(x):
+                self.dtypes.add(x.dtype)
             if torch.is_tensor(x) and id(x.untyped_storage()) not in given:
                 self.largest = max(self.largest, x.nbytes)
         return found
@@ -50,6 +52,25 @@ def test_no_result_is_read_by_the_host_or_on_another_device(op, name, in_16_bits
     if op != "sample_patches" and "own" not in name:
         dtype = torch.bfloat16 if in_16_bits else torch.float32
         assert {x.dtype for x in watch.factors} == {dtype}, watch.names
+
+
+@pytest.mark.parametrize(("op", "name"), FORMS, ids=[f"{op}-{n}" for op, n in FORMS])
+def test_a_device_without_float64_is_asked_for_none(op, name, monkeypatch):
+    """Apple's, which no test can have here."""
+    for module in (info_nce, labelled_lse):
+        monkeypatch.setattr(module, "long_sums", lambda x: tiles.long_sums(MPS(x)))
+    sample = mapped(samples(op, torch.float32, "meta")[name], "", lambda x: x.to("meta"))
+    with Watch() as watch:
+        outputs = outputs_of(op, sample.arguments, "blocks")
+        torch.autograd.grad(outputs, leaves_of(sample), [torch.ones_like(x) for x in outputs])
+    assert torch.float64 not in watch.dtypes
+
+
+class MPS:
+    """Rows that are elsewhere."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.dtype, self.device = x.dtype, torch.device("mps")
 
 
 def rows(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
