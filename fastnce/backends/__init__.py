@@ -112,7 +112,7 @@ def verdict(
     """By form and size of the call, ``"ok"`` where the backend ``name`` is chosen by itself on a GPU, or why it is not.
 
     It is what ``fastnce verify`` found: "both gradients" -> "large" -> "no faster: 0.91 times as fast". Empty where there is no
-    verdict on this op.
+    verdict on this op, and without a GPU.
 
     Examples:
         >>> import fastnce, torch
@@ -122,6 +122,8 @@ def verdict(
     _module(name)
     place = torch.device(device)
     if name not in verdicts.EARNING or place.type not in _VERIFIED:
+        return {}
+    if place.type == "cuda" and not torch.cuda.is_available():
         return {}
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())

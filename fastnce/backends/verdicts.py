@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastnce.backends import build
+from fastnce.files import write_json
 from fastnce.precision import float32_products
 from fastnce.registry import Form
 
@@ -276,7 +277,7 @@ def write(key: Key, verdict: Verdict) -> Path:
     """Writes the user's own file, whole or not at all.
 
     Raises:
-        OSError: it cannot be written.
+        UserError: it cannot be written.
     """
     path = path_of(key)
     found = [
@@ -284,13 +285,7 @@ def write(key: Key, verdict: Verdict) -> Path:
         for task, entry in verdict.items()
     ]
     document = {"version": _VERSION, "key": key._asdict(), "found": found}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json(document, path)
     return path
 
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from fastnce.cli.parsing import no_arguments
 from fastnce.errors import UserError, known
+from fastnce.files import atomic_path
 
 
 def doctor(args: list[str]) -> int:
@@ -59,26 +60,18 @@ def verify(args: list[str]) -> int:
     if not kinds:
         print(f"fastnce verify: {NONE}. Only the kernels of GPUs are verified.", file=sys.stderr)
         return 1
-    if given.report is not None:
-        _expect_writable(given.report)  # before it takes two minutes
     how = {"backend": given.backend, "seconds": given.seconds, "again": given.again}
-    text = "\n".join(verification.verify(place, **how) for place in kinds)
+
+    def report() -> str:
+        return "\n".join(verification.verify(place, **how) for place in kinds)
+
     if given.report is None:
-        print(text)
-    else:
-        given.report.write_text(text, encoding="utf-8")
-        print(f"Written: {given.report}")
+        print(report())
+        return 0
+    with atomic_path(given.report) as temporary:  # an error now, not after two minutes
+        temporary.write_text(report(), encoding="utf-8")
+    print(f"Written: {given.report}")
     return 0
-
-
-def _expect_writable(report: Path) -> None:
-    try:
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.touch()
-    except OSError as error:
-        raise UserError(
-            f"--report {report} cannot be written: {error.strerror}. Name another file."
-        ) from error
 
 
 def build(args: list[str]) -> int:

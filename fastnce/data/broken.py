@@ -41,7 +41,7 @@ class BrokenFiles:
         return int(self._found.sum())
 
     def unsized(self, sizes: Mapping[str, int | None]) -> dict[str, int | None]:
-        """`sizes`, which `fastnce.data.files.named_sizes` gave for the files, with None for the broken ones."""
+        """`sizes`, which `fastnce.files.named_sizes` gave for the files, with None for the broken ones."""
         items = zip(sizes.items(), self._found.tolist(), strict=True)
         return {name: None if found else size for (name, size), found in items}
 

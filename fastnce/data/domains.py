@@ -14,12 +14,12 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 from fastnce.data.broken import BrokenFiles
-from fastnce.data.files import named_sizes
 from fastnce.data.folders import contents, describe_folder, list_images, split_folder
 from fastnce.data.images import Bands, check_depth, image_size, read_image, to_tensor
 from fastnce.data.stream import Stream, counter_rng
 from fastnce.data.transforms import Preprocess
 from fastnce.errors import UserError
+from fastnce.files import named_sizes
 
 ORDER_STREAM, A_STREAM, B_STREAM = 0, 1, 2
 
@@ -159,7 +159,7 @@ class TwoDomains(Stream):
         self.serial = serial
 
     def files(self) -> dict[str, dict[str, int | None]]:
-        """The files of "A" and "B" by their names, with their sizes in bytes: see `fastnce.data.files.changed_files`."""
+        """The files of "A" and "B" by their names, with their sizes in bytes: see `fastnce.files.changed_files`."""
         return {"A": self.a.files(), "B": self.b.files()}
 
     @property

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from fastnce.data.files import atomic_path
 from fastnce.errors import UserError
+from fastnce.files import atomic_path
 
 # All that Pillow reads, but for documents, films, icons and tables, and numpy's arrays.
 # fmt: off

@@ -12,11 +12,11 @@ from torch.utils.data import get_worker_info
 from fastnce.data.broken import BrokenFiles, readable
 from fastnce.data.cifar import LabelledSource, holds_cifar, open_cifar
 from fastnce.data.domains import EAGER_BYTES
-from fastnce.data.files import named_sizes
 from fastnce.data.folders import contents, describe_folder, list_images
 from fastnce.data.images import EXTENSIONS, read_image, to_array, to_tensor
 from fastnce.data.stream import Stream, counter_rng
 from fastnce.errors import UserError
+from fastnce.files import named_sizes
 
 ANNOTATIONS = "val_annotations.txt"
 
@@ -190,7 +190,7 @@ class LabelledImages(Stream):
         return self._broken.read(index, self._pixels)
 
     def files(self) -> dict[str, dict[str, int | None]]:
-        """The training files by their names, with their sizes in bytes: see `fastnce.data.files.changed_files`.
+        """The training files by their names, with their sizes in bytes: see `fastnce.files.changed_files`.
 
         Of many files only their classes, each with the size of all its files.
         """

@@ -11,11 +11,11 @@ from PIL import Image
 
 from fastnce.data.broken import readable
 from fastnce.data.domains import expect_one_of
-from fastnce.data.files import named_sizes
 from fastnce.data.folders import describe_folder, list_images, split_folder
 from fastnce.data.images import Bands, read_image, resize, to_array, to_tensor
 from fastnce.data.stream import Stream, counter_rng
 from fastnce.errors import UserError
+from fastnce.files import named_sizes
 
 A_STREAM, B_STREAM = 20, 21
 
@@ -93,7 +93,7 @@ class SingleImagePatches(Stream):
         self._files = {"A": files_a, "B": files_b}
 
     def files(self) -> dict[str, dict[str, int | None]]:
-        """The files of "A" and "B" by their names, with their sizes in bytes: see `fastnce.data.files.changed_files`."""
+        """The files of "A" and "B" by their names, with their sizes in bytes: see `fastnce.files.changed_files`."""
         return {name: dict(files) for name, files in self._files.items()}
 
     def output_sizes(self) -> tuple[dict[tuple[int, int], Path], dict[tuple[int, int], Path]]:

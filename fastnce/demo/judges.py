@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from fastnce.data.files import atomic_path
+from fastnce.files import atomic_path
 from fastnce.data.images import SIGNED_UNIT
 from fastnce.data.labelled import LabelledImages
 from fastnce.data.stream import counter_rng

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastnce.data.files import write_json
+from fastnce.files import write_json
 from fastnce.data.images import read_image, to_array, to_image
 from fastnce.data.stream import counter_rng
 from fastnce.errors import UserError

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from fastnce.data.files import atomic_path, write_json
+from fastnce.files import atomic_path, write_json
 
 # Of fidelity and diversity, see `rows_table`.
 NEIGHBOURHOOD_COLUMNS = {

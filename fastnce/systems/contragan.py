@@ -966,7 +966,7 @@ def generate_folder(
     from tqdm import tqdm
 
     from fastnce.data import save_image
-    from fastnce.data.files import expect_apart
+    from fastnce.files import expect_apart
     from fastnce.viz.plots import save_sample_grid
 
     for name, value, minimum in (("count", count, 1), ("batch_size", batch_size, 1)):

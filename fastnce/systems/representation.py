@@ -586,9 +586,9 @@ def write_features(
 
     from fastnce.data import list_images
     from fastnce.data.broken import readable
-    from fastnce.data.files import atomic_path
     from fastnce.data.images import read_image, to_array, to_tensor
     from fastnce.data.labelled import to_square
+    from fastnce.files import atomic_path
 
     if Path(out).suffix not in (".npz", ".safetensors"):
         raise UserError(f"out={out}: expected a file that ends in .npz or .safetensors.")

@@ -18,7 +18,6 @@ from tqdm import tqdm
 from fastnce.data import EXTENSIONS, Preprocess, list_images, save_image, to_uint8
 from fastnce.data.broken import readable
 from fastnce.data.domains import find_pairs, half_of
-from fastnce.data.files import expect_apart
 from fastnce.data.images import (
     UnfitFile,
     any_number_of_pixels,
@@ -31,6 +30,7 @@ from fastnce.data.images import (
 )
 from fastnce.data.transforms import RANDOM_TOKENS
 from fastnce.errors import UserError
+from fastnce.files import expect_apart
 from fastnce.networks import ResnetGenerator
 from fastnce.systems.tiles import check_tile, translate_in_tiles
 from fastnce.systems.translation import TranslationConfig, in_direction, input_channels

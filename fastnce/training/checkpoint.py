@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from fastnce.data.files import atomic_path
 from fastnce.errors import UserError
+from fastnce.files import atomic_path
 
 FORMAT = 1
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastnce.data.files import write_json
+from fastnce.files import write_json
 from fastnce.training.log import read_metrics
 
 _FILE = "cost.json"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from fastnce.data.files import atomic_path
 from fastnce.errors import UserError
+from fastnce.files import atomic_path
 from fastnce.networks.stylegan2 import NoiseInjection
 from fastnce.training.checkpoint import below
 from fastnce.training.runs import Run, opened

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastnce.data.files import atomic_path
 from fastnce.errors import UserError
+from fastnce.files import atomic_path
 
 
 def read_metrics(path: Path) -> list[dict]:

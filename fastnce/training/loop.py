@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastnce import backends
-from fastnce.data.files import Files, changed_files, expect_apart, remove_leftovers, write_json
 from fastnce.errors import UserError
+from fastnce.files import Files, changed_files, expect_apart, remove_leftovers, write_json
 from fastnce.systems import TrainConfig, system_named
 from fastnce.systems.schedule import Schedule
 from fastnce.systems.system import rng_kept

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnce.data import list_images, save_image
-from fastnce.data.files import expect_apart
 from fastnce.data.images import fitting_suffixes, read_image, to_array, to_image, to_tensor
 from fastnce.data.transforms import resize_to_multiple
 from fastnce.errors import UserError
+from fastnce.files import expect_apart
 from fastnce.networks import PatchProjector
 from fastnce.networks.resnet_generator import pixel_grid
 from fastnce.systems import TrainConfig, variants

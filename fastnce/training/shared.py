@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fastnce.data.files import atomic_path
 from fastnce.errors import UserError
+from fastnce.files import atomic_path
 from fastnce.systems import TrainConfig
 from fastnce.systems.representation import import_safetensors
 from fastnce.training.config import from_dict, to_dict

@@ -78,8 +78,10 @@ def verify(
     """
     if backend is not None:
         known(backend, verdicts.EARNING, "backend")
-    if not seconds > 0:
-        raise UserError(f"seconds={seconds} must be positive. The default is {SECONDS:.0f}.")
+    if not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise UserError(
+            f"seconds={seconds!r} must be a positive number. The default is {SECONDS:.0f}."
+        )
     place = _device().place(device)
     names = [name for name in verdicts.EARNING if backend in (None, name)]
 
@@ -170,10 +172,9 @@ def _verify(place: torch.device, names: list[str], seconds: float, again: bool, 
 def _write(key: Key, verdict: Verdict) -> None:
     try:
         verdicts.write(key, verdict)
-    except OSError as error:
+    except UserError as error:
         verdicts.say(
-            f"{verdicts.folder()} cannot be written ({error.strerror}): what was found holds in this process alone. "
-            "Set FASTNCE_CACHE to a folder that can be."
+            f"{error} FASTNCE_CACHE names another. Until then what was found holds in this process alone."
         )
 
 

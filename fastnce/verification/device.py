@@ -34,7 +34,12 @@ class GPU:
     @staticmethod
     def place(device: str | torch.device | None) -> torch.device:
         """The device that a user names, by default the current one, with its index."""
-        place = torch.device("cuda" if device is None else device)
+        try:
+            place = torch.device("cuda" if device is None else device)
+        except (RuntimeError, TypeError):
+            raise UserError(
+                f"device={device!r} is no device. Name a GPU, such as 'cuda:0'."
+            ) from None
         if place.type != "cuda" or not torch.cuda.is_available():
             what = "is no GPU" if place.type != "cuda" else f"is not there: {NONE}"
             raise UserError(f"device={place} {what}. Only the kernels of GPUs are verified.")

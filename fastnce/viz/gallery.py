@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from fastnce.data.files import atomic_path
+from fastnce.files import atomic_path
 from fastnce.viz.line_chart import Series, line_chart, line_class, thinned
 from fastnce.viz.plots import loss_panels, measurement_panels
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fastnce.data.files import atomic_path
+from fastnce.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

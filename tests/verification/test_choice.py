@@ -15,6 +15,7 @@ import fastnce
 from fastnce import backends, cli, doctor, verification
 from fastnce.backends import native, verdicts
 from fastnce.backends.verdicts import Entry
+from fastnce.errors import UserError
 from fastnce.training import loop
 from fastnce.verification import report
 
@@ -225,7 +226,7 @@ def test_a_verdict_is_written_whole_or_not_at_all(gpu, monkeypatch):
     write()
     before = gpu.read_text()
     monkeypatch.setattr("os.replace", refuse)
-    with pytest.raises(PermissionError):
+    with pytest.raises(UserError, match="Permission denied"):
         write(small=9.0)
     assert gpu.read_text() == before and [x.name for x in gpu.parent.iterdir()] == [gpu.name]
 

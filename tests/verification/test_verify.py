@@ -74,7 +74,7 @@ def test_what_is_known_is_not_done_again_unless_asked(verified_gpu, monkeypatch,
     assert len(began) == 19
     with pytest.raises(UserError, match="unknown backend 'tritn'. Did you mean 'triton'?"):
         verification.verify(backend="tritn")
-    with pytest.raises(UserError, match="seconds=0 must be positive"):
+    with pytest.raises(UserError, match="seconds=0 must be a positive number"):
         verification.verify(seconds=0)
 
 
@@ -174,10 +174,10 @@ def test_the_command(verified_gpu, capsys, tmp_path):
     capsys.readouterr()
     (tmp_path / "file").write_text("")
     for words, message in {
-        ("--report", str(tmp_path / "file" / "x")): "cannot be written: File exists",
+        ("--report", str(tmp_path / "file" / "x")): "cannot be written (File exists)",
         ("--backend", "tritn"): "invalid choice: 'tritn'",
         ("--second", "3"): "Did you mean '--seconds'?",
-        ("--seconds", "-1"): "seconds=-1.0 must be positive",
+        ("--seconds", "-1"): "seconds=-1.0 must be a positive",
     }.items():
         assert cli.main(["verify", *words]) == 2
         line = capsys.readouterr().err
@@ -221,6 +221,8 @@ def test_without_a_gpu(capsys):
     assert line.startswith("fastnce verify: torch ") and line.count("\n") == 1
     with pytest.raises(UserError, match="device=cuda is not there: torch .* sees no GPU"):
         verification.verify()
+    with pytest.raises(UserError, match="device='gpu' is no device"):
+        GPU.place("gpu")
     with pytest.raises(UserError, match="device=cpu is no GPU"):
         verification.verify("cpu")
 
