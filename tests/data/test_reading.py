@@ -11,7 +11,8 @@ import torch
 from pictures import levels, write
 from PIL import ExifTags, Image, ImageOps
 
-from fastnce.data import AlignedImages, SingleImagePatches, UnpairedImages, files, list_images
+from fastnce import files
+from fastnce.data import AlignedImages, SingleImagePatches, UnpairedImages, list_images
 from fastnce.data.images import (
     EXTENSIONS,
     fitting_suffixes,
