@@ -77,7 +77,8 @@ def _losses(depth: int, dtype: torch.dtype, count: int) -> None:
     query, key = (_rows(1, count, depth, dtype=dtype) for _ in "qk")
     layers = [_rows(2, count, depth, dtype=dtype), _rows(2, count // 2, depth, dtype=dtype)]
     negatives = {"query_negatives": True}
-    for temperature, options in ((0.07, {}), (0.07, negatives), (tau, negatives | DETACHED)):
+    forms = ({}, negatives, negatives | DETACHED)
+    for temperature, options in (*((0.07, form) for form in forms), (tau, forms[-1])):
         triton_kernels.patch_nce_forward(
             layers,
             layers,
