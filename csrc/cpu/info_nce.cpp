@@ -1250,8 +1250,6 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
     int64_t loss_layers, int64_t grad_layers, const std::vector<bool>& need_queries,
     const std::vector<bool>& need_keys, bool need_temperature) {
   const char* op = "patch_nce_forward";
-  STD_TORCH_CHECK(!symmetric && !query_negatives && !detach_keys, op,
-                  ": there is one direction, without query_negatives.");
   const size_t count = queries.size();
   STD_TORCH_CHECK(count > 0 && keys.size() == count && loss_scales.size() == count &&
                       (grad_scales.empty() || grad_scales.size() == count) &&
