@@ -1,7 +1,9 @@
-"""Weights files: reading a state dict of plain tensors, and loading it with the first difference in words."""
+"""Files of weights: reading a state dict, loading it with the first difference in words, and TorchScript modules."""
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -83,3 +85,30 @@ def difference(own: Mapping[str, object], other: Mapping[str, object]) -> str | 
         if here != there:
             return f"{name} has the shape {tuple(there)} in the file, expected {tuple(here)}"
     return None
+
+
+def load_scripted(
+    what: str, path: Path | str, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, str]:
+    """A module from a TorchScript file in eval mode, and its name: the file's, and twelve digits of the content's hash.
+
+    UserError if there is no such file, or it is no TorchScript module; `what` names it there. Use only files whose origin you
+    trust.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{what} {path}: no such file. Give a TorchScript file.")
+    try:
+        with warnings.catch_warnings():
+            # torch.export is to replace TorchScript, but the published extractors are such files.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            module = torch.jit.load(str(path), map_location=device).eval()
+    except Exception as error:  # RuntimeError mostly, and whatever a damaged archive raises
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{what} {path}: not a TorchScript module ({reason}). "
+            "Give a file that torch.jit.save wrote, not a state dict or a pickle."
+        ) from error
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return module, f"{path.name}-{digest[:12]}"
