@@ -1,8 +1,9 @@
-"""Building blocks shared by the convolutional networks: anti-aliased resampling, residual block, initialisation."""
+"""Building blocks shared by the convolutional networks: resampling, residual block, spectral norm, initialisation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -155,13 +156,63 @@ class ResnetBlock(nn.Module):
         return last_norm(y, residual=x)
 
 
-def init_xavier(module: nn.Module, gain: float = 0.02) -> None:
-    """Xavier-normal weights and zero biases for every convolution and linear layer (CUT's initialisation)."""
+def spectral_norm(layer: nn.Module, eps: float = 1e-12) -> nn.Module:
+    """Divides the layer's weight by its largest singular value, as estimated by one power iteration per training forward.
+
+    The weight W is seen as a matrix (out, the rest). State-dict keys are `weight_orig` (W), `weight_u` and `weight_v`, as in
+    published checkpoints. One iteration is made here: without it, a network in eval mode that was never trained would be
+    divided by u^T W v of random u and v, a number near 0 of either sign.
+
+    After a training forward `copy.deepcopy` refuses the layer (its `weight` is part of a graph): copy networks before.
+
+    Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018.
+    """
+    layer = nn.utils.spectral_norm(layer, eps=eps)
+    _aim_spectral_norm(layer)
+    return layer
+
+
+@torch.no_grad()
+def _aim_spectral_norm(layer: nn.Module) -> None:
+    """One power iteration."""
+    matrix = layer.weight_orig.flatten(1)
+    layer.weight_v.copy_(F.normalize(matrix.t() @ layer.weight_u, dim=0))
+    layer.weight_u.copy_(F.normalize(matrix @ layer.weight_v, dim=0))
+
+
+def init_xavier(module: nn.Module, gain: float = 0.02, *, spectral: bool = True) -> None:
+    """Xavier-normal weights and zero biases for every convolution and linear layer (CUT's initialisation).
+
+    `spectral=False` leaves the weights under a spectral norm as they are, but not their biases.
+    """
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+        if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            continue
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+        if not hasattr(layer, "weight_orig"):
             nn.init.xavier_normal_(layer.weight, gain=gain)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        elif spectral:
+            nn.init.xavier_normal_(layer.weight_orig, gain=gain)
+            _aim_spectral_norm(layer)
+
+
+FeatureLossInit = Literal["published", "xavier", "default"]
+
+
+def init_feature_loss(name: str, network: nn.Module, init: FeatureLossInit) -> None:
+    """The initialisations of the networks of Contrastive Feature Loss, which `name` says in errors.
+
+    - "published": xavier-normal weights of gain 0.02 and zero biases, but PyTorch's own weights under a spectral norm. That is what
+      the published code did on a GPU: its initialisation came too late for those. They begin about 25 times larger than with
+    - "xavier", which is what its option says, and what it did on a CPU. The output is the same function of the weights'
+      direction, but an Adam step of the same length turns small weights much further.
+    - "default": PyTorch's own for all.
+    """
+    if init not in get_args(FeatureLossInit):
+        raise ValueError(f"{name}: init={init!r} must be one of {get_args(FeatureLossInit)}.")
+    if init != "default":
+        init_xavier(network, spectral=init == "xavier")
 
 
 def init_default(module: nn.Module) -> None:

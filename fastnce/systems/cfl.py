@@ -1,0 +1,505 @@
+"""CFL: a photograph from a label map, with a patchwise contrastive loss in the place of L1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastnce
+from fastnce.errors import UserError
+from fastnce.networks import MultiscaleDiscriminator, SPADEGenerator
+from fastnce.systems import options
+from fastnce.systems.adversarial import (
+    MeansOrGANMode,
+    at_least_fp32,
+    discriminator_losses,
+    generator_loss,
+)
+from fastnce.systems.patch_contrast import PatchConfig, projected, sample
+from fastnce.systems.schedule import LateDecay
+from fastnce.systems.system import autocast
+from fastnce.systems.translation import GeneratorConfig, adam, descend, l1
+
+Upsampling = Literal["normal", "more", "most"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CFLConfig(PatchConfig, GeneratorConfig):
+    """The options of CFL's networks, losses and optimisers. The defaults are the published ones."""
+
+    system: ClassVar[str] = "cfl"
+
+    data: Path = Path()
+    """Folder of the label maps and the photographs."""
+    layout: Literal["folders", "cityscapes", "ade20k", "coco", "facades"] = "folders"
+    """How the data's folder is made up; folders: train_label and train_img, test_label and test_img with equal names."""
+    label_classes: int = 35
+    """Classes of the label maps: 0 to label_classes - 1."""
+    dont_care: bool = False
+    """Label maps have pixels of no class, 255, which get a channel of their own."""
+    instances: bool = False
+    """There are maps of instances too, whose edges become a channel."""
+    preprocess: str = "resize_and_crop"
+    """How pairs are scaled: resize_and_crop, fixed (crop_size and aspect_ratio), scale_width, scale_shortside, these _and_crop,
+    crop, or none."""
+    aspect_ratio: float = 1.0
+    """Width over height, where preprocess=fixed."""
+    flip: bool = True
+    """Mirror each pair with probability 1/2."""
+    cache_gb: float = 2.0
+    """Memory for decoded images in GiB, shared out among the workers."""
+
+    upsampling: Upsampling = "normal"
+    """Generator: doublings from its first map to the image: normal 5, more 6, most 7."""
+    base_channels: int = 64
+    """Generator: channels of its last map, a sixteenth of its first."""
+    hidden_channels: int = 128
+    """Generator: channels inside each of its norms."""
+    disc_layers: int = 4
+    """Discriminator: layers before the last one."""
+    disc_scales: int = 2
+    """Discriminator: scales at which the image is judged."""
+    init: Literal["published", "xavier", "default"] = "published"
+    """Initialisation. xavier: of gain 0.02; published: the same, but weights under a spectral norm are PyTorch's, as it was on
+    a GPU; default: PyTorch's own."""
+
+    critic: Literal[
+        "vgg19", "pixel", "resnet18", "resnet34", "resnet50", "convencoder", "scripted"
+    ] = "vgg19"
+    """Whose features are compared. vgg19 needs vgg_weights, scripted critic_file; pixel: patches of the image itself; the others
+    have random weights."""
+    vgg_weights: Path | None = None
+    """Weights of VGG19: torchvision's vgg19-dcbb9e9d.pth, or a published F_q file."""
+    critic_file: Path | None = None
+    """TorchScript file of a network from images in [-1, 1] to a list of feature maps."""
+    projector: Literal["mlp", "linear", "identity"] = "mlp"
+    """The step of patches before they are compared: a small trained MLP per layer, a linear layer, or nothing."""
+    nce_layers: tuple[str, ...] = ("1", "2", "3", "4", "5")
+    """Maps that are compared: numbers as published, where 1 2 3 4 5 of vgg19 is relu2_1 to relu5_1, or names such as relu3_1."""
+    layer_multiplier: float = 1.0
+    """Each map counts by this factor more than the one before it."""
+    map_weights: tuple[float, ...] = ()
+    """Instead: the weights of the maps, relative to their sum."""
+    layer_weighting: Literal["published", "once"] = "published"
+    """once: the weights of the maps add up to 1. published: those of all nce_layers do, whatever maps there are, and the sum is
+    divided by their number again."""
+    nce_directions: Literal["both", "one"] = "both"
+    """both: the sum of the losses of predicted patches among real ones and of real among predicted ones; one: the first alone."""
+    fake_negatives: bool = True
+    """The other patches of the same image are negatives too."""
+    detach_keys: bool = True
+    """As published: no gradient flows to keys, so that the generator learns from the first direction alone."""
+
+    lambda_nce: float = 10.0
+    """Weight of the contrastive loss; 0 turns it off, as it does each of the others."""
+    lambda_gan: float = 1.0
+    """Weight of the generator's adversarial loss."""
+    lambda_l1: float = 0.0
+    """Weight of the mean absolute difference to the photograph."""
+    lambda_l2: float = 0.0
+    """Weight of the mean squared difference."""
+    lambda_vgg: float = 0.0
+    """Weight of the L1 distance of feature maps: those of the critic, or of vgg_weights (or critic_file) beside critic=pixel."""
+    vgg_weighting: Literal["published", "spade", "crn", "even"] = "published"
+    """Weights of the five maps of that loss: published with CFL, those of SPADE, which are 2.47 times as large, or of CRN; even:
+    the mean, for any number of maps."""
+    vgg_input: bool = False
+    """The image itself is the first of these maps."""
+    lambda_feat: float = 0.0
+    """Weight of feature matching: the L1 distance of the discriminator's maps."""
+    gan_mode: MeansOrGANMode = "hinge"
+    """Adversarial objective; w: means without a bound."""
+    ttur: bool = False
+    """Half the learning rate for generator and projector, twice for the discriminator, and betas 0 and 0.9."""
+    reuse_fakes: bool = False
+    """A change of the published order: the discriminator learns from the images that the generator was trained with, instead of
+    those that it makes after its step. Saves a quarter of the generator's work."""
+
+    epochs: int = 800
+    """Epochs at the full learning rate."""
+    decay_epochs: int = 0
+    """Further epochs in which the learning rate of generator and discriminator falls linearly."""
+    ema_decay: float = 0.0
+    """Decay of the running average of the weights; 0, as published, keeps the last weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        options.at_least(self, 1, "label_classes", "hidden_channels", "disc_layers", "disc_scales")
+        weights = ("lambda_nce", "lambda_gan", "lambda_l1", "lambda_l2", "lambda_vgg")
+        options.at_least(self, 0, *weights, "lambda_feat", "cache_gb")
+        options.above_zero(self, "aspect_ratio", "layer_multiplier")
+        if not any(getattr(self, name) for name in weights):
+            raise UserError(
+                f"{'=0, '.join(weights)}=0 leave no loss. Set one of them, such as lambda_nce=10."
+            )
+        if self.lambda_feat > 0 and self.lambda_gan == 0:
+            raise UserError(
+                f"lambda_feat={self.lambda_feat} compares maps of the discriminator, and lambda_gan=0 leaves it out. "
+                "Use lambda_gan=1, or lambda_feat=0."
+            )
+
+    @property
+    def semantic_channels(self) -> int:
+        """Channels of the generator's input: classes, "don't care", edges of instances."""
+        return self.label_classes + self.dont_care + self.instances
+
+    @property
+    def layers(self) -> list[str]:
+        """The entries of `nce_layers`, which may be joined by commas."""
+        return [name for entry in self.nce_layers for name in entry.split(",") if name]
+
+    @property
+    def form(self) -> str:
+        """Which form of the contrastive loss this is, in words for a result."""
+        if self.lambda_nce == 0:
+            return "no contrastive loss"
+        named = {("both", True, True, "published"): "as published"}
+        named["both", True, False, "once"] = "clean: gradients both ways, each map once"
+        choices = (
+            self.nce_directions,
+            self.fake_negatives,
+            self.detach_keys,
+            self.layer_weighting,
+        )
+        words = [
+            f"directions {self.nce_directions}",
+            f"fake negatives {'on' if self.fake_negatives else 'off'}",
+            f"keys {'detached' if self.detach_keys else 'with gradient'}",
+            f"layers weighted {self.layer_weighting}",
+        ]
+        return named.get(choices, ", ".join(words))
+
+
+def build_generator(config: CFLConfig) -> SPADEGenerator:
+    """The generator that `config` describes, freshly initialised.
+
+    Raises:
+        UserError: a crop from which no first map is left.
+    """
+    try:
+        return SPADEGenerator(
+            config.semantic_channels,
+            3,
+            config.base_channels,
+            config.upsampling,
+            config.crop_size,
+            config.aspect_ratio,
+            config.hidden_channels,
+            config.init,
+        )
+    except ValueError as error:
+        raise UserError(str(error).removeprefix("SPADEGenerator: ")) from error
+
+
+# The maps of the critics whose layers have names.
+_NAMES = {
+    "vgg19": ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"),
+    "pixel": ("patches4", "patches8", "patches16"),
+}
+# Weights of the maps of VGG19 and, before them, of the image.
+_VGG_WEIGHTS = {
+    "spade": (1.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0),
+    "crn": (1.0, 1 / 2.6, 1 / 4.8, 1 / 3.7, 1 / 5.6, 10 / 1.5),
+}
+
+
+def chosen_maps(config: CFLConfig, count: int) -> list[int]:
+    """The places of the maps that `nce_layers` choose among the `count` maps of the critic.
+
+    Raises:
+        UserError: a name or a number that is none of the critic's.
+    """
+    layers, names = config.layers, _NAMES.get(config.critic, ())
+    if layers and all(name in names for name in layers):
+        return [names.index(name) for name in layers]
+    wrong = f"nce_layers={' '.join(layers)}: critic={config.critic}"
+    if not layers or not all(name.isdecimal() for name in layers):
+        known = f"has the maps {', '.join(names)}" if names else f"has {count} maps"
+        raise UserError(f"{wrong} {known}. Use these names, or numbers from 0 to 5.")
+    numbers = [int(name) for name in layers]
+    if config.critic == "vgg19":
+        if numbers not in [list(range(first, 6)) for first in range(4)]:
+            raise UserError(
+                f"{wrong} takes the published 0 1 2 3 4 5, 1 2 3 4 5, 2 3 4 5 or 3 4 5. Use one of them, or names such as relu3_1."
+            )
+        return list(range(numbers[0], 5))
+    if config.critic.startswith("resnet") or config.critic == "convencoder":
+        if not all(number < count for number in numbers):
+            raise UserError(f"{wrong} has {count} maps. Use numbers from 0 to {count - 1}.")
+        return numbers
+    if len(numbers) < count:
+        raise UserError(f"{wrong} compares all of its {count} maps. Give {count} numbers or more.")
+    return list(range(count))
+
+
+def layer_weights(config: CFLConfig, count: int) -> list[float]:
+    """The weight of each of the `count` maps that are compared: see `layer_weighting`."""
+    entries = len(config.layers)
+    weights = list(config.map_weights) or [config.layer_multiplier**i for i in range(entries)]
+    if len(weights) < count or min(weights) <= 0:
+        raise UserError(
+            f"map_weights={config.map_weights} are for {count} maps. Give a positive number for each."
+        )
+    if config.layer_weighting == "once":
+        return [weight / sum(weights[:count]) for weight in weights[:count]]
+    return [weight / sum(weights) / entries for weight in weights[:count]]
+
+
+def build_critic(config: CFLConfig, kind: str) -> nn.Module:
+    """A critic, an image in [-1, 1] to a list of feature maps; it has `channels`, and stays as it is."""
+    from fastnce.networks import critics
+
+    if kind == "pixel":
+        return critics.PixelCritic()
+    if kind == "scripted":
+        if config.critic_file is None:
+            raise UserError("critic=scripted needs a network. Give its TorchScript file with critic_file.")
+        return critics.ScriptedCritic(config.critic_file)
+    if kind == "convencoder":
+        return critics.ConvEncoderCritic()
+    if kind == "vgg19":
+        if config.vgg_weights is None:
+            raise UserError(
+                "vgg19 needs its weights: give torchvision's vgg19-dcbb9e9d.pth with vgg_weights, or use critic=pixel."
+            )
+        return critics.VGG19Critic(config.vgg_weights)
+    return critics.ResNetCritic(kind)
+
+
+def distance_weights(config: CFLConfig, count: int) -> list[float]:
+    """The weights of the VGG loss: of the image itself, and of each of the `count` maps."""
+    if config.vgg_weighting == "even":
+        return [1 / (count + config.vgg_input)] * (count + 1)
+    weights = _VGG_WEIGHTS["crn" if config.vgg_weighting == "crn" else "spade"]
+    if len(weights) != count + 1:
+        raise UserError(
+            f"vgg_weighting={config.vgg_weighting} has weights of the five maps of VGG19, and the critic has {count}. "
+            "Use vgg_weighting=even."
+        )
+    return [w if config.vgg_weighting == "spade" else w / sum(weights) for w in weights]
+
+
+class CriticFeatures(nn.Module):
+    """A critic, `encoder`, and what projects the patches of its maps, `projection`; published as F_q."""
+
+    def __init__(self, config: CFLConfig) -> None:
+        super().__init__()
+        self.encoder = build_critic(config, config.critic)
+        channels = list(self.encoder.channels)
+        self.maps = chosen_maps(config, len(channels))
+        self.in_channels = [channels[place] for place in self.maps]
+        self.projection = Projection(config, self.in_channels)
+
+
+class CFL(nn.Module):
+    """The networks `generator`, `discriminator` and `features`, their Adam `optimizers`, and one training step.
+
+    With s the semantic map of the labels, y the photograph, G the generator, D the discriminator, which sees s beside an image, F
+    the frozen critic and H the projector:
+
+        G loss = lambda_nce sum_l w_l mean [NCE(q_l, k_l) + NCE(k_l, q_l)]     q = H(F(G(s))), k = H(F(y)) at the same places
+                 + lambda_gan l(D(s, G(s)), real)
+                 + lambda_l1 mean |G(s) - y| + lambda_l2 mean (G(s) - y)^2
+                 + lambda_vgg sum_l v_l mean |F_l(G(s)) - F_l(y)|
+                 + lambda_feat / scales sum over D's maps mean |D_m(s, G(s)) - D_m(s, y)|
+        D loss = l(D(s, G(s)), fake) + l(D(s, y), real)                        of G(s) anew, after G's step
+
+    NCE is `patch_nce` with `query_negatives`, and w, as published, 1 / L^2 of L `nce_layers`: see `layer_weights`. First G and H
+    are updated, then D. D's losses are means over its scales.
+
+    As published the rows are divided by their norm plus 1e-7, here by their norm.
+
+    Source: Andonian et al., "Contrastive Feature Loss for Image Prediction", ICCV AIM workshop 2021
+    (https://arxiv.org/abs/2111.06934).
+
+    Args:
+        config: see `CFLConfig`.
+        image_size: not needed.
+
+    Attributes:
+        optimizers: "G", and "F" where a projector is trained, and "D" where there is an adversarial loss.
+        features: critic and projector; None without the contrastive loss.
+        vgg: the network of the VGG loss, where it is not the critic; else None.
+
+    Raises:
+        UserError: a critic without its weights, `nce_layers` that it does not have, weights for another number of maps, a crop that
+            the generator cannot make, or a backend that is not there.
+    """
+
+    def __init__(self, config: CFLConfig, image_size: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        options.backend_is_there(config.backend)
+        self.config = config
+        self.generator = build_generator(config)
+        slow, fast = {}, {}
+        if config.ttur:
+            slow = {"lr": config.lr / 2, "betas": (0.0, 0.9)}
+            fast = {"lr": config.lr * 2, "betas": (0.0, 0.9)}
+        self.optimizers = {"G": adam(config, self.generator, **slow)}
+        self.features = self.discriminator = self.vgg = None
+        if config.lambda_nce > 0:
+            self.features = CriticFeatures(config)
+            self.weights = layer_weights(config, len(self.features.maps))
+            if config.projector != "identity":
+                self.optimizers["F"] = adam(config, self.features.projection, decays=False, **slow)
+        if config.lambda_vgg > 0:
+            kind = config.critic
+            if kind == "pixel":
+                kind = "scripted" if config.critic_file and not config.vgg_weights else "vgg19"
+            if self.features is None or kind != config.critic:
+                self.vgg = build_critic(config, kind)
+            network = self.vgg or self.features.encoder
+            self.distance_weights = distance_weights(config, len(network.channels))
+        if config.lambda_gan > 0:
+            self.discriminator = MultiscaleDiscriminator(
+                config.semantic_channels + 3,
+                config.disc_channels,
+                config.disc_layers,
+                config.disc_scales,
+                config.init,
+            )
+            self.optimizers["D"] = adam(config, self.discriminator, **fast)
+        self.train()
+
+    def train(self, mode: bool = True) -> CFL:
+        """The critics stay in eval mode."""
+        super().train(mode)
+        for critic in (self.vgg, self.features and self.features.encoder):
+            if critic is not None:
+                critic.eval()
+        return self
+
+    def training_step(
+        self, batch: Mapping[str, Tensor], *, patch_ids: Sequence[Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """One update of G and H, then one of D.
+
+        Args:
+            batch: "label" (N, H, W) int64, "B" (N, 3, H, W) photographs in [-1, 1], and with `instances` "edges" (N, 1, H, W), on
+                the device of the networks.
+            patch_ids: positions in each map that is compared, one (S,) int64 tensor per map; by default drawn.
+
+        Returns:
+            Detached scalars, weights included: "G", and of the losses that are on "NCE", "G_GAN", "G_L1", "G_L2", "G_VGG", "G_feat",
+            "D_real", "D_fake".
+        """
+        real = batch["B"]
+        semantics = semantic_map(self.config, batch).to(real.dtype)
+        with autocast(self):
+            fake = self.generator(semantics)
+        losses = self._update_generator(semantics, fake, real, patch_ids)
+        if self.discriminator is not None:
+            losses |= self._update_discriminator(semantics, fake.detach(), real)
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _update_generator(
+        self, semantics: Tensor, fake: Tensor, real: Tensor, patch_ids: Sequence[Tensor] | None
+    ) -> dict[str, Tensor]:
+        config = self.config
+        losses = self._feature_losses(fake, real, patch_ids)
+        if self.discriminator is not None:
+            losses |= self._adversarial_losses(semantics, fake, real)
+        if config.lambda_l1 > 0:
+            losses["G_L1"] = config.lambda_l1 * l1(fake, real)
+        if config.lambda_l2 > 0:
+            losses["G_L2"] = config.lambda_l2 * F.mse_loss(at_least_fp32(fake), real)
+        total = sum(losses.values())
+        descend(total, *(o for letter, o in self.optimizers.items() if letter != "D"))
+        return {"G": total, **losses}
+
+    def _feature_losses(
+        self, fake: Tensor, real: Tensor, patch_ids: Sequence[Tensor] | None
+    ) -> dict[str, Tensor]:
+        """The losses in the features of the critic, and of VGG19."""
+        config, losses, maps = self.config, {}, None
+        if self.features is not None:
+            maps = self._maps(self.features.encoder, fake, real)
+            losses["NCE"] = config.lambda_nce * self._contrast(*maps, patch_ids)
+        if config.lambda_vgg > 0:
+            if self.vgg is not None:
+                maps = self._maps(self.vgg, fake, real)
+            pairs = zip((fake, *maps[0]), (real, *maps[1]), self.distance_weights, strict=True)
+            first = 0 if config.vgg_input else 1
+            distances = [w * l1(a, b) for a, b, w in list(pairs)[first:]]
+            losses["G_VGG"] = config.lambda_vgg * sum(distances)
+        return losses
+
+    def _maps(
+        self, critic: nn.Module, fake: Tensor, real: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        with autocast(self):
+            of_fake = critic(fake)
+        with autocast(self), torch.no_grad():
+            of_real = critic(real)
+        return of_fake, of_real
+
+    def _contrast(
+        self, fake: list[Tensor], real: list[Tensor], patch_ids: Sequence[Tensor] | None
+    ) -> Tensor:
+        config, chosen = self.config, self.features.maps
+        keys, ids = sample(config, [real[place] for place in chosen], patch_ids)
+        queries, _ = sample(config, [fake[place] for place in chosen], ids)
+        with autocast(self):
+            project = self.features.projection
+            queries, keys = projected([(project, queries), (project, keys)])
+        both = config.nce_directions == "both"
+        loss = fastnce.patch_nce(
+            queries,
+            keys,
+            temperature=config.temperature,
+            symmetric=both,
+            query_negatives=config.fake_negatives,
+            detach_keys=config.detach_keys,
+            layer_weights=self.weights,
+            backend=config.backend,
+        )
+        return 2 * loss if both else loss  # the op halves the sum of the directions
+
+    def _adversarial_losses(
+        self, semantics: Tensor, fake: Tensor, real: Tensor
+    ) -> dict[str, Tensor]:
+        config = self.config
+        self.discriminator.requires_grad_(False)
+        images = [fake, real] if config.lambda_feat > 0 else [fake]
+        scales = self._judge(semantics, *images)
+        losses = [generator_loss(maps[-1][: len(fake)], config.gan_mode) for maps in scales]
+        results = {"G_GAN": config.lambda_gan * sum(losses) / len(losses)}
+        if config.lambda_feat > 0:
+            distances = [l1(*x.chunk(2)) for maps in scales for x in maps[:-1]]
+            results["G_feat"] = config.lambda_feat * sum(distances) / len(scales)
+        return results
+
+    def _update_discriminator(
+        self, semantics: Tensor, fake: Tensor, real: Tensor
+    ) -> dict[str, Tensor]:
+        if not self.config.reuse_fakes:
+            with autocast(self), torch.no_grad():
+                fake = self.generator(semantics)
+        self.discriminator.requires_grad_(True)
+        losses = []
+        for *_, logits in self._judge(semantics, fake, real):
+            of_fake, of_real = logits.chunk(2)
+            losses.append(discriminator_losses(of_real, of_fake, self.config.gan_mode))
+        real_loss, fake_loss = (sum(terms) / len(terms) for terms in zip(*losses, strict=True))
+        descend(real_loss + fake_loss, self.optimizers["D"])
+        return {"D_real": real_loss, "D_fake": fake_loss}
+
+    def _judge(self, semantics: Tensor, *images: Tensor) -> list[list[Tensor]]:
+        """The discriminator's maps of the images, one after the other in the batch."""
+        pairs = [torch.cat([semantics, image.to(semantics)], dim=1) for image in images]
+        with autocast(self):
+            return self.discriminator(torch.cat(pairs))
+
+
+def semantic_map(config: CFLConfig, batch: Mapping[str, Tensor]) -> Tensor:
+    """What the generator sees of a batch: one channel for each class, and the edges of instances."""
+    from fastnce.data.label_maps import one_hot
+
+    edges = batch["edges"] if config.instances else None
+    return one_hot(batch["label"], config.label_classes + config.dont_care, edges)
