@@ -23,15 +23,15 @@ def hashed(*shape: int, k: int) -> Tensor:
     return (x.double() / 2**31 - 1).float().reshape(shape)
 
 
-def fill(module: nn.Module) -> nn.Module:
-    """Sets the j-th parameter to `hashed(k=j)`, times sqrt(3 / fan-in) or, of one dimension, 0.1.
+def fill(module: nn.Module, first: int = 0) -> nn.Module:
+    """Sets the j-th parameter, counted from `first`, to `hashed(k=j)`, times sqrt(3 / fan-in) or, of one dimension, 0.1.
 
     The j-th vector of spectral norm becomes `hashed(k=1000 + j)` over its length.
     """
     buffers = dict(module.named_buffers())
     vectors = [x for name, x in buffers.items() if name.endswith(("weight_u", "weight_v"))]
     with torch.no_grad():
-        for j, x in enumerate(module.parameters()):
+        for j, x in enumerate(module.parameters(), first):
             scale = 0.1 if x.ndim == 1 else math.sqrt(3 * len(x) / x.numel())
             x.copy_(scale * hashed(*x.shape, k=j))
         for j, x in enumerate(vectors):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fastnce.data.folders import list_images
 from fastnce.data.images import to_uint8
 from fastnce.errors import UserError
-from fastnce.metrics.extractors import load_scripted
 from fastnce.metrics.tables import finite_or_none, format_number, rows_table
+from fastnce.networks.weights import load_scripted
 
 LabelKind = Literal["train-ids", "ids", "colours"]
 

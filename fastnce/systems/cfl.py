@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,11 @@ from fastnce.systems.adversarial import (
 )
 from fastnce.systems.patch_contrast import PatchConfig, projected, sample
 from fastnce.systems.schedule import LateDecay
-from fastnce.systems.system import autocast
+from fastnce.systems.system import Rows, System, autocast
 from fastnce.systems.translation import GeneratorConfig, adam, descend, l1
 
-Upsampling = Literal["normal", "more", "most"]
+if TYPE_CHECKING:
+    from fastnce.data.label_maps import LabelMaps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class CFLConfig(PatchConfig, GeneratorConfig):
     cache_gb: float = 2.0
     """Memory for decoded images in GiB, shared out among the workers."""
 
-    upsampling: Upsampling = "normal"
+    upsampling: Literal["normal", "more", "most"] = "normal"
     """Generator: doublings from its first map to the image: normal 5, more 6, most 7."""
     base_channels: int = 64
     """Generator: channels of its last map, a sixteenth of its first."""
@@ -252,24 +253,29 @@ def layer_weights(config: CFLConfig, count: int) -> list[float]:
 
 
 def build_critic(config: CFLConfig, kind: str) -> nn.Module:
-    """A critic, an image in [-1, 1] to a list of feature maps; it has `channels`, and stays as it is."""
+    """A frozen critic: from an image in [-1, 1] to a list of feature maps, whose channels are `channels`.
+
+    Raises:
+        UserError: its file is missing.
+    """
     from fastnce.networks import critics
 
-    if kind == "pixel":
-        return critics.PixelCritic()
-    if kind == "scripted":
-        if config.critic_file is None:
-            raise UserError("critic=scripted needs a network. Give its TorchScript file with critic_file.")
-        return critics.ScriptedCritic(config.critic_file)
-    if kind == "convencoder":
-        return critics.ConvEncoderCritic()
-    if kind == "vgg19":
-        if config.vgg_weights is None:
-            raise UserError(
-                "vgg19 needs its weights: give torchvision's vgg19-dcbb9e9d.pth with vgg_weights, or use critic=pixel."
-            )
-        return critics.VGG19Critic(config.vgg_weights)
-    return critics.ResNetCritic(kind)
+    if kind == "vgg19" and config.vgg_weights is None:
+        raise UserError(
+            "vgg19 needs its weights. Give torchvision's vgg19-dcbb9e9d.pth with vgg_weights, or use critic=pixel."
+        )
+    if kind == "scripted" and config.critic_file is None:
+        raise UserError(
+            "critic=scripted needs a network. Give its TorchScript file with critic_file."
+        )
+    kinds: dict[str, Callable[[], nn.Module]] = {
+        "pixel": critics.PixelCritic,
+        "vgg19": lambda: critics.VGG19Critic(config.vgg_weights),
+        "scripted": lambda: critics.ScriptedCritic(config.critic_file),
+        "convencoder": critics.ConvEncoderCritic,
+    }
+    critic = kinds[kind]() if kind in kinds else critics.ResNetCritic(kind)
+    return critic.requires_grad_(False)
 
 
 def distance_weights(config: CFLConfig, count: int) -> list[float]:
@@ -283,6 +289,23 @@ def distance_weights(config: CFLConfig, count: int) -> list[float]:
             "Use vgg_weighting=even."
         )
     return [w if config.vgg_weighting == "spade" else w / sum(weights) for w in weights]
+
+
+class Projection(nn.Module):
+    def __init__(self, config: CFLConfig, channels: list[int]) -> None:
+        super().__init__()
+        self.mlps = nn.ModuleList()
+        dim = config.projection_dim
+        for count in channels:
+            mlp = nn.Identity()
+            if config.projector == "mlp":
+                mlp = nn.Sequential(nn.Linear(count, dim), nn.ReLU(), nn.Linear(dim, dim))
+            if config.projector == "linear":
+                mlp = nn.Linear(count, dim)
+            self.mlps.append(mlp)
+
+    def forward(self, patches):
+        return [mlp(x) for mlp, x in zip(self.mlps, patches, strict=True)]
 
 
 class CriticFeatures(nn.Module):
@@ -503,3 +526,173 @@ def semantic_map(config: CFLConfig, batch: Mapping[str, Tensor]) -> Tensor:
 
     edges = batch["edges"] if config.instances else None
     return one_hot(batch["label"], config.label_classes + config.dont_care, edges)
+
+
+def coloured(label: Tensor, classes: int) -> Tensor:
+    """A label map (H, W) as an image (3, H, W) in [-1, 1]: a colour for each class, grey for "don't care"."""
+    hues = torch.arange(classes) * 0.618034  # the golden ratio keeps neighbours apart
+    phases = (hues[:, None] + torch.tensor([0.0, 1 / 3, 2 / 3])) * 2 * torch.pi
+    light = 0.75 - 0.35 * (torch.arange(classes)[:, None] % 2)
+    colours = light * torch.cos(phases) + (light - 0.75)
+    grey = torch.full((1, 3), -0.5)
+    return torch.cat([colours.clamp(-1, 1), grey])[label.cpu()].permute(2, 0, 1)
+
+
+def label_maps(config: CFLConfig, split: str, root: object = None, **how: Any) -> LabelMaps:
+    """The pairs of a split, read as a configuration says; `how` are arguments of `LabelMaps` that differ."""
+    from fastnce.data.label_maps import LabelMaps
+
+    values = {
+        "layout": config.layout,
+        "label_classes": config.label_classes,
+        "dont_care": config.dont_care,
+        "instances": config.instances,
+        "preprocess": config.preprocess,
+        "load_size": config.load_size,
+        "crop_size": config.crop_size,
+        "aspect_ratio": config.aspect_ratio,
+        "flip": config.flip,
+        "seed": config.seed,
+        "cache_bytes": int(config.cache_gb * 2**30),
+        "broken_files": config.broken_files,
+    }
+    return LabelMaps(config.data if root is None else root, split, **(values | how))
+
+
+def tested(config: CFLConfig) -> dict[str, object]:
+    """How pairs are read where nothing is left to chance: scaled as in training, not mirrored, and without a random crop."""
+    steps = config.preprocess
+    if steps == "resize_and_crop":
+        return {"load_size": config.crop_size, "flip": False, "serial": True}
+    steps = "none" if steps == "crop" else steps.removesuffix("_and_crop")
+    return {"preprocess": steps, "flip": False, "serial": True}
+
+
+@torch.inference_mode()
+def predictions(
+    network: nn.Module, config: CFLConfig, dataset: LabelMaps, count: int | None = None
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """A prediction (3, H, W) in [-1, 1] on the CPU for each sample of a dataset, or the first `count`, and the sample."""
+    like = next(network.parameters())
+    for index in range(len(dataset) if count is None else min(count, len(dataset))):
+        sample_ = dataset[index]
+        batch = {name: x[None] for name, x in sample_.items()}
+        yield network(semantic_map(config, batch).to(like))[0].float().cpu(), sample_
+
+
+class CFLSystem(System):
+    """CFL in the training loop."""
+
+    config_class = CFLConfig
+    model_class = CFL
+    network = staticmethod(build_generator)
+    variants = {
+        "cfl": {},
+        # The loss as the paper writes it.
+        "cfl-clean": {"detach_keys": False, "layer_weighting": "once"},
+    }
+    presets = {
+        "cityscapes": {
+            "layout": "cityscapes",
+            "label_classes": 35,
+            "instances": True,
+            "preprocess": "fixed",
+            "crop_size": 512,
+            "aspect_ratio": 2.0,
+            "upsampling": "more",
+            "batch_size": 16,
+        },
+        "ade20k": {"layout": "ade20k", "label_classes": 150, "dont_care": True},
+        # Cityscapes' class numbers and shape; no instances.
+        "gta": {
+            "label_classes": 35,
+            "preprocess": "fixed",
+            "crop_size": 512,
+            "aspect_ratio": 2.0,
+            "upsampling": "more",
+            "batch_size": 16,
+        },
+        # The 40 classes of NYU depth v2, and 0.
+        "nyu-depth": {"label_classes": 41, "dont_care": True},
+        "custom": {"label_classes": 13},
+        # The demo, on the sets of `fastnce data texture-mosaics` and `posterised-photos`: minutes on a CPU.
+        "photos": {
+            "label_classes": 8,
+            "load_size": 32,
+            "crop_size": 32,
+            "base_channels": 8,
+            "hidden_channels": 24,
+            "disc_channels": 16,
+            "init": "default",
+            "critic": "pixel",
+            "projection_dim": 64,
+            "lambda_gan": 0.0,
+            "lr": 4e-4,
+            "batch_size": 8,
+            "workers": 0,
+            "steps": 1500,
+            "log_every": 50,
+            "sample_every": 250,
+            "checkpoint_every": 250,
+        },
+    }
+    network_name = "generator"
+    panels = (
+        ("G_GAN", "D_real", "D_fake"),
+        ("NCE",),
+        ("G_L1", "G_L2", "G_VGG", "G_feat"),
+        ("G",),
+    )
+    does = "translate images"
+    next_command = "fastnce translate --run {run} --input DIR --out DIR"
+    paired = True
+    published = {"G": "generator", "D": "discriminator", "F_q": "features"}
+    compares_best = True
+    judged_by = frozenset({"extractor"})
+    reported = ("form", "critic", "projector", "nce_layers", "num_patches", "reuse_fakes")
+    reports_cost = True
+    output = "image"
+    any_size = True
+
+    def dataset(self, config: CFLConfig) -> LabelMaps:
+        dataset = label_maps(config, "train")
+        if config.batch_size > 1:
+            dataset.expect_one_size()
+        return dataset
+
+    def schedule(self, config: CFLConfig, epoch_samples: int) -> LateDecay:
+        return LateDecay.of(
+            epochs=config.epochs,
+            decay_epochs=config.decay_epochs,
+            steps=config.steps,
+            samples_per_step=config.samples_per_step,
+            epoch_samples=epoch_samples,
+        )
+
+    def model(self, config: CFLConfig, dataset: LabelMaps) -> nn.Module:
+        model = CFL(config)
+        multiple = model.generator.size_multiple
+        sizes = dataset.output_sizes()[0]
+        for (width, height), path in sizes.items():
+            if width % multiple or height % multiple:
+                raise UserError(
+                    f"{path}: gives {width}x{height}, and with upsampling={config.upsampling} the sides of images are multiples of "
+                    f"{multiple}. Use another crop_size, aspect_ratio or preprocess, or less upsampling."
+                )
+        return model
+
+    def preview(self, config: CFLConfig, dataset: LabelMaps) -> Callable[[nn.Module], Rows]:
+        try:
+            shown = label_maps(config, "test", **tested(config))
+        except UserError:  # no such folder
+            shown = label_maps(config, "train", **tested(config))
+
+        def rows(generator: nn.Module) -> Rows:
+            found = list(predictions(generator, config, shown, config.sample_count))
+            return {
+                "label": [coloured(s["label"], config.label_classes) for _, s in found],
+                "output": [image for image, _ in found],
+                "truth": [s["B"] for _, s in found],
+            }
+
+        return rows

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnce.errors import UserError
+from fastnce.networks.weights import load_strictly
 from fastnce.systems import (
     System,
     TrainConfig,
@@ -21,7 +22,7 @@ from fastnce.systems import (
 )
 from fastnce.training.checkpoint import below, load_checkpoint
 from fastnce.training.config import from_dict
-from fastnce.training.published import load_strictly, published_config, read_published
+from fastnce.training.published import published_config, read_published
 from fastnce.training.runtime import resolve_device
 from fastnce.training.shared import read_shared
 

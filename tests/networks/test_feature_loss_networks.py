@@ -8,7 +8,8 @@ import torch
 from golden import fill, hashed, sines
 from torch import Tensor, nn
 
-from fastnce.networks import MultiscaleDiscriminator, SPADEGenerator
+from fastnce.networks import MultiscaleDiscriminator, PatchProjector, SPADEGenerator
+from fastnce.networks.critics import PixelCritic, VGG19Critic
 from fastnce.networks.spade_generator import SPADE, SPADEBlock
 from fastnce.systems.adversarial import discriminator_losses, generator_loss
 
@@ -22,9 +23,9 @@ def golden(*values: float, abs: float = 2e-6):
     return pytest.approx(list(values), abs=abs)
 
 
-def double(module: nn.Module) -> nn.Module:
+def double(module: nn.Module, first: int = 0) -> nn.Module:
     """In fp64, filled with the fp32 numbers of the golden values."""
-    return fill(module).double()
+    return fill(module, first).double()
 
 
 def test_the_hash_of_the_golden_weights():
@@ -156,3 +157,89 @@ def test_discriminator():
         halves = [x.chunk(2) for x in maps[:-1]]
         total += sum((fake - real).abs().mean().item() for fake, real in halves)
     assert 10 / 2 * total == pytest.approx(28.881851, abs=2e-5)
+
+
+def two_images() -> tuple[Tensor, Tensor]:
+    x, y = ((0.0137, 0.3), (0.0219, 0.9))
+    return tuple(sines(2, 3, 32, 64, step=a, start=b).double() for a, b in (x, y))
+
+
+def test_vgg19():
+    # The published mean and standard deviation are parameters 0 and 1.
+    vgg, (x, y) = double(VGG19Critic(None), first=2), two_images()
+    x.requires_grad_()
+    of_x, of_y = vgg(x), vgg(y)
+    for found, mean, std in zip(
+        of_x,
+        (0.291057, 0.189901, 0.093881, 0.034641, 0.028856),
+        (0.416140, 0.246214, 0.146097, 0.051807, 0.042366),
+        strict=True,
+    ):
+        assert moments(found) == golden(mean, std)
+    vgg.normalize = "published"
+    assert moments(vgg(x)[-1]) == golden(0.034482, 0.051924)
+    distances = [(a - b).abs().mean() for a, b in zip(of_x, of_y, strict=True)]
+    found = torch.stack(distances).tolist()
+    assert found == golden(0.399847, 0.168999, 0.054742, 0.008759, 0.001344)
+    distances = torch.stack([(x - y).abs().mean(), *distances])
+    for weights, loss, norm in (
+        ((0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1), 0.013543, 0.000138),
+        ((1, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1), 0.340989, 0.003712),
+        ((0, 1 / 2.6, 1 / 4.8, 1 / 3.7, 1 / 5.6, 10 / 1.5), 0.024610, 0.000223),
+    ):
+        total = sum(
+            (1, *weights[1:])
+        )  # as published, with the image's term whether it counts or not
+        weighted = torch.tensor(weights).double() @ distances / total
+        assert weighted.item() == pytest.approx(loss, abs=1e-6)
+        (gradient,) = torch.autograd.grad(weighted, x, retain_graph=True)
+        assert gradient.norm().item() == pytest.approx(norm, abs=1e-6)
+
+
+def test_pixel_patches():
+    patches = PixelCritic()(torch.arange(3.0 * 16 * 24).view(1, 3, 16, 24))
+    assert [tuple(x.shape[1:]) for x in patches] == [(48, 7, 11), (192, 3, 5), (768, 1, 2)]
+    red = [float(first + i) for first in (52, 76, 100, 124) for i in range(4)]
+    expected = [value + colour for colour in (0, 384, 768) for value in red]
+    assert patches[0][0, :, 1, 2].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("projection", "rows"),
+    [
+        (
+            "mlp",
+            [
+                (-0.164987, 0.124394, 0.099602),
+                (0.396017, -0.026331, 0.094546),
+                (0.524993, -0.194994, -0.403934),
+            ],
+        ),
+        (
+            "linear",
+            [
+                (0.348846, -0.297413, 0.440026),
+                (-0.151507, 0.145103, 0.120579),
+                (0.563632, -0.393607, -0.118310),
+            ],
+        ),
+        (
+            "identity",
+            [
+                (0.102099, 0.104700, 0.107282),
+                (0.057780, 0.058998, 0.060206),
+                (0.029965, 0.030527, 0.031083),
+            ],
+        ),
+    ],
+)
+def test_projections(projection, rows):
+    """Row (0, 1) of the rows that `patch_nce` makes of the projected patches, of length 1."""
+    critic = PixelCritic()
+    places = [torch.arange(0, 60, 7), torch.arange(0, 40, 5), torch.arange(0, 21, 3)]
+    maps = critic(two_images()[0])
+    patches = [x.flatten(2).mT[:, ids] for x, ids in zip(maps, places, strict=True)]
+    project = double(PatchProjector(critic.channels, 8, projection))
+    for projected, expected in zip(project(patches), rows, strict=True):
+        unit = nn.functional.normalize(projected, dim=-1)
+        assert unit[0, 1, :3].tolist() == golden(*expected)
