@@ -241,6 +241,7 @@ def evaluate_prediction(
     extractor: nn.Module | None = None,
     segmenter: Segmenter | None = None,
     seed: int = 0,
+    baselines: bool = True,
 ) -> tuple[dict[str, Any], str]:
     """Predicted images beside the real ones: sharpness, saturation, L1, sliced Wasserstein distance, FID, segmentation.
 
@@ -254,6 +255,7 @@ def evaluate_prediction(
         extractor: A module from (N, 3, H, W) in [-1, 1] to features (N, F), of another kind than any that was trained with.
         segmenter: reads the classes of an image. Labels that it does not have are not counted.
         seed: see `sliced_wasserstein`.
+        baselines: False leaves out all rows but those of the predicted images.
 
     Returns:
         {"count", "size", "extractor", "segmenter", "rows": [{"name", "count", "laplacian_variance", "saturation", "l1", "swd_fine",
@@ -269,23 +271,24 @@ def evaluate_prediction(
     rows: list[dict[str, Any]] = []
     for name, given in named.items():
         made = _Judged(extractor, segmenter, seed)
-        for batch in batches(_stacked(given, made, None if rows else real)):
+        for batch in batches(_stacked(given, made, real if baselines and not rows else None)):
             predicted, truth = batch.chunk(2, dim=1)
             sizes.add(f"{truth.shape[3]}x{truth.shape[2]}")
             made.add(predicted, truth)
             if not rows:
                 real.add(truth)
+            if not rows and baselines:
                 grey.add(torch.full_like(truth, 127), truth)
         if not made.patches.count:
             raise ValueError("evaluate_prediction: no pairs. Give at least one.")
         rows.append({"name": name} | made.numbers(real))
-    rows.append({"name": REAL} | real.numbers())
-    rest = _Judged(extractor, None, seed)
-    for batch in batches(islice(others, real.patches.count)):
-        rest.add(batch)
-    if rest.patches.count:
-        rows.append({"name": OTHERS} | rest.numbers(real))
-    rows.append({"name": GREY} | grey.numbers(real))
+    if baselines:
+        rest = _Judged(extractor, None, seed)
+        for batch in batches(islice(others, real.patches.count)):
+            rest.add(batch)
+        rows.append({"name": REAL} | real.numbers())
+        rows += [{"name": OTHERS} | rest.numbers(real)] if rest.patches.count else []
+        rows.append({"name": GREY} | grey.numbers(real))
     result = {
         "count": real.patches.count,
         "size": one_or_several(sizes),

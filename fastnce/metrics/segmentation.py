@@ -85,6 +85,16 @@ _ENDINGS = (
 )
 
 
+def train_ids(ids: Tensor) -> Tensor:
+    """Cityscapes' own ids, integers of any shape, as train ids, int64: 0 to 18, and 255 for what is not evaluated.
+
+    Examples:
+        >>> train_ids(torch.tensor([7, 0, 33, 35])).tolist()
+        [0, 255, 18, 255]
+    """
+    return torch.from_numpy(_TRAIN_ID_OF_ID)[ids.long()].long()
+
+
 def label_key(path: Path) -> str:
     """The common name of an image and its label map: without Cityscapes' endings and the extension.
 
@@ -139,7 +149,7 @@ def read_label_map(path: Path, kind: LabelKind) -> Tensor:
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path}: is not a readable image ({error}).") from error
     if kind == "ids":
-        return torch.from_numpy(_TRAIN_ID_OF_ID[ids]).long()
+        return train_ids(torch.from_numpy(ids))
     wrong = ids[(ids >= len(CLASSES)) & (ids != IGNORED)]
     if wrong.size:
         raise UserError(

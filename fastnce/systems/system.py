@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -93,9 +94,12 @@ class Ablation(NamedTuple):
 
     choices: Mapping[
         str, Mapping[str, object]
-    ]  # option values; the others are held against the first
+    ]  # option values; the others are held against the first, or as `against` says
     measures: Mapping[str, tuple[str, str]]  # name in the evaluation's rows -> (title, format)
     row: str  # name of the evaluation's row that holds the run's own numbers
+    against: Mapping[str, str] = MappingProxyType({})  # choice -> another than the first
+    beside: tuple[str, ...] = ()  # names of rows of the data's own numbers, the same in all runs
+    preset: str = "digits"  # of the runs, if no other is asked for
 
 
 class System:

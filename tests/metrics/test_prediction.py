@@ -154,6 +154,8 @@ def test_without_networks_and_other_images_the_table_has_what_needs_none():
     real = levels(noise(2))
     result, table = evaluate_prediction(zip(real, real, strict=True))
     assert [row["name"] for row in result["rows"]] == ["predicted", "real", "a grey image"]
+    (alone,) = evaluate_prediction(zip(real, real, strict=True), baselines=False)[0]["rows"]
+    assert alone == result["rows"][0]
     assert "SWD fine" in table and "FID" not in table and "IoU" not in table
 
 
