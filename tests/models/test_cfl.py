@@ -447,4 +447,5 @@ def test_layers_of_vgg19(tmp_path):
     with pytest.raises(UserError, match="nce_layers=1 3 5: .*published 0 1 2 3 4 5"):
         CFL(replace(GOLDEN, nce_layers=("1", "3", "5"), **base))
     # Its maps serve the VGG loss too.
-    assert CFL(replace(GOLDEN, lambda_vgg=1.0, **base)).vgg is None
+    both = replace(GOLDEN, lambda_vgg=1.0, nce_layers=("3,4,5",), **base)
+    assert CFL(both).vgg is None
