@@ -1220,11 +1220,13 @@ double solve_layers(const std::vector<Arguments>& layers, const std::vector<doub
 
 std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
     const Tensors& queries, const Tensors& keys, const std::optional<Tensor>& temperature_tensor,
-    double temperature, double self_logit, bool bfloat16_products, std::vector<double> loss_scales,
-    std::vector<double> grad_scales, int64_t loss_layers, int64_t grad_layers,
-    const std::vector<bool>& need_queries, const std::vector<bool>& need_keys,
-    bool need_temperature) {
+    double temperature, double self_logit, bool symmetric, bool query_negatives, bool detach_keys,
+    bool bfloat16_products, std::vector<double> loss_scales, std::vector<double> grad_scales,
+    int64_t loss_layers, int64_t grad_layers, const std::vector<bool>& need_queries,
+    const std::vector<bool>& need_keys, bool need_temperature) {
   const char* op = "patch_nce_forward";
+  STD_TORCH_CHECK(!symmetric && !query_negatives && !detach_keys, op,
+                  ": there is one direction, without query_negatives.");
   const size_t count = queries.size();
   STD_TORCH_CHECK(count > 0 && keys.size() == count && loss_scales.size() == count &&
                       (grad_scales.empty() || grad_scales.size() == count) &&

@@ -57,10 +57,12 @@ Tensors those_needed(const Tensors& gradients) {
 
 std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
     const Tensors& queries, const Tensors& keys, const std::optional<Tensor>& temperature_tensor,
-    double temperature, double self_logit, bool bfloat16_products, std::vector<double> loss_scales,
-    std::vector<double> grad_scales, int64_t loss_layers, int64_t grad_layers,
-    const std::vector<bool>& need_queries, const std::vector<bool>& need_keys,
-    bool need_temperature) {
+    double temperature, double self_logit, bool symmetric, bool query_negatives, bool detach_keys,
+    bool bfloat16_products, std::vector<double> loss_scales, std::vector<double> grad_scales,
+    int64_t loss_layers, int64_t grad_layers, const std::vector<bool>& need_queries,
+    const std::vector<bool>& need_keys, bool need_temperature) {
+  STD_TORCH_CHECK(!symmetric && !query_negatives && !detach_keys, kOp,
+                  ": there is one direction, without query_negatives.");
   const size_t count = queries.size();
   const bool now = !grad_scales.empty();
   STD_TORCH_CHECK(count > 0 && keys.size() == count && loss_scales.size() == count &&

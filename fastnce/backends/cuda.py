@@ -55,8 +55,10 @@ def supports(op: str, device: str | torch.device, dtype: torch.dtype) -> str:
     return "ok"
 
 
-def lacks(dtype: torch.dtype, form: Form) -> str:
+def lacks(op: str, dtype: torch.dtype, form: Form) -> str:
     """``""``, or why no kernel takes calls of this form, though the op has kernels for ``dtype``."""
+    if op == "patch_nce" and form.name not in ("keys fixed", "both gradients"):
+        return "the CUDA kernels take patch_nce in one direction, without query_negatives"
     if form.name == "own negatives":
         return "the CUDA kernels take negatives that all queries share, none of each query's own"
     if dtype == torch.float32 and form.depth > _MOST_CHANNELS_OF_FLOAT32:

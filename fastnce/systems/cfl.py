@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import fastnce
 from fastnce.errors import UserError
-from fastnce.networks import MultiscaleDiscriminator, SPADEGenerator
+from fastnce.networks import CriticProjector, MultiscaleDiscriminator, SPADEGenerator
+from fastnce.networks.layers import init_default
 from fastnce.systems import options
 from fastnce.systems.adversarial import (
     MeansOrGANMode,
@@ -79,6 +80,11 @@ class CFLConfig(PatchConfig, GeneratorConfig):
     have random weights."""
     vgg_weights: Path | None = None
     """Weights of VGG19: torchvision's vgg19-dcbb9e9d.pth, or a published F_q file."""
+    vgg_normalize: Literal["none", "imagenet", "published"] = "none"
+    """VGG19 sees images in [-1, 1] as published, or (imagenet) as its weights were trained, or as with the published option, which
+    normalises without bringing them to [0, 1] before."""
+    vgg_resize: bool = False
+    """VGG19 sees images of 224x224."""
     critic_file: Path | None = None
     """TorchScript file of a network from images in [-1, 1] to a list of feature maps; by default critic.pt of the data."""
     extractor: Path | None = None
@@ -208,11 +214,6 @@ def build_generator(config: CFLConfig) -> SPADEGenerator:
         raise UserError(str(error).removeprefix("SPADEGenerator: ")) from error
 
 
-# The maps of the critics whose layers have names.
-_NAMES = {
-    "vgg19": ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"),
-    "pixel": ("patches4", "patches8", "patches16"),
-}
 # Weights of the maps of VGG19 and, before them, of the image.
 _VGG_WEIGHTS = {
     "spade": (1.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0),
@@ -220,28 +221,29 @@ _VGG_WEIGHTS = {
 }
 
 
-def chosen_maps(config: CFLConfig, count: int) -> list[int]:
-    """The places of the maps that `nce_layers` choose among the `count` maps of the critic.
+def chosen_maps(config: CFLConfig, names: Sequence[str]) -> list[int]:
+    """The places of the maps that `nce_layers` choose among the critic's, which have `names`.
 
     Raises:
         UserError: a name or a number that is none of the critic's.
     """
-    layers, names = config.layers, _NAMES.get(config.critic, ())
+    layers, count = config.layers, len(names)
     if layers and all(name in names for name in layers):
         return [names.index(name) for name in layers]
     wrong = f"nce_layers={' '.join(layers)}: critic={config.critic}"
     if not layers or not all(name.isdecimal() for name in layers):
-        known = f"has the maps {', '.join(names)}" if names else f"has {count} maps"
-        raise UserError(f"{wrong} {known}. Use these names, or numbers from 0 to 5.")
+        raise UserError(
+            f"{wrong} has the maps {', '.join(names)}. Use these names, or numbers as published."
+        )
     numbers = [int(name) for name in layers]
     if config.critic == "vgg19":
         if numbers not in [list(range(first, 6)) for first in range(4)]:
             raise UserError(
                 f"{wrong} takes the published 0 1 2 3 4 5, 1 2 3 4 5, 2 3 4 5 or 3 4 5. Use one of them, or names such as relu3_1."
             )
-        return list(range(numbers[0], 5))
+        return list(range(numbers[0], count))
     if config.critic.startswith("resnet") or config.critic == "convencoder":
-        if not all(number < count for number in numbers):
+        if max(numbers) >= count:
             raise UserError(f"{wrong} has {count} maps. Use numbers from 0 to {count - 1}.")
         return numbers
     if len(numbers) < count:
@@ -280,12 +282,13 @@ def build_critic(config: CFLConfig, kind: str) -> nn.Module:
         )
     kinds: dict[str, Callable[[], nn.Module]] = {
         "pixel": critics.PixelCritic,
-        "vgg19": lambda: critics.VGG19Critic(config.vgg_weights),
+        "vgg19": lambda: critics.VGG19Critic(
+            config.vgg_weights, normalize=config.vgg_normalize, resize=config.vgg_resize
+        ),
         "scripted": lambda: critics.ScriptedCritic(config.critic_path),
         "convencoder": critics.ConvEncoderCritic,
     }
-    critic = kinds[kind]() if kind in kinds else critics.ResNetCritic(kind)
-    return critic.requires_grad_(False)
+    return kinds[kind]() if kind in kinds else critics.ResNetCritic(kind)
 
 
 def distance_weights(config: CFLConfig, count: int) -> list[float]:
@@ -301,33 +304,18 @@ def distance_weights(config: CFLConfig, count: int) -> list[float]:
     return [w if config.vgg_weighting == "spade" else w / sum(weights) for w in weights]
 
 
-class Projection(nn.Module):
-    def __init__(self, config: CFLConfig, channels: list[int]) -> None:
-        super().__init__()
-        self.mlps = nn.ModuleList()
-        dim = config.projection_dim
-        for count in channels:
-            mlp = nn.Identity()
-            if config.projector == "mlp":
-                mlp = nn.Sequential(nn.Linear(count, dim), nn.ReLU(), nn.Linear(dim, dim))
-            if config.projector == "linear":
-                mlp = nn.Linear(count, dim)
-            self.mlps.append(mlp)
-
-    def forward(self, patches):
-        return [mlp(x) for mlp, x in zip(self.mlps, patches, strict=True)]
-
-
 class CriticFeatures(nn.Module):
     """A critic, `encoder`, and what projects the patches of its maps, `projection`; published as F_q."""
 
     def __init__(self, config: CFLConfig) -> None:
         super().__init__()
         self.encoder = build_critic(config, config.critic)
-        channels = list(self.encoder.channels)
-        self.maps = chosen_maps(config, len(channels))
-        self.in_channels = [channels[place] for place in self.maps]
-        self.projection = Projection(config, self.in_channels)
+        self.maps = chosen_maps(config, self.encoder.names)
+        self.in_channels = [self.encoder.channels[place] for place in self.maps]
+        width, kind = config.projection_dim, config.projector
+        self.projection = CriticProjector(self.in_channels, width, kind)
+        if config.init == "default":
+            init_default(self.projection)
 
 
 class CFL(nn.Module):
@@ -398,15 +386,6 @@ class CFL(nn.Module):
                 config.init,
             )
             self.optimizers["D"] = adam(config, self.discriminator, **fast)
-        self.train()
-
-    def train(self, mode: bool = True) -> CFL:
-        """The critics stay in eval mode."""
-        super().train(mode)
-        for critic in (self.vgg, self.features and self.features.encoder):
-            if critic is not None:
-                critic.eval()
-        return self
 
     def training_step(
         self, batch: Mapping[str, Tensor], *, patch_ids: Sequence[Tensor] | None = None
@@ -452,7 +431,9 @@ class CFL(nn.Module):
         """The losses in the features of the critic, and of VGG19."""
         config, losses, maps = self.config, {}, None
         if self.features is not None:
-            maps = self._maps(self.features.encoder, fake, real)
+            # All of them if the VGG loss needs them too.
+            depth = None if config.lambda_vgg > 0 else max(self.features.maps) + 1
+            maps = self._maps(self.features.encoder, fake, real, depth)
             losses["NCE"] = config.lambda_nce * self._contrast(*maps, patch_ids)
         if config.lambda_vgg > 0:
             if self.vgg is not None:
@@ -464,12 +445,12 @@ class CFL(nn.Module):
         return losses
 
     def _maps(
-        self, critic: nn.Module, fake: Tensor, real: Tensor
+        self, critic: nn.Module, fake: Tensor, real: Tensor, depth: int | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
         with autocast(self):
-            of_fake = critic(fake)
+            of_fake = critic(fake, depth)
         with autocast(self), torch.no_grad():
-            of_real = critic(real)
+            of_real = critic(real, depth)
         return of_fake, of_real
 
     def _contrast(
@@ -731,6 +712,21 @@ class CFLSystem(System):
                     f"{path}: gives {width}x{height}, and with upsampling={config.upsampling} the sides of images are multiples of "
                     f"{multiple}. Use another crop_size, aspect_ratio or preprocess, or less upsampling."
                 )
+            if config.batch_size * width * height == multiple**2:
+                raise UserError(
+                    f"batch_size={config.batch_size} of {width}x{height} leaves batch norm one position in the generator's first map. "
+                    "Use a larger batch_size or crop_size, or less upsampling."
+                )
+        width, height = min(sizes, key=min)
+        for critic in (model.vgg, model.features and model.features.encoder):
+            if critic is not None:
+                try:
+                    critic(torch.zeros(1, 3, height, width))
+                except (ValueError, RuntimeError) as error:
+                    raise UserError(
+                        f"{sizes[width, height]}: gives {width}x{height}, too small for critic={config.critic} ({error}). "
+                        "Use a larger crop_size, or another critic."
+                    ) from error
         return model
 
     def preview(self, config: CFLConfig, dataset: LabelMaps) -> Callable[[nn.Module], Rows]:

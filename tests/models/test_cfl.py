@@ -17,6 +17,7 @@ import fastnce
 from fastnce.data.label_maps import instance_edges
 from fastnce.errors import UserError
 from fastnce.models import CFL, CFLConfig
+from fastnce.networks.critics import VGG19Critic
 from fastnce.systems.cfl import distance_weights, layer_weights
 
 GOLDEN = CFLConfig(
@@ -81,11 +82,14 @@ def test_two_iterations_of_the_published_trainer(case, tmp_path):
     changes, losses, norms = PUBLISHED[case]
     config = replace(GOLDEN, **changes)
     if config.critic == "vgg19":
-        config = replace(config, vgg_weights=vgg_file(tmp_path))
+        torch.save(VGG19Critic(None).state_dict(), tmp_path / "vgg.pth")
+        config = replace(config, vgg_weights=tmp_path / "vgg.pth")
     model = CFL(config).double()
-    for network in (model.generator, model.discriminator, model.features):
-        if network is not None and network is not (config.critic == "vgg19" and model.features):
-            fill(network.double())
+    fill(model.generator)
+    # Of published VGG19 mean and std are the first parameters.
+    fill(model.features, first=2 if config.critic == "vgg19" else 0)
+    if model.discriminator is not None:
+        fill(model.discriminator)
     batch, ids = golden_batch(), golden_ids(model, 16)
     made = []
     model.generator.register_forward_hook(lambda module, args, image: made.append(image.detach()))
@@ -93,7 +97,9 @@ def test_two_iterations_of_the_published_trainer(case, tmp_path):
     for name, norm in norms.items():
         gradients = [p.grad for p in getattr(model, name).parameters() if p.grad is not None]
         total = torch.stack([g.norm() for g in gradients]).norm().item()
-        assert total == pytest.approx(norm, rel=2e-5), name
+        # Through VGG19 fp32 moves this one: ours gives 27.2529 in fp32 and 27.2431 in fp64.
+        through_vgg = (case, name) == ("vgg19", "generator")
+        assert total == pytest.approx(norm, rel=5e-4 if through_vgg else 2e-5), name
     second = model.training_step(batch, patch_ids=ids)
     for name, (one, other) in losses.items():
         assert first[name].item() == pytest.approx(one, rel=1e-5), name
@@ -327,3 +333,118 @@ def test_two_steps_follow_the_equations(case, critic_file):
     # Biases in front of a batch norm have gradients of rounding alone, which Adam makes steps of; running means see those.
     close, of_buffers = {"rtol": 1e-9, "atol": 1e-11}, {"rtol": 1e-6, "atol": 1e-7}
     check_steps(model, truth, steps(model, 2, torch.float64), close, of_buffers)
+
+
+def test_a_step_in_fp32_follows_the_equations():
+    """Each gradient to 1e-4 of the largest one of its network."""
+    model = made(replace(STEP, lambda_l1=10.0, detach_keys=False), torch.float32)
+    truth = CFLSteps(model)
+    ((batch, how),) = steps(model, 1, torch.float32)
+    losses, expected = model.training_step(batch, **how), truth.step(batch, **how)
+    for name, value in expected.items():
+        assert losses[name].item() == pytest.approx(value.item(), rel=1e-4), name
+    gradients = truth.gradient_pairs(model)
+    for network in ("generator", "features", "discriminator"):
+        pairs = {name: pair for name, pair in gradients.items() if name.startswith(network)}
+        largest = max(theirs.abs().max().item() for _, theirs in pairs.values())
+        for name, (ours, theirs) in pairs.items():
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * largest, msg=name)
+
+
+def test_as_published_the_second_direction_teaches_the_projector_alone():
+    for detach, reaches in ((True, False), (False, True)):
+        model = made(replace(STEP, detach_keys=detach, **ALONE), torch.float64)
+        one = replace(STEP, detach_keys=detach, nce_directions="one", **ALONE)
+        both, alone = model, made(one, torch.float64)
+        ((batch, how),) = steps(model, 1, torch.float64)
+        for each in (both, alone):
+            each.training_step(batch, **how)
+        assert (
+            any(
+                not torch.allclose(a.grad, b.grad)
+                for a, b in zip(
+                    both.generator.parameters(), alone.generator.parameters(), strict=True
+                )
+            )
+            == reaches
+        )
+        assert any(
+            not torch.allclose(a.grad, b.grad)
+            for a, b in zip(both.features.parameters(), alone.features.parameters(), strict=True)
+        )
+
+
+def test_critics_stay_as_they_are(critic_file):
+    config = replace(STEP, critic_file=critic_file, **CASES["everything"])
+    model = made(config, torch.float32)
+    before = {k: v.clone() for k, v in model.features.encoder.state_dict().items()}
+    model.train()
+    for batch, how in steps(model, 2, torch.float32):
+        model.training_step(batch, **how)
+    after = model.features.encoder.state_dict()
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
+
+
+def test_reused_fakes_save_a_pass_and_move_the_statistics_once():
+    calls = {}
+    for reuse in (False, True):
+        model = made(replace(STEP, reuse_fakes=reuse), torch.float32)
+        passes = []
+        model.generator.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        model.training_step(steps(model, 1, torch.float32)[0][0])
+        moved = model.generator.head_0.norm_0.param_free_norm.num_batches_tracked
+        calls[reuse] = (len(passes), int(moved))
+    assert calls == {False: (2, 2), True: (1, 1)}
+
+
+def test_weights_of_the_vgg_loss():
+    """By the distances of two images' maps: the published numbers, and SPADE's, which are not divided."""
+    distances = [0.399847, 0.168999, 0.054742, 0.008759, 0.001344]
+    for weighting, expected in (("published", 0.013543), ("crn", 0.024610)):
+        _, *weights = distance_weights(replace(GOLDEN, vgg_weighting=weighting), 5)
+        total = sum(w * x for w, x in zip(weights, distances, strict=True))
+        assert total == pytest.approx(expected, abs=1e-6)
+    published, spade = (
+        distance_weights(replace(GOLDEN, vgg_weighting=name), 5) for name in ("published", "spade")
+    )
+    assert [b / a for a, b in zip(published, spade, strict=True)] == pytest.approx([2.46875] * 6)
+
+
+MISTAKES = [
+    ({"lambda_nce": 0.0, "lambda_gan": 0.0}, "lambda_nce=0, .*lambda_vgg=0 leave no loss"),
+    ({"lambda_gan": 0.0, "lambda_feat": 10.0}, "lambda_feat=10.0 .*lambda_gan=0 leaves it out"),
+    ({"critic": "vgg19"}, "vgg19 needs its weights.*critic=pixel"),
+    ({"critic": "scripted"}, "critic=scripted needs a network.*critic_file"),
+    ({"lambda_vgg": 10.0}, "vgg19 needs its weights"),
+    ({"nce_layers": ("relu2_1",)}, "critic=pixel has the maps patches4, patches8, patches16"),
+    ({"nce_layers": ("0", "1")}, "nce_layers=0 1: .* compares all of its 3 maps"),
+    ({"nce_layers": ()}, "nce_layers=: "),
+    ({"map_weights": (1.0, 2.0)}, r"map_weights=\(1.0, 2.0\) are for 3 maps"),
+    ({"crop_size": 32, "upsampling": "most"}, "crop_size=32 .*first map of 0x0.* 256 or more"),
+    ({"aspect_ratio": 0.0}, "aspect_ratio=0.0"),
+    ({"label_classes": 0}, "label_classes=0"),
+    ({"gan_mode": "wgangp"}, "gan_mode=wgangp .*hinge, w"),
+    ({"backend": "cudnn"}, "backend=cudnn is unknown"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTAKES)
+def test_mistakes_are_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        CFL(replace(GOLDEN, **changes))
+
+
+def test_layers_of_vgg19(tmp_path):
+    torch.save(VGG19Critic(None).state_dict(), tmp_path / "vgg.pth")
+    base = {"critic": "vgg19", "vgg_weights": tmp_path / "vgg.pth", **ALONE}
+    for layers, places in {
+        "0,1,2,3,4,5": range(5),
+        "3,4,5": (3, 4),
+        "relu5_1,relu2_1": (4, 1),
+    }.items():
+        model = CFL(replace(GOLDEN, nce_layers=(layers,), **base))
+        assert model.features.maps == list(places)
+    with pytest.raises(UserError, match="nce_layers=1 3 5: .*published 0 1 2 3 4 5"):
+        CFL(replace(GOLDEN, nce_layers=("1", "3", "5"), **base))
+    # Its maps serve the VGG loss too.
+    assert CFL(replace(GOLDEN, lambda_vgg=1.0, **base)).vgg is None

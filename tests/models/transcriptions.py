@@ -98,6 +98,7 @@ class Transcription:
         for letter, names in parts.items():
             networks = [getattr(self.networks, name) for name in names]
             parameters = [p for part in networks if part is not None for p in part.parameters()]
+            parameters = [p for p in parameters if p.requires_grad]
             if parameters:
                 how = {"lr": self.config.lr, "betas": (0.5, 0.999)} | adam.get(letter, {})
                 self.optimizers[letter] = torch.optim.Adam(parameters, foreach=False, **how)
