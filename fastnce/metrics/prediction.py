@@ -59,7 +59,8 @@ class Segmenter(Protocol):
     """What `fastnce.metrics.segmentation.ScriptedSegmenter` offers."""
 
     name: str
-    num_classes: int
+    num_classes: int | None
+    """Known when an image has been read."""
 
     def __call__(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """The classes of one image (3, H, W) at another size (h, w), integers on the CPU."""
@@ -253,12 +254,12 @@ def evaluate_prediction(
             several such by the names of their rows, of the same real images.
         others: (3, H, W) uint8, real images of the same kind, such as those of the training; best as many as there are pairs.
         extractor: A module from (N, 3, H, W) in [-1, 1] to features (N, F), of another kind than any that was trained with.
-        segmenter: reads the classes of an image. Labels that it does not have are not counted.
+        segmenter: reads the classes of an image, in the order of the labels. Labels that it does not have are not counted.
         seed: see `sliced_wasserstein`.
         baselines: False leaves out all rows but those of the predicted images.
 
     Returns:
-        {"count", "size", "extractor", "segmenter", "rows": [{"name", "count", "laplacian_variance", "saturation", "l1", "swd_fine",
+        {"count", "size", "extractor", "segmenter", "classes", "rows": [{"name", "count", "laplacian_variance", "saturation", "l1", "swd_fine",
         "swd_coarse", "fid", "mean_iou", "pixel_accuracy", "class_accuracy"}, ...]}, None where there is no such number; and
         the table. The means of the first three are over the images, L1 counts values from -1 to 1.
 
@@ -294,6 +295,7 @@ def evaluate_prediction(
         "size": one_or_several(sizes),
         "extractor": None if extractor is None else extractor_name(extractor),
         "segmenter": None if segmenter is None else segmenter.name,
+        "classes": None if segmenter is None else segmenter.num_classes,
         "rows": rows,
     }
     return result, format_prediction_table(result)
@@ -307,7 +309,8 @@ def format_prediction_table(result: Mapping[str, Any]) -> str:
         "thousandths, which learns nothing."
     ]
     foot += [f"FID's features: {result['extractor']}."] if result["extractor"] else []
-    foot += [f"Segmenter: {result['segmenter']}."] if result["segmenter"] else []
+    if result["segmenter"]:
+        foot += [f"Segmenter: {result['segmenter']}, {result['classes']} classes."]
     return rows_table(result["rows"], measured(_COLUMNS, result["rows"]), [" ".join(foot)])
 
 
@@ -338,10 +341,11 @@ class _Judged:
     def read(self, image: Tensor, label: Tensor) -> None:
         """Compares what the segmenter reads with a label map."""
         assert self.segmenter is not None
-        classes = self.segmenter.num_classes
         label = label.cpu().long()
-        label = label.where(label < classes, _NOT_COUNTED)
         read = self.segmenter(as_saved(image), (label.shape[0], label.shape[1]))
+        classes = self.segmenter.num_classes
+        assert classes is not None, "known now"
+        label = label.where(label < classes, _NOT_COUNTED)
         self.confusion = self.confusion + confusion_matrix(read, label, classes, _NOT_COUNTED)
 
     def numbers(self, reference: _Judged | None = None) -> dict[str, Any]:

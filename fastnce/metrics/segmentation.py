@@ -196,14 +196,17 @@ class SegmentationScores:
 
 
 def confusion_matrix(
-    predicted: Tensor, labels: Tensor, num_classes: int = len(CLASSES), ignored: int = IGNORED
+    predicted: Tensor,
+    labels: Tensor,
+    num_classes: int | None = len(CLASSES),
+    ignored: int = IGNORED,
 ) -> Tensor:
     """How many pixels of each class were taken for each class.
 
     Args:
         predicted: integers 0 to `num_classes` - 1, of any shape.
         labels: the same shape; also `ignored`, for pixels that are not counted.
-        num_classes: K.
+        num_classes: K. None takes the K of the logits, known when an image has been read.
         ignored: the label of pixels that are not counted.
 
     Returns:
@@ -292,13 +295,15 @@ class ScriptedSegmenter(nn.Module):
             UserError: the network returns something else.
         """
         output = self.module(to_uint8(image).expand(3, -1, -1)[None].to(self.device))
+        if self.num_classes is None and output.ndim == 4:
+            self.num_classes = output.shape[1]
         if output.ndim == 4 and output.shape[1] == self.num_classes:
             scaled = F.interpolate(output.float(), size, mode="bilinear", align_corners=False)
             return scaled[0].argmax(0).cpu()
-        if output.ndim == 3 and not output.is_floating_point():
+        if output.ndim == 3 and not output.is_floating_point() and self.num_classes is not None:
             return F.interpolate(output[:, None].double(), size)[0, 0].long().cpu()
         raise UserError(
-            f"segmenter {self.name}: expected logits (N, {self.num_classes}, h, w) or integer ids (N, h, w), got "
+            f"segmenter {self.name}: expected logits (N, {self.num_classes or 'classes'}, h, w) or integer ids (N, h, w), got "
             f"{tuple(output.shape)} of {output.dtype}. Wrap the network so that it returns one of these."
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from fastnce.systems.adversarial import (
 )
 from fastnce.systems.patch_contrast import PatchConfig, projected, sample
 from fastnce.systems.schedule import LateDecay
-from fastnce.systems.system import Rows, System, autocast
+from fastnce.systems.system import Ablation, Measure, Rows, System, autocast
 from fastnce.systems.translation import GeneratorConfig, adam, descend, l1
 
 if TYPE_CHECKING:
@@ -84,7 +86,10 @@ class CFLConfig(PatchConfig, GeneratorConfig):
     vgg_resize: bool = False
     """VGG19 sees images of 224x224."""
     critic_file: Path | None = None
-    """TorchScript file of a network from images in [-1, 1] to a list of feature maps."""
+    """TorchScript file of a network from images in [-1, 1] to a list of feature maps; by default critic.pt of the data."""
+    extractor: Path | None = None
+    """TorchScript file, or torch-fidelity, whose features measure the images (FID), never the critic; by default judge.pt of the
+    data."""
     projector: Literal["mlp", "linear", "identity"] = "mlp"
     """The step of patches before they are compared: a small trained MLP per layer, a linear layer, or nothing."""
     nce_layers: tuple[str, ...] = ("1", "2", "3", "4", "5")
@@ -155,6 +160,11 @@ class CFLConfig(PatchConfig, GeneratorConfig):
     def semantic_channels(self) -> int:
         """Channels of the generator's input: classes, "don't care", edges of instances."""
         return self.label_classes + self.dont_care + self.instances
+
+    @property
+    def critic_path(self) -> Path:
+        """The file of critic=scripted."""
+        return self.critic_file or self.data / "critic.pt"
 
     @property
     def layers(self) -> list[str]:
@@ -266,16 +276,16 @@ def build_critic(config: CFLConfig, kind: str) -> nn.Module:
         raise UserError(
             "vgg19 needs its weights. Give torchvision's vgg19-dcbb9e9d.pth with vgg_weights, or use critic=pixel."
         )
-    if kind == "scripted" and config.critic_file is None:
+    if kind == "scripted" and not (config.critic_file or config.critic_path.is_file()):
         raise UserError(
-            "critic=scripted needs a network. Give its TorchScript file with critic_file."
+            f"critic=scripted needs a network, and there is no {config.critic_path}. Give its TorchScript file with critic_file."
         )
     kinds: dict[str, Callable[[], nn.Module]] = {
         "pixel": critics.PixelCritic,
         "vgg19": lambda: critics.VGG19Critic(
             config.vgg_weights, normalize=config.vgg_normalize, resize=config.vgg_resize
         ),
-        "scripted": lambda: critics.ScriptedCritic(config.critic_file),
+        "scripted": lambda: critics.ScriptedCritic(config.critic_path),
         "convencoder": critics.ConvEncoderCritic,
     }
     return kinds[kind]() if kind in kinds else critics.ResNetCritic(kind)
@@ -561,6 +571,27 @@ def predictions(
         yield network(semantic_map(config, batch).to(like))[0].float().cpu(), sample_
 
 
+# What `fastnce ablate cfl` compares, each without and with the GAN; the stand-in is the critic.pt of a built-in set.
+_NO_NCE: dict[str, object] = {"lambda_nce": 0.0, "lambda_gan": 0.0}
+_NCE: dict[str, object] = {"lambda_nce": 10.0, "lambda_gan": 0.0, "critic": "pixel"}
+_CHOICES: dict[str, dict[str, object]] = {
+    "L1": _NO_NCE | {"lambda_l1": 10.0},
+    "L2": _NO_NCE | {"lambda_l2": 10.0},
+    "PatchNCE": _NCE,
+    "one direction": _NCE | {"nce_directions": "one"},
+    "gradients both ways": _NCE | {"detach_keys": False},
+    "no query negatives": _NCE | {"fake_negatives": False},
+    "64 patches": _NCE | {"num_patches": 64},
+    "16 patches": _NCE | {"num_patches": 16},
+    "L1 of stand-in features": _NO_NCE
+    | {"critic": "scripted", "lambda_vgg": 10.0, "vgg_weighting": "even"},
+    "PatchNCE of stand-in features": _NCE | {"critic": "scripted"},
+}
+_AGAINST = dict.fromkeys(("L2", "PatchNCE", "L1 of stand-in features"), "L1")
+_AGAINST |= dict.fromkeys(list(_CHOICES)[3:8], "PatchNCE")
+_AGAINST["PatchNCE of stand-in features"] = "L1 of stand-in features"
+
+
 class CFLSystem(System):
     """CFL in the training loop."""
 
@@ -571,6 +602,26 @@ class CFLSystem(System):
         "cfl": {},
         # The loss as the paper writes it.
         "cfl-clean": {"detach_keys": False, "layer_weighting": "once"},
+    }
+    ablations = {
+        "cfl": Ablation(
+            choices=_CHOICES
+            | {f"{name}, GAN": own | {"lambda_gan": 1.0} for name, own in _CHOICES.items()},
+            measures={
+                "laplacian_variance": ("Laplacian variance", ".3f"),
+                "saturation": ("saturation", ".3f"),
+                "l1": ("L1", ".3f"),
+                "swd_fine": ("SWD fine", ".1f"),
+                "swd_coarse": ("SWD coarse", ".1f"),
+                "fid": ("FID", ".1f"),
+                "pixel_accuracy": ("pixel accuracy", ".3f"),
+            },
+            row="predicted",
+            against=_AGAINST
+            | {f"{name}, GAN": f"{other}, GAN" for name, other in _AGAINST.items()},
+            beside=("real", "other real images", "a grey image"),
+            preset="photos",
+        )
     }
     presets = {
         "cityscapes": {
@@ -629,7 +680,8 @@ class CFLSystem(System):
     paired = True
     published = {"G": "generator", "D": "discriminator", "F_q": "features"}
     compares_best = True
-    judged_by = frozenset({"extractor"})
+    judged_by = frozenset({"extractor", "segmenter"})
+    best = "swd"
     reported = ("form", "critic", "projector", "nce_layers", "num_patches", "reuse_fakes")
     reports_cost = True
     output = "image"
@@ -692,3 +744,74 @@ class CFLSystem(System):
             }
 
         return rows
+
+    def measure(self, config: CFLConfig, dataset: LabelMaps) -> Measure | None:
+        """Of the averaged network's images of the test maps. None, and a line that says why, if there are none."""
+        try:
+            label_maps(config, "test", **tested(config))
+        except UserError as error:
+            print(f"Nothing is measured. {error}", file=sys.stderr)
+            return None
+
+        def measure(_: nn.Module, network: nn.Module) -> dict[str, float]:
+            was_training = network.training
+            device = next(network.parameters()).device
+            networks = {"run": network.eval()}
+            result, _ = self._judged(config, networks, config.data, device, baselines=False)
+            network.train(was_training)
+            row = result["rows"][0]
+            row["swd"] = (row["swd_fine"] + row["swd_coarse"]) / 2
+            return {x: v for x, v in row.items() if v is not None and x not in ("name", "count")}
+
+        return measure
+
+    def evaluate(
+        self,
+        config: CFLConfig,
+        networks: Mapping[str, nn.Module],
+        data: Path | Mapping[str, Path],
+        device: torch.device,
+        *,
+        extractor: Path | None = None,
+        segmenter: Path | None = None,
+    ) -> tuple[dict[str, Any], str]:
+        """Sharpness, saturation, L1, sliced Wasserstein distance, FID and what a segmenter reads, beside the real images'.
+
+        Of the test images, as `predictions` makes them; see `fastnce.metrics.prediction.evaluate_prediction`.
+
+        Args:
+            extractor: what gives the features of FID, never the critic; by default that of the run, or judge.pt of the data.
+            segmenter: reads the classes of the labels, of Cityscapes its 19 train ids; by default segmenter.pt of the data.
+        """
+        return self._judged(
+            config, networks, data, device, extractor=extractor, segmenter=segmenter
+        )
+
+    def _judged(
+        self,
+        config: CFLConfig,
+        networks: Mapping[str, nn.Module],
+        data: Path | Mapping[str, Path],
+        device: torch.device,
+        *,
+        extractor: Path | None = None,
+        **how: Any,
+    ) -> tuple[dict[str, Any], str]:
+        from fastnce.systems.judging import judge_predictions
+
+        extractor = extractor or config.extractor
+        test = label_maps(config, "test", data, **tested(config))
+        others: Sequence[Mapping[str, Tensor]] = []
+        with contextlib.suppress(UserError):  # no such folder
+            others = label_maps(config, "train", data, **tested(config))
+        return judge_predictions(
+            {name: predictions(network, config, test) for name, network in networks.items()},
+            others,
+            data,
+            count=len(test),
+            cityscapes=config.layout == "cityscapes",
+            critic=config.critic_path if config.critic == "scripted" else None,
+            extractor=extractor,
+            device=device,
+            **how,
+        )

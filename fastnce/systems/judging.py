@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -265,8 +266,8 @@ def judge_predictions(
     data: Path | Mapping[str, Path],
     *,
     count: int,
-    label_classes: int,
     cityscapes: bool = False,
+    critic: Path | None = None,
     extractor: Path | str | None = None,
     segmenter: Path | None = None,
     device: torch.device | str = "cpu",
@@ -279,13 +280,21 @@ def judge_predictions(
             `fastnce.data.label_maps.LabelMaps`.
         others: samples with other real images, of which `count` are taken.
         data: if it holds them, the extractor is its judge.pt and the segmenter its segmenter.pt where no other is given.
-        label_classes: of the segmenter, in the order of the labels.
-        cityscapes: the labels are Cityscapes' ids, and the segmenter's classes its 19 train ids.
+        cityscapes: the labels are Cityscapes' ids, and the segmenter's classes its 19 train ids; else they are the labels.
+        critic: file of the network that the training compared features of, which is refused as an extractor.
         baselines: judge the real images too.
+
+    Raises:
+        UserError: a network that cannot be had, or the critic as the extractor.
     """
     extractor = extractor or _beside(data, JUDGE)
     segmenter = segmenter or _beside(data, SEGMENTER)
-    classes = len(CLASSES) if cityscapes else label_classes
+    if critic and extractor and Path(extractor).is_file() and filecmp.cmp(critic, extractor, False):
+        raise UserError(
+            f"extractor={extractor} is the critic that the run was trained with, which no longer tells good images from bad ones. "
+            "Give another network, or leave it out: the sliced Wasserstein distance needs none."
+        )
+    classes = len(CLASSES) if cityscapes else None
 
     def pairs(made: Iterable[tuple[Tensor, Mapping[str, Tensor]]]) -> Iterator[Pair]:
         for image, sample in made:
