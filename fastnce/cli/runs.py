@@ -31,13 +31,17 @@ def opened(
     return trained, how
 
 
-@with_options_of(opened, "fastnce.systems.translating.translate_folder")
+@with_options_of(
+    opened,
+    "fastnce.systems.translating.translate_folder",
+    "fastnce.systems.cfl.translate_label_maps",
+)
 def translate(
     input: Path, out: Path, run: Path | None = None, weights: str = "ema", **how: Any
 ) -> None:
     """Translate a folder of images, or one, with a trained generator.
 
-    Images in the folders in it are translated too; the results keep their names.
+    Images in the folders in it are translated too; the results keep their names. A run of CFL translates label maps.
 
     Args:
         input: Folder of images, or one image.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fastnce
 from fastnce.errors import UserError
+from fastnce.files import expect_apart
 from fastnce.networks import CriticProjector, MultiscaleDiscriminator, SPADEGenerator
 from fastnce.networks.layers import init_default
 from fastnce.systems import options
@@ -26,7 +27,7 @@ from fastnce.systems.adversarial import (
 )
 from fastnce.systems.patch_contrast import PatchConfig, projected, sample
 from fastnce.systems.schedule import LateDecay
-from fastnce.systems.system import Ablation, Measure, Rows, System, autocast
+from fastnce.systems.system import Ablation, Measure, Rows, System, autocast, random_images
 from fastnce.systems.translation import GeneratorConfig, adam, descend, l1
 
 if TYPE_CHECKING:
@@ -372,7 +373,8 @@ class CFL(nn.Module):
         if config.lambda_vgg > 0:
             kind = config.critic
             if kind == "pixel":
-                kind = "scripted" if config.critic_file and not config.vgg_weights else "vgg19"
+                scripted = config.vgg_weights is None and config.critic_path.is_file()
+                kind = "scripted" if scripted else "vgg19"
             if self.features is None or kind != config.critic:
                 self.vgg = build_critic(config, kind)
             network = self.vgg or self.features.encoder
@@ -571,6 +573,92 @@ def predictions(
         yield network(semantic_map(config, batch).to(like))[0].float().cpu(), sample_
 
 
+def _expect_multiple(path: Path, width: int, height: int, multiple: int) -> None:
+    """Raises `UserError` unless the generator makes images of this size."""
+    if width % multiple or height % multiple:
+        raise UserError(
+            f"{path}: gives {width}x{height}, and the generator makes images whose sides are multiples of {multiple}. Use another "
+            "crop_size, aspect_ratio or preprocess, or less upsampling."
+        )
+
+
+def translate_label_maps(
+    generator: nn.Module,
+    config: CFLConfig,
+    input: Path,
+    out: Path,
+    batch_size: int = 16,
+    *,
+    instances: Path | None = None,
+    preprocess: str | None = None,
+    size: int | None = None,
+    format: Literal["png", "jpg", "tiff", "webp"] | None = None,
+    broken_files: Literal["error", "skip"] | None = None,
+) -> int:
+    """Makes images of all label maps of a folder, and of the folders in it, as files of the same names.
+
+    Args:
+        generator: a trained network.
+        config: its run's configuration.
+        input: folder of the label maps; or of Cityscapes as distributed, whose test maps are then translated.
+        out: folder of the results; created.
+        batch_size: Maps translated at a time, where they have the same size.
+        instances: Of CFL: folder of the maps of instances, with the names of the label maps.
+        preprocess: How maps are scaled, by default as in training, without a random crop; none keeps their size.
+        size: Size to which they are scaled; by default the crop size of the training.
+        format: Of the results; by default png.
+        broken_files: What a file that cannot be read does: skip leaves it out, error stops; by default as in the training.
+
+    Returns:
+        The number of images made.
+
+    Raises:
+        UserError: no such folder, a broken file, a label beyond the classes, no instances, a size that the generator does not
+            take, or `out` cannot be written.
+    """
+    from fastnce.data import save_image
+    from fastnce.systems.translating import Picture, groups_of_one_size, targets
+
+    for name, value in (("batch_size", batch_size), ("size", size)):
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} must be at least 1.")
+    if not input.is_dir():
+        raise UserError(f"input={input}: no such folder. Name a folder of label maps.")
+    expect_apart(out, [input])
+    config = replace(config, crop_size=size or config.crop_size)
+    how = tested(replace(config, preprocess=preprocess or config.preprocess)) | {"images": False}
+    how |= {"broken_files": broken_files or config.broken_files}
+    if (input / "gtFine").is_dir():
+        dataset = label_maps(config, "test", input, **how)
+    elif config.instances and instances is None:
+        raise UserError(
+            f"input={input}: the run sees the edges of instances too. Give the folder of their maps: --instances DIR."
+        )
+    else:
+        folders = {"test_label": input, **({"test_inst": instances} if config.instances else {})}
+        dataset = label_maps(config, "test", folders, **(how | {"layout": "folders"}))
+    labels = dataset.parts["label"]
+    written = targets(labels.paths, labels.folder, out, format)
+
+    def maps() -> Iterator[tuple[Path, Picture]]:
+        for index, path in enumerate(labels.paths):
+            sample_ = dataset[index]
+            if index not in labels.broken:  # else it is another one, in its place
+                batch = {name: x[None] for name, x in sample_.items()}
+                yield path, Picture(semantic_map(config, batch)[0], None)
+
+    count, like = 0, next(generator.parameters())
+    for group in groups_of_one_size(maps(), batch_size, None):
+        batch = torch.stack([picture.pixels for _, picture in group])
+        _expect_multiple(group[0][0], *batch.shape[:1:-1], generator.size_multiple)
+        with torch.inference_mode():
+            images = generator(batch.to(like))
+        for (path, _), image in zip(group, images.float().cpu(), strict=True):
+            save_image(image, written[path])
+        count += len(group)
+    return count
+
+
 # What `fastnce ablate cfl` compares, each without and with the GAN; the stand-in is the critic.pt of a built-in set.
 _NO_NCE: dict[str, object] = {"lambda_nce": 0.0, "lambda_gan": 0.0}
 _NCE: dict[str, object] = {"lambda_nce": 10.0, "lambda_gan": 0.0, "critic": "pixel"}
@@ -707,11 +795,7 @@ class CFLSystem(System):
         multiple = model.generator.size_multiple
         sizes = dataset.output_sizes()[0]
         for (width, height), path in sizes.items():
-            if width % multiple or height % multiple:
-                raise UserError(
-                    f"{path}: gives {width}x{height}, and with upsampling={config.upsampling} the sides of images are multiples of "
-                    f"{multiple}. Use another crop_size, aspect_ratio or preprocess, or less upsampling."
-                )
+            _expect_multiple(path, width, height, multiple)
             if config.batch_size * width * height == multiple**2:
                 raise UserError(
                     f"batch_size={config.batch_size} of {width}x{height} leaves batch norm one position in the generator's first map. "
@@ -744,6 +828,23 @@ class CFLSystem(System):
             }
 
         return rows
+
+    def translate_folder(
+        self, network: nn.Module, config: CFLConfig, input: Path, out: Path, **how: Any
+    ) -> int:
+        how = self.known_options(translate_label_maps, how)
+        return translate_label_maps(network, config, Path(input), Path(out), **how)
+
+    def in_direction(
+        self, network: nn.Module, config: CFLConfig, direction: str | None
+    ) -> tuple[nn.Module, int]:
+        return super().in_direction(network, config, direction)[0], config.semantic_channels
+
+    def graph_inputs(
+        self, network: nn.Module, config: CFLConfig, channels: int, count: int
+    ) -> dict[str, Tensor]:
+        sides = network.size_multiple * (count - 1), network.size_multiple * 2
+        return {"semantics": random_images(count, channels, *sides)}
 
     def measure(self, config: CFLConfig, dataset: LabelMaps) -> Measure | None:
         """Of the averaged network's images of the test maps. None, and a line that says why, if there are none."""

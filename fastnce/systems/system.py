@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -213,6 +214,25 @@ class System:
         data, or the folders by their names. `settings` are those of `judged_by` that were given.
         """
         raise UserError(f"a run of {self.name} has no evaluation.")
+
+    def translate_folder(
+        self, network: nn.Module, config: TrainConfig, input: Path, out: Path, **how: Any
+    ) -> int:
+        """Translates the files of a folder with a trained network; the number of results.
+
+        `how` are the options of `fastnce translate`; `UserError` names one that is not for this system.
+        """
+        raise NotImplementedError
+
+    def known_options(
+        self, function: Callable[..., Any], options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Those of a command's options that `function` takes; `UserError` if another one is given."""
+        taken = inspect.signature(function).parameters
+        for name, value in options.items():
+            if name not in taken and value is not None:
+                raise UserError(f"{name}={value} is not for a run of {self.name}. Leave it out.")
+        return {name: value for name, value in options.items() if name in taken}
 
     def in_direction(
         self, network: nn.Module, config: TrainConfig, direction: str | None

@@ -414,7 +414,7 @@ MISTAKES = [
     ({"lambda_nce": 0.0, "lambda_gan": 0.0}, "lambda_nce=0, .*lambda_vgg=0 leave no loss"),
     ({"lambda_gan": 0.0, "lambda_feat": 10.0}, "lambda_feat=10.0 .*lambda_gan=0 leaves it out"),
     ({"critic": "vgg19"}, "vgg19 needs its weights.*critic=pixel"),
-    ({"critic": "scripted"}, "critic=scripted needs a network.*critic_file"),
+    ({"critic": "scripted"}, "critic=scripted needs a network.*no critic.pt.*critic_file"),
     ({"lambda_vgg": 10.0}, "vgg19 needs its weights"),
     ({"nce_layers": ("relu2_1",)}, "critic=pixel has the maps patches4, patches8, patches16"),
     ({"nce_layers": ("0", "1")}, "nce_layers=0 1: .* compares all of its 3 maps"),
