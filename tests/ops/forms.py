@@ -25,7 +25,6 @@ REDUCED = with_option("reduction")
 
 # Words in the names of samples whose forms a backend has not: the CUDA kernels have no negatives of each query's own.
 LACKING = {
-    "blocks": {"both", "negatives"},
     "triton": {"both", "negatives"},
     "cuda": {"both", "negatives", "own"},
 }
