@@ -2,6 +2,7 @@
 
 A backend is a module with plain functions ``<op>_forward`` and ``<op>_backward`` over validated tensors, and two
 predicates: ``available() -> str`` and ``supports(op, device, dtype) -> str``, which answer ``"ok"`` or the reason why not.
+One that has not all forms of an op says which with ``lacks(op, dtype, form) -> str``, ``""`` where it has this one.
 The ``torch`` backend is ``fastnce.reference``: differentiable PyTorch that every other backend is tested against.
 
 Asked for by name (``backend=``, ``use_backend``, ``FASTNCE_BACKEND``), a backend runs or raises with its reason.
@@ -165,7 +166,7 @@ def select(
     for name, module in _TABLE.items():
         if chosen or name in verdicts.EARNING:
             continue
-        reason = module.supports(op, device, dtype)
+        reason = _supports(module, op, device, dtype, found_by)
         if reason == "ok":
             chosen = name
         else:
@@ -191,8 +192,8 @@ def _supports(
 ) -> str:
     """What the module's ``supports`` says, and, of calls of a form that it lacks, why."""
     reason = module.supports(op, device, dtype)
-    if reason == "ok" and found_by and module is cuda:
-        return cuda.lacks(dtype, OPS[op].form(*found_by)) or "ok"
+    if reason == "ok" and found_by and hasattr(module, "lacks"):
+        return module.lacks(op, dtype, OPS[op].form(*found_by)) or "ok"
     return reason
 
 

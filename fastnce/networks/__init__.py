@@ -9,7 +9,12 @@ from fastnce.networks.conditional_gans import (
     SNGANDiscriminator,
     SNGANGenerator,
 )
-from fastnce.networks.heads import PatchProjector, ProjectionHead, SimilarityHead
+from fastnce.networks.heads import (
+    CriticProjector,
+    PatchProjector,
+    ProjectionHead,
+    SimilarityHead,
+)
 from fastnce.networks.multiscale_discriminator import MultiscaleDiscriminator
 from fastnce.networks.patch_discriminator import PatchDiscriminator
 from fastnce.networks.resnet_encoder import RESNETS, ResNetEncoder
@@ -23,6 +28,7 @@ __all__ = [
     "RESNETS",
     "BigGANDiscriminator",
     "BigGANGenerator",
+    "CriticProjector",
     "DCGANDiscriminator",
     "DCGANGenerator",
     "DiscriminatorOutput",

@@ -52,7 +52,24 @@ class PatchProjector(nn.Module):
                 f"PatchProjector: got patches of {len(patches)} feature maps, expected {len(self.in_channels)} "
                 f"(in_channels={self.in_channels})."
             )
-        return [self.get_submodule(f"mlp_{index}")(x) for index, x in enumerate(patches)]
+        return [self._layer(index)(x) for index, x in enumerate(patches)]
+
+    def _layer(self, index: int) -> nn.Module:
+        return self.get_submodule(f"mlp_{index}")
+
+
+class CriticProjector(PatchProjector):
+    """netH of Contrastive Feature Loss: the same with the state-dict keys `mlps.{l}.0.*` of its checkpoints."""
+
+    def __init__(
+        self, in_channels: Sequence[int], dim: int = 256, projection: Projection = "mlp"
+    ) -> None:
+        super().__init__(in_channels, dim, projection)
+        layers = [self._modules.pop(f"mlp_{index}") for index in range(len(self.in_channels))]
+        self.mlps = nn.ModuleList(layers)
+
+    def _layer(self, index: int) -> nn.Module:
+        return self.mlps[index]
 
 
 def _projection(channels: int, dim: int, projection: Projection) -> nn.Module:

@@ -1,7 +1,9 @@
-"""PatchNCE, the patchwise contrastive loss of CUT."""
+"""PatchNCE, the patchwise contrastive loss of CUT and of Contrastive Feature Loss."""
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
@@ -10,8 +12,8 @@ from torch import Tensor
 
 from fastnce import backends
 from fastnce.ops import _checks, _common
-from fastnce.ops.info_nce import plain as info_nce
-from fastnce.registry import Form, Make, Op, Operator, Sample, accumulation_dtype, declare
+from fastnce.reference.normalize import accumulation_dtype, normalize_rows, over_temperature
+from fastnce.registry import Form, Make, Op, Operator, Sample, declare
 
 # CUT overwrites each patch's similarity with its own key among the negatives by this value before dividing by the temperature.
 # It is no -inf: at a temperature near 1 the term exp(-10 / t) is part of the published loss.
@@ -24,14 +26,23 @@ def patch_nce(
     *,
     temperature: float | Tensor = 0.07,
     negatives: str = "image",
+    symmetric: bool = False,
+    query_negatives: bool = False,
+    detach_keys: bool = False,
+    layer_weights: Sequence[float] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""CUT's PatchNCE (Park et al. 2020, https://arxiv.org/abs/2007.15651), for one layer or all layers at once.
 
-    .. math:: \ell_i = \log \Big( e^{-10 / \tau} + \sum_j e^{s_{ij} / \tau} \Big) - s_{ii} / \tau
+    .. math:: \ell_i = \log \Big( m e^{-10 / \tau} + \sum_j e^{s_{ij} / \tau} + \Big[ \sum_{j \ne i} e^{c_{ij} / \tau} \Big] \Big)
+        - s_{ii} / \tau
 
     averaged over patches, images and layers; s is the cosine of a patch of the translated image with the patches of the input.
+    The bracket, cosines c of queries with one another, is there with ``query_negatives``, and m is then 2, otherwise 1.
     Plain PyTorch for one layer: ``cross_entropy(cat([diagonal, similarity with -10 on its diagonal]) / temperature, 0)``.
+
+    Contrastive Feature Loss (Andonian et al. 2021, https://arxiv.org/abs/2111.06934) as published is twice this with
+    ``symmetric``, ``query_negatives`` and ``detach_keys``: it adds up both directions.
 
     Args:
         query_features: (B, S, C), S patches of each of B images, already projected; float64, float32, bfloat16 or float16.
@@ -40,6 +51,11 @@ def patch_nce(
             if it requires them (CUT detaches it).
         temperature: positive float, or tensor of one element, which gets its gradient.
         negatives: ``"image"``: the other patches of the same image; ``"batch"``: those of all images.
+        symmetric: the mean of the losses query to key and key to query, in which the two change roles altogether.
+        query_negatives: the other queries of the same image, or batch, are negatives too; gradients flow to both of a pair.
+        detach_keys: no gradient flows to keys, in either direction: neither as negatives nor as positives. Without
+            ``symmetric`` that is ``key_features.detach()``; with it, each side learns from its own direction alone.
+        layer_weights: one positive float per layer in the place of 1 / L: the loss is their sum with the layers' means.
         backend: one of ``fastnce.backends.available()``; None chooses.
 
     Returns:
@@ -65,6 +81,14 @@ def patch_nce(
         for layer, (query, key) in enumerate(zip(queries, keys, strict=True))
     ]
     _expect_one_device(op, [query for query, _ in pairs])
+    weights = _expect_layer_weights(op, layer_weights, len(pairs))
+    options = {
+        "symmetric": bool(symmetric),
+        "query_negatives": bool(query_negatives),
+        "detach_keys": bool(detach_keys and symmetric),
+    }
+    if detach_keys and not symmetric:
+        pairs = [(query, key.detach()) for query, key in pairs]
     if negatives == "batch":
         pairs = [tuple(x.flatten(0, 1).unsqueeze(0) for x in pair) for pair in pairs]
     loss = None
@@ -72,7 +96,9 @@ def patch_nce(
         part = _weighted_sum(
             op,
             [pairs[layer] for layer in layers],
-            len(pairs),
+            [weights[layer] for layer in layers],
+            len(pairs) if layer_weights is None else 1,
+            options,
             _checks.expect_temperature(op, temperature, pairs[layers[0]][0]),
             backend,
         )
@@ -83,46 +109,86 @@ def patch_nce(
 def _weighted_sum(
     op: str,
     pairs: list[tuple[Tensor, Tensor]],
+    weights: list[float],
     count: int,
+    options: dict[str, bool],
     temperature: float | Tensor,
     backend: str | None,
 ) -> Tensor:
-    """The part of these layers, (B, N, D) each, of one device and dtype, in the mean over ``count`` layers."""
+    """``sum_l weights[l] / count * (mean loss of layer l)`` of layers (B, N, D) of one device and dtype."""
     queries, keys = ([pair[side] for pair in pairs] for side in (0, 1))
-    kernels = backends.select(op, queries[0], backend, queries, keys)
+    kernels = backends.select(op, queries[0], backend, queries, keys, options)
     with _common.no_autocast(queries[0]):
         if kernels is backends.reference:
             return sum(
-                info_nce(
-                    query,
-                    key,
-                    None,
-                    temperature,
-                    normalize=True,
-                    symmetric=False,
-                    in_batch=True,
-                    self_logit=SELF_LOGIT,
-                ).sum()
-                * _layer_weight(query, count)
-                for query, key in zip(queries, keys, strict=True)
+                plain(query, key, temperature, self_logit=SELF_LOGIT, **options).sum()
+                * (weight * _row_weight(query, count))
+                for query, key, weight in zip(queries, keys, weights, strict=True)
             )
         _checks.expect_fusable(op, queries[0])
         grad_now = _common.wants_grad(*queries, *keys, temperature)
+        rows = _common.distinct((*queries, *keys))
         loss, _ = PatchNCEFunction.apply(
-            kernels, count, grad_now, temperature, *_common.distinct((*queries, *keys))
+            kernels, options, weights, count, grad_now, temperature, *rows
         )
         return loss
 
 
-def _form(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Form:
-    name = "both gradients" if _common.wants_grad(*keys) else "keys fixed"
+def _form(queries: Sequence[Tensor], keys: Sequence[Tensor], options: dict[str, bool]) -> Form:
+    words = [name for name in ("symmetric", "query_negatives") if options[name]]
+    name = ", ".join(words).replace("_", " ")
+    if not name:
+        name = "both gradients" if _common.wants_grad(*keys) else "keys fixed"
     work = sum(query.numel() * query.shape[-2] for query in queries)
     return Form(name, work, max(query.shape[-1] for query in queries))
 
 
-def _layer_weight(query: Tensor, count: int) -> float:
+def _row_weight(query: Tensor, count: int) -> float:
     """That of each loss of a layer in the mean over ``count`` layers."""
     return 1 / (query.shape[0] * query.shape[1] * count)
+
+
+def plain(
+    query: Tensor,
+    key: Tensor,
+    temperature: float | Tensor,
+    *,
+    self_logit: float,
+    symmetric: bool = False,
+    query_negatives: bool = False,
+    detach_keys: bool = False,
+) -> Tensor:
+    """``loss_i = log (sum_j exp(q_i.k_j / t) + sum_{j != i} exp(q_i.q_j / t) + m exp(c / t)) - q_i.k_i / t``, one per query.
+
+    Args:
+        query: (B, N, D).
+        key: (B, N, D); row i is the positive of query i.
+        temperature: t, a float or a 0-d tensor.
+        self_logit: c.
+        symmetric: the mean of this loss and the one with query and key exchanged.
+        query_negatives: the second sum is there, and m is 2 instead of 1: one c is in the place of its diagonal.
+        detach_keys: k gets no gradient, in each direction.
+
+    Returns:
+        (B, N), fp32 (fp64 for fp64 inputs).
+    """
+    dtype = accumulation_dtype(query.dtype)
+    query, key = (normalize_rows(x.to(dtype)) for x in (query, key))
+
+    def one_way(q: Tensor, k: Tensor) -> Tensor:
+        k = k.detach() if detach_keys else k
+        columns = [q @ k.mT]
+        if query_negatives:
+            itself = torch.eye(q.shape[-2], dtype=torch.bool, device=q.device)
+            columns.append((q @ q.mT).masked_fill(itself, self_logit))
+        columns.append(torch.full_like(q[..., :1], self_logit))
+        logits = over_temperature(torch.cat(columns, dim=-1), temperature)
+        positive = logits[..., : q.shape[-2]].diagonal(dim1=-2, dim2=-1)
+        return logits.logsumexp(dim=-1) - positive
+
+    if not symmetric:
+        return one_way(query, key)
+    return 0.5 * (one_way(query, key) + one_way(key, query))
 
 
 class PatchNCEFunction(torch.autograd.Function):
@@ -135,6 +201,8 @@ class PatchNCEFunction(torch.autograd.Function):
     def forward(
         ctx,
         kernels: ModuleType,
+        options: dict[str, bool],
+        weights: list[float],
         layers: int,
         grad_now: bool,
         temperature: float | Tensor,
@@ -143,25 +211,28 @@ class PatchNCEFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         rows = (query, *others)
         count = len(rows) // 2
-        ones = (1.0,) * count
         kernel_mean = _common.kernel_mean("mean", rows[0].dtype)
         kept = [_common.kept_scale(x) for x in rows[:count]]
-        needs = ctx.needs_input_grad[4:]
+        grad_scales = kept
+        if kernel_mean:
+            grad_scales = [w * scale for w, scale in zip(weights, kept, strict=True)]
+        needs = ctx.needs_input_grad[6:]
         loss, (grad_queries, grad_keys, grad_temperature) = kernels.patch_nce_forward(
             list(rows[:count]),
             list(rows[count:]),
             temperature,
             self_logit=SELF_LOGIT,
-            loss_scales=ones,
-            grad_scales=kept if grad_now else (),
+            **options,
+            loss_scales=weights,
+            grad_scales=grad_scales if grad_now else (),
             loss_layers=layers,
             grad_layers=layers if kernel_mean else 0,
-            needs=(needs[:count], needs[count:], ctx.needs_input_grad[3]),
+            needs=(needs[:count], needs[count:], ctx.needs_input_grad[5]),
         )
         ctx.factors = None
         if not kernel_mean:
-            pairs = zip(rows[:count], kept, strict=True)
-            ctx.factors = [_layer_weight(x, layers) / scale for x, scale in pairs] * 2
+            each = zip(weights, rows[:count], kept, strict=True)
+            ctx.factors = [w * _row_weight(x, layers) / scale for w, x, scale in each] * 2
         handle = _common.handle(ctx, loss, grad_now)
         ctx.save_for_backward(handle, grad_temperature, *grad_queries, *grad_keys)
         return loss, handle
@@ -171,7 +242,7 @@ class PatchNCEFunction(torch.autograd.Function):
     def backward(ctx, saved: tuple[Tensor | None, ...], grad_loss: Tensor, _: object):
         _, grad_temperature, *grads = saved
         if ctx.factors is None:
-            return None, None, None, *_common.scaled((grad_temperature, *grads), grad_loss)
+            return *(None,) * 5, *_common.scaled((grad_temperature, *grads), grad_loss)
         (grad_temperature,) = _common.scaled((grad_temperature,), grad_loss)
         if torch.compiler.is_compiling() or len(set(ctx.factors)) > 1:
             scaled = [
@@ -180,7 +251,7 @@ class PatchNCEFunction(torch.autograd.Function):
             ]
         else:  # at once, where they are parts of one
             scaled = _common.scaled(grads, grad_loss, ctx.factors[0])
-        return None, None, None, grad_temperature, *scaled
+        return *(None,) * 5, grad_temperature, *scaled
 
 
 def _expect_one_device(op: str, queries: list[Tensor]) -> None:
@@ -190,6 +261,27 @@ def _expect_one_device(op: str, queries: list[Tensor]) -> None:
                 f"{op}: query_features[{layer}] is on {query.device} but query_features[0] is on {queries[0].device}. "
                 f"Move all layers to one device."
             )
+
+
+def _expect_layer_weights(op: str, weights: object, count: int) -> list[float]:
+    """One for each of ``count`` layers; ones where none are given."""
+    if weights is None:
+        return [1.0] * count
+    if not isinstance(weights, (list, tuple)) or len(weights) != count:
+        got = len(weights) if isinstance(weights, (list, tuple)) else type(weights).__name__
+        raise ValueError(
+            f"{op}: layer_weights must be a list of one float per layer, {count} here, got {got}. Leave it out for 1 / L each."
+        )
+    for layer, weight in enumerate(weights):
+        if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
+            raise TypeError(
+                f"{op}: layer_weights[{layer}] must be a float, got {type(weight).__name__}."
+            )
+        if not 0 < weight < math.inf:
+            raise ValueError(
+                f"{op}: layer_weights[{layer}] must be positive and finite, got {weight}. Leave that layer out for 0."
+            )
+    return [float(weight) for weight in weights]
 
 
 def _as_layers(op: str, queries: object, keys: object) -> tuple[list, list]:
@@ -219,6 +311,16 @@ def _checked(op: str, query: Tensor, key: Tensor, suffix: str) -> tuple[Tensor, 
     return query, key
 
 
+_NEGATIVES = {"query_negatives": True}
+_FORMS: dict[str, dict[str, object]] = {
+    "negatives": _NEGATIVES,
+    "both": {"symmetric": True},
+    "both_detached": {"symmetric": True, "detach_keys": True},
+    "both_negatives": {"symmetric": True, **_NEGATIVES},
+    "both_negatives_detached": {"symmetric": True, **_NEGATIVES, "detach_keys": True},
+}
+
+
 def _samples(make: Make) -> Iterator[Sample]:
     tau = torch.tensor(0.5, requires_grad=True)
     query = make(2, 33, 20)
@@ -227,6 +329,10 @@ def _samples(make: Make) -> Iterator[Sample]:
     yield Sample("batch", {**pair, "negatives": "batch"})
     yield Sample("self_logit", {**pair, "temperature": torch.tensor(2.0, requires_grad=True)})
     yield Sample("detached", {**pair, "key_features": pair["key_features"].detach()})
+    # Where the constants count, and the two of query negatives are told from one.
+    warm = {**pair, "temperature": torch.tensor(2.0, requires_grad=True)}
+    for name, options in _FORMS.items():
+        yield Sample(name, {**warm, **options})
     queries = [make(2, 16, 8), make(2, 33, 27), make(2, 5, 64)]
     layers = {
         "query_features": queries,
@@ -234,6 +340,11 @@ def _samples(make: Make) -> Iterator[Sample]:
     }
     yield Sample("layers", {**layers, "temperature": tau})
     yield Sample("layers_batch", {**layers, "negatives": "batch"})
+    weighted = {**layers, "temperature": tau, "layer_weights": [0.5, 0.125, 0.25]}
+    yield Sample("weights", weighted)
+    published = {**weighted, "key_features": [make.similar(x) for x in queries]}
+    yield Sample("weights_both_negatives_detached", published | _FORMS["both_negatives_detached"])
+    yield Sample("batch_both_negatives", {**pair, **_FORMS["both_negatives"], "negatives": "batch"})
 
 
 def _loss(queries: list[Tensor], **_: object) -> tuple[Tensor]:
@@ -242,15 +353,16 @@ def _loss(queries: list[Tensor], **_: object) -> tuple[Tensor]:
 
 declare(
     Op("patch_nce", function=patch_nce, samples=_samples, form=_form),
-    # The sum over layers of loss_scale * sum(loss), the losses those of info_nce_forward with normalize, in_batch and self_logit, of
-    # queries[l], keys[l] (B, N, D), whose sizes may differ. If grad_scales is not empty, also the gradients: of layer l those of
+    # The sum over layers of loss_scale * sum(loss), the losses those of ``plain`` of queries[l], keys[l] (B, N, D), whose sizes may
+    # differ. ``detach_keys`` is for symmetric losses alone. If grad_scales is not empty, also the gradients: of layer l those of
     # grad_scale * sum(loss), of the temperature that of the loss returned. Where loss_layers is not 0, each layer's loss_scale is
     # divided by loss_layers times its rows (B * N); grad_layers does that to the grad_scales.
     Operator(
         "patch_nce_forward(Tensor[] queries, Tensor[] keys, Tensor? temperature_tensor, float temperature, float self_logit, "
-        "bool bfloat16_products, float[] loss_scales, float[] grad_scales, int loss_layers, int grad_layers, "
+        "bool symmetric, bool query_negatives, bool detach_keys, bool bfloat16_products, float[] loss_scales, float[] grad_scales, int loss_layers, int grad_layers, "
         "bool[] need_queries, bool[] need_keys, bool need_temperature) -> "
         "(Tensor loss, Tensor[] grad_queries, Tensor[] grad_keys, Tensor grad_temperature)",
         _loss,
     ),
+    patch_nce=plain,
 )

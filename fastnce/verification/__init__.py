@@ -186,7 +186,7 @@ def _tasks(name: str, place: torch.device) -> list[Task]:
         for op in CASES
         if backends.supports(name, op, place, dtype) == "ok"
         for form in CASES[op]
-        if not (name == "cuda" and cuda.lacks(dtype, Form(form, 0, 0)))
+        if not (name == "cuda" and cuda.lacks(op, dtype, Form(form, 0, 0)))
     ]
 
 

@@ -23,9 +23,13 @@ LOSSES = with_option("temperature")
 REDUCED = with_option("reduction")
 
 
+# Words in the names of samples whose forms a backend has not: the CUDA kernels have no negatives of each query's own.
+LACKING = {"cuda": {"own"}}
+
+
 def has_form(backend: str, name: str) -> bool:
-    """Whether a backend that runs the op takes the sample of this name: the CUDA kernels have no negatives of each query's own."""
-    return backend != "cuda" or "own" not in name.split("_")
+    """Whether a backend that runs the op takes the sample of this name."""
+    return not LACKING.get(backend, set()) & set(name.split("_"))
 
 
 @functools.cache

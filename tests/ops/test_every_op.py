@@ -143,7 +143,7 @@ def test_autocast_promotes_and_keeps_the_loss_wide(op, backend, needs_support, d
     def mix(x: Tensor) -> Tensor:
         return x.bfloat16() if is_rows(x) and next(count) % 2 == 0 else x
 
-    sample = mapped(typical(op, device=device), "mixed", mix)
+    sample = mapped(typical(op, device=device, backend=backend), "mixed", mix)
     promoted = mapped(sample, "promoted", lambda x: x.float() if x.is_floating_point() else x)
     assert any(x.dtype == torch.bfloat16 for x in tensors_of(sample))
     under_autocast = torch.autocast(device, dtype=torch.bfloat16)(getattr(fastnce, op))
@@ -191,7 +191,7 @@ def test_plain_pytorch_has_transforms_and_second_derivatives(op):
 def test_temperatures_of_every_kind(op, backend, needs_support):
     """One element of any shape and dtype, which gets its gradient; numbers of NumPy; and what nobody reads makes the loss NaN."""
     needs_support(op, backend)
-    sample = typical(op)
+    sample = typical(op, backend=backend)
 
     def loss(temperature: object) -> Tensor:
         return call(op, sample, backend, temperature=temperature)[0].sum()
