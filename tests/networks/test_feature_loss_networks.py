@@ -7,6 +7,7 @@ import pytest
 import torch
 from golden import fill, hashed, sines
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastnce.errors import UserError
 from fastnce.networks import MultiscaleDiscriminator, PatchProjector, SPADEGenerator
@@ -265,20 +266,38 @@ def test_projections(projection, rows):
         assert unit[0, 1, :3].tolist() == golden(*expected)
 
 
+def multiply_adds(network: nn.Module, *x: Tensor) -> float:
+    """Of a pass without gradient, in 1e9."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(*x)
+    return counter.get_total_flops() / 2e9
+
+
 @pytest.mark.parametrize(
-    ("channels", "upsampling", "crop", "aspect", "of_generator", "of_discriminator"),
+    ("channels", "upsampling", "crop", "aspect", "parameters", "work"),
     [
-        (36, "more", 512, 2.0, 93_048_003, 5_601_410),  # Cityscapes
-        (151, "normal", 256, 1.0, 96_492_483, 5_836_930),  # ADE20K
-        (184, "normal", 256, 1.0, 97_480_899, 5_904_514),  # COCO
+        (36, "more", 512, 2.0, (93_048_003, 5_601_410), (281.3, 10.5, 47.3)),  # Cityscapes
+        (151, "normal", 256, 1.0, (96_492_483, 5_836_930), (181.2, 7.8, 23.7)),  # ADE20K
+        (184, "normal", 256, 1.0, (97_480_899, 5_904_514), None),  # COCO
     ],
 )
-def test_parameter_counts(channels, upsampling, crop, aspect, of_generator, of_discriminator):
+def test_published_sizes(channels, upsampling, crop, aspect, parameters, work):
+    """Parameters of generator and discriminator; multiply-adds of an image in them and in VGG19."""
     with torch.device("meta"):
         g = SPADEGenerator(channels, 3, 64, upsampling, crop, aspect)
         d = MultiscaleDiscriminator(channels + 3)
-    assert (count(g), count(d)) == (of_generator, of_discriminator)
+        vgg = VGG19Critic(None)
+        image = torch.empty(1, 3, *g.image_size)
+        semantics = torch.empty(1, channels, *g.image_size)
+    assert (count(g), count(d)) == parameters
     assert len(g.state_dict()) == 234
+    if work is not None:
+        found = [
+            multiply_adds(g, semantics),
+            multiply_adds(d, torch.cat([semantics, image], dim=1)),
+            multiply_adds(vgg, image),
+        ]
+        assert found == golden(*work, abs=0.051)
 
 
 def test_parameter_counts_of_critics_and_projectors():
