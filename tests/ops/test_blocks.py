@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from forms import DTYPES, FORMS, LOSSES, gaussian, has_form, mapped, samples
+from forms import DTYPES, FORMS, LOSSES, gaussian, mapped, samples
 from operators import Operators
 from test_sizes import FORMS as INFO_NCE_FORMS
 from test_sizes import KINDS, awkward, shaped
@@ -10,11 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 import fastnce
 from fastnce import blocks
-from fastnce.blocks import info_nce, labelled_lse, tiles
+from fastnce.blocks import info_nce, labelled_lse, patch_nce, tiles
 from fastnce.testing import Sample, assert_close_to_truth, leaves_of, outputs_of, run
 
-HAS = [(op, name) for op, name in FORMS if has_form("blocks", name)]
-each_form = pytest.mark.parametrize(("op", "name"), HAS, ids=[f"{op}-{n}" for op, n in HAS])
+each_form = pytest.mark.parametrize(("op", "name"), FORMS, ids=[f"{op}-{n}" for op, n in FORMS])
 
 
 class Watch(Operators):
@@ -60,7 +59,7 @@ def test_no_result_is_read_by_the_host_or_on_another_device(op, name, in_16_bits
 @each_form
 def test_a_device_without_float64_is_asked_for_none(op, name, monkeypatch):
     """Apple's, which no test can have here."""
-    for module in (info_nce, labelled_lse):
+    for module in (info_nce, labelled_lse, patch_nce):
         monkeypatch.setattr(module, "long_sums", lambda x: tiles.long_sums(MPS(x)))
     sample = mapped(samples(op, torch.float32, "meta")[name], "", lambda x: x.to("meta"))
     with Watch() as watch:
@@ -87,6 +86,7 @@ LARGE = [
     ("info_nce", [LONG, LONG], {"reduction": "none"}),
     ("info_nce", [(512, 64), (512, 64), LONG], {}),
     ("patch_nce", [(1, *LONG), (1, *LONG)], {}),
+    ("patch_nce", [(1, *LONG), (1, *LONG)], {"symmetric": True, "query_negatives": True}),
     ("sup_con", [LONG], {"labels": LABELS}),
     ("nt_xent", [LONG, LONG], {}),
     ("conditional_contrastive", [LONG, LONG], {"labels": LABELS}),
@@ -128,6 +128,11 @@ def test_blocks_of_every_height_give_the_same(temperature, monkeypatch):
             fastnce.info_nce(query, key, key, in_batch_negatives=True, **options),
             fastnce.info_nce(query, key.detach(), key.detach(), **options),
             fastnce.info_nce(*batched, **options),
+            fastnce.patch_nce(*batched, query_negatives=True, **options),
+            fastnce.patch_nce(*batched, symmetric=True, query_negatives=True, **options),
+            fastnce.patch_nce(
+                *batched, symmetric=True, query_negatives=True, detach_keys=True, **options
+            ),
             fastnce.sup_con(query, torch.arange(300) % 9, **options),
             fastnce.conditional_contrastive(query, key, torch.arange(300) % 9, **options),
         ]
@@ -170,7 +175,7 @@ def test_gradients_are_added_into_maps_of_any_strides():
 def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(tiles, "multiplies_in_16_bits", lambda x: x.dtype.itemsize == 2)
     monkeypatch.setattr(info_nce, "has_attention", lambda x: False)
-    for file in (info_nce, labelled_lse):
+    for file in (info_nce, labelled_lse, patch_nce):
         monkeypatch.setattr(file, "number", lambda temperature: temperature)
 
 
@@ -178,7 +183,7 @@ def as_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("op", LOSSES)
 def test_numerical_contract_as_on_a_gpu(op, dtype, as_on_a_gpu):
     """Every form, sizes and temperatures; of the latter also small ones."""
-    for sample in samples(op, dtype, backend="blocks").values():
+    for sample in samples(op, dtype).values():
         assert_close_to_truth(op, "blocks", sample, dtype)
     for index in range(DTYPES.index(dtype), 54 if op == "info_nce" else 36, 4):
         assert_close_to_truth(op, "blocks", shaped(op, index, dtype), dtype)
