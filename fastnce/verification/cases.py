@@ -117,11 +117,13 @@ def _layers(
     *shapes: tuple[int, int, int],
     keys: bool = True,
     tau: float | None = None,
+    **options: object,
 ) -> dict[str, object]:
     """Of ``patch_nce``: (B, S, C) of each layer."""
     queries = [make(batch, cut(patches), depth) for batch, patches, depth in shapes]
     of_keys = [make(*query.shape, grad=keys) for query in queries]
-    return {"query_features": queries, "key_features": of_keys} | _temperature(make, tau)
+    found = {"query_features": queries, "key_features": of_keys}
+    return found | _temperature(make, tau) | options
 
 
 @_later
@@ -151,6 +153,8 @@ def _maps(
 
 _ODD_MAPS = ((2, 33, 17, 13), (2, 130, 9, 8))
 _ODD_LAYERS = ((2, 33, 64), (2, 256, 256), (2, 1, 48))
+_DETACHED = {"symmetric": True, "detach_keys": True}
+_NEGATIVES = {"query_negatives": True}
 _SAMPLED = {
     "planes": {
         "planes": _maps(*_ODD_MAPS, patches=64),
@@ -170,6 +174,15 @@ CASES: Calls = {
     "patch_nce": {
         "keys fixed": {"uneven layers": _layers(*_ODD_LAYERS, keys=False)},
         "both gradients": {"uneven layers": _layers(*_ODD_LAYERS, tau=0.1)},
+        "symmetric": {
+            "uneven layers": _layers(*_ODD_LAYERS, tau=0.1, symmetric=True),
+            "keys detached": _layers(*_ODD_LAYERS, **_DETACHED),
+        },
+        "query negatives": {"uneven layers": _layers(*_ODD_LAYERS, tau=0.1, **_NEGATIVES)},
+        "symmetric, query negatives": {
+            "keys detached": _layers(*_ODD_LAYERS, tau=0.1, **_NEGATIVES, **_DETACHED),
+            "uneven layers": _layers(*_ODD_LAYERS, **_NEGATIVES, symmetric=True),
+        },
     },
     "sample_patches": _SAMPLED,
     "tap_patches": _SAMPLED,
@@ -240,6 +253,9 @@ RACES: Calls = {
     "patch_nce": {
         "keys fixed": _races(_layers, _LAYERS, keys=False),
         "both gradients": _races(_layers, _LAYERS),
+        "symmetric": _races(_layers, _LAYERS, symmetric=True),
+        "query negatives": _races(_layers, _LAYERS, **_NEGATIVES),
+        "symmetric, query negatives": _races(_layers, _LAYERS, **_NEGATIVES, **_DETACHED),
     },
     "sample_patches": {
         "planes": _races(_maps, _MAPS),
