@@ -31,13 +31,17 @@ def opened(
     return trained, how
 
 
-@with_options_of(opened, "fastnce.systems.translating.translate_folder")
+@with_options_of(
+    opened,
+    "fastnce.systems.translating.translate_folder",
+    "fastnce.systems.cfl.translate_label_maps",
+)
 def translate(
     input: Path, out: Path, run: Path | None = None, weights: str = "ema", **how: Any
 ) -> None:
     """Translate a folder of images, or one, with a trained generator.
 
-    Images in the folders in it are translated too; the results keep their names.
+    Images in the folders in it are translated too; the results keep their names. A run of CFL translates label maps.
 
     Args:
         input: Folder of images, or one image.
@@ -124,8 +128,9 @@ def evaluate(
     """Measure how good a run's translations, samples or features are, beside baselines.
 
     CUT and its kin: FID, KID, precision, recall, density and coverage of the translated test images, and content accuracy
-    of digits. pix2pix: L1, PSNR and SSIM against the truth, and with --extractor those too. ContraGAN: also intra-class FID,
-    IS and class accuracy of samples. SimCLR, MoCo, SupCon: k-NN and linear accuracy of features.
+    of digits. pix2pix: L1, PSNR and SSIM against the truth, and with --extractor those too. CFL: sharpness, saturation, L1,
+    distances of patches and of features, and with --segmenter what can be read. ContraGAN: also intra-class FID, IS and class
+    accuracy of samples. SimCLR, MoCo, SupCon: k-NN and linear accuracy of features.
 
     Of a run that translates, the best checkpoint is judged beside the last one. Writes metrics.json and metrics.md into the
     run's folder, or into --out; for other data than the run's own metrics-NAME.json and metrics-NAME.md.
@@ -136,8 +141,9 @@ def evaluate(
         data: Folder of the data; by default that of the training.
         without_nce: CUT: folder of the same training with --lambda-nce 0, for a row of the table.
         extractor: TorchScript file whose features are compared, or torch-fidelity for its Inception; by default that of the
-            training. The digits sets have their own.
-        segmenter: TorchScript file of a segmentation network with Cityscapes' 19 classes: scores the segmentations too.
+            training. The digits sets have their own, and the built-in sets of label maps judge.pt.
+        segmenter: TorchScript file of a segmentation network with Cityscapes' 19 classes: scores the segmentations too. CFL: of
+            the data's classes, by default the built-in sets' segmenter.pt; without --labels.
         labels: Folder of the label maps that the translations should show, found by their names.
         label_kind: What the label maps hold: train ids, Cityscapes' own ids, or its colours.
         direction: For --images, or a system of both directions: which domain is translated to which; AtoB if not given.
@@ -155,7 +161,8 @@ def evaluate(
         raise UserError(
             "give either --run, a training's folder, or --images, one of translated images."
         )
-    if (segmenter is None) != (labels is None):
+    alone = segmenter is not None and labels is None and run is not None
+    if (segmenter is None) != (labels is None) and not alone:
         raise UserError("--segmenter and --labels belong together: give both, or neither.")
     how = {
         "extractor": extractor,
@@ -179,7 +186,13 @@ def evaluate(
         trained, _ = opened(run, **opening)
         report = Report.of(trained, data, out)
         _, table = evaluate_run(
-            trained, data, without_nce=without_nce, direction=direction, report=report, **how
+            trained,
+            data,
+            without_nce=without_nce,
+            direction=direction,
+            segmenter=segmenter if alone else None,
+            report=report,
+            **how,
         )
     print(table)
     print(f"Written: {report.folder / report.stem}.json and .md")

@@ -75,7 +75,7 @@ def ablate(args: list[str]) -> int:
     def run_ablate(
         data: Path,
         out: Path,
-        preset: str | None = "digits",
+        preset: str | None = choices[variant].preset,
         seeds: tuple[int, ...] = (0, 1, 2),
         only: tuple[str, ...] = (),
         steps: int | None = None,

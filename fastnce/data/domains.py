@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from fastnce.data.broken import BrokenFiles
 from fastnce.data.folders import contents, describe_folder, list_images, split_folder
 from fastnce.data.images import Bands, check_depth, image_size, read_image, to_tensor
 from fastnce.data.stream import Stream, counter_rng
-from fastnce.data.transforms import Preprocess
+from fastnce.data.transforms import OF_FIRST_IMAGE, Preprocess
 from fastnce.errors import UserError
 from fastnce.files import named_sizes
 
@@ -61,7 +61,10 @@ class CachedImages:
         # Reading every header now finds what would otherwise stop a run hours later.
         self.sizes = self._read_sizes()
         first_size = next(iter(self.sizes.values()))
-        self.phases = [replace(phase, fixed_size=first_size) for phase in phases]
+        self.phases = [
+            replace(phase, fixed_size=first_size) if phase.fixed_size == OF_FIRST_IMAGE else phase
+            for phase in phases
+        ]
         for index, size in self.sizes.items():
             for preprocess in self.phases:
                 preprocess.check(self.paths[index], *size)
@@ -107,6 +110,10 @@ class CachedImages:
                     'Use batch_size=1, or preprocess="resize_and_crop".'
                 )
 
+    def _read(self, path: Path) -> Image.Image | Bands:
+        """The file's pixels, at their own size."""
+        return half_of(read_image(path, *self.how), self.half)
+
     def _read_sizes(self) -> dict[int, tuple[int, int]]:
         """(width, height) of each file whose header can be read, by its index."""
         sizes = {}
@@ -129,8 +136,7 @@ class CachedImages:
         cached_phase, cached = self._cache.get(index, (None, None))
         if cached_phase == phase:
             return cached
-        image = half_of(read_image(self.paths[index], *self.how), self.half)
-        array = self.phases[phase].prepare(image)
+        array = self.phases[phase].prepare(self._read(self.paths[index]))
         if cached is not None:
             self._cached_bytes -= cached.nbytes
             del self._cache[index]
@@ -142,7 +148,79 @@ class CachedImages:
         return array
 
 
-class TwoDomains(Stream):
+class FileStream(Stream):
+    """A stream of samples, each of which shows files of one or more sets of images.
+
+    Attributes:
+        parts: the sets, by the names that they have in a sample.
+    """
+
+    def __init__(self, seed: int, serial: bool, broken_files: str) -> None:
+        super().__init__(seed)
+        expect_one_of("broken_files", broken_files, ("error", "skip"))
+        self.serial = serial
+
+    @property
+    def parts(self) -> Mapping[str, CachedImages]:
+        raise NotImplementedError
+
+    def files(self) -> dict[str, dict[str, int | None]]:
+        """Each part's files by their names, with their sizes in bytes: see `fastnce.files.changed_files`."""
+        return {name: part.files() for name, part in self.parts.items()}
+
+    @property
+    def broken_count(self) -> int:
+        """How many files, or pairs, have been found broken, and skipped, so far."""
+        return sum(broken.count for broken in {part.broken for part in self.parts.values()})
+
+    def describe(self) -> list[str]:
+        """A line for each folder: see `describe_folder`."""
+        lines = [line for part in self.parts.values() for line in part.describe()]
+        return list(dict.fromkeys(lines))
+
+    def output_sizes(self) -> tuple[dict[tuple[int, int], Path], ...]:
+        """The sizes (width, height) that each part's images can have, each with a file that gives it."""
+        return tuple(part.output_sizes() for part in self.parts.values())
+
+    def expect_one_size(self) -> None:
+        """Raises UserError, naming two files, unless all samples can be stacked into batches."""
+        for part in self.parts.values():
+            part.expect_one_size()
+
+    def position(self, index: int) -> int:
+        """Where sample `index` is in the order of the files: all of them in each epoch, in an order drawn for it."""
+        epoch, position = divmod(index, len(self))
+        if self.serial:
+            return position
+        return int(self.permutation(ORDER_STREAM, epoch, len(self))[position])
+
+    def expect_partners_of_one_size(self) -> None:
+        """Raises UserError, naming two files, unless the files of each sample have the same size."""
+        first, *others = self.parts.values()
+        for other in others:
+            for index in first.sizes.keys() & other.sizes.keys():
+                size, expected = other.sizes[index], first.sizes[index]
+                if size != expected:
+                    raise UserError(
+                        f"{other.paths[index]}: is {size[0]}x{size[1]}, but its partner {first.paths[index]} "
+                        f"{expected[0]}x{expected[1]}. Scale one of them: the images of a pair must have one size."
+                    )
+
+    def partners(self, index: int) -> dict[str, torch.Tensor]:
+        """What belongs together in sample `index`, with the same crop and mirroring."""
+        while True:
+            broken = self.broken_count
+            sample = {
+                # Generators that draw the same.
+                name: part.sample(self.position(index), 0, counter_rng(self.seed, A_STREAM, index))
+                for name, part in self.parts.items()
+            }
+            # Else one of them was just found broken, and the next one in its place is no partner of the other.
+            if self.broken_count == broken:
+                return sample
+
+
+class TwoDomains(FileStream):
     """A stream of samples of two domains, {"A": (C, H, W), "B": (C, H, W)}, float32 in [-1, 1].
 
     Attributes:
@@ -153,40 +231,12 @@ class TwoDomains(Stream):
     b: CachedImages
 
     def __init__(self, seed: int, serial: bool, direction: str, broken_files: str) -> None:
-        super().__init__(seed)
-        expect_one_of("broken_files", broken_files, ("error", "skip"))
+        super().__init__(seed, serial, broken_files)
         expect_one_of("direction", direction, ("AtoB", "BtoA"))
-        self.serial = serial
-
-    def files(self) -> dict[str, dict[str, int | None]]:
-        """The files of "A" and "B" by their names, with their sizes in bytes: see `fastnce.files.changed_files`."""
-        return {"A": self.a.files(), "B": self.b.files()}
 
     @property
-    def broken_count(self) -> int:
-        """How many files, or pairs, have been found broken, and skipped, so far."""
-        return sum(broken.count for broken in {self.a.broken, self.b.broken})
-
-    def describe(self) -> list[str]:
-        """A line for each folder: see `describe_folder`."""
-        one_folder = self.a.folder == self.b.folder
-        return self.a.describe() + ([] if one_folder else self.b.describe())
-
-    def output_sizes(self) -> tuple[dict[tuple[int, int], Path], dict[tuple[int, int], Path]]:
-        """The sizes (width, height) that the samples' "A" and "B" can have, each with a file that gives it."""
-        return self.a.output_sizes(), self.b.output_sizes()
-
-    def expect_one_size(self) -> None:
-        """Raises UserError, naming two files, unless all samples can be stacked into batches."""
-        for domain in (self.a, self.b):
-            domain.expect_one_size()
-
-    def position(self, index: int) -> int:
-        """Where sample `index` is in the order of the files: all of them in each epoch, in an order drawn for it."""
-        epoch, position = divmod(index, len(self))
-        if self.serial:
-            return position
-        return int(self.permutation(ORDER_STREAM, epoch, len(self))[position])
+    def parts(self) -> Mapping[str, CachedImages]:
+        return {"A": self.a, "B": self.b}
 
 
 class UnpairedImages(TwoDomains):
@@ -251,9 +301,8 @@ class UnpairedImages(TwoDomains):
         def domain(folder: Path, channels: int, affine: bool) -> CachedImages:
             side = Side(folder, list_images(folder))
             broken = BrokenFiles(folder, side.paths, broken_files == "skip")
-            first_size = (1, 1)  # known when the headers have been read
             phases = [
-                Preprocess(preprocess, size, crop_size, flip, affine, first_size)
+                Preprocess(preprocess, size, crop_size, flip, affine, OF_FIRST_IMAGE)
                 for size in load_sizes
             ]
             how = (channels, bits, value_range)
@@ -328,31 +377,14 @@ class AlignedImages(TwoDomains):
             CachedImages(side, broken, phases, (channels, bits, value_range), cache_bytes // 2)
             for side, channels in zip(sides, (channels_a, channels_b), strict=True)
         )
-        for index in self.a.sizes.keys() & self.b.sizes.keys():
-            size_a, size_b = self.a.sizes[index], self.b.sizes[index]
-            if size_a != size_b:
-                raise UserError(
-                    f"{self.b.paths[index]}: is {size_b[0]}x{size_b[1]}, but its partner {self.a.paths[index]} "
-                    f"{size_a[0]}x{size_a[1]}. Scale one of them: the images of a pair must have one size."
-                )
+        self.expect_partners_of_one_size()
 
     def __len__(self) -> int:
         """Pairs."""
         return len(self.a.paths)
 
     def sample(self, index: int) -> dict[str, torch.Tensor]:
-        while True:
-            broken = self.broken_count
-            pair = {
-                # Two generators that draw the same: the same crop and mirroring.
-                name: domain.sample(
-                    self.position(index), 0, counter_rng(self.seed, A_STREAM, index)
-                )
-                for name, domain in (("A", self.a), ("B", self.b))
-            }
-            # Else one of them was just found broken, and the next one in its place is no partner of the other.
-            if self.broken_count == broken:
-                return pair
+        return self.partners(index)
 
 
 def find_pairs(
@@ -391,20 +423,37 @@ def _find_a_and_b(root: Path, split: str) -> tuple[Side, Side]:
 
 
 def _matched(folder_a: Path, folder_b: Path) -> tuple[Side, Side]:
-    named = [
-        {path.relative_to(folder).with_suffix(""): path for path in list_images(folder)}
-        for folder in (folder_a, folder_b)
-    ]
-    names = sorted(named[0].keys() | named[1].keys())
+    a, b = match([folder_a, folder_b], [by_name(folder_a), by_name(folder_b)])
+    return a, b
+
+
+def by_name(folder: Path) -> dict[Path, Path]:
+    """The images in a folder and below it, by their paths in it without the extension."""
+    return {path.relative_to(folder).with_suffix(""): path for path in list_images(folder)}
+
+
+def match(folders: Sequence[Path], named: Sequence[Mapping[Path, Path]]) -> list[Side]:
+    """The sides whose files of equal names belong together, sorted by name.
+
+    Args:
+        folders: A folder for each side, for errors.
+        named: Each side's files by name.
+
+    Raises:
+        UserError: A name that one side lacks.
+    """
+    names = sorted(set().union(*named))
     for name in names:
-        for found, folder in zip(named, (folder_a, folder_b), strict=True):
+        for found, folder in zip(named, folders, strict=True):
             if name not in found:
                 raise UserError(
                     f"{folder}: holds no {name}, but its partner folder does. "
                     "Give the files of a pair the same name, and each a partner."
                 )
-    a, b = ([found[name] for name in names] for found in named)
-    return Side(folder_a, a), Side(folder_b, b)
+    return [
+        Side(folder, [found[name] for name in names])
+        for folder, found in zip(folders, named, strict=True)
+    ]
 
 
 def half_of(image: Image.Image | Bands, half: str | None) -> Image.Image | Bands:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from fastnce.data.images import (
     EXTENSIONS,
@@ -156,11 +158,12 @@ def describe_folder(
     value_range: tuple[float, float] | None = None,
     *,
     skip_broken: bool = False,
+    read: Callable[[Path], np.ndarray] | None = None,
 ) -> list[str]:
     """A line on a folder of images: how many, their sizes, pixels, least and greatest value, and what is left out and why.
 
     All headers are read; values of all images up to `MAX_PIXELS`, otherwise of images spread evenly over the folder. `paths` are
-    the files that are used, `channels`, `bits` and `value_range` how they are read. With `skip_broken` files that cannot be read
+    the files that are used, `channels`, `bits` and `value_range` how they are read; or `read` reads them, as (H, W, C). With `skip_broken` files that cannot be read
     are counted as left out. A second line warns of values that look wrong.
 
     Raises:
@@ -183,12 +186,12 @@ def describe_folder(
             if not skip_broken:
                 raise
         else:
-            if value_range is None and not headers[path].has_white:
+            if read is None and value_range is None and not headers[path].has_white:
                 read_image(path, channels, bits)  # says so
     looked_at, low, high, plain, broken = 0, math.inf, -math.inf, True, len(paths) - len(headers)
     for path in _within_limit(headers):
         try:
-            numbers = read_numbers(path, channels)
+            numbers = read(path) if read else read_numbers(path, channels)
         except UserError as error:
             if not skip_broken or isinstance(error, UnfitFile):
                 raise
@@ -215,7 +218,7 @@ def describe_folder(
     if value_range is not None and (low < value_range[0] or high > value_range[1]):
         line += f", clipped to {value_range[0]:g} to {value_range[1]:g}"
     lines = [line + "".join(f"; {x}" for x in _left_out(folder, paths, headers, broken))]
-    if value_range is None and high < DARK_16 and set(kinds) == {"16-bit grey"}:
+    if read is None and value_range is None and high < DARK_16 and set(kinds) == {"16-bit grey"}:
         lines.append(
             f"warning: {folder}: 16-bit images whose greatest value is {high:g} of 65535 are almost black. If that is as bright as "
             f"they can be, give --value-range 0 {2 ** max(1, int(high)).bit_length() - 1}, or, of labelled images, stretch the files."

@@ -172,6 +172,39 @@ def read_numbers(path: Path | str, channels: int) -> np.ndarray:
         return _numbers(path, _decode(path), channels)
 
 
+def read_indices(path: Path | str) -> np.ndarray:
+    """The whole numbers in the file of a label map, or of a map of instances.
+
+    Of a palette image they are the entries' numbers, not their colours.
+
+    Args:
+        path: A file of one channel of 8 or 16 bits that loses nothing, such as PNG; or `.npy` of integers, (H, W) or (H, W, 1).
+
+    Returns:
+        (H, W) uint16.
+
+    Raises:
+        UserError: The file cannot be read, has colours, other numbers, or is a JPEG.
+    """
+    with _reading(path):
+        decoded = _decode(path)
+    if isinstance(decoded, np.ndarray):
+        kind, array = f"{decoded.dtype.name} of {decoded.shape[2]} channels", decoded[:, :, 0]
+        fits = decoded.shape[2] == 1 and array.dtype.kind in "ui"
+        fits = fits and array.min() >= 0 and array.max() <= 65535
+    else:
+        kind, array = decoded.info["kind"], np.asarray(decoded)
+        fits = decoded.mode in ("1", "L", "P", "I;16") and not decoded.info["scaled"]
+        if Path(path).suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif", ".webp"):
+            kind, fits = "compressed with loss, which changes numbers", False
+    if not fits:
+        raise UnfitFile(
+            f"{path}: is no label map ({kind}). Expected one channel of 8 or 16 bits that holds each pixel's number, such as grey or palette PNG. "
+            "Save it so; colours have to be turned into numbers first."
+        )
+    return array.astype(np.uint16)
+
+
 def load_image(
     path: Path | str,
     channels: int = 3,
@@ -351,11 +384,15 @@ def resize(
     width: int,
     height: int,
     box: tuple[float, float, float, float] | None = None,
+    *,
+    nearest: bool = False,
 ) -> Image.Image | Bands:
-    """Resizes (bicubic) an image as `read_image` gives it, or the part of it in `box` (left, top, right, bottom)."""
+    """Resizes an image as `read_image` gives it, or the part of it in `box` (left, top, right, bottom): bicubic, or to the nearest pixel."""
     size = (width, height)
     if image.size == size and box in (None, (0, 0, *size)):
         return image
+    if nearest:
+        return image.resize(size, Image.Resampling.NEAREST, box)
     if image.mode != "I;16":
         return image.resize(size, Image.Resampling.BICUBIC, box)
     # Through float32, which holds 16 bits exactly; bicubic weights overshoot at edges.

@@ -19,6 +19,9 @@ from fastnce.errors import UserError
 RANDOM_TOKENS = ("zoom", "crop", "patch", "trim")
 TOKENS = ("resize", "fixsize", "scale_width", "scale_shortside", *RANDOM_TOKENS, "none")
 
+# The `fixed_size` of a folder's images before the first one's is known.
+OF_FIRST_IMAGE = (0, 0)
+
 # zoom scales each side by a factor of its own, drawn uniformly between these.
 ZOOM = (0.8, 1.0)
 
@@ -39,7 +42,7 @@ def resize_to_multiple(image: Image.Image | Bands, multiple: int = 4) -> Image.I
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Scale, cut, round to a multiple of 4, warp, flip: in this order, each only if asked for.
+    """Scale, cut, round to a multiple, warp, flip: in this order, each only if asked for.
 
     `prepare` is the part that is the same every time and can be cached, `augment` the random part.
 
@@ -58,6 +61,8 @@ class Preprocess:
     - "trim" cuts the sides that are longer than `crop_size` to it.
 
     "none" does nothing.
+
+    Sides are rounded to a `multiple`. `nearest` takes the nearest pixel in the place of a bicubic mean, as label maps need it.
     """
 
     steps: str = "resize_and_crop"
@@ -66,6 +71,8 @@ class Preprocess:
     flip: bool = True
     affine: bool = False
     fixed_size: tuple[int, int] | None = None
+    multiple: int = 4
+    nearest: bool = False
 
     def __post_init__(self) -> None:
         # Each part, so that a misspelt one is not silently left out.
@@ -110,13 +117,13 @@ class Preprocess:
     def output_size(self, width: int, height: int) -> tuple[int, int] | None:
         """The size that an image of this width and height has in the end; None if it is random."""
         if self.crops:
-            return multiple_size(self.crop_size, self.crop_size)
+            return multiple_size(self.crop_size, self.crop_size, self.multiple)
         if "zoom" in self.steps:
             return None
         width, height = self.prepared_size(width, height)
         if "trim" in self.steps:
             width, height = min(width, self.crop_size), min(height, self.crop_size)
-        return multiple_size(width, height)
+        return multiple_size(width, height, self.multiple)
 
     def output_sizes(self, width: int, height: int) -> list[tuple[int, int]]:
         """The size that an image has in the end; the least and the greatest if it is random."""
@@ -129,7 +136,7 @@ class Preprocess:
         sizes = [tuple(least), tuple(greatest)]
         if "trim" in self.steps:
             sizes = [tuple(min(side, self.crop_size) for side in size) for size in sizes]
-        return [multiple_size(*size) for size in sizes]
+        return [multiple_size(*size, self.multiple) for size in sizes]
 
     def check(self, name: object, width: int, height: int) -> None:
         """Raises UserError, naming the file, if an image of this size is smaller than the crop."""
@@ -147,8 +154,9 @@ class Preprocess:
             )
 
     def prepare(self, image: Image.Image | Bands) -> np.ndarray:
-        """Scales (bicubic). Returns (H, W, C) uint8, uint16 of an image of 16 bits, or float32 of one with a range of values."""
-        return to_array(resize(image, *self.prepared_size(*image.size)))
+        """Scales. Returns (H, W, C) uint8, uint16 of an image of 16 bits, or float32 of one with a range of values."""
+        size = self.prepared_size(*image.size)
+        return to_array(resize(image, *size, nearest=self.nearest))
 
     def augment(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The random part: (H, W, C) in and out, of the same type."""
@@ -160,8 +168,10 @@ class Preprocess:
             array = _cut_cell(array, self.crop_size, rng)
         if "trim" in self.steps:
             array = _cut(array, self.crop_size, rng)
-        if array.shape[0] % 4 or array.shape[1] % 4:
-            array = to_array(resize_to_multiple(to_image(array)))
+        if array.shape[0] % self.multiple or array.shape[1] % self.multiple:
+            image = to_image(array)
+            size = multiple_size(*image.size, self.multiple)
+            array = to_array(resize(image, *size, nearest=self.nearest))
         if self.affine:
             array = warp(array, draw_affine(rng))
         if self.flip and rng.random() < 0.5:

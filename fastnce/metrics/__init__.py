@@ -28,6 +28,12 @@ from fastnce.metrics.distribution import (
 )
 from fastnce.metrics.extractors import ScriptedExtractor, load_extractor
 from fastnce.metrics.image_sets import Row, evaluate, format_table, write_report
+from fastnce.metrics.prediction import (
+    evaluate_prediction,
+    laplacian_variance,
+    saturation,
+    sliced_wasserstein,
+)
 from fastnce.metrics.probes import encode, evaluate_encoders, knn_predict, linear_predict
 
 __all__ = [
@@ -46,6 +52,7 @@ __all__ = [
     "evaluate_encoders",
     "evaluate_generation",
     "evaluate_generators",
+    "evaluate_prediction",
     "extract_features",
     "format_generation_table",
     "format_table",
@@ -53,12 +60,15 @@ __all__ = [
     "inception_score",
     "intra_class_fid",
     "knn_predict",
+    "laplacian_variance",
     "largest_singular_values",
     "linear_predict",
     "load_extractor",
     "overfitting_gap",
     "precision_recall_density_coverage",
     "relabelled_accuracy",
+    "saturation",
+    "sliced_wasserstein",
     "spread_ratio",
     "write_report",
 ]

@@ -1,7 +1,5 @@
 """Networks that judge images: a TorchScript file of the user's, or torch-fidelity's Inception."""
 
-import hashlib
-import warnings
 from pathlib import Path
 
 import torch
@@ -9,36 +7,10 @@ from torch import Tensor, nn
 
 from fastnce.data.images import to_uint8
 from fastnce.errors import UserError
+from fastnce.networks.weights import load_scripted
 
 # The name that stands for torch-fidelity's Inception in the place of a file.
 FIDELITY = "torch-fidelity"
-
-
-def load_scripted(
-    what: str, path: Path | str, device: torch.device | str = "cpu"
-) -> tuple[nn.Module, str]:
-    """A module from a TorchScript file in eval mode, and its name: the file's, and twelve digits of the content's hash.
-
-    UserError if there is no such file, or it is no TorchScript module; `what` names it there. Use only files whose origin you
-    trust.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{what} {path}: no such file. Give a TorchScript file.")
-    try:
-        with warnings.catch_warnings():
-            # torch.export is to replace TorchScript, but the published extractors are such files.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            module = torch.jit.load(str(path), map_location=device).eval()
-    except Exception as error:  # RuntimeError mostly, and whatever a damaged archive raises
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"{what} {path}: not a TorchScript module ({reason}). "
-            "Give a file that torch.jit.save wrote, not a state dict or a pickle."
-        ) from error
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return module, f"{path.name}-{digest[:12]}"
 
 
 class ScriptedExtractor(nn.Module):

@@ -165,7 +165,7 @@ def _judge(
     images: Iterable[Tensor], extractor: nn.Module, reader: nn.Module | None, count: int | None
 ) -> _Judged:
     features, read, sizes = [], [], set()
-    for batch in _batches(islice(images, count)):
+    for batch in batches(islice(images, count)):
         sizes.add(f"{batch.shape[3]}x{batch.shape[2]}")
         levels, broken, own = saved_features(batch, extractor)
         features.append(own)
@@ -178,7 +178,7 @@ def _judge(
     )
 
 
-def _batches(images: Iterable[Tensor]) -> Iterator[Tensor]:
+def batches(images: Iterable[Tensor]) -> Iterator[Tensor]:
     """Images that follow each other and have one size, stacked."""
     batch: list[Tensor] = []
     for image in images:

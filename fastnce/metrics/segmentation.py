@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fastnce.data.folders import list_images
 from fastnce.data.images import to_uint8
 from fastnce.errors import UserError
-from fastnce.metrics.extractors import load_scripted
 from fastnce.metrics.tables import finite_or_none, format_number, rows_table
+from fastnce.networks.weights import load_scripted
 
 LabelKind = Literal["train-ids", "ids", "colours"]
 
@@ -85,6 +85,16 @@ _ENDINGS = (
 )
 
 
+def train_ids(ids: Tensor) -> Tensor:
+    """Cityscapes' own ids, integers of any shape, as train ids, int64: 0 to 18, and 255 for what is not evaluated.
+
+    Examples:
+        >>> train_ids(torch.tensor([7, 0, 33, 35])).tolist()
+        [0, 255, 18, 255]
+    """
+    return torch.from_numpy(_TRAIN_ID_OF_ID)[ids.long()].long()
+
+
 def label_key(path: Path) -> str:
     """The common name of an image and its label map: without Cityscapes' endings and the extension.
 
@@ -139,7 +149,7 @@ def read_label_map(path: Path, kind: LabelKind) -> Tensor:
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path}: is not a readable image ({error}).") from error
     if kind == "ids":
-        return torch.from_numpy(_TRAIN_ID_OF_ID[ids]).long()
+        return train_ids(torch.from_numpy(ids))
     wrong = ids[(ids >= len(CLASSES)) & (ids != IGNORED)]
     if wrong.size:
         raise UserError(
@@ -186,14 +196,17 @@ class SegmentationScores:
 
 
 def confusion_matrix(
-    predicted: Tensor, labels: Tensor, num_classes: int = len(CLASSES), ignored: int = IGNORED
+    predicted: Tensor,
+    labels: Tensor,
+    num_classes: int | None = len(CLASSES),
+    ignored: int = IGNORED,
 ) -> Tensor:
     """How many pixels of each class were taken for each class.
 
     Args:
         predicted: integers 0 to `num_classes` - 1, of any shape.
         labels: the same shape; also `ignored`, for pixels that are not counted.
-        num_classes: K.
+        num_classes: K. None takes the K of the logits, known when an image has been read.
         ignored: the label of pixels that are not counted.
 
     Returns:
@@ -250,25 +263,31 @@ def segmentation_scores(confusion: Tensor) -> SegmentationScores:
 class ScriptedSegmenter(nn.Module):
     """A segmentation network from a TorchScript file.
 
-    The module takes (N, 3, H, W) uint8, resizes and normalises by itself if it has to, and returns logits (N, 19, h, w) in
-    the order of Cityscapes' train ids, or these ids themselves, (N, h, w) integers.
+    The module takes (N, 3, H, W) uint8, resizes and normalises by itself if it has to, and returns logits (N, K, h, w) in
+    the order of the classes, or their numbers, (N, h, w) integers. By default these are Cityscapes' train ids.
 
     Args:
         path: The file, as `torch.jit.save` wrote it. Use only files whose origin you trust.
         device: Where it runs.
+        num_classes: K.
 
     Raises:
         UserError: If there is no such file, or it is no TorchScript module.
     """
 
-    def __init__(self, path: Path | str, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        device: torch.device | str = "cpu",
+        num_classes: int = len(CLASSES),
+    ) -> None:
         super().__init__()
         self.module, self.name = load_scripted("segmenter", path, device)
-        self.device = torch.device(device)
+        self.device, self.num_classes = torch.device(device), num_classes
 
     @torch.inference_mode()
     def forward(self, image: Tensor, size: tuple[int, int]) -> Tensor:
-        """The train ids of one image (3, H, W) in [-1, 1] at another size (h, w), on the CPU.
+        """The classes of one image (3, H, W) in [-1, 1] at another size (h, w), on the CPU.
 
         Logits are scaled bilinearly before the largest is taken, ids to the nearest.
 
@@ -276,13 +295,15 @@ class ScriptedSegmenter(nn.Module):
             UserError: the network returns something else.
         """
         output = self.module(to_uint8(image).expand(3, -1, -1)[None].to(self.device))
-        if output.ndim == 4 and output.shape[1] == len(CLASSES):
+        if self.num_classes is None and output.ndim == 4:
+            self.num_classes = output.shape[1]
+        if output.ndim == 4 and output.shape[1] == self.num_classes:
             scaled = F.interpolate(output.float(), size, mode="bilinear", align_corners=False)
             return scaled[0].argmax(0).cpu()
-        if output.ndim == 3 and not output.is_floating_point():
+        if output.ndim == 3 and not output.is_floating_point() and self.num_classes is not None:
             return F.interpolate(output[:, None].double(), size)[0, 0].long().cpu()
         raise UserError(
-            f"segmenter {self.name}: expected logits (N, {len(CLASSES)}, h, w) or integer ids (N, h, w), got "
+            f"segmenter {self.name}: expected logits (N, {self.num_classes or 'classes'}, h, w) or integer ids (N, h, w), got "
             f"{tuple(output.shape)} of {output.dtype}. Wrap the network so that it returns one of these."
         )
 

@@ -1,5 +1,6 @@
 """The objective of each system: which losses, on what, in which order. They lie with their systems, in `fastnce.systems`."""
 
+from fastnce.systems.cfl import CFL, CFLConfig
 from fastnce.systems.contragan import ContraGAN, ContraGANConfig
 from fastnce.systems.cut import CUT, CUTConfig
 from fastnce.systems.cyclegan import CycleGAN, CycleGANConfig
@@ -8,6 +9,8 @@ from fastnce.systems.pix2pix import Pix2Pix, Pix2PixConfig
 from fastnce.systems.representation import Representation, RepresentationConfig
 
 __all__ = [
+    "CFL",
+    "CFLConfig",
     "CUT",
     "CUTConfig",
     "ContraGAN",

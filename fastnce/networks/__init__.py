@@ -9,10 +9,17 @@ from fastnce.networks.conditional_gans import (
     SNGANDiscriminator,
     SNGANGenerator,
 )
-from fastnce.networks.heads import PatchProjector, ProjectionHead, SimilarityHead
+from fastnce.networks.heads import (
+    CriticProjector,
+    PatchProjector,
+    ProjectionHead,
+    SimilarityHead,
+)
+from fastnce.networks.multiscale_discriminator import MultiscaleDiscriminator
 from fastnce.networks.patch_discriminator import PatchDiscriminator
 from fastnce.networks.resnet_encoder import RESNETS, ResNetEncoder
 from fastnce.networks.resnet_generator import ResnetGenerator
+from fastnce.networks.spade_generator import SPADEGenerator
 from fastnce.networks.studiogan import load_studiogan
 from fastnce.networks.stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 from fastnce.networks.unet_generator import UNetGenerator
@@ -21,9 +28,11 @@ __all__ = [
     "RESNETS",
     "BigGANDiscriminator",
     "BigGANGenerator",
+    "CriticProjector",
     "DCGANDiscriminator",
     "DCGANGenerator",
     "DiscriminatorOutput",
+    "MultiscaleDiscriminator",
     "PatchDiscriminator",
     "PatchProjector",
     "ProjectionHead",
@@ -31,6 +40,7 @@ __all__ = [
     "ResnetGenerator",
     "SNGANDiscriminator",
     "SNGANGenerator",
+    "SPADEGenerator",
     "SimilarityHead",
     "StyleGAN2Discriminator",
     "StyleGAN2Generator",

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastnce.networks.layers import spectral_norm
+
 NORM_EPS = 1e-4
 SPECTRAL_EPS = 1e-6
 
@@ -53,26 +55,7 @@ def _prepared(layer: nn.Module, spectral: bool) -> nn.Module:
     nn.init.orthogonal_(layer.weight)
     if getattr(layer, "bias", None) is not None:
         nn.init.zeros_(layer.bias)
-    return spectral_norm(layer) if spectral else layer
-
-
-def spectral_norm(layer: nn.Module) -> nn.Module:
-    """Divides the layer's weight by its largest singular value, as estimated by one power iteration per training forward.
-
-    The weight W is seen as a matrix (out, the rest). State-dict keys are `weight_orig` (W), `weight_u` and `weight_v`, as in
-    published checkpoints. One iteration is made here: without it, a network in eval mode that was never trained would be
-    divided by u^T W v of random u and v, a number near 0 of either sign.
-
-    After a training forward `copy.deepcopy` refuses the layer (its `weight` is part of a graph): copy networks before.
-
-    Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018.
-    """
-    layer = nn.utils.spectral_norm(layer, eps=SPECTRAL_EPS)
-    with torch.no_grad():
-        matrix = layer.weight_orig.flatten(1)
-        layer.weight_v.copy_(F.normalize(matrix.t() @ layer.weight_u, dim=0, eps=SPECTRAL_EPS))
-        layer.weight_u.copy_(F.normalize(matrix @ layer.weight_v, dim=0, eps=SPECTRAL_EPS))
-    return layer
+    return spectral_norm(layer, SPECTRAL_EPS) if spectral else layer
 
 
 def batch_norm(channels: int, *, affine: bool = True) -> nn.BatchNorm2d:

@@ -1,16 +1,19 @@
-"""Building blocks shared by the convolutional networks: anti-aliased resampling, residual block, initialisation."""
+"""Building blocks shared by the convolutional networks: resampling, residual block, spectral norm, initialisation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnce.ops.blur_resample import blur_kernel, blur_resample
 from fastnce.ops.conv3x3 import conv3x3
 from fastnce.ops.instance_norm import instance_norm
+from fastnce.ranks import ranks_of
 
 
 def to_channels_last(module: nn.Module) -> None:
@@ -131,6 +134,60 @@ class InstanceNorm(nn.Module):
         return instance_norm(x, residual, eps=self.eps, slope=self.slope)
 
 
+class BatchNormOfRanks(nn.BatchNorm2d):
+    """Batch norm without parameters. In training mode its moments are of the batches of all ranks together.
+
+    Every rank has to call it, in training mode or not like the others. Gradients are those of the sum of the ranks' losses, so
+    that their mean over the ranks is that of the mean loss of the whole batch. The ranks are those of the default process group;
+    alone, this is `nn.BatchNorm2d`.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ranks = ranks_of(None) if self.training else None
+        if ranks is None:
+            return super().forward(x)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+        own = torch.cat([mean.new_tensor([x.numel() / len(mean)]), mean, variance])
+        # One row for each rank.
+        nothing = torch.zeros_like(own)
+        rows = torch.stack([own if rank == ranks.rank else nothing for rank in range(ranks.size)])
+        counts, moments = _SumOverRanks.apply(rows).split([1, 2 * len(mean)], dim=1)
+        means, variances = moments.chunk(2, dim=1)
+        share = counts / counts.sum()
+        mean = (share * means).sum(0)
+        variance = (share * (variances + (means - mean).square())).sum(0)
+        self._follow(mean.detach(), variance.detach(), counts.detach().sum())
+        scale = (variance + self.eps).rsqrt()
+        shift = -mean * scale
+        return torch.addcmul(shift[:, None, None], wide, scale[:, None, None]).to(x.dtype)
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """The running statistics take a step."""
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+        unbiased = variance * (count / (count - 1))
+        self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Its gradient is summed over the ranks as well."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _SumOverRanks.apply(grad)
+
+
 class ResnetBlock(nn.Module):
     """`x + f(x)`, f = reflection pad, 3x3 convolution, instance norm, ReLU, and the first three again. No ReLU after."""
 
@@ -155,13 +212,63 @@ class ResnetBlock(nn.Module):
         return last_norm(y, residual=x)
 
 
-def init_xavier(module: nn.Module, gain: float = 0.02) -> None:
-    """Xavier-normal weights and zero biases for every convolution and linear layer (CUT's initialisation)."""
+def spectral_norm(layer: nn.Module, eps: float = 1e-12) -> nn.Module:
+    """Divides the layer's weight by its largest singular value, as estimated by one power iteration per training forward.
+
+    The weight W is seen as a matrix (out, the rest). State-dict keys are `weight_orig` (W), `weight_u` and `weight_v`, as in
+    published checkpoints. One iteration is made here: without it, a network in eval mode that was never trained would be
+    divided by u^T W v of random u and v, a number near 0 of either sign.
+
+    After a training forward `copy.deepcopy` refuses the layer (its `weight` is part of a graph): copy networks before.
+
+    Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018.
+    """
+    layer = nn.utils.spectral_norm(layer, eps=eps)
+    _aim_spectral_norm(layer)
+    return layer
+
+
+@torch.no_grad()
+def _aim_spectral_norm(layer: nn.Module) -> None:
+    """One power iteration."""
+    matrix = layer.weight_orig.flatten(1)
+    layer.weight_v.copy_(F.normalize(matrix.t() @ layer.weight_u, dim=0))
+    layer.weight_u.copy_(F.normalize(matrix @ layer.weight_v, dim=0))
+
+
+def init_xavier(module: nn.Module, gain: float = 0.02, *, spectral: bool = True) -> None:
+    """Xavier-normal weights and zero biases for every convolution and linear layer (CUT's initialisation).
+
+    `spectral=False` leaves the weights under a spectral norm as they are, but not their biases.
+    """
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+        if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            continue
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+        if not hasattr(layer, "weight_orig"):
             nn.init.xavier_normal_(layer.weight, gain=gain)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        elif spectral:
+            nn.init.xavier_normal_(layer.weight_orig, gain=gain)
+            _aim_spectral_norm(layer)
+
+
+FeatureLossInit = Literal["published", "xavier", "default"]
+
+
+def init_feature_loss(name: str, network: nn.Module, init: FeatureLossInit) -> None:
+    """The initialisations of the networks of Contrastive Feature Loss, which `name` says in errors.
+
+    - "published": xavier-normal weights of gain 0.02 and zero biases, but PyTorch's own weights under a spectral norm. That is what
+      the published code did on a GPU: its initialisation came too late for those. They begin about 25 times larger than with
+    - "xavier", which is what its option says, and what it did on a CPU. The output is the same function of the weights'
+      direction, but an Adam step of the same length turns small weights much further.
+    - "default": PyTorch's own for all.
+    """
+    if init not in get_args(FeatureLossInit):
+        raise ValueError(f"{name}: init={init!r} must be one of {get_args(FeatureLossInit)}.")
+    if init != "default":
+        init_xavier(network, spectral=init == "xavier")
 
 
 def init_default(module: nn.Module) -> None:

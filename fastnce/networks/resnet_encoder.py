@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch.nn.functional as F
@@ -15,7 +15,10 @@ Stem = Literal["cifar", "imagenet"]
 # Blocks of each stage, and whether they are bottlenecks. The small one is ours, for images of 16 or 32 pixels on a CPU.
 RESNETS: dict[str, tuple[tuple[int, ...], bool]] = {
     "resnet18": ((2, 2, 2, 2), False),
+    "resnet34": ((3, 4, 6, 3), False),
     "resnet50": ((3, 4, 6, 3), True),
+    "resnet101": ((3, 4, 23, 3), True),
+    "resnet152": ((3, 8, 36, 3), True),
     "small": ((1, 1, 1), False),
 }
 
@@ -70,7 +73,7 @@ class ResNetEncoder(nn.Module):
     stride of a bottleneck in its 3x3 convolution. The cifar stem is that of SimCLR, appendix B.9.
 
     Args:
-        blocks: blocks of each stage; those of ResNet-18 and ResNet-50 are in `RESNETS`.
+        blocks: blocks of each stage; those of the published ones are in `RESNETS`.
         bottleneck: bottlenecks instead of basic blocks.
         base_channels: width of the first stage.
         image_channels: 3 for RGB, 1 for grey.
@@ -122,10 +125,17 @@ class ResNetEncoder(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
+        for x in self.stages(images):
+            last = x
+        return last.mean((2, 3))
+
+    def stages(self, images: Tensor) -> Iterator[Tensor]:
+        """The map behind the stem, then that of each stage, as they are computed."""
         x = self.maxpool(F.relu(self.bn1(self.conv1(images))))
+        yield x
         for stage in range(self.num_stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)
-        return x.mean((2, 3))
+            yield x
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:

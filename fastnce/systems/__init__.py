@@ -6,6 +6,7 @@ Everything else, the training loop, the command line, its presets and its help, 
 from __future__ import annotations
 
 from fastnce.errors import UserError, known
+from fastnce.systems.cfl import CFLSystem
 from fastnce.systems.contragan import ContraGANSystem
 from fastnce.systems.cut import CUTSystem
 from fastnce.systems.cyclegan import CycleGANSystem
@@ -54,6 +55,7 @@ for _system in (
     DCLGANSystem(),
     CycleGANSystem(),
     Pix2PixSystem(),
+    CFLSystem(),
     ContraGANSystem(),
     RepresentationSystem(),
 ):

@@ -14,35 +14,37 @@ from fastnce.networks import DiscriminatorOutput
 GANMode = Literal["lsgan", "vanilla", "nonsaturating", "hinge"]
 # Of systems that add `gradient_penalty`, without which a critic has no bound.
 CriticOrGANMode = Literal[GANMode, "wgangp"]
+# Of systems that bound the discriminator by its weights, with spectral norm.
+MeansOrGANMode = Literal[GANMode, "w"]
 
 
 def discriminator_losses(
-    real: Tensor, fake: Tensor, mode: CriticOrGANMode
+    real: Tensor, fake: Tensor, mode: CriticOrGANMode | MeansOrGANMode
 ) -> tuple[Tensor, Tensor]:
     """The two terms (on real, on fake) of the discriminator's loss, each the mean over all logits.
 
     lsgan: (real - 1)^2, fake^2. vanilla and nonsaturating (binary cross-entropy): softplus(-real), softplus(fake).
-    hinge: relu(1 - real), relu(1 + fake). wgangp: -real, fake. Half-precision logits are raised to fp32.
+    hinge: relu(1 - real), relu(1 + fake). wgangp and w: -real, fake. Half-precision logits are raised to fp32.
     """
     real, fake = at_least_fp32(real), at_least_fp32(fake)
     if mode == "lsgan":
         return (real - 1).square().mean(), fake.square().mean()
     if mode == "hinge":
         return F.relu(1 - real).mean(), F.relu(1 + fake).mean()
-    if mode == "wgangp":
+    if mode in ("wgangp", "w"):
         return -real.mean(), fake.mean()
     return F.softplus(-real).mean(), F.softplus(fake).mean()
 
 
-def generator_loss(fake: Tensor, mode: CriticOrGANMode) -> Tensor:
+def generator_loss(fake: Tensor, mode: CriticOrGANMode | MeansOrGANMode) -> Tensor:
     """The generator's adversarial loss, the mean over all logits.
 
-    lsgan: (fake - 1)^2. vanilla and nonsaturating: softplus(-fake). hinge and wgangp: -fake.
+    lsgan: (fake - 1)^2. vanilla and nonsaturating: softplus(-fake). hinge, wgangp and w: -fake.
     """
     fake = at_least_fp32(fake)
     if mode == "lsgan":
         return (fake - 1).square().mean()
-    if mode in ("hinge", "wgangp"):
+    if mode in ("hinge", "wgangp", "w"):
         return -fake.mean()
     return F.softplus(-fake).mean()
 

@@ -24,6 +24,7 @@ from fastnce.systems.patch_contrast import (
     build_projector,
     feature_shapes,
     projected_dims,
+    sample,
 )
 from fastnce.systems.system import autocast
 from fastnce.systems.translation import descend, initialise, l1
@@ -280,7 +281,7 @@ class DCLGAN(TwoWayModel):
             ("fake_a", "fake_A", fake_a, self.projector_a),
             ("fake_b", "fake_B", fake_b, self.projector_b),
         ):
-            patches, ids[name] = self.contrast.sample(maps, patch_ids.get(name))
+            patches, ids[name] = sample(self.config, maps, patch_ids.get(name))
             vectors[head] = self.heads[head](torch.stack(projector(patches), dim=1))
         weight = self.config.lambda_sim
         terms = {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import filecmp
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,15 @@ from torch import Tensor, nn
 from fastnce.data import Preprocess, list_images, split_folder
 from fastnce.data.broken import readable
 from fastnce.data.domains import Side, find_pairs, half_of, holds_pairs
-from fastnce.data.images import UnfitFile, image_size, load_image, read_image, to_array, to_tensor
+from fastnce.data.images import (
+    UnfitFile,
+    image_size,
+    load_image,
+    read_image,
+    to_array,
+    to_tensor,
+    to_uint8,
+)
 from fastnce.demo import evaluate_digits, is_digits_photos
 from fastnce.errors import UserError
 from fastnce.metrics import Row, evaluate, format_table
@@ -28,18 +37,27 @@ from fastnce.metrics.image_sets import (
     pair_numbers,
     untranslated_name,
 )
+from fastnce.metrics.prediction import PREDICTED, Pair, evaluate_prediction
 from fastnce.metrics.segmentation import (
+    CLASSES,
     LabelKind,
     ScriptedSegmenter,
     evaluate_segmentation,
     format_segmentation_table,
     label_files,
+    train_ids,
 )
 from fastnce.metrics.tables import write_result
 from fastnce.systems.translating import targets
 
 # The names of rows, by what `System.evaluate` calls their networks.
 ROWS = {"run": TRANSLATED, "best": BEST, "without_nce": WITHOUT_NCE}
+PREDICTIONS = {"run": PREDICTED, "best": f"{PREDICTED}, best checkpoint"}
+
+# Networks that the built-in sets of label maps bring with them.
+JUDGE, SEGMENTER = "judge.pt", "segmenter.pt"
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -242,6 +260,62 @@ def judge_pairs(
     return {"reference": _name(truth), "rows": rows}
 
 
+def judge_predictions(
+    predicted: Mapping[str, Iterable[tuple[Tensor, Mapping[str, Tensor]]]],
+    others: Sequence[Mapping[str, Tensor]],
+    data: Path | Mapping[str, Path],
+    *,
+    count: int,
+    cityscapes: bool = False,
+    critic: Path | None = None,
+    extractor: Path | str | None = None,
+    segmenter: Path | None = None,
+    device: torch.device | str = "cpu",
+    baselines: bool = True,
+) -> tuple[dict[str, Any], str]:
+    """Judges images predicted from label maps, beside the real ones: see `fastnce.metrics.prediction.evaluate_prediction`.
+
+    Args:
+        predicted: by what `System.evaluate` calls their networks, images (3, H, W) in [-1, 1], each with its sample of
+            `fastnce.data.label_maps.LabelMaps`.
+        others: samples with other real images, of which `count` are taken.
+        data: if it holds them, the extractor is its judge.pt and the segmenter its segmenter.pt where no other is given.
+        cityscapes: the labels are Cityscapes' ids, and the segmenter's classes its 19 train ids; else they are the labels.
+        critic: file of the network that the training compared features of, which is refused as an extractor.
+        baselines: judge the real images too.
+
+    Raises:
+        UserError: a network that cannot be had, or the critic as the extractor.
+    """
+    extractor = extractor or _beside(data, JUDGE)
+    segmenter = segmenter or _beside(data, SEGMENTER)
+    if critic and extractor and Path(extractor).is_file() and filecmp.cmp(critic, extractor, False):
+        raise UserError(
+            f"extractor={extractor} is the critic that the run was trained with, which no longer tells good images from bad ones. "
+            "Give another network, or leave it out: the sliced Wasserstein distance needs none."
+        )
+    classes = len(CLASSES) if cityscapes else None
+
+    def pairs(made: Iterable[tuple[Tensor, Mapping[str, Tensor]]]) -> Iterator[Pair]:
+        for image, sample in made:
+            label = train_ids(sample["label"]) if cityscapes else sample["label"]
+            yield to_uint8(image), to_uint8(sample["B"]), label
+
+    return evaluate_prediction(
+        {PREDICTIONS[name]: pairs(made) for name, made in predicted.items()},
+        others=(to_uint8(others[i]["B"]) for i in _spread(range(len(others)), count)),
+        extractor=None if extractor is None else load_extractor(extractor, device),
+        segmenter=None if segmenter is None else ScriptedSegmenter(segmenter, device, classes),
+        baselines=baselines,
+    )
+
+
+def _beside(data: Path | Mapping[str, Path], name: str) -> Path | None:
+    """A network that the data bring with them."""
+    path = None if isinstance(data, Mapping) else Path(data, name)
+    return path if path and path.is_file() else None
+
+
 def side(
     data: Path | Mapping[str, Path], split: str, direction: str, which: int, paired: bool
 ) -> Side:
@@ -257,12 +331,12 @@ def _name(side: Side) -> str:
     return f"the {side.half} halves of {side.folder.name}" if side.half else side.folder.name
 
 
-def _spread(paths: Sequence[Path], count: int) -> list[Path]:
-    """At most `count` of the paths, spread evenly over them."""
-    if len(paths) <= count:
-        return list(paths)
-    chosen = torch.linspace(0, len(paths) - 1, count, dtype=torch.float64).long()
-    return [paths[i] for i in chosen]
+def _spread(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` of the items, spread evenly over them."""
+    if len(items) <= count:
+        return list(items)
+    chosen = torch.linspace(0, len(items) - 1, count, dtype=torch.float64).long()
+    return [items[i] for i in chosen]
 
 
 def _stacked(

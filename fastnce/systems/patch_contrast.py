@@ -21,19 +21,33 @@ Negatives = Literal["image", "batch", "queue", "image+queue"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchContrastConfig(options.Options):
+class PatchConfig(options.Options):
+    """What every loss of patches is told. A system's configuration inherits from it."""
+
+    num_patches: int = 256
+    """Patches per image and layer; 0: all positions."""
+    projection_dim: int = 256
+    """Width of the projector's layers."""
+    temperature: float = 0.07
+    """Temperature of the contrastive loss."""
+    backend: str | None = None
+    """Backend of the contrastive ops; by default the fastest that runs here."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        options.at_least(self, 1, "projection_dim")
+        options.at_least(self, 0, "num_patches")
+        options.above_zero(self, "temperature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchContrastConfig(PatchConfig):
     """The patchwise contrastive loss. The defaults are the published CUT's. A system's configuration inherits from it."""
 
     nce_layers: tuple[int, ...] = (0, 4, 8, 12, 16)
     """Generator layers whose features are compared; 0 is the padded image itself."""
-    num_patches: int = 256
-    """Patches per image and layer; 0: all positions."""
     projector: Literal["mlp", "none"] = "mlp"
     """The step of patches before they are compared: a small trained MLP per layer, or nothing."""
-    projection_dim: int = 256
-    """Width of the MLPs."""
-    temperature: float = 0.07
-    """Temperature of the contrastive loss."""
     negatives: Negatives = "image"
     """Which patches are negatives. image: others of the same image; batch: others of all images of the batch; queue: those of
     earlier images only; image+queue: others of the same image and those of earlier images."""
@@ -42,14 +56,11 @@ class PatchContrastConfig(options.Options):
     norm_floor: float = 0.0
     """Added to the norm of a patch by which it is divided: 1e-7 in the published code, which tells in the first step only.
     With 0 the normalisation is part of the fused loss."""
-    backend: str | None = None
-    """Backend of the contrastive ops; by default the fastest that runs here."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        options.at_least(self, 1, "projection_dim", "queue_size")
-        options.at_least(self, 0, "num_patches", "norm_floor")
-        options.above_zero(self, "temperature")
+        options.at_least(self, 1, "queue_size")
+        options.at_least(self, 0, "norm_floor")
         if self.norm_floor > 0 and "queue" in self.negatives:
             raise UserError(
                 f"norm_floor={self.norm_floor} is for the published negatives, image and batch, got negatives={self.negatives}. "
@@ -123,28 +134,17 @@ class PatchContrast(nn.Module):
         query_patches, key_patches = [], []
         for name, pair in comparisons.items():
             with torch.no_grad():
-                patches, ids = self.sample(pair.keys, patch_ids.get(name))
+                patches, ids = sample(self.config, pair.keys, patch_ids.get(name))
             key_patches.append((pair.key_projector, patches))
-            query_patches.append((pair.query_projector, self.sample(pair.queries, ids)[0]))
+            query_patches.append((pair.query_projector, sample(self.config, pair.queries, ids)[0]))
         # Queries first: what autocast remembers of a pass without gradient must not serve one with it.
-        queries = _projected(query_patches)
+        queries = projected(query_patches)
         with torch.no_grad():
-            keys = _projected(key_patches)
+            keys = projected(key_patches)
         return {
             name: self._compare(name, *pair)
             for name, pair in zip(comparisons, zip(queries, keys, strict=True), strict=True)
         }
-
-    def sample(
-        self, maps: Sequence[Tensor], patch_ids: Sequence[Tensor] | None = None
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Patches (N, S, C) of each map, at `patch_ids` or at positions drawn anew, and the positions."""
-        config = self.config
-        if patch_ids is None and config.num_patches == 0:
-            patch_ids = [torch.arange(x[0, 0].numel(), device=x.device) for x in maps]
-        return fastnce.sample_patches(
-            list(maps), config.num_patches or 1, patch_ids=patch_ids, backend=config.backend
-        )
 
     def _compare(self, name: str, queries: list[Tensor], keys: list[Tensor]) -> Tensor:
         config = self.config
@@ -180,13 +180,24 @@ class PatchContrast(nn.Module):
         return sum(losses) / len(losses)
 
 
+def sample(
+    config: PatchConfig, maps: Sequence[Tensor], patch_ids: Sequence[Tensor] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Patches (N, S, C) of each map, at `patch_ids` or at positions drawn anew, and the positions."""
+    if patch_ids is None and config.num_patches == 0:
+        patch_ids = [torch.arange(x[0, 0].numel(), device=x.device) for x in maps]
+    return fastnce.sample_patches(
+        list(maps), config.num_patches or 1, patch_ids=patch_ids, backend=config.backend
+    )
+
+
 def _shortened(rows: Tensor, floor: float) -> Tensor:
     """Rows divided by their norm plus `floor`."""
     rows = at_least_fp32(rows)
     return rows / (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) + floor)
 
 
-def _projected(parts: list[tuple[nn.Module | None, list[Tensor]]]) -> list[list[Tensor]]:
+def projected(parts: list[tuple[nn.Module | None, list[Tensor]]]) -> list[list[Tensor]]:
     """Each part's patches, `[layer]` (N, S, C), behind the part's projector; one pass for all parts of the same projector."""
     results = [patches for _, patches in parts]
     for projector in dict.fromkeys(projector for projector, _ in parts):

@@ -87,7 +87,11 @@ class LinearDecay(Schedule):
         )
 
     def lr_factor(self, step: int) -> float:
-        return linear_decay(self.epoch(step), self.epochs, self.decay_epochs)
+        return self.epoch_factor(self.epoch(step))
+
+    def epoch_factor(self, epoch: int) -> float:
+        """The factor of the learning rate in the 1-based `epoch`."""
+        return linear_decay(epoch, self.epochs, self.decay_epochs)
 
     def agrees_until(self, other: Self, steps: int) -> bool:
         """Whether the first `steps` steps are the same: the learning rate, and the scaling of the images.
@@ -96,11 +100,19 @@ class LinearDecay(Schedule):
         """
         last = self.epoch(steps - 1) if steps else 0
         return all(
-            linear_decay(epoch, self.epochs, self.decay_epochs)
-            == linear_decay(epoch, other.epochs, other.decay_epochs)
+            self.epoch_factor(epoch) == other.epoch_factor(epoch)
             and (epoch > self.epochs) == (epoch > other.epochs)
             for epoch in range(1, last + 1)
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LateDecay(LinearDecay):
+    """The schedule of SPADE: the first of the `decay_epochs` is still at the full rate, the last one at 1 / `decay_epochs` of it."""
+
+    def epoch_factor(self, epoch: int) -> float:
+        fallen = max(0, epoch - self.epochs - 1)
+        return max(0.0, 1 - fallen / max(1, self.decay_epochs))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -93,9 +95,12 @@ class Ablation(NamedTuple):
 
     choices: Mapping[
         str, Mapping[str, object]
-    ]  # option values; the others are held against the first
+    ]  # option values; the others are held against the first, or as `against` says
     measures: Mapping[str, tuple[str, str]]  # name in the evaluation's rows -> (title, format)
     row: str  # name of the evaluation's row that holds the run's own numbers
+    against: Mapping[str, str] = MappingProxyType({})  # choice -> another than the first
+    beside: tuple[str, ...] = ()  # names of rows of the data's own numbers, the same in all runs
+    preset: str = "digits"  # of the runs, if no other is asked for
 
 
 class System:
@@ -209,6 +214,25 @@ class System:
         data, or the folders by their names. `settings` are those of `judged_by` that were given.
         """
         raise UserError(f"a run of {self.name} has no evaluation.")
+
+    def translate_folder(
+        self, network: nn.Module, config: TrainConfig, input: Path, out: Path, **how: Any
+    ) -> int:
+        """Translates the files of a folder with a trained network; the number of results.
+
+        `how` are the options of `fastnce translate`; `UserError` names one that is not for this system.
+        """
+        raise NotImplementedError
+
+    def known_options(
+        self, function: Callable[..., Any], options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Those of a command's options that `function` takes; `UserError` if another one is given."""
+        taken = inspect.signature(function).parameters
+        for name, value in options.items():
+            if name not in taken and value is not None:
+                raise UserError(f"{name}={value} is not for a run of {self.name}. Leave it out.")
+        return {name: value for name, value in options.items() if name in taken}
 
     def in_direction(
         self, network: nn.Module, config: TrainConfig, direction: str | None

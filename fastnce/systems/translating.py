@@ -233,7 +233,7 @@ def translate_folder(
             part = input_part(config, paths) if paired else "whole"
         scale = image_scaling(config, paths, preprocess, size, part)
 
-        def read(path: Path) -> _Image:
+        def read(path: Path) -> Picture:
             try:
                 image = half_of(read_image(path, channels, config.bits, config.value_range), part)
                 alpha = read_alpha(path) if with_alpha else None
@@ -246,11 +246,11 @@ def translate_folder(
                 ) from error
             if alpha is not None:
                 alpha = to_image(scale.prepare(half_of(alpha, part)))
-            return _Image(to_tensor(scale.prepare(image)), alpha)
+            return Picture(to_tensor(scale.prepare(image)), alpha)
 
         with tqdm(total=len(paths), desc="translate", unit="image", disable=None) as bar:
             images = readable(paths, read, skip=skip)
-            for group in _groups_of_one_size(images, batch_size, tile):
+            for group in groups_of_one_size(images, batch_size, tile):
                 batch = torch.stack([image.pixels for _, image in group])
                 results = translate(generator, batch, batch_size, tile=tile)
                 for (path, image), result in zip(group, results, strict=True):
@@ -390,7 +390,7 @@ def _as_file(out: Path, format: Format | None) -> Path:
     return out
 
 
-class _Image(NamedTuple):
+class Picture(NamedTuple):
     pixels: Tensor
     """(C, H, W) in [-1, 1]."""
     alpha: Image.Image | None
@@ -402,11 +402,11 @@ def _holds_alpha(path: Path, config: TranslationConfig) -> bool:
     return eight_bits and _FORMATS[path.suffix.lower()] not in ("jpg", "npy")
 
 
-def _groups_of_one_size(
-    images: Iterable[tuple[Path, _Image]], limit: int, tile: int | None
-) -> Iterator[list[tuple[Path, _Image]]]:
+def groups_of_one_size(
+    images: Iterable[tuple[Path, Picture]], limit: int, tile: int | None
+) -> Iterator[list[tuple[Path, Picture]]]:
     """At most `limit` images that follow each other and have one size; one, where it is larger than a tile."""
-    group: list[tuple[Path, _Image]] = []
+    group: list[tuple[Path, Picture]] = []
     try:
         for path, image in images:
             in_tiles = tile is not None and max(image.pixels.shape) > tile

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,44 @@ from fastnce.systems.system import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TranslationConfig(TrainConfig):
+class GeneratorConfig(TrainConfig):
+    """Options of the systems that train a generator of images with Adam, at a rate that falls at the end."""
+
+    epochs: int = 200
+    """Epochs at the full learning rate."""
+    decay_epochs: int = 200
+    """Further epochs in which the learning rate falls linearly towards 0."""
+    steps: int | None = None
+    """Stop after this many steps; by default after epochs + decay_epochs."""
+    load_size: int = 286
+    """Images are scaled to this size before the crop."""
+    crop_size: int = 256
+    """Size of the random crop."""
+    base_channels: int = 64
+    """Generator: channels after the first layer."""
+    disc_channels: int = 64
+    """Discriminator: channels of the first layer."""
+    lr: float = 2e-4
+    """Adam: learning rate of generators and discriminators."""
+    beta1: float = 0.5
+    """Adam: decay of the mean gradient."""
+    beta2: float = 0.999
+    """Adam: decay of the squared gradient."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: networks run under autocast; parameters and losses stay fp32."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        options.at_least(self, 0, "epochs", "decay_epochs")
+        options.at_least(self, 1, "load_size", "crop_size", "base_channels", "disc_channels")
+        options.above_zero(self, "lr")
+        options.in_unit_interval(self, "beta1", "beta2")
+        if self.epochs + self.decay_epochs == 0:
+            raise UserError("epochs=0 and decay_epochs=0 leave nothing to train. Use epochs >= 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslationConfig(GeneratorConfig):
     """Options of the systems that translate images."""
 
     data: Path | None = None
@@ -35,16 +72,8 @@ class TranslationConfig(TrainConfig):
     """Folder of the test images of B, to go with test_a."""
     batch_size: int = 1
     """Images of each domain per step."""
-    epochs: int = 200
-    """Epochs at the full learning rate."""
-    decay_epochs: int = 200
-    """Further epochs in which the learning rate falls linearly towards 0."""
-    steps: int | None = None
-    """Stop after this many steps; by default after epochs + decay_epochs."""
     load_size: int = 286
     """Images are scaled to this size before the crop; in the decay epochs to crop_size."""
-    crop_size: int = 256
-    """Size of the random crop."""
     preprocess: str = "resize_and_crop"
     """Steps before the network, joined by _and_: resize, fixsize, scale_width, scale_shortside, zoom, crop, patch, trim or none."""
     bits: Literal[8, 16] = 8
@@ -70,22 +99,10 @@ class TranslationConfig(TrainConfig):
     """Channels of the images of A: 3 for RGB, 1 for grey."""
     out_channels: int = 3
     """Channels of the images of B and of the translations."""
-    base_channels: int = 64
-    """Generator: channels after the first layer."""
     disc_antialias: bool = True
     """Discriminator: blur before downsampling; with it off, strided convolutions (patch)."""
-    disc_channels: int = 64
-    """Discriminator: channels of the first layer."""
     disc_layers: int = 3
     """Discriminator: downsampling layers (patch)."""
-    lr: float = 2e-4
-    """Adam: learning rate of generators and discriminators."""
-    beta1: float = 0.5
-    """Adam: decay of the mean gradient."""
-    beta2: float = 0.999
-    """Adam: decay of the squared gradient."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: networks run under autocast; parameters and losses stay fp32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,14 +110,9 @@ class TranslationConfig(TrainConfig):
             from fastnce.data.images import check_value_range
 
             check_value_range(self.value_range)
-        options.at_least(self, 0, "cache_gb", "epochs", "decay_epochs")
-        options.at_least(self, 1, "load_size", "crop_size", "in_channels", "out_channels")
-        options.at_least(self, 1, "base_channels", "disc_channels", "disc_layers")
-        options.above_zero(self, "lr")
-        options.in_unit_interval(self, "beta1", "beta2")
+        options.at_least(self, 0, "cache_gb")
+        options.at_least(self, 1, "in_channels", "out_channels", "disc_layers")
         self._check_folders()
-        if self.epochs + self.decay_epochs == 0:
-            raise UserError("epochs=0 and decay_epochs=0 leave nothing to train. Use epochs >= 1.")
 
     def _check_folders(self) -> None:
         names = ("data_a", "data_b", "test_a", "test_b")
@@ -205,12 +217,14 @@ def initialise(network: nn.Module, gain: float | None) -> None:
         init_xavier(network, gain)
 
 
-def adam(config: TranslationConfig, *networks: nn.Module) -> torch.optim.Adam:
-    """The optimiser of generators or discriminators."""
+def adam(config: GeneratorConfig, *networks: nn.Module, **how: Any) -> torch.optim.Adam:
+    """The optimiser of generators or discriminators; `how` are values of its parameters' group that differ.
+
+    `decays=False` keeps the learning rate where those of others fall.
+    """
     parameters = [parameter for network in networks for parameter in network.parameters()]
-    return torch.optim.Adam(
-        parameters, lr=config.lr, betas=(config.beta1, config.beta2), fused=True
-    )
+    values = {"lr": config.lr, "betas": (config.beta1, config.beta2)} | how
+    return torch.optim.Adam([{"params": parameters, **values}], fused=True)
 
 
 def descend(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:

@@ -219,6 +219,14 @@ class TranslationSystem(System):
             tables.append("FID and its kin: not measured without --extractor FILE.\n")
         return result, "\n".join(tables)
 
+    def translate_folder(
+        self, network: nn.Module, config: TranslationConfig, input: Path, out: Path, **how: Any
+    ) -> int:
+        from fastnce.systems.translating import translate_folder
+
+        how = self.known_options(translate_folder, how)
+        return translate_folder(network, config, input, out, paired=self.paired, **how)
+
     def graph_inputs(
         self, network: nn.Module, config: TranslationConfig, channels: int, count: int
     ) -> dict[str, Tensor]:

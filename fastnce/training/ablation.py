@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastnce.errors import UserError, known
-from fastnce.metrics.tables import markdown_table, write_result
+from fastnce.metrics.tables import format_number, markdown_table, write_result
 from fastnce.systems import SYSTEMS
 from fastnce.systems.system import Ablation
 from fastnce.training.config import build_config
@@ -45,9 +45,11 @@ def ablate(
         overrides: option values of all runs; a choice's own win.
 
     Returns:
-        {"choices": [{"name", "seeds", measure: {"mean", "spread", "values", "beyond_spread"}}]} and the table. The spread is the
-        standard deviation over the seeds; `beyond_spread` says whether the mean differs from the first choice's by more than
-        the spreads of both together, sqrt(a^2 + b^2); None without a spread, and for the first choice.
+        {"choices": [{"name", "seeds", "against", measure: {"mean", "spread", "values", "beyond_spread"}}], "beside": [{"name",
+        measure: value}]} and the table, without measures that no run has. The spread is the standard deviation over the seeds;
+        `beyond_spread` says whether the mean differs by more than the spreads of both together, sqrt(a^2 + b^2), from that
+        of `against`, by default the first choice; None without a spread, and for the first choice. "beside" are the data's own
+        numbers.
     """
     ablation = ablations()[known(variant, ablations(), "ablation")]
     names = [known(name, ablation.choices, "choice") for name in only] or list(ablation.choices)
@@ -61,11 +63,20 @@ def ablate(
             own = {"data": data, "out": run, "seed": seed}
             merged = dict(overrides or {}) | dict(ablation.choices[name]) | own
             train(build_config(variant, preset=preset, overrides=merged))
-            row = _row(evaluate_run(run)[0], ablation.row)
+            evaluation = evaluate_run(run)[0]
+            row = _row(evaluation, ablation.row)
             for measure in ablation.measures:
                 collected[measure].append(math.nan if row[measure] is None else row[measure])
         values[name] = collected
+    kept = {m: title for m, title in ablation.measures.items() if _has_numbers(m, values)}
+    ablation = ablation._replace(measures=kept)
+    values = {name: {m: numbers[m] for m in kept} for name, numbers in values.items()}
     result = compare(values, ablation, seeds)
+    result["beside"] = [
+        {"name": row["name"]} | {m: row[m] for m in kept}
+        for row in evaluation["rows"]
+        if row["name"] in ablation.beside
+    ]
     table = format_ablation(result, ablation)
     write_result(result, table, out, stem="ablation")
     save_ablation_plot(
@@ -84,14 +95,20 @@ def compare(
     """Means, spreads and what differs, from choice -> measure -> a value for each seed; see `ablate`."""
     choices: list[dict[str, Any]] = []
     for name, measured in values.items():
-        entry: dict[str, Any] = {"name": name, "seeds": list(seeds)}
+        other = next((c for c in choices if c["name"] == ablation.against.get(name)), None)
+        first = other or (choices[0] if choices else None)
+        entry: dict[str, Any] = {
+            "name": name,
+            "seeds": list(seeds),
+            "against": first and first["name"],
+        }
         for measure, numbers in measured.items():
             spread = statistics.stdev(numbers) if len(numbers) > 1 else None
             mean = statistics.fmean(numbers)
             beyond = None
-            if choices and spread is not None:
-                first = choices[0][measure]
-                beyond = abs(mean - first["mean"]) > math.hypot(spread, first["spread"])
+            if first and spread is not None:
+                one = first[measure]
+                beyond = abs(mean - one["mean"]) > math.hypot(spread, one["spread"])
             entry[measure] = {
                 "mean": mean,
                 "spread": spread,
@@ -114,16 +131,29 @@ def format_ablation(result: Mapping[str, Any], ablation: Ablation) -> str:
                 cell += f" +- {entry['spread']:{form}}"
             cells.append(cell + (" *" if entry["beyond_spread"] else ""))
         lines.append((choice["name"], *cells))
+    for row in result.get("beside", ()):
+        cells = [format_number(row[m], form) for m, (_, form) in ablation.measures.items()]
+        lines.append((row["name"], *cells))
     count = len(result["choices"][0]["seeds"])
     notes = [f"Mean and standard deviation over {count} seeds." if count > 1 else "One seed."]
     if count > 1:
         first = result["choices"][0]["name"]
-        notes.append(f"* differs from {first!r} by more than both standard deviations together.")
+        note = f"* differs from {first!r} by more than both standard deviations together"
+        for other in dict.fromkeys(ablation.against.values()):
+            held = [c["name"] for c in result["choices"] if c["against"] == other != first]
+            note += f"; from {other!r}: {', '.join(held)}" if held else ""
+        notes.append(note + ".")
     return markdown_table(lines, notes)
 
 
 def _row(result: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return next(row for row in result["rows"] if row["name"] == name)
+
+
+def _has_numbers(measure: str, values: Mapping[str, Mapping[str, Sequence[float]]]) -> bool:
+    return any(
+        math.isfinite(number) for of_choice in values.values() for number in of_choice[measure]
+    )
 
 
 def _folder(name: str) -> str:

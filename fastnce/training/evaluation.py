@@ -73,8 +73,13 @@ def evaluate_run(
     given = {name: value for name, value in settings.items() if value is not None}
     for name, value in (given | {"without_nce": without_nce}).items():
         if value is not None and name not in system.judged_by:
-            option = "segmenter" if name == "segmentation" else name
-            raise UserError(f"{option}={value} is not for a run of {system.name}. Leave it out.")
+            if name == "segmenter" and "segmentation" in system.judged_by:
+                raise UserError(
+                    f"segmenter={value} needs the label maps that a run of {system.name} does not know. Give --labels DIR."
+                )
+            if name == "segmentation":
+                name, value = "labels", value.labels
+            raise UserError(f"{name}={value} is not for a run of {system.name}. Leave it out.")
     if data is None:
         _expect_data(run)
     if broken_files is not None:

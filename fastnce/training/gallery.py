@@ -4,26 +4,66 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fastnce.errors import UserError
 from fastnce.systems import TrainConfig, system_named
+from fastnce.systems.system import Rows
 from fastnce.training.config import as_option, layered_values, to_dict
 from fastnce.training.log import read_metrics
 from fastnce.training.runs import Run
 from fastnce.viz.gallery import GalleryRun, save_gallery
+from fastnce.viz.plots import save_sample_grid
 
 
 def write_gallery(runs: Sequence[Path], out: Path | None = None) -> Path:
-    """Writes runs of any systems, side by side, as one HTML page, by default `gallery.html` in the first run's folder."""
+    """Writes runs of any systems, side by side, as one HTML page, by default `gallery.html` in the first run's folder.
+
+    Of several runs on the same pairs the page begins with what each makes of the same test images, if the data are there.
+    """
     if not runs:
         raise UserError("run is missing. Name the folder of a training run, or several.")
     path = Path(runs[0]) / "gallery.html" if out is None else Path(out)
     names = distinct_names(runs)
-    save_gallery([read_run(run, name) for run, name in zip(runs, names, strict=True)], path)
+    shown = [read_run(run, name) for run, name in zip(runs, names, strict=True)]
+    rows = same_images({name: Run(run) for name, run in zip(names, runs, strict=True)})
+    with tempfile.TemporaryDirectory() as folder:
+        together = Path(folder, "together.png") if rows else None
+        if together is not None:
+            save_sample_grid(rows, together)
+        save_gallery(shown, path, together)
     return path
+
+
+def same_images(runs: Mapping[str, Run]) -> Rows:
+    """Rows of a grid: the first test images of pairs, such as label maps, what they should become, and what each run makes of them.
+
+    Empty unless there are at least two runs that learnt from pairs and show the same images.
+    """
+    rows: Rows = {}
+    outputs: Rows = {}
+    for name, run in runs.items():
+        if not run.system.paired:
+            continue
+        try:
+            own = run.system.preview(run.config, None)(run.network)
+        except UserError:  # no data, or no checkpoint yet
+            continue
+        output = own.pop("output")
+        rows = rows or own
+        if rows.keys() == own.keys() and all(_equal(rows[label], own[label]) for label in own):
+            outputs[name] = output
+    return rows | outputs if len(outputs) > 1 else {}
+
+
+def _equal(images: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(images) == len(others) and all(map(torch.equal, images, others))
 
 
 def read_run(run: Path, name: str) -> GalleryRun:

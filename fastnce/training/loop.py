@@ -424,7 +424,8 @@ class _Run:
         factor = self.schedule.lr_factor(self.step)
         for optimizer in self.model.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+                initial = group.setdefault("initial_lr", group["lr"])
+                group["lr"] = initial * factor if group.get("decays", True) else initial
         self.metrics.add(self.ranks.mean(self.model.training_step(batch)))
         self.ranks.average_buffers(self.model)
         self.average.update(self.network)

@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from fastnce.errors import UserError
+from fastnce.networks.weights import difference, load_strictly, read_state_dict
 from fastnce.systems import SYSTEMS, TrainConfig, system_named
 from fastnce.training.checkpoint import below, load_checkpoint
 from fastnce.training.config import as_option
@@ -40,41 +40,9 @@ class Recognised:
 def read_published(path: Path) -> dict[str, Tensor]:
     """The state dict in a published `.pth` file, tensors on the CPU.
 
-    The prefix `module.`, which the published code leaves on every key when it trains on a CPU, is removed, and so are the
-    statistics that instance norm kept before PyTorch 0.4, which nothing reads.
+    The statistics that instance norm kept before PyTorch 0.4, which nothing reads, are removed.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file. Name a weights file, such as latest_net_G.pth.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the file.") from error
-    except Exception as error:
-        # torch.load has no exception of its own: what a damaged file raises depends on where it is cut.
-        raise UserError(
-            f"{path}: is damaged or no PyTorch file of plain weights. Copy it again, or save a state dict alone."
-        ) from error
-    if isinstance(state, dict) and "format" in state and "model" in state:
-        raise UserError(
-            f"{path}: is a checkpoint of fastnce training. Name the run's folder with run instead."
-        )
-    return _plain_state_dict(state, path)
-
-
-def _plain_state_dict(state: object, path: Path) -> dict[str, Tensor]:
-    if not isinstance(state, Mapping) or not state:
-        raise UserError(
-            f"{path}: holds {'nothing' if state == {} else type(state).__name__}, expected the state dict of one network."
-        )
-    others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
-    if others:
-        raise UserError(
-            f"{path}: expected the state dict of one network, tensors by name, got other values under "
-            f"{', '.join(others[:4])}. Save the state dict of the network alone."
-        )
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state = read_state_dict(path, "Name a weights file, such as latest_net_G.pth.")
     return {
         name: tensor
         for name, tensor in state.items()
@@ -184,18 +152,6 @@ def _sorted_by_layer(state: Mapping[str, Tensor]) -> list[str]:
     return sorted(state, key=lambda name: int(name.split(".")[1]))
 
 
-def load_strictly(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Loads weights into a network; raises `UserError` with the first difference if they do not fit exactly."""
-    own = network.state_dict()
-    # Files from before PyTorch 0.4.1 do not count batches, and nothing here reads the count.
-    counts = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
-    state = counts | dict(state)
-    difference = _difference(own, state)
-    if difference is not None:
-        raise UserError(f"{path}: does not fit the network: {difference}.")
-    network.load_state_dict(state)
-
-
 def published_config(state: Mapping[str, Tensor], path: Path) -> TrainConfig:
     """The configuration of the generator in a published file; all that weights do not tell has its default."""
     found = recognise(state, path)
@@ -264,7 +220,7 @@ def load_run(model: nn.Module, path: Path, system: str) -> list[str]:
         network = model.get_submodule(attribute)
         names = [attribute, by_role.get(roles.get(attribute, ""), attribute)]
         weights = next(filter(None, (below(state["model"], name) for name in names)), {})
-        why_not = _difference(network.state_dict(), weights) if weights else f"{path} has none"
+        why_not = difference(network.state_dict(), weights) if weights else f"{path} has none"
         if why_not is None:
             network.load_state_dict(weights)
             fitting += 1
@@ -286,19 +242,6 @@ def _networks(model: nn.Module, known: Iterable[str]) -> list[str]:
         ):
             paths.append(name)
     return paths
-
-
-def _difference(own: Mapping[str, object], other: Mapping[str, object]) -> str | None:
-    """The first difference between two networks' weights; None if they have the same names and shapes."""
-    for name in [*own, *other]:
-        if name not in other:
-            return f"the file lacks weight {name}"
-        if name not in own:
-            return f"the file has the unknown weight {name}"
-        here, there = (getattr(values[name], "shape", None) for values in (own, other))
-        if here != there:
-            return f"{name} has the shape {tuple(there)} in the file, expected {tuple(here)}"
-    return None
 
 
 def load_published(model: nn.Module, config: TrainConfig, networks: Mapping[str, str]) -> list[str]:

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from fastnce.errors import UserError
+from fastnce.networks.weights import load_strictly
 from fastnce.systems import (
     System,
     TrainConfig,
     contragan,
     representation,
     system_named,
-    translating,
 )
 from fastnce.training.checkpoint import below, load_checkpoint
 from fastnce.training.config import from_dict
-from fastnce.training.published import load_strictly, published_config, read_published
+from fastnce.training.published import published_config, read_published
 from fastnce.training.runtime import resolve_device
 from fastnce.training.shared import read_shared
 
@@ -148,12 +148,11 @@ def load_generator(
 
 
 def translate_folder(
-    network: nn.Module, config: TrainConfig, input: Path, out: Path, *args: Any, **how: Any
+    network: nn.Module, config: TrainConfig, input: Path, out: Path, **how: Any
 ) -> int:
     """See `fastnce.systems.translating.translate_folder`; refuses the network of a system that does not translate."""
     system = _system_that("translate images", config)
-    how |= {"paired": system.paired}
-    return translating.translate_folder(network, config, input, out, *args, **how)
+    return system.translate_folder(network, config, input, out, **how)
 
 
 def generate_folder(network: nn.Module, config: TrainConfig, out: Path, **how: Any) -> int:

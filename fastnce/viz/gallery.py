@@ -47,22 +47,23 @@ class GalleryRun:
     evaluation: Mapping[str, Any] | None = None  # metrics.json, if there is one
 
 
-def save_gallery(runs: Sequence[GalleryRun], path: Path) -> None:
-    """Writes `gallery_page(runs)` to `path`."""
-    page = gallery_page(runs)
+def save_gallery(runs: Sequence[GalleryRun], path: Path, together: Path | None = None) -> None:
+    """Writes `gallery_page(runs, together)` to `path`."""
+    page = gallery_page(runs, together)
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def gallery_page(runs: Sequence[GalleryRun]) -> str:
-    """The page of one or more runs.
+def gallery_page(runs: Sequence[GalleryRun], together: Path | None = None) -> str:
+    """The page of one or more runs; `together` is a picture of what all of them make of the same images.
 
     At most 24 sample grids of each run are on it, spread evenly from the first to the last, reduced so that all pictures
-    together take at most about 8 MB. A curve has at most 400 points, means over its lines where there are more.
+    of samples take at most about 8 MB together. A curve has at most 400 points, means over its lines where there are more.
     """
     title = " and ".join(run.name for run in runs)
     commands = (f'<pre tabindex="0"><code>{escape(run.command)}</code></pre>' for run in runs)
     sections = [
+        _section("Side by side", _together(together)),
         _section("Samples", _samples(runs)),
         _section("Losses", _charts(runs, "losses")),
         _section("Measurements", _charts(runs, "measurements")),
@@ -111,6 +112,16 @@ def _summary(runs: Sequence[GalleryRun]) -> str:
                 text += f" in {last['seconds'] / 60:.1f} minutes of training"
         parts.append(escape(f"{run.name}: {text}" if len(runs) > 1 else text))
     return "<br>".join(parts)
+
+
+def _together(path: Path | None) -> str:
+    if path is None:
+        return ""
+    picture = embed(path, _PICTURE_BYTES // 4)
+    return (
+        f'<div class="samples"><img src="{picture.uri}" width="{picture.width}" height="{picture.height}" '
+        'alt="The same test images, and what each run makes of them"></div>'
+    )
 
 
 def _samples(runs: Sequence[GalleryRun]) -> str:

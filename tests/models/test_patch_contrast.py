@@ -10,7 +10,12 @@ from transcriptions import TINY, batches, draw_ids, make
 
 import fastnce
 from fastnce.networks import PatchProjector
-from fastnce.systems.patch_contrast import Comparison, PatchContrast, PatchContrastConfig
+from fastnce.systems.patch_contrast import (
+    Comparison,
+    PatchContrast,
+    PatchContrastConfig,
+    sample,
+)
 from fastnce.systems.translation import can_convert, convert_channels
 
 
@@ -83,9 +88,9 @@ def test_projectors_of_either_side_as_in_dclgan():
 @pytest.mark.parametrize("num_patches", [0, 6])
 def test_sampled_gradients_are_contiguous(num_patches, backend):
     """With other strides the backward of instance norm, one image at a time, is wrong on a CPU: see the next test."""
-    contrast = PatchContrast(PatchContrastConfig(num_patches=num_patches, backend=backend), [], [])
+    config = PatchContrastConfig(num_patches=num_patches, backend=backend)
     x = torch.randn(1, 5, 8, 8, requires_grad=True)
-    (patches,), (ids,) = contrast.sample([x])
+    (patches,), (ids,) = sample(config, [x])
     assert len(ids) == len(set(ids.tolist())) == (num_patches or 64)
     (gradient,) = torch.autograd.grad(patches, x, torch.randn_like(patches))
     assert gradient.is_contiguous()

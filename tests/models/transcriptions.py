@@ -98,6 +98,7 @@ class Transcription:
         for letter, names in parts.items():
             networks = [getattr(self.networks, name) for name in names]
             parameters = [p for part in networks if part is not None for p in part.parameters()]
+            parameters = [p for p in parameters if p.requires_grad]
             if parameters:
                 how = {"lr": self.config.lr, "betas": (0.5, 0.999)} | adam.get(letter, {})
                 self.optimizers[letter] = torch.optim.Adam(parameters, foreach=False, **how)
@@ -114,7 +115,11 @@ class Transcription:
     def gradient_pairs(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         """Every parameter's gradient in the model and here."""
         pairs = zip(model.named_parameters(), self.networks.parameters(), strict=True)
-        return {name: (ours.grad, self.gradients[theirs]) for (name, ours), theirs in pairs}
+        return {
+            name: (ours.grad, self.gradients[theirs])
+            for (name, ours), theirs in pairs
+            if ours.requires_grad
+        }
 
     def project(self, f: nn.Module | None, feature: Tensor, layer: int, ids: Tensor | None):
         """Projected patches of a map, (B, P, C)."""
@@ -143,7 +148,9 @@ class Transcription:
         return losses
 
 
-def check_steps(model: nn.Module, truth: Transcription, steps) -> None:
+def check_steps(
+    model: nn.Module, truth: Transcription, steps, close=CLOSE, of_buffers=CLOSE
+) -> None:
     """Losses, gradients and buffers of the steps, each a batch and further arguments, are those of the transcription."""
     for seed, (batch, how) in enumerate(steps):
         torch.manual_seed(seed)  # of pools, dropout and a penalty's places
@@ -152,17 +159,17 @@ def check_steps(model: nn.Module, truth: Transcription, steps) -> None:
         expected = truth.step(batch, **how)
         assert set(losses) == set(expected)
         for name, value in expected.items():
-            torch.testing.assert_close(losses[name], value.detach(), **CLOSE, msg=name)
+            torch.testing.assert_close(losses[name], value.detach(), **close, msg=name)
         for name, (ours, theirs) in truth.gradient_pairs(model).items():
-            torch.testing.assert_close(ours, theirs, **CLOSE, msg=name)
+            torch.testing.assert_close(ours, theirs, **close, msg=name)
         buffers = zip(model.named_buffers(), truth.networks.buffers(), strict=True)
         for (name, ours), theirs in buffers:
             if not name.startswith("contrast."):  # queues are transcribed as lists
-                torch.testing.assert_close(ours, theirs, **CLOSE, msg=name)
+                torch.testing.assert_close(ours, theirs, **of_buffers, msg=name)
     # Every network's gradient is well above the tolerance.
     for network in model.children():
-        if list(network.parameters()):
-            assert max(p.grad.abs().max() for p in network.parameters()) > 1e-5
+        if gradients := [p.grad.abs().max() for p in network.parameters() if p.requires_grad]:
+            assert max(gradients) > 1e-5
 
 
 def as_channels(images: Tensor, channels: int) -> Tensor:

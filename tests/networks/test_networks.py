@@ -5,20 +5,13 @@ the output differ by up to 4e-5 between two processors' fp32 convolutions. So ou
 and single values are compared to 2e-5, twice the error that the golden ones have.
 """
 
-import math
-
 import pytest
 import torch
+from golden import sines
 from torch import Tensor, nn
 
 from fastnce.networks import PatchDiscriminator, PatchProjector, ResnetGenerator
 from fastnce.networks.layers import Downsample, InstanceNorm, Upsample
-
-
-def sines(*shape: int, step: float, start: float) -> Tensor:
-    """sin(start + step * i) over the elements in C order, computed in fp64, rounded to fp32."""
-    index = torch.arange(math.prod(shape), dtype=torch.float64)
-    return torch.sin(start + step * index).float().reshape(shape)
 
 
 def fill_with_sines(module: nn.Module) -> nn.Module:

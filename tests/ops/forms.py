@@ -24,11 +24,7 @@ REDUCED = with_option("reduction")
 
 
 # Words in the names of samples whose forms a backend has not: the CUDA kernels have no negatives of each query's own.
-LACKING = {
-    "blocks": {"both", "negatives"},
-    "native": {"both", "negatives"},
-    "cuda": {"own"},
-}
+LACKING = {"cuda": {"own"}}
 
 
 def has_form(backend: str, name: str) -> bool:

@@ -12,6 +12,15 @@ SIZES = [1, 2, 63, 64, 65, 100, 252, 256, 507]
 DEPTHS = [1, 3, 16, 27, 64, 96, 123, 256, 384, 512, 768, 1000, 1536]
 TEMPERATURES = [0.005, 0.01, 0.023, 0.07, 0.5, 1.0, 10.0]
 FORMS = ["in_batch", "symmetric", "queue", "queue in_batch", "own", "batched", "own in_batch"]
+PATCH_FORMS: list[dict[str, object]] = [
+    {"query_negatives": True},
+    {"symmetric": True},
+    {"symmetric": True, "detach_keys": True},
+    {"symmetric": True, "query_negatives": True},
+    {"symmetric": True, "query_negatives": True, "detach_keys": True},
+]
+# Of each loss, how many samples there are to meet all of its forms.
+SAMPLES = dict.fromkeys(LOSSES, 36) | {"info_nce": 54, "patch_nce": 72}
 HALF = (torch.bfloat16, torch.float16)
 LABELLED = [op for op in LOSSES if "labels" in next(iter(samples(op).values())).arguments]
 each_loss = pytest.mark.parametrize("op", LOSSES)
@@ -42,6 +51,8 @@ def shaped(op: str, index: int, dtype: torch.dtype) -> Sample:
         options |= info_nce_form(FORMS[(index + index // 9) % 7], *(r.to(dtype) for r in rows))
     elif op == "patch_nce":
         options["negatives"] = ("image", "batch")[index % 2]
+        if index >= 36:
+            options |= PATCH_FORMS[index % 5]
         x, y = (z.unflatten(0, (2, -1)) if count % 2 == 0 else z for z in (x, y))
     elif op == "pairwise_cosine_similarity":
         y = gaussian(SIZES[(5 * index + 3) % 9], depth, seed=index + 1)
@@ -54,7 +65,7 @@ def shaped(op: str, index: int, dtype: torch.dtype) -> Sample:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sizes_and_temperatures(op, dtype, fused_backend, needs_support):
     needs_support(op, fused_backend, dtype)
-    for index in range(DTYPES.index(dtype), 54 if op == "info_nce" else 36, 4):
+    for index in range(DTYPES.index(dtype), SAMPLES[op], 4):
         assert_close_to_truth(op, fused_backend, shaped(op, index, dtype), dtype)
 
 

@@ -5,7 +5,7 @@ import signal
 
 import numpy as np
 import pytest
-from pictures import folders, noise, scripted
+from pictures import folders, levels, noise, scripted, write
 from PIL import Image
 from tiny import CLASSES, config_of
 from torch import Tensor, cat, nn
@@ -66,8 +66,23 @@ def classes(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def made(data, single, pairs, classes):
-    return {"data": data, "single": single, "pairs": pairs, "classes": classes}
+def labels(tmp_path_factory):
+    """Label maps of three classes and "don't care", instances and photographs of 40x36: five to train, two to test."""
+    root = tmp_path_factory.mktemp("labels")
+    counts = {"train": 5, "test": 2}
+    folders(root, {f"{name}_img": n for name, n in counts.items()}, size=(40, 36))
+    for name, count in counts.items():
+        for index in range(count):
+            regions = levels(9, 10, high=4, seed=index).repeat(4, 0).repeat(4, 1)
+            write(root / f"{name}_label" / f"{index}.png", np.where(regions == 3, 255, regions))
+            write(root / f"{name}_inst" / f"{index}.png", regions // 2)
+    return root
+
+
+@pytest.fixture(scope="session")
+def made(data, single, pairs, classes, labels):
+    sets = {"data": data, "single": single, "pairs": pairs, "classes": classes}
+    return sets | {"labels": labels}
 
 
 @pytest.fixture

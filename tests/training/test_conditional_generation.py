@@ -247,3 +247,13 @@ def test_what_exceeds_the_spread():
     table = format_ablation(result, ablation)
     assert table.count("*") == 2  # of the far one, and of the note
     assert "10.0 +- 1.4 *" in table
+    # Held against another than the first, and beside the data's own numbers.
+    changed = ablation._replace(against={"far": "near"}, beside=("real",))
+    result = compare({n: {"fid": v} for n, v in values.items()}, changed, [0, 1])
+    assert [c["against"] for c in result["choices"]] == [None, "base", "near"]
+    near = compare({n: {"fid": [9.0, 11.0]} for n in ("near", "far")}, changed, [0, 1])
+    assert near["choices"][1]["fid"]["beyond_spread"] is False
+    result["beside"] = [{"name": "real", "fid": 0.25}]
+    table = format_ablation(result, changed)
+    assert table.splitlines()[5].split() == ["|", "real", "|", "0.2", "|"]
+    assert table.endswith("together; from 'near': far.\n")

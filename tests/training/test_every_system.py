@@ -26,6 +26,8 @@ LOSSES = {
     "simdcl": TWO_WAY | {"NCE1", "NCE2", "sim_A", "sim_B"},
     "cyclegan": TWO_WAY | {"cycle_A", "cycle_B"},
     "pix2pix": {"G", "G_GAN", "G_L1", "D_real", "D_fake"},
+    "cfl": {"G", "G_GAN", "NCE", "D_real", "D_fake"},
+    "cfl-clean": {"G", "G_GAN", "NCE", "D_real", "D_fake"},
     "contragan": {"D_real", "D_fake", "D_class", "G_GAN", "G_class"},
     "acgan": {"D_real", "D_fake", "D_class", "G_GAN", "G_class"},
     "projgan": {"D_real", "D_fake", "G_GAN"},
@@ -35,7 +37,8 @@ LOSSES = {
     "supcon": {"loss", "positive_cosine"},
 }
 # Those whose steps differ in more than a loss.
-APART = ["cut", "sincut", "simdcl", "cyclegan", "pix2pix", "contragan", "simclr", "moco"]
+APART = ["cut", "sincut", "simdcl", "cyclegan", "pix2pix", "cfl"]
+APART += ["contragan", "simclr", "moco"]
 
 
 def test_every_variant_is_tried():
@@ -72,7 +75,13 @@ def test_what_a_run_leaves(whole, variant):
 
 
 def test_sample_grids_have_their_rows(whole):
-    for variant, rows in (("cut", 2), ("cyclegan", 4), ("pix2pix", 3), ("contragan", 3)):
+    for variant, rows in (
+        ("cut", 2),
+        ("cyclegan", 4),
+        ("pix2pix", 3),
+        ("cfl", 3),
+        ("contragan", 3),
+    ):
         with Image.open(whole(variant) / "samples" / "step_000008.png") as grid:
             assert rows * 80 < grid.height < (rows + 1) * 110, variant
 
@@ -126,11 +135,14 @@ USE = {"contragan": "generate", "simclr": "features", "moco": "features"}
 
 @pytest.mark.parametrize("variant", APART)
 def test_its_network_is_for_one_command_and_the_others_name_it(
-    whole, data, tmp_path, capsys, variant
+    whole, data, labels, tmp_path, capsys, variant
 ):
     run = whole(variant)
     for name, options in COMMANDS.items():
         words = {"IMAGES": data / "testA", "OUT": tmp_path / name, "OUT.npz": tmp_path / "x.npz"}
+        if (variant, name) == ("cfl", "translate"):
+            words["IMAGES"] = labels / "test_label"
+            options += ("--instances", labels / "test_inst")
         command = [name, "--run", run, *(words.get(option, option) for option in options)]
         code = main([str(word) for word in command])
         shown = capsys.readouterr()
@@ -154,7 +166,7 @@ def test_a_shared_file_takes_the_runs_place(whole, tmp_path, variant):
         assert values.pop(name, None) != to_dict(Run(run).config)[name] or name == "init_from"
 
 
-@pytest.mark.parametrize("variant", ["cut", "cyclegan", "pix2pix", "contragan", "moco"])
+@pytest.mark.parametrize("variant", ["cut", "cyclegan", "pix2pix", "cfl", "contragan", "moco"])
 def test_evaluation_is_written_beside_the_run(whole, extractor, tmp_path, capsys, variant):
     run, judge = whole(variant), [] if variant == "moco" else ["--extractor", str(extractor)]
     assert main(["evaluate", "--run", str(run), "--device", "cpu", *judge]) == 0

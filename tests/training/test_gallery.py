@@ -12,14 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from pictures import noise
 from PIL import Image
 
 from fastnce import cli, viz
 from fastnce.errors import UserError
-from fastnce.training import Run, build_config
+from fastnce.systems.translation_system import translated
+from fastnce.training import Run, build_config, train
 from fastnce.training.config import from_dict
-from fastnce.training.gallery import training_command, write_gallery
+from fastnce.training.gallery import same_images, training_command, write_gallery
 from fastnce.training.log import read_metrics
 from fastnce.viz.gallery import GalleryRun, embed, gallery_page
 from fastnce.viz.line_chart import (
@@ -33,6 +35,7 @@ from fastnce.viz.line_chart import (
     line_chart,
     thinned,
 )
+from fastnce.viz.plots import sample_grid
 
 VOID = {"meta", "img", "input", "br", "link", "hr"}
 
@@ -126,6 +129,27 @@ def test_runs_side_by_side():
     assert [[s["values"] for s in chart] for chart in page.data] == [[[1, 2], [3]], [[5, 5]]]
     assert page.cells[:4] == ["option", "a", "b", "default"]
     assert page.cells[4:12] == ["lr", "0.1 *", "0.2", "0.2", "new", "–", "1", "–"]
+
+
+def test_several_runs_on_pairs_show_the_same_images(tiny, pairs, tmp_path):
+    data = shutil.copytree(pairs, tmp_path / "pairs")
+    kinds = {"l1": {"lambda_gan": 0.0}, "gan": {"lambda_l1": 0.0}}
+    configs = [tiny("pix2pix", data=data, out=tmp_path / n, **own) for n, own in kinds.items()]
+    runs = [train(config) for config in configs]
+    rows = same_images({run.name: Run(run) for run in runs})
+    assert list(rows) == ["input", "truth", "l1", "gan"]
+    generator = Run(runs[1]).network
+    expected = translated(generator, rows["input"])
+    assert all(map(torch.equal, rows["gan"], expected))
+    assert not torch.equal(rows["gan"][0], rows["l1"][0])
+    page = Page(write_gallery(runs, tmp_path / "page.html").read_text())
+    (first, *_) = page.all("img")
+    shown = Image.open(io.BytesIO(base64.b64decode(first["src"].split(",")[1])))
+    assert np.array_equal(np.asarray(shown), np.asarray(sample_grid(rows)))
+    # One run has its own samples only, and so have runs whose data are gone.
+    assert same_images({"one": Run(runs[0])}) == {}
+    shutil.rmtree(data)
+    assert same_images({run.name: Run(run) for run in runs}) == {}
 
 
 def test_hostile_names_stay_text(tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fastnce.errors import UserError
-from fastnce.systems.schedule import LinearDecay, Schedule, WarmupCosine, linear_decay
+from fastnce.systems.schedule import LateDecay, LinearDecay, Schedule, WarmupCosine, linear_decay
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,14 @@ def decay(epochs=2, decay_epochs=1, steps=None, samples_per_step=1, epoch_sample
         samples_per_step=samples_per_step,
         epoch_samples=epoch_samples,
     )
+
+
+def test_spades_decay_begins_an_epoch_later_and_ends_above_0():
+    how = {"samples_per_step": 1, "epoch_samples": 1, "steps": None}
+    late = LateDecay.of(epochs=2, decay_epochs=4, **how)
+    assert [late.lr_factor(step) for step in range(6)] == [1, 1, 1, 0.75, 0.5, 0.25]
+    constant = LateDecay.of(epochs=3, decay_epochs=0, **how)
+    assert [constant.lr_factor(step) for step in range(3)] == [1, 1, 1]
 
 
 def test_epochs_and_total_with_batch_1():

@@ -50,6 +50,21 @@ ENCODER = COMMON | {
     "batch_size": 4,
     "warmup_epochs": 1,
 }
+LABELS = COMMON | {
+    "label_classes": 3,
+    "dont_care": True,
+    "instances": True,
+    "base_channels": 2,
+    "hidden_channels": 4,
+    "disc_channels": 2,
+    "disc_layers": 2,
+    "critic": "pixel",
+    "num_patches": 8,
+    "projection_dim": 8,
+    "load_size": 36,
+    "crop_size": 32,
+    "ema_decay": 0.9,
+}
 # Of a variant: its options, and which of the made data it trains on.
 OPTIONS = {
     "cut": (TINY, "data"),
@@ -71,6 +86,8 @@ OPTIONS = {
     # A small pool, so that it is full, and draws, before and after a stop.
     "cyclegan": (TRANSLATION | {"num_blocks": 1, "pool_size": 2}, "data"),
     "pix2pix": (TRANSLATION | {"num_downs": 3, "load_size": 16}, "pairs"),
+    "cfl": (LABELS, "labels"),
+    "cfl-clean": (LABELS, "labels"),
     "contragan": (GENERATION, "classes"),
     "acgan": (GENERATION, "classes"),
     "projgan": (GENERATION, "classes"),

@@ -1,0 +1,40 @@
+"""Numbers that any language can make, for weights and inputs of golden values."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def sines(*shape: int, step: float, start: float) -> Tensor:
+    """sin(start + step * i) over the elements in C order, computed in fp64, rounded to fp32."""
+    index = torch.arange(math.prod(shape), dtype=torch.float64)
+    return torch.sin(start + step * index).float().reshape(shape)
+
+
+def hashed(*shape: int, k: int) -> Tensor:
+    """Numbers from -1 to 1 in C order, in fp32: integer hashes of the place, counted from 1; `k` chooses the sequence."""
+    index = torch.arange(1, math.prod(shape) + 1)
+    x = (index * 2654435761 + (k + 1) * 97531) % 2**32
+    x = x ^ (x >> 15)
+    # In 64 bits the product may overflow; its low 32 bits are right all the same.
+    x = (x * 2246822519) & (2**32 - 1)
+    x = x ^ (x >> 13)
+    return (x.double() / 2**31 - 1).float().reshape(shape)
+
+
+def fill(module: nn.Module, first: int = 0) -> nn.Module:
+    """Sets the j-th parameter, counted from `first`, to `hashed(k=j)`, times sqrt(3 / fan-in) or, of one dimension, 0.1.
+
+    The j-th vector of spectral norm becomes `hashed(k=1000 + j)` over its length.
+    """
+    buffers = dict(module.named_buffers())
+    vectors = [x for name, x in buffers.items() if name.endswith(("weight_u", "weight_v"))]
+    with torch.no_grad():
+        for j, x in enumerate(module.parameters(), first):
+            scale = 0.1 if x.ndim == 1 else math.sqrt(3 * len(x) / x.numel())
+            x.copy_(scale * hashed(*x.shape, k=j))
+        for j, x in enumerate(vectors):
+            values = hashed(*x.shape, k=1000 + j).double()
+            x.copy_(values / values.norm())
+    return module
