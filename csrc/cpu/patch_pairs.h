@@ -36,9 +36,7 @@ struct PairForm {
   bool apart() const { return symmetric && detach_keys; }
   // Whether one offset serves all rows. Exponentials that are multiplied before they are weighted
   // must be far from the smallest numbers.
-  bool fixed_offset() const {
-    return temperature >= (apart() ? 2 : 1) * kFixedOffsetTemperature;
-  }
+  bool fixed_offset() const { return temperature >= (apart() ? 2 : 1) * kFixedOffsetTemperature; }
 };
 
 // One of the two images of a layer, (B, P, D).
@@ -134,21 +132,21 @@ class ImagePairs {
 
   void sum_by_maximum() {
     const int64_t width = kernels_.width;
-    sum_logits<T, 1>(
-        kernels_, similarity_.units(), similarity_.transposed(), {&sums_},
-        [&](int64_t slab, int64_t begin, int64_t end, T* z, const auto& parts) {
-          const int64_t c0 = slab * width, lanes = similarity_.lanes(c0);
-          std::fill_n(parts[0].sum, end - begin, T(0));
-          for (int s = 0; s < form_.directions() && lanes > 0; ++s) {
-            const int64_t r0 = std::max(begin, start(s));
-            const int64_t r1 = std::min(end, start(s) + layer_.rows);
-            if (r0 >= r1 || !similarity_.meet(r0, c0)) continue;
-            T* rows = z + (r0 - begin) * width;
-            for (int64_t a = r0; a < r1; ++a) leave_out(a, c0, lanes, rows + (a - r0) * width);
-            kernels_.exp_rows(r1 - r0, lanes, rows, parts[0].offset + r0 - begin,
-                              parts[0].sum + r0 - begin);
-          }
-        });
+    sum_logits<T, 1>(kernels_, similarity_.units(), similarity_.transposed(), {&sums_},
+                     [&](int64_t slab, int64_t begin, int64_t end, T* z, const auto& parts) {
+                       const int64_t c0 = slab * width, lanes = similarity_.lanes(c0);
+                       std::fill_n(parts[0].sum, end - begin, T(0));
+                       for (int s = 0; s < form_.directions() && lanes > 0; ++s) {
+                         const int64_t r0 = std::max(begin, start(s));
+                         const int64_t r1 = std::min(end, start(s) + layer_.rows);
+                         if (r0 >= r1 || !similarity_.meet(r0, c0)) continue;
+                         T* rows = z + (r0 - begin) * width;
+                         for (int64_t a = r0; a < r1; ++a)
+                           leave_out(a, c0, lanes, rows + (a - r0) * width);
+                         kernels_.exp_rows(r1 - r0, lanes, rows, parts[0].offset + r0 - begin,
+                                           parts[0].sum + r0 - begin);
+                       }
+                     });
   }
 
   // What row `a` of a slab has of itself and of its positive.
@@ -174,8 +172,7 @@ class ImagePairs {
         if (!form_.fixed_offset()) offset_[a] = static_cast<T>(sums_[a].maximum);
         weight_[a] = static_cast<T>(share * std::exp(offset_[a] - lse));
         missing_[a] = share / (1 + std::exp(-d));
-        terms_[a] =
-            layer_.grad_scale * share * std::exp(constant - lse) * form_.self_logit / t;
+        terms_[a] = layer_.grad_scale * share * std::exp(constant - lse) * form_.self_logit / t;
       }
     });
     return std::accumulate(loss.data(), loss.data() + loss.size(), 0.0);
