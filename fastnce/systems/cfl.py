@@ -723,6 +723,12 @@ class CFLSystem(System):
             "batch_size": 16,
         },
         "ade20k": {"layout": "ade20k", "label_classes": 150, "dont_care": True},
+        "coco": {
+            "layout": "coco",
+            "label_classes": 182,
+            "dont_care": True,
+            "instances": True,
+        },
         # Cityscapes' class numbers and shape; no instances.
         "gta": {
             "label_classes": 35,

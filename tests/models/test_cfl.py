@@ -446,6 +446,14 @@ def test_layers_of_vgg19(tmp_path):
         assert model.features.maps == list(places)
     with pytest.raises(UserError, match="nce_layers=1 3 5: .*published 0 1 2 3 4 5"):
         CFL(replace(GOLDEN, nce_layers=("1", "3", "5"), **base))
+    published = CFL(replace(GOLDEN, nce_layers=FIVE, projection_dim=256, **base)).features
+    names = list(published.state_dict())
+    assert len(names) == 44 and names[:3] == [
+        "encoder.mean",
+        "encoder.std",
+        "encoder.slice1.0.weight",
+    ]
+    assert sum(p.numel() for p in published.projection.parameters()) == 624_640
     # Its maps serve the VGG loss too.
     both = replace(GOLDEN, lambda_vgg=1.0, nce_layers=("3,4,5",), **base)
     assert CFL(both).vgg is None
