@@ -10,7 +10,7 @@ from . import config
 from . import launch as machine
 from .launch import cdiv
 from .rows import Rows
-from .tiles import GIVEN
+from .tiles import BOTH_SIDES, DETACHED, GIVEN
 
 
 @dataclasses.dataclass
@@ -27,6 +27,7 @@ class Columns:
         """The tile for the rows ``x``."""
         device = x.x.device
         rich = rich or self.labels is not None or self.kind == GIVEN.value
+        rich = rich or (kind != "sums" and self.kind in (BOTH_SIDES.value, DETACHED.value))
         memory, accumulators = machine.shared_memory(device), machine.tensor_memory(device)
         return config.tile(kind, rich, x.operands, x.padded, memory, accumulators)
 

@@ -20,6 +20,8 @@ from .columns import Columns
 from .launch import cdiv, launch, temperature_arguments
 from .rows import Rows, input_precision
 from .tiles import (
+    BOTH_SIDES,
+    DETACHED,
     GIVEN,
     LABELLED,
     LN_2,
@@ -398,12 +400,15 @@ def tile_coefficients(
     if y_statistics is not None:
         of_columns = load_statistics(y_statistics, first_y, y_offsets, total_columns, KIND)
         g += row_gradient(z, of_columns, 0, same, KIND)
+    if KIND == DETACHED:
+        of_queries = (row < columns // 2)[:, None] == (column < columns // 2)[None, :]
+        g = tl.where(of_queries, g, 0.0)
     by_rows = tl.zeros(z.shape, tl.float32)
     if x_statistics is not None:
         by_rows += row_gradient(z, of_rows, 1, same, KIND)
     g += by_rows
-    # With labels, columns are rows as well, here or in another block, and say there what they have to about the temperature.
-    moment = z * (by_rows if LABELS else g)
+    # Columns that are rows as well, here or in another block, say there what they have to about the temperature.
+    moment = z * (by_rows if LABELS or KIND == BOTH_SIDES or KIND == DETACHED else g)
     return tl.where(keep, g, 0.0), tl.where(keep, moment, 0.0)
 
 

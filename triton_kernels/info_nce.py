@@ -50,6 +50,7 @@ class Problem:
     symmetric: bool = False
     self_logit: float | None = None
     negatives: Tensor | None = None  # each query's own
+    self_count: int = 1  # how often the self logit is there, once or twice
 
 
 @dataclasses.dataclass
@@ -253,7 +254,7 @@ def _solved(problem, parts, column_parts, fused, own) -> Solution:
         factor_parts=factor.shape[0] if fused else 0,
         column_parts=0 if of_columns.sum is None else len(of_columns.sum),
         total=total,
-        SELF=problem.self_logit is not None,
+        SELF=0 if problem.self_logit is None else problem.self_count,
         BLOCK=_BLOCK,
         **temperature_arguments(problem.temperature),
     )
@@ -343,7 +344,7 @@ def gradients(
         by_row = by_row if term is None else by_row + term
         if problem.self_logit is not None and not fused:
             constant = problem.self_logit / temperature
-            by_row = by_row + weighted(torch.exp(constant - lses[0])) * constant
+            by_row = by_row + weighted(torch.exp(constant - lses).mean(0)) * constant
         grad_temperature = -by_row.sum() * (upstream / temperature)
     return grad_query, grad_key, grad_negatives, grad_temperature
 
@@ -403,16 +404,16 @@ def _losses_kernel(
     p = load_pair_logits(positive, query_scale, key_scale, at, there, temperature)
     tl.store(logit + at, p * LN_2, mask=there)
     constant = tl.full((BLOCK,), float("-inf"), tl.float32)
+    self_logit *= LOG2_E / temperature
     if SELF:
-        constant = tl.zeros((BLOCK,), tl.float32) + self_logit * (LOG2_E / temperature)
+        constant = tl.zeros((BLOCK,), tl.float32) + self_logit + (SELF - 1)  # log2 of 1 or 2
     row_loss, row_lse, row_missing = _one_direction(
         largest, sums, p, at, there, parts, total, constant
     )
     tl.store(lse + at, row_lse, mask=there)
     if column_sums is not None:
-        none = tl.full((BLOCK,), float("-inf"), tl.float32)
         column_loss, column_lse, column_missing = _one_direction(
-            column_largest, column_sums, p, at, there, column_parts, total, none
+            column_largest, column_sums, p, at, there, column_parts, total, constant
         )
         tl.store(lse + total + at, column_lse, mask=there)
         row_loss = 0.5 * (row_loss + column_loss)
@@ -430,5 +431,5 @@ def _losses_kernel(
                 sum_ += tl.sum(to_softmax * tl.load(terms + where, mask=mask, other=0.0), 0)
         if term is not None:
             if SELF:
-                sum_ += tl.exp2(constant - row_lse * LOG2_E) * constant * LN_2
+                sum_ += tl.exp2(constant - row_lse * LOG2_E) * self_logit * LN_2
             tl.store(term + at, sum_, mask=there)

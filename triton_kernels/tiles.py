@@ -21,6 +21,11 @@ SUP_CON = tl.constexpr(2)  # all but the row's own; those with its label are pos
 TWO_C = tl.constexpr(3)  # the same, positives by their own log-sum-exp
 GIVEN = tl.constexpr(4)  # coefficients from memory
 LABELLED = tl.constexpr(5)  # all; those with its label by their own log-sum-exp as well
+# Rows and columns are a problem's queries and then its keys: all but the row's own and its partner, which is its positive
+BOTH_SIDES = tl.constexpr(6)
+DETACHED = tl.constexpr(
+    7
+)  # the same; a column's loss has a gradient for rows of its own side alone
 
 
 @triton.jit
@@ -104,6 +109,9 @@ def counts(row, column, columns, KIND: tl.constexpr):
     keep = (column < columns)[None, :]
     if KIND == IN_BATCH or KIND == SUP_CON or KIND == TWO_C:
         keep = keep & (row[:, None] != column[None, :])
+    if KIND == BOTH_SIDES or KIND == DETACHED:
+        pairs = columns // 2
+        keep = keep & ((row % pairs)[:, None] != (column % pairs)[None, :])
     return keep
 
 

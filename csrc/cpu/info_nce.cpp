@@ -23,6 +23,7 @@
 
 #include "logit_blocks.h"
 #include "op_arguments.h"
+#include "patch_pairs.h"
 #include "unit_rows.h"
 
 namespace fastnce::info_nce {
@@ -102,9 +103,6 @@ struct KeySet {
         {&units, nullptr, kPaired<P> ? &summands : nullptr, inverse_norms, rests.data()});
   }
 };
-
-// log(1 + exp(d)).
-double softplus(double d) { return d > 0 ? d + std::log1p(std::exp(-d)) : std::log1p(std::exp(d)); }
 
 // log of the other exponentials' sum over the positive's. An infinite positive makes the loss
 // inf - inf.
@@ -1218,6 +1216,33 @@ double solve_layers(const std::vector<Arguments>& layers, const std::vector<doub
   return total;
 }
 
+// The same where rows meet more than keys, or keys are queries too.
+double solve_layers_of_pairs(const PairForm& form, const std::vector<Arguments>& layers,
+                             const std::vector<double>& loss_scales,
+                             const std::vector<double>& grad_scales,
+                             std::vector<Gradients>& gradients) {
+  std::vector<PairLayer> pairs;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const Arguments& a = layers[l];
+    const bool now = !grad_scales.empty();
+    pairs.push_back({{{{TensorRows(a.query), OutputRows(gradients[l].query), now && a.needs.query},
+                       {TensorRows(a.key), OutputRows(gradients[l].key), now && a.needs.key}}},
+                     a.batch(),
+                     a.rows(),
+                     now && a.needs.temperature,
+                     now ? grad_scales[l] : 0.0});
+  }
+  double total = 0;
+  with_sums(layers[0].acc(), [&](auto zero) {
+    const std::vector<PairSums> sums = solve_pairs<decltype(zero)>(form, pairs);
+    for (size_t l = 0; l < layers.size(); ++l) {
+      total += loss_scales[l] * sums[l].loss;
+      gradients[l].temperature = -sums[l].temperature / form.temperature;
+    }
+  });
+  return total;
+}
+
 std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
     const Tensors& queries, const Tensors& keys, const std::optional<Tensor>& temperature_tensor,
     double temperature, double self_logit, bool symmetric, bool query_negatives, bool detach_keys,
@@ -1225,8 +1250,6 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
     int64_t loss_layers, int64_t grad_layers, const std::vector<bool>& need_queries,
     const std::vector<bool>& need_keys, bool need_temperature) {
   const char* op = "patch_nce_forward";
-  STD_TORCH_CHECK(!symmetric && !query_negatives && !detach_keys, op,
-                  ": there is one direction, without query_negatives.");
   const size_t count = queries.size();
   STD_TORCH_CHECK(count > 0 && keys.size() == count && loss_scales.size() == count &&
                       (grad_scales.empty() || grad_scales.size() == count) &&
@@ -1251,10 +1274,15 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
     gradients.push_back(new_gradients(layers[l], !grad_scales.empty()));
   }
   double loss = 0;
-  with_operands(layers[0].acc(), bfloat16_products, [&](auto sum, auto operand) {
-    loss =
-        solve_layers<decltype(sum), decltype(operand)>(layers, loss_scales, grad_scales, gradients);
-  });
+  if (symmetric || query_negatives) {
+    const PairForm form{symmetric, query_negatives, detach_keys, tau, self_logit};
+    loss = solve_layers_of_pairs(form, layers, loss_scales, grad_scales, gradients);
+  } else {
+    with_operands(layers[0].acc(), bfloat16_products, [&](auto sum, auto operand) {
+      loss = solve_layers<decltype(sum), decltype(operand)>(layers, loss_scales, grad_scales,
+                                                            gradients);
+    });
+  }
   Tensors grad_queries, grad_keys;
   double grad_temperature = 0;
   for (size_t l = 0; l < count; ++l) {

@@ -48,6 +48,11 @@ struct ExpSum {
   double log_minus(double z) const { return std::log(sum) - (z - maximum); }
 };
 
+// log(1 + exp(d)).
+inline double softplus(double d) {
+  return d > 0 ? d + std::log1p(std::exp(-d)) : std::log1p(std::exp(d));
+}
+
 // Rows of a panel so that `columns` of them fit the budget.
 template <class T>
 int64_t panel_rows(int64_t columns) {

@@ -9,6 +9,9 @@
 // Blocks of H are kept up to a budget. Where the whole matrix fits it is computed once: half a
 // product for z, one for H u. Else it is walked part by part, twice; the part that the first walk
 // ends with is still there when the second begins.
+//
+// The rows may be of two sides, u and v: then z_uv is computed once as well, the rows of a side
+// need not meet one another, and what u gives to v and v to u may be kept apart.
 #pragma once
 
 #include <array>
@@ -56,6 +59,14 @@ struct Tile {
   bool diagonal;
 };
 
+// Rows of one side.
+struct SimilaritySide {
+  const TensorRows& source;
+  int64_t first, count;  // rows of the source
+  bool own = true;       // its rows meet one another
+  bool wanted = true;    // so are products for its rows
+};
+
 template <class T>
 class SelfSimilarity {
  public:
@@ -67,21 +78,52 @@ class SelfSimilarity {
 
   SelfSimilarity(const TileKernels<T>& kernels, const TensorRows& source, int64_t rows,
                  double temperature)
+      : SelfSimilarity(kernels, {{source, 0, rows}}, temperature, false) {}
+
+  // Sides begin with whole blocks; the rows between them are 0 and meet nobody. `apart`: products
+  // of one side's rows with the other's go to cross_gradient().
+  SelfSimilarity(const TileKernels<T>& kernels, const std::vector<SimilaritySide>& sides,
+                 double temperature, bool apart)
       : kernels_(kernels),
-        rows_(rows),
-        depth_(source.depth()),
+        second_(whole_blocks(sides[0].count)),
+        ends_{sides[0].count, sides.size() > 1 ? second_ + sides[1].count : 0},
+        rows_(std::max(ends_[0], ends_[1])),
+        depth_(sides[0].source.depth()),
         width_(kernels.width),
-        inverse_norms(rows) {
-    pack_unit_rows<T, T>(kernels, source, 0, rows, true, 1 / std::sqrt(temperature),
-                         {&units_, &transposed_, nullptr, inverse_norms.data()});
+        apart_(apart) {
+    inverse_norms = Buffer<double>(rows_, 0.0);
+    for (size_t s = 0; s < sides.size(); ++s) {
+      own_[s] = sides[s].own;
+      wanted_[s] = sides[s].wanted;
+      pack_unit_rows<T, T>(kernels, sides[s].source, sides[s].first, sides[s].count, true,
+                           1 / std::sqrt(temperature),
+                           {&units_, &transposed_, nullptr, inverse_norms.data(), nullptr,
+                            s == 0 ? 0 : second_, rows_});
+    }
+    fill_between();
     cut_into_parts();
   }
+
+  int64_t rows() const { return rows_; }
+  // The first row of the second side.
+  int64_t second() const { return second_; }
+  bool of_second(int64_t row) const { return row >= second_; }
+  bool cross(const Tile<T>& tile) const { return of_second(tile.r0) != of_second(tile.c0); }
+  // Whether the rows of these rows' sides meet.
+  bool meet(int64_t i, int64_t j) const {
+    return of_second(i) != of_second(j) || own_[of_second(i)];
+  }
+
+  int64_t side_end(int64_t i) const { return ends_[of_second(i)]; }
+  // Columns that the slab at c0 really has; none or less between sides.
+  int64_t lanes(int64_t c0) const { return std::min(width_, side_end(c0) - c0); }
 
   // 1 / ||x|| of each row.
   Buffer<double> inverse_norms;
 
-  // Unit rows / sqrt(t), (rows, D).
+  // Unit rows / sqrt(t), (rows, D), and their transpose.
   const SlabMatrix<T>& units() const { return units_; }
+  const SlabMatrix<T>& transposed() const { return transposed_; }
 
   // Calls exponentials(tile, sums) for every tile: z -> e and its row and column sums, of which
   // there are `kinds`. Adds up total[kind] (rows,), the diagonal left out.
@@ -95,10 +137,13 @@ class SelfSimilarity {
   // which is 0.
   template <class Exponentials, class Weigh>
   void multiply(const Exponentials& exponentials, const Weigh& weigh) {
-    gradient_ = SlabMatrix<T>(rows_, depth_, width_);
-    run_blocks(gradient_.slabs(), 1, rows_ * width_, [&](int64_t begin, int64_t end) {
-      std::fill(gradient_.at(0, begin), gradient_.at(0, end), T(0));
-    });
+    for (SlabMatrix<T>* gradient : {&gradient_, &cross_gradient_}) {
+      if (gradient == &cross_gradient_ && !apart_) continue;
+      *gradient = SlabMatrix<T>(rows_, depth_, width_);
+      run_blocks(gradient->slabs(), 1, rows_ * width_, [&](int64_t begin, int64_t end) {
+        std::fill(gradient->at(0, begin), gradient->at(0, end), T(0));
+      });
+    }
     for (size_t p = parts_.size(); p-- > 0;) {
       const Part& part = parts_[p];
       if (kept_ == static_cast<int64_t>(p)) {
@@ -116,6 +161,7 @@ class SelfSimilarity {
   }
 
   const SlabMatrix<T>& gradient() const { return gradient_; }
+  const SlabMatrix<T>& cross_gradient() const { return cross_gradient_; }
 
  private:
   // Rows [r0, r1) of columns [c0, c1) as far as they lie on or right of the diagonal, c0 >= r0. Its
@@ -128,19 +174,31 @@ class SelfSimilarity {
     int64_t height(int64_t c) const { return std::min(r1, c + kBlockOperands) - r0; }
   };
 
-  int64_t block_end(int64_t i) const { return std::min(rows_, i + kBlockOperands); }
+  static int64_t whole_blocks(int64_t rows) { return padded(rows, kBlockOperands); }
+  int64_t block_end(int64_t i) const { return std::min(side_end(i), i + kBlockOperands); }
+  // The same with the rows between sides.
+  int64_t next_block(int64_t i) const { return std::min(rows_, i + kBlockOperands); }
+  void fill_between() const {
+    const int64_t begin = ends_[0], end = std::min(second_, rows_);
+    for (int64_t s = 0; s < units_.slabs() && begin < end; ++s) {
+      std::fill(units_.at(begin, s), units_.at(end, s), T(0));
+    }
+    for (int64_t c = padded(begin, width_); c < end; c += width_) {
+      std::fill_n(transposed_.at(0, c / width_), transposed_.slab_size(), T(0));
+    }
+  }
 
   void cut_into_parts() {
     const int64_t limit = kPartBytes / static_cast<int64_t>(sizeof(T));
     int64_t most = 0;
     for (int64_t r0 = 0, r1; r0 < rows_; r0 = r1) {
       const int64_t columns = std::min(kPartColumns, rows_ - r0);
-      r1 = block_end(r0);
+      r1 = next_block(r0);
       // Of these columns, those left of the diagonal take no room.
       while (r1 < rows_) {
-        const int64_t height = block_end(r1) - r0;
+        const int64_t height = next_block(r1) - r0;
         if (height * columns - height * (height - kBlockOperands) / 2 > limit) break;
-        r1 = block_end(r1);
+        r1 = next_block(r1);
       }
       for (int64_t c0 = r0; c0 < rows_; c0 += kPartColumns / kBlockOperands * kBlockOperands) {
         Part part{
@@ -148,7 +206,7 @@ class SelfSimilarity {
         int64_t size = 0;
         for (int64_t c = c0; c < part.c1; c += kBlockOperands) {
           part.starts.push_back(size);
-          size += slab_count(block_end(c) - c, width_) * width_ * part.height(c);
+          size += slab_count(next_block(c) - c, width_) * width_ * part.height(c);
         }
         most = std::max(most, size);
         parts_.push_back(std::move(part));
@@ -182,8 +240,9 @@ class SelfSimilarity {
     std::vector<Task> tasks;
     for (int64_t s = part.c0 / width_; s < slab_count(part.c1, width_); ++s) {
       const int64_t below = std::min(part.r1, (s + 1) * width_);
-      for (int64_t r = part.r0; r < below; r += step) {
-        tasks.push_back({r, std::min(below, r + step), s});
+      for (int64_t r = part.r0; r < below && lanes(s * width_) > 0; r += step) {
+        const int64_t end = std::min({below, r + step, side_end(r)});
+        if (r < end && meet(r, s * width_)) tasks.push_back({r, end, s});
       }
     }
     const auto count = static_cast<int64_t>(tasks.size());
@@ -197,7 +256,7 @@ class SelfSimilarity {
       }
       for (int64_t t; queue.next(t);) {
         const auto [begin, end, s] = tasks[t];
-        const int64_t c0 = s * width_, lanes = transposed_.lanes(s);
+        const int64_t c0 = s * width_, lanes = this->lanes(c0);
         T* z = keep ? at(part, begin, c0) : values.data();
         kernels_.multiply(end - begin, depth_, lanes, units_.at(begin, 0), units_.slab_size(),
                           transposed_.at(0, s), z, false);
@@ -264,9 +323,9 @@ class SelfSimilarity {
     run_tasks(count * cuts, 4 * kBlockOperands * width_, [&](int64_t task) {
       const int64_t c0 = (first + task / cuts) * width_;
       const int64_t r0 = part.r0 + task % cuts * kBlockOperands;
-      const int64_t r1 = std::min({part.r1, r0 + kBlockOperands, c0 + width_});
-      if (r1 <= r0) return;
-      weigh(Tile<T>{r0, r1 - r0, c0, std::min(width_, rows_ - c0), at(part, r0, c0), false});
+      const int64_t r1 = std::min({part.r1, block_end(r0), c0 + width_});
+      if (r1 <= r0 || lanes(c0) <= 0 || !meet(r0, c0)) return;
+      weigh(Tile<T>{r0, r1 - r0, c0, lanes(c0), at(part, r0, c0), false});
     });
   }
 
@@ -274,7 +333,8 @@ class SelfSimilarity {
   void mirror_diagonal(const Part& part) {
     if (part.c0 != part.r0) return;
     run_blocks(part.r1 - part.r0, kBlockOperands, kBlockOperands, [&](int64_t b, int64_t e) {
-      const int64_t begin = part.r0 + b, end = part.r0 + e;
+      const int64_t begin = part.r0 + b, end = std::min(part.r0 + e, block_end(begin));
+      if (!meet(begin, begin)) return;
       for (int64_t c0 = begin + width_; c0 < end; c0 += width_) {
         for (int64_t r0 = begin; r0 < c0; r0 += width_) {
           const T* from = at(part, r0, c0);
@@ -302,14 +362,15 @@ class SelfSimilarity {
     run_tasks(count * chunks, work, [&](int64_t task) {
       const int64_t i = outputs[task / chunks], d0 = task % chunks * chunk;
       const int64_t d1 = std::min(slabs, d0 + chunk);
+      if (!wanted_[of_second(i)]) return;
       if (i >= part.c0) {
         for (int64_t r = part.r0; r < std::min(part.r1, i); r += kBlockOperands) {
-          add_transposed(part, r, i, d0, d1);
+          if (meet(r, i)) add_transposed(part, r, i, d0, d1);
         }
       }
       if (i >= part.r1) return;
       for (int64_t c = std::max(part.c0, i); c < part.c1; c += kBlockOperands) {
-        add_straight(part, i, c, d0, d1);
+        if (meet(i, c)) add_straight(part, i, c, d0, d1);
       }
     });
   }
@@ -317,35 +378,47 @@ class SelfSimilarity {
   // Fetches what the next block needs while this one's products keep the arithmetic busy: slab
   // `slab` of the block at (row, column), if there is one.
   void fetch_slab(const Part& part, int64_t row, int64_t column, int64_t slab) const {
-    if (row >= part.r1 || column + slab * width_ >= std::min(part.c1, block_end(column))) return;
+    if (row >= part.r1 || column >= part.c1) return;
+    if (column + slab * width_ >= std::min(part.c1, block_end(column))) return;
     constexpr int64_t kLine = 64 / sizeof(T);
     const int64_t count = (std::min(part.r1, block_end(row)) - row) * width_;
     const T* values = at(part, row, column + slab * width_);
     for (int64_t k = 0; k < count; k += kLine) __builtin_prefetch(values + k, 0, 2);
   }
 
+  // Where what blocks at (r, c) give goes.
+  const SlabMatrix<T>& gradient_of(int64_t r, int64_t c) const {
+    return apart_ && of_second(r) != of_second(c) ? cross_gradient_ : gradient_;
+  }
+
   void add_straight(const Part& part, int64_t r, int64_t c, int64_t d0, int64_t d1) {
+    const SlabMatrix<T>& gradient = gradient_of(r, c);
     for (int64_t d = d0; d < d1; ++d) {
       fetch_slab(part, r, c + kBlockOperands, d - d0);
-      kernels_.multiply(block_end(r) - r, block_end(c) - c, gradient_.lanes(d), at(part, r, c),
-                        part.height(c) * width_, units_.at(c, d), gradient_.at(r, d), true);
+      kernels_.multiply(block_end(r) - r, block_end(c) - c, gradient.lanes(d), at(part, r, c),
+                        part.height(c) * width_, units_.at(c, d), gradient.at(r, d), true);
     }
   }
 
   void add_transposed(const Part& part, int64_t r, int64_t c, int64_t d0, int64_t d1) {
     const int64_t rows = std::min(part.r1, block_end(r)) - r;
+    const SlabMatrix<T>& gradient = gradient_of(r, c);
     for (int64_t d = d0; d < d1; ++d) {
       if (r + kBlockOperands < c) fetch_slab(part, r + kBlockOperands, c, d - d0);
       for (int64_t j = c; j < block_end(c); j += width_) {
-        kernels_.multiply_transposed(std::min(width_, rows_ - j), rows, gradient_.lanes(d),
-                                     at(part, r, j), units_.at(r, d), gradient_.at(j, d));
+        kernels_.multiply_transposed(lanes(j), rows, gradient.lanes(d), at(part, r, j),
+                                     units_.at(r, d), gradient.at(j, d));
       }
     }
   }
 
   const TileKernels<T>& kernels_;
+  const int64_t second_;
+  const std::array<int64_t, 2> ends_;  // of the sides' rows
   const int64_t rows_, depth_, width_;
-  SlabMatrix<T> units_, transposed_, gradient_;
+  const bool apart_;
+  std::array<bool, 2> own_{}, wanted_{};
+  SlabMatrix<T> units_, transposed_, gradient_, cross_gradient_;
   std::vector<Part> parts_;
   Buffer<T> blocks_;
   int64_t kept_ = -1;  // the part whose exponentials are in blocks_

@@ -126,6 +126,9 @@ struct PackedRows {
   SlabMatrix<P>* summands = nullptr;    // pairs only: (pairs of rows, D), summed over the rows
   double* inverse_norms = nullptr;      // (rows,) as UnitRowReader::inverse() has it
   T* rests = nullptr;                   // pairs only: (rows,)
+  // Of numbers: the first row that is filled, the first of a slab, and how many rows there are.
+  // From at = 0 on the matrices are made.
+  int64_t at = 0, all = 0;
 };
 
 // Writes row r, n numbers, into a matrix of pairs of rows. The row without neighbour has 0 beside
@@ -166,8 +169,9 @@ template <class T, class P>
 void pack_unit_rows(const TileKernels<T>& kernels, const TensorRows& source, int64_t first,
                     int64_t rows, bool normalize, double scale, const PackedRows<T, P>& out) {
   const int64_t depth = source.depth(), width = kernels.width, length = operands<P>(depth);
-  if (out.straight != nullptr) *out.straight = SlabMatrix<P>(rows, length, width);
-  if (out.transposed != nullptr) *out.transposed = SlabMatrix<P>(length, rows, width);
+  const int64_t all = std::max(rows, out.all);
+  if (out.at == 0 && out.straight != nullptr) *out.straight = SlabMatrix<P>(all, length, width);
+  if (out.at == 0 && out.transposed != nullptr) *out.transposed = SlabMatrix<P>(length, all, width);
   if (out.summands != nullptr) *out.summands = SlabMatrix<P>(operands<P>(rows), depth, width);
   // A block of `width` rows fills exactly one slab of the transposed matrix.
   run_blocks(rows, width, 4 * depth, [&](int64_t begin, int64_t end) {
@@ -181,12 +185,12 @@ void pack_unit_rows(const TileKernels<T>& kernels, const TensorRows& source, int
       } else {
         reader.read(first + r, scale, unit);
       }
-      if (out.inverse_norms != nullptr) out.inverse_norms[r] = reader.inverse();
-      if (out.straight != nullptr) out.straight->copy_row_in(r, unit);
+      if (out.inverse_norms != nullptr) out.inverse_norms[out.at + r] = reader.inverse();
+      if (out.straight != nullptr) out.straight->copy_row_in(out.at + r, unit);
     }
     if (out.transposed != nullptr) {
       transpose_into(units.data(), end - begin, length, width,
-                     out.transposed->at(0, begin / width));
+                     out.transposed->at(0, (out.at + begin) / width));
     }
   });
 }

@@ -21,29 +21,53 @@ void check_layer(const Tensor& query, const Tensor& key, const Tensor& first) {
   check_tensor(kOp, "keys", key, first.scalar_type(), shape);
 }
 
-// The layers that one launch solves: for their queries, and for those keys that need gradients.
+// Which losses there are.
+struct Form {
+  bool symmetric, query_negatives, detach_keys;
+  // Whether a row's gradient is complete where its loss is.
+  bool at_once() const { return !query_negatives && (!symmetric || detach_keys); }
+};
+
+// The layers that one launch solves, or two: the losses, with those gradients that they make at
+// once, and the other gradients.
 struct Small {
-  std::vector<PatchLayer> queries, keys;
+  Form form;
+  std::vector<PatchLayer> losses, gradients;
   Tensors workspace;
 
   // Gradients that are wanted are defined.
   void add(const Tensor& query, const Tensor& key, double loss_scale, double grad_scale,
            const Tensor& grad_query, const Tensor& grad_key) {
-    PatchLayer layer{rows_of(kOp, query), rows_of(kOp, key)};
-    layer.loss_scale = static_cast<float>(loss_scale);
-    layer.grad_scale = static_cast<float>(grad_scale);
-    if (grad_query.defined()) layer.gradient = grad_query.mutable_data_ptr();
-    if (grad_key.defined()) {
+    const RowsView sides[2] = {rows_of(kOp, query), rows_of(kOp, key)};
+    const Tensor* grads[2] = {&grad_query, &grad_key};
+    const bool lost[2] = {true, form.symmetric};
+    const double part = form.symmetric ? 0.5 : 1.0;
+    PatchStatistics statistics[2];
+    const auto later = [&](int side) {
+      return grads[side]->defined() && !(form.at_once() && lost[side]);
+    };
+    for (int side = 0; side < 2; ++side) {
+      if (!lost[side] || !(later(0) || later(1))) continue;
       const int64_t rows = query.size(0) * query.size(1);
       workspace.push_back(new_tensor(query, {2, rows}, ScalarType::Float));
-      layer.lse = workspace.back().mutable_data_ptr<float>();
-      layer.missing = layer.lse + rows;
-      PatchLayer swapped = layer;
-      std::swap(swapped.rows, swapped.columns);
-      swapped.gradient = grad_key.mutable_data_ptr();
-      keys.push_back(swapped);
+      auto* const data = workspace.back().mutable_data_ptr<float>();
+      statistics[side] = {data, data + rows};
     }
-    queries.push_back(layer);
+    for (int side = 0; side < 2; ++side) {
+      PatchLayer layer{sides[side], sides[1 - side], form.query_negatives && lost[side]};
+      layer.loss_scale = static_cast<float>(part * loss_scale);
+      layer.grad_scale = static_cast<float>(part * grad_scale);
+      layer.of_rows = statistics[side];
+      void* const gradient = grads[side]->defined() ? grads[side]->mutable_data_ptr() : nullptr;
+      if (lost[side]) {
+        losses.push_back(layer);
+        if (!later(side)) losses.back().gradient = gradient;
+      }
+      if (!later(side)) continue;
+      if (!form.detach_keys) layer.of_columns = statistics[1 - side];
+      layer.gradient = gradient;
+      gradients.push_back(layer);
+    }
   }
 };
 
@@ -61,8 +85,6 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
     bool bfloat16_products, std::vector<double> loss_scales, std::vector<double> grad_scales,
     int64_t loss_layers, int64_t grad_layers, const std::vector<bool>& need_queries,
     const std::vector<bool>& need_keys, bool need_temperature) {
-  STD_TORCH_CHECK(!symmetric && !query_negatives && !detach_keys, kOp,
-                  ": there is one direction, without query_negatives.");
   const size_t count = queries.size();
   const bool now = !grad_scales.empty();
   STD_TORCH_CHECK(count > 0 && keys.size() == count && loss_scales.size() == count &&
@@ -77,16 +99,18 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
                        static_cast<float>(self_logit), compute_capability(first),
                        multiprocessors(first)};
   Tensors grad_queries, grad_keys;
-  Small small;
+  Small small{Form{symmetric, query_negatives, detach_keys}};
   std::vector<size_t> large;
   for (size_t l = 0; l < count; ++l) {
     check_layer(queries[l], keys[l], first);
     const int64_t rows = queries[l].size(0) * queries[l].size(1);
     if (loss_layers > 0) loss_scales[l] /= static_cast<double>(rows * loss_layers);
     if (grad_layers > 0 && now) grad_scales[l] /= static_cast<double>(rows * grad_layers);
-    const bool is_small = can_run_patch_nce(dtype, queries[l].size(2), queries[l].size(1));
-    STD_TORCH_CHECK(is_small || dtype != Dtype::kFloat32, kOp,
-                    ": the CUDA kernel takes float32 features of up to 256 channels, got ",
+    const bool alone = dtype == Dtype::kFloat32 || symmetric || query_negatives;
+    const bool is_small = can_run_patch_nce(queries[l].size(2), alone ? 1 : queries[l].size(1));
+    STD_TORCH_CHECK(is_small || !alone, kOp,
+                    ": the CUDA kernel takes features in float32, both directions and query "
+                    "negatives of up to 256 channels, got ",
                     queries[l].size(2), ". Use backend='blocks'.");
     grad_queries.push_back(new_gradient(queries[l], is_small && now && need_queries[l]));
     grad_keys.push_back(new_gradient(keys[l], is_small && now && need_keys[l]));
@@ -98,12 +122,12 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> patch_nce_forward(
     }
   }
 
-  const int64_t blocks = patch_nce_blocks(small.queries, call);
+  const int64_t blocks = patch_nce_blocks(small.losses, call);
   const int64_t parts = blocks + static_cast<int64_t>(large.size());
   Tensor part = new_tensor(first, {parts, 2}, ScalarType::Float);
   float* const data = part.mutable_data_ptr<float>();
-  launch_patch_nce(small.queries, call, data, stream);
-  launch_patch_nce_keys(small.keys, call, stream);
+  launch_patch_nce(small.losses, call, data, stream);
+  launch_patch_nce_gradients(small.gradients, call, stream);
   for (size_t i = 0; i < large.size(); ++i) {
     const size_t l = large[i];
     std::optional<double> grad_scale;

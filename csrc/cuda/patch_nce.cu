@@ -1,5 +1,6 @@
 // A block has 16 rows or 64 of one image of one layer, goes through all columns of that image, and
-// finishes its rows: loss and gradient.
+// finishes its rows: loss and gradient. Where a gradient needs the columns' losses too, or a row
+// is a column of its own side, losses come first, and gradients in a second launch.
 //
 // The 5 layers of CUT, 256 rows, 256 columns and depth 256, are 2 * 5 * 256 * 256 * 256 = 168 M
 // multiply-adds an image, and each block reads all columns of its image: 128 KB in bfloat16.
@@ -39,14 +40,14 @@ struct Layers {
 struct Options {
   Temperature temperature;
   float self_logit;
-  bool keys;      // the gradients of keys: lse and missing are given
+  bool by_lse;    // gradients: the statistics are given
   float2* parts;  // of each block: its losses, and their derivative with respect to the temperature
 };
 static_assert(sizeof(Layers) + sizeof(Options) <= 4096);  // the parameters of a kernel
 
 // The block's problem, into shared memory by its first thread.
 template <class S>
-__device__ __forceinline__ void find_problem(Shared<S>& shared, const Layers& layers, bool keys) {
+__device__ __forceinline__ void find_problem(Shared<S>& shared, const Layers& layers, bool by_lse) {
   int l = 0, block = static_cast<int>(blockIdx.x);
   while (block >= layers.end[l]) ++l;
   if (l > 0) block -= layers.end[l - 1];
@@ -58,16 +59,27 @@ __device__ __forceinline__ void find_problem(Shared<S>& shared, const Layers& la
   const int blocks = (p.columns + S::kRows - 1) / S::kRows;
   p.image = block / blocks;
   p.first = block % blocks * S::kRows;
-  p.column_lse = keys ? p.layer.lse + p.of_image(0) : nullptr;
+  p.by_lse = by_lse;
+  p.of_rows = p.of_image(p.layer.of_rows);
+  p.of_columns = p.of_image(p.layer.of_columns);
+}
+
+// Tiles of one side's columns.
+template <class S>
+__device__ __forceinline__ int tiles_of_side(const Problem& problem) {
+  return (problem.columns + S::kColumns - 1) / S::kColumns;
 }
 
 template <class S>
 __device__ __forceinline__ void load_columns(Shared<S>& shared, int tile) {
   const Problem& p = shared.problem;
-  const int begin = tile * S::kColumns;
-  if (begin < p.columns) {
-    load_rows<S>(shared.columns[tile % kStages], S::kColumns, p.layer.columns, p.image, begin,
-                 p.whole_columns);
+  const int tiles = tiles_of_side<S>(p);
+  auto* const to = shared.columns[tile % kStages];
+  if (tile < tiles) {
+    load_rows<S>(to, S::kColumns, p.layer.columns, p.image, tile * S::kColumns, p.whole_columns);
+  } else if (p.layer.own_side && tile < 2 * tiles) {
+    const int begin = (tile - tiles) * S::kColumns;
+    load_rows<S>(to, S::kColumns, p.layer.rows, p.image, begin, p.whole_rows);
   }
   copy_async_commit();
 }
@@ -86,6 +98,7 @@ __device__ __forceinline__ void keep_positives(Shared<S>& shared, int begin) {
 template <class S>
 __device__ __forceinline__ void finish_query(Shared<S>& s, int row, double temperature) {
   const PatchLayer& layer = s.problem.layer;
+  const PatchStatistics& to = s.problem.of_rows;
   const float positive = s.positive[row];
   float top = s.largest[0][row], sum = 0, term = 0;
 #pragma unroll
@@ -104,19 +117,23 @@ __device__ __forceinline__ void finish_query(Shared<S>& s, int row, double tempe
 #pragma unroll
   for (int k = 0; k < S::kSplits; ++k) s.largest[k][row] *= to_softmax;
   s.missing[row] = missing;
-  const int64_t at = s.problem.of_image(s.problem.first + row);
-  if (layer.lse != nullptr) layer.lse[at] = positive + loss * kLog2E;
-  if (layer.missing != nullptr) layer.missing[at] = missing;
+  if (to.lse != nullptr) {
+    to.lse[s.problem.first + row] = positive + loss * kLog2E;
+    to.missing[s.problem.first + row] = missing;
+  }
   s.loss[row] = layer.loss_scale * loss;
   s.by_temperature[row] = static_cast<float>(
       layer.loss_scale * kLn2 * (missing * positive - to_softmax * term) / temperature);
 }
 
-// One row, before its gradient. A key's coefficients are softmaxes already.
+// One row, before its gradient.
 template <class S>
-__device__ __forceinline__ void finish_row(Shared<S>& s, int row, bool keys, double temperature) {
-  if (keys) {
-    s.missing[row] = s.problem.layer.missing[s.problem.of_image(s.problem.first + row)];
+__device__ __forceinline__ void finish_row(Shared<S>& s, int row, double temperature) {
+  const Problem& p = s.problem;
+  if (p.by_lse) {
+    float missing = p.of_rows.lse == nullptr ? 0.0f : p.of_rows.missing[p.first + row];
+    if (p.of_columns.lse != nullptr) missing += p.of_columns.missing[p.first + row];
+    s.missing[row] = missing;
 #pragma unroll
     for (int k = 0; k < S::kSplits; ++k) s.largest[k][row] = 1;
   } else {
@@ -165,7 +182,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   auto& shared = *shared_memory<Shared<S>>();
   const Problem& problem = shared.problem;
   const int thread = static_cast<int>(threadIdx.x);
-  if (thread == 0) find_problem(shared, layers, options.keys);
+  if (thread == 0) find_problem(shared, layers, options.by_lse);
   sync_threads();
   load_rows<S>(shared.rows, S::kRows, problem.layer.rows, problem.image, problem.first,
                problem.whole_rows);
@@ -181,14 +198,17 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const double to_logit = base_2_factor(options.temperature);
   warp.start(shared, static_cast<float>(options.self_logit * to_logit),
              static_cast<float>(to_logit));
-  for (int tile = 0; tile * S::kColumns < problem.columns; ++tile) {
+  const int tiles = tiles_of_side<S>(problem);
+  for (int tile = 0; tile < (problem.layer.own_side ? 2 * tiles : tiles); ++tile) {
+    const bool own_side = tile >= tiles;
+    const int begin = (own_side ? tile - tiles : tile) * S::kColumns;
     auto& at_work = shared.columns[tile % kStages];
     copy_async_wait<kStages - 1>();
     sync_threads();
     scale_rows<S>(at_work, shared.column_scales);
     sync_threads();
-    keep_positives(shared, tile * S::kColumns);
-    warp.step(shared, at_work, tile * S::kColumns);
+    if (!own_side) keep_positives(shared, begin);
+    warp.step(shared, at_work, begin, own_side);
     sync_threads();
     load_columns(shared, tile + kStages);
   }
@@ -200,11 +220,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (thread < S::kRows) {
     shared.loss[thread] = shared.by_temperature[thread] = 0;
     if (problem.first + thread < problem.columns) {
-      finish_row(shared, thread, options.keys, temperature);
+      finish_row(shared, thread, temperature);
     }
   }
   sync_threads();
-  if (!options.keys && thread < kWarp) {
+  if (!options.by_lse && thread < kWarp) {
     float loss = 0, by_temperature = 0;
     for (int row = thread; row < S::kRows; row += kWarp) {
       loss += shared.loss[row];
@@ -308,7 +328,7 @@ bool is_whole(const RowsView& view, Dtype of_products) {
 }
 
 template <class S>
-void run_layers(const std::vector<PatchLayer>& layers, const PatchCall& call, bool keys,
+void run_layers(const std::vector<PatchLayer>& layers, const PatchCall& call, bool by_lse,
                 float2* parts, Stream stream) {
   using P = typename S::P;
   const Dtype of_products = std::is_same_v<P, float>      ? Dtype::kFloat32
@@ -325,15 +345,15 @@ void run_layers(const std::vector<PatchLayer>& layers, const PatchCall& call, bo
       group.end[i] = static_cast<int>(blocks);
     }
     launch({"patch_nce", static_cast<unsigned>(blocks), S::kThreads, sizeof(Shared<S>), stream},
-           patch_nce_kernel<S>, group, Options{call.temperature, call.self_logit, keys, parts});
-    if (!keys) parts += blocks;
+           patch_nce_kernel<S>, group, Options{call.temperature, call.self_logit, by_lse, parts});
+    if (!by_lse) parts += blocks;
   }
 }
 
 }  // namespace
 
-bool can_run_patch_nce(Dtype dtype, int64_t depth, int64_t rows) {
-  return depth <= kMostDepth && (rows <= kMostRows || dtype == Dtype::kFloat32);
+bool can_run_patch_nce(int64_t depth, int64_t rows) {
+  return depth <= kMostDepth && rows <= kMostRows;
 }
 
 int64_t patch_nce_blocks(const std::vector<PatchLayer>& layers, const PatchCall& call) {
@@ -353,8 +373,8 @@ void launch_patch_nce(const std::vector<PatchLayer>& layers, const PatchCall& ca
   });
 }
 
-void launch_patch_nce_keys(const std::vector<PatchLayer>& layers, const PatchCall& call,
-                           Stream stream) {
+void launch_patch_nce_gradients(const std::vector<PatchLayer>& layers, const PatchCall& call,
+                                Stream stream) {
   if (layers.empty()) return;
   with_shape_of(layers, call, [&](auto shape) {
     run_layers<decltype(shape)>(layers, call, true, nullptr, stream);

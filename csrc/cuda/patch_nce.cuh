@@ -181,12 +181,17 @@ struct Scales {
 // sums of products leave few.
 struct Problem {
   PatchLayer layer;
-  bool whole_rows, whole_columns;  // can be copied 16 bytes at a time
-  int columns;                     // and as many rows
-  int image, first;                // the block's first row
-  const float* column_lse;         // of the image where columns are queries, else null
+  bool whole_rows, whole_columns;       // can be copied 16 bytes at a time
+  int columns;                          // of a side, and as many rows
+  int image, first;                     // the block's first row
+  bool by_lse;                          // coefficients are softmaxes, from the statistics
+  PatchStatistics of_rows, of_columns;  // of the image
   __device__ __forceinline__ int64_t of_image(int row) const {
     return int64_t{image} * columns + row;
+  }
+  __device__ __forceinline__ PatchStatistics of_image(const PatchStatistics& all) const {
+    return all.lse == nullptr ? all
+                              : PatchStatistics{all.lse + of_image(0), all.missing + of_image(0)};
   }
 };
 
@@ -340,20 +345,26 @@ struct Warp {
     split = warp / S::kRowTiles;
     row = warp % S::kRowTiles * 16 + lane / 4;
     products.load(shared.rows + warp % S::kRowTiles * 16 * S::kRowPitch, lane);
+    const Problem& problem = shared.problem;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       // The constant logit is one column of the first warp.
       largest[h] = split == 0 ? constant : -INFINITY;
-      sum[h] = split == 0 && lane % 4 == 0 ? 1.0f : 0.0f;
+      const float times = problem.layer.own_side ? 2.0f : 1.0f;
+      sum[h] = split == 0 && lane % 4 == 0 ? times : 0.0f;
       term[h] = sum[h] * constant;
       scale[h] = shared.row_scales.unit[row + 8 * h] * to_logit;
+      if (!problem.by_lse) continue;
+      const int at = problem.first + row + 8 * h;
+      const bool lost = problem.of_rows.lse != nullptr && at < problem.columns;
+      largest[h] = lost ? problem.of_rows.lse[at] : INFINITY;
     }
   }
 
-  // This warp's columns of a tile that begins at the column `begin`.
-  __device__ __forceinline__ void step(Shared<S>& shared, const P* tile, int begin) {
+  // This warp's columns of a tile that begins at the column `begin` of the other side, or the own.
+  __device__ __forceinline__ void step(Shared<S>& shared, const P* tile, int begin, bool own_side) {
     const Problem& problem = shared.problem;
-    const float* const lse = problem.column_lse;
+    const float* const lse = own_side ? problem.of_rows.lse : problem.of_columns.lse;
     const int columns = problem.columns, first = problem.first;
     const P* y = tile + 16 * split * S::kRowPitch;
     float z[2][4] = {};
@@ -369,19 +380,25 @@ struct Warp {
         unit[n][i % 2] = shared.column_scales.unit[in_tile];
         z[n][i] *= scale[h] * unit[n][i % 2];
         const bool own = column == first + row + 8 * h;
-        if (own) shared.positive[row + 8 * h] = z[n][i];
+        if (own && !own_side) shared.positive[row + 8 * h] = z[n][i];
         if (own || column >= columns) z[n][i] = -INFINITY;
         top[h] = fmaxf(top[h], z[n][i]);
       }
     }
-    if (lse == nullptr) move_maximum(top);
+    if (problem.by_lse) {
+      top[0] = largest[0], top[1] = largest[1];
+    } else {
+      move_maximum(top);
+    }
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int h = i / 2, column = begin + 16 * split + 8 * n + 2 * (lane % 4) + i % 2;
-        const float offset = lse == nullptr ? top[h] : column < columns ? lse[column] : 0.0f;
-        const float e = exp2_fast(z[n][i] - offset);
+        float e = exp2_fast(z[n][i] - top[h]);
+        if (problem.by_lse && lse != nullptr) {
+          e += exp2_fast(z[n][i] - (column < columns ? lse[column] : 0.0f));
+        }
         sum[h] += e;
         term[h] += z[n][i] == -INFINITY ? 0.0f : e * z[n][i];
         z[n][i] = e * unit[n][i % 2];

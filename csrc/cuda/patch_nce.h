@@ -2,7 +2,7 @@
 //
 // Row i of a problem has the logits z_ij = cos(x_i, y_j) / t of its N columns, of which j = i is
 // its positive, and the constant self_logit / t:  loss_i = log(e^(self_logit / t) + sum_j e^(z_ij))
-// - z_ii.
+// - z_ii. With the own side, the other rows are columns as well, and the constant is there twice.
 #pragma once
 
 #include <vector>
@@ -11,16 +11,21 @@
 
 namespace fastnce::cuda {
 
-// A layer's problems; all layers of a call have one dtype. Rows are queries and columns keys. For
-// the gradients of keys it is the other way round, and lse and missing, which are of queries, are
-// read.
+// (batch, N) of the losses of rows, or of columns; null where they have none, or it is not wanted.
+struct PatchStatistics {
+  float* lse = nullptr;      // to base 2
+  float* missing = nullptr;  // what the softmax of the positive lacks of 1
+};
+
+// A layer's problems; all layers of a call have one dtype. Losses are of rows, and their statistics
+// are written. A gradient is with respect to rows, of their losses and of those of the columns.
 struct PatchLayer {
   RowsView rows, columns;
+  bool own_side = false;
   void* gradient = nullptr;  // (batch, N, depth), contiguous, like the rows; null: not wanted
-  float* lse = nullptr;      // (batch, N) to base 2; null: not wanted
-  float* missing = nullptr;  // (batch, N) what the softmax of the positive lacks of 1; likewise
-  float loss_scale = 0;      // of each row's loss in the result
-  float grad_scale = 0;      // d L / d loss of each row
+  PatchStatistics of_rows, of_columns;
+  float loss_scale = 0;  // of each row's loss in the result
+  float grad_scale = 0;  // d L / d loss of each row
 };
 
 struct PatchCall {
@@ -30,18 +35,19 @@ struct PatchCall {
   int capability, multiprocessors;
 };
 
-bool can_run_patch_nce(Dtype dtype, int64_t depth, int64_t rows);
+// Whether it is the kernel for such problems; of fewer rows it takes any.
+bool can_run_patch_nce(int64_t depth, int64_t rows);
 
 // The results' parts, pairs of floats: sum of loss_scale loss, and its derivative with respect to
 // the temperature. The layers have so many:
 int64_t patch_nce_blocks(const std::vector<PatchLayer>& layers, const PatchCall& call);
 
-// The parts, and what the layers ask for.
+// The parts, and what the layers ask for: statistics, and gradients of what rows alone lose.
 void launch_patch_nce(const std::vector<PatchLayer>& layers, const PatchCall& call, float* parts,
                       Stream stream);
-// The gradients of the keys.
-void launch_patch_nce_keys(const std::vector<PatchLayer>& layers, const PatchCall& call,
-                           Stream stream);
+// The gradients, from statistics.
+void launch_patch_nce_gradients(const std::vector<PatchLayer>& layers, const PatchCall& call,
+                                Stream stream);
 
 // A layer that was solved otherwise.
 struct LargeLayer {

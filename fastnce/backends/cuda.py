@@ -22,7 +22,9 @@ _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, *_HALF)
 # These multiply float32 without losing accuracy; for the others that is PyTorch's own products' part.
 _OF_FLOAT32 = ("patch_nce", "sample_patches")
-_MOST_CHANNELS_OF_FLOAT32 = 256
+_MOST_CHANNELS = (
+    256  # of patch_nce's own kernel, which alone has float32, both directions and query negatives
+)
 _LEAST_CAPABILITY = (8, 0)
 _EMULATED = os.environ.get("FASTNCE_CUDA_EMULATED")
 _DEVICE = "cpu" if _EMULATED else "cuda"
@@ -57,13 +59,14 @@ def supports(op: str, device: str | torch.device, dtype: torch.dtype) -> str:
 
 def lacks(op: str, dtype: torch.dtype, form: Form) -> str:
     """``""``, or why no kernel takes calls of this form, though the op has kernels for ``dtype``."""
-    if op == "patch_nce" and form.name not in ("keys fixed", "both gradients"):
-        return "the CUDA kernels take patch_nce in one direction, without query_negatives"
     if form.name == "own negatives":
         return "the CUDA kernels take negatives that all queries share, none of each query's own"
-    if dtype == torch.float32 and form.depth > _MOST_CHANNELS_OF_FLOAT32:
-        return f"the CUDA kernels take float32 rows of up to {_MOST_CHANNELS_OF_FLOAT32} elements, got {form.depth}"
-    return ""
+    if form.depth <= _MOST_CHANNELS:
+        return ""
+    of = "float32 rows" if dtype == torch.float32 else ""
+    if op == "patch_nce" and form.name not in ("keys fixed", "both gradients"):
+        of = "rows of a symmetric patch_nce, or one with query_negatives,"
+    return of and f"the CUDA kernels take {of} of up to {_MOST_CHANNELS} elements, got {form.depth}"
 
 
 def _runs_on(device: torch.device) -> str:

@@ -14,7 +14,6 @@ import threading
 import torch
 
 from fastnce.backends.operators import PythonNamespace
-from fastnce.registry import Form
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)
@@ -46,13 +45,6 @@ def supports(op: str, device: str | torch.device, dtype: torch.dtype) -> str:
     if not _operators.has(op):
         return f"{op} has no Triton kernel"
     return _multiplies_fp8(device) if op == "info_nce_fp8" else "ok"
-
-
-def lacks(op: str, dtype: torch.dtype, form: Form) -> str:
-    """``""``, or why no kernel takes calls of this form."""
-    if op == "patch_nce" and form.name not in ("keys fixed", "both gradients"):
-        return "the Triton kernels take patch_nce in one direction, without query_negatives"
-    return ""
 
 
 def _runs_on(device: torch.device) -> str:

@@ -260,11 +260,11 @@ def evaluate_prediction(
 
     Returns:
         {"count", "size", "extractor", "segmenter", "classes", "rows": [{"name", "count", "laplacian_variance", "saturation", "l1", "swd_fine",
-        "swd_coarse", "fid", "mean_iou", "pixel_accuracy", "class_accuracy"}, ...]}, None where there is no such number; and
-        the table. The means of the first three are over the images, L1 counts values from -1 to 1.
+        "swd_coarse", "fid", "mean_iou", "pixel_accuracy", "class_accuracy"}, ...]}, None where there is no such number, as
+        FID of a single image; and the table. The means of the first three are over the images, L1 counts values from -1 to 1.
 
     Raises:
-        ValueError: no pairs, a pair of two shapes, no uint8 images, no label for a segmenter, or fewer than two pairs for FID.
+        ValueError: no pairs, a pair of two shapes, no uint8 images, or no label for a segmenter.
     """
     named = pairs if isinstance(pairs, Mapping) else {PREDICTED: pairs}
     real, grey = (_Judged(extractor, segmenter, seed) for _ in range(2))
@@ -354,7 +354,7 @@ class _Judged:
         row |= {name: torch.cat(values).mean().item() for name, values in self.means.items()}
         if reference is not None:
             row |= zip(_LEVELS, self.patches.distance(reference.patches), strict=True)
-            if self.features:
+            if self.features and min(self.patches.count, reference.patches.count) > 1:
                 own, real = torch.cat(self.features), torch.cat(reference.features)
                 row["fid"] = frechet_distance(own, real)
         if isinstance(self.confusion, Tensor):

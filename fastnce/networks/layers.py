@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnce.ops.blur_resample import blur_kernel, blur_resample
 from fastnce.ops.conv3x3 import conv3x3
 from fastnce.ops.instance_norm import instance_norm
+from fastnce.ranks import ranks_of
 
 
 def to_channels_last(module: nn.Module) -> None:
@@ -130,6 +132,60 @@ class InstanceNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`(B, C, H, W)`; the sum with `residual`, if given."""
         return instance_norm(x, residual, eps=self.eps, slope=self.slope)
+
+
+class BatchNormOfRanks(nn.BatchNorm2d):
+    """Batch norm without parameters. In training mode its moments are of the batches of all ranks together.
+
+    Every rank has to call it, in training mode or not like the others. Gradients are those of the sum of the ranks' losses, so
+    that their mean over the ranks is that of the mean loss of the whole batch. The ranks are those of the default process group;
+    alone, this is `nn.BatchNorm2d`.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ranks = ranks_of(None) if self.training else None
+        if ranks is None:
+            return super().forward(x)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+        own = torch.cat([mean.new_tensor([x.numel() / len(mean)]), mean, variance])
+        # One row for each rank.
+        nothing = torch.zeros_like(own)
+        rows = torch.stack([own if rank == ranks.rank else nothing for rank in range(ranks.size)])
+        counts, moments = _SumOverRanks.apply(rows).split([1, 2 * len(mean)], dim=1)
+        means, variances = moments.chunk(2, dim=1)
+        share = counts / counts.sum()
+        mean = (share * means).sum(0)
+        variance = (share * (variances + (means - mean).square())).sum(0)
+        self._follow(mean.detach(), variance.detach(), counts.detach().sum())
+        scale = (variance + self.eps).rsqrt()
+        shift = -mean * scale
+        return torch.addcmul(shift[:, None, None], wide, scale[:, None, None]).to(x.dtype)
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """The running statistics take a step."""
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+        unbiased = variance * (count / (count - 1))
+        self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Its gradient is summed over the ranks as well."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _SumOverRanks.apply(grad)
 
 
 class ResnetBlock(nn.Module):

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnce.networks.layers import (
+    BatchNormOfRanks,
     Conv3x3,
     FeatureLossInit,
     init_feature_loss,
     spectral_norm,
 )
 from fastnce.ops import maps
+from fastnce.ranks import ranks_of
 
 Upsampling = Literal["normal", "more", "most"]
 _SLOPE = 0.2
@@ -22,7 +24,7 @@ _SLOPE = 0.2
 class SPADE(nn.Module):
     """`norm(x) * (1 + gamma(s)) + beta(s)`: batch norm without parameters, scaled and shifted as a semantic map says.
 
-    `x` (B, C, H, W) and `s` (B, semantic_channels, any size) -> (B, C, H, W). gamma and beta are 3x3 convolutions of one hidden
+    `x` (B, C, H, W) and `s` (B, semantic_channels, any size) -> (B, C, H, W). The moments are of all ranks' batches. gamma and beta are 3x3 convolutions of one hidden
     map, `relu(conv3x3(s resized to x))` of `hidden_channels`.
 
     Source: Park et al., "Semantic Image Synthesis with Spatially-Adaptive Normalization", CVPR 2019.
@@ -30,7 +32,7 @@ class SPADE(nn.Module):
 
     def __init__(self, channels: int, semantic_channels: int, hidden_channels: int = 128) -> None:
         super().__init__()
-        self.param_free_norm = nn.BatchNorm2d(channels, affine=False)
+        self.param_free_norm = BatchNormOfRanks(channels)
         self.mlp_shared = nn.Sequential(Conv3x3(semantic_channels, hidden_channels), nn.ReLU())
         self.mlp_gamma = Conv3x3(hidden_channels, channels)
         self.mlp_beta = Conv3x3(hidden_channels, channels)
@@ -107,7 +109,8 @@ class SPADEGenerator(nn.Module):
         image_size: height and width of the training images.
 
     Raises:
-        ValueError: an unknown upsampling, an image smaller than `size_multiple`, or a semantic map of another form.
+        ValueError: an unknown upsampling or initialisation, no channels, an image smaller than `size_multiple`, a semantic map of
+            another form, or a training batch of one position in the first map.
 
     Examples:
         >>> import torch
@@ -133,6 +136,10 @@ class SPADEGenerator(nn.Module):
                 f"SPADEGenerator: upsampling={upsampling!r} must be one of {get_args(Upsampling)}."
             )
         self.in_channels = in_channels
+        if base_channels < (2 if upsampling == "most" else 1):
+            raise ValueError(
+                f"SPADEGenerator: base_channels={base_channels} must be at least 1, and 2 with upsampling='most'."
+            )
         self.base_channels = base_channels
         self.size_multiple = 2 ** (5 + get_args(Upsampling).index(upsampling))
         self.image_size = self._image_size(crop_size, aspect_ratio)
@@ -177,7 +184,8 @@ class SPADEGenerator(nn.Module):
     def forward(self, semantics: Tensor) -> Tensor:
         """The image of a semantic map."""
         size = self._first_map(semantics)
-        semantics = maps.in_kernel_layout(semantics, self.base_channels)
+        # Most convolutions have kernels, whatever the last maps' channels are.
+        semantics = maps.in_kernel_layout(semantics, 16 * self.base_channels)
         x = self.fc(_resized(semantics, size))
         for name, doubles in self.blocks:
             if doubles:
@@ -197,7 +205,8 @@ class SPADEGenerator(nn.Module):
                 f"SPADEGenerator: height and width of semantics must be multiples of {step}, got {shape[2]}x{shape[3]}. Crop or "
                 "resize the label maps."
             )
-        if self.training and shape[0] * shape[2] * shape[3] == step**2:
+        one_position = shape[0] * shape[2] * shape[3] == step**2
+        if self.training and one_position and ranks_of(None) is None:
             raise ValueError(
                 f"SPADEGenerator: a batch of one image of {step}x{step} has a first map of one position, of which batch norm has no "
                 "variance. Use a larger batch or crop_size, or less upsampling."

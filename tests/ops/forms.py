@@ -24,12 +24,7 @@ REDUCED = with_option("reduction")
 
 
 # Words in the names of samples whose forms a backend has not: the CUDA kernels have no negatives of each query's own.
-LACKING = {
-    "blocks": {"both", "negatives"},
-    "native": {"both", "negatives"},
-    "triton": {"both", "negatives"},
-    "cuda": {"both", "negatives", "own"},
-}
+LACKING = {"cuda": {"own"}}
 
 
 def has_form(backend: str, name: str) -> bool:
@@ -47,6 +42,13 @@ def samples(
 
 
 FORMS = [(op, name) for op in OPS for name in samples(op)]
+
+# Of patch_nce, by the first sample that has it: what is asked for.
+PATCH_FORMS: dict[str, dict[str, bool]] = {}
+for _name, _sample in samples("patch_nce").items():
+    _options = {key: True for key, value in _sample.arguments.items() if value is True}
+    if _options not in PATCH_FORMS.values():
+        PATCH_FORMS[_name] = _options
 
 
 def typical(

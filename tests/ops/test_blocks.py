@@ -2,19 +2,18 @@
 
 import pytest
 import torch
-from forms import DTYPES, FORMS, LOSSES, gaussian, has_form, mapped, samples
+from forms import DTYPES, FORMS, LOSSES, gaussian, mapped, samples
 from operators import Operators
 from test_sizes import FORMS as INFO_NCE_FORMS
-from test_sizes import KINDS, awkward, shaped
+from test_sizes import KINDS, SAMPLES, awkward, shaped
 from torch.utils._pytree import tree_leaves
 
 import fastnce
 from fastnce import blocks
-from fastnce.blocks import info_nce, labelled_lse, tiles
+from fastnce.blocks import info_nce, labelled_lse, patch_nce, tiles
 from fastnce.testing import Sample, assert_close_to_truth, leaves_of, outputs_of, run
 
-HAS = [(op, name) for op, name in FORMS if has_form("blocks", name)]
-each_form = pytest.mark.parametrize(("op", "name"), HAS, ids=[f"{op}-{n}" for op, n in HAS])
+each_form = pytest.mark.parametrize(("op", "name"), FORMS, ids=[f"{op}-{n}" for op, n in FORMS])
 
 
 class Watch(Operators):
@@ -60,7 +59,7 @@ def test_no_result_is_read_by_the_host_or_on_another_device(op, name, in_16_bits
 @each_form
 def test_a_device_without_float64_is_asked_for_none(op, name, monkeypatch):
     """Apple's, which no test can have here."""
-    for module in (info_nce, labelled_lse):
+    for module in (info_nce, labelled_lse, patch_nce):
         monkeypatch.setattr(module, "long_sums", lambda x: tiles.long_sums(MPS(x)))
     sample = mapped(samples(op, torch.float32, "meta")[name], "", lambda x: x.to("meta"))
     with Watch() as watch:
@@ -87,6 +86,7 @@ LARGE = [
     ("info_nce", [LONG, LONG], {"reduction": "none"}),
     ("info_nce", [(512, 64), (512, 64), LONG], {}),
     ("patch_nce", [(1, *LONG), (1, *LONG)], {}),
+    ("patch_nce", [(1, *LONG), (1, *LONG)], {"symmetric": True, "query_negatives": True}),
     ("sup_con", [LONG], {"labels": LABELS}),
     ("nt_xent", [LONG, LONG], {}),
     ("conditional_contrastive", [LONG, LONG], {"labels": LABELS}),
@@ -114,6 +114,25 @@ def test_a_step_of_patch_nce_is_few_operators(in_16_bits):
     assert len(watch.names) <= most, watch.names
 
 
+PRODUCTS = {
+    5: {"query_negatives": True},
+    3: {"symmetric": True},
+    7: {"symmetric": True, "query_negatives": True},
+}
+
+
+@pytest.mark.parametrize("detach_keys", [False, True])
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_similarities_serve_both_of_their_rows(products, detach_keys):
+    """And two layers of one size are one batch. Without ``symmetric``, detached keys need no product."""
+    layers = [rows(2, 256, 256) for _ in range(4)]
+    options = PRODUCTS[products] | {"detach_keys": detach_keys}
+    with Operators() as watch:
+        fastnce.patch_nce(layers[:2], layers[2:], **options, backend="blocks").backward()
+    left_out = detach_keys and not options.get("symmetric", False)
+    assert sum("mm" in name for name in watch.names) == products - left_out
+
+
 @pytest.mark.parametrize("temperature", [0.01, 0.07])
 def test_blocks_of_every_height_give_the_same(temperature, monkeypatch):
     """Without the maximum of a row, and with it."""
@@ -128,6 +147,11 @@ def test_blocks_of_every_height_give_the_same(temperature, monkeypatch):
             fastnce.info_nce(query, key, key, in_batch_negatives=True, **options),
             fastnce.info_nce(query, key.detach(), key.detach(), **options),
             fastnce.info_nce(*batched, **options),
+            fastnce.patch_nce(*batched, query_negatives=True, **options),
+            fastnce.patch_nce(*batched, symmetric=True, query_negatives=True, **options),
+            fastnce.patch_nce(
+                *batched, symmetric=True, query_negatives=True, detach_keys=True, **options
+            ),
             fastnce.sup_con(query, torch.arange(300) % 9, **options),
             fastnce.conditional_contrastive(query, key, torch.arange(300) % 9, **options),
         ]
@@ -170,7 +194,7 @@ def test_gradients_are_added_into_maps_of_any_strides():
 def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(tiles, "multiplies_in_16_bits", lambda x: x.dtype.itemsize == 2)
     monkeypatch.setattr(info_nce, "has_attention", lambda x: False)
-    for file in (info_nce, labelled_lse):
+    for file in (info_nce, labelled_lse, patch_nce):
         monkeypatch.setattr(file, "number", lambda temperature: temperature)
 
 
@@ -178,9 +202,9 @@ def as_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("op", LOSSES)
 def test_numerical_contract_as_on_a_gpu(op, dtype, as_on_a_gpu):
     """Every form, sizes and temperatures; of the latter also small ones."""
-    for sample in samples(op, dtype, backend="blocks").values():
+    for sample in samples(op, dtype).values():
         assert_close_to_truth(op, "blocks", sample, dtype)
-    for index in range(DTYPES.index(dtype), 54 if op == "info_nce" else 36, 4):
+    for index in range(DTYPES.index(dtype), SAMPLES[op], 4):
         assert_close_to_truth(op, "blocks", shaped(op, index, dtype), dtype)
 
 

@@ -8,6 +8,7 @@ from benchmarks.launches import Launch, recorded
 from fastnce import triton_kernels
 
 IN_BATCH = {"normalize": True, "symmetric": False, "in_batch": True, "self_logit": None}
+DETACHED = {"symmetric": True, "detach_keys": True}
 FP8 = {"similarity_dtype": torch.float8_e4m3fn}
 COUNT = 16384
 
@@ -75,15 +76,19 @@ def _losses(depth: int, dtype: torch.dtype, count: int) -> None:
     tau = torch.empty((), device="meta")
     query, key = (_rows(1, count, depth, dtype=dtype) for _ in "qk")
     layers = [_rows(2, count, depth, dtype=dtype), _rows(2, count // 2, depth, dtype=dtype)]
-    triton_kernels.patch_nce_forward(
-        layers,
-        layers,
-        0.07,
-        self_logit=-10.0,
-        loss_scales=[0.1, 0.2],
-        grad_scales=[0.1, 0.2],
-        needs=([True, True], [True, True], False),
-    )
+    negatives = {"query_negatives": True}
+    forms = ({}, negatives, negatives | DETACHED)
+    for temperature, options in (*((0.07, form) for form in forms), (tau, forms[-1])):
+        triton_kernels.patch_nce_forward(
+            layers,
+            layers,
+            temperature,
+            self_logit=-10.0,
+            **options,
+            loss_scales=[0.1, 0.2],
+            grad_scales=[0.1, 0.2],
+            needs=([True, True], [True, True], temperature is tau),
+        )
     labels = torch.empty(count, dtype=torch.int64, device="meta")
     for temperature, needs in ((0.07, (True, True, False)), (tau, (True, True, True))):
         triton_kernels.conditional_contrastive_forward(

@@ -38,7 +38,7 @@ def rows(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def patch_nce_of(shapes, dtype, keys=False):
+def patch_nce_of(shapes, dtype, keys=False, **options):
     layers = [rows(*shape, dtype=dtype) for shape in shapes]
     ones = (1.0,) * len(shapes)
     return triton_kernels.patch_nce_forward(
@@ -46,6 +46,7 @@ def patch_nce_of(shapes, dtype, keys=False):
         layers,
         0.07,
         self_logit=-10.0,
+        **options,
         loss_scales=ones,
         grad_scales=ones,
         loss_layers=len(shapes),
@@ -76,6 +77,25 @@ def test_patch_nce_of_five_layers_starts_little(dtype):
     with recorded() as found:
         patch_nce_of([*shapes, (1, 64, 256)], dtype)
     assert len(found) == 2 * len(kernels)
+
+
+BOTH_SUMS = "pack sums losses row_products row_gradients"
+FORMS = {
+    "symmetric": f"{BOTH_SUMS} row_products row_gradients",
+    "symmetric detach_keys": "pack sums losses row_gradients",
+    "query_negatives": BOTH_SUMS,
+    "symmetric query_negatives detach_keys": BOTH_SUMS,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_forms_of_patch_nce_take_all_layers_together(form):
+    options = dict.fromkeys(form.split(), True)
+    with recorded() as found:
+        _, grads = patch_nce_of([(2, 256, 256)] * 4, torch.bfloat16, keys=True, **options)
+    assert [each.name for each in found] == [f"_{name}_kernel" for name in FORMS[form].split()]
+    layers = [grad for side in grads[:2] for grad in side]
+    assert all(grad.shape == (2, 256, 256) and grad.is_contiguous() for grad in layers)
 
 
 @pytest.mark.parametrize(("apart", "starts"), [(False, 1), (True, 5)])
