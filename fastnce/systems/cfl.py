@@ -191,7 +191,7 @@ class CFLConfig(PatchConfig, GeneratorConfig):
             f"keys {'detached' if self.detach_keys else 'with gradient'}",
             f"layers weighted {self.layer_weighting}",
         ]
-        return f"{named.get(choices, ', '.join(words))}, on {self.critic}"
+        return named.get(choices, ", ".join(words))
 
 
 def build_generator(config: CFLConfig) -> SPADEGenerator:
@@ -892,7 +892,7 @@ class CFLSystem(System):
         """
         judges = {"extractor": extractor, "segmenter": segmenter}
         result, table = self._judged(config, networks, data, device, **judges)
-        return result, f"{table}\nContrastive loss: {config.form}.\n"
+        return result, f"{table}\nContrastive loss: {config.form}; critic: {config.critic}.\n"
 
     def _judged(
         self,
