@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnce import conditional_contrastive, info_nce, patch_nce
+from fastnce import conditional_contrastive, info_nce, patch_nce, reference
 from fastnce.systems.class_losses import d2d_ce
 
 
@@ -52,6 +52,53 @@ def test_patch_nce_of_each_patch(patches, backend):
     golden = [0.790217, 0.262570, 20.656017, 20.127344, 6.135272, 1.2e-7, 4.296966, 22.425415]
     # fp32's spacing at 20 is 1.9e-6, and the published code divides by the norm plus 1e-7.
     assert losses == pytest.approx(golden, abs=6e-6)
+
+
+# Of Contrastive Feature Loss: the losses of both directions, the gradients' norms of their sum, and that of queries in the second.
+CFL = {
+    "published": (0.07, True, True, 12.493148, 10.641016, 1.970279, 1.949162, None),
+    "flowing": (0.07, True, False, 12.493148, 10.641016, 3.358137, 3.618330, 2.132257),
+    "without": (0.07, False, True, 9.336725, 8.602188, 2.525839, 2.232710, None),
+    "without, flowing": (0.07, False, False, 9.336725, 8.602188, 5.474612, 4.603101, 3.003738),
+    "0.3": (0.3, True, True, 3.448216, 2.985536, 0.430288, 0.451164, None),
+    "1": (1.0, True, True, 2.010364, 1.941072, 0.126286, 0.124874, None),
+}
+
+
+@pytest.mark.parametrize("name", CFL)
+def test_contrastive_feature_loss(name, patches, backend):
+    q, k = patches
+    temperature, negatives, detached, there, back, of_q, of_k, of_q_back = CFL[name]
+    options = {"temperature": temperature, "query_negatives": negatives, "backend": backend}
+    assert patch_nce(q, k, **options).item() == pytest.approx(there, abs=3e-6)
+    second = patch_nce(k, q, detach_keys=detached, **options)
+    assert second.item() == pytest.approx(back, abs=3e-6)
+    both = 2 * patch_nce(q, k, symmetric=True, detach_keys=detached, **options)
+    assert both.item() == pytest.approx(there + back, abs=6e-6)
+    assert norms(both, q, k) == pytest.approx([of_q, of_k], abs=2e-6)
+    if of_q_back is None:
+        assert torch.autograd.grad(second, q, allow_unused=True) == (None,)
+    else:
+        assert norms(second, q) == pytest.approx([of_q_back], abs=2e-6)
+
+
+def test_contrastive_feature_loss_of_each_patch_and_of_maps(patches, backend):
+    """The published sum over maps has the weights 2^l / 31 / 5 of both directions, times 10."""
+    losses = reference.patch_nce(*patches, 0.07, self_logit=-10.0, query_negatives=True)
+    golden = [1.264472, 6.556015, 21.565695, 24.226965, 11.753232, 1.269177, 9.832424, 23.477196]
+    assert losses.flatten().tolist() == pytest.approx(golden, abs=6e-6)
+    maps = [
+        (sines(2, 4, 8, step=0.37 + 0.1 * i, start=1), sines(2, 4, 8, step=0.53 + 0.05 * i, start=0.2))
+        for i in range(5)
+    ]  # fmt: skip
+    options = {"symmetric": True, "query_negatives": True, "detach_keys": True, "backend": backend}
+    each = [2 * patch_nce(*pair, **options).item() for pair in maps]
+    golden = [23.134163, 22.338459, 18.138752, 2.254733, 38.332802]
+    assert each == pytest.approx(golden, abs=6e-6)
+    queries, keys = zip(*maps[:4], strict=True)
+    weights = [2 * 10 * 2**i / 31 / 5 for i in range(4)]
+    total = patch_nce(queries, keys, layer_weights=weights, **options)
+    assert total.item() == pytest.approx(10.219609, abs=4e-6)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from forms import DTYPES, FORMS, LOSSES, gaussian, mapped, samples
 from operators import Operators
 from test_sizes import FORMS as INFO_NCE_FORMS
-from test_sizes import KINDS, awkward, shaped
+from test_sizes import KINDS, SAMPLES, awkward, shaped
 from torch.utils._pytree import tree_leaves
 
 import fastnce
@@ -114,6 +114,25 @@ def test_a_step_of_patch_nce_is_few_operators(in_16_bits):
     assert len(watch.names) <= most, watch.names
 
 
+PRODUCTS = {
+    5: {"query_negatives": True},
+    3: {"symmetric": True},
+    7: {"symmetric": True, "query_negatives": True},
+}
+
+
+@pytest.mark.parametrize("detach_keys", [False, True])
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_similarities_serve_both_of_their_rows(products, detach_keys):
+    """And two layers of one size are one batch. Without ``symmetric``, detached keys need no product."""
+    layers = [rows(2, 256, 256) for _ in range(4)]
+    options = PRODUCTS[products] | {"detach_keys": detach_keys}
+    with Operators() as watch:
+        fastnce.patch_nce(layers[:2], layers[2:], **options, backend="blocks").backward()
+    left_out = detach_keys and not options.get("symmetric", False)
+    assert sum("mm" in name for name in watch.names) == products - left_out
+
+
 @pytest.mark.parametrize("temperature", [0.01, 0.07])
 def test_blocks_of_every_height_give_the_same(temperature, monkeypatch):
     """Without the maximum of a row, and with it."""
@@ -185,7 +204,7 @@ def test_numerical_contract_as_on_a_gpu(op, dtype, as_on_a_gpu):
     """Every form, sizes and temperatures; of the latter also small ones."""
     for sample in samples(op, dtype).values():
         assert_close_to_truth(op, "blocks", sample, dtype)
-    for index in range(DTYPES.index(dtype), 54 if op == "info_nce" else 36, 4):
+    for index in range(DTYPES.index(dtype), SAMPLES[op], 4):
         assert_close_to_truth(op, "blocks", shaped(op, index, dtype), dtype)
 
 

@@ -1,6 +1,7 @@
 """Every loss against its equation, typed once more with torch.nn.functional; and what follows from the equation."""
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -79,6 +80,25 @@ def cut_of_a_batch(query, key, t):
     return cut(query.flatten(0, 1), key.flatten(0, 1), t)
 
 
+def cfl(query, key, t, *, symmetric=False, query_negatives=False, detach_keys=False):
+    """Contrastive Feature Loss's of one image: sums of exponentials, patch by patch."""
+
+    def one_way(q, k):
+        k = k.detach() if detach_keys else k
+        losses = []
+        for i in range(len(q)):
+            others = [k[j] for j in range(len(q)) if j != i]
+            others += [q[j] for j in range(len(q)) if j != i and query_negatives]
+            total = (1 + query_negatives) * (-10.0 / t).exp()
+            for row in [k[i], *others]:
+                total = total + (F.cosine_similarity(q[i], row, dim=0) / t).exp()
+            losses.append(total.log() - F.cosine_similarity(q[i], k[i], dim=0) / t)
+        return torch.stack(losses)
+
+    there = one_way(query, key)
+    return (there + one_way(key, query)) / 2 if symmetric else there
+
+
 def two_c(e, p, t):
     """Sums of exponentials, sample by sample, as in ContraGAN's equation."""
     losses = []
@@ -150,13 +170,29 @@ DEFINITIONS = {
     "similarity_batched": (SIMILARITIES, similarity, [(2, 3, 7, 5), (2, 3, 4, 5)]),
 }
 
+FORMS_OF_PATCHES = [
+    dict(zip(("symmetric", "query_negatives", "detach_keys"), chosen, strict=True))
+    for chosen in itertools.product((False, True), repeat=3)
+    if any(chosen)
+]
+for options in FORMS_OF_PATCHES:
+    op, defined = (functools.partial(function, **options) for function in (patch_nce, cfl))
+    name = " ".join(["patch_nce", *(option for option, given in options.items() if given)])
+    DEFINITIONS[name] = op, of_each(defined, 2), [TWO, TWO]
+    DEFINITIONS[f"one {name}"] = op, of_each(defined, 2), [(2, 1, 6), (2, 1, 6)]
+DEFINITIONS["batch patch_nce, all of these"] = (
+    functools.partial(patch_nce, negatives="batch", **options),
+    lambda q, k, t: cfl(q.flatten(0, 1), k.flatten(0, 1), t, **FORMS_OF_PATCHES[-1]),
+    [TWO, TWO],
+)
+
 for name in ("in_batch", "symmetric", "queue", "queue_in_batch", "batched"):
     op, defined, shapes = DEFINITIONS[name]
     rounded = functools.partial(op, similarity_dtype=torch.float8_e4m3fn)
     DEFINITIONS[f"fp8 {name}"] = rounded, functools.partial(defined, similarity=in_fp8), shapes
 
 CASES = [(name, reduction) for name in DEFINITIONS for reduction in ("none", "mean", "sum")]
-WITHOUT_REDUCTION = {"patch_nce": "mean", "patch_nce_batch": "mean", "one_patch": "mean"}
+WITHOUT_REDUCTION = {name: "mean" for name in DEFINITIONS if "patch" in name}
 WITHOUT_REDUCTION |= {"similarity": "none", "similarity_batched": "none"}
 
 
@@ -178,9 +214,13 @@ def test_definition(name, reduction, backend, needs_support):
     assert got.dtype == torch.float64 and got.shape == expected.shape
     torch.testing.assert_close(got, expected)
     upstream = gaussian(*expected.shape, seed=9)
-    grads = torch.autograd.grad(got, [*rows, t], upstream)
-    for x, y in zip(grads, torch.autograd.grad(expected, [*rows, t], upstream), strict=True):
-        torch.testing.assert_close(x, y)
+    found, defined = (
+        torch.autograd.grad(x, [*rows, t], upstream, allow_unused=True) for x in (got, expected)
+    )
+    for x, y in zip(found, defined, strict=True):
+        assert (x is None) == (y is None)  # keys that are detached
+        if x is not None:
+            torch.testing.assert_close(x, y)
 
 
 # What each op has of its own.
@@ -210,6 +250,29 @@ def test_layers_are_averaged(negatives, backend):
     exact = patch_nce(*([x.double() for x in side] for side in mixed), negatives=negatives)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("query_negatives", [False, True])
+def test_detached_each_side_learns_from_its_own_direction(query_negatives, backend):
+    q, k = (gaussian(2, 9, 6, seed=seed).requires_grad_() for seed in (0, 1))
+    options = {"query_negatives": query_negatives, "detach_keys": True, "backend": backend}
+    there, back = patch_nce(q, k, **options), patch_nce(k, q, **options)
+    assert torch.autograd.grad(back, q, allow_unused=True, retain_graph=True) == (None,)
+    alone = torch.autograd.grad(there, q) + torch.autograd.grad(back, k)
+    both = torch.autograd.grad(patch_nce(q, k, symmetric=True, **options), (q, k))
+    for x, y in zip(both, alone, strict=True):
+        torch.testing.assert_close(2 * x, y)
+
+
+def test_with_query_negatives_both_directions_are_nt_xent(backend):
+    """Within each image; at a temperature at which CUT's constants are nothing."""
+    q, k = (gaussian(2, 9, 6, seed=seed).requires_grad_() for seed in (0, 1))
+    got = patch_nce(q, k, symmetric=True, query_negatives=True, temperature=0.1, backend=backend)
+    images = zip(q, k, strict=True)
+    expected = sum(nt_xent(*x, temperature=0.1, backend=backend) for x in images) / 2
+    torch.testing.assert_close(got, expected)
+    for x, y in zip(*(torch.autograd.grad(z, (q, k)) for z in (got, expected)), strict=True):
+        torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize("count", [1, 5])

@@ -74,6 +74,11 @@ CASES = [
     error(TypeError, r"key_features.*is torch.float64 but query_features is torch.float32", "patch_nce", images, images.double()),
     error(ValueError, r"query_features\[1\].*is on meta but query_features\[0\] is on cpu. Move all layers to one device", "patch_nce", [images, images.to("meta")], [images, images.to("meta")]),
     error(ValueError, r"negatives.*got 'all'", "patch_nce", images, images, negatives="all"),
+    error(ValueError, r"layer_weights.*one float per layer, 2 here, got 1\. ", "patch_nce", [images] * 2, [images] * 2, layer_weights=[0.5]),
+    error(ValueError, r"layer_weights.*one float per layer, 1 here, got float", "patch_nce", images, images, layer_weights=0.5),
+    error(TypeError, r"layer_weights\[1\].*got str", "patch_nce", [images] * 2, [images] * 2, layer_weights=[1, "2"]),
+    error(ValueError, r"layer_weights\[0\].*got 0.*Leave that layer out", "patch_nce", images, images, layer_weights=[0]),
+    error(ValueError, r"layer_weights\[0\].*got nan", "patch_nce", images, images, layer_weights=[torch.nan]),
     # conditional_contrastive
     error(ValueError, r"embeddings.*got \(2, 4, 3\)", "conditional_contrastive", images, images, labels),
     error(ValueError, r"proxies.*got \(2, 3\)", "conditional_contrastive", x, x[:2], labels),
