@@ -105,6 +105,7 @@ class TextureJudge(nn.Module):
             later = later + block(later)
         return first, self.last(later)
 
+    @torch.jit.export
     def logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The same images to logits of the texture at each pixel, (N, classes, H, W), and of `ALTERATIONS`, (N, 5)."""
         first, last = self(images)
@@ -133,14 +134,14 @@ class _Features(nn.Module):
 
 
 class _Segmenter(nn.Module):
+    """A judge's reading of each pixel."""
+
     def __init__(self, judge: TextureJudge) -> None:
         super().__init__()
         self.judge = judge
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images.float() / 127.5 - 1
-        coarse = self.judge.head(self.judge(x)[1])
-        return F.interpolate(coarse, x.shape[2:], mode="bilinear", align_corners=False)
+        return self.judge.logits(images.float() / 127.5 - 1)[0]
 
 
 def write_networks(
