@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Subset
 from fastnce.data import (
     AlignedImages,
     LabelledImages,
+    LabelMaps,
     SingleImagePatches,
     TwoViews,
     UnpairedImages,
@@ -24,9 +25,9 @@ UNCHANGED = {"preprocess": "none", "flip": False}
 def root(tmp_path_factory):
     """trainA and trainB with files of equal names, which are taken for two classes as well."""
     folders = ("trainA", "trainB", "train/one", "train/two")
-    return pictures.folders(
-        tmp_path_factory.mktemp("set"), dict.fromkeys(folders, COUNT), size=(28, 24)
-    )
+    root = tmp_path_factory.mktemp("set")
+    pictures.folders(root, {"numbers": COUNT}, size=(28, 24), channels=1, high=5)
+    return pictures.folders(root, dict.fromkeys(folders, COUNT), size=(28, 24))
 
 
 def unpaired(root, **options):
@@ -41,6 +42,11 @@ def affine(root, **options):
 def aligned(root, **options):
     folders = {name: root / name for name in ("trainA", "trainB")}
     return AlignedImages(folders, load_size=20, crop_size=16, **options)
+
+
+def label_maps(root, **options):
+    folders = {"train_label": root / "numbers", "train_img": root / "trainB"}
+    return LabelMaps(folders, label_classes=5, load_size=20, crop_size=16, **options)
 
 
 def single(root, **options):
@@ -59,7 +65,7 @@ def views(root, **options):
     return TwoViews(labelled(root, **options), "simclr")
 
 
-STREAMS = [unpaired, affine, aligned, single, labelled, balanced, views]
+STREAMS = [unpaired, affine, aligned, label_maps, single, labelled, balanced, views]
 every_stream = pytest.mark.parametrize("make", STREAMS)
 
 
@@ -73,7 +79,8 @@ def test_a_sample_depends_on_seed_and_index_only(make, root):
     for sample in samples.values():
         for name, value in sample.items():
             if name == "label":
-                assert value.shape == () and value.dtype == torch.int64
+                assert value.shape == ((16, 16) if make is label_maps else ())
+                assert value.dtype == torch.int64
                 continue
             assert value.shape == (3, 16, 16) and value.dtype == torch.float32
             assert value.min() >= -1 and value.max() <= 1
