@@ -267,14 +267,14 @@ PairSums solve_image(const PairForm& form, const PairLayer& layer, int64_t image
 // are enough of them, others one after the other by all threads: results are the same.
 template <class T>
 std::vector<PairSums> solve_pairs(const PairForm& form, const std::vector<PairLayer>& layers) {
-  constexpr int64_t kSmallRows = 512;
+  constexpr int64_t kSmallBytes = int64_t{10} << 20;  // of exponentials
   struct Item {
     size_t layer;
     int64_t image;
     PairSums sums = {};
   };
   std::vector<Item> items;
-  std::vector<Item*> small;
+  std::vector<Item*> small, others;
   int64_t work = 0;
   for (size_t l = 0; l < layers.size(); ++l) {
     for (int64_t b = 0; b < layers[l].images; ++b) items.push_back({l, b});
@@ -282,19 +282,20 @@ std::vector<PairSums> solve_pairs(const PairForm& form, const std::vector<PairLa
   const auto solve = [&](Item& item) {
     item.sums = solve_image<T>(form, layers[item.layer], item.image);
   };
-  const auto is_small = [&](const Item& item) { return layers[item.layer].rows <= kSmallRows; };
   for (Item& item : items) {
     const PairLayer& layer = layers[item.layer];
-    if (!is_small(item)) continue;
-    small.push_back(&item);
-    work += layer.rows * layer.rows * layer.sides[0].rows.depth();
+    const int64_t pairs = 2 * layer.rows * layer.rows;
+    const bool fits = pairs * static_cast<int64_t>(sizeof(T)) <= kSmallBytes;
+    (fits ? small : others).push_back(&item);
+    if (fits) work += pairs * layer.sides[0].rows.depth();
   }
   const auto count = static_cast<int64_t>(small.size());
-  const bool shared = count >= static_cast<int64_t>(torch::stable::get_num_threads());
-  if (shared) run_tasks(count, work / count, [&](int64_t i) { solve(*small[i]); });
-  for (Item& item : items) {
-    if (!shared || !is_small(item)) solve(item);
+  if (count < static_cast<int64_t>(torch::stable::get_num_threads())) {
+    others.insert(others.end(), small.begin(), small.end());
+  } else if (count > 0) {
+    run_tasks(count, work / count, [&](int64_t i) { solve(*small[i]); });
   }
+  for (Item* item : others) solve(*item);
   std::vector<PairSums> sums(layers.size());
   for (const Item& item : items) {
     sums[item.layer].loss += item.sums.loss;

@@ -117,11 +117,13 @@ def _layers(
     *shapes: tuple[int, int, int],
     keys: bool = True,
     tau: float | None = None,
+    **options: object,
 ) -> dict[str, object]:
     """Of ``patch_nce``: (B, S, C) of each layer."""
     queries = [make(batch, cut(patches), depth) for batch, patches, depth in shapes]
     of_keys = [make(*query.shape, grad=keys) for query in queries]
-    return {"query_features": queries, "key_features": of_keys} | _temperature(make, tau)
+    found = {"query_features": queries, "key_features": of_keys}
+    return found | _temperature(make, tau) | options
 
 
 @_later
@@ -151,6 +153,7 @@ def _maps(
 
 _ODD_MAPS = ((2, 33, 17, 13), (2, 130, 9, 8))
 _ODD_LAYERS = ((2, 33, 64), (2, 256, 256), (2, 1, 48))
+_BOTH = {"symmetric": True, "query_negatives": True}
 _SAMPLED = {
     "planes": {
         "planes": _maps(*_ODD_MAPS, patches=64),
@@ -170,6 +173,18 @@ CASES: Calls = {
     "patch_nce": {
         "keys fixed": {"uneven layers": _layers(*_ODD_LAYERS, keys=False)},
         "both gradients": {"uneven layers": _layers(*_ODD_LAYERS, tau=0.1)},
+        "query negatives": {
+            "both gradients": _layers(*_ODD_LAYERS, tau=0.1, query_negatives=True),
+            "keys fixed": _layers(*_ODD_LAYERS, keys=False, query_negatives=True),
+        },
+        "symmetric": {
+            "both gradients": _layers(*_ODD_LAYERS, tau=0.1, symmetric=True),
+            "keys detached": _layers(*_ODD_LAYERS, symmetric=True, detach_keys=True),
+        },
+        "symmetric, query negatives": {
+            "both gradients": _layers(*_ODD_LAYERS, tau=0.1, **_BOTH),
+            "keys detached": _layers(*_ODD_LAYERS, tau=0.1, **_BOTH, detach_keys=True),
+        },
     },
     "sample_patches": _SAMPLED,
     "tap_patches": _SAMPLED,
@@ -240,6 +255,9 @@ RACES: Calls = {
     "patch_nce": {
         "keys fixed": _races(_layers, _LAYERS, keys=False),
         "both gradients": _races(_layers, _LAYERS),
+        "query negatives": _races(_layers, _LAYERS, keys=False, query_negatives=True),
+        "symmetric": _races(_layers, _LAYERS, symmetric=True),
+        "symmetric, query negatives": _races(_layers, _LAYERS, **_BOTH, detach_keys=True),
     },
     "sample_patches": {
         "planes": _races(_maps, _MAPS),
