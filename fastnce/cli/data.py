@@ -123,9 +123,9 @@ def posterised_photos(
         out: Folder for train_label and train_img, and the same of test; created.
         size: Side of the images in pixels, at most 100.
         train_count: Images for training.
-        test_count: Images for testing, from other columns of the photographs.
+        test_count: Images for testing, cut from other parts of the photographs.
         seed: Seed of the crops.
-        networks: As of texture-mosaics; they tell the photographs apart.
+        networks: As of texture-mosaics; critic and judge tell the photographs apart, and there is no segmenter.
     """
     from fastnce.demo import TextureRecipe, write_posterised_photos
 

@@ -8,12 +8,11 @@ from PIL import Image, ImageFilter
 
 from fastnce.data.images import to_array, to_image
 from fastnce.data.stream import counter_rng
-from fastnce.demo.mosaics import Parts, mosaic, three_parts
+from fastnce.demo.mosaics import Parts, divide, mosaic
 from fastnce.demo.sets import (
     PHOTOS,
     Images,
     load_packaged,
-    random_crop,
     scaled_photo,
     write_once,
 )
@@ -68,7 +67,7 @@ def write_texture_mosaics(
     The cells of an image are those of a Voronoi diagram of random points; each has a random one of the first `textures` of
     `TEXTURES`, and shows a random crop of it. The crops of the test images come from other parts of the photographs than those
     of the training images, and the judges' from a third one. `out/labels.json` holds the recipe, and for each label map the
-    texture of each cell and the corner of its crop in that part.
+    texture of each cell and the corner of its crop.
 
     Beside the images there are three networks: see `fastnce.demo.texture_networks.write_networks`.
 
@@ -100,11 +99,13 @@ def write_texture_mosaics(
         "test_count": test_count,
         "networks": networks and networks.settings(),
     }
-    parts = [three_parts(f'the texture "{name}"', load_texture(name), size) for name in names]
+    parts = [divide(f'the texture "{name}"', load_texture(name), size) for name in names]
     counts = {"train": train_count, "test": test_count}
 
     def more(folder: Path) -> dict[str, Any]:
-        return write_networks(folder, parts, size, networks, progress) if networks else {}
+        if networks is None:
+            return {}
+        return write_networks(folder, parts, size, networks, progress=progress)
 
     return write_once(
         Path(out),
@@ -128,7 +129,7 @@ def write_posterised_photos(
     """Writes the posterised-photos set: crops of the seven photographs, and their luminance, blurred and quantised to 8 levels.
 
     What is to be predicted is colour and texture: the label map has only the large areas of light and dark. Each photograph is
-    scaled (bicubic) so that a crop shows about a quarter of its height. Test crops come from other columns than training crops, and
+    scaled (bicubic) so that a crop shows about a sixth of its height. Test crops come from other bands of the photographs than training crops, and
     the judges' from others again.
 
     Args:
@@ -136,7 +137,7 @@ def write_posterised_photos(
         size: Side of the images in pixels.
         train_count, test_count: Images for training and for testing, of all photographs together.
         seed: Seed of the crops.
-        networks: As of `write_texture_mosaics`: they tell the photographs apart.
+        networks: As of `write_texture_mosaics`; critic and judge tell the photographs apart, and there is no segmenter.
         progress: Shows a bar while they are trained.
 
     Raises:
@@ -152,12 +153,14 @@ def write_posterised_photos(
         "test_count": test_count,
         "networks": networks and networks.settings(),
     }
-    side = min(4 * size, 300)  # the smallest of them is 300 pixels high
-    parts = [three_parts(f'the photograph "{x}"', scaled_photo(x, side), size) for x in PHOTOS]
+    side = min(6 * size, 300)  # the smallest of them is 300 pixels high
+    parts = [divide(f'the photograph "{x}"', scaled_photo(x, side), size) for x in PHOTOS]
     counts = {"train": train_count, "test": test_count}
 
     def more(folder: Path) -> dict[str, Any]:
-        return write_networks(folder, parts, size, networks, progress) if networks else {}
+        if networks is None:
+            return {}
+        return write_networks(folder, parts, size, networks, segmenter=False, progress=progress)
 
     return write_once(
         Path(out),
@@ -189,19 +192,16 @@ def _mosaics(
 
 
 def _posterised(parts: list[Parts], size: int, counts: dict[str, int], seed: int) -> Images:
-    names = list(PHOTOS)
+    names, levels = list(PHOTOS), [posterise(part.train.image, size) for part in parts]
     for split in _SPLITS:
-        photos = [getattr(part, split) for part in parts]
-        levels = [posterise(photo, size)[:, :, None] for photo in photos]
         for number in range(counts[split]):
             rng = counter_rng(seed, _POSTERISED_STREAM, 2 * number + (split == "test"))
-            chosen = number % len(photos)
-            # The label map as a fourth channel, so that it is cut alike.
-            both = np.concatenate([photos[chosen], levels[chosen]], axis=2)
-            crop, corner = random_crop(both, size, rng)
-            told = {"photo": names[chosen], "corner": corner}
-            yield f"{split}_label/{number:04d}.png", crop[:, :, 3:], told
-            yield f"{split}_img/{number:04d}.png", np.ascontiguousarray(crop[:, :, :3]), {}
+            chosen = number % len(parts)
+            image, (y, x) = getattr(parts[chosen], split).crop(size, rng)
+            label = levels[chosen][y : y + size, x : x + size, None]
+            told = {"photo": names[chosen], "corner": (y, x)}
+            yield f"{split}_label/{number:04d}.png", label, told
+            yield f"{split}_img/{number:04d}.png", image, {}
 
 
 def load_texture(name: str) -> np.ndarray:

@@ -16,8 +16,7 @@ from torch.nn import functional as F
 
 from fastnce.data.stream import counter_rng
 from fastnce.demo.judges import fit, to_batch
-from fastnce.demo.mosaics import Parts, mosaic
-from fastnce.demo.sets import random_crop
+from fastnce.demo.mosaics import Part, Parts, mosaic
 
 CRITIC, JUDGE, SEGMENTER = "critic.pt", "judge.pt", "segmenter.pt"
 
@@ -133,7 +132,13 @@ class _Segmenter(nn.Module):
 
 
 def write_networks(
-    folder: Path, parts: Sequence[Parts], size: int, recipe: TextureRecipe, progress: bool = True
+    folder: Path,
+    parts: Sequence[Parts],
+    size: int,
+    recipe: TextureRecipe,
+    *,
+    segmenter: bool = True,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Trains the networks of a set and writes them, in TorchScript, beside its images.
 
@@ -149,6 +154,7 @@ def write_networks(
         parts: of each texture.
         size: side of the mosaics in pixels.
         recipe: how they are trained.
+        segmenter: whether the set's labels are the textures, so that there is something to read.
         progress: shows a bar.
 
     Returns:
@@ -179,11 +185,13 @@ def write_networks(
     features = _Features(judge)
     seen = _mosaics(middle, 256, size, rng)[0]
     features.scale.copy_(features((seen + 1) * 127.5).var(0).mean().sqrt())
-    for name, network in ((CRITIC, critic), (JUDGE, features), (SEGMENTER, _Segmenter(judge))):
-        _save(network.eval(), folder / name)
+    _save(critic, folder / CRITIC)
+    _save(features.eval(), folder / JUDGE)
+    if segmenter:
+        _save(_Segmenter(judge).eval(), folder / SEGMENTER)
     share = {
         CRITIC: _share(critic.logits, *_crops(test, 256, min(CRITIC_CROP, size), rng)),
-        SEGMENTER: _share(judge.logits, *_mosaics(test, 64, size, rng)),
+        JUDGE: _share(judge.logits, *_mosaics(test, 64, size, rng)),
     }
     return {"networks": {name: {"test_accuracy": value} for name, value in share.items()}}
 
@@ -197,17 +205,17 @@ def _layer(
 
 
 def _crops(
-    textures: Sequence[np.ndarray], count: int, size: int, rng: np.random.Generator
+    textures: Sequence[Part], count: int, size: int, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """(N, 3, size, size) in [-1, 1], half of them mirrored, and their textures (N,)."""
     chosen = rng.integers(len(textures), size=count)
-    images = [random_crop(textures[texture], size, rng)[0] for texture in chosen]
+    images = [textures[texture].crop(size, rng)[0] for texture in chosen]
     mirrored = [x[:, ::-1] if rng.random() < 0.5 else x for x in images]
     return to_batch(mirrored), torch.from_numpy(chosen)
 
 
 def _mosaics(
-    textures: Sequence[np.ndarray], count: int, size: int, rng: np.random.Generator
+    textures: Sequence[Part], count: int, size: int, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """(N, 3, size, size) in [-1, 1] and the texture of each pixel (N, size, size), of mosaics of one to eight cells."""
     images, labels = [], []
