@@ -354,7 +354,6 @@ class CFL(nn.Module):
 
     Args:
         config: see `CFLConfig`.
-        image_size: not needed.
 
     Attributes:
         optimizers: "G", and "F" where a projector is trained, and "D" where there is an adversarial loss.
@@ -366,7 +365,7 @@ class CFL(nn.Module):
             the generator cannot make, or a backend that is not there.
     """
 
-    def __init__(self, config: CFLConfig, image_size: tuple[int, int] | None = None) -> None:
+    def __init__(self, config: CFLConfig) -> None:
         super().__init__()
         options.backend_is_there(config.backend)
         self.config = config

@@ -477,3 +477,18 @@ def test_bf16_trains_every_network(critic_file):
             for m in (model, truth)
         )
         assert F.cosine_similarity(one, other, dim=0) > 0.9, network
+
+
+@pytest.mark.parametrize("critic", ["resnet18", "convencoder"])
+def test_critics_with_random_weights(critic):
+    """Numbers are places among their maps."""
+    config = replace(STEP, critic=critic, nce_layers=("2", "4"), **ALONE)
+    model = made(config, torch.float32)
+    assert model.features.maps == [2, 4]
+    assert not any(p.requires_grad for p in model.features.encoder.parameters())
+    losses = model.training_step(
+        {k: v.float() if k == "B" else v for k, v in golden_batch().items()}
+    )
+    assert torch.isfinite(losses["NCE"]) and losses["NCE"] > 0
+    with pytest.raises(UserError, match="has 6 maps. Use numbers from 0 to 5"):
+        CFL(replace(config, nce_layers=("2", "6")))
