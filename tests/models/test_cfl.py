@@ -19,6 +19,7 @@ from fastnce.errors import UserError
 from fastnce.models import CFL, CFLConfig
 from fastnce.networks.critics import VGG19Critic
 from fastnce.systems.cfl import distance_weights, layer_weights
+from fastnce.training import build_config
 
 GOLDEN = CFLConfig(
     label_classes=5,
@@ -492,3 +493,20 @@ def test_critics_with_random_weights(critic):
     assert torch.isfinite(losses["NCE"]) and losses["NCE"] > 0
     with pytest.raises(UserError, match="has 6 maps. Use numbers from 0 to 5"):
         CFL(replace(config, nce_layers=("2", "6")))
+
+
+@pytest.mark.parametrize(
+    ("preset", "generator", "discriminator"),
+    [
+        ("cityscapes", 93_048_003, 5_601_410),
+        ("ade20k", 96_492_483, 5_836_930),
+        ("coco", 97_480_899, 5_904_514),
+    ],
+)
+def test_presets_have_the_published_networks(preset, generator, discriminator):
+    changes = {"data": "d", "out": "o", "critic": "pixel"}
+    config = build_config("cfl", preset=preset, overrides=changes)
+    with torch.device("meta"):
+        model = CFL(config)
+    assert sum(p.numel() for p in model.generator.parameters()) == generator
+    assert sum(p.numel() for p in model.discriminator.parameters()) == discriminator
