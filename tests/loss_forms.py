@@ -167,33 +167,42 @@ def check_awkward_rows(backend: str, device: str, kind: str, dtype: torch.dtype,
         assert_close_to_truth("patch_nce", backend, sample, dtype)
 
 
-def check_the_constant_of_patch_nce(kernels: ModuleType, device: str, depth: int = 270) -> None:
-    """In layers of two depths; one that can be seen, unlike CUT's."""
+_NEGATIVES = {"query_negatives": True}
+_BOTH = {"symmetric": True}
+_DETACHED = {"symmetric": True, "detach_keys": True}
+PATCH_FORMS = ({}, _NEGATIVES, _BOTH, _DETACHED, _NEGATIVES | _BOTH, _NEGATIVES | _DETACHED)
+each_patch_form = pytest.mark.parametrize("options", PATCH_FORMS, ids=lambda x: "+".join(x) or "-")
+
+
+def check_form_of_patch_nce(
+    kernels: ModuleType, device: str, options: dict[str, bool], tau: float, depth: int = 270
+) -> None:
+    """In layers of two depths, with a constant that can be seen, unlike CUT's."""
     generator = seeded()
     shapes = [(2, 9, 20), (2, 12, 20), (1, 12, depth)]
-    queries, keys = ([gaussian(x, generator).float().to(device) for x in shapes] for _ in "qk")
+    layers = [gaussian(x, generator).float().to(device) for x in (*shapes, *shapes)]
     scales = [0.1, 0.2, 0.3]
-    loss, (grads, _, grad_temperature) = kernels.patch_nce_forward(
-        queries,
-        keys,
-        0.1,
+    options = dict.fromkeys(("symmetric", "query_negatives", "detach_keys"), False) | options
+    loss, (grads, of_keys, grad_temperature) = kernels.patch_nce_forward(
+        layers[:3],
+        layers[3:],
+        torch.tensor(tau, device=device),
         self_logit=VISIBLE,
-        symmetric=False,
-        query_negatives=False,
-        detach_keys=False,
+        **options,
         loss_scales=scales,
         grad_scales=scales,
-        needs=([True] * 3, [False] * 3, True),
+        needs=([True] * 3, [True, True, False], True),
     )
-    leaves = [x.double().requires_grad_() for x in queries]
-    tau = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-    options = {**IN_BATCH, "self_logit": VISIBLE}
-    exact = sum(
-        scale * reference.info_nce(query, key.double(), None, tau, **options).sum()
-        for query, key, scale in zip(leaves, keys, scales, strict=True)
-    )
-    expected = torch.autograd.grad(exact, [*leaves, tau])
-    assert_close([loss, *grads, grad_temperature], [exact.detach(), *expected], 0.1)
+    leaves = [x.double().requires_grad_() for x in layers]
+    exact_tau = torch.tensor(tau, dtype=torch.float64, requires_grad=True)
+    losses = [
+        reference.patch_nce(query, key, exact_tau, self_logit=VISIBLE, **options)
+        for query, key in zip(leaves[:3], leaves[3:], strict=True)
+    ]
+    exact = sum(scale * loss.sum() for scale, loss in zip(scales, losses, strict=True))
+    expected = torch.autograd.grad(exact, [*leaves[:5], exact_tau])
+    assert of_keys[2:] in ([], [None])
+    assert_close([loss, *grads, *of_keys[:2], grad_temperature], [exact.detach(), *expected], tau)
 
 
 each_labelled_loss = pytest.mark.parametrize("op", ["sup_con", "conditional_contrastive"])

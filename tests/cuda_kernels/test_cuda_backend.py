@@ -145,9 +145,11 @@ def test_forms_without_kernels(gpus, monkeypatch):
     monkeypatch.setattr(cuda, "_DEVICE", "cpu")
     own = {"query": rows(5, 8), "positive_key": rows(5, 8), "negative_keys": rows(5, 3, 8)}
     deep = {"query_features": rows(1, 5, 300).float(), "key_features": rows(1, 5, 300).float()}
+    both = {name: x.bfloat16() for name, x in deep.items()} | {"symmetric": True}
     for op, arguments, why in (
         (fastnce.info_nce, own, "negatives that all queries share, none of each query's own"),
         (fastnce.patch_nce, deep, "float32 rows of up to 256 elements, got 300"),
+        (fastnce.patch_nce, both, "rows of a symmetric patch_nce.* of up to 256 elements, got 300"),
     ):
         with pytest.raises(RuntimeError, match=why):
             op(**arguments, backend="cuda")

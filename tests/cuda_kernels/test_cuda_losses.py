@@ -9,10 +9,12 @@ from emulated_or_gpu import DEVICE
 from loss_forms import (
     AWKWARD,
     CASES,
+    PATCH_FORMS,
     check_awkward_rows,
     check_form,
-    check_the_constant_of_patch_nce,
+    check_form_of_patch_nce,
     each_offset,
+    each_patch_form,
     gaussian,
     labelled,
     seeded,
@@ -156,8 +158,19 @@ def test_sums_of_many_equal_numbers(capability, monkeypatch):
     assert abs(found[tau] / expected[tau] - 1) < 2e-6
 
 
-def test_the_constant_of_patch_nce():
-    check_the_constant_of_patch_nce(cuda, DEVICE, depth=256)
+@each_offset
+@each_patch_form
+def test_forms_of_patch_nce(options, tau):
+    check_form_of_patch_nce(cuda, DEVICE, options, tau, depth=256)
+
+
+@each_dtype
+@pytest.mark.parametrize("options", PATCH_FORMS[1:], ids="+".join)
+def test_forms_of_patch_nce_in_tiles(options, dtype):
+    """Warps that share columns, and blocks of 64 rows, where emulated."""
+    for shape in ((1, 40, 140), (4, 70, 64)):
+        sample = sample_of("patch_nce", shape, dtype=dtype, **options)
+        assert_close_to_truth("patch_nce", "cuda", sample, dtype)
 
 
 def embedded(x: Tensor, way: str) -> Tensor:

@@ -14,10 +14,11 @@ from loss_forms import (
     awkward,
     check_awkward_rows,
     check_form,
-    check_the_constant_of_patch_nce,
+    check_form_of_patch_nce,
     each_form,
     each_labelled_loss,
     each_offset,
+    each_patch_form,
     gaussian,
     labelled,
 )
@@ -176,8 +177,21 @@ def test_patch_nce_of_layers_of_one_depth(dtype):
     assert_close_to_truth("patch_nce", "triton", Sample("layers", arguments), dtype)
 
 
-def test_the_constant_of_patch_nce():
-    check_the_constant_of_patch_nce(triton_kernels, DEVICE)
+@each_offset
+@each_patch_form
+def test_forms_of_patch_nce(options, tau):
+    check_form_of_patch_nce(triton_kernels, DEVICE, options, tau)
+
+
+@each_patch_form
+def test_forms_of_patch_nce_in_16_bits(options):
+    generator = torch.Generator().manual_seed(0)
+    arguments = {
+        name: rows(2, 17, 150, dtype=torch.float16, device=DEVICE, generator=generator)
+        for name in ("query_features", "key_features")
+    }
+    sample = Sample("fp16", arguments | options)
+    assert_close_to_truth("patch_nce", "triton", sample, torch.float16)
 
 
 def test_fp64_is_refused_with_a_reason_and_falls_to_pytorch():
