@@ -58,9 +58,9 @@ class _Pair:
         return z
 
 
-def diagonal(part: Tensor, at: At) -> Tensor:
+def diagonal(x: Tensor, at: At) -> Tensor:
     """(b, n), a view."""
-    return part.diagonal(at[1].start, dim1=-2, dim2=-1)
+    return x.diagonal(at[1].start, dim1=-2, dim2=-1)
 
 
 class Sides:
