@@ -49,20 +49,35 @@ def patch_nce(
     *,
     temperature: float = 0.07,
     negatives: str = "image",
+    symmetric: bool = False,
+    query_negatives: bool = False,
+    detach_keys: bool = False,
 ) -> Tensor:
-    """CUT's form, layer after layer: bmm, the diagonal overwritten by -10, the positive in front, cross-entropy."""
-    total = 0.0
-    for query, key in zip(query_features, key_features, strict=True):
-        query, key = (x / (x.norm(dim=-1, keepdim=True) + 1e-7) for x in (query, key))
+    """CUT's form, layer after layer: bmm, the diagonal overwritten by -10, the positive in front, cross-entropy.
+
+    Contrastive Feature Loss's has the products of the queries beside those, and calls it once more for the second direction.
+    """
+
+    def one_way(query: Tensor, key: Tensor) -> Tensor:
+        key = key.detach() if detach_keys else key
         positive = (query * key).sum(dim=-1).reshape(-1, 1)  # (B S, 1)
         if negatives == "batch":
             query, key = query.flatten(0, 1).unsqueeze(0), key.flatten(0, 1).unsqueeze(0)
         size = query.shape[1]
         diagonal = torch.eye(size, dtype=torch.bool, device=query.device)
-        others = torch.bmm(query, key.mT).masked_fill(diagonal, SELF_LOGIT).reshape(-1, size)
-        logits = wide(torch.cat([positive, others], dim=1)) / temperature
+        columns = [positive]
+        for others in (key, query) if query_negatives else (key,):
+            logits = torch.bmm(query, others.mT).masked_fill(diagonal, SELF_LOGIT)
+            columns.append(logits.reshape(-1, size))
+        logits = wide(torch.cat(columns, dim=1)) / temperature
         target = torch.zeros(len(logits), dtype=torch.long, device=query.device)
-        total = total + F.cross_entropy(logits, target)
+        return F.cross_entropy(logits, target)
+
+    total = 0.0
+    for query, key in zip(query_features, key_features, strict=True):
+        query, key = (x / (x.norm(dim=-1, keepdim=True) + 1e-7) for x in (query, key))
+        loss = one_way(query, key)
+        total = total + (0.5 * (loss + one_way(key, query)) if symmetric else loss)
     return total / len(query_features)
 
 

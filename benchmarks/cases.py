@@ -224,6 +224,21 @@ PATCHES_OF_BATCH = replace(
     options={"temperature": 0.07, "negatives": "batch"},
 )
 
+# Contrastive Feature Loss as published, and with gradients to both sides of every pair: 2 S rows of each image among themselves.
+FEATURES = replace(
+    PATCHES,
+    name="CFL, {layers} maps, {B} images of {S} patches",
+    wrt=("query_features", "key_features"),
+    pairs=lambda shape: shape["layers"] * shape["B"] * (2 * shape["S"]) ** 2,
+    options={"symmetric": True, "query_negatives": True, "detach_keys": True},
+    gate_limits={"S": 256},
+)
+FEATURES_FLOWING = replace(
+    FEATURES,
+    name="CFL, gradients both ways, {layers} maps, {B} images of {S} patches",
+    options={"symmetric": True, "query_negatives": True},
+)
+
 
 # Rows against themselves. The similarities, and one product with G + G^T: their matrix is symmetric.
 
@@ -408,6 +423,9 @@ CASES = [
     _case(PATCHES, "quick full", label="64 patches, 8 images", B=8, S=64),
     _case(PATCHES_OF_BATCH, "full", label="negatives from 4 images", B=4),
     _case(PATCHES_OF_BATCH, "full", label="SinCUT, 16 images of 1 patch", B=16, S=1),
+    _case(FEATURES, "quick full", layers=4, B=1, S=256),
+    _case(FEATURES, "full", layers=1, B=16, S=1024),
+    _case(FEATURES_FLOWING, "full", layers=1, B=16, S=1024),
     _case(TWO_C, "quick full demo", label="CIFAR10", N=64, D=512, classes=10),
     _case(TWO_C, "quick full", label="ImageNet-128", N=256, D=1536, classes=1000),
     _case(TWO_C, "full table target", label="Tiny ImageNet", N=1024, D=768, classes=200),

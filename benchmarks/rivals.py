@@ -134,7 +134,7 @@ def _rivals(case: Case, device: torch.device, dtype: torch.dtype) -> list[Provid
     if case.op == "conditional_contrastive":
         matmul = partial(_call, baselines.conditional_contrastive_matmul, case.options)
         found.append(Provider("matmul + logsumexp", matmul, extra_bytes=20 * pairs))
-    if case.op == "patch_nce" or (case.op == "info_nce" and case.wrt == ("query",)):
+    if case.op in ("patch_nce", "info_nce") and len(case.wrt) == 1:  # keys without gradient
         attention = getattr(baselines, f"attention_{case.op}")
         kernels = baselines.attention_kernels(device, dtype, case.shape["D"])
         for kernel, reason in kernels.items():

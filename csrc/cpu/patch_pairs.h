@@ -36,9 +36,7 @@ struct PairForm {
   bool apart() const { return symmetric && detach_keys; }
   // Whether one offset serves all rows. Exponentials that are multiplied before they are weighted
   // must be far from the smallest numbers.
-  bool fixed_offset() const {
-    return temperature >= (apart() ? 2 : 1) * kFixedOffsetTemperature;
-  }
+  bool fixed_offset() const { return temperature >= (apart() ? 2 : 1) * kFixedOffsetTemperature; }
 };
 
 // One of the two images of a layer, (B, P, D).
@@ -134,21 +132,21 @@ class ImagePairs {
 
   void sum_by_maximum() {
     const int64_t width = kernels_.width;
-    sum_logits<T, 1>(
-        kernels_, similarity_.units(), similarity_.transposed(), {&sums_},
-        [&](int64_t slab, int64_t begin, int64_t end, T* z, const auto& parts) {
-          const int64_t c0 = slab * width, lanes = similarity_.lanes(c0);
-          std::fill_n(parts[0].sum, end - begin, T(0));
-          for (int s = 0; s < form_.directions() && lanes > 0; ++s) {
-            const int64_t r0 = std::max(begin, start(s));
-            const int64_t r1 = std::min(end, start(s) + layer_.rows);
-            if (r0 >= r1 || !similarity_.meet(r0, c0)) continue;
-            T* rows = z + (r0 - begin) * width;
-            for (int64_t a = r0; a < r1; ++a) leave_out(a, c0, lanes, rows + (a - r0) * width);
-            kernels_.exp_rows(r1 - r0, lanes, rows, parts[0].offset + r0 - begin,
-                              parts[0].sum + r0 - begin);
-          }
-        });
+    sum_logits<T, 1>(kernels_, similarity_.units(), similarity_.transposed(), {&sums_},
+                     [&](int64_t slab, int64_t begin, int64_t end, T* z, const auto& parts) {
+                       const int64_t c0 = slab * width, lanes = similarity_.lanes(c0);
+                       std::fill_n(parts[0].sum, end - begin, T(0));
+                       for (int s = 0; s < form_.directions() && lanes > 0; ++s) {
+                         const int64_t r0 = std::max(begin, start(s));
+                         const int64_t r1 = std::min(end, start(s) + layer_.rows);
+                         if (r0 >= r1 || !similarity_.meet(r0, c0)) continue;
+                         T* rows = z + (r0 - begin) * width;
+                         for (int64_t a = r0; a < r1; ++a)
+                           leave_out(a, c0, lanes, rows + (a - r0) * width);
+                         kernels_.exp_rows(r1 - r0, lanes, rows, parts[0].offset + r0 - begin,
+                                           parts[0].sum + r0 - begin);
+                       }
+                     });
   }
 
   // What row `a` of a slab has of itself and of its positive.
@@ -174,8 +172,7 @@ class ImagePairs {
         if (!form_.fixed_offset()) offset_[a] = static_cast<T>(sums_[a].maximum);
         weight_[a] = static_cast<T>(share * std::exp(offset_[a] - lse));
         missing_[a] = share / (1 + std::exp(-d));
-        terms_[a] =
-            layer_.grad_scale * share * std::exp(constant - lse) * form_.self_logit / t;
+        terms_[a] = layer_.grad_scale * share * std::exp(constant - lse) * form_.self_logit / t;
       }
     });
     return std::accumulate(loss.data(), loss.data() + loss.size(), 0.0);
@@ -270,14 +267,14 @@ PairSums solve_image(const PairForm& form, const PairLayer& layer, int64_t image
 // are enough of them, others one after the other by all threads: results are the same.
 template <class T>
 std::vector<PairSums> solve_pairs(const PairForm& form, const std::vector<PairLayer>& layers) {
-  constexpr int64_t kSmallRows = 512;
+  constexpr int64_t kSmallBytes = int64_t{10} << 20;  // of exponentials
   struct Item {
     size_t layer;
     int64_t image;
     PairSums sums = {};
   };
   std::vector<Item> items;
-  std::vector<Item*> small;
+  std::vector<Item*> small, others;
   int64_t work = 0;
   for (size_t l = 0; l < layers.size(); ++l) {
     for (int64_t b = 0; b < layers[l].images; ++b) items.push_back({l, b});
@@ -285,19 +282,20 @@ std::vector<PairSums> solve_pairs(const PairForm& form, const std::vector<PairLa
   const auto solve = [&](Item& item) {
     item.sums = solve_image<T>(form, layers[item.layer], item.image);
   };
-  const auto is_small = [&](const Item& item) { return layers[item.layer].rows <= kSmallRows; };
   for (Item& item : items) {
     const PairLayer& layer = layers[item.layer];
-    if (!is_small(item)) continue;
-    small.push_back(&item);
-    work += layer.rows * layer.rows * layer.sides[0].rows.depth();
+    const int64_t pairs = 2 * layer.rows * layer.rows;
+    const bool fits = pairs * static_cast<int64_t>(sizeof(T)) <= kSmallBytes;
+    (fits ? small : others).push_back(&item);
+    if (fits) work += pairs * layer.sides[0].rows.depth();
   }
   const auto count = static_cast<int64_t>(small.size());
-  const bool shared = count >= static_cast<int64_t>(torch::stable::get_num_threads());
-  if (shared) run_tasks(count, work / count, [&](int64_t i) { solve(*small[i]); });
-  for (Item& item : items) {
-    if (!shared || !is_small(item)) solve(item);
+  if (count < static_cast<int64_t>(torch::stable::get_num_threads())) {
+    others.insert(others.end(), small.begin(), small.end());
+  } else if (count > 0) {
+    run_tasks(count, work / count, [&](int64_t i) { solve(*small[i]); });
   }
+  for (Item* item : others) solve(*item);
   std::vector<PairSums> sums(layers.size());
   for (const Item& item : items) {
     sums[item.layer].loss += item.sums.loss;

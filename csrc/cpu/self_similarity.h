@@ -10,8 +10,8 @@
 // product for z, one for H u. Else it is walked part by part, twice; the part that the first walk
 // ends with is still there when the second begins.
 //
-// The rows may be of two sides, u and v: then z_uv is computed once as well, the rows of a side need
-// not meet one another, and what u gives to v and v to u may be kept apart.
+// The rows may be of two sides, u and v: then z_uv is computed once as well, the rows of a side
+// need not meet one another, and what u gives to v and v to u may be kept apart.
 #pragma once
 
 #include <array>

@@ -76,6 +76,70 @@ def photo_crops(out: Path, seed: int = 0) -> None:
     _tell(write_photo_crops(out, seed=seed), "simclr --preset photo-crops")
 
 
+def texture_mosaics(
+    out: Path,
+    size: int = 32,
+    cells: int = 4,
+    textures: int = 6,
+    train_count: int = 1000,
+    test_count: int = 250,
+    seed: int = 0,
+    networks: bool = True,
+) -> None:
+    """Label maps of random cells, and images in which each cell shows a texture cut from a real photograph.
+
+    Args:
+        out: Folder for train_label, train_img, train_inst, and the same of test; created.
+        size: Side of the images in pixels, at most 66.
+        cells: Cells of an image; each has a random texture, and is an instance.
+        textures: How many textures, 2 to 9; the labels are 0 to textures - 1.
+        train_count: Images for training.
+        test_count: Images for testing, cut from other parts of the photographs.
+        seed: Seed of the cells and the crops.
+        networks: Trains three small networks too, in about a minute: critic.pt, a stand-in for VGG; judge.pt and segmenter.pt, which
+            judge images and share nothing with it.
+    """
+    from fastnce.demo import TextureRecipe, write_texture_mosaics
+
+    counts = {"train_count": train_count, "test_count": test_count}
+    recipe = TextureRecipe() if networks else None
+    written = write_texture_mosaics(
+        out, size, cells=cells, textures=textures, **counts, seed=seed, networks=recipe
+    )
+    _tell(written, _cfl(size))
+
+
+def posterised_photos(
+    out: Path,
+    size: int = 32,
+    train_count: int = 1000,
+    test_count: int = 250,
+    seed: int = 0,
+    networks: bool = True,
+) -> None:
+    """Crops of seven real photographs, with their luminance as label maps: blurred and quantised to 8 levels.
+
+    Args:
+        out: Folder for train_label and train_img, and the same of test; created.
+        size: Side of the images in pixels, at most 100.
+        train_count: Images for training.
+        test_count: Images for testing, from other columns of the photographs.
+        seed: Seed of the crops.
+        networks: As of texture-mosaics; they tell the photographs apart.
+    """
+    from fastnce.demo import TextureRecipe, write_posterised_photos
+
+    counts = {"train_count": train_count, "test_count": test_count}
+    recipe = TextureRecipe() if networks else None
+    written = write_posterised_photos(out, size, **counts, seed=seed, networks=recipe)
+    _tell(written, _cfl(size))
+
+
+def _cfl(size: int) -> str:
+    """The training of a set of label maps; the preset is for 32 pixels."""
+    return "cfl --preset photos" + ("" if size == 32 else f" --load-size {size} --crop-size {size}")
+
+
 def _tell(out: Path, training: str) -> None:
     """Prints the content of the set and its use."""
     from fastnce.data import list_images

@@ -10,6 +10,7 @@ from fastnce.demo.judges import (
     load_evaluator,
     recipe_for,
 )
+from fastnce.demo.label_sets import write_posterised_photos, write_texture_mosaics
 from fastnce.demo.report import digits_to_translate, evaluate_digits, is_digits_photos
 from fastnce.demo.sets import (
     PHOTOS,
@@ -20,6 +21,7 @@ from fastnce.demo.sets import (
     write_photos,
     write_single_photos,
 )
+from fastnce.demo.texture_networks import TextureRecipe
 
 __all__ = [
     "PHOTOS",
@@ -27,6 +29,7 @@ __all__ = [
     "DigitRecipe",
     "Evaluator",
     "EvaluatorRecipe",
+    "TextureRecipe",
     "digits_to_translate",
     "evaluate_digits",
     "generation_evaluator",
@@ -39,5 +42,7 @@ __all__ = [
     "write_digits_photos",
     "write_photo_crops",
     "write_photos",
+    "write_posterised_photos",
     "write_single_photos",
+    "write_texture_mosaics",
 ]

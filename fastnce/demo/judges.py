@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from fastnce.files import atomic_path
 from fastnce.data.images import SIGNED_UNIT
 from fastnce.data.labelled import LabelledImages
 from fastnce.data.stream import counter_rng
@@ -35,6 +34,7 @@ from fastnce.demo.sets import (
     scaled_photo,
 )
 from fastnce.errors import UserError
+from fastnce.files import atomic_path
 from fastnce.metrics.distribution import as_saved, extract_features
 from fastnce.metrics.extractors import load_extractor
 
@@ -228,7 +228,9 @@ def load_evaluator(
         _fit(evaluator, loss, recipe, "evaluator", progress)
 
     name = f"fastnce-digits-photos-v{recipe.version}-{recipe.digest()}"
-    return _load_or_train("evaluator", name, recipe, partial(Evaluator, len(recipe.photos)), train, cache)
+    return _load_or_train(
+        "evaluator", name, recipe, partial(Evaluator, len(recipe.photos)), train, cache
+    )
 
 
 class EvaluatorBatches:
@@ -313,7 +315,9 @@ def load_digit_classifier(
         network.scale.copy_(features.var(0).mean().sqrt())
 
     name = f"fastnce-digits-v{recipe.version}-{recipe.digest()}"
-    return _load_or_train("digit-classifier", name, recipe, partial(DigitClassifier, size), train, cache)
+    return _load_or_train(
+        "digit-classifier", name, recipe, partial(DigitClassifier, size), train, cache
+    )
 
 
 def generation_evaluator(
@@ -387,10 +391,19 @@ def _load_or_train(
 
 
 def _fit(
+    network: nn.Module, loss: Callable[[int], Tensor], recipe: _Recipe, name: str, progress: bool
+) -> None:
+    steps, rate = recipe.steps, recipe.learning_rate
+    fit(network, loss, name, steps=steps, learning_rate=rate, progress=progress)
+
+
+def fit(
     network: nn.Module,
     loss: Callable[[int], Tensor],
-    recipe: EvaluatorRecipe | DigitRecipe,
     name: str,
+    *,
+    steps: int,
+    learning_rate: float,
     progress: bool,
 ) -> None:
     """Trains in place: AdamW on `loss(step)`, the learning rate rising and falling once.
@@ -398,13 +411,13 @@ def _fit(
     Runs on one thread: so the weights do not depend on the number of cores, and a busy machine
     does not make a small network wait for its second thread.
     """
-    threads, rate = torch.get_num_threads(), recipe.learning_rate
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=recipe.steps)
+        optimizer = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
         network.train()
-        for step in tqdm(range(recipe.steps), name, disable=not progress, dynamic_ncols=True):
+        for step in tqdm(range(steps), name, disable=not progress, dynamic_ncols=True):
             value = loss(step)
             optimizer.zero_grad()
             value.backward()

@@ -22,7 +22,15 @@ from fastnce.demo.sets import (
     scaled_photo,
 )
 from fastnce.errors import UserError
-from fastnce.metrics.image_sets import BEST, TRANSLATED, WITHOUT_NCE, Row, evaluate, halves_name, untranslated_name
+from fastnce.metrics.image_sets import (
+    BEST,
+    TRANSLATED,
+    WITHOUT_NCE,
+    Row,
+    evaluate,
+    halves_name,
+    untranslated_name,
+)
 
 IDEAL = "ideal: the same digits composited"
 IDEAL_PLAIN = "ideal: the same digits plain"

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastnce.files import write_json
 from fastnce.data.images import read_image, to_array, to_image
 from fastnce.data.stream import counter_rng
 from fastnce.errors import UserError
+from fastnce.files import write_json
 
 # Photograph -> the package it ships in, and where.
 PHOTOS = {
@@ -82,7 +82,7 @@ def write_digits_photos(
         "noise_sigma": NOISE_SIGMA,
         "test_every": TEST_EVERY,
     }
-    return _write_once(Path(out), "digits-photos", settings, lambda: _digits_photos(seed, photos))
+    return write_once(Path(out), "digits-photos", settings, lambda: _digits_photos(seed, photos))
 
 
 def write_photos(
@@ -120,7 +120,7 @@ def write_photos(
         "train_count": train_count,
         "test_count": test_count,
     }
-    return _write_once(Path(out), "photos", settings, lambda: _photos(photos, size, counts, seed))
+    return write_once(Path(out), "photos", settings, lambda: _photos(photos, size, counts, seed))
 
 
 def write_single_photos(
@@ -138,7 +138,7 @@ def write_single_photos(
     """
     photos = _two_photos(photo_a, photo_b)
     settings = {"size": size, "photo_a": photo_a, "photo_b": photo_b}
-    return _write_once(Path(out), "single-photos", settings, lambda: _single_photos(photos, size))
+    return write_once(Path(out), "single-photos", settings, lambda: _single_photos(photos, size))
 
 
 def write_digits(out: Path | str, size: int = 16, seed: int = 0) -> Path:
@@ -158,7 +158,7 @@ def write_digits(out: Path | str, size: int = 16, seed: int = 0) -> Path:
     if size not in (16, 32):
         raise UserError(f"size={size}: the digits are written at 16 or 32 pixels. Use one of them.")
     settings = {"seed": seed, "size": size, "test_every": TEST_EVERY}
-    return _write_once(Path(out), "digits", settings, lambda: _digits(size, seed))
+    return write_once(Path(out), "digits", settings, lambda: _digits(size, seed))
 
 
 def write_photo_crops(
@@ -189,7 +189,7 @@ def write_photo_crops(
         "photos": list(PHOTOS),
         **{f"{split}_count": count for split, count in counts.items()},
     }
-    return _write_once(Path(out), "photo-crops", settings, lambda: _photo_crops(counts, seed))
+    return write_once(Path(out), "photo-crops", settings, lambda: _photo_crops(counts, seed))
 
 
 def read_labels(root: Path | str) -> dict[str, Any]:
@@ -228,10 +228,14 @@ def load_photo(name: str) -> np.ndarray:
     """One of `PHOTOS`: (H, W, 3) uint8. UserError if there is no such photograph, or its package is not installed."""
     if name not in PHOTOS:
         raise UserError(f'photo="{name}": no such photograph. Use one of {", ".join(PHOTOS)}.')
-    package, path = PHOTOS[name]
+    return load_packaged(*PHOTOS[name], f'The photograph "{name}"')
+
+
+def load_packaged(package: str, path: str, what: str) -> np.ndarray:
+    """An image that ships in a package: (H, W, 3) uint8. UserError, which names `what` it is, if the package is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise _missing(package, f'The photograph "{name}"')
+        raise _missing(package, what)
     return to_array(read_image(Path(spec.submodule_search_locations[0], path), 3))
 
 
@@ -326,17 +330,24 @@ def to_bytes(values: np.ndarray) -> np.ndarray:
     return np.rint(values.clip(0, 1) * 255).astype(np.uint8)
 
 
-def _missing(package: str, what: str) -> UserError:
-    distribution = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[package]
-    return UserError(
-        f"{what} comes with {distribution}, which is not installed. Run: pip install 'fastnce[demo]'"
-    )
-
-
-def _write_once(
-    out: Path, kind: str, settings: dict[str, Any], images: Callable[[], Images]
+def write_once(
+    out: Path,
+    kind: str,
+    settings: dict[str, Any],
+    images: Callable[[], Images],
+    more: Callable[[Path], dict[str, Any]] | None = None,
 ) -> Path:
-    """Writes a set into a folder beside `out` and renames it when complete; skips what is there."""
+    """Writes a set into a folder beside `out` and renames it when complete; skips what is there.
+
+    Args:
+        out: Folder to write.
+        kind, settings: The recipe.
+        images: Makes the images.
+        more: Writes further files into the folder that it gets, and returns what `labels.json` says of them.
+
+    Raises:
+        UserError: If `out` holds something else, or cannot be written.
+    """
     recipe = {"kind": kind, "version": 1} | settings
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         if (out / LABELS_FILE).is_file() and read_labels(out)["recipe"] == recipe:
@@ -356,7 +367,8 @@ def _write_once(
             path.parent.mkdir(parents=True, exist_ok=True)
             to_image(array).save(path)
             labels[name] = label
-        write_json({"recipe": recipe, "images": labels}, partial / LABELS_FILE)
+        notes = {} if more is None else more(partial)
+        write_json({"recipe": recipe, "images": labels} | notes, partial / LABELS_FILE)
         os.replace(partial, target)
     except OSError as error:
         raise UserError(
@@ -366,6 +378,13 @@ def _write_once(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def _missing(package: str, what: str) -> UserError:
+    distribution = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[package]
+    return UserError(
+        f"{what} comes with {distribution}, which is not installed. Run: pip install 'fastnce[demo]'"
+    )
 
 
 def _two_photos(photo_a: str, photo_b: str) -> dict[str, str]:

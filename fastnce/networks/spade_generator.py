@@ -109,7 +109,8 @@ class SPADEGenerator(nn.Module):
         image_size: height and width of the training images.
 
     Raises:
-        ValueError: an unknown upsampling, an image smaller than `size_multiple`, or a semantic map of another form.
+        ValueError: an unknown upsampling or initialisation, no channels, an image smaller than `size_multiple`, a semantic map of
+            another form, or a training batch of one position in the first map.
 
     Examples:
         >>> import torch
@@ -135,6 +136,10 @@ class SPADEGenerator(nn.Module):
                 f"SPADEGenerator: upsampling={upsampling!r} must be one of {get_args(Upsampling)}."
             )
         self.in_channels = in_channels
+        if base_channels < (2 if upsampling == "most" else 1):
+            raise ValueError(
+                f"SPADEGenerator: base_channels={base_channels} must be at least 1, and 2 with upsampling='most'."
+            )
         self.base_channels = base_channels
         self.size_multiple = 2 ** (5 + get_args(Upsampling).index(upsampling))
         self.image_size = self._image_size(crop_size, aspect_ratio)
@@ -179,7 +184,8 @@ class SPADEGenerator(nn.Module):
     def forward(self, semantics: Tensor) -> Tensor:
         """The image of a semantic map."""
         size = self._first_map(semantics)
-        semantics = maps.in_kernel_layout(semantics, self.base_channels)
+        # Most convolutions have kernels, whatever the last maps' channels are.
+        semantics = maps.in_kernel_layout(semantics, 16 * self.base_channels)
         x = self.fc(_resized(semantics, size))
         for name, doubles in self.blocks:
             if doubles:

@@ -176,7 +176,7 @@ class CFLConfig(PatchConfig, GeneratorConfig):
     def form(self) -> str:
         """Which form of the contrastive loss this is, in words for a result."""
         if self.lambda_nce == 0:
-            return "no contrastive loss"
+            return "none"
         named = {("both", True, True, "published"): "as published"}
         named["both", True, False, "once"] = "clean: gradients both ways, each map once"
         choices = (
@@ -629,7 +629,7 @@ def translate_label_maps(
     how = tested(replace(config, preprocess=preprocess or config.preprocess)) | {"images": False}
     how |= {"broken_files": broken_files or config.broken_files}
     if (input / "gtFine").is_dir():
-        dataset = label_maps(config, "test", input, **how)
+        dataset = label_maps(config, "test", input, **(how | {"layout": "cityscapes"}))
     elif config.instances and instances is None:
         raise UserError(
             f"input={input}: the run sees the edges of instances too. Give the folder of their maps: --instances DIR."
@@ -723,6 +723,12 @@ class CFLSystem(System):
             "batch_size": 16,
         },
         "ade20k": {"layout": "ade20k", "label_classes": 150, "dont_care": True},
+        "coco": {
+            "layout": "coco",
+            "label_classes": 182,
+            "dont_care": True,
+            "instances": True,
+        },
         # Cityscapes' class numbers and shape; no instances.
         "gta": {
             "label_classes": 35,
@@ -884,9 +890,9 @@ class CFLSystem(System):
             extractor: what gives the features of FID, never the critic; by default that of the run, or judge.pt of the data.
             segmenter: reads the classes of the labels, of Cityscapes its 19 train ids; by default segmenter.pt of the data.
         """
-        return self._judged(
-            config, networks, data, device, extractor=extractor, segmenter=segmenter
-        )
+        judges = {"extractor": extractor, "segmenter": segmenter}
+        result, table = self._judged(config, networks, data, device, **judges)
+        return result, f"{table}\nContrastive loss: {config.form}; critic: {config.critic}.\n"
 
     def _judged(
         self,

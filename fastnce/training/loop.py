@@ -42,7 +42,7 @@ from fastnce.verification import verify_once
 from fastnce.viz import plots
 
 # Options that name a place, which may be spelled in several ways.
-_PATHS = DATA_FIELDS | {"init_from"}
+_PATHS = DATA_FIELDS | {"init_from", "vgg_weights", "critic_file"}
 # What a user looks at in a finished run.
 _RESULTS = ("samples", "loss.png", "measurements.png", "checkpoints/best.pt", "checkpoints/last.pt")
 # The seeds of two ranks differ by this.

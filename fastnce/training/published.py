@@ -1,4 +1,4 @@
-"""Weights to start from: those of another run, or files of the published repositories of CUT, CycleGAN, pix2pix and DCLGAN.
+"""Weights to start from: those of another run, or files of the published repositories of CUT, CycleGAN, pix2pix, DCLGAN, CFL, SPADE.
 
 Those repositories write one file per network, `{latest|EPOCH}_net_{G,D,F}.pth` (`G_A`, `G_B`, ... where there are two
 directions), a plain state dict. Our networks have the same keys, so what is left is to find out from keys and shapes how
@@ -22,9 +22,12 @@ from fastnce.training.config import as_option
 
 # What a network of the published repositories is, with how its keys give it away.
 RESNET, PATCH, PROJECTOR = "ResNet generator", "patch discriminator", "patch projector (netF)"
-UNET = "U-Net generator"
+UNET, SPADE = "U-Net generator", "SPADE generator"
+MULTISCALE, FEATURES = "discriminator of several scales", "critic with its projections (F_q)"
 # The system that a generator without its configuration is taken for.
-_SYSTEMS = {RESNET: "cut", UNET: "pix2pix"}
+_SYSTEMS = {RESNET: "cut", UNET: "pix2pix", SPADE: "cfl"}
+# The preset that a SPADE generator was trained with, by its input's channels: these tell classes, "don't care" and edges apart.
+_SPADE_PRESETS = {36: "cityscapes", 151: "ade20k", 184: "coco"}
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -32,7 +35,7 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 class Recognised:
     """The content of a published weights file."""
 
-    kind: str  # `RESNET`, `UNET`, `PATCH` or `PROJECTOR`
+    kind: str  # `RESNET`, `UNET`, `SPADE`, `PATCH`, `MULTISCALE`, `PROJECTOR` or `FEATURES`
     options: dict[str, object]  # of the system's configuration, as far as weights fix them
     layer_channels: tuple[int, ...] = ()  # for a projector, those of each feature map
 
@@ -46,8 +49,9 @@ def read_published(path: Path) -> dict[str, Tensor]:
     return {
         name: tensor
         for name, tensor in state.items()
-        # Without a weight beside them they belong to an instance norm that does not use them.
+        # Without a weight beside them they belong to an instance norm that does not use them, or to SPADE, which does.
         if not (name.endswith(_STATISTICS) and f"{name.rpartition('.')[0]}.weight" not in state)
+        or ".param_free_norm." in name
     }
 
 
@@ -65,6 +69,20 @@ def recognise(state: Mapping[str, Tensor], path: Path) -> Recognised:
         channels = tuple(state[f"mlp_{i}.0.weight"].shape[1] for i in range(len(inputs)))
         width = state["mlp_0.0.weight"].shape[0]
         return Recognised(PROJECTOR, {"projection_dim": width}, channels)
+    if "head_0.conv_0.weight_orig" in state:
+        return Recognised(SPADE, _spade_options(state))
+    if "discriminator_0.model0.0.weight" in state:
+        layers = [
+            k for k in state if re.fullmatch(r"discriminator_0\.model\d+\.0(\.0)?\.weight.*", k)
+        ]
+        options = {
+            "disc_channels": state["discriminator_0.model0.0.weight"].shape[0],
+            "disc_layers": len({k.split(".")[1] for k in layers}) - 1,
+            "disc_scales": len({k.split(".")[0] for k in state}),
+        }
+        return Recognised(MULTISCALE, options)
+    if any(k.startswith(("projection.mlps.", "encoder.slice1.")) for k in state):
+        return _critic_projections(state)
     known = {
         "encoder.convs.": "a StyleGAN2-style generator",
         "convs.": "a StyleGAN2-style discriminator",
@@ -73,7 +91,7 @@ def recognise(state: Mapping[str, Tensor], path: Path) -> Recognised:
     what = next((text for key, text in known.items() if any(k.startswith(key) for k in state)), "")
     raise UserError(
         f"{path}: holds {what or 'no network that is known here'} (keys {', '.join(list(state)[:3])}, ...), expected a "
-        f"{RESNET}, {UNET}, {PATCH} or {PROJECTOR}. Name another file."
+        f"{RESNET}, {UNET}, {SPADE}, {PATCH}, {MULTISCALE}, {PROJECTOR} or {FEATURES}. Name another file."
     )
 
 
@@ -119,6 +137,27 @@ def _unet_options(state: Mapping[str, Tensor], path: Path) -> dict[str, object]:
     }
 
 
+def _spade_options(state: Mapping[str, Tensor]) -> dict[str, object]:
+    """`label_classes` are all channels of its input. Weights do not tell "normal" from "more" upsampling."""
+    most = "up_4.conv_0.weight_orig" in state
+    return {
+        "label_classes": state["fc.weight"].shape[1],
+        "base_channels": state["conv_img.weight"].shape[1] * (2 if most else 1),
+        "hidden_channels": state["head_0.norm_0.mlp_shared.0.weight"].shape[0],
+        **({"upsampling": "most"} if most else {}),
+    }
+
+
+def _critic_projections(state: Mapping[str, Tensor]) -> Recognised:
+    weight = re.compile(r"projection\.mlps\.\d+\.(0\.)?weight")
+    first = [x for name, x in state.items() if weight.fullmatch(name)]
+    if not first:
+        return Recognised(FEATURES, {"projector": "identity"})
+    kind = "mlp" if "projection.mlps.0.0.weight" in state else "linear"
+    options = {"projector": kind, "projection_dim": first[0].shape[0]}
+    return Recognised(FEATURES, options, tuple(x.shape[1] for x in first))
+
+
 def _patch_options(state: Mapping[str, Tensor], path: Path) -> dict[str, object]:
     batch_norm = any(name.endswith("running_mean") for name in state)
     if not batch_norm:
@@ -159,8 +198,10 @@ def published_config(state: Mapping[str, Tensor], path: Path) -> TrainConfig:
         raise UserError(
             f"{path}: holds a {found.kind}, expected a generator. Name its file, such as latest_net_G.pth."
         )
-    config_class = system_named(_SYSTEMS[found.kind]).config_class
-    return config_class(data=path.parent, out=path.parent, **found.options)
+    system, options = system_named(_SYSTEMS[found.kind]), dict(found.options)
+    if found.kind == SPADE and (preset := _SPADE_PRESETS.get(options["label_classes"])):
+        options |= system.presets[preset]
+    return system.config_class(data=path.parent, out=path.parent, **options)
 
 
 def published_files(where: Path, names: tuple[str, ...]) -> dict[str, Path]:
@@ -269,6 +310,8 @@ def load_published(model: nn.Module, config: TrainConfig, networks: Mapping[str,
         if attribute.endswith(".b_to_a"):
             a, b = found.options["in_channels"], found.options["out_channels"]
             found.options.update(in_channels=b, out_channels=a)  # in the terms of A to B
+        if found.kind == SPADE:
+            found.options["label_classes"] -= config.dont_care + config.instances
         _check_options(found, config, network, files[name])
         load_strictly(network, state, files[name])
         lines.append(f"{name}: {files[name]}")
@@ -283,8 +326,10 @@ def _check_options(found: Recognised, config: TrainConfig, network: nn.Module, p
         ours = ", ".join(f"{k}={getattr(config, k)}" for k in differing)
         options = " ".join(word for k, v in differing.items() for word in as_option(k, v))
         raise UserError(f"{path}: has {theirs}, but the options say {ours}. Add {options}.")
-    expected = tuple(getattr(network, "in_channels", ()))
-    if found.kind == PROJECTOR and found.layer_channels != expected:
+    if not found.layer_channels:
+        return
+    expected = tuple(network.in_channels)
+    if found.layer_channels != expected:
         raise UserError(
             f"{path}: was trained on feature maps of {list(found.layer_channels)} channels, but nce_layers="
             f"{list(getattr(config, 'nce_layers', ()))} gives {list(expected)}. Give the nce_layers of that training."

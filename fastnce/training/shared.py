@@ -25,6 +25,8 @@ _PRIVATE = (
     "init_from",
     "device",
     "extractor",
+    "vgg_weights",
+    "critic_file",
 )
 
 

@@ -153,8 +153,7 @@ def _maps(
 
 _ODD_MAPS = ((2, 33, 17, 13), (2, 130, 9, 8))
 _ODD_LAYERS = ((2, 33, 64), (2, 256, 256), (2, 1, 48))
-_DETACHED = {"symmetric": True, "detach_keys": True}
-_NEGATIVES = {"query_negatives": True}
+_BOTH = {"symmetric": True, "query_negatives": True}
 _SAMPLED = {
     "planes": {
         "planes": _maps(*_ODD_MAPS, patches=64),
@@ -174,14 +173,17 @@ CASES: Calls = {
     "patch_nce": {
         "keys fixed": {"uneven layers": _layers(*_ODD_LAYERS, keys=False)},
         "both gradients": {"uneven layers": _layers(*_ODD_LAYERS, tau=0.1)},
-        "symmetric": {
-            "uneven layers": _layers(*_ODD_LAYERS, tau=0.1, symmetric=True),
-            "keys detached": _layers(*_ODD_LAYERS, **_DETACHED),
+        "query negatives": {
+            "both gradients": _layers(*_ODD_LAYERS, tau=0.1, query_negatives=True),
+            "keys fixed": _layers(*_ODD_LAYERS, keys=False, query_negatives=True),
         },
-        "query negatives": {"uneven layers": _layers(*_ODD_LAYERS, tau=0.1, **_NEGATIVES)},
+        "symmetric": {
+            "both gradients": _layers(*_ODD_LAYERS, tau=0.1, symmetric=True),
+            "keys detached": _layers(*_ODD_LAYERS, symmetric=True, detach_keys=True),
+        },
         "symmetric, query negatives": {
-            "keys detached": _layers(*_ODD_LAYERS, tau=0.1, **_NEGATIVES, **_DETACHED),
-            "uneven layers": _layers(*_ODD_LAYERS, **_NEGATIVES, symmetric=True),
+            "both gradients": _layers(*_ODD_LAYERS, tau=0.1, **_BOTH),
+            "keys detached": _layers(*_ODD_LAYERS, tau=0.1, **_BOTH, detach_keys=True),
         },
     },
     "sample_patches": _SAMPLED,
@@ -253,9 +255,9 @@ RACES: Calls = {
     "patch_nce": {
         "keys fixed": _races(_layers, _LAYERS, keys=False),
         "both gradients": _races(_layers, _LAYERS),
+        "query negatives": _races(_layers, _LAYERS, keys=False, query_negatives=True),
         "symmetric": _races(_layers, _LAYERS, symmetric=True),
-        "query negatives": _races(_layers, _LAYERS, **_NEGATIVES),
-        "symmetric, query negatives": _races(_layers, _LAYERS, **_NEGATIVES, **_DETACHED),
+        "symmetric, query negatives": _races(_layers, _LAYERS, **_BOTH, detach_keys=True),
     },
     "sample_patches": {
         "planes": _races(_maps, _MAPS),

@@ -446,6 +446,34 @@ def test_layers_of_vgg19(tmp_path):
         assert model.features.maps == list(places)
     with pytest.raises(UserError, match="nce_layers=1 3 5: .*published 0 1 2 3 4 5"):
         CFL(replace(GOLDEN, nce_layers=("1", "3", "5"), **base))
+    published = CFL(replace(GOLDEN, nce_layers=FIVE, projection_dim=256, **base)).features
+    names = list(published.state_dict())
+    assert len(names) == 44 and names[:3] == [
+        "encoder.mean",
+        "encoder.std",
+        "encoder.slice1.0.weight",
+    ]
+    assert sum(p.numel() for p in published.projection.parameters()) == 624_640
     # Its maps serve the VGG loss too.
     both = replace(GOLDEN, lambda_vgg=1.0, nce_layers=("3,4,5",), **base)
     assert CFL(both).vgg is None
+
+
+def test_bf16_trains_every_network(critic_file):
+    config = replace(STEP, critic_file=critic_file, **CASES["everything"])
+    results = []
+    for precision in ("fp32", "bf16"):
+        model = made(replace(config, precision=precision), torch.float32)
+        ((batch, how),) = steps(model, 1, torch.float32)
+        results.append((model.training_step(batch, **how), model))
+    (expected, truth), (losses, model) = results
+    for name, value in expected.items():
+        assert losses[name].item() == pytest.approx(value.item(), rel=0.1, abs=0.05), name
+    for network in ("generator", "features", "discriminator"):
+        one, other = (
+            torch.cat(
+                [p.grad.flatten() for p in getattr(m, network).parameters() if p.requires_grad]
+            )
+            for m in (model, truth)
+        )
+        assert F.cosine_similarity(one, other, dim=0) > 0.9, network

@@ -43,6 +43,13 @@ def samples(
 
 FORMS = [(op, name) for op in OPS for name in samples(op)]
 
+# Of patch_nce, by the first sample that has it: what is asked for.
+PATCH_FORMS: dict[str, dict[str, bool]] = {}
+for _name, _sample in samples("patch_nce").items():
+    _options = {key: True for key, value in _sample.arguments.items() if value is True}
+    if _options not in PATCH_FORMS.values():
+        PATCH_FORMS[_name] = _options
+
 
 def typical(
     op: str, dtype: torch.dtype = torch.float32, device: str = "cpu", backend: str = ""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from forms import (
     OPS,
+    PATCH_FORMS,
     among_nans,
     assert_same,
     channels_last,
@@ -27,7 +28,7 @@ from fastnce.testing import Sample, assert_close_to_truth, run, truth
 
 pytestmark = pytest.mark.skipif(native.available() != "ok", reason=native.available())
 
-# What makes the kernels cut their matrices in every way that they know: op, shape of the queries, of the other rows, form.
+# What makes the kernels cut their matrices in every way that they know: op, shape of the queries, of the other rows or its form, form or t.
 LARGE = {
     "several_panels": ("info_nce", (1100, 20), None, "in_batch"),
     "several_panels_symmetric": ("info_nce", (1100, 20), None, "symmetric"),
@@ -39,6 +40,13 @@ LARGE = {
     "own": ("info_nce", (2, 30, 27), (2, 30, 150, 27), "own in_batch"),
     "many_small": ("patch_nce", (9, 40, 27), None, 4.0),  # where CUT's constant counts
     "layers": ("patch_nce", (1, 256, 256), None, 0.07),  # five of them
+    # Its forms: two sides that are no whole blocks; in fp64 more of these than are kept at a time; temperatures as below.
+    **{
+        f"{form} {shape[1]} {tau}": ("patch_nce", shape, form, tau)
+        for form in PATCH_FORMS
+        if form != "image"
+        for shape, tau in (((4, 150, 27), 0.02), ((4, 150, 27), 0.2), ((1, 1300, 20), 0.2))
+    },
     "panels": ("pairwise_cosine_similarity", (1300, 40), (700, 40), ""),
     "panels_itself": ("pairwise_cosine_similarity", (1300, 40), None, ""),
     "few_other_rows": ("pairwise_cosine_similarity", (1300, 40), (30, 40), ""),
@@ -69,7 +77,9 @@ def large(name: str, dtype: torch.dtype, reduction: str = "none") -> Sample:
         options |= info_nce_form(form, rows, rows)
     elif op == "pairwise_cosine_similarity":
         y = None if others is None else gaussian(*others, seed=2)
-    elif op != "patch_nce":
+    elif op == "patch_nce":
+        options |= PATCH_FORMS[others or "image"]
+    else:
         generator = torch.Generator().manual_seed(0)
         classes = 20 if op == "conditional_contrastive" else shape[0] // 7  # below and above 8 rows
         options["labels"] = torch.randint(classes, shape[:1], generator=generator)

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from forms import DTYPES, LOSSES, gaussian, info_nce_form, of_rows, rows_of, samples
+from forms import (
+    DTYPES,
+    LOSSES,
+    PATCH_FORMS,
+    gaussian,
+    has_form,
+    info_nce_form,
+    of_rows,
+    rows_of,
+    samples,
+)
 from torch import Tensor
 
 import fastnce
@@ -12,22 +22,20 @@ SIZES = [1, 2, 63, 64, 65, 100, 252, 256, 507]
 DEPTHS = [1, 3, 16, 27, 64, 96, 123, 256, 384, 512, 768, 1000, 1536]
 TEMPERATURES = [0.005, 0.01, 0.023, 0.07, 0.5, 1.0, 10.0]
 FORMS = ["in_batch", "symmetric", "queue", "queue in_batch", "own", "batched", "own in_batch"]
-PATCH_FORMS: list[dict[str, object]] = [
-    {"query_negatives": True},
-    {"symmetric": True},
-    {"symmetric": True, "detach_keys": True},
-    {"symmetric": True, "query_negatives": True},
-    {"symmetric": True, "query_negatives": True, "detach_keys": True},
-]
-# Of each loss, how many samples there are to meet all of its forms.
-SAMPLES = dict.fromkeys(LOSSES, 36) | {"info_nce": 54, "patch_nce": 72}
 HALF = (torch.bfloat16, torch.float16)
 LABELLED = [op for op in LOSSES if "labels" in next(iter(samples(op).values())).arguments]
 each_loss = pytest.mark.parametrize("op", LOSSES)
 
 
-def shaped(op: str, index: int, dtype: torch.dtype) -> Sample:
+def forms_of(op: str, backend: str = "torch") -> list[str]:
+    """Those that the backend has."""
+    return [name for name in PATCH_FORMS if has_form(backend, name)] if op == "patch_nce" else FORMS
+
+
+def shaped(op: str, index: int, dtype: torch.dtype, backend: str = "torch") -> Sample:
     """Sizes that are coprime in number: in 36 samples each meets each of the others."""
+    forms = forms_of(op, backend)
+    form = forms[(index + index // 9) % len(forms)]
     count, depth = SIZES[index % 9], DEPTHS[(4 * index) % 13]
     # The fp16 gradient of a mean over many rows is below what fp16 resolves.
     mean = "sum" if dtype == torch.float16 else "mean"
@@ -38,7 +46,7 @@ def shaped(op: str, index: int, dtype: torch.dtype) -> Sample:
     elif op == "patch_nce" and dtype in (torch.float64, torch.float16):  # it has no other reduction
         count = min(count, 8)
     tau = TEMPERATURES[(3 * index) % 7]
-    lead = (3,) if op == "info_nce" and "batched" in FORMS[(index + index // 9) % 7] else ()
+    lead = (3,) if op == "info_nce" and "batched" in form else ()
     x = gaussian(*lead, count, depth, seed=index)
     y = x + (1.0 if op == "nt_xent" else 0.7) * gaussian(*lead, count, depth, seed=index + 1)
     options = {"temperature": tau, "reduction": reduction}
@@ -48,11 +56,9 @@ def shaped(op: str, index: int, dtype: torch.dtype) -> Sample:
         other = SIZES[(5 * index + 3) % 9]
         rows = gaussian(other, depth, seed=index + 2), gaussian(count, min(other, 10), depth)
         options["normalize"] = depth > 16 or tau < 0.5
-        options |= info_nce_form(FORMS[(index + index // 9) % 7], *(r.to(dtype) for r in rows))
+        options |= info_nce_form(form, *(r.to(dtype) for r in rows))
     elif op == "patch_nce":
-        options["negatives"] = ("image", "batch")[index % 2]
-        if index >= 36:
-            options |= PATCH_FORMS[index % 5]
+        options |= {"negatives": ("image", "batch")[index % 2], **PATCH_FORMS[form]}
         x, y = (z.unflatten(0, (2, -1)) if count % 2 == 0 else z for z in (x, y))
     elif op == "pairwise_cosine_similarity":
         y = gaussian(SIZES[(5 * index + 3) % 9], depth, seed=index + 1)
@@ -65,8 +71,8 @@ def shaped(op: str, index: int, dtype: torch.dtype) -> Sample:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sizes_and_temperatures(op, dtype, fused_backend, needs_support):
     needs_support(op, fused_backend, dtype)
-    for index in range(DTYPES.index(dtype), SAMPLES[op], 4):
-        assert_close_to_truth(op, fused_backend, shaped(op, index, dtype), dtype)
+    for index in range(DTYPES.index(dtype), 54 if op in ("info_nce", "patch_nce") else 36, 4):
+        assert_close_to_truth(op, fused_backend, shaped(op, index, dtype, fused_backend), dtype)
 
 
 def of_kind(kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,6 +107,8 @@ def awkward(op: str, kind: str, tau: float, form: str, dtype: torch.dtype) -> Sa
     options = {"temperature": torch.tensor(tau), "reduction": "sum"}
     if op == "info_nce":
         options |= info_nce_form(form, negatives.to(dtype), negatives.to(dtype))
+    elif op == "patch_nce":
+        options |= PATCH_FORMS.get(form, {})
     return of_rows(op, (x, y), dtype, labels=torch.arange(20) % 4, **options)
 
 
@@ -110,11 +118,13 @@ KINDS = ["identical", "opposite", "one opposite", "zero", "all zero", "norms", "
 @each_loss
 @pytest.mark.parametrize("kind", KINDS)
 def test_awkward_rows(op, kind, fused_backend, needs_support):
-    """InfoNCE in every form, in turn with the dtypes and temperatures."""
+    """InfoNCE and PatchNCE in every form, in turn with the dtypes and temperatures."""
+    forms = forms_of(op, fused_backend)
+    of_many = {"info_nce": forms[:4], "patch_nce": forms}.get(op)
     for i, tau in enumerate((0.005, 0.07, 1.0)):
         for j, dtype in enumerate((torch.float32, torch.bfloat16)):
             needs_support(op, fused_backend, dtype)
-            for form in FORMS[:4] if op == "info_nce" and (i + j) % 2 == 0 else [FORMS[i + j]]:
+            for form in of_many if of_many and (i + j) % 2 == 0 else [forms[(i + j) % len(forms)]]:
                 sample = awkward(op, kind, tau, form, dtype)
                 assert_close_to_truth(op, fused_backend, sample, dtype)
 

@@ -22,12 +22,14 @@ _RUNS = {
     "sincut": ("sincut", {"base_channels": 4, "num_blocks": 2, "nce_layers": (0, 2)}),
     "cyclegan": ("cyclegan", _TRANSLATION | {"in_channels": 1, "lambda_identity": 0.0}),
     "pix2pix": ("pix2pix", {"base_channels": 4, "num_downs": 4}),
+    "cfl": ("cfl", {"base_channels": 2, "hidden_channels": 4, "label_classes": 4}),
     "contragan": ("contragan", _GENERATION),
     "simclr": ("simclr", {"encoder": "small", "encoder_channels": 4, "image_size": 16}),
 }
 _IMAGES = {"image": (1, 3, 36, 48)}
 _INPUTS = {
     "pix2pix": {"image": (1, 3, 32, 48)},
+    "cfl": {"semantics": (1, 4, 64, 96)},
     "contragan": {"z": (5, 8), "label": (5,)},
     "simclr": {"image": (5, 3, 16, 16)},
     "cyclegan": {"image": (1, 3, 36, 48)},  # from B, of three channels

@@ -155,3 +155,9 @@ def test_ctrl_c_in_a_process_of_its_own(tiny, workers, tmp_path):
     assert "Run the same command again to go on." in output
     assert "Traceback" not in errors
     assert checkpoint(config.out)["step"] >= 3
+
+
+def test_the_projectors_rate_does_not_fall_with_the_others(tiny):
+    run = train(tiny("cfl", epochs=1, decay_epochs=3, steps=10, lr=2e-4))
+    rates = {k: o["param_groups"][0]["lr"] for k, o in checkpoint(run)["optimizers"].items()}
+    assert rates == pytest.approx({"G": 2e-4 / 3, "F": 2e-4, "D": 2e-4 / 3}, rel=1e-9)

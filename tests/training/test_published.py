@@ -4,6 +4,7 @@ The stand-ins are made from the list of keys and shapes of the published network
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from same_run import assert_identical
 from torch import Tensor
 
 from fastnce.errors import UserError
+from fastnce.models import CFL
 from fastnce.training import (
     Run,
     export_published,
@@ -23,7 +25,7 @@ from fastnce.training import (
     translate,
 )
 from fastnce.training.checkpoint import load_checkpoint
-from fastnce.training.published import read_published, recognise
+from fastnce.training.published import load_initial, read_published, recognise
 
 
 def fill(shapes: dict[str, tuple[int, ...]], filters: dict[str, int]) -> dict[str, Tensor]:
@@ -120,6 +122,65 @@ def official_pix2pix_discriminator(c=2) -> dict[str, Tensor]:
         convs[f"model.{index}.weight"] = (width, width // 2, 4, 4)
         norms |= batch_norm(f"model.{index + 1}", width)
     return fill(convs, {}) | norms
+
+
+def spectral(name: str, out: int, into: int, size: int, bias: bool = True) -> dict[str, tuple]:
+    """A convolution under the classic spectral norm, in the order of its keys."""
+    biases = {f"{name}.bias": (out,)} if bias else {}
+    vectors = {f"{name}.weight_u": (out,), f"{name}.weight_v": (into * size * size,)}
+    return biases | {f"{name}.weight_orig": (out, into, size, size)} | vectors
+
+
+def official_spade(c=2, n=5, hidden=4, most=False) -> dict[str, Tensor]:
+    """Of `n` channels of semantics; "normal" and "more" upsampling have the same weights."""
+    shapes = convolution("fc", 16 * c, n, 3)
+    widths = [16 * c, 16 * c, 16 * c, 16 * c, 8 * c, 4 * c, 2 * c, c, c // 2]
+    names = ["head_0", "G_middle_0", "G_middle_1", "up_0", "up_1", "up_2", "up_3", "up_4"]
+    for name, into, out in list(zip(names, widths, widths[1:], strict=False))[: 8 if most else 7]:
+        middle = min(into, out)
+        shapes |= spectral(f"{name}.conv_0", middle, into, 3)
+        shapes |= spectral(f"{name}.conv_1", out, middle, 3)
+        norms = {"norm_0": into, "norm_1": middle}
+        if into != out:
+            shapes |= spectral(f"{name}.conv_s", out, into, 1, bias=False)
+            norms["norm_s"] = into
+        for norm, width in norms.items():
+            shapes |= {
+                f"{name}.{norm}.param_free_norm.running_{x}": (width,) for x in ("mean", "var")
+            }
+            shapes |= {f"{name}.{norm}.param_free_norm.num_batches_tracked": ()}
+            shapes |= convolution(f"{name}.{norm}.mlp_shared.0", hidden, n, 3)
+            shapes |= convolution(f"{name}.{norm}.mlp_gamma", width, hidden, 3)
+            shapes |= convolution(f"{name}.{norm}.mlp_beta", width, hidden, 3)
+    last = c // 2 if most else c
+    state = fill(shapes | convolution("conv_img", 3, last, 3), {})
+    for name, x in state.items():
+        if name.endswith("running_var"):
+            x.abs_()
+        if name.endswith("num_batches_tracked"):
+            state[name] = torch.tensor(7)
+    return state
+
+
+def official_two_scales(c=2, n=5) -> dict[str, Tensor]:
+    widths, shapes = [c, 2 * c, 4 * c, 8 * c], {}
+    for scale in ("discriminator_0", "discriminator_1"):
+        shapes |= convolution(f"{scale}.model0.0", c, n + 3, 4)
+        for index in (1, 2, 3):
+            name = f"{scale}.model{index}.0.0"
+            shapes |= spectral(name, widths[index], widths[index - 1], 4, bias=False)
+        shapes |= convolution(f"{scale}.model4.0", 1, 8 * c, 4)
+    return fill(shapes, {})
+
+
+def official_features(channels=(48, 192, 768), dim=8, linear=False) -> dict[str, Tensor]:
+    """F_q of the pixel critic, which has no weights of its own."""
+    shapes = {}
+    for index, into in enumerate(channels):
+        name = f"projection.mlps.{index}"
+        for layer, width in ((".0", into), (".2", dim)) if not linear else (("", into),):
+            shapes |= {f"{name}{layer}.weight": (dim, width), f"{name}{layer}.bias": (dim,)}
+    return fill(shapes, {})
 
 
 def prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -258,6 +319,57 @@ def test_pix2pix_starts_from_published_weights(tiny, tmp_path):
     sizes = {"num_downs": 5, "disc_layers": 3, "load_size": 32, "crop_size": 32}
     run = train(tiny("pix2pix", **sizes, init_from=tmp_path, lr=1e-12, steps=1))
     assert_starts_from(run, files)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_cfl_starts_from_published_weights_and_gives_them_back(tiny, tmp_path, linear):
+    """With the vectors of spectral norm: bit for bit, and at once, since nothing is trained at this learning rate."""
+    files = {"G": official_spade(), "D": official_two_scales(), "F_q": official_features()}
+    if linear:
+        files["F_q"] = official_features(linear=True)
+    for name, state in files.items():
+        torch.save(state, tmp_path / f"latest_net_{name}.pth")
+    options = {"disc_layers": 4, "projector": "linear" if linear else "mlp", "init_from": tmp_path}
+    config = tiny("cfl", **options, lr=1e-12, steps=1)
+    run = train(config)
+    networks = {"generator": files["G"], "discriminator": files["D"], "features": files["F_q"]}
+    still = {
+        k: {n: x for n, x in s.items() if n[-2:] not in ("_u", "_v")} for k, s in networks.items()
+    }
+    assert_starts_from(run, still)
+    written = export_published(run, tmp_path / "out", weights="raw")
+    assert {path.name for path in written} == {f"latest_net_{name}.pth" for name in files}
+    model = trained(run)
+    for path in written:
+        saved, official = torch.load(path, weights_only=True), files[path.stem[11:]]
+        assert list(saved) == list(official)
+        assert all(saved[name].shape == x.shape for name, x in official.items())
+    again = CFL(config)
+    load_initial(again, replace(config, init_from=tmp_path / "out"))
+    assert_identical(dict(again.state_dict()), dict(model))
+    with pytest.raises(
+        UserError, match="has label_classes=4, .*label_classes=3. Add --label-classes 4"
+    ):
+        load_initial(again, replace(config, instances=False))
+    with pytest.raises(UserError, match="disc_layers=4.*Add --disc-layers 4"):
+        load_initial(again, replace(config, disc_layers=2))
+    other = replace(config, projection_dim=4, init_from=tmp_path / "out")
+    with pytest.raises(UserError, match="projection_dim=8.*Add --projection-dim 8"):
+        load_initial(again, other)
+
+
+@pytest.mark.parametrize(
+    ("n", "most", "upsampling"), [(5, True, "most"), (36, False, "more"), (151, False, "normal")]
+)
+def test_a_published_spade_generator_is_recognised(tmp_path, n, most, upsampling):
+    """Cityscapes' and ADE20K's by the channels of their input."""
+    state = official_spade(n=n, most=most)
+    torch.save(prefixed(state), tmp_path / "latest_net_G.pth")
+    generator, config = load_generator(tmp_path / "latest_net_G.pth")
+    assert (config.system, config.semantic_channels, config.upsampling) == ("cfl", n, upsampling)
+    assert config.instances == (n == 36) and config.dont_care == (n == 151)
+    own = generator.state_dict()
+    assert own.keys() == state.keys() and all(torch.equal(own[k], state[k]) for k in own)
 
 
 def without_counts(state):

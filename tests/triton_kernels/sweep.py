@@ -91,7 +91,8 @@ def swept(
     by_target: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for launch, target in left_out:
         by_target[f"sm_{target}"][f"{_short(launch.name)} {operand(launch)}".strip()] += 1
-    return {"wrong": wrong, "left_out": by_target, "rows": rows(good)}
+    listed = sorted(f"{each}: {why}" for each in good if (why := each.listed()))
+    return {"wrong": wrong, "listed": listed, "left_out": by_target, "rows": rows(good)}
 
 
 def written(folder: Path, found: dict[str, object]) -> None:
@@ -128,6 +129,7 @@ def markdown(versions: dict[str, dict]) -> str:
         notes += [
             f"Spills: {_place(row)}, {row['spills']} bytes." for row in table if row["spills"]
         ]
+        notes += [f"Stays: {line}." for line in found.get("listed", ())]
         wrong = [f"Wrong: {line}" for line in found["wrong"]]
         notes += wrong or ["Nothing is wrong with what was compiled."]
         parts.append("\n".join(f"- {note}" for note in notes))

@@ -127,22 +127,30 @@ GOOD = Resources(
 AMPERE = {"target": 89, "instructions": ("mma.sync",)}
 IEEE = {"dtype": "fp32", "tile": {"HEAD": 64, "PRECISION": "ieee"}, "instructions": ()}
 BLACKWELL = {"target": 100, "instructions": ("tcgen05.mma",)}
+# Listed, up to 24 bytes.
+FULL = {
+    "kernel": "_row_products_kernel",
+    "tile": {"HEAD": 128, "TAIL": 128, "PRECISION": "tf32"},
+    "registers": 255,
+}
 
 
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
         ({}, None),
-        ({"kernel": "_scatter_kernel", "tile": {}, "spills": 8}, None),
-        ({**BLACKWELL, "spills": 20, "registers": 128}, None),
-        ({"kernel": "_row_products_kernel", "spills": 24}, None),
-        ({"kernel": "_row_products_kernel", "spills": 28}, "spills: "),
-        ({"kernel": "_row_products_kernel", "spills": 8, **AMPERE}, "spills: "),
+        ({"kernel": "_own_sums_kernel", "tile": {}, "spills": 16}, None),
+        ({"kernel": "_scatter_kernel", "tile": {}, "spills": 8}, "spills: "),
+        ({**BLACKWELL, "spills": 16, "registers": 128}, None),
+        ({**FULL, "spills": 24}, None),
+        ({**FULL, "spills": 28}, "spills: "),
+        ({**FULL, "spills": 8, **AMPERE}, "spills: "),
+        ({**FULL, "spills": 8, "tile": GOOD.tile}, "spills: "),
         ({**IEEE, "spills": 16, "registers": 80}, None),
         ({**IEEE, "spills": 16, "registers": 129}, "spills: "),
         ({"spills": 4, "registers": 128}, "spills: "),
         ({**BLACKWELL, "spills": 4}, "spills: "),
-        ({**BLACKWELL, "spills": 24, "registers": 128}, "spills: "),
+        ({**BLACKWELL, "spills": 20, "registers": 128}, "spills: "),
         ({"shared": 228 * 1024}, "too much shared memory: "),
         ({"atomics": True}, "atomics: "),
         ({"instructions": ()}, "no wgmma.mma_async: "),
@@ -168,6 +176,8 @@ def test_a_sweep_goes_on_where_it_was(tmp_path):
 
 def test_the_sweep_s_table(tmp_path, monkeypatch):
     """What another version of Triton has left in the files stays there; what was not compiled is named."""
+    listed = dataclasses.replace(GOOD, **FULL, spills=24)
+    assert sweep.swept([GOOD, listed], [], [])["listed"] == [f"{listed}: {listed.listed()}"]
     table = sweep.swept([GOOD, dataclasses.replace(GOOD, spills=4, registers=255)], [], [])
     assert [(row["registers"], row["spills"], row["forms"]) for row in table["rows"]] == [
         (255, 4, 2)
