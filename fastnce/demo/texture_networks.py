@@ -23,6 +23,9 @@ CRITIC, JUDGE, SEGMENTER = "critic.pt", "judge.pt", "segmenter.pt"
 # Side of the critic's crops: whole textures, as small as the smallest images.
 CRITIC_CROP = 32
 
+# What the judge has to see beside the textures.
+ALTERATIONS = ("as it is", "grey", "recoloured", "blurred", "noisy")
+
 _CRITIC_STREAM, _JUDGE_STREAM, _TEST_STREAM = 70, 71, 72
 
 
@@ -79,7 +82,7 @@ class TextureCritic(nn.Module):
 
 
 class TextureJudge(nn.Module):
-    """Which texture each pixel shows: one strided 5x5 convolution, then dilated ones with shortcuts at half the size.
+    """Which texture each pixel shows, and how the image was altered: one strided 5x5 convolution, then dilated ones with shortcuts at half the size.
 
     Args:
         classes: textures to tell apart.
@@ -92,6 +95,7 @@ class TextureJudge(nn.Module):
         self.blocks = nn.ModuleList([_layer(channels, channels, dilation=d) for d in (1, 2, 4)])
         self.last = _layer(channels, 2 * channels, 1)
         self.head = nn.Conv2d(2 * channels, classes, 1)
+        self.alteration = nn.Linear(3 * channels, len(ALTERATIONS))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3, H, W) in [-1, 1] to the first and the last maps, (N, C, h, w) and (N, 2 C, h, w)."""
@@ -101,10 +105,19 @@ class TextureJudge(nn.Module):
             later = later + block(later)
         return first, self.last(later)
 
-    def logits(self, images: Tensor) -> Tensor:
-        """The same images to one logit for each texture at each pixel, (N, classes, H, W)."""
-        coarse = self.head(self(images)[1])
-        return F.interpolate(coarse, images.shape[2:], mode="bilinear", align_corners=False)
+    @torch.jit.export
+    def logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The same images to logits of the texture at each pixel, (N, classes, H, W), and of `ALTERATIONS`, (N, 5)."""
+        first, last = self(images)
+        coarse = F.interpolate(
+            self.head(last), images.shape[2:], mode="bilinear", align_corners=False
+        )
+        return coarse, self.alteration(_averages(first, last))
+
+
+def _averages(first: Tensor, last: Tensor) -> Tensor:
+    """Of two maps, over the positions: (N, C + D)."""
+    return torch.cat([first.mean((2, 3)), last.mean((2, 3))], 1)
 
 
 class _Features(nn.Module):
@@ -117,18 +130,18 @@ class _Features(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         first, last = self.judge(images.float() / 127.5 - 1)
-        return torch.cat([first.mean((2, 3)), last.mean((2, 3))], 1) / self.scale
+        return _averages(first, last) / self.scale
 
 
 class _Segmenter(nn.Module):
+    """A judge's reading of each pixel."""
+
     def __init__(self, judge: TextureJudge) -> None:
         super().__init__()
         self.judge = judge
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images.float() / 127.5 - 1
-        coarse = self.judge.head(self.judge(x)[1])
-        return F.interpolate(coarse, x.shape[2:], mode="bilinear", align_corners=False)
+        return self.judge.logits(images.float() / 127.5 - 1)[0]
 
 
 def write_networks(
@@ -147,7 +160,8 @@ def write_networks(
     - `judge.pt`, from (N, 3, H, W) uint8 to 96 features, for FID; `segmenter.pt`, from the same to one logit for each texture at each
       pixel. Both are one network, trained on mosaics of the judges' parts; the features of those have a variance of 1 on average.
 
-    So that colours alone do not tell, half of the images are recoloured or grey.
+    The critic learns from grey crops too, so that colours alone do not tell. The judge also has to tell images as they are from
+    grey, recoloured, blurred and noisy ones: a network that only knows textures forgives wrong colours and a blur.
 
     Args:
         folder: where to write.
@@ -168,12 +182,14 @@ def write_networks(
     def critic_loss(step: int) -> Tensor:
         rng = counter_rng(recipe.seed, _CRITIC_STREAM, step)
         images, textures = _crops(train, recipe.critic_batch, min(CRITIC_CROP, size), rng)
-        return F.cross_entropy(critic.logits(_recoloured(images, rng)), textures)
+        return F.cross_entropy(critic.logits(_greyed(images, rng)), textures)
 
     def judge_loss(step: int) -> Tensor:
         rng = counter_rng(recipe.seed, _JUDGE_STREAM, step)
         images, textures = _mosaics(middle, recipe.judge_batch, size, rng)
-        return F.cross_entropy(judge.logits(_recoloured(images, rng)), textures)
+        altered, kinds = _altered(images, rng)
+        logits, alterations = judge.logits(altered)
+        return F.cross_entropy(logits, textures) + F.cross_entropy(alterations, kinds)
 
     rate = {"learning_rate": recipe.learning_rate, "progress": progress}
     fit(critic, critic_loss, "critic", steps=recipe.critic_steps, **rate)
@@ -191,7 +207,7 @@ def write_networks(
         _save(_Segmenter(judge).eval(), folder / SEGMENTER)
     share = {
         CRITIC: _share(critic.logits, *_crops(test, 256, min(CRITIC_CROP, size), rng)),
-        JUDGE: _share(judge.logits, *_mosaics(test, 64, size, rng)),
+        JUDGE: _share(lambda x: judge.logits(x)[0], *_mosaics(test, 64, size, rng)),
     }
     return {"networks": {name: {"test_accuracy": value} for name, value in share.items()}}
 
@@ -226,14 +242,43 @@ def _mosaics(
     return to_batch(images), torch.from_numpy(np.stack(labels))
 
 
-def _recoloured(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """A quarter of the images in grey, a quarter with other contrast and brightness in each channel, the rest as they are."""
-    kind = torch.from_numpy(rng.integers(4, size=len(images)))[:, None, None, None]
-    grey = images.mean(1, keepdim=True).expand_as(images)
-    gain = torch.from_numpy(rng.uniform(0.6, 1.4, (len(images), 3, 1, 1)).astype(np.float32))
-    shift = torch.from_numpy(rng.uniform(-0.4, 0.4, (len(images), 3, 1, 1)).astype(np.float32))
-    other = (images * gain + shift).clamp(-1, 1)
-    return torch.where(kind == 0, grey, torch.where(kind == 1, other, images))
+def _greyed(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """A quarter of the images in grey."""
+    return torch.where(_column(rng.random(len(images)) < 0.25), _grey(images), images)
+
+
+def _altered(images: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, H, W) as they are or altered, and in which way, (N,): numbers of `ALTERATIONS`."""
+    count = len(images)
+    kind = rng.integers(len(ALTERATIONS), size=count)
+    gain, shift = rng.uniform(0.6, 1.4, (count, 3)), rng.uniform(-0.4, 0.4, (count, 3))
+    noise = rng.standard_normal(images.shape) * rng.uniform(0.05, 0.3, (count, 1, 1, 1))
+    strength = _column(rng.uniform(0.3, 1, count))
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    made = {
+        "grey": _grey(images),
+        "recoloured": images * _float(gain)[:, :, None, None] + _float(shift)[:, :, None, None],
+        "blurred": images.lerp(blurred, strength),
+        "noisy": images + _float(noise),
+    }
+    for number, name in enumerate(ALTERATIONS):
+        if name in made:
+            images = torch.where(_column(kind == number), made[name].clamp(-1, 1), images)
+    return images, torch.from_numpy(kind)
+
+
+def _grey(images: Tensor) -> Tensor:
+    return images.mean(1, keepdim=True).expand_as(images)
+
+
+def _float(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def _column(values: np.ndarray) -> Tensor:
+    """(N,) as (N, 1, 1, 1), float32 of numbers."""
+    column = torch.from_numpy(values)[:, None, None, None]
+    return column if column.dtype == torch.bool else column.float()
 
 
 @torch.no_grad()
