@@ -117,7 +117,7 @@ COMPACT = _FLOAT32 | _table(
     ("sums", "16 bits", 256, (64, 32, 4, 3)),
     ("sums", "16 bits", _ANY, (128, 64, 8, 3)),
     ("sums rich", "16 bits", 128, (64, 64, 8, 3)),
-    ("sums rich", "16 bits", 256, (128, 16, 8, 3)),
+    ("sums rich", "16 bits", 256, (64, 32, 4, 3)),
     ("sums rich", "16 bits", _ANY, (64, 64, 8, 3)),
     ("products", "16 bits", 128, (128, 32, 8, 3)),
     ("products", "16 bits", _ANY, (128, 16, 8, 3)),

@@ -58,9 +58,9 @@ class _Pair:
         return z
 
 
-def diagonal(part: Tensor, at: At) -> Tensor:
+def diagonal(x: Tensor, at: At) -> Tensor:
     """(b, n), a view."""
-    return part.diagonal(at[1].start, dim1=-2, dim2=-1)
+    return x.diagonal(at[1].start, dim1=-2, dim2=-1)
 
 
 class Sides:
@@ -96,11 +96,11 @@ class Sides:
             if symmetric or left == 0
         ]
         self._buffer = Buffer(units)
-        # Of both sides (2, B, N); of the constants at first.
         self.constant = units.new_full((), self_logit) / self.tau
         self.constants = self.constant + (math.log(2) if query_negatives else 0)
+        # Of both sides (2, B, N); at first of the constants alone, and, if moderate, the sums without the logarithm.
         self.lse = units.new_empty((2, half, units.shape[1]), dtype=long_sums(units))
-        self.lse.copy_(self.constants)
+        self.lse.copy_(self.constants.exp() if self.moderate else self.constants)
         self.losses = torch.empty_like(units[:half, :, 0])
         self.grads = None
         if weight is not None and any(needs):
@@ -134,12 +134,14 @@ class Sides:
                 self._add_to_lse(self.lse[pair.left][at], part, -1)
                 if self.symmetric and not pair.own:
                     self._add_to_lse(self.lse[pair.right][images], part, -2)
-        lse = self.lse[:, images].mean(dim=0) if self.symmetric else self.lse[0, images]
+        lse = self.lse[:, images]
+        states = lse.reciprocal() if self.moderate else lse
+        lse = lse.log_() if self.moderate else lse
+        lse = lse.mean(dim=0) if self.symmetric else lse[0]
         torch.sub(lse, self.losses[images], out=self.losses[images])
         if self.grads is None:
             return
-        states = self.lse[:, images].to(self.both.units.dtype)
-        states = (-states).exp_() if self.moderate else states
+        states = states.to(self.both.units.dtype)
         for pair in self.pairs:
             for at in group:
                 part = kept[pair]
@@ -149,13 +151,15 @@ class Sides:
                 self._add_gradients(pair, part, at, states[pair.left][:, at[1]], states[pair.right])
 
     def _add_to_lse(self, out: Tensor, part: Tensor, dim: int) -> None:
-        found = part.sum(dim=dim).log_() if self.moderate else part.logsumexp(dim=dim)
-        torch.logaddexp(out, found.to(out.dtype), out=out)
+        if self.moderate:
+            out += part.sum(dim=dim)
+        else:
+            torch.logaddexp(out, part.logsumexp(dim=dim).to(out.dtype), out=out)
 
     def _add_gradients(
         self, pair: _Pair, part: Tensor, at: At, of_rows: Tensor, of_columns: Tensor
     ) -> None:
-        """Of a block whose rows and columns have the states (b, n) and (b, N): their lse, or e^-lse if moderate."""
+        """Of a block whose rows and columns have the states (b, n) and (b, N): their lse, or 1 over their sums if moderate."""
         left, right = (self.needs[2] or self.needs[side] for side in (pair.left, pair.right))
         if pair.own:
             if left:

@@ -24,8 +24,8 @@ class MultiscaleDiscriminator(nn.Module):
 
     State-dict keys are the published ones: `discriminator_0.model0.0.weight`, `discriminator_0.model1.0.0.weight_orig`, ...
 
-    Source: Wang et al., "High-Resolution Image Synthesis and Semantic Manipulation with Conditional GANs", CVPR 2018; with
-    spectral norm Park et al., "Semantic Image Synthesis with Spatially-Adaptive Normalization", CVPR 2019.
+    Source: Wang et al., "High-Resolution Image Synthesis and Semantic Manipulation with Conditional GANs", CVPR 2018. With
+    spectral norm: Park et al., "Semantic Image Synthesis with Spatially-Adaptive Normalization", CVPR 2019.
 
     Args:
         in_channels: of the semantic map and the image together.

@@ -168,6 +168,13 @@ class CFLConfig(PatchConfig, GeneratorConfig):
         return self.critic_file or self.data / "critic.pt"
 
     @property
+    def distance_critic(self) -> str:
+        """The critic of the VGG loss."""
+        if self.critic != "pixel":
+            return self.critic
+        return "scripted" if self.vgg_weights is None and self.critic_path.is_file() else "vgg19"
+
+    @property
     def layers(self) -> list[str]:
         """The entries of `nce_layers`, which may be joined by commas."""
         return [name for entry in self.nce_layers for name in entry.split(",") if name]
@@ -273,14 +280,7 @@ def build_critic(config: CFLConfig, kind: str) -> nn.Module:
     """
     from fastnce.networks import critics
 
-    if kind == "vgg19" and config.vgg_weights is None:
-        raise UserError(
-            "vgg19 needs its weights. Give torchvision's vgg19-dcbb9e9d.pth with vgg_weights, or use critic=pixel."
-        )
-    if kind == "scripted" and not (config.critic_file or config.critic_path.is_file()):
-        raise UserError(
-            f"critic=scripted needs a network, and there is no {config.critic_path}. Give its TorchScript file with critic_file."
-        )
+    _expect_file(config, kind)
     kinds: dict[str, Callable[[], nn.Module]] = {
         "pixel": critics.PixelCritic,
         "vgg19": lambda: critics.VGG19Critic(
@@ -290,6 +290,18 @@ def build_critic(config: CFLConfig, kind: str) -> nn.Module:
         "convencoder": critics.ConvEncoderCritic,
     }
     return kinds[kind]() if kind in kinds else critics.ResNetCritic(kind)
+
+
+def _expect_file(config: CFLConfig, kind: str) -> None:
+    """Raises `UserError` if a critic needs a file that was not named."""
+    if kind == "vgg19" and config.vgg_weights is None:
+        raise UserError(
+            "vgg19 needs its weights. Give torchvision's vgg19-dcbb9e9d.pth with vgg_weights, or use critic=pixel."
+        )
+    if kind == "scripted" and not (config.critic_file or config.critic_path.is_file()):
+        raise UserError(
+            f"critic=scripted needs a network, and there is no {config.critic_path}. Give its TorchScript file with critic_file."
+        )
 
 
 def distance_weights(config: CFLConfig, count: int) -> list[float]:
@@ -342,7 +354,6 @@ class CFL(nn.Module):
 
     Args:
         config: see `CFLConfig`.
-        image_size: not needed.
 
     Attributes:
         optimizers: "G", and "F" where a projector is trained, and "D" where there is an adversarial loss.
@@ -354,7 +365,7 @@ class CFL(nn.Module):
             the generator cannot make, or a backend that is not there.
     """
 
-    def __init__(self, config: CFLConfig, image_size: tuple[int, int] | None = None) -> None:
+    def __init__(self, config: CFLConfig) -> None:
         super().__init__()
         options.backend_is_there(config.backend)
         self.config = config
@@ -371,12 +382,8 @@ class CFL(nn.Module):
             if config.projector != "identity":
                 self.optimizers["F"] = adam(config, self.features.projection, decays=False, **slow)
         if config.lambda_vgg > 0:
-            kind = config.critic
-            if kind == "pixel":
-                scripted = config.vgg_weights is None and config.critic_path.is_file()
-                kind = "scripted" if scripted else "vgg19"
-            if self.features is None or kind != config.critic:
-                self.vgg = build_critic(config, kind)
+            if self.features is None or config.distance_critic != config.critic:
+                self.vgg = build_critic(config, config.distance_critic)
             network = self.vgg or self.features.encoder
             self.distance_weights = distance_weights(config, len(network.channels))
         if config.lambda_gan > 0:
@@ -782,6 +789,11 @@ class CFLSystem(System):
     any_size = True
 
     def dataset(self, config: CFLConfig) -> LabelMaps:
+        # Before minutes of reading.
+        if config.lambda_nce > 0:
+            _expect_file(config, config.critic)
+        if config.lambda_vgg > 0:
+            _expect_file(config, config.distance_critic)
         dataset = label_maps(config, "train")
         if config.batch_size > 1:
             dataset.expect_one_size()

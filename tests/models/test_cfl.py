@@ -19,6 +19,7 @@ from fastnce.errors import UserError
 from fastnce.models import CFL, CFLConfig
 from fastnce.networks.critics import VGG19Critic
 from fastnce.systems.cfl import distance_weights, layer_weights
+from fastnce.training import build_config
 
 GOLDEN = CFLConfig(
     label_classes=5,
@@ -477,3 +478,35 @@ def test_bf16_trains_every_network(critic_file):
             for m in (model, truth)
         )
         assert F.cosine_similarity(one, other, dim=0) > 0.9, network
+
+
+@pytest.mark.parametrize("critic", ["resnet18", "convencoder"])
+def test_critics_with_random_weights(critic):
+    """Numbers are places among their maps."""
+    config = replace(STEP, critic=critic, nce_layers=("2", "4"), **ALONE)
+    model = made(config, torch.float32)
+    assert model.features.maps == [2, 4]
+    assert not any(p.requires_grad for p in model.features.encoder.parameters())
+    losses = model.training_step(
+        {k: v.float() if k == "B" else v for k, v in golden_batch().items()}
+    )
+    assert torch.isfinite(losses["NCE"]) and losses["NCE"] > 0
+    with pytest.raises(UserError, match="has 6 maps. Use numbers from 0 to 5"):
+        CFL(replace(config, nce_layers=("2", "6")))
+
+
+@pytest.mark.parametrize(
+    ("preset", "generator", "discriminator"),
+    [
+        ("cityscapes", 93_048_003, 5_601_410),
+        ("ade20k", 96_492_483, 5_836_930),
+        ("coco", 97_480_899, 5_904_514),
+    ],
+)
+def test_presets_have_the_published_networks(preset, generator, discriminator):
+    changes = {"data": "d", "out": "o", "critic": "pixel"}
+    config = build_config("cfl", preset=preset, overrides=changes)
+    with torch.device("meta"):
+        model = CFL(config)
+    assert sum(p.numel() for p in model.generator.parameters()) == generator
+    assert sum(p.numel() for p in model.discriminator.parameters()) == discriminator

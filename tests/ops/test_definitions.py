@@ -246,10 +246,12 @@ def test_layers_are_averaged(negatives, backend):
         [x.detach().to(dtype) for x, dtype in zip(side, (torch.float32, torch.bfloat16, torch.float32), strict=True)]
         for side in (queries, keys)
     ]  # fmt: skip
-    got = patch_nce(*mixed, negatives=negatives, backend=backend)
-    exact = patch_nce(*([x.double() for x in side] for side in mixed), negatives=negatives)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5)
+    for weights in (None, [0.25, 1.0, 2.0]):
+        options = {"negatives": negatives, "layer_weights": weights}
+        got = patch_nce(*mixed, **options, backend=backend)
+        exact = patch_nce(*([x.double() for x in side] for side in mixed), **options)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("query_negatives", [False, True])

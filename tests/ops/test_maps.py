@@ -165,6 +165,15 @@ def test_what_has_no_kernel():
 
 
 @needs_kernels
+@pytest.mark.parametrize(("side", "by_kernels"), [(15, False), (16, True)])
+def test_few_positions_of_wide_maps_are_left_to_pytorch(side, by_kernels):
+    """Few are less than C * K / 256: the weights alone would take longer."""
+    weight = torch.zeros(256, 256, 3, 3, requires_grad=True)
+    y = conv3x3(torch.zeros(1, 256, side, side), weight)
+    assert (y.grad_fn.name() == "Conv3x3FunctionBackward") == by_kernels
+
+
+@needs_kernels
 @pytest.mark.parametrize("name", ["conv_reflect", "norm_relu", "halve_even"])
 def test_compiled_by_torch_they_are_the_same(name):
     """Traced with AOT autograd alone: what the compiler sees is plain PyTorch."""

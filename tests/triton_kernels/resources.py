@@ -33,6 +33,7 @@ LISTED = {
     ("_row_products_kernel", "bf16", 90, 128, 128, "tf32"): 24,
     ("_row_products_kernel", "fp16", 90, 128, 128, "tf32"): 40,
     ("_row_products_kernel", "fp16", 89, 128, 0, "tf32"): 8,
+    ("_sums_kernel", "bf16", 89, 128, 64, "tf32"): 16,
     ("_sums_kernel", "fp32", 80, 0, 0, "tf32"): 8,
     ("_sums_kernel", "fp32", 80, 64, 0, "ieee"): 24,
     ("_sums_kernel", "fp32", 90, 0, 0, "ieee"): 16,

@@ -91,7 +91,7 @@ def swept(
     by_target: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for launch, target in left_out:
         by_target[f"sm_{target}"][f"{_short(launch.name)} {operand(launch)}".strip()] += 1
-    listed = sorted(f"{each}: {why}" for each in good if (why := each.listed()))
+    listed = sorted({f"{each}: {why}" for each in good if (why := each.listed())})
     return {"wrong": wrong, "listed": listed, "left_out": by_target, "rows": rows(good)}
 
 
