@@ -417,7 +417,9 @@ def fit(
         optimizer = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
         network.train()
-        for step in tqdm(range(steps), name, disable=None if progress else True, dynamic_ncols=True):
+        for step in tqdm(
+            range(steps), name, disable=None if progress else True, dynamic_ncols=True
+        ):
             value = loss(step)
             optimizer.zero_grad()
             value.backward()
