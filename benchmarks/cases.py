@@ -77,7 +77,7 @@ class Case:
     shape: Shape
     make: Callable[[Shape, Draw], Inputs]
     wrt: tuple[str, ...]
-    products: int = 0
+    products: float = 0
     pairs: Callable[[Shape], int] = lambda shape: 0
     options: dict[str, Any] = field(default_factory=dict)
     sets: tuple[str, ...] = ("full",)
@@ -225,10 +225,12 @@ PATCHES_OF_BATCH = replace(
 )
 
 # Contrastive Feature Loss as published, and with gradients to both sides of every pair: 2 S rows of each image among themselves.
+# Half of the similarities serve twice.
 FEATURES = replace(
     PATCHES,
     name="CFL, {layers} maps, {B} images of {S} patches",
     wrt=("query_features", "key_features"),
+    products=1.5,
     pairs=lambda shape: shape["layers"] * shape["B"] * (2 * shape["S"]) ** 2,
     options={"symmetric": True, "query_negatives": True, "detach_keys": True},
     gate_limits={"S": 256},
