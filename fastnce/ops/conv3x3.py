@@ -40,8 +40,8 @@ def conv3x3(
         >>> conv3x3(torch.randn(2, 16, 8, 8), torch.randn(32, 16, 3, 3), reflect=True).shape
         torch.Size([2, 32, 8, 8])
     """
-    fits = weight.dtype in (torch.float32, torch.bfloat16) and _pays(x, weight)
-    if fits and has_kernels(x, weight.shape[:2]) and min(x.shape[2:]) >= 2:
+    fits = weight.dtype in (torch.float32, torch.bfloat16) and has_kernels(x, weight.shape[:2])
+    if fits and min(x.shape[2:]) >= 2 and _pays(x, weight):
         return Conv3x3Function.apply(autocast_map(x), weight, bias, reflect)
     return plain(x, weight, bias, reflect)
 

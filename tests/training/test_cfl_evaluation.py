@@ -54,12 +54,17 @@ def judged(labels, extractor, tmp_path_factory):
     return data
 
 
+@pytest.fixture
+def run_of_its_own(whole, tmp_path):
+    return shutil.copytree(whole("cfl"), tmp_path / "run")
+
+
 def images_of(data, split) -> Tensor:
     return torch.stack([to_uint8(s["B"]) for s in LabelMaps(data, split, **READING)])
 
 
-def test_the_numbers_are_those_of_the_networks_images(whole, judged, extractor):
-    path = whole("cfl")
+def test_the_numbers_are_those_of_the_networks_images(run_of_its_own, judged, extractor):
+    path = run_of_its_own
     run = Run(path)
     test = LabelMaps(judged, "test", **READING)
     made = torch.stack([to_uint8(image) for image, _ in predictions(run.network, run.config, test)])
@@ -85,8 +90,8 @@ def test_the_numbers_are_those_of_the_networks_images(whole, judged, extractor):
     assert written["rows"] == result["rows"]
 
 
-def test_without_networks_beside_the_data_nothing_is_read(whole, labels, judged):
-    run = whole("cfl")
+def test_without_networks_beside_the_data_nothing_is_read(run_of_its_own, judged):
+    run = run_of_its_own
     result, table = evaluate_run(run)
     assert result["rows"][0]["fid"] is None and "SWD" in table and "IoU" not in table
     given, _ = evaluate_run(run, segmenter=judged / "segmenter.pt")
