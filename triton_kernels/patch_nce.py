@@ -38,9 +38,8 @@ def patch_nce_forward(
     """
     loss_scales = _of_means(loss_scales, loss_layers, queries)
     grad_scales = _of_means(grad_scales, grad_layers, queries)
-    if symmetric and (
-        query_negatives or detach_keys
-    ):  # each direction has rows and losses of its own
+    # Where each direction has rows and losses of its own.
+    if symmetric and (query_negatives or detach_keys):
         loss_scales, grad_scales = ([0.5 * x for x in each] for each in (loss_scales, grad_scales))
     now = len(grad_scales) > 0
     alike: dict[tuple, list[int]] = {}

@@ -23,9 +23,8 @@ GIVEN = tl.constexpr(4)  # coefficients from memory
 LABELLED = tl.constexpr(5)  # all; those with its label by their own log-sum-exp as well
 # Rows and columns are a problem's queries and then its keys: all but the row's own and its partner, which is its positive
 BOTH_SIDES = tl.constexpr(6)
-DETACHED = tl.constexpr(
-    7
-)  # the same; a column's loss has a gradient for rows of its own side alone
+# The same, where a column's loss has a gradient for rows of its own side alone
+DETACHED = tl.constexpr(7)
 
 
 @triton.jit
