@@ -359,8 +359,8 @@ declare(
     # divided by loss_layers times its rows (B * N); grad_layers does that to the grad_scales.
     Operator(
         "patch_nce_forward(Tensor[] queries, Tensor[] keys, Tensor? temperature_tensor, float temperature, float self_logit, "
-        "bool symmetric, bool query_negatives, bool detach_keys, bool bfloat16_products, float[] loss_scales, float[] grad_scales, int loss_layers, int grad_layers, "
-        "bool[] need_queries, bool[] need_keys, bool need_temperature) -> "
+        "bool symmetric, bool query_negatives, bool detach_keys, bool bfloat16_products, float[] loss_scales, "
+        "float[] grad_scales, int loss_layers, int grad_layers, bool[] need_queries, bool[] need_keys, bool need_temperature) -> "
         "(Tensor loss, Tensor[] grad_queries, Tensor[] grad_keys, Tensor grad_temperature)",
         _loss,
     ),
