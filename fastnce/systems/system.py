@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -318,6 +319,60 @@ def images_with_labels(
         class_balance=config.class_balance and split == "train",
         broken_files=config.broken_files,
     )
+
+
+def image_batches(
+    config: Any,
+    input: Path,
+    batch_size: int,
+    broken_files: Literal["error", "skip"] | None,
+    task: str,
+) -> Iterator[tuple[list[str], Tensor]]:
+    """The images of a folder, and of the folders in it, or one image, as a `LabelledConfig` reads them, in batches.
+
+    An image is cut to its central square and scaled to `image_size`; a line on standard error says of how many that took away.
+
+    Yields:
+        The names below `input`, sorted over all batches, and the images (B, C, S, S) in [-1, 1].
+
+    Raises:
+        UserError: no images, a batch below 1, or a file that cannot be read and is not skipped.
+    """
+    from tqdm import tqdm
+
+    from fastnce.data import list_images
+    from fastnce.data.broken import readable
+    from fastnce.data.images import read_image, to_array, to_tensor
+    from fastnce.data.labelled import to_square
+
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} is too small. Use batch_size >= 1.")
+    input, cut = Path(input), 0
+    folder, paths = (input.parent, [input]) if input.is_file() else (input, list_images(input))
+
+    def read(path: Path) -> tuple[Tensor, bool]:
+        image = read_image(path, config.image_channels)
+        square = to_square(image, config.image_size)
+        return to_tensor(to_array(square)), image.width != image.height
+
+    names: list[str] = []
+    batch: list[Tensor] = []
+    shown = tqdm(paths, desc=task, unit="image", disable=None)
+    skip = (broken_files or config.broken_files) == "skip"
+    for path, (image, was_cut) in readable(shown, read, skip=skip):
+        cut += was_cut
+        names.append(path.relative_to(folder).as_posix())
+        batch.append(image)
+        if len(batch) == batch_size:
+            yield names, torch.stack(batch)
+            names, batch = [], []
+    if batch:
+        yield names, torch.stack(batch)
+    if cut:
+        print(
+            f"{input}: {cut} of {len(paths)} images are not square; the middle of each is used.",
+            file=sys.stderr,
+        )
 
 
 def autocast(model: nn.Module) -> AbstractContextManager:
