@@ -180,8 +180,7 @@ class Inversion:
         network: the `Inverter` of a run, in eval mode.
         config: the run's configuration.
         steps: by default as many as it was trained with, or 1 behind another model.
-        first: an `Inverter` whose steps come first, for encoder bootstrapping.
-        first_config: its run's configuration.
+        first: a run, with `network` and `config`, whose steps come first, for encoder bootstrapping.
         first_steps: how many they are.
 
     Attributes:
@@ -196,8 +195,7 @@ class Inversion:
         network: nn.Module,
         config: Any,
         steps: int | None = None,
-        first: nn.Module | None = None,
-        first_config: Any = None,
+        first: Any = None,
         first_steps: int = 1,
     ) -> None:
         usual = config.steps_per_batch if first is None else 1
@@ -206,9 +204,9 @@ class Inversion:
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1.")
         if first is not None:
-            _expect_alike(network, config, first, first_config)
+            _expect_alike(first.network, first.config, network, config)
         self.network, self.config = network, config
-        self.first, self.first_steps = first, first_steps
+        self.first, self.first_steps = first and first.network, first_steps
         before = 0 if first is None else first_steps
         self.names = [f"first {t + 1}" for t in range(before)]
         self.names += [f"step {t + 1}" for t in range(self.steps)]
@@ -217,11 +215,22 @@ class Inversion:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
+    def batches(
+        self, input: Path, batch_size: int, broken_files: Literal["error", "skip"] | None
+    ) -> Iterator[tuple[list[str], Tensor]]:
+        """The images of a folder, or one, as the encoder takes them: see `image_batches`."""
+        from fastnce.data.labelled import fitted
+
+        config = self.config
+        how = (input, batch_size, broken_files, "invert")
+        return image_batches(
+            config, *how, lambda image, path: fitted(image, config.size, config.other_shapes, path)
+        )
+
     @cached_property
     def start(self) -> tuple[Tensor, Tensor]:
         """w_0 (1, k, D) and y_0 (1, C, H, W), on the network's device."""
-        side = self.config.image_size
-        return average_start((self.first or self.network).generator, (side, side))
+        return average_start((self.first or self.network).generator, self.config.size)
 
     def __call__(self, x: Tensor) -> Iterator[Step]:
         """The steps of images (B, C, H, W) on the network's device, one for each of `names`."""
@@ -240,20 +249,21 @@ class Inversion:
         return last.latent
 
 
-def _expect_alike(network: nn.Module, config: Any, first: nn.Module, first_config: Any) -> None:
+def _expect_alike(first: nn.Module, first_config: Any, second: nn.Module, config: Any) -> None:
     """Raises `UserError` unless the second model can go on where the first one ends."""
-    pairs = {
-        name: (getattr(first_config, name), getattr(config, name))
-        for name in ("image_size", "image_channels")
-    }
-    pairs["styles of the generator"] = tuple(
-        f"{x.generator.num_styles} of {len(x.generator.latent_avg)}" for x in (first, network)
-    )
-    for name, (one, other) in pairs.items():
-        if one != other:
+    facts = [
+        {
+            "size of the images": "x".join(map(str, told.size[::-1])),
+            "channels of the images": told.image_channels,
+            "latents": f"{network.generator.num_styles} of {len(network.generator.latent_avg)}",
+        }
+        for network, told in ((first, first_config), (second, config))
+    ]
+    for name, one in facts[0].items():
+        if one != facts[1][name]:
             raise UserError(
-                f"the two models differ in {name}: {one} of the first, {other} of the second. Name a run whose generator was "
-                "fine-tuned from the first one's."
+                f"first: the two models differ in the {name}: {one} of the first, {facts[1][name]} of the second. Name a run whose "
+                "generator is that of which the second one was fine-tuned."
             )
 
 
@@ -303,8 +313,7 @@ def invert_folder(
     names: list[str] = []
     found: list[Tensor] = []
     rows: dict[str, list[Tensor]] = {}
-    batches = image_batches(inversion.config, input, batch_size, broken_files, "invert")
-    for batch_names, x in batches:
+    for batch_names, x in inversion.batches(input, batch_size, broken_files):
         latent, seen = [], [inversion.start[1].expand(len(x), -1, -1, -1).cpu()]
         for files, step in zip(written, _inverted(inversion, x), strict=True):
             for name, image in zip(batch_names, step.image, strict=True):
@@ -375,7 +384,7 @@ def visualize_steps(
         expect_apart(out, [input])
     count, sums = 0, torch.zeros(len(inversion.names), *inversion.start[1].shape[2:])
     rows: dict[str, list[Tensor]] = {}
-    for names, x in image_batches(inversion.config, input, batch_size, broken_files, "invert"):
+    for names, x in inversion.batches(input, batch_size, broken_files):
         seen = [inversion.start[1].expand(len(x), -1, -1, -1).cpu()]
         for t, step in enumerate(_inverted(inversion, x)):
             sums[t] += (step.seen - seen[-1]).square().mean(1).sum(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -20,6 +19,8 @@ from fastnce.systems import options
 from fastnce.systems.schedule import Schedule
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from fastnce.data import LabelledImages
 
 # The rows of a sample grid by their label; images (C, H, W) in [-1, 1] on the CPU.
@@ -327,10 +328,11 @@ def image_batches(
     batch_size: int,
     broken_files: Literal["error", "skip"] | None,
     task: str,
+    fit: Callable[[Image.Image, Path], Image.Image] | None = None,
 ) -> Iterator[tuple[list[str], Tensor]]:
-    """The images of a folder, and of the folders in it, or one image, as a `LabelledConfig` reads them, in batches.
+    """The images of a folder, and of the folders in it, or one image, in batches.
 
-    An image is cut to its central square and scaled to `image_size`; a line on standard error says of how many that took away.
+    `fit` gives an image the size that a network takes; by default its central square is scaled to the configuration's `image_size`.
 
     Yields:
         The names below `input`, sorted over all batches, and the images (B, C, S, S) in [-1, 1].
@@ -347,20 +349,19 @@ def image_batches(
 
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} is too small. Use batch_size >= 1.")
-    input, cut = Path(input), 0
+    input = Path(input)
     folder, paths = (input.parent, [input]) if input.is_file() else (input, list_images(input))
 
-    def read(path: Path) -> tuple[Tensor, bool]:
+    def read(path: Path) -> Tensor:
         image = read_image(path, config.image_channels)
-        square = to_square(image, config.image_size)
-        return to_tensor(to_array(square)), image.width != image.height
+        fitted = fit(image, path) if fit else to_square(image, config.image_size)
+        return to_tensor(to_array(fitted))
 
     names: list[str] = []
     batch: list[Tensor] = []
     shown = tqdm(paths, desc=task, unit="image", disable=None)
     skip = (broken_files or config.broken_files) == "skip"
-    for path, (image, was_cut) in readable(shown, read, skip=skip):
-        cut += was_cut
+    for path, image in readable(shown, read, skip=skip):
         names.append(path.relative_to(folder).as_posix())
         batch.append(image)
         if len(batch) == batch_size:
@@ -368,11 +369,6 @@ def image_batches(
             names, batch = [], []
     if batch:
         yield names, torch.stack(batch)
-    if cut:
-        print(
-            f"{input}: {cut} of {len(paths)} images are not square; the middle of each is used.",
-            file=sys.stderr,
-        )
 
 
 def autocast(model: nn.Module) -> AbstractContextManager:
