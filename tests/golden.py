@@ -2,8 +2,12 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from fastnce.networks.style_generator import ConstantInput, ModulatedConv2d
+from fastnce.networks.stylegan2 import EqualConv2d, EqualLinear, NoiseInjection
 
 
 def sines(*shape: int, step: float, start: float) -> Tensor:
@@ -14,13 +18,14 @@ def sines(*shape: int, step: float, start: float) -> Tensor:
 
 def hashed(*shape: int, k: int) -> Tensor:
     """Numbers from -1 to 1 in C order, in fp32: integer hashes of the place, counted from 1; `k` chooses the sequence."""
-    index = torch.arange(1, math.prod(shape) + 1)
-    x = (index * 2654435761 + (k + 1) * 97531) % 2**32
-    x = x ^ (x >> 15)
-    # In 64 bits the product may overflow; its low 32 bits are right all the same.
-    x = (x * 2246822519) & (2**32 - 1)
-    x = x ^ (x >> 13)
-    return (x.double() / 2**31 - 1).float().reshape(shape)
+    # In 32 bits without sign the products wrap around, which is the remainder that the hash asks for.
+    x = np.arange(1, math.prod(shape) + 1, dtype=np.uint32)
+    x *= np.uint32(2654435761)
+    x += np.uint32((k + 1) * 97531)
+    x ^= x >> np.uint32(15)
+    x *= np.uint32(2246822519)
+    x ^= x >> np.uint32(13)
+    return torch.from_numpy((x / 2**31 - 1).astype(np.float32)).reshape(shape)
 
 
 def fill(module: nn.Module, first: int = 0) -> nn.Module:
@@ -38,3 +43,27 @@ def fill(module: nn.Module, first: int = 0) -> nn.Module:
             values = hashed(*x.shape, k=1000 + j).double()
             x.copy_(values / values.norm())
     return module
+
+
+@torch.no_grad()
+def fill_styles(module: nn.Module) -> nn.Module:
+    """Sets the j-th parameter of a network of the ReStyle sheet as its `fill` says: by its layer, always from `hashed(k=j)`."""
+    for j, (path, x) in enumerate(module.named_parameters()):
+        owner, _, name = path.rpartition(".")
+        values = hashed(*x.shape, k=j).to(x)
+        x.copy_(_style_values(module.get_submodule(owner), owner, name, x, values))
+    return module
+
+
+def _style_values(layer: nn.Module, path: str, name: str, x: Tensor, h: Tensor) -> Tensor:
+    if name == "bias":
+        return 1 + 0.1 * h if path.endswith("modulation") else 0.1 * h
+    if isinstance(layer, NoiseInjection):
+        return 0.1 + 0.05 * h
+    if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+        return 1 + 0.1 * h
+    if isinstance(layer, nn.PReLU):
+        return 0.25 + 0.05 * h
+    if isinstance(layer, EqualLinear | EqualConv2d | ModulatedConv2d | ConstantInput):
+        return math.sqrt(3) * h / getattr(layer, "lr_mul", 1.0)
+    return math.sqrt(3 * len(x) / x.numel()) * h
