@@ -129,11 +129,24 @@ def _steps(
 
 
 class Inverter(nn.Module):
-    """An encoder and the generator whose latents it finds: what a run of ReStyle leaves. x (B, C, H, W) -> the `Step`s."""
+    """An encoder and the generator whose latents it finds: what a run of ReStyle leaves. x (B, C, H, W) -> the `Step`s.
+
+    With an e4e head the state dict holds its stage, so that styles that were not learned yet are not used.
+    """
 
     def __init__(self, encoder: nn.Module, generator: nn.Module) -> None:
         super().__init__()
         self.encoder, self.generator = encoder, generator
+        if getattr(encoder, "head", None) == "e4e":
+            self.register_buffer("stage", torch.tensor(encoder.stage))
+            self.register_load_state_dict_post_hook(lambda module, _: module.set_stage())
+
+    def set_stage(self, stage: int | None = None) -> None:
+        """The stage of an e4e head: this one, or None: that of the buffer `stage`, where it was copied from another network."""
+        if hasattr(self, "stage"):
+            if stage is not None:
+                self.stage.fill_(stage)
+            self.encoder.stage = int(self.stage)
 
     def forward(self, x: Tensor, steps: int = 5) -> list[Step]:
         return list(iterate(self.encoder, self.generator, x, steps=steps))

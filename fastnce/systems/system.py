@@ -302,24 +302,26 @@ class LabelledSystem(System):
 
 
 def images_with_labels(
-    config: Any, split: str, root: Path, *, flip: bool = False, needs_labels: bool
+    config: Any, split: str, root: Path, *, flip: bool = False, needs_labels: bool, **how: Any
 ) -> LabelledImages:
-    """The images of a split of `root`, of the classes and as large as a `LabelledConfig` says."""
+    """The images of a split of `root`, of the classes and as large as a `LabelledConfig` says.
+
+    `how` are arguments of `LabelledImages` that differ.
+    """
     from fastnce.data import LabelledImages
     from fastnce.data.labelled import NO_CLASSES
 
-    return LabelledImages(
-        root,
-        split,
-        image_size=config.image_size,
-        channels=config.image_channels,
-        flip=flip,
-        seed=config.seed,
-        classes=() if config.class_names == NO_CLASSES else config.class_names,
-        needs_labels=needs_labels,
-        class_balance=config.class_balance and split == "train",
-        broken_files=config.broken_files,
-    )
+    values = {
+        "image_size": config.image_size,
+        "channels": config.image_channels,
+        "flip": flip,
+        "seed": config.seed,
+        "classes": () if config.class_names == NO_CLASSES else config.class_names,
+        "needs_labels": needs_labels,
+        "class_balance": config.class_balance and split == "train",
+        "broken_files": config.broken_files,
+    }
+    return LabelledImages(root, split, **(values | how))
 
 
 def image_batches(
