@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastnce.errors import UserError
+from fastnce.files import expect_apart
+from fastnce.systems.system import image_batches
 from fastnce.systems.translation import input_channels
+
+# Images inverted at a time where nothing else is said, and the rows of a strip of steps.
+_BATCH, _ROWS = 16, 8
 
 
 class Step(NamedTuple):
@@ -145,7 +153,13 @@ class Inverter(nn.Module):
 
 
 def bootstrap(
-    first: nn.Module, second: nn.Module, x: Tensor, steps: int, *, first_steps: int = 1
+    first: nn.Module,
+    second: nn.Module,
+    x: Tensor,
+    steps: int,
+    *,
+    first_steps: int = 1,
+    start: tuple[Tensor, Tensor] | None = None,
 ) -> Iterator[Step]:
     """Encoder bootstrapping: `first_steps` of one model, then `steps` of another that start from the latent and the image reached.
 
@@ -157,7 +171,8 @@ def bootstrap(
         second: likewise.
         x: images (B, C, H, W) in [-1, 1].
         steps: of the second model.
-        first_steps: of the first.
+        first_steps: of the first, at least 1.
+        start: of the first; see `iterate`.
 
     Yields:
         The `first_steps + steps` steps.
@@ -165,10 +180,231 @@ def bootstrap(
     Raises:
         ValueError: as `iterate`, and where the two models' latents or channels differ.
     """
-    step = None
-    for step in iterate(first.encoder, first.generator, x, steps=first_steps):
+    for step in iterate(first.encoder, first.generator, x, steps=first_steps, start=start):
         yield step
-    if step is None:
-        raise ValueError(f"bootstrap: first_steps={first_steps} must be at least 1.")
     start = (step.latent.detach(), step.seen.detach())
     yield from iterate(second.encoder, second.generator, x, steps=steps, start=start)
+
+
+class Inversion:
+    """How a command inverts images: with a trained network, for how many steps, and behind which other one.
+
+    Args:
+        network: the `Inverter` of a run, in eval mode.
+        config: the run's configuration.
+        steps: by default as many as it was trained with, or 1 behind another model.
+        first: a run, with `network` and `config`, whose steps come first, for encoder bootstrapping.
+        first_steps: how many they are.
+
+    Attributes:
+        names: of the steps, "step 1" and so on; those of `first` are "first 1" and so on.
+
+    Raises:
+        UserError: a number below 1, or two models that do not fit together.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: Any,
+        steps: int | None = None,
+        first: Any = None,
+        first_steps: int = 1,
+    ) -> None:
+        usual = config.steps_per_batch if first is None else 1
+        self.steps = usual if steps is None else steps
+        for name, value in (("steps", self.steps), ("first_steps", first_steps)):
+            if value < 1:
+                raise UserError(f"{name}={value} must be at least 1.")
+        if first is not None:
+            _expect_alike(first.network, first.config, network, config)
+        self.network, self.config = network, config
+        self.first, self.first_steps = first and first.network, first_steps
+        before = 0 if first is None else first_steps
+        self.names = [f"first {t + 1}" for t in range(before)]
+        self.names += [f"step {t + 1}" for t in range(self.steps)]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def batches(
+        self, input: Path, batch_size: int, broken_files: Literal["error", "skip"] | None
+    ) -> Iterator[tuple[list[str], Tensor]]:
+        """The images of a folder, or one, as the encoder takes them: see `image_batches`."""
+        from fastnce.data.labelled import fitted
+
+        config = self.config
+        how = (input, batch_size, broken_files, "invert")
+        return image_batches(
+            config, *how, lambda image, path: fitted(image, config.size, config.other_shapes, path)
+        )
+
+    @cached_property
+    def start(self) -> tuple[Tensor, Tensor]:
+        """w_0 (1, k, D) and y_0 (1, C, H, W), on the network's device."""
+        return average_start((self.first or self.network).generator, self.config.size)
+
+    def __call__(self, x: Tensor) -> Iterator[Step]:
+        """The steps of images (B, C, H, W) on the network's device, one for each of `names`."""
+        network, how = self.network, {"steps": self.steps, "start": self.start}
+        try:
+            if self.first is not None:
+                yield from bootstrap(self.first, network, x, first_steps=self.first_steps, **how)
+            else:
+                yield from iterate(network.encoder, network.generator, x, **how)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def latent(self, x: Tensor) -> Tensor:
+        """The latent (B, k, D) of the last step."""
+        *_, last = self(x)
+        return last.latent
+
+
+def _expect_alike(first: nn.Module, first_config: Any, second: nn.Module, config: Any) -> None:
+    """Raises `UserError` unless the second model can go on where the first one ends."""
+    facts = [
+        {
+            "size of the images": "x".join(map(str, told.size[::-1])),
+            "channels of the images": told.image_channels,
+            "latents": f"{network.generator.num_styles} of {len(network.generator.latent_avg)}",
+        }
+        for network, told in ((first, first_config), (second, config))
+    ]
+    for name, one in facts[0].items():
+        if one != facts[1][name]:
+            raise UserError(
+                f"first: the two models differ in the {name}: {one} of the first, {facts[1][name]} of the second. Name a run whose "
+                "generator is that of which the second one was fine-tuned."
+            )
+
+
+def invert_folder(
+    inversion: Inversion,
+    input: Path,
+    out: Path,
+    *,
+    batch_size: int = _BATCH,
+    latents: Literal["npz", "safetensors"] = "npz",
+    broken_files: Literal["error", "skip"] | None = None,
+) -> int:
+    """Writes what each step makes of the images of a folder, and of the folders in it, or of one image.
+
+    `OUT/STEP/NAME.png` at the generator's size, STEP being one of the inversion's `names` with a hyphen, and the latents
+    `OUT/latents.npz`: "latents" (N, steps, k, D) float32 and "names" (N,), the files' names below `input`, sorted; a .safetensors
+    file has "names" in its metadata, as JSON. `OUT/steps.png` shows the first images: an image, the average, the steps.
+
+    Args:
+        inversion: how.
+        input: folder of images, or an image.
+        out: folder; created.
+        batch_size: Images at a time.
+        latents: Kind of the latents' file.
+        broken_files: A file that cannot be read: error stops, skip leaves it out and names it; by default as in the training.
+
+    Returns:
+        The number of images inverted.
+
+    Raises:
+        UserError: no images, a broken one, or `out` cannot be written.
+    """
+    from fastnce.data import list_images, save_image
+    from fastnce.systems.representation import write_arrays
+    from fastnce.systems.translating import targets
+    from fastnce.viz.plots import save_sample_grid
+
+    input, out = Path(input), Path(out)
+    if input.is_dir():
+        expect_apart(out, [input])
+    elif not input.exists():
+        raise UserError(
+            f"input={input}: no such file or folder. Name an image, or a folder of images."
+        )
+    folder, paths = (input, list_images(input)) if input.is_dir() else (input.parent, [input])
+    written = [targets(paths, input, out / name.replace(" ", "-")) for name in inversion.names]
+    names: list[str] = []
+    found: list[Tensor] = []
+    rows: dict[str, list[Tensor]] = {}
+    for batch_names, x in inversion.batches(input, batch_size, broken_files):
+        latent, seen = [], [inversion.start[1].expand(len(x), -1, -1, -1).cpu()]
+        for files, step in zip(written, _inverted(inversion, x), strict=True):
+            for name, image in zip(batch_names, step.image, strict=True):
+                save_image(image, files[folder / name])
+            latent.append(step.latent)
+            seen.append(step.seen)
+        _add_rows(rows, batch_names, x, seen)
+        names += batch_names
+        found.append(torch.stack(latent, dim=1))
+    write_arrays(out / f"latents.{latents}", names, latents=torch.cat(found))
+    save_sample_grid(rows, out / "steps.png")
+    return len(names)
+
+
+def _add_rows(
+    rows: dict[str, list[Tensor]], names: list[str], x: Tensor, seen: list[Tensor]
+) -> None:
+    """Adds rows of an image and its reconstructions (B, C, H, W) to a strip, until it is full."""
+    for index, name in enumerate(names[: _ROWS - len(rows)]):
+        rows[name] = [x[index], *(images[index] for images in seen)]
+
+
+@torch.inference_mode()
+def _inverted(inversion: Inversion, x: Tensor) -> Iterator[Step]:
+    """The steps of images on the CPU, on the CPU."""
+    for step in inversion(x.to(inversion.device)):
+        yield Step(*(tensor.float().cpu() for tensor in step))
+
+
+class Changes(NamedTuple):
+    """Where and how much each step of an inversion changes its images."""
+
+    names: list[str]
+    """Of the steps."""
+    maps: Tensor
+    """(steps, H, W): at each pixel the mean over images and channels of (y_t - y_{t-1})^2."""
+
+
+def visualize_steps(
+    inversion: Inversion,
+    input: Path,
+    out: Path,
+    *,
+    batch_size: int = _BATCH,
+    broken_files: Literal["error", "skip"] | None = None,
+) -> Changes:
+    """Writes the pictures `OUT/steps.png` and `OUT/changes.png` of the inversion of a folder of images, or of one.
+
+    steps.png has a row for each of the first images: the image, the average image, the steps. changes.png has a heat map for each
+    step over all images: above each on a scale of its own, which shows where the step changes the images, below all on one scale,
+    which shows how much.
+
+    Args:
+        inversion: how.
+        input: folder of images, or an image.
+        out: folder; created.
+        batch_size: Images at a time.
+        broken_files: A file that cannot be read: error stops, skip leaves it out and names it; by default as in the training.
+
+    Raises:
+        UserError: no images, a broken one, or `out` cannot be written.
+    """
+    from fastnce.viz.feature_maps import save_changes
+    from fastnce.viz.plots import save_sample_grid
+
+    input, out = Path(input), Path(out)
+    if input.is_dir():
+        expect_apart(out, [input])
+    count, sums = 0, torch.zeros(len(inversion.names), *inversion.start[1].shape[2:])
+    rows: dict[str, list[Tensor]] = {}
+    for names, x in inversion.batches(input, batch_size, broken_files):
+        seen = [inversion.start[1].expand(len(x), -1, -1, -1).cpu()]
+        for t, step in enumerate(_inverted(inversion, x)):
+            sums[t] += (step.seen - seen[-1]).square().mean(1).sum(0)
+            seen.append(step.seen)
+        _add_rows(rows, names, x, seen)
+        count += len(x)
+    changes = Changes(inversion.names, sums / count)
+    save_sample_grid(rows, out / "steps.png")
+    save_changes(*changes, out / "changes.png")
+    return changes

@@ -1,10 +1,22 @@
 """The loop of ReStyle, encoder bootstrapping, and the commands that use a trained encoder."""
 
+import copy
+
 import pytest
 import torch
+from golden import fill_styles, sines
 from torch import nn
 
-from fastnce.systems.inverting import Inverter, at_size, average_image, bootstrap, iterate
+from fastnce.networks.restyle_encoder import build_encoder
+from fastnce.networks.style_generator import StyleGenerator
+from fastnce.systems.inverting import (
+    Inverter,
+    at_size,
+    average_image,
+    average_start,
+    bootstrap,
+    iterate,
+)
 
 
 class Pixels(nn.Module):
@@ -99,3 +111,60 @@ def test_bootstrapping_goes_on_with_the_second_model(images):
     )
     torch.testing.assert_close(steps[1].image, -steps[1].latent.mean(1).unflatten(1, (3, 4, 4)))
     assert len(list(bootstrap(first, second, images, 1, first_steps=3))) == 4
+
+
+def golden(*values: float):
+    return pytest.approx(list(values), rel=1e-4, abs=5e-6)
+
+
+@pytest.fixture(scope="module")
+def filled() -> Inverter:
+    """The model of golden 13 and 14, whose encoder has seen one batch in training mode."""
+    generator = fill_styles(StyleGenerator(16))
+    for j, noise in enumerate(generator.noises.buffers()):
+        noise.copy_(sines(*noise.shape, step=0.7, start=0.1 * j))
+    encoder = fill_styles(build_encoder("resnet34", 6, 6))
+    with torch.no_grad():
+        for style in encoder.styles:
+            style.linear.weight *= 0.2
+        generator.latent_avg.copy_(generator.mapping(sines(64, 512, step=0.37, start=0.2)).mean(0))
+        x = pictures()
+        encoder.train()(torch.cat([x, average_image(generator, (64, 64)).expand_as(x)], dim=1))
+    return Inverter(encoder, generator).eval().requires_grad_(False)
+
+
+def pictures():
+    return sines(2, 3, 64, 64, step=0.0137, start=0.3)
+
+
+def test_golden_values_of_the_loop(filled):
+    w, y = average_start(filled.generator, (64, 64))
+    assert w[0, 5, :4].tolist() == golden(0.734790, 0.477941, -0.215541, 1.091441)
+    assert [w.mean().item(), w.std().item()] == pytest.approx([0.521177, 0.914262], rel=1e-3)
+    assert [y.mean().item(), y.std(correction=0).item()] == golden(0.395248, 0.941259)
+    assert y[0, :, 3, 5].tolist() == golden(0.229167, -0.376025, 1.348699)
+    x = pictures()
+    steps = filled(x, 5)
+    assert [step.image.mean().item() for step in steps] == golden(
+        *(0.429259, 0.461862, 0.492593, 0.521220, 0.545195)
+    )
+    assert steps[0].image[1, :, 3, 5].tolist() == golden(-0.081203, 0.085315, 0.304333)
+    assert steps[4].image[1, :, 3, 5].tolist() == golden(0.117476, 0.359201, 0.508206)
+    assert steps[0].latent[1, 2, :3].tolist() == golden(0.775998, 0.401142, -0.191918)
+    assert steps[4].latent[1, 2, :3].tolist() == golden(0.945069, 0.096666, -0.097319)
+    assert [(step.seen - x).square().mean().item() for step in steps] == golden(
+        *(1.557100, 1.573127, 1.584988, 1.596608, 1.605074)
+    )
+
+
+def test_golden_values_of_bootstrapping(filled):
+    generator = copy.deepcopy(filled.generator)
+    for parameter in generator.to_rgbs.parameters():  # those of to_rgb1 as they are
+        parameter.neg_()
+    generator.latent_avg.fill_(5)
+    steps = bootstrap(filled, Inverter(filled.encoder, generator), pictures(), 2)
+    assert [step.image[1, :, 3, 5].tolist() for step in steps] == [
+        golden(-0.081203, 0.085315, 0.304333),
+        golden(0.063557, -0.045206, 0.028471),
+        golden(0.120179, 0.023962, 0.082485),
+    ]
