@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastnce.networks.style_generator import ConstantInput, ModulatedConv2d
-from fastnce.networks.stylegan2 import EqualConv2d, EqualLinear, NoiseInjection
+from fastnce.networks.style_generator import ConstantInput, GivenNoise, ModulatedConv2d
+from fastnce.networks.stylegan2 import EqualConv2d, EqualLinear
 
 
 def sines(*shape: int, step: float, start: float) -> Tensor:
@@ -56,7 +56,7 @@ def fill_styles(module: nn.Module) -> nn.Module:
 def _style_values(layer: nn.Module, path: str, name: str, x: Tensor, h: Tensor) -> Tensor:
     if name == "bias":
         return 1 + 0.1 * h if path.endswith("modulation") else 0.1 * h
-    if isinstance(layer, NoiseInjection):
+    if isinstance(layer, GivenNoise):
         return 0.1 + 0.05 * h
     if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
         return 1 + 0.1 * h

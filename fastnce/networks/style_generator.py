@@ -7,24 +7,30 @@ generators are handed on.
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Sequence
-from typing import Literal
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastnce.errors import UserError
+from fastnce.files import atomic_path
 from fastnce.networks.stylegan2 import (
     DEMODULATION_EPS,
     Blur,
     ConvLayer,
     EqualLinear,
     FusedLeakyReLU,
-    NoiseInjection,
     ResBlock,
     flatten_biases,
 )
+from fastnce.networks.weights import load_strictly, read_plain
 
 Noise = Literal["fixed", "random"]
 
@@ -105,6 +111,17 @@ class ModulatedConv2d(nn.Module):
         return x
 
 
+class GivenNoise(nn.Module):
+    """`x + weight * noise`, with noise (1 or B, 1, H, W) for all channels; `weight` (1,) starts at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        return x + self.weight * noise
+
+
 class StyledConv(nn.Module):
     """Modulated 3x3 convolution, noise, activation; with `upsample` of twice the size."""
 
@@ -113,7 +130,7 @@ class StyledConv(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = ModulatedConv2d(in_channels, out_channels, 3, latent_dim, upsample=upsample)
-        self.noise = NoiseInjection()
+        self.noise = GivenNoise()
         self.activate = FusedLeakyReLU(out_channels)
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor) -> Tensor:
@@ -352,3 +369,94 @@ def _widths(what: str, image_size: int, channels: Sequence[int] | None) -> tuple
             f"from 4x4 on. Give {count} widths."
         )
     return widths
+
+
+_FILE_HELP = (
+    "Name a file with a generator in rosinality's layout: {g_ema: its state dict, latent_avg: its mean latent}. A pickle of "
+    "NVIDIA's or of StyleGAN2-ADA has to be converted first, with mapping.w_avg as latent_avg."
+)
+# Samples that the mean latent is estimated from, and the seed of their noise, where a file has none.
+_SAMPLES, _SAMPLES_SEED = 100_000, 0
+
+
+def style_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments of the `StyleGenerator` with this published state dict, from keys and shapes.
+
+    Raises:
+        KeyError: it is none.
+    """
+    doublings = sum(bool(re.fullmatch(r"to_rgbs\.\d+\.bias", name)) for name in state)
+    convolutions = ["conv1", *(f"convs.{2 * block}" for block in range(doublings))]
+    return {
+        "image_size": 4 * 2**doublings,
+        "latent_dim": state["conv1.conv.modulation.weight"].shape[1],
+        "mapping_layers": sum(bool(re.fullmatch(r"style\.\d+\.weight", name)) for name in state),
+        "channels": tuple(state[f"{name}.conv.weight"].shape[1] for name in convolutions),
+        "image_channels": state["to_rgb1.bias"].shape[1],
+    }
+
+
+def load_rosinality(path: Path | str) -> tuple[StyleGenerator, StyleDiscriminator | None]:
+    """The generator in a file of rosinality's stylegan2-pytorch, averaged weights, and the discriminator where it has one.
+
+    Such a file is {g_ema, latent_avg}, or the checkpoint of a training {g, d, g_ema, ...}. That one has no mean latent, which is
+    then estimated from 100,000 samples, always the same; a line on standard error says so. Sizes and widths are those of the file.
+
+    Raises:
+        UserError: there is no such file, it is damaged, holds code, or something else than such a generator.
+    """
+    path = Path(path)
+    # The options of a training are in its checkpoints, as a Namespace of plain values.
+    content = read_plain(path, _FILE_HELP, allowed=[argparse.Namespace])
+    state = content.get("g_ema") if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping):
+        has = (
+            f"has {', '.join(map(str, list(content)[:4]))}" if isinstance(content, Mapping) else ""
+        )
+        raise UserError(f"{path}: {has or 'holds no dict'}, expected g_ema. {_FILE_HELP}")
+    state = {name: x for name, x in state.items() if name != "latent_avg"}
+    try:
+        options = style_options(state)
+        generator = StyleGenerator(**options)
+    except (KeyError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{path}: g_ema is no StyleGAN2 generator ({error}). {_FILE_HELP}"
+        ) from error
+    mean = content.get("latent_avg")
+    load_strictly(generator, {**state, "latent_avg": generator.latent_avg}, path, _FILE_HELP)
+    if mean is None:
+        print(
+            f"{path}: has no latent_avg; the mean of {_SAMPLES} mapped samples is taken.",
+            file=sys.stderr,
+        )
+        mean = generator.mean_latent(_SAMPLES, torch.Generator().manual_seed(_SAMPLES_SEED))
+    if not isinstance(mean, Tensor) or mean.numel() != generator.latent_dim:
+        has = f"the shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else type(mean).__name__
+        raise UserError(
+            f"{path}: latent_avg has {has}, expected ({generator.latent_dim},). {_FILE_HELP}"
+        )
+    generator.latent_avg.copy_(mean.flatten())
+    if not isinstance(content.get("d"), Mapping):
+        return generator, None
+    sizes = {name: options[name] for name in ("image_size", "channels", "image_channels")}
+    discriminator = StyleDiscriminator(**sizes)
+    load_strictly(discriminator, content["d"], path)
+    return generator, discriminator
+
+
+def save_rosinality(
+    path: Path | str, generator: StyleGenerator, discriminator: StyleDiscriminator | None = None
+) -> None:
+    """Writes {g_ema, latent_avg}, and d where it is given, as `load_rosinality` and the published programs read it."""
+    content: dict[str, Any] = {
+        "g_ema": _copied(generator.published_state()),
+        "latent_avg": generator.latent_avg.detach().cpu().clone(),
+    }
+    if discriminator is not None:
+        content["d"] = _copied(discriminator.state_dict())
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
+
+
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.detach().cpu().clone() for name, x in state.items()}

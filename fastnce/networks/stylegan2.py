@@ -1,8 +1,6 @@
 """SinCUT's generator and discriminator, built from the layers of StyleGAN2, and these layers in plain PyTorch.
 
-StyleGAN2 itself is in `style_generator.py`.
-
-They run on any device and can be differentiated twice. Source: Karras et al., "Analyzing and Improving the Image Quality of
+StyleGAN2 itself is in `style_generator.py`. The layers run on any device and can be differentiated twice. Source: Karras et al., "Analyzing and Improving the Image Quality of
 StyleGAN", CVPR 2020 (https://arxiv.org/abs/1912.04958), written from its equations.
 """
 
@@ -192,18 +190,15 @@ class NoiseInjection(nn.Module):
 
     In training mode every image has its own noise, from the default random generator. In eval mode it is the same noise for
     all images of a size, whatever was drawn before: a translation can be repeated, and does not depend on its batch.
-    Noise that is given, (1 or B, 1, H, W), is taken instead in both modes.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
-        if noise is not None:
-            pass
-        elif self.training:
+        if self.training:
             noise = x.new_empty(batch, 1, height, width).normal_()
         else:
             noise = fixed_noise(height, width).to(x)

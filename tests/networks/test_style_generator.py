@@ -3,16 +3,25 @@
 The golden numbers are those of the ReStyle sheet, of the published code in fp32 on a CPU (allow 1e-4 relative). Ours runs in fp64.
 """
 
+import argparse
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from golden import fill_styles, sines
-from torch import Tensor
+from second_derivatives import check_penalty
+from torch import Tensor, nn
 
+from fastnce.errors import UserError
 from fastnce.networks import StyleDiscriminator, StyleGenerator
-from fastnce.networks.style_generator import ModulatedConv2d, Upsample
+from fastnce.networks.style_generator import (
+    ModulatedConv2d,
+    Upsample,
+    load_rosinality,
+    minibatch_stddev,
+    save_rosinality,
+)
 from fastnce.networks.stylegan2 import Blur
 from fastnce.systems.adversarial import r1
 
@@ -131,3 +140,201 @@ def test_published_counts(size, values, entries):
     assert len(g.published_state()) == entries
     assert g.num_styles == 2 * int(math.log2(size)) - 2
     assert counts == [28_864_129, 21_507_073]
+
+
+def small(**options) -> StyleGenerator:
+    torch.manual_seed(0)
+    return StyleGenerator(
+        16, **({"latent_dim": 5, "mapping_layers": 2, "channels": [4, 6, 3]} | options)
+    )
+
+
+def test_keys_are_the_published_ones():
+    g = small()
+    shapes = {name: tuple(x.shape) for name, x in g.published_state().items()}
+    styled = lambda at, out, into: {  # noqa: E731
+        f"{at}.conv.weight": (1, out, into, 3, 3),
+        f"{at}.conv.modulation.weight": (into, 5),
+        f"{at}.conv.modulation.bias": (into,),
+        f"{at}.noise.weight": (1,),
+        f"{at}.activate.bias": (out,),
+    }
+    rgb = lambda at, into: {  # noqa: E731
+        f"{at}.bias": (1, 3, 1, 1),
+        f"{at}.conv.weight": (1, 3, into, 1, 1),
+        f"{at}.conv.modulation.weight": (into, 5),
+        f"{at}.conv.modulation.bias": (into,),
+    }
+    kernels = ["convs.0.conv.blur", "convs.2.conv.blur", "to_rgbs.0.upsample", "to_rgbs.1.upsample"]
+    sides = (4, 8, 8, 16, 16)
+    assert shapes == {
+        **{f"style.{i}.weight": (5, 5) for i in (1, 2)},
+        **{f"style.{i}.bias": (5,) for i in (1, 2)},
+        "input.input": (1, 4, 4, 4),
+        **(styled("conv1", 4, 4) | styled("convs.0", 6, 4) | styled("convs.1", 6, 6)),
+        **(styled("convs.2", 3, 6) | styled("convs.3", 3, 3)),
+        **(rgb("to_rgb1", 4) | rgb("to_rgbs.0", 6) | rgb("to_rgbs.1", 3)),
+        **{f"{name}.kernel": (4, 4) for name in kernels},
+        **{f"noises.noise_{j}": (1, 1, side, side) for j, side in enumerate(sides)},
+    }
+    assert all(g.state_dict()[f"{name}.kernel"].sum() == 4 for name in kernels)
+    names = set(StyleDiscriminator(8, channels=[4, 6]).state_dict())
+    assert names == {
+        *("convs.0.0.weight", "convs.0.1.bias", "convs.1.conv1.0.weight", "convs.1.conv1.1.bias"),
+        *("convs.1.conv2.0.kernel", "convs.1.conv2.1.weight", "convs.1.conv2.2.bias"),
+        *("convs.1.skip.0.kernel", "convs.1.skip.1.weight", "final_conv.0.weight"),
+        *("final_conv.1.bias", "final_linear.0.weight", "final_linear.0.bias"),
+        *("final_linear.1.weight", "final_linear.1.bias"),
+    }
+
+
+def test_noise_is_fixed_or_each_image_has_its_own():
+    g, w = small(), torch.randn(2, 5)
+    for layer in (g.conv1, *g.convs):
+        layer.noise.weight.data.fill_(1.0)
+    for mode in (True, False):
+        g.train(mode)
+        assert torch.equal(g(w), g(w))
+        torch.testing.assert_close(g(w[1:]), g(w)[1:])
+        torch.manual_seed(3)
+        image = g(w[:1].repeat(2, 1), noise="random")
+        assert not torch.equal(image[0], image[1])
+        torch.manual_seed(3)
+        assert torch.equal(g(w[:1].repeat(2, 1), noise="random"), image)
+
+
+def test_each_style_enters_at_its_place():
+    """A change of style i changes no earlier convolution's output, and the image."""
+    g = small()
+    w = torch.randn(1, g.num_styles, 5)
+    seen: list[Tensor] = []
+    for layer in (g.conv1, *g.convs):
+        layer.register_forward_hook(lambda layer, inputs, y: seen.append(y))
+    image, before = g(w), list(seen)
+    for i in range(g.num_styles):
+        other = w.clone()
+        other[:, i] += 1
+        seen.clear()
+        assert not torch.equal(g(other), image)
+        same = [torch.equal(a, b) for a, b in zip(seen, before, strict=True)]
+        assert same == [j < i for j in range(5)]
+
+
+def test_second_derivatives():
+    """Of the path length by the generator's weights, and of R1 by the discriminator's."""
+    g, w = small().double(), wave(2, 6, 5, step=0.7, start=0.1).requires_grad_()
+    noise = wave(2, 3, 16, 16, step=0.23, start=0.7) / 16
+
+    def path_length(judge) -> Tensor:
+        (slopes,) = torch.autograd.grad((judge(w) * noise).sum(), w, create_graph=True)
+        return slopes.square().sum(2).mean(1).sqrt().mean()
+
+    # The last bias and the mapping have no part in it.
+    for unused in (g.style, g.to_rgb1.bias, *(rgb.bias for rgb in g.to_rgbs)):
+        unused.requires_grad_(False)
+    check_penalty(g, path_length)
+    x = wave(4, 3, 16, 16, step=0.0137, start=0.3).requires_grad_()
+    torch.manual_seed(0)
+    check_penalty(StyleDiscriminator(16, channels=[4, 3, 2]), lambda judge: r1(judge(x), x))
+
+
+@pytest.mark.parametrize(("batch", "group"), [(8, 4), (6, 3), (2, 2), (5, 1)])
+def test_minibatch_deviation_against_a_loop(batch, group):
+    x = wave(batch, 3, 4, 4, step=0.37, start=0.1)
+    found = minibatch_stddev(x)
+    assert found.shape == (batch, 1, 4, 4)
+    for b in range(batch):
+        others = x[b % (batch // group) :: batch // group]
+        assert len(others) == group
+        variance = ((others - others.mean(0)) ** 2).mean(0)
+        expected = (variance + 1e-8).sqrt().mean()
+        torch.testing.assert_close(found[b], expected.expand(1, 4, 4))
+
+
+def test_mean_latent():
+    g = small()
+    z = torch.randn(12_000, 5, generator=torch.Generator().manual_seed(4))
+    mean = g.mean_latent(12_000, torch.Generator().manual_seed(4))
+    torch.testing.assert_close(mean, g.mapping(z).mean(0))
+
+
+def test_files_of_rosinality(tmp_path, capsys):
+    """Written and read, with and without D and mean latent; sizes come from the file."""
+    g, d = small(image_channels=1), StyleDiscriminator(16, [4, 6, 3], image_channels=1)
+    g.latent_avg.copy_(torch.arange(5.0))
+    save_rosinality(tmp_path / "both.pt", g, d)
+    content = torch.load(tmp_path / "both.pt", weights_only=True)
+    assert set(content) == {"g_ema", "latent_avg", "d"} and "latent_avg" not in content["g_ema"]
+    found = load_rosinality(tmp_path / "both.pt")
+    for one, other in zip((g, d), found, strict=True):
+        for name, x in one.state_dict().items():
+            assert torch.equal(x, other.state_dict()[name])
+    save_rosinality(tmp_path / "alone.pt", g)
+    assert load_rosinality(tmp_path / "alone.pt")[1] is None
+    # A checkpoint of rosinality's training.
+    training = {"g": content["g_ema"], "d": content["d"], "g_ema": content["g_ema"]}
+    training |= {"args": argparse.Namespace(size=16, lr=0.002), "ada_aug_p": 0}
+    torch.save(training, tmp_path / "training.pt")
+    capsys.readouterr()
+    read = [load_rosinality(tmp_path / "training.pt")[0] for _ in range(2)]
+    assert (
+        "has no latent_avg; the mean of 100000 mapped samples is taken" in capsys.readouterr().err
+    )
+    assert torch.equal(read[0].latent_avg, read[1].latent_avg)
+    torch.testing.assert_close(
+        read[0].latent_avg,
+        g.mean_latent(100_000, torch.Generator().manual_seed(9)),
+        atol=0.02,
+        rtol=0,
+    )
+
+
+def test_errors_of_files(tmp_path):
+    path, g = tmp_path / "g.pt", small()
+    state = g.published_state()
+
+    def refused(content: object, match: str) -> None:
+        torch.save(content, path)
+        with pytest.raises(UserError, match=match):
+            load_rosinality(path)
+
+    with pytest.raises(
+        UserError, match=r"no such file. Name a file with a generator in rosinality's layout"
+    ):
+        load_rosinality(path)
+    refused(state, r"has style.1.weight, .* expected g_ema")
+    refused({"g_ema": {"a": torch.zeros(1)}}, "g_ema is no StyleGAN2 generator .*conv1")
+    refused(
+        {"g_ema": {k: x for k, x in state.items() if "noises" not in k}},
+        "lacks weight noises.noise_0",
+    )
+    refused(
+        {"g_ema": state, "latent_avg": torch.zeros(6)},
+        r"latent_avg has the shape \(6,\), expected \(5,\)",
+    )
+    refused(
+        {"g_ema": state, "other": nn.Linear(1, 1)}, "is damaged or no PyTorch file of plain weights"
+    )
+
+
+def test_errors():
+    for network in (StyleGenerator, StyleDiscriminator):
+        for size in (4, 48):
+            with pytest.raises(
+                ValueError, match=f"image_size={size} must be a power of two from 8"
+            ):
+                network(size)
+        with pytest.raises(ValueError, match=r"channels=\(4, 4\) has 2 widths.*Give 3 widths"):
+            network(16, channels=[4, 4])
+    g = small()
+    for shape in ((2, 4), (2, 5, 5), (5,)):
+        with pytest.raises(ValueError, match=r"w has the shape .*expected \(B, 5\) or \(B, 6, 5\)"):
+            g(torch.zeros(shape))
+    with pytest.raises(ValueError, match="noise='none'. Use 'fixed' or 'random'"):
+        g(torch.zeros(1, 5), noise="none")
+    with pytest.raises(ValueError, match="at=7. Use 0 to 6"):
+        g.mix(torch.zeros(1, 5), torch.zeros(1, 5), at=7)
+    with pytest.raises(
+        ValueError, match=r"x has the shape \(1, 3, 8, 8\), expected \(B, 3, 16, 16\)"
+    ):
+        StyleDiscriminator(16, [4, 4, 4])(torch.zeros(1, 3, 8, 8))
