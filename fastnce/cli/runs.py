@@ -76,21 +76,27 @@ def translate(
     print(f"Translated {count} image{'s' * (count != 1)} into {out}")
 
 
-@with_options_of(opened, "fastnce.systems.contragan.generate_folder")
-def generate(run: Path, out: Path, **how: Any) -> None:
-    """Generate images of chosen classes with a trained generator.
+@with_options_of(
+    opened,
+    "fastnce.systems.contragan.generate_folder",
+    "fastnce.systems.stylegan2.generate_folder",
+)
+def generate(run: Path, out: Path, truncation: float | None = None, **how: Any) -> None:
+    """Generate images with a trained generator.
 
-    Those of a class are in a folder of its own, and a grid has a row for each class.
+    Of a generator that knows classes, those of a class are in a folder of its own, and a grid has a row for each class.
 
     Args:
         run: Folder of a training run.
         out: Folder for the images; created.
+        truncation: Less variety, more fidelity. ContraGAN: cut the noise off at this value, such as 0.8. StyleGAN2: how far from
+            the mean latent the images are, 1 for all the way, such as 0.7.
     """
     from fastnce.training.runs import generate_folder
 
-    trained, how = opened(run, **how)
+    trained, how = opened(run, truncation=truncation, **how)
     made = generate_folder(trained.network, trained.config, out, **how)
-    print(f"Generated {made} images into {out}; grid.png shows them by class")
+    print(f"Generated {made} images into {out}; grid.png shows them")
 
 
 @with_options_of(opened, "fastnce.systems.directions.edit_folder")

@@ -7,6 +7,7 @@ from fastnce.systems.cyclegan import CycleGAN, CycleGANConfig
 from fastnce.systems.dclgan import DCLGAN, DCLGANConfig
 from fastnce.systems.pix2pix import Pix2Pix, Pix2PixConfig
 from fastnce.systems.representation import Representation, RepresentationConfig
+from fastnce.systems.stylegan2 import StyleGAN2, StyleGAN2Config
 
 __all__ = [
     "CFL",
@@ -23,4 +24,6 @@ __all__ = [
     "Pix2PixConfig",
     "Representation",
     "RepresentationConfig",
+    "StyleGAN2",
+    "StyleGAN2Config",
 ]

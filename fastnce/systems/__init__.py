@@ -13,6 +13,7 @@ from fastnce.systems.cyclegan import CycleGANSystem
 from fastnce.systems.dclgan import DCLGANSystem
 from fastnce.systems.pix2pix import Pix2PixSystem
 from fastnce.systems.representation import RepresentationSystem
+from fastnce.systems.stylegan2 import StyleGAN2System
 from fastnce.systems.system import System, TrainConfig
 
 __all__ = ["SYSTEMS", "System", "TrainConfig", "of_variant", "register", "system_named", "variants"]
@@ -57,6 +58,7 @@ for _system in (
     Pix2PixSystem(),
     CFLSystem(),
     ContraGANSystem(),
+    StyleGAN2System(),
     RepresentationSystem(),
 ):
     register(_system)

@@ -32,9 +32,6 @@ from fastnce.systems.translation import convert_channels, descend
 if TYPE_CHECKING:
     from fastnce.data import LabelledImages
 
-# Samples that the mean latent is estimated from where a generator's file has none.
-_MEAN_SAMPLES = 100_000
-
 
 @dataclass(frozen=True, kw_only=True)
 class ReStyleConfig(LabelledConfig):
@@ -231,32 +228,26 @@ def build_losses(config: ReStyleConfig) -> dict[str, tuple[float, nn.Module]]:
     Raises:
         UserError: a loss without the files of its network.
     """
-    from fastnce.networks import perceptual
-
-    scripted = config.similarity or config.data / "judge.pt"
-    known: dict[str, tuple[str, dict[str, Path | None], Callable[..., nn.Module]]] = {
-        "LPIPS": (
-            "lambda_lpips",
-            {"lpips_backbone": config.lpips_backbone, "lpips_weights": config.lpips_weights},
-            perceptual.LPIPS,
-        ),
-        "ID": ("lambda_id", {"face_weights": config.face_weights}, perceptual.IdentityLoss),
-        "MoCo": ("lambda_moco", {"moco_weights": config.moco_weights}, perceptual.MoCoLoss),
-        "similarity": (
-            "lambda_similarity",
-            {"similarity": scripted if scripted.is_file() else config.similarity},
-            perceptual.ScriptedSimilarity,
-        ),
+    scripted = config.data / "judge.pt"
+    own = config.similarity or (scripted if scripted.is_file() else None)
+    networks = {  # the loss's name -> its weight, its class, and its files
+        "LPIPS": ("lambda_lpips", "LPIPS", ("lpips_backbone", "lpips_weights")),
+        "ID": ("lambda_id", "IdentityLoss", ("face_weights",)),
+        "MoCo": ("lambda_moco", "MoCoLoss", ("moco_weights",)),
+        "similarity": ("lambda_similarity", "ScriptedSimilarity", ("similarity",)),
     }
     built = {}
-    for name, (option, files, make) in known.items():
+    for name, (option, kind, files) in networks.items():
         if weight := getattr(config, option):
-            for file, path in files.items():
+            paths = [own if file == "similarity" else getattr(config, file) for file in files]
+            for file, path in zip(files, paths, strict=True):
                 if path is None:
                     raise UserError(
                         f"{option}={weight} compares features of a network, and {file} is missing. Name its file, or use {option}=0."
                     )
-            built[name] = (weight, make(*files.values()))
+            from fastnce.networks import perceptual
+
+            built[name] = (weight, getattr(perceptual, kind)(*paths))
     return built
 
 
@@ -466,19 +457,26 @@ class ReStyle(nn.Module):
         return losses
 
 
-def read_generator(path: Path, seed: int = 0) -> StyleGenerator:
-    """The generator of a run of stylegan2, or of a file, with its mean latent.
-
-    A file without one gets the mean of 100,000 mapped samples, drawn with `seed`, and a line says so.
+def read_generator(path: Path) -> StyleGenerator:
+    """The generator of a run of stylegan2, its averaged weights, or of a file (see `load_rosinality`), with its mean latent.
 
     Raises:
-        UserError: no such file, or one that holds something else.
+        UserError: no such run or file, or one that holds something else.
     """
-    generator = load_style_generator(path)
-    if not generator.latent_avg.any():
-        print(f"{path} has no latent_avg: it is the mean of {_MEAN_SAMPLES} mapped samples.")
-        random = torch.Generator().manual_seed(seed)
-        generator.latent_avg.copy_(generator.mean_latent(_MEAN_SAMPLES, random))
+    from fastnce.networks.style_generator import load_rosinality, style_options
+    from fastnce.networks.weights import load_strictly, read_plain
+
+    if not path.is_dir():
+        return load_rosinality(path)[0]
+    path = path / "checkpoints" / "last.pt"
+    instead = "Name a run of stylegan2, or a file of a generator."
+    checkpoint = read_plain(path, instead)
+    system = checkpoint["config"]["system"]
+    if system != "stylegan2":
+        raise UserError(f"generator={path}: is of a run of {system}. {instead}")
+    state = checkpoint["average"]["module"]
+    generator = StyleGenerator(**style_options(state))
+    load_strictly(generator, state, path)
     return generator
 
 

@@ -120,6 +120,7 @@ class System:
         ablations: what `fastnce ablate NAME` compares, by the name of the variant.
         older: options that are newer than some runs, with the values by which those were made.
         network_name: the model's attribute that is used after the training and whose weights are averaged.
+        starts_averaged: whether `init_from` takes that attribute's averaged weights from a run.
         panels: the losses that are plotted together, a tuple of names for each panel.
         best: the measurement that is smallest for the best checkpoint.
         does: what the network is for, such as "translate images".
@@ -145,6 +146,7 @@ class System:
     ablations: Mapping[str, Ablation] = {}
     older: Mapping[str, object] = {}
     network_name: str
+    starts_averaged: bool = False
     panels: tuple[tuple[str, ...], ...]
     best: str | None = None
     next_command: str
@@ -226,13 +228,22 @@ class System:
         """
         raise NotImplementedError
 
+    def generate_folder(
+        self, network: nn.Module, config: TrainConfig, out: Path, **how: Any
+    ) -> int:
+        """Writes images of a trained generator into a folder; their number.
+
+        `how` are the options of `fastnce generate`; `UserError` names one that is not for this system.
+        """
+        raise NotImplementedError
+
     def known_options(
         self, function: Callable[..., Any], options: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Those of a command's options that `function` takes; `UserError` if another one is given."""
         taken = inspect.signature(function).parameters
         for name, value in options.items():
-            if name not in taken and value is not None:
+            if name not in taken and value not in (None, ()):
                 raise UserError(f"{name}={value} is not for a run of {self.name}. Leave it out.")
         return {name: value for name, value in options.items() if name in taken}
 

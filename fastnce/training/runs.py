@@ -16,7 +16,6 @@ from fastnce.networks.weights import load_strictly
 from fastnce.systems import (
     System,
     TrainConfig,
-    contragan,
     representation,
     system_named,
 )
@@ -158,9 +157,8 @@ def translate_folder(
 
 
 def generate_folder(network: nn.Module, config: TrainConfig, out: Path, **how: Any) -> int:
-    """See `fastnce.systems.contragan.generate_folder`; refuses the network of a system that does not generate."""
-    _system_that("generate images from classes", config)
-    return contragan.generate_folder(network, config, out, **how)
+    """See `generate_folder` in the system's file; refuses the network of a system that does not generate."""
+    return _system_that("generate images", config).generate_folder(network, config, out, **how)
 
 
 def write_features(
