@@ -105,7 +105,9 @@ def evaluate_inversion(
     lec = _mean(editing_consistency(inversion, x, direction) for x, _ in _batches(images))
     rows.append(rows[-1] | {"name": INVERTED, "lec": lec})
     result = {"data": str(data), "images": len(images), "steps": inversion.names, "rows": rows}
-    notes = [f"{len(images)} images of {data}. change: mean squared, from the step before. latent: distance from the mean latent."]
+    notes = [
+        f"{len(images)} images of {data}. change: mean squared, from the step before. latent: distance from the mean latent."
+    ]
     table = rows_table(rows, measured(_COLUMNS, rows), notes, first="reconstruction")
     return result, table
 
@@ -150,13 +152,13 @@ def _comparisons(
             loss = made(*given).to(device)
             found[name] = Comparison(
                 lambda x, _, loss=loss: loss.features(x),
-                loss.per_image
-                if is_distance
-                else lambda y, f, loss=loss: 1 - loss.per_image(y, f),
+                loss.per_image if is_distance else lambda y, f, loss=loss: 1 - loss.per_image(y, f),
             )
         elif any(given):
             missing = needed[given.index(None)]
-            raise UserError(f"{missing} is missing: {name} needs {' and '.join(needed)}. Name its file.")
+            raise UserError(
+                f"{missing} is missing: {name} needs {' and '.join(needed)}. Name its file."
+            )
     judge = _judge(images, data, extractor, device)
     if judge is not None:
         found["similarity"] = Comparison(
@@ -170,9 +172,7 @@ def _comparisons(
     return found
 
 
-def _judge(
-    images: LabelledImages, data: Path, extractor: Path | None, device: torch.device
-) -> Any:
+def _judge(images: LabelledImages, data: Path, extractor: Path | None, device: torch.device) -> Any:
     """What similarity is measured with; None, after a line on standard error, where there is nothing."""
     from fastnce.demo import generation_evaluator
     from fastnce.demo.judges import DIGITS
@@ -244,7 +244,9 @@ def editing_consistency(inversion: Inversion, x: Tensor, direction: Tensor) -> T
     """
     edit = EDIT * direction.to(inversion.device)
     latent = inversion.latent(x.to(inversion.device))
-    edited = at_size(inversion.network.generator(latent + edit, noise="fixed"), inversion.config.size)
+    edited = at_size(
+        inversion.network.generator(latent + edit, noise="fixed"), inversion.config.size
+    )
     return (latent - (inversion.latent(edited) - edit)).flatten(1).norm(dim=1)
 
 
