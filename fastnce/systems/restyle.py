@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnce.errors import UserError
+from fastnce.networks import perceptual
 from fastnce.networks.restyle_encoder import LatentDiscriminator, build_encoder
-from fastnce.networks.style_generator import StyleGenerator
+from fastnce.networks.style_generator import StyleGenerator, load_rosinality, style_options
+from fastnce.networks.weights import load_strictly, read_plain
 from fastnce.systems import options
 from fastnce.systems.adversarial import discriminator_losses, generator_loss, r1
 from fastnce.systems.cyclegan import ImagePool
@@ -27,7 +29,7 @@ from fastnce.systems.system import (
     autocast,
     images_with_labels,
 )
-from fastnce.systems.translation import convert_channels, descend
+from fastnce.systems.translation import descend
 
 if TYPE_CHECKING:
     from fastnce.data import LabelledImages
@@ -231,13 +233,13 @@ def build_losses(config: ReStyleConfig) -> dict[str, tuple[float, nn.Module]]:
     scripted = config.data / "judge.pt"
     own = config.similarity or (scripted if scripted.is_file() else None)
     networks = {  # the loss's name -> its weight, its class, and its files
-        "LPIPS": ("lambda_lpips", "LPIPS", ("lpips_backbone", "lpips_weights")),
-        "ID": ("lambda_id", "IdentityLoss", ("face_weights",)),
-        "MoCo": ("lambda_moco", "MoCoLoss", ("moco_weights",)),
-        "similarity": ("lambda_similarity", "ScriptedSimilarity", ("similarity",)),
+        "LPIPS": ("lambda_lpips", perceptual.LPIPS, ("lpips_backbone", "lpips_weights")),
+        "ID": ("lambda_id", perceptual.IdentityLoss, ("face_weights",)),
+        "MoCo": ("lambda_moco", perceptual.MoCoLoss, ("moco_weights",)),
+        "similarity": ("lambda_similarity", perceptual.ScriptedSimilarity, ("similarity",)),
     }
     built = {}
-    for name, (option, kind, files) in networks.items():
+    for name, (option, make, files) in networks.items():
         if weight := getattr(config, option):
             paths = [own if file == "similarity" else getattr(config, file) for file in files]
             for file, path in zip(files, paths, strict=True):
@@ -245,9 +247,7 @@ def build_losses(config: ReStyleConfig) -> dict[str, tuple[float, nn.Module]]:
                     raise UserError(
                         f"{option}={weight} compares features of a network, and {file} is missing. Name its file, or use {option}=0."
                     )
-            from fastnce.networks import perceptual
-
-            built[name] = (weight, getattr(perceptual, kind)(*paths))
+            built[name] = weight, make(*paths)
     return built
 
 
@@ -398,7 +398,9 @@ class ReStyle(nn.Module):
             self.encoder.eval()(x.repeat(1, 2 if config.feedback else 1, 1, 1))
         except (ValueError, RuntimeError) as error:
             height, width = config.size
-            raise UserError(f"images of {width}x{height}: {error} Use another image_size.") from error
+            raise UserError(
+                f"images of {width}x{height}: {error} Use another image_size."
+            ) from error
         self.encoder.train()
 
     def _terms(
@@ -412,8 +414,8 @@ class ReStyle(nn.Module):
         for name, (weight, loss) in self._losses[0].items():
             terms[name] = weight, loss(step.seen, features[name])
         if config.lambda_w_norm > 0:
-            distances = (w - self.generator.latent_avg).flatten(1).norm(dim=1)
-            terms["w_norm"] = config.lambda_w_norm, distances.mean()
+            distance = perceptual.w_norm(w, self.generator.latent_avg)
+            terms["w_norm"] = config.lambda_w_norm, distance
         learned = self._learned(w)
         if config.lambda_delta > 0:
             deltas = (learned[:, 1:] - w[:, :1]).norm(dim=2)  # (B, stage)
@@ -463,9 +465,6 @@ def read_generator(path: Path) -> StyleGenerator:
     Raises:
         UserError: no such run or file, or one that holds something else.
     """
-    from fastnce.networks.style_generator import load_rosinality, style_options
-    from fastnce.networks.weights import load_strictly, read_plain
-
     if not path.is_dir():
         return load_rosinality(path)[0]
     path = path / "checkpoints" / "last.pt"
@@ -567,7 +566,9 @@ class ReStyleSystem(LabelledSystem):
         model.try_out()
         return model
 
-    def preview(self, config: ReStyleConfig, dataset: LabelledImages) -> Callable[[nn.Module], Rows]:
+    def preview(
+        self, config: ReStyleConfig, dataset: LabelledImages
+    ) -> Callable[[nn.Module], Rows]:
         """The images, and what each step makes of them."""
         shown = test_images(config)
 

@@ -41,7 +41,8 @@ class WeightAverage:
         self.updates += 1
         pairs = zip(self.module.parameters(), source.parameters(), strict=True)
         moving = [(average, p) for average, p in pairs if average is not p]
-        torch._foreach_lerp_(*map(list, zip(*moving, strict=True)), weight)
+        if moving:
+            torch._foreach_lerp_(*map(list, zip(*moving, strict=True)), weight)
         for average, buffer in zip(self.module.buffers(), source.buffers(), strict=True):
             if self.start is not None and buffer.is_floating_point():
                 average.lerp_(buffer, weight)
