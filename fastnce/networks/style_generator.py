@@ -242,7 +242,7 @@ class StyleGenerator(nn.Module):
             noise: "fixed", the buffers `noises`, the same for all images, or "random", drawn from the default generator.
         """
         w = self.spread(w)
-        batch = len(w)
+        batch = w.shape[0]  # not len, which a trace takes for a constant
         layers = [self.conv1, *self.convs]
         if noise == "fixed":
             noises = [self.noises.get_buffer(f"noise_{j}") for j in range(len(layers))]
