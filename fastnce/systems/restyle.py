@@ -606,7 +606,7 @@ class ReStyleSystem(LabelledSystem):
         *,
         steps: int | None = None,
         first: Any = None,
-        first_steps: int = 1,
+        first_steps: int | None = None,
         **settings: Any,
     ) -> tuple[dict[str, Any], str]:
         """What is left of test images after each step: see `evaluate_inversion` and `Inversion`."""

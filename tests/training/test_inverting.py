@@ -276,6 +276,8 @@ def test_pictures_of_the_steps(inversion, folder, tmp_path):
 def test_mistakes_of_an_inversion_are_named(inversion, config, folder, tmp_path):
     with pytest.raises(UserError, match="steps=0 must be at least 1"):
         Inversion(inversion.network, config, steps=0)
+    with pytest.raises(UserError, match="first_steps=2 is for another run's encoder"):
+        Inversion(inversion.network, config, first_steps=2)
     other = replace(config, generator_shape=(8, 8, 2, 3, 8, 8))
     first = SimpleNamespace(network=made(other), config=other)
     with pytest.raises(UserError, match="differ in the latents: 4 of 8 of the first, 6 of 8"):
@@ -315,7 +317,8 @@ def test_every_step_is_measured(inversion, config, monkeypatch):
     shown = images_of(config, "test")
     result, table = evaluate_inversion(inversion, shown, config.data)
     rows = {row.pop("name"): row for row in result["rows"]}
-    assert list(rows) == ["average image", "step 1", "step 2", "inverted"]
+    assert list(rows) == ["average image", "step 1", "step 2", "the images", "inverted"]
+    assert rows["inverted"] == rows["step 2"]
     x = torch.stack([shown.image(i) for i in range(12)])
     y = [as_saved(step.image) for step in inversion(x)]
     y.insert(0, as_saved(inversion.start[1].expand_as(x)))
@@ -333,7 +336,10 @@ def test_every_step_is_measured(inversion, config, monkeypatch):
     distance = (last.latent - inversion.network.generator.latent_avg).flatten(1).norm(dim=1)
     assert rows["step 2"]["distance"] == pytest.approx(distance.mean().item())
     assert rows["average image"]["distance"] == 0 and "change" not in rows["average image"]
-    assert rows["inverted"]["lec"] > 0 and "lec" not in rows["step 2"]
+    assert rows["step 2"]["lec"] > 0 and "lec" not in rows["step 1"]
+    own = (perceptual.with_channels(x, 1).mean((1, 2, 3)) > 0).long() == shown.labels
+    assert rows["the images"]["l2"] == 0 and rows["the images"]["similarity"] == pytest.approx(1)
+    assert rows["the images"]["kept"] == pytest.approx(own.double().mean().item())
     assert "| LEC" in table and "| class kept" in table
     monkeypatch.setattr(inversion_quality, "_BATCH", 5)
     again, _ = evaluate_inversion(inversion, shown, config.data)
