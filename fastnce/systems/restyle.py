@@ -306,6 +306,7 @@ class ReStyle(nn.Module):
             self.pools = nn.ModuleDict(
                 {name: ImagePool(config.w_pool) for name in ("real", "fake")}
             )
+            self.register_buffer("last_r1", torch.zeros(()))  # of the step that took it last
             self.optimizers["D"] = torch.optim.Adam(
                 self.latent_discriminator.parameters(), config.lr_adv, fused=True
             )
@@ -352,7 +353,8 @@ class ReStyle(nn.Module):
 
         Returns:
             Detached scalars: "loss_1" to "loss_N", the sums of all terms in each step; of the last step each term without its weight,
-            "L2", "LPIPS", "ID", "MoCo", "similarity", "w_norm", "delta" and "E_adv"; and "D_real", "D_fake".
+            "L2", "LPIPS", "ID", "MoCo", "similarity", "w_norm", "delta" and "E_adv"; "D_real", "D_fake", and "D_r1" as it was last, with its
+            weight but not its interval.
         """
         x, config = batch["image"], self.config
         if self.steps == 0:  # as published for all of the training, even where G learns
@@ -456,7 +458,8 @@ class ReStyle(nn.Module):
             real.requires_grad_()
             penalty = 0.5 * config.lambda_r1 * r1(judge(real), real)
             descend(config.r1_every * penalty, self.optimizers["D"])
-        return losses
+            self.last_r1.copy_(penalty.detach())
+        return losses | {"D_r1": self.last_r1.clone()}
 
 
 def read_generator(path: Path) -> StyleGenerator:
@@ -533,6 +536,7 @@ class ReStyleSystem(LabelledSystem):
         ("w_norm",),
         ("delta",),
         ("E_adv", "D_real", "D_fake"),
+        ("D_r1",),
     )
     best = "l2"
     does = "invert images"
