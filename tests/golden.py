@@ -5,6 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fastnce.networks.style_generator import ConstantInput, GivenNoise, ModulatedConv2d
+from fastnce.networks.stylegan2 import EqualConv2d, EqualLinear
+
 
 def sines(*shape: int, step: float, start: float) -> Tensor:
     """sin(start + step * i) over the elements in C order, computed in fp64, rounded to fp32."""
@@ -38,3 +41,27 @@ def fill(module: nn.Module, first: int = 0) -> nn.Module:
             values = hashed(*x.shape, k=1000 + j).double()
             x.copy_(values / values.norm())
     return module
+
+
+@torch.no_grad()
+def fill_styles(module: nn.Module) -> nn.Module:
+    """Sets the j-th parameter of a network of the ReStyle sheet as its `fill` says: by its layer, always from `hashed(k=j)`."""
+    for j, (path, x) in enumerate(module.named_parameters()):
+        owner, _, name = path.rpartition(".")
+        values = hashed(*x.shape, k=j).to(x)
+        x.copy_(_style_values(module.get_submodule(owner), owner, name, x, values))
+    return module
+
+
+def _style_values(layer: nn.Module, path: str, name: str, x: Tensor, h: Tensor) -> Tensor:
+    if name == "bias":
+        return 1 + 0.1 * h if path.endswith("modulation") else 0.1 * h
+    if isinstance(layer, GivenNoise):
+        return 0.1 + 0.05 * h
+    if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+        return 1 + 0.1 * h
+    if isinstance(layer, nn.PReLU):
+        return 0.25 + 0.05 * h
+    if isinstance(layer, EqualLinear | EqualConv2d | ModulatedConv2d | ConstantInput):
+        return math.sqrt(3) * h / getattr(layer, "lr_mul", 1.0)
+    return math.sqrt(3 * len(x) / x.numel()) * h

@@ -19,6 +19,7 @@ COMMANDS: dict[str, Callable | dict[str, Callable]] = {
     "train": train,
     "translate": runs.translate,
     "generate": runs.generate,
+    "edit": runs.edit,
     "features": runs.features,
     "evaluate": runs.evaluate,
     "export": runs.export,

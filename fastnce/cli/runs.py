@@ -31,6 +31,9 @@ def opened(
     return trained, how
 
 
+OPENING = ("checkpoint", "weights", "device")
+
+
 @with_options_of(
     opened,
     "fastnce.systems.translating.translate_folder",
@@ -88,6 +91,30 @@ def generate(run: Path, out: Path, **how: Any) -> None:
     trained, how = opened(run, **how)
     made = generate_folder(trained.network, trained.config, out, **how)
     print(f"Generated {made} images into {out}; grid.png shows them by class")
+
+
+@with_options_of(opened, "fastnce.systems.directions.edit_folder")
+def edit(run: Path, out: Path, data: Path | None = None, **how: Any) -> None:
+    """Move latents of a StyleGAN2 generator along a direction, and show the images.
+
+    Writes a folder of images for each latent, edit.png with all of them, and direction.npy, which --direction reads again.
+
+    Args:
+        run: Folder of a training run of stylegan2 or restyle, or a .pt file in rosinality's layout.
+        out: Folder for the images; created.
+        data: For classes: the digits set; by default that of the training.
+    """
+    from fastnce.networks.style_generator import load_rosinality
+    from fastnce.systems.directions import edit_folder
+
+    if run.suffix == ".pt":
+        how = {name: value for name, value in how.items() if name not in OPENING}
+        network: Any = load_rosinality(run)[0]
+    else:
+        trained, how = opened(run, **how)
+        network, data = trained.network, data or trained.config.data
+    made = edit_folder(network, out, data=data, **how)
+    print(f"Edited {made} latents into {out}; edit.png shows them")
 
 
 @with_options_of(opened, "fastnce.systems.representation.write_features")

@@ -21,6 +21,7 @@ from fastnce.networks.resnet_encoder import RESNETS, ResNetEncoder
 from fastnce.networks.resnet_generator import ResnetGenerator
 from fastnce.networks.spade_generator import SPADEGenerator
 from fastnce.networks.studiogan import load_studiogan
+from fastnce.networks.style_generator import StyleDiscriminator, StyleGenerator
 from fastnce.networks.stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 from fastnce.networks.unet_generator import UNetGenerator
 
@@ -44,6 +45,8 @@ __all__ = [
     "SimilarityHead",
     "StyleGAN2Discriminator",
     "StyleGAN2Generator",
+    "StyleDiscriminator",
+    "StyleGenerator",
     "UNetGenerator",
     "load_studiogan",
 ]

@@ -1,6 +1,6 @@
 """SinCUT's generator and discriminator, built from the layers of StyleGAN2, and these layers in plain PyTorch.
 
-They run on any device and can be differentiated twice. Source: Karras et al., "Analyzing and Improving the Image Quality of
+StyleGAN2 itself is in `style_generator.py`. The layers run on any device and can be differentiated twice. Source: Karras et al., "Analyzing and Improving the Image Quality of
 StyleGAN", CVPR 2020 (https://arxiv.org/abs/1912.04958), written from its equations.
 """
 
@@ -23,7 +23,7 @@ _EVAL_NOISE_SEED = 0
 class FusedLeakyReLU(nn.Module):
     """`sqrt(2) * leaky_relu(x + bias, 0.2)`: bias, activation and the gain that keeps the variance, (B, C, H, W) to the same.
 
-    `bias` is (1, C, 1, 1) and starts at 0.
+    `bias` is (1, C, 1, 1), or (C,) as `flatten_biases` makes it, and starts at 0.
     """
 
     def __init__(self, channels: int) -> None:
@@ -31,7 +31,14 @@ class FusedLeakyReLU(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return math.sqrt(2) * F.leaky_relu(x + self.bias, SLOPE)
+        return math.sqrt(2) * F.leaky_relu(x + self.bias.view(1, -1, 1, 1), SLOPE)
+
+
+def flatten_biases(network: nn.Module) -> None:
+    """Gives the biases of the activations the shape (C,): that of StyleGAN2's published weights, where SinCUT's are (1, C, 1, 1)."""
+    for layer in network.modules():
+        if isinstance(layer, FusedLeakyReLU):
+            layer.bias = nn.Parameter(layer.bias.detach().flatten())
 
 
 class EqualConv2d(nn.Module):
@@ -61,18 +68,28 @@ class EqualConv2d(nn.Module):
 class EqualLinear(nn.Module):
     """Linear layer at an equalised learning rate, (..., in_features) -> (..., out_features).
 
-    With `activation`, `sqrt(2) * leaky_relu(., 0.2)` follows.
+    With `activation`, `sqrt(2) * leaky_relu(., 0.2)` follows. `lr_mul` makes the layer learn as with a learning rate so many
+    times as large: the weights start from N(0, 1 / lr_mul^2), and weights and biases are multiplied by it when used. The biases
+    start at `bias`.
     """
 
-    def __init__(self, in_features: int, out_features: int, activation: bool = False) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        activation: bool = False,
+        lr_mul: float = 1.0,
+        bias: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_features, in_features))
-        self.bias = nn.Parameter(torch.zeros(out_features))
-        self.scale = 1 / math.sqrt(in_features)
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_mul)
+        self.bias = nn.Parameter(torch.full((out_features,), bias))
+        self.scale = lr_mul / math.sqrt(in_features)
+        self.lr_mul = lr_mul
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.linear(x, self.weight * self.scale, self.bias)
+        x = F.linear(x, self.weight * self.scale, self.bias * self.lr_mul)
         return math.sqrt(2) * F.leaky_relu(x, SLOPE) if self.activation else x
 
 

@@ -4,13 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastnce.errors import UserError
+
+
+def read_plain(path: Path | str, instead: str, allowed: Sequence[Any] = ()) -> Any:
+    """What a PyTorch file holds, tensors on the CPU; code in the file is never run.
+
+    Args:
+        path: the file.
+        instead: what to do if there is no such file, a sentence.
+        allowed: classes that the file may hold besides tensors, numbers, strings and collections of these.
+
+    Raises:
+        UserError: the file is missing, cannot be read, is damaged or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. {instead}")
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the file.") from error
+    except Exception as error:
+        # torch.load has no exception of its own: what a damaged file raises depends on where it is cut.
+        raise UserError(
+            f"{path}: is damaged or no PyTorch file of plain weights. Copy it again, or save a state dict alone."
+        ) from error
 
 
 def read_state_dict(path: Path | str, instead: str) -> dict[str, Tensor]:
@@ -25,18 +52,8 @@ def read_state_dict(path: Path | str, instead: str) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing, cannot be read, is damaged or holds something else.
     """
+    state = read_plain(path, instead)
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file. {instead}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the file.") from error
-    except Exception as error:
-        # torch.load has no exception of its own: what a damaged file raises depends on where it is cut.
-        raise UserError(
-            f"{path}: is damaged or no PyTorch file of plain weights. Copy it again, or save a state dict alone."
-        ) from error
     if isinstance(state, dict) and "format" in state and "model" in state:
         raise UserError(
             f"{path}: is a checkpoint of fastnce training. Name the run's folder with run instead."
