@@ -348,7 +348,7 @@ def _measure(
     intra, intra_of = math.nan, {}
     # A class's distance needs two images; the rows have as many of each class as the reference.
     known = reference_labels.bincount() > 1
-    if known.any():
+    if known.any() and len(known) > 1:  # of a single class it is the FID
         own, real = known[labels], known[reference_labels]
         intra, intra_of = intra_class_fid(
             features[own], labels[own], reference[real], reference_labels[real]

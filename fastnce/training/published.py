@@ -247,9 +247,14 @@ def load_run(model: nn.Module, path: Path, system: str) -> list[str]:
     """Starts a model of `system` from a checkpoint of a run of any system: each network whose weights have the same names and shapes.
 
     Networks are matched by their names in the model, those of a translation from A to B also between systems of one and of both
-    directions: generator, its discriminator, its projector. They are the weights themselves, not their running average.
+    directions: generator, its discriminator, its projector. They are the weights themselves, not their running average, unless the
+    system says otherwise.
     """
     state = load_checkpoint(path)
+    ours = SYSTEMS[system]
+    if ours.starts_averaged and state["config"]["system"] == system:
+        averaged = state["average"]["module"].items()
+        state["model"] |= {f"{ours.network_name}.{name}": x for name, x in averaged}
     published = {name: known.published for name, known in SYSTEMS.items()}
     theirs = published.get(state["config"]["system"], {})
     by_role = {_ROLES[name]: attribute for name, attribute in theirs.items() if name in _ROLES}
