@@ -6,6 +6,7 @@ NeurIPS 2020 (principal components).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fastnce.errors import UserError
+from fastnce.files import atomic_path
 from fastnce.networks.style_generator import StyleGenerator
-from fastnce.networks.weights import read_plain
+from fastnce.networks.weights import load_scripted, read_plain
+from fastnce.systems.representation import import_safetensors
 
 _BATCH = 64
 _ROWS = 16  # of the picture of all
@@ -97,31 +100,31 @@ def read_direction(path: Path | str, generator: StyleGenerator) -> Tensor:
         UserError: no such file, another kind of file, or numbers of another shape.
     """
     path = Path(path)
-    if path.suffix == ".npy":
-        value = torch.from_numpy(_arrays(path))
-    elif path.suffix in (".pt", ".pth"):
-        value = read_plain(path, "Name a file with one tensor.")
-    else:
+    if path.suffix not in (".npy", ".pt", ".pth"):
         raise UserError(
             f"direction={path} is neither {', '.join(_METHODS)} nor a file that ends in .npy, .pt or .pth."
         )
+    value = np.asarray(_content(path))
+    value = value.reshape([n for i, n in enumerate(value.shape) if n > 1 or i == value.ndim - 1])
     shapes = (generator.latent_dim,), (generator.num_styles, generator.latent_dim)
-    if isinstance(value, Tensor):
-        while value.ndim > 1 and len(value) == 1:
-            value = value[0]
-        if tuple(value.shape) in shapes:
-            return value.to(generator.latent_avg)
-    found = f"the shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    raise UserError(f"{path}: holds {found}, expected {shapes[0]} or {shapes[1]}.")
+    if value.shape not in shapes:
+        raise UserError(
+            f"{path}: holds numbers of shape {value.shape}, expected {shapes[0]} or {shapes[1]}."
+        )
+    return torch.from_numpy(value).to(generator.latent_avg)
 
 
-def read_latents(path: Path, generator: StyleGenerator) -> tuple[list[str], Tensor]:
+def read_latents(path: Path | str, generator: StyleGenerator) -> tuple[list[str], Tensor]:
     """The names and latents (N, num_styles, D) in a file of `fastnce invert`, .npz or .safetensors; of several steps the last.
 
     Raises:
         UserError: no such file, or one without latents of this generator.
     """
-    names, latents = _named_latents(path)
+    path = Path(path)
+    if path.suffix not in (".npz", ".safetensors"):
+        raise UserError(f"latents={path}: expected a .npz or .safetensors of `fastnce invert`.")
+    content = _content(path)
+    names, latents = list(content["names"]), torch.as_tensor(content["latents"])
     if latents.ndim == 4:  # (N, steps, k, D)
         latents = latents[:, -1]
     if tuple(latents.shape[1:]) != (generator.num_styles, generator.latent_dim):
@@ -130,6 +133,26 @@ def read_latents(path: Path, generator: StyleGenerator) -> tuple[list[str], Tens
             "as the generator's are. Invert with an encoder of this generator."
         )
     return names, latents.to(generator.latent_avg)
+
+
+def _content(path: Path) -> Any:
+    """The numbers of a direction, or the latents and names, in a file; no code in it is run."""
+    if path.suffix in (".pt", ".pth"):
+        value = read_plain(path, "Name a file with one tensor.")
+        if not isinstance(value, Tensor):
+            raise UserError(f"{path}: holds {type(value).__name__}, expected one tensor.")
+        return value
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Name an existing one.")
+    try:
+        if path.suffix == ".safetensors":
+            with import_safetensors().safe_open(path, "pt") as file:
+                names = json.loads(file.metadata()["names"])
+                return {"names": names, "latents": file.get_tensor("latents")}
+        content = np.load(path, allow_pickle=False)
+        return content if path.suffix == ".npy" else {n: content[n] for n in ("names", "latents")}
+    except Exception as error:  # each reader has its own
+        raise UserError(f"{path}: is damaged, or not as fastnce writes it ({error}).") from error
 
 
 def edited(
@@ -200,7 +223,6 @@ def edit_folder(
         UserError: a value out of range, a file that does not fit.
     """
     from fastnce.data import save_image
-    from fastnce.files import atomic_path
     from fastnce.viz.plots import save_sample_grid
 
     generator = style_generator(network)
@@ -266,8 +288,6 @@ def _first(vectors: Tensor, count: int) -> Tensor:
 def _classifier(
     generator: StyleGenerator, file: Path | None, data: Path | None
 ) -> Callable[[Tensor], Tensor]:
-    from fastnce.networks.weights import load_scripted
-
     if file is not None:
         network: Callable[[Tensor], Tensor] = load_scripted("classifier", file)[0]
         channels = generator.image_channels
@@ -290,33 +310,3 @@ def _classifier(
         return network(seen).argmax(1)
 
     return classify
-
-
-def _arrays(path: Path) -> Any:
-    """What is in a .npy or .npz file; no code in it is run."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file. Name an existing one.")
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: is damaged or no file of NumPy's ({error}).") from error
-
-
-def _named_latents(path: Path) -> tuple[list[str], Tensor]:
-    import json
-
-    from fastnce.systems.representation import import_safetensors
-
-    path = Path(path)
-    if path.suffix == ".npz":
-        arrays = _arrays(path)
-        if {"latents", "names"} <= set(arrays):
-            return arrays["names"].tolist(), torch.from_numpy(arrays["latents"])
-    elif path.suffix == ".safetensors":
-        safetensors = import_safetensors()
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                return json.loads(file.metadata()["names"]), file.get_tensor("latents")
-        except (OSError, TypeError, KeyError, ValueError, safetensors.SafetensorError) as error:
-            raise UserError(f"latents={path}: cannot be read ({error}).") from error
-    raise UserError(f"latents={path}: expected a .npz or .safetensors file of `fastnce invert`.")

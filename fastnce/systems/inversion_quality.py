@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +16,6 @@ from fastnce.networks import perceptual
 from fastnce.networks.perceptual import with_channels
 from fastnce.systems.directions import read_direction, sefa
 from fastnce.systems.inverting import Inversion, at_size
-from fastnce.systems.system import images_with_labels
 
 if TYPE_CHECKING:
     from fastnce.data import LabelledImages
@@ -50,6 +48,7 @@ class Comparison(NamedTuple):
 
 def evaluate_inversion(
     inversion: Inversion,
+    images: LabelledImages,
     data: Path,
     *,
     extractor: Path | None = None,
@@ -58,7 +57,7 @@ def evaluate_inversion(
     face_weights: Path | None = None,
     edit: Path | None = None,
 ) -> tuple[dict[str, Any], str]:
-    """The errors of each step on the test images of `data`, with the average image beside them, and the latent's editability.
+    """The errors of each step, with those of the average image beside them, and the latent's editability.
 
     Reconstructions are judged as they are saved, with 8 bits, at the encoder's size. A row for the average image, where every
     inversion starts, one for each step, and "inverted", the last step again, with what is measured of it alone:
@@ -73,12 +72,13 @@ def evaluate_inversion(
 
     Args:
         inversion: how.
-        data: folder of the data.
-        extractor: TorchScript file of the features of "similarity"; a digits set has its own.
-        lpips_backbone: torchvision's AlexNet, for LPIPS; by default as in the training.
-        lpips_weights: LPIPS' linear layers; by default as in the training.
-        face_weights: ArcFace's IR-SE50, for the identity of faces; by default as in the training.
-        edit: File of the direction d of LEC, as for `fastnce edit`; by default the generator's first of SeFa.
+        images: test images, as the encoder takes them.
+        data: the folder of their data.
+        extractor: ReStyle: TorchScript file of the features of "similarity"; a digits set has its own.
+        lpips_backbone: ReStyle: torchvision's AlexNet, for LPIPS; by default as in the training.
+        lpips_weights: ReStyle: LPIPS' linear layers; by default as in the training.
+        face_weights: ReStyle: ArcFace's IR-SE50, for the identity of faces; by default as in the training.
+        edit: ReStyle: File of the direction d of LEC, as for `fastnce edit`; by default the generator's first of SeFa.
 
     Returns:
         The result, with "rows", and its table.
@@ -88,7 +88,6 @@ def evaluate_inversion(
     """
     from fastnce.metrics.tables import measured, rows_table
 
-    images = _test_images(inversion, data)
     files = {
         name: value or getattr(inversion.config, name)
         for name, value in {
@@ -110,20 +109,6 @@ def evaluate_inversion(
     ]
     table = rows_table(rows, measured(_COLUMNS, rows), notes, first="reconstruction")
     return result, table
-
-
-def _test_images(inversion: Inversion, data: Path) -> LabelledImages:
-    from fastnce.data.labelled import has_split
-
-    config = inversion.config
-    if data.resolve() != config.data.resolve():
-        config = replace(config, class_names=())
-    split = "test"
-    if not has_split(data, split):
-        print(f"{data} has no test images: the training images are inverted.", file=sys.stderr)
-        split = "train"
-    how = {"image_size": config.size, "shapes": config.other_shapes}
-    return images_with_labels(config, split, data, needs_labels=False, **how)
 
 
 def _batches(images: LabelledImages) -> Iterator[tuple[Tensor, Tensor]]:

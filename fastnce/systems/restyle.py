@@ -19,7 +19,7 @@ from fastnce.networks.weights import load_strictly, read_plain
 from fastnce.systems import options
 from fastnce.systems.adversarial import discriminator_losses, generator_loss, r1
 from fastnce.systems.cyclegan import ImagePool
-from fastnce.systems.inverting import Inverter, Step, average_image, iterate
+from fastnce.systems.inverting import Inversion, Inverter, Step, average_image, iterate
 from fastnce.systems.ranger import Ranger
 from fastnce.systems.system import (
     LabelledConfig,
@@ -542,6 +542,12 @@ class ReStyleSystem(LabelledSystem):
     does = "invert images"
     next_command = "fastnce invert --run {run} --input DIR --out DIR"
     output = "latents"
+    judged_by = frozenset(
+        {"steps", "first", "first_steps", "extractor", "lpips_backbone", "lpips_weights"}
+        | {"face_weights", "edit"}
+    )
+    reported = ("encoder", "head", "pyramid", "feedback", "steps_per_batch")
+    reports_cost = True
 
     def settled(self, config: ReStyleConfig, before: ReStyleConfig | None) -> ReStyleConfig:
         config = super().settled(config, before)
@@ -594,6 +600,26 @@ class ReStyleSystem(LabelledSystem):
             return steps | {"l2": errors[-1]}
 
         return measure
+
+    def evaluate(
+        self,
+        config: ReStyleConfig,
+        networks: Mapping[str, nn.Module],
+        data: Path,
+        device: torch.device,
+        *,
+        steps: int | None = None,
+        first: Any = None,
+        first_steps: int = 1,
+        **settings: Any,
+    ) -> tuple[dict[str, Any], str]:
+        """What is left of test images after each step: see `evaluate_inversion` and `Inversion`."""
+        from fastnce.systems.inversion_quality import evaluate_inversion
+
+        own = data.resolve() == config.data.resolve()
+        shown = test_images(config if own else replace(config, data=data, class_names=()))
+        inversion = Inversion(networks["run"], config, steps, first, first_steps)
+        return evaluate_inversion(inversion, shown, data, **settings)
 
 
 def images(
