@@ -332,7 +332,7 @@ def evaluate(
 def export(
     run: Path,
     out: Path,
-    format: Literal["cut", "safetensors", "onnx", "torchscript"] = "safetensors",
+    format: Literal["published", "cut", "safetensors", "onnx", "torchscript"] = "safetensors",
     label: str = "latest",
     module_prefix: bool = False,
     direction: Literal["AtoB", "BtoA"] | None = None,
@@ -344,7 +344,8 @@ def export(
     Args:
         run: Folder of a training run.
         out: Folder for the files; created.
-        format: cut: LABEL_net_G.pth and its like, as the published repositories read them. safetensors: one file,
+        format: published, or cut: LABEL_net_G.pth and its like, as the published repositories read them, or all in LABEL.pt.
+            safetensors: one file,
             model.safetensors, with the network and its configuration. onnx, torchscript: model.onnx or
             model.torchscript.pt, a graph that runs without this package, for any batch and image size.
         label: The epoch in the names of the published layout.
