@@ -103,6 +103,7 @@ class Ablation(NamedTuple):
     against: Mapping[str, str] = MappingProxyType({})  # choice -> another than the first
     beside: tuple[str, ...] = ()  # names of rows of the data's own numbers, the same in all runs
     preset: str = "digits"  # of the runs, if no other is asked for
+    needs: Mapping[str, str] = MappingProxyType({})  # choice -> option without which it is left out
 
 
 class System:
