@@ -232,12 +232,13 @@ class StyleGenerator(nn.Module):
             noise: "fixed", the buffers `noises`, the same for all images, or "random", drawn from the default generator.
         """
         w, layers = self.spread(w), [self.conv1, *self.convs]
+        batch = w.shape[0]  # not len, which a trace takes for a constant
         noises = [self.noises.get_buffer(f"noise_{j}") for j in range(len(layers))]
         if noise == "random":
-            noises = [torch.randn_like(x.expand(len(w), -1, -1, -1)) for x in noises]
+            noises = [torch.randn_like(x.expand(batch, -1, -1, -1)) for x in noises]
         elif noise != "fixed":
             raise ValueError(f"StyleGenerator: noise={noise!r}. Use 'fixed' or 'random'.")
-        x = self.conv1(self.input.input.expand(len(w), -1, -1, -1), w[:, 0], noises[0])
+        x = self.conv1(self.input.input.expand(batch, -1, -1, -1), w[:, 0], noises[0])
         image = self.to_rgb1(x, w[:, 1])
         for block, to_rgb in enumerate(self.to_rgbs):
             # An image's latent is also that of the next resolution's first convolution.

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from fastnce.errors import UserError
 from fastnce.networks import StyleDiscriminator, StyleGenerator
+from fastnce.networks.style_generator import load_rosinality, save_rosinality, style_options
+from fastnce.networks.weights import load_strictly, read_plain
 from fastnce.systems import options
 from fastnce.systems.adversarial import (
     at_least_fp32,
@@ -136,6 +138,39 @@ def build_generator(config: StyleGAN2Config) -> StyleGenerator:
         config.widths,
         config.image_channels,
     )
+
+
+def load_style_generator(path: Path) -> StyleGenerator:
+    """The generator of a run of stylegan2, its averaged weights, or of a file in rosinality's layout, on the CPU.
+
+    Raises:
+        UserError: there is none, or the file is damaged.
+    """
+    if not path.is_dir():
+        return load_rosinality(path)[0]
+    checkpoint, instead = (
+        path / "checkpoints" / "last.pt",
+        "Name the folder of a `fastnce train stylegan2`.",
+    )
+    content = read_plain(checkpoint, instead)
+    try:
+        state = content["average"]["module"]
+        generator = StyleGenerator(**style_options(state))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is a run of another system than stylegan2. {instead}") from error
+    load_strictly(generator, state, checkpoint)
+    return generator
+
+
+def sizes_of(generator: StyleGenerator) -> dict[str, Any]:
+    """The options of `StyleGAN2Config` that make a generator of the same sizes."""
+    return {
+        "image_size": generator.image_size,
+        "image_channels": generator.image_channels,
+        "latent_dim": generator.latent_dim,
+        "mapping_layers": len(generator.style) - 1,
+        "channels": generator.channels,
+    }
 
 
 class StyleGAN2(nn.Module):
@@ -277,7 +312,7 @@ class StyleGAN2(nn.Module):
         device, k = generator.latent_avg.device, generator.num_styles
         mixed = torch.rand(()).item() < self.config.mixing
         z = torch.randn(2 if mixed else 1, count, self.config.latent_dim, device=device)
-        w = [generator.mapping(part) for part in z]
+        w = [generator.mapping(part) for part in z.to(generator.latent_avg.dtype)]
         if not mixed:
             return w[0][:, None].expand(-1, k, -1)
         return generator.mix(*w, int(torch.randint(1, k, ())))
@@ -374,6 +409,7 @@ class StyleGAN2System(LabelledSystem):
             "checkpoint_every": 500,
         },
     }
+    published_keys = frozenset({"g_ema"})
     network_name = "generator"
     starts_averaged = True
     panels = (("D_real", "D_fake", "G_GAN"), ("D_r1", "G_path"), ("path_length",))
@@ -385,6 +421,26 @@ class StyleGAN2System(LabelledSystem):
 
     def dataset(self, config: StyleGAN2Config) -> LabelledImages:
         return _images(config, "train")
+
+    def read_published(self, path: Path) -> tuple[StyleGAN2Config, dict[str, Tensor]]:
+        generator, _ = load_rosinality(path)
+        config = StyleGAN2Config(data=path.parent, out=path.parent, **sizes_of(generator))
+        return config, generator.state_dict()
+
+    def start_from_published(self, model: StyleGAN2, path: Path) -> list[str]:
+        generator, discriminator = load_rosinality(path)
+        ours, theirs = (sizes_of(network) for network in (model.generator, generator))
+        if ours != theirs:
+            named = ", ".join(f"{k}={v}" for k, v in theirs.items() if ours[k] != v)
+            raise UserError(f"init_from={path}: has {named}. Give the same values.")
+        model.generator.load_state_dict(generator.state_dict())
+        if discriminator is None:
+            return [f"generator: from {path}", "discriminator: starts anew, the file has none"]
+        model.discriminator.load_state_dict(discriminator.state_dict())
+        return [f"generator and discriminator: from {path}"]
+
+    def save_published(self, network: nn.Module, config: StyleGAN2Config, path: Path) -> None:
+        save_rosinality(path, network)
 
     def preview(
         self, config: StyleGAN2Config, dataset: LabelledImages
@@ -537,7 +593,8 @@ def generate_folder(
             f"truncation={truncation} needs a mean latent, and this generator has none. Leave it out."
         )
     random = torch.Generator().manual_seed(seed)
-    z = torch.randn(count + 2, generator.latent_dim, generator=random)
+    # One after the other, so that an image does not depend on how many there are.
+    z = torch.stack([torch.randn(generator.latent_dim, generator=random) for _ in range(count + 2)])
     with torch.inference_mode():
         w = generator.mapping(z.to(generator.latent_avg.device))
         w = w if truncation is None else generator.truncate(w, truncation)

@@ -128,6 +128,7 @@ class System:
         paired: whether it learns from pairs of images.
         published: where the published repository has weights files for this system, the model's networks in them: the name in
             the file's name to the attribute's path, the generator first.
+        published_keys: of systems whose published program writes one file: entries by which it is known. See `read_published`.
         compared: where a loss compares patches of an image with those of its translation, what encodes each of the two: the part of
             the network, the attribute of the projector behind it, the option that says how many channels it sees.
         compares_best: whether an evaluation has a row for the best checkpoint too.
@@ -153,6 +154,7 @@ class System:
     does: str = ""
     paired: bool = False
     published: Mapping[str, str] = {}
+    published_keys: frozenset[str] = frozenset()
     compared: tuple[tuple[str, str, str], ...] = ()
     compares_best: bool = False
     judged_by: frozenset[str] = frozenset()
@@ -236,6 +238,20 @@ class System:
         `how` are the options of `fastnce generate`; `UserError` names one that is not for this system.
         """
         raise NotImplementedError
+
+    def read_published(self, path: Path) -> tuple[TrainConfig, dict[str, Tensor]]:
+        """The configuration and the weights of the network in a file that has `published_keys`."""
+        raise NotImplementedError
+
+    def start_from_published(self, model: nn.Module, path: Path) -> list[str]:
+        """Starts a model from such a file; a line for each network."""
+        raise NotImplementedError
+
+    def save_published(self, network: nn.Module, config: TrainConfig, path: Path) -> None:
+        """Writes such a file."""
+        raise UserError(
+            f"a run of {self.name} has no published layout of files. Use format=safetensors."
+        )
 
     def known_options(
         self, function: Callable[..., Any], options: Mapping[str, Any]

@@ -22,7 +22,7 @@ from fastnce.systems import (
 from fastnce.systems.inverting import Inversion
 from fastnce.training.checkpoint import below, load_checkpoint
 from fastnce.training.config import from_dict
-from fastnce.training.published import published_config, read_published
+from fastnce.training.published import published_config, read_published, system_of_file
 from fastnce.training.runtime import resolve_device
 from fastnce.training.shared import read_shared
 
@@ -35,7 +35,7 @@ class Run:
 
     Args:
         path: folder of the run. Or a `.safetensors` of `fastnce export`, or the `.pth` of a generator of a published
-            repository, whose configuration has defaults for all that weights do not tell.
+            repository, or the `.pt` in which it keeps all; their configuration has defaults for what weights do not tell.
         weights: "ema" for the running average of the network's weights, "raw" for the weights themselves; a file holds one of
             them.
         checkpoint: "last", "best", or the path of a checkpoint file.
@@ -62,7 +62,7 @@ class Run:
         self.path, self.weights, self.checkpoint = Path(path), weights, checkpoint
         self.device = resolve_device(device) if isinstance(device, str) else device
         self._state: dict[str, Tensor] = {}
-        self.is_file = self.path.suffix in WEIGHTS_FILES
+        self.is_file = self.path.suffix in (*WEIGHTS_FILES, ".pt")
         self.config: TrainConfig = self._read_file() if self.is_file else self._read_folder()
         self.system: System = system_named(self.config.system)
 
@@ -112,6 +112,15 @@ class Run:
         return Path(checkpoint)
 
     def _read_file(self) -> TrainConfig:
+        if self.path.suffix == ".pt":
+            system = system_of_file(self.path)
+            if system is None:
+                raise UserError(
+                    f"run={self.path} is no training run, and no file of a published program. Name the --out folder of a "
+                    "`fastnce train`; one of its checkpoints with checkpoint."
+                )
+            config, self._state = system.read_published(self.path)
+            return config
         config = None
         if self.path.suffix == ".safetensors":
             self._state, config = read_shared(self.path)

@@ -1,16 +1,12 @@
 """ReStyle's training step: the published numbers, a plain transcription of it, stages, what is left out, and mistakes."""
 
-import copy
-
 import pytest
 import torch
 from golden import fill_styles, sines
 from torch import nn
 
-from fastnce.errors import UserError
-from fastnce.networks.restyle_encoder import LatentDiscriminator, build_encoder
+from fastnce.networks.restyle_encoder import build_encoder
 from fastnce.networks.style_generator import StyleGenerator
-from fastnce.systems.inverting import average_image, iterate
 from fastnce.systems.restyle import ReStyle, ReStyleConfig
 
 BARE = {"lambda_lpips": 0.0, "lambda_id": 0.0}
