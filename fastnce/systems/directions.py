@@ -7,7 +7,7 @@ NeurIPS 2020 (principal components).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from fastnce.files import atomic_path
 from fastnce.networks.style_generator import StyleGenerator
 from fastnce.networks.weights import load_scripted, read_plain
 from fastnce.systems.representation import import_safetensors
+from fastnce.systems.stylegan2 import images_of
 
 _BATCH = 64
 _ROWS = 16  # of the picture of all
@@ -81,7 +82,8 @@ def class_direction(
         UserError: no sample is of one of the classes.
     """
     w = sample_latents(generator, samples, seed)
-    labels = torch.cat([classify(image).to(w.device) for image in _images(generator, w)])
+    parts = w.split(_BATCH)
+    labels = torch.cat([classify(images_of(generator, part)) for part in parts]).to(w.device)
     for label in (start, end):
         if not (labels == label).any():
             found = ", ".join(map(str, sorted(set(labels.tolist()))))
@@ -162,7 +164,7 @@ def edited(
     factors: Sequence[float],
     styles: Sequence[int] = (),
 ) -> Tensor:
-    """Images of `w + factor * direction` with the fixed noise: (B, len(factors), C, S, S).
+    """Images of `w + factor * direction` with the fixed noise: (B, len(factors), C, S, S), on the CPU, without gradients.
 
     Args:
         generator: its mode does not matter.
@@ -176,7 +178,7 @@ def edited(
     moves[list(styles) if styles else slice(None)] = 1
     steps = torch.tensor(factors).to(w)[:, None, None] * (moves * direction)  # (F, k, D)
     latents = (wide[:, None] + steps).flatten(0, 1)
-    return torch.cat(list(_images(generator, latents))).unflatten(0, (len(w), -1))
+    return images_of(generator, latents, _BATCH).unflatten(0, (len(w), -1))
 
 
 def edit_folder(
@@ -265,15 +267,10 @@ def edit_folder(
 @torch.no_grad()
 def sample_latents(generator: StyleGenerator, count: int, seed: int) -> Tensor:
     """Mapped samples (count, D), whose noise is drawn on the CPU."""
-    z = torch.randn(count, generator.latent_dim, generator=torch.Generator().manual_seed(seed))
+    random = torch.Generator().manual_seed(seed)
+    # One after the other, so that a sample does not depend on how many there are.
+    z = torch.stack([torch.randn(generator.latent_dim, generator=random) for _ in range(count)])
     return generator.mapping(z.to(generator.latent_avg))
-
-
-@torch.no_grad()
-def _images(generator: StyleGenerator, w: Tensor) -> Iterator[Tensor]:
-    """In batches, on the CPU."""
-    for part in w.split(_BATCH):
-        yield generator(part).float().cpu()
 
 
 def _first(vectors: Tensor, count: int) -> Tensor:
@@ -288,12 +285,13 @@ def _first(vectors: Tensor, count: int) -> Tensor:
 def _classifier(
     generator: StyleGenerator, file: Path | None, data: Path | None
 ) -> Callable[[Tensor], Tensor]:
+    from fastnce.demo import load_digit_classifier
+    from fastnce.demo.sets import kind_of
+
     if file is not None:
         network: Callable[[Tensor], Tensor] = load_scripted("classifier", file)[0]
         channels = generator.image_channels
-    elif data is not None:
-        from fastnce.demo import load_digit_classifier
-
+    elif data is not None and kind_of(data) == "digits":
         judge = load_digit_classifier(data)
         if judge.image_size != generator.image_size:
             raise UserError(
