@@ -8,6 +8,9 @@ from typing import Any, Literal
 from fastnce.cli.parsing import with_options_of
 from fastnce.errors import UserError
 
+# Its options that all commands have.
+OPENING = ("checkpoint", "weights", "device")
+
 
 def opened(
     run: Path,
@@ -29,9 +32,6 @@ def opened(
     trained = Run(run, weights=weights, checkpoint=checkpoint, device=device)
     print(trained)
     return trained, how
-
-
-OPENING = ("checkpoint", "weights", "device")
 
 
 @with_options_of(
@@ -110,16 +110,10 @@ def edit(run: Path, out: Path, data: Path | None = None, **how: Any) -> None:
         out: Folder for the images; created.
         data: For classes: the digits set; by default that of the training.
     """
-    from fastnce.networks.style_generator import load_rosinality
     from fastnce.systems.directions import edit_folder
 
-    if run.suffix == ".pt":
-        how = {name: value for name, value in how.items() if name not in OPENING}
-        network: Any = load_rosinality(run)[0]
-    else:
-        trained, how = opened(run, **how)
-        network, data = trained.network, data or trained.config.data
-    made = edit_folder(network, out, data=data, **how)
+    trained, how = opened(run, **how)
+    made = edit_folder(trained.network, out, data=data or trained.config.data, **how)
     print(f"Edited {made} latents into {out}; edit.png shows them")
 
 

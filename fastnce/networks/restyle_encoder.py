@@ -108,7 +108,7 @@ class MapToStyle(nn.Module):
     """One code of a map: (B, `in_channels`, S, S) to (B, `dim`).
 
     log2(S) times a 3x3 convolution of stride 2 and leaky ReLU 0.01, which leave one position, then an `EqualLinear`. In an
-    encoder several of them run at once: see `grouped_styles`.
+    encoder several of them may run as one: see `grouped_styles`.
     """
 
     def __init__(self, in_channels: int, dim: int, side: int) -> None:
@@ -126,8 +126,19 @@ class MapToStyle(nn.Module):
         return self.linear(x.flatten(1))
 
 
+# Above this width separate convolutions are faster on a CPU: grouped ones have to copy all weights together first.
+_GROUPED_UP_TO = 128
+
+
+def styles_of(blocks: Sequence[MapToStyle], x: Tensor) -> Tensor:
+    """`torch.stack([block(x) for block in blocks], dim=1)`, (B, C, S, S) to (B, blocks, dim); grouped, but for wide ones on a CPU."""
+    if x.device.type == "cpu" and x.shape[1] > _GROUPED_UP_TO:
+        return torch.stack([block(x) for block in blocks], dim=1)
+    return grouped_styles(blocks, x)
+
+
 def grouped_styles(blocks: Sequence[MapToStyle], x: Tensor) -> Tensor:
-    """`torch.stack([block(x) for block in blocks], dim=1)`, (B, C, S, S) to (B, blocks, dim), as one network of grouped layers.
+    """The same as one network of grouped layers.
 
     The first convolutions are one with the channels of all, as they read the same map. Each block keeps its own parameters,
     so that those of blocks that did not run have no gradient, and optimisers leave them alone.
@@ -251,7 +262,7 @@ class StyleEncoder(nn.Module):
         blocks: list[MapToStyle] = list(self.styles)  # type: ignore[arg-type]
         rows, start = [], 0
         for stop, read in self._readings(last, finer):
-            rows.append(grouped_styles(blocks[start : min(stop, count)], read))
+            rows.append(styles_of(blocks[start : min(stop, count)], read))
             start = stop
             if start >= count:
                 break
