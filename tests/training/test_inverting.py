@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
+from fastnce import cli
 from fastnce.data import load_image
 from fastnce.errors import UserError
 from fastnce.metrics.distribution import as_saved
@@ -35,6 +36,7 @@ from fastnce.systems.inverting import (
 )
 from fastnce.systems.restyle import ReStyleConfig, build_inverter
 from fastnce.systems.restyle import images as images_of
+from fastnce.training.export import export_published
 
 
 class Pixels(nn.Module):
@@ -388,3 +390,53 @@ def test_consistency_of_edits_against_its_closed_form(images):
     network.encoder.share.data.fill_(1)
     exact = editing_consistency(Inversion(network, told), images, direction)
     assert exact.max() < 1e-5
+
+
+def test_the_commands(whole, folder, extractor, tmp_path, capsys):
+    run = whole("restyle")
+    (published,) = export_published(run, tmp_path / "published")
+    first = ["--first", str(published)]
+    outs = {name: tmp_path / name for name in ("invert", "published", "bootstrap", "steps")}
+    reading = ["--input", str(folder), "--other-shapes", "crop", "--out"]
+    for name, command in {
+        "invert": ["invert", "--run", str(run), "--steps", "3"],
+        "published": ["invert", "--run", str(published), "--steps", "3"],
+        "bootstrap": ["bootstrap", "--run", str(run), *first, "--first-steps", "2"],
+        "steps": ["visualize", "steps", "--run", str(run), *first],
+    }.items():
+        assert cli.main([*command, *reading, str(outs[name])]) == 0
+    assert "step 1: mean squared change" in capsys.readouterr().out
+    inverted = np.load(outs["invert"] / "latents.npz")
+    assert np.array_equal(
+        inverted["latents"], np.load(outs["published"] / "latents.npz")["latents"]
+    )
+    assert {path.name for path in outs["bootstrap"].iterdir()} == {
+        *("first-1", "first-2", "step-1", "latents.npz", "steps.png")
+    }
+    assert (outs["steps"] / "changes.png").is_file()
+
+    judged = ["--extractor", str(extractor), "--out", str(tmp_path)]
+    assert cli.main(["evaluate", "--run", str(run), "--steps", "1", *judged]) == 0
+    assert "| step 1 " in capsys.readouterr().out
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert result["run"]["steps_per_batch"] == 5 and result["images"] == 12
+    assert cli.main(["evaluate", "--run", str(run), *first, *judged]) == 0
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert result["steps"] == ["first 1", "step 1"]
+
+
+def test_commands_name_what_does_not_fit(whole, folder, tmp_path, capsys):
+    run, other = str(whole("restyle")), str(whole("stylegan2"))
+    ends = ["--input", str(folder), "--out", str(tmp_path / "out")]
+    capsys.readouterr()
+    for command, message in {
+        ("invert", "--run", other, *ends): "a run of stylegan2 does not invert images",
+        ("bootstrap", "--run", run, "--first", other, *ends): "stylegan2 does not invert images",
+        ("evaluate", "--run", run, "--first", other): "stylegan2 does not invert images",
+        ("evaluate", "--run", run, "--first-steps", "2"): "first_steps=2 is for another run",
+        ("evaluate", "--run", other, "--steps", "2"): "steps=2 is not for a run of stylegan2",
+        ("evaluate", "--images", run, "--edit", "x"): "--edit is for --run. Leave it out",
+    }.items():
+        assert cli.main([*command]) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1, error
