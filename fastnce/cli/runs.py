@@ -162,7 +162,7 @@ def invert(run: Path, input: Path, out: Path, **how: Any) -> None:
     """Find the latents of a folder of images, or of one, with a trained ReStyle encoder.
 
     Writes the images of each step in folders of their own, step-1 and so on; latents.npz, the latents of each step, with the files'
-    names below --input; and steps.png, which shows the first images: an image, the average image, the steps.
+    names below --input; and steps.png, which shows some images, the average image, and the steps.
 
     Args:
         run: Folder of a training run of restyle, or a checkpoint of the published programs, .pt.
@@ -173,7 +173,7 @@ def invert(run: Path, input: Path, out: Path, **how: Any) -> None:
 
     made, how = inversion(run, **how)
     count = invert_folder(made, input, out, **how)
-    print(f"Inverted {count} image{'s' * (count != 1)} into {out}; steps.png shows the first ones")
+    print(f"Inverted {count} image{'s' * (count != 1)} into {out}; steps.png shows some")
 
 
 @with_options_of(opened, inversion, "fastnce.systems.inverting.invert_folder")
@@ -206,8 +206,8 @@ def steps(
 ) -> None:
     """Show what each step of an inversion makes of images, and where and how much it changes them.
 
-    Writes steps.png, a row for each of the first images: the image, the average image, the steps; and changes.png, heat maps of the
-    mean change over all images: above each step on a scale of its own, below all on one.
+    Writes steps.png, rows of some images, of the average image, and of the steps; and changes.png, heat maps of the root of the mean
+    squared change over all images: above each step on a scale of its own, below all on one.
 
     Args:
         run: Folder of a training run of restyle.
