@@ -69,6 +69,8 @@ class PublishedReStyle:
 
     def encode(self, x: Tensor) -> Tensor:
         last = self.e.maps(x)[-1]
+        if self.e.kind == "small":
+            last = F.adaptive_avg_pool2d(last, 4)
         styles = [self.e.styles[0](last)]
         for i in range(1, self.e.num_styles):
             if self.e.head == "psp":

@@ -1,5 +1,7 @@
 """ReStyle's training step: the published numbers, a plain transcription of it, stages, what is left out, and mistakes."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from golden import fill_styles, sines
 from torch import Tensor, nn
 
 from benchmarks.published_restyle import PublishedReStyle
+from fastnce.errors import UserError
 from fastnce.networks import perceptual
 from fastnce.networks.restyle_encoder import build_encoder
 from fastnce.networks.style_generator import StyleGenerator
@@ -191,3 +194,78 @@ def test_step_against_the_published_one(changes, dtype, rtol):
         if changes:
             judge = ours.latent_discriminator.state_dict()
             torch.testing.assert_close(judge, theirs.d.state_dict(), **close)
+
+
+def batch(seed: int = 3) -> dict[str, Tensor]:
+    return {"image": torch.rand(3, 3, 16, 16, generator=torch.manual_seed(seed)) * 2 - 1}
+
+
+def test_one_step_is_an_encoder_that_also_sees_the_average():
+    model = tiny(steps_per_batch=1, noise="fixed", lambda_w_norm=0.0)
+    x, generator = batch()["image"], model.generator
+    with torch.no_grad():
+        average = average_image(generator, (16, 16)).expand(3, -1, -1, -1)
+        w = generator.latent_avg + copy.deepcopy(model.encoder)(torch.cat([x, average], dim=1))
+        y = generator(w)
+    loss = F.mse_loss(y, x) + 0.5 * Means()(y, Means().features(x))
+    assert model.training_step({"image": x})["loss_1"].item() == near(loss.item(), 1e-6)
+
+
+def test_a_generator_that_learns_keeps_its_first_average():
+    """As published; a run that goes on must have it from its checkpoint."""
+    model = tiny(generator_gradients="train")
+    before = copy.deepcopy(model.generator)
+    for _ in range(2):
+        model.training_step(batch())
+    assert not torch.equal(before.to_rgb1.bias, model.generator.to_rgb1.bias)
+    assert torch.equal(model.start, average_image(before, (16, 16)))
+    other = tiny(generator_gradients="train")
+    other.load_state_dict(model.state_dict())
+    other.optimizers["E"].load_state_dict(model.optimizers["E"].state_dict())
+    losses = []
+    for one in (model, other):
+        torch.manual_seed(0)
+        losses.append(one.training_step(batch()))
+    assert losses[0] == losses[1]
+
+
+def test_fakes_of_the_latent_discriminator_with_the_mean_latent():
+    """As published they lack it, and are easily told from mapped noise."""
+    rows, z = torch.tensor([0, 1, 5]), torch.zeros(3, 8)
+    for fakes, share in (("raw", 0.0), ("latents", 1.0)):
+        model = tiny(**E4E, adv_fakes=fakes)
+        judge, encoder = copy.deepcopy((model.latent_discriminator, model.encoder))
+        average = average_image(model.generator, (16, 16)).expand(3, -1, -1, -1)
+        w = encoder(torch.cat([batch()["image"], average], dim=1))
+        w = w[torch.arange(3), rows] + share * model.generator.latent_avg
+        found = model.training_step(batch(), z=z, rows=rows)["D_fake"]
+        assert found.item() == near(F.softplus(judge(w)).mean().item(), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feedback": False}, "steps_per_batch=5, but without feedback"),
+        ({"image_height": 300}, "image_height=300 is more than the width image_size=256"),
+        ({"pyramid": True, "encoder": "small"}, "pyramid: encoder=small has none"),
+        ({"lambda_id": 0.1, "lambda_moco": 0.5}, "lambda_id=0.1 is for faces"),
+        ({"lambda_l2": 0.0}, "compare no images"),
+        ({"progressive_every": 0}, "progressive_every=0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        ReStyleConfig(**BARE | changes)
+
+
+def test_a_loss_without_its_files_names_the_option():
+    shape = {"generator_shape": TINY["generator_shape"], "encoder": "small"}
+    for changes, option in (
+        ({"lambda_id": 0.0}, "lambda_lpips=0.8 .* lpips_backbone"),
+        ({"lambda_lpips": 0.0}, "lambda_id=0.1 .* face_weights"),
+        (BARE | {"lambda_similarity": 1.0}, "lambda_similarity=1.0 .* similarity"),
+    ):
+        with pytest.raises(UserError, match=f"{option} is missing"):
+            ReStyle(ReStyleConfig(**shape, **changes))
+    with pytest.raises(UserError, match="generator is missing"):
+        ReStyle(ReStyleConfig(**BARE))
