@@ -103,6 +103,7 @@ class Ablation(NamedTuple):
     against: Mapping[str, str] = MappingProxyType({})  # choice -> another than the first
     beside: tuple[str, ...] = ()  # names of rows of the data's own numbers, the same in all runs
     preset: str = "digits"  # of the runs, if no other is asked for
+    needs: Mapping[str, str] = MappingProxyType({})  # choice -> option without which it is left out
 
 
 class System:
@@ -121,6 +122,7 @@ class System:
         older: options that are newer than some runs, with the values by which those were made.
         network_name: the model's attribute that is used after the training and whose weights are averaged.
         starts_averaged: whether `init_from` takes that attribute's averaged weights from a run.
+        parts: networks that `init_from` starts, by their attributes' paths, where an attribute of the model holds several.
         panels: the losses that are plotted together, a tuple of names for each panel.
         best: the measurement that is smallest for the best checkpoint.
         does: what the network is for, such as "translate images".
@@ -148,6 +150,7 @@ class System:
     older: Mapping[str, object] = {}
     network_name: str
     starts_averaged: bool = False
+    parts: tuple[str, ...] = ()
     panels: tuple[tuple[str, ...], ...]
     best: str | None = None
     next_command: str
