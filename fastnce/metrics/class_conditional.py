@@ -348,7 +348,8 @@ def _measure(
     intra, intra_of = math.nan, {}
     # A class's distance needs two images; the rows have as many of each class as the reference.
     known = reference_labels.bincount() > 1
-    if known.any():
+    several = len(known) > 1  # a single class has the FID of all, and nothing to tell apart
+    if several and known.any():
         own, real = known[labels], known[reference_labels]
         intra, intra_of = intra_class_fid(
             features[own], labels[own], reference[real], reference_labels[real]
@@ -356,7 +357,7 @@ def _measure(
     score = score_std = accuracy = relabelled = math.nan
     if probabilities is not None:
         score, score_std = inception_score(probabilities, splits)
-        if reads_labels:
+        if several and reads_labels:
             accuracy = class_accuracy(probabilities, labels)
             relabelled = relabelled_accuracy(probabilities, labels)
     numbers = {

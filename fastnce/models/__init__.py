@@ -7,6 +7,8 @@ from fastnce.systems.cyclegan import CycleGAN, CycleGANConfig
 from fastnce.systems.dclgan import DCLGAN, DCLGANConfig
 from fastnce.systems.pix2pix import Pix2Pix, Pix2PixConfig
 from fastnce.systems.representation import Representation, RepresentationConfig
+from fastnce.systems.restyle import ReStyle, ReStyleConfig
+from fastnce.systems.stylegan2 import StyleGAN2, StyleGAN2Config
 
 __all__ = [
     "CFL",
@@ -21,6 +23,10 @@ __all__ = [
     "DCLGANConfig",
     "Pix2Pix",
     "Pix2PixConfig",
+    "ReStyle",
+    "ReStyleConfig",
     "Representation",
     "RepresentationConfig",
+    "StyleGAN2",
+    "StyleGAN2Config",
 ]

@@ -13,6 +13,8 @@ from fastnce.systems.cyclegan import CycleGANSystem
 from fastnce.systems.dclgan import DCLGANSystem
 from fastnce.systems.pix2pix import Pix2PixSystem
 from fastnce.systems.representation import RepresentationSystem
+from fastnce.systems.restyle import ReStyleSystem
+from fastnce.systems.stylegan2 import StyleGAN2System
 from fastnce.systems.system import System, TrainConfig
 
 __all__ = ["SYSTEMS", "System", "TrainConfig", "of_variant", "register", "system_named", "variants"]
@@ -57,6 +59,8 @@ for _system in (
     Pix2PixSystem(),
     CFLSystem(),
     ContraGANSystem(),
+    StyleGAN2System(),
+    ReStyleSystem(),
     RepresentationSystem(),
 ):
     register(_system)

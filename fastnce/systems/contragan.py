@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -38,6 +37,16 @@ from fastnce.systems.adversarial import (
 )
 from fastnce.systems.augment import diff_augment, flip_and_translate
 from fastnce.systems.class_losses import auxiliary_classifier, contrastive_2c, d2d_ce
+from fastnce.systems.generating import (
+    GRID_COLUMNS,
+    SPLITS,
+    check_amounts,
+    interpolate,
+    judge_of,
+    reference_and_training,
+    sample_measure,
+    signed_unit,
+)
 from fastnce.systems.system import (
     Ablation,
     LabelledConfig,
@@ -51,12 +60,8 @@ from fastnce.systems.system import (
 if TYPE_CHECKING:
     from fastnce.data import LabelledImages
 
-# Of a data set with more classes, a sample grid shows the first ones; `generate`'s so many images of each.
-_GRID_CLASSES, _GRID_COLUMNS = 20, 12
-# Below this share of the real images' variance the samples are hardly more than one image.
-_COLLAPSED = 0.05
-# Of the numbers of an evaluation, those that are measured during the training.
-_MEASURED = ("fid", "intra_class_fid", "inception_score", "recall", "coverage", "class_accuracy")
+# Of a data set with more classes, a sample grid shows the first ones.
+_GRID_CLASSES = 20
 
 _IMAGENET = {
     "image_size": 128,
@@ -677,7 +682,7 @@ class ContraGANSystem(LabelledSystem):
         ("D_cr", "D_bcr", "D_zcr", "G_zcr", "D_r1"),
     )
     best = "fid"
-    does = "generate images from classes"
+    does = "generate images"
     next_command = "fastnce generate --run {run} --out DIR"
     judged_by = frozenset({"extractor", "seed"})
     reported = ("conditioning",)
@@ -706,38 +711,18 @@ class ContraGANSystem(LabelledSystem):
 
     def measure(self, config: ContraGANConfig, dataset: LabelledImages) -> Measure:
         """Quality of the samples against the test images, and what D does: accuracies, and its layers' singular values."""
-        from fastnce.metrics import (
-            authenticity_accuracy,
-            evaluate_generators,
-            largest_singular_values,
-            spread_ratio,
-        )
+        from fastnce.metrics import authenticity_accuracy, largest_singular_values
 
-        (images, labels), training = reference_and_training(config, dataset)
+        (images, labels), training = reference_and_training(
+            config.data, config.measure_count, partial(labelled_images, config)
+        )
         seen = {"real, trained on": training or (images, labels)}
         if training is not None:
             seen["real, held out"] = (images, labels)
-        try:
-            evaluator = judge_of(config, config.data, config.extractor)
-        except UserError as error:
-            if config.extractor is not None:
-                raise
-            print(f"Measuring without FID and its relatives. {error}", file=sys.stderr)
-            evaluator = None
+        quality = sample_measure(config, images, labels)
 
         def measure(model: ContraGAN, average: nn.Module) -> dict[str, float]:
-            values: dict[str, float] = {}
-            sample = sampler(average, config.seed)
-            if evaluator is not None:
-                row = evaluate_generators({"now": sample}, images, labels, evaluator)["rows"][0]
-                values |= {name: row[name] for name in _MEASURED if row[name] is not None}
-            generated, real = sample(labels), signed_unit(images)
-            values["spread"] = spread_ratio(generated.flatten(1), real.flatten(1))
-            if values["spread"] < _COLLAPSED:
-                print(
-                    f"The samples have collapsed: their pixels have {100 * values['spread']:.1f} % of the real images' variance.",
-                    file=sys.stderr,
-                )
+            values, generated = quality(sampler(average, config.seed))
             model.discriminator.eval()
             fake = _logits(model, generated, labels)
             cutoff = 0.5 if config.gan_mode == "lsgan" else 0.0
@@ -770,8 +755,9 @@ class ContraGANSystem(LabelledSystem):
         from fastnce.metrics import evaluate_generation, format_generation_table
 
         evaluator = judge_of(config, data, extractor or config.extractor, device)
-        train = labelled_images(config, "train", data)
-        (images, labels), training = reference_and_training(config, train, data)
+        (images, labels), training = reference_and_training(
+            data, config.measure_count, partial(labelled_images, config, root=data)
+        )
         torch.manual_seed(config.seed)
         untrained = build_generator(config).to(device).eval()
         result = evaluate_generation(
@@ -783,6 +769,11 @@ class ContraGANSystem(LabelledSystem):
             untrained=sampler(untrained, seed),
         )
         return result, format_generation_table(result)
+
+    def generate_folder(
+        self, network: nn.Module, config: ContraGANConfig, out: Path, **how: Any
+    ) -> int:
+        return generate_folder(network, config, out, **self.known_options(generate_folder, how))
 
     def graph_inputs(
         self, network: nn.Module, config: ContraGANConfig, channels: int, count: int
@@ -813,88 +804,6 @@ def labelled_images(
     return dataset
 
 
-def reference_images(dataset: LabelledImages, limit: int) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W) uint8 and labels (N,) of a split: all, or `limit` spread evenly over them."""
-    if len(dataset) <= limit:
-        return dataset.all_images()
-    return _images_at(
-        dataset, torch.linspace(0, len(dataset) - 1, limit, dtype=torch.float64).long()
-    )
-
-
-def _images_at(dataset: LabelledImages, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    images = [
-        torch.from_numpy(dataset.pixels(i).transpose(2, 0, 1).copy()) for i in chosen.tolist()
-    ]
-    return torch.stack(images), dataset.labels[chosen]
-
-
-def reference_and_training(
-    config: ContraGANConfig, train: LabelledImages, root: Path | None = None
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
-    """The real images that samples are judged by, and as many training images to judge beside them.
-
-    The test images, with training images of the same classes; without a test set the training images, and None.
-    """
-    from fastnce.data.labelled import has_split
-
-    data = root or config.data
-    if not has_split(data, "test"):
-        print(
-            f"{data} has no test images: samples are compared with the training images.",
-            file=sys.stderr,
-        )
-        images, labels = reference_images(train, config.measure_count)
-        training = None
-    else:
-        held_out = labelled_images(config, "test", root)
-        images, labels = reference_images(held_out, config.measure_count)
-        training = reference_images(train, len(labels))
-        if set(training[1].tolist()) != set(labels.tolist()):  # test images of some classes only
-            chosen = torch.cat(
-                [
-                    (train.labels == k).nonzero()[:count, 0]
-                    for k, count in enumerate(labels.bincount())
-                ]
-            )
-            training = _images_at(train, chosen)
-    if len(labels) < 2:
-        raise UserError(
-            f"data={data}: one test image is too few to compare samples with. Add some."
-        )
-    return (images, labels), training
-
-
-def judge_of(
-    config: ContraGANConfig,
-    root: Path,
-    extractor: Path | None,
-    device: torch.device | str = "cpu",
-) -> nn.Module:
-    """The judge of a run's samples: see `fastnce.demo.generation_evaluator`."""
-    from fastnce.demo import generation_evaluator
-    from fastnce.demo.judges import DIGITS, DigitClassifier
-
-    judge = generation_evaluator(root, extractor, device=device)
-    if isinstance(judge, DigitClassifier):
-        side, made = judge.image_size, (config.image_size, config.image_channels)
-        if made != (side, 1):
-            raise UserError(
-                f"{root}: the built-in judge reads {side}x{side} grey digits, and the run makes images with image_size="
-                f"{made[0]} and image_channels={made[1]}. Give --extractor FILE."
-            )
-        # Its classes are the ten digits, in this order.
-        judge.reads_labels = config.class_names in ((), DIGITS)
-    return judge
-
-
-def signed_unit(images: Tensor) -> Tensor:
-    """uint8 images as float32 in [-1, 1]."""
-    from fastnce.data.images import SIGNED_UNIT
-
-    return torch.from_numpy(SIGNED_UNIT)[images.long()]
-
-
 def sampler(generator: nn.Module, seed: int) -> Callable[[Tensor], Tensor]:
     """A function from labels to images of a generator in eval mode, with noise of its own from `seed` on."""
     random = torch.Generator().manual_seed(seed)
@@ -922,11 +831,6 @@ def latent(
     if truncation is None:
         return z.normal_(generator=generator)
     return nn.init.trunc_normal_(z, a=-truncation, b=truncation, generator=generator)
-
-
-def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
-    """`steps` points (steps, D) on the line from z `start` to z `end`, (D,) each, both included."""
-    return torch.lerp(start, end, torch.linspace(0, 1, steps)[:, None])
 
 
 def generate_folder(
@@ -969,15 +873,11 @@ def generate_folder(
     from fastnce.files import expect_apart
     from fastnce.viz.plots import save_sample_grid
 
-    for name, value, minimum in (("count", count, 1), ("batch_size", batch_size, 1)):
-        if value < minimum:
-            raise UserError(f"{name}={value} is too small. Use {name} >= {minimum}.")
+    check_amounts(count=count, batch_size=batch_size, interpolation=interpolation)
     # Generated images among those that the run, or its evaluation, reads.
-    expect_apart(out, [Path(config.data) / split for split in ("train", "test", "valid", "val")])
+    expect_apart(out, [Path(config.data) / split for split in SPLITS])
     if truncation is not None and not truncation > 0:
         raise UserError(f"truncation={truncation} must be positive. Use about 0.5 to 2.")
-    if interpolation < 0 or interpolation == 1:
-        raise UserError(f"interpolation={interpolation} must be 0 for none, or at least 2 columns.")
     chosen = _labels(classes, _class_names(config, generator.num_classes))
     random = torch.Generator().manual_seed(seed)
     z = latent(count, generator.latent_dim, truncation=truncation, generator=random)
@@ -988,7 +888,7 @@ def generate_folder(
         images = sample_images(generator, z, torch.full((count,), label), batch_size)
         for number, image in enumerate(images):
             save_image(image, Path(out) / name / f"{number:04d}.png")
-        rows[name] = list(images[:_GRID_COLUMNS])
+        rows[name] = list(images[:GRID_COLUMNS])
         if interpolation:
             line = interpolate(*ends, interpolation)
             between[name] = list(

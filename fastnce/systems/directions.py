@@ -6,7 +6,8 @@ NeurIPS 2020 (principal components).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fastnce.errors import UserError
+from fastnce.files import atomic_path
 from fastnce.networks.style_generator import StyleGenerator
-from fastnce.networks.weights import read_plain
+from fastnce.networks.weights import load_scripted, read_plain
+from fastnce.systems.representation import import_safetensors
+from fastnce.systems.stylegan2 import images_of
 
 _BATCH = 64
 _ROWS = 16  # of the picture of all
@@ -78,7 +82,8 @@ def class_direction(
         UserError: no sample is of one of the classes.
     """
     w = sample_latents(generator, samples, seed)
-    labels = torch.cat([classify(image).to(w.device) for image in _images(generator, w)])
+    parts = w.split(_BATCH)
+    labels = torch.cat([classify(images_of(generator, part)) for part in parts]).to(w.device)
     for label in (start, end):
         if not (labels == label).any():
             found = ", ".join(map(str, sorted(set(labels.tolist()))))
@@ -97,31 +102,31 @@ def read_direction(path: Path | str, generator: StyleGenerator) -> Tensor:
         UserError: no such file, another kind of file, or numbers of another shape.
     """
     path = Path(path)
-    if path.suffix == ".npy":
-        value = torch.from_numpy(_arrays(path))
-    elif path.suffix in (".pt", ".pth"):
-        value = read_plain(path, "Name a file with one tensor.")
-    else:
+    if path.suffix not in (".npy", ".pt", ".pth"):
         raise UserError(
             f"direction={path} is neither {', '.join(_METHODS)} nor a file that ends in .npy, .pt or .pth."
         )
+    value = np.asarray(_content(path))
+    value = value.reshape([n for i, n in enumerate(value.shape) if n > 1 or i == value.ndim - 1])
     shapes = (generator.latent_dim,), (generator.num_styles, generator.latent_dim)
-    if isinstance(value, Tensor):
-        while value.ndim > 1 and len(value) == 1:
-            value = value[0]
-        if tuple(value.shape) in shapes:
-            return value.to(generator.latent_avg)
-    found = f"the shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    raise UserError(f"{path}: holds {found}, expected {shapes[0]} or {shapes[1]}.")
+    if value.shape not in shapes:
+        raise UserError(
+            f"{path}: holds numbers of shape {value.shape}, expected {shapes[0]} or {shapes[1]}."
+        )
+    return torch.from_numpy(value).to(generator.latent_avg)
 
 
-def read_latents(path: Path, generator: StyleGenerator) -> tuple[list[str], Tensor]:
+def read_latents(path: Path | str, generator: StyleGenerator) -> tuple[list[str], Tensor]:
     """The names and latents (N, num_styles, D) in a file of `fastnce invert`, .npz or .safetensors; of several steps the last.
 
     Raises:
         UserError: no such file, or one without latents of this generator.
     """
-    names, latents = _named_latents(path)
+    path = Path(path)
+    if path.suffix not in (".npz", ".safetensors"):
+        raise UserError(f"latents={path}: expected a .npz or .safetensors of `fastnce invert`.")
+    content = _content(path)
+    names, latents = list(content["names"]), torch.as_tensor(content["latents"])
     if latents.ndim == 4:  # (N, steps, k, D)
         latents = latents[:, -1]
     if tuple(latents.shape[1:]) != (generator.num_styles, generator.latent_dim):
@@ -132,6 +137,26 @@ def read_latents(path: Path, generator: StyleGenerator) -> tuple[list[str], Tens
     return names, latents.to(generator.latent_avg)
 
 
+def _content(path: Path) -> Any:
+    """The numbers of a direction, or the latents and names, in a file; no code in it is run."""
+    if path.suffix in (".pt", ".pth"):
+        value = read_plain(path, "Name a file with one tensor.")
+        if not isinstance(value, Tensor):
+            raise UserError(f"{path}: holds {type(value).__name__}, expected one tensor.")
+        return value
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Name an existing one.")
+    try:
+        if path.suffix == ".safetensors":
+            with import_safetensors().safe_open(path, "pt") as file:
+                names = json.loads(file.metadata()["names"])
+                return {"names": names, "latents": file.get_tensor("latents")}
+        content = np.load(path, allow_pickle=False)
+        return content if path.suffix == ".npy" else {n: content[n] for n in ("names", "latents")}
+    except Exception as error:  # each reader has its own
+        raise UserError(f"{path}: is damaged, or not as fastnce writes it ({error}).") from error
+
+
 def edited(
     generator: StyleGenerator,
     w: Tensor,
@@ -139,7 +164,7 @@ def edited(
     factors: Sequence[float],
     styles: Sequence[int] = (),
 ) -> Tensor:
-    """Images of `w + factor * direction` with the fixed noise: (B, len(factors), C, S, S).
+    """Images of `w + factor * direction` with the fixed noise: (B, len(factors), C, S, S), on the CPU, without gradients.
 
     Args:
         generator: its mode does not matter.
@@ -153,7 +178,7 @@ def edited(
     moves[list(styles) if styles else slice(None)] = 1
     steps = torch.tensor(factors).to(w)[:, None, None] * (moves * direction)  # (F, k, D)
     latents = (wide[:, None] + steps).flatten(0, 1)
-    return torch.cat(list(_images(generator, latents))).unflatten(0, (len(w), -1))
+    return images_of(generator, latents, _BATCH).unflatten(0, (len(w), -1))
 
 
 def edit_folder(
@@ -200,7 +225,6 @@ def edit_folder(
         UserError: a value out of range, a file that does not fit.
     """
     from fastnce.data import save_image
-    from fastnce.files import atomic_path
     from fastnce.viz.plots import save_sample_grid
 
     generator = style_generator(network)
@@ -243,15 +267,10 @@ def edit_folder(
 @torch.no_grad()
 def sample_latents(generator: StyleGenerator, count: int, seed: int) -> Tensor:
     """Mapped samples (count, D), whose noise is drawn on the CPU."""
-    z = torch.randn(count, generator.latent_dim, generator=torch.Generator().manual_seed(seed))
+    random = torch.Generator().manual_seed(seed)
+    # One after the other, so that a sample does not depend on how many there are.
+    z = torch.stack([torch.randn(generator.latent_dim, generator=random) for _ in range(count)])
     return generator.mapping(z.to(generator.latent_avg))
-
-
-@torch.no_grad()
-def _images(generator: StyleGenerator, w: Tensor) -> Iterator[Tensor]:
-    """In batches, on the CPU."""
-    for part in w.split(_BATCH):
-        yield generator(part).float().cpu()
 
 
 def _first(vectors: Tensor, count: int) -> Tensor:
@@ -266,14 +285,13 @@ def _first(vectors: Tensor, count: int) -> Tensor:
 def _classifier(
     generator: StyleGenerator, file: Path | None, data: Path | None
 ) -> Callable[[Tensor], Tensor]:
-    from fastnce.networks.weights import load_scripted
+    from fastnce.demo import load_digit_classifier
+    from fastnce.demo.sets import kind_of
 
     if file is not None:
         network: Callable[[Tensor], Tensor] = load_scripted("classifier", file)[0]
         channels = generator.image_channels
-    elif data is not None:
-        from fastnce.demo import load_digit_classifier
-
+    elif data is not None and kind_of(data) == "digits":
         judge = load_digit_classifier(data)
         if judge.image_size != generator.image_size:
             raise UserError(
@@ -290,33 +308,3 @@ def _classifier(
         return network(seen).argmax(1)
 
     return classify
-
-
-def _arrays(path: Path) -> Any:
-    """What is in a .npy or .npz file; no code in it is run."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file. Name an existing one.")
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: is damaged or no file of NumPy's ({error}).") from error
-
-
-def _named_latents(path: Path) -> tuple[list[str], Tensor]:
-    import json
-
-    from fastnce.systems.representation import import_safetensors
-
-    path = Path(path)
-    if path.suffix == ".npz":
-        arrays = _arrays(path)
-        if {"latents", "names"} <= set(arrays):
-            return arrays["names"].tolist(), torch.from_numpy(arrays["latents"])
-    elif path.suffix == ".safetensors":
-        safetensors = import_safetensors()
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                return json.loads(file.metadata()["names"]), file.get_tensor("latents")
-        except (OSError, TypeError, KeyError, ValueError, safetensors.SafetensorError) as error:
-            raise UserError(f"latents={path}: cannot be read ({error}).") from error
-    raise UserError(f"latents={path}: expected a .npz or .safetensors file of `fastnce invert`.")

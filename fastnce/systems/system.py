@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,8 @@ from fastnce.systems import options
 from fastnce.systems.schedule import Schedule
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from fastnce.data import LabelledImages
 
 # The rows of a sample grid by their label; images (C, H, W) in [-1, 1] on the CPU.
@@ -119,6 +121,7 @@ class System:
         ablations: what `fastnce ablate NAME` compares, by the name of the variant.
         older: options that are newer than some runs, with the values by which those were made.
         network_name: the model's attribute that is used after the training and whose weights are averaged.
+        starts_averaged: whether `init_from` takes that attribute's averaged weights from a run.
         panels: the losses that are plotted together, a tuple of names for each panel.
         best: the measurement that is smallest for the best checkpoint.
         does: what the network is for, such as "translate images".
@@ -126,6 +129,7 @@ class System:
         paired: whether it learns from pairs of images.
         published: where the published repository has weights files for this system, the model's networks in them: the name in
             the file's name to the attribute's path, the generator first.
+        published_keys: of systems whose published program writes one file: entries by which it is known. See `read_published`.
         compared: where a loss compares patches of an image with those of its translation, what encodes each of the two: the part of
             the network, the attribute of the projector behind it, the option that says how many channels it sees.
         compares_best: whether an evaluation has a row for the best checkpoint too.
@@ -144,12 +148,14 @@ class System:
     ablations: Mapping[str, Ablation] = {}
     older: Mapping[str, object] = {}
     network_name: str
+    starts_averaged: bool = False
     panels: tuple[tuple[str, ...], ...]
     best: str | None = None
     next_command: str
     does: str = ""
     paired: bool = False
     published: Mapping[str, str] = {}
+    published_keys: frozenset[str] = frozenset()
     compared: tuple[tuple[str, str, str], ...] = ()
     compares_best: bool = False
     judged_by: frozenset[str] = frozenset()
@@ -225,13 +231,36 @@ class System:
         """
         raise NotImplementedError
 
+    def generate_folder(
+        self, network: nn.Module, config: TrainConfig, out: Path, **how: Any
+    ) -> int:
+        """Writes images of a trained generator into a folder; their number.
+
+        `how` are the options of `fastnce generate`; `UserError` names one that is not for this system.
+        """
+        raise NotImplementedError
+
+    def read_published(self, path: Path) -> tuple[TrainConfig, dict[str, Tensor]]:
+        """The configuration and the weights of the network in a file that has `published_keys`."""
+        raise NotImplementedError
+
+    def start_from_published(self, model: nn.Module, path: Path) -> list[str]:
+        """Starts a model from such a file; a line for each network."""
+        raise NotImplementedError
+
+    def save_published(self, network: nn.Module, config: TrainConfig, path: Path) -> None:
+        """Writes such a file."""
+        raise UserError(
+            f"a run of {self.name} has no published layout of files. Use format=safetensors."
+        )
+
     def known_options(
         self, function: Callable[..., Any], options: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Those of a command's options that `function` takes; `UserError` if another one is given."""
         taken = inspect.signature(function).parameters
         for name, value in options.items():
-            if name not in taken and value is not None:
+            if name not in taken and value not in (None, ()):
                 raise UserError(f"{name}={value} is not for a run of {self.name}. Leave it out.")
         return {name: value for name, value in options.items() if name in taken}
 
@@ -301,24 +330,75 @@ class LabelledSystem(System):
 
 
 def images_with_labels(
-    config: Any, split: str, root: Path, *, flip: bool = False, needs_labels: bool
+    config: Any, split: str, root: Path, *, flip: bool = False, needs_labels: bool, **how: Any
 ) -> LabelledImages:
-    """The images of a split of `root`, of the classes and as large as a `LabelledConfig` says."""
+    """The images of a split of `root`, of the classes and as large as a `LabelledConfig` says.
+
+    `how` are arguments of `LabelledImages` that differ.
+    """
     from fastnce.data import LabelledImages
     from fastnce.data.labelled import NO_CLASSES
 
-    return LabelledImages(
-        root,
-        split,
-        image_size=config.image_size,
-        channels=config.image_channels,
-        flip=flip,
-        seed=config.seed,
-        classes=() if config.class_names == NO_CLASSES else config.class_names,
-        needs_labels=needs_labels,
-        class_balance=config.class_balance and split == "train",
-        broken_files=config.broken_files,
-    )
+    values = {
+        "image_size": config.image_size,
+        "channels": config.image_channels,
+        "flip": flip,
+        "seed": config.seed,
+        "classes": () if config.class_names == NO_CLASSES else config.class_names,
+        "needs_labels": needs_labels,
+        "class_balance": config.class_balance and split == "train",
+        "broken_files": config.broken_files,
+    }
+    return LabelledImages(root, split, **(values | how))
+
+
+def image_batches(
+    config: Any,
+    input: Path,
+    batch_size: int,
+    broken_files: Literal["error", "skip"] | None,
+    task: str,
+    fit: Callable[[Image.Image, Path], Image.Image] | None = None,
+) -> Iterator[tuple[list[str], Tensor]]:
+    """The images of a folder, and of the folders in it, or one image, in batches.
+
+    `fit` gives an image the size that a network takes; by default its central square is scaled to the configuration's `image_size`.
+
+    Yields:
+        The names below `input`, sorted over all batches, and the images (B, C, S, S) in [-1, 1].
+
+    Raises:
+        UserError: no images, a batch below 1, or a file that cannot be read and is not skipped.
+    """
+    from tqdm import tqdm
+
+    from fastnce.data import list_images
+    from fastnce.data.broken import readable
+    from fastnce.data.images import read_image, to_array, to_tensor
+    from fastnce.data.labelled import to_square
+
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} is too small. Use batch_size >= 1.")
+    input = Path(input)
+    folder, paths = (input.parent, [input]) if input.is_file() else (input, list_images(input))
+
+    def read(path: Path) -> Tensor:
+        image = read_image(path, config.image_channels)
+        fitted = fit(image, path) if fit else to_square(image, config.image_size)
+        return to_tensor(to_array(fitted))
+
+    names: list[str] = []
+    batch: list[Tensor] = []
+    shown = tqdm(paths, desc=task, unit="image", disable=None)
+    skip = (broken_files or config.broken_files) == "skip"
+    for path, image in readable(shown, read, skip=skip):
+        names.append(path.relative_to(folder).as_posix())
+        batch.append(image)
+        if len(batch) == batch_size:
+            yield names, torch.stack(batch)
+            names, batch = [], []
+    if batch:
+        yield names, torch.stack(batch)
 
 
 def autocast(model: nn.Module) -> AbstractContextManager:

@@ -114,7 +114,7 @@ def from_dict(values: Mapping[str, object], what: str = "option") -> TrainConfig
     system = system_named(rest.pop("system"))
     rest = dict(system.older) | rest
     for old, names in _RENAMED.items():
-        if old in rest:
+        if old in rest and not hasattr(system.config_class, old):
             value = rest.pop(old)
             rest |= {name: rest.get(name, value) for name in names}
     return system.config_class(**checked_values(system.config_class, rest, what))

@@ -18,7 +18,7 @@ from torch.export import Dim
 
 from fastnce.errors import UserError
 from fastnce.files import atomic_path
-from fastnce.networks.stylegan2 import NoiseInjection
+from fastnce.networks.stylegan2 import NoiseInjection, UpsamplingStyledConv
 from fastnce.training.checkpoint import below
 from fastnce.training.runs import Run, opened
 from fastnce.training.shared import CONFIG_KEY, shared_values, write_shared
@@ -37,6 +37,8 @@ def export_published(
 ) -> list[Path]:
     """Writes a run's networks as the published repository keeps them: `out/{label}_net_{G,D,F}.pth`, plain state dicts.
 
+    Where it keeps all in one file, that is `out/{label}.pt`, with the network that is used after the training.
+
     Args:
         run: the run, or its folder and in `how` what opens it. With "ema" weights the generator is the average; the others have none.
         label: the epoch in the files' names.
@@ -45,9 +47,9 @@ def export_published(
     run = opened(run, **how)
     system = run.system
     if not system.published:
-        raise UserError(
-            f"a run of {system.name} has no published layout of files. Use format=safetensors."
-        )
+        path = Path(out) / f"{label}.pt"
+        system.save_published(run.network, run.config, path)
+        return [path]
     state = run.state()
     model: dict[str, Tensor] = dict(state["model"])
     if run.weights == "ema":
@@ -141,7 +143,7 @@ def _leave_out_noise(network: nn.Module) -> bool:
         (parent, name)
         for parent in network.modules()
         for name, child in parent.named_children()
-        if isinstance(child, NoiseInjection)
+        if isinstance(child, NoiseInjection) and isinstance(parent, UpsamplingStyledConv)
     ]
     for parent, name in places:
         setattr(parent, name, nn.Identity())

@@ -7,6 +7,7 @@ a network was configured, and to say clearly what a file is when it is not the e
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
@@ -15,8 +16,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fastnce.errors import UserError
-from fastnce.networks.weights import difference, load_strictly, read_state_dict
-from fastnce.systems import SYSTEMS, TrainConfig, system_named
+from fastnce.networks.weights import difference, load_strictly, read_plain, read_state_dict
+from fastnce.systems import SYSTEMS, System, TrainConfig, system_named
 from fastnce.training.checkpoint import below, load_checkpoint
 from fastnce.training.config import as_option
 
@@ -223,6 +224,20 @@ def published_files(where: Path, names: tuple[str, ...]) -> dict[str, Path]:
     return found
 
 
+def system_of_file(path: Path) -> System | None:
+    """The system whose published program wrote this file, all networks in one; None if it is none of these."""
+    if not path.is_file():
+        return None
+    try:
+        content = read_plain(path, "", allowed=[argparse.Namespace])
+    except UserError:
+        return None
+    keys = content.keys() if isinstance(content, Mapping) else set()
+    return next(
+        (s for s in SYSTEMS.values() if s.published_keys and s.published_keys <= keys), None
+    )
+
+
 def load_initial(model: nn.Module, config: TrainConfig) -> list[str]:
     """Starts a model, freshly built from `config`, from the weights that `config.init_from` names.
 
@@ -235,6 +250,9 @@ def load_initial(model: nn.Module, config: TrainConfig) -> list[str]:
     if (where / "config.json").is_file() or (where / "checkpoints").is_dir():
         path = where / "checkpoints" / "last.pt"
     if path.suffix == ".pt":
+        system = system_of_file(path)
+        if system is not None and system.name == config.system:
+            return system.start_from_published(model, path)
         return load_run(model, path, config.system)
     return load_published(model, config, system_named(config.system).published)
 
@@ -247,9 +265,14 @@ def load_run(model: nn.Module, path: Path, system: str) -> list[str]:
     """Starts a model of `system` from a checkpoint of a run of any system: each network whose weights have the same names and shapes.
 
     Networks are matched by their names in the model, those of a translation from A to B also between systems of one and of both
-    directions: generator, its discriminator, its projector. They are the weights themselves, not their running average.
+    directions: generator, its discriminator, its projector. They are the weights themselves, not their running average, unless the
+    system says otherwise.
     """
     state = load_checkpoint(path)
+    ours = SYSTEMS[system]
+    if ours.starts_averaged and state["config"]["system"] == system:
+        averaged = state["average"]["module"].items()
+        state["model"] |= {f"{ours.network_name}.{name}": x for name, x in averaged}
     published = {name: known.published for name, known in SYSTEMS.items()}
     theirs = published.get(state["config"]["system"], {})
     by_role = {_ROLES[name]: attribute for name, attribute in theirs.items() if name in _ROLES}

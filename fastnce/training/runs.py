@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +16,13 @@ from fastnce.networks.weights import load_strictly
 from fastnce.systems import (
     System,
     TrainConfig,
-    contragan,
     representation,
     system_named,
 )
+from fastnce.systems.inverting import Inversion
 from fastnce.training.checkpoint import below, load_checkpoint
 from fastnce.training.config import from_dict
-from fastnce.training.published import published_config, read_published
+from fastnce.training.published import published_config, read_published, system_of_file
 from fastnce.training.runtime import resolve_device
 from fastnce.training.shared import read_shared
 
@@ -34,7 +35,7 @@ class Run:
 
     Args:
         path: folder of the run. Or a `.safetensors` of `fastnce export`, or the `.pth` of a generator of a published
-            repository, whose configuration has defaults for all that weights do not tell.
+            repository, or the `.pt` in which it keeps all; their configuration has defaults for what weights do not tell.
         weights: "ema" for the running average of the network's weights, "raw" for the weights themselves; a file holds one of
             them.
         checkpoint: "last", "best", or the path of a checkpoint file.
@@ -61,7 +62,7 @@ class Run:
         self.path, self.weights, self.checkpoint = Path(path), weights, checkpoint
         self.device = resolve_device(device) if isinstance(device, str) else device
         self._state: dict[str, Tensor] = {}
-        self.is_file = self.path.suffix in WEIGHTS_FILES
+        self.is_file = self.path.suffix in (*WEIGHTS_FILES, ".pt")
         self.config: TrainConfig = self._read_file() if self.is_file else self._read_folder()
         self.system: System = system_named(self.config.system)
 
@@ -111,6 +112,15 @@ class Run:
         return Path(checkpoint)
 
     def _read_file(self) -> TrainConfig:
+        if self.path.suffix == ".pt":
+            system = system_of_file(self.path)
+            if system is None:
+                raise UserError(
+                    f"run={self.path} is no training run, and no file of a published program. Name the --out folder of a "
+                    "`fastnce train`; one of its checkpoints with checkpoint."
+                )
+            config, self._state = system.read_published(self.path)
+            return config
         config = None
         if self.path.suffix == ".safetensors":
             self._state, config = read_shared(self.path)
@@ -156,9 +166,8 @@ def translate_folder(
 
 
 def generate_folder(network: nn.Module, config: TrainConfig, out: Path, **how: Any) -> int:
-    """See `fastnce.systems.contragan.generate_folder`; refuses the network of a system that does not generate."""
-    _system_that("generate images from classes", config)
-    return contragan.generate_folder(network, config, out, **how)
+    """See `generate_folder` in the system's file; refuses the network of a system that does not generate."""
+    return _system_that("generate images", config).generate_folder(network, config, out, **how)
 
 
 def write_features(
@@ -167,6 +176,28 @@ def write_features(
     """See `fastnce.systems.representation.write_features`; refuses the network of a system that has no encoder of images."""
     _system_that("write features of whole images", config)
     return representation.write_features(network, config, input, out, **how)
+
+
+def inversion(
+    run: Run | Path,
+    *,
+    steps: int | None = None,
+    other_shapes: Literal["error", "crop", "stretch"] | None = None,
+    first: Run | Path | None = None,
+    first_steps: int = 1,
+) -> Inversion:
+    """How a run inverts images, behind another run `first`: see `Inversion`; refuses a run of a system that does not invert.
+
+    `other_shapes` is what becomes of images of another shape than the encoder's; by default as in the training.
+    """
+    run = opened(run)
+    if first is not None:
+        first = opened(first, weights=run.weights, device=run.device)
+    for one in (run, first):
+        if one is not None:
+            _system_that("invert images", one.config)
+    config = run.config if other_shapes is None else replace(run.config, other_shapes=other_shapes)
+    return Inversion(run.network, config, steps, first, first_steps)
 
 
 def _system_that(does: str, config: TrainConfig) -> System:

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -117,9 +118,9 @@ def test_files(generator, tmp_path):
     np.save(tmp_path / "long.npy", np.zeros(7, np.float32))
     (tmp_path / "no.npy").write_bytes(b"no numbers")
     for name, match in (
-        ("dict.pt", r"holds dict, expected \(6,\) or \(4, 6\)"),
-        ("long.npy", r"holds the shape \(7,\), expected"),
-        ("no.npy", "is damaged or no file of NumPy's"),
+        ("dict.pt", "holds dict, expected one tensor"),
+        ("long.npy", r"holds numbers of shape \(7,\), expected \(6,\) or \(4, 6\)"),
+        ("no.npy", "is damaged, or not as fastnce writes it"),
         ("none.npy", "no such file"),
         ("d.txt", "is neither sefa, pca, classes nor a file that ends in .npy, .pt or .pth"),
     ):
@@ -130,23 +131,20 @@ def test_files(generator, tmp_path):
     np.savez(path, latents=latents.numpy(), names=np.array(["a.png", "b/c.png"]))
     names, last = read_latents(path, generator)
     assert names == ["a.png", "b/c.png"] and torch.equal(last, latents[:, -1])
+    tensors = tmp_path / "latents.safetensors"
+    safetensors.torch.save_file(
+        {"latents": latents[:, 0].clone()}, tensors, {"names": json.dumps(names)}
+    )
+    assert read_latents(tensors, generator)[0] == names
+    assert torch.equal(read_latents(tensors, generator)[1], latents[:, 0])
+    tensors.write_bytes(b"no")
+    with pytest.raises(UserError, match="is damaged, or not as fastnce writes it"):
+        read_latents(tensors, generator)
     np.savez(path, latents=np.zeros((2, 6, DIM)), names=np.array(["a", "b"]))
     with pytest.raises(UserError, match=r"have the shape \(2, 6, 6\), expected \(N, 4, 6\)"):
         read_latents(path, generator)
-    with pytest.raises(UserError, match="expected a .npz or .safetensors file of `fastnce invert`"):
+    with pytest.raises(UserError, match="expected a .npz or .safetensors of `fastnce invert`"):
         read_latents(tmp_path / "d.npy", generator)
-
-
-def test_safetensors(generator, tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    w = torch.randn(1, 4, DIM)
-    path = tmp_path / "latents.safetensors"
-    safetensors.save_file({"latents": w}, path, metadata={"names": json.dumps(["a"])})
-    assert read_latents(path, generator)[0] == ["a"]
-    assert torch.equal(read_latents(path, generator)[1], w)
-    path.write_bytes(b"no")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_latents(path, generator)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

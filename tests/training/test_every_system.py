@@ -32,13 +32,14 @@ LOSSES = {
     "acgan": {"D_real", "D_fake", "D_class", "G_GAN", "G_class"},
     "projgan": {"D_real", "D_fake", "G_GAN"},
     "reacgan": {"D_real", "D_fake", "D_class", "G_GAN", "G_class"},
+    "stylegan2": {"D_real", "D_fake", "D_r1", "G_GAN", "G_path", "path_length"},
     "simclr": {"loss", "positive_cosine"},
     "moco": {"loss", "positive_cosine"},
     "supcon": {"loss", "positive_cosine"},
 }
 # Those whose steps differ in more than a loss.
 APART = ["cut", "sincut", "simdcl", "cyclegan", "pix2pix", "cfl"]
-APART += ["contragan", "simclr", "moco"]
+APART += ["contragan", "stylegan2", "simclr", "moco"]
 
 
 def test_every_variant_is_tried():
@@ -81,6 +82,7 @@ def test_sample_grids_have_their_rows(whole):
         ("pix2pix", 3),
         ("cfl", 3),
         ("contragan", 3),
+        ("stylegan2", 3),
     ):
         with Image.open(whole(variant) / "samples" / "step_000008.png") as grid:
             assert rows * 80 < grid.height < (rows + 1) * 110, variant
@@ -116,7 +118,7 @@ def test_measuring_leaves_no_trace(tiny, whole, extractor, variant):
     for key in ("model", "average", "optimizers", "rng"):
         assert_identical(one[key], other[key], key)
     lines = read_metrics(config.out / "measurements.jsonl")
-    best = {"cut": "fid", "contragan": "fid", "pix2pix": "l1", "simclr": None, "moco": None}
+    best = {"pix2pix": "l1", **dict.fromkeys(("cut", "contragan", "stylegan2"), "fid")}
     assert [line["step"] for line in lines] == [4, 8]
     assert (config.out / "measurements.png").exists()
     if name := best.get(variant):
@@ -130,7 +132,7 @@ COMMANDS = {
     "generate": ("--out", "OUT", "--count", "2"),
     "features": ("--input", "IMAGES", "--out", "OUT.npz"),
 }
-USE = {"contragan": "generate", "simclr": "features", "moco": "features"}
+USE = {"contragan": "generate", "stylegan2": "generate", "simclr": "features", "moco": "features"}
 
 
 @pytest.mark.parametrize("variant", APART)
@@ -166,7 +168,9 @@ def test_a_shared_file_takes_the_runs_place(whole, tmp_path, variant):
         assert values.pop(name, None) != to_dict(Run(run).config)[name] or name == "init_from"
 
 
-@pytest.mark.parametrize("variant", ["cut", "cyclegan", "pix2pix", "cfl", "contragan", "moco"])
+@pytest.mark.parametrize(
+    "variant", ["cut", "cyclegan", "pix2pix", "cfl", "contragan", "stylegan2", "moco"]
+)
 def test_evaluation_is_written_beside_the_run(whole, extractor, tmp_path, capsys, variant):
     run, judge = whole(variant), [] if variant == "moco" else ["--extractor", str(extractor)]
     assert main(["evaluate", "--run", str(run), "--device", "cpu", *judge]) == 0
@@ -201,6 +205,8 @@ MISTAKES = [
     ("contragan", {"num_classes": 7}, "num_classes=7, but .* has 3 classes"),
     ("contragan", {"micro_batches": 4}, "micro_batches=4 .*batch_size=3"),
     ("contragan", {"image_size": 33}, "image_size=33 .*32 or 40"),
+    ("stylegan2", {"image_size": 24}, "image_size=24 must be a power of two"),
+    ("stylegan2", {"freeze": 8}, "freeze=8 would keep layers as they were drawn"),
     ("simclr", {"batch_size": 1}, "batch_size=1 leaves method=simclr no negatives"),
     ("simclr", {"views": "simclear"}, "views=simclear is unknown.*simclr, moco-v2"),
     ("simclr", {"steps": 3}, "warmup_epochs=1 takes 3 steps"),

@@ -38,6 +38,16 @@ GENERATION = COMMON | {
     "ema_start": 2,
     "ema_decay": 0.5,
 }
+STYLES = COMMON | {
+    "image_size": 16,
+    "latent_dim": 6,
+    "mapping_layers": 2,
+    "channels": [6, 5, 4],
+    "r1_every": 3,
+    "path_every": 2,
+    "batch_size": 4,
+    "ema_decay": 0.5,
+}
 ENCODER = COMMON | {
     "encoder": "small",
     "encoder_channels": 2,
@@ -92,6 +102,7 @@ OPTIONS = {
     "acgan": (GENERATION, "classes"),
     "projgan": (GENERATION, "classes"),
     "reacgan": (GENERATION, "classes"),
+    "stylegan2": (STYLES, "classes"),
     "simclr": (ENCODER, "classes"),
     "moco": (ENCODER, "classes"),
     "supcon": (ENCODER, "classes"),
