@@ -391,13 +391,34 @@ def load_rosinality(path: Path | str) -> tuple[StyleGenerator, StyleDiscriminato
     path = Path(path)
     # A training's options are in its checkpoints, as a Namespace of plain values.
     content = read_plain(path, _FILE_HELP, allowed=[argparse.Namespace])
+    content = content if isinstance(content, Mapping) else {}
+    generator = generator_of(content.get("g_ema"), content.get("latent_avg"), path, "g_ema")
+    if "d" not in content:
+        return generator, None
+    discriminator = StyleDiscriminator(
+        generator.image_size, generator.channels, generator.image_channels
+    )
+    load_strictly(discriminator, content["d"], path)
+    return generator, discriminator
+
+
+def generator_of(
+    state: Mapping[str, Tensor] | None, mean: Tensor | None, path: Path, entry: str
+) -> StyleGenerator:
+    """The generator with a published state dict, read under `entry` of the file `path`, and a mean latent, (D,) or k times the same.
+
+    With None for the mean it is estimated from 100,000 samples, always the same; a line on standard error says so.
+
+    Raises:
+        UserError: it is no such state dict, or a mean latent of another shape.
+    """
     try:
-        state = dict(content["g_ema"] if isinstance(content, Mapping) else {})
-        options = style_options(state)
-        generator = StyleGenerator(**options)
+        state = dict(state or {})
+        generator = StyleGenerator(**style_options(state))
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise UserError(f"{path}: has no StyleGAN2 generator under g_ema. {_FILE_HELP}") from error
-    mean = content.get("latent_avg")
+        raise UserError(
+            f"{path}: has no StyleGAN2 generator under {entry}. {_FILE_HELP}"
+        ) from error
     load_strictly(generator, state | {"latent_avg": generator.latent_avg}, path, _FILE_HELP)
     if mean is None:
         print(
@@ -405,17 +426,13 @@ def load_rosinality(path: Path | str) -> tuple[StyleGenerator, StyleDiscriminato
             file=sys.stderr,
         )
         mean = generator.mean_latent(_SAMPLES, torch.Generator().manual_seed(_SAMPLES_SEED))
-    if mean.numel() != generator.latent_dim:
+    rows = mean.reshape(-1, mean.shape[-1])
+    if rows.shape[1] != generator.latent_dim or not (rows == rows[0]).all():
         raise UserError(
-            f"{path}: latent_avg has the shape {tuple(mean.shape)}, expected ({generator.latent_dim},). {_FILE_HELP}"
+            f"{path}: latent_avg has the shape {tuple(mean.shape)}, expected ({generator.latent_dim},), or rows of it. {_FILE_HELP}"
         )
-    generator.latent_avg.copy_(mean.flatten())
-    if "d" not in content:
-        return generator, None
-    sizes = {name: options[name] for name in ("image_size", "channels", "image_channels")}
-    discriminator = StyleDiscriminator(**sizes)
-    load_strictly(discriminator, content["d"], path)
-    return generator, discriminator
+    generator.latent_avg.copy_(rows[0])
+    return generator
 
 
 def save_rosinality(

@@ -5,20 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnce.data import LabelledImages
 from fastnce.errors import UserError
 from fastnce.networks import perceptual
 from fastnce.networks.perceptual import with_channels
 from fastnce.systems.directions import read_direction, sefa
 from fastnce.systems.inverting import Inversion, at_size
-
-if TYPE_CHECKING:
-    from fastnce.data import LabelledImages
 
 # The row that holds an inversion as it is used, and the step of an edit along its direction of length 1.
 INVERTED, EDIT = "inverted", 3.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnce.errors import UserError
+from fastnce.files import atomic_path
 from fastnce.networks import perceptual
 from fastnce.networks.restyle_encoder import LatentDiscriminator, build_encoder
-from fastnce.networks.style_generator import StyleGenerator, load_rosinality, style_options
-from fastnce.networks.weights import load_strictly, read_plain
+from fastnce.networks.style_generator import (
+    StyleGenerator,
+    generator_of,
+    load_rosinality,
+    style_options,
+)
+from fastnce.networks.weights import difference, load_strictly, read_plain
 from fastnce.systems import options
 from fastnce.systems.adversarial import discriminator_losses, generator_loss, r1
 from fastnce.systems.cyclegan import ImagePool
@@ -306,6 +313,7 @@ class ReStyle(nn.Module):
             self.pools = nn.ModuleDict(
                 {name: ImagePool(config.w_pool) for name in ("real", "fake")}
             )
+            self.register_buffer("last_r1", torch.zeros(()))  # of the step that took it last
             self.optimizers["D"] = torch.optim.Adam(
                 self.latent_discriminator.parameters(), config.lr_adv, fused=True
             )
@@ -352,7 +360,8 @@ class ReStyle(nn.Module):
 
         Returns:
             Detached scalars: "loss_1" to "loss_N", the sums of all terms in each step; of the last step each term without its weight,
-            "L2", "LPIPS", "ID", "MoCo", "similarity", "w_norm", "delta" and "E_adv"; and "D_real", "D_fake".
+            "L2", "LPIPS", "ID", "MoCo", "similarity", "w_norm", "delta" and "E_adv"; "D_real", "D_fake", and "D_r1" as it was last, with its
+            weight but not its interval.
         """
         x, config = batch["image"], self.config
         if self.steps == 0:  # as published for all of the training, even where G learns
@@ -456,27 +465,90 @@ class ReStyle(nn.Module):
             real.requires_grad_()
             penalty = 0.5 * config.lambda_r1 * r1(judge(real), real)
             descend(config.r1_every * penalty, self.optimizers["D"])
-        return losses
+            self.last_r1.copy_(penalty.detach())
+        return losses | {"D_r1": self.last_r1.clone()}
 
 
 def read_generator(path: Path) -> StyleGenerator:
-    """The generator of a run of stylegan2, its averaged weights, or of a file (see `load_rosinality`), with its mean latent.
+    """The generator, with its mean latent, of a run of stylegan2 or restyle, or of a file of one of the published programs.
 
     Raises:
         UserError: no such run or file, or one that holds something else.
     """
+    instead = "Name a run of stylegan2, or a file of a generator."
     if not path.is_dir():
+        content = read_plain(path, instead, allowed=[argparse.Namespace])
+        if isinstance(content, Mapping) and content.keys() >= _KEYS:
+            return _published_inverter(content, path)[1].generator
         return load_rosinality(path)[0]
     path = path / "checkpoints" / "last.pt"
-    instead = "Name a run of stylegan2, or a file of a generator."
     checkpoint = read_plain(path, instead)
-    system = checkpoint["config"]["system"]
-    if system != "stylegan2":
+    system, state = checkpoint["config"]["system"], checkpoint["average"]["module"]
+    if system not in ("stylegan2", "restyle"):
         raise UserError(f"generator={path}: is of a run of {system}. {instead}")
-    state = checkpoint["average"]["module"]
+    if system == "restyle":
+        state = _below(state, "generator.")
     generator = StyleGenerator(**style_options(state))
     load_strictly(generator, state, path)
     return generator
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)}
+
+
+# Entries by which the published programs' checkpoints are known.
+_KEYS = frozenset({"state_dict", "opts"})
+
+
+def _published_inverter(content: Mapping[str, Any], path: Path) -> tuple[ReStyleConfig, Inverter]:
+    """The networks in a checkpoint of ReStyle, pSp or e4e, and their configuration, which has defaults where it tells nothing.
+
+    Names, shapes and the options that are in it tell the kind of the encoder. The stage of an unfinished e4e is that of its step.
+    """
+    opts = content["opts"]
+    opts = vars(opts) if isinstance(opts, argparse.Namespace) else opts
+    if not isinstance(opts, Mapping) or not isinstance(content["state_dict"], Mapping):
+        raise UserError(f"{path}: has no state_dict and opts as ReStyle, pSp and e4e write them.")
+    encoder = _below(content["state_dict"], "encoder.")
+    decoder = _below(content["state_dict"], "decoder.")
+    generator = generator_of(decoder, content.get("latent_avg"), path, "state_dict")
+    named = {"body.0.res_layer.0.weight": "ir-se50", "conv1.weight": "resnet34"}
+    kind = next((kind for name, kind in named.items() if name in encoder), "small")
+    first = encoder.get("conv1.weight" if kind == "resnet34" else "input_layer.0.weight")
+    if first is None:
+        raise UserError(f"{path}: has no encoder of ReStyle, pSp or e4e. Name another file.")
+    feedback = first.shape[1] != generator.image_channels
+    style = str(opts.get("encoder_type", "")).lower()
+    side, cars = int(opts.get("image_size", 256)), "cars" in str(opts.get("dataset_type"))
+    config = ReStyleConfig(
+        data=path.parent,
+        out=path.parent,
+        generator=path,
+        generator_shape=shape_of(generator),
+        encoder=kind,
+        pyramid="latlayer1.weight" in encoder,
+        head="e4e" if "progressive" in style or "editing" in style else "psp",
+        feedback=feedback,
+        steps_per_batch=int(opts.get("n_iters_per_batch", 5)) if feedback else 1,
+        image_size=side,
+        image_height=side * 3 // 4 if cars else None,
+    )
+    inverter, have = (
+        build_inverter(config),
+        len({k.split(".")[1] for k in encoder if "styles." in k}),
+    )
+    if have != generator.num_styles:
+        raise UserError(
+            f"{path}: its encoder makes {have} styles, and its generator of {generator.image_size} pixels takes "
+            f"{generator.num_styles}. Name a file whose networks belong together."
+        )
+    load_strictly(inverter.encoder, encoder, path)
+    inverter.generator = generator
+    starts = opts.get("progressive_steps")
+    if config.head == "e4e" and starts and "global_step" in content:
+        inverter.set_stage(max(0, sum(s <= content["global_step"] for s in starts) - 1))
+    return config, inverter.eval()
 
 
 _E4E = {"head": "e4e", "lambda_adv": 0.1, "lambda_delta": 2e-4, "progressive_start": 20_000}
@@ -527,12 +599,15 @@ class ReStyleSystem(LabelledSystem):
         },
     }
     network_name = "inverter"
+    parts = ("inverter.encoder", "latent_discriminator")
+    published_keys = _KEYS
     panels = (
         tuple(f"loss_{step}" for step in range(1, 11)),
         ("L2", "LPIPS", "ID", "MoCo", "similarity"),
         ("w_norm",),
         ("delta",),
         ("E_adv", "D_real", "D_fake"),
+        ("D_r1",),
     )
     best = "l2"
     does = "invert images"
@@ -565,6 +640,71 @@ class ReStyleSystem(LabelledSystem):
             model.encoder.load_body(body, config.further_channels)
         model.try_out()
         return model
+
+    def read_published(self, path: Path) -> tuple[ReStyleConfig, dict[str, Tensor]]:
+        content = read_plain(path, "Name a checkpoint.", allowed=[argparse.Namespace])
+        config, inverter = _published_inverter(content, path)
+        return config, inverter.state_dict()
+
+    def start_from_published(self, model: ReStyle, path: Path) -> list[str]:
+        """The encoder, and the latent discriminator where there is one; the generator is that of the option."""
+        config, state = self.read_published(path)
+        names = ("encoder", "pyramid", "head", "feedback")
+        theirs, ours = ({n: getattr(c, n) for n in names} for c in (config, model.config))
+        if theirs != ours:
+            named = ", ".join(f"{n}={value}" for n, value in theirs.items() if value != ours[n])
+            raise UserError(f"init_from={path}: has {named}. Give the same values.")
+        encoder = _below(state, "encoder.")
+        why_not = difference(model.encoder.state_dict(), encoder)
+        if why_not is not None:
+            sides = (c.generator_shape[0] for c in (config, model.config))
+            raise UserError(
+                "init_from={}: is for a generator of {} pixels, and the run's has {}: {}. Name another.".format(
+                    path, *sides, why_not
+                )
+            )
+        model.encoder.load_state_dict(encoder)
+        lines = [f"encoder: from {path}"]
+        if model.latent_discriminator is not None:
+            content = read_plain(path, "", allowed=[argparse.Namespace])
+            judge = content.get("discriminator_state_dict")
+            lines.append(f"latent discriminator: {f'from {path}' if judge else 'starts anew'}")
+            if judge:
+                load_strictly(model.latent_discriminator, judge, path)
+        return lines
+
+    def save_published(self, network: Inverter, config: ReStyleConfig, path: Path) -> None:
+        encoder, generator = network.encoder, network.generator
+        state = {f"encoder.{name}": x for name, x in encoder.state_dict().items()}
+        state |= {f"decoder.{name}": x for name, x in generator.published_state().items()}
+        backbone = "ResNet" if config.encoder == "resnet34" else ""
+        body = "GradualStyle" if config.pyramid else "Backbone"
+        opts: dict[str, Any] = {
+            "encoder_type": f"{backbone}{'Progressive' * (config.head == 'e4e')}{body}Encoder",
+            "output_size": generator.image_size,
+            "dataset_type": "cars" if config.image_height else "images",
+            "input_nc": config.in_channels,
+            "n_iters_per_batch": config.steps_per_batch,
+            "image_size": config.image_size,
+            "device": "cpu",
+        }
+        k = generator.num_styles
+        content = {
+            "state_dict": {name: x.cpu() for name, x in state.items()},
+            "latent_avg": generator.latent_avg.cpu().repeat(k, 1),
+            "opts": opts,
+        }
+        if config.head == "e4e":
+            # The first step of the stage.
+            opts["progressive_steps"] = [
+                0
+                if i == 0
+                else (config.progressive_start or 0) + (i - 1) * config.progressive_every
+                for i in range(k)
+            ]
+            content["global_step"] = opts["progressive_steps"][min(encoder.stage, k - 1)]
+        with atomic_path(path) as temporary:
+            torch.save(content, temporary)
 
     def preview(
         self, config: ReStyleConfig, dataset: LabelledImages

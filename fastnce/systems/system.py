@@ -122,6 +122,7 @@ class System:
         older: options that are newer than some runs, with the values by which those were made.
         network_name: the model's attribute that is used after the training and whose weights are averaged.
         starts_averaged: whether `init_from` takes that attribute's averaged weights from a run.
+        parts: networks that `init_from` starts, by their attributes' paths, where an attribute of the model holds several.
         panels: the losses that are plotted together, a tuple of names for each panel.
         best: the measurement that is smallest for the best checkpoint.
         does: what the network is for, such as "translate images".
@@ -149,6 +150,7 @@ class System:
     older: Mapping[str, object] = {}
     network_name: str
     starts_averaged: bool = False
+    parts: tuple[str, ...] = ()
     panels: tuple[tuple[str, ...], ...]
     best: str | None = None
     next_command: str
