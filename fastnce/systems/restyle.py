@@ -607,7 +607,7 @@ class ReStyleSystem(LabelledSystem):
                 # Five steps take 4.5 times as long as one, with the digits' networks.
                 "one step, as much time": {"steps_per_batch": 1, "steps": 2700},
                 "ReStyle, 3 steps": {"steps_per_batch": 3},
-                "ReStyle on e4e": _E4E,
+                "ReStyle on e4e": {"head": "e4e", "lambda_adv": 0.1, "lambda_delta": 2e-4},
                 "ReStyle and MoCo": {"lambda_moco": 0.5},
             },
             measures={
