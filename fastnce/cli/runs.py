@@ -147,8 +147,8 @@ def inversion(
     Args:
         run: Folder of a training run.
         steps: Steps of the inversion; by default as many as in the training, or 1 behind another run.
-        other_shapes: What becomes of images of another shape than the encoder's: error, crop takes the central part, stretch
-            all of it; by default as in the training.
+        other_shapes: What becomes of images of another shape than the encoder's: error; crop takes the central part; stretch
+            scales all of it. By default as in the training.
     """
     from fastnce.training.runs import inversion as of_run
 
@@ -201,7 +201,7 @@ def steps(
     input: Path,
     out: Path,
     first: Path | None = None,
-    first_steps: int = 1,
+    first_steps: int | None = None,
     **how: Any,
 ) -> None:
     """Show what each step of an inversion makes of images, and where and how much it changes them.
@@ -214,7 +214,7 @@ def steps(
         input: Folder of images, or one image.
         out: Folder for the pictures; created.
         first: Folder of a run whose encoder makes the first steps, as in `fastnce bootstrap`.
-        first_steps: Steps of that encoder.
+        first_steps: Steps of that encoder; by default 1.
     """
     from fastnce.systems.inverting import visualize_steps
 
@@ -269,7 +269,7 @@ def evaluate(
             default as in the training.
         steps: ReStyle: steps of the inversion; by default as in the training, or 1 behind another run.
         first: ReStyle: folder of a run whose encoder makes the first steps, as in `fastnce bootstrap`.
-        first_steps: ReStyle: steps of that encoder.
+        first_steps: ReStyle: steps of that encoder; by default 1.
         out: Folder of the report, by default that of the run or of the images.
         broken_files: What a file that cannot be read does: skip leaves it out and names it, error stops; by default as in
             the training.

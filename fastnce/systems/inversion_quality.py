@@ -58,12 +58,11 @@ def evaluate_inversion(
     """The errors of each step, with those of the average image beside them, and the latent's editability.
 
     Reconstructions are judged as they are saved, with 8 bits, at the encoder's size. A row for the average image, where every
-    inversion starts, one for each step, and "inverted", the last step again, with what is measured of it alone:
+    inversion starts, one for each step, one for the images themselves, and in the result "inverted", the last step again:
 
-    - l2: mean squared difference; lpips; identity and moco: cosine of the features of the loss's network, for whose file see
-      `evaluate_inversion`'s arguments and the training's options;
-    - similarity: mean cosine of the extractor's features; kept: share of the images whose class a digits set's own classifier reads
-      in the reconstruction;
+    - l2: mean squared difference; lpips; identity and moco: cosine of the features of the loss's network;
+    - similarity: mean cosine of the extractor's features; kept: share of the images whose class a digits set's own classifier
+      reads in the reconstruction;
     - change: mean of (y_t - y_{t-1})^2; distance: mean of ||w_t - w_avg||_F, which grows as the latent gets less editable;
     - lec, latent editing consistency (e4e): mean of ||w - e^-1(E(G(e(w))))||_F for the edit e(w) = w + 3 d. All images count; the
       published script drops batches beyond the first and the last percent.
@@ -76,7 +75,7 @@ def evaluate_inversion(
         lpips_backbone: ReStyle: torchvision's AlexNet, for LPIPS; by default as in the training.
         lpips_weights: ReStyle: LPIPS' linear layers; by default as in the training.
         face_weights: ReStyle: ArcFace's IR-SE50, for the identity of faces; by default as in the training.
-        edit: ReStyle: File of the direction d of LEC, as for `fastnce edit`; by default the generator's first of SeFa.
+        edit: ReStyle: file of the direction d of LEC, as for `fastnce edit`; by default the generator's first of SeFa.
 
     Returns:
         The result, with "rows", and its table.
@@ -99,14 +98,14 @@ def evaluate_inversion(
     generator = inversion.network.generator
     direction = sefa(generator, 1)[0] if edit is None else read_direction(edit, generator)
     rows = _rows(inversion, images, comparisons)
-    lec = _mean(editing_consistency(inversion, x, direction) for x, _ in _batches(images))
-    rows.append(rows[-1] | {"name": INVERTED, "lec": lec})
-    result = {"data": str(data), "images": len(images), "steps": inversion.names, "rows": rows}
+    *_, last, _ = rows
+    last["lec"] = _mean(editing_consistency(inversion, x, direction) for x, _ in _batches(images))
     notes = [
         f"{len(images)} images of {data}. change: mean squared, from the step before. latent: distance from the mean latent."
     ]
     table = rows_table(rows, measured(_COLUMNS, rows), notes, first="reconstruction")
-    return result, table
+    rows.append(last | {"name": INVERTED})
+    return {"images": len(images), "steps": inversion.names, "rows": rows}, table
 
 
 def _batches(images: LabelledImages) -> Iterator[tuple[Tensor, Tensor]]:
@@ -191,22 +190,23 @@ class _Grey:
 def _rows(
     inversion: Inversion, images: LabelledImages, comparisons: dict[str, Comparison]
 ) -> list[dict[str, Any]]:
-    """The mean of each comparison, over all images, for the average image and for each step."""
+    """The mean over all images of each comparison, for the average image, for each step, and for the images themselves."""
     device, (latent_avg, average) = inversion.device, inversion.start
-    names = ["average image", *inversion.names]
+    names = ["average image", *inversion.names, "the images"]
     sums: list[dict[str, float]] = [{} for _ in names]
     for x, labels in _batches(images):
         x, labels = x.to(device), labels.to(device)
         targets = {name: c.target(x, labels) for name, c in comparisons.items()}
+        steps = [(average.expand_as(x), latent_avg), *((s.image, s.latent) for s in inversion(x))]
         before = None
-        reached = [(average.expand_as(x), latent_avg), *((s.image, s.latent) for s in inversion(x))]
-        for row, (image, latent) in zip(sums, reached, strict=True):
+        for row, (image, latent) in zip(sums, [*steps, (x, None)], strict=True):
             seen = at_size(_as_saved(image), inversion.config.size)
             values = {name: c.compare(seen, targets[name]) for name, c in comparisons.items()}
-            values["distance"] = (latent - latent_avg).flatten(1).norm(dim=1)
-            if before is not None:
-                values["change"] = (seen - before).square().mean((1, 2, 3))
-            before = seen
+            if latent is not None:
+                values["distance"] = (latent - latent_avg).flatten(1).norm(dim=1)
+                if before is not None:
+                    values["change"] = (seen - before).square().mean((1, 2, 3))
+                before = seen
             for name, value in values.items():
                 row[name] = row.get(name, 0.0) + value.double().sum().item()
     means = ({key: value / len(images) for key, value in row.items()} for row in sums)

@@ -194,7 +194,7 @@ class Inversion:
         config: the run's configuration.
         steps: by default as many as it was trained with, or 1 behind another model.
         first: a run, with `network` and `config`, whose steps come first, for encoder bootstrapping.
-        first_steps: how many they are.
+        first_steps: how many they are, by default 1.
 
     Attributes:
         names: of the steps, "step 1" and so on; those of `first` are "first 1" and so on.
@@ -209,18 +209,23 @@ class Inversion:
         config: Any,
         steps: int | None = None,
         first: Any = None,
-        first_steps: int = 1,
+        first_steps: int | None = None,
     ) -> None:
+        if first is None and first_steps is not None:
+            raise UserError(
+                f"first_steps={first_steps} is for another run's encoder. Name it: first."
+            )
         usual = config.steps_per_batch if first is None else 1
         self.steps = usual if steps is None else steps
-        for name, value in (("steps", self.steps), ("first_steps", first_steps)):
+        self.first_steps = 1 if first_steps is None else first_steps
+        for name, value in (("steps", self.steps), ("first_steps", self.first_steps)):
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1.")
         if first is not None:
             _expect_alike(first.network, first.config, network, config)
         self.network, self.config = network, config
-        self.first, self.first_steps = first and first.network, first_steps
-        before = 0 if first is None else first_steps
+        self.first = first and first.network
+        before = 0 if first is None else self.first_steps
         self.names = [f"first {t + 1}" for t in range(before)]
         self.names += [f"step {t + 1}" for t in range(self.steps)]
 

@@ -29,6 +29,7 @@ from fastnce.systems.cyclegan import ImagePool
 from fastnce.systems.inverting import Inversion, Inverter, Step, average_image, iterate
 from fastnce.systems.ranger import Ranger
 from fastnce.systems.system import (
+    Ablation,
     LabelledConfig,
     LabelledSystem,
     Measure,
@@ -607,6 +608,28 @@ class ReStyleSystem(LabelledSystem):
             "checkpoint_every": 200,
         },
     }
+    ablations = {
+        "restyle": Ablation(
+            choices={
+                "ReStyle": {},
+                "one step, as many updates": {"steps_per_batch": 1},
+                # Five steps take 4.5 times as long as one, with the digits' networks.
+                "one step, as much time": {"steps_per_batch": 1, "steps": 2700},
+                "ReStyle, 3 steps": {"steps_per_batch": 3},
+                "ReStyle on e4e": {"head": "e4e", "lambda_adv": 0.1, "lambda_delta": 2e-4},
+                "ReStyle and MoCo": {"lambda_moco": 0.5},
+            },
+            measures={
+                "l2": ("L2", ".4f"),
+                "similarity": ("similarity", ".3f"),
+                "kept": ("digit kept", ".3f"),
+                "distance": ("distance of w", ".1f"),
+                "lec": ("LEC", ".2f"),
+            },
+            row="inverted",
+            needs={"ReStyle and MoCo": "moco_weights"},
+        )
+    }
     network_name = "inverter"
     parts = ("inverter.encoder", "latent_discriminator")
     published_keys = _KEYS
@@ -755,7 +778,7 @@ class ReStyleSystem(LabelledSystem):
         *,
         steps: int | None = None,
         first: Any = None,
-        first_steps: int = 1,
+        first_steps: int | None = None,
         **settings: Any,
     ) -> tuple[dict[str, Any], str]:
         """What is left of test images after each step: see `evaluate_inversion` and `Inversion`."""

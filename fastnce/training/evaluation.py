@@ -93,7 +93,9 @@ def evaluate_run(
         other = Run(without_nce, weights=run.weights, checkpoint=run.checkpoint, device=run.device)
         networks["without_nce"] = other.network
     if first is not None:
-        given["first"] = Run(first, weights=run.weights, device=run.device)
+        other = Run(first, weights=run.weights, device=run.device)
+        other.system.expect_to(system.does, other.config)
+        given["first"] = other
     facts = {name: getattr(config, name) for name in system.reported}
     facts |= {"checkpoint": run.checkpoint}
     if system.reports_cost:

@@ -184,7 +184,7 @@ def inversion(
     steps: int | None = None,
     other_shapes: Literal["error", "crop", "stretch"] | None = None,
     first: Run | Path | None = None,
-    first_steps: int = 1,
+    first_steps: int | None = None,
 ) -> Inversion:
     """How a run inverts images, behind another run `first`: see `Inversion`; refuses a run of a system that does not invert.
 

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
+from fastnce import cli
 from fastnce.data import load_image
 from fastnce.errors import UserError
 from fastnce.metrics.distribution import as_saved
@@ -35,6 +36,7 @@ from fastnce.systems.inverting import (
 )
 from fastnce.systems.restyle import ReStyleConfig, build_inverter
 from fastnce.systems.restyle import images as images_of
+from fastnce.training.export import export_published
 
 
 class Pixels(nn.Module):
@@ -276,6 +278,8 @@ def test_pictures_of_the_steps(inversion, folder, tmp_path):
 def test_mistakes_of_an_inversion_are_named(inversion, config, folder, tmp_path):
     with pytest.raises(UserError, match="steps=0 must be at least 1"):
         Inversion(inversion.network, config, steps=0)
+    with pytest.raises(UserError, match="first_steps=2 is for another run's encoder"):
+        Inversion(inversion.network, config, first_steps=2)
     other = replace(config, generator_shape=(8, 8, 2, 3, 8, 8))
     first = SimpleNamespace(network=made(other), config=other)
     with pytest.raises(UserError, match="differ in the latents: 4 of 8 of the first, 6 of 8"):
@@ -315,7 +319,8 @@ def test_every_step_is_measured(inversion, config, monkeypatch):
     shown = images_of(config, "test")
     result, table = evaluate_inversion(inversion, shown, config.data)
     rows = {row.pop("name"): row for row in result["rows"]}
-    assert list(rows) == ["average image", "step 1", "step 2", "inverted"]
+    assert list(rows) == ["average image", "step 1", "step 2", "the images", "inverted"]
+    assert rows["inverted"] == rows["step 2"]
     x = torch.stack([shown.image(i) for i in range(12)])
     y = [as_saved(step.image) for step in inversion(x)]
     y.insert(0, as_saved(inversion.start[1].expand_as(x)))
@@ -333,7 +338,10 @@ def test_every_step_is_measured(inversion, config, monkeypatch):
     distance = (last.latent - inversion.network.generator.latent_avg).flatten(1).norm(dim=1)
     assert rows["step 2"]["distance"] == pytest.approx(distance.mean().item())
     assert rows["average image"]["distance"] == 0 and "change" not in rows["average image"]
-    assert rows["inverted"]["lec"] > 0 and "lec" not in rows["step 2"]
+    assert rows["step 2"]["lec"] > 0 and "lec" not in rows["step 1"]
+    own = (perceptual.with_channels(x, 1).mean((1, 2, 3)) > 0).long() == shown.labels
+    assert rows["the images"]["l2"] == 0 and rows["the images"]["similarity"] == pytest.approx(1)
+    assert rows["the images"]["kept"] == pytest.approx(own.double().mean().item())
     assert "| LEC" in table and "| class kept" in table
     monkeypatch.setattr(inversion_quality, "_BATCH", 5)
     again, _ = evaluate_inversion(inversion, shown, config.data)
@@ -382,3 +390,53 @@ def test_consistency_of_edits_against_its_closed_form(images):
     network.encoder.share.data.fill_(1)
     exact = editing_consistency(Inversion(network, told), images, direction)
     assert exact.max() < 1e-5
+
+
+def test_the_commands(whole, folder, extractor, tmp_path, capsys):
+    run = whole("restyle")
+    (published,) = export_published(run, tmp_path / "published")
+    first = ["--first", str(published)]
+    outs = {name: tmp_path / name for name in ("invert", "published", "bootstrap", "steps")}
+    reading = ["--input", str(folder), "--other-shapes", "crop", "--out"]
+    for name, command in {
+        "invert": ["invert", "--run", str(run), "--steps", "3"],
+        "published": ["invert", "--run", str(published), "--steps", "3"],
+        "bootstrap": ["bootstrap", "--run", str(run), *first, "--first-steps", "2"],
+        "steps": ["visualize", "steps", "--run", str(run), *first],
+    }.items():
+        assert cli.main([*command, *reading, str(outs[name])]) == 0
+    assert "step 1: mean squared change" in capsys.readouterr().out
+    inverted = np.load(outs["invert"] / "latents.npz")
+    assert np.array_equal(
+        inverted["latents"], np.load(outs["published"] / "latents.npz")["latents"]
+    )
+    assert {path.name for path in outs["bootstrap"].iterdir()} == {
+        *("first-1", "first-2", "step-1", "latents.npz", "steps.png")
+    }
+    assert (outs["steps"] / "changes.png").is_file()
+
+    judged = ["--extractor", str(extractor), "--out", str(tmp_path)]
+    assert cli.main(["evaluate", "--run", str(run), "--steps", "1", *judged]) == 0
+    assert "| step 1 " in capsys.readouterr().out
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert result["run"]["steps_per_batch"] == 5 and result["images"] == 12
+    assert cli.main(["evaluate", "--run", str(run), *first, *judged]) == 0
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert result["steps"] == ["first 1", "step 1"]
+
+
+def test_commands_name_what_does_not_fit(whole, folder, tmp_path, capsys):
+    run, other = str(whole("restyle")), str(whole("stylegan2"))
+    ends = ["--input", str(folder), "--out", str(tmp_path / "out")]
+    capsys.readouterr()
+    for command, message in {
+        ("invert", "--run", other, *ends): "a run of stylegan2 does not invert images",
+        ("bootstrap", "--run", run, "--first", other, *ends): "stylegan2 does not invert images",
+        ("evaluate", "--run", run, "--first", other): "stylegan2 does not invert images",
+        ("evaluate", "--run", run, "--first-steps", "2"): "first_steps=2 is for another run",
+        ("evaluate", "--run", other, "--steps", "2"): "steps=2 is not for a run of stylegan2",
+        ("evaluate", "--images", run, "--edit", "x"): "--edit is for --run. Leave it out",
+    }.items():
+        assert cli.main([*command]) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1, error
