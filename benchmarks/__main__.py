@@ -13,12 +13,12 @@ import torch
 from benchmarks import (
     cases,
     cold_start,
-    cut_step,
     distributed,
     gpu_report,
     machine,
     measure,
     report,
+    steps,
     targets,
     waiting,
 )
@@ -32,7 +32,7 @@ _COMMANDS = {
     "all": "all ops",
     "table": "the cases of the published table, all ops, about 15 minutes on 2 cores; as --size table",
     "demo": "one case of the main ops in half a minute; writes demo.md, demo.json, demo.png",
-    "cut_step": "a training step of CUT against the published one in eager PyTorch: time, memory, where the time goes; on a CPU",
+    "steps": "a training step of a system (--only cut, cfl) against the published one in eager PyTorch: time, memory; on a CPU",
     "distributed": "info_nce over 4 gloo ranks of this machine: time and memory of each rank; --size full: up to 65536 rows",
     "cold_start": "compiling the Triton kernels of a step for every GPU generation; on a GPU the first call against the second",
     "waiting": "training steps under each way that OpenMP's threads can wait, on the machine as it is and beside a busy process",
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     compiles = "whether torch.compile takes part (default: on a GPU, and with --size full or table)"
     add("--compile", action=argparse.BooleanOptionalAction, help=compiles)
-    only = "the cases whose names have one of these in them"
+    only = "the cases whose names have one of these in them; steps: systems"
     add("--only", nargs="+", metavar="TEXT", help=only)
     add("--no-memory", action="store_true", help="do not measure peak memory")
     limit = "begin no further case after this time (default: none; demo: twice its --seconds)"
@@ -150,8 +150,8 @@ def _run(args: argparse.Namespace) -> int:
             return cold_start.main([] if args.out is None else ["--out", str(args.out)])
         case "waiting":
             return waiting.main(args.out, seconds=args.seconds or 1.0)
-        case "cut_step":
-            return cut_step.main([] if args.out is None else ["--out", str(args.out)])
+        case "steps":
+            return steps.main(args.out, args.only)
         case "distributed":
             return distributed.main(args.out, args.size, args.seconds or 20.0, _progress)
     return _benchmark(args)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,13 +18,14 @@ def sines(*shape: int, step: float, start: float) -> Tensor:
 
 def hashed(*shape: int, k: int) -> Tensor:
     """Numbers from -1 to 1 in C order, in fp32: integer hashes of the place, counted from 1; `k` chooses the sequence."""
-    index = torch.arange(1, math.prod(shape) + 1)
-    x = (index * 2654435761 + (k + 1) * 97531) % 2**32
-    x = x ^ (x >> 15)
-    # In 64 bits the product may overflow; its low 32 bits are right all the same.
-    x = (x * 2246822519) & (2**32 - 1)
-    x = x ^ (x >> 13)
-    return (x.double() / 2**31 - 1).float().reshape(shape)
+    # In 32 bits without sign the products wrap around, which is the remainder that the hash asks for.
+    x = np.arange(1, math.prod(shape) + 1, dtype=np.uint32)
+    x *= np.uint32(2654435761)
+    x += np.uint32((k + 1) * 97531)
+    x ^= x >> np.uint32(15)
+    x *= np.uint32(2246822519)
+    x ^= x >> np.uint32(13)
+    return torch.from_numpy((x / 2**31 - 1).astype(np.float32)).reshape(shape)
 
 
 def fill(module: nn.Module, first: int = 0) -> nn.Module:

@@ -19,11 +19,19 @@ COMMANDS: dict[str, Callable | dict[str, Callable]] = {
     "train": train,
     "translate": runs.translate,
     "generate": runs.generate,
+    "edit": runs.edit,
     "features": runs.features,
+    "invert": runs.invert,
+    "bootstrap": runs.bootstrap,
     "evaluate": runs.evaluate,
     "export": runs.export,
     "ablate": ablate,
-    "visualize": {"gallery": runs.gallery, "pca": runs.pca, "similarity": runs.similarity},
+    "visualize": {
+        "gallery": runs.gallery,
+        "pca": runs.pca,
+        "similarity": runs.similarity,
+        "steps": runs.steps,
+    },
     "data": {
         "digits": data.digits,
         "digits-photos": data.digits_photos,
@@ -40,7 +48,7 @@ COMMANDS: dict[str, Callable | dict[str, Callable]] = {
 }
 _PARSE_THEMSELVES = (train, ablate, bench, build, doctor, verify)
 _GROUPS = {
-    "visualize": "Show what a model learnt: similarity maps, components of its features, a run as a page.",
+    "visualize": "Show what a model learnt: similarity maps, components of features, steps of an inversion, a run as a page.",
     "data": "Write one of the built-in data sets.",
 }
 

@@ -8,6 +8,9 @@ from typing import Any, Literal
 from fastnce.cli.parsing import with_options_of
 from fastnce.errors import UserError
 
+# Its options that all commands have.
+OPENING = ("checkpoint", "weights", "device")
+
 
 def opened(
     run: Path,
@@ -96,6 +99,24 @@ def generate(run: Path, out: Path, truncation: float | None = None, **how: Any) 
     print(f"Generated {made} images into {out}; grid.png shows them")
 
 
+@with_options_of(opened, "fastnce.systems.directions.edit_folder")
+def edit(run: Path, out: Path, data: Path | None = None, **how: Any) -> None:
+    """Move latents of a StyleGAN2 generator along a direction, and show the images.
+
+    Writes a folder of images for each latent, edit.png with all of them, and direction.npy, which --direction reads again.
+
+    Args:
+        run: Folder of a training run of stylegan2 or restyle, or a .pt file in rosinality's layout.
+        out: Folder for the images; created.
+        data: For classes: the digits set; by default that of the training.
+    """
+    from fastnce.systems.directions import edit_folder
+
+    trained, how = opened(run, **how)
+    made = edit_folder(trained.network, out, data=data or trained.config.data, **how)
+    print(f"Edited {made} latents into {out}; edit.png shows them")
+
+
 @with_options_of(opened, "fastnce.systems.representation.write_features")
 def features(run: Path, input: Path, out: Path, **how: Any) -> None:
     """Write the features of a folder of images, from a trained encoder.
@@ -115,7 +136,95 @@ def features(run: Path, input: Path, out: Path, **how: Any) -> None:
     print(f"Wrote {length} features of each of {count} images to {out}")
 
 
-@with_options_of(opened)
+def inversion(
+    run: Path,
+    steps: int | None = None,
+    other_shapes: Literal["error", "crop", "stretch"] | None = None,
+    **how: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """How a run inverts images, and the other options.
+
+    Args:
+        run: Folder of a training run.
+        steps: Steps of the inversion; by default as many as in the training, or 1 behind another run.
+        other_shapes: What becomes of images of another shape than the encoder's: error, crop takes the central part, stretch
+            all of it; by default as in the training.
+    """
+    from fastnce.training.runs import inversion as of_run
+
+    first = {name: how.pop(name) for name in ("first", "first_steps") if name in how}
+    trained, how = opened(run, **how)
+    return of_run(trained, steps=steps, other_shapes=other_shapes, **first), how
+
+
+@with_options_of(opened, inversion, "fastnce.systems.inverting.invert_folder")
+def invert(run: Path, input: Path, out: Path, **how: Any) -> None:
+    """Find the latents of a folder of images, or of one, with a trained ReStyle encoder.
+
+    Writes the images of each step in folders of their own, step-1 and so on; latents.npz, the latents of each step, with the files'
+    names below --input; and steps.png, which shows the first images: an image, the average image, the steps.
+
+    Args:
+        run: Folder of a training run of restyle, or a checkpoint of the published programs, .pt.
+        input: Folder of images, or one image; faces aligned as the generator's training images.
+        out: Folder for the results; created.
+    """
+    from fastnce.systems.inverting import invert_folder
+
+    made, how = inversion(run, **how)
+    count = invert_folder(made, input, out, **how)
+    print(f"Inverted {count} image{'s' * (count != 1)} into {out}; steps.png shows the first ones")
+
+
+@with_options_of(opened, inversion, "fastnce.systems.inverting.invert_folder")
+def bootstrap(
+    run: Path, first: Path, input: Path, out: Path, first_steps: int = 1, **how: Any
+) -> None:
+    """Translate images between the generators of two runs: the first encoder's step, then those of the second from there.
+
+    The second generator is a copy of the first that was fine-tuned to another look, its encoder trained with the first one's images.
+    Writes what `fastnce invert` does; the first run's steps are first-1 and so on.
+
+    Args:
+        run: Folder of a training run of restyle with the second generator.
+        first: Folder of one with the first generator.
+        input: Folder of images, or one image.
+        out: Folder for the results; created.
+        first_steps: Steps of the first encoder.
+    """
+    invert(run, input, out, first=first, first_steps=first_steps, **how)
+
+
+@with_options_of(opened, inversion, "fastnce.systems.inverting.visualize_steps")
+def steps(
+    run: Path,
+    input: Path,
+    out: Path,
+    first: Path | None = None,
+    first_steps: int = 1,
+    **how: Any,
+) -> None:
+    """Show what each step of an inversion makes of images, and where and how much it changes them.
+
+    Writes steps.png, a row for each of the first images: the image, the average image, the steps; and changes.png, heat maps of the
+    mean change over all images: above each step on a scale of its own, below all on one.
+
+    Args:
+        run: Folder of a training run of restyle.
+        input: Folder of images, or one image.
+        out: Folder for the pictures; created.
+        first: Folder of a run whose encoder makes the first steps, as in `fastnce bootstrap`.
+        first_steps: Steps of that encoder.
+    """
+    from fastnce.systems.inverting import visualize_steps
+
+    made, how = inversion(run, first=first, first_steps=first_steps, **how)
+    for name, values in zip(*visualize_steps(made, input, out, **how), strict=True):
+        print(f"{name}: mean squared change {values.mean():.3g}")
+    print(f"Wrote {out / 'steps.png'} and {out / 'changes.png'}")
+
+
+@with_options_of(opened, "fastnce.systems.inversion_quality.evaluate_inversion")
 def evaluate(
     run: Path | None = None,
     images: Path | None = None,
@@ -127,6 +236,9 @@ def evaluate(
     label_kind: Literal["train-ids", "ids", "colours"] = "train-ids",
     direction: Literal["AtoB", "BtoA"] | None = None,
     value_range: tuple[float, float] | None = None,
+    steps: int | None = None,
+    first: Path | None = None,
+    first_steps: int | None = None,
     out: Path | None = None,
     broken_files: Literal["error", "skip"] | None = None,
     **opening: Any,
@@ -136,7 +248,7 @@ def evaluate(
     CUT and its kin: FID, KID, precision, recall, density and coverage of the translated test images, and content accuracy
     of digits. pix2pix: L1, PSNR and SSIM against the truth, and with --extractor those too. CFL: sharpness, saturation, L1,
     distances of patches and of features, and with --segmenter what can be read. ContraGAN: also intra-class FID, IS and class
-    accuracy of samples. SimCLR, MoCo, SupCon: k-NN and linear accuracy of features.
+    accuracy of samples. SimCLR, MoCo, SupCon: k-NN and linear accuracy of features. ReStyle: the errors of each step.
 
     Of a run that translates, the best checkpoint is judged beside the last one. Writes metrics.json and metrics.md into the
     run's folder, or into --out; for other data than the run's own metrics-NAME.json and metrics-NAME.md.
@@ -155,6 +267,9 @@ def evaluate(
         direction: For --images, or a system of both directions: which domain is translated to which; AtoB if not given.
         value_range: The images' numbers that stand for black and white, where they are not of 8 bits or use all of 16; by
             default as in the training.
+        steps: ReStyle: steps of the inversion; by default as in the training, or 1 behind another run.
+        first: ReStyle: folder of a run whose encoder makes the first steps, as in `fastnce bootstrap`.
+        first_steps: ReStyle: steps of that encoder.
         out: Folder of the report, by default that of the run or of the images.
         broken_files: What a file that cannot be read does: skip leaves it out and names it, error stops; by default as in
             the training.
@@ -176,10 +291,13 @@ def evaluate(
         "broken_files": broken_files,
         "value_range": value_range,
     }
+    more = {name: opening.pop(name) for name in [*opening] if name not in OPENING}
+    more |= {"steps": steps, "first": first, "first_steps": first_steps}
     if images is not None:
         report = Report(out or images)
-        if without_nce is not None:
-            raise UserError("--without-nce is for --run. Leave it out.")
+        for name, value in (more | {"without_nce": without_nce}).items():
+            if value is not None:
+                raise UserError(f"--{name.replace('_', '-')} is for --run. Leave it out.")
         _, table = evaluate_images(
             images,
             data,
@@ -199,6 +317,7 @@ def evaluate(
             segmenter=segmenter if alone else None,
             report=report,
             **how,
+            **more,
         )
     print(table)
     print(f"Written: {report.folder / report.stem}.json and .md")

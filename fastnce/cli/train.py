@@ -79,6 +79,7 @@ def ablate(args: list[str]) -> int:
         seeds: tuple[int, ...] = (0, 1, 2),
         only: tuple[str, ...] = (),
         steps: int | None = None,
+        config: Path | None = None,
     ) -> None:
         """A run of its own for each choice and seed, evaluated; ablation.json, .md and .png compare them.
 
@@ -89,11 +90,12 @@ def ablate(args: list[str]) -> int:
             out: Folder for the runs and the comparison; created.
             preset: Preset of all runs.
             seeds: Seeds; from two on there is a spread.
-            only: Compare these choices only, the first one with the others; by default all.
+            only: Compare these choices only, the first one with the others.
             steps: Steps of each run, if not those of the preset.
+            config: JSON file with options of all runs, such as those of other data or the vgg_weights of CFL's choices of VGG19,
+                which are otherwise left out.
         """
-        count = len(only or choices[variant].choices)
-        print(f"{variant}: {count} choices, {len(seeds)} seeds, a run in {out} for each")
+        print(f"{variant}: {len(seeds)} seeds, a run in {out} for each and for each choice")
         _, table = compare(
             variant,
             data=data,
@@ -101,6 +103,7 @@ def ablate(args: list[str]) -> int:
             preset=preset,
             seeds=seeds,
             only=only,
+            config_file=config,
             overrides={} if steps is None else {"steps": steps},
         )
         print(table)

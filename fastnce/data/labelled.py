@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from fastnce.data.broken import BrokenFiles, readable
 from fastnce.data.cifar import LabelledSource, holds_cifar, open_cifar
 from fastnce.data.domains import EAGER_BYTES
 from fastnce.data.folders import contents, describe_folder, list_images
-from fastnce.data.images import EXTENSIONS, read_image, to_array, to_tensor
+from fastnce.data.images import EXTENSIONS, UnfitFile, read_image, to_array, to_tensor
 from fastnce.data.stream import Stream, counter_rng
 from fastnce.errors import UserError
 from fastnce.files import named_sizes
@@ -37,6 +38,9 @@ _MANY_FILES = 50_000
 
 _log = logging.getLogger("fastnce")
 
+# What becomes of an image of another shape than the samples: see `fitted`.
+Shapes = Literal["crop", "stretch", "error"]
+
 
 class LabelledImages(Stream):
     """Class folders, Tiny ImageNet, CIFAR-10 or CIFAR-100, recognised by what is in the folder.
@@ -56,7 +60,7 @@ class LabelledImages(Stream):
             Tiny ImageNet as distributed; `cifar-10-batches-py`, `cifar-10-batches-bin`, `cifar-100-python` or
             `cifar-100-binary` as distributed, or the folder that holds one of these.
         split: "train" or "test"; for class folders any other folder's name too.
-        image_size: Side of the samples in pixels.
+        image_size: Side of the samples in pixels, or (height, width).
         channels: 3 for RGB, 1 for greyscale.
         flip: Mirrors each sample left to right with probability 0.5.
         seed: Seed of the stream.
@@ -68,6 +72,7 @@ class LabelledImages(Stream):
         class_balance: Draws every class equally often.
         broken_files: "error" stops at the first file that cannot be read. "skip" names it in the log, once; of "train" the
             next one of its class takes its place, of other splits it is left out.
+        shapes: What becomes of an image of another shape: see `fitted`.
 
     Attributes:
         class_names: the name of each class, by label; the same for every split.
@@ -95,7 +100,7 @@ class LabelledImages(Stream):
         root: Path | str,
         split: str = "train",
         *,
-        image_size: int,
+        image_size: int | tuple[int, int],
         channels: int = 3,
         flip: bool = True,
         seed: int = 0,
@@ -104,15 +109,17 @@ class LabelledImages(Stream):
         needs_labels: bool = True,
         class_balance: bool = False,
         broken_files: str = "error",
+        shapes: Shapes = "crop",
     ) -> None:
         super().__init__(seed)
-        if image_size < 1:
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if min(size) < 1:
             raise UserError(f"image_size={image_size}: expected a number of pixels, at least 1.")
         if channels not in (1, 3):
             raise UserError(
                 f"channels={channels}: images have 1 (greyscale) or 3 (RGB). Use 1 or 3."
             )
-        self.image_size, self.channels, self.flip = image_size, channels, flip
+        self.size, self.channels, self.flip, self.shapes = size, channels, flip, shapes
         self._root, self._skip = Path(root), broken_files == "skip"
         source = open_labelled(root, split, classes, needs_labels=needs_labels)
         if source.pixels is None and self._skip and split != "train":
@@ -132,7 +139,7 @@ class LabelledImages(Stream):
             empty = self.class_names[int(counts.argmin())]
             raise UserError(f"class_balance: {root} has no training image of {empty}. Add some.")
         self._cache: dict[int, np.ndarray] = {}
-        self._image_bytes = channels * image_size**2
+        self._image_bytes = channels * size[0] * size[1]
         if len(self) * self._image_bytes <= min(EAGER_BYTES, self.cache_bytes):
             for index in range(len(self)):
                 self.pixels(index)
@@ -178,7 +185,7 @@ class LabelledImages(Stream):
 
     def all_images(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All images (N, C, H, W) uint8 and labels (N,) int64 in the order of the files, for sets that fit in memory."""
-        images = np.empty((len(self), self.image_size, self.image_size, self.channels), np.uint8)
+        images = np.empty((len(self), *self.size, self.channels), np.uint8)
         for index in range(len(self)):
             images[index] = self.pixels(index)
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), self.labels.clone()
@@ -222,7 +229,9 @@ class LabelledImages(Stream):
         cached = self._cache.get(index)
         if cached is not None:
             return cached
-        array = to_array(to_square(self._source.read(index, self.channels), self.image_size))
+        name = self._root if self._broken is None else self._source.paths[index]
+        image = self._source.read(index, self.channels)
+        array = to_array(fitted(image, self.size, self.shapes, name))
         worker = get_worker_info()
         room = self.cache_bytes // (worker.num_workers if worker else 1)
         if (len(self._cache) + 1) * self._image_bytes <= room:
@@ -290,12 +299,32 @@ def has_split(root: Path | str, split: str) -> bool:
 
 def to_square(image: Image.Image, size: int) -> Image.Image:
     """The central square of an image, scaled (bicubic) to `size` pixels."""
-    if image.size == (size, size):
+    return fitted(image, (size, size))
+
+
+def fitted(
+    image: Image.Image, size: tuple[int, int], shapes: Shapes = "crop", name: object = "the image"
+) -> Image.Image:
+    """An image scaled (bicubic) to `size` (height, width).
+
+    Of one of another shape crop takes its central part and stretch all of it; error raises `UserError`, which calls it `name`.
+    """
+    height, width = size
+    if image.size == (width, height):
         return image
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    return square.resize((size, size), Image.Resampling.BICUBIC)
+    part = (
+        min(image.width, round(image.height * width / height)),
+        min(image.height, round(image.width * height / width)),
+    )
+    if shapes == "error" and max(a - b for a, b in zip(image.size, part, strict=True)) > 1:
+        raise UnfitFile(
+            f"{name}: {image.width}x{image.height} has not the shape of {width}x{height}. Align and crop it as the generator's "
+            "training images were (faces as FFHQ's), or use other_shapes=crop or stretch."
+        )
+    if shapes != "stretch":
+        left, top = (image.width - part[0]) // 2, (image.height - part[1]) // 2
+        image = image.crop((left, top, left + part[0], top + part[1]))
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def open_class_folders(root: Path, split: str, *, needs_labels: bool = True) -> LabelledSource:

@@ -155,7 +155,7 @@ class TwoViews(Stream):
         if size is not None and size < 1:
             raise UserError(f"size={size}: expected a number of pixels, at least 1.")
         super().__init__(dataset.seed)
-        self.dataset, self.recipe, self.size = dataset, recipe, size or dataset.image_size
+        self.dataset, self.recipe, self.size = dataset, recipe, size or dataset.size[0]
         if not 1 <= batch_size <= len(dataset):
             raise UserError(
                 f"batch_size={batch_size} is larger than the {len(dataset)} images of an epoch, so that a batch would hold images "

@@ -7,6 +7,7 @@ from fastnce.systems.cyclegan import CycleGAN, CycleGANConfig
 from fastnce.systems.dclgan import DCLGAN, DCLGANConfig
 from fastnce.systems.pix2pix import Pix2Pix, Pix2PixConfig
 from fastnce.systems.representation import Representation, RepresentationConfig
+from fastnce.systems.restyle import ReStyle, ReStyleConfig
 from fastnce.systems.stylegan2 import StyleGAN2, StyleGAN2Config
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "DCLGANConfig",
     "Pix2Pix",
     "Pix2PixConfig",
+    "ReStyle",
+    "ReStyleConfig",
     "Representation",
     "RepresentationConfig",
     "StyleGAN2",

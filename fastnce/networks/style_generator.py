@@ -40,13 +40,6 @@ _NORM_EPS = 1e-8  # of the latent and of the minibatch's standard deviation
 _STDDEV_GROUP = 4
 
 
-class PixelNorm(nn.Module):
-    """`z * rsqrt(mean(z^2) + 1e-8)` over the last dimension, (..., D) to the same."""
-
-    def forward(self, z: Tensor) -> Tensor:
-        return z * torch.rsqrt(z.square().mean(-1, keepdim=True) + _NORM_EPS)
-
-
 class Upsample(nn.Module):
     """Twice the size: zeros between the pixels, then `outer([1, 3, 3, 1]) / 16`; (B, C, H, W) -> (B, C, 2H, 2W).
 
@@ -203,18 +196,15 @@ class StyleGenerator(nn.Module):
     ) -> None:
         super().__init__()
         widths = _widths("StyleGenerator", image_size, channels)
-        self.image_size, self.latent_dim, self.image_channels = (
-            image_size,
-            latent_dim,
-            image_channels,
-        )
-        self.channels = widths
+        self.image_size, self.latent_dim = image_size, latent_dim
+        self.channels, self.image_channels = widths, image_channels
         self.num_styles = 2 * len(widths)
+        pixel_norm = nn.RMSNorm(latent_dim, eps=_NORM_EPS, elementwise_affine=False)
         layers = [
             EqualLinear(latent_dim, latent_dim, activation=True, lr_mul=0.01)
             for _ in range(mapping_layers)
         ]
-        self.style = nn.Sequential(PixelNorm(), *layers)
+        self.style = nn.Sequential(pixel_norm, *layers)
         self.input = ConstantInput(widths[0])
         self.conv1 = StyledConv(widths[0], widths[0], latent_dim)
         self.to_rgb1 = ToRGB(widths[0], image_channels, latent_dim, upsample=False)
@@ -241,15 +231,12 @@ class StyleGenerator(nn.Module):
             w: (B, D), or (B, num_styles, D) for a latent at each place.
             noise: "fixed", the buffers `noises`, the same for all images, or "random", drawn from the default generator.
         """
-        w = self.spread(w)
+        w, layers = self.spread(w), [self.conv1, *self.convs]
         batch = w.shape[0]  # not len, which a trace takes for a constant
-        layers = [self.conv1, *self.convs]
-        if noise == "fixed":
-            noises = [self.noises.get_buffer(f"noise_{j}") for j in range(len(layers))]
-        elif noise == "random":
-            sides = [4 * 2 ** ((j + 1) // 2) for j in range(len(layers))]
-            noises = [w.new_empty(batch, 1, side, side).normal_() for side in sides]
-        else:
+        noises = [self.noises.get_buffer(f"noise_{j}") for j in range(len(layers))]
+        if noise == "random":
+            noises = [torch.randn_like(x.expand(batch, -1, -1, -1)) for x in noises]
+        elif noise != "fixed":
             raise ValueError(f"StyleGenerator: noise={noise!r}. Use 'fixed' or 'random'.")
         x = self.conv1(self.input.input.expand(batch, -1, -1, -1), w[:, 0], noises[0])
         image = self.to_rgb1(x, w[:, 1])
@@ -372,19 +359,15 @@ def _widths(what: str, image_size: int, channels: Sequence[int] | None) -> tuple
 
 
 _FILE_HELP = (
-    "Name a file with a generator in rosinality's layout: {g_ema: its state dict, latent_avg: its mean latent}. A pickle of "
-    "NVIDIA's or of StyleGAN2-ADA has to be converted first, with mapping.w_avg as latent_avg."
+    "Expected rosinality's layout: {g_ema: the generator's state dict, latent_avg: its mean latent}. A pickle of NVIDIA's or of "
+    "StyleGAN2-ADA has to be converted first, with mapping.w_avg as latent_avg."
 )
 # Samples that the mean latent is estimated from, and the seed of their noise, where a file has none.
 _SAMPLES, _SAMPLES_SEED = 100_000, 0
 
 
 def style_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments of the `StyleGenerator` with this published state dict, from keys and shapes.
-
-    Raises:
-        KeyError: it is none.
-    """
+    """The arguments of the `StyleGenerator` with this published state dict, from keys and shapes; KeyError if it is none."""
     doublings = sum(bool(re.fullmatch(r"to_rgbs\.\d+\.bias", name)) for name in state)
     convolutions = ["conv1", *(f"convs.{2 * block}" for block in range(doublings))]
     return {
@@ -406,42 +389,50 @@ def load_rosinality(path: Path | str) -> tuple[StyleGenerator, StyleDiscriminato
         UserError: there is no such file, it is damaged, holds code, or something else than such a generator.
     """
     path = Path(path)
-    # The options of a training are in its checkpoints, as a Namespace of plain values.
+    # A training's options are in its checkpoints, as a Namespace of plain values.
     content = read_plain(path, _FILE_HELP, allowed=[argparse.Namespace])
-    state = content.get("g_ema") if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping):
-        has = (
-            f"has {', '.join(map(str, list(content)[:4]))}" if isinstance(content, Mapping) else ""
-        )
-        raise UserError(f"{path}: {has or 'holds no dict'}, expected g_ema. {_FILE_HELP}")
-    state = {name: x for name, x in state.items() if name != "latent_avg"}
+    content = content if isinstance(content, Mapping) else {}
+    generator = generator_of(content.get("g_ema"), content.get("latent_avg"), path, "g_ema")
+    if "d" not in content:
+        return generator, None
+    discriminator = StyleDiscriminator(
+        generator.image_size, generator.channels, generator.image_channels
+    )
+    load_strictly(discriminator, content["d"], path)
+    return generator, discriminator
+
+
+def generator_of(
+    state: Mapping[str, Tensor] | None, mean: Tensor | None, path: Path, entry: str
+) -> StyleGenerator:
+    """The generator with a published state dict, read under `entry` of the file `path`, and a mean latent, (D,) or k times the same.
+
+    With None for the mean it is estimated from 100,000 samples, always the same; a line on standard error says so.
+
+    Raises:
+        UserError: it is no such state dict, or a mean latent of another shape.
+    """
     try:
-        options = style_options(state)
-        generator = StyleGenerator(**options)
-    except (KeyError, ValueError, AttributeError, IndexError) as error:
+        state = dict(state or {})
+        generator = StyleGenerator(**style_options(state))
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise UserError(
-            f"{path}: g_ema is no StyleGAN2 generator ({error}). {_FILE_HELP}"
+            f"{path}: has no StyleGAN2 generator under {entry}. {_FILE_HELP}"
         ) from error
-    mean = content.get("latent_avg")
-    load_strictly(generator, {**state, "latent_avg": generator.latent_avg}, path, _FILE_HELP)
+    load_strictly(generator, state | {"latent_avg": generator.latent_avg}, path, _FILE_HELP)
     if mean is None:
         print(
             f"{path}: has no latent_avg; the mean of {_SAMPLES} mapped samples is taken.",
             file=sys.stderr,
         )
         mean = generator.mean_latent(_SAMPLES, torch.Generator().manual_seed(_SAMPLES_SEED))
-    if not isinstance(mean, Tensor) or mean.numel() != generator.latent_dim:
-        has = f"the shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else type(mean).__name__
+    rows = mean.reshape(-1, mean.shape[-1])
+    if rows.shape[1] != generator.latent_dim or not (rows == rows[0]).all():
         raise UserError(
-            f"{path}: latent_avg has {has}, expected ({generator.latent_dim},). {_FILE_HELP}"
+            f"{path}: latent_avg has the shape {tuple(mean.shape)}, expected ({generator.latent_dim},), or rows of it. {_FILE_HELP}"
         )
-    generator.latent_avg.copy_(mean.flatten())
-    if not isinstance(content.get("d"), Mapping):
-        return generator, None
-    sizes = {name: options[name] for name in ("image_size", "channels", "image_channels")}
-    discriminator = StyleDiscriminator(**sizes)
-    load_strictly(discriminator, content["d"], path)
-    return generator, discriminator
+    generator.latent_avg.copy_(rows[0])
+    return generator
 
 
 def save_rosinality(
@@ -449,14 +440,10 @@ def save_rosinality(
 ) -> None:
     """Writes {g_ema, latent_avg}, and d where it is given, as `load_rosinality` and the published programs read it."""
     content: dict[str, Any] = {
-        "g_ema": _copied(generator.published_state()),
-        "latent_avg": generator.latent_avg.detach().cpu().clone(),
+        "g_ema": {name: x.cpu() for name, x in generator.published_state().items()},
+        "latent_avg": generator.latent_avg.cpu(),
     }
     if discriminator is not None:
-        content["d"] = _copied(discriminator.state_dict())
+        content["d"] = {name: x.cpu() for name, x in discriminator.state_dict().items()}
     with atomic_path(path) as temporary:
         torch.save(content, temporary)
-
-
-def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.detach().cpu().clone() for name, x in state.items()}

@@ -40,7 +40,7 @@ def read_plain(path: Path | str, instead: str, allowed: Sequence[Any] = ()) -> A
         ) from error
 
 
-def read_state_dict(path: Path | str, instead: str) -> dict[str, Tensor]:
+def read_state_dict(path: Path | str, instead: str, entry: str | None = None) -> dict[str, Tensor]:
     """The state dict of one network in a file, tensors on the CPU; code in the file is never run.
 
     The prefix `module.`, which some code leaves on every key, is removed.
@@ -48,12 +48,15 @@ def read_state_dict(path: Path | str, instead: str) -> dict[str, Tensor]:
     Args:
         path: the file.
         instead: what to do if there is no such file, a sentence.
+        entry: the name under which the file may hold it, with other things beside it.
 
     Raises:
         UserError: the file is missing, cannot be read, is damaged or holds something else.
     """
     state = read_plain(path, instead)
     path = Path(path)
+    if isinstance(state, dict) and entry in state:
+        return _plain(state[entry], path)
     if isinstance(state, dict) and "format" in state and "model" in state:
         raise UserError(
             f"{path}: is a checkpoint of fastnce training. Name the run's folder with run instead."

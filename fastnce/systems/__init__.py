@@ -13,6 +13,7 @@ from fastnce.systems.cyclegan import CycleGANSystem
 from fastnce.systems.dclgan import DCLGANSystem
 from fastnce.systems.pix2pix import Pix2PixSystem
 from fastnce.systems.representation import RepresentationSystem
+from fastnce.systems.restyle import ReStyleSystem
 from fastnce.systems.stylegan2 import StyleGAN2System
 from fastnce.systems.system import System, TrainConfig
 
@@ -59,6 +60,7 @@ for _system in (
     CFLSystem(),
     ContraGANSystem(),
     StyleGAN2System(),
+    ReStyleSystem(),
     RepresentationSystem(),
 ):
     register(_system)

@@ -681,10 +681,15 @@ _CHOICES: dict[str, dict[str, object]] = {
     "L1 of stand-in features": _NO_NCE
     | {"critic": "scripted", "lambda_vgg": 10.0, "vgg_weighting": "even"},
     "PatchNCE of stand-in features": _NCE | {"critic": "scripted"},
+    "L1 of VGG19's features": _NO_NCE | {"critic": "vgg19", "lambda_vgg": 10.0},
+    "PatchNCE of VGG19's features": _NCE | {"critic": "vgg19"},
 }
-_AGAINST = dict.fromkeys(("L2", "PatchNCE", "L1 of stand-in features"), "L1")
+_AGAINST = dict.fromkeys(
+    ("L2", "PatchNCE", "L1 of stand-in features", "L1 of VGG19's features"), "L1"
+)
 _AGAINST |= dict.fromkeys(list(_CHOICES)[3:8], "PatchNCE")
-_AGAINST["PatchNCE of stand-in features"] = "L1 of stand-in features"
+for _critic in ("stand-in", "VGG19's"):
+    _AGAINST[f"PatchNCE of {_critic} features"] = f"L1 of {_critic} features"
 
 
 class CFLSystem(System):
@@ -716,6 +721,11 @@ class CFLSystem(System):
             | {f"{name}, GAN": f"{other}, GAN" for name, other in _AGAINST.items()},
             beside=("real", "other real images", "a grey image"),
             preset="photos",
+            needs={
+                f"{loss} of VGG19's features{gan}": "vgg_weights"
+                for loss in ("L1", "PatchNCE")
+                for gan in ("", ", GAN")
+            },
         )
     }
     presets = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastnce import distributed
 from fastnce.errors import UserError
+from fastnce.files import atomic_path
 from fastnce.networks.heads import ProjectionHead
 from fastnce.networks.layers import to_channels_last
 from fastnce.networks.resnet_encoder import RESNETS, ResNetEncoder, Stem
@@ -31,6 +32,7 @@ from fastnce.systems.system import (
     Measure,
     Rows,
     autocast,
+    image_batches,
     images_with_labels,
     random_images,
     rng_kept,
@@ -582,48 +584,33 @@ def write_features(
     Raises:
         UserError: no images, a broken one, another kind of file, or it cannot be written.
     """
-    from tqdm import tqdm
+    expect_arrays_file(out)
+    device = next(encoder.parameters()).device
+    names, parts = [], []
+    for batch_names, batch in image_batches(config, input, batch_size, broken_files, "features"):
+        names += batch_names
+        parts.append(encoder(batch.to(device)).float().cpu())
+    features = F.normalize(torch.cat(parts)) if normalize else torch.cat(parts)
+    write_arrays(out, names, features=features)
+    return features.shape[0], features.shape[1]
 
-    from fastnce.data import list_images
-    from fastnce.data.broken import readable
-    from fastnce.data.images import read_image, to_array, to_tensor
-    from fastnce.data.labelled import to_square
-    from fastnce.files import atomic_path
 
+def expect_arrays_file(out: Path) -> None:
+    """Raises `UserError` unless `write_arrays` can write a file of this name."""
     if Path(out).suffix not in (".npz", ".safetensors"):
         raise UserError(f"out={out}: expected a file that ends in .npz or .safetensors.")
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} is too small. Use batch_size >= 1.")
-    input = Path(input)
-    folder, paths = (input.parent, [input]) if input.is_file() else (input, list_images(input))
-    device = next(encoder.parameters()).device
-    skip = (broken_files or config.broken_files) == "skip"
 
-    def read(path: Path) -> Tensor:
-        image = to_square(read_image(path, config.image_channels), config.image_size)
-        return to_tensor(to_array(image))
 
-    names, parts, batch = [], [], []
-    shown = tqdm(paths, desc="features", unit="image", disable=None)
-    for path, image in readable(shown, read, skip=skip):
-        names.append(path.relative_to(folder).as_posix())
-        batch.append(image)
-        if len(batch) == batch_size:
-            parts.append(encoder(torch.stack(batch).to(device)).float().cpu())
-            batch = []
-    if batch:
-        parts.append(encoder(torch.stack(batch).to(device)).float().cpu())
-    features = F.normalize(torch.cat(parts)) if normalize else torch.cat(parts)
+def write_arrays(out: Path, names: Sequence[str], **arrays: Tensor) -> None:
+    """Writes arrays that have a row for each of `names`, as .npz with "names", or .safetensors with these in the metadata."""
     if Path(out).suffix == ".npz":
         with atomic_path(out) as temporary:
-            np.savez(temporary, features=features.numpy(), names=np.array(names))
+            values = {name: array.numpy() for name, array in arrays.items()}
+            np.savez(temporary, names=np.array(names), **values)
     else:
-        data = import_safetensors().torch.save(
-            {"features": features}, metadata={"names": json.dumps(names)}
-        )
+        data = import_safetensors().torch.save(arrays, metadata={"names": json.dumps(names)})
         with atomic_path(out) as temporary:
             temporary.write_bytes(data)
-    return features.shape[0], features.shape[1]
 
 
 def import_safetensors() -> ModuleType:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,8 @@ from fastnce.systems import options
 from fastnce.systems.schedule import Schedule
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from fastnce.data import LabelledImages
 
 # The rows of a sample grid by their label; images (C, H, W) in [-1, 1] on the CPU.
@@ -101,6 +103,7 @@ class Ablation(NamedTuple):
     against: Mapping[str, str] = MappingProxyType({})  # choice -> another than the first
     beside: tuple[str, ...] = ()  # names of rows of the data's own numbers, the same in all runs
     preset: str = "digits"  # of the runs, if no other is asked for
+    needs: Mapping[str, str] = MappingProxyType({})  # choice -> option without which it is left out
 
 
 class System:
@@ -119,6 +122,7 @@ class System:
         older: options that are newer than some runs, with the values by which those were made.
         network_name: the model's attribute that is used after the training and whose weights are averaged.
         starts_averaged: whether `init_from` takes that attribute's averaged weights from a run.
+        parts: networks that `init_from` starts, by their attributes' paths, where an attribute of the model holds several.
         panels: the losses that are plotted together, a tuple of names for each panel.
         best: the measurement that is smallest for the best checkpoint.
         does: what the network is for, such as "translate images".
@@ -146,6 +150,7 @@ class System:
     older: Mapping[str, object] = {}
     network_name: str
     starts_averaged: bool = False
+    parts: tuple[str, ...] = ()
     panels: tuple[tuple[str, ...], ...]
     best: str | None = None
     next_command: str
@@ -327,24 +332,75 @@ class LabelledSystem(System):
 
 
 def images_with_labels(
-    config: Any, split: str, root: Path, *, flip: bool = False, needs_labels: bool
+    config: Any, split: str, root: Path, *, flip: bool = False, needs_labels: bool, **how: Any
 ) -> LabelledImages:
-    """The images of a split of `root`, of the classes and as large as a `LabelledConfig` says."""
+    """The images of a split of `root`, of the classes and as large as a `LabelledConfig` says.
+
+    `how` are arguments of `LabelledImages` that differ.
+    """
     from fastnce.data import LabelledImages
     from fastnce.data.labelled import NO_CLASSES
 
-    return LabelledImages(
-        root,
-        split,
-        image_size=config.image_size,
-        channels=config.image_channels,
-        flip=flip,
-        seed=config.seed,
-        classes=() if config.class_names == NO_CLASSES else config.class_names,
-        needs_labels=needs_labels,
-        class_balance=config.class_balance and split == "train",
-        broken_files=config.broken_files,
-    )
+    values = {
+        "image_size": config.image_size,
+        "channels": config.image_channels,
+        "flip": flip,
+        "seed": config.seed,
+        "classes": () if config.class_names == NO_CLASSES else config.class_names,
+        "needs_labels": needs_labels,
+        "class_balance": config.class_balance and split == "train",
+        "broken_files": config.broken_files,
+    }
+    return LabelledImages(root, split, **(values | how))
+
+
+def image_batches(
+    config: Any,
+    input: Path,
+    batch_size: int,
+    broken_files: Literal["error", "skip"] | None,
+    task: str,
+    fit: Callable[[Image.Image, Path], Image.Image] | None = None,
+) -> Iterator[tuple[list[str], Tensor]]:
+    """The images of a folder, and of the folders in it, or one image, in batches.
+
+    `fit` gives an image the size that a network takes; by default its central square is scaled to the configuration's `image_size`.
+
+    Yields:
+        The names below `input`, sorted over all batches, and the images (B, C, S, S) in [-1, 1].
+
+    Raises:
+        UserError: no images, a batch below 1, or a file that cannot be read and is not skipped.
+    """
+    from tqdm import tqdm
+
+    from fastnce.data import list_images
+    from fastnce.data.broken import readable
+    from fastnce.data.images import read_image, to_array, to_tensor
+    from fastnce.data.labelled import to_square
+
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} is too small. Use batch_size >= 1.")
+    input = Path(input)
+    folder, paths = (input.parent, [input]) if input.is_file() else (input, list_images(input))
+
+    def read(path: Path) -> Tensor:
+        image = read_image(path, config.image_channels)
+        fitted = fit(image, path) if fit else to_square(image, config.image_size)
+        return to_tensor(to_array(fitted))
+
+    names: list[str] = []
+    batch: list[Tensor] = []
+    shown = tqdm(paths, desc=task, unit="image", disable=None)
+    skip = (broken_files or config.broken_files) == "skip"
+    for path, image in readable(shown, read, skip=skip):
+        names.append(path.relative_to(folder).as_posix())
+        batch.append(image)
+        if len(batch) == batch_size:
+            yield names, torch.stack(batch)
+            names, batch = [], []
+    if batch:
+        yield names, torch.stack(batch)
 
 
 def autocast(model: nn.Module) -> AbstractContextManager:

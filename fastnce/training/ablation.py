@@ -31,6 +31,7 @@ def ablate(
     preset: str | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     only: Sequence[str] = (),
+    config_file: Path | None = None,
     overrides: Mapping[str, object] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Trains and evaluates every choice with every seed; runs that are there already are continued, finished ones kept.
@@ -39,9 +40,9 @@ def ablate(
 
     Args:
         variant: a key of `ablations()`.
-        preset: see `build_config`.
+        preset, config_file: of all runs, see `build_config`.
         seeds: at least one; from two on there is a spread.
-        only: names of the choices to compare; by default all.
+        only: names of the choices to compare; by default all for which there is what they need.
         overrides: option values of all runs; a choice's own win.
 
     Returns:
@@ -52,7 +53,9 @@ def ablate(
         numbers.
     """
     ablation = ablations()[known(variant, ablations(), "ablation")]
-    names = [known(name, ablation.choices, "choice") for name in only] or list(ablation.choices)
+    how: dict[str, Any] = {"preset": preset, "config_file": config_file}
+    every = {"data": data, "out": out} | dict(overrides or {})
+    names = chosen(variant, only, every, **how)
     if not seeds:
         raise UserError("seeds is empty. Give at least one, such as --seeds 0 1 2.")
     values: dict[str, dict[str, list[float]]] = {}
@@ -60,9 +63,8 @@ def ablate(
         collected: dict[str, list[float]] = {measure: [] for measure in ablation.measures}
         for seed in seeds:
             run = Path(out) / _folder(name) / f"seed-{seed}"
-            own = {"data": data, "out": run, "seed": seed}
-            merged = dict(overrides or {}) | dict(ablation.choices[name]) | own
-            train(build_config(variant, preset=preset, overrides=merged))
+            merged = every | dict(ablation.choices[name]) | {"out": run, "seed": seed}
+            train(build_config(variant, **how, overrides=merged))
             evaluation = evaluate_run(run)[0]
             row = _row(evaluation, ablation.row)
             for measure in ablation.measures:
@@ -87,6 +89,19 @@ def ablate(
         Path(out) / "ablation.png",
     )
     return result, table
+
+
+def chosen(
+    variant: str, only: Sequence[str], options: Mapping[str, object], **how: Any
+) -> list[str]:
+    """The choices `only`; if that is empty all whose `needs` the options have. `how` as `build_config`."""
+    ablation = ablations()[variant]
+    if only:
+        return [known(name, ablation.choices, "choice") for name in only]
+    first = next(iter(ablation.choices.values()))
+    shared = build_config(variant, **how, overrides={**options, **first})
+    needs = ablation.needs
+    return [n for n in ablation.choices if n not in needs or getattr(shared, needs[n]) is not None]
 
 
 def compare(

@@ -20,6 +20,8 @@ class WeightAverage:
     With a number, the form that is common for GANs: d_t = 0, a copy, in the first `start` updates and `decay` after them.
     Floating-point buffers, such as the statistics of batch norm, are averaged like the parameters.
 
+    Parameters that have no gradient when the average is made are never trained, and are not copied: both modules hold the same.
+
     Args:
         source: the module to follow; it is copied.
         decay: in [0, 1); 0 makes the average equal to the last weights.
@@ -27,7 +29,8 @@ class WeightAverage:
     """
 
     def __init__(self, source: nn.Module, decay: float, start: int | None = None) -> None:
-        self.module = copy.deepcopy(source).eval().requires_grad_(False)
+        shared = {id(p): p for p in source.parameters() if not p.requires_grad}
+        self.module = copy.deepcopy(source, shared).eval().requires_grad_(False)
         self.decay, self.start = decay, start
         self.updates = 0
 
@@ -36,7 +39,10 @@ class WeightAverage:
         """Moves the average towards the weights of `source`."""
         weight = 1 - self._next_decay()
         self.updates += 1
-        torch._foreach_lerp_(list(self.module.parameters()), list(source.parameters()), weight)
+        pairs = zip(self.module.parameters(), source.parameters(), strict=True)
+        moving = [(average, p) for average, p in pairs if average is not p]
+        if moving:
+            torch._foreach_lerp_(*map(list, zip(*moving, strict=True)), weight)
         for average, buffer in zip(self.module.buffers(), source.buffers(), strict=True):
             if self.start is not None and buffer.is_floating_point():
                 average.lerp_(buffer, weight)

@@ -38,6 +38,7 @@ def evaluate_run(
     data: Path | None = None,
     *,
     without_nce: Path | None = None,
+    first: Path | None = None,
     checkpoint: str = "last",
     weights: Literal["ema", "raw"] = "ema",
     device: str = "auto",
@@ -54,6 +55,7 @@ def evaluate_run(
         run: the run, or its folder.
         data: folder of the data; by default that of the run.
         without_nce: folder of the same training without the contrastive loss, for a row of its own.
+        first: folder of a run of ReStyle whose encoder makes the first steps.
         checkpoint: "last", "best", or a file; of a run that is opened already, its own.
         weights: the running average, or the weights themselves; likewise.
         device: where the networks run; likewise.
@@ -71,7 +73,7 @@ def evaluate_run(
     system, config = run.system, run.config
     report = report or Report.of(run, data, None)
     given = {name: value for name, value in settings.items() if value is not None}
-    for name, value in (given | {"without_nce": without_nce}).items():
+    for name, value in (given | {"without_nce": without_nce, "first": first}).items():
         if value is not None and name not in system.judged_by:
             if name == "segmenter" and "segmentation" in system.judged_by:
                 raise UserError(
@@ -90,6 +92,8 @@ def evaluate_run(
     if without_nce is not None:
         other = Run(without_nce, weights=run.weights, checkpoint=run.checkpoint, device=run.device)
         networks["without_nce"] = other.network
+    if first is not None:
+        given["first"] = Run(first, weights=run.weights, device=run.device)
     facts = {name: getattr(config, name) for name in system.reported}
     facts |= {"checkpoint": run.checkpoint}
     if system.reports_cost:

@@ -42,7 +42,8 @@ from fastnce.verification import verify_once
 from fastnce.viz import plots
 
 # Options that name a place, which may be spelled in several ways.
-_PATHS = DATA_FIELDS | {"init_from", "vgg_weights", "critic_file"}
+_PATHS = DATA_FIELDS | {"init_from", "vgg_weights", "critic_file", "generator", "face_weights"}
+_PATHS |= {"backbone_weights", "moco_weights", "lpips_backbone", "lpips_weights", "similarity"}
 # What a user looks at in a finished run.
 _RESULTS = ("samples", "loss.png", "measurements.png", "checkpoints/best.pt", "checkpoints/last.pt")
 # The seeds of two ranks differ by this.

@@ -280,7 +280,7 @@ def load_run(model: nn.Module, path: Path, system: str) -> list[str]:
         attribute: _ROLES[name] for name, attribute in published[system].items() if name in _ROLES
     }
     lines, fitting = [], 0
-    for attribute in _networks(model, published[system].values()):
+    for attribute in _networks(model, (*published[system].values(), *ours.parts)):
         network = model.get_submodule(attribute)
         names = [attribute, by_role.get(roles.get(attribute, ""), attribute)]
         weights = next(filter(None, (below(state["model"], name) for name in names)), {})

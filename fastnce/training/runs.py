@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from fastnce.systems import (
     representation,
     system_named,
 )
+from fastnce.systems.inverting import Inversion
 from fastnce.training.checkpoint import below, load_checkpoint
 from fastnce.training.config import from_dict
 from fastnce.training.published import published_config, read_published, system_of_file
@@ -174,6 +176,28 @@ def write_features(
     """See `fastnce.systems.representation.write_features`; refuses the network of a system that has no encoder of images."""
     _system_that("write features of whole images", config)
     return representation.write_features(network, config, input, out, **how)
+
+
+def inversion(
+    run: Run | Path,
+    *,
+    steps: int | None = None,
+    other_shapes: Literal["error", "crop", "stretch"] | None = None,
+    first: Run | Path | None = None,
+    first_steps: int = 1,
+) -> Inversion:
+    """How a run inverts images, behind another run `first`: see `Inversion`; refuses a run of a system that does not invert.
+
+    `other_shapes` is what becomes of images of another shape than the encoder's; by default as in the training.
+    """
+    run = opened(run)
+    if first is not None:
+        first = opened(first, weights=run.weights, device=run.device)
+    for one in (run, first):
+        if one is not None:
+            _system_that("invert images", one.config)
+    config = run.config if other_shapes is None else replace(run.config, other_shapes=other_shapes)
+    return Inversion(run.network, config, steps, first, first_steps)
 
 
 def _system_that(does: str, config: TrainConfig) -> System:

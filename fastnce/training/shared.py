@@ -14,20 +14,6 @@ from fastnce.systems.representation import import_safetensors
 from fastnce.training.config import from_dict, to_dict
 
 CONFIG_KEY = "fastnce.config"
-# Fields that say where things are on the machine of the training.
-_PRIVATE = (
-    "data",
-    "data_a",
-    "data_b",
-    "test_a",
-    "test_b",
-    "out",
-    "init_from",
-    "device",
-    "extractor",
-    "vgg_weights",
-    "critic_file",
-)
 
 
 def write_shared(network: nn.Module, config: TrainConfig, path: Path) -> None:
@@ -46,7 +32,11 @@ def write_shared(network: nn.Module, config: TrainConfig, path: Path) -> None:
 
 def shared_values(config: TrainConfig) -> dict[str, object]:
     """The configuration as JSON values, without the folders and devices of the training."""
-    return {k: v for k, v in to_dict(config).items() if k not in _PRIVATE}
+    return {
+        name: value
+        for name, value in to_dict(config).items()
+        if name != "device" and not isinstance(getattr(config, name), Path)
+    }
 
 
 def read_shared(path: Path) -> tuple[dict[str, Tensor], TrainConfig | None]:

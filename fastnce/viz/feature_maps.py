@@ -1,4 +1,4 @@
-"""Figures of what a translation model's encoder learnt: similarity maps, and the main components of its features."""
+"""Figures of what a model's encoder learnt: similarity maps, the main components of its features, the changes of its steps."""
 
 from __future__ import annotations
 
@@ -114,6 +114,19 @@ def save_feature_colours(
             share = f"{100 * sum(layer.explained):.0f} % of variance"
             axes.set_title(f"layer {layer.layer}\n{share}", fontsize=_FONT)
     _titles_in_the_first_row_only(all_axes)
+    save_figure(figure, path, _DPI)
+
+
+def save_changes(names: Sequence[str], maps: Tensor, path: Path) -> None:
+    """A heat map for each named step, (steps, H, W): above on a scale of its own, below on one scale for all, with the mean."""
+    figure, all_axes = _grid_of_axes(2, len(maps), maps, below=0.2)
+    for column, (name, values) in enumerate(zip(names, maps, strict=True)):
+        for axes, greatest in zip(all_axes[:, column], (values.max(), maps.max()), strict=True):
+            axes.imshow(values.numpy(), cmap="inferno", vmin=0, vmax=greatest)
+        all_axes[0, column].set_title(name, fontsize=_FONT)
+        all_axes[1, column].set_xlabel(f"{values.mean():.2g}", fontsize=_FONT, labelpad=2)
+    for axes, label in zip(all_axes[:, 0], ("where", "how much"), strict=True):
+        axes.set_ylabel(label, fontsize=_FONT)
     save_figure(figure, path, _DPI)
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from tiny import CLASSES, config_of
 from torch import Tensor, cat, nn
 
+from fastnce.networks.style_generator import StyleGenerator, save_rosinality
 from fastnce.systems import SYSTEMS
 from fastnce.training import Interrupted, train
 
@@ -80,9 +81,19 @@ def labels(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def made(data, single, pairs, classes, labels):
+def style_file(tmp_path_factory):
+    """A file of a generator of 16x16 pixels in rosinality's layout, with a mean latent."""
+    generator = StyleGenerator(16, 6, 2, [6, 5, 4])
+    generator.latent_avg.normal_()
+    path = tmp_path_factory.mktemp("generator") / "generator.pt"
+    save_rosinality(path, generator)
+    return path
+
+
+@pytest.fixture(scope="session")
+def made(data, single, pairs, classes, labels, style_file):
     sets = {"data": data, "single": single, "pairs": pairs, "classes": classes}
-    return sets | {"labels": labels}
+    return sets | {"labels": labels, "generator": style_file}
 
 
 @pytest.fixture

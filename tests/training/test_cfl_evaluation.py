@@ -21,7 +21,7 @@ from fastnce.metrics import (
 )
 from fastnce.systems.cfl import predictions
 from fastnce.training import Run, evaluate_run, train
-from fastnce.training.ablation import ablate, ablations
+from fastnce.training.ablation import ablate, ablations, chosen
 from fastnce.training.gallery import same_images
 from fastnce.training.log import read_metrics
 
@@ -148,3 +148,15 @@ def test_an_ablation_stands_beside_the_real_images(judged, tmp_path):
     assert list(rows) == ["label", "truth", "PatchNCE", "L1__GAN"]
     every = ablations()["cfl"]
     assert set(every.against) | set(every.against.values()) <= set(every.choices)
+
+
+def test_choices_of_vgg19_need_its_weights(tmp_path):
+    """Random weights are no VGG19."""
+    options = {"data": tmp_path, "out": tmp_path}
+    without = chosen("cfl", [], options, preset="photos")
+    file = tmp_path / "options.json"
+    file.write_text(json.dumps({"vgg_weights": "vgg19.pth"}))
+    every = chosen("cfl", [], options, preset="photos", config_file=file)
+    assert every == list(ablations()["cfl"].choices)
+    assert [name for name in every if name not in without] == [n for n in every if "VGG19" in n]
+    assert len(every) == len(without) + 4

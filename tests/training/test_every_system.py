@@ -18,6 +18,7 @@ from fastnce.training.config import from_dict, to_dict
 from fastnce.training.log import read_metrics
 
 TWO_WAY = {"G", "G_A", "G_B", "D_A", "D_B", "idt_A", "idt_B"}
+STEPS = {"L2", *(f"loss_{t}" for t in range(1, 6))}
 LOSSES = {
     "cut": {"G_GAN", "D_real", "D_fake", "G", "NCE", "NCE_Y"},
     "fastcut": {"G_GAN", "D_real", "D_fake", "G", "NCE"},
@@ -33,13 +34,17 @@ LOSSES = {
     "projgan": {"D_real", "D_fake", "G_GAN"},
     "reacgan": {"D_real", "D_fake", "D_class", "G_GAN", "G_class"},
     "stylegan2": {"D_real", "D_fake", "D_r1", "G_GAN", "G_path", "path_length"},
+    "restyle": STEPS,
+    "restyle-e4e": STEPS | {"delta", "E_adv", "D_real", "D_fake", "D_r1"},
+    "psp": {"loss_1", "L2"},
+    "e4e": {"loss_1", "L2", "delta", "E_adv", "D_real", "D_fake", "D_r1"},
     "simclr": {"loss", "positive_cosine"},
     "moco": {"loss", "positive_cosine"},
     "supcon": {"loss", "positive_cosine"},
 }
 # Those whose steps differ in more than a loss.
 APART = ["cut", "sincut", "simdcl", "cyclegan", "pix2pix", "cfl"]
-APART += ["contragan", "stylegan2", "simclr", "moco"]
+APART += ["contragan", "stylegan2", "restyle-e4e", "simclr", "moco"]
 
 
 def test_every_variant_is_tried():
@@ -83,6 +88,7 @@ def test_sample_grids_have_their_rows(whole):
         ("cfl", 3),
         ("contragan", 3),
         ("stylegan2", 3),
+        ("restyle-e4e", 6),
     ):
         with Image.open(whole(variant) / "samples" / "step_000008.png") as grid:
             assert rows * 80 < grid.height < (rows + 1) * 110, variant
@@ -111,14 +117,18 @@ def test_workers_do_not_change_the_run(tiny, whole, variant):
 
 @pytest.mark.parametrize("variant", [name for name in APART if name != "sincut"])
 def test_measuring_leaves_no_trace(tiny, whole, extractor, variant):
-    judge = {} if variant in ("simclr", "moco") else {"extractor": extractor}
+    judge = {} if variant in ("restyle-e4e", "simclr", "moco") else {"extractor": extractor}
     config = tiny(variant, measure_every=4, **judge)
     train(config)
     one, other = checkpoint(config.out), checkpoint(whole(variant))
     for key in ("model", "average", "optimizers", "rng"):
         assert_identical(one[key], other[key], key)
     lines = read_metrics(config.out / "measurements.jsonl")
-    best = {"pix2pix": "l1", **dict.fromkeys(("cut", "contragan", "stylegan2"), "fid")}
+    best = {
+        "pix2pix": "l1",
+        "restyle-e4e": "l2",
+        **dict.fromkeys(("cut", "contragan", "stylegan2"), "fid"),
+    }
     assert [line["step"] for line in lines] == [4, 8]
     assert (config.out / "measurements.png").exists()
     if name := best.get(variant):
@@ -131,8 +141,10 @@ COMMANDS = {
     "translate": ("--input", "IMAGES", "--out", "OUT"),
     "generate": ("--out", "OUT", "--count", "2"),
     "features": ("--input", "IMAGES", "--out", "OUT.npz"),
+    "invert": ("--input", "IMAGES", "--out", "OUT"),
 }
 USE = {"contragan": "generate", "stylegan2": "generate", "simclr": "features", "moco": "features"}
+USE["restyle-e4e"] = "invert"
 
 
 @pytest.mark.parametrize("variant", APART)
@@ -169,7 +181,8 @@ def test_a_shared_file_takes_the_runs_place(whole, tmp_path, variant):
 
 
 @pytest.mark.parametrize(
-    "variant", ["cut", "cyclegan", "pix2pix", "cfl", "contragan", "stylegan2", "moco"]
+    "variant",
+    ["cut", "cyclegan", "pix2pix", "cfl", "contragan", "stylegan2", "moco", "restyle-e4e"],
 )
 def test_evaluation_is_written_beside_the_run(whole, extractor, tmp_path, capsys, variant):
     run, judge = whole(variant), [] if variant == "moco" else ["--extractor", str(extractor)]
@@ -207,6 +220,12 @@ MISTAKES = [
     ("contragan", {"image_size": 33}, "image_size=33 .*32 or 40"),
     ("stylegan2", {"image_size": 24}, "image_size=24 must be a power of two"),
     ("stylegan2", {"freeze": 8}, "freeze=8 would keep layers as they were drawn"),
+    ("restyle", {"generator": None}, "generator is missing"),
+    ("restyle", {"lambda_lpips": 0.8}, "lambda_lpips=0.8 .* lpips_backbone is missing"),
+    ("restyle", {"lambda_moco": 0.5}, "lambda_moco=0.5 .* moco_weights is missing"),
+    ("restyle", {"image_height": 12}, r"0\.png: 16x16 has not the shape of 16x12"),
+    ("restyle", {"lambda_id": 0.1, "lambda_moco": 0.5}, "lambda_id=0.1 is for faces"),
+    ("psp", {"steps_per_batch": 5}, "steps_per_batch=5, but without feedback"),
     ("simclr", {"batch_size": 1}, "batch_size=1 leaves method=simclr no negatives"),
     ("simclr", {"views": "simclear"}, "views=simclear is unknown.*simclr, moco-v2"),
     ("simclr", {"steps": 3}, "warmup_epochs=1 takes 3 steps"),

@@ -48,6 +48,19 @@ STYLES = COMMON | {
     "batch_size": 4,
     "ema_decay": 0.5,
 }
+INVERSION = COMMON | {
+    "generator": "generator",
+    "encoder": "small",
+    "pyramid": False,
+    "image_size": 16,
+    "lambda_lpips": 0.0,
+    "lambda_id": 0.0,
+    "progressive_start": 2,
+    "progressive_every": 2,
+    "w_pool": 3,
+    "r1_every": 3,
+    "ema_decay": 0.5,
+}
 ENCODER = COMMON | {
     "encoder": "small",
     "encoder_channels": 2,
@@ -103,6 +116,10 @@ OPTIONS = {
     "projgan": (GENERATION, "classes"),
     "reacgan": (GENERATION, "classes"),
     "stylegan2": (STYLES, "classes"),
+    "restyle": (INVERSION, "classes"),
+    "restyle-e4e": (INVERSION, "classes"),
+    "psp": (INVERSION, "classes"),
+    "e4e": (INVERSION, "classes"),
     "simclr": (ENCODER, "classes"),
     "moco": (ENCODER, "classes"),
     "supcon": (ENCODER, "classes"),
@@ -112,4 +129,7 @@ OPTIONS = {
 def config_of(variant, made, out, **changes):
     """The configuration of a tiny run; `made` are the folders of the data by name."""
     options, data = OPTIONS[variant]
-    return build_config(variant, overrides={"data": made[data], "out": out} | options | changes)
+    paths = {"data": made[data], "out": out}
+    if options.get("generator") in made:
+        paths["generator"] = made[options["generator"]]
+    return build_config(variant, overrides=options | paths | changes)

@@ -1,0 +1,360 @@
+"""One training step of a system against the published step in plain eager PyTorch: ``python -m benchmarks steps``.
+
+Both in the same process, in turns. Before any timing both are checked on a smaller image. In float64 losses and all gradients agree.
+In float32 ours are at most three times as far from those as the eager step's, for Winograd's convolutions round a little more.
+Memory is the most that a process of its own needs: networks, Adam, and two steps.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastnce
+from benchmarks import machine, memory, report
+from benchmarks.published_cfl import PublishedCFL
+from benchmarks.published_cut import PublishedCUT
+from benchmarks.timing import in_turns, seconds_of
+from fastnce.models import CFL, CUT, CFLConfig, CUTConfig
+
+PROVIDERS = ("eager fp32", "fastnce fp32", "fastnce bf16")
+_GROUPS = {
+    "3x3 convolutions (Winograd)": ("fastnce::conv3x3",),
+    "other convolutions (oneDNN)": ("aten::mkldnn_convolution", "aten::convolution_backward"),
+    "instance and batch norms, ReLU, sums": (
+        "fastnce::instance_norm",
+        "aten::native_batch_norm",
+        "aten::native_batch_norm_backward",
+    ),
+    "blurs": ("fastnce::blur_resample",),
+    "patches and contrastive loss": ("fastnce::sample_patches", "fastnce::patch_nce"),
+    "Adam": ("aten::_fused_adam_",),
+}
+
+
+class Step:
+    """A system's step, ours and the published one, with the same weights and on the same images."""
+
+    name: str
+    about: str  # of what a step is
+    size = 256  # height of the images that are timed
+    check_size = 64  # of those on which both are checked
+
+    def ours(self, size: int, precision: str = "fp32") -> nn.Module:
+        raise NotImplementedError
+
+    def published(self, ours: Any) -> Any:
+        raise NotImplementedError
+
+    def pairs(self, ours: Any, published: Any) -> list[tuple[nn.Module, nn.Module]]:
+        """Networks that learn, ours and published."""
+        raise NotImplementedError
+
+    def batch(self, size: int) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def patch_ids(self, size: int) -> Any:
+        raise NotImplementedError
+
+    def counted(self) -> str:
+        """A sentence, or several, on what was counted and not measured."""
+        return ""
+
+
+class CUTStep(Step):
+    """The published CUT: 9 blocks, 64 channels, identity loss."""
+
+    name = "cut"
+    about = "CUT, one pair of images"
+
+    def ours(self, size: int, precision: str = "fp32") -> CUT:
+        # PyTorch's own initialisation: with the published one, patches are so short that the published 1e-7 in their norm shows.
+        torch.manual_seed(0)
+        return CUT(CUTConfig(init_gain=None, precision=precision), (size, size))
+
+    def published(self, ours: CUT) -> PublishedCUT:
+        published = PublishedCUT()
+        for one, other in self.pairs(ours, published):
+            other.load_state_dict(one.state_dict())
+        return published
+
+    def pairs(self, ours: CUT, published: PublishedCUT) -> list[tuple[nn.Module, nn.Module]]:
+        networks = ours.generator, ours.discriminator, ours.projector
+        return list(zip(networks, (published.g, published.d, published.f), strict=True))
+
+    def batch(self, size: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        return {name: torch.rand(1, 3, size, size, generator=generator) * 2 - 1 for name in "AB"}
+
+    def patch_ids(self, size: int) -> dict[str, list[Tensor]]:
+        sides = (size + 6, size, size // 2, size // 4, size // 4)
+        generator = torch.Generator().manual_seed(2)
+        return {
+            name: [torch.randperm(side**2, generator=generator)[:256] for side in sides]
+            for name in ("NCE", "NCE_Y")
+        }
+
+    def counted(self) -> str:
+        return (
+            "Of two 256 x 256 images the published step has 711.6 GMAC, ours 642.7 without the second pass for the keys, "
+            "before Winograd's saving of 4 in the 3x3 convolutions."
+        )
+
+
+class CFLStep(Step):
+    """Contrastive Feature Loss with its Cityscapes settings: 256 x 512, VGG19, hinge; 1024 patches of each map, or all."""
+
+    name = "cfl"
+    about = (
+        "Contrastive Feature Loss, one image of 256 x 512, VGG19 with random weights, 1024 patches"
+    )
+    check_size = 128
+    classes, patches = 35, 1024
+
+    def ours(self, size: int, precision: str = "fp32") -> CFL:
+        torch.manual_seed(0)
+        width = 64 if size == self.size else 8
+        with tempfile.TemporaryDirectory() as folder:
+            weights = Path(folder) / "vgg19.pth"
+            critic = PublishedCFL(1, 1).critic
+            torch.save({f"encoder.{k}": x for k, x in critic.state_dict().items()}, weights)
+            config = CFLConfig(
+                label_classes=self.classes,
+                instances=True,
+                upsampling="more",
+                base_channels=width,
+                disc_channels=width,
+                crop_size=2 * size,
+                aspect_ratio=2.0,
+                init="default",
+                vgg_weights=weights,
+                num_patches=self.patches,
+                precision=precision,
+            )
+            return CFL(config)
+
+    def published(self, ours: CFL) -> PublishedCFL:
+        published = PublishedCFL(self.classes, self.patches, ours.config.base_channels)
+        for one, other in self.pairs(ours, published):
+            other.load_state_dict(one.state_dict())
+        published.critic.load_state_dict(ours.features.encoder.state_dict(), strict=False)
+        return published
+
+    def pairs(self, ours: CFL, published: PublishedCFL) -> list[tuple[nn.Module, nn.Module]]:
+        networks = ours.generator, ours.discriminator, ours.features.projection
+        return list(zip(networks, (published.g, published.d, published.f), strict=True))
+
+    def batch(self, size: int, count: int = 1) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        shape = (count, size, 2 * size)
+        image = torch.rand(count, 3, *shape[1:], generator=generator) * 2 - 1
+        label = torch.randint(self.classes, shape, generator=generator)
+        edges = (torch.rand(count, 1, *shape[1:], generator=generator) < 0.1).float()
+        return {"label": label, "edges": edges, "B": image}
+
+    def patch_ids(self, size: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(2)
+        maps = [2 * (size // stride) ** 2 for stride in (2, 4, 8, 16)]
+        return [torch.randperm(n, generator=generator)[: self.patches] for n in maps]
+
+    def counted(self) -> str:
+        """Of 16 images on tensors without data: the published step's multiply-adds, and what its loss keeps for the gradients."""
+        count = 16
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            published, batch = PublishedCFL(self.classes, self.patches), self.batch(256, count)
+            with FlopCounterMode(display=False) as whole:
+                published.training_step(batch)
+            published.critic(batch["B"])
+            sides = [(128 * 256, 128), (64 * 128, 256), (32 * 64, 512), (16 * 32, 512)]
+            rows = [
+                torch.empty(count, min(self.patches, n), 256, requires_grad=True) for n, _ in sides
+            ]
+            keys = [torch.empty_like(x, requires_grad=True) for x in rows]
+            form = {"symmetric": True, "query_negatives": True, "detach_keys": True}
+            with FlopCounterMode(display=False) as products, _Kept() as eager:
+                published.f.forward = lambda maps, ids: maps
+                published.contrastive_loss(rows, keys).backward()
+            with _Kept() as fused:
+                fastnce.patch_nce(rows, keys, **form, backend="native")
+            given = sum(x.untyped_storage().nbytes() for x in (*rows, *keys))
+        share = products.get_total_flops() / whole.get_total_flops()
+        return (
+            f"At the published size, {count} images, counted on tensors without data: the published step has "
+            f"{whole.get_total_flops() / 2e12:.1f} TMAC, of which the loss has {100 * share:.2f} %. For its gradients it keeps "
+            f"{(eager.bytes - given) / 1e6:.0f} MB beside its rows of {given / 1e6:.0f} MB, ours {(fused.bytes - given) / 1e6:.1f} MB."
+        )
+
+
+class _Kept(saved_tensors_hooks):
+    """Counts the bytes of what is saved for gradients, shared storage once."""
+
+    def __init__(self) -> None:
+        self.storages: dict[int, Any] = {}
+        super().__init__(self._keep, lambda x: x)
+
+    def __enter__(self) -> _Kept:
+        super().__enter__()
+        return self
+
+    def _keep(self, x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        self.storages[storage._cdata] = storage
+        return x
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+
+STEPS = {step.name: step for step in (CUTStep(), CFLStep())}
+
+
+def check(step: Step) -> dict[str, float]:
+    """Relative differences of losses and of each network's gradients after one step at `check_size`.
+
+    Returns:
+        the largest of: "float64", ours from the eager step's; "eager fp32" and "fastnce fp32", from the eager float64 step's.
+
+    Raises:
+        RuntimeError: they are not the same step.
+    """
+    results = {}
+    for dtype in (torch.float64, torch.float32):
+        ours = step.ours(step.check_size)
+        published = step.published(ours)
+        pairs = step.pairs(ours, published)
+        for network in (ours, getattr(published, "critic", ours), *(other for _, other in pairs)):
+            network.to(dtype)
+        for name, run, networks in (
+            ("eager", published.training_step, [other for _, other in pairs]),
+            ("fastnce", ours.training_step, [one for one, _ in pairs]),
+        ):
+            batch = {
+                key: x.to(dtype) if x.is_floating_point() else x
+                for key, x in step.batch(step.check_size).items()
+            }
+            losses = run(batch, patch_ids=step.patch_ids(step.check_size))
+            gradients = [
+                torch.cat([p.grad.double().flatten() for p in network.parameters()])
+                for network in networks
+            ]
+            values = torch.stack([losses[key].double() for key in sorted(losses)])
+            results[name, dtype] = [values, *gradients]
+    truth = results["eager", torch.float64]
+    found = {
+        "float64": _difference(results["fastnce", torch.float64], truth),
+        "eager fp32": _difference(results["eager", torch.float32], truth),
+        "fastnce fp32": _difference(results["fastnce", torch.float32], truth),
+    }
+    if not (found["float64"] < 1e-4 and found["fastnce fp32"] < 3 * found["eager fp32"]):
+        raise RuntimeError(f"{step.name}: not the same step, relative differences {found}")
+    return found
+
+
+def _difference(got: list[Tensor], truth: list[Tensor]) -> float:
+    pairs = zip(got, truth, strict=True)
+    return max(((one - other).norm() / other.norm()).item() for one, other in pairs)
+
+
+def make(step: Step, provider: str, size: int) -> Callable[[], object]:
+    """One step of `provider` on the same images each time."""
+    kind, precision = provider.split()
+    model = step.ours(size, precision)
+    run = step.published(model).training_step if kind == "eager" else model.training_step
+    batch = step.batch(size)
+    return lambda: run(batch)
+
+
+def time_steps(step: Step, size: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step, the providers in turns, after one step each that is not counted."""
+    steps = {provider: make(step, provider, size) for provider in PROVIDERS}
+    found = in_turns(steps, rounds + 1, {}, torch.device("cpu"))
+    return {provider: seconds[1:] for provider, seconds in found.items()}
+
+
+def breakdown(step: Step, provider: str, size: int) -> dict[str, float]:
+    """Seconds of one profiled step by group of operators; "other" is the rest of the step."""
+    run = make(step, provider, size)
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        (total,) = seconds_of(run, 1, torch.device("cpu"))
+    events = profile.key_averages()
+    found = {
+        group: sum(e.self_cpu_time_total for e in events if e.key.startswith(names)) / 1e6
+        for group, names in _GROUPS.items()
+    }
+    return {**found, "other": total - sum(found.values())}
+
+
+def peak_bytes(step: Step, provider: str, size: int) -> int:
+    """By how much the resident memory of a process of its own rises: networks, Adam and two steps."""
+    return machine.in_fresh_process(os.environ | memory.GLIBC, _own_peak, step.name, provider, size)
+
+
+def _own_peak(name: str, provider: str, size: int) -> int:
+    make(STEPS[name], provider, STEPS[name].check_size)()  # loads the code
+    before = memory.reset_peak()
+    run = make(STEPS[name], provider, size)
+    run()
+    run()
+    return memory.status_bytes("VmHWM") - before
+
+
+def markdown(step: Step, facts: Mapping, results: Mapping) -> str:
+    """The report."""
+    found, times = results["check"], results["seconds"]
+    eager, eager_peak = statistics.median(times["eager fp32"]), results["peak_bytes"]["eager fp32"]
+    steps = []
+    for provider, seconds in times.items():
+        median, peak = statistics.median(seconds), results["peak_bytes"][provider]
+        row = {
+            "step": provider,
+            "seconds": f"{median:.2f} ({min(seconds):.2f} to {max(seconds):.2f})",
+            "eager / this": f"{eager / median:.2f}",
+            "peak memory, MB": f"{peak / 1e6:.0f}",
+            "share of eager's": f"{peak / eager_peak:.2f}",
+        }
+        steps.append(row)
+    shares = [
+        (group, *(f"{of[group]:.2f}" for of in results["breakdown"].values()))
+        for group in (*_GROUPS, "other")
+    ]
+    return f"""\
+# A training step on {facts["device"]}: {step.about}
+
+Height {results["size"]}, {facts["threads"]} threads, median of {len(seconds)} steps in turns (smallest to largest).
+
+{report.table_of(steps)}
+
+Where the time of a profiled step goes, seconds:
+
+{report.table(("", *results["breakdown"]), shares)}
+
+Largest relative difference of a loss or a network's gradient at {step.check_size} pixels: ours in float64 from the eager
+step's {found["float64"]:.0e}; in float32 from float64, eager {found["eager fp32"]:.0e}, ours {found["fastnce fp32"]:.0e}.
+{results["counted"]}
+"""
+
+
+def main(out: Path | None, only: list[str] | None, rounds: int = 5) -> int:
+    """Measures the steps of the systems `only`, by default all; reports in the folder `out`."""
+    facts = machine.describe(torch.device("cpu"))
+    for step in STEPS.values():
+        if only and step.name not in only:
+            continue
+        results = {"size": step.size, "check": check(step), "counted": step.counted()}
+        results["seconds"] = time_steps(step, step.size, rounds)
+        results["breakdown"] = {p: breakdown(step, p, step.size) for p in PROVIDERS}
+        results["peak_bytes"] = {p: peak_bytes(step, p, step.size) for p in PROVIDERS}
+        report.publish(out, f"{step.name}_step", facts, results, markdown(step, facts, results))
+    return 0
