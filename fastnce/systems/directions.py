@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fastnce.errors import UserError
-from fastnce.files import atomic_path
+from fastnce.files import atomic_path, expect_apart
 from fastnce.networks.style_generator import StyleGenerator
 from fastnce.networks.weights import load_scripted, read_plain
+from fastnce.systems.generating import SPLITS
 from fastnce.systems.representation import import_safetensors
 from fastnce.systems.stylegan2 import images_of
 
@@ -81,6 +82,8 @@ def class_direction(
     Raises:
         UserError: no sample is of one of the classes.
     """
+    if start == end:
+        raise UserError(f"classes={start} {end}: name two that differ.")
     w = sample_latents(generator, samples, seed)
     parts = w.split(_BATCH)
     labels = torch.cat([classify(images_of(generator, part)) for part in parts]).to(w.device)
@@ -106,7 +109,7 @@ def read_direction(path: Path | str, generator: StyleGenerator) -> Tensor:
         raise UserError(
             f"direction={path} is neither {', '.join(_METHODS)} nor a file that ends in .npy, .pt or .pth."
         )
-    value = np.asarray(_content(path))
+    value = _content(path)
     value = value.reshape([n for i, n in enumerate(value.shape) if n > 1 or i == value.ndim - 1])
     shapes = (generator.latent_dim,), (generator.num_styles, generator.latent_dim)
     if value.shape not in shapes:
@@ -143,16 +146,19 @@ def _content(path: Path) -> Any:
         value = read_plain(path, "Name a file with one tensor.")
         if not isinstance(value, Tensor):
             raise UserError(f"{path}: holds {type(value).__name__}, expected one tensor.")
-        return value
+        return value.detach().float().numpy()
     if not path.is_file():
         raise UserError(f"{path}: no such file. Name an existing one.")
+    safetensors = import_safetensors() if path.suffix == ".safetensors" else None
     try:
-        if path.suffix == ".safetensors":
-            with import_safetensors().safe_open(path, "pt") as file:
+        if safetensors is not None:
+            with safetensors.safe_open(path, "pt") as file:
                 names = json.loads(file.metadata()["names"])
                 return {"names": names, "latents": file.get_tensor("latents")}
         content = np.load(path, allow_pickle=False)
-        return content if path.suffix == ".npy" else {n: content[n] for n in ("names", "latents")}
+        if path.suffix == ".npz":
+            return {name: content[name] for name in ("names", "latents")}
+        return content.astype(np.float32)
     except Exception as error:  # each reader has its own
         raise UserError(f"{path}: is damaged, or not as fastnce writes it ({error}).") from error
 
@@ -231,6 +237,7 @@ def edit_folder(
     for name, value, least in (("count", count, 1), ("columns", columns, 2), ("index", index, 0)):
         if value < least:
             raise UserError(f"{name}={value} is too small. Use {name} >= {least}.")
+    expect_apart(out, [Path(data) / split for split in SPLITS] if data else [])
     if not all(0 <= i < generator.num_styles for i in styles):
         raise UserError(f"styles={styles}: use places from 0 to {generator.num_styles - 1}.")
     if latents is None:
@@ -238,8 +245,6 @@ def edit_folder(
         w = generator.truncate(sample_latents(generator, count, seed), truncation)
     else:
         names, w = read_latents(latents, generator)
-    if direction in ("sefa", "pca") and index >= generator.latent_dim:
-        raise UserError(f"index={index}: there are {generator.latent_dim}. Use less.")
     if direction == "sefa":
         moved = sefa(generator, index + 1, styles)[-1]
     elif direction == "pca":
@@ -275,8 +280,10 @@ def sample_latents(generator: StyleGenerator, count: int, seed: int) -> Tensor:
 
 def _first(vectors: Tensor, count: int) -> Tensor:
     """The first rows, each with the sign that makes its largest number positive."""
-    if not 1 <= count <= len(vectors):
-        raise ValueError(f"count={count}: there are {len(vectors)} directions. Use fewer.")
+    if count > len(vectors):
+        raise UserError(
+            f"{count} directions are asked for, and there are {len(vectors)}. Use fewer."
+        )
     vectors = vectors[:count]
     largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
     return vectors * largest.sign()

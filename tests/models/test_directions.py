@@ -177,7 +177,9 @@ def test_command(generator, tmp_path, capsys):
     for options, message in (
         (("--direction", "classes"), "needs two classes. Give --classes FROM TO"),
         (("--direction", "classes", "--classes", "0", "1"), "needs --classifier FILE"),
-        (("--index", "6"), "index=6: there are 6. Use less"),
+        (("--index", "6"), "7 directions are asked for, and there are 6. Use fewer"),
+        (("--direction", "classes", "--classes", "1", "1", *judge), "name two that differ"),
+        (("--data", str(tmp_path), "--out", str(tmp_path / "train")), "results would become input"),
         (("--styles", "4"), "use places from 0 to 3"),
         (("--columns", "1"), "columns=1 is too small. Use columns >= 2"),
     ):
