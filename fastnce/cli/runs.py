@@ -239,6 +239,7 @@ def evaluate(
     steps: int | None = None,
     first: Path | None = None,
     first_steps: int | None = None,
+    targets: Path | None = None,
     out: Path | None = None,
     broken_files: Literal["error", "skip"] | None = None,
     **opening: Any,
@@ -270,6 +271,8 @@ def evaluate(
         steps: ReStyle: steps of the inversion; by default as in the training, or 1 behind another run.
         first: ReStyle: folder of a run whose encoder makes the first steps, as in `fastnce bootstrap`.
         first_steps: ReStyle: steps of that encoder; by default 1.
+        targets: ReStyle: folder of data with the images that the reconstructions should show instead of those of --data, by the
+            same names, such as the same digits in another look.
         out: Folder of the report, by default that of the run or of the images.
         broken_files: What a file that cannot be read does: skip leaves it out and names it, error stops; by default as in
             the training.
@@ -292,7 +295,7 @@ def evaluate(
         "value_range": value_range,
     }
     more = {name: opening.pop(name) for name in [*opening] if name not in OPENING}
-    more |= {"steps": steps, "first": first, "first_steps": first_steps}
+    more |= {"steps": steps, "first": first, "first_steps": first_steps, "targets": targets}
     if images is not None:
         report = Report(out or images)
         for name, value in (more | {"without_nce": without_nce}).items():
