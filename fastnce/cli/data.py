@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 
 def digits_photos(out: Path, photo: tuple[str, ...] = ("coffee",), seed: int = 0) -> None:
@@ -51,17 +52,23 @@ def single_photos(
     )
 
 
-def digits(out: Path, size: int = 16, seed: int = 0) -> None:
+def digits(
+    out: Path,
+    size: int = 16,
+    seed: int = 0,
+    look: Literal["plain", "thin", "bold", "fading"] = "plain",
+) -> None:
     """Real handwritten digits in 10 class folders, greyscale.
 
     Args:
         out: Folder for train/<digit> and test/<digit>; created.
         size: Side of the images in pixels, 16 or 32.
         seed: Seed of the split.
+        look: Other looks of the same digits, for a second generator: thin strokes, bold ones, or fading towards the bottom.
     """
     from fastnce.demo import write_digits
 
-    _tell(write_digits(out, size=size, seed=seed), "contragan --preset digits")
+    _tell(write_digits(out, size=size, seed=seed, look=look), "contragan --preset digits")
 
 
 def photo_crops(out: Path, seed: int = 0) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from fastnce.data.images import read_image, to_array, to_image
 from fastnce.data.stream import counter_rng
-from fastnce.errors import UserError
+from fastnce.errors import UserError, known
 from fastnce.files import write_json
 
 # Photograph -> the package it ships in, and where.
@@ -40,6 +40,14 @@ BACKGROUND_SIDE = 128
 LABELS_FILE = "labels.json"
 TEST_EVERY = 3
 CROP_SIZE = 32
+
+# Other looks of the digits, of strokes (S, S) in [0, 1]; each pixel changes by itself, so that no loop is closed.
+LOOKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "plain": lambda x: x,
+    "thin": lambda x: (1.8 * x - 0.8).clip(0, 1),
+    "bold": lambda x: 1 - (1 - x) ** 2,
+    "fading": lambda x: x * np.linspace(1, 0.3, len(x), dtype=np.float32)[:, None],
+}
 
 # Images of a set, one after the other: name below the set's folder, pixels, label.
 Images = Iterator[tuple[str, np.ndarray, dict[str, Any]]]
@@ -141,7 +149,9 @@ def write_single_photos(
     return write_once(Path(out), "single-photos", settings, lambda: _single_photos(photos, size))
 
 
-def write_digits(out: Path | str, size: int = 16, seed: int = 0) -> Path:
+def write_digits(
+    out: Path | str, size: int = 16, seed: int = 0, look: str = "plain"
+) -> Path:
     """Writes the digits set: scikit-learn's 1,797 handwritten digits in 10 classes, greyscale.
 
     Each 8x8 original is enlarged (bicubic), white on black. A third of each class, drawn at random, is for testing; the same
@@ -151,14 +161,17 @@ def write_digits(out: Path | str, size: int = 16, seed: int = 0) -> Path:
         out: Folder to write: train/0/0000.png to test/9/0058.png.
         size: Side of the images in pixels, 16 or 32.
         seed: Seed of the split.
+        look: One of `LOOKS`, the same digits as another domain: plain, thin strokes, bold ones, or fading towards the bottom.
 
     Raises:
-        UserError: As `write_digits_photos`, and if `size` is another one.
+        UserError: As `write_digits_photos`, and if `size` or `look` is another one.
     """
     if size not in (16, 32):
         raise UserError(f"size={size}: the digits are written at 16 or 32 pixels. Use one of them.")
+    known(look, LOOKS, "look")
     settings = {"seed": seed, "size": size, "test_every": TEST_EVERY}
-    return write_once(Path(out), "digits", settings, lambda: _digits(size, seed))
+    settings |= {} if look == "plain" else {"look": look}  # sets from before there were looks
+    return write_once(Path(out), "digits", settings, lambda: _digits(size, seed, LOOKS[look]))
 
 
 def write_photo_crops(
@@ -439,7 +452,7 @@ def _single_photos(photos: dict[str, str], size: int) -> Images:
         yield f"train{domain}/{photo}.png", scaled_photo(photo, size), {"photo": photo}
 
 
-def _digits(size: int, seed: int) -> Images:
+def _digits(size: int, seed: int, look: Callable[[np.ndarray], np.ndarray]) -> Images:
     strokes, digits = load_enlarged_digits(size)
     seen, written = Counter(), Counter()
     for source in counter_rng(seed, _DIGITS_STREAM, 0).permutation(len(strokes)).tolist():
@@ -448,7 +461,7 @@ def _digits(size: int, seed: int) -> Images:
         seen[digit] += 1
         name = f"{split}/{digit}/{written[split, digit]:04d}.png"
         written[split, digit] += 1
-        yield name, to_bytes(strokes[source])[:, :, None], {"digit": digit, "source": source}
+        yield name, to_bytes(look(strokes[source]))[:, :, None], {"digit": digit, "source": source}
 
 
 def _photo_crops(counts: dict[str, int], seed: int) -> Images:

@@ -308,9 +308,9 @@ def evaluate_generators(
 def format_generation_table(result: Mapping[str, Any]) -> str:
     """The rows of `evaluate_generators` as a Markdown table that also reads well as text."""
     rows = result["rows"]
-    notes = [
-        f"{result['count']} images in each row, the same of each class. Features: {result['extractor']}."
-    ]
+    classes = any(row["intra_class_fid"] is not None for row in rows)
+    same = ", the same of each class" if classes else ""
+    notes = [f"{result['count']} images in each row{same}. Features: {result['extractor']}."]
     if any(row["relabelled_accuracy"] is not None for row in rows):
         notes.append(
             "Relabelled: class accuracy after the renaming of the classes that makes it highest."

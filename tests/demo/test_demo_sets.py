@@ -121,6 +121,18 @@ def test_digits_are_the_originals_enlarged(roots, tmp_path):
             assert np.corrcoef(blocks.flat, originals[images[name]["source"]].flat)[0, 1] > 0.98
 
 
+@pytest.mark.parametrize("look", ["thin", "bold", "fading"])
+def test_looks_show_the_same_digits(roots, tmp_path, look):
+    root = write_digits(tmp_path / look, look=look)
+    assert read_labels(root)["images"] == read_labels(roots["digits"])["images"]
+    plain, other = (pixels(x, "train/8/0000.png").astype(float) for x in (roots["digits"], root))
+    assert (other[plain == 0] <= 1).all() and np.corrcoef(plain.flat, other.flat)[0, 1] > 0.8
+    more = other.mean() > plain.mean()
+    assert more == (look == "bold") and np.abs(plain - other).max() > 40
+    if look == "fading":
+        assert other[:8].sum() / plain[:8].sum() > 1.5 * other[8:].sum() / plain[8:].sum()
+
+
 @pytest.mark.parametrize("size", [None, 128, 256])
 def test_crops_for_training_and_testing_share_no_pixel(size, roots, tmp_path):
     """With a size those of `write_photos`, else those of the labelled set."""
@@ -215,6 +227,7 @@ def test_the_command_passes_its_options_on(command, option, value, tmp_path):
         (write_single_photos, {"size": 7}, "size=7: .*640x427.*8 to 427"),
         (write_single_photos, {"size": 428}, "size=428: .*640x427.*8 to 427"),
         (write_digits, {"size": 20}, "size=20.*16 or 32"),
+        (write_digits, {"look": "tin"}, "unknown look 'tin'. Did you mean 'thin'?"),
         (write_photo_crops, {"test_count": 0}, "test_count=0.*at least 1"),
     ],
 )
