@@ -24,8 +24,10 @@ import fastnce
 from benchmarks import machine, memory, report
 from benchmarks.published_cfl import PublishedCFL
 from benchmarks.published_cut import PublishedCUT
+from benchmarks.published_restyle import PublishedReStyle
 from benchmarks.timing import in_turns, seconds_of
-from fastnce.models import CFL, CUT, CFLConfig, CUTConfig
+from fastnce.models import CFL, CUT, CFLConfig, CUTConfig, ReStyle, ReStyleConfig
+from fastnce.networks import perceptual
 
 PROVIDERS = ("eager fp32", "fastnce fp32", "fastnce bf16")
 _GROUPS = {
@@ -63,8 +65,9 @@ class Step:
     def batch(self, size: int) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def patch_ids(self, size: int) -> Any:
-        raise NotImplementedError
+    def draws(self, size: int) -> dict[str, Any]:
+        """What a step would draw, for the check."""
+        return {}
 
     def counted(self) -> str:
         """A sentence, or several, on what was counted and not measured."""
@@ -96,13 +99,14 @@ class CUTStep(Step):
         generator = torch.Generator().manual_seed(1)
         return {name: torch.rand(1, 3, size, size, generator=generator) * 2 - 1 for name in "AB"}
 
-    def patch_ids(self, size: int) -> dict[str, list[Tensor]]:
+    def draws(self, size: int) -> dict[str, Any]:
         sides = (size + 6, size, size // 2, size // 4, size // 4)
         generator = torch.Generator().manual_seed(2)
-        return {
+        ids = {
             name: [torch.randperm(side**2, generator=generator)[:256] for side in sides]
             for name in ("NCE", "NCE_Y")
         }
+        return {"patch_ids": ids}
 
     def counted(self) -> str:
         return (
@@ -162,10 +166,11 @@ class CFLStep(Step):
         edges = (torch.rand(count, 1, *shape[1:], generator=generator) < 0.1).float()
         return {"label": label, "edges": edges, "B": image}
 
-    def patch_ids(self, size: int) -> list[Tensor]:
+    def draws(self, size: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(2)
         maps = [2 * (size // stride) ** 2 for stride in (2, 4, 8, 16)]
-        return [torch.randperm(n, generator=generator)[: self.patches] for n in maps]
+        ids = [torch.randperm(n, generator=generator)[: self.patches] for n in maps]
+        return {"patch_ids": ids}
 
     def counted(self) -> str:
         """Of 16 images on tensors without data: the published step's multiply-adds, and what its loss keeps for the gradients."""
@@ -195,6 +200,46 @@ class CFLStep(Step):
         )
 
 
+class ReStyleStep(Step):
+    """ReStyle on pSp for faces: IR-SE50, a generator of 256 pixels, L2, LPIPS and the similarity of faces, five steps."""
+
+    name = "restyle"
+    about = (
+        "ReStyle on pSp with five steps, one image of 256 pixels, all networks with random weights"
+    )
+    check_size = 32
+
+    def ours(self, size: int, precision: str = "fp32") -> ReStyle:
+        torch.manual_seed(0)
+        shape, encoder = (256, 512, 8, 3, 512, 512, 512, 512, 512, 256, 128), "ir-se50"
+        losses = {"LPIPS": (0.8, perceptual.LPIPS(None, None))}
+        if size == self.size:
+            losses["ID"] = (0.1, perceptual.IdentityLoss(None))
+        else:
+            shape, encoder = (32, 8, 2, 3, 8, 8, 8, 8), "small"
+        config = ReStyleConfig(
+            generator_shape=shape,
+            encoder=encoder,
+            image_size=size,
+            noise="fixed",
+            precision=precision,
+        )
+        model = ReStyle(config, losses)
+        model.generator.latent_avg.normal_()
+        return model
+
+    def published(self, ours: ReStyle) -> PublishedReStyle:
+        return PublishedReStyle(ours)
+
+    def pairs(self, ours: ReStyle, published: PublishedReStyle) -> list:
+        return [(ours.encoder, published.e)]
+
+    def batch(self, size: int) -> dict[str, Tensor]:
+        count = 1 if size == self.size else 2
+        generator = torch.Generator().manual_seed(1)
+        return {"image": torch.rand(count, 3, size, size, generator=generator) * 2 - 1}
+
+
 class _Kept(saved_tensors_hooks):
     """Counts the bytes of what is saved for gradients, shared storage once."""
 
@@ -216,7 +261,7 @@ class _Kept(saved_tensors_hooks):
         return sum(storage.nbytes() for storage in self.storages.values())
 
 
-STEPS = {step.name: step for step in (CUTStep(), CFLStep())}
+STEPS = {step.name: step for step in (CUTStep(), CFLStep(), ReStyleStep())}
 
 
 def check(step: Step) -> dict[str, float]:
@@ -233,8 +278,10 @@ def check(step: Step) -> dict[str, float]:
         ours = step.ours(step.check_size)
         published = step.published(ours)
         pairs = step.pairs(ours, published)
-        for network in (ours, getattr(published, "critic", ours), *(other for _, other in pairs)):
+        for network in (ours, *(getattr(published, name, ours) for name in ("critic", "g"))):
             network.to(dtype)
+        for _, other in pairs:
+            other.to(dtype)
         for name, run, networks in (
             ("eager", published.training_step, [other for _, other in pairs]),
             ("fastnce", ours.training_step, [one for one, _ in pairs]),
@@ -243,7 +290,7 @@ def check(step: Step) -> dict[str, float]:
                 key: x.to(dtype) if x.is_floating_point() else x
                 for key, x in step.batch(step.check_size).items()
             }
-            losses = run(batch, patch_ids=step.patch_ids(step.check_size))
+            losses = run(batch, **step.draws(step.check_size))
             gradients = [
                 torch.cat([p.grad.double().flatten() for p in network.parameters()])
                 for network in networks

@@ -232,8 +232,12 @@ def build_inverter(config: ReStyleConfig) -> Inverter:
     return Inverter(encoder, generator)
 
 
-def build_losses(config: ReStyleConfig) -> dict[str, tuple[float, nn.Module]]:
-    """The frozen networks whose features are compared, by the loss's name, with their weights.
+# The frozen networks whose features of two images are compared, by the loss's name, with their weights.
+Losses = Mapping[str, tuple[float, perceptual.PerceptualLoss]]
+
+
+def build_losses(config: ReStyleConfig) -> Losses:
+    """Those that `config` names.
 
     Raises:
         UserError: a loss without the files of its network.
@@ -281,6 +285,7 @@ class ReStyle(nn.Module):
 
     Args:
         config: see `ReStyleConfig`; with its `generator_shape`.
+        losses: by default those of its files.
 
     Attributes:
         inverter: E and G, an `Inverter`.
@@ -291,13 +296,13 @@ class ReStyle(nn.Module):
         UserError: no generator, sizes that the networks do not have, or a loss without the files of its network.
     """
 
-    def __init__(self, config: ReStyleConfig) -> None:
+    def __init__(self, config: ReStyleConfig, losses: Losses | None = None) -> None:
         super().__init__()
         self.config, self.steps = config, 0
         self.inverter = build_inverter(config)
         self.generator.requires_grad_(config.generator_gradients != "none")
         # They follow to a device but are no part of a checkpoint, so that they are not registered.
-        self._losses = (build_losses(config),)
+        self._losses = (build_losses(config) if losses is None else losses,)
         # y_0, which the first step sets.
         self.register_buffer("start", torch.zeros(1, config.image_channels, *config.size))
         learning = [*self.encoder.parameters()]
@@ -318,6 +323,10 @@ class ReStyle(nn.Module):
             self.optimizers["D"] = torch.optim.Adam(
                 self.latent_discriminator.parameters(), config.lr_adv, fused=True
             )
+
+    @property
+    def losses(self) -> Losses:
+        return self._losses[0]
 
     @property
     def encoder(self) -> nn.Module:
@@ -341,7 +350,7 @@ class ReStyle(nn.Module):
         self.steps = state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ReStyle:
-        for _, network in self._losses[0].values():
+        for _, network in self.losses.values():
             network._apply(fn)
         return super()._apply(fn, recurse)
 
@@ -374,7 +383,7 @@ class ReStyle(nn.Module):
             losses |= self._update_discriminator(x, z, rows)
             self.latent_discriminator.requires_grad_(False)
         with autocast(self), torch.no_grad():
-            features = {name: loss.features(x) for name, (_, loss) in self._losses[0].items()}
+            features = {name: loss.features(x) for name, (_, loss) in self.losses.items()}
         optimizer = self.optimizers["E"]
         optimizer.zero_grad(set_to_none=True)
         with autocast(self):
@@ -403,7 +412,7 @@ class ReStyle(nn.Module):
         config = self.config
         x = torch.zeros(1, config.image_channels, *config.size)
         try:
-            for loss in self._losses[0].values():
+            for loss in self.losses.values():
                 loss[1].features(x)
             self.encoder.eval()(x.repeat(1, 2 if config.feedback else 1, 1, 1))
         except (ValueError, RuntimeError) as error:
@@ -421,7 +430,7 @@ class ReStyle(nn.Module):
         terms = {}
         if config.lambda_l2 > 0:
             terms["L2"] = config.lambda_l2, F.mse_loss(step.seen.to(x.dtype), x)
-        for name, (weight, loss) in self._losses[0].items():
+        for name, (weight, loss) in self.losses.items():
             terms[name] = weight, loss(step.seen, features[name])
         if config.lambda_w_norm > 0:
             distance = perceptual.w_norm(w, self.generator.latent_avg)

@@ -6,13 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import fill_styles, sines
-from pictures import scripted
 from torch import Tensor, nn
 
+from benchmarks.published_restyle import PublishedReStyle
+from fastnce.errors import UserError
+from fastnce.networks import perceptual
 from fastnce.networks.restyle_encoder import build_encoder
 from fastnce.networks.style_generator import StyleGenerator
 from fastnce.systems.inverting import average_image
-from fastnce.systems.ranger import Ranger
 from fastnce.systems.restyle import ReStyle, ReStyleConfig
 
 BARE = {"lambda_lpips": 0.0, "lambda_id": 0.0}
@@ -129,115 +130,27 @@ TINY = BARE | {
     "generator_shape": (16, 8, 2, 3, 8, 8, 4),
     "encoder": "small",
     "image_size": 16,
-    "lambda_similarity": 0.5,
     "lambda_w_norm": 0.01,
     "lr": 1e-3,
 }
 
 
-class Means(nn.Module):
-    """Features of an image: its means over blocks, and their squares."""
+class Means(perceptual.SimilarityLoss):
+    """Of the means over blocks of an image, and their squares."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        small = F.avg_pool2d(x, 4).flatten(1)
+    def _vectors(self, images: Tensor) -> Tensor:
+        small = F.avg_pool2d(images, 4).flatten(1)
         return torch.cat([small, small * small], dim=1)
 
 
-@pytest.fixture(scope="module")
-def means(tmp_path_factory):
-    return scripted(Means(), tmp_path_factory.mktemp("similarity") / "means.pt")
-
-
-def tiny(means, **changes) -> ReStyle:
+def tiny(**changes) -> ReStyle:
     torch.manual_seed(0)
-    model = ReStyle(ReStyleConfig(**TINY | {"similarity": means} | changes))
+    model = ReStyle(ReStyleConfig(**TINY | changes), {"similarity": (0.5, Means())})
     with torch.no_grad():
         model.generator.latent_avg.normal_()
         for layer in (model.generator.conv1, *model.generator.convs):
             layer.noise.weight.fill_(0.1)
     return model
-
-
-class Published:
-    """The published step, one pass per term, with all that it computes and does not use."""
-
-    def __init__(self, model: ReStyle, similarity: nn.Module) -> None:
-        self.config, self.similarity = model.config, similarity
-        self.E, self.G = copy.deepcopy((model.encoder, model.generator))
-        self.G.requires_grad_(True)
-        kind = torch.optim.Adam if self.config.optimizer == "adam" else Ranger
-        self.optimizer = kind(self.E.parameters(), lr=self.config.lr)
-        self.pools = {"fake": [], "real": []}
-        if self.config.lambda_adv > 0:
-            self.D = copy.deepcopy(model.latent_discriminator)
-            self.d_optimizer = torch.optim.Adam(self.D.parameters(), lr=self.config.lr_adv)
-
-    def encode(self, x: Tensor) -> Tensor:
-        """The styles one after the other."""
-        last = self.E.maps(x)[-1]
-        first = self.E.styles[0](last)
-        styles = [first]
-        for i in range(1, self.E.num_styles):
-            if self.E.head == "psp":
-                styles.append(self.E.styles[i](last))
-            else:
-                styles.append(first + self.E.styles[i](last) if i <= self.E.stage else first)
-        return torch.stack(styles, dim=1)
-
-    def pooled(self, name: str, rows: Tensor) -> Tensor:
-        pool, size, found = self.pools[name], self.config.w_pool, []
-        for row in rows:
-            if len(pool) < size:
-                pool.append(row.clone())
-                found.append(row)
-            elif torch.rand(()).item() < 0.5:
-                found.append(row)
-            else:
-                place = int(torch.randint(size, ()))
-                found.append(pool[place])
-                pool[place] = row.clone()
-        return torch.stack(found)
-
-    def judge(self, x: Tensor, y: Tensor, z: Tensor, rows: Tensor, step: int) -> None:
-        with torch.no_grad():
-            fake = self.encode(torch.cat([x, y], dim=1))[torch.arange(len(x)), rows]
-            fake, real = self.pooled("fake", fake), self.pooled("real", self.G.mapping(z))
-        self.d_optimizer.zero_grad()
-        (F.softplus(-self.D(real)).mean() + F.softplus(self.D(fake)).mean()).backward()
-        self.d_optimizer.step()
-        if step % self.config.r1_every == 0:
-            real = real.detach().requires_grad_()
-            (grad,) = torch.autograd.grad(self.D(real).sum(), real, create_graph=True)
-            self.d_optimizer.zero_grad()
-            penalty = self.config.lambda_r1 / 2 * grad.square().sum(1).mean()
-            (penalty * self.config.r1_every).backward()
-            self.d_optimizer.step()
-
-    def step(self, x: Tensor, z: Tensor, rows: Tensor, number: int) -> list[float]:
-        config, k, losses = self.config, self.G.num_styles, []
-        w_avg = self.G.latent_avg.repeat(len(x), k, 1)
-        y = self.G(w_avg, noise="fixed").detach()
-        w, stage = w_avg, min(self.E.stage, k - 1)
-        if config.lambda_adv > 0:
-            self.judge(x, y, z, rows, number)
-        self.optimizer.zero_grad()
-        for _ in range(config.steps_per_batch):
-            w, y = w.detach().requires_grad_(), y.detach().requires_grad_()
-            w = w + self.encode(torch.cat([x, y], dim=1))
-            y = self.G(w, noise="random")
-            loss = config.lambda_l2 * (y - x).square().mean()
-            cosines = F.cosine_similarity(self.similarity(y), self.similarity(x))
-            loss = loss + config.lambda_similarity * (1 - cosines).mean()
-            loss = loss + config.lambda_w_norm * (w - w_avg).flatten(1).norm(dim=1).mean()
-            for i in range(1, stage + 1):
-                loss = loss + config.lambda_delta * (w[:, i] - w[:, 0]).norm(dim=1).mean()
-            if config.lambda_adv > 0:
-                terms = [F.softplus(-self.D(w[:, i])).mean() for i in range(stage + 1)]
-                loss = loss + config.lambda_adv * sum(terms) / len(terms)
-            loss.backward()
-            losses.append(loss.item())
-        self.optimizer.step()
-        return losses
 
 
 @pytest.mark.parametrize(
@@ -251,23 +164,24 @@ class Published:
     ids=["psp", "e4e"],
 )
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_step_against_the_published_one(means, changes, dtype, rtol):
+def test_step_against_the_published_one(changes, dtype, rtol):
     """Three steps in fp64, so that pools are full and stages change; one in fp32, for Adam's divisions magnify its rounding."""
-    ours = tiny(means, **changes).to(dtype)
-    theirs = Published(ours, Means())
+    ours = tiny(**changes).to(dtype)
+    theirs = PublishedReStyle(ours)
     random = torch.Generator().manual_seed(1)
     for number in range(3 if dtype == torch.float64 else 1):
         x = torch.rand(3, 3, 16, 16, generator=random, dtype=dtype) * 2 - 1
         z = torch.randn(3, 8, generator=random, dtype=dtype)
-        theirs.E.stage = ours.config.stage(number, 6)
-        rows = torch.randint(min(theirs.E.stage, 5) + 1, (3,), generator=random)
+        theirs.e.stage = ours.config.stage(number, 6)
+        rows = torch.randint(min(theirs.e.stage, 5) + 1, (3,), generator=random)
         torch.manual_seed(number)
         losses = ours.training_step({"image": x}, z=z, rows=rows)
         torch.manual_seed(number)
-        expected = theirs.step(x, z, rows, number)
-        found = [losses[f"loss_{t}"].item() for t in range(1, 6)]
-        assert found == pytest.approx(expected, rel=rtol)
-        pairs = list(zip(ours.encoder.parameters(), theirs.E.parameters(), strict=True))
+        expected = theirs.training_step({"image": x}, z=z, rows=rows)
+        assert losses.keys() == expected.keys()
+        for name, loss in losses.items():
+            assert loss.item() == near(expected[name].item(), rtol), name
+        pairs = list(zip(ours.encoder.parameters(), theirs.e.parameters(), strict=True))
         scale = max(p.grad.abs().max().item() for _, p in pairs if p.grad is not None)
         for mine, other in pairs:
             assert (mine.grad is None) == (other.grad is None)
@@ -276,7 +190,82 @@ def test_step_against_the_published_one(means, changes, dtype, rtol):
         assert all(p.grad is None for p in ours.generator.parameters())
     if dtype == torch.float64:
         close = {"rtol": 1e-7, "atol": 1e-9}
-        torch.testing.assert_close(ours.encoder.state_dict(), theirs.E.state_dict(), **close)
+        torch.testing.assert_close(ours.encoder.state_dict(), theirs.e.state_dict(), **close)
         if changes:
             judge = ours.latent_discriminator.state_dict()
-            torch.testing.assert_close(judge, theirs.D.state_dict(), **close)
+            torch.testing.assert_close(judge, theirs.d.state_dict(), **close)
+
+
+def batch(seed: int = 3) -> dict[str, Tensor]:
+    return {"image": torch.rand(3, 3, 16, 16, generator=torch.manual_seed(seed)) * 2 - 1}
+
+
+def test_one_step_is_an_encoder_that_also_sees_the_average():
+    model = tiny(steps_per_batch=1, noise="fixed", lambda_w_norm=0.0)
+    x, generator = batch()["image"], model.generator
+    with torch.no_grad():
+        average = average_image(generator, (16, 16)).expand(3, -1, -1, -1)
+        w = generator.latent_avg + copy.deepcopy(model.encoder)(torch.cat([x, average], dim=1))
+        y = generator(w)
+    loss = F.mse_loss(y, x) + 0.5 * Means()(y, Means().features(x))
+    assert model.training_step({"image": x})["loss_1"].item() == near(loss.item(), 1e-6)
+
+
+def test_a_generator_that_learns_keeps_its_first_average():
+    """As published; a run that goes on must have it from its checkpoint."""
+    model = tiny(generator_gradients="train")
+    before = copy.deepcopy(model.generator)
+    for _ in range(2):
+        model.training_step(batch())
+    assert not torch.equal(before.to_rgb1.bias, model.generator.to_rgb1.bias)
+    assert torch.equal(model.start, average_image(before, (16, 16)))
+    other = tiny(generator_gradients="train")
+    other.load_state_dict(model.state_dict())
+    other.optimizers["E"].load_state_dict(model.optimizers["E"].state_dict())
+    losses = []
+    for one in (model, other):
+        torch.manual_seed(0)
+        losses.append(one.training_step(batch()))
+    assert losses[0] == losses[1]
+
+
+def test_fakes_of_the_latent_discriminator_with_the_mean_latent():
+    """As published they lack it, and are easily told from mapped noise."""
+    rows, z = torch.tensor([0, 1, 5]), torch.zeros(3, 8)
+    for fakes, share in (("raw", 0.0), ("latents", 1.0)):
+        model = tiny(**E4E, adv_fakes=fakes)
+        judge, encoder = copy.deepcopy((model.latent_discriminator, model.encoder))
+        average = average_image(model.generator, (16, 16)).expand(3, -1, -1, -1)
+        w = encoder(torch.cat([batch()["image"], average], dim=1))
+        w = w[torch.arange(3), rows] + share * model.generator.latent_avg
+        found = model.training_step(batch(), z=z, rows=rows)["D_fake"]
+        assert found.item() == near(F.softplus(judge(w)).mean().item(), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feedback": False}, "steps_per_batch=5, but without feedback"),
+        ({"image_height": 300}, "image_height=300 is more than the width image_size=256"),
+        ({"pyramid": True, "encoder": "small"}, "pyramid: encoder=small has none"),
+        ({"lambda_id": 0.1, "lambda_moco": 0.5}, "lambda_id=0.1 is for faces"),
+        ({"lambda_l2": 0.0}, "compare no images"),
+        ({"progressive_every": 0}, "progressive_every=0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        ReStyleConfig(**BARE | changes)
+
+
+def test_a_loss_without_its_files_names_the_option():
+    shape = {"generator_shape": TINY["generator_shape"], "encoder": "small"}
+    for changes, option in (
+        ({"lambda_id": 0.0}, "lambda_lpips=0.8 .* lpips_backbone"),
+        ({"lambda_lpips": 0.0}, "lambda_id=0.1 .* face_weights"),
+        (BARE | {"lambda_similarity": 1.0}, "lambda_similarity=1.0 .* similarity"),
+    ):
+        with pytest.raises(UserError, match=f"{option} is missing"):
+            ReStyle(ReStyleConfig(**shape, **changes))
+    with pytest.raises(UserError, match="generator is missing"):
+        ReStyle(ReStyleConfig(**BARE))
