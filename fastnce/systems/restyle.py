@@ -742,10 +742,9 @@ class ReStyleSystem(LabelledSystem):
         self, config: ReStyleConfig, dataset: LabelledImages
     ) -> Callable[[nn.Module], Rows]:
         """The images, and what each step makes of them."""
-        shown = test_images(config)
+        x = some_of(test_images(config), config.sample_count)
 
         def rows(network: Inverter) -> Rows:
-            x = torch.stack([shown.image(i) for i in range(min(config.sample_count, len(shown)))])
             steps = inversions(network, x, config.steps_per_batch)
             return {"image": list(x)} | {
                 f"step {number}": list(seen) for number, seen in enumerate(steps, 1)
@@ -755,9 +754,7 @@ class ReStyleSystem(LabelledSystem):
 
     def measure(self, config: ReStyleConfig, dataset: LabelledImages) -> Measure:
         """Mean squared differences of test images and their reconstructions after each step, and "l2", that of the last one."""
-        shown = test_images(config)
-        places = torch.linspace(0, len(shown) - 1, min(config.measure_count, len(shown))).long()
-        x = torch.stack([shown.image(i) for i in places.tolist()])
+        x = some_of(test_images(config), config.measure_count)
 
         def measure(_: nn.Module, network: Inverter) -> dict[str, float]:
             errors = [
@@ -819,6 +816,12 @@ def test_images(config: ReStyleConfig) -> LabelledImages:
     from fastnce.data.labelled import has_split
 
     return images(config, "test" if has_split(config.data, "test") else "train")
+
+
+def some_of(images: LabelledImages, count: int) -> Tensor:
+    """`count` of the images, or all, spread evenly: (N, C, H, W)."""
+    places = torch.linspace(0, len(images) - 1, min(count, len(images)), dtype=torch.float64)
+    return torch.stack([images.image(i) for i in places.long().tolist()])
 
 
 @torch.inference_mode()
