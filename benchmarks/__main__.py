@@ -12,15 +12,12 @@ import torch
 
 from benchmarks import (
     cases,
-    cold_start,
     distributed,
     gpu_report,
     machine,
     measure,
     report,
     steps,
-    targets,
-    waiting,
 )
 from fastnce.errors import UserError, known
 from fastnce.precision import float32_products
@@ -34,10 +31,7 @@ _COMMANDS = {
     "demo": "one case of the main ops in half a minute; writes demo.md, demo.json, demo.png",
     "steps": "a training step of a system (--only cut, cfl) against the published one in eager PyTorch: time, memory; on a CPU",
     "distributed": "info_nce over 4 gloo ranks of this machine: time and memory of each rank; --size full: up to 65536 rows",
-    "cold_start": "compiling the Triton kernels of a step for every GPU generation; on a GPU the first call against the second",
-    "waiting": "training steps under each way that OpenMP's threads can wait, on the machine as it is and beside a busy process",
-    "gpu-report": "on a machine with a GPU: builds, verifies, tests, measures, judges; writes results.json, results.md, verify.md, verdicts/",
-    "gpu-targets": "what the GPU kernels must reach: judges the --results of a gpu-report, or says what is not measured",
+    "gpu-report": "on a machine with a GPU: builds, verifies, tests, measures; writes results.json, results.md, verify.md, verdicts/",
 }
 _DESCRIPTION = """\
 Times the fused losses against plain PyTorch, torch.compile, fused attention and the published eager forms.
@@ -92,7 +86,6 @@ def _parser() -> argparse.ArgumentParser:
     limit = "begin no further case after this time (default: none; demo: twice its --seconds)"
     add("--limit", type=_positive, metavar="SECONDS", help=limit)
     add("--minutes", type=_positive, default=9.0, help="gpu-report: time for all (default 9)")
-    add("--results", type=Path, metavar="FILE", help="gpu-targets: results.json of a gpu-report")
     return parser
 
 
@@ -117,8 +110,6 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--threads must be at least 1, got {args.threads}")
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         parser.error(f"--out {args.out} is a file; give a folder")
-    if args.results is not None and not args.results.is_file():
-        parser.error(f"--results {args.results}: no such file; make gpu-report writes one")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -144,12 +135,6 @@ def _run(args: argparse.Namespace) -> int:
     match args.command:
         case "gpu-report":
             return gpu_report.main(args.out or Path("out/gpu-report"), args.minutes)
-        case "gpu-targets":
-            return targets.main(args.out, args.results)
-        case "cold_start":
-            return cold_start.main([] if args.out is None else ["--out", str(args.out)])
-        case "waiting":
-            return waiting.main(args.out, seconds=args.seconds or 1.0)
         case "steps":
             return steps.main(args.out, args.only)
         case "distributed":

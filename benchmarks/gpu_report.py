@@ -1,4 +1,4 @@
-"""One command for a machine with a GPU: build, verify, test, measure, judge, report, within a fixed time and without a network.
+"""One command for a machine with a GPU: build, verify, test, measure, report, within a fixed time and without a network.
 
 Each step is a process of its own with a time limit: a crash or a hang on the device costs that step alone.
 """
@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases, machine, report, targets
+from benchmarks import cases, machine, report
 
 # Shares of the whole time at most; what these steps leave over, the benchmarks get.
 _BUILD_SHARE, _VERIFY_SHARE, _TEST_SHARE, _SANITIZE_SHARE = 0.2, 0.25, 0.25, 0.1
 _DTYPES = ("bfloat16", "float32")
-# (set of cases, dtypes, share of the time that is left): first what the targets are about, then the wider look.
+# (set of cases, dtypes, share of the time that is left): first the large ones, then the wider look.
 _PHASES = (("target", ("bfloat16",), 0.7), ("quick", _DTYPES, 1.0))
-# The ops whose targets name torch.compile. For the others it would compile for most of the time.
+# The ops that torch.compile takes part in. For the others it would compile for most of the time.
 _COMPILED = ("patch_nce", "conditional_contrastive")
 
 _PYTEST = ["-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--tb=short"]
@@ -91,7 +91,7 @@ def main(out: Path, minutes: float = 9.0) -> int:
 
     Returns:
         0 if build, verification, tests and sanitizers passed (or there was nothing to run) and no backend of this package was wrong; 1 otherwise,
-        also on a machine without a GPU. Targets that are missed are reported and change nothing.
+        also on a machine without a GPU.
     """
     if not torch.cuda.is_available():
         print(
@@ -104,8 +104,7 @@ def main(out: Path, minutes: float = 9.0) -> int:
     device = torch.device("cuda")
     facts = machine.describe(device)
     rates = machine.matmul_rates(device, [torch.bfloat16, torch.float32], calls=10)
-    bandwidth = machine.bandwidth(device)
-    _say(f"{facts['device']}, torch.mm {rates} GFLOP/s, memory {bandwidth:,.0f} GB/s")
+    _say(f"{facts['device']}, torch.mm {rates} GFLOP/s")
 
     steps = {
         "build": step(["-m", "fastnce", "build"], _BUILD_SHARE * total),
@@ -116,9 +115,6 @@ def main(out: Path, minutes: float = 9.0) -> int:
     for name in _SANITIZERS:
         steps[name] = _sanitize(name, _SANITIZE_SHARE * total / len(_SANITIZERS))
     results = _benchmarks(total - (time.monotonic() - start), steps)
-    verdicts = targets.judge(
-        {"results": results, "matmul_gflops": rates, "bandwidth_gbs": bandwidth}
-    )
     lines = [f"- {name}: {found['status']}" for name, found in steps.items()]
     lines += ["", "```", steps["backends"]["output"].strip(), "```"]
     title = f"GPU report, {facts['device']}"
@@ -130,8 +126,8 @@ def main(out: Path, minutes: float = 9.0) -> int:
         machine=facts,
         rates=rates,
         settings={"command": "gpu-report", "minutes": minutes, "dtypes": list(_DTYPES)},
-        more={"bandwidth_gbs": bandwidth, "steps": steps, "targets": verdicts},
-        text="\n".join(["\n## Targets\n", targets.table(verdicts), "## Steps\n", *lines, ""]),
+        more={"steps": steps},
+        text="\n".join(["\n## Steps\n", *lines, ""]),
     )
     report.plots(out, "results", results, title, together=True)
     print(text)

@@ -105,13 +105,6 @@ def _rate(device: torch.device, dtype: torch.dtype, calls: int) -> float:
     return 2 * size**3 / median_seconds(lambda: torch.mm(a, b), calls, device) / 1e9
 
 
-def bandwidth(device: torch.device, calls: int = 10) -> float:
-    """GB/s of the memory: bytes read and written by a copy far larger than any cache, the median of ``calls``."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), calls, device) / 1e9
-
-
 def free_bytes(device: torch.device) -> int | None:
     """Free memory of a device; None where the system does not say."""
     if device.type == "cuda":

@@ -162,7 +162,7 @@ def invert(run: Path, input: Path, out: Path, **how: Any) -> None:
     """Find the latents of a folder of images, or of one, with a trained ReStyle encoder.
 
     Writes the images of each step in folders of their own, step-1 and so on; latents.npz, the latents of each step, with the files'
-    names below --input; and steps.png, which shows the first images: an image, the average image, the steps.
+    names below --input; and steps.png, which shows some images, the average image, and the steps.
 
     Args:
         run: Folder of a training run of restyle, or a checkpoint of the published programs, .pt.
@@ -173,7 +173,7 @@ def invert(run: Path, input: Path, out: Path, **how: Any) -> None:
 
     made, how = inversion(run, **how)
     count = invert_folder(made, input, out, **how)
-    print(f"Inverted {count} image{'s' * (count != 1)} into {out}; steps.png shows the first ones")
+    print(f"Inverted {count} image{'s' * (count != 1)} into {out}; steps.png shows some")
 
 
 @with_options_of(opened, inversion, "fastnce.systems.inverting.invert_folder")
@@ -206,8 +206,8 @@ def steps(
 ) -> None:
     """Show what each step of an inversion makes of images, and where and how much it changes them.
 
-    Writes steps.png, a row for each of the first images: the image, the average image, the steps; and changes.png, heat maps of the
-    mean change over all images: above each step on a scale of its own, below all on one.
+    Writes steps.png, rows of some images, of the average image, and of the steps; and changes.png, heat maps of the root of the mean
+    squared change over all images: above each step on a scale of its own, below all on one.
 
     Args:
         run: Folder of a training run of restyle.
@@ -239,6 +239,7 @@ def evaluate(
     steps: int | None = None,
     first: Path | None = None,
     first_steps: int | None = None,
+    targets: Path | None = None,
     out: Path | None = None,
     broken_files: Literal["error", "skip"] | None = None,
     **opening: Any,
@@ -270,6 +271,8 @@ def evaluate(
         steps: ReStyle: steps of the inversion; by default as in the training, or 1 behind another run.
         first: ReStyle: folder of a run whose encoder makes the first steps, as in `fastnce bootstrap`.
         first_steps: ReStyle: steps of that encoder; by default 1.
+        targets: ReStyle: folder of data with the images that the reconstructions should show instead of those of --data, by the
+            same names, such as the same digits in another look.
         out: Folder of the report, by default that of the run or of the images.
         broken_files: What a file that cannot be read does: skip leaves it out and names it, error stops; by default as in
             the training.
@@ -292,7 +295,7 @@ def evaluate(
         "value_range": value_range,
     }
     more = {name: opening.pop(name) for name in [*opening] if name not in OPENING}
-    more |= {"steps": steps, "first": first, "first_steps": first_steps}
+    more |= {"steps": steps, "first": first, "first_steps": first_steps, "targets": targets}
     if images is not None:
         report = Report(out or images)
         for name, value in (more | {"without_nce": without_nce}).items():

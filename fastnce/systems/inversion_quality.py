@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,7 @@ def evaluate_inversion(
     lpips_weights: Path | None = None,
     face_weights: Path | None = None,
     edit: Path | None = None,
+    targets: LabelledImages | None = None,
 ) -> tuple[dict[str, Any], str]:
     """The errors of each step, with those of the average image beside them, and the latent's editability.
 
@@ -76,14 +78,22 @@ def evaluate_inversion(
         lpips_weights: ReStyle: LPIPS' linear layers; by default as in the training.
         face_weights: ReStyle: ArcFace's IR-SE50, for the identity of faces; by default as in the training.
         edit: ReStyle: file of the direction d of LEC, as for `fastnce edit`; by default the generator's first of SeFa.
+        targets: images, as `images`, that the reconstructions should show instead of these, such as the same in another look.
 
     Returns:
         The result, with "rows", and its table.
 
     Raises:
-        UserError: no images, or a file that is not what it should be.
+        UserError: no images, targets of other names, or a file that is not what it should be.
     """
     from fastnce.metrics.tables import measured, rows_table
+
+    targets = targets or images
+    for name, other in zip_longest(*(next(iter(x.files().values())) for x in (images, targets))):
+        if name != other:
+            raise UserError(
+                f"targets: of {name} in {data} there is {other}. Name a folder of the same names."
+            )
 
     files = {
         name: value or getattr(inversion.config, name)
@@ -97,9 +107,11 @@ def evaluate_inversion(
     comparisons = _comparisons(inversion, images, data, extractor, files)
     generator = inversion.network.generator
     direction = sefa(generator, 1)[0] if edit is None else read_direction(edit, generator)
-    rows = _rows(inversion, images, comparisons)
+    rows = _rows(inversion, images, targets, comparisons)
     *_, last, _ = rows
-    last["lec"] = _mean(editing_consistency(inversion, x, direction) for x, _ in _batches(images))
+    last["lec"] = _mean(
+        editing_consistency(inversion, x, direction) for x, _, _ in _batches(images, targets)
+    )
     notes = [
         f"{len(images)} images of {data}. change: mean squared, from the step before. latent: distance from the mean latent."
     ]
@@ -108,10 +120,13 @@ def evaluate_inversion(
     return {"images": len(images), "steps": inversion.names, "rows": rows}, table
 
 
-def _batches(images: LabelledImages) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images (B, C, H, W) and their labels, in order."""
+def _batches(
+    images: LabelledImages, targets: LabelledImages
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The images (B, C, H, W), their targets and their labels, in order."""
     for chosen in torch.arange(len(images)).split(_BATCH):
-        yield torch.stack([images.image(i) for i in chosen.tolist()]), images.labels[chosen]
+        x, y = (torch.stack([own.image(i) for i in chosen.tolist()]) for own in (images, targets))
+        yield x, y, images.labels[chosen]
 
 
 def _comparisons(
@@ -188,20 +203,23 @@ class _Grey:
 
 @torch.inference_mode()
 def _rows(
-    inversion: Inversion, images: LabelledImages, comparisons: dict[str, Comparison]
+    inversion: Inversion,
+    images: LabelledImages,
+    targets: LabelledImages,
+    comparisons: dict[str, Comparison],
 ) -> list[dict[str, Any]]:
     """The mean over all images of each comparison, for the average image, for each step, and for the images themselves."""
     device, (latent_avg, average) = inversion.device, inversion.start
     names = ["average image", *inversion.names, "the images"]
     sums: list[dict[str, float]] = [{} for _ in names]
-    for x, labels in _batches(images):
-        x, labels = x.to(device), labels.to(device)
-        targets = {name: c.target(x, labels) for name, c in comparisons.items()}
+    for batch in _batches(images, targets):
+        x, y, labels = (part.to(device) for part in batch)
+        wanted = {name: c.target(y, labels) for name, c in comparisons.items()}
         steps = [(average.expand_as(x), latent_avg), *((s.image, s.latent) for s in inversion(x))]
         before = None
         for row, (image, latent) in zip(sums, [*steps, (x, None)], strict=True):
             seen = at_size(_as_saved(image), inversion.config.size)
-            values = {name: c.compare(seen, targets[name]) for name, c in comparisons.items()}
+            values = {name: c.compare(seen, wanted[name]) for name, c in comparisons.items()}
             if latent is not None:
                 values["distance"] = (latent - latent_avg).flatten(1).norm(dim=1)
                 if before is not None:

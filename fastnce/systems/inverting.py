@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,8 +16,8 @@ from fastnce.files import expect_apart
 from fastnce.systems.system import image_batches
 from fastnce.systems.translation import input_channels
 
-# Images inverted at a time where nothing else is said, and the rows of a strip of steps.
-_BATCH, _ROWS = 16, 8
+# Images inverted at a time where nothing else is said, and those that a picture of steps shows.
+_BATCH, _COLUMNS = 16, 8
 
 
 class Step(NamedTuple):
@@ -250,6 +250,10 @@ class Inversion:
         """w_0 (1, k, D) and y_0 (1, C, H, W), on the network's device."""
         return average_start((self.first or self.network).generator, self.config.size)
 
+    def average(self, count: int) -> Tensor:
+        """y_0 for so many images, on the CPU."""
+        return self.start[1].expand(count, -1, -1, -1).float().cpu()
+
     def __call__(self, x: Tensor) -> Iterator[Step]:
         """The steps of images (B, C, H, W) on the network's device, one for each of `names`."""
         network, how = self.network, {"steps": self.steps, "start": self.start}
@@ -298,7 +302,7 @@ def invert_folder(
 
     `OUT/STEP/NAME.png` at the generator's size, STEP being one of the inversion's `names` with a hyphen, and the latents
     `OUT/latents.npz`: "latents" (N, steps, k, D) float32 and "names" (N,), the files' names below `input`, sorted; a .safetensors
-    file has "names" in its metadata, as JSON. `OUT/steps.png` shows the first images: an image, the average, the steps.
+    file has "names" in its metadata, as JSON. `OUT/steps.png` shows some images, the average, and the steps.
 
     Args:
         inversion: how.
@@ -314,44 +318,64 @@ def invert_folder(
     Raises:
         UserError: no images, a broken one, or `out` cannot be written.
     """
-    from fastnce.data import list_images, save_image
+    from fastnce.data import save_image
     from fastnce.systems.representation import write_arrays
     from fastnce.systems.translating import targets
-    from fastnce.viz.plots import save_sample_grid
 
     input, out = Path(input), Path(out)
-    if input.is_dir():
-        expect_apart(out, [input])
-    elif not input.exists():
-        raise UserError(
-            f"input={input}: no such file or folder. Name an image, or a folder of images."
-        )
-    folder, paths = (input, list_images(input)) if input.is_dir() else (input.parent, [input])
+    paths = _paths(input, out)
     written = [targets(paths, input, out / name.replace(" ", "-")) for name in inversion.names]
+    folder = input.parent if input.is_file() else input
     names: list[str] = []
     found: list[Tensor] = []
-    rows: dict[str, list[Tensor]] = {}
+    strip = _Strip(inversion, len(paths))
     for batch_names, x in inversion.batches(input, batch_size, broken_files):
-        latent, seen = [], [inversion.start[1].expand(len(x), -1, -1, -1).cpu()]
+        latent, seen = [], [inversion.average(len(x))]
         for files, step in zip(written, _inverted(inversion, x), strict=True):
             for name, image in zip(batch_names, step.image, strict=True):
                 save_image(image, files[folder / name])
             latent.append(step.latent)
             seen.append(step.seen)
-        _add_rows(rows, batch_names, x, seen)
+        strip.add(x, seen)
         names += batch_names
         found.append(torch.stack(latent, dim=1))
     write_arrays(out / f"latents.{latents}", names, latents=torch.cat(found))
-    save_sample_grid(rows, out / "steps.png")
+    strip.save(out / "steps.png")
     return len(names)
 
 
-def _add_rows(
-    rows: dict[str, list[Tensor]], names: list[str], x: Tensor, seen: list[Tensor]
-) -> None:
-    """Adds rows of an image and its reconstructions (B, C, H, W) to a strip, until it is full."""
-    for index, name in enumerate(names[: _ROWS - len(rows)]):
-        rows[name] = [x[index], *(images[index] for images in seen)]
+class _Strip:
+    """The picture of an inversion: a row for the images, for the average and for each step, of images from all of a folder."""
+
+    def __init__(self, inversion: Inversion, count: int) -> None:
+        self.rows: dict[str, list[Tensor]] = {
+            name: [] for name in ("image", "average", *inversion.names)
+        }
+        self.chosen = set(torch.linspace(0, count - 1, min(count, _COLUMNS)).long().tolist())
+        self.passed = 0
+
+    def add(self, x: Tensor, seen: Sequence[Tensor]) -> None:
+        """Takes what is shown of a batch: images and their reconstructions, the average first, (B, C, H, W) each."""
+        for index in range(len(x)):
+            if self.passed + index in self.chosen:
+                for row, images in zip(self.rows.values(), (x, *seen), strict=True):
+                    row.append(images[index])
+        self.passed += len(x)
+
+    def save(self, path: Path) -> None:
+        from fastnce.viz.plots import save_sample_grid
+
+        save_sample_grid(self.rows, path)
+
+
+def _paths(input: Path, out: Path) -> list[Path]:
+    """The images of a folder, or one; `UserError` if there are none, or if results would be among them."""
+    from fastnce.data import list_images
+
+    if input.is_file():
+        return [input]
+    expect_apart(out, [input])
+    return list_images(input)
 
 
 @torch.inference_mode()
@@ -380,9 +404,9 @@ def visualize_steps(
 ) -> Changes:
     """Writes the pictures `OUT/steps.png` and `OUT/changes.png` of the inversion of a folder of images, or of one.
 
-    steps.png has a row for each of the first images: the image, the average image, the steps. changes.png has a heat map for each
-    step over all images: above each on a scale of its own, which shows where the step changes the images, below all on one scale,
-    which shows how much.
+    steps.png has rows of some images, of the average image, and of the steps. changes.png has a heat map for each step over all
+    images, of the root of `Changes.maps`: above each on a scale of its own, which shows where the step changes the images, below
+    all on one scale, which shows how much.
 
     Args:
         inversion: how.
@@ -395,21 +419,17 @@ def visualize_steps(
         UserError: no images, a broken one, or `out` cannot be written.
     """
     from fastnce.viz.feature_maps import save_changes
-    from fastnce.viz.plots import save_sample_grid
 
     input, out = Path(input), Path(out)
-    if input.is_dir():
-        expect_apart(out, [input])
-    count, sums = 0, torch.zeros(len(inversion.names), *inversion.start[1].shape[2:])
-    rows: dict[str, list[Tensor]] = {}
-    for names, x in inversion.batches(input, batch_size, broken_files):
-        seen = [inversion.start[1].expand(len(x), -1, -1, -1).cpu()]
+    strip = _Strip(inversion, len(_paths(input, out)))
+    sums = torch.zeros(len(inversion.names), *inversion.config.size)
+    for _, x in inversion.batches(input, batch_size, broken_files):
+        seen = [inversion.average(len(x))]
         for t, step in enumerate(_inverted(inversion, x)):
             sums[t] += (step.seen - seen[-1]).square().mean(1).sum(0)
             seen.append(step.seen)
-        _add_rows(rows, names, x, seen)
-        count += len(x)
-    changes = Changes(inversion.names, sums / count)
-    save_sample_grid(rows, out / "steps.png")
+        strip.add(x, seen)
+    changes = Changes(inversion.names, sums / strip.passed)
+    strip.save(out / "steps.png")
     save_changes(*changes, out / "changes.png")
     return changes

@@ -639,7 +639,7 @@ class ReStyleSystem(LabelledSystem):
     output = "latents"
     judged_by = frozenset(
         {"steps", "first", "first_steps", "extractor", "lpips_backbone", "lpips_weights"}
-        | {"face_weights", "edit"}
+        | {"face_weights", "edit", "targets"}
     )
     reported = ("encoder", "head", "pyramid", "feedback", "steps_per_batch")
     reports_cost = True
@@ -768,15 +768,23 @@ class ReStyleSystem(LabelledSystem):
         steps: int | None = None,
         first: Any = None,
         first_steps: int | None = None,
+        targets: Path | None = None,
         **settings: Any,
     ) -> tuple[dict[str, Any], str]:
         """What is left of test images after each step: see `evaluate_inversion` and `Inversion`."""
         from fastnce.systems.inversion_quality import evaluate_inversion
 
-        own = data.resolve() == config.data.resolve()
-        shown = test_images(config if own else replace(config, data=data, class_names=()))
+        shown, wanted = (
+            folder
+            and test_images(
+                config
+                if folder.resolve() == config.data.resolve()
+                else replace(config, data=folder, class_names=())
+            )
+            for folder in (data, targets)
+        )
         inversion = Inversion(networks["run"], config, steps, first, first_steps)
-        return evaluate_inversion(inversion, shown, data, **settings)
+        return evaluate_inversion(inversion, shown, data, targets=wanted, **settings)
 
 
 def images(

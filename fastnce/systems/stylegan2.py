@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from fastnce.errors import UserError
 from fastnce.networks import StyleDiscriminator, StyleGenerator
-from fastnce.networks.style_generator import load_rosinality, save_rosinality, style_options
-from fastnce.networks.weights import load_strictly, read_plain
+from fastnce.networks.style_generator import load_rosinality, save_rosinality
 from fastnce.systems import options
 from fastnce.systems.adversarial import (
     at_least_fp32,
@@ -138,28 +137,6 @@ def build_generator(config: StyleGAN2Config) -> StyleGenerator:
         config.widths,
         config.image_channels,
     )
-
-
-def load_style_generator(path: Path) -> StyleGenerator:
-    """The generator of a run of stylegan2, its averaged weights, or of a file in rosinality's layout, on the CPU.
-
-    Raises:
-        UserError: there is none, or the file is damaged.
-    """
-    if not path.is_dir():
-        return load_rosinality(path)[0]
-    checkpoint, instead = (
-        path / "checkpoints" / "last.pt",
-        "Name the folder of a `fastnce train stylegan2`.",
-    )
-    content = read_plain(checkpoint, instead)
-    try:
-        state = content["average"]["module"]
-        generator = StyleGenerator(**style_options(state))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: is a run of another system than stylegan2. {instead}") from error
-    load_strictly(generator, state, checkpoint)
-    return generator
 
 
 def sizes_of(generator: StyleGenerator) -> dict[str, Any]:

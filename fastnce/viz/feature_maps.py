@@ -118,11 +118,14 @@ def save_feature_colours(
 
 
 def save_changes(names: Sequence[str], maps: Tensor, path: Path) -> None:
-    """A heat map for each named step, (steps, H, W): above on a scale of its own, below on one scale for all, with the mean."""
+    """A heat map for each named step, (steps, H, W): above on a scale of its own, below on one scale for all, with the mean.
+
+    Colours stand for the root of the values, so that small steps are seen beside large ones.
+    """
     figure, all_axes = _grid_of_axes(2, len(maps), maps, below=0.2)
     for column, (name, values) in enumerate(zip(names, maps, strict=True)):
         for axes, greatest in zip(all_axes[:, column], (values.max(), maps.max()), strict=True):
-            axes.imshow(values.numpy(), cmap="inferno", vmin=0, vmax=greatest)
+            axes.imshow(values.sqrt().numpy(), cmap="inferno", vmin=0, vmax=greatest.sqrt())
         all_axes[0, column].set_title(name, fontsize=_FONT)
         all_axes[1, column].set_xlabel(f"{values.mean():.2g}", fontsize=_FONT, labelpad=2)
     for axes, label in zip(all_axes[:, 0], ("where", "how much"), strict=True):

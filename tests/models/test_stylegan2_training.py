@@ -12,8 +12,7 @@ from torch import Tensor
 from fastnce.errors import UserError
 from fastnce.models import StyleGAN2, StyleGAN2Config
 from fastnce.networks import StyleGenerator
-from fastnce.networks.style_generator import save_rosinality
-from fastnce.systems.stylegan2 import generate_folder, load_style_generator, path_lengths
+from fastnce.systems.stylegan2 import generate_folder, path_lengths
 
 TINY = StyleGAN2Config(
     image_size=16,
@@ -218,13 +217,3 @@ def test_generated_images(tmp_path):
 def test_mistakes(changes, message):
     with pytest.raises(UserError, match=message):
         model(**changes)
-
-
-def test_a_file_that_holds_no_generator(tmp_path):
-    torch.manual_seed(0)
-    save_rosinality(tmp_path / "g.pt", model().generator.float())
-    assert load_style_generator(tmp_path / "g.pt").num_styles == 6
-    (tmp_path / "checkpoints").mkdir()
-    torch.save({"average": {"module": {}}}, tmp_path / "checkpoints" / "last.pt")
-    with pytest.raises(UserError, match="is a run of another system than stylegan2"):
-        load_style_generator(tmp_path)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from fastnce import cli
-from fastnce.data import load_image
+from fastnce.data import load_image, save_image
 from fastnce.errors import UserError
 from fastnce.metrics.distribution import as_saved
 from fastnce.networks import perceptual
@@ -236,8 +236,8 @@ def test_a_folder_is_inverted_to_images_and_latents(inversion, folder, tmp_path,
         for name, image in zip(found["names"], step.image, strict=True):
             written = load_image(out / f"step-{t + 1}" / name)
             torch.testing.assert_close(written, as_saved(image), atol=2.1 / 255, rtol=0)
-    with Image.open(out / "steps.png") as strip:  # three rows; an image, the average, two steps
-        assert strip.height == 3 * 100 + 4 and strip.width > 4 * 100
+    with Image.open(out / "steps.png") as strip:  # of three images: these, the average, two steps
+        assert strip.height == 4 * 100 + 4 and 300 < strip.width < 400
 
 
 def test_the_latents_of_more_steps_in_another_file(config, folder, tmp_path):
@@ -291,7 +291,7 @@ def test_mistakes_of_an_inversion_are_named(inversion, config, folder, tmp_path)
     assert invert_folder(inversion, wide, tmp_path / "out") == 1
     with pytest.raises(UserError, match="which is read: results would become input"):
         invert_folder(inversion, wide, wide / "out")
-    with pytest.raises(UserError, match="no such file or folder"):
+    with pytest.raises(UserError, match="no such folder"):
         invert_folder(inversion, wide / "none", tmp_path / "out")
     one_step = replace(config, feedback=False, steps_per_batch=1)
     with pytest.raises(UserError, match="steps=2, but the encoder takes the 3 channels"):
@@ -378,6 +378,25 @@ def test_distances_of_networks_that_the_user_names(inversion, config, monkeypatc
     assert result["rows"][-1]["lec"] == pytest.approx(lec)
 
 
+def test_what_the_images_should_become(inversion, config, tmp_path):
+    shown, data = images_of(config, "test"), config.data
+    negatives = tmp_path / "negatives"
+    for path in data.rglob("*.png"):
+        save_image(-load_image(path), negatives / path.relative_to(data))
+    wanted = images_of(replace(config, data=negatives), "test")
+    result, _ = evaluate_inversion(inversion, shown, data, targets=wanted)
+    x = torch.stack([shown.image(i) for i in range(12)])
+    *_, last = inversion(x)
+    expected = (as_saved(last.image) + x).square().mean().item()
+    assert result["rows"][-1]["l2"] == pytest.approx(expected, rel=1e-2)
+    assert result["rows"][-2]["l2"] == pytest.approx((2 * x).square().mean().item(), rel=1e-2)
+    (negatives / "test" / "ant" / "0.png").rename(negatives / "test" / "ant" / "a.png")
+    with pytest.raises(UserError, match=r"targets: of .*0.png in .* there is"):
+        evaluate_inversion(
+            inversion, shown, data, targets=images_of(replace(config, data=negatives), "test")
+        )
+
+
 def test_consistency_of_edits_against_its_closed_form(images):
     """The encoder goes half of the way: w = a + (x - a) / 2, and back from w + 3 d it ends at a + (w + 3 d - a) / 2."""
     network = Inverter(Halver(), Pixels()).eval()
@@ -392,7 +411,7 @@ def test_consistency_of_edits_against_its_closed_form(images):
     assert exact.max() < 1e-5
 
 
-def test_the_commands(whole, folder, extractor, tmp_path, capsys):
+def test_the_commands(whole, folder, classes, extractor, tmp_path, capsys):
     run = whole("restyle")
     (published,) = export_published(run, tmp_path / "published")
     first = ["--first", str(published)]
@@ -420,7 +439,8 @@ def test_the_commands(whole, folder, extractor, tmp_path, capsys):
     assert "| step 1 " in capsys.readouterr().out
     result = json.loads((tmp_path / "metrics.json").read_text())
     assert result["run"]["steps_per_batch"] == 5 and result["images"] == 12
-    assert cli.main(["evaluate", "--run", str(run), *first, *judged]) == 0
+    own = ["--targets", str(classes)]
+    assert cli.main(["evaluate", "--run", str(run), *first, *judged, *own]) == 0
     result = json.loads((tmp_path / "metrics.json").read_text())
     assert result["steps"] == ["first 1", "step 1"]
 
