@@ -146,7 +146,7 @@ class Inverter(nn.Module):
         if hasattr(self, "stage"):
             if stage is not None:
                 self.stage.fill_(stage)
-            self.encoder.stage = int(self.stage)
+            self.encoder.stage = int(self.stage) if stage is None else stage
 
     def forward(self, x: Tensor, steps: int = 5) -> list[Step]:
         return list(iterate(self.encoder, self.generator, x, steps=steps))

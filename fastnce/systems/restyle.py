@@ -82,7 +82,7 @@ class ReStyleConfig(LabelledConfig):
     lambda_moco: float = 0.0
     """Weight of the similarity of MoCo's features, for everything but faces; needs moco_weights."""
     lambda_similarity: float = 0.0
-    """Weight of the similarity of the features of a network of your own; needs similarity."""
+    """Weight of the similarity of the features of another network; needs similarity."""
     lambda_w_norm: float = 0.0
     """Weight of the distance of w from the mean latent."""
     lambda_delta: float = 0.0
@@ -100,7 +100,7 @@ class ReStyleConfig(LabelledConfig):
     lpips_weights: Path | None = None
     """LPIPS' linear layers, v0.1 of alex, which the lpips package ships."""
     similarity: Path | None = None
-    """TorchScript file of a network whose features are compared; a digits set has its own classifier."""
+    """TorchScript file of the network of lambda_similarity, for images in [-1, 1]."""
     further_channels: Literal["normal", "zeros"] = "normal"
     """The first weights of the reconstruction's channels, where the encoder starts from a file: N(0, 1), as published, or 0."""
 
@@ -242,8 +242,6 @@ def build_losses(config: ReStyleConfig) -> Losses:
     Raises:
         UserError: a loss without the files of its network.
     """
-    scripted = config.data / "judge.pt"
-    own = config.similarity or (scripted if scripted.is_file() else None)
     networks = {  # the loss's name -> its weight, its class, and its files
         "LPIPS": ("lambda_lpips", perceptual.LPIPS, ("lpips_backbone", "lpips_weights")),
         "ID": ("lambda_id", perceptual.IdentityLoss, ("face_weights",)),
@@ -253,12 +251,12 @@ def build_losses(config: ReStyleConfig) -> Losses:
     built = {}
     for name, (option, make, files) in networks.items():
         if weight := getattr(config, option):
-            paths = [own if file == "similarity" else getattr(config, file) for file in files]
-            for file, path in zip(files, paths, strict=True):
-                if path is None:
-                    raise UserError(
-                        f"{option}={weight} compares features of a network, and {file} is missing. Name its file, or use {option}=0."
-                    )
+            paths = [getattr(config, file) for file in files]
+            if None in paths:
+                file = files[paths.index(None)]
+                raise UserError(
+                    f"{option}={weight} compares features of a network, and {file} is missing. Name its file, or use {option}=0."
+                )
             built[name] = weight, make(*paths)
     return built
 
@@ -301,8 +299,8 @@ class ReStyle(nn.Module):
         self.config, self.steps = config, 0
         self.inverter = build_inverter(config)
         self.generator.requires_grad_(config.generator_gradients != "none")
-        # They follow to a device but are no part of a checkpoint, so that they are not registered.
-        self._losses = (build_losses(config) if losses is None else losses,)
+        # In a dict, which is not registered: they follow to a device but are no part of a checkpoint.
+        self.losses = dict(build_losses(config) if losses is None else losses)
         # y_0, which the first step sets.
         self.register_buffer("start", torch.zeros(1, config.image_channels, *config.size))
         learning = [*self.encoder.parameters()]
@@ -325,21 +323,12 @@ class ReStyle(nn.Module):
             )
 
     @property
-    def losses(self) -> Losses:
-        return self._losses[0]
-
-    @property
     def encoder(self) -> nn.Module:
         return self.inverter.encoder
 
     @property
     def generator(self) -> StyleGenerator:
         return self.inverter.generator
-
-    @property
-    def _mean_latent(self) -> Tensor:
-        """w_0, (1, k, D)."""
-        return self.generator.latent_avg.expand(1, self.generator.num_styles, -1)
 
     def get_extra_state(self) -> int:
         """The steps made, on which the stage of e4e and R1 depend."""
@@ -386,15 +375,15 @@ class ReStyle(nn.Module):
             features = {name: loss.features(x) for name, (_, loss) in self.losses.items()}
         optimizer = self.optimizers["E"]
         optimizer.zero_grad(set_to_none=True)
-        with autocast(self):
-            steps = iterate(
-                self.encoder,
-                self.generator,
-                x,
-                steps=config.steps_per_batch,
-                start=(self._mean_latent, self.start),
-                noise=config.noise,
-            )
+        mean = self.generator.latent_avg.expand(1, self.generator.num_styles, -1)
+        steps = iterate(
+            self.encoder,
+            self.generator,
+            x,
+            steps=config.steps_per_batch,
+            start=(mean, self.start),
+            noise=config.noise,
+        )
         for number in range(1, config.steps_per_batch + 1):
             with autocast(self):
                 step = next(steps)
@@ -446,7 +435,7 @@ class ReStyle(nn.Module):
 
     def _learned(self, w: Tensor) -> Tensor:
         """The styles (B, stage + 1, D) that the stage has, of all, (B, k, D)."""
-        return w[:, : getattr(self.encoder, "stage", w.shape[1]) + 1]
+        return w[:, : self.encoder.stage + 1]
 
     def _update_discriminator(
         self, x: Tensor, z: Tensor | None, rows: Tensor | None
@@ -599,6 +588,9 @@ class ReStyleSystem(LabelledSystem):
             "optimizer": "adam",
             "lr": 1e-3,
             "batch_size": 16,
+            # Also of batch norms' statistics, which here are of two batches and the last steps.
+            "ema_decay": 0.98,
+            "ema_start": 0,
             "flip": False,
             "workers": 0,
             "steps": 600,
