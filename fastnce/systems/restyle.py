@@ -588,9 +588,7 @@ class ReStyleSystem(LabelledSystem):
             "optimizer": "adam",
             "lr": 1e-3,
             "batch_size": 16,
-            # Also of batch norms' statistics, which here are of two batches and the last steps.
             "ema_decay": 0.98,
-            "ema_start": 0,
             "flip": False,
             "workers": 0,
             "steps": 600,
