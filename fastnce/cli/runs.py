@@ -219,7 +219,8 @@ def steps(
     from fastnce.systems.inverting import visualize_steps
 
     made, how = inversion(run, first=first, first_steps=first_steps, **how)
-    for name, values in zip(*visualize_steps(made, input, out, **how), strict=True):
+    maps = visualize_steps(made, input, out, **how)
+    for name, values in zip(made.names, maps, strict=True):
         print(f"{name}: mean squared change {values.mean():.3g}")
     print(f"Wrote {out / 'steps.png'} and {out / 'changes.png'}")
 

@@ -94,16 +94,9 @@ def evaluate_inversion(
             raise UserError(
                 f"targets: of {name} in {data} there is {other}. Name a folder of the same names."
             )
-
-    files = {
-        name: value or getattr(inversion.config, name)
-        for name, value in {
-            "lpips_backbone": lpips_backbone,
-            "lpips_weights": lpips_weights,
-            "face_weights": face_weights,
-            "moco_weights": None,
-        }.items()
-    }
+    given = {"lpips_backbone": lpips_backbone, "lpips_weights": lpips_weights}
+    given |= {"face_weights": face_weights, "moco_weights": None}
+    files = {name: path or _of_training(inversion.config, name) for name, path in given.items()}
     comparisons = _comparisons(inversion, images, data, extractor, files)
     generator = inversion.network.generator
     direction = sefa(generator, 1)[0] if edit is None else read_direction(edit, generator)
@@ -118,6 +111,15 @@ def evaluate_inversion(
     table = rows_table(rows, measured(_COLUMNS, rows), notes, first="reconstruction")
     rows.append(last | {"name": INVERTED})
     return {"images": len(images), "steps": inversion.names, "rows": rows}, table
+
+
+def _of_training(config: Any, name: str) -> Path | None:
+    """The file that the training had; None, after a line on standard error, if it is there no more."""
+    path = getattr(config, name)
+    if path is None or path.exists():
+        return path
+    print(f"Measuring without {name}={path} of the training, which is not there.", file=sys.stderr)
+    return None
 
 
 def _batches(

@@ -385,15 +385,6 @@ def _inverted(inversion: Inversion, x: Tensor) -> Iterator[Step]:
         yield Step(*(tensor.float().cpu() for tensor in step))
 
 
-class Changes(NamedTuple):
-    """Where and how much each step of an inversion changes its images."""
-
-    names: list[str]
-    """Of the steps."""
-    maps: Tensor
-    """(steps, H, W): at each pixel the mean over images and channels of (y_t - y_{t-1})^2."""
-
-
 def visualize_steps(
     inversion: Inversion,
     input: Path,
@@ -401,11 +392,11 @@ def visualize_steps(
     *,
     batch_size: int = _BATCH,
     broken_files: Literal["error", "skip"] | None = None,
-) -> Changes:
+) -> Tensor:
     """Writes the pictures `OUT/steps.png` and `OUT/changes.png` of the inversion of a folder of images, or of one.
 
     steps.png has rows of some images, of the average image, and of the steps. changes.png has a heat map for each step over all
-    images, of the root of `Changes.maps`: above each on a scale of its own, which shows where the step changes the images, below
+    images, of the root of the result: above each on a scale of its own, which shows where the step changes the images, below
     all on one scale, which shows how much.
 
     Args:
@@ -414,6 +405,9 @@ def visualize_steps(
         out: folder; created.
         batch_size: Images at a time.
         broken_files: A file that cannot be read: error stops, skip leaves it out and names it; by default as in the training.
+
+    Returns:
+        (steps, H, W): at each pixel the mean over images and channels of (y_t - y_{t-1})^2.
 
     Raises:
         UserError: no images, a broken one, or `out` cannot be written.
@@ -429,7 +423,7 @@ def visualize_steps(
             sums[t] += (step.seen - seen[-1]).square().mean(1).sum(0)
             seen.append(step.seen)
         strip.add(x, seen)
-    changes = Changes(inversion.names, sums / strip.passed)
+    maps = sums / strip.passed
     strip.save(out / "steps.png")
-    save_changes(*changes, out / "changes.png")
-    return changes
+    save_changes(inversion.names, maps, out / "changes.png")
+    return maps

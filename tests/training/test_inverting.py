@@ -263,13 +263,12 @@ def test_a_folder_is_bootstrapped(config, folder, tmp_path):
 
 
 def test_pictures_of_the_steps(inversion, folder, tmp_path):
-    changes = visualize_steps(inversion, folder, tmp_path / "out", batch_size=2)
+    maps = visualize_steps(inversion, folder, tmp_path / "out", batch_size=2)
     x = torch.stack([load_image(folder / name) for name in ("a/0.png", "a/1.png", "b/c/0.png")])
     seen = [inversion.start[1], *(step.seen for step in inversion(x))]
     for t in range(2):
         expected = (seen[t + 1] - seen[t]).square().mean((0, 1))
-        torch.testing.assert_close(changes.maps[t], expected)
-    assert changes.names == ["step 1", "step 2"]
+        torch.testing.assert_close(maps[t], expected)
     for name in ("steps.png", "changes.png"):
         with Image.open(tmp_path / "out" / name) as picture:
             assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
@@ -349,7 +348,9 @@ def test_every_step_is_measured(inversion, config, monkeypatch):
         assert row.pop("name") == name and row == pytest.approx(values, rel=1e-4)
 
 
-def test_distances_of_networks_that_the_user_names(inversion, config, monkeypatch, tmp_path):
+def test_distances_of_networks_that_the_user_names(
+    inversion, config, monkeypatch, tmp_path, capsys
+):
     class Loss(nn.Module):
         def __init__(self, *files):
             super().__init__()
@@ -364,6 +365,7 @@ def test_distances_of_networks_that_the_user_names(inversion, config, monkeypatc
 
     monkeypatch.setattr(perceptual, "LPIPS", Loss)
     shown = images_of(config, "test")
+    inversion.config = replace(config, moco_weights=tmp_path / "gone.pth")
     how = {"lpips_backbone": "backbone", "edit": tmp_path / "d.npy"}
     np.save(tmp_path / "d.npy", np.ones((1, 8), np.float32))
     with pytest.raises(UserError, match="lpips_weights is missing: lpips needs lpips_backbone and"):
@@ -373,7 +375,8 @@ def test_distances_of_networks_that_the_user_names(inversion, config, monkeypatc
     *_, last = inversion(x)
     expected = (as_saved(last.image) - x).abs().mean().item()
     assert result["rows"][-1]["lpips"] == pytest.approx(expected)
-    assert "similarity" not in result["rows"][-1]
+    assert {"similarity", "moco"}.isdisjoint(result["rows"][-1])
+    assert "gone.pth of the training, which is not there" in capsys.readouterr().err
     lec = editing_consistency(inversion, x, torch.ones(8)).mean().item()
     assert result["rows"][-1]["lec"] == pytest.approx(lec)
 

@@ -37,7 +37,7 @@ loop._Run._one_step = recorded
 for file in sys.argv[2:]:
     train(build_config(sys.argv[1], config_file=file))
 if kept:
-    state = {k: v for k, v in kept["model"].state_dict().items() if v.is_floating_point()}
+    state = {k: v for k, v in kept["model"].state_dict().items() if torch.is_tensor(v) and v.is_floating_point()}
     flat = torch.cat([v.flatten() for v in state.values()])
     everyone = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, flat)
