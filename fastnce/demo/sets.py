@@ -111,7 +111,7 @@ def write_photos(
     Args:
         out: Folder to write: trainA, trainB, testA, testB of PNG files.
         size: Side of the crops in pixels: 128, 256, or another that the photographs allow.
-        photo_a, photo_b: Two of `PHOTOS`.
+        photo_a, photo_b: Two of `PHOTOS`, which scikit-learn and scikit-image carry.
         train_count, test_count: Images in trainA and in trainB, and in testA and in testB.
         seed: Seed of the crops.
 
@@ -139,7 +139,7 @@ def write_single_photos(
     Args:
         out: Folder to write: trainA and trainB, each of one PNG file.
         size: Shorter side, in pixels, to which both photographs are scaled (bicubic).
-        photo_a, photo_b: Two of `PHOTOS`.
+        photo_a, photo_b: Two of `PHOTOS`, which scikit-learn and scikit-image carry.
 
     Raises:
         UserError: As `write_digits_photos`, and if `size` is below 8 or above that of a photograph.
