@@ -76,7 +76,7 @@ def write_texture_mosaics(
             layout "folders" of `fastnce.data.LabelMaps`. Labels are 0 to `textures` - 1, instances the numbers of the cells.
         size: Side of the images in pixels, at most 66.
         cells: Cells of an image, 1 to 255; each has a random texture, and is an instance.
-        textures: How many of `TEXTURES`, 2 to 9; the labels are 0 to `textures` - 1.
+        textures: How many textures, 2 to 9; the labels are 0 to `textures` - 1.
         train_count, test_count: Images for training and for testing.
         seed: Seed of the cells and the crops.
         networks: How the networks are trained, or None for none.

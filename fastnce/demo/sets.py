@@ -161,7 +161,7 @@ def write_digits(
         out: Folder to write: train/0/0000.png to test/9/0058.png.
         size: Side of the images in pixels, 16 or 32.
         seed: Seed of the split.
-        look: One of `LOOKS`, the same digits as another domain: plain, thin strokes, bold ones, or fading towards the bottom.
+        look: The same digits as another domain: plain, thin strokes, bold ones, or fading towards the bottom.
 
     Raises:
         UserError: As `write_digits_photos`, and if `size` or `look` is another one.
