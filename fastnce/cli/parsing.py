@@ -64,7 +64,11 @@ def _options(command: Callable, tyro: ModuleType) -> tuple[inspect.Signature, di
     for source in (command, *getattr(command, "sources", ())):
         function = pkgutil.resolve_name(source) if isinstance(source, str) else source
         hints = typing.get_type_hints(function)
-        told = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__).params}
+        told = {  # several may share a line
+            name: p.description
+            for p in docstring_parser.parse(function.__doc__).params
+            for name in p.arg_name.split(", ")
+        }
         for name, p in inspect.signature(function).parameters.items():
             if function is command and p.kind is not p.VAR_KEYWORD:
                 found[name] = p.replace(annotation=hints[name], kind=p.KEYWORD_ONLY)

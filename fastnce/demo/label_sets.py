@@ -74,9 +74,9 @@ def write_texture_mosaics(
     Args:
         out: Folder to write: `train_label`, `train_img`, `train_inst`, `test_label`, `test_img` and `test_inst`, of PNG files, the
             layout "folders" of `fastnce.data.LabelMaps`. Labels are 0 to `textures` - 1, instances the numbers of the cells.
-        size: Side of the images in pixels.
-        cells: Cells of an image, 1 to 255.
-        textures: How many of `TEXTURES`, 2 or more.
+        size: Side of the images in pixels, at most 66.
+        cells: Cells of an image, 1 to 255; each has a random texture, and is an instance.
+        textures: How many textures, 2 to 9; the labels are 0 to `textures` - 1.
         train_count, test_count: Images for training and for testing.
         seed: Seed of the cells and the crops.
         networks: How the networks are trained, or None for none.
@@ -103,17 +103,10 @@ def write_texture_mosaics(
     counts = {"train": train_count, "test": test_count}
 
     def more(folder: Path) -> dict[str, Any]:
-        if networks is None:
-            return {}
         return write_networks(folder, parts, size, networks, progress=progress)
 
-    return write_once(
-        Path(out),
-        "texture-mosaics",
-        settings,
-        lambda: _mosaics(parts, size, cells, counts, seed),
-        more,
-    )
+    made = lambda: _mosaics(parts, size, cells, counts, seed)  # noqa: E731
+    return write_once(Path(out), "texture-mosaics", settings, made, networks and more)
 
 
 def write_posterised_photos(
@@ -134,7 +127,7 @@ def write_posterised_photos(
 
     Args:
         out: Folder to write: `train_label`, `train_img`, `test_label` and `test_img`, of PNG files. Labels are 0 (dark) to 7.
-        size: Side of the images in pixels.
+        size: Side of the images in pixels, at most 100.
         train_count, test_count: Images for training and for testing, of all photographs together.
         seed: Seed of the crops.
         networks: As of `write_texture_mosaics`; critic and judge tell the photographs apart, and there is no segmenter.
@@ -158,17 +151,10 @@ def write_posterised_photos(
     counts = {"train": train_count, "test": test_count}
 
     def more(folder: Path) -> dict[str, Any]:
-        if networks is None:
-            return {}
         return write_networks(folder, parts, size, networks, segmenter=False, progress=progress)
 
-    return write_once(
-        Path(out),
-        "posterised-photos",
-        settings,
-        lambda: _posterised(parts, size, counts, seed),
-        more,
-    )
+    made = lambda: _posterised(parts, size, counts, seed)  # noqa: E731
+    return write_once(Path(out), "posterised-photos", settings, made, networks and more)
 
 
 def posterise(image: np.ndarray, size: int) -> np.ndarray:

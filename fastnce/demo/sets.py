@@ -111,7 +111,7 @@ def write_photos(
     Args:
         out: Folder to write: trainA, trainB, testA, testB of PNG files.
         size: Side of the crops in pixels: 128, 256, or another that the photographs allow.
-        photo_a, photo_b: Two of `PHOTOS`.
+        photo_a, photo_b: Two of `PHOTOS`, which scikit-learn and scikit-image carry.
         train_count, test_count: Images in trainA and in trainB, and in testA and in testB.
         seed: Seed of the crops.
 
@@ -139,7 +139,7 @@ def write_single_photos(
     Args:
         out: Folder to write: trainA and trainB, each of one PNG file.
         size: Shorter side, in pixels, to which both photographs are scaled (bicubic).
-        photo_a, photo_b: Two of `PHOTOS`.
+        photo_a, photo_b: Two of `PHOTOS`, which scikit-learn and scikit-image carry.
 
     Raises:
         UserError: As `write_digits_photos`, and if `size` is below 8 or above that of a photograph.
@@ -161,7 +161,7 @@ def write_digits(
         out: Folder to write: train/0/0000.png to test/9/0058.png.
         size: Side of the images in pixels, 16 or 32.
         seed: Seed of the split.
-        look: One of `LOOKS`, the same digits as another domain: plain, thin strokes, bold ones, or fading towards the bottom.
+        look: The same digits as another domain: plain, thin strokes, bold ones, or fading towards the bottom.
 
     Raises:
         UserError: As `write_digits_photos`, and if `size` or `look` is another one.

@@ -14,8 +14,10 @@ from fastnce.systems import SYSTEMS
 from fastnce.systems.system import Ablation
 from fastnce.training.config import build_config
 from fastnce.training.evaluation import evaluate_run
+from fastnce.training.gallery import same_images
 from fastnce.training.loop import train
-from fastnce.viz.plots import save_ablation_plot
+from fastnce.training.runs import Run
+from fastnce.viz.plots import save_ablation_plot, save_sample_grid
 
 
 def ablations() -> dict[str, Ablation]:
@@ -36,7 +38,8 @@ def ablate(
 ) -> tuple[dict[str, Any], str]:
     """Trains and evaluates every choice with every seed; runs that are there already are continued, finished ones kept.
 
-    A run is in `out/CHOICE/seed-N`. Writes `ablation.json`, `ablation.md` and `ablation.png` into `out`.
+    A run is in `out/CHOICE/seed-N`. Writes `ablation.json`, `ablation.md` and `ablation.png` into `out`, and of trainings on pairs
+    `samples.png`: what the first seed's run of each choice makes of the same test images.
 
     Args:
         variant: a key of `ablations()`.
@@ -88,6 +91,9 @@ def ablate(
         },
         Path(out) / "ablation.png",
     )
+    runs = {name: Run(Path(out) / _folder(name) / f"seed-{seeds[0]}") for name in names}
+    if rows := same_images(runs):
+        save_sample_grid(rows, Path(out) / "samples.png")
     return result, table
 
 

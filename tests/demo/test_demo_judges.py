@@ -1,9 +1,8 @@
 """The networks that judge the digits sets, trained in small configurations."""
 
-import warnings
-
 import pytest
 import torch
+from pictures import scripted
 
 from fastnce.data import LabelledImages
 from fastnce.demo import (
@@ -169,9 +168,7 @@ def test_the_classifier_of_images_of_32_pixels(tmp_path):
 
 def test_the_judge_of_generated_images(digits, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTNCE_CACHE", str(tmp_path / "cache"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.script(torch.nn.Flatten()).save(str(tmp_path / "net.pt"))
+    scripted(torch.nn.Flatten(), tmp_path / "net.pt")
     photos = write_photos(tmp_path / "photos", 16, train_count=1, test_count=1)
     (tmp_path / "own").mkdir()
     for root in (photos, tmp_path / "own"):

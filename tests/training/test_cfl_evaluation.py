@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from pictures import scripted
+from PIL import Image
 from tiny import LABELS
 from torch import Tensor, nn
 
@@ -144,6 +145,8 @@ def test_an_ablation_stands_beside_the_real_images(judged, tmp_path):
     critics = {name: Run(tmp_path / name / "seed-0").config for name in ("PatchNCE", "L1__GAN")}
     assert critics["PatchNCE"].critic == "pixel" and critics["PatchNCE"].lambda_gan == 0
     assert critics["L1__GAN"].lambda_gan == 1 and critics["L1__GAN"].lambda_nce == 0
+    with Image.open(tmp_path / "samples.png") as grid:
+        assert grid.height > 80 * (2 + len(only))
     rows = same_images({name: Run(tmp_path / name / "seed-0") for name in critics})
     assert list(rows) == ["label", "truth", "PatchNCE", "L1__GAN"]
     every = ablations()["cfl"]
