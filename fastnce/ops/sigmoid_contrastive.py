@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce import backends
 from fastnce.ops import _checks, _common
+from fastnce.ops._over_ranks import OverRanks
+from fastnce.ranks import Block, Exchange, Fact
 from fastnce.reference.normalize import accumulation_dtype, normalize_rows, over_temperature
 from fastnce.registry import Form, Make, Op, Operator, Sample, declare
 
@@ -158,6 +164,190 @@ def plain(
     return -F.logsigmoid(torch.where(is_positive, logits, -logits)).sum(dim=1)
 
 
+@torch.compiler.disable
+def over_ranks(
+    query: Tensor,
+    key: Tensor,
+    query_labels: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    *,
+    scale: float | Tensor,
+    bias: float | Tensor = 0.0,
+    normalize: bool = True,
+    paired: bool | None = None,
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    strategy: str = "auto",
+    gradient_scale: str = "mean",
+    check: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """``fastnce.sigmoid_contrastive`` of the queries and keys of all ranks, exactly.
+
+    Args:
+        query: (N, D), this rank's; N may differ between ranks, and be 0 on some.
+        key: (M, D), this rank's; so may M.
+        query_labels: (N,) integers, with ``key_labels``: positives are the keys of all ranks that have the query's label.
+        key_labels: (M,) integers.
+        scale: positive float, or tensor of one element, which gets its gradient.
+        bias: float, or tensor of one element, which gets its gradient.
+        normalize: L2-normalise all rows (cosine); otherwise plain dot products.
+        paired: key i of a rank is the positive of its query i; by default only without labels. False: all pairs are negatives.
+        reduction: ``"mean"`` over the queries of all ranks, ``"sum"``, or ``"none"`` for this rank's (N,).
+        group, strategy, gradient_scale, check: see ``fastnce.distributed``.
+        backend: one of ``fastnce.backends.available()``; None chooses.
+
+    Returns:
+        The same loss on every rank (``"none"``: this rank's losses), float32 (float64 for float64 inputs).
+
+    Examples:
+        >>> import torch, fastnce.distributed  # one process: the plain op
+        >>> image, text = torch.randn(2, 128, 64, requires_grad=True)
+        >>> fastnce.distributed.sigmoid_contrastive(image, text, scale=10.0, bias=-10.0).backward()
+    """
+    op = "sigmoid_contrastive"
+    call = OverRanks(op, group, scale, reduction, strategy, gradient_scale, check, backend)
+    if call.alone:
+        options = {"normalize": normalize, "paired": paired}
+        options |= {"reduction": reduction, "backend": backend}
+        return sigmoid_contrastive(
+            query, key, query_labels, key_labels, scale=scale, bias=bias, **options
+        )
+    query, key = _checks.same_dtype_under_autocast(query, key)
+
+    def validate() -> dict[str, Fact]:
+        nonlocal bias, paired
+        by_labels = query_labels is not None
+        paired = _checked(op, query, key, query_labels, key_labels, paired, may_be_empty=True)[1]
+        call.temperature = _checks.expect_scale(op, scale, query, "scale")
+        bias = _checks.expect_bias(op, bias, query)
+        return {
+            "normalize": bool(normalize),
+            "paired": paired,
+            "whether there are labels": by_labels,
+            "bias": bias.detach(),
+            "whether gradients are needed": _common.wants_grad(query, key, scale, bias),
+            "whether key needs a gradient": _common.wants_grad(key),
+        }
+
+    call.agree(op, key, validate, of_form=((query, key),))
+    labels = (query_labels, key_labels) if query_labels is not None else None
+    with _common.no_autocast(query):
+        blocks = _Blocks(call.kernels, call.exchange, labels, paired, bool(normalize))
+        losses = _BlocksFunction.apply(query, key, bias, call.temperature, blocks)
+        return call.reduce(losses, None, query.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """This rank's queries against one block of keys after the other, whose losses add up.
+
+    Args:
+        kernels: the backend.
+        exchange: by which keys travel.
+        labels: of this rank's queries and keys, or None.
+        paired, normalize: as in ``sigmoid_contrastive``.
+    """
+
+    kernels: ModuleType
+    exchange: Exchange
+    labels: tuple[Tensor, Tensor] | None
+    paired: bool
+    normalize: bool
+
+    def travelling(self, key: Tensor) -> Block:
+        return (key,) if self.labels is None else (key, self.labels[1].long())
+
+    def _call(self, query: Tensor, step: int, block: Block) -> tuple[Tensor, dict[str, bool]]:
+        """The labels, and the options."""
+        labels = query.new_empty(0, dtype=torch.int64)
+        if self.labels is not None:
+            labels = torch.cat([self.labels[0].long(), block[1]])
+        return labels, {"paired": self.paired and step == 0, "normalize": self.normalize}
+
+    def losses(
+        self, query: Tensor, bias: Tensor, tau: float | Tensor, step: int, block: Block
+    ) -> Tensor:
+        """(N,), of the block that is here at ``step``."""
+        labels, options = self._call(query, step, block)
+        inputs = (query, block[0], bias, labels, tau)
+        if self.kernels is backends.reference:
+            return plain(*inputs, **options)
+        return self.kernels.sigmoid_contrastive_forward(
+            *inputs, **options, grad_scale=None, needs=(False,) * 4
+        )[0]
+
+    def gradients(
+        self,
+        weights: Tensor,
+        query: Tensor,
+        bias: Tensor,
+        tau: float | Tensor,
+        step: int,
+        block: Block,
+        needs: Sequence[bool],
+    ) -> Sequence[Tensor | None]:
+        """Of ``(weights * losses).sum()`` for query, the block's keys, bias and temperature."""
+        labels, options = self._call(query, step, block)
+        inputs = (query, block[0], bias, labels, tau)
+        weights = weights.to(accumulation_dtype(query.dtype))
+        if self.kernels is backends.reference:
+            function, (*of_rows, of_tau) = functools.partial(plain, **options), needs
+            needs = (*of_rows, False, of_tau)
+            found = _common.gradients(function, inputs, needs, weights)
+            return (*found[:3], found[4])
+        return self.kernels.sigmoid_contrastive_backward(weights, *inputs, **options, needs=needs)
+
+
+class _BlocksFunction(torch.autograd.Function):
+    """Losses (N,) float64 of this rank's queries against the keys of all ranks; the backward recomputes the similarities."""
+
+    @staticmethod
+    def forward(
+        ctx, query: Tensor, key: Tensor, bias: Tensor, tau: float | Tensor, blocks: _Blocks
+    ) -> Tensor:
+        losses = query.new_zeros(len(query), dtype=torch.float64)
+        for step, block in blocks.exchange.trip(blocks.travelling(key)):
+            if len(query) > 0 and len(block[0]) > 0:
+                losses += blocks.losses(query, bias, tau, step, block)
+        ctx.blocks, ctx.tau = blocks, None if isinstance(tau, Tensor) else tau
+        ctx.save_for_backward(query, key, bias, tau if ctx.tau is None else None)
+        return losses
+
+    @staticmethod
+    @_common.first_derivative_only
+    def backward(ctx, saved: tuple[Tensor | None, ...], grad: Tensor):
+        query, key, bias, tau = saved
+        blocks, needs = ctx.blocks, ctx.needs_input_grad[:4]
+        acc = accumulation_dtype(query.dtype)
+        # Of query, bias and temperature, over all blocks.
+        sums = [query.new_zeros(query.shape, dtype=acc)]
+        sums += [query.new_zeros((), dtype=torch.float64) for _ in range(2)]
+
+        def step_gradient(step: int, block: Block) -> Tensor:
+            """Adds what a block gives to this rank; returns the gradient of its keys."""
+            keys = block[0]
+            if len(query) == 0 or len(keys) == 0:
+                return keys.new_zeros(keys.shape, dtype=acc)
+            of_query, of_keys, *others = blocks.gradients(
+                grad, query, bias, ctx.tau if tau is None else tau, step, block, needs
+            )
+            for total, part in zip(sums, (of_query, *others), strict=True):
+                if part is not None:
+                    total += part
+            return keys if of_keys is None else of_keys.to(acc)
+
+        travelling = blocks.travelling(key)
+        of_key = None
+        if needs[1]:
+            of_key = blocks.exchange.round_trip(travelling, step_gradient)
+        else:
+            for step, block in blocks.exchange.trip(travelling):
+                step_gradient(step, block)
+        found = zip((sums[0], of_key, *sums[1:]), (query, key, bias, tau), needs, strict=True)
+        return *(x.to(like.dtype) if need else None for x, like, need in found), None
+
+
 def _samples(make: Make) -> Iterator[Sample]:
     query = make(33, 20)
     pair = {"query": query, "key": make.similar(query)}
@@ -190,7 +380,13 @@ _NEEDS = "bool need_query, bool need_key, bool need_bias, bool need_temperature"
 _GRADS = "Tensor grad_query, Tensor grad_key, Tensor grad_bias, Tensor grad_temperature"
 
 declare(
-    Op("sigmoid_contrastive", function=sigmoid_contrastive, samples=_samples, form=_form),
+    Op(
+        "sigmoid_contrastive",
+        function=sigmoid_contrastive,
+        over_ranks=over_ranks,
+        samples=_samples,
+        form=_form,
+    ),
     # The arguments are those of ``plain``; loss (N,).
     Operator(
         f"sigmoid_contrastive_forward({_INPUTS}, {_OPTIONS}, float? grad_scale, bool mean, {_NEEDS}) -> "
