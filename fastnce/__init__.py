@@ -41,6 +41,7 @@ from fastnce.ops.nt_xent import nt_xent  # noqa: E402
 from fastnce.ops.pairwise_cosine_similarity import pairwise_cosine_similarity  # noqa: E402
 from fastnce.ops.patch_nce import patch_nce  # noqa: E402
 from fastnce.ops.sample_patches import sample_patches, tap_patches  # noqa: E402
+from fastnce.ops.sigmoid_contrastive import sigmoid_contrastive  # noqa: E402
 from fastnce.ops.sup_con import sup_con  # noqa: E402
 from fastnce.registry import OPS  # noqa: E402
 
@@ -66,6 +67,7 @@ __all__ = [
     "pairwise_cosine_similarity",
     "patch_nce",
     "sample_patches",
+    "sigmoid_contrastive",
     "sup_con",
     "tap_patches",
     "use_backend",

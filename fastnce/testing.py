@@ -216,8 +216,8 @@ def _normalizes(op: str, sample: Sample) -> bool:
 
 @functools.cache
 def _compares(op: str) -> bool:
-    """Whether it compares rows with one another, as all that have a temperature do; the others take theirs as they are."""
-    return "temperature" in _parameters(op)
+    """Whether it compares rows with one another, as all that have a temperature, or its inverse, do; the others take theirs as they are."""
+    return not _parameters(op).keys().isdisjoint(("temperature", "scale"))
 
 
 def error(op: str, sample: Sample, name: str, value: Tensor) -> float:
@@ -234,7 +234,7 @@ def _norms(op: str, sample: Sample, name: str) -> Tensor | float:
     if not name.startswith("d ") or not _compares(op) or not _normalizes(op, sample):
         return 1.0
     x = _argument(sample, name).detach().double()
-    if x.dim() == 0:
+    if x.dim() <= 1:
         return 1.0
     norm = x.norm(dim=-1, keepdim=True)
     return norm.masked_fill(norm == 0, 1)
@@ -258,22 +258,28 @@ def _before_cancellation(op: str, sample: Sample, name: str) -> float:
     if not name.startswith("d "):
         return logit * (count if arguments.get("reduction") == "sum" else 1)
     x = _argument(sample, name)
-    if x.dim() == 0:
-        return logit**2 / temperature * (1 if is_mean else count)
+    if x.dim() <= 1:
+        powers = {"d bias": (1, 0), "d scale": (2, 1)}.get(name, (2, -1))
+        return logit ** powers[0] * temperature ** powers[1] * (1 if is_mean else count)
     other = max(longest, longest_key)
     return other * logit / temperature / (x.shape[:-1].numel() if is_mean else 1)
 
 
 def _sizes(op: str, sample: Sample) -> tuple[float, float, float, float]:
     """The temperature, the norms of the longest query and key as the logits have them, and the largest logit, at least 1."""
-    default = _parameters(op)["temperature"].default
-    temperature = sample.arguments.get("temperature", default)
-    temperature = temperature.item() if isinstance(temperature, Tensor) else temperature
+
+    def number(name: str) -> float:
+        parameter = _parameters(op).get(name)
+        value = sample.arguments.get(name, parameter.default if parameter else 0.0)
+        return value.item() if isinstance(value, Tensor) else value
+
+    temperature = 1 / number("scale") if "scale" in sample.arguments else number("temperature")
     longest = longest_key = 1.0
     if not _normalizes(op, sample):
         norms = [x.detach().double().norm(dim=-1).max().item() for x in _rows_of(sample)]
         longest, longest_key = norms[0], max(norms[1:])
-    return temperature, longest, longest_key, max(1.0, longest * longest_key / temperature)
+    logit = longest * longest_key / temperature + abs(number("bias"))
+    return temperature, longest, longest_key, max(1.0, logit)
 
 
 def _rounded_factors(op: str, sample: Sample, name: str, dtype: torch.dtype) -> float:

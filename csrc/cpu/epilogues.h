@@ -256,4 +256,55 @@ void block_exp_both(int64_t rows, int64_t lanes, T* z, const T* lane_offset, con
   }
 }
 
+// log(1 + t) of t from 0 to 1, also of small t to a few ulp: 2 artanh(u), where u is at most 1/3.
+template <class T>
+inline Vector<T> log_of_one_plus(Vector<T> t) {
+  constexpr int kTerms = sizeof(T) == sizeof(double) ? 16 : 7;
+  const Vector<T> u = t / (t + 2), square = u * u;
+  Vector<T> sum = splat(T(1) / (2 * kTerms - 1));
+#pragma GCC unroll 16
+  for (int k = kTerms - 1; k > 0; --k) sum = sum * square + T(1) / (2 * k - 1);
+  return 2 * u * sum;
+}
+
+template <class T, int kVectors, bool kGradient>
+void sigmoid_vectors(int64_t rows, T* z, T bias, const LaneInteger<T>* row_label,
+                     const LaneInteger<T>* lane_label, const T* lane_weight, T* loss, T* sum) {
+  Vector<T> losses[kVectors] = {}, sums[kVectors] = {};
+  for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const Signed<T> same = load(lane_label + v * kLanes<T>) == row_label[r];
+      const Vector<T> logit = load(z + v * kLanes<T>) + bias, x = same ? -logit : logit;
+      const Vector<T> t = exp(x < 0 ? x : -x);
+      losses[v] += (x < 0 ? Vector<T>{} : x) + log_of_one_plus<T>(t);
+      if constexpr (kGradient) {
+        const Vector<T> sigmoid = (x < 0 ? t : splat(T(1))) / (t + 1);
+        const Vector<T> g = (same ? -sigmoid : sigmoid) * load(lane_weight + v * kLanes<T>);
+        store(z + v * kLanes<T>, g);
+        sums[v] += g;
+      }
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    store(loss + v * kLanes<T>, losses[v]);
+    store(sum + v * kLanes<T>, sums[v]);
+  }
+}
+
+template <class T>
+void sigmoid_block(int64_t rows, int64_t lanes, T* z, T bias, const LaneInteger<T>* row_label,
+                   const LaneInteger<T>* lane_label, const T* lane_weight, T* loss, T* sum) {
+  with_vectors<T>(lanes, [&](auto count) {
+    constexpr int kVectors = decltype(count)::value;
+    if (lane_weight == nullptr) {
+      sigmoid_vectors<T, kVectors, false>(rows, z, bias, row_label, lane_label, lane_weight, loss,
+                                          sum);
+    } else {
+      sigmoid_vectors<T, kVectors, true>(rows, z, bias, row_label, lane_label, lane_weight, loss,
+                                         sum);
+    }
+  });
+}
+
 }  // namespace fastnce::FASTNCE_ISA

@@ -163,6 +163,12 @@ struct TileKernels {
   void (*block_exp_both)(int64_t rows, int64_t lanes, T* z, const T* lane_offset,
                          const T* lane_weight, const T* row_offset, const T* row_weight);
 
+  // The sigmoid loss: x = z + bias, or its opposite where the labels are the same. loss[lane] =
+  // column sum of log(1 + exp(x)); unless lane_weight is null, in place z -> its gradient times
+  // lane_weight[lane], and sum[lane] = column sum of that.
+  void (*sigmoid_block)(int64_t rows, int64_t lanes, T* z, T bias, const Label* row_label,
+                        const Label* lane_label, const T* lane_weight, T* loss, T* sum);
+
   // Vectors of n elements; sums are taken in double.
   double (*sum_squares)(int64_t n, const T* x);
   double (*dot)(int64_t n, const T* x, const T* y);

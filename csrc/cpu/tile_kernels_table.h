@@ -25,6 +25,7 @@ constexpr TileKernels<T> make_table() {
           block_exp<T>,
           block_scale_both<T>,
           block_exp_both<T>,
+          sigmoid_block<T>,
           sum_squares<T>,
           dot<T>,
           scale<T>,

@@ -32,6 +32,7 @@ from fastnce.distributed.negative_queue import NegativeQueue
 from fastnce.ops.conditional_contrastive import over_ranks as conditional_contrastive
 from fastnce.ops.info_nce import over_ranks as info_nce
 from fastnce.ops.nt_xent import over_ranks as nt_xent
+from fastnce.ops.sigmoid_contrastive import over_ranks as sigmoid_contrastive
 from fastnce.ops.sup_con import over_ranks as sup_con
 from fastnce.registry import OPS
 
@@ -41,6 +42,7 @@ __all__ = [
     "conditional_contrastive",
     "info_nce",
     "nt_xent",
+    "sigmoid_contrastive",
     "sup_con",
 ]
 

@@ -97,19 +97,21 @@ def expect_alike(op: str, name: str, x: Tensor, like_name: str, like: Tensor) ->
         )
 
 
-def expect_labels(op: str, labels: object, like: Tensor, like_name: str) -> Tensor:
+def expect_labels(
+    op: str, labels: object, like: Tensor, like_name: str, name: str = "labels"
+) -> Tensor:
     """``labels`` as (N,) int64 on the device of ``like`` (N, D)."""
-    expect_tensor(op, "labels", labels, "(N,)")
+    expect_tensor(op, name, labels, "(N,)")
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise TypeError(
-            f"{op}: labels must be integers (int64), got {labels.dtype}. Convert them with labels.long()."
+            f"{op}: {name} must be integers (int64), got {labels.dtype}. Convert them with {name}.long()."
         )
-    _expect_as_local(op, "labels", labels, like_name, like)
-    expect_shape(op, "labels", labels, (like.shape[0],), f"one per row of {like_name}")
+    _expect_as_local(op, name, labels, like_name, like)
+    expect_shape(op, name, labels, (like.shape[0],), f"one per row of {like_name}")
     if labels.device != like.device:
         raise ValueError(
-            f"{op}: labels are on {labels.device} but {like_name} is on {like.device}. "
-            f"Move them with labels.to({like_name}.device)."
+            f"{op}: {name} are on {labels.device} but {like_name} is on {like.device}. "
+            f"Move them with {name}.to({like_name}.device)."
         )
     return labels.long()
 
@@ -123,14 +125,7 @@ def expect_temperature(op: str, temperature: object, like: Tensor) -> float | Te
     if not isinstance(temperature, Tensor):
         number = _expect_number(op, "temperature", temperature, "Usual values are 0.05 to 1.")
         return _variable(number, like) if torch.compiler.is_compiling() else number
-    _expect_one_number(op, "temperature", temperature, like)
-    if not temperature.is_floating_point():
-        raise TypeError(
-            f"{op}: temperature must be a float or a floating-point tensor of one element, got {temperature.dtype}. "
-            f"Use temperature.float()."
-        )
-    temperature = temperature.reshape(()) if temperature.dim() > 0 else temperature
-    temperature = temperature.to(torch.promote_types(like.dtype, torch.float32))
+    temperature = _as_number(op, "temperature", temperature, like)
     number = _on_host(temperature)
     if number is not None:
         _expect_number(op, "temperature", number, "Usual values are 0.05 to 1.")
@@ -138,27 +133,42 @@ def expect_temperature(op: str, temperature: object, like: Tensor) -> float | Te
             return temperature
         if not (temperature.requires_grad and torch.is_grad_enabled()):
             return number
-    if temperature.device != like.device:
-        if temperature.device.type == "cpu":
-            # A kernel takes a number of the host as an argument: unlike a copy, it makes nobody wait.
-            one = torch.ones((), dtype=temperature.dtype, device=like.device)
-            temperature = temperature * one
-        else:
-            temperature = temperature.to(like.device)
+    temperature = _beside(temperature, like)
     return temperature if number is not None else F.threshold(temperature, 0.0, math.nan)
 
 
-def expect_scale(op: str, scale: object, like: Tensor) -> float | Tensor:
+def expect_bias(op: str, bias: object, like: Tensor) -> Tensor:
+    """``bias``, finite, as a 0-d tensor on the device of ``like`` and in the dtype of its sums.
+
+    As a temperature's, a number on an accelerator, or that a compiler traces, is not read.
+    """
+    number = bias
+    if isinstance(bias, Tensor):
+        bias = _as_number(op, "bias", bias, like)
+        number = _on_host(bias)
+    elif isinstance(bias, bool) or not isinstance(bias, (float, int, numbers.Real)):
+        raise TypeError(
+            f"{op}: bias must be a float or a tensor of one element, got {type(bias).__name__}."
+        )
+    if number is not None and not -math.inf < number < math.inf:
+        raise ValueError(f"{op}: bias must be finite, got {number}.")
+    if isinstance(bias, Tensor):
+        return _beside(bias, like)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.ones((), dtype=dtype, device=like.device) * float(bias)
+
+
+def expect_scale(op: str, scale: object, like: Tensor, name: str = "logit_scale") -> float | Tensor:
     """The temperature whose inverse is ``scale``, positive and finite: a float, or a tensor of at least float32."""
     hint = "CLIP trains its logarithm: pass log_scale.exp()."
     if not isinstance(scale, Tensor):
-        return 1 / _expect_number(op, "logit_scale", scale, hint)
-    _expect_one_number(op, "logit_scale", scale, like)
+        return 1 / _expect_number(op, name, scale, hint)
+    _expect_one_number(op, name, scale, like)
     wide = torch.promote_types(torch.promote_types(scale.dtype, torch.float32), like.dtype)
     scale = scale.to(wide)
     number = _on_host(scale)
     if number is not None:
-        _expect_number(op, "logit_scale", number, hint)
+        _expect_number(op, name, number, hint)
     return 1 / scale
 
 
@@ -181,6 +191,27 @@ def _expect_one_number(op: str, name: str, x: Tensor, like: Tensor) -> None:
         raise ValueError(
             f"{op}: {name} must be a float or a tensor of one element, got a tensor of shape {shape_of(x)}."
         )
+
+
+def _as_number(op: str, name: str, x: Tensor, like: Tensor) -> Tensor:
+    """``x`` of one element as a 0-d tensor in the dtype of the sums of ``like``, where it is."""
+    _expect_one_number(op, name, x, like)
+    if not x.is_floating_point():
+        raise TypeError(
+            f"{op}: {name} must be a float or a floating-point tensor of one element, got {x.dtype}. Use {name}.float()."
+        )
+    x = x.reshape(()) if x.dim() > 0 else x
+    return x.to(torch.promote_types(like.dtype, torch.float32))
+
+
+def _beside(x: Tensor, like: Tensor) -> Tensor:
+    """The 0-d ``x`` on the device of ``like``."""
+    if x.device == like.device:
+        return x
+    if x.device.type == "cpu":
+        # A kernel takes a number of the host as an argument: unlike a copy, it makes nobody wait.
+        return x * torch.ones((), dtype=x.dtype, device=like.device)
+    return x.to(like.device)
 
 
 def _on_host(x: Tensor) -> float | None:

@@ -291,7 +291,7 @@ class RowLossFunction(torch.autograd.Function):
         needs = (*ctx.needs_input_grad[8 : 8 + count], ctx.needs_input_grad[6])
         tensors = rows if labels is None else (*rows, labels)
         mean, kept = kernel_mean(reduction, first.dtype), kept_scale(first)
-        losses, *has_positive, lse, grads = getattr(kernels, f"{op}_forward")(
+        losses, *sums, grads = getattr(kernels, f"{op}_forward")(
             *tensors,
             temperature,
             **options,
@@ -302,8 +302,8 @@ class RowLossFunction(torch.autograd.Function):
         ctx.count, ctx.reduced = count, reduction != "none"
         if ctx.reduced:
             shared = handle(ctx, first, grad_now)
-            if has_positive:  # the mean is over the rows that have one
-                number = positives(has_positive[0]) if reduction == "mean" else None
+            if len(sums) == 2:  # has_positive and lse: the mean is over the rows that have one
+                number = positives(sums[0]) if reduction == "mean" else None
                 ctx.factor = 1 / kept
                 ctx.save_for_backward(shared, None if mean else number, *grads)
                 return losses.sum() if number is None else losses.sum() / number, shared
@@ -318,6 +318,7 @@ class RowLossFunction(torch.autograd.Function):
         )
         ctx.temperature = None if isinstance(temperature, Tensor) else temperature
         saved = temperature if ctx.temperature is None else None
+        lse = sums[-1] if sums else None
         ctx.save_for_backward(lse, saved, *tensors)
         return losses, None
 
@@ -331,8 +332,9 @@ class RowLossFunction(torch.autograd.Function):
         else:
             lse, temperature, *tensors = saved
             temperature = ctx.temperature if temperature is None else temperature
+            sums = () if lse is None else (lse,)
             grads = ctx.backward_of(
-                grad_loss, *tensors, temperature, lse, **ctx.options, needs=ctx.needs
+                grad_loss, *tensors, temperature, *sums, **ctx.options, needs=ctx.needs
             )
         *of_rows, of_temperature = grads
         return *(None,) * 6, of_temperature, None, *of_rows, *(None,) * (3 - ctx.count)

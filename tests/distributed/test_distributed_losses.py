@@ -20,6 +20,10 @@ VARIANTS = {
     "nt_xent": {},
     "sup_con": {},
     "conditional_contrastive": {},
+    "sigmoid_contrastive": {},
+    "sigmoid_contrastive, labels": {},
+    "sigmoid_contrastive, dot products": {"normalize": False},
+    "sigmoid_contrastive, negatives": {"paired": False},
 }
 
 
@@ -35,18 +39,35 @@ def draw(variant: str, count: int, dtype: torch.dtype) -> tuple[list[torch.Tenso
         rows = [0.1 * y for y in rows]
     labelled = variant in ("sup_con", "conditional_contrastive")
     others = [labels] if labelled else [queue.to(dtype)] if "queue" in variant else []
+    if "labels" in variant:
+        others = [labels, labels.roll(1)]
     return [y.to(dtype) for y in rows], others
+
+
+def numbers(variant: str, temperature: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The arguments of one element, which get gradients."""
+    found = {"temperature": temperature}
+    if variant.startswith("sigmoid"):
+        found = {"scale": 1 / temperature, "bias": -1.5}
+    return {
+        name: torch.tensor(x, dtype=torch.float64).to(dtype).requires_grad_()
+        for name, x in found.items()
+    }
+
+
+def their_gradients(given: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack([x.grad for x in given.values()])
 
 
 def one_process(variant, rows, others, temperature, reduction="mean"):
     """Loss and gradients of the plain op on the rows of all ranks."""
     leaves = [y.clone().requires_grad_() for y in rows]
-    tau = torch.tensor(temperature, dtype=torch.float64).to(rows[0].dtype).requires_grad_()
-    options = {"temperature": tau, "reduction": reduction}
+    taus = numbers(variant, temperature, rows[0].dtype)
+    options = {**taus, "reduction": reduction}
     op = getattr(fastnce, variant.split(",")[0])
     loss = op(*leaves, *others, **VARIANTS[variant], **options)
     loss.sum().backward()
-    return loss.detach(), [y.grad for y in leaves], tau.grad
+    return loss.detach(), [y.grad for y in leaves], their_gradients(taus)
 
 
 def over_ranks(group, variant, counts, temperature, dtype, options):
@@ -56,11 +77,11 @@ def over_ranks(group, variant, counts, temperature, dtype, options):
     own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
     leaves = [y[own].clone().requires_grad_() for y in rows]
     others = [y if "queue" in variant else y[own] for y in others]
-    tau = torch.tensor(temperature, dtype=torch.float64).to(dtype).requires_grad_()
+    taus = numbers(variant, temperature, dtype)
     op = getattr(distributed, variant.split(",")[0])
-    loss = op(*leaves, *others, temperature=tau, group=group, **VARIANTS[variant], **options)
+    loss = op(*leaves, *others, **taus, group=group, **VARIANTS[variant], **options)
     loss.sum().backward()
-    return loss.detach(), [y.grad for y in leaves], tau.grad
+    return loss.detach(), [y.grad for y in leaves], their_gradients(taus)
 
 
 def error(found: torch.Tensor, truth: torch.Tensor) -> float:
@@ -72,7 +93,7 @@ def joined(answers):
     """What one process would have: the loss of rank 0, all rows' gradients as DDP would average them, the temperature's mean."""
     losses, grads, taus = zip(*answers, strict=True)
     grads = [torch.cat(parts) / len(answers) for parts in zip(*grads, strict=True)]
-    return losses[0], grads, torch.stack(taus).mean()
+    return losses[0], grads, torch.stack(taus).mean(dim=0)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "gather"])
@@ -108,7 +129,10 @@ def flat(result):
     return [loss, *grads, tau]
 
 
-@pytest.mark.parametrize("variant", ["info_nce", "nt_xent", "sup_con", "conditional_contrastive"])
+@pytest.mark.parametrize(
+    "variant",
+    ["info_nce", "nt_xent", "sup_con", "conditional_contrastive", "sigmoid_contrastive, labels"],
+)
 def test_reductions_and_gradient_scales(variant, workers):
     counts, size = (4, 2, 3), 3
     rows, others = draw(variant, sum(counts), torch.float64)
@@ -206,6 +230,8 @@ def second_derivatives(group):
         start = rows[0].clone().requires_grad_()
         options = {"strategy": strategy, "reduction": reduction, "backend": backend}
         op = getattr(distributed, variant.split(",")[0])
+        if variant.startswith("sigmoid"):
+            options["scale"] = 5.0
         loss = op(
             start.sin(), *rows[1:], *others, **VARIANTS[variant], **options, group=group
         ).sum()
@@ -230,3 +256,6 @@ def test_alone_it_is_the_plain_op():
         rows, others = draw(variant, 6, torch.float32)
         plain = getattr(fastnce, variant)(*rows, *others)
         assert torch.equal(plain, getattr(distributed, variant)(*rows, *others))
+    rows, others = draw("sigmoid_contrastive", 6, torch.float32)
+    plain = fastnce.sigmoid_contrastive(*rows, scale=5.0)
+    assert torch.equal(plain, distributed.sigmoid_contrastive(*rows, scale=5.0))

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastnce
 from fastnce import blocks
-from fastnce.blocks import info_nce, labelled_lse, patch_nce, tiles
+from fastnce.blocks import info_nce, labelled_lse, patch_nce, sigmoid_contrastive, tiles
 from fastnce.testing import Sample, assert_close_to_truth, leaves_of, outputs_of, run
 
 each_form = pytest.mark.parametrize(("op", "name"), FORMS, ids=[f"{op}-{n}" for op, n in FORMS])
@@ -88,6 +88,12 @@ LARGE = [
     ("patch_nce", [(1, *LONG), (1, *LONG)], {"symmetric": True, "query_negatives": True}),
     ("sup_con", [LONG], {"labels": LABELS}),
     ("nt_xent", [LONG, LONG], {}),
+    ("sigmoid_contrastive", [LONG, LONG], {"scale": 10.0}),
+    (
+        "sigmoid_contrastive",
+        [LONG, LONG],
+        {"query_labels": LABELS, "key_labels": LABELS, "scale": 10.0},
+    ),
     ("conditional_contrastive", [LONG, LONG], {"labels": LABELS}),
 ]
 
@@ -153,6 +159,10 @@ def test_blocks_of_every_height_give_the_same(temperature, monkeypatch):
             ),
             fastnce.sup_con(query, torch.arange(300) % 9, **options),
             fastnce.conditional_contrastive(query, key, torch.arange(300) % 9, **options),
+            fastnce.sigmoid_contrastive(query, key, scale=10.0, backend="blocks"),
+            fastnce.sigmoid_contrastive(
+                query, key, *[torch.arange(300) % 9] * 2, scale=10.0, backend="blocks"
+            ),
         ]
         grads = torch.autograd.grad(sum(losses), (query, key))
         found.append((*losses, *grads))
@@ -193,16 +203,18 @@ def test_gradients_are_added_into_maps_of_any_strides():
 def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(tiles, "multiplies_in_16_bits", lambda x: x.dtype.itemsize == 2)
     monkeypatch.setattr(info_nce, "has_attention", lambda x: False)
-    for file in (info_nce, labelled_lse, patch_nce):
+    for file in (info_nce, labelled_lse, patch_nce, sigmoid_contrastive):
         monkeypatch.setattr(file, "number", lambda temperature: temperature)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", LOSSES)
+@pytest.mark.parametrize("op", [*LOSSES, "sigmoid_contrastive"])
 def test_numerical_contract_as_on_a_gpu(op, dtype, as_on_a_gpu):
     """Every form, sizes and temperatures; of the latter also small ones."""
     for sample in samples(op, dtype).values():
         assert_close_to_truth(op, "blocks", sample, dtype)
+    if op not in LOSSES:
+        return
     for index in range(DTYPES.index(dtype), 54 if op in ("info_nce", "patch_nce") else 36, 4):
         assert_close_to_truth(op, "blocks", shaped(op, index, dtype), dtype)
 

@@ -1,0 +1,400 @@
+"""The sigmoid loss of pairs (SigLIP)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnce import backends
+from fastnce.ops import _checks, _common
+from fastnce.ops._over_ranks import OverRanks
+from fastnce.ranks import Block, Exchange, Fact
+from fastnce.reference.normalize import accumulation_dtype, normalize_rows, over_temperature
+from fastnce.registry import Form, Make, Op, Operator, Sample, declare
+
+
+def sigmoid_contrastive(
+    query: Tensor,
+    key: Tensor,
+    query_labels: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    *,
+    scale: float | Tensor,
+    bias: float | Tensor = 0.0,
+    normalize: bool = True,
+    paired: bool | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    r"""SigLIP's loss: every pair is classified by itself (Zhai et al. 2023, https://arxiv.org/abs/2303.15343).
+
+    .. math:: \ell_i = -\sum_j \log \sigma\big( y_{ij} (a\, s_{ij} + b) \big)
+
+    with the cosine :math:`s`, the ``scale`` a, the ``bias`` b, and :math:`y_{ij}` 1 where key j is a positive of query i, else -1.
+    The published loss is the mean over the queries, with a = 10 and b = -10 in the beginning.
+
+    Args:
+        query: (N, D); float64, float32, bfloat16 or float16.
+        key: (M, D).
+        query_labels: (N,) integers, with ``key_labels``: a query's positives are the keys of its label, none or several.
+        key_labels: (M,) integers.
+        scale: positive float, or tensor of one element and any shape, which gets its gradient. One that is trained is best kept
+            as a logarithm: pass ``log_scale.exp()``.
+        bias: float, or tensor of one element and any shape, which gets its gradient.
+        normalize: L2-normalise all rows (cosine); otherwise plain dot products. An all-zero row has cosine 0 with everything
+            and gradient 0.
+        paired: key i is the positive of query i, and further keys are nobody's; by default only without labels. With False and
+            no labels all pairs are negatives: a block of a larger matrix.
+        reduction: ``"mean"`` over the queries, ``"sum"``, or ``"none"`` for (N,).
+        backend: one of ``fastnce.backends.available()``; None chooses.
+
+    Returns:
+        The loss, float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, devices or options that do not fit together.
+        RuntimeError: the requested backend cannot run this.
+
+    Examples:
+        >>> import torch, fastnce
+        >>> image, text = torch.randn(2, 128, 64, requires_grad=True)
+        >>> fastnce.sigmoid_contrastive(image, text, scale=10.0, bias=-10.0).backward()
+    """
+    op = "sigmoid_contrastive"
+    query, key = _checks.same_dtype_under_autocast(query, key)
+    labels, paired = _checked(op, query, key, query_labels, key_labels, paired)
+    temperature = _checks.expect_scale(op, scale, query, "scale")
+    temperature = _checks.expect_temperature(op, temperature, query)
+    bias = _checks.expect_bias(op, bias, query)
+    _checks.expect_choice(op, "reduction", reduction, _common.REDUCTIONS)
+    options = {"paired": paired, "normalize": bool(normalize)}
+    kernels = backends.select(op, query, backend, (query, key))
+    with _common.no_autocast(query):
+        if kernels is not backends.reference:
+            rows = (query, key, bias)
+            return _common.fused_row_loss(
+                op, kernels, rows, labels, temperature, reduction, **options
+            )
+        loss = plain(query, key, bias, labels, temperature, **options)
+        if reduction == "none":
+            return loss
+        return loss.sum() * _common.row_weight(loss.numel(), reduction)
+
+
+def _form(rows: Sequence[Tensor]) -> Form:
+    query, key = rows
+    return Form("any", query.numel() * key.shape[0], query.shape[1])
+
+
+def _checked(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    query_labels: Tensor | None,
+    key_labels: Tensor | None,
+    paired: bool | None,
+    may_be_empty: bool = False,
+) -> tuple[Tensor, bool]:
+    """The labels of queries and keys (N + M,), or (0,) without; and whether key i is the positive of query i."""
+    _checks.expect_rows(op, "query", query, may_be_empty=may_be_empty)
+    _checks.expect_rows(op, "key", key, may_be_empty=may_be_empty)
+    _checks.expect_shape(op, "key", key, (key.shape[0], query.shape[1]), "query is", query)
+    _checks.expect_alike(op, "key", key, "query", query)
+    if (query_labels is None) != (key_labels is None):
+        missing = "query_labels" if query_labels is None else "key_labels"
+        raise ValueError(f"{op}: {missing} is None. Pass the labels of both sides, or of neither.")
+    if query_labels is not None:
+        if paired:
+            raise ValueError(
+                f"{op}: paired=True has no meaning with labels, which say what a positive is. Drop one."
+            )
+        sides = ("query", query_labels, query), ("key", key_labels, key)
+        labels = [_checks.expect_labels(op, x, y, n, f"{n}_labels") for n, x, y in sides]
+        return torch.cat(labels), False
+    paired = True if paired is None else bool(paired)
+    if paired and key.shape[0] < query.shape[0]:
+        raise ValueError(
+            f"{op}: key must have a row for each query, whose shape is {_checks.shape_of(query)}, got {_checks.shape_of(key)}. "
+            f"Pass paired=False if no pair is a positive, or the labels of both sides."
+        )
+    return query.new_empty(0, dtype=torch.int64), paired
+
+
+def plain(
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    *,
+    paired: bool,
+    normalize: bool,
+) -> Tensor:
+    """``loss_i = -sum_j log sigmoid(y_ij (s_ij / t + b))``.
+
+    Args:
+        query: (N, D).
+        key: (M, D).
+        bias: b, 0-d.
+        labels: (N + M,) int64 of queries and keys, those of a positive are the same; or (0,).
+        temperature: t, the inverse of the scale, a float or a 0-d tensor.
+        paired: without labels, key i is the positive of query i; else nothing is.
+        normalize: s is the cosine instead of the dot product.
+
+    Returns:
+        (N,), fp32 (fp64 for fp64 inputs).
+    """
+    dtype = accumulation_dtype(query.dtype)
+    query, key = query.to(dtype), key.to(dtype)
+    if normalize:
+        query, key = normalize_rows(query), normalize_rows(key)
+    logits = over_temperature(query @ key.T, temperature) + bias  # (N, M)
+    if len(labels) > 0:
+        is_positive = labels[: len(query), None] == labels[None, len(query) :]
+    else:
+        is_positive = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device) & paired
+    return -F.logsigmoid(torch.where(is_positive, logits, -logits)).sum(dim=1)
+
+
+@torch.compiler.disable
+def over_ranks(
+    query: Tensor,
+    key: Tensor,
+    query_labels: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    *,
+    scale: float | Tensor,
+    bias: float | Tensor = 0.0,
+    normalize: bool = True,
+    paired: bool | None = None,
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    strategy: str = "auto",
+    gradient_scale: str = "mean",
+    check: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """``fastnce.sigmoid_contrastive`` of the queries and keys of all ranks, exactly.
+
+    Args:
+        query: (N, D), this rank's; N may differ between ranks, and be 0 on some.
+        key: (M, D), this rank's; so may M.
+        query_labels: (N,) integers, with ``key_labels``: positives are the keys of all ranks that have the query's label.
+        key_labels: (M,) integers.
+        scale: positive float, or tensor of one element, which gets its gradient.
+        bias: float, or tensor of one element, which gets its gradient.
+        normalize: L2-normalise all rows (cosine); otherwise plain dot products.
+        paired: key i of a rank is the positive of its query i; by default only without labels. False: all pairs are negatives.
+        reduction: ``"mean"`` over the queries of all ranks, ``"sum"``, or ``"none"`` for this rank's (N,).
+        group, strategy, gradient_scale, check: see ``fastnce.distributed``.
+        backend: one of ``fastnce.backends.available()``; None chooses.
+
+    Returns:
+        The same loss on every rank (``"none"``: this rank's losses), float32 (float64 for float64 inputs).
+
+    Examples:
+        >>> import torch, fastnce.distributed  # one process: the plain op
+        >>> image, text = torch.randn(2, 128, 64, requires_grad=True)
+        >>> fastnce.distributed.sigmoid_contrastive(image, text, scale=10.0, bias=-10.0).backward()
+    """
+    op = "sigmoid_contrastive"
+    call = OverRanks(op, group, scale, reduction, strategy, gradient_scale, check, backend)
+    if call.alone:
+        options = {"normalize": normalize, "paired": paired}
+        options |= {"reduction": reduction, "backend": backend}
+        return sigmoid_contrastive(
+            query, key, query_labels, key_labels, scale=scale, bias=bias, **options
+        )
+    query, key = _checks.same_dtype_under_autocast(query, key)
+
+    def validate() -> dict[str, Fact]:
+        nonlocal bias, paired
+        by_labels = query_labels is not None
+        paired = _checked(op, query, key, query_labels, key_labels, paired, may_be_empty=True)[1]
+        call.temperature = _checks.expect_scale(op, scale, query, "scale")
+        bias = _checks.expect_bias(op, bias, query)
+        return {
+            "normalize": bool(normalize),
+            "paired": paired,
+            "whether there are labels": by_labels,
+            "bias": bias.detach(),
+            "whether gradients are needed": _common.wants_grad(query, key, scale, bias),
+            "whether key needs a gradient": _common.wants_grad(key),
+        }
+
+    call.agree(op, key, validate, of_form=((query, key),))
+    labels = (query_labels, key_labels) if query_labels is not None else None
+    with _common.no_autocast(query):
+        blocks = _Blocks(call.kernels, call.exchange, labels, paired, bool(normalize))
+        losses = _BlocksFunction.apply(query, key, bias, call.temperature, blocks)
+        return call.reduce(losses, None, query.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """This rank's queries against one block of keys after the other, whose losses add up.
+
+    Args:
+        kernels: the backend.
+        exchange: by which keys travel.
+        labels: of this rank's queries and keys, or None.
+        paired, normalize: as in ``sigmoid_contrastive``.
+    """
+
+    kernels: ModuleType
+    exchange: Exchange
+    labels: tuple[Tensor, Tensor] | None
+    paired: bool
+    normalize: bool
+
+    def travelling(self, key: Tensor) -> Block:
+        return (key,) if self.labels is None else (key, self.labels[1].long())
+
+    def _call(self, query: Tensor, step: int, block: Block) -> tuple[Tensor, dict[str, bool]]:
+        """The labels, and the options."""
+        labels = query.new_empty(0, dtype=torch.int64)
+        if self.labels is not None:
+            labels = torch.cat([self.labels[0].long(), block[1]])
+        return labels, {"paired": self.paired and step == 0, "normalize": self.normalize}
+
+    def losses(
+        self, query: Tensor, bias: Tensor, tau: float | Tensor, step: int, block: Block
+    ) -> Tensor:
+        """(N,), of the block that is here at ``step``."""
+        labels, options = self._call(query, step, block)
+        inputs = (query, block[0], bias, labels, tau)
+        if self.kernels is backends.reference:
+            return plain(*inputs, **options)
+        return self.kernels.sigmoid_contrastive_forward(
+            *inputs, **options, grad_scale=None, needs=(False,) * 4
+        )[0]
+
+    def gradients(
+        self,
+        weights: Tensor,
+        query: Tensor,
+        bias: Tensor,
+        tau: float | Tensor,
+        step: int,
+        block: Block,
+        needs: Sequence[bool],
+    ) -> Sequence[Tensor | None]:
+        """Of ``(weights * losses).sum()`` for query, the block's keys, bias and temperature."""
+        labels, options = self._call(query, step, block)
+        inputs = (query, block[0], bias, labels, tau)
+        weights = weights.to(accumulation_dtype(query.dtype))
+        if self.kernels is backends.reference:
+            function, (*of_rows, of_tau) = functools.partial(plain, **options), needs
+            needs = (*of_rows, False, of_tau)
+            found = _common.gradients(function, inputs, needs, weights)
+            return (*found[:3], found[4])
+        return self.kernels.sigmoid_contrastive_backward(weights, *inputs, **options, needs=needs)
+
+
+class _BlocksFunction(torch.autograd.Function):
+    """Losses (N,) float64 of this rank's queries against the keys of all ranks; the backward recomputes the similarities."""
+
+    @staticmethod
+    def forward(
+        ctx, query: Tensor, key: Tensor, bias: Tensor, tau: float | Tensor, blocks: _Blocks
+    ) -> Tensor:
+        losses = query.new_zeros(len(query), dtype=torch.float64)
+        for step, block in blocks.exchange.trip(blocks.travelling(key)):
+            if len(query) > 0 and len(block[0]) > 0:
+                losses += blocks.losses(query, bias, tau, step, block)
+        ctx.blocks, ctx.tau = blocks, None if isinstance(tau, Tensor) else tau
+        ctx.save_for_backward(query, key, bias, tau if ctx.tau is None else None)
+        return losses
+
+    @staticmethod
+    @_common.first_derivative_only
+    def backward(ctx, saved: tuple[Tensor | None, ...], grad: Tensor):
+        query, key, bias, tau = saved
+        blocks, needs = ctx.blocks, ctx.needs_input_grad[:4]
+        acc = accumulation_dtype(query.dtype)
+        # Of query, bias and temperature, over all blocks.
+        sums = [query.new_zeros(query.shape, dtype=acc)]
+        sums += [query.new_zeros((), dtype=torch.float64) for _ in range(2)]
+
+        def step_gradient(step: int, block: Block) -> Tensor:
+            """Adds what a block gives to this rank; returns the gradient of its keys."""
+            keys = block[0]
+            if len(query) == 0 or len(keys) == 0:
+                return keys.new_zeros(keys.shape, dtype=acc)
+            of_query, of_keys, *others = blocks.gradients(
+                grad, query, bias, ctx.tau if tau is None else tau, step, block, needs
+            )
+            for total, part in zip(sums, (of_query, *others), strict=True):
+                if part is not None:
+                    total += part
+            return keys if of_keys is None else of_keys.to(acc)
+
+        travelling = blocks.travelling(key)
+        of_key = None
+        if needs[1]:
+            of_key = blocks.exchange.round_trip(travelling, step_gradient)
+        else:
+            for step, block in blocks.exchange.trip(travelling):
+                step_gradient(step, block)
+        found = zip((sums[0], of_key, *sums[1:]), (query, key, bias, tau), needs, strict=True)
+        return *(x.to(like.dtype) if need else None for x, like, need in found), None
+
+
+def _samples(make: Make) -> Iterator[Sample]:
+    query = make(33, 20)
+    pair = {"query": query, "key": make.similar(query)}
+    scale, bias = (torch.tensor(x, requires_grad=True) for x in (10.0, -10.0))
+    yield Sample("pairs", {**pair, "scale": 5.0, "bias": -3.0})
+    yield Sample("trained", {**pair, "scale": scale, "bias": bias})
+    yield Sample("none", {**pair, "scale": scale, "bias": bias, "reduction": "none"})
+    more = {"query": query, "key": make(70, 20), "scale": torch.tensor([3.0], requires_grad=True)}
+    yield Sample("more_keys", more)
+    yield Sample("negatives", {**more, "paired": False, "bias": -1.0, "reduction": "sum"})
+    query_labels, key_labels = (
+        torch.randint(5, (n,), generator=make.generator).to(query.device) for n in (33, 70)
+    )
+    labelled = {**more, "query_labels": query_labels, "key_labels": key_labels.int()}
+    yield Sample("labels", {**labelled, "bias": torch.tensor([-0.5], requires_grad=True)})
+    yield Sample("labels_none", {**labelled, "bias": bias, "reduction": "none"})
+    yield Sample("dot", {**pair, "scale": 0.5, "bias": bias, "normalize": False})
+
+
+def _losses(query: Tensor, **_: object) -> tuple[Tensor]:
+    return (query.new_empty(query.shape[:1], dtype=accumulation_dtype(query.dtype)),)
+
+
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor bias, Tensor labels, Tensor? temperature_tensor, "
+    "float temperature"
+)
+_OPTIONS = "bool paired, bool normalize"
+_NEEDS = "bool need_query, bool need_key, bool need_bias, bool need_temperature"
+_GRADS = "Tensor grad_query, Tensor grad_key, Tensor grad_bias, Tensor grad_temperature"
+
+declare(
+    Op(
+        "sigmoid_contrastive",
+        function=sigmoid_contrastive,
+        over_ranks=over_ranks,
+        samples=_samples,
+        form=_form,
+    ),
+    # The arguments are those of ``plain``; loss (N,).
+    Operator(
+        f"sigmoid_contrastive_forward({_INPUTS}, {_OPTIONS}, float? grad_scale, bool mean, {_NEEDS}) -> "
+        f"(Tensor loss, {_GRADS})",
+        _losses,
+    ),
+    Operator(
+        f"sigmoid_contrastive_backward(Tensor grad_loss, {_INPUTS}, {_OPTIONS}, {_NEEDS}) -> ({_GRADS})"
+    ),
+    sigmoid_contrastive=plain,
+)
