@@ -149,6 +149,13 @@ def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float = 0.5) -> Tensor:
     return F.cross_entropy(logits.masked_fill(diagonal, -torch.inf), target)
 
 
+def sigmoid_contrastive(query: Tensor, key: Tensor, *, scale: float, bias: float) -> Tensor:
+    """SigLIP's: the logits of all pairs, a matrix of labels, the sum over N."""
+    logits = wide(F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T) * scale + bias
+    labels = 2 * torch.eye(len(query), device=query.device, dtype=logits.dtype) - 1
+    return -F.logsigmoid(labels * logits).sum() / len(query)
+
+
 def pairwise_cosine_similarity(
     x: Tensor, y: Tensor | None = None, *, temperature: float = 1.0
 ) -> Tensor:

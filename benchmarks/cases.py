@@ -199,6 +199,23 @@ CLIP = replace(
 )
 
 
+def _images_and_texts(shape: Shape, draw: Draw) -> Inputs:
+    image = draw.normal(shape["N"], shape["D"])
+    return {"query": image, "key": draw.near(image)}
+
+
+SIGLIP = Case(
+    "sigmoid_contrastive",
+    "SigLIP, both gradients, {N} x {D}",
+    {},
+    _images_and_texts,
+    ("query", "key"),
+    products=3,
+    pairs=_pairs,
+    options={"scale": 10.0, "bias": -10.0},
+)
+
+
 # PatchNCE: CUT's five layers, in one image, in a batch, and over all images of a batch.
 
 
@@ -447,6 +464,9 @@ CASES = [
     _case(NT_XENT, "quick full", N=1024, D=128),
     _case(NT_XENT, "full", "cpu", N=4096, D=128),
     _case(NT_XENT, "full", "cuda", N=16384, D=128),
+    _case(SIGLIP, "quick full", N=1024, D=256),
+    _case(SIGLIP, "full table", "cpu", N=16384, D=256),
+    _case(SIGLIP, "full", "cuda", N=32768, D=768),
     _case(BATCHED, "full", B=64, N=64, M=64, D=64),
     _case(PAIRWISE, "quick full", N=256, M=256, D=256),
     _case(PAIRWISE, "quick full", N=2048, M=2048, D=256),

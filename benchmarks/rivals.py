@@ -123,6 +123,7 @@ def _rivals(case: Case, device: torch.device, dtype: torch.dtype) -> list[Provid
         "conditional_contrastive": 5 * dtype.itemsize * cube,
         "sup_con": 20 * pairs,
         "nt_xent": 16 * pairs,
+        "sigmoid_contrastive": 20 * pairs,
         "pairwise_cosine_similarity": 3 * dtype.itemsize * pairs,
     }
 

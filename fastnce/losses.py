@@ -16,6 +16,7 @@ from fastnce.ops.conditional_contrastive import conditional_contrastive
 from fastnce.ops.info_nce import info_nce
 from fastnce.ops.nt_xent import nt_xent
 from fastnce.ops.patch_nce import patch_nce
+from fastnce.ops.sigmoid_contrastive import sigmoid_contrastive
 from fastnce.ops.sup_con import sup_con
 
 
@@ -114,14 +115,8 @@ class ConditionalContrastiveLoss(_Loss, op=conditional_contrastive):
     """
 
 
-class CLIPLoss(nn.Module):
-    """CLIP's loss (Radford et al. 2021, https://arxiv.org/abs/2103.00020): symmetric InfoNCE of images and texts.
-
-    Examples:
-        >>> import torch
-        >>> logit_scale = torch.nn.Parameter(torch.tensor(2.66))
-        >>> loss = CLIPLoss()(torch.randn(8, 16), torch.randn(8, 16), logit_scale.exp())
-    """
+class _ImageText(nn.Module):
+    """A loss of images and texts, whose scale and bias the model owns and hands over."""
 
     def __init__(self, *, normalize: bool = True, backend: str | None = None) -> None:
         super().__init__()
@@ -129,6 +124,16 @@ class CLIPLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(_shown(self.options))
+
+
+class CLIPLoss(_ImageText):
+    """CLIP's loss (Radford et al. 2021, https://arxiv.org/abs/2103.00020): symmetric InfoNCE of images and texts.
+
+    Examples:
+        >>> import torch
+        >>> logit_scale = torch.nn.Parameter(torch.tensor(2.66))
+        >>> loss = CLIPLoss()(torch.randn(8, 16), torch.randn(8, 16), logit_scale.exp())
+    """
 
     def forward(self, image: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:
         """The loss of ``image`` and ``text`` (N, D), whose cosines are multiplied by ``logit_scale`` (already exponentiated).
@@ -138,3 +143,22 @@ class CLIPLoss(nn.Module):
         _checks.expect_tensor("CLIPLoss", "image", image, "(N, D)")
         temperature = _checks.expect_scale("CLIPLoss", logit_scale, image)
         return info_nce(image, text, temperature=temperature, symmetric=True, **self.options)
+
+
+class SigLIPLoss(_ImageText):
+    """SigLIP's loss (Zhai et al. 2023, https://arxiv.org/abs/2303.15343): every pair of an image and a text by itself.
+
+    Examples:
+        >>> import torch
+        >>> logit_scale, logit_bias = torch.tensor(10.0).log(), torch.tensor(-10.0)
+        >>> loss = SigLIPLoss()(torch.randn(8, 16), torch.randn(8, 16), logit_scale.exp(), logit_bias)
+    """
+
+    def forward(
+        self, image: Tensor, text: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor
+    ) -> Tensor:
+        """The loss of ``image`` and ``text`` (N, D): the mean over images of their pairs' sums.
+
+        ``logit_scale`` (already exponentiated) and ``logit_bias``: floats, or tensors of one element, which get their gradients.
+        """
+        return sigmoid_contrastive(image, text, scale=logit_scale, bias=logit_bias, **self.options)

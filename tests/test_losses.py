@@ -112,6 +112,18 @@ def test_clip_loss_is_clips():
         torch.testing.assert_close(losses.CLIPLoss()(QUERY, KEY, scale), of_seven)
 
 
+def test_siglip_loss_is_siglips():
+    log_scale, bias = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor([-3.0]))
+    cosines = nn.functional.normalize(QUERY) @ nn.functional.normalize(KEY).T
+    signs = 2 * torch.eye(8) - 1
+    logits = log_scale.exp() * cosines + bias
+    expected = -nn.functional.logsigmoid(signs * logits).sum() / 8
+    got = losses.SigLIPLoss()(QUERY, KEY, log_scale.exp(), bias)
+    torch.testing.assert_close(got, expected)
+    grads = [torch.autograd.grad(x, (log_scale, bias)) for x in (got, expected)]
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("scale", [-1.0, 0, 0.0, torch.inf, torch.nan])
 def test_clip_refuses_what_is_no_scale(scale):
     for form in (scale, np.float32(scale), torch.tensor([float(scale)])):
