@@ -607,7 +607,7 @@ class ReStyleSystem(LabelledSystem):
                 "one step, as much time": {"steps_per_batch": 1, "steps": 2700},
                 "ReStyle, 3 steps": {"steps_per_batch": 3},
                 "ReStyle on e4e": {"head": "e4e", "lambda_adv": 0.1, "lambda_delta": 2e-4},
-                "ReStyle and MoCo": {"lambda_moco": 0.5},
+                "ReStyle and MoCo": {"lambda_moco": 0.5, "lambda_id": 0.0},
             },
             measures={
                 "l2": ("L2", ".4f"),

@@ -183,6 +183,8 @@ def of_rows(
     if "labels" in first:
         count = next(iter(arguments.values())).shape[0]
         arguments["labels"] = torch.arange(count) % 5 if labels is None else labels
+    if "scale" in first:
+        options.setdefault("scale", first["scale"])
     if op not in REDUCED:
         options.pop("reduction", None)
     if isinstance(options.get("temperature"), Tensor):

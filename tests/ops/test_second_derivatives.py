@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from forms import LOSSES, REDUCED, gaussian, of_rows
+from forms import LOSSES, REDUCED, gaussian, of_rows, rows_of
 from torch import Tensor
 
 import fastnce
@@ -68,8 +68,7 @@ def of_both_sides(op: str, **options: object) -> Callable:
 
     def call(x: Tensor, backend: str) -> Tensor:
         sample = of_rows(op, (x, x), x.dtype, **options)
-        names = [n for n, value in sample.arguments.items() if value is not None and n != "labels"]
-        rows = {name: x.view_as(sample.arguments[name]) for name in names if name not in options}
+        rows = {name: x.view_as(sample.arguments[name]) for name in rows_of(sample)}
         rows = {name: y.flip(-2) * 1.5 if i else y for i, (name, y) in enumerate(rows.items())}
         return getattr(fastnce, op)(**sample.arguments | rows, backend=backend)
 
