@@ -41,8 +41,8 @@ from fastnce.systems.generating import (
     GRID_COLUMNS,
     SPLITS,
     check_amounts,
+    evaluate_samples,
     interpolate,
-    judge_of,
     reference_and_training,
     sample_measure,
     signed_unit,
@@ -752,23 +752,10 @@ class ContraGANSystem(LabelledSystem):
         Beside them stand training images (the best to hope for) and samples of the generator before its training. The extractor
         is by default that of the run, or a digits set's own classifier; `seed` is that of the noise.
         """
-        from fastnce.metrics import evaluate_generation, format_generation_table
-
-        evaluator = judge_of(config, data, extractor or config.extractor, device)
-        (images, labels), training = reference_and_training(
-            data, config.measure_count, partial(labelled_images, config, root=data)
-        )
-        torch.manual_seed(config.seed)
-        untrained = build_generator(config).to(device).eval()
-        result = evaluate_generation(
-            sampler(networks["run"], seed),
-            images,
-            labels,
-            evaluator,
-            held_out=training,
-            untrained=sampler(untrained, seed),
-        )
-        return result, format_generation_table(result)
+        split = partial(labelled_images, config, root=data)
+        reference = partial(reference_and_training, data, config.measure_count, split)
+        of_run = (networks["run"], build_generator, sampler, reference)
+        return evaluate_samples(config, data, *of_run, extractor, seed, device)
 
     def generate_folder(
         self, network: nn.Module, config: ContraGANConfig, out: Path, **how: Any

@@ -114,7 +114,8 @@ def read_direction(path: Path | str, generator: StyleGenerator) -> Tensor:
     shapes = (generator.latent_dim,), (generator.num_styles, generator.latent_dim)
     if value.shape not in shapes:
         raise UserError(
-            f"{path}: holds numbers of shape {value.shape}, expected {shapes[0]} or {shapes[1]}."
+            f"{path}: holds numbers of shape {value.shape}, expected {shapes[0]} or {shapes[1]}. "
+            "Give a direction of this generator's w."
         )
     return torch.from_numpy(value).to(generator.latent_avg)
 

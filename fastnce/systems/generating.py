@@ -135,6 +135,42 @@ def sample_measure(
     return measure
 
 
+def evaluate_samples(
+    config: Any,
+    data: Path,
+    network: nn.Module,
+    build: Callable[[Any], nn.Module],
+    sampler: Callable[[nn.Module, int], Sample],
+    reference: Callable[[], tuple],
+    extractor: Path | None,
+    seed: int,
+    device: torch.device,
+) -> tuple[dict[str, Any], str]:
+    """The quality of a trained generator's samples beside training images and an untrained generator's, and its table.
+
+    Args:
+        build: makes the untrained generator of the configuration.
+        sampler: from a generator and the seed of the noise to its samples.
+        reference: gives what `reference_and_training` does; called once the judge is there.
+        extractor: the judge, by default that of the run, or a digits set's own classifier.
+    """
+    from fastnce.metrics import evaluate_generation, format_generation_table
+
+    judge = judge_of(config, data, extractor or config.extractor, device)
+    (images, labels), training = reference()
+    torch.manual_seed(config.seed)
+    untrained = build(config).to(device).eval()
+    result = evaluate_generation(
+        sampler(network, seed),
+        images,
+        labels,
+        judge,
+        held_out=training,
+        untrained=sampler(untrained, seed),
+    )
+    return result, format_generation_table(result)
+
+
 def signed_unit(images: Tensor) -> Tensor:
     """uint8 images as float32 in [-1, 1]."""
     from fastnce.data.images import SIGNED_UNIT

@@ -27,8 +27,8 @@ from fastnce.systems.generating import (
     GRID_COLUMNS,
     SPLITS,
     check_amounts,
+    evaluate_samples,
     interpolate,
-    judge_of,
     reference_and_training,
     sample_measure,
 )
@@ -463,21 +463,9 @@ class StyleGAN2System(LabelledSystem):
         Beside them stand training images (the best to hope for) and samples of the generator before its training. The extractor
         is by default that of the run, or a digits set's own classifier; `seed` is that of the noise.
         """
-        from fastnce.metrics import evaluate_generation, format_generation_table
-
-        judge = judge_of(config, data, extractor or config.extractor, device)
-        (images, labels), training = _reference(config, data)
-        torch.manual_seed(config.seed)
-        untrained = build_generator(config).to(device).eval()
-        result = evaluate_generation(
-            _sampler(networks["run"], seed),
-            images,
-            labels,
-            judge,
-            held_out=training,
-            untrained=_sampler(untrained, seed),
-        )
-        return result, format_generation_table(result)
+        reference = partial(_reference, config, data)
+        of_run = (networks["run"], build_generator, _sampler, reference)
+        return evaluate_samples(config, data, *of_run, extractor, seed, device)
 
     def generate_folder(
         self, network: nn.Module, config: StyleGAN2Config, out: Path, **how: Any

@@ -18,7 +18,7 @@ from torch.export import Dim
 
 from fastnce.errors import UserError
 from fastnce.files import atomic_path
-from fastnce.networks.stylegan2 import NoiseInjection, UpsamplingStyledConv
+from fastnce.networks.stylegan2 import NoiseInjection
 from fastnce.training.checkpoint import below
 from fastnce.training.runs import Run, opened
 from fastnce.training.shared import CONFIG_KEY, shared_values, write_shared
@@ -143,7 +143,7 @@ def _leave_out_noise(network: nn.Module) -> bool:
         (parent, name)
         for parent in network.modules()
         for name, child in parent.named_children()
-        if isinstance(child, NoiseInjection) and isinstance(parent, UpsamplingStyledConv)
+        if isinstance(child, NoiseInjection)
     ]
     for parent, name in places:
         setattr(parent, name, nn.Identity())
