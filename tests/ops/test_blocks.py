@@ -144,6 +144,8 @@ def test_blocks_of_every_height_give_the_same(temperature, monkeypatch):
     query, key = gaussian(300, 20).requires_grad_(), gaussian(300, 20, seed=1).requires_grad_()
     batched = query.view(4, 75, 20), key.view(4, 75, 20)
     options = {"temperature": temperature, "backend": "blocks"}
+    bias = torch.tensor(-1.0, requires_grad=True)
+    pairs = {"scale": 10.0, "bias": bias, "backend": "blocks"}
     found = []
     for budget in (1, 300 * 4 * 100, 75 * 75 * 4 * 2, 1 << 30):
         monkeypatch.setitem(tiles.BYTES, "cpu", budget)
@@ -159,12 +161,10 @@ def test_blocks_of_every_height_give_the_same(temperature, monkeypatch):
             ),
             fastnce.sup_con(query, torch.arange(300) % 9, **options),
             fastnce.conditional_contrastive(query, key, torch.arange(300) % 9, **options),
-            fastnce.sigmoid_contrastive(query, key, scale=10.0, backend="blocks"),
-            fastnce.sigmoid_contrastive(
-                query, key, *[torch.arange(300) % 9] * 2, scale=10.0, backend="blocks"
-            ),
+            fastnce.sigmoid_contrastive(query, key, **pairs),
+            fastnce.sigmoid_contrastive(query, key, *[torch.arange(300) % 9] * 2, **pairs),
         ]
-        grads = torch.autograd.grad(sum(losses), (query, key))
+        grads = torch.autograd.grad(sum(losses), (query, key, bias))
         found.append((*losses, *grads))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0])
