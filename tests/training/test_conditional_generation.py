@@ -14,7 +14,8 @@ from fastnce.data import list_images
 from fastnce.demo.judges import DigitClassifier
 from fastnce.errors import UserError
 from fastnce.systems import SYSTEMS
-from fastnce.systems.contragan import interpolate, judge_of, latent
+from fastnce.systems.contragan import latent
+from fastnce.systems.generating import interpolate, judge_of
 from fastnce.systems.system import Ablation
 from fastnce.training import evaluate_run, export_shared, generate_folder, load_generator, train
 from fastnce.training.ablation import ablate, ablations, compare, format_ablation
