@@ -32,6 +32,7 @@ class Operator:
             for it and acc is float32.
         grad_scale, grad_scales: if given, or not empty, also the gradients of this times the sum of the losses.
         mean: the gradients of the mean instead. No number of losses is an argument, for a compiler would take it for a constant.
+        weights: if given, also the gradients of the sum of these times the losses.
         need_x: the gradient of ``x`` is asked for. The gradients are the last results, in this order. Where x is a list, a list
             of those that are needed.
 
@@ -60,7 +61,9 @@ class Operator:
         if not self.needs:
             return found
         now = (
-            values.get("grad_scale", 1.0) is not None and len(values.get("grad_scales", (1.0,))) > 0
+            values.get("grad_scale", 1.0) is not None
+            and values.get("weights", 1.0) is not None
+            and len(values.get("grad_scales", (1.0,))) > 0
         )
         gradients = [self._gradient(name, values, now) for name in self.needs]
         return (*found, *gradients)

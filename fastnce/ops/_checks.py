@@ -98,16 +98,26 @@ def expect_alike(op: str, name: str, x: Tensor, like_name: str, like: Tensor) ->
 
 
 def expect_labels(
-    op: str, labels: object, like: Tensor, like_name: str, name: str = "labels"
+    op: str,
+    labels: object,
+    like: Tensor,
+    like_name: str,
+    name: str = "labels",
+    shape: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """``labels`` as (N,) int64 on the device of ``like`` (N, D)."""
-    expect_tensor(op, name, labels, "(N,)")
+    """``labels`` as int64 of this shape, by default (N,), on the device of ``like`` (N, D)."""
+    expect_tensor(op, name, labels, "(N,)" if shape is None else str(shape))
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise TypeError(
             f"{op}: {name} must be integers (int64), got {labels.dtype}. Convert them with {name}.long()."
         )
     _expect_as_local(op, name, labels, like_name, like)
-    expect_shape(op, name, labels, (like.shape[0],), f"one per row of {like_name}")
+    one_each = (
+        "one for each key"
+        if shape and shape != tuple(like.shape[:-1])
+        else f"one per row of {like_name}"
+    )
+    expect_shape(op, name, labels, (like.shape[0],) if shape is None else shape, one_each)
     if labels.device != like.device:
         raise ValueError(
             f"{op}: {name} are on {labels.device} but {like_name} is on {like.device}. "

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastnce import backends
 from fastnce.ops import _checks, _common
 from fastnce.ops._over_ranks import OverRanks
+from fastnce.ops.masked_info_nce import masks_of, rows_loss
 from fastnce.ranks import Block, Exchange, Fact, Gather
 from fastnce.reference.normalize import (
     accumulation_dtype,
@@ -37,8 +38,19 @@ def info_nce(
     in_batch_negatives: bool | None = None,
     reduction: str = "mean",
     similarity_dtype: torch.dtype | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    negative_mask: Tensor | None = None,
+    guide: Sequence[Tensor] | None = None,
+    guide_margin: float = 0.0,
+    relative_margin: bool = False,
+    weights: Tensor | None = None,
+    decoupled: bool = False,
+    return_rank: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     r"""InfoNCE, the contrastive cross-entropy (van den Oord et al. 2018, https://arxiv.org/abs/1807.03748).
 
     .. math:: \ell_i = \log \sum_{j} \exp(s_{ij} / \tau) - s_{ii} / \tau
@@ -65,10 +77,28 @@ def info_nce(
             ``0.04 / sqrt(D)``; docs/precision.md has the bounds and what they do to the loss. Gradients ignore the rounding:
             they multiply the coefficients of this loss with the rows as they were. Needs ``normalize=True`` and no
             negatives of each query's own. The backends know it as the op ``"info_nce_fp8"``.
+        query_ids: (N,) or (B, N) integers, as ``query`` has rows: a key of the same id is no negative of the query, such as a
+            duplicate, or another sample of its label. The query's own positive always stays. No matrix is made of this.
+        key_ids: the ids of the rows of ``positive_key`` as negatives of other queries; by default ``query_ids``.
+        negative_ids: those of ``negative_keys``, (M,), (N, M) or (B, N, M). None of these is left out by default.
+        key_mask: bool, in the shape of ``query_ids``: False where a row of ``positive_key`` is nobody's negative.
+        negative_mask: bool, in the shape of ``negative_ids``: False where there is no key, as in rows of different lengths.
+        guide: another model's rows of ``(query, positive_key)``, or of ``(query, positive_key, negative_keys)``, shared, in any
+            dimension: what it finds more similar to the query than its positive is no negative (GISTEmbed,
+            https://arxiv.org/abs/2402.16829). They get no gradient.
+        guide_margin: taken from the guide's cosine with the positive before it is compared; with ``relative_margin`` this share
+            of it.
+        relative_margin: see ``guide_margin``.
+        weights: floats in the shape of ``query_ids``, a weight for each loss; ``"mean"`` divides by their sum. No gradient.
+        decoupled: the positive is not in the sum (Yeh et al. 2021, https://arxiv.org/abs/2110.06848). The loss of a query without
+            negatives is 0.
+        return_rank: the result is ``(loss, rank)`` with how many negatives are more similar to the query than its positive, int64:
+            top-1 accuracy is ``(rank == 0).float().mean()``.
         backend: one of ``fastnce.backends.available()``; None chooses.
 
     Returns:
-        The loss, float32 (float64 for float64 inputs).
+        The loss, float32 (float64 for float64 inputs). With ``return_rank`` also the ranks, in the shape of ``query`` without D;
+        with ``symmetric`` two of these, of queries among the other keys and of keys among the other queries.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -99,6 +129,23 @@ def info_nce(
     if similarity_dtype is not None:
         _check_similarity_dtype(op, similarity_dtype, normalize, negative_keys)
 
+    named = {"query_ids": query_ids, "key_ids": key_ids, "negative_ids": negative_ids}
+    named |= {"key_mask": key_mask, "negative_mask": negative_mask, "guide": guide}
+    plain_call = all(x is None for x in (*named.values(), weights)) and not (
+        decoupled or return_rank
+    )
+    masks = None
+    if not plain_call:
+        if similarity_dtype is not None:
+            raise ValueError(f"{op}: similarity_dtype goes with no mask, weight or rank. Drop one.")
+        if symmetric and guide is not None:
+            raise ValueError(
+                f"{op}: guide has a threshold for each query, symmetric=True none for each key. Drop one, or average two calls."
+            )
+        margins = {"guide_margin": guide_margin, "relative_margin": relative_margin}
+        masks = masks_of(op, query, negative_keys, in_batch, **named, **margins)
+        weights = _weights(op, weights, query)
+
     batched = query.dim() == 3
     if not batched:
         query, positive_key = query.unsqueeze(0), positive_key.unsqueeze(0)
@@ -109,8 +156,25 @@ def info_nce(
         "normalize": bool(normalize),
         "symmetric": bool(symmetric),
         "in_batch": in_batch,
-        "self_logit": None,
     }
+    if masks is not None:
+        loss, rank = rows_loss(
+            op,
+            rows,
+            masks,
+            weights,
+            temperature,
+            reduction,
+            backend,
+            rank=return_rank,
+            decoupled=bool(decoupled),
+            **options,
+        )
+        loss = loss.squeeze(0) if reduction == "none" and not batched else loss
+        if not return_rank:
+            return loss
+        return loss, rank if batched else rank.squeeze(1 if symmetric else 0)
+    options["self_logit"] = None
     name = op if similarity_dtype is None else f"{op}_fp8"
     kernels = backends.select(name, query, backend, rows, bool(symmetric))
     with _common.no_autocast(query):
@@ -123,6 +187,20 @@ def info_nce(
             if reduction != "none":
                 loss = loss.sum() * _common.row_weight(loss.numel(), reduction)
     return loss.squeeze(0) if reduction == "none" and not batched else loss
+
+
+def _weights(op: str, weights: Tensor | None, query: Tensor) -> Tensor | None:
+    """As (B, N) in the dtype of the sums."""
+    if weights is None:
+        return None
+    _checks.expect_float_tensor(op, "weights", weights, (1, 2), "(N,) or (B, N)")
+    _checks.expect_shape(op, "weights", weights, tuple(query.shape[:-1]), "one per query")
+    if _common.wants_grad(weights):
+        raise ValueError(
+            f"{op}: weights require a gradient, which they do not get. Pass weights.detach(), or multiply reduction='none'."
+        )
+    weights = weights.to(query.device, accumulation_dtype(query.dtype))
+    return weights if weights.dim() == 2 else weights.unsqueeze(0)
 
 
 def _form(rows: Sequence[Tensor | None], symmetric: bool) -> Form:
