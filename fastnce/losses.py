@@ -20,6 +20,11 @@ from fastnce.ops.sigmoid_contrastive import sigmoid_contrastive
 from fastnce.ops.sup_con import sup_con
 
 
+def _is_of_a_call(parameter: inspect.Parameter) -> bool:
+    """Whether it is tensors, such as ids, which differ from call to call."""
+    return "Tensor" in str(parameter.annotation) and "float" not in str(parameter.annotation)
+
+
 class _Loss(nn.Module):
     """An op with its options, those of the op by name; the temperature may also come first."""
 
@@ -29,7 +34,7 @@ class _Loss(nn.Module):
         super().__init_subclass__()
         cls._op = staticmethod(op)
         options = inspect.signature(op).parameters.values()
-        options = [x for x in options if x.kind is x.KEYWORD_ONLY]
+        options = [x for x in options if x.kind is x.KEYWORD_ONLY and not _is_of_a_call(x)]
         first = options[0].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
         cls.__signature__ = inspect.Signature([first, *options[1:]])
 
@@ -45,7 +50,7 @@ class _Loss(nn.Module):
         self.options = given.arguments
 
     def forward(self, *inputs: Tensor | Sequence[Tensor] | None, **named: Tensor) -> Tensor:
-        """The loss of the op's tensors."""
+        """The loss of the op's tensors; those that the op takes by name, such as ids and weights, by name."""
         return self._op(*inputs, **named, temperature=self.temperature, **self.options)
 
     def extra_repr(self) -> str:
@@ -57,7 +62,7 @@ class _Loss(nn.Module):
             shown = f"{type(temperature).__name__}({number})"
         else:
             shown = repr(temperature)
-        return ", ".join([f"temperature={shown}", *_shown(self.options)])
+        return ", ".join([f"temperature={shown}", *_shown(self)])
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
         if "temperature" in self._buffers:  # which checkpoints of older versions lack
@@ -65,8 +70,10 @@ class _Loss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _shown(options: dict[str, object]) -> list[str]:
-    return [f"{name}={value!r}" for name, value in options.items() if value is not None]
+def _shown(loss: nn.Module) -> list[str]:
+    """The options that are not the defaults."""
+    known = inspect.signature(type(loss)).parameters
+    return [f"{k}={v!r}" for k, v in loss.options.items() if v != known[k].default]
 
 
 class InfoNCELoss(_Loss, op=info_nce):
@@ -123,7 +130,7 @@ class _ImageText(nn.Module):
         self.options = {"normalize": normalize, "backend": backend}
 
     def extra_repr(self) -> str:
-        return ", ".join(_shown(self.options))
+        return ", ".join(_shown(self))
 
 
 class CLIPLoss(_ImageText):

@@ -37,22 +37,33 @@ CHANGED = {
     "detach_keys": True,
     "layer_weights": [0.5],
     "similarity_dtype": torch.float8_e4m3fn,
+    "decoupled": True,
+    "return_rank": True,
     "backend": "torch",
 }
+# What does nothing without the tensors of a guide.
+NEED_A_GUIDE = ("guide_margin", "relative_margin")
 
 
 @each_loss
 def test_a_module_is_its_op_with_every_option_and_default(op):
     module, arguments = CASES[op]
     function = inspect.signature(getattr(fastnce, op)).parameters
-    options = {n: p.default for n, p in function.items() if p.kind is p.KEYWORD_ONLY}
+    of_a_call = [n for n, p in function.items() if str(p.annotation).endswith("Tensor | None")]
+    of_a_call += ["guide"]  # tensors
+    options = {
+        n: p.default for n, p in function.items() if p.kind is p.KEYWORD_ONLY and n not in of_a_call
+    }
     assert {n: p.default for n, p in inspect.signature(module).parameters.items()} == options
     assert torch.equal(module()(*arguments), getattr(fastnce, op)(*arguments))
-    for name in options:
+    for name in options.keys() - set(NEED_A_GUIDE):
         changed = {name: CHANGED[name]}
         got, expected = module(**changed)(*arguments), getattr(fastnce, op)(*arguments, **changed)
+        if name == "return_rank":
+            (got, rank), (expected, expected_rank) = got, expected
+            assert torch.equal(rank, expected_rank)
         assert torch.equal(got, expected), name
-        same = name in ("in_batch_negatives", "backend", "detach_keys")
+        same = name in ("in_batch_negatives", "backend", "detach_keys", "return_rank")
         assert same or not torch.equal(got, module()(*arguments))
     if op == "info_nce":
         queue = torch.randn(5, 6)
@@ -88,11 +99,11 @@ def test_a_temperature_of_a_module_may_be_trained_or_moved_and_is_saved(op):
 def test_repr_shows_what_was_chosen():
     on_meta = nn.Parameter(torch.empty((), device="meta"))
     shown = {
-        losses.InfoNCELoss(similarity_dtype=torch.float8_e4m3fn): "InfoNCELoss(temperature=0.07, normalize=True, symmetric=False, reduction='mean', similarity_dtype=torch.float8_e4m3fn)",
-        losses.NTXentLoss(nn.Parameter(torch.tensor([0.5]))): "NTXentLoss(temperature=Parameter(0.5), reduction='mean')",
-        losses.SupConLoss(torch.tensor(0.25)): "SupConLoss(temperature=Tensor(0.25), reduction='mean')",
-        losses.PatchNCELoss(on_meta): "PatchNCELoss(temperature=Parameter(...), negatives='image', symmetric=False, query_negatives=False, detach_keys=False)",
-        losses.CLIPLoss(backend="torch"): "CLIPLoss(normalize=True, backend='torch')",
+        losses.InfoNCELoss(similarity_dtype=torch.float8_e4m3fn): "InfoNCELoss(temperature=0.07, similarity_dtype=torch.float8_e4m3fn)",
+        losses.NTXentLoss(nn.Parameter(torch.tensor([0.5]))): "NTXentLoss(temperature=Parameter(0.5))",
+        losses.SupConLoss(torch.tensor(0.25)): "SupConLoss(temperature=Tensor(0.25))",
+        losses.PatchNCELoss(on_meta): "PatchNCELoss(temperature=Parameter(...))",
+        losses.CLIPLoss(backend="torch"): "CLIPLoss(backend='torch')",
     }  # fmt: skip
     for module, text in shown.items():
         assert repr(module) == text
