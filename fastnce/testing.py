@@ -179,7 +179,7 @@ def _flip(op: str, name: str, x: Tensor) -> Tensor:
     """Reverses the order of the features, which are summed over."""
     if not _compares(op):
         return x.flip(1 if x.dim() == 4 else -1)  # a map, or patches and their gradient
-    return x.flip(-1) if x.dim() >= 2 and name != "upstream" else x
+    return x.flip(-1) if x.dim() >= 2 and name not in ("upstream", "weights") else x
 
 
 @functools.lru_cache(maxsize=32)
