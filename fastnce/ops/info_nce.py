@@ -180,7 +180,7 @@ def info_nce(
     with _common.no_autocast(query):
         if kernels is not backends.reference:
             loss = _common.fused_row_loss(
-                op, kernels, rows, None, temperature, reduction, operators=name, **options
+                op, kernels, rows, (), temperature, reduction, operators=name, **options
             )
         else:
             loss = plain(*rows, temperature, **options, similarity_dtype=similarity_dtype)

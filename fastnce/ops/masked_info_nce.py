@@ -142,10 +142,12 @@ def masks_of(
     query_ids = _ids(op, "query_ids", query_ids, query, rows)
     if in_batch:
         key_ids = query_ids if key_ids is None else _ids(op, "key_ids", key_ids, query, rows)
-        key_ids = _with_mask(op, "key_mask", key_ids, key_mask, query, rows)
+        key_ids = _checks.with_mask(op, "key_mask", key_ids, key_mask, query, rows)
     if columns is not None:
         negative_ids = _ids(op, "negative_ids", negative_ids, query, columns)
-        negative_ids = _with_mask(op, "negative_mask", negative_ids, negative_mask, query, columns)
+        negative_ids = _checks.with_mask(
+            op, "negative_mask", negative_ids, negative_mask, query, columns
+        )
     guides: tuple[Tensor | None, ...] = (None, None, None)
     if guide is not None:
         guides = _guide(op, guide, guide_margin, relative_margin, query, in_batch, columns)
@@ -174,25 +176,6 @@ def _ids(
 ) -> Tensor | None:
     """As int64 of this shape."""
     return None if ids is None else _checks.expect_labels(op, ids, query, "query", name, shape)
-
-
-def _with_mask(
-    op: str,
-    name: str,
-    ids: Tensor | None,
-    mask: Tensor | None,
-    query: Tensor,
-    shape: tuple[int, ...],
-) -> Tensor | None:
-    """The ids, ``LEFT_OUT`` where the mask is False."""
-    if mask is None:
-        return ids
-    _checks.expect_tensor(op, name, mask, shape)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{op}: {name} must be bool, True for keys that count, got {mask.dtype}.")
-    _checks.expect_shape(op, name, mask, shape, "one for each key")
-    ids = mask.new_zeros(shape, dtype=torch.int64) if ids is None else ids
-    return ids.masked_fill(~mask, LEFT_OUT)
 
 
 def _guide(
