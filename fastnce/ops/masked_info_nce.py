@@ -145,10 +145,10 @@ def masks_of(
     query_ids = _ids(op, "query_ids", query_ids, query, rows)
     if in_batch:
         key_ids = query_ids if key_ids is None else _ids(op, "key_ids", key_ids, query, rows)
-        key_ids = _with_mask(op, "key_mask", key_ids, key_mask, query, rows)
+        key_ids = with_mask(op, "key_mask", key_ids, key_mask, query, rows)
     if columns is not None:
         negative_ids = _ids(op, "negative_ids", negative_ids, query, columns)
-        negative_ids = _with_mask(op, "negative_mask", negative_ids, negative_mask, query, columns)
+        negative_ids = with_mask(op, "negative_mask", negative_ids, negative_mask, query, columns)
     guides: tuple[Tensor | None, ...] = (None, None, None)
     if guide is not None:
         guides = _guide(op, guide, guide_margin, relative_margin, query, in_batch, columns)
@@ -165,6 +165,20 @@ def masks_of(
     )
 
 
+def weights_of(op: str, weights: Tensor | None, query: Tensor) -> Tensor | None:
+    """As (B, N) in the dtype of the sums."""
+    if weights is None:
+        return None
+    _checks.expect_float_tensor(op, "weights", weights, (1, 2), "(N,) or (B, N)")
+    _checks.expect_shape(op, "weights", weights, tuple(query.shape[:-1]), "one per query")
+    if _common.wants_grad(weights):
+        raise ValueError(
+            f"{op}: weights require a gradient, which they do not get. Pass weights.detach(), or multiply reduction='none'."
+        )
+    weights = weights.to(query.device, accumulation_dtype(query.dtype))
+    return weights if weights.dim() == 2 else weights.unsqueeze(0)
+
+
 def _expect_used(op: str, used: bool, *names_and_values: object) -> None:
     for name, value in zip(names_and_values[::2], names_and_values[1::2], strict=True):
         if value is not None and not used:
@@ -179,7 +193,7 @@ def _ids(
     return None if ids is None else _checks.expect_labels(op, ids, query, "query", name, shape)
 
 
-def _with_mask(
+def with_mask(
     op: str,
     name: str,
     ids: Tensor | None,
