@@ -320,7 +320,7 @@ def plain(features: Tensor, labels: Tensor, temperature: float | Tensor) -> tupl
 def over_ranks(
     features: Tensor,
     labels: Tensor,
-    *,
+    *references: Tensor | None,
     temperature: float | Tensor = 0.07,
     reduction: str = "mean",
     group: dist.ProcessGroup | None = None,
@@ -328,17 +328,23 @@ def over_ranks(
     gradient_scale: str = "mean",
     check: bool = True,
     backend: str | None = None,
+    **options: object,
 ) -> Tensor:
     """``fastnce.sup_con`` of the samples of all ranks, exactly; positives may be on any rank.
+
+    Against rows that are the same on all ranks, such as a labelled ``NegativeQueue``, each rank's samples are on their own:
+    there the plain op is the loss.
 
     Args:
         features: (N, D), this rank's; N may differ between ranks, and be 0 on some.
         labels: (N,) integers.
+        references: the other rows of ``fastnce.sup_con``, where this process is alone.
         temperature: positive float, or tensor of one element, which gets its gradient.
         reduction: ``"mean"`` over the samples of all ranks that have a positive (0 if none has), ``"sum"``, or ``"none"`` for
             this rank's (N,), with 0 for samples without a positive.
         group, strategy, gradient_scale, check: see ``fastnce.distributed``.
         backend: one of ``fastnce.backends.available()``; None chooses.
+        options: the others of ``fastnce.sup_con``, where this process is alone.
 
     Returns:
         The same loss on every rank (``"none"``: this rank's losses), float32 (float64 for float64 inputs).
@@ -351,9 +357,11 @@ def over_ranks(
     op = "sup_con"
     call = OverRanks(op, group, temperature, reduction, strategy, gradient_scale, check, backend)
     if call.alone:
-        return sup_con(features, labels, **call.plain)
+        return sup_con(features, labels, *references, **options, **call.plain)
 
     def validate() -> dict[str, Fact]:
+        names = ("reference_features", "reference_labels")
+        call.expect_default(dict(zip(names, references, strict=False)) | options)
         _checks.expect_rows(op, "features", features, may_be_empty=True)
         _checks.expect_labels(op, labels, features, "features")
         return {"whether gradients are needed": _common.wants_grad(features, temperature)}
