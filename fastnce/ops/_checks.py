@@ -65,8 +65,8 @@ def expect_rows(
         expect_alike(op, name, x, like_name, like)
 
 
-def expect_tensor(op: str, name: str, x: object, shape: str) -> None:
-    """``x`` is a tensor."""
+def expect_tensor(op: str, name: str, x: object, shape: object) -> None:
+    """``x`` is a tensor. Its ``shape`` is printed for an error alone, as in ``expect_shape``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor of shape {shape}, got {type(x).__name__}.")
 
@@ -111,7 +111,7 @@ def expect_labels(
     shape: tuple[int, ...] | None = None,
 ) -> Tensor:
     """``labels`` as int64 of this shape, by default (N,), on the device of ``like`` (N, D)."""
-    expect_tensor(op, name, labels, "(N,)" if shape is None else str(shape))
+    expect_tensor(op, name, labels, "(N,)" if shape is None else shape)
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise TypeError(
             f"{op}: {name} must be integers (int64), got {labels.dtype}. Convert them with {name}.long()."

@@ -208,7 +208,7 @@ def _with_mask(
     """The ids, ``LEFT_OUT`` where the mask is False."""
     if mask is None:
         return ids
-    _checks.expect_tensor(op, name, mask, str(shape))
+    _checks.expect_tensor(op, name, mask, shape)
     if mask.dtype != torch.bool:
         raise TypeError(f"{op}: {name} must be bool, True for keys that count, got {mask.dtype}.")
     _checks.expect_shape(op, name, mask, shape, "one for each key")
@@ -244,7 +244,8 @@ def _guide(
     shapes = [tuple(query.shape[:-1])] * 2 + [columns]
     for i, (x, rows) in enumerate(zip(guide, shapes, strict=False)):
         name = f"guide[{i}]"
-        _checks.expect_float_tensor(op, name, x, (len(rows) + 1,), f"{(*rows, 'G')}")
+        words = "(M, G)" if i == 2 else "(N, G)" if len(rows) == 1 else "(B, N, G)"
+        _checks.expect_float_tensor(op, name, x, (len(rows) + 1,), words)
         expected = (*rows, guide[0].shape[-1])
         _checks.expect_shape(op, name, x, expected, "one row for each of ours")
         _checks.expect_alike(op, name, x, "guide[0]", guide[0])
