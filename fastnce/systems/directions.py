@@ -21,7 +21,7 @@ from fastnce.networks.style_generator import StyleGenerator
 from fastnce.networks.weights import load_scripted, read_plain
 from fastnce.systems.generating import SPLITS
 from fastnce.systems.representation import import_safetensors
-from fastnce.systems.stylegan2 import images_of
+from fastnce.systems.stylegan2 import images_of, sample_latents
 
 _BATCH = 64
 _ROWS = 16  # of the picture of all
@@ -223,7 +223,7 @@ def edit_folder(
         styles: The places of the latent that move, 0 the coarsest; by default all.
         reach: How far: from -reach to +reach times the direction.
         columns: Images of each latent, an odd number for the unchanged one in the middle.
-        seed: Seed of the samples.
+        seed: Seed of the samples, which are those of `fastnce generate`.
 
     Returns:
         The number of latents.
@@ -268,15 +268,6 @@ def edit_folder(
     with atomic_path(Path(out) / "direction.npy") as temporary:
         np.save(temporary, moved.cpu().numpy())
     return len(names)
-
-
-@torch.no_grad()
-def sample_latents(generator: StyleGenerator, count: int, seed: int) -> Tensor:
-    """Mapped samples (count, D), whose noise is drawn on the CPU."""
-    random = torch.Generator().manual_seed(seed)
-    # One after the other, so that a sample does not depend on how many there are.
-    z = torch.stack([torch.randn(generator.latent_dim, generator=random) for _ in range(count)])
-    return generator.mapping(z.to(generator.latent_avg))
 
 
 def _first(vectors: Tensor, count: int) -> Tensor:
