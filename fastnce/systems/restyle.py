@@ -598,7 +598,8 @@ class ReStyleSystem(LabelledSystem):
             "checkpoint_every": 200,
         },
     }
-    presets["photo-crops"] = presets["digits"] | {"image_size": 32}
+    # The built-in crops of photographs.
+    presets["photo-crops"] = presets["digits"] | {"image_size": 32, "steps": 800}
     ablations = {
         "restyle": Ablation(
             choices={
