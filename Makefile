@@ -86,9 +86,8 @@ test-kernels: install
 # The losses of other libraries against ours under their names. torch and pytest are those of $(VENV).
 DROPINS := out/dropins-venv
 test-dropins: install $(DROPINS)/.installed
-	$(TESTS_ENVIRONMENT) FASTNCE_DROPINS=1 $(DROPINS)/bin/python -m pytest -q $(DROPIN_TESTS)
+	$(TESTS_ENVIRONMENT) FASTNCE_DROPINS=1 $(DROPINS)/bin/python -m pytest -q tests/integrations
 
-DROPIN_TESTS := tests/integrations tests/distributed/test_dropins_over_ranks.py
 SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 $(DROPINS)/.installed: tests/integrations/requirements.txt $(INSTALLED)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -66,3 +70,28 @@ def assert_same_class(ours: type, theirs: type) -> None:
     assert ours.__name__ == theirs.__name__
     assert_same_signature(ours, theirs)
     assert_same_signature(ours.forward, theirs.forward)
+
+
+def imported(name: str) -> ModuleType:
+    """A module of one of the libraries."""
+    _import_torchvision()
+    return importlib.import_module(name)
+
+
+@functools.cache
+def _import_torchvision() -> torch.library.Library | None:
+    """One for GPUs beside a torch without: its operators do not load, and it ends where it names them, unless they are there.
+
+    What is declared lives as long as the library that is returned.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        declared = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            declared.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+        importlib.import_module("torchvision")
+        return declared
+    return None
