@@ -1,28 +1,21 @@
-"""The libraries themselves, where they are installed: ``make test-dropins`` installs them and asks for them."""
+"""The libraries themselves: ``make test-dropins`` installs them and asks for them; elsewhere their equations stand for them."""
 
-import importlib.util
-import os
 from collections.abc import Callable
 from types import ModuleType
 
 import pytest
-from against import imported
-
-# Asked for, a library that is not there is an error: otherwise its tests would be skipped, and none would fail.
-_ASKED_FOR = os.environ.get("FASTNCE_DROPINS", "0") != "0"
+from against import ASKED_FOR, imported
 
 
 def pytest_report_header() -> list[str]:
-    return [f"comparison with the libraries: {'on' if _ASKED_FOR else 'see make test-dropins'}"]
+    return [
+        f"the libraries that are stood in for: {'compared with' if ASKED_FOR else 'see make test-dropins'}"
+    ]
 
 
 @pytest.fixture
 def library() -> Callable[[str], ModuleType]:
-    """Imports a module of one of the libraries; without it, skips the test."""
-
-    def imported_or_skipped(name: str) -> ModuleType:
-        if not _ASKED_FOR and importlib.util.find_spec(name.split(".")[0]) is None:
-            pytest.skip(f"{name.split('.')[0]} is not installed: make test-dropins")
-        return imported(name)
-
-    return imported_or_skipped
+    """Imports a module of one of the libraries. One that is asked for and not there is an error, for no skip would be seen."""
+    if not ASKED_FOR:
+        pytest.skip("make test-dropins has the library")
+    return imported

@@ -3,7 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from against import assert_same, assert_same_class, assert_same_signature, draw, similar
+from against import (
+    THEIRS,
+    assert_same,
+    assert_same_class,
+    assert_same_signature,
+    draw,
+    imported,
+    similar,
+)
 
 from fastnce.integrations import info_nce
 
@@ -29,9 +37,9 @@ def equation(query, key, negatives=None, temperature=0.1, reduction="mean", nega
     return F.cross_entropy(logits / temperature, target, reduction=reduction)
 
 
-@pytest.fixture(params=["equation", "library"])
-def theirs(request, library):
-    return equation if request.param == "equation" else library("info_nce").info_nce
+@pytest.fixture(params=THEIRS)
+def theirs(request):
+    return equation if request.param == "equation" else imported("info_nce").info_nce
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

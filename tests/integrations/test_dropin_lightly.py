@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from against import assert_same, assert_same_class, draw, similar
+from against import THEIRS, assert_same, assert_same_class, draw, imported, similar
 
 from fastnce.integrations import lightly
 
@@ -24,11 +24,11 @@ def with_bank(out0, out1, bank, temperature):
     return F.cross_entropy(logits, torch.zeros(len(out0)).long())
 
 
-@pytest.fixture(params=["equation", "library"])
-def their_nt_xent(request, library):
+@pytest.fixture(params=THEIRS)
+def their_nt_xent(request):
     if request.param == "equation":
         return lambda temperature: lambda *x: nt_xent(*x, temperature)
-    return library("lightly.loss").NTXentLoss
+    return imported("lightly.loss").NTXentLoss
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.07])
@@ -66,11 +66,11 @@ class Bank(torch.nn.Module):
         return loss
 
 
-@pytest.fixture(params=["equation", "library"])
-def their_bank(request, library):
+@pytest.fixture(params=THEIRS)
+def their_bank(request):
     if request.param == "equation":
         return Bank()
-    loss = library("lightly.loss").NTXentLoss(0.2, (12, 6)).double()
+    loss = imported("lightly.loss").NTXentLoss(0.2, (12, 6)).double()
     loss.memory_bank.bank.copy_(BEGIN)
     return loss
 

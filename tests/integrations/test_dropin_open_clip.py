@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from against import assert_same, assert_same_class, draw, similar
+from against import THEIRS, assert_same, assert_same_class, draw, imported, similar
 from torch import Tensor
 
 from fastnce.integrations import open_clip
@@ -28,12 +28,12 @@ def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None)
 EQUATIONS = {"ClipLoss": clip_loss, "SigLipLoss": siglip_loss}
 
 
-@pytest.fixture(params=["equation", "library"])
-def theirs(request, library):
+@pytest.fixture(params=THEIRS)
+def theirs(request):
     """A loss by its name."""
     if request.param == "equation":
         return EQUATIONS.get
-    return lambda name: getattr(library("open_clip.loss"), name)()
+    return lambda name: getattr(imported("open_clip.loss"), name)()
 
 
 @pytest.mark.parametrize("bias", [None, BIAS])

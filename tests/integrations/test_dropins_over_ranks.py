@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from against import draw, imported, similar
+from against import THEIRS, draw, imported, similar
 from distributed.workers import Workers
 from torch import Tensor
 
@@ -109,12 +109,11 @@ def by_equation(case: str) -> list[list[Tensor]]:
     return found
 
 
-@pytest.fixture(params=["equation", "library"])
-def theirs(request, library, workers):
+@pytest.fixture(params=THEIRS)
+def theirs(request, workers):
     def of(case: str) -> list[list[Tensor]]:
         if request.param == "equation":
             return by_equation(case)
-        library(MODULES[case.split(",")[0]])
         return workers.results(on_a_rank, case, False)
 
     return of
