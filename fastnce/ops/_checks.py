@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from fastnce.registry import LEFT_OUT
-
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -89,15 +87,20 @@ def expect_shape(
 
 def expect_alike(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     """``x`` is on the device of ``like`` and has its dtype; both are of one process, or both are not."""
+    expect_beside(op, name, x, like_name, like)
+    if x.dtype != like.dtype:
+        raise TypeError(
+            f"{op}: {name} is {x.dtype} but {like_name} is {like.dtype}. Convert one, e.g. {name}.to({like_name}.dtype)."
+        )
+
+
+def expect_beside(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """``x`` is on the device of ``like``; both are of one process, or both are not."""
     _expect_as_local(op, name, x, like_name, like)
     if x.device != like.device:
         raise ValueError(
             f"{op}: {name} is on {x.device} but {like_name} is on {like.device}. "
             f"Move it with {name}.to({like_name}.device)."
-        )
-    if x.dtype != like.dtype:
-        raise TypeError(
-            f"{op}: {name} is {x.dtype} but {like_name} is {like.dtype}. Convert one, e.g. {name}.to({like_name}.dtype)."
         )
 
 
@@ -128,29 +131,6 @@ def expect_labels(
             f"Move them with {name}.to({like_name}.device)."
         )
     return labels.long()
-
-
-def with_mask(
-    op: str,
-    name: str,
-    ids: Tensor | None,
-    mask: object,
-    like: Tensor,
-    shape: tuple[int, ...],
-) -> Tensor | None:
-    """The ids of keys, int64 of this shape on the device of ``like``, ``LEFT_OUT`` where the mask is False."""
-    if mask is None:
-        return ids
-    expect_tensor(op, name, mask, shape)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{op}: {name} must be bool, True for keys that count, got {mask.dtype}.")
-    expect_shape(op, name, mask, shape, "one for each key")
-    if mask.device != like.device:
-        raise ValueError(
-            f"{op}: {name} is on {mask.device}. Move it with {name}.to({str(like.device)!r})."
-        )
-    ids = mask.new_zeros(shape, dtype=torch.int64) if ids is None else ids
-    return ids.masked_fill(~mask, LEFT_OUT)
 
 
 def expect_temperature(op: str, temperature: object, like: Tensor) -> float | Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastnce import backends
 from fastnce.ops import _checks, _common
 from fastnce.ops._over_ranks import OverRanks
+from fastnce.ops.masked_info_nce import with_mask
 from fastnce.ranks import Block, Exchange, Fact
 from fastnce.reference.normalize import accumulation_dtype, normalize_rows, over_temperature
 from fastnce.registry import LEFT_OUT, Form, Make, Op, Operator, Sample, declare
@@ -158,7 +159,7 @@ def _ids(
         key_ids = query_ids if key_ids is None else key_ids
         key_ids = _checks.expect_labels(op, key_ids, key, "key", "key_ids")
     shape = (key.shape[0],)
-    return query_ids, _checks.with_mask(op, "key_mask", key_ids, key_mask, key, shape)
+    return query_ids, with_mask(op, "key_mask", key_ids, key_mask, query, shape)
 
 
 def plain(
