@@ -50,6 +50,7 @@ _LAZY = {
     "distributed": ("fastnce.distributed", ""),
     "GradCache": ("fastnce.distributed", "GradCache"),
     "NegativeQueue": ("fastnce.distributed", "NegativeQueue"),
+    "integrations": ("fastnce.integrations", ""),
     "verify": ("fastnce.verification", "verify"),
 }
 
@@ -62,6 +63,7 @@ __all__ = [
     "conditional_contrastive",
     "distributed",
     "info_nce",
+    "integrations",
     "losses",
     "nt_xent",
     "pairwise_cosine_similarity",
