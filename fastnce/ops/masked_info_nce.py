@@ -18,6 +18,8 @@ from fastnce.registry import Form, Op, Operator, declare
 
 # The id of a key that is nobody's negative, such as padding.
 LEFT_OUT = torch.iinfo(torch.int64).min
+# That of a key without an id, which is nobody's.
+NO_ID = LEFT_OUT + 1
 
 
 class Masks(NamedTuple):
@@ -122,6 +124,7 @@ def masks_of(
     query: Tensor,
     negatives: Tensor | None,
     in_batch: bool,
+    symmetric: bool = False,
     *,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
@@ -150,6 +153,10 @@ def masks_of(
         negative_ids = _ids(op, "negative_ids", negative_ids, query, columns)
         negative_ids = _with_mask(op, "negative_mask", negative_ids, negative_mask, query, columns)
     guides: tuple[Tensor | None, ...] = (None, None, None)
+    if guide is not None and symmetric:
+        raise ValueError(
+            f"{op}: guide has a threshold for each query, symmetric=True none for each key. Drop one, or average two calls."
+        )
     if guide is not None:
         guides = _guide(op, guide, guide_margin, relative_margin, query, in_batch, columns)
     found = (query_ids, key_ids, negative_ids, *guides)
@@ -194,7 +201,7 @@ def _with_mask(
     if mask.dtype != torch.bool:
         raise TypeError(f"{op}: {name} must be bool, True for keys that count, got {mask.dtype}.")
     _checks.expect_shape(op, name, mask, shape, "one for each key")
-    ids = mask.new_zeros(shape, dtype=torch.int64) if ids is None else ids
+    ids = mask.new_full(shape, NO_ID, dtype=torch.int64) if ids is None else ids
     return ids.masked_fill(~mask, LEFT_OUT)
 
 
@@ -219,7 +226,8 @@ def _guide(
     shapes = [tuple(query.shape[:-1])] * 2 + [columns]
     for i, (x, rows) in enumerate(zip(guide, shapes, strict=False)):
         name = f"guide[{i}]"
-        _checks.expect_float_tensor(op, name, x, (len(rows) + 1,), f"{(*rows, 'G')}")
+        shape = f"{(*rows, 'G')}"
+        _checks.expect_float_tensor(op, name, x, (len(rows) + 1,), shape, may_be_empty=True)
         expected = (*rows, guide[0].shape[-1])
         _checks.expect_shape(op, name, x, expected, "one row for each of ours")
         _checks.expect_alike(op, name, x, "guide[0]", guide[0])
