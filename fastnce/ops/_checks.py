@@ -27,7 +27,7 @@ def expect_float_tensor(
     name: str,
     x: object,
     dims: tuple[int, ...],
-    shape: str,
+    shape: object,
     may_be_empty: bool = False,
 ) -> None:
     """``x`` is a floating-point tensor with one of ``dims`` dimensions, none of them empty, or the first alone."""
@@ -69,8 +69,8 @@ def expect_rows(
         expect_alike(op, name, x, like_name, like)
 
 
-def expect_tensor(op: str, name: str, x: object, shape: str) -> None:
-    """``x`` is a tensor."""
+def expect_tensor(op: str, name: str, x: object, shape: object) -> None:
+    """``x`` is a tensor; ``shape``, words or a tuple, is for the error alone (see ``expect_shape``)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor of shape {shape}, got {type(x).__name__}.")
 
@@ -89,15 +89,20 @@ def expect_shape(
 
 def expect_alike(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     """``x`` is on the device of ``like`` and has its dtype; both are of one process, or both are not."""
+    expect_beside(op, name, x, like_name, like)
+    if x.dtype != like.dtype:
+        raise TypeError(
+            f"{op}: {name} is {x.dtype} but {like_name} is {like.dtype}. Convert one, e.g. {name}.to({like_name}.dtype)."
+        )
+
+
+def expect_beside(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """``x`` is on the device of ``like``; both are of one process, or both are not."""
     _expect_as_local(op, name, x, like_name, like)
     if x.device != like.device:
         raise ValueError(
             f"{op}: {name} is on {x.device} but {like_name} is on {like.device}. "
             f"Move it with {name}.to({like_name}.device)."
-        )
-    if x.dtype != like.dtype:
-        raise TypeError(
-            f"{op}: {name} is {x.dtype} but {like_name} is {like.dtype}. Convert one, e.g. {name}.to({like_name}.dtype)."
         )
 
 
@@ -110,7 +115,7 @@ def expect_labels(
     shape: tuple[int, ...] | None = None,
 ) -> Tensor:
     """``labels`` as int64 of this shape, by default (N,), on the device of ``like`` (N, D)."""
-    expect_tensor(op, name, labels, "(N,)" if shape is None else str(shape))
+    expect_tensor(op, name, labels, "(N,)" if shape is None else shape)
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise TypeError(
             f"{op}: {name} must be integers (int64), got {labels.dtype}. Convert them with {name}.long()."

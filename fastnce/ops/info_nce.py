@@ -13,7 +13,7 @@ from torch import Tensor
 from fastnce import backends
 from fastnce.ops import _checks, _common
 from fastnce.ops._over_ranks import OverRanks
-from fastnce.ops.masked_info_nce import LEFT_OUT, NO_ID, Masks, masks_of, rows_loss
+from fastnce.ops.masked_info_nce import WITHOUT_ID, Masks, masks_of, rows_loss, weights_of
 from fastnce.ops.masked_info_nce import plain as masked_plain
 from fastnce.ranks import Block, Exchange, Fact, Gather
 from fastnce.reference.normalize import (
@@ -22,7 +22,7 @@ from fastnce.reference.normalize import (
     over_temperature,
     rounded_unit_rows,
 )
-from fastnce.registry import Form, Make, Op, Operator, Sample, declare
+from fastnce.registry import LEFT_OUT, Form, Make, Op, Operator, Sample, declare
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -140,7 +140,7 @@ def info_nce(
             raise ValueError(f"{op}: similarity_dtype goes with no mask, weight or rank. Drop one.")
         margins = {"guide_margin": guide_margin, "relative_margin": relative_margin}
         masks = masks_of(op, query, negative_keys, in_batch, symmetric, **named, **margins)
-        weights = _weights(op, weights, query)
+        weights = weights_of(op, weights, query)
 
     batched = query.dim() == 3
     if not batched:
@@ -183,20 +183,6 @@ def info_nce(
             if reduction != "none":
                 loss = loss.sum() * _common.row_weight(loss.numel(), reduction)
     return loss.squeeze(0) if reduction == "none" and not batched else loss
-
-
-def _weights(op: str, weights: Tensor | None, query: Tensor) -> Tensor | None:
-    """As (B, N) in the dtype of the sums."""
-    if weights is None:
-        return None
-    _checks.expect_float_tensor(op, "weights", weights, (1, 2), "(N,) or (B, N)", may_be_empty=True)
-    _checks.expect_shape(op, "weights", weights, tuple(query.shape[:-1]), "one per query")
-    if _common.wants_grad(weights):
-        raise ValueError(
-            f"{op}: weights require a gradient, which they do not get. Pass weights.detach(), or multiply reduction='none'."
-        )
-    weights = weights.to(query.device, accumulation_dtype(query.dtype))
-    return weights if weights.dim() == 2 else weights.unsqueeze(0)
 
 
 def _form(rows: Sequence[Tensor | None], symmetric: bool) -> Form:
@@ -421,7 +407,7 @@ def over_ranks(
         _check_whose(op, negatives_of, negative_keys)
         if masked:
             masks = masks_of(op, query, negative_keys, in_batch, symmetric, **named, **margins)
-        weights = _weights(op, weights, query)
+        weights = weights_of(op, weights, query)
         given = [name for name, x in (*named.items(), ("weights", weights)) if x is not None]
         of_negatives = len(negative_keys) if shared else 0
         return {
@@ -545,7 +531,7 @@ class _Blocks:
         if rows is None or self.masks is None:
             return None if rows is None else (rows,)
         if ids is None:
-            ids = rows.new_full(rows.shape[:-1], NO_ID, dtype=torch.int64)
+            ids = rows.new_full(rows.shape[:-1], WITHOUT_ID, dtype=torch.int64)
         return (rows, ids) if guide is None else (rows, ids, guide)
 
     def trip(self, key: Tensor, negatives: Tensor | None) -> Iterator[tuple[int, Block]]:
@@ -846,6 +832,26 @@ def _samples(make: Make) -> Iterator[Sample]:
     yield Sample("batched_symmetric", {**batched, "symmetric": True, "reduction": "none"})
     yield Sample("batched_queue", {**batched, "negative_keys": make(40, 24)})
     yield Sample("batched_own", {**batched, "negative_keys": make(3, 17, 5, 24)})
+    yield from _masked_samples(make, pair, queue["negative_keys"], own["negative_keys"])
+
+
+def _masked_samples(
+    make: Make, pair: dict[str, object], shared: Tensor, own: Tensor
+) -> Iterator[Sample]:
+    """Of 33 queries, 70 shared negatives and 9 of each."""
+    tau = torch.tensor(0.1, requires_grad=True)
+    numbers = torch.arange(33 * 9, device=make.device)
+    ids = {"query_ids": numbers[:33] % 7}
+    weighted = ids | {"key_mask": numbers[:33] % 5 > 0, "weights": make(33, grad=False).abs()}
+    yield Sample("masked", {**pair, **weighted})
+    more = {"symmetric": True, "reduction": "none", "temperature": tau}
+    yield Sample("masked_symmetric_none", {**pair, **weighted, **more})
+    guide = [make(count, 4, grad=False) for count in (33, 33, 70)]
+    more = {"negative_keys": shared, "negative_ids": numbers[:70] % 11, "guide": guide}
+    yield Sample("masked_queue", {**pair, **ids, **more, "decoupled": True, "reduction": "sum"})
+    more = {"negative_keys": own, "negative_mask": (numbers % 3 > 0).view(33, 9)}
+    more |= {"in_batch_negatives": True, "decoupled": True, "reduction": "none"}
+    yield Sample("masked_own_none", {**pair, **ids, **more})
 
 
 def _losses(query: Tensor, symmetric: bool, **_: object) -> tuple[Tensor, Tensor]:
