@@ -18,6 +18,8 @@ from fastnce.registry import Form, Op, Operator, declare
 
 # The id of a key that is nobody's negative, such as padding.
 LEFT_OUT = torch.iinfo(torch.int64).min
+# And of one among these that is the negative of every query, whatever the query's id.
+OF_ALL = LEFT_OUT + 1
 
 
 class Masks(NamedTuple):
@@ -145,10 +147,10 @@ def masks_of(
     query_ids = _ids(op, "query_ids", query_ids, query, rows)
     if in_batch:
         key_ids = query_ids if key_ids is None else _ids(op, "key_ids", key_ids, query, rows)
-        key_ids = _with_mask(op, "key_mask", key_ids, key_mask, query, rows)
+        key_ids = with_mask(op, "key_mask", key_ids, key_mask, query, rows)
     if columns is not None:
         negative_ids = _ids(op, "negative_ids", negative_ids, query, columns)
-        negative_ids = _with_mask(op, "negative_mask", negative_ids, negative_mask, query, columns)
+        negative_ids = with_mask(op, "negative_mask", negative_ids, negative_mask, query, columns)
     guides: tuple[Tensor | None, ...] = (None, None, None)
     if guide is not None:
         guides = _guide(op, guide, guide_margin, relative_margin, query, in_batch, columns)
@@ -179,7 +181,7 @@ def _ids(
     return None if ids is None else _checks.expect_labels(op, ids, query, "query", name, shape)
 
 
-def _with_mask(
+def with_mask(
     op: str,
     name: str,
     ids: Tensor | None,
@@ -194,8 +196,22 @@ def _with_mask(
     if mask.dtype != torch.bool:
         raise TypeError(f"{op}: {name} must be bool, True for keys that count, got {mask.dtype}.")
     _checks.expect_shape(op, name, mask, shape, "one for each key")
-    ids = mask.new_zeros(shape, dtype=torch.int64) if ids is None else ids
+    ids = mask.new_full(shape, OF_ALL, dtype=torch.int64) if ids is None else ids
     return ids.masked_fill(~mask, LEFT_OUT)
+
+
+def weights_of(op: str, weights: Tensor | None, query: Tensor) -> Tensor | None:
+    """Of each loss, as (B, N) in the dtype of the sums."""
+    if weights is None:
+        return None
+    _checks.expect_float_tensor(op, "weights", weights, (1, 2), "(N,) or (B, N)")
+    _checks.expect_shape(op, "weights", weights, tuple(query.shape[:-1]), "one per query")
+    if _common.wants_grad(weights):
+        raise ValueError(
+            f"{op}: weights require a gradient, which they do not get. Pass weights.detach(), or multiply reduction='none'."
+        )
+    weights = weights.to(query.device, accumulation_dtype(query.dtype))
+    return weights if weights.dim() == 2 else weights.unsqueeze(0)
 
 
 def _guide(
