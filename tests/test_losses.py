@@ -39,6 +39,10 @@ CHANGED = {
     "similarity_dtype": torch.float8_e4m3fn,
     "decoupled": True,
     "return_rank": True,
+    "margin": 0.2,
+    "angular_margin": 0.3,
+    "hardness": 1.0,
+    "label_smoothing": 0.1,
     "backend": "torch",
 }
 # What does nothing without the tensors of a guide.

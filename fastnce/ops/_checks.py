@@ -22,7 +22,9 @@ def shape_of(x: Tensor) -> str:
     return str(tuple(x.shape))
 
 
-def expect_float_tensor(op: str, name: str, x: object, dims: tuple[int, ...], shape: str) -> None:
+def expect_float_tensor(
+    op: str, name: str, x: object, dims: tuple[int, ...], shape: object
+) -> None:
     """``x`` is a floating-point tensor with one of ``dims`` dimensions, none of them empty."""
     expect_tensor(op, name, x, shape)
     if x.layout != torch.strided or x.is_nested:
@@ -65,8 +67,8 @@ def expect_rows(
         expect_alike(op, name, x, like_name, like)
 
 
-def expect_tensor(op: str, name: str, x: object, shape: str) -> None:
-    """``x`` is a tensor."""
+def expect_tensor(op: str, name: str, x: object, shape: object) -> None:
+    """``x`` is a tensor; ``shape``, words or a tuple, is for the error alone (see ``expect_shape``)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor of shape {shape}, got {type(x).__name__}.")
 
@@ -106,7 +108,7 @@ def expect_labels(
     shape: tuple[int, ...] | None = None,
 ) -> Tensor:
     """``labels`` as int64 of this shape, by default (N,), on the device of ``like`` (N, D)."""
-    expect_tensor(op, name, labels, "(N,)" if shape is None else str(shape))
+    expect_tensor(op, name, labels, "(N,)" if shape is None else shape)
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise TypeError(
             f"{op}: {name} must be integers (int64), got {labels.dtype}. Convert them with {name}.long()."
@@ -183,7 +185,7 @@ def expect_numbers(
 
     ``why`` it has that shape; ``hint``, how to put a wrong number right. As a temperature's, numbers on an accelerator, or that a compiler traces, are not read: NaN takes the place of a wrong one.
     """
-    expect_tensor(op, name, x, str(shape))
+    expect_tensor(op, name, x, shape)
     if not x.is_floating_point():
         raise TypeError(f"{op}: {name} must be floats, got {x.dtype}. Use {name}.float().")
     _expect_as_local(op, name, x, "query", like)

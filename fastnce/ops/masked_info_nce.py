@@ -14,11 +14,9 @@ from torch import Tensor
 from fastnce import backends
 from fastnce.ops import _checks, _common
 from fastnce.reference.normalize import accumulation_dtype, normalize_rows, over_temperature
-from fastnce.registry import Form, Op, Operator, declare
+from fastnce.registry import LEFT_OUT, Form, Op, Operator, declare
 
-# The id of a key that is nobody's negative, such as padding.
-LEFT_OUT = torch.iinfo(torch.int64).min
-# And of one among these that is the negative of every query, whatever the query's id.
+# The id of a key that is a negative of every query, whatever the query's id.
 OF_ALL = LEFT_OUT + 1
 
 
@@ -192,7 +190,7 @@ def with_mask(
     """The ids, ``LEFT_OUT`` where the mask is False."""
     if mask is None:
         return ids
-    _checks.expect_tensor(op, name, mask, str(shape))
+    _checks.expect_tensor(op, name, mask, shape)
     if mask.dtype != torch.bool:
         raise TypeError(f"{op}: {name} must be bool, True for keys that count, got {mask.dtype}.")
     _checks.expect_shape(op, name, mask, shape, "one for each key")
@@ -235,7 +233,7 @@ def _guide(
     shapes = [tuple(query.shape[:-1])] * 2 + [columns]
     for i, (x, rows) in enumerate(zip(guide, shapes, strict=False)):
         name = f"guide[{i}]"
-        _checks.expect_float_tensor(op, name, x, (len(rows) + 1,), f"{(*rows, 'G')}")
+        _checks.expect_float_tensor(op, name, x, (len(rows) + 1,), (*rows, "G"))
         expected = (*rows, guide[0].shape[-1])
         _checks.expect_shape(op, name, x, expected, "one row for each of ours")
         _checks.expect_alike(op, name, x, "guide[0]", guide[0])

@@ -166,14 +166,14 @@ declare(
     # lse (N,) = log of the sum over j != i of exp(f_i . f_j / t); 0 for a single row.
     # The mean is over the rows that have a positive.
     Operator(
-        "sup_con_forward(Tensor features, Tensor labels, Tensor? temperature_tensor, float temperature, float? grad_scale, "
+        "sup_con_forward(Tensor features, Tensor labels, Tensor? temperature_tensor, float temperature, bool bfloat16_products, float? grad_scale, "
         "bool mean, bool need_features, bool need_temperature) -> "
         "(Tensor loss, Tensor has_positive, Tensor lse, Tensor grad_features, Tensor grad_temperature)",
         _losses,
     ),
     Operator(
         "sup_con_backward(Tensor grad_loss, Tensor features, Tensor labels, Tensor? temperature_tensor, float temperature, "
-        "Tensor lse, bool need_features, bool need_temperature) -> (Tensor grad_features, Tensor grad_temperature)"
+        "Tensor lse, bool bfloat16_products, bool need_features, bool need_temperature) -> (Tensor grad_features, Tensor grad_temperature)"
     ),
     sup_con=plain,
 )
