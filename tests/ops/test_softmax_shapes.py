@@ -1,6 +1,7 @@
 """Temperatures and biases of rows, margins, hardness and label smoothing against their equations, as matrices in double."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -8,9 +9,13 @@ import torch.nn.functional as F
 from forms import gaussian
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastnce
 from fastnce import backends
+from fastnce.blocks import tiles
+from fastnce.ops.softmax_shapes import _with_bias
 
 RUN = [
     name
@@ -347,3 +352,197 @@ def test_as_exact_as_the_matrix_in_the_same_precision(backend, case, dtype):
         if of_rows:
             bound += torch.finfo(dtype).eps * (x.abs().max() + 1 / tau)
         assert (ours[name] - x).abs().max() <= 2 * (theirs[name] - x).abs().max() + bound, name
+
+
+class Largest(TorchDispatchMode):
+    """Inside the block keeps the largest number of elements that an operator returns."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        sizes = [
+            x.untyped_storage().nbytes() // x.itemsize
+            for x in tree_leaves(found)
+            if isinstance(x, torch.Tensor)
+        ]
+        self.numbers = max(self.numbers, *sizes, 0)
+        return found
+
+
+@each_case
+def test_no_matrix(case, monkeypatch):
+    monkeypatch.setattr(tiles, "BYTES", {"cpu": 1})
+    count, columns = 200, 300
+    call = problem(*case, count=count, columns=columns, depth=3)
+    limit = 64 * (count + columns)
+    if call.get("negative_keys") is not None and call["negative_keys"].dim() == 3:
+        limit = (3 + 2) * count * columns  # the rows themselves
+    with Largest() as largest:
+        results(fastnce.info_nce, call, backend="blocks")
+    assert 0 < largest.numbers <= limit
+
+
+@each_backend
+def test_one_element_is_the_temperature_of_all(backend, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("the plain call does more than it must")
+
+    query, key = gaussian(5, 4), gaussian(5, 4, seed=1)
+    expected = fastnce.info_nce(query, key, temperature=0.3, backend=backend)
+    per_query = fastnce.info_nce(
+        query, key, temperature=torch.full((5,), 0.3).double(), backend=backend
+    )
+    torch.testing.assert_close(per_query, expected)
+    monkeypatch.setattr(sys.modules["fastnce.ops.info_nce"], "softmax_of", fail)
+    for shape in ((), (1,), (1, 1)):
+        leaf = torch.full(shape, 0.3).double().requires_grad_()
+        loss = fastnce.info_nce(query, key, temperature=leaf, backend=backend)
+        torch.testing.assert_close(loss.detach(), expected)
+        assert torch.autograd.grad(loss, leaf)[0].shape == shape
+    fastnce.info_nce(query, key, margin=0, query_ids=torch.arange(5), backend=backend)
+
+
+@each_backend
+def test_negatives_without_ids_are_those_of_every_query(backend):
+    """A mask, or a weight of 0, gives them none."""
+    query, key, negatives = gaussian(3, 4), gaussian(3, 4, seed=1), gaussian(4, 4, seed=2)
+    counts = torch.tensor([True, False, True, True])
+    ids = {"query_ids": torch.arange(3), "in_batch_negatives": True, "backend": backend}
+    expected = fastnce.info_nce(query, key, negatives[counts], **ids)
+    for left_in in ({"negative_mask": counts}, {"negative_weights": counts.double()}):
+        found = fastnce.info_nce(query, key, negatives, **ids, **left_in)
+        torch.testing.assert_close(found, expected)
+
+
+@each_backend
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("option", ["margin", "angular_margin", "hardness"])
+def test_a_query_without_negatives_has_no_loss(backend, option, decoupled):
+    rows = [gaussian(3, 4, seed=i).requires_grad_() for i in range(3)]
+    call = {option: NUMBERS[option], "negative_weights": torch.zeros(3), "decoupled": decoupled}
+    losses = fastnce.info_nce(*rows, **call, reduction="none", backend=backend)
+    assert torch.equal(losses, torch.zeros(3).double())
+    assert all(
+        torch.equal(x, torch.zeros(3, 4).double()) for x in torch.autograd.grad(losses.sum(), rows)
+    )
+
+
+@each_backend
+def test_ranks_are_those_without_margin_or_hardness(backend):
+    call = problem("symmetric", "margin", "mask", count=9)
+    expected = fastnce.info_nce(**{**call, "margin": 0.0}, return_rank=True, backend=backend)[1]
+    for option in ("margin", "hardness"):
+        given = {**call, "margin": 0.0, option: 0.4}
+        assert torch.equal(
+            fastnce.info_nce(**given, return_rank=True, backend=backend)[1], expected
+        )
+
+
+def test_an_angular_margin_at_the_ends_of_the_angle():
+    """Of equal rows the angle's gradient is undefined, and 0 is taken; towards pi the positive's logit goes on falling."""
+    x = F.normalize(gaussian(4, 5), dim=1).requires_grad_()
+    call = {"angular_margin": 0.5, "reduction": "none", "decoupled": True, "temperature": 1.0}
+    other = gaussian(1, 5, seed=1)
+    same = fastnce.info_nce(x, x.detach(), other, **call)
+    cosine = F.normalize(x, dim=1) @ F.normalize(other, dim=1)[0]
+    torch.testing.assert_close(same, cosine - math.cos(0.5))
+    assert torch.autograd.grad(same.sum(), x)[0].isfinite().all()
+
+    angles = torch.linspace(0, math.pi, 50).double()
+    keys = torch.stack([angles.cos(), angles.sin()], dim=1)
+    query = torch.tensor([1.0, 0.0]).double().expand(50, 2)
+    losses = fastnce.info_nce(query, keys, torch.tensor([[0.0, 1.0]]).double(), **call)
+    assert (losses.diff() > 0).all()
+    assert losses[-1].item() == pytest.approx(1 + 0.5 * math.sin(0.5))
+
+
+def test_a_bias_keeps_its_digits_in_products_of_bfloat16():
+    bias = uniform(-30, 30, 100, seed=0).float()
+    columns = _with_bias(torch.zeros(100, 1), bias)[:, 1:]
+    kept = columns.bfloat16().double().sum(dim=1)
+    assert ((kept - bias.double()).abs() <= 2.0**-16 * bias.double().abs()).all()
+
+
+COMPILED = [
+    ("batch", "per_query", "key_bias", "angular_margin"),
+    ("symmetric", "hardness", "mask"),
+    ("shared", "negative_weights", "negative_bias"),
+]
+
+
+@each_backend
+@pytest.mark.parametrize("case", COMPILED, ids=" ".join)
+def test_compiled(backend, case):
+    torch._dynamo.reset()
+    compiled = torch.compile(fastnce.info_nce, fullgraph=True, backend="aot_eager")
+    call = problem(*case)
+    assert_same(
+        results(compiled, call, backend=backend), results(fastnce.info_nce, call, backend=backend)
+    )
+
+
+def test_wrong_numbers_that_nobody_reads_are_nan():
+    torch._dynamo.reset()
+    compiled = torch.compile(fastnce.info_nce, fullgraph=True, backend="eager")
+    x = gaussian(3, 4)
+    for wrong in (
+        {"temperature": torch.tensor([1.0, -1.0, 1.0])},
+        {"key_bias": torch.tensor([0, torch.inf, 0])},
+    ):
+        assert compiled(x, x, **wrong).isnan()
+
+
+def test_second_derivatives_are_plain_pytorchs_alone():
+    x, y = gaussian(4, 3).requires_grad_(), gaussian(4, 3, seed=1)
+    for backend in RUN:
+        loss = fastnce.info_nce(x, y, margin=0.2, key_bias=torch.zeros(4), backend=backend)
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        if backend == "torch":
+            assert torch.autograd.grad(grad.square().sum(), x)[0].isfinite().all()
+        else:
+            with pytest.raises(RuntimeError, match="no second derivative"):
+                torch.autograd.grad(grad.square().sum(), x)
+
+
+x = torch.randn(4, 3)
+ones, wrong, labels = torch.ones(4), torch.tensor([1.0, 2.0, -1.0, 1.0]), torch.arange(4)
+inf = torch.tensor([0.0, 0.0, torch.inf, 0.0])
+MISTAKES = [
+    (ValueError, r"temperature must have the shape \(4,\) \(one for each query, or a tensor of one", {"temperature": torch.ones(2)}),
+    (ValueError, r"temperature must be positive and finite, got -1\.0\. Usual", {"temperature": wrong}),
+    (TypeError, r"temperature must be floats, got torch.int64\..*temperature\.float", {"temperature": labels}),
+    (ValueError, r"temperature of one per query does not go with symmetric=True\. Average", {"temperature": ones, "symmetric": True}),
+    (ValueError, r"temperature of one per query does not go with hardness", {"temperature": ones, "hardness": 1.0}),
+    (ValueError, r"key_temperature does not go with symmetric=True", {"key_temperature": ones, "symmetric": True}),
+    (ValueError, r"key_temperature does not go with negative_keys", {"key_temperature": ones, "negative_keys": x}),
+    (ValueError, r"key_temperature must be positive and finite, got inf", {"key_temperature": ones + inf}),
+    (ValueError, r"key_temperature is on meta but query is on cpu\. Move", {"key_temperature": ones.to("meta")}),
+    (TypeError, r"key_temperature must be a tensor.*got float", {"key_temperature": 2.0}),
+    (ValueError, r"key_bias must have the shape \(4,\)", {"key_bias": torch.ones(3)}),
+    (ValueError, r"key_bias must be finite, got inf\. Leave a key out with key_mask", {"key_bias": inf}),
+    (ValueError, r"negative_bias must be finite, got -inf\. .*negative_mask", {"negative_bias": -inf, "negative_keys": x}),
+    (ValueError, r"negative_bias needs negative_keys, got None", {"negative_bias": ones}),
+    (ValueError, r"negative_weights needs negative_keys, got None", {"negative_weights": ones}),
+    (ValueError, r"negative_weights must be not negative and finite, got -1", {"negative_weights": wrong, "negative_keys": x}),
+    (ValueError, r"negative_weights require a gradient", {"negative_weights": torch.ones(4, requires_grad=True), "negative_keys": x}),
+    (TypeError, r"margin must be a float, got str", {"margin": "0.1"}),
+    (TypeError, r"margin must be a float, got Tensor", {"margin": ones}),
+    (ValueError, r"margin must be from .*, got nan", {"margin": math.nan}),
+    (ValueError, r"angular_margin must be from 0 to 3\.14159, got 4", {"angular_margin": 4}),
+    (ValueError, r"angular_margin needs .*normalize=True, got normalize=False\. Use margin", {"angular_margin": 0.1, "normalize": False}),
+    (ValueError, r"hardness must be from 0 .*got -1", {"hardness": -1}),
+    (ValueError, r"label_smoothing must be from 0 to 1, got 1\.5", {"label_smoothing": 1.5}),
+    (ValueError, r"label_smoothing does not go with decoupled=True", {"label_smoothing": 0.1, "decoupled": True}),
+    (ValueError, r"label_smoothing does not go with masks", {"label_smoothing": 0.1, "query_ids": labels}),
+    (ValueError, r"label_smoothing does not go with hardness", {"label_smoothing": 0.1, "hardness": 1}),
+    (ValueError, r"label_smoothing does not go with negative_weights", {"label_smoothing": 0.1, "negative_weights": ones, "negative_keys": x}),
+    (ValueError, r"similarity_dtype goes with no .*shape of the softmax", {"similarity_dtype": torch.float8_e4m3fn, "margin": 0.1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "pattern", "options"), MISTAKES)
+def test_mistakes_are_one_line(kind, pattern, options):
+    with pytest.raises(kind, match=f"^info_nce: {pattern}") as caught:
+        fastnce.info_nce(x, x, **options)
+    assert "\n" not in str(caught.value)
