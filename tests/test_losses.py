@@ -29,6 +29,7 @@ each_loss = pytest.mark.parametrize("op", CASES)
 CHANGED = {
     "temperature": 0.3,
     "normalize": False,
+    "positives": "each",
     "symmetric": True,
     "in_batch_negatives": True,
     "reduction": "sum",

@@ -87,15 +87,20 @@ def expect_shape(
 
 def expect_alike(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     """``x`` is on the device of ``like`` and has its dtype; both are of one process, or both are not."""
+    expect_beside(op, name, x, like_name, like)
+    if x.dtype != like.dtype:
+        raise TypeError(
+            f"{op}: {name} is {x.dtype} but {like_name} is {like.dtype}. Convert one, e.g. {name}.to({like_name}.dtype)."
+        )
+
+
+def expect_beside(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """``x`` is on the device of ``like``; both are of one process, or both are not."""
     _expect_as_local(op, name, x, like_name, like)
     if x.device != like.device:
         raise ValueError(
             f"{op}: {name} is on {x.device} but {like_name} is on {like.device}. "
             f"Move it with {name}.to({like_name}.device)."
-        )
-    if x.dtype != like.dtype:
-        raise TypeError(
-            f"{op}: {name} is {x.dtype} but {like_name} is {like.dtype}. Convert one, e.g. {name}.to({like_name}.dtype)."
         )
 
 
@@ -188,12 +193,8 @@ def expect_numbers(
     expect_tensor(op, name, x, shape)
     if not x.is_floating_point():
         raise TypeError(f"{op}: {name} must be floats, got {x.dtype}. Use {name}.float().")
-    _expect_as_local(op, name, x, "query", like)
     expect_shape(op, name, x, shape, why)
-    if x.device != like.device:
-        raise ValueError(
-            f"{op}: {name} is on {x.device} but query is on {like.device}. Move it with {name}.to(query.device)."
-        )
+    expect_beside(op, name, x, "query", like)
     x = x.to(torch.promote_types(like.dtype, torch.float32))
     wrong = ~x.isfinite()
     if sign:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from fastnce import backends
 from fastnce.ops import _checks, _common
 from fastnce.ranks import EXCHANGES, Fact, agree, explained, ranks_of
-from fastnce.registry import accumulation_dtype
+from fastnce.registry import OPS, accumulation_dtype
 
 STRATEGIES = ("auto", "ring", "gather")
 GRADIENT_SCALES = ("mean", "sum")  # and "published", of one loss; see OverRanks.reduce
@@ -47,6 +48,15 @@ class OverRanks:
             "reduction": self.reduction,
             "backend": self.backend,
         }
+
+    def expect_default(self, options: dict[str, object]) -> None:
+        """What the plain op alone has is not asked for."""
+        known = inspect.signature(OPS[self.op].function).parameters
+        for name, value in options.items():
+            if name not in known or isinstance(value, Tensor) or value != known[name].default:
+                raise ValueError(
+                    f"{self.op}: there is no {name} over ranks. Drop it, or call fastnce.{self.op} with this rank's rows."
+                )
 
     def agree(
         self,

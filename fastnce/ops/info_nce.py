@@ -670,6 +670,26 @@ def _samples(make: Make) -> Iterator[Sample]:
     yield Sample("batched_symmetric", {**batched, "symmetric": True, "reduction": "none"})
     yield Sample("batched_queue", {**batched, "negative_keys": make(40, 24)})
     yield Sample("batched_own", {**batched, "negative_keys": make(3, 17, 5, 24)})
+    yield from _masked_samples(make, pair, queue["negative_keys"], own["negative_keys"])
+
+
+def _masked_samples(
+    make: Make, pair: dict[str, object], shared: Tensor, own: Tensor
+) -> Iterator[Sample]:
+    """Of 33 queries, 70 shared negatives and 9 of each."""
+    tau = torch.tensor(0.1, requires_grad=True)
+    numbers = torch.arange(33 * 9, device=make.device)
+    ids = {"query_ids": numbers[:33] % 7}
+    weighted = ids | {"key_mask": numbers[:33] % 5 > 0, "weights": make(33, grad=False).abs()}
+    yield Sample("masked", {**pair, **weighted})
+    more = {"symmetric": True, "reduction": "none", "temperature": tau}
+    yield Sample("masked_symmetric_none", {**pair, **weighted, **more})
+    guide = [make(count, 4, grad=False) for count in (33, 33, 70)]
+    more = {"negative_keys": shared, "negative_ids": numbers[:70] % 11, "guide": guide}
+    yield Sample("masked_queue", {**pair, **ids, **more, "decoupled": True, "reduction": "sum"})
+    more = {"negative_keys": own, "negative_mask": (numbers % 3 > 0).view(33, 9)}
+    more |= {"in_batch_negatives": True, "decoupled": True, "reduction": "none"}
+    yield Sample("masked_own_none", {**pair, **ids, **more})
 
 
 def _losses(query: Tensor, symmetric: bool, **_: object) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce.ops import _checks, _common
-from fastnce.ops.masked_info_nce import LEFT_OUT, OF_ALL, Masks, rows_loss, weights_of, with_mask
+from fastnce.ops.masked_info_nce import (
+    LEFT_OUT,
+    WITHOUT_ID,
+    Masks,
+    rows_loss,
+    weights_of,
+    with_mask,
+)
 from fastnce.reference.normalize import accumulation_dtype, normalize_rows, over_temperature
 from fastnce.registry import Op, declare
 
@@ -192,12 +199,14 @@ def shaped_loss(
     """
     with _common.no_autocast(rows[0]):
         if softmax.no_weight is not None:
-            ids = OF_ALL if masks.negative_ids is None else masks.negative_ids
+            ids = WITHOUT_ID if masks.negative_ids is None else masks.negative_ids
             ids = torch.where(softmax.no_weight, LEFT_OUT, ids)
             masks = masks._replace(negative_ids=ids)
         made, tau, normalizes = rows, temperature, normalize
         if softmax.changes_rows:
-            made = _logit_rows(rows, softmax, temperature, normalize)
+            query, key, negatives = rows
+            kept = (query, key, left_in(negatives, masks.negative_ids))
+            made = _logit_rows(kept, softmax, temperature, normalize)
             tau, normalizes = 1.0, False
         change = None
         if softmax.changes_positive:

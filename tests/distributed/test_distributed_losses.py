@@ -256,6 +256,12 @@ def test_alone_it_is_the_plain_op():
         rows, others = draw(variant, 6, torch.float32)
         plain = getattr(fastnce, variant)(*rows, *others)
         assert torch.equal(plain, getattr(distributed, variant)(*rows, *others))
+    x, labels = torch.randn(6, 4), torch.arange(6) % 2
+    for arguments, options in (((x, labels), {"positives": "each"}), ((x, labels, x, labels), {})):
+        plain = fastnce.sup_con(*arguments, **options)
+        assert torch.equal(plain, distributed.sup_con(*arguments, **options))
+    plain = fastnce.nt_xent(x, x.flip(0), decoupled=True)
+    assert torch.equal(plain, distributed.nt_xent(x, x.flip(0), decoupled=True))
     rows, others = draw("sigmoid_contrastive", 6, torch.float32)
     plain = fastnce.sigmoid_contrastive(*rows, scale=5.0)
     assert torch.equal(plain, distributed.sigmoid_contrastive(*rows, scale=5.0))
