@@ -20,6 +20,7 @@ from fastnce.ops.masked_info_nce import (
     LEFT_OUT,
     WITHOUT_ID,
     Masks,
+    left_in,
     rows_loss,
     weights_of,
     with_mask,

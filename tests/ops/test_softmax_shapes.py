@@ -416,6 +416,18 @@ def test_negatives_without_ids_are_those_of_every_query(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("option", ["hardness", "margin", "negative_bias"])
+def test_padding_may_be_nan(backend, option):
+    rows = [gaussian(4, 3, seed=i) for i in range(3)]
+    rows[2][1] = torch.nan
+    leaves = [x.requires_grad_() for x in rows]
+    counts = torch.tensor([True, False, True, True])
+    given_option = {option: NUMBERS.get(option, torch.zeros(4))}
+    loss = fastnce.info_nce(*leaves, negative_mask=counts, **given_option, backend=backend)
+    assert all(x.isfinite().all() for x in (loss, *torch.autograd.grad(loss, leaves)))
+
+
+@each_backend
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("option", ["margin", "angular_margin", "hardness"])
 def test_a_query_without_negatives_has_no_loss(backend, option, decoupled):
