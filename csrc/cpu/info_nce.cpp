@@ -122,11 +122,24 @@ struct KeySet {
   const LaneInteger<T>* ids = nullptr;  // null: none is left out by its id
   SlabMatrix<T> guide;                  // (count, G), or empty
 
+  // Padding: what is in the row must reach nothing, not even as a product with 0.
+  bool is_left_out(int64_t j) const { return ids != nullptr && ids[j] == kEveryId; }
+
   void pack(const TileKernels<T>& kernels, bool normalize, double* inverse_norms) {
     if (kPaired<P>) rests = Buffer<T>(count);
     pack_unit_rows<T, P>(
         kernels, source, first, count, normalize, 1.0,
         {&units, nullptr, kPaired<P> ? &summands : nullptr, inverse_norms, rests.data()});
+    if (ids == nullptr) return;
+    const Buffer<P> zeros(operands<P>(source.depth()), P(0));
+    for (int64_t j = 0; j < count; ++j) {
+      if (!is_left_out(j)) continue;
+      units.copy_row_in(j, zeros.data());
+      if constexpr (kPaired<P>) {
+        clear_half(summands, j);
+        rests[j] = 0;
+      }
+    }
   }
   void pack_guide(const TileKernels<T>& kernels, const TensorRows& rows) {
     pack_unit_rows<T, T>(kernels, rows, first, count, false, 1.0, {&guide});
@@ -156,6 +169,13 @@ struct SumLoss {
     share = decoupled ? 1 : 1 / (1 + std::exp(-d));
   }
 };
+
+// What a logit must exceed to be above the positive's: unit rows of double are rounded twice.
+template <class T>
+T rank_bound_of(T positive) {
+  constexpr double kSlack = 4 * std::numeric_limits<double>::epsilon();
+  return static_cast<T>(positive + kSlack * std::abs(static_cast<double>(positive)));
+}
 
 constexpr double kEmptyLse = -std::numeric_limits<double>::infinity();
 
@@ -200,9 +220,9 @@ struct Problem {
     keys.own = true;
     if (a.in_batch) {
       keys.count = rows;
+      if (call.key_numbers != nullptr) keys.ids = call.key_numbers + first;
       keys.pack(kernels, a.normalize, key_inverse.data());
       sets.push_back(&keys);
-      if (call.key_numbers != nullptr) keys.ids = call.key_numbers + first;
       if (call.guide_key.depth() > 0) keys.pack_guide(kernels, call.guide_key);
     }
     if (call.query_numbers != nullptr) {
@@ -216,7 +236,7 @@ struct Problem {
     if (shared != nullptr) sets.push_back(shared);
     if (wants_ranks()) rank_bound = Buffer<T>(padded_rows(), T(0));
     if (a.symmetric) column_lse = Buffer<double>(rows);
-    if (!a.in_batch) dot_positives();
+    if (!a.in_batch || has_key_left_out()) dot_positives();
     if (call.loss != nullptr) set_fixed_offset();
   }
 
@@ -229,6 +249,10 @@ struct Problem {
     // Beyond the safe bound the top of exp's range is used as well.
     const double top = safe_offset ? bound : bound - kSafeBound;
     std::fill_n(offset.data(), offset.size(), static_cast<T>(top));
+  }
+
+  bool has_key_left_out() const {
+    return keys.ids != nullptr && std::count(keys.ids, keys.ids + rows, kEveryId) > 0;
   }
 
   // Whether a sum relative to the fixed offset has not lost what is in it.
@@ -280,19 +304,24 @@ struct Problem {
     if (a.normalize) return 1 / a.temperature;
     double longest_key = 0;
     for (const KeySet<T, P>* set : sets) {
-      longest_key = std::max(longest_key, longest_row(set->source, set->first, set->count));
+      const auto counts = [set](int64_t j) { return !set->is_left_out(j); };
+      longest_key = std::max(longest_key, longest_row(set->source, set->first, set->count, counts));
     }
-    const double bound = longest_row(call.query, first, rows) * longest_key / a.temperature;
+    const auto all = [](int64_t) { return true; };
+    const double bound = longest_row(call.query, first, rows, all) * longest_key / a.temperature;
     return std::isfinite(bound) ? bound : std::numeric_limits<double>::infinity();
   }
 
-  double longest_row(const TensorRows& source, int64_t begin, int64_t count) const {
+  template <class Counts>
+  double longest_row(const TensorRows& source, int64_t begin, int64_t count,
+                     const Counts& counts) const {
     constexpr int64_t kBlock = 64;
     std::vector<double> longest((count + kBlock - 1) / kBlock, 0.0);
     run_blocks(count, kBlock, 2 * call.depth, [&](int64_t b, int64_t e) {
       Buffer<T> row(call.depth);
       double top = 0;
       for (int64_t r = b; r < e; ++r) {
+        if (!counts(r)) continue;
         source.load(begin + r, row.data());
         const double norm = row_norm(kernels, call.depth, row.data());
         top = norm > top || std::isnan(norm) ? norm : top;
@@ -318,7 +347,7 @@ struct Problem {
     if (above != nullptr) {
       UnitRowReader<T> keys_reader(kernels, call.key, a.normalize);
       keys_reader.read(first + i, 1.0, negative.data());
-      bound = logit(kernels, call.depth, query.data(), negative.data());
+      bound = rank_bound_of(logit(kernels, call.depth, query.data(), negative.data()));
     }
     for (int64_t m = 0; m < call.own_negatives; ++m) {
       if (call.left_out(first + i, m)) continue;
@@ -435,17 +464,24 @@ struct Problem {
     for (int64_t m = 0; m < call.own_negatives; ++m) {
       if (m % kBlock == 0) std::fill_n(partial.data(), call.depth, T(0));
       const int64_t source = (first + i) * call.own_negatives + m;
-      reader.read(source, 1.0, row.data());
-      const double z = logit(kernels, call.depth, unit_query.data(), row.data());
-      const double share = call.left_out(first + i, m) ? 0 : std::exp(z - lse[i]);
-      const T g = static_cast<T>(call.weights[first + i] * share);
-      kernels.add_scaled(call.depth, g, row.data(), partial.data());
+      const bool left_out = call.left_out(first + i, m);
+      T g = 0;
+      if (!left_out) {
+        reader.read(source, 1.0, row.data());
+        const double z = logit(kernels, call.depth, unit_query.data(), row.data());
+        g = static_cast<T>(call.weights[first + i] * std::exp(z - lse[i]));
+        kernels.add_scaled(call.depth, g, row.data(), partial.data());
+      }
       if ((m + 1) % kBlock == 0 || m + 1 == call.own_negatives) {
         kernels.add_scaled(call.depth, T(1), partial.data(), gradient);
       }
       if (!a.needs.negatives) continue;
-      kernels.scale(call.depth, unit_query.data(), g, row.data());
-      reader.project(row.data(), row.data());
+      if (left_out) {
+        std::fill_n(row.data(), call.depth, T(0));
+      } else {
+        kernels.scale(call.depth, unit_query.data(), g, row.data());
+        reader.project(row.data(), row.data());
+      }
       call.grad_negatives.store(source, row.data());
     }
   }
@@ -602,7 +638,13 @@ class KeyBlocks {
     }
     for (int64_t j = begin; j < end; ++j) {
       const int64_t row = j - begin;
-      if constexpr (kPaired<P>) {
+      if (set_.is_left_out(j)) {
+        std::fill_n(row_.data(), row_.size(), P(0));
+        if constexpr (kPaired<P>) {
+          block_rests_[row] = 0;
+          copy_half_in(block_summands_, row, row_.data());
+        }
+      } else if constexpr (kPaired<P>) {
         block_rests_[row] = reader_.read_pairs(set_.first + j, 1.0, row_.data());
         copy_half_in(block_summands_, row, row_.data());
       } else {
@@ -631,12 +673,13 @@ class KeyBlocks {
   int64_t at_ = 0;
 };
 
-// Takes the positives out of a block: rows are keys from j0 on, lanes are queries from i0 on.
+// Takes the positives out of a block: rows are keys from j0 on, lanes are queries from i0 on. Those
+// of keys that are left out as negatives are known already.
 template <class T, class P>
 void take_positives(Problem<T, P>& p, int64_t j0, int64_t j1, int64_t i0, int64_t lanes, T* z) {
   for (int64_t i = std::max(j0, i0); i < std::min(j1, i0 + lanes); ++i) {
     T& x = z[(i - j0) * p.kernels.width + (i - i0)];
-    p.positive[i] = x;
+    if (!p.keys.is_left_out(i)) p.positive[i] = x;
     x = -std::numeric_limits<T>::infinity();
   }
 }
@@ -673,7 +716,11 @@ void find_rank_bounds(Problem<T, P>& p, const Panel<T, P>& panel) {
         p.kernels.pairs->scale_block(lanes, lanes, z.data(), &panel.rests[s * width],
                                      units.rests());
       }
-      for (int64_t i = 0; i < lanes; ++i) p.rank_bound[row + i] = z[i * width + i];
+      for (int64_t i = 0; i < lanes; ++i) {
+        const bool known = p.keys.is_left_out(row + i);
+        const double positive = known ? p.positive[row + i] : z[i * width + i];
+        p.rank_bound[row + i] = rank_bound_of(static_cast<T>(positive));
+      }
     }
   });
 }
@@ -1205,6 +1252,10 @@ class Job {
     if (shared_.gradient) {
       store_row_gradients(kernels_, call_.negatives, call_.a.normalize, shared_.gradient,
                           call_.grad_negatives);
+      const Buffer<T> zeros(call_.depth, T(0));
+      for (int64_t j = 0; j < shared_.count && shared_.ids != nullptr; ++j) {
+        if (shared_.is_left_out(j)) call_.grad_negatives.store(j, zeros.data());
+      }
     }
     const double sum = std::accumulate(temperature_terms_.begin(), temperature_terms_.end(), 0.0);
     gradients_.temperature = -sum / call_.a.temperature;

@@ -276,3 +276,18 @@ def test_every_instruction_set(instruction_sets):
                 call = sample(name, dtype, reduction="none", decoupled=True)
                 assert_close_to_truth("info_nce", "native", call, dtype)
             test_ranks_are_those_of_the_matrix(name)
+
+
+@pytest.mark.parametrize("name", ["queue_masked", "queue_packed", "own"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padding_reaches_nothing(name, dtype):
+    """Where keys are packed on the way, and before; of bfloat16 as pairs, of which one may be padding."""
+    call = sample(name, dtype, reduction="sum")
+    padding = ~call.arguments["negative_mask"].unsqueeze(-1)
+    found = []
+    for value in (0.0, torch.nan):
+        keys = call.arguments["negative_keys"].detach().masked_fill(padding, value)
+        arguments = call.arguments | {"negative_keys": keys.requires_grad_()}
+        found.append(run("info_nce", Sample(str(value), arguments), backend="native"))
+    assert all(x.isfinite().all() for x in found[1].values())
+    assert_same(*found)
