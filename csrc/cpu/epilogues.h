@@ -256,9 +256,10 @@ void block_exp_both(int64_t rows, int64_t lanes, T* z, const T* lane_offset, con
   }
 }
 
-template <class T, int kVectors>
+template <class T, int kVectors, bool kLabels>
 void exclude_equal_vectors(int64_t rows, T* z, const LaneInteger<T>* row_id,
-                           const LaneInteger<T>* lane_id) {
+                           const LaneInteger<T>* lane_id, const LaneInteger<T>* row_label,
+                           const LaneInteger<T>* lane_label) {
   constexpr LaneInteger<T> kEvery = kEveryId;
   Signed<T> id[kVectors], every[kVectors];
   for (int v = 0; v < kVectors; ++v) {
@@ -270,7 +271,8 @@ void exclude_equal_vectors(int64_t rows, T* z, const LaneInteger<T>* row_id,
     const Signed<T> whole_row = of_row == kEvery;
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      const Signed<T> out = (id[v] == of_row) | every[v] | whole_row;
+      Signed<T> out = (id[v] == of_row) | every[v] | whole_row;
+      if constexpr (kLabels) out &= load(lane_label + v * kLanes<T>) != row_label[r];
       T* x = z + v * kLanes<T>;
       store(x, out ? splat(-kInfinity<T>) : load(x));
     }
@@ -279,9 +281,15 @@ void exclude_equal_vectors(int64_t rows, T* z, const LaneInteger<T>* row_id,
 
 template <class T>
 void block_exclude_equal(int64_t rows, int64_t lanes, T* z, const LaneInteger<T>* row_id,
-                         const LaneInteger<T>* lane_id) {
+                         const LaneInteger<T>* lane_id, const LaneInteger<T>* row_label,
+                         const LaneInteger<T>* lane_label) {
   with_vectors<T>(lanes, [&](auto count) {
-    exclude_equal_vectors<T, decltype(count)::value>(rows, z, row_id, lane_id);
+    constexpr int kVectors = decltype(count)::value;
+    if (row_label == nullptr) {
+      exclude_equal_vectors<T, kVectors, false>(rows, z, row_id, lane_id, row_label, lane_label);
+    } else {
+      exclude_equal_vectors<T, kVectors, true>(rows, z, row_id, lane_id, row_label, lane_label);
+    }
   });
 }
 

@@ -692,7 +692,8 @@ void exclude(const Problem<T, P>& p, const Panel<T, P>& panel, const KeySet<T, P
   const int64_t lanes = panel.queries.lanes(slab);
   if (set.ids != nullptr) {
     kernels.block_exclude_equal(count, lanes, z, set.ids + j0,
-                                &p.query_numbers[panel.r0 + slab * kernels.width]);
+                                &p.query_numbers[panel.r0 + slab * kernels.width], nullptr,
+                                nullptr);
   }
   if (!set.guide) return;
   kernels.multiply(count, panel.guide.rows(), lanes, set.guide.at(j0, 0), set.guide.slab_size(),

@@ -166,9 +166,11 @@ struct TileKernels {
   void (*block_exp_both)(int64_t rows, int64_t lanes, T* z, const T* lane_offset,
                          const T* lane_weight, const T* row_offset, const T* row_weight);
 
-  // z = -inf where row and lane have the same number, or one of them is kEveryId.
+  // z = -inf where row and lane have the same number, or one of them is kEveryId; but, unless those
+  // are null, not where the labels are the same.
   void (*block_exclude_equal)(int64_t rows, int64_t lanes, T* z, const Label* row_id,
-                              const Label* lane_id);
+                              const Label* lane_id, const Label* row_label,
+                              const Label* lane_label);
   // z = -inf where guide > 0.
   void (*block_exclude_positive)(int64_t rows, int64_t lanes, const T* guide, T* z);
   // lane_count[lane] += how many of its column are above lane_bound[lane]; and, unless it is null,

@@ -1,4 +1,4 @@
-"""InfoNCE with pairs left out on the compiled CPU kernels: in every way that they cut their matrices, and where nothing is left."""
+"""Pairs that are left out on the compiled CPU kernels: in every way that they cut their matrices, and where nothing is left."""
 
 import functools
 
@@ -291,3 +291,31 @@ def test_padding_reaches_nothing(name, dtype):
         found.append(run("info_nce", Sample(str(value), arguments), backend="native"))
     assert all(x.isfinite().all() for x in found[1].values())
     assert_same(*found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["pairs", "labels", "negatives"])
+def test_pairs_of_the_sigmoid_loss(form, dtype, threads):
+    """Several panels of queries and runs of keys; the rows of keys that do not count may be NaN."""
+    count, others = (800, 1100)
+    options = {"query_ids": integers(30, count), "key_ids": integers(40, others, seed=1)}
+    options |= {"key_mask": some(others), "reduction": "none"}
+    if form == "labels":
+        labels = {
+            "query_labels": integers(300, count, seed=2),
+            "key_labels": integers(300, others, seed=3),
+        }
+        options |= labels
+    elif form == "negatives":
+        options["paired"] = False
+    rows = {"query": gaussian(count, 24), "key": gaussian(others, 24, seed=1)}
+    rows = {name: x.to(dtype).requires_grad_() for name, x in rows.items()}
+    scale = torch.tensor(5.0, dtype=torch.promote_types(dtype, torch.float32)).requires_grad_()
+    call = Sample(form, {**rows, **options, "scale": scale, "bias": -2.0})
+    assert_close_to_truth("sigmoid_contrastive", "native", call, dtype)
+    padding = ~options["key_mask"].unsqueeze(-1)
+    poisoned = rows["key"].detach().masked_fill(padding, torch.nan).requires_grad_()
+    expected = run("sigmoid_contrastive", call, backend="native")
+    threads(2)
+    found = Sample(form, call.arguments | {"key": poisoned})
+    assert_same(run("sigmoid_contrastive", found, backend="native"), expected)
