@@ -79,7 +79,7 @@ class _Keys(_Shared):
 
     def times(self, part: Tensor, at: At, out: Tensor, keep: bool, scale: float) -> None:
         super().times(part, at, out, keep, scale)
-        own = part.diagonal(at[1].start, dim1=-2, dim2=-1).unsqueeze(-1).to(out.dtype)
+        own = torch.diagonal(part, at[1].start, -2, -1).unsqueeze(-1).to(out.dtype)
         out.addcmul_(own, self._out[at], value=scale)
 
 
