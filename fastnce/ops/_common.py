@@ -22,6 +22,19 @@ def row_weight(count: int, reduction: str) -> float | None:
     return {"mean": 1 / count, "sum": 1.0, "none": None}[reduction]
 
 
+def reduced(losses: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
+    """The losses times their weights, their sum, or their mean, which is over the weights' sum: 0 where that is 0."""
+    losses = losses if weights is None else losses * weights
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    if weights is None:
+        return losses.mean()
+    total = weights.sum()
+    return losses.sum() / total.masked_fill(total == 0, 1)
+
+
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """The ops choose their own precision: inputs as they come, sums in fp32 or fp64."""
     if x.is_meta:  # which knows no autocast

@@ -19,7 +19,7 @@ from fastnce.reference.normalize import accumulation_dtype, normalize_rows, over
 from fastnce.registry import LEFT_OUT, Form, Op, Operator, declare
 
 # The id of keys that have none.
-_WITHOUT_ID = LEFT_OUT + 1
+WITHOUT_ID = LEFT_OUT + 1
 
 
 class Masks(NamedTuple):
@@ -77,14 +77,14 @@ def plain(
     dtype = accumulation_dtype(query.dtype)
     rows = [
         x if x is None else x.to(dtype)
-        for x in (query, key, _left_in(negatives, masks.negative_ids))
+        for x in (query, key, left_in(negatives, masks.negative_ids))
     ]
     query, key, negatives = (normalize_rows(x) if normalize and x is not None else x for x in rows)
     positive = over_temperature((query * key).sum(dim=-1), temperature)  # (B, N)
     logits, left_out = [], []
     if in_batch:
         own = torch.eye(query.shape[-2], dtype=torch.bool, device=query.device)
-        logits.append(query @ _left_in(key, masks.key_ids).mT)
+        logits.append(query @ left_in(key, masks.key_ids).mT)
         left_out.append(_left_out(masks, masks.key_ids, masks.guide_key, logits[0]) | own)
     if negatives is not None:
         shared = negatives.dim() == 2
@@ -101,7 +101,7 @@ def plain(
     return losses, rank
 
 
-def _left_in(keys: Tensor | None, ids: Tensor | None) -> Tensor | None:
+def left_in(keys: Tensor | None, ids: Tensor | None) -> Tensor | None:
     """Zeros in the rows of padding: what is there, such as NaN, would reach gradients as a product with 0."""
     if keys is None or ids is None:
         return keys
@@ -134,6 +134,7 @@ def masks_of(
     query: Tensor,
     negatives: Tensor | None,
     in_batch: bool,
+    symmetric: bool = False,
     *,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
@@ -166,6 +167,10 @@ def masks_of(
         negative_ids = _ids(op, "negative_ids", negative_ids, query, columns)
         negative_ids = with_mask(op, "negative_mask", negative_ids, negative_mask, query, columns)
     guides: tuple[Tensor | None, ...] = (None, None, None)
+    if guide is not None and symmetric:
+        raise ValueError(
+            f"{op}: guide has a threshold for each query, symmetric=True none for each key. Drop one, or average two calls."
+        )
     if guide is not None:
         guides = _guide(op, guide, guide_margin, relative_margin, query, in_batch, columns)
     found = (query_ids, key_ids, negative_ids, *guides)
@@ -185,7 +190,7 @@ def weights_of(op: str, weights: Tensor | None, query: Tensor) -> Tensor | None:
     """As (B, N) in the dtype of the sums."""
     if weights is None:
         return None
-    _checks.expect_float_tensor(op, "weights", weights, (1, 2), "(N,) or (B, N)")
+    _checks.expect_float_tensor(op, "weights", weights, (1, 2), "(N,) or (B, N)", may_be_empty=True)
     _checks.expect_shape(op, "weights", weights, tuple(query.shape[:-1]), "one per query")
     if _common.wants_grad(weights):
         raise ValueError(
@@ -225,7 +230,7 @@ def with_mask(
         raise TypeError(f"{op}: {name} must be bool, True for keys that count, got {mask.dtype}.")
     _checks.expect_shape(op, name, mask, shape, "one for each key")
     _checks.expect_beside(op, name, mask, "query", query)
-    ids = mask.new_full(shape, _WITHOUT_ID, dtype=torch.int64) if ids is None else ids
+    ids = mask.new_full(shape, WITHOUT_ID, dtype=torch.int64) if ids is None else ids
     return ids.masked_fill(~mask, LEFT_OUT)
 
 
@@ -256,7 +261,8 @@ def _guide(
     shapes = [tuple(query.shape[:-1])] * 2 + [columns]
     for i, (x, rows) in enumerate(zip(guide, shapes, strict=False)):
         name = f"guide[{i}]"
-        _checks.expect_float_tensor(op, name, x, (len(rows) + 1,), (*rows, "G"))
+        dims, shape = (len(rows) + 1,), (*rows, "G")
+        _checks.expect_float_tensor(op, name, x, dims, shape, may_be_empty=True)
         expected = (*rows, guide[0].shape[-1])
         _checks.expect_shape(op, name, x, expected, "one row for each of ours")
         _checks.expect_alike(op, name, x, "guide[0]", guide[0])
