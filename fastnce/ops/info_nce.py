@@ -14,7 +14,7 @@ from torch import Tensor
 from fastnce import backends
 from fastnce.ops import _checks, _common
 from fastnce.ops._over_ranks import OverRanks
-from fastnce.ops.masked_info_nce import masks_of, rows_loss
+from fastnce.ops.masked_info_nce import masks_of, rows_loss, weights_of
 from fastnce.ranks import Block, Exchange, Fact, Gather
 from fastnce.reference.normalize import (
     accumulation_dtype,
@@ -85,13 +85,13 @@ def info_nce(
         negative_mask: bool, in the shape of ``negative_ids``: False where there is no key, as in rows of different lengths.
         guide: another model's rows of ``(query, positive_key)``, or of ``(query, positive_key, negative_keys)``, shared, in any
             dimension: what it finds more similar to the query than its positive is no negative (GISTEmbed,
-            https://arxiv.org/abs/2402.16829). They get no gradient.
+            https://arxiv.org/abs/2402.16829). What is as similar, such as a duplicate, stays. They get no gradient.
         guide_margin: taken from the guide's cosine with the positive before it is compared; with ``relative_margin`` this share
             of it.
         relative_margin: see ``guide_margin``.
         weights: floats in the shape of ``query_ids``, a weight for each loss; ``"mean"`` divides by their sum. No gradient.
         decoupled: the positive is not in the sum (Yeh et al. 2021, https://arxiv.org/abs/2110.06848). The loss of a query without
-            negatives is 0.
+            negatives is 0; with ``symmetric`` also that of one whose key has none.
         return_rank: the result is ``(loss, rank)`` with how many negatives are more similar to the query than its positive, int64:
             top-1 accuracy is ``(rank == 0).float().mean()``.
         backend: one of ``fastnce.backends.available()``; None chooses.
@@ -144,7 +144,7 @@ def info_nce(
             )
         margins = {"guide_margin": guide_margin, "relative_margin": relative_margin}
         masks = masks_of(op, query, negative_keys, in_batch, **named, **margins)
-        weights = _weights(op, weights, query)
+        weights = weights_of(op, weights, query)
 
     batched = query.dim() == 3
     if not batched:
@@ -187,20 +187,6 @@ def info_nce(
             if reduction != "none":
                 loss = loss.sum() * _common.row_weight(loss.numel(), reduction)
     return loss.squeeze(0) if reduction == "none" and not batched else loss
-
-
-def _weights(op: str, weights: Tensor | None, query: Tensor) -> Tensor | None:
-    """As (B, N) in the dtype of the sums."""
-    if weights is None:
-        return None
-    _checks.expect_float_tensor(op, "weights", weights, (1, 2), "(N,) or (B, N)")
-    _checks.expect_shape(op, "weights", weights, tuple(query.shape[:-1]), "one per query")
-    if _common.wants_grad(weights):
-        raise ValueError(
-            f"{op}: weights require a gradient, which they do not get. Pass weights.detach(), or multiply reduction='none'."
-        )
-    weights = weights.to(query.device, accumulation_dtype(query.dtype))
-    return weights if weights.dim() == 2 else weights.unsqueeze(0)
 
 
 def _form(rows: Sequence[Tensor | None], symmetric: bool) -> Form:

@@ -260,6 +260,23 @@ def _guide(
     return torch.cat([units[0], -threshold], dim=-1), of_keys, *(columns_of[1:] or [None])
 
 
+def weights_of(
+    op: str, weights: Tensor | None, query: Tensor, name: str = "weights"
+) -> Tensor | None:
+    """The weights of the losses of ``query``, (N, D) or (B, N, D), as (B, N) in the dtype of the sums."""
+    if weights is None:
+        return None
+    words = "(N,)" if query.dim() == 2 else "(B, N)"
+    _checks.expect_float_tensor(op, name, weights, (1, 2), words)
+    _checks.expect_shape(op, name, weights, tuple(query.shape[:-1]), "one for each loss")
+    if _common.wants_grad(weights):
+        raise ValueError(
+            f"{op}: {name} require a gradient, which they do not get. Pass {name}.detach(), or multiply reduction='none'."
+        )
+    weights = weights.to(query.device, accumulation_dtype(query.dtype))
+    return weights if weights.dim() == 2 else weights.unsqueeze(0)
+
+
 def rows_loss(
     op: str,
     rows: Sequence[Tensor | None],
