@@ -27,8 +27,13 @@ def info_nce(
     *,
     temperature: float | Tensor = 0.07,
     symmetric: bool = False,
+    query_ids: Tensor | None = None,
+    return_rank: bool = False,
 ) -> Tensor:
-    """Cross-entropy of the logits: CLIP's two directions, SimCLR's one, or MoCo's positive beside a queue."""
+    """Cross-entropy of the logits: CLIP's two directions, SimCLR's one, or MoCo's positive beside a queue.
+
+    Negatives of the same id are taken out by a mask of all pairs. Ranks are counted, too, and not returned.
+    """
     query, key = F.normalize(query, dim=-1), F.normalize(positive_key, dim=-1)
     if negative_keys is not None:
         positive = (query * key).sum(dim=-1, keepdim=True)
@@ -39,6 +44,11 @@ def info_nce(
         )
     logits = wide(query @ key.T) / temperature
     target = torch.arange(len(query), device=query.device)
+    if query_ids is not None:
+        same = query_ids[:, None] == query_ids[None, :]
+        logits = logits.masked_fill(same.fill_diagonal_(False), -torch.inf)
+    if return_rank:
+        (logits.detach() > logits.detach().diagonal()[:, None]).sum(dim=1)
     loss = F.cross_entropy(logits, target)
     return 0.5 * (loss + F.cross_entropy(logits.T, target)) if symmetric else loss
 

@@ -180,12 +180,28 @@ def _clip_rows(shape: Shape, draw: Draw) -> Inputs:
     return _rows(shape, draw) | {"temperature": draw.scalar(0.07)}
 
 
+def _rows_with_ids(shape: Shape, draw: Draw) -> Inputs:
+    """One in four rows, on average, is another's duplicate or of its kind, and no negative of it."""
+    return _rows(shape, draw) | {"query_ids": draw.labels(shape["N"], 4 * shape["N"])}
+
+
+def _without_rank(inputs: Inputs, backend: str | None, **options: Any) -> Tensor:
+    return fastnce.info_nce(**inputs, **options, backend=backend)[0]
+
+
 def _pairs(shape: Shape) -> int:
     return shape.get("B", 1) * shape["N"] * shape.get("M", shape["N"])
 
 
 _KEYS = ("query", "positive_key")
 ONE_WAY = Case("info_nce", "both gradients, {N} x {D}", {}, _rows, _KEYS, products=3, pairs=_pairs)
+IDS = replace(ONE_WAY, name="ids masked, both gradients, {N} x {D}", make=_rows_with_ids)
+RANKED = replace(
+    ONE_WAY,
+    name="ranks besides, both gradients, {N} x {D}",
+    options={"return_rank": True},
+    form=_without_rank,
+)
 FIXED = replace(ONE_WAY, name="keys without gradient, {N} x {D}", wrt=("query",), products=2)
 MOCO = replace(FIXED, name="MoCo, queue of {M}, {N} x {D}")
 BOTH_WAYS = replace(
@@ -411,10 +427,14 @@ CASES = [
     _case(ONE_WAY, "full table", "cpu", N=16384, D=256),
     _case(ONE_WAY, "full table", "cpu", N=8192, D=1024),
     _case(ONE_WAY, "full", "cpu", N=4096, D=768),
+    _case(IDS, "full table", "cpu", N=16384, D=256),
+    _case(RANKED, "full table", "cpu", N=16384, D=256),
     _case(FIXED, "quick full", "cpu", N=2048, D=256),
     _case(FIXED, "full table", "cpu", N=16384, D=256),
     _case(replace(ONE_WAY, once=True), "table", "cpu", N=65536, D=64),
     _case(replace(ONE_WAY, once=True), "table", "cpu", N=131072, D=128),
+    _case(BOTH_WAYS, "full table", "cpu", N=16384, D=256),
+    _case(BOTH_WAYS, "full table", "cpu", N=8192, D=1024),
     _case(CLIP, "quick full", "cpu", N=1024, D=512),
     _case(CLIP, "full", "cpu", N=4096, D=512),
     _case(MOCO, "quick", "cpu", N=256, M=16384, D=128),

@@ -169,6 +169,9 @@ class Sample:
         return self.name
 
 
+# The id of a key that is nobody's negative, such as padding.
+LEFT_OUT = torch.iinfo(torch.int64).min
+
 OPS: dict[str, Op] = {}
 OPERATORS: dict[str, Operator] = {}
 # Plain PyTorch, by the name in ``fastnce.reference``.

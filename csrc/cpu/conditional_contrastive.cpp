@@ -24,7 +24,7 @@ struct Arguments {
   const Tensor& proxies;
   const Tensor& labels;
   double temperature;
-  bool need_embeddings, need_proxies, need_temperature;
+  bool bfloat16_products, need_embeddings, need_proxies, need_temperature;
 
   int64_t rows() const { return embeddings.size(0); }
   int64_t depth() const { return embeddings.size(1); }
@@ -151,7 +151,8 @@ class FixedOffset {
   explicit FixedOffset(Rows<T>& rows)
       : r_(rows),
         offset_(static_cast<T>(1 / r_.a.temperature)),
-        similarity_(r_.kernels, r_.embedding_rows, r_.rows, r_.a.temperature) {
+        similarity_(r_.kernels, r_.embedding_rows, r_.rows, r_.a.temperature,
+                    r_.a.bfloat16_products) {
     r_.add_proxies(similarity_.units());
   }
 
@@ -264,7 +265,7 @@ class RunningMaximum {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conditional_contrastive_forward(
     const Tensor& embeddings, const Tensor& proxies, const Tensor& labels,
-    const std::optional<Tensor>& temperature_tensor, double temperature,
+    const std::optional<Tensor>& temperature_tensor, double temperature, bool bfloat16_products,
     std::optional<double> grad_scale, bool mean, bool need_embeddings, bool need_proxies,
     bool need_temperature) {
   const char* op = "conditional_contrastive_forward";
@@ -272,8 +273,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conditional_contrastive_forwa
   const double tau = temperature_value(op, temperature_tensor, temperature);
   need_embeddings = need_embeddings && wanted, need_proxies = need_proxies && wanted;
   need_temperature = need_temperature && wanted;
-  const Arguments a{op,  embeddings,      proxies,      labels,
-                    tau, need_embeddings, need_proxies, need_temperature};
+  const Arguments a{
+      op,           embeddings,      proxies, labels, tau, bfloat16_products, need_embeddings,
+      need_proxies, need_temperature};
   check(a);
   const Tensor loss = new_tensor(embeddings, {a.rows()}, a.acc());
   const Tensor lse = new_tensor(embeddings, {2, a.rows()}, a.acc());
@@ -296,11 +298,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conditional_contrastive_forwa
 std::tuple<Tensor, Tensor, Tensor> conditional_contrastive_backward(
     const Tensor& grad_loss, const Tensor& embeddings, const Tensor& proxies, const Tensor& labels,
     const std::optional<Tensor>& temperature_tensor, double temperature, const Tensor& lse,
-    bool need_embeddings, bool need_proxies, bool need_temperature) {
+    bool bfloat16_products, bool need_embeddings, bool need_proxies, bool need_temperature) {
   const char* op = "conditional_contrastive_backward";
   const double tau = temperature_value(op, temperature_tensor, temperature);
-  const Arguments a{op,  embeddings,      proxies,      labels,
-                    tau, need_embeddings, need_proxies, need_temperature};
+  const Arguments a{
+      op,           embeddings,      proxies, labels, tau, bfloat16_products, need_embeddings,
+      need_proxies, need_temperature};
   check(a);
   check_rows(op, "grad_loss", grad_loss, a.acc(), {a.rows()});
   check_rows(op, "lse", lse, a.acc(), {2, a.rows()});

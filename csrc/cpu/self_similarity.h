@@ -10,6 +10,9 @@
 // product for z, one for H u. Else it is walked part by part, twice; the part that the first walk
 // ends with is still there when the second begins.
 //
+// With pairs of bfloat16 z comes from these, and a part's blocks of H are rounded once they are
+// whole, to pairs down their columns and along their rows: the two ways in which they are summed.
+//
 // The rows may be of two sides, u and v: then z_uv is computed once as well, the rows of a side
 // need not meet one another, and what u gives to v and v to u may be kept apart.
 #pragma once
@@ -17,6 +20,7 @@
 #include <array>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "logit_blocks.h"
@@ -76,9 +80,14 @@ class SelfSimilarity {
     T *row[kSums], *column[kSums];
   };
 
+  // `pairs`: the products are of pairs of bfloat16, where the processor has them.
   SelfSimilarity(const TileKernels<T>& kernels, const TensorRows& source, int64_t rows,
-                 double temperature)
-      : SelfSimilarity(kernels, {{source, 0, rows}}, temperature, false) {}
+                 double temperature, bool pairs)
+      : SelfSimilarity(kernels, {{source, 0, rows}}, temperature, false) {
+    if constexpr (kMayPair) {
+      if (pairs && kernels.pairs != nullptr) pack_pairs(source, temperature);
+    }
+  }
 
   // Sides begin with whole blocks; the rows between them are 0 and meet nobody. `apart`: products
   // of one side's rows with the other's go to cross_gradient().
@@ -156,7 +165,13 @@ class SelfSimilarity {
       }
       kept_ = -1;
       mirror_diagonal(part);
+      if constexpr (kMayPair) {
+        if (paired_) round_part(part);
+      }
       multiply_part(part);
+    }
+    if constexpr (kMayPair) {
+      if (paired_) take_rests();
     }
   }
 
@@ -168,7 +183,8 @@ class SelfSimilarity {
   // bounds are whole blocks or the end of the matrix.
   struct Part {
     int64_t r0, r1, c0, c1;
-    std::vector<int64_t> starts;  // of each block column in blocks_
+    std::vector<int64_t> starts;       // of each block column in blocks_
+    std::vector<int64_t> pair_starts;  // and in down_ and across_
 
     // Rows of the block column that begins with column c.
     int64_t height(int64_t c) const { return std::min(r1, c + kBlockOperands) - r0; }
@@ -203,12 +219,16 @@ class SelfSimilarity {
       for (int64_t c0 = r0; c0 < rows_; c0 += kPartColumns / kBlockOperands * kBlockOperands) {
         Part part{
             r0, r1, c0, std::min(rows_, c0 + kPartColumns / kBlockOperands * kBlockOperands), {}};
-        int64_t size = 0;
+        int64_t size = 0, pairs = 0;
         for (int64_t c = c0; c < part.c1; c += kBlockOperands) {
+          const int64_t slabs = slab_count(next_block(c) - c, width_);
           part.starts.push_back(size);
-          size += slab_count(next_block(c) - c, width_) * width_ * part.height(c);
+          size += slabs * width_ * part.height(c);
+          part.pair_starts.push_back(pairs);
+          pairs += operands<Pair>(slabs) * width_ * even_height(part, c);
         }
         most = std::max(most, size);
+        most_pairs_ = std::max(most_pairs_, pairs);
         parts_.push_back(std::move(part));
       }
     }
@@ -222,6 +242,83 @@ class SelfSimilarity {
     const int64_t first = part.c0 + block * kBlockOperands;
     return blocks_.data() + part.starts[block] + (column - first) * part.height(first) +
            (row - part.r0) * width_;
+  }
+
+  int64_t even_height(const Part& part, int64_t c) const { return padded(part.height(c), 2); }
+  // The same elements rounded, paired with the next row's, and with the next column's.
+  Pair* down_at(const Part& part, int64_t row, int64_t column) const {
+    const auto [start, slab, height] = pair_place(part, column);
+    return down_.data() + start + slab * width_ * (height / 2) + (row - part.r0) / 2 * width_;
+  }
+  Pair* across_at(const Part& part, int64_t row, int64_t column) const {
+    const auto [start, slab, height] = pair_place(part, column);
+    return across_.data() + start + slab / 2 * width_ * height + (row - part.r0) * width_ +
+           slab % 2 * (width_ / 2);
+  }
+  std::array<int64_t, 3> pair_place(const Part& part, int64_t column) const {
+    const int64_t block = (column - part.c0) / kBlockOperands;
+    const int64_t first = part.c0 + block * kBlockOperands;
+    return {part.pair_starts[block], (column - first) / width_, even_height(part, first)};
+  }
+
+  void pack_pairs(const TensorRows& source, double temperature) {
+    paired_ = true;
+    rests_ = Buffer<float>(padded(rows_, width_), 0.0f);
+    pack_unit_rows<float, Pair>(
+        kernels_, source, 0, rows_, true, 1 / std::sqrt(temperature),
+        {&paired_units_, &paired_transposed_, &summands_, nullptr, rests_.data()});
+    down_ = Buffer<Pair>(most_pairs_);
+    across_ = Buffer<Pair>(most_pairs_);
+  }
+
+  // Rounds H of a part. What its columns' rows still have to be multiplied by goes into it, and
+  // what its rows' have too, so that both of a block's products find theirs.
+  void round_part(const Part& part) {
+    const int64_t first = part.c0 / width_, count = slab_count(part.c1, width_) - first;
+    const int64_t cuts = (part.r1 - part.r0 + kBlockOperands - 1) / kBlockOperands;
+    const Buffer<float> one(kBlockOperands, 1.0f);
+    run_tasks(count * cuts, 4 * kBlockOperands * width_, [&](int64_t task) {
+      const int64_t c0 = (first + task / cuts) * width_;
+      const int64_t r0 = part.r0 + task % cuts * kBlockOperands;
+      // Of blocks on the diagonal all rows, of those above it their own.
+      const int64_t r1 = std::min(block_end(r0), part.r0 + part.height(block_of(part, c0)));
+      if (r1 <= r0) return;
+      float* z = at(part, r0, c0);
+      kernels_.pairs->scale_block(r1 - r0, lanes(c0), z, &rests_[c0], &rests_[r0]);
+      kernels_.pairs->round_block(r1 - r0, lanes(c0), z, one.data(), down_at(part, r0, c0),
+                                  across_at(part, r0, c0));
+    });
+  }
+  int64_t block_of(const Part& part, int64_t column) const {
+    return column - (column - part.c0) % kBlockOperands;
+  }
+
+  // The rows' own rests, which round_part has put in.
+  void take_rests() const {
+    run_blocks(rows_, kTaskRows, gradient_.slabs() * width_, [&](int64_t begin, int64_t end) {
+      for (int64_t s = 0; s < gradient_.slabs(); ++s) {
+        float* row = gradient_.at(begin, s);
+        for (int64_t i = begin; i < end; ++i, row += width_) {
+          for (int64_t d = 0; d < width_; ++d) row[d] /= rests_[i];
+        }
+      }
+    });
+  }
+
+  // z of rows [begin, end) with slab s.
+  void multiply_logits(int64_t begin, int64_t end, int64_t s, T* z) const {
+    const int64_t lanes = this->lanes(s * width_);
+    if constexpr (kMayPair) {
+      if (paired_) {
+        fastnce::multiply(kernels_, end - begin, operands<Pair>(depth_), lanes,
+                          paired_units_.at(begin, 0), paired_units_.slab_size(),
+                          paired_transposed_.at(0, s), z, false);
+        kernels_.pairs->scale_block(end - begin, lanes, z, &rests_[s * width_], &rests_[begin]);
+        return;
+      }
+    }
+    kernels_.multiply(end - begin, depth_, lanes, units_.at(begin, 0), units_.slab_size(),
+                      transposed_.at(0, s), z, false);
   }
 
   // Rows of a tile. Few rows have lower ones, so that there is work for every thread.
@@ -258,8 +355,7 @@ class SelfSimilarity {
         const auto [begin, end, s] = tasks[t];
         const int64_t c0 = s * width_, lanes = this->lanes(c0);
         T* z = keep ? at(part, begin, c0) : values.data();
-        kernels_.multiply(end - begin, depth_, lanes, units_.at(begin, 0), units_.slab_size(),
-                          transposed_.at(0, s), z, false);
+        multiply_logits(begin, end, s, z);
         const int64_t slab = s - part.c0 / width_, number = (begin - part.r0) / step;
         const int64_t above = std::clamp(c0, begin, end);  // rows before the slab's own
         if (above > begin) {
@@ -393,6 +489,16 @@ class SelfSimilarity {
 
   void add_straight(const Part& part, int64_t r, int64_t c, int64_t d0, int64_t d1) {
     const SlabMatrix<T>& gradient = gradient_of(r, c);
+    if constexpr (kMayPair) {
+      if (paired_) {
+        for (int64_t d = d0; d < d1; ++d) {
+          fastnce::multiply(kernels_, block_end(r) - r, operands<Pair>(block_end(c) - c),
+                            gradient.lanes(d), across_at(part, r, c), even_height(part, c) * width_,
+                            summands_.at(c / 2, d), gradient.at(r, d), true);
+        }
+        return;
+      }
+    }
     for (int64_t d = d0; d < d1; ++d) {
       fetch_slab(part, r, c + kBlockOperands, d - d0);
       kernels_.multiply(block_end(r) - r, block_end(c) - c, gradient.lanes(d), at(part, r, c),
@@ -403,6 +509,18 @@ class SelfSimilarity {
   void add_transposed(const Part& part, int64_t r, int64_t c, int64_t d0, int64_t d1) {
     const int64_t rows = std::min(part.r1, block_end(r)) - r;
     const SlabMatrix<T>& gradient = gradient_of(r, c);
+    if constexpr (kMayPair) {
+      if (paired_) {
+        for (int64_t d = d0; d < d1; ++d) {
+          for (int64_t j = c; j < block_end(c); j += width_) {
+            fastnce::multiply_transposed(kernels_, lanes(j), operands<Pair>(rows),
+                                         gradient.lanes(d), down_at(part, r, j),
+                                         summands_.at(r / 2, d), gradient.at(j, d));
+          }
+        }
+        return;
+      }
+    }
     for (int64_t d = d0; d < d1; ++d) {
       if (r + kBlockOperands < c) fetch_slab(part, r + kBlockOperands, c, d - d0);
       for (int64_t j = c; j < block_end(c); j += width_) {
@@ -411,6 +529,8 @@ class SelfSimilarity {
       }
     }
   }
+
+  static constexpr bool kMayPair = std::is_same_v<T, float>;
 
   const TileKernels<T>& kernels_;
   const int64_t second_;
@@ -421,7 +541,12 @@ class SelfSimilarity {
   SlabMatrix<T> units_, transposed_, gradient_, cross_gradient_;
   std::vector<Part> parts_;
   Buffer<T> blocks_;
-  int64_t kept_ = -1;  // the part whose exponentials are in blocks_
+  bool paired_ = false;
+  SlabMatrix<Pair> paired_units_, paired_transposed_, summands_;  // see PackedRows
+  Buffer<float> rests_;
+  int64_t most_pairs_ = 0;
+  Buffer<Pair> down_, across_;  // blocks of H
+  int64_t kept_ = -1;           // the part whose exponentials are in blocks_
 };
 
 }  // namespace fastnce

@@ -27,7 +27,7 @@ struct Arguments {
   const Tensor& features;
   const Tensor& labels;
   double temperature;
-  bool need_features, need_temperature;
+  bool bfloat16_products, need_features, need_temperature;
 
   int64_t rows() const { return features.size(0); }
   int64_t depth() const { return features.size(1); }
@@ -261,7 +261,7 @@ class FixedOffset {
  public:
   explicit FixedOffset(Rows<T>& rows)
       : r_(rows),
-        similarity_(r_.kernels, r_.feature_rows, r_.rows, r_.a.temperature),
+        similarity_(r_.kernels, r_.feature_rows, r_.rows, r_.a.temperature, r_.a.bfloat16_products),
         offset_(r_.kernels.width, static_cast<T>(1 / r_.a.temperature)) {}
 
   const SlabMatrix<T>& units() const { return similarity_.units(); }
@@ -438,13 +438,13 @@ class RunningMaximum {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sup_con_forward(
     const Tensor& features, const Tensor& labels, const std::optional<Tensor>& temperature_tensor,
-    double temperature, std::optional<double> grad_scale, bool mean, bool need_features,
-    bool need_temperature) {
+    double temperature, bool bfloat16_products, std::optional<double> grad_scale, bool mean,
+    bool need_features, bool need_temperature) {
   const char* op = "sup_con_forward";
   const double tau = temperature_value(op, temperature_tensor, temperature);
   need_features = need_features && grad_scale.has_value();
   need_temperature = need_temperature && grad_scale.has_value();
-  const Arguments a{op, features, labels, tau, need_features, need_temperature};
+  const Arguments a{op, features, labels, tau, bfloat16_products, need_features, need_temperature};
   check(a);
   const Tensor loss = new_tensor(features, {a.rows()}, a.acc());
   const Tensor has_positive = new_tensor(features, {a.rows()}, ScalarType::Bool);
@@ -468,10 +468,11 @@ std::tuple<Tensor, Tensor> sup_con_backward(const Tensor& grad_loss, const Tenso
                                             const Tensor& labels,
                                             const std::optional<Tensor>& temperature_tensor,
                                             double temperature, const Tensor& lse,
-                                            bool need_features, bool need_temperature) {
+                                            bool bfloat16_products, bool need_features,
+                                            bool need_temperature) {
   const char* op = "sup_con_backward";
   const double tau = temperature_value(op, temperature_tensor, temperature);
-  const Arguments a{op, features, labels, tau, need_features, need_temperature};
+  const Arguments a{op, features, labels, tau, bfloat16_products, need_features, need_temperature};
   check(a);
   check_rows(op, "grad_loss", grad_loss, a.acc(), {a.rows()});
   check_rows(op, "lse", lse, a.acc(), {a.rows()});

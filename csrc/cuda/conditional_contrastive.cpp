@@ -98,7 +98,7 @@ void check(const char* op, const Tensor& embeddings, const Tensor& proxies, cons
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conditional_contrastive_forward(
     const Tensor& embeddings, const Tensor& proxies, const Tensor& labels,
-    const std::optional<Tensor>& temperature_tensor, double temperature,
+    const std::optional<Tensor>& temperature_tensor, double temperature, bool /*bfloat16_products*/,
     std::optional<double> grad_scale, bool mean, bool need_embeddings, bool need_proxies,
     bool need_temperature) {
   const char* op = "conditional_contrastive_forward";
@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conditional_contrastive_forwa
 std::tuple<Tensor, Tensor, Tensor> conditional_contrastive_backward(
     const Tensor& grad_loss, const Tensor& embeddings, const Tensor& proxies, const Tensor& labels,
     const std::optional<Tensor>& temperature_tensor, double temperature, const Tensor& lse,
-    bool need_embeddings, bool need_proxies, bool need_temperature) {
+    bool /*bfloat16_products*/, bool need_embeddings, bool need_proxies, bool need_temperature) {
   const char* op = "conditional_contrastive_backward";
   check(op, embeddings, proxies, labels);
   const int64_t total = embeddings.size(0);

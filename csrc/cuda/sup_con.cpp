@@ -79,8 +79,8 @@ void check(const char* op, const Tensor& features, const Tensor& labels) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sup_con_forward(
     const Tensor& features, const Tensor& labels, const std::optional<Tensor>& temperature_tensor,
-    double temperature, std::optional<double> grad_scale, bool mean, bool need_features,
-    bool need_temperature) {
+    double temperature, bool /*bfloat16_products*/, std::optional<double> grad_scale, bool mean,
+    bool need_features, bool need_temperature) {
   const char* op = "sup_con_forward";
   check(op, features, labels);
   const RowsCall call(op, features, temperature_tensor, temperature, true);
@@ -99,7 +99,8 @@ std::tuple<Tensor, Tensor> sup_con_backward(const Tensor& grad_loss, const Tenso
                                             const Tensor& labels,
                                             const std::optional<Tensor>& temperature_tensor,
                                             double temperature, const Tensor& lse,
-                                            bool need_features, bool need_temperature) {
+                                            bool /*bfloat16_products*/, bool need_features,
+                                            bool need_temperature) {
   const char* op = "sup_con_backward";
   check(op, features, labels);
   const std::vector<int64_t> shape = {features.size(0)};

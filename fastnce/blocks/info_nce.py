@@ -166,6 +166,8 @@ class _Own:
 class Problem:
     """Queries and keys (B, N, D), and what else is in their sums; as the operators have it."""
 
+    decoupled = False  # the positive is not in the sum
+
     def __init__(
         self,
         query: Rows,
@@ -215,6 +217,13 @@ class Problem:
             columns *= 1 + depth  # these rows are copied, too
         return blocks(batch, rows, columns, self.query.units)
 
+    def logits(self, at: At) -> list[Tensor]:
+        """Of a block with all columns, -inf where a pair is left out. The memory is that of the next block, too."""
+        return [column.logits(at) for column in self.columns]
+
+    def count(self, parts: list[Tensor], positive: Tensor, at: At) -> None:
+        """Takes notice of the positives' ranks in a block."""
+
     def positive(self, part: Tensor, at: At) -> Tensor:
         """(b, n), a view of what the first columns have."""
         if not self.in_batch:
@@ -223,15 +232,19 @@ class Problem:
 
     def sums_of_both(self) -> tuple[Tensor, Tensor]:
         """The symmetric losses (B, N), and the lse (2, B, N) of rows and columns."""
-        units, (column,) = self.query.units, self.columns
+        units = self.query.units
         shape = units.shape[:2]
         lse, positive = units.new_empty((2, *shape)), units.new_empty(shape)
         # Added up over the blocks, of which there may be hundreds.
         of_columns = units.new_full(shape, -torch.inf, dtype=long_sums(units))
         found = list(self.blocks())
         for at in found:
-            part = column.logits(at)
-            positive[at] = self.positive(part, at)
+            (part,) = parts = self.logits(at)
+            own = self.positive(part, at)
+            positive[at] = own
+            self.count(parts, own, at)
+            if self.decoupled:
+                own.fill_(-torch.inf)
             if self.moderate:
                 relative = torch.exp(part, out=self._buffer(*part.shape))
                 by_row, by_column = (relative.sum(dim=dim).log_() for dim in (-1, -2))
@@ -240,7 +253,7 @@ class Problem:
             lse[0][at], sums = by_row, of_columns[at[0]]
             torch.logaddexp(sums, by_column.to(sums.dtype), out=sums)
             if len(found) == 1:
-                self._kept = [part]
+                self._kept = parts
         lse[1] = of_columns
         return lse.mean(dim=0) - positive, lse
 
@@ -275,8 +288,10 @@ class Problem:
         if sums is not None:
             sums.start()
         for at in self.blocks():
-            parts = self._kept or [column.logits(at) for column in self.columns]
+            parts = self._kept or self.logits(at)
             positive, divisor, logits = self.positive(parts[0], at), None, []
+            if losses is not None:
+                self.count(parts, positive, at)
             if sums is not None and sums.moment is not None:
                 logits = [part.clone() for part in parts]
             if self.symmetric:
@@ -329,15 +344,19 @@ class Problem:
         self, parts: list[Tensor], positive: Tensor, at: At, losses: Tensor | None, lse: Tensor
     ) -> Tensor | None:
         """Makes the logits coefficients times a divisor (b, n, 1), None for 1. Writes losses and lse, if there are any losses."""
-        divisor = None
+        divisor = logit = None
+        if losses is not None and (self.decoupled or not self.moderate):
+            logit = positive.clone()
+        if self.decoupled:
+            positive.fill_(-torch.inf)
         if losses is not None:
-            logit = None if self.moderate else positive.clone()
             top, divisor = exponentials(parts, self.constant, self.moderate)
             torch.log(divisor.squeeze(-1), out=lse[at])
-            if self.moderate:  # no quotient of two of these overflows
+            if not self.moderate:
+                lse[at] += top.squeeze(-1)
+            if logit is None:  # no quotient of two moderate exponentials overflows
                 torch.div(divisor.squeeze(-1), positive, out=losses[at]).log_()
             else:
-                lse[at] += top.squeeze(-1)
                 torch.sub(lse[at], logit, out=losses[at])
         else:
             for part in parts:
@@ -347,6 +366,8 @@ class Problem:
             if self.moderate:
                 divisor = lse[at].unsqueeze(-1).exp()
         positive -= 1 if divisor is None else divisor.squeeze(-1)
+        if self.decoupled and losses is not None:
+            divisor.masked_fill_(divisor == 0, 1)  # of rows of zeros, whose sums are empty
         return divisor
 
     def _coefficients_of_both(
@@ -356,6 +377,8 @@ class Problem:
         of_rows, of_columns = lse[0][at].unsqueeze(-1), lse[1][at[0]].unsqueeze(-2)
         mine, theirs = (1.0, 1.0) if weights is None else (weights[at], weights[at[0]].mT)
         buffer = self._buffer(*part.shape)
+        if self.decoupled:
+            positive.fill_(-torch.inf)
         if self.moderate:
             torch.add(mine * (-of_rows).exp_(), theirs * (-of_columns).exp_(), out=buffer)
             part.exp_().mul_(buffer)

@@ -196,13 +196,13 @@ declare(
     # loss (N,) = log den - log num; lse (2, N) = [log den, log num].
     Operator(
         "conditional_contrastive_forward(Tensor embeddings, Tensor proxies, Tensor labels, Tensor? temperature_tensor, "
-        "float temperature, float? grad_scale, bool mean, bool need_embeddings, bool need_proxies, bool need_temperature) -> "
+        "float temperature, bool bfloat16_products, float? grad_scale, bool mean, bool need_embeddings, bool need_proxies, bool need_temperature) -> "
         "(Tensor loss, Tensor lse, Tensor grad_embeddings, Tensor grad_proxies, Tensor grad_temperature)",
         _losses,
     ),
     Operator(
         "conditional_contrastive_backward(Tensor grad_loss, Tensor embeddings, Tensor proxies, Tensor labels, "
-        "Tensor? temperature_tensor, float temperature, Tensor lse, bool need_embeddings, bool need_proxies, "
+        "Tensor? temperature_tensor, float temperature, Tensor lse, bool bfloat16_products, bool need_embeddings, bool need_proxies, "
         "bool need_temperature) -> (Tensor grad_embeddings, Tensor grad_proxies, Tensor grad_temperature)"
     ),
     conditional_contrastive=plain,

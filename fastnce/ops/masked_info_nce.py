@@ -16,12 +16,10 @@ from torch import Tensor
 from fastnce import backends
 from fastnce.ops import _checks, _common
 from fastnce.reference.normalize import accumulation_dtype, normalize_rows, over_temperature
-from fastnce.registry import Form, Op, Operator, declare
+from fastnce.registry import LEFT_OUT, Form, Op, Operator, declare
 
-# The id of a key that is nobody's negative, such as padding.
-LEFT_OUT = torch.iinfo(torch.int64).min
-# That of keys that have none.
-_WITHOUT_ID = LEFT_OUT + 1
+# The id of keys that have none.
+WITHOUT_ID = LEFT_OUT + 1
 
 
 class Masks(NamedTuple):
@@ -79,14 +77,14 @@ def plain(
     dtype = accumulation_dtype(query.dtype)
     rows = [
         x if x is None else x.to(dtype)
-        for x in (query, key, _left_in(negatives, masks.negative_ids))
+        for x in (query, key, left_in(negatives, masks.negative_ids))
     ]
     query, key, negatives = (normalize_rows(x) if normalize and x is not None else x for x in rows)
     positive = over_temperature((query * key).sum(dim=-1), temperature)  # (B, N)
     logits, left_out = [], []
     if in_batch:
         own = torch.eye(query.shape[-2], dtype=torch.bool, device=query.device)
-        logits.append(query @ _left_in(key, masks.key_ids).mT)
+        logits.append(query @ left_in(key, masks.key_ids).mT)
         left_out.append(_left_out(masks, masks.key_ids, masks.guide_key, logits[0]) | own)
     if negatives is not None:
         shared = negatives.dim() == 2
@@ -103,7 +101,7 @@ def plain(
     return losses, rank
 
 
-def _left_in(keys: Tensor | None, ids: Tensor | None) -> Tensor | None:
+def left_in(keys: Tensor | None, ids: Tensor | None) -> Tensor | None:
     """Zeros in the rows of padding: what is there, such as NaN, would reach gradients as a product with 0."""
     if keys is None or ids is None:
         return keys
@@ -136,6 +134,7 @@ def masks_of(
     query: Tensor,
     negatives: Tensor | None,
     in_batch: bool,
+    symmetric: bool = False,
     *,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
@@ -163,11 +162,15 @@ def masks_of(
     query_ids = _ids(op, "query_ids", query_ids, query, rows)
     if in_batch:
         key_ids = query_ids if key_ids is None else _ids(op, "key_ids", key_ids, query, rows)
-        key_ids = _with_mask(op, "key_mask", key_ids, key_mask, query, rows)
+        key_ids = with_mask(op, "key_mask", key_ids, key_mask, query, rows)
     if columns is not None:
         negative_ids = _ids(op, "negative_ids", negative_ids, query, columns)
-        negative_ids = _with_mask(op, "negative_mask", negative_ids, negative_mask, query, columns)
+        negative_ids = with_mask(op, "negative_mask", negative_ids, negative_mask, query, columns)
     guides: tuple[Tensor | None, ...] = (None, None, None)
+    if guide is not None and symmetric:
+        raise ValueError(
+            f"{op}: guide has a threshold for each query, symmetric=True none for each key. Drop one, or average two calls."
+        )
     if guide is not None:
         guides = _guide(op, guide, guide_margin, relative_margin, query, in_batch, columns)
     found = (query_ids, key_ids, negative_ids, *guides)
@@ -181,6 +184,23 @@ def masks_of(
             for i, x in enumerate(found)
         )
     )
+
+
+def weights_of(
+    op: str, weights: Tensor | None, query: Tensor, name: str = "weights"
+) -> Tensor | None:
+    """The weights of the losses of ``query``, (N, D) or (B, N, D), as (B, N) in the dtype of the sums."""
+    if weights is None:
+        return None
+    words = "(N,)" if query.dim() == 2 else "(B, N)"
+    _checks.expect_float_tensor(op, name, weights, (1, 2), words, may_be_empty=True)
+    _checks.expect_shape(op, name, weights, tuple(query.shape[:-1]), "one for each loss")
+    if _common.wants_grad(weights):
+        raise ValueError(
+            f"{op}: {name} require a gradient, which they do not get. Pass {name}.detach(), or multiply reduction='none'."
+        )
+    weights = weights.to(query.device, accumulation_dtype(query.dtype))
+    return weights if weights.dim() == 2 else weights.unsqueeze(0)
 
 
 def _expect_used(op: str, used: bool, *names_and_values: object) -> None:
@@ -197,7 +217,7 @@ def _ids(
     return None if ids is None else _checks.expect_labels(op, ids, query, "query", name, shape)
 
 
-def _with_mask(
+def with_mask(
     op: str,
     name: str,
     ids: Tensor | None,
@@ -213,7 +233,7 @@ def _with_mask(
         raise TypeError(f"{op}: {name} must be bool, True for keys that count, got {mask.dtype}.")
     _checks.expect_shape(op, name, mask, shape, "one for each key")
     _checks.expect_beside(op, name, mask, "query", query)
-    ids = mask.new_full(shape, _WITHOUT_ID, dtype=torch.int64) if ids is None else ids
+    ids = mask.new_full(shape, WITHOUT_ID, dtype=torch.int64) if ids is None else ids
     return ids.masked_fill(~mask, LEFT_OUT)
 
 
@@ -244,8 +264,8 @@ def _guide(
     shapes = [tuple(query.shape[:-1])] * 2 + [columns]
     for i, (x, rows) in enumerate(zip(guide, shapes, strict=False)):
         name = f"guide[{i}]"
-        words = "(M, G)" if i == 2 else "(N, G)" if len(rows) == 1 else "(B, N, G)"
-        _checks.expect_float_tensor(op, name, x, (len(rows) + 1,), words)
+        dims, shape = (len(rows) + 1,), (*rows, "G")
+        _checks.expect_float_tensor(op, name, x, dims, shape, may_be_empty=True)
         expected = (*rows, guide[0].shape[-1])
         _checks.expect_shape(op, name, x, expected, "one row for each of ours")
         _checks.expect_alike(op, name, x, "guide[0]", guide[0])
@@ -258,23 +278,6 @@ def _guide(
     columns_of = [torch.cat([x, torch.ones_like(x[..., :1])], dim=-1) for x in units[1:]]
     of_keys = columns_of[0] if in_batch else None
     return torch.cat([units[0], -threshold], dim=-1), of_keys, *(columns_of[1:] or [None])
-
-
-def weights_of(
-    op: str, weights: Tensor | None, query: Tensor, name: str = "weights"
-) -> Tensor | None:
-    """The weights of the losses of ``query``, (N, D) or (B, N, D), as (B, N) in the dtype of the sums."""
-    if weights is None:
-        return None
-    words = "(N,)" if query.dim() == 2 else "(B, N)"
-    _checks.expect_float_tensor(op, name, weights, (1, 2), words)
-    _checks.expect_shape(op, name, weights, tuple(query.shape[:-1]), "one for each loss")
-    if _common.wants_grad(weights):
-        raise ValueError(
-            f"{op}: {name} require a gradient, which they do not get. Pass {name}.detach(), or multiply reduction='none'."
-        )
-    weights = weights.to(query.device, accumulation_dtype(query.dtype))
-    return weights if weights.dim() == 2 else weights.unsqueeze(0)
 
 
 def rows_loss(

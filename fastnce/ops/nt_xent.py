@@ -11,6 +11,7 @@ from torch import Tensor
 from fastnce.ops import _checks, _common
 from fastnce.ops._over_ranks import OverRanks
 from fastnce.ops.labelled_lse import LabelledLSE
+from fastnce.ops.masked_info_nce import Masks, rows_loss, weights_of
 from fastnce.ops.sup_con import plain as sup_con
 from fastnce.ranks import Fact
 from fastnce.reference.normalize import accumulation_dtype, normalize_rows
@@ -22,9 +23,13 @@ def nt_xent(
     z2: Tensor,
     *,
     temperature: float | Tensor = 0.5,
+    ids: Tensor | None = None,
+    weights: Tensor | None = None,
+    decoupled: bool = False,
+    return_rank: bool = False,
     reduction: str = "mean",
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     r"""NT-Xent, the normalised temperature-scaled cross-entropy of SimCLR (Chen et al. 2020, https://arxiv.org/abs/2002.05709).
 
     .. math:: \ell_i = \log \sum_{j \ne i} e^{s_{ij} / \tau} - s_{i\,p(i)} / \tau
@@ -36,11 +41,19 @@ def nt_xent(
         z1: (N, D), the first views; float64, float32, bfloat16 or float16. Normalisation is part of the op.
         z2: (N, D), the second views.
         temperature: positive float, or tensor of one element, which gets its gradient.
+        ids: (N,) integers: images of the same id, such as duplicates, are not each other's negatives. The other view always stays.
+        weights: (2N,) floats, a weight for each row's loss, the rows of ``z1`` first; ``"mean"`` divides by their sum. No
+            gradient.
+        decoupled: the positive is not in the sum (DCL; Yeh et al. 2021, https://arxiv.org/abs/2110.06848); the negatives are of
+            both views. Of the other view alone they are in ``info_nce(z1, z2, symmetric=True, decoupled=True)``. The loss of a row
+            without negatives is 0.
+        return_rank: the result is ``(loss, rank)`` with how many negatives are more similar to the row than its other view,
+            (2N,) int64.
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` for (2N,), the rows of ``z1`` first.
         backend: one of ``fastnce.backends.available()``; None chooses.
 
     Returns:
-        The loss, float32 (float64 for float64 inputs).
+        The loss, float32 (float64 for float64 inputs). With ``return_rank`` also the ranks.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -56,10 +69,35 @@ def nt_xent(
     _checks.expect_rows(op, "z1", z1)
     _checks.expect_rows(op, "z2", z2, like=z1, like_name="z1")
     image = torch.arange(z1.shape[0], device=z1.device)
-    rows, labels = (torch.cat([z1, z2]),), torch.cat([image, image])
-    return _common.row_loss(
-        op, sup_con, rows, labels, temperature, reduction, backend, operators="sup_con"
+    rows = torch.cat([z1, z2])
+    if ids is None and weights is None and not (decoupled or return_rank):
+        labels = torch.cat([image, image])
+        return _common.row_loss(
+            op, sup_con, (rows,), labels, temperature, reduction, backend, operators="sup_con"
+        )
+    temperature = _checks.expect_temperature(op, temperature, z1)
+    _checks.expect_choice(op, "reduction", reduction, _common.REDUCTIONS)
+    weights = weights_of(op, weights, rows)
+    if ids is not None:
+        image = _checks.expect_labels(op, ids, z1, "z1", "ids")
+    # Of the other views, which are the keys, the one that is the row itself has its id.
+    ids = torch.cat([image, image])[None]
+    loss, rank = rows_loss(
+        op,
+        (rows[None], torch.cat([z2, z1])[None], None),
+        Masks(ids, ids),
+        weights,
+        temperature,
+        reduction,
+        backend,
+        rank=return_rank,
+        normalize=True,
+        symmetric=False,
+        in_batch=True,
+        decoupled=bool(decoupled),
     )
+    loss = loss.squeeze(0) if reduction == "none" else loss
+    return (loss, rank.squeeze(0)) if return_rank else loss
 
 
 @torch.compiler.disable
@@ -74,6 +112,7 @@ def over_ranks(
     gradient_scale: str = "mean",
     check: bool = True,
     backend: str | None = None,
+    **options: object,
 ) -> Tensor:
     """``fastnce.nt_xent`` of the images of all ranks, exactly; both views of an image are on the same rank.
 
@@ -85,6 +124,7 @@ def over_ranks(
             first.
         group, strategy, gradient_scale, check: see ``fastnce.distributed``.
         backend: one of ``fastnce.backends.available()``; None chooses.
+        options: the others of ``fastnce.nt_xent``, where this process is alone.
 
     Returns:
         The same loss on every rank (``"none"``: this rank's losses), float32 (float64 for float64 inputs).
@@ -96,10 +136,11 @@ def over_ranks(
     op = "nt_xent"
     call = OverRanks(op, group, temperature, reduction, strategy, gradient_scale, check, backend)
     if call.alone:
-        return nt_xent(z1, z2, **call.plain)
+        return nt_xent(z1, z2, **options, **call.plain)
     z1, z2 = _checks.same_dtype_under_autocast(z1, z2)
 
     def validate() -> dict[str, Fact]:
+        call.expect_default(options)
         _checks.expect_rows(op, "z1", z1, may_be_empty=True)
         _checks.expect_rows(op, "z2", z2, may_be_empty=True, like=z1, like_name="z1")
         grad = _common.wants_grad(z1, z2, temperature)

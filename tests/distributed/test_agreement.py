@@ -81,10 +81,17 @@ def wrong(group, case: str):
         return distributed.nt_xent(x, x, group=group, backend="triton" if rank > 0 else "torch")
     if case == "no row":
         return distributed.nt_xent(x[:0], x[:0], group=group)
-    if case == "negatives with a gradient":
-        return distributed.info_nce(x, x, x.clone().requires_grad_(rank > 0), group=group)
-    queue = NegativeQueue(8, 4 + rank)
-    return queue.enqueue(torch.randn(2, queue.keys.shape[1]), group=group)
+    if case == "ids":
+        return distributed.nt_xent(x, x, group=group, ids=None if rank == 0 else torch.arange(3))
+    if case == "other rows":
+        labels = torch.arange(3)
+        return distributed.sup_con(x, labels, *((x, labels) if rank > 0 else ()), group=group)
+    if case == "another form":
+        return distributed.sup_con(x, torch.arange(3), normalize=rank == 0, group=group)
+    labelled = case == "labels"
+    queue = NegativeQueue(8, 4 if labelled else 4 + rank, labelled=labelled and rank == 0)
+    labels = (torch.arange(2),) if queue.labelled else ()
+    return queue.enqueue(torch.randn(2, queue.keys.shape[1]), *labels, group=group)
 
 
 @pytest.mark.parametrize(
@@ -93,8 +100,11 @@ def wrong(group, case: str):
         ("one argument", "rank 1, 2 ", "positive_key must have the shape"),
         ("no backend", "rank 1, 2 ", "backend 'triton' cannot run it"),
         ("no row", "no rank has any row", "no rank has any row"),
-        ("negatives with a gradient", "rank 1, 2 ", "negative_keys require a gradient"),
+        ("ids", "rank 1, 2 ", "nt_xent: there is no ids over ranks"),
+        ("other rows", "rank 1, 2 ", "sup_con: there is no reference_features over ranks"),
+        ("another form", "rank 1, 2 ", "sup_con: there is no normalize over ranks"),
         ("queues", "disagree on D", "disagree on D"),
+        ("labels", "disagree on whether keys have labels", "disagree on whether keys have labels"),
     ],
 )
 def test_an_invalid_argument_of_some_ends_the_call_on_all(case, first, others, workers):

@@ -199,6 +199,153 @@ def test_errors(keys, message):
         NegativeQueue(4, 6).enqueue(keys)
 
 
+def memory(size: int = 7, **batches) -> NegativeQueue:
+    """A labelled queue that has taken in batches of these sizes."""
+    queue = NegativeQueue(size, 6, labelled=True)
+    for seed, count in enumerate(batches.get("counts", ())):
+        queue.enqueue(units(count, seed=seed), 10 * seed + torch.arange(count))
+    return queue
+
+
+@pytest.mark.parametrize("counts", [(3, 3, 3), (5, 2, 6), (7,), (16,), (1,) * 9, (2,)])
+def test_labels_and_ids_go_with_their_keys(counts):
+    queue, expected = NegativeQueue(7, 6, labelled=True), {}
+    assert not queue.filled.any()
+    at = 0
+    for seed, count in enumerate(counts):
+        labels = 10 * seed + torch.arange(count)
+        given = queue.enqueue(units(count, seed=seed), labels.int())
+        assert given.dtype == torch.int64 and len(set(given.tolist())) == count
+        assert not set(given.tolist()) & {i for _, i in expected.values()}
+        for label, id_ in zip(labels.tolist(), given.tolist(), strict=True):
+            expected[at % 7] = (label, id_)
+            at += 1
+    assert queue.filled.tolist() == [place in expected for place in range(7)]
+    for place, (label, id_) in expected.items():
+        assert (queue.labels[place], queue.ids[place]) == (label, id_)
+    plain = NegativeQueue(7, 6)
+    for seed, count in enumerate(counts):
+        plain.enqueue(units(count, seed=seed))
+    assert torch.equal(queue.keys, plain.keys)
+
+
+def test_new_ids_are_new_among_given_ones_and_those_that_wait():
+    queue = memory()
+    assert queue.enqueue(units(2), torch.zeros(2).long(), torch.tensor([40, 7])).tolist() == [40, 7]
+    assert queue.enqueue(units(2), torch.zeros(2).long()).tolist() == [41, 42]
+    labels, ids = torch.arange(2), torch.tensor([90, 91])
+    queue.enqueue(units(2), labels, ids)
+    labels += 5  # the caller's own: they go on with them before the queue writes
+    ids += 5
+    assert queue.labels[4:6].tolist() == [0, 1] and queue.ids[:6].tolist() == [
+        40,
+        7,
+        41,
+        42,
+        90,
+        91,
+    ]
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_labels_that_wait_go_with_the_queue(move):
+    queue = memory(counts=(2, 1))
+    moved = MOVES[move](queue)
+    assert moved.labels[:3].tolist() == [0, 1, 10] and moved.ids[:3].tolist() == [0, 1, 2]
+    assert moved.filled.tolist() == [True] * 3 + [False] * 4
+    assert moved.labels.dtype == moved.ids.dtype == torch.int64
+
+
+def test_the_state_dict_of_a_labelled_queue(tmp_path):
+    queue, other = memory(counts=(2,)), memory(counts=(5,))
+    state = queue.state_dict()
+    assert list(state) == ["queue", "queue_ptr", "queue_labels", "queue_ids"]
+    save_file(state, str(tmp_path / "queue"))
+    other.load_state_dict(load_file(str(tmp_path / "queue")))
+    for name in ("keys", "labels", "ids", "filled"):
+        assert torch.equal(getattr(other, name), getattr(queue, name))
+    # A file of keys alone: nothing is known of them.
+    published = NegativeQueue(7, 6).state_dict()
+    with pytest.raises(RuntimeError, match="Missing key.*queue_labels"):
+        other.load_state_dict(published)
+    other.load_state_dict(published, strict=False)
+    assert not other.filled.any()
+    with pytest.raises(RuntimeError, match="Unexpected key.*queue_labels"):
+        NegativeQueue(7, 6).load_state_dict(state)
+
+
+@pytest.mark.parametrize("positives", ["mean", "each", "sum"])
+@pytest.mark.parametrize("first", ["enqueue", "loss"])
+def test_a_batch_against_the_memory(first, positives):
+    """As a list of all past rows would have it; a row's own copy is left out, and places not yet taken."""
+    size, past, queue = 11, [], NegativeQueue(11, 6, labelled=True)
+    for step in range(5):
+        x, y = units(4, seed=step).requires_grad_(), torch.arange(4) % 3
+        if first == "enqueue":
+            ids = queue.enqueue(x, y)
+            given = {"ids": ids, "reference_ids": queue.ids}
+        else:
+            given = {"reference_mask": queue.filled}
+        found = fastnce.sup_con(x, y, queue.keys, queue.labels, **given, positives=positives)
+        (grad,) = torch.autograd.grad(found, x)
+        number = torch.arange(4) + 4 * step
+        if first == "enqueue":
+            past += zip(x.detach(), y, number, strict=True)
+        if past:
+            rows, labels, numbers = (torch.stack(z) for z in zip(*past[-size:], strict=True))
+            given = {"ids": number, "reference_ids": numbers, "positives": positives}
+            expected = fastnce.sup_con(x, y, rows, labels, **given, backend="torch")
+            torch.testing.assert_close(found, expected)
+            torch.testing.assert_close(grad, torch.autograd.grad(expected, x)[0])
+        else:
+            assert found == 0 and grad.eq(0).all()
+        if first == "loss":
+            queue.enqueue(x, y)
+            past += zip(x.detach(), y, number, strict=True)
+
+
+def test_errors_of_labels():
+    queue, labelled, keys = NegativeQueue(4, 6), memory(), units(2)
+    for name in ("labels", "ids", "filled"):
+        with pytest.raises(ValueError, match=r"keys alone\. Make it .*labelled=True"):
+            getattr(queue, name)
+    mistakes = [
+        (queue, (keys, torch.arange(2)), "labels are of a labelled queue.*or drop labels"),
+        (labelled, (keys,), "labels is None"),
+        (labelled, (keys, torch.arange(3)), r"labels must have the shape \(2,\)"),
+        (labelled, (keys, keys[:, 0]), "labels must be integers"),
+        (labelled, (keys, torch.arange(2), torch.arange(3)), r"ids must have the shape \(2,\)"),
+    ]
+    for one, arguments, message in mistakes:
+        with pytest.raises((TypeError, ValueError), match=f"enqueue: {message}") as caught:
+            one.enqueue(*arguments)
+        assert "\n" not in str(caught.value)
+    assert "labelled=True" in repr(labelled) and "labelled" not in repr(queue)
+
+
+def labels_over_ranks(group, counts, given):
+    rank, queue = dist.get_rank(group), memory()
+    for step in range(3):
+        numbers = (torch.arange(sum(counts)) + 100 * step).split(counts)[rank]
+        keys = units(sum(counts), seed=step).split(counts)[rank]
+        ids = queue.enqueue(keys, numbers, 2 * numbers if given else None, group=group)
+    return queue.keys, queue.labels, queue.ids, ids
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("counts", [(1, 3, 0), (4, 1, 4)])
+def test_labels_of_all_ranks(counts, given, workers):
+    one, total = memory(), sum(counts)
+    for step in range(3):
+        numbers = torch.arange(total) + 100 * step
+        ids = one.enqueue(units(total, seed=step), numbers, 2 * numbers if given else None)
+    answers = workers.results(labels_over_ranks, counts, given, ranks=3)
+    for part, (keys, labels, of_queue, own) in zip(ids.split(counts), answers, strict=True):
+        torch.testing.assert_close(keys, one.keys)
+        assert torch.equal(labels, one.labels) and torch.equal(of_queue, one.ids)
+        assert torch.equal(own, part)
+
+
 def enqueue_over_ranks(group, counts):
     rank = dist.get_rank(group)
     queue = NegativeQueue(7, 6)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
+from launches import Launch, recorded
 
-from benchmarks.launches import Launch, recorded
 from fastnce import triton_kernels
 
 IN_BATCH = {"normalize": True, "symmetric": False, "in_batch": True, "self_logit": None}

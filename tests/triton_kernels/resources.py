@@ -16,8 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import triton
-
-from benchmarks.launches import SHARED_MEMORY, Launch, compiled
+from launches import SHARED_MEMORY, Launch, compiled
 
 Job = tuple[Launch, int]  # and a compute capability, 90 for 9.0
 MATRIX_INSTRUCTION = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}

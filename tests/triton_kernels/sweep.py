@@ -22,10 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import calls  # noqa: E402
+from launches import Launch, as_on  # noqa: E402
 from resources import Memory, Resources, all_resources, operand  # noqa: E402
 
 from benchmarks import report  # noqa: E402
-from benchmarks.launches import Launch, as_on  # noqa: E402
 from benchmarks.machine import matmul_precision  # noqa: E402
 
 STEM = "triton-resources"

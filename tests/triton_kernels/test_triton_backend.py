@@ -88,7 +88,7 @@ def test_nothing_is_started_while_a_graph_is_captured(gpus, monkeypatch):
 def test_the_first_kernel_can_be_compiled(monkeypatch):
     import contextlib
 
-    from benchmarks.launches import compiled, recorded
+    from launches import compiled, recorded
 
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     with recorded() as found:

@@ -17,9 +17,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import calls
 import sweep
+from launches import SHARED_MEMORY, Launch, as_on, compiled, recorded
 from resources import Memory, Resources, all_resources, resources
 
-from benchmarks.launches import SHARED_MEMORY, Launch, as_on, compiled, recorded
 from fastnce import triton_kernels
 from fastnce.triton_kernels import config
 from fastnce.triton_kernels.tiles import GIVEN

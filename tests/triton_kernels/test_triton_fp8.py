@@ -8,10 +8,10 @@ import torch
 pytest.importorskip("triton")
 
 import calls
+from launches import SHARED_MEMORY, Launch, as_on, compiled
 from loss_forms import check_form, each_offset
 
 import fastnce
-from benchmarks.launches import SHARED_MEMORY, Launch, as_on, compiled
 from fastnce import reference, triton_kernels
 from fastnce.backends import triton as triton_ops
 from fastnce.testing import Sample, assert_close_to_truth, rows

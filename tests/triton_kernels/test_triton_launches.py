@@ -11,10 +11,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("tensors without memory cannot be interpreted", allow_module_level=True)
 
 import calls
+from launches import recorded
 from operators import Operators
 from torch._subclasses import FakeTensorMode
 
-from benchmarks.launches import recorded
 from fastnce import triton_kernels
 from fastnce.ops import _common
 from fastnce.triton_kernels import gradients, launch
