@@ -203,11 +203,15 @@ class Problem:
         if not self.in_batch:
             found = [_Own(similarities, key.like, lambda at: key[(*at, None)])]
         if self.own:
-            rows = lambda at: key.alike(negatives[at].to(key.units.dtype))  # noqa: E731
+            rows = lambda at: key.alike(self.negatives_at(at).to(key.units.dtype))  # noqa: E731
             found.append(_Own(similarities, negatives, rows))
         elif negatives is not None:
-            found.append(_Shared(similarities, key.alike(negatives.unsqueeze(0))))
+            found.append(_Shared(similarities, key.alike(self.negatives_at(()).unsqueeze(0))))
         return found
+
+    def negatives_at(self, at: tuple) -> Tensor:
+        """Those of a block; of shared ones all."""
+        return self.negatives[at]
 
     def blocks(self) -> Iterator[At]:
         batch, rows, depth = self.query.units.shape

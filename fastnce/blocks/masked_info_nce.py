@@ -89,7 +89,7 @@ class _Masked(Problem):
             *rows, negatives, temperature, in_batch=in_batch, self_logit=None, symmetric=symmetric
         )
         self.decoupled, self._rank = decoupled, rank
-        self._of_query = ids[0], guide[0]
+        self._of_query, self._negative_ids = (ids[0], guide[0]), ids[2]
         # Of each of the columns: ids (1 or B, 1 or N, M) and the guide's rows (1 or B, M, G).
         self._of_columns = [(_ids(ids[1]), guide[1]) if in_batch else (None, None)]
         if negatives is not None:
@@ -103,6 +103,11 @@ class _Masked(Problem):
         if rank and symmetric:  # of later blocks, too
             own = _Own(self.similarities, key, lambda at: self.key[(*at, None)])
             self._positives = own.logits((slice(None), slice(None))).squeeze(-1)
+
+    def negatives_at(self, at: tuple) -> Tensor:
+        found, ids = super().negatives_at(at), self._negative_ids
+        # What is in padding, such as NaN, would reach gradients as a product with 0.
+        return found if ids is None else found.masked_fill((ids[at] == LEFT_OUT).unsqueeze(-1), 0)
 
     def logits(self, at: At) -> list[Tensor]:
         parts = super().logits(at)
