@@ -1,4 +1,4 @@
-# make demo | demo-contragan | test | test-kernels | triton-sweep | sanitize | faults | lint | format | docs | bench | gpu-report PYTHON=python3 OUT=dir | clean
+# make demo | demo-contragan | test | test-kernels | test-dropins | triton-sweep | sanitize | faults | lint | format | docs | bench | gpu-report PYTHON=python3 OUT=dir | clean
 PYTHON ?= python3
 OUT ?= out/gpu-report
 VENV := .venv
@@ -48,7 +48,7 @@ ifndef OMP_WAIT_POLICY
 export GOMP_SPINCOUNT ?= 1000
 endif
 
-.PHONY: demo demo-contragan test test-kernels triton-sweep sanitize faults lint format docs bench gpu-report install native clean
+.PHONY: demo demo-contragan test test-kernels test-dropins triton-sweep sanitize faults lint format docs bench gpu-report install native clean
 
 demo: install
 	@$(FASTNCE) doctor
@@ -82,6 +82,20 @@ test-kernels: install
 	$(TESTS_ENVIRONMENT) FASTNCE_CUDA_EMULATED=$(EMULATED) $(PYTEST) tests/cuda_kernels tests/ops/test_every_op.py tests/ops/test_registered_ops.py -k cuda
 	$(TESTS_ENVIRONMENT) $(PYTEST) tests/triton_kernels
 	$(TESTS_ENVIRONMENT) TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_every_op.py tests/ops/test_labelled_lse.py tests/triton_kernels -k "$(INTERPRETED_TESTS)" -W ignore::RuntimeWarning
+
+# The losses of other libraries against ours under their names. torch and pytest are those of $(VENV).
+DROPINS := out/dropins-venv
+test-dropins: install $(DROPINS)/.installed
+	$(TESTS_ENVIRONMENT) FASTNCE_DROPINS=1 $(DROPINS)/bin/python -m pytest -q tests/integrations
+
+SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+
+$(DROPINS)/.installed: tests/integrations/requirements.txt $(INSTALLED)
+	@$(PYTHON) -m venv $(DROPINS)
+	@$(PY) $(SITE_PACKAGES) > $$($(DROPINS)/bin/python $(SITE_PACKAGES))/over.pth
+	@echo "Installing the libraries of $< into $(DROPINS) ..."
+	@$(DROPINS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
 
 # Mistakes made on purpose, and which test sees each: an hour; half of it where ccache compiles. Stopped, it goes on where it was.
 faults: install

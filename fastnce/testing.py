@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -179,7 +179,7 @@ def _flip(op: str, name: str, x: Tensor) -> Tensor:
     """Reverses the order of the features, which are summed over."""
     if not _compares(op):
         return x.flip(1 if x.dim() == 4 else -1)  # a map, or patches and their gradient
-    return x.flip(-1) if x.dim() >= 2 and name != "upstream" else x
+    return x.flip(-1) if x.dim() >= 2 and name not in ("upstream", "weights") else x
 
 
 @functools.lru_cache(maxsize=32)
@@ -255,13 +255,20 @@ def _before_cancellation(op: str, sample: Sample, name: str) -> float:
     matrices = _rows_of(sample)
     is_mean = arguments.get("reduction", "mean") == "mean" and OPS[op].is_loss
     count = matrices[0].shape[:-1].numel()
+    weights = [x.double().abs() for x in _items(arguments.get("weights")) if x is not None]
+    if is_mean:
+        weights = [x / x.mean() for x in weights]
+    heaviest = max((x.max().item() for x in weights), default=1.0)
+    total = sum(x.sum().item() for x in weights) if weights else count
     if not name.startswith("d "):
-        return logit * (count if arguments.get("reduction") == "sum" else 1)
+        if arguments.get("reduction") == "sum":
+            return logit * total
+        return logit * (1 if is_mean else heaviest)
     x = _argument(sample, name)
     if x.dim() <= 1:
         powers = {"d bias": (1, 0), "d scale": (2, 1)}.get(name, (2, -1))
-        return logit ** powers[0] * temperature ** powers[1] * (1 if is_mean else count)
-    other = max(longest, longest_key)
+        return logit ** powers[0] * temperature ** powers[1] * (1 if is_mean else total)
+    other = heaviest * max(longest, longest_key)
     return other * logit / temperature / (x.shape[:-1].numel() if is_mean else 1)
 
 
@@ -313,9 +320,15 @@ def _roundings(op: str, backend: str, sample: Sample, dtype: torch.dtype) -> flo
 
 
 def _rows_of(sample: Sample) -> list[Tensor]:
-    values = sample.arguments.values()
-    tensors = [x for v in values for x in (v if isinstance(v, (list, tuple)) else [v])]
+    """The matrices that are multiplied for the loss."""
+    others = ("weights", "guide")
+    values = [v for name, v in sample.arguments.items() if name not in others]
+    tensors = [x for v in values for x in _items(v)]
     return [x for x in tensors if isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2]
+
+
+def _items(value: object) -> Sequence:
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def assert_close_to_truth(

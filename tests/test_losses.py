@@ -23,6 +23,11 @@ CASES = {
     "nt_xent": (losses.NTXentLoss, (QUERY, KEY)),
     "sup_con": (losses.SupConLoss, (QUERY, LABELS)),
     "conditional_contrastive": (losses.ConditionalContrastiveLoss, (QUERY, KEY, LABELS)),
+    "contrastive_cross_entropy": (losses.ContrastiveCrossEntropyLoss, (QUERY, KEY, LABELS)),
+    "contrastive_distillation": (
+        losses.ContrastiveDistillationLoss,
+        (QUERY, KEY, KEY[:, :2], QUERY[:, 1:3]),
+    ),
 }
 each_loss = pytest.mark.parametrize("op", CASES)
 # For every option what is not its default.
@@ -40,6 +45,12 @@ CHANGED = {
     "similarity_dtype": torch.float8_e4m3fn,
     "decoupled": True,
     "return_rank": True,
+    "margin": 0.2,
+    "angular_margin": 0.3,
+    "hardness": 1.0,
+    "label_smoothing": 0.1,
+    "ignore_index": 1,
+    "teacher_temperature": 0.9,
     "backend": "torch",
 }
 # What does nothing without the tensors of a guide.
@@ -50,7 +61,7 @@ NEED_A_GUIDE = ("guide_margin", "relative_margin")
 def test_a_module_is_its_op_with_every_option_and_default(op):
     module, arguments = CASES[op]
     function = inspect.signature(getattr(fastnce, op)).parameters
-    of_a_call = [n for n, p in function.items() if str(p.annotation).endswith("Tensor | None")]
+    of_a_call = [n for n, p in function.items() if str(p.annotation) == "Tensor | None"]
     of_a_call += ["guide"]  # tensors
     options = {
         n: p.default for n, p in function.items() if p.kind is p.KEYWORD_ONLY and n not in of_a_call
@@ -144,6 +155,9 @@ def test_siglip_loss_is_siglips():
     torch.testing.assert_close(got, expected)
     grads = [torch.autograd.grad(x, (log_scale, bias)) for x in (got, expected)]
     torch.testing.assert_close(*grads)
+    of_same = losses.SigLIPLoss()(QUERY, KEY, 7.0, -3.0, query_ids=torch.zeros(8).long())
+    positives = -nn.functional.logsigmoid(7 * cosines.diagonal() - 3).mean()
+    torch.testing.assert_close(of_same, positives)
 
 
 @pytest.mark.parametrize("scale", [-1.0, 0, 0.0, torch.inf, torch.nan])

@@ -108,7 +108,7 @@ def edit(run: Path, out: Path, data: Path | None = None, **how: Any) -> None:
     Args:
         run: Folder of a training run of stylegan2 or restyle, or a .pt file in rosinality's layout.
         out: Folder for the images; created.
-        data: For classes: the digits set; by default that of the training.
+        data: For classes and svm: the digits set; by default that of the training.
     """
     from fastnce.systems.directions import edit_folder
 

@@ -5,6 +5,8 @@ The backends know it as an op of its own, ``"masked_info_nce"``: what ``info_nce
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +17,9 @@ from fastnce import backends
 from fastnce.ops import _checks, _common
 from fastnce.reference.normalize import accumulation_dtype, normalize_rows, over_temperature
 from fastnce.registry import LEFT_OUT, Form, Op, Operator, declare
+
+# The id of keys that have none.
+WITHOUT_ID = LEFT_OUT + 1
 
 
 class Masks(NamedTuple):
@@ -70,13 +75,16 @@ def plain(
         or with ``symmetric`` (2, B, N): also how many other queries are more similar to its key.
     """
     dtype = accumulation_dtype(query.dtype)
-    rows = [x if x is None else x.to(dtype) for x in (query, key, negatives)]
+    rows = [
+        x if x is None else x.to(dtype)
+        for x in (query, key, left_in(negatives, masks.negative_ids))
+    ]
     query, key, negatives = (normalize_rows(x) if normalize and x is not None else x for x in rows)
     positive = over_temperature((query * key).sum(dim=-1), temperature)  # (B, N)
     logits, left_out = [], []
     if in_batch:
         own = torch.eye(query.shape[-2], dtype=torch.bool, device=query.device)
-        logits.append(query @ key.mT)
+        logits.append(query @ left_in(key, masks.key_ids).mT)
         left_out.append(_left_out(masks, masks.key_ids, masks.guide_key, logits[0]) | own)
     if negatives is not None:
         shared = negatives.dim() == 2
@@ -91,6 +99,13 @@ def plain(
         losses = 0.5 * (losses + _loss(z.mT, out.mT, positive, decoupled))
         rank = torch.stack([rank, (z > positive[..., None, :]).sum(dim=-2)])
     return losses, rank
+
+
+def left_in(keys: Tensor | None, ids: Tensor | None) -> Tensor | None:
+    """Zeros in the rows of padding: what is there, such as NaN, would reach gradients as a product with 0."""
+    if keys is None or ids is None:
+        return keys
+    return keys.masked_fill((ids == LEFT_OUT).unsqueeze(-1), 0)
 
 
 def _left_out(masks: Masks, ids: Tensor | None, guide: Tensor | None, like: Tensor) -> Tensor:
@@ -119,6 +134,7 @@ def masks_of(
     query: Tensor,
     negatives: Tensor | None,
     in_batch: bool,
+    symmetric: bool = False,
     *,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
@@ -139,6 +155,10 @@ def masks_of(
     for name, ids in (("key_ids", key_ids), ("negative_ids", negative_ids)):
         if ids is not None and query_ids is None:
             raise ValueError(f"{op}: {name} need the ids of the queries too. Pass query_ids.")
+    if query_ids is not None and not in_batch and negative_ids is None:
+        raise ValueError(
+            f"{op}: query_ids leave nothing out without the ids of the negatives. Pass negative_ids too."
+        )
     query_ids = _ids(op, "query_ids", query_ids, query, rows)
     if in_batch:
         key_ids = query_ids if key_ids is None else _ids(op, "key_ids", key_ids, query, rows)
@@ -147,6 +167,10 @@ def masks_of(
         negative_ids = _ids(op, "negative_ids", negative_ids, query, columns)
         negative_ids = with_mask(op, "negative_mask", negative_ids, negative_mask, query, columns)
     guides: tuple[Tensor | None, ...] = (None, None, None)
+    if guide is not None and symmetric:
+        raise ValueError(
+            f"{op}: guide has a threshold for each query, symmetric=True none for each key. Drop one, or average two calls."
+        )
     if guide is not None:
         guides = _guide(op, guide, guide_margin, relative_margin, query, in_batch, columns)
     found = (query_ids, key_ids, negative_ids, *guides)
@@ -166,7 +190,7 @@ def weights_of(op: str, weights: Tensor | None, query: Tensor) -> Tensor | None:
     """As (B, N) in the dtype of the sums."""
     if weights is None:
         return None
-    _checks.expect_float_tensor(op, "weights", weights, (1, 2), "(N,) or (B, N)")
+    _checks.expect_float_tensor(op, "weights", weights, (1, 2), "(N,) or (B, N)", may_be_empty=True)
     _checks.expect_shape(op, "weights", weights, tuple(query.shape[:-1]), "one per query")
     if _common.wants_grad(weights):
         raise ValueError(
@@ -205,7 +229,8 @@ def with_mask(
     if mask.dtype != torch.bool:
         raise TypeError(f"{op}: {name} must be bool, True for keys that count, got {mask.dtype}.")
     _checks.expect_shape(op, name, mask, shape, "one for each key")
-    ids = mask.new_zeros(shape, dtype=torch.int64) if ids is None else ids
+    _checks.expect_beside(op, name, mask, "query", query)
+    ids = mask.new_full(shape, WITHOUT_ID, dtype=torch.int64) if ids is None else ids
     return ids.masked_fill(~mask, LEFT_OUT)
 
 
@@ -220,9 +245,15 @@ def _guide(
 ) -> tuple[Tensor | None, ...]:
     """The guide's rows with the threshold as their last column: a pair's product is its cosine above the threshold."""
     count = 2 if columns is None else 3
-    if isinstance(guide, Tensor) or len(guide) != count:
+    if not isinstance(guide, (list, tuple)) or len(guide) != count:
         words = "query, positive_key" + (", negative_keys" if count == 3 else "")
-        raise ValueError(f"{op}: guide must be the guide's rows of ({words}), got {len(guide)}.")
+        got = len(guide) if isinstance(guide, (list, tuple)) else type(guide).__name__
+        raise ValueError(
+            f"{op}: guide must be a tuple of the guide's rows of ({words}), got {got}."
+        )
+    known = isinstance(margin, numbers.Real) and not isinstance(margin, bool)
+    if not known or not -math.inf < margin < math.inf:
+        raise ValueError(f"{op}: guide_margin must be a finite float, got {margin!r}.")
     if columns is not None and len(columns) > 1:
         raise ValueError(
             f"{op}: guide needs negative_keys of shape (M, D) or None. Mask each query's own with negative_mask."
@@ -230,7 +261,8 @@ def _guide(
     shapes = [tuple(query.shape[:-1])] * 2 + [columns]
     for i, (x, rows) in enumerate(zip(guide, shapes, strict=False)):
         name = f"guide[{i}]"
-        _checks.expect_float_tensor(op, name, x, (len(rows) + 1,), (*rows, "G"))
+        dims, shape = (len(rows) + 1,), (*rows, "G")
+        _checks.expect_float_tensor(op, name, x, dims, shape, may_be_empty=True)
         expected = (*rows, guide[0].shape[-1])
         _checks.expect_shape(op, name, x, expected, "one row for each of ours")
         _checks.expect_alike(op, name, x, "guide[0]", guide[0])
@@ -238,6 +270,8 @@ def _guide(
     units = [normalize_rows(x.detach().to(query.device, dtype)) for x in guide]
     of_positive = (units[0] * units[1]).sum(dim=-1, keepdim=True)
     threshold = of_positive * (1 - margin) if relative else of_positive - margin
+    # What is as similar, such as a duplicate, stays, in whatever order the kernels add up.
+    threshold = threshold + 8 * torch.finfo(dtype).eps
     columns_of = [torch.cat([x, torch.ones_like(x[..., :1])], dim=-1) for x in units[1:]]
     of_keys = columns_of[0] if in_batch else None
     return torch.cat([units[0], -threshold], dim=-1), of_keys, *(columns_of[1:] or [None])
@@ -287,6 +321,7 @@ def rows_loss(
                 losses = losses.masked_fill(losses == -torch.inf, 0)
             losses = losses if shares is None else losses * shares
             return losses.sum() if reduced else losses, ranks if rank else None
+        _checks.expect_fusable(op, query)
         grad_now = reduced and _common.wants_grad(*rows, temperature)
         options = {"kernels": kernels, "rank": rank, "grad_now": grad_now, **options}
         options["keep_empty"] = keep_empty

@@ -56,7 +56,8 @@ class ImagePool(nn.Module):
     given back and not kept, or a random older one is, whose place the new one takes.
 
     The images are part of the state dict (as extra state, for their number and sizes change), and choices are drawn from
-    torch's default generator, whose state a checkpoint of the training holds: a continued run makes the same ones.
+    torch's default generator, whose state a checkpoint of the training holds: a continued run makes the same ones. In several
+    processes each has a pool of its own, and the checkpoint all of them.
 
     Source: Shrivastava et al., "Learning from Simulated and Unsupervised Images through Adversarial Training", CVPR 2017;
     with single images as in CycleGAN (Zhu et al., ICCV 2017).
@@ -72,6 +73,8 @@ class ImagePool(nn.Module):
         >>> bool(pool(second).mean().item() in (0.0, 1.0))
         True
     """
+
+    differs_by_rank = True  # see `fastnce.training.loop`
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -95,8 +98,8 @@ class ImagePool(nn.Module):
         return old.to(image)  # after loading a checkpoint it is still on the CPU
 
     def get_extra_state(self) -> list[Tensor]:
-        """The images, for the state dict."""
-        return list(self.images)
+        """The images, for the state dict, on the CPU."""
+        return [image.cpu() for image in self.images]
 
     def set_extra_state(self, state: list[Tensor]) -> None:
         """Takes the images from a state dict."""

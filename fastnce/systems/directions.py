@@ -1,11 +1,12 @@
 """Editing with a style generator: directions in its latent space, found without labels or from classes, and pictures along them.
 
 Sources: Shen and Zhou, "Closed-Form Factorization of Latent Semantics in GANs", CVPR 2021 (SeFa); Härkönen et al., "GANSpace",
-NeurIPS 2020 (principal components).
+NeurIPS 2020 (principal components); Shen et al., "InterFaceGAN", CVPR 2020 (the plane between two classes).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,11 +22,10 @@ from fastnce.networks.style_generator import StyleGenerator
 from fastnce.networks.weights import load_scripted, read_plain
 from fastnce.systems.generating import SPLITS
 from fastnce.systems.representation import import_safetensors
-from fastnce.systems.stylegan2 import images_of
+from fastnce.systems.stylegan2 import images_of, sample_latents
 
 _BATCH = 64
 _ROWS = 16  # of the picture of all
-_METHODS = ("sefa", "pca", "classes")
 
 
 def style_generator(network: nn.Module) -> StyleGenerator:
@@ -82,6 +82,49 @@ def class_direction(
     Raises:
         UserError: no sample is of one of the classes.
     """
+    one, other = _of_classes(generator, classify, start, end, samples, seed)
+    return other.mean(0) - one.mean(0)
+
+
+def boundary_direction(
+    generator: StyleGenerator,
+    classify: Callable[[Tensor], Tensor],
+    start: int,
+    end: int,
+    *,
+    samples: int = 2_000,
+    seed: int = 0,
+) -> Tensor:
+    """The normal of the plane between the samples of two classes, towards the second: (D,), as long as their standard deviation along it.
+
+    The plane is that of a linear support vector machine, with classes of equal weight. Other arguments and errors as
+    `class_direction`; needs scikit-learn. Source: Shen et al., "Interpreting the Latent Space of GANs for Semantic Face Editing",
+    CVPR 2020 (InterFaceGAN).
+    """
+    if importlib.util.find_spec("sklearn") is None:
+        raise UserError(
+            "direction=svm needs scikit-learn, which is not installed. Run: pip install 'fastnce[demo]'"
+        )
+    from sklearn.svm import LinearSVC
+
+    groups = _of_classes(generator, classify, start, end, samples, seed)
+    w = torch.cat(groups).cpu().double()
+    labels = torch.arange(2).repeat_interleave(torch.tensor([len(group) for group in groups]))
+    machine = LinearSVC(dual=False, class_weight="balanced", max_iter=10_000)
+    machine.fit(((w - w.mean(0)) / w.std()).numpy(), labels.numpy())
+    normal = torch.nn.functional.normalize(torch.from_numpy(machine.coef_[0]), dim=0)
+    return ((w @ normal).std() * normal).to(generator.latent_avg)
+
+
+def _of_classes(
+    generator: StyleGenerator,
+    classify: Callable[[Tensor], Tensor],
+    start: int,
+    end: int,
+    samples: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """The latents (N, D) of the samples of either class."""
     if start == end:
         raise UserError(f"classes={start} {end}: name two that differ.")
     w = sample_latents(generator, samples, seed)
@@ -93,7 +136,11 @@ def class_direction(
             raise UserError(
                 f"classes={start} {end}: none of {samples} samples is of class {label}, only of {found}. Use two of these."
             )
-    return w[labels == end].mean(0) - w[labels == start].mean(0)
+    return w[labels == start], w[labels == end]
+
+
+_BY_CLASSES = {"classes": class_direction, "svm": boundary_direction}
+_METHODS = ("sefa", "pca", *_BY_CLASSES)
 
 
 def read_direction(path: Path | str, generator: StyleGenerator) -> Tensor:
@@ -211,19 +258,20 @@ def edit_folder(
         network: a `StyleGenerator`, or what holds one.
         out: folder; created.
         direction: sefa: what changes the layers' styles most. pca: a principal component of the latents, in standard
-            deviations. classes: from the mean of one class to that of another. Or a file: .npy, .pt or .pth.
+            deviations. classes: from the mean of one class to that of another. svm: the normal of the plane between two classes.
+            Or a file: .npy, .pt or .pth.
         index: For sefa and pca: which, 0 the strongest.
-        classes: For classes: the numbers of the two.
-        classifier: For classes: TorchScript file of a network from images in [-1, 1] to a logit for each class; by default
+        classes: For classes and svm: the numbers of the two.
+        classifier: For classes and svm: TorchScript file of a network from images in [-1, 1] to a logit for each class; by default
             that of a digits set.
-        data: For classes: the digits set; by default that of the training.
+        data: For classes and svm: the digits set; by default that of the training.
         latents: File of `fastnce invert` with the latents to edit; by default samples.
         count: Samples to edit.
         truncation: Of the samples: 1 takes them as they are, less nearer to the mean.
         styles: The places of the latent that move, 0 the coarsest; by default all.
         reach: How far: from -reach to +reach times the direction.
         columns: Images of each latent, an odd number for the unchanged one in the middle.
-        seed: Seed of the samples.
+        seed: Seed of the samples, which are those of `fastnce generate`.
 
     Returns:
         The number of latents.
@@ -250,10 +298,11 @@ def edit_folder(
         moved = sefa(generator, index + 1, styles)[-1]
     elif direction == "pca":
         moved = principal_directions(generator, index + 1)[-1]
-    elif direction == "classes":
+    elif direction in _BY_CLASSES:
         if classes is None:
-            raise UserError("direction=classes needs two classes. Give --classes FROM TO.")
-        moved = class_direction(generator, _classifier(generator, classifier, data), *classes)
+            raise UserError(f"direction={direction} needs two classes. Give --classes FROM TO.")
+        classify = _classifier(generator, classifier, data)
+        moved = _BY_CLASSES[direction](generator, classify, *classes)
     else:
         moved = read_direction(direction, generator)
     rows = {}
@@ -268,15 +317,6 @@ def edit_folder(
     with atomic_path(Path(out) / "direction.npy") as temporary:
         np.save(temporary, moved.cpu().numpy())
     return len(names)
-
-
-@torch.no_grad()
-def sample_latents(generator: StyleGenerator, count: int, seed: int) -> Tensor:
-    """Mapped samples (count, D), whose noise is drawn on the CPU."""
-    random = torch.Generator().manual_seed(seed)
-    # One after the other, so that a sample does not depend on how many there are.
-    z = torch.stack([torch.randn(generator.latent_dim, generator=random) for _ in range(count)])
-    return generator.mapping(z.to(generator.latent_avg))
 
 
 def _first(vectors: Tensor, count: int) -> Tensor:
@@ -308,7 +348,7 @@ def _classifier(
             )
         network, channels = judge.logits, 1
     else:
-        raise UserError("direction=classes needs --classifier FILE, or --data of a digits set.")
+        raise UserError("Two classes need --classifier FILE, or --data of a digits set.")
 
     @torch.no_grad()
     def classify(images: Tensor) -> Tensor:

@@ -387,6 +387,24 @@ class StyleGAN2System(LabelledSystem):
             "sample_every": 500,
             "checkpoint_every": 500,
         },
+        # The built-in crops of photographs, 32x32.
+        "photo-crops": {
+            "image_size": 32,
+            "latent_dim": 128,
+            "mapping_layers": 4,
+            "channels": (64, 64, 48, 32),
+            "lambda_r1": 0.1,
+            "path_every": 8,
+            "mixing": 0.3,
+            "lr": 5e-3,
+            "ema_decay": 0.998,
+            "ema_start": None,
+            "workers": 0,
+            "steps": 6000,
+            "log_every": 50,
+            "sample_every": 500,
+            "checkpoint_every": 500,
+        },
     }
     published_keys = frozenset({"g_ema"})
     network_name = "generator"
@@ -518,6 +536,15 @@ def images_of(generator: StyleGenerator, w: Tensor, batch_size: int = 64) -> Ten
     return torch.cat(parts).contiguous()
 
 
+@torch.no_grad()
+def sample_latents(generator: StyleGenerator, count: int, seed: int) -> Tensor:
+    """Mapped samples (count, D), whose noise is drawn on the CPU."""
+    random = torch.Generator().manual_seed(seed)
+    # One after the other, so that a sample does not depend on how many there are.
+    z = torch.stack([torch.randn(generator.latent_dim, generator=random) for _ in range(count)])
+    return generator.mapping(z.to(generator.latent_avg))
+
+
 def generate_folder(
     generator: StyleGenerator,
     config: StyleGAN2Config,
@@ -537,7 +564,7 @@ def generate_folder(
         out: folder; created.
         count: Images.
         truncation: How far from the mean latent the images are: 1 or None for all the way, less, such as 0.7, for more typical ones.
-        interpolation: Also a picture with so many steps from one w to another; 0 for none.
+        interpolation: Also a picture with so many steps from the first image's w to the second's; 0 for none.
         seed: Seed of the noise.
         batch_size: Images generated at a time.
 
@@ -559,13 +586,9 @@ def generate_folder(
         raise UserError(
             f"truncation={truncation} needs a mean latent, and this generator has none. Leave it out."
         )
-    random = torch.Generator().manual_seed(seed)
-    # One after the other, so that an image does not depend on how many there are.
-    z = torch.stack([torch.randn(generator.latent_dim, generator=random) for _ in range(count + 2)])
-    with torch.inference_mode():
-        w = generator.mapping(z.to(generator.latent_avg.device))
-        w = w if truncation is None else generator.truncate(w, truncation)
-    images = images_of(generator, w[2:], batch_size)
+    w = sample_latents(generator, max(count, 2), seed)
+    w = w if truncation is None else generator.truncate(w, truncation)
+    images = images_of(generator, w[:count], batch_size)
     for number, image in enumerate(images):
         save_image(image, Path(out) / "images" / f"{number:04d}.png")
     shown = images[: GRID_COLUMNS**2].split(GRID_COLUMNS)

@@ -104,6 +104,7 @@ class Ablation(NamedTuple):
     beside: tuple[str, ...] = ()  # names of rows of the data's own numbers, the same in all runs
     preset: str = "digits"  # of the runs, if no other is asked for
     needs: Mapping[str, str] = MappingProxyType({})  # choice -> option without which it is left out
+    longer: Mapping[str, float] = MappingProxyType({})  # choice -> how many times as many steps
 
 
 class System:

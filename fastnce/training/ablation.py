@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def ablate(
         preset, config_file: of all runs, see `build_config`.
         seeds: at least one; from two on there is a spread.
         only: names of the choices to compare; by default all for which there is what they need.
-        overrides: option values of all runs; a choice's own win.
+        overrides: option values of all runs; a choice's own win. `steps` are multiplied for choices that take longer.
 
     Returns:
         {"choices": [{"name", "seeds", "against", measure: {"mean", "spread", "values", "beyond_spread"}}], "beside": [{"name",
@@ -67,11 +68,15 @@ def ablate(
         for seed in seeds:
             run = Path(out) / _folder(name) / f"seed-{seed}"
             merged = every | dict(ablation.choices[name]) | {"out": run, "seed": seed}
-            train(build_config(variant, **how, overrides=merged))
+            config = build_config(variant, **how, overrides=merged)
+            if name in ablation.longer:
+                config = replace(config, steps=round(ablation.longer[name] * config.steps))
+            train(config)
             evaluation = evaluate_run(run)[0]
             row = _row(evaluation, ablation.row)
             for measure in ablation.measures:
-                collected[measure].append(math.nan if row[measure] is None else row[measure])
+                value = row.get(measure)
+                collected[measure].append(math.nan if value is None else value)
         values[name] = collected
     kept = {m: title for m, title in ablation.measures.items() if _has_numbers(m, values)}
     ablation = ablation._replace(measures=kept)

@@ -295,6 +295,10 @@ class _Run:
             )
         if self.ranks.rank < len(states):
             runtime.set_rng_state(states[self.ranks.rank])
+        # Checkpoints from before there were these have those of the first rank alone, in the model's state.
+        if self.ranks.rank < len(apart := state.get("apart", [])):
+            for name, own in apart[self.ranks.rank].items():
+                self.model.get_submodule(name).set_extra_state(own)
 
     def _expect_same_files(self, state: dict) -> None:
         """Raises `UserError` if the training files are others than those of a checkpoint, by names and sizes."""
@@ -314,6 +318,7 @@ class _Run:
         """Writes a checkpoint; refuses to if a loss is not finite."""
         self.metrics.means()
         rng = self.ranks.gathered(runtime.rng_state())
+        apart = self.ranks.gathered({} if self.ranks.is_first else self._apart())
         if not self.ranks.is_first:
             return
         save_checkpoint(
@@ -329,12 +334,18 @@ class _Run:
                 "average": self.average.state_dict(),
                 "metrics": self.metrics.state_dict(),
                 "rng": rng,
+                "apart": apart,
             },
             self.checkpoint_path.with_name(f"{name}.pt"),
         )
         if name == "last":
             self.saved_step = self.step
         write_cost(self.config.out, self.device)
+
+    def _apart(self) -> dict[str, object]:
+        """The extra states of modules, by their names, that are of this rank alone."""
+        modules = self.model.named_modules()
+        return {n: m.get_extra_state() for n, m in modules if getattr(m, "differs_by_rank", False)}
 
     def _save_after_error(self) -> None:
         """Saves the last step before an error, if it was completed and its numbers are finite."""

@@ -94,12 +94,12 @@ class Ranks:
         return bool(value)
 
     def gathered(self, value: object) -> list:
-        """The ranks' values, on every rank."""
+        """The ranks' values on the first rank, nothing on the others."""
         if self.size == 1:
             return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value, group=self._host)
-        return values
+        values = [None] * self.size if self.is_first else None
+        dist.gather_object(value, values, group=self._host)
+        return values or []
 
     def share(self, samples: range, per_step: int) -> Iterable[int]:
         """This rank's samples of a stream of which each step takes `per_step`: every `size`-th one of each step."""

@@ -1,5 +1,6 @@
 """Directions in the latent space of a style generator: what they maximise, files, the pictures of `fastnce edit`, mistakes."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -13,7 +14,9 @@ from fastnce.cli import main
 from fastnce.data.images import to_uint8
 from fastnce.errors import UserError
 from fastnce.networks.style_generator import StyleGenerator, save_rosinality
+from fastnce.systems import directions
 from fastnce.systems.directions import (
+    boundary_direction,
     class_direction,
     edited,
     principal_directions,
@@ -94,6 +97,33 @@ def test_class_directions(generator):
         class_direction(generator, lambda x: judge(x).argmax(1), 0, 7, samples=50)
 
 
+def test_the_normal_between_classes(generator, monkeypatch):
+    """That of the plane by which a linear rule sorts the samples, towards the second class, and as long as they spread along it."""
+    w = sample_latents(generator, 400, seed=2)
+    rule = torch.nn.functional.normalize(torch.randn(DIM), dim=0)
+    places = (w @ rule) > (w @ rule).quantile(0.3)
+    monkeypatch.setattr(directions, "images_of", lambda generator, part: part)
+
+    def classify(part: Tensor) -> Tensor:
+        return ((part @ rule) > (w @ rule).quantile(0.3)).long()
+
+    for start, end in ((0, 1), (1, 0)):
+        found = boundary_direction(generator, classify, start, end, samples=400, seed=2)
+        sign = 1 if end else -1
+        along = w @ (sign * found)
+        assert along[places].mean() > along[~places].mean()
+        torch.testing.assert_close((w @ found).std() / found.norm(), found.norm())
+        right = max(
+            ((along > cut) == places).float().mean() for cut in (along[places].min() - 1e-6, *along)
+        )
+        assert right > 0.97
+    means = class_direction(generator, classify, 0, 1, samples=400, seed=2)
+    assert torch.cosine_similarity(means, rule, 0) < torch.cosine_similarity(-found, rule, 0)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="direction=svm needs scikit-learn, which is not installed"):
+        boundary_direction(generator, classify, 0, 1)
+
+
 def test_edited_images(generator):
     w, d = sample_latents(generator, 2, seed=0), torch.randn(DIM)
     with torch.no_grad():
@@ -122,7 +152,7 @@ def test_files(generator, tmp_path):
         ("long.npy", r"holds numbers of shape \(7,\), expected \(6,\) or \(4, 6\)"),
         ("no.npy", "is damaged, or not as fastnce writes it"),
         ("none.npy", "no such file"),
-        ("d.txt", "is neither sefa, pca, classes nor a file that ends in .npy, .pt or .pth"),
+        ("d.txt", "is neither sefa, pca, classes, svm nor a file that ends in .npy, .pt or .pth"),
     ):
         with pytest.raises(UserError, match=match):
             read_direction(tmp_path / name, generator)
@@ -173,10 +203,11 @@ def test_command(generator, tmp_path, capsys):
     assert (tmp_path / "out" / "edit.png").is_file()
     called("--direction", str(tmp_path / "out" / "direction.npy"), "--styles", "0", "1")
     judge = ("--classifier", str(tmp_path / "judge.pt"))
-    called("--direction", "classes", "--classes", "0", "1", *judge)
+    for method in ("classes", "svm"):
+        called("--direction", method, "--classes", "0", "1", *judge)
     for options, message in (
         (("--direction", "classes"), "needs two classes. Give --classes FROM TO"),
-        (("--direction", "classes", "--classes", "0", "1"), "needs --classifier FILE"),
+        (("--direction", "classes", "--classes", "0", "1"), "classes need --classifier FILE"),
         (("--index", "6"), "7 directions are asked for, and there are 6. Use fewer"),
         (("--direction", "classes", "--classes", "1", "1", *judge), "name two that differ"),
         (("--data", str(tmp_path), "--out", str(tmp_path / "train")), "results would become input"),

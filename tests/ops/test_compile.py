@@ -19,6 +19,20 @@ def module(query, positive_key, **options):
     return InfoNCELoss(reduction="none", **options)(query, positive_key)
 
 
+def masked(query, positive_key, negative_keys=None, **options):
+    """InfoNCE with ids, and masks, weights or a guide, made of the rows."""
+    ids = torch.arange(query.shape[0], device=query.device) % 3
+    if negative_keys is None:
+        options |= {"key_mask": ids > 0, "weights": query.detach()[:, 0].abs()}
+    elif negative_keys.dim() == 2:
+        guide = [x.detach() for x in (query, positive_key, negative_keys)]
+        options |= {"guide": guide, "guide_margin": 0.1, "reduction": "none"}
+    else:
+        options |= {"negative_mask": negative_keys.detach()[..., 0] > 0}
+    options |= {"query_ids": ids, "in_batch_negatives": True, "decoupled": True}
+    return fastnce.info_nce(query, positive_key, negative_keys, **options)
+
+
 def clip(query, positive_key, *, temperature, backend):
     return CLIPLoss(backend=backend)(query, positive_key, 1 / temperature)
 
@@ -39,13 +53,16 @@ CASES = {op: (op, getattr(fastnce, op)) for op in LOSSES} | {
     "info_nce none": ("info_nce", module),
     "queue": ("info_nce", fastnce.info_nce),
     "own": ("info_nce", fastnce.info_nce),
+    "masked": ("info_nce", masked),
+    "masked queue": ("info_nce", masked),
+    "masked own": ("info_nce", masked),
     "clip": ("info_nce", clip),
     "patch_nce": ("patch_nce", two_layers),
     "sample_patches": ("sample_patches", sample_patches),
 }
 # In fp16 the division by the number of losses comes with the backward.
 WITH_DTYPES = [(name, torch.float32) for name in CASES]
-WITH_DTYPES += [(name, torch.float16) for name in ("info_nce", "patch_nce")]
+WITH_DTYPES += [(name, torch.float16) for name in ("info_nce", "masked", "patch_nce")]
 
 
 def tensors(name: str, size: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
@@ -79,7 +96,7 @@ def test_two_compilations_for_all_sizes_and_temperatures(
 ):
     """The first of the size and the number that it is called with, the second for all others."""
     op, function = CASES[name]
-    needs_support(op, fused_backend, dtype)
+    needs_support("masked_info_nce" if "masked" in name else op, fused_backend, dtype)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, backend=counter)
     for size, temperature in zip(SIZES, TEMPERATURES, strict=True):
@@ -126,11 +143,11 @@ class Call(nn.Module):
 @pytest.mark.parametrize("name", CASES)
 def test_exported_with_a_dynamic_size(name, backend, needs_support, device):
     op, function = CASES[name]
-    needs_support(op, backend)
+    needs_support("masked_info_nce" if "masked" in name else op, backend)
     module = Call(function, temperature=0.2, backend=backend)
     first, other = (tensors(name, size, torch.float32, device) for size in SIZES[:2])
     size, more = torch.export.Dim("size", min=3), torch.export.Dim("more", min=3)
-    known = {8: size, 10: size + 2 if name == "queue" else more}
+    known = {8: size, 10: size + 2 if "queue" in name else more}
     shapes = {
         key: {dim: known[n] for dim, n in enumerate(x.shape) if n in known}
         for key, x in first.items()

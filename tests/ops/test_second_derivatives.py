@@ -79,12 +79,23 @@ def other(x: Tensor, seed: int = 1) -> Tensor:
     return gaussian(*x.shape, seed=seed).to(x.dtype)
 
 
+def masked(query: Tensor, key: Tensor, *negatives: Tensor, **options: object) -> Tensor:
+    ids = torch.arange(len(query)) % 3
+    more = {"query_ids": ids, "in_batch_negatives": True}
+    return fastnce.info_nce(query, key, *negatives, **more, **options)
+
+
 REFUSED = {
     **{op: of_both_sides(op) for op in LOSSES},
     **{f"{op} none": of_both_sides(op, reduction="none") for op in REDUCED},
     "info_nce of one side": lambda x, **kw: fastnce.info_nce(x, other(x), **kw),
     "info_nce of a queue": lambda x, **kw: fastnce.info_nce(other(x), other(x, 2), x, reduction="sum", **kw),
     "info_nce of the temperature": lambda x, **kw: fastnce.info_nce(other(x), other(x, 2), temperature=x[0, 0].exp(), **kw),
+    "masked": lambda x, **kw: masked(x, other(x), **kw),
+    "masked none": lambda x, **kw: masked(other(x), x, reduction="none", decoupled=True, **kw),
+    "masked weights": lambda x, **kw: masked(other(x), x, reduction="none", weights=torch.rand(len(x)), **kw),
+    "masked queue": lambda x, **kw: masked(other(x), other(x, 2), x, negative_mask=torch.arange(len(x)) > 0, **kw),
+    "masked temperature": lambda x, **kw: masked(other(x), other(x, 2), temperature=x[0, 0].exp(), **kw),
     "sample_patches normalized": lambda x, **kw: fastnce.sample_patches(x.view(1, 3, 5, 2), patch_ids=IDS, normalize=True, **kw)[0],
     "tap_patches normalized": lambda x, **kw: torch.cat(
         [y.flatten() for y in fastnce.tap_patches(x.view(1, 3, 5, 2), patch_ids=IDS, normalize=True, **kw)[:2]]
@@ -94,7 +105,9 @@ REFUSED = {
 
 @each_way
 @pytest.mark.parametrize("op", REFUSED)
-def test_fused_kernels_refuse(op, way, fused_backend):
+def test_fused_kernels_refuse(op, way, fused_backend, needs_support):
+    if "masked" in op:
+        needs_support("masked_info_nce", fused_backend)
     attempt = ways(lambda x: REFUSED[op](x, backend=fused_backend), gaussian(5, 6).float())
     with pytest.raises(RuntimeError, match="second derivative.*backend='torch'"):
         attempt[way]()

@@ -221,7 +221,12 @@ def test_ablation(classes, extractor, tmp_path, capsys, monkeypatch):
     only = ["projection (ProjGAN)", "2C, published"]
     settings = {"data": classes, "out": tmp_path, "only": only, "overrides": options}
     shown = {"fid": ("FID", ".2f"), "recall": ("recall", ".2f")}
-    colours = Ablation(ablations()["contragan"].choices, shown, "generated")
+    colours = Ablation(
+        ablations()["contragan"].choices,
+        shown | {"none": ("what no run has", ".2f")},
+        "generated",
+        longer={only[1]: 1.5},
+    )
     monkeypatch.setattr(SYSTEMS["contragan"], "ablations", {"contragan": colours})
     one, _ = ablate("contragan", seeds=[0], **settings)
     both, table = ablate("contragan", seeds=[0, 1], **settings)
@@ -233,7 +238,10 @@ def test_ablation(classes, extractor, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "ablation.md").read_text() == table
     assert json.loads((tmp_path / "ablation.json").read_text())["choices"]
     assert (tmp_path / "ablation.png").exists()
-    assert "has finished its 2 steps" in capsys.readouterr().out  # kept, not trained again
+    assert both["measures"] == [*shown]
+    said = capsys.readouterr().out
+    for steps in (2, 3):
+        assert f"has finished its {steps} steps" in said  # kept, not trained again
 
 
 def test_what_exceeds_the_spread():

@@ -15,6 +15,17 @@ def test_samples_of_a_run(whole, tmp_path, capsys, variant):
         assert code == 0 and len(list(tmp_path.glob("000[01]/*.png"))) == 14
 
 
+def test_a_seed_gives_the_samples_of_generate(whole, tmp_path):
+    """However many are generated, and in the middle of the edit, where nothing moves."""
+    how = ["--run", str(whole("stylegan2")), "--seed", "3", "--truncation", "0.5"]
+    for name, count in (("edit", "2"), ("generate", "1"), ("generate", "4")):
+        out = str(tmp_path / f"{name}-{count}")
+        assert main([name, *how, "--out", out, "--count", count]) == 0
+    for count, number in (("1", 0), ("4", 1)):
+        one = tmp_path / f"generate-{count}" / "images" / f"{number:04d}.png"
+        assert (tmp_path / f"edit-2/{number:04d}/03.png").read_bytes() == one.read_bytes()
+
+
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
 def test_inverted_images(whole, data, tmp_path, kind):
     """The latents that `fastnce invert` writes; without a move the image is that of its last step."""

@@ -73,28 +73,36 @@ def run(variant, configs, tmp_path, ranks=2):
     return process.returncode, output
 
 
-def test_two_processes_train_and_resume_exactly(tiny, tmp_path):
-    """CUT, with a queue: stopped after 4 of 8 steps and continued, against the run that was not stopped."""
-    queue = {"negatives": "image+queue", "queue_size": 50}
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [("cut", {"negatives": "image+queue", "queue_size": 50}), ("restyle-e4e", {})],
+)
+def test_two_processes_train_and_resume_exactly(tiny, tmp_path, variant, options):
+    """Stopped after 4 of 8 steps and continued, against the run that was not stopped: with a queue, and with pools."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for configs in (
-        [tiny(out=whole, **queue), tiny(out=parts, steps=4, **queue)],
-        [tiny(out=parts, **queue)],
+        [tiny(variant, out=whole, **options), tiny(variant, out=parts, steps=4, **options)],
+        [tiny(variant, out=parts, **options)],
     ):
-        code, output = run("cut", configs, tmp_path)
+        code, output = run(variant, configs, tmp_path)
         assert code == 0, output
     assert "going on after step 4 of 8" in output
     assert output.count("going on") == 1  # said once
     one, other = checkpoint(whole), checkpoint(parts)
-    for key in ("model", "optimizers", "average", "rng", "metrics"):
+    for key in ("model", "optimizers", "average", "rng", "apart", "metrics"):
         assert_identical(one[key], other[key], key)
-    # The queue took in the 8 patches of either rank's image in each step.
-    assert int(one["model"]["contrast.queues.NCE.0.queue_ptr"]) == 8 * 2 * 8 % 50
+    if variant == "cut":
+        # The queue took in the 8 patches of either rank's image in each step.
+        assert int(one["model"]["contrast.queues.NCE.0.queue_ptr"]) == 8 * 2 * 8 % 50
+    else:
+        own = [one["model"]["pools.real._extra_state"], one["apart"][1]["pools.real"]]
+        assert all(len(latents) == 3 for latents in own)
+        assert not any(torch.equal(x, y) for x in own[0] for y in own[1])
     assert len(one["rng"]) == 2
     assert not torch.equal(one["rng"][0]["cpu"], one["rng"][1]["cpu"])
     assert [line["step"] for line in read_metrics(whole / "metrics.jsonl")] == [3, 6]
     # One process may go on with it, and says what that means.
-    assert train(tiny(out=parts, steps=9, **queue)) == parts
+    assert train(tiny(variant, out=parts, steps=9, **options)) == parts
 
 
 def test_a_process_that_dies_ends_the_run(tiny, tmp_path):

@@ -1,0 +1,107 @@
+"""lightly's losses under their own names: their equations, and the library's own where it is installed."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from against import THEIRS, assert_same, assert_same_class, draw, imported, similar
+
+from fastnce.integrations import lightly
+
+VIEW = draw(6, 10)
+OTHER = similar(VIEW)
+
+
+def nt_xent(out0, out1, temperature):
+    rows = F.normalize(torch.cat([out0, out1]), dim=1)
+    logits = (rows @ rows.T / temperature).fill_diagonal_(-torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(rows)).roll(len(out0)))
+
+
+def with_bank(out0, out1, bank, temperature):
+    out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+    positive = (out0 * out1).sum(1, keepdim=True)
+    logits = torch.cat([positive, out0 @ bank.to(out0.dtype).T], dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(out0)).long())
+
+
+@pytest.fixture(params=THEIRS)
+def their_nt_xent(request):
+    if request.param == "equation":
+        return lambda temperature: lambda *x: nt_xent(*x, temperature)
+    return imported("lightly.loss").NTXentLoss
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.07])
+def test_nt_xent(their_nt_xent, temperature):
+    assert_same(lightly.NTXentLoss(temperature), their_nt_xent(temperature), VIEW, OTHER)
+
+
+BEGIN = draw(12, 6, seed=99, unit=True)
+
+
+def steps(count: int = 5) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(draw(4, 6, seed=2 * i), draw(4, 6, seed=2 * i + 1)) for i in range(count)]
+
+
+def with_a_bank() -> lightly.NTXentLoss:
+    loss = lightly.NTXentLoss(0.2, (12, 6)).double()
+    loss.memory_bank.queue.copy_(BEGIN.T)
+    return loss
+
+
+class Bank(torch.nn.Module):
+    """What the library's loss with a bank is, whose batches fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory_bank, self.place = torch.nn.Module(), 0
+        self.memory_bank.bank = BEGIN.clone()
+
+    def forward(self, out0, out1):
+        loss = with_bank(out0, out1, self.memory_bank.bank.clone(), 0.2)
+        if out0.requires_grad:
+            end = self.place + len(out1)
+            self.memory_bank.bank[self.place : end] = F.normalize(out1.detach(), dim=1)
+            self.place = end % len(BEGIN)
+        return loss
+
+
+@pytest.fixture(params=THEIRS)
+def their_bank(request):
+    if request.param == "equation":
+        return Bank()
+    loss = imported("lightly.loss").NTXentLoss(0.2, (12, 6)).double()
+    loss.memory_bank.bank.copy_(BEGIN)
+    return loss
+
+
+def test_the_bank(their_bank):
+    """Values, gradients and the bank after each step; rows without gradients leave it alone."""
+    ours = with_a_bank()
+    for out0, out1 in steps():
+        for grad in (True, False):
+            leaves = [x.clone().requires_grad_(grad) for x in (out0, out1, out0, out1)]
+            values = [ours(*leaves[:2]), their_bank(*leaves[2:])]
+            pairs = [values, (ours.memory_bank.keys, their_bank.memory_bank.bank)]
+            if grad:
+                sum(values).backward()
+                pairs += [(x.grad, y.grad) for x, y in zip(leaves[:2], leaves[2:], strict=True)]
+            for x, y in pairs:
+                torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(ours.memory_bank.keys, BEGIN)
+
+
+def test_a_checkpoint_of_theirs_loads():
+    """Its loss has no state; ours neither takes nor leaves any."""
+    loss = lightly.NTXentLoss(memory_bank_size=(12, 6))
+    assert not loss.state_dict()
+    loss.load_state_dict({})
+
+
+def test_signatures(library):
+    assert_same_class(lightly.NTXentLoss, library("lightly.loss").NTXentLoss)
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match=r"memory_bank_size must be 0 or \(size, dim\), got 12"):
+        lightly.NTXentLoss(memory_bank_size=12)
