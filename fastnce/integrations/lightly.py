@@ -27,8 +27,8 @@ class _MemoryBank(NegativeQueue):
         if self.gather_distributed:
             self.enqueue(keys)
         else:
-            self._validate(keys)
-            self._waiting.append(normalize_rows(keys.detach()).to(self.queue.dtype))
+            self._validate(keys, None, None)
+            self._waiting.append((normalize_rows(keys.detach()).to(self.queue.dtype),))
 
     def _save_to_state_dict(self, *_: object) -> None:
         pass
