@@ -107,9 +107,10 @@ def test_ids_of_pairs_are_those_of_the_queries(backend):
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_masked_key_is_not_there(backend, dtype):
-    """As if it were not given, and without a gradient; in every dtype."""
+    """As if it were not given, whatever is in it, and without a gradient; in every dtype."""
     query, key = gaussian(7, 5).to(dtype), gaussian(30, 5, seed=1).to(dtype)
     mask, options = torch.arange(30) % 3 > 0, {"scale": 4.0, "bias": -1.0, "backend": backend}
+    key[0], key[3] = torch.nan, torch.inf
     labels = torch.arange(7) % 2, torch.arange(30) % 2
     short = labels[0], labels[1][mask]
     found, leaves = [], []
