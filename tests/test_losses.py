@@ -86,6 +86,16 @@ def test_a_module_is_its_op_with_every_option_and_default(op):
         assert torch.equal(got, expected)
 
 
+def test_a_module_takes_the_tensors_of_its_call_by_name():
+    ids, weights = torch.arange(8) // 2, torch.rand(8)
+    past = {"reference_features": KEY, "reference_labels": LABELS, "reference_ids": ids + 1}
+    given = {"ids": ids, "weights": weights, **past}
+    got = losses.SupConLoss(positives="each")(QUERY, LABELS, **given)
+    assert torch.equal(got, fastnce.sup_con(QUERY, LABELS, **given, positives="each"))
+    got = losses.NTXentLoss(decoupled=True)(QUERY, KEY, ids=ids)
+    assert torch.equal(got, fastnce.nt_xent(QUERY, KEY, ids=ids, decoupled=True))
+
+
 @each_loss
 def test_a_temperature_of_a_module_may_be_trained_or_moved_and_is_saved(op):
     module, arguments = CASES[op]
