@@ -20,6 +20,11 @@ OPTIONS = [
     for others in itertools.combinations(DIRECTIONS[1:], count)
 ]
 OPTIONS += [{**x, "partition_mode": "per_direction"} for x in (OPTIONS[0], OPTIONS[2])]
+OPTIONS += [
+    {"hardness_mode": mode, "hardness_strength": 3.0, "directions": x["directions"]}
+    for mode in ("in_batch_negatives", "hard_negatives", "all_negatives")
+    for x in (OPTIONS[0], OPTIONS[7])
+]
 OPTIONS += [{"scale": 5.0}, {"similarity_fct": "dot_score", "scale": 0.5}]
 
 
@@ -31,6 +36,8 @@ def equation(
     directions=DIRECTIONS[:1],
     partition_mode="joint",
     similarity_fct="cos_sim",
+    hardness_mode=None,
+    hardness_strength=0.0,
 ):
     """All similarities of a query and its document in a row, what is left out at -inf; the first is the positive's."""
     rows = [query, document, *negatives]
@@ -42,6 +49,14 @@ def equation(
     def logits(x, y, without=True):
         found = scale * x @ y.T
         return found.masked_fill(itself, -torch.inf) if without else found
+
+    def with_documents(x, i):
+        found = logits(query, x, without=i == 0)
+        own = torch.eye(len(query)) if i > 0 else torch.zeros(len(query), len(query))
+        share = {"in_batch_negatives": 1 - own, "hard_negatives": own}.get(
+            hardness_mode, 1 + 0 * own
+        )
+        return found + hardness_strength * share * (query @ x.T).detach()
 
     joint = partition_mode == "joint"
     positive = logits(query, documents[0], without=False).diagonal()[:, None]
