@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
@@ -94,13 +95,13 @@ def info_nce(
         negative_mask: bool, in the shape of ``negative_ids``: False where there is no key, as in rows of different lengths.
         guide: another model's rows of ``(query, positive_key)``, or of ``(query, positive_key, negative_keys)``, shared, in any
             dimension: what it finds more similar to the query than its positive is no negative (GISTEmbed,
-            https://arxiv.org/abs/2402.16829). They get no gradient.
+            https://arxiv.org/abs/2402.16829). What is as similar, such as a duplicate, stays. They get no gradient.
         guide_margin: taken from the guide's cosine with the positive before it is compared; with ``relative_margin`` this share
             of it.
         relative_margin: see ``guide_margin``.
         weights: floats in the shape of ``query_ids``, a weight for each loss; ``"mean"`` divides by their sum. No gradient.
         decoupled: the positive is not in the sum (Yeh et al. 2021, https://arxiv.org/abs/2110.06848). The loss of a query without
-            negatives is 0.
+            negatives is 0; with ``symmetric`` also that of one whose key has none.
         return_rank: the result is ``(loss, rank)`` with how many negatives are more similar to the query than its positive, int64:
             top-1 accuracy is ``(rank == 0).float().mean()``. Biases count, margins and hardness do not.
         margin: taken from the similarity with the positive, before the temperature (CosFace, https://arxiv.org/abs/1801.09414).

@@ -186,15 +186,18 @@ def masks_of(
     )
 
 
-def weights_of(op: str, weights: Tensor | None, query: Tensor) -> Tensor | None:
-    """As (B, N) in the dtype of the sums."""
+def weights_of(
+    op: str, weights: Tensor | None, query: Tensor, name: str = "weights"
+) -> Tensor | None:
+    """The weights of the losses of ``query``, (N, D) or (B, N, D), as (B, N) in the dtype of the sums."""
     if weights is None:
         return None
-    _checks.expect_float_tensor(op, "weights", weights, (1, 2), "(N,) or (B, N)", may_be_empty=True)
-    _checks.expect_shape(op, "weights", weights, tuple(query.shape[:-1]), "one per query")
+    words = "(N,)" if query.dim() == 2 else "(B, N)"
+    _checks.expect_float_tensor(op, name, weights, (1, 2), words, may_be_empty=True)
+    _checks.expect_shape(op, name, weights, tuple(query.shape[:-1]), "one for each loss")
     if _common.wants_grad(weights):
         raise ValueError(
-            f"{op}: weights require a gradient, which they do not get. Pass weights.detach(), or multiply reduction='none'."
+            f"{op}: {name} require a gradient, which they do not get. Pass {name}.detach(), or multiply reduction='none'."
         )
     weights = weights.to(query.device, accumulation_dtype(query.dtype))
     return weights if weights.dim() == 2 else weights.unsqueeze(0)

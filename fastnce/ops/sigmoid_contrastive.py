@@ -59,7 +59,8 @@ def sigmoid_contrastive(
         query_ids: (N,) integers: a key of the same id is no negative of the query, such as a duplicate. The pair counts for
             nothing, unless it is a positive. No matrix is made of this.
         key_ids: (M,) integers; by default ``query_ids``, if key i is the positive of query i and there are no further keys.
-        key_mask: (M,) bool, False where there is no key, such as padding: it is nobody's negative, and nobody's positive.
+        key_mask: (M,) bool, False where there is no key, such as padding: it is nobody's negative, and nobody's positive,
+            whatever is in it.
         reduction: ``"mean"`` over the queries, ``"sum"``, or ``"none"`` for (N,).
         backend: one of ``fastnce.backends.available()``; None chooses.
 
@@ -86,6 +87,7 @@ def sigmoid_contrastive(
     options = {"paired": paired, "normalize": bool(normalize)}
     ids = _ids(op, query, key, paired, query_ids, key_ids, key_mask)
     others, masked = (labels, *ids), ids[1] is not None
+    key = _without_padding(key, key_mask)
     kernels = backends.select(op, query, backend, (query, key), masked)
     with _common.no_autocast(query):
         if kernels is not backends.reference:
@@ -160,6 +162,11 @@ def _ids(
         key_ids = _checks.expect_labels(op, key_ids, key, "key", "key_ids")
     shape = (key.shape[0],)
     return query_ids, with_mask(op, "key_mask", key_ids, key_mask, query, shape)
+
+
+def _without_padding(key: Tensor, mask: Tensor | None) -> Tensor:
+    """Zeros where there is no key: what is there, such as NaN, would reach gradients as a product with 0."""
+    return key if mask is None else key.masked_fill(~mask.unsqueeze(1), 0)
 
 
 def plain(
@@ -287,6 +294,7 @@ def over_ranks(
     masked = not (query_ids is None and key_ids is None and key_mask is None)
     call.agree(op, key, validate, of_form=((query, key), masked))
     labels = (query_labels, key_labels) if query_labels is not None else None
+    key = _without_padding(key, key_mask)
     with _common.no_autocast(query):
         blocks = _Blocks(call.kernels, call.exchange, labels, ids, paired, bool(normalize))
         losses = _BlocksFunction.apply(query, key, bias, call.temperature, blocks)
@@ -447,7 +455,7 @@ declare(
         samples=_samples,
         form=_form,
     ),
-    # The arguments are those of ``plain``; loss (N,).
+    # The arguments are those of ``plain``, and keys that are left out are zeros; loss (N,).
     Operator(
         f"sigmoid_contrastive_forward({_INPUTS}, {_OPTIONS}, float? grad_scale, bool mean, {_NEEDS}) -> "
         f"(Tensor loss, {_GRADS})",

@@ -14,8 +14,6 @@ from fastnce import backends, sigmoid_contrastive
 OP = "sigmoid_contrastive"
 RUN = [x for x in backends.names() if backends.supports(x, OP, "cpu", torch.float64) == "ok"]
 each_backend = pytest.mark.parametrize("backend", RUN)
-# The compiled kernels do not leave out pairs yet.
-each_with_masks = pytest.mark.parametrize("backend", [x for x in RUN if x != "native"])
 
 
 def published(query, key, positive, scale, bias, normalize, left_in=1):
@@ -73,7 +71,7 @@ def compare(backend, sizes, given, positive, scale, bias, normalize, left_in=1):
         torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12 * max(1.0, scale.item()))
 
 
-@each_with_masks
+@each_backend
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(
     sizes=st.tuples(st.integers(1, 9), st.integers(0, 60), st.integers(1, 9)),
@@ -97,7 +95,7 @@ def test_pairs_that_are_left_out_count_for_nothing(backend, sizes, form, masks, 
     compare(backend, sizes, given, positive, 5.0, -2.0, True, left_in)
 
 
-@each_with_masks
+@each_backend
 def test_ids_of_pairs_are_those_of_the_queries(backend):
     query, key, ids = gaussian(6, 3), gaussian(6, 3, seed=1), torch.arange(6) % 3
     options = {"query_ids": ids, "scale": 5.0, "backend": backend}
@@ -106,12 +104,13 @@ def test_ids_of_pairs_are_those_of_the_queries(backend):
     assert found < sigmoid_contrastive(query, key, scale=5.0, backend=backend)
 
 
-@each_with_masks
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_masked_key_is_not_there(backend, dtype):
-    """As if it were not given, and without a gradient; in every dtype."""
+    """As if it were not given, whatever is in it, and without a gradient; in every dtype."""
     query, key = gaussian(7, 5).to(dtype), gaussian(30, 5, seed=1).to(dtype)
     mask, options = torch.arange(30) % 3 > 0, {"scale": 4.0, "bias": -1.0, "backend": backend}
+    key[0], key[3] = torch.nan, torch.inf
     labels = torch.arange(7) % 2, torch.arange(30) % 2
     short = labels[0], labels[1][mask]
     found, leaves = [], []
@@ -128,7 +127,7 @@ def test_a_masked_key_is_not_there(backend, dtype):
         torch.testing.assert_close(x, y)
 
 
-@each_with_masks
+@each_backend
 def test_compiled_with_masks(backend):
     """Ids given once are the queries' and the keys'."""
     torch._dynamo.reset()

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from forms import gaussian
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -296,6 +296,7 @@ COMBINATIONS = st.tuples(
 
 
 @each_backend
+@example(combination=("symmetric", ["margin", "mask", "ids"]), batch=2, count=7)
 @settings(deadline=None, max_examples=150, derandomize=True)
 @given(combination=COMBINATIONS, batch=st.sampled_from([0, 0, 2]), count=st.sampled_from([1, 2, 7]))
 def test_value_and_gradients_are_those_of_the_equation(backend, combination, batch, count):
