@@ -24,7 +24,7 @@ _log = logging.getLogger("fastnce")
 class _Replaced:
     """``owner.name`` was ``original`` and is ``ours``."""
 
-    owner: ModuleType | type
+    owner: ModuleType
     name: str
     original: object
     ours: object
@@ -78,18 +78,13 @@ def apply_to(library: str | ModuleType) -> Applied:
     replaced = []
     for module_name, replacements in ours.STANDS_FOR.items():
         theirs = importlib.import_module(module_name)
-        for path in replacements:
-            *of_class, attribute = path.split(".")
-            owner = getattr(theirs, of_class[0], None) if of_class else theirs
-            if getattr(owner, attribute, None) is None:
-                warnings.warn(f"apply_to: {module_name} has no {path}{version}.", stacklevel=2)
-                continue
-            original = getattr(owner, attribute)
-            new = getattr(ours, path.replace(".", "_"))
-            owners = [owner] if of_class else _loaded_with(original)
-            found = [(x, n) for x in owners for n, y in list(vars(x).items()) if y is original]
-            if original is not new:
-                replaced += [_Replaced(x, n, original, new) for x, n in found]
+        for attribute in replacements:
+            original, new = getattr(theirs, attribute, None), getattr(ours, attribute)
+            if original is None:
+                warnings.warn(f"apply_to: {module_name} has no {attribute}{version}.", stacklevel=2)
+            elif original is not new:
+                found = _names_of(original)
+                replaced += [_Replaced(x, name, original, new) for x, name in found]
     for x in replaced:
         setattr(x.owner, x.name, x.ours)
     applied = Applied(f"fastnce in {ours.__name__.rpartition('.')[2]}{version}", replaced)
@@ -125,13 +120,10 @@ def _version(distribution: str, *compared: str) -> str:
     return f" ({distribution} {version})"
 
 
-def _loaded_with(value: object) -> list[ModuleType]:
-    """Modules that have it under some name, but for those of fastnce."""
-    modules = [
-        (name, x) for name, x in list(sys.modules.items()) if isinstance(x, ModuleType) and name
-    ]
-    return [
-        x
-        for name, x in modules
-        if name.split(".")[0] != "fastnce" and any(y is value for y in list(vars(x).values()))
-    ]
+def _names_of(value: object) -> list[tuple[ModuleType, str]]:
+    """Where modules that are loaded have it, and under which name; but for those of fastnce."""
+    found = []
+    for module_name, module in list(sys.modules.items()):
+        if isinstance(module, ModuleType) and module_name.split(".")[0] != "fastnce":
+            found += [(module, name) for name, x in list(vars(module).items()) if x is value]
+    return found

@@ -182,17 +182,20 @@ def _over_ranks(
     hardness: float,
     options: dict[str, object],
 ) -> Tensor:
+    """The mean of the losses of this rank's queries among the documents of all ranks."""
     op = type(loss).__name__
     both = {*loss.directions} == {"query_to_doc", "doc_to_query"}
-    symmetric = both and loss.partition_mode == "per_direction"
-    if hardness or negatives or not (symmetric or loss.directions == ("query_to_doc",)):
+    symmetric = both and loss.partition_mode == "per_direction" and not negatives
+    if hardness or not (symmetric or loss.directions == ("query_to_doc",)):
         raise ValueError(
-            f"{op}: gather_across_devices=True goes with directions=('query_to_doc',), or with 'doc_to_query' per direction, and "
-            f"with neither hard negatives nor hardness. Drop one, or keep sentence-transformers' own class."
+            f"{op}: gather_across_devices=True goes with directions=('query_to_doc',), or without hard negatives with "
+            f"'doc_to_query' per direction, and not with hardness. Drop one, or keep sentence-transformers' own class."
         )
-    return info_nce_over_ranks(
-        query, document, symmetric=symmetric, reduction="none", **options
-    ).mean()
+    options |= {"in_batch_negatives": True, "symmetric": symmetric, "reduction": "none"}
+    if negatives:
+        options["negatives_of"] = "all"
+    hard = torch.cat(negatives) if negatives else None
+    return info_nce_over_ranks(query, document, hard, **options).mean()
 
 
 def _gist_loss(loss: nn.Module, embeddings: Sequence[Tensor], guides: Sequence[Tensor]) -> Tensor:

@@ -1,5 +1,6 @@
 """Ours in the place of a library's, and back; with a library made up here, and with the real ones where they are installed."""
 
+import importlib
 import sys
 import types
 
@@ -74,20 +75,39 @@ def test_an_unknown_library():
 
 
 @pytest.mark.parametrize(
-    "name, module, classes",
+    "name",
     [
-        ("open_clip", "open_clip.loss", ["ClipLoss", "SigLipLoss"]),
-        ("lightly", "lightly.loss", ["NTXentLoss"]),
-        ("info_nce", "info_nce", ["InfoNCE", "info_nce"]),
+        "open_clip",
+        "lightly",
+        "info_nce",
+        "pytorch_metric_learning",
+        "sentence_transformers",
+        "transformers",
     ],
 )
-def test_a_library(library, recwarn, name, module, classes):
-    theirs = library(module)
-    before = [getattr(theirs, x) for x in classes]
+def test_a_library(library, recwarn, name):
+    """Each class in the module that makes it, and in the library's own list of losses; its version is known."""
+    ours = importlib.import_module(f"fastnce.integrations.{name}")
+    before = {(m, x): getattr(library(m), x) for m, names in ours.STANDS_FOR.items() for x in names}
     applied = integrations.apply_to(name)
-    assert [getattr(theirs, x).__module__ for x in classes] == [
-        f"fastnce.integrations.{name}"
-    ] * len(classes)
+    for module, x in before:
+        assert getattr(library(module), x) is getattr(ours, x)
+    assert {x for _, x in before} == {x.name for x in applied.replaced}
     assert not [w for w in recwarn if "apply_to" in str(w.message)]
     applied.undo()
-    assert [getattr(theirs, x) for x in classes] == before
+    assert before == {(m, x): getattr(library(m), x) for m, x in before}
+
+
+def test_what_a_library_makes(library):
+    """open_clip's own function makes ours, and a script's ``from lightly.loss import NTXentLoss`` has it."""
+    options = {"distill": False, "siglip": False, "model": "ViT-B-32", "local_loss": True}
+    options |= {"gather_with_grad": True, "rank": 0, "world_size": 1, "horovod": False}
+    open_clip, loss = library("open_clip"), library("lightly.loss")
+    both = [integrations.apply_to(x) for x in ("open_clip", "lightly")]
+    try:
+        made = open_clip.create_loss(types.SimpleNamespace(**options))
+        assert type(made) is integrations.open_clip.ClipLoss and made.local_loss
+        assert loss.NTXentLoss is integrations.lightly.NTXentLoss
+    finally:
+        for applied in both:
+            applied.undo()

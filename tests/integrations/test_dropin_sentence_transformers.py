@@ -1,8 +1,10 @@
 """sentence-transformers' losses under their own names: the equation, and the library's own where it is installed."""
 
+import inspect
 import itertools
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from against import THEIRS, assert_same, draw, imported, similar
@@ -20,6 +22,11 @@ OPTIONS = [
     for others in itertools.combinations(DIRECTIONS[1:], count)
 ]
 OPTIONS += [{**x, "partition_mode": "per_direction"} for x in (OPTIONS[0], OPTIONS[2])]
+OPTIONS += [
+    {"hardness_mode": mode, "hardness_strength": 3.0, "directions": x["directions"]}
+    for mode in ("in_batch_negatives", "hard_negatives", "all_negatives")
+    for x in (OPTIONS[0], OPTIONS[7])
+]
 OPTIONS += [{"scale": 5.0}, {"similarity_fct": "dot_score", "scale": 0.5}]
 
 
@@ -31,6 +38,8 @@ def equation(
     directions=DIRECTIONS[:1],
     partition_mode="joint",
     similarity_fct="cos_sim",
+    hardness_mode=None,
+    hardness_strength=0.0,
 ):
     """All similarities of a query and its document in a row, what is left out at -inf; the first is the positive's."""
     rows = [query, document, *negatives]
@@ -43,13 +52,16 @@ def equation(
         found = scale * x @ y.T
         return found.masked_fill(itself, -torch.inf) if without else found
 
+    def with_documents(x, i):
+        found = logits(query, x, without=i == 0)
+        own = itself & (i > 0)  # hard negatives of the query itself
+        harder = {"in_batch_negatives": ~own, "hard_negatives": own}.get(hardness_mode, own | True)
+        return found + hardness_strength * harder * (query @ x.T).detach()
+
     joint = partition_mode == "joint"
     positive = logits(query, documents[0], without=False).diagonal()[:, None]
     parts = {
-        "query_to_doc": [
-            logits(query, documents[0]),
-            *(logits(query, x, without=False) for x in documents[1:]),
-        ],
+        "query_to_doc": [with_documents(x, i) for i, x in enumerate(documents)],
         "query_to_query": [logits(query, query)],
         "doc_to_query": [logits(documents[0], query, without=not joint)],
         "doc_to_doc": [logits(documents[0], x) for x in documents],
@@ -187,9 +199,92 @@ def test_gist(options, negatives, rows):
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad(x, y) for x, y in ((got, ours), (expected, theirs))]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
-    left_out = (
-        gist(*given, *guides, **options) != gist(*given, *guides, **options, margin=-9.0)
-        if not options.get("margin")
-        else True
-    )
-    assert left_out or rows == 1
+
+
+CLASSES = ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"]
+CLASSES += ["GISTEmbedLoss", "CachedGISTEmbedLoss"]
+
+
+@pytest.fixture
+def model(library, tmp_path):
+    library("sentence_transformers")
+    return tiny.sentence_transformer(tmp_path)
+
+
+@pytest.mark.parametrize("same_tokens", [True, False])
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_model_of_the_library(library, model, tmp_path, monkeypatch, name, same_tokens):
+    """Losses and parameters' gradients, from sentences on; a guide with a vocabulary of its own takes the texts anew."""
+    given = [model]
+    if "GIST" in name:
+        (tmp_path / "guide").mkdir()
+        if not same_tokens:
+            monkeypatch.setattr(tiny, "WORDS", tiny.WORDS[::-1])
+        given.append(tiny.sentence_transformer(tmp_path / "guide", hidden=8))
+    options = {"mini_batch_size": 3} if name.startswith("Cached") else {}
+    found, configs = [], []
+    for module in (sentence_transformers, library(LOSSES)):
+        model.zero_grad()
+        features = [model.preprocess(tiny.sentences(7, seed)) for seed in range(3)]
+        loss = getattr(module, name)(*given, **options)
+        value = loss(features, labels=None)
+        value.backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append([value.detach(), *gradients])
+        configs.append(loss.get_config_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(loss(features, labels=None), found[-1][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=0)
+    scale = max(x.abs().max() for x in found[1][1:]).item()
+    torch.testing.assert_close(found[0][1:], found[1][1:], rtol=1e-4, atol=1e-5 * scale)
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_signatures(library, name):
+    """Those that are made from theirs have theirs."""
+    ours, theirs = getattr(sentence_transformers, name), getattr(library(LOSSES), name)
+    assert issubclass(ours, theirs) == (name != CLASSES[0])
+    features = ["self", "sentence_features", "labels"]
+    assert list(inspect.signature(ours.forward).parameters) == features
+    if name == CLASSES[0]:
+        by_name = (
+            {
+                p.name: getattr(p.default, "__name__", p.default)
+                for p in inspect.signature(f).parameters.values()
+            }
+            for f in (ours, theirs)
+        )
+        assert next(by_name) == next(by_name)
+
+
+def test_what_is_refused():
+    made = sentence_transformers.MultipleNegativesRankingLoss
+    for options, message in (
+        (
+            {"similarity_fct": named("euclidean_sim")},
+            "similarity_fct must be cos_sim or dot_score, got euclidean_sim",
+        ),
+        ({"directions": ("doc_to_doc",)}, r"directions must have 'query_to_doc'.*Add it"),
+        ({"directions": ("query_to_docs",)}, "directions must be one of .*, got 'query_to_docs'"),
+        (
+            {"directions": DIRECTIONS, "partition_mode": "per_direction"},
+            ".*needs a positive in each direction",
+        ),
+        (
+            {"partition_mode": "each"},
+            "partition_mode must be one of 'joint', 'per_direction', got 'each'",
+        ),
+        ({"hardness_mode": "all"}, "hardness_mode must be one of .*, got 'all'"),
+        ({"hardness_strength": -1.0}, "hardness_strength must not be negative, got -1.0"),
+    ):
+        with pytest.raises(ValueError, match=f"MultipleNegativesRankingLoss: {message}"):
+            made(None, **options)
+
+
+def test_over_ranks_without_ranks():
+    """Gathering from no others changes nothing, but what would be refused over ranks is refused."""
+    options = {"gather_across_devices": True}
+    assert_same(of_ours(**options), of_ours(), QUERY, DOCUMENT, HARD[0])
+    with pytest.raises(ValueError, match="gather_across_devices=True goes with"):
+        of_ours(**options, directions=DIRECTIONS)(QUERY, DOCUMENT)

@@ -29,12 +29,28 @@ CASES |= {
     f"SigLipLoss, {x}": {"dist_impl": x} for x in (None, "bidir", "shift", "reduce", "gather")
 }
 CASES |= {name: {"gather_distributed": True} for name in ("NTXentLoss", "DCLLoss")}
-NUMBERS = {"ClipLoss": (9.0,), "SigLipLoss": (9.0, -2.0), "NTXentLoss": (), "DCLLoss": ()}
+CASES |= {
+    "MultipleNegativesRankingLoss": {"gather_across_devices": True},
+    "MultipleNegativesRankingLoss, both": {
+        "gather_across_devices": True,
+        "directions": ("query_to_doc", "doc_to_query"),
+        "partition_mode": "per_direction",
+    },
+    "MultipleNegativesRankingLoss, hard": {"gather_across_devices": True},
+}
+NUMBERS = {
+    "ClipLoss": (9.0,),
+    "SigLipLoss": (9.0, -2.0),
+    "NTXentLoss": (),
+    "DCLLoss": (),
+    "MultipleNegativesRankingLoss": (),
+}
 MODULES = {
     "ClipLoss": "open_clip.loss",
     "SigLipLoss": "open_clip.loss",
     "NTXentLoss": "lightly.loss",
     "DCLLoss": "lightly.loss",
+    "MultipleNegativesRankingLoss": "sentence_transformers.sentence_transformer.losses",
 }
 
 
@@ -65,7 +81,12 @@ def on_a_rank(_, case: str, of_fastnce: bool) -> list[Tensor]:
     module = imported(f"fastnce.integrations.{library}" if of_fastnce else MODULES[name])
     *sides, numbers = *leaves(case)[:2], leaves(case)[2:]
     sides = [x.detach()[own(rank)].clone().requires_grad_() for x in sides]
-    loss = getattr(module, name)(**options)(*sides, *numbers)
+    if name == "MultipleNegativesRankingLoss":
+        made = module.MultipleNegativesRankingLoss(None, **options)
+        hard = [sides[1].flip(0) * sides[0]] if case.endswith("hard") else []
+        loss = made.compute_loss_from_embeddings([*sides, *hard], None)
+    else:
+        loss = getattr(module, name)(**options)(*sides, *numbers)
     loss.backward()
     return [loss.detach(), *(x.grad for x in (*sides, *numbers))]
 
@@ -82,6 +103,15 @@ def loss_of_rank(case: str, rank: int, left: Tensor, right: Tensor, *numbers: Te
         logits = (rows @ rows.T / 0.5).fill_diagonal_(-torch.inf)
         losses = F.cross_entropy(logits, torch.arange(len(rows)).roll(len(left)), reduction="none")
         return losses.view(2, -1)[:, mine].mean()
+    if name == "MultipleNegativesRankingLoss":
+        hard = [x.flip(0) * y for x, y in zip(right.split(ROWS), left.split(ROWS), strict=True)]
+        every = [right, *(hard if case.endswith("hard") else [])]
+        units = F.normalize(left, dim=1), F.normalize(torch.cat(every), dim=1)
+        target = torch.arange(len(left))[mine]
+        loss = F.cross_entropy(20 * units[0][mine] @ units[1].T, target)
+        if not case.endswith("both"):
+            return loss
+        return (loss + F.cross_entropy(20 * units[1][mine] @ units[0].T, target)) / 2
     if name == "DCLLoss":
         rows = F.normalize(torch.cat([left, right]), dim=1)
         logits, positive = rows @ rows.T / 0.1, torch.arange(len(rows)).roll(len(left))
