@@ -36,12 +36,14 @@ if not (_KernelsBeside.package / "triton_kernels").is_dir() and _KernelsBeside.k
 from fastnce import backends, losses  # noqa: E402
 from fastnce.backends import use_backend  # noqa: E402
 from fastnce.ops.conditional_contrastive import conditional_contrastive  # noqa: E402
+from fastnce.ops.contrastive_distillation import contrastive_distillation  # noqa: E402
 from fastnce.ops.info_nce import info_nce  # noqa: E402
 from fastnce.ops.nt_xent import nt_xent  # noqa: E402
 from fastnce.ops.pairwise_cosine_similarity import pairwise_cosine_similarity  # noqa: E402
 from fastnce.ops.patch_nce import patch_nce  # noqa: E402
 from fastnce.ops.sample_patches import sample_patches, tap_patches  # noqa: E402
 from fastnce.ops.sigmoid_contrastive import sigmoid_contrastive  # noqa: E402
+from fastnce.ops.softmax_shapes import contrastive_cross_entropy  # noqa: E402
 from fastnce.ops.sup_con import sup_con  # noqa: E402
 from fastnce.registry import OPS  # noqa: E402
 
@@ -50,6 +52,7 @@ _LAZY = {
     "distributed": ("fastnce.distributed", ""),
     "GradCache": ("fastnce.distributed", "GradCache"),
     "NegativeQueue": ("fastnce.distributed", "NegativeQueue"),
+    "integrations": ("fastnce.integrations", ""),
     "verify": ("fastnce.verification", "verify"),
 }
 
@@ -60,8 +63,11 @@ __all__ = [
     "NegativeQueue",
     "backends",
     "conditional_contrastive",
+    "contrastive_cross_entropy",
+    "contrastive_distillation",
     "distributed",
     "info_nce",
+    "integrations",
     "losses",
     "nt_xent",
     "pairwise_cosine_similarity",

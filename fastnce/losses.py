@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from fastnce.ops import _checks
 from fastnce.ops.conditional_contrastive import conditional_contrastive
+from fastnce.ops.contrastive_distillation import contrastive_distillation
 from fastnce.ops.info_nce import info_nce
 from fastnce.ops.nt_xent import nt_xent
 from fastnce.ops.patch_nce import patch_nce
 from fastnce.ops.sigmoid_contrastive import sigmoid_contrastive
+from fastnce.ops.softmax_shapes import contrastive_cross_entropy
 from fastnce.ops.sup_con import sup_con
 
 
@@ -122,6 +124,26 @@ class ConditionalContrastiveLoss(_Loss, op=conditional_contrastive):
     """
 
 
+class ContrastiveCrossEntropyLoss(_Loss, op=contrastive_cross_entropy):
+    """``fastnce.contrastive_cross_entropy`` as a module.
+
+    Examples:
+        >>> import torch
+        >>> loss = ContrastiveCrossEntropyLoss(margin=0.3)
+        >>> loss = loss(torch.randn(4, 8), torch.randn(10, 8), torch.tensor([0, 9, 3, 3]))
+    """
+
+
+class ContrastiveDistillationLoss(_Loss, op=contrastive_distillation):
+    """``fastnce.contrastive_distillation`` as a module.
+
+    Examples:
+        >>> import torch
+        >>> student, teacher = torch.randn(2, 8, 16), torch.randn(2, 8, 32)
+        >>> loss = ContrastiveDistillationLoss(symmetric=True)(*student, *teacher)
+    """
+
+
 class _ImageText(nn.Module):
     """A loss of images and texts, whose scale and bias the model owns and hands over."""
 
@@ -162,10 +184,17 @@ class SigLIPLoss(_ImageText):
     """
 
     def forward(
-        self, image: Tensor, text: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor
+        self,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor,
+        **named: Tensor,
     ) -> Tensor:
         """The loss of ``image`` and ``text`` (N, D): the mean over images of their pairs' sums.
 
         ``logit_scale`` (already exponentiated) and ``logit_bias``: floats, or tensors of one element, which get their gradients.
+        Other tensors of ``fastnce.sigmoid_contrastive``, such as ids, are passed by its names for them.
         """
-        return sigmoid_contrastive(image, text, scale=logit_scale, bias=logit_bias, **self.options)
+        numbers = {"scale": logit_scale, "bias": logit_bias}
+        return sigmoid_contrastive(image, text, **numbers, **named, **self.options)

@@ -23,6 +23,11 @@ CASES = {
     "nt_xent": (losses.NTXentLoss, (QUERY, KEY)),
     "sup_con": (losses.SupConLoss, (QUERY, LABELS)),
     "conditional_contrastive": (losses.ConditionalContrastiveLoss, (QUERY, KEY, LABELS)),
+    "contrastive_cross_entropy": (losses.ContrastiveCrossEntropyLoss, (QUERY, KEY, LABELS)),
+    "contrastive_distillation": (
+        losses.ContrastiveDistillationLoss,
+        (QUERY, KEY, KEY[:, :2], QUERY[:, 1:3]),
+    ),
 }
 each_loss = pytest.mark.parametrize("op", CASES)
 # For every option what is not its default.
@@ -40,6 +45,12 @@ CHANGED = {
     "similarity_dtype": torch.float8_e4m3fn,
     "decoupled": True,
     "return_rank": True,
+    "margin": 0.2,
+    "angular_margin": 0.3,
+    "hardness": 1.0,
+    "label_smoothing": 0.1,
+    "ignore_index": 1,
+    "teacher_temperature": 0.9,
     "backend": "torch",
 }
 # What does nothing without the tensors of a guide.
@@ -50,8 +61,8 @@ NEED_A_GUIDE = ("guide_margin", "relative_margin")
 def test_a_module_is_its_op_with_every_option_and_default(op):
     module, arguments = CASES[op]
     function = inspect.signature(getattr(fastnce, op)).parameters
-    of_a_call = [n for n, p in function.items() if str(p.annotation).endswith("Tensor | None")]
-    of_a_call += ["guide"]  # tensors
+    of_a_call = ("Tensor | None", "Sequence[Tensor] | None")
+    of_a_call = [n for n, p in function.items() if str(p.annotation) in of_a_call]
     options = {
         n: p.default for n, p in function.items() if p.kind is p.KEYWORD_ONLY and n not in of_a_call
     }
@@ -59,6 +70,8 @@ def test_a_module_is_its_op_with_every_option_and_default(op):
     assert torch.equal(module()(*arguments), getattr(fastnce, op)(*arguments))
     for name in options.keys() - set(NEED_A_GUIDE):
         changed = {name: CHANGED[name]}
+        if name == "reduction" and op == "patch_nce":
+            changed = {name: "none"}
         got, expected = module(**changed)(*arguments), getattr(fastnce, op)(*arguments, **changed)
         if name == "return_rank":
             (got, rank), (expected, expected_rank) = got, expected
@@ -71,6 +84,16 @@ def test_a_module_is_its_op_with_every_option_and_default(op):
         got = module(0.2, in_batch_negatives=True)(QUERY, KEY, queue)
         expected = fastnce.info_nce(QUERY, KEY, queue, temperature=0.2, in_batch_negatives=True)
         assert torch.equal(got, expected)
+
+
+def test_a_module_takes_the_tensors_of_its_call_by_name():
+    ids, weights = torch.arange(8) // 2, torch.rand(8)
+    past = {"reference_features": KEY, "reference_labels": LABELS, "reference_ids": ids + 1}
+    given = {"ids": ids, "weights": weights, **past}
+    got = losses.SupConLoss(positives="each")(QUERY, LABELS, **given)
+    assert torch.equal(got, fastnce.sup_con(QUERY, LABELS, **given, positives="each"))
+    got = losses.NTXentLoss(decoupled=True)(QUERY, KEY, ids=ids)
+    assert torch.equal(got, fastnce.nt_xent(QUERY, KEY, ids=ids, decoupled=True))
 
 
 @each_loss
@@ -134,6 +157,9 @@ def test_siglip_loss_is_siglips():
     torch.testing.assert_close(got, expected)
     grads = [torch.autograd.grad(x, (log_scale, bias)) for x in (got, expected)]
     torch.testing.assert_close(*grads)
+    of_same = losses.SigLIPLoss()(QUERY, KEY, 7.0, -3.0, query_ids=torch.zeros(8).long())
+    positives = -nn.functional.logsigmoid(7 * cosines.diagonal() - 3).mean()
+    torch.testing.assert_close(of_same, positives)
 
 
 @pytest.mark.parametrize("scale", [-1.0, 0, 0.0, torch.inf, torch.nan])

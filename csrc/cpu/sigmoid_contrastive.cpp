@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "exclusions.h"
 #include "labelled_logits.h"
 #include "op_arguments.h"
 #include "unit_rows.h"
@@ -23,6 +24,7 @@ constexpr int64_t kPanelRows = 768;  // as are those that are packed at a time
 struct Arguments {
   const char* op;
   const Tensor &query, &key, &bias, &labels;
+  const std::optional<Tensor>&query_ids, &key_ids;
   double temperature;
   bool paired, normalize;
   bool need_query, need_key, need_bias, need_temperature;
@@ -47,6 +49,12 @@ void check(const Arguments& a) {
   check_rows(a.op, "bias", a.bias, a.acc(), {});
   const int64_t labels = a.labels.numel() > 0 ? a.rows() + a.columns() : 0;
   if (labels > 0) check_rows(a.op, "labels", a.labels, ScalarType::Long, {labels});
+  if (a.query_ids.has_value()) {
+    check_rows(a.op, "query_ids", *a.query_ids, ScalarType::Long, {a.rows()});
+  }
+  if (a.key_ids.has_value()) {
+    check_rows(a.op, "key_ids", *a.key_ids, ScalarType::Long, {a.columns()});
+  }
   STD_TORCH_CHECK(!a.paired || (labels == 0 && a.columns() >= a.rows()), a.op,
                   ": paired needs a key for each query, and no labels.");
 }
@@ -66,6 +74,7 @@ class Pairs {
         key_labels_(a_.columns(), 1) {
     set_labels();
     pack_unit_rows<T, T>(kernels_, keys_, 0, a_.columns(), a_.normalize, 1.0, {&units_});
+    if (a_.key_ids.has_value()) set_ids();
     if (!wants_key()) return;
     key_gradient_ = SlabMatrix<T>(a_.columns(), a_.depth(), kernels_.width);
     key_gradient_.fill_zero();
@@ -81,6 +90,7 @@ class Pairs {
     }
     if (wants_key()) {
       store_row_gradients(kernels_, keys_, a_.normalize, key_gradient_, OutputRows(out.key));
+      for_keys_left_out([&](int64_t j, const T* zeros) { OutputRows(out.key).store(j, zeros); });
     }
   }
 
@@ -105,6 +115,26 @@ class Pairs {
       const std::vector<int64_t> all = label_values(a_.labels);
       number_classes({all.begin(), all.begin() + a_.rows()}, all, query_labels_);
       number_classes({all.begin() + a_.rows(), all.end()}, all, key_labels_);
+    }
+  }
+
+  void set_ids() {
+    const IdNumbers<Label> numbers(a_.query_ids, a_.rows());
+    query_ids_ = Buffer<Label>(query_labels_.size(), IdNumbers<Label>::kNoId);
+    std::copy(numbers.queries().begin(), numbers.queries().end(), query_ids_.data());
+    key_ids_ = numbers.of_keys(*a_.key_ids);
+    for_keys_left_out([&](int64_t j, const T* zeros) {
+      units_.copy_row_in(j, zeros);
+      key_labels_[j] = -1;  // nobody's positive
+    });
+  }
+
+  // Calls body(key, zeros (D,)): what is in a row of padding must reach nothing.
+  template <class Body>
+  void for_keys_left_out(const Body& body) const {
+    const Buffer<T> zeros(a_.depth(), T(0));
+    for (size_t j = 0; j < key_ids_.size(); ++j) {
+      if (key_ids_[j] == kEveryId) body(static_cast<int64_t>(j), zeros.data());
     }
   }
 
@@ -165,6 +195,11 @@ class Pairs {
       T* values = z + s * slab_size;
       kernels_.multiply(count, depth, lanes, units_.at(j0, 0), units_.slab_size(),
                         panel.transposed.at(0, row / width), values, false);
+      if (!key_ids_.empty()) {
+        kernels_.block_exclude_equal(count, lanes, values, &key_ids_[j0],
+                                     &query_ids_[panel.r0 + row], &key_labels_[j0],
+                                     &query_labels_[panel.r0 + row]);
+      }
       kernels_.sigmoid_block(
           count, lanes, values, bias_, &key_labels_[j0], &query_labels_[panel.r0 + row],
           weights_ == nullptr ? nullptr : &panel.weights[row], sums, sums + width);
@@ -219,7 +254,9 @@ class Pairs {
   const T bias_;
   const double* weights_;
   const TensorRows queries_, keys_;
-  const Buffer<Label> query_labels_, key_labels_;  // the first padded to whole slabs
+  const Buffer<Label> query_labels_, key_labels_;  // the first padded to whole slabs, as
+  Buffer<Label> query_ids_;                        // is this
+  std::vector<Label> key_ids_;                     // see IdNumbers; empty: no pair is left out
   SlabMatrix<T> units_, key_gradient_;             // (M, D)
 };
 
@@ -232,13 +269,14 @@ Results results(const Arguments& a, const Gradients& g, bool wanted) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_contrastive_forward(
     const Tensor& query, const Tensor& key, const Tensor& bias, const Tensor& labels,
+    const std::optional<Tensor>& query_ids, const std::optional<Tensor>& key_ids,
     const std::optional<Tensor>& temperature_tensor, double temperature, bool paired,
     bool normalize, std::optional<double> grad_scale, bool mean, bool need_query, bool need_key,
     bool need_bias, bool need_temperature) {
   const char* op = "sigmoid_contrastive_forward";
   const double tau = temperature_value(op, temperature_tensor, temperature);
-  const Arguments a{op,     query,     key,        bias,     labels,    tau,
-                    paired, normalize, need_query, need_key, need_bias, need_temperature};
+  const Arguments a{op,  query,  key,       bias,       labels,   query_ids, key_ids,
+                    tau, paired, normalize, need_query, need_key, need_bias, need_temperature};
   check(a);
   const bool wanted =
       grad_scale.has_value() && (need_query || need_key || need_bias || need_temperature);
@@ -257,14 +295,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_contrastive_forward(
 
 Results sigmoid_contrastive_backward(const Tensor& grad_loss, const Tensor& query,
                                      const Tensor& key, const Tensor& bias, const Tensor& labels,
+                                     const std::optional<Tensor>& query_ids,
+                                     const std::optional<Tensor>& key_ids,
                                      const std::optional<Tensor>& temperature_tensor,
                                      double temperature, bool paired, bool normalize,
                                      bool need_query, bool need_key, bool need_bias,
                                      bool need_temperature) {
   const char* op = "sigmoid_contrastive_backward";
   const double tau = temperature_value(op, temperature_tensor, temperature);
-  const Arguments a{op,     query,     key,        bias,     labels,    tau,
-                    paired, normalize, need_query, need_key, need_bias, need_temperature};
+  const Arguments a{op,  query,  key,       bias,       labels,   query_ids, key_ids,
+                    tau, paired, normalize, need_query, need_key, need_bias, need_temperature};
   check(a);
   check_rows(op, "grad_loss", grad_loss, a.acc(), {a.rows()});
   Gradients g{new_gradient(query, need_query), new_gradient(key, need_key)};

@@ -148,6 +148,16 @@ inline void copy_half_in(const SlabMatrix<Pair>& out, int64_t row, const Pair* n
   }
 }
 
+// Makes row r of a matrix of pairs of rows 0.
+inline void clear_half(const SlabMatrix<Pair>& matrix, int64_t row) {
+  const int64_t width = matrix.slab_size() / matrix.rows();
+  const Pair kept = row % 2 == 0 ? 0xffff0000 : 0x0000ffff;
+  for (int64_t s = 0; s < matrix.slabs(); ++s) {
+    Pair* target = matrix.at(row / 2, s);
+    for (int64_t c = 0; c < width; ++c) target[c] &= kept;
+  }
+}
+
 // Fills one slab, (depth, width), with the transpose of `rows` rows of depth numbers; lanes beyond
 // become 0. A few of its rows at a time, which stay in the first-level cache.
 template <class P>

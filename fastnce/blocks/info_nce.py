@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -102,6 +103,7 @@ class _Shared:
 
     def __init__(self, similarities: Similarities, rows: Rows) -> None:
         self.similarities, self.rows, self.buffer = similarities, rows, Buffer(rows.units)
+        self.factors = rows
 
     def start(self) -> None:
         self.sums = torch.zeros_like(self.rows.units)
@@ -115,7 +117,7 @@ class _Shared:
 
     def times(self, part: Tensor, at: At, out: Tensor, keep: bool, scale: float) -> None:
         """``keep out + scale sum_j part_ij k_j`` in ``out``."""
-        rows = self.rows.factors if part.dtype.itemsize == 2 else self.rows.units
+        rows = self.factors.factors if part.dtype.itemsize == 2 else self.factors.units
         product(part, rows[self._element(at)], out, keep=keep, scale=scale)
 
     def add(self, part: Tensor, query: Tensor, at: At, scale: float, last: Tensor | None) -> None:
@@ -203,11 +205,15 @@ class Problem:
         if not self.in_batch:
             found = [_Own(similarities, key.like, lambda at: key[(*at, None)])]
         if self.own:
-            rows = lambda at: key.alike(negatives[at].to(key.units.dtype))  # noqa: E731
+            rows = lambda at: key.alike(self.negatives_at(at).to(key.units.dtype))  # noqa: E731
             found.append(_Own(similarities, negatives, rows))
         elif negatives is not None:
-            found.append(_Shared(similarities, key.alike(negatives.unsqueeze(0))))
+            found.append(_Shared(similarities, key.alike(self.negatives_at(...).unsqueeze(0))))
         return found
+
+    def negatives_at(self, at: At | EllipsisType) -> Tensor:
+        """Of a block those of its queries, or all."""
+        return self.negatives[at]
 
     def blocks(self) -> Iterator[At]:
         batch, rows, depth = self.query.units.shape

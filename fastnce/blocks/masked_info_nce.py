@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Sequence
+from types import EllipsisType
 
 import torch
 from torch import Tensor
 
-from fastnce.blocks.info_nce import At, Gradients, Problem, _Own, _Sums
-from fastnce.blocks.tiles import Buffer, Rows, product
+from fastnce.blocks.info_nce import At, Gradients, Problem, _Own, _Shared, _Sums
+from fastnce.blocks.tiles import Buffer, Rows, Similarities, product
 from fastnce.registry import LEFT_OUT
 
 
@@ -31,7 +34,8 @@ def masked_info_nce_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     ids = (query_ids, key_ids, negative_ids)
     guide = (guide_query, guide_key, guide_negatives)
-    problem = _Masked(query, key, negatives, ids, guide, temperature, rank=rank, **options)
+    options |= {"rank": rank, "together": weights is not None}
+    problem = _Masked(query, key, negatives, ids, guide, temperature, **options)
     losses, lse, grads = problem.run(weights, needs)
     return losses, lse, problem.ranks, grads
 
@@ -55,15 +59,32 @@ def masked_info_nce_backward(
 ) -> Gradients:
     ids = (query_ids, key_ids, negative_ids)
     guide = (guide_query, guide_key, guide_negatives)
-    problem = _Masked(query, key, negatives, ids, guide, temperature, rank=False, **options)
+    options |= {"rank": False, "together": False}
+    problem = _Masked(query, key, negatives, ids, guide, temperature, **options)
     return problem.run(grad_loss.to(lse.dtype), needs, lse)[2]
 
 
 Side = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
+class _Keys(_Shared):
+    """The keys in batch. What is in those that are ``out`` (B, N, 1), such as NaN, reaches the gradient of their own query alone."""
+
+    def __init__(self, similarities: Similarities, rows: Rows, out: Tensor) -> None:
+        super().__init__(similarities, rows)
+        self.factors = copy.copy(rows)
+        self.factors.units = rows.units.masked_fill(out, 0)
+        self.factors.factors = rows.factors.masked_fill(out, 0)
+        self._out = rows.units.masked_fill(~out, 0)
+
+    def times(self, part: Tensor, at: At, out: Tensor, keep: bool, scale: float) -> None:
+        super().times(part, at, out, keep, scale)
+        own = torch.diagonal(part, at[1].start, -2, -1).unsqueeze(-1).to(out.dtype)
+        out.addcmul_(own, self._out[at], value=scale)
+
+
 class _Masked(Problem):
-    """The operators' arguments.
+    """The operators' arguments, and whether loss and gradients are made together.
 
     Attributes:
         ranks: the third result.
@@ -83,6 +104,7 @@ class _Masked(Problem):
         in_batch: bool,
         decoupled: bool,
         rank: bool,
+        together: bool,
     ) -> None:
         rows = (Rows(x, normalize) for x in (query, key))
         super().__init__(
@@ -98,11 +120,28 @@ class _Masked(Problem):
         self._masks = any(x is not None for both in self._of_columns for x in both)
         shape = (2, *query.shape[:2]) if symmetric else tuple(query.shape[:2])
         self.ranks = query.new_zeros(shape if rank else (0,), dtype=torch.int64)
+        if symmetric or not together:
+            # Of a query with nothing left, the sum and the positive are to be the same to the last bit, and exp(log(x)) is not x.
+            self.moderate = self.moderate and not self._masks
         self._guide_buffer = Buffer(query if guide[0] is None else guide[0])
         self._positives: Tensor | None = None
         if rank and symmetric:  # of later blocks, too
             own = _Own(self.similarities, key, lambda at: self.key[(*at, None)])
             self._positives = own.logits((slice(None), slice(None))).squeeze(-1)
+
+    @functools.cached_property
+    def columns(self) -> list[_Shared | _Own]:
+        found, ids = super().columns, self._of_columns[0][0]
+        if ids is not None:
+            found[0] = _Keys(self.similarities, self.key, (ids == LEFT_OUT).mT)
+        return found
+
+    def negatives_at(self, at: At | EllipsisType) -> Tensor:
+        found, ids = super().negatives_at(at), self._of_columns[-1][0]
+        if ids is None:
+            return found
+        ids = _of(ids, at) if self.own else ids.view(-1)
+        return found.masked_fill((ids == LEFT_OUT).unsqueeze(-1), 0)
 
     def logits(self, at: At) -> list[Tensor]:
         parts = super().logits(at)

@@ -8,10 +8,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastnce.ops import _checks
+from fastnce.ops.contrastive_distillation import contrastive_distillation
 from fastnce.ops.info_nce import info_nce
 from fastnce.ops.info_nce import over_ranks as info_nce_over_ranks
 from fastnce.ops.sigmoid_contrastive import over_ranks as sigmoid_contrastive_over_ranks
 from fastnce.ops.sigmoid_contrastive import sigmoid_contrastive
+
+LIBRARY = ("open_clip_torch", "3.3.0")  # compared with
+STANDS_FOR = {"open_clip.loss": ("ClipLoss", "SigLipLoss", "DistillClipLoss", "CoCaLoss")}
 
 
 def _expect_ranks(op: str, world_size: int) -> None:
@@ -104,6 +108,103 @@ class ClipLoss(nn.Module):
         return over_ranks(
             image, text, symmetric=True, temperature=temperature, gradient_scale="sum"
         )
+
+
+class DistillClipLoss(ClipLoss):
+    """``ClipLoss`` and the cross-entropy with a teacher's softmax, as ``open_clip.loss.DistillClipLoss``; in one process.
+
+    Args: those of ``ClipLoss``.
+
+    Examples:
+        >>> import torch
+        >>> image, text, *teacher = torch.nn.functional.normalize(torch.randn(4, 8, 16), dim=-1)
+        >>> contrastive, distill = DistillClipLoss()(image, text, torch.tensor(14.3), *teacher, torch.tensor(100.0))
+    """
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        dist_image_features: Tensor,
+        dist_text_features: Tensor,
+        dist_logit_scale: float | Tensor,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """Of unit rows (N, D), the student's and the teacher's, which get no gradient: both losses, or a dict of them."""
+        op = "DistillClipLoss"
+        if self.world_size > 1:
+            raise ValueError(
+                f"{op}: world_size={self.world_size} is not there. Use 1, or keep open_clip's {op}."
+            )
+        contrastive = super().forward(image_features, text_features, logit_scale)
+        distill = contrastive_distillation(
+            image_features,
+            text_features,
+            dist_image_features,
+            dist_text_features,
+            temperature=_checks.expect_scale(op, logit_scale, image_features),
+            teacher_temperature=_checks.expect_scale(
+                op, dist_logit_scale, image_features, "dist_logit_scale"
+            ),
+            normalize=False,
+            symmetric=True,
+        )
+        if output_dict:
+            return {"contrastive_loss": contrastive, "distill_loss": distill}
+        return contrastive, distill
+
+
+class CoCaLoss(ClipLoss):
+    """``ClipLoss`` and a caption's cross-entropy, each with its weight, as ``open_clip.loss.CoCaLoss``.
+
+    Args:
+        caption_loss_weight: of the caption's cross-entropy.
+        clip_loss_weight: of ``ClipLoss``.
+        pad_id: the label that is no token.
+        others: those of ``ClipLoss``.
+
+    Examples:
+        >>> import torch
+        >>> image, text = torch.nn.functional.normalize(torch.randn(2, 8, 16), dim=-1)
+        >>> logits, labels = torch.randn(8, 5, 100), torch.randint(100, (8, 5))
+        >>> clip, caption = CoCaLoss(2.0, 1.0)(image, text, logits, labels, torch.tensor(14.3))
+    """
+
+    def __init__(
+        self,
+        caption_loss_weight: float,
+        clip_loss_weight: float,
+        pad_id: int = 0,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod)
+        self.clip_loss_weight, self.caption_loss_weight = clip_loss_weight, caption_loss_weight
+        self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        logit_scale: float | Tensor,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """Of unit rows (N, D), and logits (N, L, V) of labels (N, L): both losses, or a dict of them."""
+        contrastive = logits.new_zeros(())
+        if self.clip_loss_weight:
+            contrastive = super().forward(image_features, text_features, logit_scale)
+            contrastive = self.clip_loss_weight * contrastive
+        caption = self.caption_loss_weight * self.caption_loss(logits.mT, labels)
+        if output_dict:
+            return {"contrastive_loss": contrastive, "caption_loss": caption}
+        return contrastive, caption
 
 
 class SigLipLoss(nn.Module):

@@ -177,6 +177,47 @@ def expect_bias(op: str, bias: object, like: Tensor) -> Tensor:
     return torch.ones((), dtype=dtype, device=like.device) * float(bias)
 
 
+def expect_numbers(
+    op: str,
+    name: str,
+    x: object,
+    shape: tuple[int, ...],
+    like: Tensor,
+    *,
+    why: str = "one for each row",
+    sign: str = "",
+    hint: str = "",
+) -> Tensor:
+    """``x`` of finite floats, of this shape, in the dtype of the sums of ``like``; ``sign``: "positive" or "not negative".
+
+    ``why`` it has that shape; ``hint``, how to put a wrong number right. As a temperature's, numbers on an accelerator, or that a compiler traces, are not read: NaN takes the place of a wrong one.
+    """
+    expect_tensor(op, name, x, shape)
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floats, got {x.dtype}. Use {name}.float().")
+    expect_shape(op, name, x, shape, why)
+    expect_beside(op, name, x, "query", like)
+    x = x.to(torch.promote_types(like.dtype, torch.float32))
+    wrong = ~x.isfinite()
+    if sign:
+        wrong = wrong | (x <= 0 if sign == "positive" else x < 0)
+    if not is_on_host(x):
+        return x.masked_fill(wrong, math.nan)
+    if wrong.any():
+        must = f"{sign} and finite" if sign else "finite"
+        raise ValueError(f"{op}: {name} must be {must}, got {x[wrong][0].item()}. {hint}".rstrip())
+    return x
+
+
+def expect_number_within(op: str, name: str, number: object, low: float, high: float) -> float:
+    """``number`` as a float from ``low`` to ``high``."""
+    if isinstance(number, bool) or not isinstance(number, (float, int, numbers.Real)):
+        raise TypeError(f"{op}: {name} must be a float, got {type(number).__name__}.")
+    if not low <= number <= high:
+        raise ValueError(f"{op}: {name} must be from {low:g} to {high:g}, got {number}.")
+    return float(number)
+
+
 def expect_scale(op: str, scale: object, like: Tensor, name: str = "logit_scale") -> float | Tensor:
     """The temperature whose inverse is ``scale``, positive and finite: a float, or a tensor of at least float32."""
     hint = "CLIP trains its logarithm: pass log_scale.exp()."
@@ -234,12 +275,17 @@ def _beside(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _on_host(x: Tensor) -> float | None:
-    """The number in ``x``, if it lies on the host, and no compiler, transform or fake tensor stands for it."""
+    """The number in ``x``, if it can be read."""
+    return x.item() if is_on_host(x) else None
+
+
+def is_on_host(x: Tensor) -> bool:
+    """Whether ``x`` lies on the host, and no compiler, transform or fake tensor stands for it."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
-        return None
+        return False
     if x.device.type != "cpu" or torch._C._functorch.peek_interpreter_stack() is not None:
-        return None
-    return x.item() if _get_current_dispatch_mode() is None else None
+        return False
+    return _get_current_dispatch_mode() is None
 
 
 def _expect_as_local(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
@@ -15,6 +16,7 @@ from fastnce.ops import _checks, _common
 from fastnce.ops._over_ranks import OverRanks
 from fastnce.ops.masked_info_nce import WITHOUT_ID, Masks, masks_of, rows_loss, weights_of
 from fastnce.ops.masked_info_nce import plain as masked_plain
+from fastnce.ops.softmax_shapes import is_plain, shaped_loss, softmax_of
 from fastnce.ranks import Block, Exchange, Fact, Gather
 from fastnce.reference.normalize import (
     accumulation_dtype,
@@ -49,6 +51,14 @@ def info_nce(
     weights: Tensor | None = None,
     decoupled: bool = False,
     return_rank: bool = False,
+    margin: float = 0.0,
+    angular_margin: float = 0.0,
+    hardness: float = 0.0,
+    label_smoothing: float = 0.0,
+    key_temperature: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    negative_bias: Tensor | None = None,
+    negative_weights: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""InfoNCE, the contrastive cross-entropy (van den Oord et al. 2018, https://arxiv.org/abs/1807.03748).
@@ -65,7 +75,7 @@ def info_nce(
         positive_key: the shape of ``query``; row i is the positive of query i.
         negative_keys: None for the other rows of ``positive_key``; (M, D) shared by all queries, such as a queue; or
             (N, M, D) / (B, N, M, D), each query's own.
-        temperature: positive float, or tensor of one element, which gets its gradient.
+        temperature: positive float, tensor of one element, or (N,) / (B, N), one for each query; tensors get their gradients.
         normalize: L2-normalise all rows (cosine); otherwise plain dot products. An all-zero row has cosine 0 with everything
             and gradient 0.
         symmetric: the mean of the losses query to key and key to query (CLIP); in-batch negatives only.
@@ -85,15 +95,28 @@ def info_nce(
         negative_mask: bool, in the shape of ``negative_ids``: False where there is no key, as in rows of different lengths.
         guide: another model's rows of ``(query, positive_key)``, or of ``(query, positive_key, negative_keys)``, shared, in any
             dimension: what it finds more similar to the query than its positive is no negative (GISTEmbed,
-            https://arxiv.org/abs/2402.16829). They get no gradient.
+            https://arxiv.org/abs/2402.16829). What is as similar, such as a duplicate, stays. They get no gradient.
         guide_margin: taken from the guide's cosine with the positive before it is compared; with ``relative_margin`` this share
             of it.
         relative_margin: see ``guide_margin``.
         weights: floats in the shape of ``query_ids``, a weight for each loss; ``"mean"`` divides by their sum. No gradient.
         decoupled: the positive is not in the sum (Yeh et al. 2021, https://arxiv.org/abs/2110.06848). The loss of a query without
-            negatives is 0.
+            negatives is 0; with ``symmetric`` also that of one whose key has none.
         return_rank: the result is ``(loss, rank)`` with how many negatives are more similar to the query than its positive, int64:
-            top-1 accuracy is ``(rank == 0).float().mean()``.
+            top-1 accuracy is ``(rank == 0).float().mean()``. Biases count, margins and hardness do not.
+        margin: taken from the similarity with the positive, before the temperature (CosFace, https://arxiv.org/abs/1801.09414).
+        angular_margin: added to the angle between query and positive, in radians (ArcFace, https://arxiv.org/abs/1801.07698).
+            Of angles that this would take past pi, the cosine less ``angular_margin * sin(angular_margin)`` is taken instead.
+        hardness: this times the similarity, without gradient, is added to the logits of the negatives.
+        label_smoothing: this share of the target is spread evenly over all candidates, the positive among them, as in
+            ``torch.nn.functional.cross_entropy``. Not with masks.
+        key_temperature: positive, in the shape of ``query_ids``: the logits of each row of ``positive_key`` are divided by its own
+            too. Only without ``negative_keys``. Gets its gradient.
+        key_bias: finite, in the shape of ``query_ids``: added to the logits of each row of ``positive_key``, also as positive, such
+            as ``-log q`` of its sampling probability (Yi et al. 2019, https://doi.org/10.1145/3298689.3346996). Gets its gradient.
+        negative_bias: the same of ``negative_keys``, in the shape of ``negative_ids``.
+        negative_weights: not negative, in the shape of ``negative_ids``: the exponential of each negative is multiplied by it. No
+            gradient.
         backend: one of ``fastnce.backends.available()``; None chooses.
 
     Returns:
@@ -122,7 +145,11 @@ def info_nce(
     _checks.expect_alike(op, "positive_key", positive_key, "query", query)
     if negative_keys is not None:
         _check_negatives(op, query, negative_keys)
-    temperature = _checks.expect_temperature(op, temperature, query)
+    numbers = (margin, angular_margin, hardness, label_smoothing)
+    of_rows = (key_temperature, key_bias, negative_bias, negative_weights)
+    plain_softmax = is_plain(temperature, *numbers, *of_rows)
+    if plain_softmax:
+        temperature = _checks.expect_temperature(op, temperature, query)
     _checks.expect_choice(op, "reduction", reduction, _common.REDUCTIONS)
     in_batch = negative_keys is None if in_batch_negatives is None else bool(in_batch_negatives)
     _check_use_of_negatives(op, negative_keys, in_batch, symmetric)
@@ -131,16 +158,29 @@ def info_nce(
 
     named = {"query_ids": query_ids, "key_ids": key_ids, "negative_ids": negative_ids}
     named |= {"key_mask": key_mask, "negative_mask": negative_mask, "guide": guide}
-    plain_call = all(x is None for x in (*named.values(), weights)) and not (
-        decoupled or return_rank
-    )
-    masks = None
-    if not plain_call:
+    masked = any(x is not None for x in named.values())
+    masks, loss_of = None, rows_loss
+    if masked or weights is not None or decoupled or return_rank or not plain_softmax:
         if similarity_dtype is not None:
-            raise ValueError(f"{op}: similarity_dtype goes with no mask, weight or rank. Drop one.")
+            raise ValueError(
+                f"{op}: similarity_dtype goes with no mask, weight or rank, and no other shape of the softmax. Drop one."
+            )
         margins = {"guide_margin": guide_margin, "relative_margin": relative_margin}
         masks = masks_of(op, query, negative_keys, in_batch, symmetric, **named, **margins)
         weights = weights_of(op, weights, query)
+        if not plain_softmax:
+            softmax, temperature = softmax_of(
+                op,
+                (query, positive_key, negative_keys),
+                temperature,
+                *numbers,
+                *of_rows,
+                normalize=normalize,
+                symmetric=symmetric,
+                decoupled=decoupled,
+                masked=masked,
+            )
+            loss_of = functools.partial(shaped_loss, softmax=softmax)
 
     batched = query.dim() == 3
     if not batched:
@@ -154,7 +194,7 @@ def info_nce(
         "in_batch": in_batch,
     }
     if masks is not None:
-        loss, rank = rows_loss(
+        loss, rank = loss_of(
             op,
             rows,
             masks,
@@ -176,7 +216,7 @@ def info_nce(
     with _common.no_autocast(query):
         if kernels is not backends.reference:
             loss = _common.fused_row_loss(
-                op, kernels, rows, None, temperature, reduction, operators=name, **options
+                op, kernels, rows, (), temperature, reduction, operators=name, **options
             )
         else:
             loss = plain(*rows, temperature, **options, similarity_dtype=similarity_dtype)

@@ -77,14 +77,14 @@ def plain(
     dtype = accumulation_dtype(query.dtype)
     rows = [
         x if x is None else x.to(dtype)
-        for x in (query, key, _left_in(negatives, masks.negative_ids))
+        for x in (query, key, left_in(negatives, masks.negative_ids))
     ]
     query, key, negatives = (normalize_rows(x) if normalize and x is not None else x for x in rows)
     positive = over_temperature((query * key).sum(dim=-1), temperature)  # (B, N)
     logits, left_out = [], []
     if in_batch:
         own = torch.eye(query.shape[-2], dtype=torch.bool, device=query.device)
-        logits.append(query @ _left_in(key, masks.key_ids).mT)
+        logits.append(query @ left_in(key, masks.key_ids).mT)
         left_out.append(_left_out(masks, masks.key_ids, masks.guide_key, logits[0]) | own)
     if negatives is not None:
         shared = negatives.dim() == 2
@@ -101,7 +101,7 @@ def plain(
     return losses, rank
 
 
-def _left_in(keys: Tensor | None, ids: Tensor | None) -> Tensor | None:
+def left_in(keys: Tensor | None, ids: Tensor | None) -> Tensor | None:
     """Zeros in the rows of padding: what is there, such as NaN, would reach gradients as a product with 0."""
     if keys is None or ids is None:
         return keys
@@ -186,15 +186,18 @@ def masks_of(
     )
 
 
-def weights_of(op: str, weights: Tensor | None, query: Tensor) -> Tensor | None:
-    """As (B, N) in the dtype of the sums."""
+def weights_of(
+    op: str, weights: Tensor | None, query: Tensor, name: str = "weights"
+) -> Tensor | None:
+    """The weights of the losses of ``query``, (N, D) or (B, N, D), as (B, N) in the dtype of the sums."""
     if weights is None:
         return None
-    _checks.expect_float_tensor(op, "weights", weights, (1, 2), "(N,) or (B, N)", may_be_empty=True)
-    _checks.expect_shape(op, "weights", weights, tuple(query.shape[:-1]), "one per query")
+    words = "(N,)" if query.dim() == 2 else "(B, N)"
+    _checks.expect_float_tensor(op, name, weights, (1, 2), words, may_be_empty=True)
+    _checks.expect_shape(op, name, weights, tuple(query.shape[:-1]), "one for each loss")
     if _common.wants_grad(weights):
         raise ValueError(
-            f"{op}: weights require a gradient, which they do not get. Pass weights.detach(), or multiply reduction='none'."
+            f"{op}: {name} require a gradient, which they do not get. Pass {name}.detach(), or multiply reduction='none'."
         )
     weights = weights.to(query.device, accumulation_dtype(query.dtype))
     return weights if weights.dim() == 2 else weights.unsqueeze(0)

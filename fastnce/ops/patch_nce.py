@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastnce import backends
 from fastnce.ops import _checks, _common
+from fastnce.ops.masked_info_nce import Masks, rows_loss, weights_of
 from fastnce.reference.normalize import accumulation_dtype, normalize_rows, over_temperature
 from fastnce.registry import Form, Make, Op, Operator, Sample, declare
 
@@ -30,8 +31,11 @@ def patch_nce(
     query_negatives: bool = False,
     detach_keys: bool = False,
     layer_weights: Sequence[float] | None = None,
+    reduction: str = "mean",
+    weights: Tensor | Sequence[Tensor] | None = None,
+    ids: Tensor | Sequence[Tensor] | None = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | list[Tensor]:
     r"""CUT's PatchNCE (Park et al. 2020, https://arxiv.org/abs/2007.15651), for one layer or all layers at once.
 
     .. math:: \ell_i = \log \Big( m e^{-10 / \tau} + \sum_j e^{s_{ij} / \tau} + \Big[ \sum_{j \ne i} e^{c_{ij} / \tau} \Big] \Big)
@@ -56,10 +60,15 @@ def patch_nce(
         detach_keys: no gradient flows to keys, in either direction: neither as negatives nor as positives. Without
             ``symmetric`` that is ``key_features.detach()``; with it, each side learns from its own direction alone.
         layer_weights: one positive float per layer in the place of 1 / L: the loss is their sum with the layers' means.
+        reduction: ``"mean"``, or ``"none"`` for the loss of each patch.
+        weights: floats (B, S), or a list of one such tensor per layer: each patch's in the mean of its layer, which is divided by
+            their sum; ``"none"`` is multiplied by them. No gradient.
+        ids: integers (B, S), or a list of one such tensor per layer: patches of the same id, such as of one segment, are no
+            negatives of each other. With ``negatives="batch"`` those of other images too. No matrix is made of this.
         backend: one of ``fastnce.backends.available()``; None chooses.
 
     Returns:
-        The loss, a scalar, float32 (float64 for float64 inputs).
+        The loss, a scalar, float32 (float64 for float64 inputs). Unreduced (B, S), or a list of these, one per layer.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -81,7 +90,12 @@ def patch_nce(
         for layer, (query, key) in enumerate(zip(queries, keys, strict=True))
     ]
     _expect_one_device(op, [query for query, _ in pairs])
-    weights = _expect_layer_weights(op, layer_weights, len(pairs))
+    of_layers = _expect_layer_weights(op, layer_weights, len(pairs))
+    _checks.expect_choice(op, "reduction", reduction, ("mean", "none"))
+    if reduction == "none" and layer_weights is not None:
+        raise ValueError(
+            f"{op}: layer_weights are for the mean over layers, which reduction='none' leaves to you. Drop one of the two."
+        )
     options = {
         "symmetric": bool(symmetric),
         "query_negatives": bool(query_negatives),
@@ -89,6 +103,27 @@ def patch_nce(
     }
     if detach_keys and not symmetric:
         pairs = [(query, key.detach()) for query, key in pairs]
+    if reduction == "none" or weights is not None or ids is not None:
+        given = zip(
+            pairs,
+            _given_by_layer(op, "weights", weights, len(pairs), single),
+            _given_by_layer(op, "ids", ids, len(pairs), single),
+            strict=True,
+        )
+        more = {"in_all": negatives == "batch", "temperature": temperature, "backend": backend}
+        losses, totals = [], []
+        for layer, (pair, *of_patches) in enumerate(given):
+            suffix = "" if single else f"[{layer}]"
+            found = _losses_of_layer(op, suffix, *pair, *of_patches, **more, **options)
+            losses.append(found[0])
+            totals.append(found[1])
+        if reduction == "none":
+            return losses[0] if single else losses
+        count = len(pairs) if layer_weights is None else 1
+        return sum(
+            x.sum() / total * (w / count)
+            for x, total, w in zip(losses, totals, of_layers, strict=True)
+        )
     if negatives == "batch":
         pairs = [tuple(x.flatten(0, 1).unsqueeze(0) for x in pair) for pair in pairs]
     loss = None
@@ -96,7 +131,7 @@ def patch_nce(
         part = _weighted_sum(
             op,
             [pairs[layer] for layer in layers],
-            [weights[layer] for layer in layers],
+            [of_layers[layer] for layer in layers],
             len(pairs) if layer_weights is None else 1,
             options,
             _checks.expect_temperature(op, temperature, pairs[layers[0]][0]),
@@ -189,6 +224,85 @@ def plain(
     if not symmetric:
         return one_way(query, key)
     return 0.5 * (one_way(query, key) + one_way(key, query))
+
+
+def _losses_of_layer(
+    op: str,
+    suffix: str,
+    query: Tensor,
+    key: Tensor,
+    weights: Tensor | None,
+    ids: Tensor | None,
+    *,
+    in_all: bool,
+    temperature: float | Tensor,
+    backend: str | None,
+    **options: bool,
+) -> tuple[Tensor, Tensor | int]:
+    """Weights times losses (B, S) of a layer's patches, and what their sum is divided by for the mean."""
+    shape = tuple(query.shape[:2])
+    weights = weights_of(op, weights, query, f"weights{suffix}")
+    if ids is not None:
+        name = f"query_features{suffix}"
+        ids = _checks.expect_labels(op, ids, query, name, f"ids{suffix}", shape)
+    if in_all:
+        query, key = (x.flatten(0, 1).unsqueeze(0) for x in (query, key))
+        ids = None if ids is None else ids.flatten().unsqueeze(0)
+    temperature = _checks.expect_temperature(op, temperature, query)
+    losses = _one_by_one(op, query, key, ids, temperature, backend, **options).view(shape)
+    if weights is None:
+        return losses, losses.numel()
+    total = weights.sum()
+    return losses * weights, total.masked_fill(total == 0, 1)
+
+
+def _one_by_one(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    ids: Tensor | None,
+    temperature: float | Tensor,
+    backend: str | None,
+    *,
+    symmetric: bool,
+    query_negatives: bool,
+    detach_keys: bool,
+) -> Tensor:
+    """The losses of ``plain``, (B, N), of which patches of the same ids are left out.
+
+    ``loss_i = log(1 + exp(d_i))``, with d the log of all other exponentials less the positive's logit: of the decoupled losses of
+    ``masked_info_nce``, which keep no matrix, and the constants.
+    """
+    masks = Masks(query_ids=ids, key_ids=ids)
+
+    def others(q: Tensor, k: Tensor) -> Tensor:
+        options = {"normalize": True, "symmetric": False, "in_batch": True, "decoupled": True}
+        rows = (q, k, None)
+        found, _ = rows_loss(
+            op, rows, masks, None, temperature, "none", backend, keep_empty=True, **options
+        )
+        return found
+
+    def one_way(q: Tensor, k: Tensor) -> Tensor:
+        k = k.detach() if detach_keys else k
+        rows, positive = others(q, k), cosine(q, k)
+        constant = over_temperature(SELF_LOGIT - positive, temperature)
+        found = torch.logaddexp(rows, constant)
+        if (
+            query_negatives
+        ):  # less the logit of the positive, in the place of that of the query itself
+            rows = others(q, q) + over_temperature(cosine(q, q).detach() - positive, temperature)
+            found = torch.logaddexp(found, torch.logaddexp(rows, constant))
+        return torch.logaddexp(found, torch.zeros_like(found))
+
+    def cosine(a: Tensor, b: Tensor) -> Tensor:
+        a, b = (normalize_rows(x.to(accumulation_dtype(x.dtype))) for x in (a, b))
+        return (a * b).sum(dim=-1)
+
+    with _common.no_autocast(query):
+        if not symmetric:
+            return one_way(query, key)
+        return 0.5 * (one_way(query, key) + one_way(key, query))
 
 
 class PatchNCEFunction(torch.autograd.Function):
@@ -284,6 +398,20 @@ def _expect_layer_weights(op: str, weights: object, count: int) -> list[float]:
     return [float(weight) for weight in weights]
 
 
+def _given_by_layer(op: str, name: str, given: object, count: int, single: bool) -> list:
+    """One tensor (B, S) for each of ``count`` layers, or None."""
+    if given is None:
+        return [None] * count
+    if single:
+        return [given]
+    if not isinstance(given, (list, tuple)) or len(given) != count:
+        got = len(given) if isinstance(given, (list, tuple)) else type(given).__name__
+        raise ValueError(
+            f"{op}: {name} must be a list of one tensor (B, S) per layer, {count} here, got {got}."
+        )
+    return list(given)
+
+
 def _as_layers(op: str, queries: object, keys: object) -> tuple[list, list]:
     if isinstance(queries, Tensor) and isinstance(keys, Tensor):
         return [queries], [keys]
@@ -345,6 +473,12 @@ def _samples(make: Make) -> Iterator[Sample]:
     published = {**weighted, "key_features": [make.similar(x) for x in queries]}
     yield Sample("weights_both_negatives_detached", published | _FORMS["both_negatives_detached"])
     yield Sample("batch_both_negatives", {**pair, **_FORMS["both_negatives"], "negatives": "batch"})
+    ids = [torch.arange(x.shape[0] * x.shape[1], device=make.device) % 5 for x in (query, *queries)]
+    ids = [x.view(y.shape[:2]) for x, y in zip(ids, (query, *queries), strict=True)]
+    heavy = [make(*x.shape, grad=False).abs() for x in ids]
+    marked = {"ids": ids[0], "weights": heavy[0], "reduction": "none"}
+    yield Sample("masked_none", {**warm, **_FORMS["both_negatives_detached"], **marked})
+    yield Sample("masked_layers", {**weighted, "ids": ids[1:], "weights": heavy[1:]})
 
 
 def _loss(queries: list[Tensor], **_: object) -> tuple[Tensor]:

@@ -91,6 +91,52 @@ def test_the_bank(their_bank):
     assert not torch.equal(ours.memory_bank.keys, BEGIN)
 
 
+def dcl(out0, out1, temperature=0.1, weights=None):
+    """Each view's rows against all others but the positive, whose similarity has a weight."""
+    rows = F.normalize(torch.cat([out0, out1]), dim=1)
+    logits, count = rows @ rows.T / temperature, len(rows)
+    itself, other = torch.arange(count), torch.arange(count).roll(len(out0))
+    positive = logits[itself, other]
+    if weights is not None:
+        positive = positive * torch.cat([weights, weights])
+    left_out = torch.zeros(count, count, dtype=torch.bool)
+    left_out[itself, itself] = left_out[itself, other] = True
+    return (logits.masked_fill(left_out, -torch.inf).logsumexp(1) - positive).mean()
+
+
+def dclw(out0, out1, sigma=0.5):
+    with torch.no_grad():
+        share = ((F.normalize(out0, dim=1) * F.normalize(out1, dim=1)).sum(1) / sigma).softmax(0)
+    return dcl(out0, out1, weights=2 - len(out0) * share)
+
+
+def squared_distance(x, y):
+    return ((x - y) ** 2).sum(1)
+
+
+DCL = {
+    "plain": ("DCLLoss", {}, dcl),
+    "temperature": ("DCLLoss", {"temperature": 0.7}, lambda *x: dcl(*x, 0.7)),
+    "weights": (
+        "DCLLoss",
+        {"weight_fn": squared_distance},
+        lambda *x: dcl(*x, weights=squared_distance(*(F.normalize(y, dim=1) for y in x))),
+    ),
+    "DCLW": ("DCLWLoss", {}, dclw),
+    "sigma": ("DCLWLoss", {"sigma": 2.0}, lambda *x: dclw(*x, 2.0)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct:UserWarning")  # theirs
+@pytest.mark.parametrize("side", THEIRS)
+@pytest.mark.parametrize("case", DCL)
+def test_decoupled(side, case):
+    name, options, theirs = DCL[case]
+    if side == "library":
+        theirs = getattr(imported("lightly.loss"), name)(**options)
+    assert_same(getattr(lightly, name)(**options), theirs, VIEW, OTHER)
+
+
 def test_a_checkpoint_of_theirs_loads():
     """Its loss has no state; ours neither takes nor leaves any."""
     loss = lightly.NTXentLoss(memory_bank_size=(12, 6))
@@ -98,8 +144,9 @@ def test_a_checkpoint_of_theirs_loads():
     loss.load_state_dict({})
 
 
-def test_signatures(library):
-    assert_same_class(lightly.NTXentLoss, library("lightly.loss").NTXentLoss)
+@pytest.mark.parametrize("name", ["NTXentLoss", "DCLLoss", "DCLWLoss"])
+def test_signatures(library, name):
+    assert_same_class(getattr(lightly, name), getattr(library("lightly.loss"), name))
 
 
 def test_what_is_refused():

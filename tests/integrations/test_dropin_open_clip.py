@@ -44,7 +44,77 @@ def test_values_and_gradients(theirs, name, bias):
     assert_same(ours, theirs(name), IMAGE[:2], TEXT[:2], SCALE.squeeze(), bias)
 
 
-@pytest.mark.parametrize("name", EQUATIONS)
+TEACHER = [draw(9, 5, seed=s, unit=True) for s in (2, 3)]
+TOKENS, LABELS = draw(9, 4, 7, seed=4), torch.arange(36).view(9, 4) % 7
+
+
+def distilled(image, text, scale):
+    logits, of_teacher = scale * image @ text.T, 20 * TEACHER[0].to(image) @ TEACHER[1].to(image).T
+    return (
+        F.cross_entropy(logits, of_teacher.softmax(1))
+        + F.cross_entropy(logits.T, of_teacher.T.softmax(1))
+    ) / 2
+
+
+def caption(tokens):
+    return F.cross_entropy(tokens.mT, LABELS, ignore_index=3)
+
+
+@pytest.mark.parametrize("side", THEIRS)
+def test_distillation(side):
+    """Both losses together: each as its own output is in ``test_outputs``."""
+
+    def of(loss):
+        return lambda x, y, scale: sum(loss(x, y, scale, *(t.to(x) for t in TEACHER), 20.0))
+
+    theirs = lambda *x: clip_loss(*x) + distilled(*x)  # noqa: E731
+    if side == "library":
+        theirs = of(imported("open_clip.loss").DistillClipLoss())
+    assert_same(of(open_clip.DistillClipLoss()), theirs, IMAGE, TEXT, SCALE)
+
+
+@pytest.mark.parametrize("weights", [(2.0, 0.5), (1.0, 0.0)])
+@pytest.mark.parametrize("side", THEIRS)
+def test_captions(side, weights):
+    def of(loss):
+        return lambda x, y, tokens, scale: sum(loss(x, y, tokens, LABELS, scale))
+
+    def theirs(x, y, tokens, scale):
+        return weights[0] * caption(tokens) + weights[1] * clip_loss(x, y, scale)
+
+    if side == "library":
+        theirs = of(imported("open_clip.loss").CoCaLoss(*weights, pad_id=3))
+    ours = of(open_clip.CoCaLoss(*weights, pad_id=3))
+    assert_same(ours, theirs, IMAGE, TEXT, TOKENS, SCALE)
+
+
+def test_outputs():
+    """Each loss where the training loop looks for it."""
+    teacher = (*TEACHER, 20.0)
+    for loss, given, expected in (
+        (
+            open_clip.DistillClipLoss(),
+            (SCALE, *teacher),
+            {
+                "contrastive_loss": clip_loss(IMAGE, TEXT, SCALE),
+                "distill_loss": distilled(IMAGE, TEXT, SCALE),
+            },
+        ),
+        (
+            open_clip.CoCaLoss(2.0, 1.0, 3),
+            (TOKENS, LABELS, SCALE),
+            {
+                "contrastive_loss": clip_loss(IMAGE, TEXT, SCALE),
+                "caption_loss": 2 * caption(TOKENS),
+            },
+        ),
+    ):
+        expected = {k: v.squeeze() for k, v in expected.items()}
+        torch.testing.assert_close(loss(IMAGE, TEXT, *given, output_dict=True), expected)
+        torch.testing.assert_close(loss(IMAGE, TEXT, *given), (*expected.values(),))
+
+
+@pytest.mark.parametrize("name", [*EQUATIONS, "DistillClipLoss", "CoCaLoss"])
 def test_signatures(library, name):
     assert_same_class(getattr(open_clip, name), getattr(library("open_clip.loss"), name))
 

@@ -28,12 +28,13 @@ CASES = {
 CASES |= {
     f"SigLipLoss, {x}": {"dist_impl": x} for x in (None, "bidir", "shift", "reduce", "gather")
 }
-CASES["NTXentLoss"] = {"gather_distributed": True}
-NUMBERS = {"ClipLoss": (9.0,), "SigLipLoss": (9.0, -2.0), "NTXentLoss": ()}
+CASES |= {name: {"gather_distributed": True} for name in ("NTXentLoss", "DCLLoss")}
+NUMBERS = {"ClipLoss": (9.0,), "SigLipLoss": (9.0, -2.0), "NTXentLoss": (), "DCLLoss": ()}
 MODULES = {
     "ClipLoss": "open_clip.loss",
     "SigLipLoss": "open_clip.loss",
     "NTXentLoss": "lightly.loss",
+    "DCLLoss": "lightly.loss",
 }
 
 
@@ -58,7 +59,7 @@ def own(rank: int) -> slice:
 def on_a_rank(_, case: str, of_fastnce: bool) -> list[Tensor]:
     """This rank's loss, and the gradients of its rows and of the numbers."""
     name, options, rank = case.split(",")[0], CASES[case], dist.get_rank()
-    if name != "NTXentLoss":
+    if MODULES[name] == "open_clip.loss":
         options = {**options, "rank": rank, "world_size": RANKS}
     library = MODULES[name].split(".")[0]
     module = imported(f"fastnce.integrations.{library}" if of_fastnce else MODULES[name])
@@ -81,6 +82,12 @@ def loss_of_rank(case: str, rank: int, left: Tensor, right: Tensor, *numbers: Te
         logits = (rows @ rows.T / 0.5).fill_diagonal_(-torch.inf)
         losses = F.cross_entropy(logits, torch.arange(len(rows)).roll(len(left)), reduction="none")
         return losses.view(2, -1)[:, mine].mean()
+    if name == "DCLLoss":
+        rows = F.normalize(torch.cat([left, right]), dim=1)
+        logits, positive = rows @ rows.T / 0.1, torch.arange(len(rows)).roll(len(left))
+        losses = -logits[torch.arange(len(rows)), positive]
+        logits = logits.fill_diagonal_(-torch.inf).scatter(1, positive[:, None], -torch.inf)
+        return (losses + logits.logsumexp(1)).view(2, -1)[:, mine].mean()
     local, grad = CASES[case]["local_loss"], CASES[case]["gather_with_grad"]
     sides = [left, right]
     gathered = sides if grad else [x.detach() for x in sides]

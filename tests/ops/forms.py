@@ -21,7 +21,7 @@ def with_option(name: str) -> list[str]:
 
 
 LOSSES = with_option("temperature")
-REDUCED = with_option("reduction")
+REDUCED = [op for op in with_option("reduction") if op != "patch_nce"]  # which has no sum
 
 
 # Words in the names of samples whose forms a backend has not: the CUDA kernels have no negatives of each query's own.
@@ -76,7 +76,8 @@ def tensors_of(sample: Sample) -> list[Tensor]:
 def rows_of(sample: Sample) -> list[str]:
     """The arguments that have rows."""
     first = {name: x[0] if isinstance(x, list) else x for name, x in sample.arguments.items()}
-    return [name for name, x in first.items() if isinstance(x, Tensor) and is_rows(x)]
+    rows = {name: x for name, x in first.items() if isinstance(x, Tensor) and is_rows(x)}
+    return [name for name in rows if name != "weights"]
 
 
 def is_rows(x: Tensor) -> bool:

@@ -77,7 +77,7 @@ def cut(query, key, t):
 
 
 def cut_of_a_batch(query, key, t):
-    return cut(query.flatten(0, 1), key.flatten(0, 1), t)
+    return cut(query.flatten(0, 1), key.flatten(0, 1), t).view(query.shape[:2])
 
 
 def cfl(query, key, t, *, symmetric=False, query_negatives=False, detach_keys=False):
@@ -182,7 +182,7 @@ for options in FORMS_OF_PATCHES:
     DEFINITIONS[f"one {name}"] = op, of_each(defined, 2), [(2, 1, 6), (2, 1, 6)]
 DEFINITIONS["batch patch_nce, all of these"] = (
     functools.partial(patch_nce, negatives="batch", **options),
-    lambda q, k, t: cfl(q.flatten(0, 1), k.flatten(0, 1), t, **FORMS_OF_PATCHES[-1]),
+    lambda q, k, t: cfl(*(x.flatten(0, 1) for x in (q, k)), t, **FORMS_OF_PATCHES[-1]).view(2, 9),
     [TWO, TWO],
 )
 
@@ -191,20 +191,26 @@ for name in ("in_batch", "symmetric", "queue", "queue_in_batch", "batched"):
     rounded = functools.partial(op, similarity_dtype=torch.float8_e4m3fn)
     DEFINITIONS[f"fp8 {name}"] = rounded, functools.partial(defined, similarity=in_fp8), shapes
 
-CASES = [(name, reduction) for name in DEFINITIONS for reduction in ("none", "mean", "sum")]
-WITHOUT_REDUCTION = {name: "mean" for name in DEFINITIONS if "patch" in name}
-WITHOUT_REDUCTION |= {"similarity": "none", "similarity_batched": "none"}
+REDUCTIONS = {name: ("none", "mean") for name in DEFINITIONS if "patch" in name}
+REDUCTIONS |= {"similarity": ("none",), "similarity_batched": ("none",)}
 
 
 @pytest.mark.parametrize(
-    ("name", "reduction"), [c for c in CASES if WITHOUT_REDUCTION.get(c[0], c[1]) == c[1]]
+    ("name", "reduction"),
+    [
+        (x, reduction)
+        for x in DEFINITIONS
+        for reduction in REDUCTIONS.get(x, ("none", "mean", "sum"))
+    ],
 )
 def test_definition(name, reduction, backend, needs_support):
     """Of patches at a temperature at which CUT's constant counts."""
     if "fp8" in name:
         needs_support("info_nce_fp8", backend)
+    if "patch" in name and reduction == "none":
+        needs_support("masked_info_nce", backend)
     op, defined, shapes = DEFINITIONS[name]
-    options = {} if name in WITHOUT_REDUCTION else {"reduction": reduction}
+    options = {} if "similarity" in name else {"reduction": reduction}
     rows = [gaussian(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
     t = torch.tensor(2.0 if "patch" in name else 0.3, dtype=torch.float64, requires_grad=True)
     got, expected = op(*rows, temperature=t, backend=backend, **options), defined(*rows, t)
