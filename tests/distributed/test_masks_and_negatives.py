@@ -1,5 +1,7 @@
 """InfoNCE over ranks with negatives of all ranks, ids, masks, weights and ranks, against one process with all rows."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -208,8 +210,8 @@ def nothing_left(group, options):
     "options", [{}, {"decoupled": True}, {"symmetric": True, "decoupled": True}]
 )
 def test_queries_without_negatives_have_loss_and_gradient_0(options, strategy, workers):
-    for reduction in ("mean", "none"):
-        given = {**options, "strategy": strategy, "reduction": reduction}
+    for reduction, backend in itertools.product(("mean", "none"), ("torch", None)):
+        given = {**options, "strategy": strategy, "reduction": reduction, "backend": backend}
         for loss, rank, grad in workers.results(nothing_left, given, ranks=2):
             assert not loss.any() and not rank.any() and not grad.any()
 
