@@ -52,6 +52,7 @@ _LAZY = {
     "distributed": ("fastnce.distributed", ""),
     "GradCache": ("fastnce.distributed", "GradCache"),
     "NegativeQueue": ("fastnce.distributed", "NegativeQueue"),
+    "integrations": ("fastnce.integrations", ""),
     "verify": ("fastnce.verification", "verify"),
 }
 
@@ -66,6 +67,7 @@ __all__ = [
     "contrastive_distillation",
     "distributed",
     "info_nce",
+    "integrations",
     "losses",
     "nt_xent",
     "pairwise_cosine_similarity",

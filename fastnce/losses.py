@@ -184,10 +184,17 @@ class SigLIPLoss(_ImageText):
     """
 
     def forward(
-        self, image: Tensor, text: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor
+        self,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor,
+        **named: Tensor,
     ) -> Tensor:
         """The loss of ``image`` and ``text`` (N, D): the mean over images of their pairs' sums.
 
         ``logit_scale`` (already exponentiated) and ``logit_bias``: floats, or tensors of one element, which get their gradients.
+        Other tensors of ``fastnce.sigmoid_contrastive``, such as ids, are passed by its names for them.
         """
-        return sigmoid_contrastive(image, text, scale=logit_scale, bias=logit_bias, **self.options)
+        numbers = {"scale": logit_scale, "bias": logit_bias}
+        return sigmoid_contrastive(image, text, **numbers, **named, **self.options)

@@ -145,6 +145,9 @@ def test_siglip_loss_is_siglips():
     torch.testing.assert_close(got, expected)
     grads = [torch.autograd.grad(x, (log_scale, bias)) for x in (got, expected)]
     torch.testing.assert_close(*grads)
+    of_same = losses.SigLIPLoss()(QUERY, KEY, 7.0, -3.0, query_ids=torch.zeros(8).long())
+    positives = -nn.functional.logsigmoid(7 * cosines.diagonal() - 3).mean()
+    torch.testing.assert_close(of_same, positives)
 
 
 @pytest.mark.parametrize("scale", [-1.0, 0, 0.0, torch.inf, torch.nan])

@@ -256,6 +256,83 @@ void block_exp_both(int64_t rows, int64_t lanes, T* z, const T* lane_offset, con
   }
 }
 
+template <class T, int kVectors>
+void exclude_equal_vectors(int64_t rows, T* z, const LaneInteger<T>* row_id,
+                           const LaneInteger<T>* lane_id) {
+  constexpr LaneInteger<T> kEvery = kEveryId;
+  Signed<T> id[kVectors], every[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    id[v] = load(lane_id + v * kLanes<T>);
+    every[v] = id[v] == kEvery;
+  }
+  for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
+    const Signed<T> of_row = splat(row_id[r]);
+    const Signed<T> whole_row = of_row == kEvery;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const Signed<T> out = (id[v] == of_row) | every[v] | whole_row;
+      T* x = z + v * kLanes<T>;
+      store(x, out ? splat(-kInfinity<T>) : load(x));
+    }
+  }
+}
+
+template <class T>
+void block_exclude_equal(int64_t rows, int64_t lanes, T* z, const LaneInteger<T>* row_id,
+                         const LaneInteger<T>* lane_id) {
+  with_vectors<T>(lanes, [&](auto count) {
+    exclude_equal_vectors<T, decltype(count)::value>(rows, z, row_id, lane_id);
+  });
+}
+
+template <class T>
+void block_exclude_positive(int64_t rows, int64_t lanes, const T* guide, T* z) {
+  for (int64_t r = 0; r < rows; ++r, guide += kWidth<T>, z += kWidth<T>) {
+    for (int64_t j = 0; j < lanes; j += kLanes<T>) {
+      store(z + j, load(guide + j) > 0 ? splat(-kInfinity<T>) : load(z + j));
+    }
+  }
+}
+
+template <class T, int kVectors, bool kRows>
+void count_above_vectors(int64_t rows, int64_t lanes, const T* z, const T* lane_bound,
+                         LaneInteger<T>* lane_count, const T* row_bound,
+                         LaneInteger<T>* row_count) {
+  Vector<T> bound[kVectors];
+  Signed<T> valid[kVectors], count[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    bound[v] = load(lane_bound + v * kLanes<T>);
+    count[v] = load(lane_count + v * kLanes<T>);
+    valid[v] = lane_numbers<T>() < static_cast<LaneInteger<T>>(lanes - v * kLanes<T>);
+  }
+  for (int64_t r = 0; r < rows; ++r, z += kWidth<T>) {
+    Signed<T> across = {};
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {  // a comparison that holds is -1
+      const Vector<T> x = load(z + v * kLanes<T>);
+      count[v] -= x > bound[v];
+      if constexpr (kRows) across -= valid[v] & (x > row_bound[r]);
+    }
+    if constexpr (kRows) row_count[r] += reduce<Sum, LaneInteger<T>>(across);
+  }
+  for (int v = 0; v < kVectors; ++v) store(lane_count + v * kLanes<T>, count[v]);
+}
+
+template <class T>
+void block_count_above(int64_t rows, int64_t lanes, const T* z, const T* lane_bound,
+                       LaneInteger<T>* lane_count, const T* row_bound, LaneInteger<T>* row_count) {
+  with_vectors<T>(lanes, [&](auto count) {
+    constexpr int kVectors = decltype(count)::value;
+    if (row_count == nullptr) {
+      count_above_vectors<T, kVectors, false>(rows, lanes, z, lane_bound, lane_count, row_bound,
+                                              row_count);
+    } else {
+      count_above_vectors<T, kVectors, true>(rows, lanes, z, lane_bound, lane_count, row_bound,
+                                             row_count);
+    }
+  });
+}
+
 // log(1 + t) of t from 0 to 1, also of small t to a few ulp: 2 artanh(u), where u is at most 1/3.
 template <class T>
 inline Vector<T> log_of_one_plus(Vector<T> t) {

@@ -21,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "exclusions.h"
 #include "logit_blocks.h"
 #include "op_arguments.h"
 #include "patch_pairs.h"
@@ -33,6 +34,12 @@ struct Needs {
   bool query, key, negatives, temperature;
 };
 
+// Of masked_info_nce: which pairs are left out.
+struct Masks {
+  const std::optional<Tensor>&query_ids, &key_ids, &negative_ids;
+  const std::optional<Tensor>&guide_query, &guide_key, &guide_negatives;
+};
+
 struct Arguments {
   const char* op;
   const Tensor& query;
@@ -43,6 +50,8 @@ struct Arguments {
   std::optional<double> self_logit;
   bool bfloat16_products;
   Needs needs;
+  const Masks* masks = nullptr;
+  bool decoupled = false;  // the positive is not in the sum
 
   int64_t batch() const { return query.size(0); }
   int64_t rows() const { return query.size(1); }
@@ -69,6 +78,7 @@ constexpr int64_t kFewRows = 256;   // no more than one group, where keys are pa
 constexpr int64_t kKeptBytes = int64_t{64} << 20;  // of logits kept at a time
 constexpr double kSafeBound = 40;                  // exp(-2 * 40) is far from underflow
 constexpr double kUsefulBound = 1e3;
+const double kLeastSum = std::exp(-60.0);
 
 // What a call asks for. Rows are flattened: row b * N + i is query i of batch element b.
 template <class T>
@@ -78,10 +88,24 @@ struct Call {
   int64_t depth;
   int64_t own_negatives = 0;             // M of negatives (B, N, M, D), else 0
   std::optional<double> constant_logit;  // already divided by the temperature
-  const double* weights = nullptr;       // d L / d loss_i per row; null: no gradients wanted
+  double* weights = nullptr;             // d L / d loss_i per row; null: no gradients wanted
   OutputRows grad_query, grad_key, grad_negatives;
   double* temperature_terms = nullptr;  // per row: its part of sum_ij G_ij z_ij
   T *loss = nullptr, *row_lse = nullptr, *column_lse = nullptr;
+  // How many logits of the row or column are above its positive's; null: not wanted.
+  int64_t *row_ranks = nullptr, *column_ranks = nullptr;
+  // Numbers of the ids, see IdNumbers; null: no in-batch key is left out by its id. The ids of own
+  // negatives, and of queries next to them, are compared as they are.
+  const LaneInteger<T>*query_numbers = nullptr, *key_numbers = nullptr;
+  const int64_t *query_ids = nullptr, *own_ids = nullptr;
+  TensorRows guide_query, guide_key;  // of depth 0: no guide
+
+  // Whether negative m of those of row i's own is left out.
+  bool left_out(int64_t i, int64_t m) const {
+    if (own_ids == nullptr) return false;
+    const int64_t id = own_ids[i * own_negatives + m];
+    return id == kLeftOut || (query_ids != nullptr && id == query_ids[i]);
+  }
 };
 
 // Columns of the matrix.
@@ -94,13 +118,18 @@ struct KeySet {
   // needed.
   SlabMatrix<P> units, summands;
   Buffer<T> rests;
-  SlabMatrix<T> gradient;  // (count, D) with respect to the unit rows, or empty
+  SlabMatrix<T> gradient;               // (count, D) with respect to the unit rows, or empty
+  const LaneInteger<T>* ids = nullptr;  // null: none is left out by its id
+  SlabMatrix<T> guide;                  // (count, G), or empty
 
   void pack(const TileKernels<T>& kernels, bool normalize, double* inverse_norms) {
     if (kPaired<P>) rests = Buffer<T>(count);
     pack_unit_rows<T, P>(
         kernels, source, first, count, normalize, 1.0,
         {&units, nullptr, kPaired<P> ? &summands : nullptr, inverse_norms, rests.data()});
+  }
+  void pack_guide(const TileKernels<T>& kernels, const TensorRows& rows) {
+    pack_unit_rows<T, T>(kernels, rows, first, count, false, 1.0, {&guide});
   }
 };
 
@@ -115,6 +144,20 @@ double log_all(const ExpSum& others, double positive, double ratio) {
   if (std::isinf(positive)) return others.log() + std::max(positive, 0.0);
   return positive + softplus(ratio);
 }
+
+// Of one sum: share is the softmax's weight on all but the positive.
+struct SumLoss {
+  double loss, lse, share;
+
+  SumLoss(const ExpSum& others, double positive, bool decoupled) {
+    const double d = log_ratio(others, positive);
+    loss = decoupled ? d : softplus(d);
+    lse = decoupled ? others.log() : log_all(others, positive, d);
+    share = decoupled ? 1 : 1 / (1 + std::exp(-d));
+  }
+};
+
+constexpr double kEmptyLse = -std::numeric_limits<double>::infinity();
 
 // P: what the large products multiply. All else is of T.
 template <class T, class P>
@@ -132,6 +175,10 @@ struct Problem {
   Buffer<double> missing;  // the softmax's weight on all but the positive, times the row's weight
   Buffer<T> offset;        // subtracted before exp; padded to whole slabs
   bool fixed_offset = false;  // the same for all rows, from a bound of the logits
+  bool safe_offset = false;   // under which no exponential becomes 0
+  // Padded to whole slabs too. rank_bound: the positives' logits as the matrix would have them.
+  Buffer<LaneInteger<T>> query_numbers;
+  Buffer<T> rank_bound;
   // Symmetric: the same of the columns, and the factors from exponentials to the gradient.
   Buffer<T> column_offset, row_weight, column_weight;
 
@@ -155,12 +202,19 @@ struct Problem {
       keys.count = rows;
       keys.pack(kernels, a.normalize, key_inverse.data());
       sets.push_back(&keys);
+      if (call.key_numbers != nullptr) keys.ids = call.key_numbers + first;
+      if (call.guide_key.depth() > 0) keys.pack_guide(kernels, call.guide_key);
+    }
+    if (call.query_numbers != nullptr) {
+      query_numbers = Buffer<LaneInteger<T>>(padded_rows(), IdNumbers<LaneInteger<T>>::kNoId);
+      std::copy_n(call.query_numbers + first, rows, query_numbers.data());
     }
     if (wants_gradients() && a.needs.key && a.in_batch) {
       keys.gradient = SlabMatrix<T>(rows, call.depth, kernels.width);
       keys.gradient.fill_zero();
     }
     if (shared != nullptr) sets.push_back(shared);
+    if (wants_ranks()) rank_bound = Buffer<T>(padded_rows(), T(0));
     if (a.symmetric) column_lse = Buffer<double>(rows);
     if (!a.in_batch) dot_positives();
     if (call.loss != nullptr) set_fixed_offset();
@@ -171,14 +225,19 @@ struct Problem {
     const double bound = logit_bound();
     if (bound > kUsefulBound) return;
     fixed_offset = true;
+    safe_offset = bound <= kSafeBound;
     // Beyond the safe bound the top of exp's range is used as well.
-    const double top = bound <= kSafeBound ? bound : bound - kSafeBound;
+    const double top = safe_offset ? bound : bound - kSafeBound;
     std::fill_n(offset.data(), offset.size(), static_cast<T>(top));
   }
+
+  // Whether a sum relative to the fixed offset has not lost what is in it.
+  bool is_trusted(double sum) const { return !(sum < kLeastSum) || (sum == 0 && safe_offset); }
 
   // Whether its rows can be solved apart from one another.
   bool separable() const { return !a.symmetric && !wants_column_products(); }
   bool wants_gradients() const { return call.weights != nullptr; }
+  bool wants_ranks() const { return call.row_ranks != nullptr; }
   bool wants_row_products() const {
     return wants_gradients() && (a.needs.query || a.needs.temperature);
   }
@@ -245,8 +304,9 @@ struct Problem {
     return top;
   }
 
-  // The row's exponentials that stand neither in the matrix nor for the positive.
-  ExpSum other_terms(int64_t i) const {
+  // The row's exponentials that stand neither in the matrix nor for the positive. Counts in `above`
+  // which are above the positive's, unless that is null.
+  ExpSum other_terms(int64_t i, int64_t* above = nullptr) const {
     ExpSum sum;
     if (call.constant_logit) sum.add_logit(*call.constant_logit);
     if (call.own_negatives == 0) return sum;
@@ -254,9 +314,18 @@ struct Problem {
     UnitRowReader<T> reader(kernels, call.negatives, a.normalize);
     Buffer<T> query(call.depth), negative(call.depth);
     queries.read(first + i, 1 / a.temperature, query.data());
+    T bound = 0;
+    if (above != nullptr) {
+      UnitRowReader<T> keys_reader(kernels, call.key, a.normalize);
+      keys_reader.read(first + i, 1.0, negative.data());
+      bound = logit(kernels, call.depth, query.data(), negative.data());
+    }
     for (int64_t m = 0; m < call.own_negatives; ++m) {
+      if (call.left_out(first + i, m)) continue;
       reader.read((first + i) * call.own_negatives + m, 1.0, negative.data());
-      sum.add_logit(logit(kernels, call.depth, query.data(), negative.data()));
+      const T z = logit(kernels, call.depth, query.data(), negative.data());
+      sum.add_logit(z);
+      if (above != nullptr && z > bound) ++*above;
     }
     return sum;
   }
@@ -267,13 +336,17 @@ struct Problem {
     const int64_t work = 64 + 4 * call.own_negatives * call.depth;
     run_blocks(end - begin, 16, work, [&](int64_t b, int64_t e) {
       for (int64_t i = begin + b; i < begin + e; ++i) {
-        ExpSum others = other_terms(i);
-        others.add(offset[i], sum(i));
-        const double d = log_ratio(others, positive[i]);
-        lse[i] = log_all(others, positive[i], d);
-        call.row_lse[first + i] = static_cast<T>(lse[i]);
-        call.loss[first + i] = static_cast<T>(softplus(d));
-        if (wants_gradients()) missing[i] = call.weights[first + i] / (1 + std::exp(-d));
+        ExpSum others = other_terms(i, wants_ranks() ? &call.row_ranks[first + i] : nullptr);
+        const double of_matrix = sum(i);
+        others.add(offset[i], of_matrix);
+        const SumLoss found(others, positive[i], a.decoupled);
+        lse[i] = found.lse;
+        call.row_lse[first + i] = static_cast<T>(found.lse);
+        call.loss[first + i] = static_cast<T>(found.loss);
+        if (wants_gradients()) missing[i] = call.weights[first + i] * found.share;
+        if (of_matrix != 0) continue;
+        if (found.lse == kEmptyLse) drop(i);
+        offset[i] = static_cast<T>(lse[i]);  // any would do; under this one no factor is infinite
       }
     });
   }
@@ -281,17 +354,28 @@ struct Problem {
   // Completes a symmetric problem.
   void finish_both_sums(const std::vector<ExpSum>& row, const std::vector<ExpSum>& column) {
     for (int64_t i = 0; i < rows; ++i) {
-      const double d = log_ratio(row[i], positive[i]), c = log_ratio(column[i], positive[i]);
-      lse[i] = log_all(row[i], positive[i], d);
-      column_lse[i] = log_all(column[i], positive[i], c);
+      const SumLoss by_row(row[i], positive[i], a.decoupled);
+      const SumLoss by_column(column[i], positive[i], a.decoupled);
+      lse[i] = by_row.lse;
+      column_lse[i] = by_column.lse;
       call.row_lse[first + i] = static_cast<T>(lse[i]);
       call.column_lse[first + i] = static_cast<T>(column_lse[i]);
-      call.loss[first + i] = static_cast<T>(0.5 * (softplus(d) + softplus(c)));
+      call.loss[first + i] = static_cast<T>(0.5 * (by_row.loss + by_column.loss));
       if (wants_gradients()) {
-        missing[i] =
-            call.weights[first + i] * 0.5 * (1 / (1 + std::exp(-d)) + 1 / (1 + std::exp(-c)));
+        missing[i] = call.weights[first + i] * 0.5 * (by_row.share + by_column.share);
       }
+      if (lse[i] == kEmptyLse || column_lse[i] == kEmptyLse) drop(i);
+      if (row[i].sum == 0) lse[i] = offset[i];  // as in finish_sums
+      if (column[i].sum == 0) column_lse[i] = offset[i];
     }
+  }
+
+  // A loss with nothing in one of its sums has no gradient, and leaves no number that is infinite.
+  void drop(int64_t i) {
+    if (wants_gradients()) call.weights[first + i] = 0;
+    missing[i] = 0;
+    if (lse[i] == kEmptyLse) lse[i] = 0;
+    if (a.symmetric && column_lse[i] == kEmptyLse) column_lse[i] = 0;
   }
 
   // Adds the gradients of rows [r0, r0 + count) that the matrix does not give and goes back from
@@ -346,13 +430,15 @@ struct Problem {
     constexpr int64_t kBlock = 64;  // summed apart, which bounds the rounding error
     UnitRowReader<T> reader(kernels, call.negatives, a.normalize);
     Buffer<T> unit_query(call.depth), row(call.depth), partial(call.depth);
-    kernels.scale(call.depth, query, query_inverse[i] / a.temperature, unit_query.data());
+    // Rounded as in other_terms, so that the softmax of a logit that dominates is 1.
+    kernels.scale(call.depth, query, query_inverse[i] * (1 / a.temperature), unit_query.data());
     for (int64_t m = 0; m < call.own_negatives; ++m) {
       if (m % kBlock == 0) std::fill_n(partial.data(), call.depth, T(0));
       const int64_t source = (first + i) * call.own_negatives + m;
       reader.read(source, 1.0, row.data());
       const double z = logit(kernels, call.depth, unit_query.data(), row.data());
-      const T g = static_cast<T>(call.weights[first + i] * std::exp(z - lse[i]));
+      const double share = call.left_out(first + i, m) ? 0 : std::exp(z - lse[i]);
+      const T g = static_cast<T>(call.weights[first + i] * share);
       kernels.add_scaled(call.depth, g, row.data(), partial.data());
       if ((m + 1) % kBlock == 0 || m + 1 == call.own_negatives) {
         kernels.add_scaled(call.depth, T(1), partial.data(), gradient);
@@ -412,6 +498,7 @@ struct Panel {
   const int64_t r0, rows, group;
   std::vector<KeyRun> runs;
   SlabMatrix<P> queries;  // (operands of D, rows) unit rows / temperature, transposed
+  SlabMatrix<T> guide;    // (G, rows), or empty
   Buffer<T> rests;        // pairs only: of the queries, padded to whole slabs
   // Per run (its keys, operands of rows), where they are kept: logits and then exponentials, of
   // pairs exponentials alone.
@@ -420,6 +507,8 @@ struct Panel {
   Buffer<double> sums;     // (runs, padded rows)
   Buffer<T> maxima;        // (runs, padded rows)
   Buffer<T> column_sums;   // (groups, keys): symmetric only
+  // How many are above the positive; as the sums.
+  Buffer<LaneInteger<T>> above, column_above;
 
   // `alone`: walked by a single thread, which needs no more than one task.
   Panel(Problem<T, P>& p, int64_t r0_, int64_t rows_, bool alone)
@@ -428,6 +517,10 @@ struct Panel {
     pack_unit_rows<T, P>(p.kernels, p.call.query, p.first + r0, rows, p.a.normalize,
                          1 / p.a.temperature,
                          {nullptr, &queries, nullptr, &p.query_inverse[r0], rests.data()});
+    if (p.call.guide_query.depth() > 0) {
+      pack_unit_rows<T, T>(p.kernels, p.call.guide_query, p.first + r0, rows, false, 1.0,
+                           {nullptr, &guide});
+    }
     for (size_t s = 0; s < p.sets.size(); ++s) {
       add_runs(static_cast<int64_t>(s), p.sets[s]->count, alone);
     }
@@ -468,6 +561,11 @@ struct Panel {
   double sum(int64_t r) const {
     double total = 0;
     for (size_t run = 0; run < runs.size(); ++run) total += sums[run * padded() + r];
+    return total;
+  }
+  int64_t count_above(int64_t r) const {
+    int64_t total = 0;
+    for (size_t run = 0; run < runs.size(); ++run) total += above[run * padded() + r];
     return total;
   }
   T maximum(int64_t r) const {
@@ -543,6 +641,43 @@ void take_positives(Problem<T, P>& p, int64_t j0, int64_t j1, int64_t i0, int64_
   }
 }
 
+// Leaves pairs out of a block of logits; `scratch` is for the guide's products.
+template <class T, class P>
+void exclude(const Problem<T, P>& p, const Panel<T, P>& panel, const KeySet<T, P>& set, int64_t j0,
+             int64_t count, int64_t slab, T* z, T* scratch) {
+  const TileKernels<T>& kernels = p.kernels;
+  const int64_t lanes = panel.queries.lanes(slab);
+  if (set.ids != nullptr) {
+    kernels.block_exclude_equal(count, lanes, z, set.ids + j0,
+                                &p.query_numbers[panel.r0 + slab * kernels.width]);
+  }
+  if (!set.guide) return;
+  kernels.multiply(count, panel.guide.rows(), lanes, set.guide.at(j0, 0), set.guide.slab_size(),
+                   panel.guide.at(0, slab), scratch, false);
+  kernels.block_exclude_positive(count, lanes, scratch, z);
+}
+
+// The positives' logits by the products that make the matrix: no duplicate is above its original.
+template <class T, class P>
+void find_rank_bounds(Problem<T, P>& p, const Panel<T, P>& panel) {
+  const int64_t width = p.kernels.width, depth = operands<P>(p.call.depth);
+  run_workers(panel.queries.slabs(), width * width * depth, [&](TaskQueue& queue) {
+    KeyBlocks<T, P> units(p, p.keys);
+    Buffer<T> z(width * width);
+    for (int64_t s; queue.next(s);) {
+      const int64_t lanes = panel.queries.lanes(s), row = panel.r0 + s * width;
+      units.move_to(row, row + lanes);
+      multiply(p.kernels, lanes, depth, lanes, units.units_at(0), units.slab_size(),
+               panel.queries.at(0, s), z.data(), false);
+      if constexpr (kPaired<P>) {
+        p.kernels.pairs->scale_block(lanes, lanes, z.data(), &panel.rests[s * width],
+                                     units.rests());
+      }
+      for (int64_t i = 0; i < lanes; ++i) p.rank_bound[row + i] = z[i * width + i];
+    }
+  });
+}
+
 // Where the values of a block are: in scratch memory of the task or, of numbers, where they are
 // kept. Pairs are kept beside it, for the products need them paired along the other side too.
 template <class T, class P>
@@ -566,6 +701,7 @@ struct SweepOptions {
   Epilogue epilogue;
   bool again = false;     // the logits, or their exponentials, were kept by an earlier walk
   bool products = false;  // multiply the results with the keys
+  bool ranks = false;     // count the logits above their positives'
 };
 
 // One walk over runs [first, last).
@@ -573,7 +709,7 @@ template <class T, class P>
 void sweep(Problem<T, P>& p, Panel<T, P>& panel, const SweepOptions& options, int64_t first,
            int64_t last) {
   const TileKernels<T>& kernels = p.kernels;
-  const auto [epilogue, again, products] = options;
+  const auto [epilogue, again, products, ranks] = options;
   const int64_t width = kernels.width, depth = p.call.depth, groups = panel.groups();
   const int64_t padded = panel.padded(), run_count = panel.run_count();
   if (products && first == 0) panel.products = SlabMatrix<T>(run_count * panel.rows, depth, width);
@@ -583,11 +719,16 @@ void sweep(Problem<T, P>& p, Panel<T, P>& panel, const SweepOptions& options, in
     panel.maxima = Buffer<T>(run_count * padded, -std::numeric_limits<T>::infinity());
   }
   if (epilogue == Epilogue::kExpBoth) panel.column_sums = Buffer<T>(groups * p.rows, T(0));
+  if (ranks) panel.above = Buffer<LaneInteger<T>>(run_count * padded, 0);
+  if (ranks && p.call.column_ranks != nullptr) {
+    panel.column_above = Buffer<LaneInteger<T>>(groups * p.rows, 0);
+  }
 
   if (first == last) return;
   const int64_t work = panel.keys_of(first) * depth * panel.group;
   run_workers(groups * (last - first), work, [&](TaskQueue& queue) {
-    Buffer<T> scratch(kKeyBlock * width), block_sum(width);
+    Buffer<T> scratch(kKeyBlock * width), block_sum(width), guide_scratch;
+    if (panel.guide) guide_scratch = Buffer<T>(kKeyBlock * width);
     Buffer<P> pairs;
     if (kPaired<P>) pairs = Buffer<P>(operands<P>(kKeyBlock) * width);
     for (int64_t task; queue.next(task);) {
@@ -618,6 +759,14 @@ void sweep(Problem<T, P>& p, Panel<T, P>& panel, const SweepOptions& options, in
               kernels.pairs->scale_block(count, lanes, z, &panel.rests[s * width], units.rests());
             }
             if (set.own) take_positives(p, j0, j1, row, lanes, z);
+            exclude(p, panel, set, j0, count, s, z, guide_scratch.data());
+            if (ranks) {
+              const bool both = panel.column_above.size() > 0;
+              kernels.block_count_above(count, lanes, z, &p.rank_bound[row],
+                                        &panel.above[run * padded + s * width],
+                                        both ? &p.rank_bound[j0] : nullptr,
+                                        both ? &panel.column_above[g * p.rows + j0] : nullptr);
+            }
           } else if constexpr (kPaired<P>) {
             kernels.pairs->widen_block(count, lanes, block.kept, z);
           }
@@ -699,13 +848,12 @@ void add_to_keys(const Problem<T, P>& p, const Panel<T, P>& panel, const SlabMat
 // Where a row's sum then comes out too small to be trusted, the maximum is taken after all.
 
 constexpr int64_t kPanelLimit = 8 * kGroupRows;
-const double kLeastSum = std::exp(-60.0);
 
 // NaN counts as trusted: it is what the equation gives.
 template <class T, class P>
 bool sums_are_trusted(const Panel<T, P>& panel) {
   for (int64_t r = 0; r < panel.rows; ++r) {
-    if (panel.sum(r) < kLeastSum) return false;
+    if (!panel.problem.is_trusted(panel.sum(r))) return false;
   }
   return true;
 }
@@ -714,11 +862,12 @@ bool sums_are_trusted(const Panel<T, P>& panel) {
 template <class T, class P>
 void sum_panel(Problem<T, P>& p, Panel<T, P>& panel, bool products, bool fixed) {
   const int64_t runs = panel.run_count();
+  const bool ranks = p.wants_ranks();
   if (fixed) {
-    sweep(p, panel, {Epilogue::kExp, false, products}, 0, runs);
+    sweep(p, panel, {Epilogue::kExp, false, products, ranks}, 0, runs);
     if (sums_are_trusted(panel)) return;
   }
-  sweep(p, panel, {Epilogue::kMaximum}, 0, runs);
+  sweep(p, panel, {Epilogue::kMaximum, false, false, ranks && !fixed}, 0, runs);
   for (int64_t r = 0; r < panel.rows; ++r) p.offset[panel.r0 + r] = panel.maximum(r);
   const bool kept = !kPaired<P> && runs > 0 && panel.logits[0];  // of pairs, exponentials alone
   sweep(p, panel, {Epilogue::kExp, kept, products}, 0, runs);
@@ -740,6 +889,21 @@ void for_panels(Problem<T, P>& p, const RowRange& range, int64_t limit, const Bo
   for (int64_t r0 = range.begin; r0 < range.end; r0 += limit) {
     Panel<T, P> panel(p, r0, std::min(limit, range.end - r0), range.alone);
     body(panel);
+  }
+}
+
+// What must be known before ranks are counted.
+template <class T, class P>
+void prepare_ranks(Problem<T, P>& p, const RowRange& range) {
+  if (!p.wants_ranks()) return;
+  for_panels(p, range, kPanelLimit, [&](Panel<T, P>& panel) { find_rank_bounds(p, panel); });
+}
+
+template <class T, class P>
+void store_ranks(const Problem<T, P>& p, const Panel<T, P>& panel) {
+  if (!p.wants_ranks()) return;
+  for (int64_t r = 0; r < panel.rows; ++r) {
+    p.call.row_ranks[p.first + panel.r0 + r] = panel.count_above(r);
   }
 }
 
@@ -816,9 +980,11 @@ void solve_rows(Problem<T, P>& p, const RowRange& range) {
     return p.call.weights[p.first + i] * std::exp(p.offset[i] - p.lse[i]);
   };
   const int64_t limit = one_pass ? std::min(fit, kPanelLimit) : kPanelLimit;
+  prepare_ranks(p, range);
   for_panels(p, range, limit, [&](Panel<T, P>& panel) {
     if (one_pass && keep) panel.keep_logits(0, panel.run_count());
     sum_panel(p, panel, one_pass && p.wants_row_products(), p.fixed_offset);
+    store_ranks(p, panel);
     p.finish_sums(panel.r0, panel.r0 + panel.rows,
                   [&](int64_t i) { return panel.sum(i - panel.r0); });
     if (!one_pass) return;
@@ -835,13 +1001,18 @@ template <class T, class P>
 void solve_rows_from_lse(Problem<T, P>& p, const RowRange& range, const T* row_lse) {
   for (int64_t i = range.begin; i < range.end; ++i) {
     p.lse[i] = row_lse[p.first + i];
-    p.offset[i] = row_lse[p.first + i];
+    if (p.lse[i] == kEmptyLse && p.a.decoupled) p.drop(i);
+    p.offset[i] = static_cast<T>(p.lse[i]);
   }
   const auto weight = [&](int64_t i) { return p.call.weights[p.first + i]; };
   gradient_pass(p, range, Epilogue::kExp, weight, [&](const Panel<T, P>& panel) {
     const int64_t work = 16 + 4 * p.call.own_negatives * p.call.depth;
     run_blocks(panel.rows, 16, work, [&](int64_t begin, int64_t end) {
       for (int64_t i = panel.r0 + begin; i < panel.r0 + end; ++i) {
+        if (p.a.decoupled) {
+          p.missing[i] = weight(i);
+          continue;
+        }
         const double others = std::exp(p.other_terms(i).log() - p.lse[i]);
         const double rest = std::isinf(p.lse[i]) ? 1 - std::exp(p.positive[i] - p.lse[i])
                                                  : panel.sum(i - panel.r0) + others;
@@ -855,8 +1026,10 @@ void solve_rows_from_lse(Problem<T, P>& p, const RowRange& range, const T* row_l
 template <class T, class P>
 std::vector<ExpSum> sums_by_maximum(Problem<T, P>& p) {
   std::vector<ExpSum> sums(p.rows);
+  prepare_ranks(p, all_rows(p));
   for_panels(p, all_rows(p), kPanelLimit, [&](Panel<T, P>& panel) {
     sum_panel(p, panel, false, false);
+    store_ranks(p, panel);
     for (int64_t r = 0; r < panel.rows; ++r) {
       sums[panel.r0 + r].add(p.offset[panel.r0 + r], panel.sum(r));
     }
@@ -898,18 +1071,23 @@ void solve_symmetric(Problem<T, P>& p) {
     const auto finish_sums = [&] {
       for (int64_t i = 0; i < p.rows; ++i) {
         column[i].add(p.offset[i], column_sum[i]);
-        fixed = fixed && !(row[i].sum < kLeastSum) && !(column[i].sum < kLeastSum);
+        fixed = fixed && p.is_trusted(row[i].sum) && p.is_trusted(column[i].sum);
       }
       if (fixed) p.finish_both_sums(row, column);
     };
+    prepare_ranks(p, all_rows(p));
     for_panels(p, all_rows(p), whole ? p.rows : kPanelLimit, [&](Panel<T, P>& panel) {
       if (whole) panel.keep_logits(0, panel.run_count());
-      sweep(p, panel, {Epilogue::kExpBoth}, 0, panel.run_count());
+      sweep(p, panel, {Epilogue::kExpBoth, false, false, p.wants_ranks()}, 0, panel.run_count());
+      store_ranks(p, panel);
       for (int64_t r = 0; r < panel.rows; ++r) {
         row[panel.r0 + r].add(p.offset[panel.r0 + r], panel.sum(r));
       }
       for (int64_t g = 0; g < panel.groups(); ++g) {
         for (int64_t j = 0; j < p.rows; ++j) column_sum[j] += panel.column_sums[g * p.rows + j];
+        for (int64_t j = 0; j < p.rows && p.wants_ranks(); ++j) {
+          p.call.column_ranks[p.first + j] += panel.column_above[g * p.rows + j];
+        }
       }
       if (!whole) return;
       finish_sums();
@@ -927,6 +1105,8 @@ void solve_symmetric(Problem<T, P>& p) {
   if (!fixed) {
     Call<T> swapped = p.call;
     std::swap(swapped.query, swapped.key);
+    std::swap(swapped.query_numbers, swapped.key_numbers);
+    swapped.row_ranks = std::exchange(swapped.column_ranks, nullptr);
     swapped.weights = nullptr;
     Problem<T, P> columns(p.kernels, swapped, p.first, p.rows, nullptr);
     p.finish_both_sums(sums_by_maximum(p), sums_by_maximum(columns));
@@ -942,9 +1122,12 @@ void solve_symmetric_from_lse(Problem<T, P>& p, const T* row_lse, const T* colum
   for (int64_t i = 0; i < p.rows; ++i) {
     p.lse[i] = row_lse[p.first + i];
     p.column_lse[i] = column_lse[p.first + i];
-    p.missing[i] =
-        -0.5 * p.call.weights[p.first + i] *
-        (std::expm1(p.positive[i] - p.lse[i]) + std::expm1(p.positive[i] - p.column_lse[i]));
+    const double by_row = std::expm1(p.positive[i] - p.lse[i]);
+    const double by_column = std::expm1(p.positive[i] - p.column_lse[i]);
+    const double shares = p.a.decoupled ? 2 : -(by_row + by_column);
+    p.missing[i] = 0.5 * p.call.weights[p.first + i] * shares;
+    const bool empty = p.lse[i] == kEmptyLse || p.column_lse[i] == kEmptyLse;
+    if (empty && p.a.decoupled) p.drop(i);
   }
   symmetric_gradients(p, false);
   gradient_pass(p, all_rows(p), Epilogue::kApart, [](int64_t) { return 1.0; });
@@ -959,7 +1142,8 @@ class Job {
  public:
   const int64_t rows, problems, size;  // of the whole call; `size` rows in each problem
 
-  Job(const Arguments& a, const double* weights, Gradients& gradients, T* loss, T* lse)
+  Job(const Arguments& a, double* weights, Gradients& gradients, T* loss, T* lse,
+      int64_t* ranks = nullptr)
       : rows(a.batch() * a.rows()),
         problems(a.in_batch ? a.batch() : 1),
         size(rows / problems),
@@ -979,12 +1163,21 @@ class Job {
     call_.loss = loss;
     call_.row_lse = lse;
     call_.column_lse = a.symmetric ? lse + rows : nullptr;
+    call_.row_ranks = ranks;
+    if (a.symmetric && ranks != nullptr) {
+      call_.column_ranks = ranks + rows;
+      std::fill_n(call_.column_ranks, rows, 0);
+    }
+    if (a.masks != nullptr) set_masks(*a.masks);
     if (!a.shared_negatives()) return;
     shared_.source = call_.negatives;
     shared_.count = a.negatives->size(0);
     // Few queries meet each key once: then keys are packed on the way.
     if (problems > 1 || size > kFewRows || shared_.count < 4 * size) {
       shared_.pack(kernels_, a.normalize, nullptr);
+    }
+    if (a.masks != nullptr && a.masks->guide_negatives.has_value()) {
+      shared_.pack_guide(kernels_, TensorRows(*a.masks->guide_negatives));
     }
     if (weights != nullptr && a.needs.negatives) {
       shared_.gradient = SlabMatrix<T>(shared_.count, a.depth(), kernels_.width);
@@ -1018,9 +1211,39 @@ class Job {
   }
 
  private:
+  using Label = LaneInteger<T>;
+
+  void set_masks(const Masks& masks) {
+    const bool own = call_.a.own_negatives(), of_negatives = masks.negative_ids.has_value();
+    if (masks.key_ids.has_value() || (of_negatives && !own)) {
+      const IdNumbers<Label> numbers(masks.query_ids, rows);
+      query_numbers_ = numbers.queries();
+      call_.query_numbers = query_numbers_.data();
+      if (masks.key_ids.has_value()) {
+        key_numbers_ = numbers.of_keys(*masks.key_ids);
+        call_.key_numbers = key_numbers_.data();
+      }
+      if (of_negatives && !own) {
+        negative_numbers_ = numbers.of_keys(*masks.negative_ids);
+        shared_.ids = negative_numbers_.data();
+      }
+    }
+    if (of_negatives && own) {
+      own_ids_.emplace(*masks.negative_ids);
+      call_.own_ids = own_ids_->data();
+      if (masks.query_ids.has_value()) query_ids_.emplace(*masks.query_ids);
+      if (masks.query_ids.has_value()) call_.query_ids = query_ids_->data();
+    }
+    if (!masks.guide_query.has_value()) return;
+    call_.guide_query = TensorRows(*masks.guide_query);
+    if (masks.guide_key.has_value()) call_.guide_key = TensorRows(*masks.guide_key);
+  }
+
   const TileKernels<T>& kernels_;
   Gradients& gradients_;
   std::vector<double> temperature_terms_;
+  std::vector<Label> query_numbers_, key_numbers_, negative_numbers_;
+  std::optional<Ids> query_ids_, own_ids_;
   Call<T> call_;
   KeySet<T, P> shared_;
 };
@@ -1109,6 +1332,37 @@ void check(const Arguments& a) {
                   ": symmetric needs in_batch, no negatives and no self_logit.");
 }
 
+void check(const Arguments& a, const Masks& masks) {
+  check(a);
+  const auto check_ids = [&](const char* name, const std::optional<Tensor>& ids,
+                             const std::vector<int64_t>& shape) {
+    if (ids.has_value()) check_rows(a.op, name, *ids, ScalarType::Long, shape);
+  };
+  const std::vector<int64_t> rows = {a.batch(), a.rows()};
+  check_ids("query_ids", masks.query_ids, rows);
+  check_ids("key_ids", masks.key_ids, rows);
+  if (a.negatives.has_value()) {
+    const auto sizes = a.negatives->sizes();
+    check_ids("negative_ids", masks.negative_ids, {sizes.begin(), sizes.end() - 1});
+  }
+  STD_TORCH_CHECK(a.negatives.has_value() || !masks.negative_ids.has_value(), a.op,
+                  ": negative_ids without negatives.");
+  const auto check_guide = [&](const char* name, const std::optional<Tensor>& guide, bool wanted,
+                               std::vector<int64_t> shape) {
+    STD_TORCH_CHECK(guide.has_value() == wanted, a.op, ": ", name,
+                    wanted ? " is missing." : " without its rows.");
+    if (wanted) shape.push_back(masks.guide_query->size(masks.guide_query->dim() - 1));
+    if (wanted) check_rows(a.op, name, *guide, a.acc(), shape);
+  };
+  const bool guided = masks.guide_query.has_value();
+  check_guide("guide_query", masks.guide_query, guided, rows);
+  check_guide("guide_key", masks.guide_key, guided && a.in_batch, rows);
+  check_guide("guide_negatives", masks.guide_negatives, guided && a.shared_negatives(),
+              {a.shared_negatives() ? a.negatives->size(0) : 0});
+  STD_TORCH_CHECK(!guided || !(a.symmetric || a.own_negatives()), a.op,
+                  ": a guide needs one direction and no negatives of each query's own.");
+}
+
 Gradients new_gradients(const Arguments& a, bool wanted) {
   const bool negatives = a.negatives.has_value() && wanted && a.needs.negatives;
   return {new_gradient(a.query, wanted && a.needs.query),
@@ -1121,29 +1375,19 @@ void solve_forward(Problem<T, P>& problem, const RowRange& range) {
   problem.a.symmetric ? solve_symmetric(problem) : solve_rows(problem, range);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_forward(
-    const Tensor& query, const Tensor& key, const std::optional<Tensor>& negatives,
-    const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
-    bool symmetric, bool in_batch, std::optional<double> self_logit, bool bfloat16_products,
-    std::optional<double> grad_scale, bool mean, bool need_query, bool need_key,
-    bool need_negatives, bool need_temperature) {
-  const char* op = "info_nce_forward";
-  const double tau = temperature_value(op, temperature_tensor, temperature);
-  const Needs needs{need_query, need_key, need_negatives, need_temperature};
-  const Arguments a{op,        query,    key,        negatives,         tau,  normalize,
-                    symmetric, in_batch, self_logit, bfloat16_products, needs};
-  check(a);
-  if (grad_scale && mean) *grad_scale /= static_cast<double>(a.batch() * a.rows());
-  Gradients gradients = new_gradients(a, grad_scale.has_value());
-  const Tensor loss = new_tensor(query, {a.batch(), a.rows()}, a.acc());
-  const Tensor lse = new_tensor(query, a.lse_shape(), a.acc());
-  std::vector<double> weights;
-  if (grad_scale) weights.assign(a.batch() * a.rows(), *grad_scale);
+// loss, lse and gradients. weights: one of each loss, or null for no gradients. ranks: filled,
+// unless null.
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Results forward(const Arguments& a, double* weights, int64_t* ranks) {
+  Gradients gradients = new_gradients(a, weights != nullptr);
+  const Tensor loss = new_tensor(a.query, {a.batch(), a.rows()}, a.acc());
+  const Tensor lse = new_tensor(a.query, a.lse_shape(), a.acc());
   with_operands(a.acc(), a.bfloat16_products, [&](auto sum, auto operand) {
     using T = decltype(sum);
     using P = decltype(operand);
-    solve_one(std::make_unique<Job<T, P>>(a, grad_scale ? weights.data() : nullptr, gradients,
-                                          loss.mutable_data_ptr<T>(), lse.mutable_data_ptr<T>()),
+    solve_one(std::make_unique<Job<T, P>>(a, weights, gradients, loss.mutable_data_ptr<T>(),
+                                          lse.mutable_data_ptr<T>(), ranks),
               solve_forward<T, P>);
   });
   return {loss,
@@ -1151,7 +1395,51 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_forward(
           gradients.query,
           gradients.key,
           gradients.negatives,
-          new_scalar(query, grad_scale.has_value() && need_temperature, gradients.temperature)};
+          new_scalar(a.query, weights != nullptr && a.needs.temperature, gradients.temperature)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Arguments& a, const Tensor& grad_loss,
+                                                    const Tensor& lse) {
+  check_rows(a.op, "grad_loss", grad_loss, a.acc(), {a.batch(), a.rows()});
+  check_rows(a.op, "lse", lse, a.acc(), a.lse_shape());
+  const Tensor sums = torch::stable::contiguous(lse);
+  Gradients gradients = new_gradients(a, true);
+  std::vector<double> weights = to_vector<double>(grad_loss);
+  with_operands(a.acc(), a.bfloat16_products, [&](auto sum, auto operand) {
+    using T = decltype(sum);
+    using P = decltype(operand);
+    const T* row_lse = sums.const_data_ptr<T>();
+    const T* column_lse = a.symmetric ? row_lse + a.batch() * a.rows() : nullptr;
+    solve_one(std::make_unique<Job<T, P>>(a, weights.data(), gradients, nullptr, nullptr),
+              [&](Problem<T, P>& problem, const RowRange& range) {
+                if (a.symmetric) {
+                  solve_symmetric_from_lse(problem, row_lse, column_lse);
+                } else {
+                  solve_rows_from_lse(problem, range, row_lse);
+                }
+              });
+  });
+  return {gradients.query, gradients.key, gradients.negatives,
+          new_scalar(a.query, a.needs.temperature, gradients.temperature)};
+}
+
+Results info_nce_forward(const Tensor& query, const Tensor& key,
+                         const std::optional<Tensor>& negatives,
+                         const std::optional<Tensor>& temperature_tensor, double temperature,
+                         bool normalize, bool symmetric, bool in_batch,
+                         std::optional<double> self_logit, bool bfloat16_products,
+                         std::optional<double> grad_scale, bool mean, bool need_query,
+                         bool need_key, bool need_negatives, bool need_temperature) {
+  const char* op = "info_nce_forward";
+  const double tau = temperature_value(op, temperature_tensor, temperature);
+  const Needs needs{need_query, need_key, need_negatives, need_temperature};
+  const Arguments a{op,        query,    key,        negatives,         tau,  normalize,
+                    symmetric, in_batch, self_logit, bfloat16_products, needs};
+  check(a);
+  if (grad_scale && mean) *grad_scale /= static_cast<double>(a.batch() * a.rows());
+  std::vector<double> weights;
+  if (grad_scale) weights.assign(a.batch() * a.rows(), *grad_scale);
+  return forward(a, grad_scale ? weights.data() : nullptr, nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward(
@@ -1166,27 +1454,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward(
   const Arguments a{op,        query,    key,        negatives,         tau,  normalize,
                     symmetric, in_batch, self_logit, bfloat16_products, needs};
   check(a);
-  check_rows(op, "grad_loss", grad_loss, a.acc(), {a.batch(), a.rows()});
-  check_rows(op, "lse", lse, a.acc(), a.lse_shape());
-  const Tensor sums = torch::stable::contiguous(lse);
-  Gradients gradients = new_gradients(a, true);
-  const std::vector<double> weights = to_vector<double>(grad_loss);
-  with_operands(a.acc(), a.bfloat16_products, [&](auto sum, auto operand) {
-    using T = decltype(sum);
-    using P = decltype(operand);
-    const T* row_lse = sums.const_data_ptr<T>();
-    const T* column_lse = symmetric ? row_lse + a.batch() * a.rows() : nullptr;
-    solve_one(std::make_unique<Job<T, P>>(a, weights.data(), gradients, nullptr, nullptr),
-              [&](Problem<T, P>& problem, const RowRange& range) {
-                if (symmetric) {
-                  solve_symmetric_from_lse(problem, row_lse, column_lse);
-                } else {
-                  solve_rows_from_lse(problem, range, row_lse);
-                }
-              });
-  });
-  return {gradients.query, gradients.key, gradients.negatives,
-          new_scalar(query, need_temperature, gradients.temperature)};
+  return backward(a, grad_loss, lse);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> masked_info_nce_forward(
+    const Tensor& query, const Tensor& key, const std::optional<Tensor>& negatives,
+    const std::optional<Tensor>& query_ids, const std::optional<Tensor>& key_ids,
+    const std::optional<Tensor>& negative_ids, const std::optional<Tensor>& guide_query,
+    const std::optional<Tensor>& guide_key, const std::optional<Tensor>& guide_negatives,
+    const std::optional<Tensor>& weights, const std::optional<Tensor>& temperature_tensor,
+    double temperature, bool normalize, bool symmetric, bool in_batch, bool decoupled,
+    bool bfloat16_products, bool rank, bool need_query, bool need_key, bool need_negatives,
+    bool need_temperature) {
+  const char* op = "masked_info_nce_forward";
+  const double tau = temperature_value(op, temperature_tensor, temperature);
+  const Needs needs{need_query, need_key, need_negatives, need_temperature};
+  const Masks masks{query_ids, key_ids, negative_ids, guide_query, guide_key, guide_negatives};
+  const Arguments a{op,        query,     key,      negatives,    tau,
+                    normalize, symmetric, in_batch, std::nullopt, bfloat16_products,
+                    needs,     &masks,    decoupled};
+  check(a, masks);
+  const std::vector<int64_t> rows = {a.batch(), a.rows()};
+  if (weights.has_value()) check_rows(op, "weights", *weights, a.acc(), rows);
+  const Tensor ranks =
+      new_tensor(query, rank ? a.lse_shape() : std::vector<int64_t>{0}, ScalarType::Long);
+  std::vector<double> of_losses;
+  if (weights.has_value()) of_losses = to_vector<double>(*weights);
+  const auto found = forward(a, weights.has_value() ? of_losses.data() : nullptr,
+                             rank ? ranks.mutable_data_ptr<int64_t>() : nullptr);
+  const auto& [loss, lse, of_query, of_key, of_negatives, of_temperature] = found;
+  return {loss, lse, ranks, of_query, of_key, of_negatives, of_temperature};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_info_nce_backward(
+    const Tensor& grad_loss, const Tensor& query, const Tensor& key,
+    const std::optional<Tensor>& negatives, const std::optional<Tensor>& query_ids,
+    const std::optional<Tensor>& key_ids, const std::optional<Tensor>& negative_ids,
+    const std::optional<Tensor>& guide_query, const std::optional<Tensor>& guide_key,
+    const std::optional<Tensor>& guide_negatives, const std::optional<Tensor>& temperature_tensor,
+    double temperature, const Tensor& lse, bool normalize, bool symmetric, bool in_batch,
+    bool decoupled, bool bfloat16_products, bool need_query, bool need_key, bool need_negatives,
+    bool need_temperature) {
+  const char* op = "masked_info_nce_backward";
+  const double tau = temperature_value(op, temperature_tensor, temperature);
+  const Needs needs{need_query, need_key, need_negatives, need_temperature};
+  const Masks masks{query_ids, key_ids, negative_ids, guide_query, guide_key, guide_negatives};
+  const Arguments a{op,        query,     key,      negatives,    tau,
+                    normalize, symmetric, in_batch, std::nullopt, bfloat16_products,
+                    needs,     &masks,    decoupled};
+  check(a, masks);
+  return backward(a, grad_loss, lse);
 }
 
 // Returns the loss of all layers and fills their gradients.
@@ -1299,6 +1616,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastnce, CPU, m) {
   m.impl("info_nce_forward", TORCH_BOX(&info_nce_forward));
   m.impl("patch_nce_forward", TORCH_BOX(&patch_nce_forward));
   m.impl("info_nce_backward", TORCH_BOX(&info_nce_backward));
+  m.impl("masked_info_nce_forward", TORCH_BOX(&masked_info_nce_forward));
+  m.impl("masked_info_nce_backward", TORCH_BOX(&masked_info_nce_backward));
 }
 
 }  // namespace

@@ -232,6 +232,7 @@ Results results(const Arguments& a, const Gradients& g, bool wanted) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_contrastive_forward(
     const Tensor& query, const Tensor& key, const Tensor& bias, const Tensor& labels,
+    const std::optional<Tensor>& /*query_ids*/, const std::optional<Tensor>& /*key_ids*/,
     const std::optional<Tensor>& temperature_tensor, double temperature, bool paired,
     bool normalize, std::optional<double> grad_scale, bool mean, bool need_query, bool need_key,
     bool need_bias, bool need_temperature) {
@@ -257,6 +258,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_contrastive_forward(
 
 Results sigmoid_contrastive_backward(const Tensor& grad_loss, const Tensor& query,
                                      const Tensor& key, const Tensor& bias, const Tensor& labels,
+                                     const std::optional<Tensor>& /*query_ids*/,
+                                     const std::optional<Tensor>& /*key_ids*/,
                                      const std::optional<Tensor>& temperature_tensor,
                                      double temperature, bool paired, bool normalize,
                                      bool need_query, bool need_key, bool need_bias,

@@ -24,6 +24,9 @@ struct LaneIntegerOf<double> {
 template <class T>
 using LaneInteger = typename LaneIntegerOf<T>::type;
 
+// The number of a row or lane that block_exclude_equal leaves out whatever the other's is.
+constexpr int kEveryId = -1;
+
 // Softmax weights weight * exp(z - offset) along one side of the matrix of logits. Moments of
 // logits are taken relative to `center`: rows of the gradient sum to 0, so it may be any number,
 // and one near the largest logit keeps large numbers from cancelling.
@@ -162,6 +165,16 @@ struct TileKernels {
   // In place z -> exp(z - lane_offset) lane_weight + exp(z - row_offset) row_weight.
   void (*block_exp_both)(int64_t rows, int64_t lanes, T* z, const T* lane_offset,
                          const T* lane_weight, const T* row_offset, const T* row_weight);
+
+  // z = -inf where row and lane have the same number, or one of them is kEveryId.
+  void (*block_exclude_equal)(int64_t rows, int64_t lanes, T* z, const Label* row_id,
+                              const Label* lane_id);
+  // z = -inf where guide > 0.
+  void (*block_exclude_positive)(int64_t rows, int64_t lanes, const T* guide, T* z);
+  // lane_count[lane] += how many of its column are above lane_bound[lane]; and, unless it is null,
+  // row_count[row] += how many of its row are above row_bound[row].
+  void (*block_count_above)(int64_t rows, int64_t lanes, const T* z, const T* lane_bound,
+                            Label* lane_count, const T* row_bound, Label* row_count);
 
   // The sigmoid loss: x = z + bias, or its opposite where the labels are the same. loss[lane] =
   // column sum of log(1 + exp(x)); unless lane_weight is null, in place z -> its gradient times

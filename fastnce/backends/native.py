@@ -10,6 +10,7 @@ import torch
 
 from fastnce.backends import build
 from fastnce.backends.operators import Namespace
+from fastnce.registry import Form
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu",)
@@ -31,6 +32,12 @@ def supports(op: str, device: str | torch.device, dtype: torch.dtype) -> str:
     if dtype not in _DTYPES:
         return "the compiled kernels take float64, float32, bfloat16 and float16"
     return "ok"
+
+
+def lacks(op: str, dtype: torch.dtype, form: Form) -> str:
+    """Why calls of this form are left to others, "" where they are not."""
+    del dtype
+    return "no ids or masks yet" if (op, form.name) == ("sigmoid_contrastive", "masked") else ""
 
 
 def instruction_set() -> str:

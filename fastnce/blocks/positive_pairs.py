@@ -91,7 +91,7 @@ def positive_pairs_forward(
 
 
 def positive_pairs_backward(
-    grad: Tensor,
+    grad_loss: Tensor,
     query: Tensor,
     key: Tensor,
     query_labels: Tensor,
@@ -107,7 +107,7 @@ def positive_pairs_backward(
 ) -> tuple[Tensor | None, ...]:
     pairs = _Pairs(query, key, query_labels, key_labels, query_ids, key_ids, temperature)
     order = pairs.query_order
-    grad, others = grad[order], others[order]
+    grad, others = grad_loss[order], others[order]
     if not each:
         # Of -inf, which is the sum of nothing, the difference to -inf would be NaN.
         lse = lse[order].clamp(min=torch.finfo(lse.dtype).min)

@@ -22,6 +22,7 @@ from fastnce.blocks.tiles import (
     power_above,
     product,
 )
+from fastnce.registry import LEFT_OUT
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -31,6 +32,8 @@ def sigmoid_contrastive_forward(
     key: Tensor,
     bias: Tensor,
     labels: Tensor,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
     temperature: float | Tensor,
     *,
     paired: bool,
@@ -39,7 +42,8 @@ def sigmoid_contrastive_forward(
     mean: bool = False,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Gradients]:
-    problem = _Problem(query, key, bias, labels, temperature, paired, normalize)
+    ids = query_ids, key_ids
+    problem = _Problem(query, key, bias, labels, ids, temperature, paired, normalize)
     if mean and grad_scale is not None:
         grad_scale /= len(query)
     return problem.run(grad_scale, needs)
@@ -51,13 +55,16 @@ def sigmoid_contrastive_backward(
     key: Tensor,
     bias: Tensor,
     labels: Tensor,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
     temperature: float | Tensor,
     *,
     paired: bool,
     normalize: bool,
     needs: Sequence[bool],
 ) -> Gradients:
-    problem = _Problem(query, key, bias, labels, temperature, paired, normalize)
+    ids = query_ids, key_ids
+    problem = _Problem(query, key, bias, labels, ids, temperature, paired, normalize)
     return problem.run(grad_loss.to(bias.dtype).unsqueeze(1), needs)[1]
 
 
@@ -70,12 +77,14 @@ class _Problem:
         key: Tensor,
         bias: Tensor,
         labels: Tensor,
+        ids: tuple[Tensor | None, Tensor | None],
         temperature: float | Tensor,
         paired: bool,
         normalize: bool,
     ) -> None:
         self.query, self.key, self.bias = Rows(query, normalize), Rows(key, normalize), bias
-        self.labels, self.paired, self.tau = labels, paired, number(temperature)
+        self.labels, self.ids, self.paired = labels, ids, paired
+        self.tau = number(temperature)
 
     def run(
         self, weights: float | Tensor | None, needs: Sequence[bool]
@@ -99,6 +108,8 @@ class _Problem:
         for _, at in blocks(1, len(query), len(key), query):
             part = similarities((slice(None), at), self.key, buffer)[0].add_(self.bias)  # (n, M)
             signs = self._turn(part, at)
+            if self.ids[1] is not None:
+                self._leave_out(part, at, signs)
             losses[at] = F.logsigmoid(part.neg()).sum(dim=1).neg_()
             if weights is None:
                 continue
@@ -135,3 +146,16 @@ class _Problem:
         elif self.paired:
             part.diagonal(at.start).neg_()
         return signs
+
+    def _leave_out(self, part: Tensor, at: slice, signs: Tensor | None) -> None:
+        """Makes -inf, of which loss and gradient are 0, what has been turned."""
+        query_ids, key_ids = self.ids
+        part.masked_fill_(key_ids == LEFT_OUT, -torch.inf)
+        if query_ids is None:
+            return
+        same = query_ids[at, None] == key_ids
+        if signs is not None:
+            same &= signs > 0
+        elif self.paired:
+            same.diagonal(at.start).fill_(False)
+        part.masked_fill_(same, -torch.inf)

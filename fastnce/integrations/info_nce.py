@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from fastnce.ops import _checks
 from fastnce.ops.info_nce import info_nce as op
 
+LIBRARY = ("info-nce-pytorch", "0.1.4")  # compared with
+STANDS_FOR = {"info_nce": ("InfoNCE", "info_nce")}
+
 _DIMENSIONS = {"unpaired": 2, "paired": 3}
 
 

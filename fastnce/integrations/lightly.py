@@ -12,6 +12,9 @@ from fastnce.ops.nt_xent import nt_xent
 from fastnce.ops.nt_xent import over_ranks as nt_xent_over_ranks
 from fastnce.reference.normalize import normalize_rows
 
+LIBRARY = ("lightly", "1.6.0")  # compared with
+STANDS_FOR = {"lightly.loss.ntx_ent_loss": ("NTXentLoss",)}
+
 
 class _MemoryBank(NegativeQueue):
     """As lightly's it is in no state dict, and takes in this rank's keys alone unless it is told to gather."""

@@ -13,6 +13,9 @@ from fastnce.ops.info_nce import over_ranks as info_nce_over_ranks
 from fastnce.ops.sigmoid_contrastive import over_ranks as sigmoid_contrastive_over_ranks
 from fastnce.ops.sigmoid_contrastive import sigmoid_contrastive
 
+LIBRARY = ("open_clip_torch", "3.3.0")  # compared with
+STANDS_FOR = {"open_clip.loss": ("ClipLoss", "SigLipLoss")}
+
 
 def _expect_ranks(op: str, world_size: int) -> None:
     """Their ranks are those of the default group."""

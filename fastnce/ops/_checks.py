@@ -23,9 +23,14 @@ def shape_of(x: Tensor) -> str:
 
 
 def expect_float_tensor(
-    op: str, name: str, x: object, dims: tuple[int, ...], shape: object
+    op: str,
+    name: str,
+    x: object,
+    dims: tuple[int, ...],
+    shape: object,
+    may_be_empty: bool = False,
 ) -> None:
-    """``x`` is a floating-point tensor with one of ``dims`` dimensions, none of them empty."""
+    """``x`` is a floating-point tensor with one of ``dims`` dimensions, none of them empty, or the first alone."""
     expect_tensor(op, name, x, shape)
     if x.layout != torch.strided or x.is_nested:
         raise TypeError(
@@ -38,7 +43,7 @@ def expect_float_tensor(
         )
     if x.dim() not in dims:
         raise ValueError(f"{op}: {name} must have the shape {shape}, got {shape_of(x)}.")
-    if 0 in x.shape:
+    if 0 in x.shape[1 if may_be_empty else 0 :]:
         raise ValueError(
             f"{op}: {name} is empty: its shape is {shape_of(x)}. Every size of {shape} must be at least 1."
         )
@@ -58,10 +63,7 @@ def expect_rows(
 
     N may be 0 only if ``may_be_empty``: among several ranks, one may have no rows.
     """
-    rows = x
-    if may_be_empty and isinstance(x, Tensor) and x.dim() == 2 and len(x) == 0:
-        rows = x.new_empty((1, x.shape[1]))
-    expect_float_tensor(op, name, rows, (2,), "(N, D)")
+    expect_float_tensor(op, name, x, (2,), "(N, D)", may_be_empty)
     if like is not None:
         expect_shape(op, name, x, tuple(like.shape), why or f"the shape of {like_name}")
         expect_alike(op, name, x, like_name, like)

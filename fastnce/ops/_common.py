@@ -228,7 +228,7 @@ def row_loss(
     Args:
         op: the public function.
         plain: ``(*rows, labels, temperature)`` -> the losses; and whether each counts in the mean, if not all do.
-        rows: the tensors that may need a gradient, at most three, in the order of the operators' arguments.
+        rows: the tensors that may need a gradient, in the order of the operators' arguments.
         labels: the argument that follows them, if there is one.
         temperature: is checked here.
         reduction: is checked here.
@@ -239,9 +239,10 @@ def row_loss(
     _checks.expect_choice(op, "reduction", reduction, REDUCTIONS)
     kernels = backends.select(op, rows[0], backend, rows)
     with no_autocast(rows[0]):
+        others = () if labels is None else (labels,)
         if kernels is not backends.reference:
-            return fused_row_loss(op, kernels, rows, labels, temperature, reduction, operators)
-        found = plain(*rows, *(() if labels is None else (labels,)), temperature)
+            return fused_row_loss(op, kernels, rows, others, temperature, reduction, operators)
+        found = plain(*rows, *others, temperature)
         losses, counts = found if isinstance(found, tuple) else (found, None)
         if reduction == "none":
             return losses
@@ -254,16 +255,15 @@ def fused_row_loss(
     op: str,
     kernels: ModuleType,
     rows: Sequence[Tensor | None],
-    labels: Tensor | None,
+    others: Sequence[Tensor | None],
     temperature: float | Tensor,
     reduction: str,
     operators: str = "",
     **options: object,
 ) -> Tensor:
-    """``row_loss`` of the kernels of a fused backend, with the ``options`` of its operators."""
+    """``row_loss`` of the kernels of a fused backend, with the tensors that follow the rows and the ``options`` of its operators."""
     _checks.expect_fusable(op, rows[0])
     grad_now = reduction != "none" and wants_grad(*rows, temperature)
-    padded = [*distinct(rows), None, None][:3]
     loss, _ = RowLossFunction.apply(
         operators or op,
         kernels,
@@ -272,8 +272,7 @@ def fused_row_loss(
         grad_now,
         len(rows),
         temperature,
-        labels,
-        *padded,
+        *distinct((*rows, *others)),
     )
     return loss
 
@@ -295,14 +294,10 @@ class RowLossFunction(torch.autograd.Function):
         grad_now: bool,
         count: int,
         temperature: float | Tensor,
-        labels: Tensor | None,
-        first: Tensor,
-        second: Tensor | None,
-        third: Tensor | None,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        rows = (first, second, third)[:count]
-        needs = (*ctx.needs_input_grad[8 : 8 + count], ctx.needs_input_grad[6])
-        tensors = rows if labels is None else (*rows, labels)
+        first = tensors[0]
+        needs = (*ctx.needs_input_grad[7 : 7 + count], ctx.needs_input_grad[6])
         mean, kept = kernel_mean(reduction, first.dtype), kept_scale(first)
         losses, *sums, grads = getattr(kernels, f"{op}_forward")(
             *tensors,
@@ -312,7 +307,7 @@ class RowLossFunction(torch.autograd.Function):
             mean=mean,
             needs=needs,
         )
-        ctx.count, ctx.reduced = count, reduction != "none"
+        ctx.others, ctx.reduced = len(tensors) - count, reduction != "none"
         if ctx.reduced:
             shared = handle(ctx, first, grad_now)
             if len(sums) == 2:  # has_positive and lse: the mean is over the rows that have one
@@ -350,7 +345,7 @@ class RowLossFunction(torch.autograd.Function):
                 grad_loss, *tensors, temperature, *sums, **ctx.options, needs=ctx.needs
             )
         *of_rows, of_temperature = grads
-        return *(None,) * 6, of_temperature, None, *of_rows, *(None,) * (3 - ctx.count)
+        return *(None,) * 6, of_temperature, *of_rows, *(None,) * ctx.others
 
 
 def positives(has_positive: Tensor) -> Tensor:

@@ -106,9 +106,12 @@ class OverRanks:
             strategy = "gather" if size <= _GATHER_BYTES else "ring"
         self.exchange = EXCHANGES[strategy](self.op, self.ranks, counts)
 
-    def reduce(self, losses: Tensor, valid: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The mean or sum over all ranks of ``losses`` (N,) or of the ``valid`` ones; or this rank's losses, for "none"."""
-        loss = _Reduce.apply(losses, valid, self, self._gradient_factor())
+    def reduce(self, losses: Tensor, counts: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The sum over all ranks of ``losses`` (N,), divided by that of ``counts`` (N,) for the mean; for "none", this rank's.
+
+        What each loss counts is its weight, or whether it is one; None: 1.
+        """
+        loss = _Reduce.apply(losses, counts, self, self._gradient_factor())
         return loss.to(accumulation_dtype(dtype))
 
     def _gradient_factor(self) -> float:
@@ -127,16 +130,16 @@ class _Reduce(torch.autograd.Function):
     """Where the gradients get their scale: everything before it differentiates the sum over ranks of ``gradient * losses``."""
 
     @staticmethod
-    def forward(ctx, losses: Tensor, valid: Tensor | None, call: OverRanks, factor: float):
+    def forward(ctx, losses: Tensor, counts: Tensor | None, call: OverRanks, factor: float):
         ctx.factor, ctx.none, ctx.rows = factor, call.reduction == "none", losses.shape
         if ctx.none:
             return losses.clone()
-        count = losses.new_tensor(len(losses)) if valid is None else valid.sum().to(losses.dtype)
+        count = losses.new_tensor(len(losses)) if counts is None else counts.sum().to(losses.dtype)
         sums = torch.stack([losses.sum(), count]).double()
         with explained(call.ranks, call.op):
             dist.all_reduce(sums, group=call.ranks.group)
         mean = call.reduction == "mean"
-        weight = 1 / sums[1].clamp(min=1) if mean else torch.ones_like(sums[1])
+        weight = 1 / sums[1].masked_fill(sums[1] == 0, 1) if mean else torch.ones_like(sums[1])
         ctx.save_for_backward(weight)
         return (sums[0] * weight).to(losses.dtype)
 

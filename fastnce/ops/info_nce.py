@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from fastnce import backends
 from fastnce.ops import _checks, _common
 from fastnce.ops._over_ranks import OverRanks
-from fastnce.ops.masked_info_nce import masks_of, rows_loss, weights_of
+from fastnce.ops.masked_info_nce import WITHOUT_ID, Masks, masks_of, rows_loss, weights_of
+from fastnce.ops.masked_info_nce import plain as masked_plain
 from fastnce.ops.softmax_shapes import is_plain, shaped_loss, softmax_of
 from fastnce.ranks import Block, Exchange, Fact, Gather
 from fastnce.reference.normalize import (
@@ -23,7 +24,7 @@ from fastnce.reference.normalize import (
     over_temperature,
     rounded_unit_rows,
 )
-from fastnce.registry import Form, Make, Op, Operator, Sample, declare
+from fastnce.registry import LEFT_OUT, Form, Make, Op, Operator, Sample, declare
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -164,12 +165,8 @@ def info_nce(
             raise ValueError(
                 f"{op}: similarity_dtype goes with no mask, weight or rank, and no other shape of the softmax. Drop one."
             )
-        if symmetric and guide is not None:
-            raise ValueError(
-                f"{op}: guide has a threshold for each query, symmetric=True none for each key. Drop one, or average two calls."
-            )
         margins = {"guide_margin": guide_margin, "relative_margin": relative_margin}
-        masks = masks_of(op, query, negative_keys, in_batch, **named, **margins)
+        masks = masks_of(op, query, negative_keys, in_batch, symmetric, **named, **margins)
         weights = weights_of(op, weights, query)
         if not plain_softmax:
             softmax, temperature = softmax_of(
@@ -219,7 +216,7 @@ def info_nce(
     with _common.no_autocast(query):
         if kernels is not backends.reference:
             loss = _common.fused_row_loss(
-                op, kernels, rows, None, temperature, reduction, operators=name, **options
+                op, kernels, rows, (), temperature, reduction, operators=name, **options
             )
         else:
             loss = plain(*rows, temperature, **options, similarity_dtype=similarity_dtype)
@@ -254,9 +251,9 @@ def _check_use_of_negatives(
         )
 
 
-def _check_negatives(op: str, query: Tensor, negatives: Tensor) -> None:
+def _check_negatives(op: str, query: Tensor, negatives: Tensor, may_be_empty: bool = False) -> None:
     shape = "(M, D), (N, M, D) or (B, N, M, D)"
-    _checks.expect_float_tensor(op, "negative_keys", negatives, (2, 3, 4), shape)
+    _checks.expect_float_tensor(op, "negative_keys", negatives, (2, 3, 4), shape, may_be_empty)
     own = query.dim() + 1
     if negatives.dim() not in (2, own):
         expected = "(M, D) or (N, M, D)" if own == 3 else "(M, D) or (B, N, M, D)"
@@ -368,25 +365,46 @@ def over_ranks(
     normalize: bool = True,
     symmetric: bool = False,
     in_batch_negatives: bool | None = None,
+    negatives_of: str = "own",
     reduction: str = "mean",
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    negative_mask: Tensor | None = None,
+    guide: Sequence[Tensor] | None = None,
+    guide_margin: float = 0.0,
+    relative_margin: bool = False,
+    weights: Tensor | None = None,
+    decoupled: bool = False,
+    return_rank: bool = False,
     group: dist.ProcessGroup | None = None,
     strategy: str = "auto",
     gradient_scale: str = "mean",
     check: bool = True,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """``fastnce.info_nce`` of the queries and keys of all ranks, exactly: all keys of all ranks are negatives.
 
     Args:
         query: (N, D), this rank's; N may differ between ranks, and be 0 on some.
         positive_key: (N, D); row i is the positive of query i.
-        negative_keys: None, or (M, D), further negatives of this rank's queries, such as a queue that all ranks have. They get
-            no gradient.
+        negative_keys: None; (M, D), further negatives, such as a queue that all ranks have, or this rank's hard negatives; or
+            (N, M, D), each query's own.
         temperature: positive float, or tensor of one element, which gets its gradient.
         normalize: L2-normalise all rows (cosine); otherwise plain dot products.
         symmetric: the mean of the losses query to key and key to query (CLIP); without ``negative_keys`` only.
         in_batch_negatives: whether the other keys of all ranks are negatives; by default only without ``negative_keys``.
+        negatives_of: whose negatives ``negative_keys`` are: ``"own"``, of this rank's queries; or ``"all"``, of the queries of all
+            ranks. Those are (M, D), where M may differ between ranks, and be 0 on some.
         reduction: ``"mean"`` over the queries of all ranks, ``"sum"``, or ``"none"`` for this rank's (N,).
+        query_ids, key_ids, negative_ids, key_mask, negative_mask: as in ``fastnce.info_nce``, of this rank's rows. Ids are the
+            same or not on whatever ranks they are.
+        guide, guide_margin, relative_margin: as there, of this rank's rows.
+        weights: (N,) floats, a weight for each loss; ``"mean"`` divides by the sum of those of all ranks. No gradient.
+        decoupled: the positive is not in the sum. The loss of a query without negatives is 0.
+        return_rank: the result is ``(loss, rank)`` with how many negatives of all ranks are more similar to each of this rank's
+            queries than its positive: int64 (N,), or with ``symmetric`` (2, N), also of keys among the other queries.
         group, strategy, gradient_scale, check: see ``fastnce.distributed``.
         backend: one of ``fastnce.backends.available()``; None chooses.
 
@@ -401,202 +419,366 @@ def over_ranks(
     op = "info_nce"
     call = OverRanks(op, group, temperature, reduction, strategy, gradient_scale, check, backend)
     options = {"normalize": normalize, "symmetric": symmetric}
+    named = {"query_ids": query_ids, "key_ids": key_ids, "negative_ids": negative_ids}
+    named |= {"key_mask": key_mask, "negative_mask": negative_mask, "guide": guide}
+    margins = {"guide_margin": guide_margin, "relative_margin": relative_margin}
     if call.alone:
-        options |= {"in_batch_negatives": in_batch_negatives}
+        _check_whose(op, negatives_of, negative_keys)
+        options |= {"in_batch_negatives": in_batch_negatives, **named, **margins}
+        options |= {"weights": weights, "decoupled": decoupled, "return_rank": return_rank}
         return info_nce(query, positive_key, negative_keys, **options, **call.plain)
     in_batch = negative_keys is None if in_batch_negatives is None else bool(in_batch_negatives)
     query, positive_key, negative_keys = _checks.same_dtype_under_autocast(
         query, positive_key, negative_keys
     )
+    masked = decoupled or return_rank or any(x is not None for x in named.values())
+    shared = negatives_of == "all"
+    masks = None
 
     def validate() -> dict[str, Fact]:
+        nonlocal masks, weights
         _checks.expect_rows(op, "query", query, may_be_empty=True)
         _checks.expect_rows(
             op, "positive_key", positive_key, may_be_empty=True, like=query, like_name="query"
         )
         _check_use_of_negatives(op, negative_keys, in_batch, symmetric)
         if negative_keys is not None:
-            _checks.expect_float_tensor(op, "negative_keys", negative_keys, (2,), "(M, D)")
-            _check_negatives(op, query, negative_keys)
-        if _common.wants_grad(negative_keys):
-            raise ValueError(
-                f"{op}: negative_keys require a gradient, which they do not get over ranks. Pass negative_keys.detach()."
-            )
+            _check_negatives(op, query, negative_keys, may_be_empty=True)
+        _check_whose(op, negatives_of, negative_keys)
+        if masked:
+            masks = masks_of(op, query, negative_keys, in_batch, symmetric, **named, **margins)
+        weights = weights_of(op, weights, query)
+        given = [name for name, x in (*named.items(), ("weights", weights)) if x is not None]
+        of_negatives = len(negative_keys) if shared else 0
         return {
+            "rows": of_negatives + (len(query) if in_batch or not shared else 0),
             "normalize": bool(normalize),
             "symmetric": bool(symmetric),
             "in_batch_negatives": in_batch,
+            "negatives_of": negatives_of,
+            "the masks and weights given": ", ".join(given) or "none",
+            "the guide's D": 0 if guide is None else guide[0].shape[-1],
+            "decoupled": bool(decoupled),
+            "return_rank": bool(return_rank),
             "whether query needs a gradient": _common.wants_grad(query, temperature),
             "whether positive_key needs a gradient": _common.wants_grad(positive_key),
+            "whether negative_keys need a gradient": _common.wants_grad(negative_keys),
         }
 
     rows = (query, positive_key, negative_keys)
-    call.agree(op, query, validate, of_form=(rows, bool(symmetric)))
+    kernel_op, of_form = ("masked_info_nce", (rows,)) if masked else (op, (rows, bool(symmetric)))
+    call.agree(kernel_op, query, validate, of_form=of_form)
     tau = call.temperature
-    negatives = None if negative_keys is None else negative_keys.detach()
+    blocks = _Blocks(
+        call.kernels,
+        call.exchange if in_batch or shared else None,
+        masks,
+        normalize=bool(normalize),
+        in_batch=in_batch,
+        shared=shared,
+        decoupled=bool(decoupled),
+        rank=bool(return_rank),
+    )
+    if negative_keys is not None and negative_keys.dim() == 3:
+        negative_keys = negative_keys.unsqueeze(0)
+    one_weight = reduction != "none" and weights is None and not (symmetric and masked)
+
+    def losses(query: Tensor, key: Tensor, blocks: _Blocks) -> tuple[Tensor, Tensor | None]:
+        inputs = (query, key, negative_keys, tau)
+        if not (one_weight and blocks.fit_one_call(negative_keys)):
+            return _BlocksFunction.apply(*inputs, blocks)
+        return _GatheredFunction.apply(*inputs, blocks, _common.wants_grad(*inputs))
+
     with _common.no_autocast(query):
-        blocks = _Blocks(
-            call.kernels, bool(normalize), negatives, call.exchange if in_batch else None
+        found, rank = losses(query, positive_key, blocks)
+        if symmetric:
+            reverse, reverse_rank = losses(positive_key, query, blocks.reverse())
+            found = 0.5 * (found + reverse)
+            rank = torch.stack([rank, reverse_rank]) if return_rank else None
+        if decoupled:
+            found = found.masked_fill(found == -torch.inf, 0)
+        if weights is not None:
+            weights = weights.squeeze(0)
+            found = found * weights
+        loss = call.reduce(found, weights, query.dtype)
+    return (loss, rank) if return_rank else loss
+
+
+def _check_whose(op: str, negatives_of: object, negatives: Tensor | None) -> None:
+    _checks.expect_choice(op, "negatives_of", negatives_of, ("own", "all"))
+    if negatives_of == "all" and (negatives is None or negatives.dim() != 2):
+        got = None if negatives is None else _checks.shape_of(negatives)
+        raise ValueError(
+            f"{op}: negatives_of='all' needs negative_keys of shape (M, D), got {got}. A rank without any passes (0, D)."
         )
-
-        def losses(query: Tensor, key: Tensor) -> Tensor:
-            if reduction == "none" or not blocks.fit_one_call:
-                return _BlocksFunction.apply(query, key, tau, blocks)
-            grad_now = _common.wants_grad(query, key, tau)
-            return _GatheredFunction.apply(query, key, tau, blocks, grad_now)
-
-        one_way = losses(query, positive_key)
-        both = 0.5 * (one_way + losses(positive_key, query)) if symmetric else one_way
-        return call.reduce(both, None, query.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """This rank's queries and positives against one block of keys after the other.
+    """This rank's queries and positives against one block of other keys after the other.
 
-    Every block has the positives too. A block's loss is ``log(1 + r)``, with r the block's other exponentials relative to the
-    positive's, so that the blocks' r add up, and nothing cancels where the positive dominates.
+    A block is rows, with ``masks`` their ids, and with a guide its rows. With r the exponentials of a block relative to the
+    positive's, its loss is ``log(1 + r)``; with ``masks`` it is decoupled, ``log r``. The blocks' r add up, and nothing cancels
+    where the positive dominates.
 
     Args:
         kernels: the backend.
-        normalize: as in ``info_nce``.
-        negatives: (M, D), one more block.
-        exchange: None: other ranks' keys are no negatives.
+        exchange: None: other ranks' rows are no negatives.
+        masks: of this rank's rows; None: the op without masks computes the blocks.
+        normalize, in_batch, decoupled, rank: as in ``info_nce``.
+        shared: the negatives of this rank are those of all ranks' queries.
+        left_out: (N,) bool, of queries that have no negatives: in reverse, keys that are nobody's.
     """
 
     kernels: ModuleType
-    normalize: bool
-    negatives: Tensor | None
     exchange: Exchange | None
+    masks: Masks | None
+    normalize: bool
+    in_batch: bool
+    shared: bool
+    decoupled: bool
+    rank: bool
+    left_out: Tensor | None = None
 
-    @property
-    def fit_one_call(self) -> bool:
+    def reverse(self) -> _Blocks:
+        """Of the keys against the queries."""
+        if self.masks is None:
+            return self
+        query_ids, key_ids, *_ = self.masks
+        left_out = None if key_ids is None else key_ids[0] == LEFT_OUT
+        masks = Masks() if query_ids is None else Masks(key_ids, query_ids)
+        return dataclasses.replace(self, masks=masks, left_out=left_out)
+
+    def fit_one_call(self, negatives: Tensor | None) -> bool:
         """Whether a fused backend can compute loss and gradients together, against all keys at once."""
-        gathers = isinstance(self.exchange, Gather)
-        return gathers and self.negatives is None and self.kernels is not backends.reference
+        gathers = isinstance(self.exchange, Gather) and (negatives is None or self.shared)
+        return gathers and self.kernels is not backends.reference
 
-    def options(self, in_batch: bool) -> dict[str, object]:
-        """Of the kernels."""
-        return {
-            "normalize": self.normalize,
-            "symmetric": False,
-            "in_batch": in_batch,
-            "self_logit": None,
-        }
+    def own(self, negatives: Tensor | None) -> Block | None:
+        """This rank's negatives as a block."""
+        masks = self.masks or Masks()
+        return self._block(negatives, masks.negative_ids, masks.guide_negatives)
+
+    def travelling(self, key: Tensor, negatives: Tensor | None) -> Block:
+        """The block of other ranks' queries: what this rank has of keys, and then of negatives."""
+        masks = self.masks or Masks()
+        keys = self._block(key, _first(masks.key_ids), _first(masks.guide_key))
+        if not self.shared:
+            return keys
+        return _joined(keys, self.own(negatives)) if self.in_batch else self.own(negatives)
+
+    def _block(self, rows: Tensor | None, ids: Tensor | None, guide: Tensor | None) -> Block | None:
+        if rows is None or self.masks is None:
+            return None if rows is None else (rows,)
+        if ids is None:
+            ids = rows.new_full(rows.shape[:-1], WITHOUT_ID, dtype=torch.int64)
+        return (rows, ids) if guide is None else (rows, ids, guide)
+
+    def trip(self, key: Tensor, negatives: Tensor | None) -> Iterator[tuple[int, Block]]:
+        """``(step, block)``: this rank's at step 0, then those of others."""
+        if self.exchange is None:
+            return iter([(0, (key[:0],))])
+        return self.exchange.trip(self.travelling(key, negatives))
+
+    def gives_back(self, needs: Sequence[bool]) -> bool:
+        """Whether any gradient is for another rank; ``needs`` are of query, key and negatives."""
+        return self.exchange is not None and (
+            self.in_batch and needs[1] or self.shared and needs[2]
+        )
+
+    def _inputs(
+        self, query: Tensor, key: Tensor, block: Block | None, first: bool, decoupled: bool = True
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...], dict[str, object]] | None:
+        """Rows, masks and options of the kernels; None where no query has a negative."""
+        in_batch = self.in_batch and first
+        if block is not None and block[0].shape[-2] == 0:
+            block = None
+        if len(query) == 0 or (block is None and not in_batch):
+            return None
+        negatives, ids, guide = (*(block or ()), None, None, None)[:3]
+        rows = (query[None], key[None], negatives)
+        options = {"normalize": self.normalize, "symmetric": False, "in_batch": in_batch}
+        if self.masks is None:
+            return rows, (), {**options, "self_logit": None}
+        of_keys = {} if in_batch else {"key_ids": None, "guide_key": None}
+        masks = self.masks._replace(negative_ids=ids, guide_negatives=guide, **of_keys)
+        return rows, masks, {**options, "decoupled": decoupled}
 
     def forward(
-        self, query: Tensor, key: Tensor, keys: Tensor | None, tau: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Losses and lse (N,) against ``keys`` (M, D), or the in-batch keys for None."""
-        inputs, options = (query[None], key[None], keys, tau), self.options(keys is None)
+        self,
+        query: Tensor,
+        key: Tensor,
+        tau: float | Tensor,
+        block: Block | None,
+        first: bool,
+        *,
+        decoupled: bool = True,
+        scale: float | None = None,
+        needs: Sequence[bool] = (False,) * 4,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Gradients] | None:
+        """Losses (N,) against a block, and the keys in batch if it is the ``first``; lse, ranks, and gradients of scale * losses.
+
+        None where no query has a negative.
+        """
+        found = self._inputs(query, key, block, first, decoupled)
+        if found is None:
+            return None
+        rows, masks, options = found
+        needs = _present(rows, needs)
         if self.kernels is backends.reference:
-            losses = lse = plain(*inputs, **options)
-        else:
-            losses, lse, _ = self.kernels.info_nce_forward(
-                *inputs, **options, grad_scale=None, needs=(False,) * 4
+            losses, ranks = _plain(masks, options)(*rows, tau)
+            lse, grads = losses, ()
+        elif self.masks is None:
+            ranks = None
+            losses, lse, grads = self.kernels.info_nce_forward(
+                *rows, tau, **options, grad_scale=scale, needs=needs
             )
-        return losses[0], lse[0]
+        else:
+            weights = None
+            if scale is not None:
+                dtype = accumulation_dtype(query.dtype)
+                weights = query.new_full((1, len(query)), scale, dtype=dtype)
+            losses, lse, ranks, grads = self.kernels.masked_info_nce_forward(
+                *rows, *masks, weights, tau, **options, rank=self.rank, needs=needs
+            )
+        losses, ranks = losses[0], ranks[0] if self.rank else None
+        if self.left_out is not None:
+            losses = losses.masked_fill(self.left_out, -torch.inf)
+            ranks = ranks.masked_fill(self.left_out, 0) if self.rank else None
+        return losses, lse, ranks, grads
 
     def backward(
         self,
         weights: Tensor,
         query: Tensor,
         key: Tensor,
-        keys: Tensor | None,
         tau: float | Tensor,
+        block: Block | None,
+        first: bool,
         lse: Tensor,
         needs: Sequence[bool],
     ) -> Gradients:
-        """The gradients of ``(weights * losses).sum()`` for query, key, keys and temperature."""
-        inputs, options = (query[None], key[None], keys, tau), self.options(keys is None)
+        """The gradients of ``(weights * losses).sum()`` for query, key, the block's rows and temperature."""
+        rows, masks, options = self._inputs(query, key, block, first)
+        needs, inputs = _present(rows, needs), (*rows, tau)
         if self.kernels is backends.reference:
-            function = functools.partial(plain, **options)
-            grads = _common.gradients(function, inputs, needs, weights[None])
+            function = _plain(masks, options)
+            grads = _common.gradients(lambda *x: function(*x)[0], inputs, needs, weights[None])
         else:
-            grads = self.kernels.info_nce_backward(
-                weights[None], *inputs, lse[None], **options, needs=needs
+            op = "info_nce" if self.masks is None else "masked_info_nce"
+            grads = getattr(self.kernels, f"{op}_backward")(
+                weights[None], *rows, *masks, tau, lse, **options, needs=needs
             )
         grad_query, grad_key, *others = grads
         return _first(grad_query), _first(grad_key), *others
 
 
-def _first(grad: Tensor | None) -> Tensor | None:
+def _plain(masks: Masks | tuple[()], options: dict[str, object]) -> Callable:
+    """``(query, key, negatives, temperature)`` -> losses, and ranks if there are masks."""
+    if masks:
+        return lambda *x: masked_plain(*x[:3], masks, x[3], **options)
+    return lambda *x: (plain(*x, **options), None)
+
+
+def _present(rows: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[bool, ...]:
+    """Which gradients are needed of the negatives that there are."""
+    return (*needs[:2], needs[2] and rows[2] is not None, needs[3])
+
+
+def _joined(*blocks: Block) -> Block:
+    """One block with the rows of all."""
+    return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
+
+
+def _first(x: Tensor | None) -> Tensor | None:
     """Without the batch dimension of 1."""
-    return None if grad is None else grad[0]
+    return None if x is None else x[0]
 
 
 class _BlocksFunction(torch.autograd.Function):
-    """Losses (N,) float64 of this rank's queries against the blocks of all ranks."""
+    """Losses (N,) float64 of this rank's queries against the blocks of all ranks, decoupled -inf without negatives; and ranks."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, tau: float | Tensor, blocks: _Blocks) -> Tensor:
+    def forward(
+        ctx,
+        query: Tensor,
+        key: Tensor,
+        negatives: Tensor | None,
+        tau: float | Tensor,
+        blocks: _Blocks,
+    ) -> tuple[Tensor, Tensor | None]:
+        own = blocks.own(negatives)
+        ratios = query.new_full((len(query),), -torch.inf, dtype=torch.float64)  # log r
+        ranks = torch.zeros_like(ratios, dtype=torch.int64) if blocks.rank else None
         found = []  # the blocks' losses and lse
-        if blocks.exchange is not None:
-            for step, (keys,) in blocks.exchange.trip((key,)):
-                if len(query) > 0 and len(keys) > 0:
-                    found.append(blocks.forward(query, key, keys if step > 0 else None, tau))
-                else:
-                    found.append(None)
-        if blocks.negatives is not None and len(query) > 0:
-            found.append(blocks.forward(query, key, blocks.negatives, tau))
-        losses = query.new_zeros(len(query), dtype=torch.float64)
-        if len(query) > 0:
-            each = torch.stack([x[0] for x in found if x is not None]).double()
-            ratios = each + torch.log(-torch.expm1(-each))  # log r
-            losses = torch.logaddexp(ratios.logsumexp(dim=0), losses)
+        for step, block in blocks.trip(key, negatives):
+            block = block if step > 0 else own
+            answer = blocks.forward(query, key, tau, block, first=step == 0)
+            found.append(answer and answer[:2])
+            if answer is None:
+                continue
+            each = answer[0].double()
+            if blocks.masks is None:
+                each = each + torch.log(-torch.expm1(-each))
+            ratios = torch.logaddexp(ratios, each)
+            if ranks is not None:
+                ranks += answer[2]
+        losses = ratios
+        if not blocks.decoupled:
+            losses = torch.logaddexp(ratios, torch.zeros_like(ratios))
         ctx.blocks, ctx.found = blocks, found
         ctx.tau = None if isinstance(tau, Tensor) else tau
-        ctx.save_for_backward(query, key, tau if ctx.tau is None else None, losses)
-        return losses
+        ctx.save_for_backward(query, key, negatives, tau if ctx.tau is None else None, losses)
+        if ranks is not None:
+            ctx.mark_non_differentiable(ranks)
+        return losses, ranks
 
     @staticmethod
     @_common.first_derivative_only
-    def backward(ctx, saved: tuple[Tensor | None, ...], grad: Tensor):
-        query, key, tau, losses = saved
-        blocks, needs = ctx.blocks, ctx.needs_input_grad
+    def backward(ctx, saved: tuple[Tensor | None, ...], grad: Tensor, *_: object):
+        query, key, negatives, tau, losses = saved
+        tau = ctx.tau if tau is None else tau
+        blocks, needs = ctx.blocks, ctx.needs_input_grad[:4]
         acc = accumulation_dtype(query.dtype)
-        # Of query, key and temperature, over all blocks.
-        sums = [x.new_zeros(x.shape, dtype=acc) for x in (query, key)]
+        own, gives_back = blocks.own(negatives), blocks.gives_back(needs)
+        losses = losses.masked_fill(losses == -torch.inf, 0)  # so that the shares below are 0
+        # Of query, key, negatives and temperature, over all blocks.
+        rows = (query, key, negatives)
+        sums = [None if x is None else x.new_zeros(x.shape, dtype=acc) for x in rows]
         sums.append(query.new_zeros((), dtype=torch.float64))
 
-        def add(keys: Tensor | None, found: tuple[Tensor, Tensor] | None) -> Tensor | None:
-            """Adds what a block gives to this rank's rows; returns the gradient of ``keys``."""
-            if found is None:
-                return None
-            block_losses, lse = found
-            weights = (grad * torch.exp(block_losses - losses)).to(block_losses.dtype)
-            needs_keys = keys is not None and needs[1] and keys is not blocks.negatives
-            of_query, of_key, of_keys, of_tau = blocks.backward(
-                weights,
-                query,
-                key,
-                keys,
-                ctx.tau if tau is None else tau,
-                lse,
-                (needs[0], needs[1], needs_keys, needs[2]),
-            )
-            for total, part in zip(sums, (of_query, of_key, of_tau), strict=True):
-                if part is not None:
-                    total += part
-            return of_keys
-
         def step_gradient(step: int, block: Block) -> Tensor:
-            (keys,) = block
-            found = add(keys if step > 0 else None, ctx.found[step])
-            # In-batch keys are this rank's own: their gradient is among the sums.
-            return keys.new_zeros(keys.shape, dtype=acc) if found is None else found.to(acc)
+            """Adds what a block gives to this rank's rows; returns the gradient of the rows of another."""
+            of_block = None
+            if ctx.found[step] is not None:
+                block_losses, lse = ctx.found[step]
+                weights = (grad * torch.exp(block_losses - losses)).to(block_losses.dtype)
+                needed = (needs[0], needs[1], gives_back if step > 0 else needs[2], needs[3])
+                given = block if step > 0 else own
+                grads = blocks.backward(weights, query, key, tau, given, step == 0, lse, needed)
+                if step > 0:
+                    grads, of_block = (*grads[:2], None, grads[3]), grads[2]
+                for total, part in zip(sums, grads, strict=True):
+                    if part is not None:
+                        total += part
+            return (
+                block[0].new_zeros(block[0].shape, dtype=acc)
+                if of_block is None
+                else of_block.to(acc)
+            )
 
-        if blocks.negatives is not None and len(query) > 0:
-            add(blocks.negatives, ctx.found[-1])
-        if blocks.exchange is not None and needs[1]:
-            sums[1] += blocks.exchange.round_trip((key,), step_gradient)
-        elif blocks.exchange is not None:
-            for step, (keys,) in blocks.exchange.trip((key,)):
-                add(keys if step > 0 else None, ctx.found[step])
-        likes = (query, key, tau)
-        grads = [
-            x.to(y.dtype) if n else None for x, y, n in zip(sums, likes, needs[:3], strict=True)
-        ]
+        if gives_back:
+            travelling = blocks.travelling(key, negatives)
+            home = blocks.exchange.round_trip(travelling, step_gradient)
+            of_keys, of_negatives = home.tensor_split((len(key) if blocks.in_batch else 0,))
+            sums[1][: len(of_keys)] += of_keys
+            if blocks.shared:
+                sums[2] += of_negatives
+        else:
+            for step, block in blocks.trip(key, negatives):
+                step_gradient(step, block)
+        likes = (query, key, negatives, tau)
+        grads = [x.to(y.dtype) if n else None for x, y, n in zip(sums, likes, needs, strict=True)]
         return *grads, None
 
 
@@ -605,44 +787,64 @@ class _GatheredFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, query: Tensor, key: Tensor, tau: float | Tensor, blocks: _Blocks, grad_now: bool
-    ) -> Tensor:
-        need_query, need_key, need_tau = ctx.needs_input_grad[:3]
-        ctx.exchange = blocks.exchange
-        acc = accumulation_dtype(query.dtype)
-        others = blocks.exchange.others(key)
-        if len(query) == 0:
-            losses = query.new_zeros(0, dtype=acc)
-            grads = [torch.zeros_like(x) for x in (query, key, others)]
-            grads.append(query.new_zeros((), dtype=acc))
+        ctx,
+        query: Tensor,
+        key: Tensor,
+        negatives: Tensor | None,
+        tau: float | Tensor,
+        blocks: _Blocks,
+        grad_now: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        needs = ctx.needs_input_grad[:4]
+        gives_back = blocks.gives_back(needs)
+        block = tuple(map(blocks.exchange.others, blocks.travelling(key, negatives)))
+        if blocks.shared:
+            block = _joined(blocks.own(negatives), block)
+        found = blocks.forward(
+            query,
+            key,
+            tau,
+            block,
+            first=True,
+            decoupled=blocks.decoupled,
+            scale=_common.kept_scale(query) if grad_now else None,
+            needs=(needs[0], needs[1] or gives_back and blocks.in_batch, gives_back, needs[3]),
+        )
+        if found is None:
+            losses = query.new_zeros(len(query), dtype=torch.float64)
+            ranks = torch.zeros_like(losses, dtype=torch.int64) if blocks.rank else None
+            grads = [torch.zeros_like(x) for x in (query, key, block[0], losses.sum())]
         else:
-            losses, _, grads = blocks.kernels.info_nce_forward(
-                query[None],
-                key[None],
-                others if len(others) > 0 else None,
-                tau,
-                **blocks.options(in_batch=True),
-                grad_scale=_common.kept_scale(query) if grad_now else None,
-                needs=(need_query, need_key, need_key, need_tau),
-            )
-            losses, grads = losses[0], (_first(grads[0]), _first(grads[1]), *grads[2:])
-        losses = losses.double()
+            losses, _, ranks, grads = found
+            losses = losses.double().masked_fill(losses == -torch.inf, 0)
+            grads = (_first(grads[0]), _first(grads[1]), *grads[2:])
+        ctx.blocks, ctx.gives_back = blocks, gives_back
+        ctx.negatives = len(negatives) if blocks.shared else 0
         ctx.factor = 1 / _common.kept_scale(query)
         ctx.save_for_backward(losses, *grads)
-        return losses
+        if ranks is not None:
+            ctx.mark_non_differentiable(ranks)
+        return losses, ranks
 
     @staticmethod
     @_common.first_derivative_only
-    def backward(ctx, saved: tuple[Tensor | None, ...], grad: Tensor):
+    def backward(ctx, saved: tuple[Tensor | None, ...], grad: Tensor, *_: object):
         weight = grad[0] if len(grad) > 0 else grad.new_zeros(())
-        query, key, others, tau = _common.scaled(saved[1:], weight, ctx.factor)
-        needs = ctx.needs_input_grad
-        if key is not None and needs[1]:
-            acc = accumulation_dtype(key.dtype)
-            if others is None:  # no other rank has rows
-                others = key[:0]
-            key = ctx.exchange.give_back(key.to(acc), others.to(acc)).to(key.dtype)
-        return query if needs[0] else None, key, tau if needs[2] else None, None, None
+        query, key, block, tau = _common.scaled(saved[1:], weight, ctx.factor)
+        blocks, needs, negatives = ctx.blocks, ctx.needs_input_grad, None
+        if ctx.gives_back:
+            if block is None:  # there are no rows but the keys in batch
+                block = key[:0]
+            negatives, others = block.tensor_split((ctx.negatives,))
+            own = torch.cat([key, negatives]) if blocks.in_batch else negatives
+            acc = accumulation_dtype(own.dtype)
+            home = blocks.exchange.give_back(own.to(acc), others.to(acc)).to(own.dtype)
+            if blocks.in_batch:
+                key, negatives = home.tensor_split((len(key),))
+            else:
+                negatives = home
+        grads = (query, key, negatives, tau)
+        return *(x if need else None for x, need in zip(grads, needs, strict=False)), None, None
 
 
 def _samples(make: Make) -> Iterator[Sample]:

@@ -134,6 +134,7 @@ def masks_of(
     query: Tensor,
     negatives: Tensor | None,
     in_batch: bool,
+    symmetric: bool = False,
     *,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
@@ -166,6 +167,10 @@ def masks_of(
         negative_ids = _ids(op, "negative_ids", negative_ids, query, columns)
         negative_ids = with_mask(op, "negative_mask", negative_ids, negative_mask, query, columns)
     guides: tuple[Tensor | None, ...] = (None, None, None)
+    if guide is not None and symmetric:
+        raise ValueError(
+            f"{op}: guide has a threshold for each query, symmetric=True none for each key. Drop one, or average two calls."
+        )
     if guide is not None:
         guides = _guide(op, guide, guide_margin, relative_margin, query, in_batch, columns)
     found = (query_ids, key_ids, negative_ids, *guides)
@@ -185,7 +190,7 @@ def weights_of(op: str, weights: Tensor | None, query: Tensor) -> Tensor | None:
     """As (B, N) in the dtype of the sums."""
     if weights is None:
         return None
-    _checks.expect_float_tensor(op, "weights", weights, (1, 2), "(N,) or (B, N)")
+    _checks.expect_float_tensor(op, "weights", weights, (1, 2), "(N,) or (B, N)", may_be_empty=True)
     _checks.expect_shape(op, "weights", weights, tuple(query.shape[:-1]), "one per query")
     if _common.wants_grad(weights):
         raise ValueError(
@@ -256,7 +261,8 @@ def _guide(
     shapes = [tuple(query.shape[:-1])] * 2 + [columns]
     for i, (x, rows) in enumerate(zip(guide, shapes, strict=False)):
         name = f"guide[{i}]"
-        _checks.expect_float_tensor(op, name, x, (len(rows) + 1,), (*rows, "G"))
+        dims, shape = (len(rows) + 1,), (*rows, "G")
+        _checks.expect_float_tensor(op, name, x, dims, shape, may_be_empty=True)
         expected = (*rows, guide[0].shape[-1])
         _checks.expect_shape(op, name, x, expected, "one row for each of ours")
         _checks.expect_alike(op, name, x, "guide[0]", guide[0])

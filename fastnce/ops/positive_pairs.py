@@ -140,7 +140,7 @@ declare(
         _results,
     ),
     Operator(
-        f"positive_pairs_backward(Tensor grad_losses, {_INPUTS}, Tensor lse, bool each, bool need_query, bool need_key, "
+        f"positive_pairs_backward(Tensor grad_loss, {_INPUTS}, Tensor lse, bool each, bool need_query, bool need_key, "
         "bool need_others, bool need_temperature) -> "
         "(Tensor grad_query, Tensor grad_key, Tensor grad_others, Tensor grad_temperature)"
     ),

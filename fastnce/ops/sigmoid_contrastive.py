@@ -15,9 +15,10 @@ from torch import Tensor
 from fastnce import backends
 from fastnce.ops import _checks, _common
 from fastnce.ops._over_ranks import OverRanks
+from fastnce.ops.masked_info_nce import with_mask
 from fastnce.ranks import Block, Exchange, Fact
 from fastnce.reference.normalize import accumulation_dtype, normalize_rows, over_temperature
-from fastnce.registry import Form, Make, Op, Operator, Sample, declare
+from fastnce.registry import LEFT_OUT, Form, Make, Op, Operator, Sample, declare
 
 
 def sigmoid_contrastive(
@@ -30,6 +31,9 @@ def sigmoid_contrastive(
     bias: float | Tensor = 0.0,
     normalize: bool = True,
     paired: bool | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    key_mask: Tensor | None = None,
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
@@ -52,6 +56,10 @@ def sigmoid_contrastive(
             and gradient 0.
         paired: key i is the positive of query i, and further keys are nobody's; by default only without labels. With False and
             no labels all pairs are negatives: a block of a larger matrix.
+        query_ids: (N,) integers: a key of the same id is no negative of the query, such as a duplicate. The pair counts for
+            nothing, unless it is a positive. No matrix is made of this.
+        key_ids: (M,) integers; by default ``query_ids``, if key i is the positive of query i and there are no further keys.
+        key_mask: (M,) bool, False where there is no key, such as padding: it is nobody's negative, and nobody's positive.
         reduction: ``"mean"`` over the queries, ``"sum"``, or ``"none"`` for (N,).
         backend: one of ``fastnce.backends.available()``; None chooses.
 
@@ -76,22 +84,24 @@ def sigmoid_contrastive(
     bias = _checks.expect_bias(op, bias, query)
     _checks.expect_choice(op, "reduction", reduction, _common.REDUCTIONS)
     options = {"paired": paired, "normalize": bool(normalize)}
-    kernels = backends.select(op, query, backend, (query, key))
+    ids = _ids(op, query, key, paired, query_ids, key_ids, key_mask)
+    others, masked = (labels, *ids), ids[1] is not None
+    kernels = backends.select(op, query, backend, (query, key), masked)
     with _common.no_autocast(query):
         if kernels is not backends.reference:
             rows = (query, key, bias)
             return _common.fused_row_loss(
-                op, kernels, rows, labels, temperature, reduction, **options
+                op, kernels, rows, others, temperature, reduction, **options
             )
-        loss = plain(query, key, bias, labels, temperature, **options)
+        loss = plain(query, key, bias, *others, temperature, **options)
         if reduction == "none":
             return loss
         return loss.sum() * _common.row_weight(loss.numel(), reduction)
 
 
-def _form(rows: Sequence[Tensor]) -> Form:
+def _form(rows: Sequence[Tensor], masked: bool) -> Form:
     query, key = rows
-    return Form("any", query.numel() * key.shape[0], query.shape[1])
+    return Form("masked" if masked else "any", query.numel() * key.shape[0], query.shape[1])
 
 
 def _checked(
@@ -128,23 +138,51 @@ def _checked(
     return query.new_empty(0, dtype=torch.int64), paired
 
 
+def _ids(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    paired: bool,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    key_mask: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of queries and keys, int64, ``LEFT_OUT`` of keys that the mask leaves out; None where there are none."""
+    if query_ids is None and key_ids is not None:
+        raise ValueError(f"{op}: key_ids need the ids of the queries too. Pass query_ids.")
+    if query_ids is not None:
+        query_ids = _checks.expect_labels(op, query_ids, query, "query", "query_ids")
+        if key_ids is None and not (paired and key.shape[0] == query.shape[0]):
+            raise ValueError(
+                f"{op}: query_ids need the ids of the keys too, unless key i is the positive of query i. Pass key_ids."
+            )
+        key_ids = query_ids if key_ids is None else key_ids
+        key_ids = _checks.expect_labels(op, key_ids, key, "key", "key_ids")
+    shape = (key.shape[0],)
+    return query_ids, with_mask(op, "key_mask", key_ids, key_mask, query, shape)
+
+
 def plain(
     query: Tensor,
     key: Tensor,
     bias: Tensor,
     labels: Tensor,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
     temperature: float | Tensor,
     *,
     paired: bool,
     normalize: bool,
 ) -> Tensor:
-    """``loss_i = -sum_j log sigmoid(y_ij (s_ij / t + b))``.
+    """``loss_i = -sum_{j left in} log sigmoid(y_ij (s_ij / t + b))``.
 
     Args:
         query: (N, D).
         key: (M, D).
         bias: b, 0-d.
         labels: (N + M,) int64 of queries and keys, those of a positive are the same; or (0,).
+        query_ids: (N,) int64; a pair of the same ids that is no positive is left out. None: no ids are the same.
+        key_ids: (M,) int64, ``LEFT_OUT`` of keys that are left out as positives too; None: no pair is left out.
         temperature: t, the inverse of the scale, a float or a 0-d tensor.
         paired: without labels, key i is the positive of query i; else nothing is.
         normalize: s is the cosine instead of the dot product.
@@ -161,7 +199,13 @@ def plain(
         is_positive = labels[: len(query), None] == labels[None, len(query) :]
     else:
         is_positive = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device) & paired
-    return -F.logsigmoid(torch.where(is_positive, logits, -logits)).sum(dim=1)
+    losses = -F.logsigmoid(torch.where(is_positive, logits, -logits))
+    if key_ids is not None:
+        out = key_ids == LEFT_OUT
+        if query_ids is not None:
+            out = out | ((query_ids[:, None] == key_ids) & ~is_positive)
+        losses = losses.masked_fill(out, 0)
+    return losses.sum(dim=1)
 
 
 @torch.compiler.disable
@@ -175,6 +219,9 @@ def over_ranks(
     bias: float | Tensor = 0.0,
     normalize: bool = True,
     paired: bool | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    key_mask: Tensor | None = None,
     reduction: str = "mean",
     group: dist.ProcessGroup | None = None,
     strategy: str = "auto",
@@ -193,6 +240,7 @@ def over_ranks(
         bias: float, or tensor of one element, which gets its gradient.
         normalize: L2-normalise all rows (cosine); otherwise plain dot products.
         paired: key i of a rank is the positive of its query i; by default only without labels. False: all pairs are negatives.
+        query_ids, key_ids, key_mask: of this rank's rows, as in ``fastnce.sigmoid_contrastive``; ids mean the same on all ranks.
         reduction: ``"mean"`` over the queries of all ranks, ``"sum"``, or ``"none"`` for this rank's (N,).
         group, strategy, gradient_scale, check: see ``fastnce.distributed``.
         backend: one of ``fastnce.backends.available()``; None chooses.
@@ -209,31 +257,38 @@ def over_ranks(
     call = OverRanks(op, group, scale, reduction, strategy, gradient_scale, check, backend)
     if call.alone:
         options = {"normalize": normalize, "paired": paired}
+        options |= {"query_ids": query_ids, "key_ids": key_ids, "key_mask": key_mask}
         options |= {"reduction": reduction, "backend": backend}
         return sigmoid_contrastive(
             query, key, query_labels, key_labels, scale=scale, bias=bias, **options
         )
     query, key = _checks.same_dtype_under_autocast(query, key)
 
+    ids: tuple[Tensor | None, Tensor | None] = (None, None)
+
     def validate() -> dict[str, Fact]:
-        nonlocal bias, paired
+        nonlocal bias, paired, ids
         by_labels = query_labels is not None
         paired = _checked(op, query, key, query_labels, key_labels, paired, may_be_empty=True)[1]
+        ids = _ids(op, query, key, paired, query_ids, key_ids, key_mask)
         call.temperature = _checks.expect_scale(op, scale, query, "scale")
         bias = _checks.expect_bias(op, bias, query)
         return {
             "normalize": bool(normalize),
             "paired": paired,
             "whether there are labels": by_labels,
+            "whether there are ids": ids[0] is not None,
+            "whether there are ids or a key_mask": ids[1] is not None,
             "bias": bias.detach(),
             "whether gradients are needed": _common.wants_grad(query, key, scale, bias),
             "whether key needs a gradient": _common.wants_grad(key),
         }
 
-    call.agree(op, key, validate, of_form=((query, key),))
+    masked = not (query_ids is None and key_ids is None and key_mask is None)
+    call.agree(op, key, validate, of_form=((query, key), masked))
     labels = (query_labels, key_labels) if query_labels is not None else None
     with _common.no_autocast(query):
-        blocks = _Blocks(call.kernels, call.exchange, labels, paired, bool(normalize))
+        blocks = _Blocks(call.kernels, call.exchange, labels, ids, paired, bool(normalize))
         losses = _BlocksFunction.apply(query, key, bias, call.temperature, blocks)
         return call.reduce(losses, None, query.dtype)
 
@@ -246,31 +301,37 @@ class _Blocks:
         kernels: the backend.
         exchange: by which keys travel.
         labels: of this rank's queries and keys, or None.
+        ids: as of ``plain``.
         paired, normalize: as in ``sigmoid_contrastive``.
     """
 
     kernels: ModuleType
     exchange: Exchange
     labels: tuple[Tensor, Tensor] | None
+    ids: tuple[Tensor | None, Tensor | None]
     paired: bool
     normalize: bool
 
     def travelling(self, key: Tensor) -> Block:
-        return (key,) if self.labels is None else (key, self.labels[1].long())
+        labels = () if self.labels is None else (self.labels[1].long(),)
+        return (key, *labels, *(() if self.ids[1] is None else (self.ids[1],)))
 
-    def _call(self, query: Tensor, step: int, block: Block) -> tuple[Tensor, dict[str, bool]]:
-        """The labels, and the options."""
+    def _call(
+        self, query: Tensor, bias: Tensor, tau: float | Tensor, step: int, block: Block
+    ) -> tuple[tuple[Tensor | float | None, ...], dict[str, bool]]:
+        """The inputs and the options of ``plain``."""
         labels = query.new_empty(0, dtype=torch.int64)
         if self.labels is not None:
             labels = torch.cat([self.labels[0].long(), block[1]])
-        return labels, {"paired": self.paired and step == 0, "normalize": self.normalize}
+        key_ids = None if self.ids[1] is None else block[-1]
+        options = {"paired": self.paired and step == 0, "normalize": self.normalize}
+        return (query, block[0], bias, labels, self.ids[0], key_ids, tau), options
 
     def losses(
         self, query: Tensor, bias: Tensor, tau: float | Tensor, step: int, block: Block
     ) -> Tensor:
         """(N,), of the block that is here at ``step``."""
-        labels, options = self._call(query, step, block)
-        inputs = (query, block[0], bias, labels, tau)
+        inputs, options = self._call(query, bias, tau, step, block)
         if self.kernels is backends.reference:
             return plain(*inputs, **options)
         return self.kernels.sigmoid_contrastive_forward(
@@ -288,14 +349,13 @@ class _Blocks:
         needs: Sequence[bool],
     ) -> Sequence[Tensor | None]:
         """Of ``(weights * losses).sum()`` for query, the block's keys, bias and temperature."""
-        labels, options = self._call(query, step, block)
-        inputs = (query, block[0], bias, labels, tau)
+        inputs, options = self._call(query, bias, tau, step, block)
         weights = weights.to(accumulation_dtype(query.dtype))
         if self.kernels is backends.reference:
             function, (*of_rows, of_tau) = functools.partial(plain, **options), needs
-            needs = (*of_rows, False, of_tau)
+            needs = (*of_rows, False, False, False, of_tau)
             found = _common.gradients(function, inputs, needs, weights)
-            return (*found[:3], found[4])
+            return (*found[:3], found[-1])
         return self.kernels.sigmoid_contrastive_backward(weights, *inputs, **options, needs=needs)
 
 
@@ -372,8 +432,8 @@ def _losses(query: Tensor, **_: object) -> tuple[Tensor]:
 
 
 _INPUTS = (
-    "Tensor query, Tensor key, Tensor bias, Tensor labels, Tensor? temperature_tensor, "
-    "float temperature"
+    "Tensor query, Tensor key, Tensor bias, Tensor labels, Tensor? query_ids, Tensor? key_ids, "
+    "Tensor? temperature_tensor, float temperature"
 )
 _OPTIONS = "bool paired, bool normalize"
 _NEEDS = "bool need_query, bool need_key, bool need_bias, bool need_temperature"

@@ -67,7 +67,7 @@ def sup_con(
         ids: (N,) integers: rows of the same id are the same sample, of one label, and neither positive nor negative, such as
             duplicates, or one's own copy in a memory. Without ``reference_features`` each row is left out of its own sums in
             any case.
-        reference_ids: (M,), those of ``reference_features``.
+        reference_ids: (M,), those of ``reference_features``; the least int64 is that of a row that counts for nothing.
         reference_mask: (M,) bool, False where a row counts for nothing, such as padding.
         weights: (N,) floats, a weight for each row's loss; ``"mean"`` divides by what then counts. No gradient.
         reduction: ``"mean"`` over the samples that have a positive (0 if none has), with ``"each"`` over the pairs of a sample

@@ -81,8 +81,6 @@ def wrong(group, case: str):
         return distributed.nt_xent(x, x, group=group, backend="triton" if rank > 0 else "torch")
     if case == "no row":
         return distributed.nt_xent(x[:0], x[:0], group=group)
-    if case == "negatives with a gradient":
-        return distributed.info_nce(x, x, x.clone().requires_grad_(rank > 0), group=group)
     if case == "ids":
         return distributed.nt_xent(x, x, group=group, ids=None if rank == 0 else torch.arange(3))
     if case == "other rows":
@@ -102,7 +100,6 @@ def wrong(group, case: str):
         ("one argument", "rank 1, 2 ", "positive_key must have the shape"),
         ("no backend", "rank 1, 2 ", "backend 'triton' cannot run it"),
         ("no row", "no rank has any row", "no rank has any row"),
-        ("negatives with a gradient", "rank 1, 2 ", "negative_keys require a gradient"),
         ("ids", "rank 1, 2 ", "nt_xent: there is no ids over ranks"),
         ("other rows", "rank 1, 2 ", "sup_con: there is no reference_features over ranks"),
         ("another form", "rank 1, 2 ", "sup_con: there is no normalize over ranks"),

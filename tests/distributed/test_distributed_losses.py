@@ -24,6 +24,8 @@ VARIANTS = {
     "sigmoid_contrastive, labels": {},
     "sigmoid_contrastive, dot products": {"normalize": False},
     "sigmoid_contrastive, negatives": {"paired": False},
+    "sigmoid_contrastive, masks": {},
+    "sigmoid_contrastive, labels, masks": {},
 }
 
 
@@ -42,6 +44,14 @@ def draw(variant: str, count: int, dtype: torch.dtype) -> tuple[list[torch.Tenso
     if "labels" in variant:
         others = [labels, labels.roll(1)]
     return [y.to(dtype) for y in rows], others
+
+
+def masks_of(variant: str, count: int) -> dict[str, torch.Tensor]:
+    """Arguments by name, per row."""
+    if "masks" not in variant:
+        return {}
+    ids = torch.arange(count) % 3
+    return {"query_ids": ids, "key_ids": ids.flip(0), "key_mask": torch.arange(count) % 5 != 1}
 
 
 def numbers(variant: str, temperature: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -63,7 +73,7 @@ def one_process(variant, rows, others, temperature, reduction="mean"):
     """Loss and gradients of the plain op on the rows of all ranks."""
     leaves = [y.clone().requires_grad_() for y in rows]
     taus = numbers(variant, temperature, rows[0].dtype)
-    options = {**taus, "reduction": reduction}
+    options = {**taus, "reduction": reduction, **masks_of(variant, len(rows[0]))}
     op = getattr(fastnce, variant.split(",")[0])
     loss = op(*leaves, *others, **VARIANTS[variant], **options)
     loss.sum().backward()
@@ -78,8 +88,9 @@ def over_ranks(group, variant, counts, temperature, dtype, options):
     leaves = [y[own].clone().requires_grad_() for y in rows]
     others = [y if "queue" in variant else y[own] for y in others]
     taus = numbers(variant, temperature, dtype)
+    masks = {name: y[own] for name, y in masks_of(variant, sum(counts)).items()}
     op = getattr(distributed, variant.split(",")[0])
-    loss = op(*leaves, *others, **taus, group=group, **VARIANTS[variant], **options)
+    loss = op(*leaves, *others, **taus, **masks, group=group, **VARIANTS[variant], **options)
     loss.sum().backward()
     return loss.detach(), [y.grad for y in leaves], their_gradients(taus)
 

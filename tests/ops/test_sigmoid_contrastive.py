@@ -14,14 +14,17 @@ from fastnce import backends, sigmoid_contrastive
 OP = "sigmoid_contrastive"
 RUN = [x for x in backends.names() if backends.supports(x, OP, "cpu", torch.float64) == "ok"]
 each_backend = pytest.mark.parametrize("backend", RUN)
+# The compiled kernels do not leave out pairs yet.
+each_with_masks = pytest.mark.parametrize("backend", [x for x in RUN if x != "native"])
 
 
-def published(query, key, positive, scale, bias, normalize):
+def published(query, key, positive, scale, bias, normalize, left_in=1):
     """open_clip's ``-F.logsigmoid(labels * logits).sum() / image_features.shape[0]``, of unit rows."""
     if normalize:
         query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
     labels = 2 * positive.to(query.dtype) - 1
-    return -F.logsigmoid(labels * (query @ key.T * scale + bias)).sum() / len(query)
+    losses = -F.logsigmoid(labels * (query @ key.T * scale + bias)) * left_in
+    return losses.sum() / len(query)
 
 
 def results(loss, leaves):
@@ -41,21 +44,103 @@ def test_value_and_gradients_are_those_of_the_equation(
     backend, sizes, form, scale, bias, normalize
 ):
     count, more, depth = sizes
-    query, key = gaussian(count, depth), gaussian(count + more, depth, seed=1)
+    given, positive = pairs_of(form, count, more)
+    compare(backend, sizes, given, positive, scale, bias, normalize)
+
+
+def pairs_of(form, count, more):
+    """The arguments, and which pairs are positives."""
     given, positive = {}, torch.eye(count, count + more, dtype=torch.bool)
     if form == "labels":
-        given = {"query_labels": torch.arange(count) % 3, "key_labels": torch.arange(len(key)) % 4}
-        positive = given["query_labels"][:, None] == given["key_labels"]
+        labels = torch.arange(count) % 3, torch.arange(count + more) % 4
+        given = dict(zip(("query_labels", "key_labels"), labels, strict=True))
+        positive = labels[0][:, None] == labels[1]
     elif form == "negatives":
         given, positive = {"paired": False}, positive & False
+    return given, positive
+
+
+def compare(backend, sizes, given, positive, scale, bias, normalize, left_in=1):
+    count, more, depth = sizes
+    query, key = gaussian(count, depth), gaussian(count + more, depth, seed=1)
     scale, bias = (torch.tensor(x, dtype=torch.float64) for x in (scale, bias))
     leaves = [x.double().requires_grad_() for x in (query, key, scale, bias)]
     query, key, scale, bias = leaves
     options = {"normalize": normalize, "backend": backend}
     found = sigmoid_contrastive(query, key, **given, scale=scale, bias=bias, **options)
-    expected = results(published(query, key, positive, scale, bias, normalize), leaves)
+    expected = results(published(query, key, positive, scale, bias, normalize, left_in), leaves)
     for x, y in zip(results(found, leaves), expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12 * max(1.0, scale.item()))
+
+
+@each_with_masks
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(
+    sizes=st.tuples(st.integers(1, 9), st.integers(0, 60), st.integers(1, 9)),
+    form=st.sampled_from(["pairs", "labels", "negatives"]),
+    masks=st.sampled_from(["ids", "mask", "ids, mask"]),
+    kept=st.sampled_from([0.0, 0.5, 1.0]),
+    kinds=st.integers(1, 7),
+)
+def test_pairs_that_are_left_out_count_for_nothing(backend, sizes, form, masks, kept, kinds):
+    """Of the same ids unless they are positives, and all of a masked key."""
+    count, more, _ = sizes
+    given, positive = pairs_of(form, count, more)
+    left_in = torch.ones(count, count + more, dtype=torch.bool)
+    if "ids" in masks:
+        ids = torch.arange(count) % kinds, torch.arange(count + more) % (kinds + 1) - 1
+        given |= {"query_ids": ids[0].int(), "key_ids": ids[1]}
+        left_in = positive | (ids[0][:, None] != ids[1])
+    if "mask" in masks:
+        given["key_mask"] = gaussian(count + more).sigmoid() < kept
+        left_in = left_in & given["key_mask"]
+    compare(backend, sizes, given, positive, 5.0, -2.0, True, left_in)
+
+
+@each_with_masks
+def test_ids_of_pairs_are_those_of_the_queries(backend):
+    query, key, ids = gaussian(6, 3), gaussian(6, 3, seed=1), torch.arange(6) % 3
+    options = {"query_ids": ids, "scale": 5.0, "backend": backend}
+    found = sigmoid_contrastive(query, key, **options)
+    assert torch.equal(found, sigmoid_contrastive(query, key, **options, key_ids=ids))
+    assert found < sigmoid_contrastive(query, key, scale=5.0, backend=backend)
+
+
+@each_with_masks
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_masked_key_is_not_there(backend, dtype):
+    """As if it were not given, and without a gradient; in every dtype."""
+    query, key = gaussian(7, 5).to(dtype), gaussian(30, 5, seed=1).to(dtype)
+    mask, options = torch.arange(30) % 3 > 0, {"scale": 4.0, "bias": -1.0, "backend": backend}
+    labels = torch.arange(7) % 2, torch.arange(30) % 2
+    short = labels[0], labels[1][mask]
+    found, leaves = [], []
+    for rows, both, masks in (
+        ((query, key), labels, {"key_mask": mask}),
+        ((query, key[mask]), short, {}),
+    ):
+        leaves = [x.clone().requires_grad_() for x in rows]
+        loss = sigmoid_contrastive(*leaves, *both, **options, **masks)
+        found.append(results(loss, leaves))
+    (loss, of_query, of_key), expected = found
+    assert not of_key[~mask].any()
+    for x, y in zip((loss, of_query, of_key[mask]), expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@each_with_masks
+def test_compiled_with_masks(backend):
+    """Ids given once are the queries' and the keys'."""
+    torch._dynamo.reset()
+    compiled = torch.compile(sigmoid_contrastive, fullgraph=True, backend="aot_eager", dynamic=True)
+    for size in (8, 13):
+        leaves = [gaussian(size, 6).requires_grad_(), gaussian(size, 6, seed=1).requires_grad_()]
+        options = {"scale": 5.0, "query_ids": torch.arange(size) % 3, "backend": backend}
+        options |= {"key_mask": torch.arange(size) % 4 > 0, "reduction": "none"}
+        found = results(compiled(*leaves, **options).sum(), leaves)
+        expected = results(sigmoid_contrastive(*leaves, **options).sum(), leaves)
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y)
 
 
 @each_backend
@@ -158,6 +243,30 @@ MISTAKES = [
     (ValueError, r"bias must be finite, got nan", (x, x), {"bias": float("nan")}),
     (ValueError, r"bias must be finite, got inf", (x, x), {"bias": torch.tensor(torch.inf)}),
     (ValueError, r"reduction must be one of", (x, x), {"reduction": "avg"}),
+    (ValueError, r"key_ids need the ids of the queries.*query_ids", (x, x), {"key_ids": labels}),
+    (
+        ValueError,
+        r"query_ids need the ids of the keys too.*Pass key_ids",
+        (x, torch.cat([x, x])),
+        {"query_ids": labels},
+    ),
+    (
+        ValueError,
+        r"query_ids need the ids of the keys too",
+        (x, x),
+        {"query_ids": labels, "paired": False},
+    ),
+    (ValueError, r"query_ids must have the shape \(4,\)", (x, x), {"query_ids": labels[:3]}),
+    (TypeError, r"query_ids must be integers", (x, x), {"query_ids": labels.float()}),
+    (
+        ValueError,
+        r"key_ids must have the shape \(4,\)",
+        (x, x),
+        {"query_ids": labels, "key_ids": labels[:3]},
+    ),
+    (TypeError, r"key_mask must be bool.*got torch.int64", (x, x), {"key_mask": labels}),
+    (ValueError, r"key_mask must have the shape \(4,\)", (x, x), {"key_mask": labels[:3] > 0}),
+    (TypeError, r"key_mask must be a tensor", (x, x), {"key_mask": True}),
 ]
 
 
