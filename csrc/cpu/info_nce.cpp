@@ -152,10 +152,11 @@ double log_ratio(const ExpSum& others, double positive) {
   return others.log() - positive + 0 * std::max(positive, 0.0);
 }
 
-// log of the sum of all, `ratio` as above. Infinite logits are those of dot products alone.
-double log_all(const ExpSum& others, double positive, double ratio) {
+// log of the sum of all, from it over the positive's. Infinite logits are those of dot products
+// alone.
+double log_all(const ExpSum& others, double positive, double loss) {
   if (std::isinf(positive)) return others.log() + std::max(positive, 0.0);
-  return positive + softplus(ratio);
+  return positive + loss;
 }
 
 // Of one sum: share is the softmax's weight on all but the positive.
@@ -164,9 +165,15 @@ struct SumLoss {
 
   SumLoss(const ExpSum& others, double positive, bool decoupled) {
     const double d = log_ratio(others, positive);
-    loss = decoupled ? d : softplus(d);
-    lse = decoupled ? others.log() : log_all(others, positive, d);
-    share = decoupled ? 1 : 1 / (1 + std::exp(-d));
+    if (decoupled) {
+      loss = d;
+      lse = others.log();
+      share = 1;
+    } else {
+      loss = softplus(d);
+      lse = log_all(others, positive, loss);
+      share = 1 / (1 + std::exp(-d));
+    }
   }
 };
 

@@ -14,7 +14,8 @@ is a parameter like others: each rank gets its rows' share.
 rows get d(l_1 + ... + l_R)/drow, those parts included that come from other ranks' losses; with ``"mean"`` and ``"sum"`` alike. Averaged by
 DDP or FSDP that is the gradient of the mean of the ranks' scalars: with the same number of rows on every rank, ``losses.mean()``
 trains as one process with ``losses.mean()`` does. Added up it is the gradient of the sum of the scalars. For ranks with different numbers
-of rows, and N losses in all, ``losses.sum() * R / N`` is what DDP averages to the mean over all rows.
+of rows, and N losses in all, ``losses.sum() * R / N`` is what DDP averages to the mean over all rows. With weights w it is
+``(w * losses).sum() * R / W``, W the sum of all ranks' weights, and not the mean of one's own: pass ``weights=w`` to the loss instead.
 
 **How the rows travel.** ``strategy="ring"`` passes blocks from rank to rank while the one before is computed; memory is a few times
 the rank's own rows. ``"gather"`` collects all rows on every rank. ``"auto"`` gathers up to 64 MiB. Neither builds a matrix of

@@ -84,7 +84,7 @@ def plain(
     logits, left_out = [], []
     if in_batch:
         own = torch.eye(query.shape[-2], dtype=torch.bool, device=query.device)
-        logits.append(query @ left_in(key, masks.key_ids).mT)
+        logits.append(query @ key.mT)
         left_out.append(_left_out(masks, masks.key_ids, masks.guide_key, logits[0]) | own)
     if negatives is not None:
         shared = negatives.dim() == 2

@@ -1,5 +1,7 @@
 """InfoNCE over ranks with negatives of all ranks, ids, masks, weights and ranks, against one process with all rows."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -106,9 +108,18 @@ def differentiated(function, given: dict, options: dict) -> tuple:
     return loss.detach(), grads, tau.grad, ranks
 
 
-def on_a_rank(group, case, counts, negatives, options):
+def of_dtype(given: dict, dtype: torch.dtype) -> dict:
+    """With rows of this type."""
+    return {
+        name: x.to(dtype) if name in ("query", "positive_key", "negative_keys") else x
+        for name, x in given.items()
+    }
+
+
+def on_a_rank(group, case, counts, negatives, options, dtype=torch.float64):
     rank = dist.get_rank(group)
     given, sizes = draw(case, counts, negatives)
+    given = of_dtype(given, dtype)
     own = {
         name: [part(y, z, rank) for y, z in zip(x, (counts, counts, negatives), strict=True)]
         if name == "guide"
@@ -118,9 +129,9 @@ def on_a_rank(group, case, counts, negatives, options):
     return differentiated(distributed.info_nce, own, {**CASES[case][1], **options, "group": group})
 
 
-def one_process(case, counts, negatives, reduction):
+def one_process(case, counts, negatives, reduction, dtype=torch.float64):
     """The plain op; of negatives of one rank's queries alone, each query's own, with a mask."""
-    given, _ = draw(case, counts, negatives)
+    given = of_dtype(draw(case, counts, negatives)[0], dtype)
     options = {k: v for k, v in CASES[case][1].items() if k != "negatives_of"}
     function = fastnce.info_nce
     if case.startswith("own"):
@@ -161,6 +172,28 @@ def test_equal_to_one_process(case, size, strategy, workers):
             assert torch.equal(torch.cat(ranks, dim=-1), true_ranks)
 
 
+def error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """Relative, in the l2 norm of the whole tensor."""
+    return ((found.double() - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize("strategy", ["ring", "gather"])
+@pytest.mark.parametrize("case", ["negatives of all", "all together"])
+def test_single_precision(case, strategy, workers):
+    """1e-6, or twice what one process is off by."""
+    dtype, options = torch.float32, {"strategy": strategy}
+    answers = workers.results(on_a_rank, case, *SHAPES[3], options, dtype, ranks=3)
+    losses, grads, *_ = zip(*answers, strict=True)
+    loss, true_grads, *_ = one_process(case, *SHAPES[3], "mean")
+    plain_loss, plain_grads, *_ = one_process(case, *SHAPES[3], "mean", dtype)
+    assert losses[0].dtype == torch.float32
+    assert error(losses[0], loss) < max(1e-6, 2 * error(plain_loss, loss))
+    for name, true in true_grads.items():
+        joined = torch.cat([x[name] for x in grads]) / 3
+        assert joined.dtype == torch.float32
+        assert error(joined, true) < max(1e-6, 2 * error(plain_grads[name], true)), name
+
+
 def nothing_left(group, options):
     x = torch.randn(3, 3, 4, requires_grad=True)
     ids = torch.full((3,), 7)
@@ -177,8 +210,8 @@ def nothing_left(group, options):
     "options", [{}, {"decoupled": True}, {"symmetric": True, "decoupled": True}]
 )
 def test_queries_without_negatives_have_loss_and_gradient_0(options, strategy, workers):
-    for reduction in ("mean", "none"):
-        given = {**options, "strategy": strategy, "reduction": reduction}
+    for reduction, backend in itertools.product(("mean", "none"), ("torch", None)):
+        given = {**options, "strategy": strategy, "reduction": reduction, "backend": backend}
         for loss, rank, grad in workers.results(nothing_left, given, ranks=2):
             assert not loss.any() and not rank.any() and not grad.any()
 

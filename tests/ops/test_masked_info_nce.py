@@ -380,21 +380,35 @@ def test_what_is_in_padding_reaches_nothing(value, form, reduction, backend):
 @each_backend
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_key_that_does_not_count_reaches_the_loss_of_its_own_query_alone(value, backend):
-    """In plain PyTorch the gradients, too: elsewhere they have it as a product with 0."""
+    """Other gradients have it as a product with 0, as those of every loss have rows that are not finite."""
     call = shaped("in_batch", 9, 0, 5)
     key_mask = torch.arange(9) != 4
-    losses, grads = [], []
+    losses = []
     for filling in (0.0, value):
         key = call["positive_key"].clone()
         key[4] = filling
-        query = call["query"].clone().requires_grad_()
         options = {"temperature": 0.5, "reduction": "none", "backend": backend}
-        losses.append(info_nce(query, key, key_mask=key_mask, **options))
-        losses[-1].sum().backward()
-        grads.append(query.grad)
-    for x, y in (losses, grads) if backend == "torch" else (losses,):
-        torch.testing.assert_close(x[key_mask], y[key_mask])
-        assert not y[4].isfinite().all()
+        losses.append(info_nce(call["query"], key, key_mask=key_mask, **options))
+    torch.testing.assert_close(*(x[key_mask] for x in losses))
+    assert not losses[1][4].isfinite()
+
+
+@each_backend
+def test_a_query_that_is_not_finite_reaches_its_own_loss_alone(backend):
+    for form in FORMS[:1] + FORMS[2:]:  # symmetric, a query is a negative of keys
+        call = shaped(form, 9, 7, 5)
+        call["query_ids"] = torch.arange(9) % 3
+        if (shape := columns(call)) is not None:
+            call["negative_ids"] = torch.arange(shape.numel()).view(shape) % 5
+        options = {"temperature": 0.5, "reduction": "none", "backend": backend}
+        expected = info_nce(**call, **options)
+        call["query"] = call["query"].clone().index_fill_(0, torch.tensor([4]), torch.nan)
+        call["query"].requires_grad_()
+        losses = info_nce(**call, **options)
+        others = torch.arange(9) != 4
+        torch.testing.assert_close(losses[others], expected[others])
+        (grad,) = torch.autograd.grad(losses.sum(), call["query"])
+        assert losses[4].isnan() and grad[others].isfinite().all()
 
 
 @each_backend
