@@ -61,7 +61,9 @@ NEED_A_GUIDE = ("guide_margin", "relative_margin")
 def test_a_module_is_its_op_with_every_option_and_default(op):
     module, arguments = CASES[op]
     function = inspect.signature(getattr(fastnce, op)).parameters
-    of_a_call = ("Tensor | None", "Sequence[Tensor] | None")
+    of_a_call = [
+        f"{kind} | None" for kind in ("Tensor", "Sequence[Tensor]", "Tensor | Sequence[Tensor]")
+    ]
     of_a_call = [n for n, p in function.items() if str(p.annotation) in of_a_call]
     options = {
         n: p.default for n, p in function.items() if p.kind is p.KEYWORD_ONLY and n not in of_a_call

@@ -139,8 +139,9 @@ class Mean(torch.autograd.Function):
     def backward(ctx, saved: tuple[Tensor, Tensor], grad: Tensor):
         x, y = saved
         of_values = grad.new_zeros(len(y), grad.shape[1])
-        for _, part in tiles.blocks(1, len(x), len(y), x):
-            of_values.addmm_(torch.softmax(x[part] @ y.T, dim=-1).T, grad[part])
+        with _common.no_autocast(x):  # in which a backward may be called, too
+            for _, part in tiles.blocks(1, len(x), len(y), x):
+                of_values.addmm_(torch.softmax(x[part] @ y.T, dim=-1).T, grad[part])
         return None, None, of_values, None
 
 

@@ -125,6 +125,18 @@ def test_lower_precision(backend, dtype):
         assert (x - z).abs().max() <= 2 * (y - z).abs().max() + bound
 
 
+@each_backend
+def test_autocast_does_not_reach_in(backend):
+    student, teacher = rows(dtype=torch.float32)
+    options = {"symmetric": True, "backend": backend}
+    expected = results(fastnce.contrastive_distillation(*student, *teacher, **options), student)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = fastnce.contrastive_distillation(*student, *teacher, **options)
+        if backend != "torch":  # whose backward is PyTorch's
+            assert_same(results(loss, student), expected, 1e-5, 1e-6)
+    assert_same(results(loss, student), expected, 1e-5, 1e-6)
+
+
 class Largest(TorchDispatchMode):
     """Inside the block keeps the largest number of elements that an operator returns."""
 

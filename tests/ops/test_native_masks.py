@@ -210,7 +210,8 @@ def test_where_nothing_is_left(name, dtype):
 
 
 def test_operators_say_where_nothing_is_left():
-    query, key = (gaussian(2, 40, 9, seed=i).float() for i in range(2))
+    query, key = (gaussian(2, 40, 9, seed=i) for i in range(2))
+    ones = query.new_ones(2, 40)
     ids = torch.zeros(2, 40, dtype=torch.int64)
     ids[0, 3] = 1  # among 40 of which one has an id of its own, in the first batch element alone
     masks = (ids, ids, None, None, None, None)
@@ -220,7 +221,7 @@ def test_operators_say_where_nothing_is_left():
         options["symmetric"] = symmetric
         inputs = (query, key, None, *masks)
         loss, lse, rank, grads = native.masked_info_nce_forward(
-            *inputs, torch.ones(2, 40), 0.07, **options, rank=False
+            *inputs, ones, 0.07, **options, rank=False
         )
         assert rank.shape == (0,) and rank.dtype == torch.int64
         assert lse.shape == ((2, 2, 40) if symmetric else (2, 40))
@@ -228,7 +229,7 @@ def test_operators_say_where_nothing_is_left():
         assert lse[..., 1, :].eq(-torch.inf).all() and lse[..., 0, :].isfinite().all()
         assert all(x is None or x.isfinite().all() for x in grads)
         assert all(x[1].eq(0).all() and x[0].ne(0).any(1).all() for x in grads[:2])
-        again = native.masked_info_nce_backward(torch.ones(2, 40), *inputs, 0.07, lse, **options)
+        again = native.masked_info_nce_backward(ones, *inputs, 0.07, lse, **options)
         torch.testing.assert_close(again, grads)
         nothing = native.masked_info_nce_forward(*inputs, None, 0.07, **options, rank=True)
         assert nothing[-1] == (None,) * 4 and torch.equal(nothing[0], loss)

@@ -479,6 +479,20 @@ def test_a_bias_keeps_its_digits_in_products_of_bfloat16():
     assert ((kept - bias.double()).abs() <= 2.0**-16 * bias.double().abs()).all()
 
 
+@each_backend
+@each_case
+def test_autocast_does_not_reach_in(backend, case):
+    call = problem(*case)
+    expected = results(fastnce.info_nce, call, torch.float32, backend=backend)
+
+    def under_autocast(**given):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return fastnce.info_nce(**given)
+
+    found = results(under_autocast, call, torch.float32, backend=backend)
+    assert_same(found, expected, 1e-5, 1e-5)
+
+
 COMPILED = [
     ("batch", "per_query", "key_bias", "angular_margin"),
     ("symmetric", "hardness", "mask"),
