@@ -2,6 +2,9 @@
 
 import contextlib
 import importlib
+import json
+import logging
+import re
 
 import pytest
 import tiny
@@ -11,6 +14,11 @@ from torch import nn
 from fastnce import integrations
 
 STEPS = 4
+OPEN_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
+}
 IMAGES = torch.rand(32, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
@@ -76,6 +84,47 @@ def test_sentence_transformers(library, tmp_path, loss):
         return [x["loss"] for x in trainer.state.log_history if "loss" in x]
 
     assert_same_training("sentence_transformers", train)
+
+
+@pytest.fixture
+def logging_as_before():
+    """open_clip sets the level and the handlers of every logger."""
+    names = [None, *logging.root.manager.loggerDict]
+    before = [(x, x.level, list(x.handlers)) for x in map(logging.getLogger, names)]
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
+
+
+def test_open_clip(library, tmp_path, logging_as_before):
+    """``open_clip_train.main``, with its table of image files and captions."""
+    library("open_clip").add_model_config(written(tmp_path / "tiny.json", json.dumps(OPEN_CLIP)))
+    from open_clip_train import main
+    from torchvision.utils import save_image
+
+    table = ["filepath\ttitle"]
+    for i, (image, caption) in enumerate(zip(IMAGES, tiny.sentences(32, 0), strict=True)):
+        save_image(image, tmp_path / f"{i:02}.png")
+        table.append(f"{tmp_path / f'{i:02}.png'}\t{caption}")
+    options = {"model": "tiny", "dataset-type": "csv", "logs": tmp_path / "logs", "device": "cpu"}
+    options["precision"] = "fp32"  # theirs would be rounded under autocast
+    options |= {"train-data": written(tmp_path / "train.csv", "\n".join(table)), "workers": 0}
+    options |= {"batch-size": 8, "epochs": 2, "warmup": 1, "lr": 1e-3, "log-every-n-steps": 1}
+    words = [str(x) for k, v in options.items() for x in (f"--{k}", v)]
+
+    def train():
+        name = "first" if not (tmp_path / "logs").exists() else "second"
+        main.main([*words, "--name", name])
+        text = (tmp_path / "logs" / name / "out.log").read_text()
+        return [float(x) for x in re.findall(r"Contrastive_loss: (\S+)", text)]
+
+    assert_same_training("open_clip", train)
+
+
+def written(path, text):
+    path.write_text(text)
+    return path
 
 
 def test_transformers(library, tmp_path):
