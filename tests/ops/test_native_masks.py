@@ -138,7 +138,8 @@ def variants(name: str) -> list[dict[str, object]]:
 @each_form
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_blocks_add_up(name, dtype):
-    for options in variants(name):
+    # In double, which runs the same code, gradients from the forward and from the backward once each.
+    for options in variants(name)[:2] if dtype == torch.float64 else variants(name):
         if "weights" in options:
             options["weights"] = options["weights"].to(torch.promote_types(dtype, torch.float32))
         assert_close_to_truth("info_nce", "native", sample(name, dtype, **options), dtype)

@@ -500,7 +500,7 @@ COMPILED = [
 ]
 
 
-@each_backend
+@pytest.mark.parametrize("backend", [x for x in RUN if x != "torch"])
 @pytest.mark.parametrize("case", COMPILED, ids=" ".join)
 def test_compiled(backend, case):
     torch._dynamo.reset()

@@ -255,9 +255,10 @@ def test_no_block_of_pairs_grows(classes, monkeypatch):
         return plain(self, rows, columns)
 
     monkeypatch.setattr(blocks_of_pairs._Pairs, "_block", counted)
-    next(calls_of_pairs(5000, 5000, classes, each=True))
+    count = 2500
+    next(calls_of_pairs(count, count, classes, each=True))
     assert max(r * c for r, c in sizes) <= blocks_of_pairs.QUERIES * blocks_of_pairs.KEYS
-    assert sum(r * c for r, c in sizes) <= 2 * 2 * (5000**2 / classes + 5000 * 128)
+    assert sum(r * c for r, c in sizes) <= 2 * 2 * (count**2 / classes + count * 128)
 
 
 @each_form
@@ -276,7 +277,7 @@ def test_a_second_derivative_is_refused_or_right(positives):
                 torch.autograd.grad(grad.square().sum(), x)
 
 
-@pytest.mark.parametrize("backend", [x for x in RUN if x != "torch"])
+@pytest.mark.parametrize("backend", [x for x in RUN if x != "torch"][:1])
 @pytest.mark.parametrize("own", [True, False])
 @each_form
 def test_two_compilations_for_all_sizes_and_temperatures(backend, positives, own):
