@@ -228,7 +228,7 @@ def row_loss(
     Args:
         op: the public function.
         plain: ``(*rows, labels, temperature)`` -> the losses; and whether each counts in the mean, if not all do.
-        rows: the tensors that may need a gradient, in the order of the operators' arguments.
+        rows: the tensors that may need a gradient, at most three, in the order of the operators' arguments.
         labels: the argument that follows them, if there is one.
         temperature: is checked here.
         reduction: is checked here.
@@ -272,7 +272,8 @@ def fused_row_loss(
         grad_now,
         len(rows),
         temperature,
-        *distinct((*rows, *others)),
+        *distinct([*rows, None, None][:3]),
+        *distinct(others),
     )
     return loss
 
@@ -294,9 +295,13 @@ class RowLossFunction(torch.autograd.Function):
         grad_now: bool,
         count: int,
         temperature: float | Tensor,
-        *tensors: Tensor | None,
+        first: Tensor,
+        second: Tensor | None,
+        third: Tensor | None,
+        *others: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        first = tensors[0]
+        # Of two others torch.compile would take ctx for one too many, where nothing needs a gradient.
+        tensors = (*(first, second, third)[:count], *others)
         needs = (*ctx.needs_input_grad[7 : 7 + count], ctx.needs_input_grad[6])
         mean, kept = kernel_mean(reduction, first.dtype), kept_scale(first)
         losses, *sums, grads = getattr(kernels, f"{op}_forward")(
@@ -307,7 +312,7 @@ class RowLossFunction(torch.autograd.Function):
             mean=mean,
             needs=needs,
         )
-        ctx.others, ctx.reduced = len(tensors) - count, reduction != "none"
+        ctx.without_gradient, ctx.reduced = 3 - count + len(others), reduction != "none"
         if ctx.reduced:
             shared = handle(ctx, first, grad_now)
             if len(sums) == 2:  # has_positive and lse: the mean is over the rows that have one
@@ -345,7 +350,7 @@ class RowLossFunction(torch.autograd.Function):
                 grad_loss, *tensors, temperature, *sums, **ctx.options, needs=ctx.needs
             )
         *of_rows, of_temperature = grads
-        return *(None,) * 6, of_temperature, *of_rows, *(None,) * ctx.others
+        return *(None,) * 6, of_temperature, *of_rows, *(None,) * ctx.without_gradient
 
 
 def positives(has_positive: Tensor) -> Tensor:

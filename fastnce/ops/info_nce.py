@@ -93,6 +93,7 @@ def info_nce(
         negative_ids: those of ``negative_keys``, (M,), (N, M) or (B, N, M). None of these is left out by default.
         key_mask: bool, in the shape of ``query_ids``: False where a row of ``positive_key`` is nobody's negative.
         negative_mask: bool, in the shape of ``negative_ids``: False where there is no key, as in rows of different lengths.
+            What is there, NaN included, reaches nothing.
         guide: another model's rows of ``(query, positive_key)``, or of ``(query, positive_key, negative_keys)``, shared, in any
             dimension: what it finds more similar to the query than its positive is no negative (GISTEmbed,
             https://arxiv.org/abs/2402.16829). What is as similar, such as a duplicate, stays. They get no gradient.

@@ -329,7 +329,8 @@ def rows_loss(
         options = {"kernels": kernels, "rank": rank, "grad_now": grad_now, **options}
         options["keep_empty"] = keep_empty
         given = shares if reduced else None
-        found = MaskedFunction.apply(options, temperature, given, *_common.distinct(rows), *masks)
+        tensors = _common.distinct((*rows, *masks))
+        found = MaskedFunction.apply(options, temperature, given, *tensors)
         loss = found[0] if reduced or weights is None else found[0] * shares
         return loss, found[2] if rank else None
 

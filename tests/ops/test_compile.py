@@ -33,6 +33,12 @@ def masked(query, positive_key, negative_keys=None, **options):
     return fastnce.info_nce(query, positive_key, negative_keys, **options)
 
 
+def masked_patches(query_features, key_features, **options):
+    places = torch.arange(query_features.shape[1], device=query_features.device)[None]
+    options |= {"ids": places % 3, "weights": query_features.detach()[..., 0].abs()}
+    return fastnce.patch_nce(query_features, key_features, query_negatives=True, **options)
+
+
 def clip(query, positive_key, *, temperature, backend):
     return CLIPLoss(backend=backend)(query, positive_key, 1 / temperature)
 
@@ -56,6 +62,7 @@ CASES = {op: (op, getattr(fastnce, op)) for op in LOSSES} | {
     "masked": ("info_nce", masked),
     "masked queue": ("info_nce", masked),
     "masked own": ("info_nce", masked),
+    "masked patches": ("patch_nce", masked_patches),
     "clip": ("info_nce", clip),
     "patch_nce": ("patch_nce", two_layers),
     "sample_patches": ("sample_patches", sample_patches),
