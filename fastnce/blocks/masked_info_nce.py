@@ -34,8 +34,7 @@ def masked_info_nce_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     ids = (query_ids, key_ids, negative_ids)
     guide = (guide_query, guide_key, guide_negatives)
-    options |= {"rank": rank, "together": weights is not None}
-    problem = _Masked(query, key, negatives, ids, guide, temperature, **options)
+    problem = _Masked(query, key, negatives, ids, guide, temperature, rank=rank, **options)
     losses, lse, grads = problem.run(weights, needs)
     return losses, lse, problem.ranks, grads
 
@@ -59,8 +58,7 @@ def masked_info_nce_backward(
 ) -> Gradients:
     ids = (query_ids, key_ids, negative_ids)
     guide = (guide_query, guide_key, guide_negatives)
-    options |= {"rank": False, "together": False}
-    problem = _Masked(query, key, negatives, ids, guide, temperature, **options)
+    problem = _Masked(query, key, negatives, ids, guide, temperature, rank=False, **options)
     return problem.run(grad_loss.to(lse.dtype), needs, lse)[2]
 
 
@@ -84,7 +82,7 @@ class _Keys(_Shared):
 
 
 class _Masked(Problem):
-    """The operators' arguments, and whether loss and gradients are made together.
+    """The operators' arguments.
 
     Attributes:
         ranks: the third result.
@@ -104,7 +102,6 @@ class _Masked(Problem):
         in_batch: bool,
         decoupled: bool,
         rank: bool,
-        together: bool,
     ) -> None:
         rows = (Rows(x, normalize) for x in (query, key))
         super().__init__(
@@ -120,9 +117,6 @@ class _Masked(Problem):
         self._masks = any(x is not None for both in self._of_columns for x in both)
         shape = (2, *query.shape[:2]) if symmetric else tuple(query.shape[:2])
         self.ranks = query.new_zeros(shape if rank else (0,), dtype=torch.int64)
-        if symmetric or not together:
-            # Of a query with nothing left, the sum and the positive are to be the same to the last bit, and exp(log(x)) is not x.
-            self.moderate = self.moderate and not self._masks
         self._guide_buffer = Buffer(query if guide[0] is None else guide[0])
         self._positives: Tensor | None = None
         if rank and symmetric:  # of later blocks, too

@@ -145,7 +145,8 @@ def first_derivative_only(backward: Callable) -> Callable:
     @functools.wraps(backward)
     def wrapper(ctx, *grad_outputs: Tensor | None):
         saved = ctx.saved_tensors  # once: checkpointing allows no more
-        with torch.no_grad():
+        present = (x for x in (*grad_outputs, *saved) if x is not None)
+        with torch.no_grad(), no_autocast(next(present, torch.empty(0))):
             grads = backward(ctx, saved, *grad_outputs)
         # Of what it has compiled, PyTorch gives no second derivatives, whatever is done here.
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():

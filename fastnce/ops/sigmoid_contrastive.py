@@ -85,10 +85,9 @@ def sigmoid_contrastive(
     bias = _checks.expect_bias(op, bias, query)
     _checks.expect_choice(op, "reduction", reduction, _common.REDUCTIONS)
     options = {"paired": paired, "normalize": bool(normalize)}
-    ids = _ids(op, query, key, paired, query_ids, key_ids, key_mask)
-    others, masked = (labels, *ids), ids[1] is not None
+    others = (labels, *_ids(op, query, key, paired, query_ids, key_ids, key_mask))
     key = _without_padding(key, key_mask)
-    kernels = backends.select(op, query, backend, (query, key), masked)
+    kernels = backends.select(op, query, backend, (query, key))
     with _common.no_autocast(query):
         if kernels is not backends.reference:
             rows = (query, key, bias)
@@ -101,9 +100,9 @@ def sigmoid_contrastive(
         return loss.sum() * _common.row_weight(loss.numel(), reduction)
 
 
-def _form(rows: Sequence[Tensor], masked: bool) -> Form:
+def _form(rows: Sequence[Tensor]) -> Form:
     query, key = rows
-    return Form("masked" if masked else "any", query.numel() * key.shape[0], query.shape[1])
+    return Form("any", query.numel() * key.shape[0], query.shape[1])
 
 
 def _checked(
@@ -291,8 +290,7 @@ def over_ranks(
             "whether key needs a gradient": _common.wants_grad(key),
         }
 
-    masked = not (query_ids is None and key_ids is None and key_mask is None)
-    call.agree(op, key, validate, of_form=((query, key), masked))
+    call.agree(op, key, validate, of_form=((query, key),))
     labels = (query_labels, key_labels) if query_labels is not None else None
     key = _without_padding(key, key_mask)
     with _common.no_autocast(query):
