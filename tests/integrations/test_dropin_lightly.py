@@ -98,7 +98,7 @@ def dcl(out0, out1, temperature=0.1, weights=None):
     itself, other = torch.arange(count), torch.arange(count).roll(len(out0))
     positive = logits[itself, other]
     if weights is not None:
-        positive = positive * torch.cat([weights, weights])
+        positive = positive * weights
     left_out = torch.zeros(count, count, dtype=torch.bool)
     left_out[itself, itself] = left_out[itself, other] = True
     return (logits.masked_fill(left_out, -torch.inf).logsumexp(1) - positive).mean()
@@ -107,21 +107,23 @@ def dcl(out0, out1, temperature=0.1, weights=None):
 def dclw(out0, out1, sigma=0.5):
     with torch.no_grad():
         share = ((F.normalize(out0, dim=1) * F.normalize(out1, dim=1)).sum(1) / sigma).softmax(0)
-    return dcl(out0, out1, weights=2 - len(out0) * share)
+    return dcl(out0, out1, weights=(2 - len(out0) * share).repeat(2))
 
 
-def squared_distance(x, y):
-    return ((x - y) ** 2).sum(1)
+def of_one_side(x, y):
+    """Another weight for each direction."""
+    return 0.3 + x[:, 0] ** 2 - y[:, 1]
+
+
+def with_weights(*views):
+    x, y = (F.normalize(view, dim=1) for view in views)
+    return dcl(*views, weights=torch.cat([of_one_side(x, y), of_one_side(y, x)]))
 
 
 DCL = {
     "plain": ("DCLLoss", {}, dcl),
     "temperature": ("DCLLoss", {"temperature": 0.7}, lambda *x: dcl(*x, 0.7)),
-    "weights": (
-        "DCLLoss",
-        {"weight_fn": squared_distance},
-        lambda *x: dcl(*x, weights=squared_distance(*(F.normalize(y, dim=1) for y in x))),
-    ),
+    "weights": ("DCLLoss", {"weight_fn": of_one_side}, with_weights),
     "DCLW": ("DCLWLoss", {}, dclw),
     "sigma": ("DCLWLoss", {"sigma": 2.0}, lambda *x: dclw(*x, 2.0)),
 }

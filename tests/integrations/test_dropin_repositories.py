@@ -109,10 +109,33 @@ def test_cut(together, temperature):
     assert cut.PatchNCELoss(opt)(query, key).shape == (12,)
 
 
+@pytest.mark.parametrize("use_mlp", [False, True])
+def test_cut_samples(use_mlp):
+    """Patches of the same places in all images, projected and of length 1; another's places are taken over."""
+    maps = [draw(2, 3, 5, 4), draw(2, 6, 2, 3, seed=1)]
+    sampler = cut.PatchSampleF(use_mlp=use_mlp, nc=7)
+    sampler.create_mlp(maps)
+    sampler.double()
+    rows, ids = sampler(maps, 6)
+    assert [x.shape for x in ids] == [(6,), (6,)]
+    assert all(len(x.unique()) == 6 for x in ids)
+    for layer, (x, got, at) in enumerate(zip(maps, rows, ids, strict=True)):
+        expected = torch.cat([image.flatten(1).T[at] for image in x])
+        if use_mlp:
+            first, second = (sampler.state_dict()[f"mlp_{layer}.{i}.weight"] for i in (0, 2))
+            expected = (expected @ first.T).relu() @ second.T
+        expected = expected / (expected.norm(dim=1, keepdim=True) + 1e-7)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    again, same = sampler(maps, 6, ids)
+    assert all(map(torch.equal, again + same, rows + ids))
+
+
 def test_what_cut_refuses():
     opt = types.SimpleNamespace(
         batch_size=5, nce_T=0.07, nce_includes_all_negatives_from_minibatch=False
     )
+    with pytest.raises(ValueError, match="init_type must be 'normal', got 'xavier'"):
+        cut.PatchSampleF(init_type="xavier")
     with pytest.raises(
         ValueError, match=r"feat_q has 12 rows, which are no multiple of opt.batch_size=5"
     ):
