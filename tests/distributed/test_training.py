@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 import fastnce
@@ -113,9 +113,9 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
 
 
-def cached_step(group):
-    """Gradients from chunks, and how often the ranks exchanged them."""
-    net, exchanges = wrapped(network(), "ddp", group), []
+def counted(net: DistributedDataParallel, group) -> list[int]:
+    """One entry for each exchange of gradients from now on."""
+    exchanges = []
 
     def hook(state, bucket):
         exchanges.append(1)
@@ -123,16 +123,34 @@ def cached_step(group):
         return done.then(lambda future: future.value()[0] / dist.get_world_size(group))
 
     net.register_comm_hook(None, hook)
+    return exchanges
+
+
+def cached_step(group, encoder_is: str):
+    """Gradients from chunks, and how often the ranks exchanged them."""
+    net = wrapped(network(), "ddp", group)
+    exchanges = counted(net, group)
+    encoder = {
+        "a module": net,
+        "a function": lambda x: net(x),
+        "a module with it inside": nn.Sequential(net),
+        "a method": net.module.forward,
+    }[encoder_is]
+    wrapper = net if encoder_is == "a method" else None
     # Every forward of a wrapped encoder is a meeting of the ranks: the same number of chunks each.
     x, y = (x.chunk(len(COUNTS))[dist.get_rank(group)] for x in data()[:2])
-    GradCache(net, net, loss=distributed.nt_xent, chunk_size=2).backward(x, y, group=group)
+    options = {"loss": distributed.nt_xent, "chunk_size": 2, "wrapper": wrapper}
+    GradCache(encoder, encoder, **options).backward(x, y, group=group)
     return [whole(p.grad) for p in net.parameters()], len(exchanges)
 
 
-def test_chunks_of_one_batch_over_ranks(workers):
+@pytest.mark.parametrize(
+    "encoder_is", ["a module", "a function", "a module with it inside", "a method"]
+)
+def test_chunks_of_one_batch_over_ranks(encoder_is, workers):
     net, (x, y, _) = network(), data()
     fastnce.nt_xent(net(x), net(y)).backward()
-    for grads, exchanges in workers.results(cached_step):
+    for grads, exchanges in workers.results(cached_step, encoder_is):
         assert_near(grads, [p.grad for p in net.parameters()])
         assert exchanges == 1, "the gradients travel once, with the last chunk"
 
@@ -151,10 +169,14 @@ class Towers(nn.Module):
         ((name, x),) = inputs.items()
         return getattr(self, name)(x)
 
+    def encode(self, inputs):
+        return self(inputs)
+
 
 def towers_and_scale(group, wrapper: str, scale_inside: bool, options: dict) -> list[Tensor]:
     """Parameters and gradients after each of three steps; the scale is the last of them."""
     model = Towers(scale_inside)
+    model.text.requires_grad_("text frozen" not in wrapper)
     own_scale = None if scale_inside else nn.Parameter(torch.tensor([math.log(5.0)]))
     net = model if group is None else wrapped(model, wrapper, group, **options)
 
@@ -169,8 +191,16 @@ def towers_and_scale(group, wrapper: str, scale_inside: bool, options: dict) -> 
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     x, y = (part[rank * 12 // size : (rank + 1) * 12 // size] for part in data()[:2])
     encoder = (lambda inputs: net(inputs)) if wrapper == "ddp in a function" else net
-    cache, found = GradCache(encoder, encoder, loss=loss, chunk_size=2), []
-    towers = [p for name, p in model.named_parameters() if name != "log_scale"]
+    chunks = {"loss": loss, "chunk_size": 2}
+    if "methods" in wrapper:
+        encoder = model.encode
+        if group is not None and "ddp" in wrapper:
+            chunks["wrapper"] = net
+        elif group is not None:
+            register_fsdp_forward_method(model, "encode")
+            encoder = model.encode
+    cache, found = GradCache(encoder, encoder, **chunks), []
+    towers = [p for name, p in model.named_parameters() if name != "log_scale" and p.requires_grad]
     for step in range(3):
         parameters = [*towers, scale()]
         for parameter in parameters:
@@ -192,6 +222,13 @@ def towers_and_scale(group, wrapper: str, scale_inside: bool, options: dict) -> 
         ("ddp", True, {"gradient_as_bucket_view": True}),
         ("ddp", False, {}),
         ("ddp in a function", False, {"find_unused_parameters": True}),
+        ("ddp in a function", True, {}),
+        ("ddp, methods", True, {}),
+        ("ddp, methods", False, {"find_unused_parameters": True}),
+        ("ddp, text frozen", True, {}),
+        ("ddp, text frozen", False, {"find_unused_parameters": True}),
+        ("fsdp, methods", True, {}),
+        ("fsdp, text frozen", True, {}),
         ("fsdp", True, {}),
         ("fsdp", False, {}),
     ],
@@ -199,11 +236,42 @@ def towers_and_scale(group, wrapper: str, scale_inside: bool, options: dict) -> 
 def test_towers_of_one_model_and_a_scale(wrapper, scale_inside, options, workers):
     """Over ranks as in one process, for as many steps as one likes."""
     truth = towers_and_scale(None, wrapper, scale_inside, {})
-    ranks = 4 if wrapper == "fsdp" else 2
+    ranks = 4 if "fsdp" in wrapper else 2
     answers = workers.results(towers_and_scale, wrapper, scale_inside, options, ranks=ranks)
     for answer in answers:
         torch.testing.assert_close(answer, truth, rtol=1e-5, atol=1e-6)
         assert all(map(torch.equal, answer, answers[0])), "the ranks stay alike"
+
+
+class Unseen:
+    """Hides an encoder, and so that DDP wraps it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+
+    def __call__(self, x):
+        return self.net(x)
+
+
+def named_parameters_of_the_loss(group) -> list[Tensor]:
+    """The gradients of a scale and of one that no rank uses."""
+    scale, unused = nn.Parameter(torch.tensor(0.2)), nn.Parameter(torch.ones(2))
+    net, (x, y, _) = network(), data()
+    if group is None:
+        fastnce.nt_xent(net(x), net(y), temperature=scale).backward()
+        return [scale.grad, torch.zeros(2)]
+    x, y = (x.chunk(len(COUNTS))[dist.get_rank(group)] for x in (x, y))
+    encoder = Unseen(wrapped(net, "ddp", group))
+    options = {"loss": distributed.nt_xent, "chunk_size": 2, "loss_parameters": [scale, unused]}
+    GradCache(encoder, encoder, **options).backward(x, y, temperature=scale)
+    return [scale.grad, unused.grad]
+
+
+def test_named_parameters_of_the_loss(workers):
+    truth = named_parameters_of_the_loss(None)
+    answers = workers.results(named_parameters_of_the_loss)
+    for answer in answers:
+        torch.testing.assert_close(answer, truth, rtol=1e-5, atol=1e-6)
 
 
 def refused(group, case: str) -> None:
