@@ -200,6 +200,7 @@ def towers_and_scale(group, wrapper: str, scale_inside: bool, options: dict) -> 
             register_fsdp_forward_method(model, "encode")
             encoder = model.encode
     cache, found = GradCache(encoder, encoder, **chunks), []
+    exchanges = counted(net, group) if group is not None and "ddp" in wrapper else [1, 1, 1]
     towers = [p for name, p in model.named_parameters() if name != "log_scale" and p.requires_grad]
     for step in range(3):
         parameters = [*towers, scale()]
@@ -211,6 +212,7 @@ def towers_and_scale(group, wrapper: str, scale_inside: bool, options: dict) -> 
         with torch.no_grad():
             for parameter in parameters:
                 parameter -= 0.1 * parameter.grad
+    assert len(exchanges) == 3, "the gradients travel once a step"
     return found
 
 
@@ -241,6 +243,31 @@ def test_towers_of_one_model_and_a_scale(wrapper, scale_inside, options, workers
     for answer in answers:
         torch.testing.assert_close(answer, truth, rtol=1e-5, atol=1e-6)
         assert all(map(torch.equal, answer, answers[0])), "the ranks stay alike"
+
+
+def two_wrapped_towers(group):
+    """Of one function, which names both and runs one: their gradients, and how often each exchanged them."""
+    towers = {name: wrapped(network(), "ddp", group) for name in ("image", "text")}
+    exchanges = [counted(net, group) for net in towers.values()]
+
+    def encode(inputs):
+        ((name, x),) = inputs.items()
+        return image(x) if name == "image" else text(x)
+
+    image, text = towers.values()
+    x, y = (x.chunk(2)[dist.get_rank(group)] for x in data()[:2])
+    cache = GradCache(encode, encode, loss=distributed.info_nce, chunk_size=4)
+    cache.backward({"image": x}, {"text": y}, group=group)
+    return [whole(p.grad) for net in towers.values() for p in net.parameters()], exchanges
+
+
+def test_two_wrapped_towers_of_one_function(workers):
+    image, text, (x, y, _) = network(), network(), data()
+    fastnce.info_nce(image(x), text(y)).backward()
+    truth = [p.grad for net in (image, text) for p in net.parameters()]
+    for grads, exchanges in workers.results(two_wrapped_towers, ranks=2):
+        assert_near(grads, truth)
+        assert exchanges == [[1], [1]]
 
 
 class Unseen:
@@ -282,6 +309,9 @@ def refused(group, case: str) -> None:
     model = Towers(with_scale=True)
     mesh = DeviceMesh("cpu", list(range(dist.get_world_size())))
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    if case == "tokens":
+        inputs = {"image": x, "length": torch.ones(len(x))}
+        GradCache(model, loss=distributed.nt_xent, tokens=8).backward(inputs)
 
     def loss(image, text):
         temperature = (-model.log_scale.full_tensor()).exp().squeeze()
@@ -290,7 +320,7 @@ def refused(group, case: str) -> None:
     GradCache(model, model, loss=loss, chunk_size=2).backward({"image": x}, {"text": y})
 
 
-@pytest.mark.parametrize("case", ["static_graph", "fully_shard"])
-def test_a_static_graph_and_a_sharded_scale_are_errors(case, workers):
+@pytest.mark.parametrize("case", ["static_graph", "fully_shard", "tokens"])
+def test_what_wrappers_cannot_do_is_an_error(case, workers):
     for answer in workers.run(refused, case):
         assert isinstance(answer, ValueError) and case in str(answer)
