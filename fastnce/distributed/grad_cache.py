@@ -35,9 +35,9 @@ class GradCache:
     statistics are a chunk's, and are updated twice): use group or layer normalisation, or put it in ``eval``.
 
     A module under DDP or ``fully_shard`` exchanges gradients once, with its last chunk, whether it is an encoder or a function calls
-    it. These also communicate in forwards: every rank needs the same number of chunks, if not of samples. A method of
-    ``ddp.module`` goes past DDP, and nobody averages its gradients, unless ``wrapper`` is given. With such an encoder, the gradients
-    of the loss's own parameters (a learnable temperature) are averaged over the ranks too, in or outside of it.
+    it. ``fully_shard`` also communicates in forwards: there every rank needs the same number of chunks, if not of samples. A method
+    of ``ddp.module`` goes past DDP, and nobody averages its gradients, unless ``wrapper`` is given. With such an encoder, the
+    gradients of the loss's own parameters (a learnable temperature) are averaged over the ranks too, in or outside of it.
 
     Args:
         encoders: one per input: (chunk) -> (n, D). The same one may come twice; modules, methods and functions may be frozen.

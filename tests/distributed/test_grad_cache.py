@@ -239,10 +239,11 @@ def texts(count: int = 13, longest: int = 9) -> Encoding:
 def assert_one_pass_of_texts(text: Text, **options) -> None:
     """The gradients of images and ``text``, in double precision."""
     image, text = encoder().double(), text.double()
-    x, y = batch().double(), texts()
-    expected = fastnce.info_nce(image(x), text(**y).pooled, backend="torch")
+    x, y, scale = batch().double(), texts(), nn.Parameter(torch.tensor(5.0).double())
+    expected = fastnce.info_nce(image(x), text(**y).pooled, temperature=1 / scale, backend="torch")
     expected.backward()
-    truth = taken(image, text)
+    truth = [*taken(image, text), scale.grad]
+    scale.grad = None
     text.shapes.clear()
     cache = GradCache(
         lambda x: (x, image(x)),
@@ -252,9 +253,9 @@ def assert_one_pass_of_texts(text: Text, **options) -> None:
         output=(lambda found: found[1], lambda found: found.pooled),
         **options,
     )
-    loss = cache.backward(x, y, backend="torch")
+    loss = cache.backward(x, y, temperature=1 / scale, backend="torch")
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
-    for found, true in zip(taken(image, text), truth, strict=True):
+    for found, true in zip([*taken(image, text), scale.grad], truth, strict=True):
         assert (found - true).norm() <= 1e-12 * true.norm()
 
 
@@ -271,13 +272,9 @@ def test_chunks_by_tokens(chunk_size):
     assert_one_pass_of_texts(text, chunk_size=chunk_size, tokens=[None, 16])
     most = 13 if chunk_size != 3 else 3
     assert all(rows * width <= 16 and rows <= most for rows, width in text.shapes)
-    lengths = (
-        texts()["attention_mask"]
-        .sum(1)
-        .sort()
-        .values.split([n for n, _ in text.shapes[: len(text.shapes) // 2]])
-    )
-    assert text.shapes == [(len(x), int(x.max())) for x in lengths] * 2
+    lengths = texts()["attention_mask"].sum(1).sort().values
+    chunks = lengths.split([rows for rows, _ in text.shapes[: len(text.shapes) // 2]])
+    assert text.shapes == [(len(x), int(x.max())) for x in chunks] * 2
 
 
 def test_tokens_of_a_given_length():

@@ -137,7 +137,6 @@ def cached_step(group, encoder_is: str):
         "a method": net.module.forward,
     }[encoder_is]
     wrapper = net if encoder_is == "a method" else None
-    # Every forward of a wrapped encoder is a meeting of the ranks: the same number of chunks each.
     x, y = (x.chunk(len(COUNTS))[dist.get_rank(group)] for x in data()[:2])
     options = {"loss": distributed.nt_xent, "chunk_size": 2, "wrapper": wrapper}
     GradCache(encoder, encoder, **options).backward(x, y, group=group)
@@ -243,6 +242,42 @@ def test_towers_of_one_model_and_a_scale(wrapper, scale_inside, options, workers
     for answer in answers:
         torch.testing.assert_close(answer, truth, rtol=1e-5, atol=1e-6)
         assert all(map(torch.equal, answer, answers[0])), "the ranks stay alike"
+
+
+class WithBuffer(nn.Module):
+    """DDP sends its buffer to all ranks in forwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+        self.register_buffer("rows", torch.zeros(1))
+
+    def forward(self, x, length):
+        self.rows += len(x)
+        return self.net(x)
+
+
+def steps_by_tokens(group):
+    """Gradients of the second step, and the chunks of the ranks."""
+    net, rank = wrapped(WithBuffer(), "ddp", group), dist.get_rank(group)
+    x, y = (x.chunk(2)[rank] for x in data()[:2])
+    lengths = torch.tensor([[1, 2, 1, 2, 1, 2], [3, 9, 9, 3, 9, 3]][rank])
+    options = {"loss": distributed.nt_xent, "tokens": 6, "keywords": True}
+    cache, calls = GradCache(net, net, **options), []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(2):
+        net.zero_grad()
+        cache.backward(*({"x": view, "length": lengths} for view in (x, y)), group=group)
+    return [whole(p.grad) for p in net.parameters()], len(calls)
+
+
+def test_ranks_with_different_numbers_of_chunks(workers):
+    net, (x, y, _) = network(), data()
+    fastnce.nt_xent(net(x), net(y)).backward()
+    answers = workers.results(steps_by_tokens, ranks=2)
+    assert [calls for _, calls in answers] == [2 * 2 * 2 * 2, 2 * 2 * 2 * 5]
+    for grads, _ in answers:
+        assert_near(grads, [p.grad for p in net.parameters()])
 
 
 def two_wrapped_towers(group):
