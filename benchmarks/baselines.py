@@ -136,10 +136,20 @@ def sample_patches(
     return patches
 
 
-def sup_con(features: Tensor, labels: Tensor, *, temperature: float = 0.07) -> Tensor:
-    """The form of the published L_out: masks, the row maximum taken off, the logarithm of the summed exponentials."""
+def sup_con(
+    features: Tensor, labels: Tensor, *, temperature: float = 0.07, positives: str = "mean"
+) -> Tensor:
+    """The form of the published L_out: masks, the row maximum taken off, the logarithm of the summed exponentials.
+
+    With a term for each positive, kinder than pytorch-metric-learning's form, which has a row of logits for each pair.
+    """
     features = F.normalize(features, dim=-1)
     logits = wide(features @ features.T) / temperature
+    if positives == "each":
+        same = labels[:, None] == labels[None, :]
+        others = logits.masked_fill(same, -torch.inf).logsumexp(dim=1, keepdim=True)
+        terms = F.softplus(others - logits)[same.fill_diagonal_(False)]
+        return terms.sum() / max(1, terms.numel())
     logits = logits - logits.amax(dim=1, keepdim=True).detach()
     not_self = 1 - torch.eye(len(labels), device=features.device, dtype=logits.dtype)
     positives = (labels[:, None] == labels[None, :]) * not_self

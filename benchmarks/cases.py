@@ -320,6 +320,13 @@ SUP_CON = Case(
     pairs=_pairs,
     options={"temperature": 0.07},
 )
+# The similarities once more where positives are.
+SUP_CON_EACH = replace(
+    SUP_CON,
+    name="a term for each positive, {classes} classes, {N} x {D}",
+    products=3,
+    options={"temperature": 0.07, "positives": "each"},
+)
 SUP_CON_GROUPS = replace(SUP_CON, name="{per_class} per class, {N} x {D}")
 
 
@@ -478,6 +485,7 @@ CASES = [
     _case(SUP_CON, "quick full", N=512, D=128, classes=10),
     _case(SUP_CON, "quick full", N=2048, D=128, classes=100),
     _case(SUP_CON, "full", "cpu", N=8192, D=128, classes=1000),
+    _case(SUP_CON_EACH, "full table", "cpu", N=2048, D=128, classes=32),
     _case(SUP_CON_GROUPS, "full table", "cpu", N=8192, D=128, per_class=4),
     _case(SUP_CON, "full", "cuda", N=32768, D=128, classes=1000),
     _case(NT_XENT, "quick full", N=256, D=128),

@@ -6,7 +6,9 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -32,21 +34,30 @@ class GradCache:
     Equal to the one pass where a sample's representation depends on that sample alone. Batch normalisation does not (its
     statistics are a chunk's, and are updated twice): use group or layer normalisation, or put it in ``eval``.
 
-    An encoder under DDP or ``fully_shard`` exchanges gradients once, with its last chunk. These also communicate in forwards: every
-    rank needs the same number of chunks, if not of samples. Pass the wrapped module itself: a method of ``ddp.module`` goes
-    past DDP, and nobody averages its gradients. With such an encoder, the gradients of the loss's own parameters (a learnable
-    temperature) are averaged over the ranks too, whether these belong to it or to no wrapped module.
+    A module under DDP or ``fully_shard`` exchanges gradients once, with its last chunk, whether it is an encoder or a function calls
+    it. ``fully_shard`` also communicates in forwards: there every rank needs the same number of chunks, if not of samples. A method
+    of ``ddp.module`` goes past DDP, and nobody averages its gradients, unless ``wrapper`` is given. With such an encoder, the
+    gradients of the loss's own parameters (a learnable temperature) are averaged over the ranks too, in or outside of it.
 
     Args:
         encoders: one per input: (chunk) -> (n, D). The same one may come twice; modules, methods and functions may be frozen.
         loss: (representations (N, D) of each encoder) -> scalar, such as ``fastnce.nt_xent``, or
             ``fastnce.distributed.nt_xent`` for the batches of all ranks.
-        chunk_size: samples per chunk.
+        chunk_size: samples per chunk at most; a list has one for each encoder. None needs ``tokens``.
+        tokens: of a chunk at most: its samples times the longest of them; None, or one for each encoder. The input is a mapping with
+            ``attention_mask`` (N, L), or ``length`` (N,). Chunks are of similar lengths, and cut behind the longest of them: of
+            every tensor (N, L, ...), like the mask. A longer sample has a chunk of its own.
+        keywords: a mapping goes to its encoder by keywords, ``encoder(**chunk)``.
+        output: what the encoder returns -> (n, D), such as ``lambda found: found.pooler_output``; or one for each encoder.
+        loss_parameters: are averaged over the ranks of the default group even where no encoder is seen to be wrapped.
+        wrapper: DDP, where encoders are methods of the module in it (``wrapper.module.encode_text``): they run through it.
+        python_random: the second pass also repeats Python's and numpy's global random numbers, beside torch's.
         scaler: for fp16 training; scales the loss.
 
     Raises:
-        TypeError: ``chunk_size`` is no int.
-        ValueError: no encoder, or ``chunk_size`` below 1.
+        TypeError: ``chunk_size`` or ``tokens`` is no int; ``wrapper`` is no DistributedDataParallel.
+        ValueError: no encoder; ``chunk_size`` or ``tokens`` below 1, neither of them, or another number of them than of encoders;
+            or no encoder is a method of ``wrapper.module``.
 
     Examples:
         >>> import torch, fastnce
@@ -57,16 +68,39 @@ class GradCache:
 
     def __init__(
         self,
-        *encoders: Callable[[Any], Tensor],
+        *encoders: Callable[..., Any],
         loss: Callable[..., Tensor],
-        chunk_size: int,
+        chunk_size: int | Sequence[int | None] | None = None,
+        tokens: int | Sequence[int | None] | None = None,
+        keywords: bool = False,
+        output: Callable[[Any], Tensor] | Sequence[Callable[[Any], Tensor] | None] | None = None,
+        loss_parameters: Iterable[nn.Parameter] = (),
+        wrapper: nn.Module | None = None,
+        python_random: bool = False,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         if not encoders:
             raise ValueError("GradCache: encoders are missing. Pass one per input of the loss.")
-        _checks.expect_int_at_least("GradCache", "chunk_size", chunk_size, 1)
-        self.encoders, self.loss, self.chunk_size = encoders, loss, chunk_size
-        self.scaler = scaler
+        count = len(encoders)
+        limits = list(
+            zip(
+                _one_each("chunk_size", chunk_size, count),
+                _one_each("tokens", tokens, count),
+                strict=True,
+            )
+        )
+        for limit in limits:
+            if limit == (None, None):
+                raise ValueError(
+                    "GradCache: an encoder has neither chunk_size nor tokens. Pass at least one of them."
+                )
+            for name, value in zip(("chunk_size", "tokens"), limit, strict=True):
+                if value is not None:
+                    _checks.expect_int_at_least("GradCache", name, value, 1)
+        self.encoders = encoders if wrapper is None else _through(wrapper, encoders)
+        self.loss, self.loss_parameters, self.scaler = loss, tuple(loss_parameters), scaler
+        self._limits, self._outputs = limits, _one_each("output", output, count)
+        self._keywords, self._python_random = keywords, python_random
 
     def backward(self, *inputs: Any, **loss_options: Any) -> Tensor:
         """Adds the gradients of ``loss(encoder(input) ..., **loss_options)`` to all parameters, those of the loss among them.
@@ -83,15 +117,17 @@ class GradCache:
             TypeError: an encoder or the loss returns no tensor.
             ValueError: another number of inputs than of encoders; tensors of different N in one input, or none; an encoder or
                 the loss returns another shape; a loss that depends on nothing trained; or one that uses a parameter which
-                ``fully_shard`` has sharded.
+                ``fully_shard`` has sharded; with ``tokens``, an input without lengths, or an encoder under ``fully_shard``.
         """
         if len(inputs) != len(self.encoders):
             raise ValueError(
                 f"GradCache.backward: expected {len(self.encoders)} inputs, one per encoder, got {len(inputs)}."
             )
         parts = [
-            _Input(at, *pair, self.chunk_size)
-            for at, pair in enumerate(zip(self.encoders, inputs, strict=True))
+            _Input(at, *of_encoder, self._keywords, self._python_random)
+            for at, of_encoder in enumerate(
+                zip(self.encoders, inputs, self._limits, self._outputs, strict=True)
+            )
         ]
         representations = [part.encode() for part in parts]
         # Weights that autocast converted without gradients must not serve the second pass.
@@ -108,76 +144,134 @@ class GradCache:
             for part, found in zip(parts, representations, strict=True)
             if found.grad is not None
         ]
-        last = {id(part.encoder): part for part, _ in used}
-        trained = [
-            part.encoder
-            for part, grad in used
-            if part.backward(grad, sync=last[id(part.encoder)] is part)
-        ]
+        last = {id(module): part for part, _ in used for module in part.wrapped}
+        trained = []
+        for part, grad in used:
+            due = [module for module in part.wrapped if last[id(module)] is part]
+            if part.backward(grad, due):
+                trained.append(part)
         if not trained and not others:
             raise ValueError(_NOTHING)
-        _average([x for x in others if isinstance(x, nn.Parameter)], self.encoders, trained)
+        _average(
+            [x for x in others if isinstance(x, nn.Parameter)],
+            self.loss_parameters,
+            wrapped=[module for part in parts for module in part.may_run],
+            synced=[module for part in trained for module in part.wrapped],
+        )
         return loss.detach()
 
 
 class _Input:
-    """One encoder and its input in chunks."""
+    """One encoder and its input in chunks.
+
+    Attributes:
+        may_run: the modules under DDP or ``fully_shard`` that are seen in the encoder.
+        wrapped: those that its first chunk has run.
+    """
 
     def __init__(
-        self, at: int, encoder: Callable[[Any], Tensor], value: Any, chunk_size: int
+        self,
+        at: int,
+        encoder: Callable[..., Any],
+        value: Any,
+        limits: tuple[int | None, int | None],
+        output: Callable[[Any], Tensor] | None,
+        keywords: bool,
+        python_random: bool,
     ) -> None:
-        self.at, self.encoder = at, encoder
-        # Of a function or method nobody knows before it has run.
-        self._may_train = not isinstance(encoder, nn.Module) or any(
-            x.requires_grad for x in encoder.parameters()
-        )
-        length = _length(value)
-        starts = range(0, max(length, 1), chunk_size)
-        self._sizes = [min(chunk_size, length - start) for start in starts]
-        self._chunks = [_rows(value, slice(start, start + chunk_size)) for start in starts]
-        self._devices = _devices(encoder, value)
+        self.at, self.encoder, self._output = at, encoder, output
+        self._by_keywords = keywords and isinstance(value, Mapping)
+        self.may_run, self.wrapped = _wrapped_in(encoder), []
+        length, (chunk_size, tokens) = _length(value), limits
+        if tokens is None:
+            self._order = None
+            starts = range(0, max(length, 1), chunk_size)
+            self._sizes = [min(chunk_size, length - start) for start in starts]
+            self._chunks = [_rows(value, slice(start, start + chunk_size)) for start in starts]
+        else:
+            if any(map(_is_sharded, self.may_run)):
+                raise ValueError(
+                    f"GradCache.backward: encoder {at} is under fully_shard, which needs as many chunks on every rank, and tokens "
+                    "makes as many as there are long samples. Pass chunk_size alone."
+                )
+            lengths = _lengths_in_tokens(value, at)
+            self._order, self._sizes = _by_length(lengths, tokens, chunk_size or max(length, 1))
+            self._chunks = [
+                _without_padding(_rows(value, rows), lengths[rows])
+                for rows in self._order.split(self._sizes)
+            ]
+        self._devices, self._python_random = _devices(encoder, value), python_random
         self._states: list[_RandomState] = []
 
-    @torch.no_grad()
     def encode(self) -> Tensor:
-        """(N, D), a leaf that gets a gradient if the encoder may be trained."""
+        """(N, D), a leaf that gets a gradient if the encoder is trained."""
         found = []
         for chunk, size in zip(self._chunks, self._sizes, strict=True):
-            self._states.append(_RandomState(self._devices))
-            found.append(self.encoder(chunk))
-            self._expect_rows(found[-1], size)
-        return torch.cat(found).requires_grad_(self._may_train)
+            self._states.append(_RandomState(self._devices, self._python_random))
+            first = not found
+            with self._first_chunk() if first else torch.no_grad():
+                part = self._run(chunk)
+            self._expect_rows(part, size)
+            if first:
+                trained = part.requires_grad or _is_trained(self.encoder) is True
+            found.append(part.detach())
+            del part
+        rows = torch.cat(found)
+        if self._order is not None:
+            rows = rows[self._order.argsort()]
+        return rows.requires_grad_(trained)
 
-    def backward(self, grad: Tensor, sync: bool) -> bool:
+    def backward(self, grad: Tensor, due: list[nn.Module]) -> bool:
         """The second pass; returns whether anything is trained.
 
         Args:
             grad: (N, D), of the representations.
-            sync: this is the encoder's last input, so the last chunk is where ranks exchange gradients.
+            due: the wrapped modules that run in no later input: with the last chunk their ranks exchange gradients.
         """
         last = len(self._chunks) - 1
+        grad = grad if self._order is None else grad[self._order]
         for at, (chunk, part) in enumerate(zip(self._chunks, grad.split(self._sizes), strict=True)):
-            now = sync and at == last
+            now = due if at == last else []
             with (
                 self._states[at].restored(),
                 torch.enable_grad(),
-                _gradient_sync(self.encoder, now),
+                _gradient_sync(self.wrapped, now),
             ):
-                found = self.encoder(chunk)
-                if not found.requires_grad:  # a function of frozen parts
+                found = self._run(chunk)
+                if not found.requires_grad:  # a module that detaches what it returns
                     return False
-                if now and _is_ddp(self.encoder):
-                    _backward_of_all(self.encoder, found, part)
-                else:
-                    found.backward(part)
+                _backward_of_all(list(filter(_is_ddp, now)), found, part)
         return True
+
+    def _run(self, chunk: Any) -> Any:
+        found = self.encoder(**chunk) if self._by_keywords else self.encoder(chunk)
+        return found if self._output is None else self._output(found)
+
+    @contextlib.contextmanager
+    def _first_chunk(self) -> Iterator[None]:
+        """Learns which wrapped modules run; and with gradients, where nobody knows before, whether the encoder is trained."""
+        ran: set[int] = set()
+        hooks = [x.register_forward_pre_hook(lambda x, _: ran.add(id(x))) for x in self.may_run]
+        unknown = _is_trained(self.encoder) is None
+        try:
+            with (
+                torch.set_grad_enabled(unknown),
+                _gradient_sync(self.may_run if unknown else [], []),
+            ):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        # A method of a sharded module does not call the module's hooks.
+        ran.update((id(self.encoder), id(getattr(self.encoder, "__self__", None))))
+        self.wrapped = [x for x in self.may_run if id(x) in ran]
 
     def _expect_rows(self, found: object, size: int) -> None:
         expected = f"encoder {self.at} must return a tensor (n, D), here ({size}, D)"
         if not isinstance(found, Tensor):
             raise TypeError(
                 f"GradCache.backward: {expected}, got {type(found).__name__}. "
-                "Wrap it in a module or function that returns the representations alone."
+                "Pass output=, a function that takes the representations out of it."
             )
         if found.dim() == 0 or len(found) != size:
             raise ValueError(
@@ -198,10 +292,78 @@ def _modules_of(encoder: object) -> list[nn.Module]:
     return [x for x in seen if isinstance(x, nn.Module)]
 
 
-class _RandomState:
-    """torch's random state on the CPU and some ``devices``."""
+def _wrapped_in(encoder: object) -> list[nn.Module]:
+    """The modules under DDP or ``fully_shard`` that an encoder may run; of one inside another the outer."""
+    found: dict[int, nn.Module] = {}
+    inside: set[int] = set()
+    for top in _modules_of(encoder):
+        for x in top.modules():
+            if id(x) not in inside and (_is_ddp(x) or _is_sharded(x)):
+                found[id(x)] = x
+                inside.update(map(id, x.modules()))
+    return list(found.values())
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
+
+def _is_trained(encoder: object) -> bool | None:
+    """None where one has to run it to know: of a function or method, and of a module with a frozen part."""
+    if not isinstance(encoder, nn.Module):
+        return None
+    wanted = {x.requires_grad for x in encoder.parameters()}
+    return None if len(wanted) == 2 else True in wanted
+
+
+def _through(wrapper: nn.Module, encoders: tuple[Callable, ...]) -> tuple[Callable, ...]:
+    """``encoders``, the methods of the module in ``wrapper`` as its forwards."""
+    if not _is_ddp(wrapper):
+        raise TypeError(
+            f"GradCache: wrapper must be DistributedDataParallel, got {type(wrapper).__name__}. Leave it out; methods of a module under "
+            "fully_shard need torch's register_fsdp_forward_method(module, name)."
+        )
+    inner = wrapper.module
+    found = tuple(
+        _Method(wrapper, x) if getattr(x, "__self__", None) is inner else x for x in encoders
+    )
+    if not any(isinstance(x, _Method) for x in found):
+        raise ValueError(
+            "GradCache: no encoder is a method of wrapper.module. Pass e.g. wrapper.module.encode_text, or leave wrapper out."
+        )
+    return found
+
+
+class _Method:
+    """A method of the module in DDP that runs as DDP's forward, which then exchanges its gradients."""
+
+    def __init__(self, ddp: nn.Module, method: Callable[..., Any]) -> None:
+        self.__self__, self._method = ddp, method
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        attributes = vars(self.__self__.module)
+        before = {"forward": attributes["forward"]} if "forward" in attributes else {}
+
+        def restore() -> None:
+            attributes.pop("forward", None)
+            attributes.update(before)
+
+        def forward(*args: Any, **keywords: Any) -> Any:
+            restore()  # the method may call the module
+            return self._method(*args, **keywords)
+
+        attributes["forward"] = forward
+        try:
+            return self.__self__(*args, **keywords)
+        finally:
+            restore()
+
+
+class _RandomState:
+    """torch's random state on the CPU and some ``devices``; and ``python``'s and numpy's."""
+
+    def __init__(self, devices: Iterable[torch.device], python: bool = False) -> None:
+        self._python = random.getstate() if python else None
+        # Who has not imported it draws none of its numbers.
+        self._numpy = (
+            sys.modules["numpy"].random.get_state() if python and "numpy" in sys.modules else None
+        )
         self._cpu = torch.get_rng_state()
         self._others = {
             device: torch.get_device_module(device).get_rng_state(device) for device in devices
@@ -210,7 +372,7 @@ class _RandomState:
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Goes back to this state, and afterwards to the present one."""
-        present = _RandomState(self._others)
+        present = _RandomState(self._others, self._python is not None)
         self._set()
         try:
             yield
@@ -218,6 +380,10 @@ class _RandomState:
             present._set()
 
     def _set(self) -> None:
+        if self._python is not None:
+            random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
         torch.set_rng_state(self._cpu)
         for device, state in self._others.items():
             torch.get_device_module(device).set_rng_state(state, device)
@@ -243,23 +409,21 @@ def _devices(encoder: object, value: Any) -> set[torch.device]:
 
 
 @contextlib.contextmanager
-def _gradient_sync(encoder: object, wanted: bool) -> Iterator[None]:
-    """Whether DDP or ``fully_shard`` exchanges gradients in the backward inside the block."""
-    if _is_sharded(encoder):
-        encoder.set_requires_gradient_sync(wanted)
-        try:
-            yield
-        finally:
-            encoder.set_requires_gradient_sync(True)
-    elif hasattr(encoder, "no_sync") and not wanted:
-        if getattr(encoder, "static_graph", False):
-            raise ValueError(
-                "GradCache.backward: an encoder is DistributedDataParallel(static_graph=True), which cannot add up the gradients "
-                "of several chunks. Drop static_graph."
-            )
-        with encoder.no_sync():
-            yield
-    else:
+def _gradient_sync(modules: list[nn.Module], now: list[nn.Module]) -> Iterator[None]:
+    """In a backward inside the block, of these wrapped ``modules`` only those of ``now`` exchange gradients."""
+    with contextlib.ExitStack() as stack:
+        for x in modules:
+            wanted = any(x is y for y in now)
+            if _is_sharded(x):
+                x.set_requires_gradient_sync(wanted)
+                stack.callback(x.set_requires_gradient_sync, True)
+            elif not wanted:
+                if getattr(x, "static_graph", False):
+                    raise ValueError(
+                        "GradCache.backward: an encoder is DistributedDataParallel(static_graph=True), which cannot add up the "
+                        "gradients of several chunks. Drop static_graph."
+                    )
+                stack.enter_context(x.no_sync())
         yield
 
 
@@ -271,13 +435,13 @@ def _is_ddp(encoder: object) -> bool:
     return hasattr(encoder, "require_backward_grad_sync")
 
 
-def _backward_of_all(ddp: nn.Module, found: Tensor, grad: Tensor) -> None:
-    """``found.backward(grad)``, after which DDP has exchanged all gradients of this step.
+def _backward_of_all(ddps: list[nn.Module], found: Tensor, grad: Tensor) -> None:
+    """``found.backward(grad)``, after which these have exchanged all gradients of this step.
 
-    It waits for every parameter. Those that had their gradient before, from the loss (a temperature) or from the encoder's other
+    DDP waits for every parameter. Those that had their gradient before, from the loss (a temperature) or from the encoder's other
     inputs (another tower), and now get none, get one of zeros: what was added up before then travels too.
     """
-    trained = [x for x in ddp.parameters() if x.requires_grad]
+    trained = [x for ddp in ddps for x in ddp.parameters() if x.requires_grad]
     done: set[int] = set()
     hooks = [x.register_post_accumulate_grad_hook(lambda x: done.add(id(x))) for x in trained]
     try:
@@ -309,26 +473,34 @@ def _leaves_of(loss: Tensor, representations: list[Tensor]) -> list[Tensor]:
 
 
 def _average(
-    parameters: list[nn.Parameter], encoders: Iterable[object], synced: Iterable[object]
+    parameters: list[nn.Parameter],
+    named: tuple[nn.Parameter, ...],
+    wrapped: list[nn.Module],
+    synced: list[nn.Module],
 ) -> None:
-    """The gradients of the loss's own ``parameters`` over the ranks, of which DDP and ``fully_shard`` know nothing.
+    """The gradients of the loss's own parameters over the ranks, of which DDP and ``fully_shard`` know nothing.
 
     Where somebody has averaged them already, they are equal, and stay as they are.
 
     Args:
-        parameters: of the loss.
-        encoders: all; where none is wrapped, whoever averages their gradients has to average these too.
-        synced: the encoders whose gradients have been exchanged.
+        parameters: that the loss has used; where nothing is ``wrapped``, whoever averages the encoders has to average these too.
+        named: ``loss_parameters``, used on this rank or not.
+        wrapped: all modules under DDP or ``fully_shard``.
+        synced: those whose gradients have been exchanged.
     """
-    modules = [x for encoder in encoders for top in _modules_of(encoder) for x in top.modules()]
-    wrapped = next((x for x in modules if _is_ddp(x) or _is_sharded(x)), None)
     # The user's own no_sync(): gradients are being added up, and exchanged by a later call.
-    if wrapped is None or not getattr(wrapped, "require_backward_grad_sync", True):
+    if wrapped and not getattr(wrapped[0], "require_backward_grad_sync", True):
         return
-    known = {id(x) for encoder in synced if _is_ddp(encoder) for x in encoder.parameters()}
-    group = _group_of(wrapped)
-    for x in parameters:
-        if id(x) not in known and x.grad is not None:
+    if not wrapped and not (dist.is_available() and dist.is_initialized()):
+        return
+    for x in named:
+        if x.grad is None:
+            x.grad = torch.zeros_like(x)
+    known = {id(x) for ddp in filter(_is_ddp, synced) for x in ddp.parameters()}
+    group = _group_of(wrapped[0]) if wrapped else None
+    chosen = {id(x): x for x in (*named, *(parameters if wrapped else ()))}
+    for key, x in chosen.items():
+        if key not in known and x.grad is not None:
             dist.all_reduce(x.grad, group=group)
             x.grad /= dist.get_world_size(group)
 
@@ -391,14 +563,19 @@ def _tensors(value: Any) -> list[Tensor]:
     return found
 
 
-def _rows(value: Any, rows: slice) -> Any:
+def _rows(value: Any, rows: slice | Tensor) -> Any:
     """``value`` with these rows of every tensor in it; whatever has no rows stays as it is."""
+    return _changed(value, lambda x: x[rows] if x.dim() > 0 else x)
 
-    def cut(leaf: Any) -> Any:
+
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with every tensor in it changed."""
+
+    def of(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            return leaf[rows] if leaf.dim() > 0 else leaf
+            return change(leaf)
         if isinstance(leaf, Mapping):
-            parts = {name: _rows(x, rows) for name, x in leaf.items()}
+            parts = {name: _changed(x, change) for name, x in leaf.items()}
             if not isinstance(leaf, MutableMapping):
                 return parts
             part = copy.copy(leaf)
@@ -407,4 +584,50 @@ def _rows(value: Any, rows: slice) -> Any:
             return part
         return leaf
 
-    return pytree.tree_map(cut, value)
+    return pytree.tree_map(of, value)
+
+
+def _lengths_in_tokens(value: Any, at: int) -> Tensor:
+    """(N,), on the CPU: up to the last token that ``attention_mask`` (N, L) has, or ``length``."""
+    found = value if isinstance(value, Mapping) else {}
+    mask, lengths = found.get("attention_mask"), found.get("length")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        return ((mask != 0) * places).amax(1).cpu()
+    if isinstance(lengths, Tensor) and lengths.dim() == 1:
+        return lengths.cpu()
+    raise ValueError(
+        f"GradCache.backward: with tokens, input {at} must be a mapping with attention_mask (N, L) or length (N,), "
+        f"got {type(value).__name__} without. Add one of them, or pass chunk_size."
+    )
+
+
+def _by_length(lengths: Tensor, tokens: int, chunk_size: int) -> tuple[Tensor, list[int]]:
+    """The rows (N,), shorter before longer, and how many of them each chunk has."""
+    order, sizes = lengths.argsort(stable=True), [0]
+    for longest in lengths[order].tolist():
+        full = sizes[-1] == chunk_size or (sizes[-1] + 1) * longest > tokens
+        if full and sizes[-1] > 0:
+            sizes.append(0)
+        sizes[-1] += 1
+    return order, sizes
+
+
+def _without_padding(chunk: Any, lengths: Tensor) -> Any:
+    """Cut behind the last token of ``attention_mask`` (n, L), where there is one."""
+    mask = chunk.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or len(lengths) == 0:
+        return chunk
+    shape, longest = mask.shape, max(int(lengths.max()), 1)
+    return _changed(chunk, lambda x: x[:, :longest] if x.shape[:2] == shape else x)
+
+
+def _one_each(name: str, value: Any, count: int) -> Sequence[Any]:
+    """One value for each encoder: what a list or tuple has, or the same."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(
+            f"GradCache: {name} must be one value or one for each of {count} encoders, got {len(value)}."
+        )
+    return value

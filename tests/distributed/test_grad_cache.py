@@ -1,8 +1,11 @@
 """Two passes in chunks against one pass."""
 
 import collections
+import dataclasses
+import random
 import types
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -139,7 +142,7 @@ class DropoutThere(nn.Module):
         return self.net(x * keep)
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps"])
+@pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
 @pytest.mark.parametrize("encoder_is", ["a module", "a method", "a function"])
 def test_the_random_state_is_that_of_the_encoders_device(encoder_is, device, monkeypatch):
     """Whatever the input's: the model moves it. Of a function, it is that of the current accelerator."""
@@ -203,7 +206,127 @@ def test_inputs_may_be_mappings_with_numbers():
     assert all(inputs[name] is x for name, x in before.items()), "what was passed is as it was"
 
 
-@pytest.mark.parametrize("kind", ["module", "function", "method", "frozen inside"])
+@dataclasses.dataclass
+class Found:
+    pooled: torch.Tensor
+    hidden: torch.Tensor
+
+
+class Text(nn.Module):
+    """The mean over a text's tokens; takes keywords, returns more than the representations, as transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.embedding, self.net = nn.Embedding(20, 6), nn.Linear(6, OUT)
+        self.shapes = []
+
+    def forward(self, input_ids, attention_mask, length=None):
+        self.shapes.append(tuple(input_ids.shape))
+        mask = attention_mask[..., None].to(self.net.weight)
+        hidden = self.embedding(input_ids) * mask
+        return Found(pooled=self.net(hidden.sum(1) / mask.sum(1)).tanh(), hidden=hidden)
+
+
+def texts(count: int = 13, longest: int = 9) -> Encoding:
+    generator = torch.Generator().manual_seed(4)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator)
+    mask = (torch.arange(longest) < lengths[:, None]).long()
+    ids = torch.randint(20, (count, longest), generator=generator)
+    return Encoding({"input_ids": ids, "attention_mask": mask})
+
+
+def assert_one_pass_of_texts(text: Text, **options) -> None:
+    """The gradients of images and ``text``, in double precision."""
+    image, text = encoder().double(), text.double()
+    x, y, scale = batch().double(), texts(), nn.Parameter(torch.tensor(5.0).double())
+    expected = fastnce.info_nce(image(x), text(**y).pooled, temperature=1 / scale, backend="torch")
+    expected.backward()
+    truth = [*taken(image, text), scale.grad]
+    scale.grad = None
+    text.shapes.clear()
+    cache = GradCache(
+        lambda x: (x, image(x)),
+        text,
+        loss=fastnce.info_nce,
+        keywords=True,
+        output=(lambda found: found[1], lambda found: found.pooled),
+        **options,
+    )
+    loss = cache.backward(x, y, temperature=1 / scale, backend="torch")
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
+    for found, true in zip([*taken(image, text), scale.grad], truth, strict=True):
+        assert (found - true).norm() <= 1e-12 * true.norm()
+
+
+def test_keywords_other_outputs_and_a_chunk_size_each():
+    text = Text()
+    assert_one_pass_of_texts(text, chunk_size=[6, 4])
+    assert text.shapes == [(4, 9), (4, 9), (4, 9), (1, 9)] * 2
+
+
+@pytest.mark.parametrize("chunk_size", [(6, None), 3])
+def test_chunks_by_tokens(chunk_size):
+    """Of similar lengths, without the padding that none of them needs."""
+    text = Text()
+    assert_one_pass_of_texts(text, chunk_size=chunk_size, tokens=[None, 16])
+    most = 13 if chunk_size != 3 else 3
+    assert all(rows * width <= 16 and rows <= most for rows, width in text.shapes)
+    lengths = texts()["attention_mask"].sum(1).sort().values
+    chunks = lengths.split([rows for rows, _ in text.shapes[: len(text.shapes) // 2]])
+    assert text.shapes == [(len(x), int(x.max())) for x in chunks] * 2
+
+
+def test_tokens_of_a_given_length():
+    """Nothing tells where the padding is then."""
+    seen = []
+
+    def encode(inputs):
+        seen.append(inputs["length"].tolist())
+        return net(inputs["x"])
+
+    net, x = encoder(), batch(5)
+    fastnce.nt_xent(net(x), net(x + 1)).backward()
+    truth = taken(net)
+    inputs = [{"x": part, "length": torch.tensor([4, 1, 9, 2, 2])} for part in (x, x + 1)]
+    GradCache(encode, encode, loss=fastnce.nt_xent, tokens=6).backward(*inputs)
+    assert seen == [[1, 2, 2], [4], [9]] * 4
+    assert_same(taken(net), truth)
+
+
+def test_python_random_numbers_where_asked():
+    net = encoder()
+
+    def encode(x):
+        return net(x * (random.random() + numpy.random.rand()))
+
+    def seeded():
+        random.seed(0)
+        numpy.random.seed(0)
+
+    x, y = batch(seed=0), batch(seed=1)
+    seeded()
+    fastnce.nt_xent(*[torch.cat([encode(part) for part in v.split(4)]) for v in (x, y)]).backward()
+    following, truth = (random.random(), numpy.random.rand()), taken(net)
+    seeded()
+    options = {"loss": fastnce.nt_xent, "chunk_size": 4, "python_random": True}
+    GradCache(encode, encode, **options).backward(x, y)
+    assert_same(taken(net), truth)
+    assert (random.random(), numpy.random.rand()) == following
+
+
+class Frozen(nn.Module):
+    """A frozen tower in a module that has a trained part too."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower, self.idle = tower, nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.tower(x)
+
+
+@pytest.mark.parametrize("kind", ["module", "function", "method", "frozen inside", "tower"])
 def test_frozen_encoders(kind):
     net, frozen = encoder(), encoder(1).requires_grad_(False)
     model = types.SimpleNamespace(net=frozen)
@@ -212,13 +335,14 @@ def test_frozen_encoders(kind):
         "function": lambda x: frozen(x),
         "method": frozen.forward,
         "frozen inside": lambda x: model.net(x).detach(),
+        "tower": Frozen(frozen),
     }[kind]
     x, y = batch(), batch(seed=2)
     fastnce.info_nce(net(x), frozen(y)).backward()
     truth, calls = taken(net), []
-    frozen.register_forward_hook(lambda *_: calls.append(1))
+    frozen[0].register_forward_hook(lambda *_: calls.append(1))
     GradCache(net, other, loss=fastnce.info_nce, chunk_size=5).backward(x, y)
-    assert kind != "module" or len(calls) == 3, "three chunks, one pass"
+    assert len(calls) == 3, "three chunks, one pass"
     assert_same(taken(net), truth)
 
 
@@ -244,6 +368,11 @@ def once(net, inputs, loss=fastnce.nt_xent):
     [
         (lambda: GradCache(loss=fastnce.nt_xent, chunk_size=4), "encoders"),
         (lambda: GradCache(encoder(), loss=fastnce.nt_xent, chunk_size=0), "chunk_size .*1"),
+        (lambda: GradCache(encoder(), loss=fastnce.nt_xent), "neither chunk_size nor tokens"),
+        (lambda: GradCache(encoder(), loss=fastnce.nt_xent, tokens=2.5), "tokens must be an int, got float"),
+        (lambda: GradCache(encoder(), loss=fastnce.nt_xent, chunk_size=[1, 2]), "chunk_size .* 1 encoders, got 2"),
+        (lambda: GradCache(encoder(), loss=fastnce.nt_xent, chunk_size=1, wrapper=encoder()), "wrapper .*got Sequential"),
+        (lambda: GradCache(encoder(), loss=sum, tokens=4).backward(batch()), "input 0 .*attention_mask.* got Tensor"),
         (lambda: GradCache(encoder(), encoder(), loss=fastnce.nt_xent, chunk_size=4).backward(batch()), "2 inputs.* got 1"),
         (lambda: GradCache(encoder(), loss=sum, chunk_size=4).backward([batch(3), batch(4)]), r"got lengths \[3, 4\]"),
         (lambda: once(encoder(), ["a text"]), "got list without any"),
