@@ -254,7 +254,7 @@ def _before_cancellation(op: str, sample: Sample, name: str) -> float:
     temperature, longest, longest_key, logit = _sizes(op, sample)
     matrices = _rows_of(sample)
     is_mean = arguments.get("reduction", "mean") == "mean" and OPS[op].is_loss
-    count = matrices[0].shape[:-1].numel()
+    count = matrices[0].shape[:-1].numel() * (2 if op == "nt_xent" else 1)  # of losses
     weights = [x.double().abs() for x in _items(arguments.get("weights")) if x is not None]
     if is_mean:
         weights = [x / x.mean() for x in weights]

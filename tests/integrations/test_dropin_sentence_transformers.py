@@ -4,7 +4,7 @@ import inspect
 import itertools
 
 import pytest
-import tiny
+import small_models
 import torch
 import torch.nn.functional as F
 from against import THEIRS, assert_same, draw, imported, similar
@@ -208,7 +208,7 @@ CLASSES += ["GISTEmbedLoss", "CachedGISTEmbedLoss"]
 @pytest.fixture
 def model(library, tmp_path):
     library("sentence_transformers")
-    return tiny.sentence_transformer(tmp_path)
+    return small_models.sentence_transformer(tmp_path)
 
 
 @pytest.mark.parametrize("same_tokens", [True, False])
@@ -219,13 +219,13 @@ def test_a_model_of_the_library(library, model, tmp_path, monkeypatch, name, sam
     if "GIST" in name:
         (tmp_path / "guide").mkdir()
         if not same_tokens:
-            monkeypatch.setattr(tiny, "WORDS", tiny.WORDS[::-1])
-        given.append(tiny.sentence_transformer(tmp_path / "guide", hidden=8))
+            monkeypatch.setattr(small_models, "WORDS", small_models.WORDS[::-1])
+        given.append(small_models.sentence_transformer(tmp_path / "guide", hidden=8))
     options = {"mini_batch_size": 3} if name.startswith("Cached") else {}
     found, configs = [], []
     for module in (sentence_transformers, library(LOSSES)):
         model.zero_grad()
-        features = [model.preprocess(tiny.sentences(7, seed)) for seed in range(3)]
+        features = [model.preprocess(small_models.sentences(7, seed)) for seed in range(3)]
         loss = getattr(module, name)(*given, **options)
         value = loss(features, labels=None)
         value.backward()

@@ -7,7 +7,7 @@ import logging
 import re
 
 import pytest
-import tiny
+import small_models
 import torch
 from torch import nn
 
@@ -56,13 +56,13 @@ def test_sentence_transformers(library, tmp_path, loss):
     )
 
     columns = {
-        name: tiny.sentences(32, seed)
+        name: small_models.sentences(32, seed)
         for seed, name in enumerate(("anchor", "positive", "negative"))
     }
 
     def train():
         (tmp_path / "model").mkdir(exist_ok=True)
-        model = tiny.sentence_transformer(tmp_path / "model")
+        model = small_models.sentence_transformer(tmp_path / "model")
         losses = importlib.import_module("sentence_transformers.sentence_transformer.losses")
         arguments = SentenceTransformerTrainingArguments(
             output_dir=str(tmp_path / "out"),
@@ -104,7 +104,7 @@ def test_open_clip(library, tmp_path, logging_as_before):
     from torchvision.utils import save_image
 
     table = ["filepath\ttitle"]
-    for i, (image, caption) in enumerate(zip(IMAGES, tiny.sentences(32, 0), strict=True)):
+    for i, (image, caption) in enumerate(zip(IMAGES, small_models.sentences(32, 0), strict=True)):
         save_image(image, tmp_path / f"{i:02}.png")
         table.append(f"{tmp_path / f'{i:02}.png'}\t{caption}")
     options = {"model": "tiny", "dataset-type": "csv", "logs": tmp_path / "logs", "device": "cpu"}
