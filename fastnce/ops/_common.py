@@ -37,7 +37,8 @@ def reduced(losses: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """The ops choose their own precision: inputs as they come, sums in fp32 or fp64."""
-    if x.is_meta:  # which knows no autocast
+    # Of meta tensors there is none; and to leave one costs more than to see that there is none to leave.
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
@@ -146,7 +147,9 @@ def first_derivative_only(backward: Callable) -> Callable:
     def wrapper(ctx, *grad_outputs: Tensor | None):
         saved = ctx.saved_tensors  # once: checkpointing allows no more
         present = (x for x in (*grad_outputs, *saved) if x is not None)
-        with torch.no_grad(), no_autocast(next(present, torch.empty(0))):
+        like = next(present, None)
+        outside = contextlib.nullcontext() if like is None else no_autocast(like)
+        with torch.no_grad(), outside:
             grads = backward(ctx, saved, *grad_outputs)
         # Of what it has compiled, PyTorch gives no second derivatives, whatever is done here.
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
