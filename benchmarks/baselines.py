@@ -148,7 +148,7 @@ def sup_con(
     if positives == "each":
         same = labels[:, None] == labels[None, :]
         others = logits.masked_fill(same, -torch.inf).logsumexp(dim=1, keepdim=True)
-        terms = F.softplus(others - logits)[same.fill_diagonal_(False)]
+        terms = F.softplus(others - logits)[same.clone().fill_diagonal_(False)]
         return terms.sum() / max(1, terms.numel())
     logits = logits - logits.amax(dim=1, keepdim=True).detach()
     not_self = 1 - torch.eye(len(labels), device=features.device, dtype=logits.dtype)
