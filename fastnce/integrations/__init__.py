@@ -74,10 +74,15 @@ def apply_to(library: str | ModuleType) -> Applied:
     """
     name = library if isinstance(library, str) else library.__name__
     ours = _integration(name)
+    try:
+        modules = [importlib.import_module(x) for x in ours.STANDS_FOR]
+    except ImportError as error:
+        raise ImportError(
+            f"apply_to: {name} cannot be imported: {error}. Install it, or import the class from {ours.__name__}."
+        ) from error
     version = _version(*ours.LIBRARY) if ours.LIBRARY else ""
     replaced = []
-    for module_name, replacements in ours.STANDS_FOR.items():
-        theirs = importlib.import_module(module_name)
+    for theirs, (module_name, replacements) in zip(modules, ours.STANDS_FOR.items(), strict=True):
         for attribute in replacements:
             original, new = getattr(theirs, attribute, None), getattr(ours, attribute)
             if original is None:

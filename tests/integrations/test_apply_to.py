@@ -111,3 +111,10 @@ def test_what_a_library_makes(library):
     finally:
         for applied in both:
             applied.undo()
+
+
+def test_a_library_that_is_not_there_is_one_line(monkeypatch, recwarn):
+    monkeypatch.setitem(sys.modules, "info_nce", None)
+    with pytest.raises(ImportError, match=r"apply_to: info_nce cannot be imported: .* Install it"):
+        integrations.apply_to("info_nce")
+    assert not recwarn.list
