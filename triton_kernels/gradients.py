@@ -29,6 +29,7 @@ from .tiles import (
     TWO_C,
     counts,
     inside,
+    left_in,
     load_rows,
     load_statistics,
     multiply,
@@ -207,6 +208,7 @@ class Coefficients:
             "KIND": self.columns.kind,
             "SCALE": _SCALE.get(self.x.x.dtype, 1.0),
             "PRECISION": input_precision(self.x.x),
+            **self.columns.guide_arguments(),
             **temperature_arguments(self.temperature),
         }
 
@@ -377,6 +379,10 @@ def tile_coefficients(
     given,
     given_strides,
     given_unit,
+    x_guide,
+    y_guide,
+    x_offsets,
+    guide_depth,
     rows,
     columns,
     total_columns,
@@ -385,6 +391,9 @@ def tile_coefficients(
     """Coefficients of a tile, from its products ``s``, and their products with the logits."""
     z = s * row_scale[:, None] * column_scale[None, :]
     keep = counts(row, column, columns, KIND)
+    ids = None if y_labels is None else y_labels + first_y
+    guide = None if y_guide is None else y_guide + first_y * guide_depth
+    keep = left_in(keep, row_labels, ids, x_guide, guide, x_offsets, y_offsets, guide_depth, KIND)
     if KIND == GIVEN:
         at = row.to(tl.int64)[:, None] * given_strides[1]
         at += column.to(tl.int64)[None, :] * given_strides[2]
@@ -426,6 +435,9 @@ def _row_products_kernel(
     given,
     given_strides,
     given_unit,
+    x_guide,
+    y_guide,
+    guide_depth,
     values,
     value_scale,
     raw,
@@ -459,6 +471,8 @@ def _row_products_kernel(
     row_labels = row
     if x_labels is not None:
         row_labels = tl.load(x_labels + first_row + x_offsets)
+    if x_guide is not None:
+        x_guide += first_row * guide_depth
     of_rows = (row_scale, row_scale, row_scale, row_scale)
     if x_statistics is not None:
         of_rows = load_statistics(x_statistics, first_row, x_offsets, total_rows, KIND)
@@ -487,7 +501,7 @@ def _row_products_kernel(
         g, moment = tile_coefficients(
             s, row, column, first_y, y_offsets, row_scale, column_scale, row_labels, y_labels,
             x_statistics, y_statistics, of_rows, given, given_strides, given_unit,
-            rows, columns, total_columns, KIND,
+            x_guide, y_guide, x_offsets, guide_depth, rows, columns, total_columns, KIND,
         )  # fmt: skip
         if part_term is not None:
             term += tl.sum(moment, 1)
@@ -531,6 +545,9 @@ def _panel_kernel(
     given,
     given_strides,
     given_unit,
+    x_guide,
+    y_guide,
+    guide_depth,
     x_value_scale,
     y_value_scale,
     panel,
@@ -576,6 +593,8 @@ def _panel_kernel(
     row_labels = row
     if x_labels is not None:
         row_labels = tl.load(x_labels + first_row + x_offsets)
+    if x_guide is not None:
+        x_guide += first_row * guide_depth
     of_rows = (row_scale, row_scale, row_scale, row_scale)
     if x_statistics is not None:
         of_rows = load_statistics(x_statistics, first_row, x_offsets, total_rows, KIND)
@@ -589,7 +608,7 @@ def _panel_kernel(
     g, moment = tile_coefficients(
         s, row, column, first_y, y_offsets, row_scale, column_scale, row_labels, y_labels,
         x_statistics, y_statistics, of_rows, given, given_strides, given_unit,
-        rows, columns, total_columns, KIND,
+        x_guide, y_guide, x_offsets, guide_depth, rows, columns, total_columns, KIND,
     )  # fmt: skip
     panel_row = panel_start + tl.arange(0, BLOCK_M)
     if part_term is not None:

@@ -8,11 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastnce.registry import LEFT_OUT
+
 from .launch import INTERPRETED
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 _INTERPRETED = tl.constexpr(INTERPRETED)
+_LEFT_OUT = tl.constexpr(LEFT_OUT)
+
+# The guide's rows are padded with zeros to whole chunks.
+GUIDE_CHUNK = tl.constexpr(32)
 
 # Which columns count for a row, and how:
 QUEUE = tl.constexpr(0)  # all
@@ -25,6 +31,9 @@ LABELLED = tl.constexpr(5)  # all; those with its label by their own log-sum-exp
 BOTH_SIDES = tl.constexpr(6)
 # The same, where a column's loss has a gradient for rows of its own side alone
 DETACHED = tl.constexpr(7)
+# As QUEUE and IN_BATCH, without the pairs that labels, which are ids, or the guide's rows leave out
+MASKED = tl.constexpr(8)
+MASKED_IN_BATCH = tl.constexpr(9)
 
 
 @triton.jit
@@ -106,11 +115,47 @@ def products_of_chunks(
 def counts(row, column, columns, KIND: tl.constexpr):
     """Which pairs of a row and a column of one problem take part; rows beyond the end are the caller's to leave out."""
     keep = (column < columns)[None, :]
-    if KIND == IN_BATCH or KIND == SUP_CON or KIND == TWO_C:
+    OTHERS: tl.constexpr = KIND == IN_BATCH or KIND == MASKED_IN_BATCH
+    if OTHERS or KIND == SUP_CON or KIND == TWO_C:
         keep = keep & (row[:, None] != column[None, :])
     if KIND == BOTH_SIDES or KIND == DETACHED:
         pairs = columns // 2
         keep = keep & ((row % pairs)[:, None] != (column % pairs)[None, :])
+    return keep
+
+
+@triton.jit
+def left_out_by_ids(row_ids, column_ids):
+    """Pairs of the same id, and all of the id LEFT_OUT."""
+    of_rows, of_columns = row_ids[:, None], column_ids[None, :]
+    return (of_rows == of_columns) | (of_rows == _LEFT_OUT) | (of_columns == _LEFT_OUT)
+
+
+@triton.jit
+def left_in(
+    keep,
+    row_ids,
+    column_ids,
+    x_guide,
+    y_guide,
+    x_offsets,
+    y_offsets,
+    guide_depth,
+    KIND: tl.constexpr,
+):
+    """``keep`` without the pairs that ids and the guide leave out; the pointers are those of the tile, None where there is nothing.
+
+    A pair's product of the guide's rows is added up in one order, whichever of the two is the row: all passes leave out the same.
+    """
+    if KIND == MASKED or KIND == MASKED_IN_BATCH:
+        if column_ids is not None:
+            keep = keep & ~left_out_by_ids(row_ids, tl.load(column_ids + y_offsets))
+        if y_guide is not None:
+            found = products_of_chunks(
+                x_guide, x_offsets, y_guide, y_offsets, guide_depth,
+                x_offsets.shape[0], y_offsets.shape[0], GUIDE_CHUNK, "ieee",
+            )  # fmt: skip
+            keep = keep & ~(found > 0)
     return keep
 
 
