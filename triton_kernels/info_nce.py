@@ -31,7 +31,7 @@ from .own_negatives import OwnNegatives, own_gradients, own_sums
 from .parts import PARTS, Parts, fold, merged, new_parts, some_parts
 from .rows import Rows, pack, pack_pairs, pair_logits
 from .sums import offset_kind, sum_exponentials, sums_tile
-from .tiles import IN_BATCH, LN_2, LOG2_E, QUEUE, load_pair_logits
+from .tiles import IN_BATCH, LN_2, LOG2_E, QUEUE, load_pair_logits, log_1p
 
 Gradients = tuple[Tensor | None, ...]
 _BLOCK = 128
@@ -390,14 +390,6 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 @triton.jit
-def _log_1p(x):
-    """log(1 + x), exact for small x."""
-    one_more = 1.0 + x
-    rounded = tl.where(one_more == 1.0, 1.0, one_more - 1.0)
-    return tl.where(one_more == 1.0, x, tl.log(one_more) * (x / rounded))
-
-
-@triton.jit
 def _one_direction(
     largest, sums, positive, at, there, parts, total, constant, DECOUPLED: tl.constexpr
 ):
@@ -407,7 +399,7 @@ def _one_direction(
     d = ((top - positive) + tl.log2(sum_)) * LN_2 + 0 * tl.maximum(positive, 0.0)
     if DECOUPLED:
         return d, (top + tl.log2(sum_)) * LN_2, tl.where(sum_ == 0, 0.0, 1.0)
-    loss = tl.maximum(d, 0.0) + _log_1p(tl.exp(-tl.abs(d)))
+    loss = tl.maximum(d, 0.0) + log_1p(tl.exp(-tl.abs(d)))
     return loss, positive * LN_2 + loss, 1 / (1 + tl.exp(-d))
 
 

@@ -19,8 +19,6 @@ from .launch import cdiv, launch, temperature_arguments
 from .rows import pair_logits
 from .tiles import GUIDE_CHUNK, MASKED, MASKED_IN_BATCH, load_pair_logits
 
-# Of queries that have none: no key has it.
-_NO_ID = LEFT_OUT + 2
 _BLOCK = 128
 
 
@@ -106,16 +104,13 @@ def _problem(
     negatives = left_in(negatives, masks.negative_ids)
     problem = problem_of(query, key, negatives, temperature, self_logit=None, **options)
     problem.decoupled = decoupled
-    of_query = masks.query_ids
-    if of_query is None:
-        of_query = query.new_full(query.shape[:2], _NO_ID, dtype=torch.int64)
-    of_query = of_query.reshape(-1)
+    of_query = ids_of(query, masks.query_ids)
     for columns in problem.sets:
         in_batch = columns.y is problem.key
         ids = masks.key_ids if in_batch else masks.negative_ids
         guide = masks.guide_key if in_batch else masks.guide_negatives
         if ids is not None:
-            columns.labels, columns.x_labels = ids.reshape(-1), of_query
+            columns.ids = of_query, ids.reshape(-1)
         if guide is not None:
             columns.guide = _padded(masks.guide_query), _padded(guide)
         if ids is not None or guide is not None:
@@ -123,6 +118,13 @@ def _problem(
     if problem.negatives is not None and masks.negative_ids is not None:
         problem.own_ids = of_query, masks.negative_ids.contiguous()
     return problem
+
+
+def ids_of(query: Tensor, ids: Tensor | None) -> Tensor:
+    """(R,) of rows (..., D), one that no key has where there are none."""
+    if ids is None:
+        return query.new_full((query.shape[:-1].numel(),), LEFT_OUT + 2, dtype=torch.int64)
+    return ids.reshape(-1)
 
 
 def _padded(guide: Tensor) -> Tensor:

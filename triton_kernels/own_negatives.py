@@ -122,7 +122,7 @@ def _left_in(m, i, count, query_ids, negative_ids):
     if negative_ids is not None:
         ids = tl.load(negative_ids + i * count + m, mask=there, other=0)
         own = tl.load(query_ids + i + tl.arange(0, 1))
-        there = there & ~tl.reshape(left_out_by_ids(own, ids), there.shape)
+        there = there & ~tl.reshape(left_out_by_ids(own, ids, None), there.shape)
     return there
 
 

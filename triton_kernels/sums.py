@@ -120,7 +120,7 @@ def sum_exponentials(
         BLOCK_D=x.chunk(tile.d),
         PRECISION=input_precision(x.x),
         **columns.span_arguments(x),
-        **columns.guide_arguments(),
+        **columns.mask_arguments(),
         **temperature_arguments(temperature),
     )
 
@@ -151,6 +151,8 @@ def _sweep(
     column_rank,
     column_positive,
     row_positive,
+    x_ids,
+    y_ids,
     x_guide,
     y_guide,
     guide_depth,
@@ -210,10 +212,10 @@ def _sweep(
         column_scale = tl.load(y_scale + j + y_offsets)
         z = z * row_scale[:, None] * column_scale[None, :]
         keep = counts(row, column, columns, KIND)
-        ids = None if y_labels is None else y_labels + j
+        ids = None if y_ids is None else y_ids + j
         guide = None if y_guide is None else y_guide + tl.cast(j, tl.int64) * guide_depth
         keep = left_in(
-            keep, row_labels, ids, x_guide, guide, x_offsets, y_offsets, guide_depth, KIND
+            keep, None, x_ids, ids, x_guide, guide, x_offsets, y_offsets, guide_depth, KIND
         )
         if COLUMNS:
             keep = keep & (row < rows)[:, None]
@@ -299,6 +301,8 @@ def _sums_kernel(
     column_sum,
     column_a,
     column_b,
+    x_ids,
+    y_ids,
     x_guide,
     y_guide,
     guide_depth,
@@ -342,6 +346,9 @@ def _sums_kernel(
         row_labels = tl.load(x_labels + first_row + x_offsets)
         y_labels += first_column
 
+    if y_ids is not None:
+        x_ids += first_row
+        y_ids += first_column
     if y_guide is not None:
         x_guide += first_row * guide_depth
         y_guide += first_column * guide_depth
@@ -379,13 +386,13 @@ def _sums_kernel(
     if running:
         largest, total, a, b, term, rank, product, product_tail = _sweep(
             x, y, y_scale, values, value_scale, y_labels, row_labels, column_largest, column_sum, column_a, column_b,
-            column_rank, column_positive, row_positive, x_guide, y_guide, guide_depth, row, x_offsets, row_scale, offset, rows, columns, begin, end, depth, first_of_columns, KIND, True, PRODUCT, TERM,
+            column_rank, column_positive, row_positive, x_ids, y_ids, x_guide, y_guide, guide_depth, row, x_offsets, row_scale, offset, rows, columns, begin, end, depth, first_of_columns, KIND, True, PRODUCT, TERM,
             COLUMNS, RANK, HEAD, TAIL, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
     else:
         largest, total, a, b, term, rank, product, product_tail = _sweep(
             x, y, y_scale, values, value_scale, y_labels, row_labels, column_largest, column_sum, column_a, column_b,
-            column_rank, column_positive, row_positive, x_guide, y_guide, guide_depth, row, x_offsets, row_scale, offset, rows, columns, begin, end, depth, first_of_columns, KIND, False, PRODUCT, TERM,
+            column_rank, column_positive, row_positive, x_ids, y_ids, x_guide, y_guide, guide_depth, row, x_offsets, row_scale, offset, rows, columns, begin, end, depth, first_of_columns, KIND, False, PRODUCT, TERM,
             COLUMNS, RANK, HEAD, TAIL, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
 

@@ -31,9 +31,12 @@ LABELLED = tl.constexpr(5)  # all; those with its label by their own log-sum-exp
 BOTH_SIDES = tl.constexpr(6)
 # The same, where a column's loss has a gradient for rows of its own side alone
 DETACHED = tl.constexpr(7)
-# As QUEUE and IN_BATCH, without the pairs that labels, which are ids, or the guide's rows leave out
+# As QUEUE and IN_BATCH, without the pairs that ids or the guide's rows leave out
 MASKED = tl.constexpr(8)
 MASKED_IN_BATCH = tl.constexpr(9)
+# All but those that ids leave out, each by itself; positives are those with its label, or if paired the row's own
+SIGMOID = tl.constexpr(10)
+SIGMOID_PAIRED = tl.constexpr(11)
 
 
 @triton.jit
@@ -125,31 +128,27 @@ def counts(row, column, columns, KIND: tl.constexpr):
 
 
 @triton.jit
-def left_out_by_ids(row_ids, column_ids):
-    """Pairs of the same id, and all of the id LEFT_OUT."""
+def left_out_by_ids(row_ids, column_ids, positive):
+    """Pairs of the same id that are no positives, if there are any; and all of the id LEFT_OUT."""
     of_rows, of_columns = row_ids[:, None], column_ids[None, :]
-    return (of_rows == of_columns) | (of_rows == _LEFT_OUT) | (of_columns == _LEFT_OUT)
+    out = of_rows == of_columns
+    if positive is not None:
+        out = out & ~positive
+    return out | (of_rows == _LEFT_OUT) | (of_columns == _LEFT_OUT)
 
 
 @triton.jit
 def left_in(
-    keep,
-    row_ids,
-    column_ids,
-    x_guide,
-    y_guide,
-    x_offsets,
-    y_offsets,
-    guide_depth,
-    KIND: tl.constexpr,
-):
+    keep, positive, x_ids, y_ids, x_guide, y_guide, x_offsets, y_offsets, guide_depth, KIND: tl.constexpr
+):  # fmt: skip
     """``keep`` without the pairs that ids and the guide leave out; the pointers are those of the tile, None where there is nothing.
 
     A pair's product of the guide's rows is added up in one order, whichever of the two is the row: all passes leave out the same.
     """
-    if KIND == MASKED or KIND == MASKED_IN_BATCH:
-        if column_ids is not None:
-            keep = keep & ~left_out_by_ids(row_ids, tl.load(column_ids + y_offsets))
+    if KIND >= MASKED:
+        if y_ids is not None:
+            row_ids, column_ids = tl.load(x_ids + x_offsets), tl.load(y_ids + y_offsets)
+            keep = keep & ~left_out_by_ids(row_ids, column_ids, positive)
         if y_guide is not None:
             found = products_of_chunks(
                 x_guide, x_offsets, y_guide, y_offsets, guide_depth,
@@ -157,6 +156,39 @@ def left_in(
             )  # fmt: skip
             keep = keep & ~(found > 0)
     return keep
+
+
+@triton.jit
+def log_1p(x):
+    """log(1 + x), exact for small x."""
+    one_more = 1.0 + x
+    rounded = tl.where(one_more == 1.0, 1.0, one_more - 1.0)
+    return tl.where(one_more == 1.0, x, tl.log(one_more) * (x / rounded))
+
+
+@triton.jit
+def positives(row, column, row_labels, y_labels, y_offsets, KIND: tl.constexpr):
+    """Of the sigmoid loss; None if there are none."""
+    if KIND == SIGMOID_PAIRED:
+        return row[:, None] == column[None, :]
+    elif y_labels is not None:
+        return row_labels[:, None] == tl.load(y_labels + y_offsets)[None, :]
+    else:
+        return None
+
+
+@triton.jit
+def sigmoid_pairs(z, bias, positive):
+    """``log(1 + e^x)``, x the logit of a negative, or minus that of a positive; and its derivative by the logit."""
+    x = z * LN_2 + bias
+    if positive is not None:
+        x = tl.where(positive, -x, x)
+    e = tl.exp(-tl.abs(x))
+    loss = tl.maximum(x, 0.0) + log_1p(e)
+    sigmoid = tl.where(x >= 0, 1.0, e) / (1.0 + e)
+    if positive is not None:
+        sigmoid = tl.where(positive, -sigmoid, sigmoid)
+    return loss, sigmoid
 
 
 @triton.jit

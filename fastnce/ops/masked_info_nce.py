@@ -440,7 +440,9 @@ def negatives_lse(
 def _form(rows: Sequence[Tensor | None]) -> Form:
     query, _, negatives = rows
     columns = query.shape[-2] if negatives is None else negatives.shape[-2]
-    return Form("any", query.numel() * columns, query.shape[-1])
+    own = negatives is not None and negatives.dim() > 2
+    name = "own negatives" if own else "any"
+    return Form(name, query.numel() * columns, query.shape[-1])
 
 
 def _results(query: Tensor, symmetric: bool, rank: bool, **_: object) -> tuple[Tensor, ...]:
