@@ -110,7 +110,7 @@ def _problem(
         ids = masks.key_ids if in_batch else masks.negative_ids
         guide = masks.guide_key if in_batch else masks.guide_negatives
         if ids is not None:
-            columns.ids = of_query, ids.reshape(-1)
+            columns.ids = of_query, ids_of(query, ids)
         if guide is not None:
             columns.guide = _padded(masks.guide_query), _padded(guide)
         if ids is not None or guide is not None:
@@ -124,7 +124,7 @@ def ids_of(query: Tensor, ids: Tensor | None) -> Tensor:
     """(R,) of rows (..., D), one that no key has where there are none."""
     if ids is None:
         return query.new_full((query.shape[:-1].numel(),), LEFT_OUT + 2, dtype=torch.int64)
-    return ids.reshape(-1)
+    return ids.reshape(-1).contiguous()
 
 
 def _padded(guide: Tensor) -> Tensor:

@@ -75,8 +75,9 @@ constexpr int64_t kKeyBlock = 144, kSmallRun = 16;
 constexpr int64_t kGroupRows = 96;  // a multiple of every table's width, like the next
 constexpr int64_t kPartRows = 48;   // of a small problem, solved by one thread
 constexpr int64_t kFewRows = 256;   // no more than one group, where keys are packed on the way
-constexpr int64_t kKeptBytes = int64_t{64} << 20;  // of logits kept at a time
-constexpr double kSafeBound = 40;                  // exp(-2 * 40) is far from underflow
+constexpr int64_t kKeptBytes = int64_t{112} << 20;   // of logits kept at a time
+constexpr int64_t kCachedBytes = int64_t{16} << 20;  // of these, what the last cache may hold
+constexpr double kSafeBound = 40;                    // exp(-2 * 40) is far from underflow
 constexpr double kUsefulBound = 1e3;
 const double kLeastSum = std::exp(-60.0);
 
@@ -208,6 +209,9 @@ struct Problem {
   Buffer<T> rank_bound;
   // Symmetric: the same of the columns, and the factors from exponentials to the gradient.
   Buffer<T> column_offset, row_weight, column_weight;
+  // What the last panel has kept its logits in: fresh pages for each panel would take a sixth of
+  // the time at D = 128.
+  mutable std::vector<SlabMatrix<P>> spare;
 
   Problem(const TileKernels<T>& kernels_, const Call<T>& call_, int64_t first_, int64_t rows_,
           const KeySet<T, P>* shared)
@@ -592,12 +596,29 @@ struct Panel {
   }
 
   void keep_logits(int64_t begin, int64_t end) {
+    std::vector<SlabMatrix<P>> spare = std::exchange(problem.spare, {});
+    spare.resize(runs.size());
     for (int64_t run = begin; run < end; ++run) {
-      logits[run] = SlabMatrix<P>(keys_of(run), operands<P>(rows), problem.kernels.width);
+      const int64_t keys = keys_of(run), columns = operands<P>(rows);
+      const bool fits = spare[run].rows() == keys && spare[run].columns() == columns;
+      logits[run] =
+          fits ? std::move(spare[run]) : SlabMatrix<P>(keys, columns, problem.kernels.width);
     }
   }
+  // For the next panel, if these are all.
   void forget_logits() {
-    for (SlabMatrix<P>& kept : logits) kept = SlabMatrix<P>();
+    const bool all = std::all_of(logits.begin(), logits.end(),
+                                 [](const SlabMatrix<P>& kept) { return static_cast<bool>(kept); });
+    if (all) std::swap(problem.spare, logits);
+    logits = std::vector<SlabMatrix<P>>(runs.size());
+  }
+
+  int64_t kept_bytes() const {
+    int64_t bytes = 0;
+    for (const SlabMatrix<P>& kept : logits) {
+      bytes += kept.slabs() * kept.slab_size() * static_cast<int64_t>(sizeof(P));
+    }
+    return bytes;
   }
 
   // Sum of the exponentials of panel row r over all runs, relative to its offset.
@@ -780,6 +801,7 @@ void sweep(Problem<T, P>& p, Panel<T, P>& panel, const SweepOptions& options, in
   }
 
   if (first == last) return;
+  const SlabMatrix<P> nothing_kept;
   const int64_t work = panel.keys_of(first) * depth * panel.group;
   run_workers(groups * (last - first), work, [&](TaskQueue& queue) {
     Buffer<T> scratch(kKeyBlock * width), block_sum(width), guide_scratch;
@@ -791,6 +813,7 @@ void sweep(Problem<T, P>& p, Panel<T, P>& panel, const SweepOptions& options, in
       const KeyRun& keys = panel.runs[run];
       const KeySet<T, P>& set = *p.sets[keys.set];
       const SlabMatrix<P>& kept = panel.logits[run];
+      const bool streamed = !kPaired<P> && !again && kept && panel.kept_bytes() > kCachedBytes;
       const int64_t s0 = g * panel.group / width;
       const int64_t s1 = slab_count(std::min(panel.rows, (g + 1) * panel.group), width);
       if (products) {
@@ -805,7 +828,8 @@ void sweep(Problem<T, P>& p, Panel<T, P>& panel, const SweepOptions& options, in
         units.move_to(j0, j1);
         for (int64_t s = s0; s < s1; ++s) {
           const int64_t lanes = panel.queries.lanes(s), row = panel.r0 + s * width;
-          const BlockValues<T, P> block(kept, j0 - keys.begin, s, scratch.data(), pairs.data());
+          const BlockValues<T, P> block(streamed ? nothing_kept : kept, j0 - keys.begin, s,
+                                        scratch.data(), pairs.data());
           T* z = block.z;
           if (!again) {
             multiply(kernels, count, operands<P>(depth), lanes, units.units_at(0),
@@ -851,6 +875,9 @@ void sweep(Problem<T, P>& p, Panel<T, P>& panel, const SweepOptions& options, in
           if constexpr (kPaired<P>) {
             kernels.pairs->round_block(count, lanes, z, units.rests(),
                                        products ? block.down : nullptr, block.kept);
+          }
+          if constexpr (!kPaired<P>) {
+            if (streamed) stream(z, count * width, kept.at(j0 - keys.begin, s));
           }
           if (!products) continue;
           for (int64_t d = 0; d < panel.products.slabs(); ++d) {
@@ -1044,6 +1071,7 @@ void solve_rows(Problem<T, P>& p, const RowRange& range) {
                   [&](int64_t i) { return panel.sum(i - panel.r0); });
     if (!one_pass) return;
     if (keep) add_to_keys(p, panel, scaled_queries(p, panel, factor), 0, panel.run_count());
+    panel.forget_logits();
     p.finish_rows(panel.r0, panel.rows, panel.products, factor);
   });
   if (p.wants_gradients() && !one_pass) {

@@ -10,7 +10,30 @@
 #include <new>
 #include <vector>
 
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+#include "huge_pages.h"
+
 namespace fastnce {
+
+// Copies what will not be read before it has left the caches: a store that went through them would
+// read each line first. Both are aligned as buffers are.
+inline void stream(const float* x, int64_t count, float* out) {
+#ifdef __SSE2__
+  for (; count >= 4; count -= 4, x += 4, out += 4) _mm_stream_ps(out, _mm_load_ps(x));
+  _mm_sfence();
+#endif
+  std::copy_n(x, count, out);
+}
+inline void stream(const double* x, int64_t count, double* out) {
+#ifdef __SSE2__
+  for (; count >= 2; count -= 2, x += 2, out += 2) _mm_stream_pd(out, _mm_load_pd(x));
+  _mm_sfence();
+#endif
+  std::copy_n(x, count, out);
+}
 
 // The system takes back what a call frees, and hands it out again page by page, which costs small
 // problems more than their arithmetic.
@@ -35,7 +58,10 @@ class ScratchPool {
         return data;
       }
     }
-    return ::operator new(pooled(bytes) ? rounded(bytes) : bytes, kAlignment);
+    if (pooled(bytes)) bytes = rounded(bytes);
+    void* data = ::operator new(bytes, alignment(bytes));
+    if (bytes > kMost) ask_for_huge_pages(data, bytes);
+    return data;
   }
 
   void give_back(void* data, size_t bytes) {
@@ -47,7 +73,7 @@ class ScratchPool {
         return;
       }
     }
-    ::operator delete(data, kAlignment);
+    ::operator delete(data, alignment(bytes));
   }
 
  private:
@@ -55,6 +81,9 @@ class ScratchPool {
   static constexpr size_t kLeast = size_t{64} << 10, kMost = size_t{4} << 20;
   static constexpr size_t kMostHeld = size_t{16} << 20;
 
+  static std::align_val_t alignment(size_t bytes) {
+    return bytes > kMost ? std::align_val_t{kHugePage} : kAlignment;
+  }
   static bool pooled(size_t bytes) {
 #ifdef __SANITIZE_ADDRESS__
     return false;  // a block that is handed out again hides its misuse
