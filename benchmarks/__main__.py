@@ -13,6 +13,7 @@ import torch
 from benchmarks import (
     cases,
     distributed,
+    dropins,
     gpu_report,
     machine,
     measure,
@@ -31,6 +32,7 @@ _COMMANDS = {
     "demo": "one case of the main ops in half a minute; writes demo.md, demo.json, demo.png",
     "steps": "a training step of a system (--only cut, cfl) against the published one in eager PyTorch: time, memory; on a CPU",
     "distributed": "info_nce over 4 gloo ranks of this machine: time and memory of each rank; --size full: up to 65536 rows",
+    "dropins": "losses of other libraries against ours of the same names; where make test-dropins has installed them",
     "gpu-report": "on a machine with a GPU: builds, verifies, tests, measures; writes results.json, results.md, verify.md, verdicts/",
 }
 _DESCRIPTION = """\
@@ -80,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     compiles = "whether torch.compile takes part (default: on a GPU, and with --size full or table)"
     add("--compile", action=argparse.BooleanOptionalAction, help=compiles)
-    only = "the cases whose names have one of these in them; steps: systems"
+    only = "the cases whose names have one of these in them; steps: systems; dropins: losses"
     add("--only", nargs="+", metavar="TEXT", help=only)
     add("--no-memory", action="store_true", help="do not measure peak memory")
     limit = "begin no further case after this time (default: none; demo: twice its --seconds)"
@@ -139,6 +141,8 @@ def _run(args: argparse.Namespace) -> int:
             return steps.main(args.out, args.only)
         case "distributed":
             return distributed.main(args.out, args.size, args.seconds or 20.0, _progress)
+        case "dropins":
+            return dropins.main(args.out, args.only, args.seconds or 5.0)
     return _benchmark(args)
 
 

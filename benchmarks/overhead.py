@@ -1,9 +1,9 @@
-"""The cost of a call beside its kernel: microseconds per eager forward and backward of small inputs, of this checkout and another.
+"""Microseconds per eager forward and backward, of this checkout and another: of small inputs, the cost of a call beside its kernel.
 
-    python -m benchmarks.overhead OTHER_CHECKOUT [--rounds 15]
+    python -m benchmarks.overhead OTHER_CHECKOUT [--rounds 15] [--large]
 
 The checkouts take turns, so that a busy machine hinders both alike. Of every round, a process of its own, counts the quickest
-batch of calls, of all rounds the median. One thread, the compiled CPU kernels.
+batch of calls, of all rounds the median. The compiled CPU kernels; small inputs on one thread, large ones on all.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pathlib import Path
 _CALLS, _BATCHES = 20, 15  # calls of a batch, batches of a round
 
 
-def _calls() -> dict[str, Callable[[], object]]:
-    """The measured calls, by name."""
+def _small() -> dict[str, Callable[[], object]]:
+    """Calls of small inputs, by name."""
     import torch
 
     import fastnce
@@ -59,17 +59,61 @@ def _calls() -> dict[str, Callable[[], object]]:
     }
 
 
-def _microseconds(call: Callable[[], object]) -> float:
+def _large() -> dict[str, Callable[[], object]]:
+    """Calls of up to a second."""
+    import torch
+
+    import fastnce
+
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, requires_grad=True)
+
+    query, key, deep, deep_key = (
+        rows(8192, 256),
+        rows(8192, 256),
+        rows(4096, 1024),
+        rows(4096, 1024),
+    )
+    queue, few, few_keys = rows(65536, 128).detach(), rows(256, 128), rows(256, 128).detach()
+    layers = [rows(1, 256, 256) for _ in range(5)], [rows(1, 256, 256).detach() for _ in range(5)]
+    labels = torch.randint(2048, (8192,), generator=generator)
+    return {
+        "info_nce 8192 x 256": lambda: fastnce.info_nce(query, key).backward(),
+        "info_nce 8192 x 256, keys fixed": lambda: fastnce.info_nce(query, key.detach()).backward(),
+        "info_nce 8192 x 256, symmetric": lambda: fastnce.info_nce(
+            query, key, symmetric=True
+        ).backward(),
+        "info_nce 4096 x 1024": lambda: fastnce.info_nce(deep, deep_key).backward(),
+        "info_nce, queue of 65536, 256 x 128": lambda: fastnce.info_nce(
+            few, few_keys, queue
+        ).backward(),
+        "nt_xent 4096 x 256": lambda: fastnce.nt_xent(query[:4096], key[:4096]).backward(),
+        "sup_con 8192 x 256": lambda: fastnce.sup_con(query, labels).backward(),
+        "conditional_contrastive 4096 x 1024": lambda: fastnce.conditional_contrastive(
+            deep, deep_key, labels[:4096]
+        ).backward(),
+        "patch_nce, five layers of 256 x 256": lambda: fastnce.patch_nce(*layers).backward(),
+    }
+
+
+def _microseconds(call: Callable[[], object], large: bool) -> float:
+    if large:
+        return 1e6 * min(timeit.repeat(call, repeat=4, number=1))
     batches = timeit.repeat(call, timer=time.process_time, repeat=_BATCHES, number=_CALLS)
     return 1e6 * min(batches) / _CALLS
 
 
-def _round(checkout: Path) -> dict[str, float]:
+def _round(checkout: Path, large: bool) -> dict[str, float]:
     """Microseconds of each call, in a process that finds fastnce in the checkout."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "FASTNCE_BACKEND": "native"}
-    environment |= {"OMP_NUM_THREADS": "1"}
     # This file is run by its path.
     command = [sys.executable, __file__, "--round"]
+    if large:
+        command.append("--large")
+    else:
+        environment |= {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=environment, cwd=checkout, check=True, stdout=subprocess.PIPE, text=True
     )
@@ -81,15 +125,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("other", type=Path, nargs="?", help="another checkout, built")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--large", action="store_true", help="calls of up to a second")
     parser.add_argument("--round", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.round:
-        print(json.dumps({name: _microseconds(call) for name, call in _calls().items()}))
+        calls = _large() if args.large else _small()
+        print(json.dumps({name: _microseconds(call, args.large) for name, call in calls.items()}))
         return
     if args.other is None:
         parser.error("name another checkout")
     checkouts = (Path(__file__).resolve().parents[1], args.other.resolve())
-    rounds = [[_round(checkout) for checkout in checkouts] for _ in range(args.rounds)]
+    rounds = [[_round(checkout, args.large) for checkout in checkouts] for _ in range(args.rounds)]
     print("| forward and backward, in us | this checkout | the other | ratio |\n|---|---|---|---|")
     for name in rounds[0][0]:
         new, old = (

@@ -79,7 +79,10 @@ def _labelled_lse(
 
 
 # In the place of a public function, for ops that have none.
-_FUNCTIONS: dict[str, Callable] = {"labelled_lse": _labelled_lse}
+_FUNCTIONS: dict[str, Callable] = {
+    "labelled_lse": _labelled_lse,
+    "masked_info_nce": fastnce.info_nce,
+}
 
 
 def _parameters(op: str) -> Mapping[str, inspect.Parameter]:

@@ -129,3 +129,18 @@ def test_environment_variable():
     refused = run_python("fastnce.nt_xent(x, x)", **absent)
     assert refused.returncode != 0
     assert "RuntimeError: nt_xent: backend 'native' cannot run it" in refused.stderr
+
+
+def test_refusals_name_the_function_that_was_called():
+    x, labels = torch.eye(3), torch.arange(3)
+    for function, arguments in (
+        ("info_nce", {"query": x, "positive_key": x, "query_ids": labels}),
+        ("sup_con", {"features": x, "labels": labels, "positives": "each"}),
+        ("nt_xent", {"z1": x, "z2": x, "ids": labels}),
+        (
+            "contrastive_distillation",
+            dict.fromkeys(("query", "key", "teacher_query", "teacher_key"), x),
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=f"^{function}: backend 'cuda' cannot run it"):
+            getattr(fastnce, function)(**arguments, backend="cuda")

@@ -25,15 +25,19 @@ from .tiles import (
     GIVEN,
     LABELLED,
     LN_2,
+    SIGMOID,
     SUP_CON,
     TWO_C,
     counts,
     inside,
+    left_in,
     load_rows,
     load_statistics,
     multiply,
+    positives,
     products_of_chunks,
     row_gradient,
+    sigmoid_pairs,
     span,
     to_base_2,
 )
@@ -42,7 +46,7 @@ from .tiles import (
 _FEW_PARTS = 8
 _TOGETHER, _TOGETHER_D = 32, 64
 # fp16 has too few small numbers for the weights of many columns; statistics' weights are at most 1.
-_SCALE = {torch.float16: 1024.0}
+PRODUCT_SCALE = {torch.float16: 1024.0}
 
 
 def relative_weights(grad_loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,6 +172,7 @@ class Coefficients:
         y_statistics: (2 to 4, C) of the columns' losses, likewise.
         given: the coefficients (problems, rows, columns) themselves, any strides, for columns of the kind GIVEN.
         given_unit: a 0-d tensor, by which those are divided.
+        bias: a 0-d tensor, of the sigmoid loss, whose coefficients take the weights from the statistics alone.
     """
 
     x: Rows
@@ -177,15 +182,15 @@ class Coefficients:
     y_statistics: Tensor | None = None
     given: Tensor | None = None
     given_unit: Tensor | None = None
+    bias: Tensor | None = None
 
     def transposed(self) -> Coefficients:
         """The columns as rows, and the rows as columns."""
         given = None if self.given is None else self.given.mT
         columns = self.columns.swapped(self.x)
         statistics = self.y_statistics, self.x_statistics
-        return Coefficients(
-            self.columns.y, columns, self.temperature, *statistics, given, self.given_unit
-        )
+        numbers = given, self.given_unit, self.bias
+        return Coefficients(self.columns.y, columns, self.temperature, *statistics, *numbers)
 
     def arguments(self) -> dict[str, object]:
         """Those of a kernel."""
@@ -202,11 +207,13 @@ class Coefficients:
             "given": self.given,
             "given_strides": (0, 0, 0) if self.given is None else self.given.stride(),
             "given_unit": self.given_unit,
+            "bias": self.bias,
             "total_columns": len(y),
             "depth": self.x.padded,
             "KIND": self.columns.kind,
-            "SCALE": _SCALE.get(self.x.x.dtype, 1.0),
+            "SCALE": PRODUCT_SCALE.get(self.x.x.dtype, 1.0),
             "PRECISION": input_precision(self.x.x),
+            **self.columns.mask_arguments(),
             **temperature_arguments(self.temperature),
         }
 
@@ -330,7 +337,7 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
         product = torch.bmm(a.float(), b.float())
     else:
         product = torch.bmm(a, b, out_dtype=torch.float32)
-    return product.mul_(1 / _SCALE[a.dtype]) if a.dtype in _SCALE else product
+    return product.mul_(1 / PRODUCT_SCALE[a.dtype]) if a.dtype in PRODUCT_SCALE else product
 
 
 def _row_products(g: Coefficients, want_term: bool) -> tuple[Products, Tensor | None]:
@@ -377,6 +384,13 @@ def tile_coefficients(
     given,
     given_strides,
     given_unit,
+    bias,
+    x_ids,
+    y_ids,
+    x_guide,
+    y_guide,
+    x_offsets,
+    guide_depth,
     rows,
     columns,
     total_columns,
@@ -385,6 +399,24 @@ def tile_coefficients(
     """Coefficients of a tile, from its products ``s``, and their products with the logits."""
     z = s * row_scale[:, None] * column_scale[None, :]
     keep = counts(row, column, columns, KIND)
+    ids = None if y_ids is None else y_ids + first_y
+    guide = None if y_guide is None else y_guide + first_y * guide_depth
+    positive = None
+    if KIND >= SIGMOID:
+        of_columns = None if y_labels is None else y_labels + first_y
+        positive = positives(row, column, row_labels, of_columns, y_offsets, KIND)
+    keep = left_in(
+        keep, positive, x_ids, ids, x_guide, guide, x_offsets, y_offsets, guide_depth, KIND
+    )
+    if KIND >= SIGMOID:
+        _, g = sigmoid_pairs(z, tl.load(bias).to(tl.float32), positive)
+        if x_statistics is not None:
+            g *= of_rows[1][:, None]
+        if y_statistics is not None:
+            weights = load_statistics(y_statistics, first_y, y_offsets, total_columns, KIND)
+            g *= weights[1][None, :]
+        g = tl.where(keep, g, 0.0)
+        return g, tl.where(keep, g * z, 0.0)
     if KIND == GIVEN:
         at = row.to(tl.int64)[:, None] * given_strides[1]
         at += column.to(tl.int64)[None, :] * given_strides[2]
@@ -426,6 +458,12 @@ def _row_products_kernel(
     given,
     given_strides,
     given_unit,
+    bias,
+    x_ids,
+    y_ids,
+    x_guide,
+    y_guide,
+    guide_depth,
     values,
     value_scale,
     raw,
@@ -459,6 +497,10 @@ def _row_products_kernel(
     row_labels = row
     if x_labels is not None:
         row_labels = tl.load(x_labels + first_row + x_offsets)
+    if x_ids is not None:
+        x_ids += first_row
+    if x_guide is not None:
+        x_guide += first_row * guide_depth
     of_rows = (row_scale, row_scale, row_scale, row_scale)
     if x_statistics is not None:
         of_rows = load_statistics(x_statistics, first_row, x_offsets, total_rows, KIND)
@@ -487,7 +529,7 @@ def _row_products_kernel(
         g, moment = tile_coefficients(
             s, row, column, first_y, y_offsets, row_scale, column_scale, row_labels, y_labels,
             x_statistics, y_statistics, of_rows, given, given_strides, given_unit,
-            rows, columns, total_columns, KIND,
+            bias, x_ids, y_ids, x_guide, y_guide, x_offsets, guide_depth, rows, columns, total_columns, KIND,
         )  # fmt: skip
         if part_term is not None:
             term += tl.sum(moment, 1)
@@ -531,6 +573,12 @@ def _panel_kernel(
     given,
     given_strides,
     given_unit,
+    bias,
+    x_ids,
+    y_ids,
+    x_guide,
+    y_guide,
+    guide_depth,
     x_value_scale,
     y_value_scale,
     panel,
@@ -576,6 +624,10 @@ def _panel_kernel(
     row_labels = row
     if x_labels is not None:
         row_labels = tl.load(x_labels + first_row + x_offsets)
+    if x_ids is not None:
+        x_ids += first_row
+    if x_guide is not None:
+        x_guide += first_row * guide_depth
     of_rows = (row_scale, row_scale, row_scale, row_scale)
     if x_statistics is not None:
         of_rows = load_statistics(x_statistics, first_row, x_offsets, total_rows, KIND)
@@ -589,7 +641,7 @@ def _panel_kernel(
     g, moment = tile_coefficients(
         s, row, column, first_y, y_offsets, row_scale, column_scale, row_labels, y_labels,
         x_statistics, y_statistics, of_rows, given, given_strides, given_unit,
-        rows, columns, total_columns, KIND,
+        bias, x_ids, y_ids, x_guide, y_guide, x_offsets, guide_depth, rows, columns, total_columns, KIND,
     )  # fmt: skip
     panel_row = panel_start + tl.arange(0, BLOCK_M)
     if part_term is not None:

@@ -31,7 +31,7 @@ from .own_negatives import OwnNegatives, own_gradients, own_sums
 from .parts import PARTS, Parts, fold, merged, new_parts, some_parts
 from .rows import Rows, pack, pack_pairs, pair_logits
 from .sums import offset_kind, sum_exponentials, sums_tile
-from .tiles import IN_BATCH, LN_2, LOG2_E, QUEUE, load_pair_logits
+from .tiles import IN_BATCH, LN_2, LOG2_E, QUEUE, load_pair_logits, log_1p
 
 Gradients = tuple[Tensor | None, ...]
 _BLOCK = 128
@@ -51,6 +51,9 @@ class Problem:
     self_logit: float | None = None
     negatives: Tensor | None = None  # each query's own
     self_count: int = 1  # how often the self logit is there, once or twice
+    decoupled: bool = False  # the positive is not in the sum
+    positive_logit: Tensor | None = None  # (R,), to base 2: ranks are asked for
+    own_ids: tuple[Tensor, Tensor] | None = None  # of the queries, and of each query's own
 
 
 @dataclasses.dataclass
@@ -68,6 +71,7 @@ class Solution:
     term: Tensor | None = None
     parts: Parts | None = None
     own: OwnNegatives | None = None
+    rank: Tensor | None = None  # (R,) or, symmetric, (2, R)
 
 
 def problem_of(
@@ -118,7 +122,7 @@ def info_nce_forward(
     if now:
         scale = grad_scale / query.shape[:2].numel() if mean else grad_scale
         found = gradients(problem, solution, None, scale, needs, query.dtype)
-        grads = _shaped(found, query, key, negatives)
+        grads = shaped(found, query, key, negatives)
     return solution.loss.view(query.shape[:2]), lse, grads
 
 
@@ -140,13 +144,17 @@ def info_nce_backward(
     positive = pair_logits(problem.query, problem.key, problem.positive, temperature)
     at_positive = torch.expm1(positive - lse)
     at_positive = at_positive.mean(0) if problem.symmetric else at_positive
-    own = None
-    if problem.negatives is not None:
-        unused = torch.empty_like(problem.positive), torch.empty_like(problem.positive)
-        own = own_sums(problem.query, problem.negatives, temperature, *unused)
-    solution = Solution(positive, lse, positive, at_positive, own=own)
+    solution = Solution(positive, lse, positive, at_positive, own=own_again(problem))
     found = gradients(problem, solution, weight, upstream, needs, query.dtype)
-    return _shaped(found, query, key, negatives)
+    return shaped(found, query, key, negatives)
+
+
+def own_again(problem: Problem) -> OwnNegatives | None:
+    """The logits of each query's own negatives."""
+    if problem.negatives is None:
+        return None
+    unused = torch.empty_like(problem.positive), torch.empty_like(problem.positive)
+    return own_sums(problem.query, problem.negatives, problem.temperature, *unused, problem.own_ids)
 
 
 # The operators of the op "info_nce_fp8".
@@ -154,7 +162,7 @@ info_nce_fp8_forward = functools.partial(info_nce_forward, similarity_dtype=torc
 info_nce_fp8_backward = functools.partial(info_nce_backward, similarity_dtype=torch.float8_e4m3fn)
 
 
-def _shaped(found: Gradients, *inputs: Tensor | None) -> Gradients:
+def shaped(found: Gradients, *inputs: Tensor | None) -> Gradients:
     pairs = zip(found, (*inputs, None), strict=True)
     return tuple(g if g is None or x is None else g.view(x.shape) for g, x in pairs)
 
@@ -166,6 +174,7 @@ def solve(problem: Problem, *, with_product: bool, with_term: bool) -> Solution:
     splits = [_splits(problem, c, fused, fused and with_term) for c in problem.sets]
     own_parts = int(problem.negatives is not None)
     parts = new_parts(query, sum(splits) + own_parts, labelled=False, term=fused and with_term)
+    parts.rank = _ranks_of(problem, parts)
     if fused:
         parts.raw = query.x.new_empty((sum(splits), *query.x.shape), dtype=torch.float32)
     column_parts = None
@@ -176,15 +185,36 @@ def solve(problem: Problem, *, with_product: bool, with_term: bool) -> Solution:
         if problem.symmetric:
             column_parts = _both_sums(problem, columns, chosen)
         else:
-            sum_exponentials(query, columns, problem.temperature, problem.offset, chosen)
+            positive = problem.positive_logit
+            sum_exponentials(
+                query, columns, problem.temperature, problem.offset, chosen, positive=positive
+            )
     own = None
     if own_parts:
         own = own_sums(
-            query, problem.negatives, problem.temperature, parts.largest[-1], parts.sum[-1]
+            query,
+            problem.negatives,
+            problem.temperature,
+            parts.largest[-1],
+            parts.sum[-1],
+            problem.own_ids,
+            problem.positive_logit,
+            None if parts.rank is None else parts.rank[-1],
         )
         if parts.term is not None:
             parts.term[-1].zero_()
-    return _solved(problem, parts, column_parts, fused, own)
+    solution = _solved(problem, parts, column_parts, fused, own)
+    if parts.rank is not None:
+        solution.rank = parts.rank.sum(0)
+        if column_parts is not None:
+            solution.rank = torch.stack([solution.rank, column_parts.rank.sum(0)])
+    return solution
+
+
+def _ranks_of(problem: Problem, parts: Parts) -> Tensor | None:
+    if problem.positive_logit is None:
+        return None
+    return torch.zeros_like(parts.sum, dtype=torch.int32)
 
 
 def _splits(problem: Problem, columns: Columns, product: bool, term: bool) -> int:
@@ -209,16 +239,21 @@ def _both_sums(problem: Problem, columns: Columns, parts: Parts) -> Parts:
     common = (query, columns, problem.temperature, problem.offset, parts)
     blocks = columns.row_blocks(query, tile.m)
     height = _height(problem, columns, tile)
+    positive = problem.positive_logit
     by_block = new_parts(columns.y, height // columns.problems, labelled=False)
+    by_block.rank = _ranks_of(problem, by_block)
     if height == blocks:
-        sum_exponentials(*common, column_parts=by_block)
+        sum_exponentials(*common, column_parts=by_block, positive=positive)
         return by_block
     together = new_parts(columns.y, 1, labelled=False)
+    together.rank = _ranks_of(problem, together)
     for first in range(0, blocks, height):
         chosen = by_block[: min(height, blocks - first)]
         block_range = (first, len(chosen.sum))
-        sum_exponentials(*common, column_parts=chosen, block_range=block_range)
+        sum_exponentials(*common, column_parts=chosen, block_range=block_range, positive=positive)
         fold(chosen, together, columns.kind, first)
+        if chosen.rank is not None:
+            together.rank += chosen.rank.sum(0)
     return together
 
 
@@ -255,6 +290,7 @@ def _solved(problem, parts, column_parts, fused, own) -> Solution:
         column_parts=0 if of_columns.sum is None else len(of_columns.sum),
         total=total,
         SELF=0 if problem.self_logit is None else problem.self_count,
+        DECOUPLED=problem.decoupled,
         BLOCK=_BLOCK,
         **temperature_arguments(problem.temperature),
     )
@@ -314,7 +350,7 @@ def gradients(
             of_query.finish(*products)
         products.clear()
     for columns in problem.sets:
-        is_key = columns.kind == IN_BATCH.value
+        is_key = columns.y is problem.key
         want_x = want_row and not fused
         want_y = need_key if is_key else need_negatives
         if not (want_x or want_y):
@@ -354,20 +390,16 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 @triton.jit
-def _log_1p(x):
-    """log(1 + x), exact for small x."""
-    one_more = 1.0 + x
-    rounded = tl.where(one_more == 1.0, 1.0, one_more - 1.0)
-    return tl.where(one_more == 1.0, x, tl.log(one_more) * (x / rounded))
-
-
-@triton.jit
-def _one_direction(largest, sums, positive, at, there, parts, total, constant):
+def _one_direction(
+    largest, sums, positive, at, there, parts, total, constant, DECOUPLED: tl.constexpr
+):
     """Loss, log-sum-exp (natural) and missing weight of a row or a column; the positive's logit is to base 2."""
     top, sum_ = merged(largest, sums, at, there, parts, total, constant)
     # Large numbers meet before anything is rounded. An infinite positive makes the loss inf - inf.
     d = ((top - positive) + tl.log2(sum_)) * LN_2 + 0 * tl.maximum(positive, 0.0)
-    loss = tl.maximum(d, 0.0) + _log_1p(tl.exp(-tl.abs(d)))
+    if DECOUPLED:
+        return d, (top + tl.log2(sum_)) * LN_2, tl.where(sum_ == 0, 0.0, 1.0)
+    loss = tl.maximum(d, 0.0) + log_1p(tl.exp(-tl.abs(d)))
     return loss, positive * LN_2 + loss, 1 / (1 + tl.exp(-d))
 
 
@@ -394,6 +426,7 @@ def _losses_kernel(
     column_parts,
     total,
     SELF: tl.constexpr,
+    DECOUPLED: tl.constexpr,
     TENSOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -408,12 +441,12 @@ def _losses_kernel(
     if SELF:
         constant = tl.zeros((BLOCK,), tl.float32) + self_logit + (SELF - 1)  # log2 of 1 or 2
     row_loss, row_lse, row_missing = _one_direction(
-        largest, sums, p, at, there, parts, total, constant
+        largest, sums, p, at, there, parts, total, constant, DECOUPLED
     )
     tl.store(lse + at, row_lse, mask=there)
     if column_sums is not None:
         column_loss, column_lse, column_missing = _one_direction(
-            column_largest, column_sums, p, at, there, column_parts, total, constant
+            column_largest, column_sums, p, at, there, column_parts, total, constant, DECOUPLED
         )
         tl.store(lse + total + at, column_lse, mask=there)
         row_loss = 0.5 * (row_loss + column_loss)
@@ -426,6 +459,8 @@ def _losses_kernel(
             where, mask = some_parts(begin, factor_parts, at, there, total)
             each = tl.load(largest + where, mask=mask, other=float("-inf"))
             to_softmax = tl.exp2(each - (row_lse * LOG2_E)[None, :])
+            if DECOUPLED:  # of no negative at all, the sums are 0
+                to_softmax = tl.where((row_lse == float("-inf"))[None, :], 0.0, to_softmax)
             tl.store(factor + where, to_softmax, mask=mask)
             if term is not None:
                 sum_ += tl.sum(to_softmax * tl.load(terms + where, mask=mask, other=0.0), 0)

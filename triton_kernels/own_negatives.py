@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .launch import launch, temperature_arguments
 from .rows import Rows, inverse_root, largest_magnitude, power_of_two
-from .tiles import LN_2, LOG2_E, to_base_2
+from .tiles import LN_2, LOG2_E, left_out_by_ids, to_base_2
 
 _BLOCK_M = 32
 
@@ -23,14 +23,25 @@ class OwnNegatives:
     values: Tensor
     logits: Tensor  # (R, M) to base 2
     inverse: Tensor  # (R, M): 1 / ||n||
+    ids: tuple[Tensor, Tensor] | None = (
+        None  # (R,) of the queries and (R, M), see ``left_out_by_ids``
+    )
 
 
-def _arguments(query: Rows, negatives: Tensor, temperature: float | Tensor) -> dict[str, object]:
+def _arguments(
+    query: Rows,
+    negatives: Tensor,
+    temperature: float | Tensor,
+    ids: tuple[Tensor, Tensor] | None,
+) -> dict[str, object]:
     """The arguments of both kernels."""
+    query_ids, negative_ids = ids or (None, None)
     return {
         "query": query.x,
         "scale": query.scale,
         "negatives": negatives,
+        "query_ids": query_ids,
+        "negative_ids": negative_ids,
         "queries": negatives.shape[1],
         "count": negatives.shape[2],
         "depth": query.depth,
@@ -49,8 +60,14 @@ def own_sums(
     temperature: float | Tensor,
     largest: Tensor,
     total: Tensor,
+    ids: tuple[Tensor, Tensor] | None = None,
+    positive: Tensor | None = None,
+    rank: Tensor | None = None,
 ) -> OwnNegatives:
-    """Fills ``largest`` and ``total`` (R,): ``total 2^largest`` is the sum of the exponentials of each query's negatives."""
+    """Fills ``largest`` and ``total`` (R,): ``total 2^largest`` is the sum of the exponentials of each query's negatives.
+
+    And ``rank`` (R,), with how many logits are larger than ``positive`` (R,), to base 2.
+    """
     size = (2, len(query), negatives.shape[2])
     logits, inverse = query.x.new_empty(size, dtype=torch.float32)
     launch(
@@ -60,9 +77,11 @@ def own_sums(
         inverse=inverse,
         largest=largest,
         total=total,
-        **_arguments(query, negatives, temperature),
+        positive=positive,
+        rank=rank,
+        **_arguments(query, negatives, temperature, ids),
     )
-    return OwnNegatives(negatives, logits, inverse)
+    return OwnNegatives(negatives, logits, inverse, ids)
 
 
 def own_gradients(
@@ -78,7 +97,7 @@ def own_gradients(
     raw = query.x.new_empty((1, *query.x.shape), dtype=torch.float32)
     out = own.values.new_empty(own.values.shape) if need_negatives else None
     terms = query.scale.new_empty((len(query),))
-    arguments = _arguments(query, own.values, temperature)
+    arguments = _arguments(query, own.values, temperature, own.ids)
     launch(
         _own_gradients_kernel,
         (len(query), triton.cdiv(query.padded, arguments["BLOCK_D"])),
@@ -96,6 +115,17 @@ def own_gradients(
     return raw, out, terms
 
 
+@triton.jit
+def _left_in(m, i, count, query_ids, negative_ids):
+    """Which of a query's negatives count."""
+    there = m < count
+    if negative_ids is not None:
+        ids = tl.load(negative_ids + i * count + m, mask=there, other=0)
+        own = tl.load(query_ids + i + tl.arange(0, 1))
+        there = there & ~tl.reshape(left_out_by_ids(own, ids, None), there.shape)
+    return there
+
+
 @triton.jit(do_not_specialize=["queries", "count"])
 def _own_sums_kernel(
     query,
@@ -106,6 +136,10 @@ def _own_sums_kernel(
     inverse,
     largest,
     total,
+    positive,
+    rank,
+    query_ids,
+    negative_ids,
     queries,
     count,
     depth,
@@ -123,9 +157,10 @@ def _own_sums_kernel(
     negatives += i // queries * strides[0] + i % queries * strides[1]
     top = tl.full((1,), float("-inf"), tl.float32)
     sums = tl.zeros((1,), tl.float32)
+    larger = tl.zeros((1,), tl.int32)
     for begin in range(0, count, BLOCK_M):
         m = begin + tl.arange(0, BLOCK_M)
-        there = m < count
+        there = _left_in(m, i, count, query_ids, negative_ids)
         rows = negatives + m.to(tl.int64)[:, None] * strides[2]
         power = tl.full((BLOCK_M,), 1.0, tl.float32)
         if NORMALIZE:
@@ -152,7 +187,11 @@ def _own_sums_kernel(
         finite = tl.where(new == float("-inf"), 0.0, new)
         sums = sums * tl.exp2(top - finite) + tl.sum(tl.where(there, tl.exp2(z - finite), 0.0), 0)
         top = new
+        if rank is not None:
+            larger += tl.sum((there & (z > tl.load(positive + i))).to(tl.int32), 0)
     one = tl.arange(0, 1)
+    if rank is not None:
+        tl.store(rank + i + one, larger)
     tl.store(largest + i + one, top)
     tl.store(total + i + one, sums)
 
@@ -171,6 +210,8 @@ def _own_gradients_kernel(
     raw,
     out,
     terms,
+    query_ids,
+    negative_ids,
     queries,
     count,
     depth,
@@ -199,7 +240,7 @@ def _own_gradients_kernel(
     term = tl.zeros((BLOCK_M,), tl.float32)
     for begin in range(0, count, BLOCK_M):
         m = begin + tl.arange(0, BLOCK_M)
-        there = m < count
+        there = _left_in(m, i, count, query_ids, negative_ids)
         mask = there[:, None] & inside[None, :]
         at = m.to(tl.int64)[:, None] * strides[2] + d.to(tl.int64)[None, :] * strides[3]
         length = tl.load(inverse + i * count + m, mask=there, other=0.0)
@@ -215,6 +256,7 @@ def _own_gradients_kernel(
                 gradient = (gradient - rows * cosine[:, None]) * length[:, None]
             gradient *= g[:, None] * (upstream / temperature)
             where = (i * count + m)[:, None] * depth + d[None, :]
+            mask = (m < count)[:, None] & inside[None, :]
             tl.store(out + where, gradient.to(out.dtype.element_ty), mask=mask)
     tl.store(raw + i * padded + d, product, mask=d < padded)
     if tl.program_id(1) == 0:

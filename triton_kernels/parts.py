@@ -28,6 +28,7 @@ class Parts:
     b: Tensor | None = None
     term: Tensor | None = None  # sum of exp times logit (natural)
     raw: Tensor | None = None  # (P, R, padded depth), sum of exp times y^
+    rank: Tensor | None = None  # int32, how many are larger than the positive
 
     def __getitem__(self, which: slice) -> Parts:
         values = (getattr(self, field.name) for field in dataclasses.fields(self))

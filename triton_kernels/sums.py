@@ -20,6 +20,7 @@ from .tiles import (
     TWO_C,
     counts,
     inside,
+    left_in,
     load_rows,
     multiply,
     products_of_chunks,
@@ -58,6 +59,7 @@ def sum_exponentials(
     column_parts: Parts | None = None,
     block_range: tuple[int, int] | None = None,
     half: bool = False,
+    positive: Tensor | None = None,
 ) -> None:
     """Fills ``parts``, as many as it has, for the rows ``x``.
 
@@ -70,6 +72,7 @@ def sum_exponentials(
         column_parts: what to fill for the columns, one part for each block of rows of a problem; or None.
         block_range: first block of rows and number of blocks, of a single problem; all by default.
         half: rows are their own columns: a block leaves out the columns before it, and counts for the columns after it.
+        positive: (R,) logits, to base 2, of the rows' positives and so of those columns', which ``rank`` needs.
     """
     tile = sums_tile(x, columns, offset, parts.raw is not None, parts.term is not None)
     head, tail = x.split
@@ -95,6 +98,9 @@ def sum_exponentials(
         part_b=parts.b,
         part_term=parts.term,
         raw=parts.raw,
+        positive=positive,
+        part_rank=parts.rank,
+        column_rank=of_columns.rank,
         column_largest=of_columns.largest,
         column_sum=of_columns.sum,
         column_a=of_columns.a,
@@ -114,6 +120,7 @@ def sum_exponentials(
         BLOCK_D=x.chunk(tile.d),
         PRECISION=input_precision(x.x),
         **columns.span_arguments(x),
+        **columns.mask_arguments(),
         **temperature_arguments(temperature),
     )
 
@@ -141,6 +148,14 @@ def _sweep(
     column_sum,
     column_a,
     column_b,
+    column_rank,
+    column_positive,
+    row_positive,
+    x_ids,
+    y_ids,
+    x_guide,
+    y_guide,
+    guide_depth,
     row,
     x_offsets,
     row_scale,
@@ -156,6 +171,7 @@ def _sweep(
     PRODUCT: tl.constexpr,
     TERM: tl.constexpr,
     COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -171,6 +187,7 @@ def _sweep(
     a = largest if BY_LSE else tl.zeros((BLOCK_M,), tl.float32)
     b = tl.zeros((BLOCK_M,), tl.float32)
     term = tl.zeros((BLOCK_M,), tl.float32)
+    rank = tl.zeros((BLOCK_M,), tl.int32)
     raw = tl.zeros((BLOCK_M, HEAD if PRODUCT else 1), tl.float32)
     raw_tail = tl.zeros((BLOCK_M, TAIL if PRODUCT and TAIL else 1), tl.float32)
     if HEAD:
@@ -195,6 +212,11 @@ def _sweep(
         column_scale = tl.load(y_scale + j + y_offsets)
         z = z * row_scale[:, None] * column_scale[None, :]
         keep = counts(row, column, columns, KIND)
+        ids = None if y_ids is None else y_ids + j
+        guide = None if y_guide is None else y_guide + tl.cast(j, tl.int64) * guide_depth
+        keep = left_in(
+            keep, None, x_ids, ids, x_guide, guide, x_offsets, y_offsets, guide_depth, KIND
+        )
         if COLUMNS:
             keep = keep & (row < rows)[:, None]
         largest, finite, shrink = _relative_to(z, keep, largest, ONLINE)
@@ -207,6 +229,12 @@ def _sweep(
                 term *= shrink
             term += tl.sum(tl.where(keep, e * z, 0.0), 1)
         there = (column < columns) & (column >= first_of_columns)
+        if RANK:
+            rank += tl.sum((keep & (z > row_positive[:, None])).to(tl.int32), 1)
+            if COLUMNS:
+                of_column = tl.load(column_positive + j + y_offsets)
+                larger = (keep & (z > of_column[None, :])).to(tl.int32)
+                tl.store(column_rank + column, tl.sum(larger, 0), mask=there)
         if COLUMNS:
             store_column_sums(column_largest, column_sum, column, there, z, keep, e, offset, ONLINE)
         if KIND == SUP_CON or BY_LSE:
@@ -246,7 +274,7 @@ def _sweep(
                 if ONLINE:
                     raw_tail *= shrink[:, None]
                 raw_tail = multiply(weight, y_tail, raw_tail, PRECISION)
-    return largest, total, a, b, term, raw, raw_tail
+    return largest, total, a, b, term, rank, raw, raw_tail
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "total_rows", "total_columns", "first_block"])
@@ -266,10 +294,18 @@ def _sums_kernel(
     part_b,
     part_term,
     raw,
+    positive,
+    part_rank,
+    column_rank,
     column_largest,
     column_sum,
     column_a,
     column_b,
+    x_ids,
+    y_ids,
+    x_guide,
+    y_guide,
+    guide_depth,
     rows,
     columns,
     total_rows,
@@ -310,6 +346,19 @@ def _sums_kernel(
         row_labels = tl.load(x_labels + first_row + x_offsets)
         y_labels += first_column
 
+    if y_ids is not None:
+        x_ids += first_row
+        y_ids += first_column
+    if y_guide is not None:
+        x_guide += first_row * guide_depth
+        y_guide += first_column * guide_depth
+    RANK: tl.constexpr = part_rank is not None
+    row_positive = row_scale
+    column_positive = positive
+    if RANK:
+        row_positive = tl.load(positive + first_row + x_offsets)
+        column_positive += first_column
+
     # With half the tiles, first the square on the diagonal, which has both halves, then columns whose own rows will leave
     # these out. The first blocks have the most to do, and start first.
     first_of_all = start if HALF else 0
@@ -325,6 +374,8 @@ def _sums_kernel(
     if column_a is not None:
         column_a += column_part
         column_b += column_part
+    if column_rank is not None:
+        column_rank += column_part
 
     PRODUCT: tl.constexpr = raw is not None
     TERM: tl.constexpr = part_term is not None
@@ -333,16 +384,16 @@ def _sums_kernel(
     if OFFSET == BY_TEMPERATURE:
         running = 1 / temperature > LIMIT
     if running:
-        largest, total, a, b, term, product, product_tail = _sweep(
+        largest, total, a, b, term, rank, product, product_tail = _sweep(
             x, y, y_scale, values, value_scale, y_labels, row_labels, column_largest, column_sum, column_a, column_b,
-            row, x_offsets, row_scale, offset, rows, columns, begin, end, depth, first_of_columns, KIND, True, PRODUCT, TERM,
-            COLUMNS, HEAD, TAIL, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+            column_rank, column_positive, row_positive, x_ids, y_ids, x_guide, y_guide, guide_depth, row, x_offsets, row_scale, offset, rows, columns, begin, end, depth, first_of_columns, KIND, True, PRODUCT, TERM,
+            COLUMNS, RANK, HEAD, TAIL, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
     else:
-        largest, total, a, b, term, product, product_tail = _sweep(
+        largest, total, a, b, term, rank, product, product_tail = _sweep(
             x, y, y_scale, values, value_scale, y_labels, row_labels, column_largest, column_sum, column_a, column_b,
-            row, x_offsets, row_scale, offset, rows, columns, begin, end, depth, first_of_columns, KIND, False, PRODUCT, TERM,
-            COLUMNS, HEAD, TAIL, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+            column_rank, column_positive, row_positive, x_ids, y_ids, x_guide, y_guide, guide_depth, row, x_offsets, row_scale, offset, rows, columns, begin, end, depth, first_of_columns, KIND, False, PRODUCT, TERM,
+            COLUMNS, RANK, HEAD, TAIL, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
 
     at = tl.cast(part, tl.int64) * total_rows + first_row
@@ -355,6 +406,8 @@ def _sums_kernel(
         tl.store(part_b + at + x_offsets, b, mask=there)
     if TERM:
         tl.store(part_term + at + x_offsets, term * LN_2, mask=there)
+    if RANK:
+        tl.store(part_rank + at + x_offsets, rank, mask=there)
     if PRODUCT:
         out = raw + at * depth + (x_offsets * depth)[:, None]
         tl.store(out + tl.arange(0, HEAD)[None, :], product, mask=there[:, None])

@@ -8,11 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastnce.registry import LEFT_OUT
+
 from .launch import INTERPRETED
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 _INTERPRETED = tl.constexpr(INTERPRETED)
+_LEFT_OUT = tl.constexpr(LEFT_OUT)
+
+# The guide's rows are padded with zeros to whole chunks.
+GUIDE_CHUNK = tl.constexpr(32)
 
 # Which columns count for a row, and how:
 QUEUE = tl.constexpr(0)  # all
@@ -25,6 +31,12 @@ LABELLED = tl.constexpr(5)  # all; those with its label by their own log-sum-exp
 BOTH_SIDES = tl.constexpr(6)
 # The same, where a column's loss has a gradient for rows of its own side alone
 DETACHED = tl.constexpr(7)
+# As QUEUE and IN_BATCH, without the pairs that ids or the guide's rows leave out
+MASKED = tl.constexpr(8)
+MASKED_IN_BATCH = tl.constexpr(9)
+# All but those that ids leave out, each by itself; positives are those with its label, or if paired the row's own
+SIGMOID = tl.constexpr(10)
+SIGMOID_PAIRED = tl.constexpr(11)
 
 
 @triton.jit
@@ -106,12 +118,77 @@ def products_of_chunks(
 def counts(row, column, columns, KIND: tl.constexpr):
     """Which pairs of a row and a column of one problem take part; rows beyond the end are the caller's to leave out."""
     keep = (column < columns)[None, :]
-    if KIND == IN_BATCH or KIND == SUP_CON or KIND == TWO_C:
+    OTHERS: tl.constexpr = KIND == IN_BATCH or KIND == MASKED_IN_BATCH
+    if OTHERS or KIND == SUP_CON or KIND == TWO_C:
         keep = keep & (row[:, None] != column[None, :])
     if KIND == BOTH_SIDES or KIND == DETACHED:
         pairs = columns // 2
         keep = keep & ((row % pairs)[:, None] != (column % pairs)[None, :])
     return keep
+
+
+@triton.jit
+def left_out_by_ids(row_ids, column_ids, positive):
+    """Pairs of the same id that are no positives, if there are any; and all of the id LEFT_OUT."""
+    of_rows, of_columns = row_ids[:, None], column_ids[None, :]
+    out = of_rows == of_columns
+    if positive is not None:
+        out = out & ~positive
+    return out | (of_rows == _LEFT_OUT) | (of_columns == _LEFT_OUT)
+
+
+@triton.jit
+def left_in(
+    keep, positive, x_ids, y_ids, x_guide, y_guide, x_offsets, y_offsets, guide_depth, KIND: tl.constexpr
+):  # fmt: skip
+    """``keep`` without the pairs that ids and the guide leave out; the pointers are those of the tile, None where there is nothing.
+
+    A pair's product of the guide's rows is added up in one order, whichever of the two is the row: all passes leave out the same.
+    """
+    if KIND >= MASKED:
+        if y_ids is not None:
+            row_ids, column_ids = tl.load(x_ids + x_offsets), tl.load(y_ids + y_offsets)
+            keep = keep & ~left_out_by_ids(row_ids, column_ids, positive)
+        if y_guide is not None:
+            found = products_of_chunks(
+                x_guide, x_offsets, y_guide, y_offsets, guide_depth,
+                x_offsets.shape[0], y_offsets.shape[0], GUIDE_CHUNK, "ieee",
+            )  # fmt: skip
+            keep = keep & ~(found > 0)
+    return keep
+
+
+@triton.jit
+def log_1p(x):
+    """log(1 + x), exact for small x."""
+    one_more = 1.0 + x
+    rounded = tl.where(one_more == 1.0, 1.0, one_more - 1.0)
+    return tl.where(one_more == 1.0, x, tl.log(one_more) * (x / rounded))
+
+
+@triton.jit
+def positives(row, column, row_labels, y_labels, y_offsets, KIND: tl.constexpr):
+    """Of the sigmoid loss; None if there are none."""
+    if KIND == SIGMOID_PAIRED:
+        return row[:, None] == column[None, :]
+    elif y_labels is not None:
+        return row_labels[:, None] == tl.load(y_labels + y_offsets)[None, :]
+    else:
+        return None
+
+
+@triton.jit
+def sigmoid_pairs(z, bias, positive):
+    """``log(1 + e^x)``, x the logit of a negative, or minus that of a positive; and its derivative by the logit."""
+    x = z * LN_2 + bias
+    if positive is not None:
+        x = tl.where(positive, -x, x)
+    e = tl.exp(-tl.abs(x))
+    loss = tl.maximum(x, 0.0) + log_1p(e)
+    sigmoid = tl.where(x >= 0, 1.0, e) / (1.0 + e)
+    if positive is not None:
+        sigmoid = tl.where(positive, -sigmoid, sigmoid)
+    return loss, sigmoid
 
 
 @triton.jit

@@ -136,7 +136,7 @@ def verdict(
 
 
 def select(
-    op: str, tensor: torch.Tensor, backend: str | None = None, *found_by: object
+    op: str, tensor: torch.Tensor, backend: str | None = None, *found_by: object, called: str = ""
 ) -> ModuleType:
     """The module that runs ``op`` on tensors like ``tensor``.
 
@@ -145,6 +145,7 @@ def select(
         tensor: one of the call.
         backend: asked for by name; None chooses.
         found_by: the arguments of the op's ``form``, by which the kernels of a GPU are chosen. Without them they are not.
+        called: the public function that needs the op, which errors name; the op itself by default.
 
     Raises:
         ValueError: the requested backend's name is unknown.
@@ -157,7 +158,7 @@ def select(
         reason = _supports(module, op, device, dtype, found_by)
         if reason != "ok":
             raise RuntimeError(
-                f"{op}: backend {name!r} cannot run it on {device.type} {dtype}: {reason}. "
+                f"{called or op}: backend {name!r} cannot run it on {device.type} {dtype}: {reason}. "
                 f"Use backend='torch', or leave the choice to fastnce with backend=None."
             )
         return module
@@ -173,7 +174,9 @@ def select(
             reasons.append(f"{name}: {reason}")
     if not chosen:
         told = "; ".join(_told(op, device, dtype) + reasons)
-        raise RuntimeError(f"{op}: no backend can run it on {device.type} {dtype}: {told}")
+        raise RuntimeError(
+            f"{called or op}: no backend can run it on {device.type} {dtype}: {told}"
+        )
     if not torch.compiler.is_compiling():
         _log_choice(op, device, dtype, chosen, reasons)
     return _TABLE[chosen]

@@ -69,7 +69,7 @@ class NTXentLoss(nn.Module):
         super().__init__()
         self.temperature, self.gather_distributed = temperature, gather_distributed
         size = [memory_bank_size] if isinstance(memory_bank_size, int) else list(memory_bank_size)
-        if size[0] > 0 and len(size) != 2:
+        if size[0] < 0 or (size[0] > 0 and len(size) != 2):
             raise ValueError(
                 f"NTXentLoss: memory_bank_size must be 0 or (size, dim), got {memory_bank_size}. Add the features' dimension."
             )

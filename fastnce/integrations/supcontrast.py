@@ -88,6 +88,7 @@ class SupConLoss(nn.Module):
             rows,
             ids[: len(anchors)],
             ids,
+            op="SupConLoss",
             temperature=self.temperature,
             normalize=False,
         )

@@ -85,7 +85,7 @@ class OverRanks:
             _checks.expect_choice(self.op, "gradient_scale", self.gradient_scale, gradient_scales)
             # A rank that lacks the backend must say so before the others wait for its rows.
             found_by = ((rows,),) if of_form is None else of_form
-            self.kernels = backends.select(kernel_op, rows, self.backend, *found_by)
+            self.kernels = backends.select(kernel_op, rows, self.backend, *found_by, called=self.op)
             return {
                 "rows": len(rows),
                 "D": rows.shape[1],

@@ -94,7 +94,7 @@ def contrastive_distillation(
         of_teacher = _checks.expect_temperature(op, teacher_temperature, query)
     of_losses = weights_of(op, weights, query)
     of_losses = None if of_losses is None else of_losses[0]
-    kernels = backends.select("info_nce", query, backend, (query, key, None), symmetric)
+    kernels = backends.select("info_nce", query, backend, (query, key, None), symmetric, called=op)
     options = {"temperature": temperature, "normalize": normalize, "backend": backend}
     with _common.no_autocast(query):
         rows = (query, key, teacher_query.detach(), teacher_key.detach())
@@ -112,7 +112,9 @@ def contrastive_distillation(
             )
             more = (left * right).sum(dim=-1) - expected
             return loss + _common.reduced(over_temperature(more, temperature), of_losses, reduction)
-        losses = negatives_lse(query, key, **options) - over_temperature(expected, temperature)
+        losses = negatives_lse(query, key, op=op, **options) - over_temperature(
+            expected, temperature
+        )
         return _common.reduced(losses, of_losses, reduction)
 
 

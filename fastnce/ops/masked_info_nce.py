@@ -308,7 +308,7 @@ def rows_loss(
         options: normalize, symmetric, in_batch and decoupled.
     """
     query, reduced = rows[0], reduction != "none"
-    kernels = backends.select("masked_info_nce", query, backend, rows)
+    kernels = backends.select("masked_info_nce", query, backend, rows, called=op)
     dtype = accumulation_dtype(query.dtype)
     with _common.no_autocast(query):
         shares = None  # of the losses in the reduced one
@@ -406,6 +406,7 @@ def negatives_lse(
     query_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
     *,
+    op: str,
     temperature: float | Tensor,
     normalize: bool = True,
     backend: str | None = None,
@@ -417,6 +418,7 @@ def negatives_lse(
         negatives: (M, D).
         query_ids: (N,) int64.
         negative_ids: (M,) int64.
+        op: the public function.
         temperature: t, checked.
         normalize: s is the cosine instead of the dot product.
         backend: as the public functions take it.
@@ -430,7 +432,7 @@ def negatives_lse(
     # Next to a positive of zeros, whose logit is 0, the decoupled loss is the sum.
     options = {"normalize": normalize, "symmetric": False, "in_batch": False, "decoupled": True}
     found, _ = rows_loss(
-        "negatives_lse", rows, masks, None, temperature, "none", backend, keep_empty=True, **options
+        op, rows, masks, None, temperature, "none", backend, keep_empty=True, **options
     )
     return found[0]
 
@@ -438,7 +440,9 @@ def negatives_lse(
 def _form(rows: Sequence[Tensor | None]) -> Form:
     query, _, negatives = rows
     columns = query.shape[-2] if negatives is None else negatives.shape[-2]
-    return Form("any", query.numel() * columns, query.shape[-1])
+    own = negatives is not None and negatives.dim() > 2
+    name = "own negatives" if own else "any"
+    return Form(name, query.numel() * columns, query.shape[-1])
 
 
 def _results(query: Tensor, symmetric: bool, rank: bool, **_: object) -> tuple[Tensor, ...]:

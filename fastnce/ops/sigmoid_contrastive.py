@@ -485,6 +485,10 @@ def _samples(make: Make) -> Iterator[Sample]:
     )
     labelled = {**more, "query_labels": query_labels, "key_labels": key_labels.int()}
     yield Sample("labels", {**labelled, "bias": torch.tensor([-0.5], requires_grad=True)})
+    query_ids, key_ids = (torch.arange(n, device=query.device) // 3 for n in (33, 70))
+    masks = {"query_ids": query_ids, "key_ids": key_ids, "key_mask": key_ids % 5 > 0}
+    yield Sample("ids", {**more, **masks, "bias": bias})
+    yield Sample("labels_ids", {**labelled, **masks, "bias": bias, "reduction": "none"})
     yield Sample("labels_none", {**labelled, "bias": bias, "reduction": "none"})
     yield Sample("dot", {**pair, "scale": 0.5, "bias": bias, "normalize": False})
 

@@ -258,6 +258,7 @@ def _several_positives(
         key,
         query_classes,
         negative,
+        op="sup_con",
         temperature=temperature,
         normalize=normalize,
         backend=backend,

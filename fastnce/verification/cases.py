@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -96,6 +97,47 @@ def _rows(
         found["labels"] = torch.arange(len(rows), device=make.device) * 7 % 4
         found["labels"][:alone] = 4
     return found | _temperature(make, 0.2) | options
+
+
+@_later
+def _masked(
+    make: Make, cut: Cut, count: int, depth: int, negatives: tuple[int, ...] = (), **options: object
+) -> dict[str, object]:
+    """Of ``masked_info_nce``: four queries in a row have the same id; the first has nothing left but the others' keys."""
+    found = _pairs(count, depth, negatives=negatives, **options)(make, cut)
+    ids = torch.arange(cut(count), device=make.device) // 4
+    found["query_ids"] = ids
+    if negatives:
+        shape = tuple(map(cut, negatives))
+        others = torch.arange(math.prod(shape), device=make.device).view(shape)
+        found |= {"negative_ids": others % (len(ids) // 4 + 2), "negative_mask": others % 5 > 0}
+    return found
+
+
+@_later
+def _classified(
+    make: Make,
+    cut: Cut,
+    count: int,
+    depth: int,
+    columns: int = 0,
+    *,
+    labels: bool = False,
+    masked: bool = False,
+    **options: object,
+) -> dict[str, object]:
+    """Of ``sigmoid_contrastive``, whose scale and bias get their gradients."""
+    found: dict[str, object] = {"query": make(cut(count), depth)}
+    found["key"] = make(cut(columns or count), depth)
+    for name, value in (("scale", 5.0), ("bias", -1.0)):
+        found[name] = torch.tensor(value, device=make.device, requires_grad=True)
+    numbers = [torch.arange(len(found[x]), device=make.device) for x in ("query", "key")]
+    if labels:
+        found |= {"query_labels": numbers[0] % 7, "key_labels": numbers[1] * 3 % 7}
+    if masked:
+        found |= {"query_ids": numbers[0] // 4, "key_ids": numbers[1] // 4}
+        found["key_mask"] = numbers[1] % 5 > 0
+    return found | options
 
 
 _features = functools.partial(_rows, "features", "")
@@ -204,6 +246,21 @@ CASES: Calls = {
         },
         "own negatives": {"33 each": _pairs(65, 64, negatives=(65, 33), tau=0.1)},
     },
+    "masked_info_nce": {
+        "any": {
+            "N = 515": _masked(515, 64, tau=0.1),
+            "queue, decoupled": _masked(259, 128, (1003,), tau=0.1, decoupled=True),
+            "symmetric, D = 300": _masked(259, 300, tau=0.1, symmetric=True, reduction="none"),
+        },
+        "own negatives": {"33 each": _masked(65, 64, (65, 33), tau=0.1)},
+    },
+    "sigmoid_contrastive": {
+        "any": {
+            "N = 515": _classified(515, 64),
+            "labels, 77 x 1003": _classified(77, 128, 1003, labels=True, masked=True),
+            "unreduced, D = 300": _classified(259, 300, masked=True, reduction="none"),
+        },
+    },
     "sup_con": {
         "any": {
             "N = 515": _features(515, 64),
@@ -272,6 +329,14 @@ RACES: Calls = {
             "medium": _pairs(2048, 256, negatives=(2048, 1024)),
         },
     },
+    "masked_info_nce": {
+        "any": _races(_masked, _ROWS),
+        "own negatives": {
+            "small": _masked(512, 128, (512, 256)),
+            "medium": _masked(2048, 256, (2048, 1024)),
+        },
+    },
+    "sigmoid_contrastive": {"any": _races(_classified, _ROWS)},
     "sup_con": {"any": _races(_features, _ROWS)},
     "nt_xent": {"any": _races(_views, _VIEWS)},
     "conditional_contrastive": {"any": _races(_embeddings, _ROWS)},

@@ -18,6 +18,7 @@ def launches(depth: int, dtype: torch.dtype) -> list[Launch]:
     with recorded() as found:
         _info_nce(depth, dtype, COUNT)
         _losses(depth, dtype, COUNT)
+        _masked(depth, dtype, COUNT)
     return list(dict.fromkeys(found))
 
 
@@ -103,8 +104,53 @@ def _losses(depth: int, dtype: torch.dtype, count: int) -> None:
             triton_kernels.labelled_lse_forward(*block, own=own)
             states = (_rows(len(x), 4, dtype=torch.float64) for x in block[:2])
             triton_kernels.labelled_lse_backward(*block, *states, own=own)
+    _sigmoid(query[0], key[0], labels, tau)
     matrix = triton_kernels.pairwise_cosine_similarity_forward(query, key, tau)
     triton_kernels.pairwise_cosine_similarity_backward(matrix, query, key, tau, needs=(True,) * 3)
+
+
+def _sigmoid(query: torch.Tensor, key: torch.Tensor, labels: torch.Tensor, tau) -> None:
+    none = torch.empty(0, dtype=torch.int64, device="meta")
+    for of_labels, ids, temperature in (
+        (none, (None, None), 0.1),
+        (torch.cat([labels, labels]), (labels, labels), tau),
+    ):
+        inputs = (query, key, tau, of_labels, *ids, temperature)
+        options = {"paired": len(of_labels) == 0, "normalize": True, "needs": (True,) * 4}
+        triton_kernels.sigmoid_contrastive_forward(*inputs, **options, grad_scale=None)
+        triton_kernels.sigmoid_contrastive_forward(*inputs, **options, grad_scale=1.0, mean=True)
+
+
+def _masked(depth: int, dtype: torch.dtype, count: int) -> None:
+    tau = torch.empty((), device="meta")
+    query, key = (_rows(1, count, depth, dtype=dtype) for _ in "qk")
+    queue, own = _rows(4 * count, depth, dtype=dtype), _rows(1, count, 64, depth, dtype=dtype)
+    guide, of_queue = (
+        _rows(1, count, 100, dtype=torch.float32),
+        _rows(4 * count, 100, dtype=torch.float32),
+    )
+    ids, of_all, of_own = (
+        torch.empty(shape, dtype=torch.int64, device="meta")
+        for shape in ((1, count), (4 * count,), (1, count, 64))
+    )
+    options = {"normalize": True, "decoupled": False, "symmetric": False, "in_batch": True}
+    both = (True, True, True, True)
+    for negatives, masks, temperature, changed, needs in (
+        (None, (ids, ids, None, None, None, None), 0.07, {}, (True, True, False, False)),
+        (None, (ids, ids, None, None, None, None), tau, {"symmetric": True}, (True, True, False, True)),
+        (queue, (ids, None, of_all, guide, None, of_queue), 0.005, {"in_batch": False}, both),
+        (queue, (None, None, None, guide, guide, of_queue), tau, {"decoupled": True}, both),
+        (own, (ids, None, of_own, None, None, None), tau, {"in_batch": False}, both),
+    ):  # fmt: skip
+        inputs, weights = (query, key, negatives, *masks), _rows(1, count, dtype=torch.float32)
+        given = options | changed
+        for rank in (False, True):
+            loss, lse, *_ = triton_kernels.masked_info_nce_forward(
+                *inputs, weights, temperature, rank=rank, needs=needs, **given
+            )
+        triton_kernels.masked_info_nce_backward(
+            loss, *inputs, temperature, lse, needs=needs, **given
+        )
 
 
 def _sampling(dtype: torch.dtype) -> None:

@@ -28,6 +28,7 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int64: "*i64",
+    torch.int32: "*i32",
     torch.bool: "*i1",
     torch.float8_e4m3fn: "*fp8e4nv",
 }

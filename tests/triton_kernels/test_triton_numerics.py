@@ -23,6 +23,7 @@ from loss_forms import (
     labelled,
 )
 
+import fastnce
 from fastnce import backends
 from fastnce.backends import triton as triton_ops
 
@@ -83,6 +84,114 @@ def test_the_tests_notice_a_wrong_tile(monkeypatch):
     monkeypatch.setattr(sums, "launch", short)
     with pytest.raises(AssertionError):
         test_tiles_and_panels_add_up("tiles", 0.1)
+
+
+def integers(*shape: int) -> torch.Tensor:
+    return torch.arange(math.prod(shape), device=DEVICE).view(shape)
+
+
+# Rows (N, D), further arguments; ids that some have in common, and a query with nothing left.
+MASKED = {
+    "ids": ((2, 33), {"query_ids": integers(2, 33) // 4, "key_mask": integers(2, 33) % 5 > 0}),
+    "symmetric": (
+        (37,),
+        {"query_ids": integers(37) // 3, "symmetric": True, "decoupled": True},
+    ),
+    "queue": (
+        (20,),
+        {"negatives": (75,), "query_ids": integers(20) % 3, "negative_ids": integers(75) % 4},
+    ),
+    "nothing left": (
+        (20,),
+        {"negatives": (40,), "query_ids": integers(20) % 2, "negative_ids": 0 * integers(40)},
+    ),
+    "own": (
+        (9,),
+        {"negatives": (9, 70), "query_ids": integers(9) % 3, "negative_ids": integers(9, 70) % 4},
+    ),
+    "guide": ((20,), {"negatives": (50,), "in_batch_negatives": True, "guide": True}),
+}
+
+
+def masked(name, dim, generator, dtype, **options) -> dict:
+    rows, given = MASKED[name]
+    given = dict(given)
+    shapes = {"query": rows, "positive_key": rows}
+    if "negatives" in given:
+        shapes["negative_keys"] = given.pop("negatives")
+    found = {
+        key: gaussian((*shape, dim), generator, dtype).to(DEVICE).requires_grad_()
+        for key, shape in shapes.items()
+    }
+    if given.pop("guide", False):
+        # Cosines of 12 directions: none is near another plus the margin.
+        angles = [
+            (5 * integers(*x) ** 2 + i * integers(*x)) % 12 for i, x in enumerate(shapes.values())
+        ]
+        turned = [x * (math.pi / 6) for x in angles]
+        given |= {
+            "guide": [torch.stack([x.cos(), x.sin()], -1) for x in turned],
+            "guide_margin": 0.04,
+        }
+    return found | given | options
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dim", [20, 270])
+@pytest.mark.parametrize("name", MASKED)
+def test_pairs_left_out_in_tiles_and_panels(name, dim, dtype, generator):
+    for tau, reduction in ((0.1, "sum"), (0.005, "none")):
+        made = torch.tensor(tau, device=DEVICE, requires_grad=True)
+        call = masked(name, dim, generator, dtype, temperature=made, reduction=reduction)
+        call["weights"] = torch.linspace(0, 2, math.prod(MASKED[name][0])).view(MASKED[name][0])
+        call["weights"] = call["weights"].to(DEVICE)
+        assert_close_to_truth("masked_info_nce", "triton", Sample(name, call), dtype)
+
+
+@pytest.mark.parametrize("dim", [20, 270])
+@pytest.mark.parametrize("name", MASKED)
+def test_ranks_of_tiles(name, dim, generator):
+    """Of whole numbers, whose products are exact: some are as similar as the positive."""
+    call = masked(name, dim, generator, torch.float32, temperature=2.0, normalize=False)
+    rows = [key for key in call if key in ("query", "positive_key", "negative_keys")]
+    call |= {key: call[key].detach().round() for key in rows}
+    _, found = fastnce.info_nce(**call, return_rank=True, backend="triton")
+    _, expected = fastnce.info_nce(**call, return_rank=True, backend="torch")
+    assert torch.equal(found, expected) and (found > 0).any()
+
+
+@pytest.mark.parametrize("name", ["queue", "own"])
+def test_padding_of_nan_reaches_nothing(name, generator):
+    call = masked(name, 20, generator, torch.float32, temperature=0.5)
+    keys = call["negative_keys"]
+    call["negative_mask"] = integers(*keys.shape[:-1]) % 3 > 0
+    with torch.no_grad():
+        keys[~call["negative_mask"]] = torch.nan
+    fastnce.info_nce(**call, backend="triton").backward()
+    assert keys.grad.isfinite().all() and call["query"].grad.isfinite().all()
+    assert not keys.grad[~call["negative_mask"]].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [20, 270])
+def test_the_sigmoid_loss_in_tiles_and_panels(dim, dtype, generator):
+    forms = {
+        "pairs": {},
+        "negatives": {"paired": False, "key_mask": integers(70) % 5 > 0},
+        "labels": {"query_labels": integers(33) % 4, "key_labels": integers(70) % 5},
+    }
+    forms["pairs, ids"] = {"query_ids": integers(33) // 4, "key_ids": integers(70) // 4}
+    forms["labels, ids"] = (
+        forms["labels"] | forms["pairs, ids"] | {"key_mask": integers(70) % 3 > 0}
+    )
+    for index, (name, options) in enumerate(forms.items()):
+        rows = (gaussian((n, dim), generator, dtype).to(DEVICE) for n in (33, 70))
+        call = {key: x.requires_grad_() for key, x in zip(("query", "key"), rows, strict=True)}
+        for key, value in (("scale", (5.0, 200.0)[index % 2]), ("bias", -3.0)):
+            call[key] = torch.tensor(value, device=DEVICE, requires_grad=True)
+        options = options | {"reduction": ("sum", "none")[index % 2]}
+        sample = Sample(name, call | options)
+        assert_close_to_truth("sigmoid_contrastive", "triton", sample, dtype)
 
 
 @awkward

@@ -231,7 +231,9 @@ def form_of(op: str, arguments: dict[str, object], monkeypatch) -> tuple[str, st
     """The form and the size that the choice sees of a call."""
     seen = []
 
-    def select(op: str, tensor: Tensor, backend: str | None = None, *found_by: object) -> None:
+    def select(
+        op: str, tensor: Tensor, backend: str | None = None, *found_by: object, **_: str
+    ) -> None:
         form = OPS[op].form(*found_by)
         seen.append((form.name, verdicts.size_of(form)))
         raise InterruptedError
