@@ -172,6 +172,19 @@ class Exchange:
         """The same trip; sums over all ranks what ``compute(step, block)`` returns for one's own block."""
         raise NotImplementedError
 
+    def by_owner(self, step: int, x: Tensor) -> list[tuple[int, Tensor]]:
+        """``(rank, rows)`` of the ranks whose rows are in a block's tensor at ``step``."""
+        raise NotImplementedError
+
+    def to_owners(self, parts: list[Tensor]) -> Tensor:
+        """Each rank gets its part (N,) of all ranks' ``parts``: (ranks, N), in the order of the ranks."""
+        ranks, rows = self.ranks, self.rows
+        found = parts[0].new_empty((ranks.size, rows[ranks.rank]))
+        sizes = [rows[ranks.rank]] * ranks.size, list(rows)
+        with explained(ranks, self.op):
+            dist.all_to_all_single(found.view(-1), torch.cat(parts), *sizes, group=ranks.group)
+        return found
+
 
 class Ring(Exchange):
     """Blocks go from rank to rank; the next one arrives while this one is computed. Memory: two blocks, and two sums of gradients."""
@@ -195,6 +208,9 @@ class Ring(Exchange):
             if arriving is not None:
                 block = arriving()
         return arriving_sum()[0]
+
+    def by_owner(self, step: int, x: Tensor) -> list[tuple[int, Tensor]]:
+        return [((self.ranks.rank - step) % self.ranks.size, x)]
 
     def _rows_at(self, step: int) -> int:
         """Of the block that is here at ``step``."""
@@ -243,6 +259,13 @@ class Gather(Exchange):
         own = compute(0, block)
         others = compute(1, tuple(self.others(x) for x in block))
         return self.give_back(own, others)
+
+    def by_owner(self, step: int, x: Tensor) -> list[tuple[int, Tensor]]:
+        rank = self.ranks.rank
+        if step == 0:
+            return [(rank, x)]
+        others = [other for other in range(self.ranks.size) if other != rank]
+        return list(zip(others, x.split([self.rows[other] for other in others]), strict=True))
 
     def all_rows(self, x: Tensor) -> Tensor:
         """The rows of all ranks, in the order of the ranks."""

@@ -178,12 +178,16 @@ def test_the_published_step_is_ours(system):
     )
 
 
-def test_ranks_are_checked_timed_and_measured():
+@pytest.mark.parametrize("loss", distributed.LOSSES)
+def test_ranks_are_checked_timed_and_measured(loss):
     """Every provider's gate, in bfloat16; a wrong one would raise."""
-    answers = distributed.on_ranks(64, list(distributed.PROVIDERS), distributed.BF16, 0.01)
-    assert all(times.keys() == distributed.PROVIDERS.keys() for times in answers)
+    names = ["eager", "ring", "gather"]
+    answers = distributed.on_ranks(loss, 64, names, distributed.BF16, 0.01)
+    assert all(list(times) == names for times in answers)
     assert all(len(samples) >= 1 for samples in answers[0].values())
-    assert all(answer["peak"] > 0 for answer in distributed.on_ranks(64, ["ring"], torch.float32))
+    if loss == "info_nce":
+        answers = distributed.on_ranks(loss, 64, ["ring"], torch.float32)
+        assert all(answer["peak"] > 0 for answer in answers)
 
 
 @pytest.mark.parametrize(

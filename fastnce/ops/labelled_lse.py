@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastnce import backends
 from fastnce.ops import _common
 from fastnce.ranks import Exchange
 from fastnce.reference.normalize import accumulation_dtype, normalize_rows
@@ -164,6 +165,91 @@ class LabelledLSE(torch.autograd.Function):
                 grad_tau += part_tau
         grad_tau = None if temperature is None else grad_tau.to(temperature.dtype)
         return grad_x.to(x.dtype), grad_tau, None, None, None, None
+
+
+class BothLSE(torch.autograd.Function):
+    """``[log sum_j exp(q_i . k_j / t), log sum_j exp(q_j . k_i / t)]`` over the rows j of all ranks but the pair's own.
+
+    (N, D), (N, D), t -> (N, 2) float64. Keys travel, and each block gives its columns' sums with its rows'. In the backward queries
+    and keys travel with their sums, so that each rank finds its own rows' gradients alone: none travels.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        query: Tensor,
+        key: Tensor,
+        temperature: float | Tensor,
+        exchange: Exchange,
+        kernels: ModuleType,
+    ) -> Tensor:
+        by_row = query.new_full((len(query),), -torch.inf, dtype=torch.float64)
+        by_column = {}  # of each rank's keys
+        for step, (keys,) in exchange.trip((key,)):
+            for owner, columns in exchange.by_owner(step, keys):
+                own = owner == exchange.ranks.rank
+                of_rows, by_column[owner] = _both_lse(kernels, query, columns, temperature, own)
+                by_row = torch.logaddexp(by_row, of_rows)
+        columns = exchange.to_owners([by_column[rank] for rank in range(exchange.ranks.size)])
+        lse = torch.stack([by_row, columns.logsumexp(dim=0)], dim=1)
+        ctx.exchange, ctx.kernels = exchange, kernels
+        ctx.temperature = None if isinstance(temperature, Tensor) else temperature
+        saved = temperature if ctx.temperature is None else None
+        ctx.save_for_backward(query, key, lse, saved)
+        return lse
+
+    @staticmethod
+    @_common.first_derivative_only
+    def backward(ctx, saved: tuple[Tensor | None, ...], grad: Tensor):
+        query, key, lse, temperature = saved
+        tau, needs = ctx.temperature if temperature is None else temperature, ctx.needs_input_grad
+        # Of queries and of keys: the lse and its weight, and those of a label that no other row has.
+        nothing = torch.zeros_like(lse[:, 0])
+        states = [torch.stack([lse[:, i], nothing, grad[:, i], nothing], dim=1) for i in range(2)]
+        acc = accumulation_dtype(query.dtype)
+        sums = [x.new_zeros(x.shape, dtype=acc) for x in (query, key)]
+        grad_tau = query.new_zeros((), dtype=torch.float64)
+        for step, (queries, keys, of_queries, of_keys) in ctx.exchange.trip((query, key, *states)):
+            if len(query) == 0 or len(keys) == 0:
+                continue
+            others = ((keys, of_keys), (queries, of_queries))
+            for i, (x, (y, y_state)) in enumerate(zip((query, key), others, strict=True)):
+                if needs[i] or needs[2]:
+                    part, part_tau = ctx.kernels.labelled_lse_backward(
+                        x, y, *_apart(x, y), tau, states[i], y_state, own=step == 0
+                    )
+                    sums[i] += part
+                    grad_tau += part_tau
+        grads = [x.to(query.dtype) if need else None for x, need in zip(sums, needs, strict=False)]
+        grad_tau = None if temperature is None else grad_tau.to(temperature.dtype)
+        return *grads, grad_tau, None, None
+
+
+def _both_lse(
+    kernels: ModuleType, x: Tensor, y: Tensor, temperature: float | Tensor, own: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of the rows (N,) and of the columns (M,) of a block, float64; its pairs are left out if they are ``own``.
+
+    Of a square without pairs the symmetric loss has both from one product.
+    """
+    if len(x) == 0 or len(y) == 0:
+        return tuple(z.new_full((len(z),), -torch.inf, dtype=torch.float64) for z in (x, y))
+    if not own and len(x) == len(y) and kernels is not backends.reference:
+        options = {"normalize": True, "symmetric": True, "in_batch": True, "self_logit": None}
+        lse = kernels.info_nce_forward(
+            x[None], y[None], None, temperature, **options, grad_scale=None, needs=(False,) * 4
+        )[1]
+        return tuple(lse[:, 0].double())
+    return tuple(
+        kernels.labelled_lse_forward(a, b, *_apart(a, b), temperature, own=own)[:, 0]
+        for a, b in ((x, y), (y, x))
+    )
+
+
+def _apart(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels of rows and columns of which none is the same."""
+    options = {"dtype": torch.int64}
+    return x.new_zeros(len(x), **options), y.new_ones(len(y), **options)
 
 
 def _parts(rows: int, columns: int, own: bool, views: int) -> list[tuple[slice, slice, bool]]:

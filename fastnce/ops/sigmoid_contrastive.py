@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -295,8 +295,15 @@ def over_ranks(
     key = _without_padding(key, key_mask)
     with _common.no_autocast(query):
         blocks = _Blocks(call.kernels, call.exchange, labels, ids, paired, bool(normalize))
-        losses = _BlocksFunction.apply(query, key, bias, call.temperature, blocks)
-        return call.reduce(losses, None, query.dtype)
+        inputs = (query, key, bias, call.temperature)
+        one_weight = reduction != "none" and call.kernels is not backends.reference
+        grad_now = one_weight and _common.wants_grad(*inputs)
+        losses = _BlocksFunction.apply(*inputs, blocks, grad_now)
+        if reduction == "none":
+            return call.reduce(losses[:-1], None, query.dtype)
+        counts = torch.ones_like(losses)
+        counts[-1] = 0
+        return call.reduce(losses, counts, query.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,18 +340,63 @@ class _Blocks:
         options = {"paired": self.paired and step == 0, "normalize": self.normalize}
         return (query, block[0], bias, labels, self.ids[0], key_ids, tau), options
 
-    def losses(
-        self, query: Tensor, bias: Tensor, tau: float | Tensor, step: int, block: Block
-    ) -> Tensor:
-        """(N,), of the block that is here at ``step``."""
+    def forward(
+        self,
+        query: Tensor,
+        bias: Tensor,
+        tau: float | Tensor,
+        step: int,
+        block: Block,
+        scale: float | None,
+        needs: Sequence[bool],
+    ) -> Sequence[Tensor | None]:
+        """Losses (N,) of the block that is here at ``step``; with a ``scale`` also the gradients of ``scale * losses``."""
         inputs, options = self._call(query, bias, tau, step, block)
         if self.kernels is backends.reference:
-            return plain(*inputs, **options)
-        return self.kernels.sigmoid_contrastive_forward(
-            *inputs, **options, grad_scale=None, needs=(False,) * 4
-        )[0]
+            return (plain(*inputs, **options),)
+        needs = (False,) * 4 if scale is None else needs
+        losses, grads = self.kernels.sigmoid_contrastive_forward(
+            *inputs, **options, grad_scale=scale, needs=needs
+        )
+        return losses, *grads
 
     def gradients(
+        self,
+        query: Tensor,
+        key: Tensor,
+        bias: Tensor,
+        tau: float | Tensor,
+        needs: Sequence[bool],
+        of_block: Callable[[int, Block], Sequence[Tensor | None]],
+    ) -> tuple[Tensor | None, ...]:
+        """Of query, key, bias and temperature, over all blocks: ``of_block(step, block)`` has a block's."""
+        acc = accumulation_dtype(query.dtype)
+        # Of query, bias and temperature.
+        sums = [query.new_zeros(query.shape, dtype=acc)]
+        sums += [query.new_zeros((), dtype=torch.float64) for _ in range(2)]
+
+        def step_gradient(step: int, block: Block) -> Tensor:
+            """Adds what a block gives to this rank; returns the gradient of its keys."""
+            keys = block[0]
+            if len(query) == 0 or len(keys) == 0:
+                return keys.new_zeros(keys.shape, dtype=acc)
+            of_query, of_keys, *others = of_block(step, block)
+            for total, part in zip(sums, (of_query, *others), strict=True):
+                if part is not None:
+                    total += part
+            return keys if of_keys is None else of_keys.to(acc)
+
+        travelling = self.travelling(key)
+        of_key = None
+        if needs[1]:
+            of_key = self.exchange.round_trip(travelling, step_gradient)
+        else:
+            for step, block in self.exchange.trip(travelling):
+                step_gradient(step, block)
+        found = zip((sums[0], of_key, *sums[1:]), (query, key, bias, tau), needs, strict=False)
+        return tuple(x.to(like.dtype) if need else None for x, like, need in found)
+
+    def backward(
         self,
         weights: Tensor,
         query: Tensor,
@@ -366,52 +418,56 @@ class _Blocks:
 
 
 class _BlocksFunction(torch.autograd.Function):
-    """Losses (N,) float64 of this rank's queries against the keys of all ranks; the backward recomputes the similarities."""
+    """Losses (N + 1,) float64 of this rank's queries against the keys of all ranks, and a 0.
+
+    Where all losses get one weight, the gradients come with them, with three products, and the backward scales these. The 0 is
+    there for the weight, which the keys of a rank without queries need too. Otherwise the backward makes the similarities again.
+    """
 
     @staticmethod
     def forward(
-        ctx, query: Tensor, key: Tensor, bias: Tensor, tau: float | Tensor, blocks: _Blocks
+        ctx,
+        query: Tensor,
+        key: Tensor,
+        bias: Tensor,
+        tau: float | Tensor,
+        blocks: _Blocks,
+        grad_now: bool,
     ) -> Tensor:
-        losses = query.new_zeros(len(query), dtype=torch.float64)
-        for step, block in blocks.exchange.trip(blocks.travelling(key)):
-            if len(query) > 0 and len(block[0]) > 0:
-                losses += blocks.losses(query, bias, tau, step, block)
+        losses = query.new_zeros(len(query) + 1, dtype=torch.float64)
+
+        def step(step: int, block: Block, scale: float | None = None) -> Sequence[Tensor | None]:
+            needs = ctx.needs_input_grad[:4]
+            found, *grads = blocks.forward(query, bias, tau, step, block, scale, needs)
+            losses[:-1] += found
+            return grads
+
         ctx.blocks, ctx.tau = blocks, None if isinstance(tau, Tensor) else tau
-        ctx.save_for_backward(query, key, bias, tau if ctx.tau is None else None)
+        ctx.factor, ctx.grad_now = 1 / _common.kept_scale(query), grad_now
+        saved = (query, key, bias, tau if ctx.tau is None else None)
+        if grad_now:
+            of_block = functools.partial(step, scale=_common.kept_scale(query))
+            saved = blocks.gradients(query, key, bias, tau, ctx.needs_input_grad, of_block)
+        else:
+            for at, block in blocks.exchange.trip(blocks.travelling(key)):
+                if len(query) > 0 and len(block[0]) > 0:
+                    step(at, block)
+        ctx.save_for_backward(*saved)
         return losses
 
     @staticmethod
     @_common.first_derivative_only
     def backward(ctx, saved: tuple[Tensor | None, ...], grad: Tensor):
+        if ctx.grad_now:
+            return *_common.scaled(saved, grad[-1], ctx.factor), None, None
         query, key, bias, tau = saved
-        blocks, needs = ctx.blocks, ctx.needs_input_grad[:4]
-        acc = accumulation_dtype(query.dtype)
-        # Of query, bias and temperature, over all blocks.
-        sums = [query.new_zeros(query.shape, dtype=acc)]
-        sums += [query.new_zeros((), dtype=torch.float64) for _ in range(2)]
+        tau = ctx.tau if tau is None else tau
+        needs = ctx.needs_input_grad[:4]
 
-        def step_gradient(step: int, block: Block) -> Tensor:
-            """Adds what a block gives to this rank; returns the gradient of its keys."""
-            keys = block[0]
-            if len(query) == 0 or len(keys) == 0:
-                return keys.new_zeros(keys.shape, dtype=acc)
-            of_query, of_keys, *others = blocks.gradients(
-                grad, query, bias, ctx.tau if tau is None else tau, step, block, needs
-            )
-            for total, part in zip(sums, (of_query, *others), strict=True):
-                if part is not None:
-                    total += part
-            return keys if of_keys is None else of_keys.to(acc)
+        def of_block(step: int, block: Block) -> Sequence[Tensor | None]:
+            return ctx.blocks.backward(grad[:-1], query, bias, tau, step, block, needs)
 
-        travelling = blocks.travelling(key)
-        of_key = None
-        if needs[1]:
-            of_key = blocks.exchange.round_trip(travelling, step_gradient)
-        else:
-            for step, block in blocks.exchange.trip(travelling):
-                step_gradient(step, block)
-        found = zip((sums[0], of_key, *sums[1:]), (query, key, bias, tau), needs, strict=True)
-        return *(x.to(like.dtype) if need else None for x, like, need in found), None
+        return *ctx.blocks.gradients(query, key, bias, tau, needs, of_block), None, None
 
 
 def _samples(make: Make) -> Iterator[Sample]:

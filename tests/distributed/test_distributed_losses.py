@@ -1,13 +1,16 @@
 """Losses and all gradients over ranks against one process with all rows."""
 
+import collections
+import contextlib
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import fastnce
-from fastnce import distributed
+from fastnce import backends, distributed
 
 DIM, CLASSES = 24, 5
 ROWS = {2: [(6, 6), (9, 3)], 3: [(4, 4, 4), (7, 0, 5)], 4: [(3, 3, 3, 3), (1, 6, 2, 3)]}
@@ -276,3 +279,38 @@ def test_alone_it_is_the_plain_op():
     rows, others = draw("sigmoid_contrastive", 6, torch.float32)
     plain = fastnce.sigmoid_contrastive(*rows, scale=5.0)
     assert torch.equal(plain, distributed.sigmoid_contrastive(*rows, scale=5.0))
+
+
+def operators_called(group, op, strategy):
+    """How often each operator runs in a step."""
+    query, key = (x[:4].requires_grad_() for x in draw("info_nce", 4, torch.float64)[0])
+    kernels = backends.select("labelled_lse", query, None, (query,))
+    counts = collections.Counter()
+
+    def counted(name):
+        function = getattr(kernels, name)
+
+        def call(*arguments, **options):
+            counts[name] += 1
+            return function(*arguments, **options)
+
+        return mock.patch.object(kernels, name, call)
+
+    options = {"symmetric": True} if op == "info_nce" else {"scale": 10.0}
+    ops = ("info_nce", "labelled_lse", op)
+    with contextlib.ExitStack() as stack:
+        for name in {f"{x}_{way}" for x in ops for way in ("forward", "backward")}:
+            stack.enter_context(counted(name))
+        getattr(distributed, op)(query, key, group=group, strategy=strategy, **options).backward()
+    return counts
+
+
+@pytest.mark.parametrize("strategy", ["ring", "gather"])
+def test_no_product_is_made_twice(strategy, workers):
+    """Symmetric: a square of others gives both sides' sums at once, and one more operator each side's gradients."""
+    blocks = 3 if strategy == "ring" else 2
+    found = {"info_nce_forward": 2, "labelled_lse_forward": 2, "labelled_lse_backward": 2 * blocks}
+    for counts in workers.results(operators_called, "info_nce", strategy, ranks=3):
+        assert counts == found
+    for counts in workers.results(operators_called, "sigmoid_contrastive", strategy, ranks=3):
+        assert counts == {"sigmoid_contrastive_forward": blocks}
