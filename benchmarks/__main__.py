@@ -15,6 +15,7 @@ from benchmarks import (
     distributed,
     dropins,
     gpu_report,
+    growth,
     machine,
     measure,
     report,
@@ -33,6 +34,7 @@ _COMMANDS = {
     "steps": "a training step of a system (--only cut, cfl) against the published one in eager PyTorch: time, memory; on a CPU",
     "distributed": "info_nce over 4 gloo ranks of this machine: time and memory of each rank; --size full: up to 65536 rows",
     "dropins": "losses of other libraries against ours of the same names; where make test-dropins has installed them",
+    "growth": "time and memory from 2^8 rows on, with the slopes; --size full: to 2^18; --limit: seconds that a call may take (20)",
     "gpu-report": "on a machine with a GPU: builds, verifies, tests, measures; writes results.json, results.md, verify.md, verdicts/",
 }
 _DESCRIPTION = """\
@@ -141,6 +143,8 @@ def _run(args: argparse.Namespace) -> int:
             return steps.main(args.out, args.only)
         case "distributed":
             return distributed.main(args.out, args.size, args.seconds or 20.0, _progress)
+        case "growth":
+            return growth.main(args.out, args.size, args.limit or 20.0)
         case "dropins":
             return dropins.main(args.out, args.only, args.seconds or 5.0)
     return _benchmark(args)

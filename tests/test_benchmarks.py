@@ -1,6 +1,7 @@
 """The benchmarks: what is compared is the same, what is wrong is not timed, and every command writes its report."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from benchmarks import (
     cases,
     distributed,
     gpu_report,
+    growth,
     machine,
     measure,
     report,
@@ -204,3 +206,15 @@ def test_mistakes_are_one_line(arguments, message, capsys):
         main(arguments)
     line = capsys.readouterr().err
     assert stopped.value.code == 2 and message in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", growth.FORMS)
+def test_growth_of_every_form(name):
+    points = growth.measure(name, 9, math.inf, 1)
+    assert [point["n"] for point in points] == [256, 512]
+    assert all(point["seconds"] > 0 and point["bytes"] > 0 for point in points)
+    few, more = (point["products"] for point in points)
+    assert more / few == (2 if "images" in name else 4)
+    assert growth.slope([{"x": 2**i, "y": 7 * 8**i} for i in range(4)], "x", "y") == pytest.approx(
+        3
+    )
