@@ -16,8 +16,7 @@ from fastnce.registry import LEFT_OUT
 from .gradients import relative_weights
 from .info_nce import Gradients, Problem, Solution, gradients, own_again, problem_of, shaped, solve
 from .launch import cdiv, launch, temperature_arguments
-from .rows import pair_logits
-from .tiles import GUIDE_CHUNK, MASKED, MASKED_IN_BATCH, load_pair_logits
+from .tiles import GUIDE_CHUNK, LN_2, MASKED, MASKED_IN_BATCH, load_pair_logits
 
 _BLOCK = 128
 
@@ -81,7 +80,8 @@ def masked_info_nce_backward(
     masks = Masks(query_ids, key_ids, negative_ids, guide_query, guide_key, guide_negatives)
     problem = _problem(query, key, negatives, masks, temperature, **options)
     lse = lse.reshape(2, -1) if problem.symmetric else lse.reshape(-1)
-    logit = pair_logits(problem.query, problem.key, problem.positive, temperature)
+    # Rounded as in the forward: of a positive alone, the gradient is exactly 0.
+    logit = _positive_logits(problem) * LN_2.value
     if problem.decoupled:
         at_positive = (lse != -torch.inf).to(lse.dtype).neg()
     else:

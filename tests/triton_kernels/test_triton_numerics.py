@@ -160,6 +160,19 @@ def test_ranks_of_tiles(name, dim, generator):
     assert torch.equal(found, expected) and (found > 0).any()
 
 
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("dim", [20, 270])
+def test_of_nothing_left_there_is_no_gradient_at_all(dim, decoupled, generator):
+    """Of unreduced losses, too, whose backward makes the positive's logit anew."""
+    options = {"temperature": 0.07, "reduction": "none", "decoupled": decoupled}
+    call = masked("nothing left", dim, generator, torch.float32, **options)
+    loss = fastnce.info_nce(**call, backend="triton")
+    loss.sum().backward()
+    empty, grad = call["query_ids"] == 0, call["query"].grad
+    assert not loss[empty].any() and not grad[empty].any()
+    assert loss[~empty].all() and grad[~empty].any()
+
+
 @pytest.mark.parametrize("name", ["queue", "own"])
 def test_padding_of_nan_reaches_nothing(name, generator):
     call = masked(name, 20, generator, torch.float32, temperature=0.5)
