@@ -34,7 +34,7 @@ class Columns:
         rich = rich or (kind != "sums" and self.kind in (BOTH_SIDES.value, DETACHED.value))
         memory, accumulators = machine.shared_memory(device), machine.tensor_memory(device)
         tile = config.tile(kind, rich, x.operands, x.padded, memory, accumulators)
-        return config.narrower(tile) if self.kind >= MASKED.value else tile
+        return config.smaller(tile) if self.kind >= MASKED.value else tile
 
     @property
     def row_labels(self) -> Tensor | None:

@@ -147,9 +147,9 @@ def tile(
     return next(found for limit, found in table[key] if depth <= limit)
 
 
-def narrower(tile: Tile) -> Tile:
+def smaller(tile: Tile) -> Tile:
     """Where pairs are left out: ids, ranks and the guide's products take registers and shared memory as well."""
-    return dataclasses.replace(tile, n=max(16, tile.n // 2), stages=2)
+    return dataclasses.replace(tile, m=max(32, tile.m // 2), stages=2)
 
 
 def split_depth(depth: int, least: int = 16) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from resources import Memory, Resources, all_resources, resources
 
 from fastnce import triton_kernels
 from fastnce.triton_kernels import config
-from fastnce.triton_kernels.tiles import GIVEN
+from fastnce.triton_kernels.tiles import GIVEN, MASKED
 
 
 def faults(jobs: list[tuple[Launch, int]]) -> list[str]:
@@ -98,7 +98,9 @@ def test_warps_have_rows_of_their_own_and_the_next_columns_are_on_their_way(
         for job in sweep.jobs(capability, [name], (depth,))
         if job[0].name in ("_sums_kernel", "_row_products_kernel")
         # Given coefficients have no similarities, but where the temperature has a gradient.
+        # Where pairs are left out tiles have too few rows for it.
         and job[0].constant("KIND") != GIVEN.value
+        and job[0].constant("KIND") < MASKED.value
         and dict(job[0].signature)["raw"] != "constexpr"
     ]
     for launch, target in one_of_each(passes, "KIND", "OFFSET"):
