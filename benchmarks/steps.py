@@ -12,7 +12,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,34 @@ import fastnce
 from benchmarks import machine, memory, report
 from benchmarks.published_cfl import PublishedCFL
 from benchmarks.published_cut import PublishedCUT
+from benchmarks.published_representation import (
+    PublishedRepresentation,
+    ResNet18,
+    projection_head,
+)
 from benchmarks.published_restyle import PublishedReStyle
+from benchmarks.published_translation import (
+    PublishedCycleGAN,
+    PublishedDCLGAN,
+    PublishedPix2Pix,
+)
 from benchmarks.timing import in_turns, seconds_of
-from fastnce.models import CFL, CUT, CFLConfig, CUTConfig, ReStyle, ReStyleConfig
+from fastnce.models import (
+    CFL,
+    CUT,
+    DCLGAN,
+    CFLConfig,
+    CUTConfig,
+    CycleGAN,
+    CycleGANConfig,
+    DCLGANConfig,
+    Pix2Pix,
+    Pix2PixConfig,
+    Representation,
+    RepresentationConfig,
+    ReStyle,
+    ReStyleConfig,
+)
 from fastnce.networks import perceptual
 
 PROVIDERS = ("eager fp32", "fastnce fp32", "fastnce bf16")
@@ -39,8 +64,14 @@ _GROUPS = {
         "aten::native_batch_norm_backward",
     ),
     "blurs": ("fastnce::blur_resample",),
-    "patches and contrastive loss": ("fastnce::sample_patches", "fastnce::patch_nce"),
-    "Adam": ("aten::_fused_adam_",),
+    "patches and contrastive loss": (
+        "fastnce::sample_patches",
+        "fastnce::patch_nce",
+        "fastnce::info_nce",
+        "fastnce::masked_info_nce",
+        "fastnce::conditional_contrastive",
+    ),
+    "Adam, SGD": ("aten::_fused_adam_", "aten::_fused_sgd_"),
 }
 
 
@@ -69,6 +100,10 @@ class Step:
         """What a step would draw, for the check."""
         return {}
 
+    def run(self, training_step: Callable[..., object], batch: dict[str, Tensor]) -> None:
+        """What is timed."""
+        training_step(batch)
+
     def counted(self) -> str:
         """A sentence, or several, on what was counted and not measured."""
         return ""
@@ -86,10 +121,7 @@ class CUTStep(Step):
         return CUT(CUTConfig(init_gain=None, precision=precision), (size, size))
 
     def published(self, ours: CUT) -> PublishedCUT:
-        published = PublishedCUT()
-        for one, other in self.pairs(ours, published):
-            other.load_state_dict(one.state_dict())
-        return published
+        return _with_weights(self, ours, PublishedCUT())
 
     def pairs(self, ours: CUT, published: PublishedCUT) -> list[tuple[nn.Module, nn.Module]]:
         networks = ours.generator, ours.discriminator, ours.projector
@@ -113,6 +145,147 @@ class CUTStep(Step):
             "Of two 256 x 256 images the published step has 711.6 GMAC, ours 642.7 without the second pass for the keys, "
             "before Winograd's saving of 4 in the 3x3 convolutions."
         )
+
+
+class FastCUTStep(CUTStep):
+    """The published FastCUT. Half of its steps are mirrored, and these are dearer for ours."""
+
+    name = "fastcut"
+    about = "FastCUT, one pair of images; two steps, the second one mirrored"
+    options: ClassVar = {"nce_idt": False, "lambda_nce": 10.0}
+
+    def ours(self, size: int, precision: str = "fp32") -> CUT:
+        torch.manual_seed(0)
+        how = {"flip_equivariance": True, "init_gain": None, "precision": precision}
+        return CUT(CUTConfig(**self.options, **how), (size, size))
+
+    def published(self, ours: CUT) -> PublishedCUT:
+        return _with_weights(self, ours, PublishedCUT(**self.options))
+
+    def draws(self, size: int) -> dict[str, Any]:
+        return super().draws(size) | {"flip": True}
+
+    def run(self, training_step: Callable[..., object], batch: dict[str, Tensor]) -> None:
+        training_step(batch, flip=False)
+        training_step(batch, flip=True)
+
+    def counted(self) -> str:
+        return ""
+
+
+class TwoWayStep(CUTStep):
+    """Of both directions, with CUT's networks."""
+
+    model: type[nn.Module]
+    config: type
+    transcription: type
+
+    def ours(self, size: int, precision: str = "fp32") -> nn.Module:
+        torch.manual_seed(0)
+        return self.model(self.config(init_gain=None, precision=precision), (size, size))
+
+    def published(self, ours: Any) -> Any:
+        return _with_weights(self, ours, self.transcription(ours.config))
+
+    def pairs(self, ours: Any, published: Any) -> list[tuple[nn.Module, nn.Module]]:
+        return [
+            (ours.generators.a_to_b, published.g_a),
+            (ours.generators.b_to_a, published.g_b),
+            (ours.discriminator_a, published.d_a),
+            (ours.discriminator_b, published.d_b),
+        ]
+
+    def draws(self, size: int) -> dict[str, Any]:
+        return {}
+
+    def counted(self) -> str:
+        return ""
+
+
+class CycleGANStep(TwoWayStep):
+    """Its objective with CUT's networks."""
+
+    name = "cyclegan"
+    about = "CycleGAN with CUT's networks, one pair of images, identity loss"
+    model, config, transcription = CycleGAN, CycleGANConfig, PublishedCycleGAN
+
+
+class DCLGANStep(TwoWayStep):
+    """The published DCLGAN."""
+
+    name = "dclgan"
+    about = "DCLGAN, one pair of images"
+    model, config, transcription = DCLGAN, DCLGANConfig, PublishedDCLGAN
+
+    def pairs(self, ours: Any, published: Any) -> list[tuple[nn.Module, nn.Module]]:
+        projectors = [(ours.projector_a, published.f_1), (ours.projector_b, published.f_2)]
+        return super().pairs(ours, published) + projectors
+
+    def draws(self, size: int) -> dict[str, Any]:
+        ids = CUTStep.draws(self, size)["patch_ids"]
+        return {"patch_ids": {"NCE1": ids["NCE"][1:], "NCE2": ids["NCE_Y"][1:]}}
+
+
+class Pix2PixStep(TwoWayStep):
+    """The published pix2pix; the check leaves dropout out."""
+
+    name = "pix2pix"
+    about = "pix2pix, one pair of images"
+    transcription = PublishedPix2Pix
+
+    def ours(self, size: int, precision: str = "fp32") -> Pix2Pix:
+        torch.manual_seed(0)
+        whole = size == self.size
+        config = Pix2PixConfig(
+            init_gain=None, num_downs=8 if whole else 6, dropout=whole, precision=precision
+        )
+        return Pix2Pix(config, (size, size))
+
+    def pairs(self, ours: Any, published: Any) -> list[tuple[nn.Module, nn.Module]]:
+        return [(ours.generator, published.g), (ours.discriminator, published.d)]
+
+
+class SimCLRStep(Step):
+    """ResNet-18 with the stem for small images."""
+
+    name = "simclr"
+    about = "SimCLR, ResNet-18 on images of 32 pixels, batch 256"
+    size, check_size = 32, 16
+    method = "simclr"
+
+    def ours(self, size: int, precision: str = "fp32") -> Representation:
+        torch.manual_seed(0)
+        how = {"encoder": "resnet18", "batch_size": 256, "precision": precision}
+        return Representation(RepresentationConfig(method=self.method, **how))
+
+    def published(self, ours: Representation) -> PublishedRepresentation:
+        encoder, head = ResNet18(), projection_head()
+        encoder.load_state_dict(ours.encoder.state_dict())
+        head.load_state_dict(ours.head.state_dict())
+        queue = ours.queue.keys if self.method == "moco" else None
+        return PublishedRepresentation(encoder, head, ours.config, queue)
+
+    def pairs(self, ours: Any, published: Any) -> list[tuple[nn.Module, nn.Module]]:
+        return [(ours.encoder, published.encoder), (ours.head, published.head)]
+
+    def batch(self, size: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        shape = (2, 256 if size == self.size else 32, 3, size, size)
+        return dict(zip(("view1", "view2"), torch.randn(shape, generator=generator), strict=True))
+
+
+class MoCoStep(SimCLRStep):
+    """MoCo v2 with a queue of 4096 and batch norm in 8 parts."""
+
+    name = "moco"
+    about = "MoCo v2, ResNet-18 on images of 32 pixels, batch 256, 4096 keys in the queue"
+    method = "moco"
+
+
+def _with_weights(step: Step, ours: Any, published: Any) -> Any:
+    for one, other in step.pairs(ours, published):
+        other.load_state_dict(one.state_dict())
+    return published
 
 
 class CFLStep(Step):
@@ -261,7 +434,18 @@ class _Kept(saved_tensors_hooks):
         return sum(storage.nbytes() for storage in self.storages.values())
 
 
-STEPS = {step.name: step for step in (CUTStep(), CFLStep(), ReStyleStep())}
+STEPS = {
+    step.name: step
+    for step in (
+        CUTStep(),
+        FastCUTStep(),
+        DCLGANStep(),
+        CycleGANStep(),
+        Pix2PixStep(),
+        CFLStep(),
+        ReStyleStep(),
+    )
+}
 
 
 def check(step: Step) -> dict[str, float]:
@@ -278,10 +462,9 @@ def check(step: Step) -> dict[str, float]:
         ours = step.ours(step.check_size)
         published = step.published(ours)
         pairs = step.pairs(ours, published)
-        for network in (ours, *(getattr(published, name, ours) for name in ("critic", "g"))):
+        parts = [published, *vars(published).values()]
+        for network in (ours, *(part for part in parts if isinstance(part, nn.Module))):
             network.to(dtype)
-        for _, other in pairs:
-            other.to(dtype)
         for name, run, networks in (
             ("eager", published.training_step, [other for _, other in pairs]),
             ("fastnce", ours.training_step, [one for one, _ in pairs]),
@@ -290,6 +473,7 @@ def check(step: Step) -> dict[str, float]:
                 key: x.to(dtype) if x.is_floating_point() else x
                 for key, x in step.batch(step.check_size).items()
             }
+            torch.manual_seed(3)  # of what a step draws itself
             losses = run(batch, **step.draws(step.check_size))
             gradients = [
                 torch.cat([p.grad.double().flatten() for p in network.parameters()])
@@ -319,7 +503,7 @@ def make(step: Step, provider: str, size: int) -> Callable[[], object]:
     model = step.ours(size, precision)
     run = step.published(model).training_step if kind == "eager" else model.training_step
     batch = step.batch(size)
-    return lambda: run(batch)
+    return lambda: step.run(run, batch)
 
 
 def time_steps(step: Step, size: int, rounds: int) -> dict[str, list[float]]:

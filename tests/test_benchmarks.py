@@ -171,11 +171,9 @@ def test_the_gpu_report_has_its_rows(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("system", steps.STEPS)
 def test_the_published_step_is_ours(system):
-    """CFL's differs by the 1e-7 that the published code adds to the norm of rows."""
-    assert (
-        steps.check(steps.STEPS[system])["float64"]
-        < {"cut": 1e-6, "cfl": 1e-5, "restyle": 1e-9}[system]
-    )
+    """CUT's, FastCUT's and CFL's differ by the 1e-7 that the published code adds to the norm of rows."""
+    close = {"cut": 1e-6, "fastcut": 1e-6, "cfl": 1e-5}.get(system, 1e-9)
+    assert steps.check(steps.STEPS[system])["float64"] < close
 
 
 def test_ranks_are_checked_timed_and_measured():
