@@ -7,6 +7,7 @@ Memory is the most that a process of its own needs: networks, Adam, and two step
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import tempfile
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastnce
 from benchmarks import machine, memory, report
 from benchmarks.published_cfl import PublishedCFL
 from benchmarks.published_cut import PublishedCUT
+from benchmarks.published_gan import PublishedGAN
 from benchmarks.published_representation import (
     PublishedRepresentation,
     ResNet18,
@@ -41,6 +44,8 @@ from fastnce.models import (
     CUT,
     DCLGAN,
     CFLConfig,
+    ContraGAN,
+    ContraGANConfig,
     CUTConfig,
     CycleGAN,
     CycleGANConfig,
@@ -53,6 +58,7 @@ from fastnce.models import (
     ReStyleConfig,
 )
 from fastnce.networks import perceptual
+from fastnce.systems.contragan import ContraGANSystem
 
 PROVIDERS = ("eager fp32", "fastnce fp32", "fastnce bf16")
 _GROUPS = {
@@ -246,7 +252,10 @@ class Pix2PixStep(TwoWayStep):
 
 
 class SimCLRStep(Step):
-    """ResNet-18 with the stem for small images."""
+    """ResNet-18 with the stem for small images.
+
+    The check's batch is small: a ReLU that rounding moves across 0 is a jump of the gradient, in the eager step as in ours.
+    """
 
     name = "simclr"
     about = "SimCLR, ResNet-18 on images of 32 pixels, batch 256"
@@ -270,7 +279,7 @@ class SimCLRStep(Step):
 
     def batch(self, size: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(1)
-        shape = (2, 256 if size == self.size else 32, 3, size, size)
+        shape = (2, 256 if size == self.size else 16, 3, size, size)
         return dict(zip(("view1", "view2"), torch.randn(shape, generator=generator), strict=True))
 
 
@@ -280,6 +289,41 @@ class MoCoStep(SimCLRStep):
     name = "moco"
     about = "MoCo v2, ResNet-18 on images of 32 pixels, batch 256, 4096 keys in the queue"
     method = "moco"
+
+
+class ContraGANStep(Step):
+    """One update of D and one of G, in a published setting and with as many images as take less than 20 s."""
+
+    def __init__(self, preset: str, size: int, count: int, data: str) -> None:
+        self.name, self.preset, self.count = f"contragan-{preset}", preset, count
+        self.size, self.check_size = size, size // 2
+        self.about = f"ContraGAN in its setting for {data}, one update of D and of G, batch {count}"
+
+    def ours(self, size: int, precision: str = "fp32") -> ContraGAN:
+        torch.manual_seed(0)
+        options = ContraGANSystem.presets[self.preset] | {"precision": precision, "d_steps": 1}
+        if size != self.size:
+            options |= {"image_size": size, "embed_dim": 16, "latent_dim": 24}
+            options |= {"gen_channels": 4, "disc_channels": 4, "shared_dim": 4}
+            options |= {"gen_attention": 0, "disc_attention": 0}
+        return ContraGAN(ContraGANConfig(**options))
+
+    def published(self, ours: ContraGAN) -> PublishedGAN:
+        return PublishedGAN(ours)
+
+    def pairs(self, ours: Any, published: Any) -> list[tuple[nn.Module, nn.Module]]:
+        return [(ours.generator, published.g), (ours.discriminator, published.d)]
+
+    def batch(self, size: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        count = self.count if size == self.size else 12
+        image = torch.rand(count, 3, size, size, generator=generator) * 2 - 1
+        return {"image": image, "label": torch.randint(4, (count,), generator=generator)}
+
+    def draws(self, size: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(2)
+        classes = [torch.randint(4, (12,), generator=generator) for _ in "DG"]
+        return {"draws": [(torch.randn(12, 24, generator=generator), c) for c in classes]}
 
 
 def _with_weights(step: Step, ours: Any, published: Any) -> Any:
@@ -442,6 +486,10 @@ STEPS = {
         DCLGANStep(),
         CycleGANStep(),
         Pix2PixStep(),
+        ContraGANStep("cifar10", 32, 64, "CIFAR-10"),
+        ContraGANStep("tiny-imagenet", 64, 32, "Tiny ImageNet"),
+        SimCLRStep(),
+        MoCoStep(),
         CFLStep(),
         ReStyleStep(),
     )
@@ -469,12 +517,9 @@ def check(step: Step) -> dict[str, float]:
             ("eager", published.training_step, [other for _, other in pairs]),
             ("fastnce", ours.training_step, [one for one, _ in pairs]),
         ):
-            batch = {
-                key: x.to(dtype) if x.is_floating_point() else x
-                for key, x in step.batch(step.check_size).items()
-            }
+            batch = _as(step.batch(step.check_size), dtype)
             torch.manual_seed(3)  # of what a step draws itself
-            losses = run(batch, **step.draws(step.check_size))
+            losses = run(batch, **_as(step.draws(step.check_size), dtype))
             gradients = [
                 torch.cat([p.grad.double().flatten() for p in network.parameters()])
                 for network in networks
@@ -490,6 +535,11 @@ def check(step: Step) -> dict[str, float]:
     if not (found["float64"] < 1e-4 and found["fastnce fp32"] < 3 * found["eager fp32"]):
         raise RuntimeError(f"{step.name}: not the same step, relative differences {found}")
     return found
+
+
+def _as(given: Any, dtype: torch.dtype) -> Any:
+    """The same with all tensors of numbers that are not whole in `dtype`."""
+    return tree_map(lambda x: x.to(dtype) if getattr(x, "is_floating_point", bool)() else x, given)
 
 
 def _difference(got: list[Tensor], truth: list[Tensor]) -> float:
@@ -577,15 +627,56 @@ step's {found["float64"]:.0e}; in float32 from float64, eager {found["eager fp32
 """
 
 
-def main(out: Path | None, only: list[str] | None, rounds: int = 5) -> int:
-    """Measures the steps of the systems `only`, by default all; reports in the folder `out`."""
+def summary(out: Path, facts: Mapping) -> None:
+    """Writes `<device>-steps.md`: a line for each system of which the folder `out` has a report."""
+    rows, device = [], machine.slug(facts["device"])
+    for name in STEPS:
+        path = out / f"{device}-{name}_step.json"
+        if not path.exists():
+            continue
+        found = json.loads(path.read_text())
+        times = {p: statistics.median(seconds) for p, seconds in found["seconds"].items()}
+        peaks, eager = found["peak_bytes"], times["eager fp32"]
+        row = {"system": name, "eager, s": f"{eager:.2f}"}
+        for provider in PROVIDERS[1:]:
+            row[f"{provider}, s"] = f"{times[provider]:.2f}, {eager / times[provider]:.2f}x"
+        row["peak memory, MB"] = ", ".join(f"{peaks[p] / 1e6:.0f}" for p in PROVIDERS)
+        shares = [_share_of_convolutions(found["breakdown"][p]) for p in PROVIDERS]
+        row["convolutions of oneDNN"] = ", ".join(f"{share:.0%}" for share in shares)
+        rows.append(row)
+    if rows:
+        text = (
+            f"# Training steps on {facts['device']}\n\n"
+            f"Medians; in the last two columns eager fp32, fastnce fp32 and fastnce bf16. Each system's own report, "
+            f"`{device}-SYSTEM_step.md`, says what its step is. Where most of our step is convolutions that oneDNN makes, "
+            f"as in the eager one, PyTorch bounds it.\n\n{report.table_of(rows)}\n"
+        )
+        report.save(out, f"{device}-steps", {"steps": rows}, text)
+
+
+def _share_of_convolutions(seconds: Mapping[str, float]) -> float:
+    of_onednn = sum(of for group, of in seconds.items() if group.startswith("other convolutions"))
+    return of_onednn / sum(seconds.values())
+
+
+def main(out: Path | None, only: list[str] | None, size: str = "full") -> int:
+    """Measures the steps of the systems `only`, by default all; reports in the folder `out`.
+
+    Sizes other than "full" are those of the check, one round, for a look at whether everything runs; their reports are apart.
+    """
     facts = machine.describe(torch.device("cpu"))
     for step in STEPS.values():
         if only and step.name not in only:
             continue
-        results = {"size": step.size, "check": check(step), "counted": step.counted()}
-        results["seconds"] = time_steps(step, step.size, rounds)
-        results["breakdown"] = {p: breakdown(step, p, step.size) for p in PROVIDERS}
-        results["peak_bytes"] = {p: peak_bytes(step, p, step.size) for p in PROVIDERS}
-        report.publish(out, f"{step.name}_step", facts, results, markdown(step, facts, results))
+        pixels, rounds, kind = step.size, 5, "step"
+        if size != "full":
+            pixels, rounds, kind = step.check_size, 1, "quick_step"
+        counted = step.counted() if size == "full" else ""
+        results = {"size": pixels, "check": check(step), "counted": counted}
+        results["seconds"] = time_steps(step, pixels, rounds)
+        results["breakdown"] = {p: breakdown(step, p, pixels) for p in PROVIDERS}
+        results["peak_bytes"] = {p: peak_bytes(step, p, pixels) for p in PROVIDERS}
+        report.publish(out, f"{step.name}_{kind}", facts, results, markdown(step, facts, results))
+    if out is not None:
+        summary(out, facts)
     return 0
