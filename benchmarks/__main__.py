@@ -31,7 +31,7 @@ _COMMANDS = {
     "all": "all ops",
     "table": "the cases of the published table, all ops, about 15 minutes on 2 cores; as --size table",
     "demo": "one case of the main ops in half a minute; writes demo.md, demo.json, demo.png",
-    "steps": "a training step of a system (--only cut, cfl) against the published one in eager PyTorch: time, memory; on a CPU",
+    "steps": "a training step of every system (--only cut moco) against the published one in eager PyTorch; --size quick: only to see it run",
     "distributed": "info_nce over 4 gloo ranks of this machine: time and memory of each rank; --size full: up to 65536 rows",
     "dropins": "losses of other libraries against ours of the same names; where make test-dropins has installed them",
     "growth": "time and memory from 2^8 rows on, with the slopes; --size full: to 2^18; --limit: seconds that a call may take (20)",
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seconds", type=_positive, help="timing of a case (default 5); demo: of all (default 30)")
     add("--out", type=Path, metavar="DIR", help="folder of the report; without it, it is printed")
     add("--dtype", nargs="+", choices=_DTYPES, help="of the inputs (default: float32 on a CPU)")
-    add("--size", choices=_SIZES, default="quick", help="cases (default quick); target: on a GPU")
+    add("--size", choices=_SIZES, help="cases (default quick; steps: full); target: on a GPU")
     add(
         "--precision",
         choices=("highest", "high", "medium"),
@@ -106,6 +106,8 @@ def _positive(text: str) -> float:
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     try:
         known(args.command, (*cases.OPS, *_COMMANDS), "command")
+        for name in (args.only or ()) if args.command == "steps" else ():
+            known(name, tuple(steps.STEPS), "system")
     except UserError as error:
         parser.error(str(error))
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -125,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     _check(parser, args)
+    args.size = args.size or ("full" if args.command == "steps" else "quick")
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
@@ -140,7 +143,7 @@ def _run(args: argparse.Namespace) -> int:
         case "gpu-report":
             return gpu_report.main(args.out or Path("out/gpu-report"), args.minutes)
         case "steps":
-            return steps.main(args.out, args.only)
+            return steps.main(args.out, args.only, args.size)
         case "distributed":
             return distributed.main(args.out, args.size, args.seconds or 20.0, _progress)
         case "growth":

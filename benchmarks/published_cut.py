@@ -77,11 +77,11 @@ class Generator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
 
-    def encode(self, x: Tensor) -> list[Tensor]:
+    def encode(self, x: Tensor, taps: Sequence[int] = TAPS) -> list[Tensor]:
         features = []
-        for index, layer in enumerate(self.model[: TAPS[-1] + 1]):
+        for index, layer in enumerate(self.model[: taps[-1] + 1]):
             x = layer(x)
-            if index in TAPS:
+            if index in taps:
                 features.append(x)
                 if x.requires_grad:
                     # Of the channels-last gradient of rows taken by index, the instance norm of PyTorch 2.13 makes a wrong
@@ -114,9 +114,9 @@ def _leaky() -> nn.Module:
 class Projector(nn.Module):
     """One two-layer MLP per tap, 256 wide."""
 
-    def __init__(self) -> None:
+    def __init__(self, tap_channels: Sequence[int] = _TAP_CHANNELS) -> None:
         super().__init__()
-        for index, channels in enumerate(_TAP_CHANNELS):
+        for index, channels in enumerate(tap_channels):
             mlp = nn.Sequential(nn.Linear(channels, 256), nn.ReLU(), nn.Linear(256, 256))
             self.add_module(f"mlp_{index}", mlp)
 
@@ -138,9 +138,10 @@ class Projector(nn.Module):
 
 
 class PublishedCUT:
-    """Networks `g`, `d`, `f` with their optimisers, and one training step of CUT's defaults with `nce_idt`."""
+    """Networks `g`, `d`, `f` with their optimisers, and one training step of CUT, or of FastCUT, without the identity loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, nce_idt: bool = True, lambda_nce: float = 1.0) -> None:
+        self.nce_idt, self.lambda_nce = nce_idt, lambda_nce
         self.g, self.d, self.f = Generator(), Discriminator(), Projector()
         self.optimizers = {
             name: torch.optim.Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999))
@@ -152,11 +153,13 @@ class PublishedCUT:
         batch: Mapping[str, Tensor],
         *,
         patch_ids: Mapping[str, Sequence[Tensor]] | None = None,
+        flip: bool = False,
     ) -> dict[str, Tensor]:
         """One update of D, then one of G and F; the losses under their published names."""
         ids = patch_ids or {}
         real_a, real_b = batch["A"], batch["B"]
-        generated = self.g(torch.cat([real_a, real_b]))
+        source = torch.cat([real_a, real_b]) if self.nce_idt else real_a
+        generated = self.g(source.flip(3) if flip else source)
         fake_b, identity_b = generated[: len(real_a)], generated[len(real_a) :]
 
         self.d.requires_grad_(True)
@@ -170,20 +173,25 @@ class PublishedCUT:
         self.optimizers["G"].zero_grad()
         self.optimizers["F"].zero_grad()
         g_gan = (self.d(fake_b) - 1).square().mean()
-        nce = self._contrastive_loss(real_a, fake_b, ids.get("NCE"))
-        nce_y = self._contrastive_loss(real_b, identity_b, ids.get("NCE_Y"))
-        total = g_gan + (nce + nce_y) * 0.5
+        contrastive = {"NCE": self._contrastive_loss(real_a, fake_b, ids.get("NCE"), flip)}
+        if self.nce_idt:
+            nce_y = self._contrastive_loss(real_b, identity_b, ids.get("NCE_Y"), flip)
+            contrastive["NCE_Y"] = nce_y
+        total = g_gan + sum(contrastive.values()) / len(contrastive)
         total.backward()
         self.optimizers["G"].step()
         self.optimizers["F"].step()
         losses = {"G_GAN": g_gan, "D_real": d_real, "D_fake": d_fake}
-        losses |= {"G": total, "NCE": nce, "NCE_Y": nce_y}
+        losses |= {"G": total, **contrastive}
         return {name: loss.detach() for name, loss in losses.items()}
 
     def _contrastive_loss(
-        self, source: Tensor, target: Tensor, ids: Sequence[Tensor] | None
+        self, source: Tensor, target: Tensor, ids: Sequence[Tensor] | None, flip: bool
     ) -> Tensor:
         queries = self.g.encode(target)
+        if flip:
+            queries = [query.flip(3) for query in queries]
         keys, ids = self.f(self.g.encode(source), ids)
         queries, _ = self.f(queries, ids)
-        return baselines.patch_nce(queries, [key.detach() for key in keys])
+        keys = [key.detach() for key in keys]
+        return self.lambda_nce * baselines.patch_nce(queries, keys)

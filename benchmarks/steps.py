@@ -7,27 +7,58 @@ Memory is the most that a process of its own needs: networks, Adam, and two step
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastnce
 from benchmarks import machine, memory, report
 from benchmarks.published_cfl import PublishedCFL
 from benchmarks.published_cut import PublishedCUT
+from benchmarks.published_gan import PublishedGAN
+from benchmarks.published_representation import (
+    PublishedRepresentation,
+    ResNet18,
+    projection_head,
+)
 from benchmarks.published_restyle import PublishedReStyle
+from benchmarks.published_translation import (
+    PublishedCycleGAN,
+    PublishedDCLGAN,
+    PublishedPix2Pix,
+)
 from benchmarks.timing import in_turns, seconds_of
-from fastnce.models import CFL, CUT, CFLConfig, CUTConfig, ReStyle, ReStyleConfig
+from fastnce.models import (
+    CFL,
+    CUT,
+    DCLGAN,
+    CFLConfig,
+    ContraGAN,
+    ContraGANConfig,
+    CUTConfig,
+    CycleGAN,
+    CycleGANConfig,
+    DCLGANConfig,
+    Pix2Pix,
+    Pix2PixConfig,
+    Representation,
+    RepresentationConfig,
+    ReStyle,
+    ReStyleConfig,
+)
 from fastnce.networks import perceptual
+from fastnce.systems.contragan import ContraGANSystem
 
 PROVIDERS = ("eager fp32", "fastnce fp32", "fastnce bf16")
 _GROUPS = {
@@ -39,8 +70,14 @@ _GROUPS = {
         "aten::native_batch_norm_backward",
     ),
     "blurs": ("fastnce::blur_resample",),
-    "patches and contrastive loss": ("fastnce::sample_patches", "fastnce::patch_nce"),
-    "Adam": ("aten::_fused_adam_",),
+    "patches and contrastive loss": (
+        "fastnce::sample_patches",
+        "fastnce::patch_nce",
+        "fastnce::info_nce",
+        "fastnce::masked_info_nce",
+        "fastnce::conditional_contrastive",
+    ),
+    "Adam, SGD": ("aten::_fused_adam_", "aten::_fused_sgd_"),
 }
 
 
@@ -69,6 +106,10 @@ class Step:
         """What a step would draw, for the check."""
         return {}
 
+    def run(self, training_step: Callable[..., object], batch: dict[str, Tensor]) -> None:
+        """What is timed."""
+        training_step(batch)
+
     def counted(self) -> str:
         """A sentence, or several, on what was counted and not measured."""
         return ""
@@ -86,10 +127,7 @@ class CUTStep(Step):
         return CUT(CUTConfig(init_gain=None, precision=precision), (size, size))
 
     def published(self, ours: CUT) -> PublishedCUT:
-        published = PublishedCUT()
-        for one, other in self.pairs(ours, published):
-            other.load_state_dict(one.state_dict())
-        return published
+        return _with_weights(self, ours, PublishedCUT())
 
     def pairs(self, ours: CUT, published: PublishedCUT) -> list[tuple[nn.Module, nn.Module]]:
         networks = ours.generator, ours.discriminator, ours.projector
@@ -113,6 +151,185 @@ class CUTStep(Step):
             "Of two 256 x 256 images the published step has 711.6 GMAC, ours 642.7 without the second pass for the keys, "
             "before Winograd's saving of 4 in the 3x3 convolutions."
         )
+
+
+class FastCUTStep(CUTStep):
+    """The published FastCUT. Half of its steps are mirrored, and these are dearer for ours."""
+
+    name = "fastcut"
+    about = "FastCUT, one pair of images; two steps, the second one mirrored"
+    options: ClassVar = {"nce_idt": False, "lambda_nce": 10.0}
+
+    def ours(self, size: int, precision: str = "fp32") -> CUT:
+        torch.manual_seed(0)
+        how = {"flip_equivariance": True, "init_gain": None, "precision": precision}
+        return CUT(CUTConfig(**self.options, **how), (size, size))
+
+    def published(self, ours: CUT) -> PublishedCUT:
+        return _with_weights(self, ours, PublishedCUT(**self.options))
+
+    def draws(self, size: int) -> dict[str, Any]:
+        return super().draws(size) | {"flip": True}
+
+    def run(self, training_step: Callable[..., object], batch: dict[str, Tensor]) -> None:
+        training_step(batch, flip=False)
+        training_step(batch, flip=True)
+
+    def counted(self) -> str:
+        return ""
+
+
+class TwoWayStep(CUTStep):
+    """Of both directions, with CUT's networks."""
+
+    model: type[nn.Module]
+    config: type
+    transcription: type
+
+    def ours(self, size: int, precision: str = "fp32") -> nn.Module:
+        torch.manual_seed(0)
+        return self.model(self.config(init_gain=None, precision=precision), (size, size))
+
+    def published(self, ours: Any) -> Any:
+        return _with_weights(self, ours, self.transcription(ours.config))
+
+    def pairs(self, ours: Any, published: Any) -> list[tuple[nn.Module, nn.Module]]:
+        return [
+            (ours.generators.a_to_b, published.g_a),
+            (ours.generators.b_to_a, published.g_b),
+            (ours.discriminator_a, published.d_a),
+            (ours.discriminator_b, published.d_b),
+        ]
+
+    def draws(self, size: int) -> dict[str, Any]:
+        return {}
+
+    def counted(self) -> str:
+        return ""
+
+
+class CycleGANStep(TwoWayStep):
+    """Its objective with CUT's networks."""
+
+    name = "cyclegan"
+    about = "CycleGAN with CUT's networks, one pair of images, identity loss"
+    model, config, transcription = CycleGAN, CycleGANConfig, PublishedCycleGAN
+
+
+class DCLGANStep(TwoWayStep):
+    """The published DCLGAN."""
+
+    name = "dclgan"
+    about = "DCLGAN, one pair of images"
+    model, config, transcription = DCLGAN, DCLGANConfig, PublishedDCLGAN
+
+    def pairs(self, ours: Any, published: Any) -> list[tuple[nn.Module, nn.Module]]:
+        projectors = [(ours.projector_a, published.f_1), (ours.projector_b, published.f_2)]
+        return super().pairs(ours, published) + projectors
+
+    def draws(self, size: int) -> dict[str, Any]:
+        ids = CUTStep.draws(self, size)["patch_ids"]
+        return {"patch_ids": {"NCE1": ids["NCE"][1:], "NCE2": ids["NCE_Y"][1:]}}
+
+
+class Pix2PixStep(TwoWayStep):
+    """The published pix2pix; the check leaves dropout out."""
+
+    name = "pix2pix"
+    about = "pix2pix, one pair of images"
+    transcription = PublishedPix2Pix
+
+    def ours(self, size: int, precision: str = "fp32") -> Pix2Pix:
+        torch.manual_seed(0)
+        whole = size == self.size
+        config = Pix2PixConfig(
+            init_gain=None, num_downs=8 if whole else 6, dropout=whole, precision=precision
+        )
+        return Pix2Pix(config, (size, size))
+
+    def pairs(self, ours: Any, published: Any) -> list[tuple[nn.Module, nn.Module]]:
+        return [(ours.generator, published.g), (ours.discriminator, published.d)]
+
+
+class SimCLRStep(Step):
+    """ResNet-18 with the stem for small images.
+
+    The check's batch is small: a ReLU that rounding moves across 0 is a jump of the gradient, in the eager step as in ours.
+    """
+
+    name = "simclr"
+    about = "SimCLR, ResNet-18 on images of 32 pixels, batch 256"
+    size, check_size = 32, 16
+    method = "simclr"
+
+    def ours(self, size: int, precision: str = "fp32") -> Representation:
+        torch.manual_seed(0)
+        how = {"encoder": "resnet18", "batch_size": 256, "precision": precision}
+        return Representation(RepresentationConfig(method=self.method, **how))
+
+    def published(self, ours: Representation) -> PublishedRepresentation:
+        encoder, head = ResNet18(), projection_head()
+        encoder.load_state_dict(ours.encoder.state_dict())
+        head.load_state_dict(ours.head.state_dict())
+        queue = ours.queue.keys if self.method == "moco" else None
+        return PublishedRepresentation(encoder, head, ours.config, queue)
+
+    def pairs(self, ours: Any, published: Any) -> list[tuple[nn.Module, nn.Module]]:
+        return [(ours.encoder, published.encoder), (ours.head, published.head)]
+
+    def batch(self, size: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        shape = (2, 256 if size == self.size else 16, 3, size, size)
+        return dict(zip(("view1", "view2"), torch.randn(shape, generator=generator), strict=True))
+
+
+class MoCoStep(SimCLRStep):
+    """MoCo v2 with a queue of 4096 and batch norm in 8 parts."""
+
+    name = "moco"
+    about = "MoCo v2, ResNet-18 on images of 32 pixels, batch 256, 4096 keys in the queue"
+    method = "moco"
+
+
+class ContraGANStep(Step):
+    """One update of D and one of G, in a published setting and with as many images as take less than 20 s."""
+
+    def __init__(self, preset: str, size: int, count: int, data: str) -> None:
+        self.name, self.preset, self.count = f"contragan-{preset}", preset, count
+        self.size, self.check_size = size, size // 2
+        self.about = f"ContraGAN in its setting for {data}, one update of D and of G, batch {count}"
+
+    def ours(self, size: int, precision: str = "fp32") -> ContraGAN:
+        torch.manual_seed(0)
+        options = ContraGANSystem.presets[self.preset] | {"precision": precision, "d_steps": 1}
+        if size != self.size:
+            options |= {"image_size": size, "embed_dim": 16, "latent_dim": 24}
+            options |= {"gen_channels": 4, "disc_channels": 4, "shared_dim": 4}
+            options |= {"gen_attention": 0, "disc_attention": 0}
+        return ContraGAN(ContraGANConfig(**options))
+
+    def published(self, ours: ContraGAN) -> PublishedGAN:
+        return PublishedGAN(ours)
+
+    def pairs(self, ours: Any, published: Any) -> list[tuple[nn.Module, nn.Module]]:
+        return [(ours.generator, published.g), (ours.discriminator, published.d)]
+
+    def batch(self, size: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        count = self.count if size == self.size else 12
+        image = torch.rand(count, 3, size, size, generator=generator) * 2 - 1
+        return {"image": image, "label": torch.randint(4, (count,), generator=generator)}
+
+    def draws(self, size: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(2)
+        classes = [torch.randint(4, (12,), generator=generator) for _ in "DG"]
+        return {"draws": [(torch.randn(12, 24, generator=generator), c) for c in classes]}
+
+
+def _with_weights(step: Step, ours: Any, published: Any) -> Any:
+    for one, other in step.pairs(ours, published):
+        other.load_state_dict(one.state_dict())
+    return published
 
 
 class CFLStep(Step):
@@ -261,7 +478,22 @@ class _Kept(saved_tensors_hooks):
         return sum(storage.nbytes() for storage in self.storages.values())
 
 
-STEPS = {step.name: step for step in (CUTStep(), CFLStep(), ReStyleStep())}
+STEPS = {
+    step.name: step
+    for step in (
+        CUTStep(),
+        FastCUTStep(),
+        DCLGANStep(),
+        CycleGANStep(),
+        Pix2PixStep(),
+        ContraGANStep("cifar10", 32, 64, "CIFAR-10"),
+        ContraGANStep("tiny-imagenet", 64, 32, "Tiny ImageNet"),
+        SimCLRStep(),
+        MoCoStep(),
+        CFLStep(),
+        ReStyleStep(),
+    )
+}
 
 
 def check(step: Step) -> dict[str, float]:
@@ -278,19 +510,16 @@ def check(step: Step) -> dict[str, float]:
         ours = step.ours(step.check_size)
         published = step.published(ours)
         pairs = step.pairs(ours, published)
-        for network in (ours, *(getattr(published, name, ours) for name in ("critic", "g"))):
+        parts = [published, *vars(published).values()]
+        for network in (ours, *(part for part in parts if isinstance(part, nn.Module))):
             network.to(dtype)
-        for _, other in pairs:
-            other.to(dtype)
         for name, run, networks in (
             ("eager", published.training_step, [other for _, other in pairs]),
             ("fastnce", ours.training_step, [one for one, _ in pairs]),
         ):
-            batch = {
-                key: x.to(dtype) if x.is_floating_point() else x
-                for key, x in step.batch(step.check_size).items()
-            }
-            losses = run(batch, **step.draws(step.check_size))
+            batch = _as(step.batch(step.check_size), dtype)
+            torch.manual_seed(3)  # of what a step draws itself
+            losses = run(batch, **_as(step.draws(step.check_size), dtype))
             gradients = [
                 torch.cat([p.grad.double().flatten() for p in network.parameters()])
                 for network in networks
@@ -308,6 +537,11 @@ def check(step: Step) -> dict[str, float]:
     return found
 
 
+def _as(given: Any, dtype: torch.dtype) -> Any:
+    """The same with all tensors of numbers that are not whole in `dtype`."""
+    return tree_map(lambda x: x.to(dtype) if getattr(x, "is_floating_point", bool)() else x, given)
+
+
 def _difference(got: list[Tensor], truth: list[Tensor]) -> float:
     pairs = zip(got, truth, strict=True)
     return max(((one - other).norm() / other.norm()).item() for one, other in pairs)
@@ -319,7 +553,7 @@ def make(step: Step, provider: str, size: int) -> Callable[[], object]:
     model = step.ours(size, precision)
     run = step.published(model).training_step if kind == "eager" else model.training_step
     batch = step.batch(size)
-    return lambda: run(batch)
+    return lambda: step.run(run, batch)
 
 
 def time_steps(step: Step, size: int, rounds: int) -> dict[str, list[float]]:
@@ -393,15 +627,56 @@ step's {found["float64"]:.0e}; in float32 from float64, eager {found["eager fp32
 """
 
 
-def main(out: Path | None, only: list[str] | None, rounds: int = 5) -> int:
-    """Measures the steps of the systems `only`, by default all; reports in the folder `out`."""
+def summary(out: Path, facts: Mapping) -> None:
+    """Writes `<device>-steps.md`: a line for each system of which the folder `out` has a report."""
+    rows, device = [], machine.slug(facts["device"])
+    for name in STEPS:
+        path = out / f"{device}-{name}_step.json"
+        if not path.exists():
+            continue
+        found = json.loads(path.read_text())
+        times = {p: statistics.median(seconds) for p, seconds in found["seconds"].items()}
+        peaks, eager = found["peak_bytes"], times["eager fp32"]
+        row = {"system": name, "eager, s": f"{eager:.2f}"}
+        for provider in PROVIDERS[1:]:
+            row[f"{provider}, s"] = f"{times[provider]:.2f}, {eager / times[provider]:.2f}x"
+        row["peak memory, MB"] = ", ".join(f"{peaks[p] / 1e6:.0f}" for p in PROVIDERS)
+        shares = [_share_of_convolutions(found["breakdown"][p]) for p in PROVIDERS]
+        row["convolutions of oneDNN"] = ", ".join(f"{share:.0%}" for share in shares)
+        rows.append(row)
+    if rows:
+        text = (
+            f"# Training steps on {facts['device']}\n\n"
+            f"Medians; in the last two columns eager fp32, fastnce fp32 and fastnce bf16. Each system's own report, "
+            f"`{device}-SYSTEM_step.md`, says what its step is. Where most of our step is convolutions that oneDNN makes, "
+            f"as in the eager one, PyTorch bounds it.\n\n{report.table_of(rows)}\n"
+        )
+        report.save(out, f"{device}-steps", {"steps": rows}, text)
+
+
+def _share_of_convolutions(seconds: Mapping[str, float]) -> float:
+    of_onednn = sum(of for group, of in seconds.items() if group.startswith("other convolutions"))
+    return of_onednn / sum(seconds.values())
+
+
+def main(out: Path | None, only: list[str] | None, size: str = "full") -> int:
+    """Measures the steps of the systems `only`, by default all; reports in the folder `out`.
+
+    Sizes other than "full" are those of the check, one round, for a look at whether everything runs; their reports are apart.
+    """
     facts = machine.describe(torch.device("cpu"))
     for step in STEPS.values():
         if only and step.name not in only:
             continue
-        results = {"size": step.size, "check": check(step), "counted": step.counted()}
-        results["seconds"] = time_steps(step, step.size, rounds)
-        results["breakdown"] = {p: breakdown(step, p, step.size) for p in PROVIDERS}
-        results["peak_bytes"] = {p: peak_bytes(step, p, step.size) for p in PROVIDERS}
-        report.publish(out, f"{step.name}_step", facts, results, markdown(step, facts, results))
+        pixels, rounds, kind = step.size, 5, "step"
+        if size != "full":
+            pixels, rounds, kind = step.check_size, 1, "quick_step"
+        counted = step.counted() if size == "full" else ""
+        results = {"size": pixels, "check": check(step), "counted": counted}
+        results["seconds"] = time_steps(step, pixels, rounds)
+        results["breakdown"] = {p: breakdown(step, p, pixels) for p in PROVIDERS}
+        results["peak_bytes"] = {p: peak_bytes(step, p, pixels) for p in PROVIDERS}
+        report.publish(out, f"{step.name}_{kind}", facts, results, markdown(step, facts, results))
+    if out is not None:
+        summary(out, facts)
     return 0

@@ -22,6 +22,7 @@ from fastnce.networks.heads import ProjectionHead
 from fastnce.networks.layers import to_channels_last
 from fastnce.networks.resnet_encoder import RESNETS, ResNetEncoder, Stem
 from fastnce.systems import options
+from fastnce.systems.adversarial import at_least_fp32
 from fastnce.systems.lars import LARS, lars_groups
 from fastnce.systems.metric_losses import n_pair_loss, pair_loss, triplet_loss
 from fastnce.systems.schedule import WarmupCosine
@@ -277,11 +278,11 @@ class Representation(nn.Module):
         return self._embed(self.encoder, self.head, view1), key
 
     def _embed(self, encoder: nn.Module, head: nn.Module, images: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, projection_dim) float32."""
+        """(N, C, H, W) to (N, projection_dim), float32 or what the networks are in beyond it."""
         splits = self.config.norm_splits if self.config.method == "moco" else 1
         with autocast(self):
             parts = [head(encoder(part)) for part in images.tensor_split(splits)]
-        return torch.cat(parts).float()
+        return at_least_fp32(torch.cat(parts))
 
 
 def _optimizer(config: RepresentationConfig, modules: list[nn.Module]) -> torch.optim.Optimizer:

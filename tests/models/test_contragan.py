@@ -1,14 +1,12 @@
 """ContraGAN's training step: against a plain transcription, in parts, its variants, and mistakes."""
 
-import copy
-
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import fastnce
 from benchmarks.baselines import conditional_contrastive as published_2c
+from benchmarks.published_gan import PublishedGAN
 from fastnce.errors import UserError
 from fastnce.models import ContraGAN, ContraGANConfig
 from fastnce.systems.contragan import one_power_iteration, statistics_untracked
@@ -53,50 +51,6 @@ def draws(config: ContraGANConfig) -> list:
     ]
 
 
-def published_step(networks, images, labels, noise, config, optimizers):
-    """The published step of ContraGAN (hinge), ACGAN or projection, in plain PyTorch. Returns the losses."""
-    generator, discriminator = networks
-
-    def class_loss(output, y):
-        if config.conditioning == "2C":
-            return published_2c(output.embedding, output.proxy, y, temperature=config.temperature)
-        if config.conditioning == "AC":
-            return F.cross_entropy(output.class_logits, y)
-        return torch.zeros(())
-
-    norms = [m for m in generator.modules() if isinstance(m, nn.BatchNorm2d)]
-    sums = dict.fromkeys(("D_real", "D_fake", "D_class"), 0.0)
-    for step in range(config.d_steps):
-        part = slice(step * BATCH, (step + 1) * BATCH)
-        x, y = images[part], labels[part]
-        z, c = noise[step]
-        for norm in norms:
-            norm.track_running_stats = False
-        with torch.no_grad():
-            fake = generator(z, c)
-        for norm in norms:
-            norm.track_running_stats = True
-        on_real = discriminator(x, y)
-        on_fake = discriminator(fake, c)
-        real_loss = F.relu(1 - on_real.adversarial).mean()
-        fake_loss = F.relu(1 + on_fake.adversarial).mean()
-        cond = config.lambda_cond * class_loss(on_real, y)
-        optimizers["D"].zero_grad()
-        (real_loss + fake_loss + cond).backward()
-        optimizers["D"].step()
-        for name, value in zip(sums, (real_loss, fake_loss, cond), strict=True):
-            sums[name] += value.item() / config.d_steps
-    d_grads = [p.grad.clone() for p in discriminator.parameters()]
-    z, c = noise[-1]
-    output = discriminator(generator(z, c), c)
-    adversarial = -output.adversarial.mean()
-    cond = config.lambda_cond * class_loss(output, c)
-    optimizers["G"].zero_grad()
-    (adversarial + cond).backward()
-    optimizers["G"].step()
-    return sums | {"G_GAN": adversarial.item(), "G_class": cond.item()}, d_grads
-
-
 @pytest.mark.parametrize("backbone", ["biggan", "sngan", "dcgan"])
 @pytest.mark.parametrize("conditioning", ["2C", "AC", "PD"])
 @pytest.mark.parametrize(
@@ -106,29 +60,23 @@ def test_step_against_the_published_one(conditioning, backbone, dtype, rtol, ste
     """Over several steps only in fp64: Adam turns the rounding errors of gradients that are 0 into whole updates."""
     ours = model(conditioning=conditioning, backbone=backbone, lambda_cond=0.7).to(dtype)
     config = ours.config
-    networks = copy.deepcopy((ours.generator, ours.discriminator))
-    optimizers = {
-        name: torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999), eps=1e-6)
-        for name, network in zip("GD", networks, strict=True)
-    }
+    truth = PublishedGAN(ours)
+    networks = truth.g, truth.d
     for _ in range(steps):
         data, noise = batch(config), [(z.to(dtype), c) for z, c in draws(config)]
         data["image"] = data["image"].to(dtype)
         losses = ours.training_step(data, draws=noise)
-        expected, d_grads = published_step(
-            networks, data["image"], data["label"], noise, config, optimizers
-        )
+        expected = truth.training_step(data, draws=noise)
         for name, value in losses.items():
-            assert value.item() == pytest.approx(expected[name], rel=rtol, abs=rtol), name
+            assert value.item() == pytest.approx(expected[name].item(), rel=rtol, abs=rtol), name
         pairs = [
-            *zip(ours.discriminator.parameters(), d_grads, strict=True),
-            *zip(
-                ours.generator.parameters(), [p.grad for p in networks[0].parameters()], strict=True
-            ),
+            (mine.grad, theirs.grad)
+            for network, other in zip((ours.generator, ours.discriminator), networks, strict=True)
+            for mine, theirs in zip(network.parameters(), other.parameters(), strict=True)
         ]
         scale = max(grad.abs().max().item() for _, grad in pairs)
-        for parameter, grad in pairs:
-            torch.testing.assert_close(parameter.grad, grad, rtol=rtol, atol=0.01 * rtol * scale)
+        for mine, grad in pairs:
+            torch.testing.assert_close(mine, grad, rtol=rtol, atol=0.01 * rtol * scale)
     if dtype == torch.float32:
         return
     for mine, theirs in zip((ours.generator, ours.discriminator), networks, strict=True):

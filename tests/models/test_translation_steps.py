@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transcriptions import TINY, Transcription, batches, check_steps, draw_ids, make
 
+from benchmarks.published_translation import cyclegan_step, pix2pix_step
 from fastnce.errors import UserError
 from fastnce.models import (
     CUT,
@@ -43,29 +44,12 @@ class CycleSteps(Transcription):
         self.pools = [ImagePool(self.config.pool_size) for _ in "AB"]
 
     def step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        config, a, b = self.config, batch["A"], batch["B"]
-        g_a, g_b = self.networks.generators.a_to_b, self.networks.generators.b_to_a
-        d_a, d_b = self.networks.discriminator_a, self.networks.discriminator_b
-        fake_b, fake_a = g_a(a), g_b(b)
-        losses = {
-            "G_A": (d_a(fake_b) - 1).square().mean(),
-            "G_B": (d_b(fake_a) - 1).square().mean(),
-            "cycle_A": (g_b(fake_b) - a).abs().mean() * config.lambda_a,
-            "cycle_B": (g_a(fake_a) - b).abs().mean() * config.lambda_b,
-        }
-        if config.lambda_identity:
-            weight = config.lambda_identity
-            losses["idt_A"] = (g_a(b) - b).abs().mean() * config.lambda_b * weight
-            losses["idt_B"] = (g_b(a) - a).abs().mean() * config.lambda_a * weight
-        losses["G"] = sum(losses.values())
-        self.descend(losses["G"], "G")
-        shown = [
-            pool(fake.detach()) for pool, fake in zip(self.pools, (fake_b, fake_a), strict=True)
-        ]
-        for name, d, real, fake in (("D_A", d_a, b, shown[0]), ("D_B", d_b, a, shown[1])):
-            losses[name] = ((d(real) - 1).square().mean() + d(fake).square().mean()) / 2
-        self.descend(losses["D_A"] + losses["D_B"], "D")
-        return losses
+        networks = self.networks
+        generators = networks.generators.a_to_b, networks.generators.b_to_a
+        discriminators = networks.discriminator_a, networks.discriminator_b
+        return cyclegan_step(
+            batch, generators, discriminators, self.config, self.pools, self.descend
+        )
 
 
 class DualSteps(Transcription):
@@ -140,20 +124,8 @@ class PairSteps(Transcription):
         super().__init__(model, {"G": ["generator"], "D": ["discriminator"]})
 
     def step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        a, b = batch["A"], batch["B"]
-        fake = self.networks.generator(a)
-
-        def cross_entropy(image: Tensor, label: float) -> Tensor:
-            logits = self.networks.discriminator(torch.cat([a, image], 1))
-            return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
-
-        losses = {"D_fake": cross_entropy(fake.detach(), 0), "D_real": cross_entropy(b, 1)}
-        self.descend((losses["D_fake"] + losses["D_real"]) * 0.5, "D")
-        losses["G_GAN"] = cross_entropy(fake, 1) * self.config.lambda_gan
-        losses["G_L1"] = (fake - b).abs().mean() * self.config.lambda_l1
-        losses["G"] = losses["G_GAN"] + losses["G_L1"]
-        self.descend(losses["G"], "G")
-        return losses
+        networks = self.networks.generator, self.networks.discriminator
+        return pix2pix_step(batch, *networks, self.config, self.descend)
 
 
 CASES = {
