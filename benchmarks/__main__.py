@@ -14,6 +14,7 @@ from benchmarks import (
     cases,
     distributed,
     gpu_report,
+    growth,
     machine,
     measure,
     report,
@@ -30,6 +31,7 @@ _COMMANDS = {
     "table": "the cases of the published table, all ops, about 15 minutes on 2 cores; as --size table",
     "demo": "one case of the main ops in half a minute; writes demo.md, demo.json, demo.png",
     "steps": "a training step of every system (--only cut moco) against the published one in eager PyTorch; --size quick: only to see it run",
+    "growth": "time and memory from 2^8 rows up, as far as --limit allows (default 300 s): slopes, and a plot in --out",
     "distributed": "info_nce over 4 gloo ranks of this machine: time and memory of each rank; --size full: up to 65536 rows",
     "gpu-report": "on a machine with a GPU: builds, verifies, tests, measures; writes results.json, results.md, verify.md, verdicts/",
 }
@@ -140,6 +142,8 @@ def _run(args: argparse.Namespace) -> int:
             return gpu_report.main(args.out or Path("out/gpu-report"), args.minutes)
         case "steps":
             return steps.main(args.out, args.only, args.size)
+        case "growth":
+            return growth.main(args.out, args.limit or 300.0, log=_progress)
         case "distributed":
             return distributed.main(args.out, args.size, args.seconds or 20.0, _progress)
     return _benchmark(args)

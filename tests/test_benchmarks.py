@@ -1,6 +1,7 @@
 """The benchmarks: what is compared is the same, what is wrong is not timed, and every command writes its report."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from benchmarks import (
     cases,
     distributed,
     gpu_report,
+    growth,
     machine,
     measure,
     report,
@@ -188,6 +190,15 @@ def test_a_steps_report_and_the_table_of_all(tmp_path):
     steps.summary(tmp_path, document["machine"])
     (table,) = tmp_path.glob("*-steps.md")
     assert "| contragan-cifar10 |" in table.read_text()
+
+
+def test_growth_measures_and_fits():
+    points = [{"rows": 2**n, "work": 4**n, "seconds": 3e-9 * 4**n, "peak": 0} for n in range(8, 12)]
+    assert growth.slope(points, "work", "seconds") == pytest.approx(1)
+    assert math.isnan(growth.slope(points, "rows", "peak"))
+    for form in growth.FORMS:
+        found = growth.measure(form, 512, torch.get_num_threads())
+        assert found["seconds"] > 0 and found["work"] in (512**2 * 128, 512 * 256 * 128)
 
 
 def test_ranks_are_checked_timed_and_measured():
