@@ -183,6 +183,8 @@ def _plot(path: Path, found: Mapping, slopes: Mapping) -> None:
             x, y = [p[over] for p in shown], [scale * p[of] for p in shown]
             label = f"{form}: slope {slopes[form][at]:.2f}"
             axes[at].loglog(x, y, marker=mark, markersize=4, label=label)
+        if over == "rows":
+            axes[at].set_xscale("log", base=2)
         axes[at].set(xlabel=labels[0], ylabel=labels[1])
         axes[at].grid(alpha=0.3)
         axes[at].legend(fontsize=8)
