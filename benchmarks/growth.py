@@ -96,8 +96,10 @@ def slope(points: list[dict[str, float]], x: str, y: str) -> float:
 
 
 def _plot(path: Path, found: dict[str, list[dict[str, float]]], title: str) -> None:
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -22,7 +22,7 @@ class Columns:
     problems: int = 1
     labels: Tensor | None = None
     x_labels: Tensor | None = None  # of the rows, if they are not the columns themselves
-    # Of rows and columns, by which pairs are left out: int64 ids (R,) and (C,); the guide's rows (R, G) and (C, G), contiguous.
+    # Of rows and columns, by which pairs are left out: int64 ids (R,) and (C,); the guide's (G, R) and (G, C), contiguous.
     ids: tuple[Tensor | None, Tensor | None] = (None, None)
     guide: tuple[Tensor | None, Tensor | None] = (None, None)
 
@@ -33,8 +33,7 @@ class Columns:
         rich = rich or self.kind == GIVEN.value or self.kind >= MASKED.value
         rich = rich or (kind != "sums" and self.kind in (BOTH_SIDES.value, DETACHED.value))
         memory, accumulators = machine.shared_memory(device), machine.tensor_memory(device)
-        tile = config.tile(kind, rich, x.operands, x.padded, memory, accumulators)
-        return config.smaller(tile) if self.kind >= MASKED.value else tile
+        return config.tile(kind, rich, x.operands, x.padded, memory, accumulators)
 
     @property
     def row_labels(self) -> Tensor | None:
@@ -62,7 +61,7 @@ class Columns:
     def mask_arguments(self) -> dict[str, object]:
         """Those of ``tiles.left_in``."""
         (x_ids, y_ids), (x_guide, y_guide) = self.ids, self.guide
-        depth = 0 if x_guide is None else x_guide.shape[1]
+        depth = 0 if x_guide is None else x_guide.shape[0]
         ids = {"x_ids": x_ids, "y_ids": y_ids}
         return {**ids, "x_guide": x_guide, "y_guide": y_guide, "guide_depth": depth}
 

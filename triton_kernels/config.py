@@ -147,11 +147,6 @@ def tile(
     return next(found for limit, found in table[key] if depth <= limit)
 
 
-def smaller(tile: Tile) -> Tile:
-    """Where pairs are left out: ids, ranks and the guide's products take registers and shared memory as well."""
-    return dataclasses.replace(tile, m=max(32, tile.m // 2), stages=2)
-
-
 def split_depth(depth: int, least: int = 16) -> tuple[int, int]:
     """Powers of two (head, tail) that hold a ``depth`` of at most ``RESIDENT_DEPTH``, with fewer than 64 to spare.
 

@@ -393,6 +393,7 @@ def tile_coefficients(
     guide_depth,
     rows,
     columns,
+    total_rows,
     total_columns,
     KIND: tl.constexpr,
 ):
@@ -400,14 +401,14 @@ def tile_coefficients(
     z = s * row_scale[:, None] * column_scale[None, :]
     keep = counts(row, column, columns, KIND)
     ids = None if y_ids is None else y_ids + first_y
-    guide = None if y_guide is None else y_guide + first_y * guide_depth
+    guide = None if y_guide is None else y_guide + first_y
     positive = None
     if KIND >= SIGMOID:
         of_columns = None if y_labels is None else y_labels + first_y
         positive = positives(row, column, row_labels, of_columns, y_offsets, KIND)
     keep = left_in(
-        keep, positive, x_ids, ids, x_guide, guide, x_offsets, y_offsets, guide_depth, KIND
-    )
+        keep, positive, x_ids, ids, x_guide, guide, x_offsets, y_offsets, guide_depth, total_rows, total_columns, KIND
+    )  # fmt: skip
     if KIND >= SIGMOID:
         _, g = sigmoid_pairs(z, tl.load(bias).to(tl.float32), positive)
         if x_statistics is not None:
@@ -500,7 +501,7 @@ def _row_products_kernel(
     if x_ids is not None:
         x_ids += first_row
     if x_guide is not None:
-        x_guide += first_row * guide_depth
+        x_guide += first_row
     of_rows = (row_scale, row_scale, row_scale, row_scale)
     if x_statistics is not None:
         of_rows = load_statistics(x_statistics, first_row, x_offsets, total_rows, KIND)
@@ -529,7 +530,7 @@ def _row_products_kernel(
         g, moment = tile_coefficients(
             s, row, column, first_y, y_offsets, row_scale, column_scale, row_labels, y_labels,
             x_statistics, y_statistics, of_rows, given, given_strides, given_unit,
-            bias, x_ids, y_ids, x_guide, y_guide, x_offsets, guide_depth, rows, columns, total_columns, KIND,
+            bias, x_ids, y_ids, x_guide, y_guide, x_offsets, guide_depth, rows, columns, total_rows, total_columns, KIND,
         )  # fmt: skip
         if part_term is not None:
             term += tl.sum(moment, 1)
@@ -627,7 +628,7 @@ def _panel_kernel(
     if x_ids is not None:
         x_ids += first_row
     if x_guide is not None:
-        x_guide += first_row * guide_depth
+        x_guide += first_row
     of_rows = (row_scale, row_scale, row_scale, row_scale)
     if x_statistics is not None:
         of_rows = load_statistics(x_statistics, first_row, x_offsets, total_rows, KIND)
@@ -641,7 +642,7 @@ def _panel_kernel(
     g, moment = tile_coefficients(
         s, row, column, first_y, y_offsets, row_scale, column_scale, row_labels, y_labels,
         x_statistics, y_statistics, of_rows, given, given_strides, given_unit,
-        bias, x_ids, y_ids, x_guide, y_guide, x_offsets, guide_depth, rows, columns, total_columns, KIND,
+        bias, x_ids, y_ids, x_guide, y_guide, x_offsets, guide_depth, rows, columns, total_rows, total_columns, KIND,
     )  # fmt: skip
     panel_row = panel_start + tl.arange(0, BLOCK_M)
     if part_term is not None:

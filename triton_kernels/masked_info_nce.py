@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,9 +16,10 @@ from fastnce.registry import LEFT_OUT
 from .gradients import relative_weights
 from .info_nce import Gradients, Problem, Solution, gradients, own_again, problem_of, shaped, solve
 from .launch import cdiv, launch, temperature_arguments
-from .tiles import GUIDE_CHUNK, LN_2, MASKED, MASKED_IN_BATCH, load_pair_logits
+from .tiles import IN_BATCH, LN_2, MASKED, MASKED_IN_BATCH, load_pair_logits
 
 _BLOCK = 128
+_GUIDED_DEPTH = 32
 
 
 def masked_info_nce_forward(
@@ -104,6 +105,14 @@ def _problem(
     negatives = left_in(negatives, masks.negative_ids)
     problem = problem_of(query, key, negatives, temperature, self_logit=None, **options)
     problem.decoupled = decoupled
+    if masks.guide_query is not None and query.shape[2] > _GUIDED_DEPTH:
+        # The guide's products leave too few registers for those of whole rows.
+        problem.query, problem.key = (
+            dataclasses.replace(x, deep=True) for x in (problem.query, problem.key)
+        )
+        for columns in problem.sets:
+            in_batch = columns.kind == IN_BATCH.value
+            columns.y = problem.key if in_batch else dataclasses.replace(columns.y, deep=True)
     of_query = ids_of(query, masks.query_ids)
     for columns in problem.sets:
         in_batch = columns.y is problem.key
@@ -112,7 +121,7 @@ def _problem(
         if ids is not None:
             columns.ids = of_query, ids_of(query, ids)
         if guide is not None:
-            columns.guide = _padded(masks.guide_query), _padded(guide)
+            columns.guide = _transposed(masks.guide_query), _transposed(guide)
         if ids is not None or guide is not None:
             columns.kind = (MASKED_IN_BATCH if in_batch else MASKED).value
     if problem.negatives is not None and masks.negative_ids is not None:
@@ -127,10 +136,9 @@ def ids_of(query: Tensor, ids: Tensor | None) -> Tensor:
     return ids.reshape(-1).contiguous()
 
 
-def _padded(guide: Tensor) -> Tensor:
-    """(R, G), zeros up to whole chunks."""
-    guide = guide.reshape(-1, guide.shape[-1]).float()
-    return F.pad(guide, (0, -guide.shape[1] % GUIDE_CHUNK.value)).contiguous()
+def _transposed(guide: Tensor) -> Tensor:
+    """(G, R) of rows (..., G)."""
+    return guide.reshape(-1, guide.shape[-1]).float().T.contiguous()
 
 
 def _gradients(

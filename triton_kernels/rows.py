@@ -34,6 +34,7 @@ class Rows:
     depth: int
     normalize: bool
     rounded: Rows | None = None  # the same in fp8, for similarities
+    deep: bool = False  # no tile of whole rows, whatever the depth
 
     def __len__(self) -> int:
         return self.x.shape[0]
@@ -41,7 +42,7 @@ class Rows:
     def __getitem__(self, which: slice) -> Rows:
         parts = self.x[which], self.scale[which], self.inverse[which]
         rounded = None if self.rounded is None else self.rounded[which]
-        return Rows(*parts, self.depth, self.normalize, rounded)
+        return Rows(*parts, self.depth, self.normalize, rounded, self.deep)
 
     @property
     def padded(self) -> int:
@@ -66,7 +67,7 @@ class Rows:
     @property
     def split(self) -> tuple[int, int]:
         """Head and tail of the depth where tiles of whole rows stay on the chip, else (0, 0)."""
-        resident = self.depth <= config.RESIDENT_DEPTHS[self.operands]
+        resident = not self.deep and self.depth <= config.RESIDENT_DEPTHS[self.operands]
         return config.split_depth(self.padded) if resident else (0, 0)
 
 

@@ -7,6 +7,7 @@ Nothing of size N M reaches memory. Deeper rows go through panels of coefficient
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -153,6 +154,8 @@ def _sums(
     """Losses (R,); if wanted parts of ``sum_j g_ij y^_j`` (P, R, padded depth); and ``sum_j g_ij``, ``sum_j g_ij z_ij``, each (R,)."""
     product, sums = wanted
     tile = columns.tile(query, "products" if product else "sums", rich=True)
+    if product:  # there are three sums besides
+        tile = dataclasses.replace(tile, n=max(16, tile.n // 2))
     parts = columns.splits(query, tile)
     losses = query.scale.new_empty((parts, len(query)))
     raw = query.x.new_empty((parts, *query.x.shape), dtype=torch.float32) if product else None
@@ -276,7 +279,7 @@ def _sigmoid_kernel(
         ids = None if y_ids is None else y_ids + first_y
         keep = left_in(
             counts(row, column, columns, KIND),
-            positive, x_ids, ids, x_guide, y_guide, x_offsets, y_offsets, guide_depth, KIND,
+            positive, x_ids, ids, x_guide, y_guide, x_offsets, y_offsets, guide_depth, total_rows, total_rows, KIND,
         )  # fmt: skip
         each, g = sigmoid_pairs(z, shift, positive)
         loss += tl.sum(tl.where(keep, each, 0.0), 1)

@@ -156,6 +156,8 @@ def _sweep(
     x_guide,
     y_guide,
     guide_depth,
+    total_rows,
+    total_columns,
     row,
     x_offsets,
     row_scale,
@@ -213,10 +215,10 @@ def _sweep(
         z = z * row_scale[:, None] * column_scale[None, :]
         keep = counts(row, column, columns, KIND)
         ids = None if y_ids is None else y_ids + j
-        guide = None if y_guide is None else y_guide + tl.cast(j, tl.int64) * guide_depth
+        guide = None if y_guide is None else y_guide + j
         keep = left_in(
-            keep, None, x_ids, ids, x_guide, guide, x_offsets, y_offsets, guide_depth, KIND
-        )
+            keep, None, x_ids, ids, x_guide, guide, x_offsets, y_offsets, guide_depth, total_rows, total_columns, KIND
+        )  # fmt: skip
         if COLUMNS:
             keep = keep & (row < rows)[:, None]
         largest, finite, shrink = _relative_to(z, keep, largest, ONLINE)
@@ -350,8 +352,8 @@ def _sums_kernel(
         x_ids += first_row
         y_ids += first_column
     if y_guide is not None:
-        x_guide += first_row * guide_depth
-        y_guide += first_column * guide_depth
+        x_guide += first_row
+        y_guide += first_column
     RANK: tl.constexpr = part_rank is not None
     row_positive = row_scale
     column_positive = positive
@@ -386,13 +388,13 @@ def _sums_kernel(
     if running:
         largest, total, a, b, term, rank, product, product_tail = _sweep(
             x, y, y_scale, values, value_scale, y_labels, row_labels, column_largest, column_sum, column_a, column_b,
-            column_rank, column_positive, row_positive, x_ids, y_ids, x_guide, y_guide, guide_depth, row, x_offsets, row_scale, offset, rows, columns, begin, end, depth, first_of_columns, KIND, True, PRODUCT, TERM,
+            column_rank, column_positive, row_positive, x_ids, y_ids, x_guide, y_guide, guide_depth, total_rows, total_columns, row, x_offsets, row_scale, offset, rows, columns, begin, end, depth, first_of_columns, KIND, True, PRODUCT, TERM,
             COLUMNS, RANK, HEAD, TAIL, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
     else:
         largest, total, a, b, term, rank, product, product_tail = _sweep(
             x, y, y_scale, values, value_scale, y_labels, row_labels, column_largest, column_sum, column_a, column_b,
-            column_rank, column_positive, row_positive, x_ids, y_ids, x_guide, y_guide, guide_depth, row, x_offsets, row_scale, offset, rows, columns, begin, end, depth, first_of_columns, KIND, False, PRODUCT, TERM,
+            column_rank, column_positive, row_positive, x_ids, y_ids, x_guide, y_guide, guide_depth, total_rows, total_columns, row, x_offsets, row_scale, offset, rows, columns, begin, end, depth, first_of_columns, KIND, False, PRODUCT, TERM,
             COLUMNS, RANK, HEAD, TAIL, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
 

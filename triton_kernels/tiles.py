@@ -17,9 +17,6 @@ LN_2 = tl.constexpr(0.6931471805599453)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _LEFT_OUT = tl.constexpr(LEFT_OUT)
 
-# The guide's rows are padded with zeros to whole chunks.
-GUIDE_CHUNK = tl.constexpr(32)
-
 # Which columns count for a row, and how:
 QUEUE = tl.constexpr(0)  # all
 IN_BATCH = tl.constexpr(1)  # all but the row's own, which is its positive and kept apart
@@ -139,21 +136,26 @@ def left_out_by_ids(row_ids, column_ids, positive):
 
 @triton.jit
 def left_in(
-    keep, positive, x_ids, y_ids, x_guide, y_guide, x_offsets, y_offsets, guide_depth, KIND: tl.constexpr
+    keep, positive, x_ids, y_ids, x_guide, y_guide, x_offsets, y_offsets, guide_depth, total_rows, total_columns,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     """``keep`` without the pairs that ids and the guide leave out; the pointers are those of the tile, None where there is nothing.
 
-    A pair's product of the guide's rows is added up in one order, whichever of the two is the row: all passes leave out the same.
+    The guide's rows are columns of (G, total): a pair's product is added up in one order, whichever of the two is the row, so that
+    all passes leave out the same. ``tl.dot`` in fp32 would take more registers than the products leave.
     """
     if KIND >= MASKED:
         if y_ids is not None:
             row_ids, column_ids = tl.load(x_ids + x_offsets), tl.load(y_ids + y_offsets)
             keep = keep & ~left_out_by_ids(row_ids, column_ids, positive)
         if y_guide is not None:
-            found = products_of_chunks(
-                x_guide, x_offsets, y_guide, y_offsets, guide_depth,
-                x_offsets.shape[0], y_offsets.shape[0], GUIDE_CHUNK, "ieee",
-            )  # fmt: skip
+            found = tl.zeros((x_offsets.shape[0], y_offsets.shape[0]), tl.float32)
+            for _ in range(guide_depth):
+                found += (
+                    tl.load(x_guide + x_offsets)[:, None] * tl.load(y_guide + y_offsets)[None, :]
+                )
+                x_guide += total_rows
+                y_guide += total_columns
             keep = keep & ~(found > 0)
     return keep
 
