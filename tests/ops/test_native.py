@@ -187,6 +187,18 @@ def test_gradients_alone_and_strides_of_what_arrives(name):
         x.requires_grad_()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_kept_goes_past_the_caches(dtype):
+    """More than 16 MB of exponentials, in panels of 768 rows of which the last one is smaller."""
+    rows = (
+        gaussian(n, 6, seed=n + i).to(dtype).requires_grad_()
+        for i, n in enumerate((1000, 1000, 7000))
+    )
+    names = ("query", "positive_key", "negative_keys")
+    call = dict(zip(names, rows, strict=True)) | {"temperature": 0.2}
+    assert_close_to_truth("info_nce", "native", Sample("queue", call), dtype)
+
+
 def test_symmetric_beyond_one_block_of_columns():
     """It is the mean of both directions."""
     q, k = (gaussian(8300, 3, seed=seed).float().requires_grad_() for seed in range(2))
