@@ -802,6 +802,7 @@ void sweep(Problem<T, P>& p, Panel<T, P>& panel, const SweepOptions& options, in
 
   if (first == last) return;
   const SlabMatrix<P> nothing_kept;
+  const bool large = panel.kept_bytes() > kCachedBytes;
   const int64_t work = panel.keys_of(first) * depth * panel.group;
   run_workers(groups * (last - first), work, [&](TaskQueue& queue) {
     Buffer<T> scratch(kKeyBlock * width), block_sum(width), guide_scratch;
@@ -813,7 +814,7 @@ void sweep(Problem<T, P>& p, Panel<T, P>& panel, const SweepOptions& options, in
       const KeyRun& keys = panel.runs[run];
       const KeySet<T, P>& set = *p.sets[keys.set];
       const SlabMatrix<P>& kept = panel.logits[run];
-      const bool streamed = !kPaired<P> && !again && kept && panel.kept_bytes() > kCachedBytes;
+      const bool streamed = !kPaired<P> && !again && kept && large;
       const int64_t s0 = g * panel.group / width;
       const int64_t s1 = slab_count(std::min(panel.rows, (g + 1) * panel.group), width);
       if (products) {
@@ -1045,7 +1046,7 @@ void gradient_pass(Problem<T, P>& p, const RowRange& range, Epilogue epilogue, c
       if (keep) panel.keep_logits(first, last);
       sweep(p, panel, options, first, last);
       if (keep) add_to_keys(p, panel, queries, first, last);
-      panel.forget_logits();
+      if (keep) panel.forget_logits();
       if (last == panel.run_count()) break;
     }
     after_sums(panel);
@@ -1071,7 +1072,7 @@ void solve_rows(Problem<T, P>& p, const RowRange& range) {
                   [&](int64_t i) { return panel.sum(i - panel.r0); });
     if (!one_pass) return;
     if (keep) add_to_keys(p, panel, scaled_queries(p, panel, factor), 0, panel.run_count());
-    panel.forget_logits();
+    if (keep) panel.forget_logits();
     p.finish_rows(panel.r0, panel.rows, panel.products, factor);
   });
   if (p.wants_gradients() && !one_pass) {

@@ -189,10 +189,10 @@ def test_gradients_alone_and_strides_of_what_arrives(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_is_kept_goes_past_the_caches(dtype):
-    """More than 16 MB of exponentials, in panels of 768 rows of which the last one is smaller."""
+    """More than 16 MB of exponentials, in panels of 768 rows, of which the second takes the first one's pages and the last one is smaller."""
     rows = (
         gaussian(n, 6, seed=n + i).to(dtype).requires_grad_()
-        for i, n in enumerate((1000, 1000, 7000))
+        for i, n in enumerate((1600, 1600, 7000))
     )
     names = ("query", "positive_key", "negative_keys")
     call = dict(zip(names, rows, strict=True)) | {"temperature": 0.2}
