@@ -447,7 +447,8 @@ class _BlocksFunction(torch.autograd.Function):
         saved = (query, key, bias, tau if ctx.tau is None else None)
         if grad_now:
             of_block = functools.partial(step, scale=_common.kept_scale(query))
-            saved = blocks.gradients(query, key, bias, tau, ctx.needs_input_grad, of_block)
+            gradients = blocks.gradients(query, key, bias, tau, ctx.needs_input_grad, of_block)
+            saved = (losses, *gradients)  # a result, which leads to the inputs
         else:
             for at, block in blocks.exchange.trip(blocks.travelling(key)):
                 if len(query) > 0 and len(block[0]) > 0:
@@ -459,7 +460,7 @@ class _BlocksFunction(torch.autograd.Function):
     @_common.first_derivative_only
     def backward(ctx, saved: tuple[Tensor | None, ...], grad: Tensor):
         if ctx.grad_now:
-            return *_common.scaled(saved, grad[-1], ctx.factor), None, None
+            return *_common.scaled(saved[1:], grad[-1], ctx.factor), None, None
         query, key, bias, tau = saved
         tau = ctx.tau if tau is None else tau
         needs = ctx.needs_input_grad[:4]
