@@ -127,11 +127,11 @@ def _classified(
     **options: object,
 ) -> dict[str, object]:
     """Of ``sigmoid_contrastive``, whose scale and bias get their gradients."""
-    found: dict[str, object] = {"query": make(cut(count), depth)}
-    found["key"] = make(cut(columns or count), depth)
+    rows = make(cut(count), depth), make(cut(columns or count), depth)
+    found: dict[str, object] = dict(zip(("query", "key"), rows, strict=True))
     for name, value in (("scale", 5.0), ("bias", -1.0)):
         found[name] = torch.tensor(value, device=make.device, requires_grad=True)
-    numbers = [torch.arange(len(found[x]), device=make.device) for x in ("query", "key")]
+    numbers = [torch.arange(len(x), device=make.device) for x in rows]
     if labels:
         found |= {"query_labels": numbers[0] % 7, "key_labels": numbers[1] * 3 % 7}
     if masked:
