@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -46,7 +47,7 @@ from .tiles import (
 _FEW_PARTS = 8
 _TOGETHER, _TOGETHER_D = 32, 64
 # fp16 has too few small numbers for the weights of many columns; statistics' weights are at most 1.
-PRODUCT_SCALE = {torch.float16: 1024.0}
+_SCALE = {torch.float16: 1024.0}
 
 
 def relative_weights(grad_loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,7 +212,7 @@ class Coefficients:
             "total_columns": len(y),
             "depth": self.x.padded,
             "KIND": self.columns.kind,
-            "SCALE": PRODUCT_SCALE.get(self.x.x.dtype, 1.0),
+            "SCALE": _SCALE.get(self.x.x.dtype, 1.0),
             "PRECISION": input_precision(self.x.x),
             **self.columns.mask_arguments(),
             **temperature_arguments(self.temperature),
@@ -235,12 +236,12 @@ def both_products(
         return _through_panels(g, want_x, want_y, want_term, of_x)
     found_x = found_y = term = None
     if want_x or want_term:
-        found_x, term = _row_products(g, want_term)
+        found_x, term, *_ = row_sums(g, product=True, term=want_term)
     if want_x and of_x is not None:
         of_x.finish(found_x)
         found_x = None
     if want_y:
-        found_y, _ = _row_products(g.transposed(), False)
+        found_y = row_sums(g.transposed(), product=True, term=False).products
     return found_x, found_y, term
 
 
@@ -337,18 +338,32 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
         product = torch.bmm(a.float(), b.float())
     else:
         product = torch.bmm(a, b, out_dtype=torch.float32)
-    return product.mul_(1 / PRODUCT_SCALE[a.dtype]) if a.dtype in PRODUCT_SCALE else product
+    return product.mul_(1 / _SCALE[a.dtype]) if a.dtype in _SCALE else product
 
 
-def _row_products(g: Coefficients, want_term: bool) -> tuple[Products, Tensor | None]:
-    """Parts of ``sum_j G_ij y^_j``, and ``sum_j G_ij z_ij``."""
+class RowSums(NamedTuple):
+    """Of rows, what ``row_sums`` was asked for."""
+
+    products: Products | None  # parts of ``sum_j G_ij y^_j``
+    term: Tensor | None  # (R,): ``sum_j G_ij z_ij``
+    losses: Tensor | None  # (R,), of the sigmoid loss, as the following
+    of_bias: Tensor | None  # (R,): ``sum_j G_ij``
+
+
+def row_sums(g: Coefficients, *, product: bool, term: bool, losses: bool = False) -> RowSums:
+    """One pass over the tiles; ``losses`` of the sigmoid loss, and with the term what its bias needs."""
     x, columns = g.x, g.columns
-    tile = columns.tile(x, "products", rich=want_term)
+    tile = columns.tile(x, "products" if product else "sums", rich=term)
+    if product and losses:  # there are three sums besides
+        tile = dataclasses.replace(tile, n=max(16, tile.n // 2))
     parts = columns.splits(x, tile)
-    raw = x.x.new_empty((parts, *x.x.shape), dtype=torch.float32)
-    term = x.scale.new_empty((parts, len(x))) if want_term else None
+    raw = x.x.new_empty((parts, *x.x.shape), dtype=torch.float32) if product else None
+    of_term, of_losses, of_bias = (
+        x.scale.new_empty((parts, len(x))) if wanted else None
+        for wanted in (term, losses, losses and term)
+    )
     head, tail = x.split
-    apart = columns.y.rounded is not None
+    apart = product and columns.y.rounded is not None
     launch(
         _row_products_kernel,
         (columns.row_blocks(x, tile.m), parts),
@@ -356,15 +371,19 @@ def _row_products(g: Coefficients, want_term: bool) -> tuple[Products, Tensor | 
         values=columns.y.x if apart else None,
         value_scale=columns.y.scale if apart else None,
         raw=raw,
-        part_term=term,
+        part_term=of_term,
+        part_loss=of_losses,
+        part_bias=of_bias,
         HEAD=head,
         TAIL=tail,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
+        BLOCK_D=x.chunk(tile.d),
         **columns.span_arguments(x),
         **g.arguments(),
     )
-    return Products(raw), None if term is None else term.sum(0)
+    sums = (None if y is None else y.sum(0) for y in (of_term, of_losses, of_bias))
+    return RowSums(Products(raw) if product else None, *sums)
 
 
 @triton.jit
@@ -397,7 +416,7 @@ def tile_coefficients(
     total_columns,
     KIND: tl.constexpr,
 ):
-    """Coefficients of a tile, from its products ``s``, and their products with the logits."""
+    """Coefficients of a tile, from its products ``s``, their products with the logits, and the losses, if each pair has one."""
     z = s * row_scale[:, None] * column_scale[None, :]
     keep = counts(row, column, columns, KIND)
     ids = None if y_ids is None else y_ids + first_y
@@ -410,21 +429,21 @@ def tile_coefficients(
         keep, positive, x_ids, ids, x_guide, guide, x_offsets, y_offsets, guide_depth, total_rows, total_columns, KIND
     )  # fmt: skip
     if KIND >= SIGMOID:
-        _, g = sigmoid_pairs(z, tl.load(bias).to(tl.float32), positive)
+        loss, g = sigmoid_pairs(z, tl.load(bias).to(tl.float32), positive)
         if x_statistics is not None:
             g *= of_rows[1][:, None]
         if y_statistics is not None:
             weights = load_statistics(y_statistics, first_y, y_offsets, total_columns, KIND)
             g *= weights[1][None, :]
         g = tl.where(keep, g, 0.0)
-        return g, tl.where(keep, g * z, 0.0)
+        return g, tl.where(keep, g * z, 0.0), tl.where(keep, loss, 0.0)
     if KIND == GIVEN:
         at = row.to(tl.int64)[:, None] * given_strides[1]
         at += column.to(tl.int64)[None, :] * given_strides[2]
         g = tl.load(given + at, mask=keep & (row < rows)[:, None], other=0.0).to(tl.float32)
         if given_unit is not None:
             g /= tl.load(given_unit)
-        return g, tl.where(keep, g * z, 0.0)
+        return g, tl.where(keep, g * z, 0.0), g
     same = keep
     LABELS: tl.constexpr = KIND == SUP_CON or KIND == TWO_C or KIND == LABELLED
     if LABELS:
@@ -442,7 +461,7 @@ def tile_coefficients(
     g += by_rows
     # Columns that are rows as well, here or in another block, say there what they have to about the temperature.
     moment = z * (by_rows if LABELS or KIND == BOTH_SIDES or KIND == DETACHED else g)
-    return tl.where(keep, g, 0.0), tl.where(keep, moment, 0.0)
+    return tl.where(keep, g, 0.0), tl.where(keep, moment, 0.0), g
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "total_rows", "total_columns"])
@@ -469,6 +488,8 @@ def _row_products_kernel(
     value_scale,
     raw,
     part_term,
+    part_loss,
+    part_bias,
     rows,
     columns,
     total_rows,
@@ -481,6 +502,7 @@ def _row_products_kernel(
     TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     part = tl.program_id(1)
@@ -509,51 +531,70 @@ def _row_products_kernel(
     steps = tl.cdiv(tl.cdiv(columns, BLOCK_N), tl.num_programs(1))
     begin = part * steps * BLOCK_N
     end = tl.minimum(begin + steps * BLOCK_N, columns)
-    x_head = load_rows(x, x_offsets, depth, tl.arange(0, HEAD))
-    product = tl.zeros((BLOCK_M, HEAD), tl.float32)
-    product_tail = tl.zeros((BLOCK_M, TAIL if TAIL else 1), tl.float32)
+    PRODUCT: tl.constexpr = raw is not None
+    product = tl.zeros((BLOCK_M, HEAD if PRODUCT else 1), tl.float32)
+    product_tail = tl.zeros((BLOCK_M, TAIL if PRODUCT and TAIL else 1), tl.float32)
     term = tl.zeros((BLOCK_M,), tl.float32)
-    if TAIL:
-        x_tail = load_rows(x, x_offsets, depth, HEAD + tl.arange(0, TAIL))
+    losses = tl.zeros((BLOCK_M,), tl.float32)
+    of_bias = tl.zeros((BLOCK_M,), tl.float32)
+    if HEAD:
+        x_head = load_rows(x, x_offsets, depth, tl.arange(0, HEAD))
+        if TAIL:
+            x_tail = load_rows(x, x_offsets, depth, HEAD + tl.arange(0, TAIL))
     for j in tl.range(begin, end, BLOCK_N):
         column = j + tl.arange(0, BLOCK_N)
         first_y = first_column + j
         y_offsets = inside(j, columns, BLOCK_N)
         y_block = y + first_y * depth
-        y_head = load_rows(y_block, y_offsets, depth, tl.arange(0, HEAD))
-        s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        s = multiply(x_head, tl.trans(y_head), s, PRECISION)
-        if TAIL:
-            y_tail = load_rows(y_block, y_offsets, depth, HEAD + tl.arange(0, TAIL))
-            s = multiply(x_tail, tl.trans(y_tail), s, PRECISION)
+        if HEAD:
+            y_head = load_rows(y_block, y_offsets, depth, tl.arange(0, HEAD))
+            s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            s = multiply(x_head, tl.trans(y_head), s, PRECISION)
+            if TAIL:
+                y_tail = load_rows(y_block, y_offsets, depth, HEAD + tl.arange(0, TAIL))
+                s = multiply(x_tail, tl.trans(y_tail), s, PRECISION)
+        else:
+            s = products_of_chunks(
+                x, x_offsets, y_block, y_offsets, depth, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION
+            )
         column_scale = tl.load(y_scale + first_y + y_offsets)
-        g, moment = tile_coefficients(
+        g, moment, loss = tile_coefficients(
             s, row, column, first_y, y_offsets, row_scale, column_scale, row_labels, y_labels,
             x_statistics, y_statistics, of_rows, given, given_strides, given_unit,
             bias, x_ids, y_ids, x_guide, y_guide, x_offsets, guide_depth, rows, columns, total_rows, total_columns, KIND,
         )  # fmt: skip
         if part_term is not None:
             term += tl.sum(moment, 1)
+        if part_loss is not None:
+            losses += tl.sum(loss, 1)
+        if part_bias is not None:
+            of_bias += tl.sum(g, 1)
         if values is not None:
             block = values + first_y * depth
             y_head = load_rows(block, y_offsets, depth, tl.arange(0, HEAD))
             if TAIL:
                 y_tail = load_rows(block, y_offsets, depth, HEAD + tl.arange(0, TAIL))
             column_scale = tl.load(value_scale + first_y + y_offsets)
-        g = (g * (column_scale * SCALE)[None, :]).to(y_head.dtype)
-        product = multiply(g, y_head, product, PRECISION)
-        if TAIL:
-            product_tail = multiply(g, y_tail, product_tail, PRECISION)
+        if PRODUCT:
+            g = (g * (column_scale * SCALE)[None, :]).to(y_head.dtype)
+            product = multiply(g, y_head, product, PRECISION)
+            if TAIL:
+                product_tail = multiply(g, y_tail, product_tail, PRECISION)
 
     at = tl.cast(part, tl.int64) * total_rows + first_row
     if part_term is not None:
         tl.store(part_term + at + x_offsets, term * LN_2, mask=there)
-    out = raw + at * depth + (x_offsets * depth)[:, None]
-    d = tl.arange(0, HEAD)
-    tl.store(out + d[None, :], product * (1 / SCALE), mask=there[:, None])
-    if TAIL:
-        d = HEAD + tl.arange(0, TAIL)
-        tl.store(out + d[None, :], product_tail * (1 / SCALE), mask=there[:, None])
+    if part_loss is not None:
+        tl.store(part_loss + at + x_offsets, losses, mask=there)
+    if part_bias is not None:
+        tl.store(part_bias + at + x_offsets, of_bias, mask=there)
+    if PRODUCT:
+        out = raw + at * depth + (x_offsets * depth)[:, None]
+        d = tl.arange(0, HEAD)
+        tl.store(out + d[None, :], product * (1 / SCALE), mask=there[:, None])
+        if TAIL:
+            d = HEAD + tl.arange(0, TAIL)
+            tl.store(out + d[None, :], product_tail * (1 / SCALE), mask=there[:, None])
 
 
 @triton.jit(
@@ -639,7 +680,7 @@ def _panel_kernel(
         x + first_row * depth, x_offsets, y + first_y * depth, y_offsets,
         depth, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
     )  # fmt: skip
-    g, moment = tile_coefficients(
+    g, moment, _ = tile_coefficients(
         s, row, column, first_y, y_offsets, row_scale, column_scale, row_labels, y_labels,
         x_statistics, y_statistics, of_rows, given, given_strides, given_unit,
         bias, x_ids, y_ids, x_guide, y_guide, x_offsets, guide_depth, rows, columns, total_rows, total_columns, KIND,

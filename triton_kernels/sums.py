@@ -388,13 +388,15 @@ def _sums_kernel(
     if running:
         largest, total, a, b, term, rank, product, product_tail = _sweep(
             x, y, y_scale, values, value_scale, y_labels, row_labels, column_largest, column_sum, column_a, column_b,
-            column_rank, column_positive, row_positive, x_ids, y_ids, x_guide, y_guide, guide_depth, total_rows, total_columns, row, x_offsets, row_scale, offset, rows, columns, begin, end, depth, first_of_columns, KIND, True, PRODUCT, TERM,
+            column_rank, column_positive, row_positive, x_ids, y_ids, x_guide, y_guide, guide_depth, total_rows, total_columns,
+            row, x_offsets, row_scale, offset, rows, columns, begin, end, depth, first_of_columns, KIND, True, PRODUCT, TERM,
             COLUMNS, RANK, HEAD, TAIL, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
     else:
         largest, total, a, b, term, rank, product, product_tail = _sweep(
             x, y, y_scale, values, value_scale, y_labels, row_labels, column_largest, column_sum, column_a, column_b,
-            column_rank, column_positive, row_positive, x_ids, y_ids, x_guide, y_guide, guide_depth, total_rows, total_columns, row, x_offsets, row_scale, offset, rows, columns, begin, end, depth, first_of_columns, KIND, False, PRODUCT, TERM,
+            column_rank, column_positive, row_positive, x_ids, y_ids, x_guide, y_guide, guide_depth, total_rows, total_columns,
+            row, x_offsets, row_scale, offset, rows, columns, begin, end, depth, first_of_columns, KIND, False, PRODUCT, TERM,
             COLUMNS, RANK, HEAD, TAIL, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
 

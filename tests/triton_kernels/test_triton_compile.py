@@ -33,7 +33,7 @@ def faults(jobs: list[tuple[Launch, int]]) -> list[str]:
 TILE = ("HEAD", "TAIL", "BLOCK_M", "BLOCK_N")
 KERNELS = (
     "add_parts fold gather losses normalisation own_gradients own_sums pack panel positive_logits row_gradients row_products scatter "
-    "sigmoid similarity sums sup_con two_c"
+    "similarity sums sup_con two_c"
 )
 EVERY_KERNEL = {f"_{name}_kernel" for name in KERNELS.split()}
 
