@@ -228,9 +228,13 @@ def _own_peak(index: int, side: str) -> int:
 def main(out: Path | None, only: Sequence[str] | None, seconds: float) -> int:
     """Measures, and writes ``<device>-dropins.json`` and ``.md``; ``only`` libraries or losses that have one of these in them."""
     facts, rows, found = machine.describe(torch.device("cpu")), [], []
-    for pair in PAIRS:
-        if only and not any(text in f"{pair.library} {pair.loss}" for text in only):
-            continue
+    names = {pair: f"{pair.library} {pair.loss}" for pair in PAIRS}
+    chosen = [x for x in PAIRS if not only or any(text in names[x] for text in only)]
+    if not chosen:
+        there = "; ".join(dict.fromkeys(names.values()))
+        print(f"benchmarks: --only {' '.join(only)}: no loss. There are: {there}", file=sys.stderr)
+        return 2
+    for pair in chosen:
         try:
             check(pair, pair.rows)
         except ImportError as error:

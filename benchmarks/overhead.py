@@ -132,8 +132,8 @@ def main() -> None:
         calls = _large() if args.large else _small()
         print(json.dumps({name: _microseconds(call, args.large) for name, call in calls.items()}))
         return
-    if args.other is None:
-        parser.error("name another checkout")
+    if args.other is None or not (args.other / "fastnce").is_dir():
+        parser.error(f"name another checkout, with its fastnce built; got {args.other}")
     checkouts = (Path(__file__).resolve().parents[1], args.other.resolve())
     rounds = [[_round(checkout, args.large) for checkout in checkouts] for _ in range(args.rounds)]
     print("| forward and backward, in us | this checkout | the other | ratio |\n|---|---|---|---|")

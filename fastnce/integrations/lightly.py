@@ -71,7 +71,7 @@ class NTXentLoss(nn.Module):
         size = [memory_bank_size] if isinstance(memory_bank_size, int) else list(memory_bank_size)
         if size[0] < 0 or (size[0] > 0 and len(size) != 2):
             raise ValueError(
-                f"NTXentLoss: memory_bank_size must be 0 or (size, dim), got {memory_bank_size}. Add the features' dimension."
+                f"NTXentLoss: memory_bank_size must be 0, for no bank, or (size, dim of the features), got {memory_bank_size}."
             )
         self.memory_bank = None
         if size[0] > 0:
