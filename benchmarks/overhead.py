@@ -70,6 +70,7 @@ def _large() -> dict[str, Callable[[], object]]:
     def rows(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, requires_grad=True)
 
+    long, long_key = rows(16384, 128), rows(16384, 128)
     query, key, deep, deep_key = (
         rows(8192, 256),
         rows(8192, 256),
@@ -80,6 +81,7 @@ def _large() -> dict[str, Callable[[], object]]:
     layers = [rows(1, 256, 256) for _ in range(5)], [rows(1, 256, 256).detach() for _ in range(5)]
     labels = torch.randint(2048, (8192,), generator=generator)
     return {
+        "info_nce 16384 x 128": lambda: fastnce.info_nce(long, long_key).backward(),
         "info_nce 8192 x 256": lambda: fastnce.info_nce(query, key).backward(),
         "info_nce 8192 x 256, keys fixed": lambda: fastnce.info_nce(query, key.detach()).backward(),
         "info_nce 8192 x 256, symmetric": lambda: fastnce.info_nce(

@@ -59,7 +59,9 @@ class ScratchPool {
       }
     }
     if (pooled(bytes)) bytes = rounded(bytes);
-    void* data = ::operator new(bytes, alignment(bytes));
+    // No more aligned than small ones: large arrays that all begin at a huge page meet in the
+    // caches.
+    void* data = ::operator new(bytes, kAlignment);
     if (bytes > kMost) ask_for_huge_pages(data, bytes);
     return data;
   }
@@ -73,7 +75,7 @@ class ScratchPool {
         return;
       }
     }
-    ::operator delete(data, alignment(bytes));
+    ::operator delete(data, kAlignment);
   }
 
  private:
@@ -81,9 +83,6 @@ class ScratchPool {
   static constexpr size_t kLeast = size_t{64} << 10, kMost = size_t{4} << 20;
   static constexpr size_t kMostHeld = size_t{16} << 20;
 
-  static std::align_val_t alignment(size_t bytes) {
-    return bytes > kMost ? std::align_val_t{kHugePage} : kAlignment;
-  }
   static bool pooled(size_t bytes) {
 #ifdef __SANITIZE_ADDRESS__
     return false;  // a block that is handed out again hides its misuse
