@@ -158,8 +158,6 @@ def _benchmark(args: argparse.Namespace) -> int:
     is_demo = args.command == "demo"
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     names = ["bfloat16", "float32"] if device.type == "cuda" else ["float32"]
-    if args.command == "table" and device.type == "cpu":
-        names = ["float32", "bfloat16"]
     names = args.dtype or (names[:1] if is_demo else names)
     dtypes = [getattr(torch, name) for name in names]
     ops = cases.OPS if args.command in _OF_ALL_OPS else (args.command,)

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def describe(device: torch.device) -> dict[str, Any]:
     """The facts by which a reader judges a timing: hardware, versions, threads, and what else was running."""
     facts = {
-        "device": f"{_cpu_model()}, {os.cpu_count()} cores",
+        "device": f"{_cpu_name()}, {os.cpu_count()} cores",
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -41,7 +41,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "commit": _commit(),
         "float32_matmul_precision": float32_products(device.type),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "fastnce_cpu_isa": os.environ.get("FASTNCE_CPU_ISA") or "widest",
+        "instructions": _instructions(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -142,6 +142,22 @@ def matmul_precision(precision: str | None) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the native kernels have the processor multiply bfloat16; without, it only halves what inputs take."""
+    return _instructions() == "avx512bf16"
+
+
+def _instructions() -> str | None:
+    return native.instruction_set() if native.available() == "ok" else None
+
+
+def _cpu_name() -> str:
+    """The processor's name, and the instructions in use where these are less than AVX-512: other numbers, other files."""
+    instructions = _instructions()
+    narrow = {"avx2": "AVX2", "portable": "portable code"}.get(instructions)
+    return f"{_cpu_model()} ({narrow})" if narrow else _cpu_model()
 
 
 def _cpu_model() -> str:

@@ -1,6 +1,6 @@
 """The step of ContraGAN in plain eager PyTorch: what ``fastnce.models.ContraGAN`` is timed and tested against.
 
-The networks are copies of the package's, which are plain PyTorch modules. The loss is the published one, with all differences
+The networks are copies of the package's, run by PyTorch alone. The loss is the published one, with all differences
 of pairs, N x N x D.
 """
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastnce
 from benchmarks.baselines import conditional_contrastive
 
 
@@ -31,6 +32,7 @@ class PublishedGAN:
             "D": torch.optim.Adam(self.d.parameters(), config.lr_d, **how),
         }
 
+    @fastnce.use_backend("torch")
     def training_step(
         self,
         batch: Mapping[str, Tensor],

@@ -2,7 +2,7 @@
 
 Written from the equations and the published step's order, with all that it computes and does not use: gradients of the generator's
 weights and of the detached inputs, the average image in each batch, features of the images in each step; weights of the generator
-for each image; styles one after the other. The layers and their weights are copies of the package's.
+for each image; styles one after the other. The layers and their weights are copies of the package's, run by PyTorch alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastnce
 from fastnce.models import ReStyle
 from fastnce.systems.ranger import Ranger
 
@@ -112,6 +113,7 @@ class PublishedReStyle:
             self.d_optimizer.step()
         return {"D_real": on_real, "D_fake": on_fake, "D_r1": self.r1}
 
+    @fastnce.use_backend("torch")
     def training_step(
         self, batch: Mapping[str, Tensor], *, z: Tensor | None = None, rows: Tensor | None = None
     ) -> dict[str, Tensor]:

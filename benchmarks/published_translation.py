@@ -1,4 +1,4 @@
-"""The steps of CycleGAN, DCLGAN and pix2pix in plain eager PyTorch: what ``fastnce.models`` are timed and tested against.
+"""The steps of CycleGAN, DCLGAN, SinCUT and pix2pix in plain eager PyTorch: what ``fastnce.models`` are timed and tested against.
 
 Written from the equations. Each step is over whatever networks it gets: the tests give it copies of the package's, the benchmark
 those of ``published_cut`` and the U-Net here, which share nothing with the package. Nothing is batched that is published apart.
@@ -6,6 +6,7 @@ those of ``published_cut`` and the U-Net here, which share nothing with the pack
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastnce
+from benchmarks import baselines
 from benchmarks.published_cut import Discriminator, Generator, Projector
 
 Losses = dict[str, Tensor]
@@ -237,3 +240,61 @@ class PublishedPix2Pix(Descent):
     def training_step(self, batch: Mapping[str, Tensor]) -> Losses:
         """The losses under their published names."""
         return pix2pix_step(batch, self.g, self.d, self.config, self.descend)
+
+
+class PublishedSinCUT(Descent):
+    """SinCUT's step with copies `g`, `d` and `f` of a model's networks, which are run by PyTorch alone."""
+
+    def __init__(self, ours: Any) -> None:
+        self.config = config = ours.config
+        networks = ours.generator, ours.discriminator, ours.projector
+        self.g, self.d, self.f = copy.deepcopy(networks)
+        how = {"lr": config.lr, "betas": (config.beta1, config.beta2)}
+        self.optimizers = {
+            letter: torch.optim.Adam(network.parameters(), **how)
+            for letter, network in (("D", self.d), ("G", self.g), ("F", self.f))
+        }
+
+    @fastnce.use_backend("torch")
+    def training_step(
+        self, batch: Mapping[str, Tensor], *, patch_ids: Mapping[str, Any] | None = None
+    ) -> Losses:
+        """An update of D with its penalty, then one of G and F; the losses under their published names."""
+        config, ids = self.config, patch_ids or {}
+        real_a, real_b = batch["A"], batch["B"]
+        fake_b, identity_b = self.g(torch.cat([real_a, real_b])).chunk(2)
+        _learn(True, self.d)
+        real = real_b.clone().requires_grad_()
+        on_fake, on_real = self.d(fake_b.detach()), self.d(real)
+        (slope,) = torch.autograd.grad(on_real.sum(), real, create_graph=True)
+        losses = {
+            "D_fake": F.softplus(on_fake).mean(),
+            "D_real": F.softplus(-on_real).mean(),
+            "D_r1": config.lambda_r1 / 2 * slope.square().sum((1, 2, 3)).mean(),
+        }
+        self.descend((losses["D_fake"] + losses["D_real"]) * 0.5 + losses["D_r1"], "D")
+        _learn(False, self.d)
+        losses |= {
+            "G_GAN": F.softplus(-self.d(fake_b)).mean(),
+            "NCE": self._contrastive_loss(real_a, fake_b, ids.get("NCE")),
+            "NCE_Y": self._contrastive_loss(real_b, identity_b, ids.get("NCE_Y")),
+            "idt": config.lambda_identity * (identity_b - real_b).abs().mean(),
+        }
+        contrastive = (losses["NCE"] + losses["NCE_Y"]) * 0.5
+        losses["G"] = losses["G_GAN"] + contrastive + losses["idt"]
+        self.descend(losses["G"], "G", "F")
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _contrastive_loss(self, source: Tensor, target: Tensor, ids: Any) -> Tensor:
+        taps = self.config.nce_layers
+        queries, keys = (self.g.encode(images, taps) for images in (target, source))
+        sides = [x.shape[2] * x.shape[3] for x in keys]
+        ids = ids or [torch.randperm(side)[: self.config.num_patches] for side in sides]
+        projected = [
+            self.f(
+                [x.permute(0, 2, 3, 1).flatten(1, 2)[:, i] for x, i in zip(maps, ids, strict=True)]
+            )
+            for maps in (queries, keys)
+        ]
+        keys = [key.detach() for key in projected[1]]
+        return self.config.lambda_nce * baselines.patch_nce(projected[0], keys, negatives="batch")

@@ -79,8 +79,10 @@ def _backend(case: Case, device: torch.device, dtype: torch.dtype, name: str) ->
             with machine.matmul_precision("medium"):
                 return exact.call(inputs)
 
-        name = f"{name}, bf16 products"
-        out.append(dataclasses.replace(exact, name=name, call=rounding, rounds_products=True))
+        if reason == "ok" and not machine.multiplies_bfloat16():
+            reason = "this processor multiplies no bfloat16; medium is float32 here"
+        named = Provider(f"{name}, bf16 products", rounding, ours=True, reason=reason)
+        out.append(dataclasses.replace(named, rounds_products=True))
     return out
 
 

@@ -19,8 +19,12 @@ namespace {
 // Tiles at a time, multiples of the rows of a product's tile. Transformed weights are read once per
 // block, so more tiles need less of the third-level cache's bandwidth.
 constexpr int64_t kTilesForward = 48, kTilesBackward = 48;
-// Input channels of one task of the weights' gradient.
-constexpr int64_t kTaskChannels = 128;
+// Input channels of one task of the weights' gradient: the gradient is transformed anew for each
+// task, so there are no more tasks than threads want. How many there are changes no sum.
+constexpr int64_t kMostChannels = 256, kFewestChannels = 32;
+// Numbers between two planes: beginnings that are powers of two apart would meet in one set of the
+// first-level cache.
+constexpr int64_t kGap = 16;
 
 // Where the patches of tiles lie: rows and columns of the map, -1 for zero padding.
 class TileGrid {
@@ -113,20 +117,22 @@ int64_t block_lanes(int64_t channels, int64_t first) {
   return std::min(kChannelBlock, channels - first);
 }
 
-// G w G^T: for each block of output channels kPlanes matrices (inputs, kChannelBlock).
+// G w G^T: for each block of output channels kPlanes matrices (inputs, kChannelBlock), in strips.
 Buffer<float> transformed_filters(const Filters& filters) {
-  const int64_t plane = filters.inputs * kChannelBlock;
+  const int64_t plane = filters.inputs * kChannelBlock + kGap;
   const int64_t blocks = (filters.outputs + kChannelBlock - 1) / kChannelBlock;
   Buffer<float> out(blocks * kPlanes * plane);
   const WinogradKernels& kernels = winograd_kernels();
   const int64_t steps = filters.outputs / kChannelStep;
   run_tasks(steps, filters.inputs * kChannelStep * kPlanes * 4, [&](int64_t step) {
     const int64_t channel = step * kChannelStep;
-    float* to = out.data() + channel / kChannelBlock * kPlanes * plane + channel % kChannelBlock;
+    const int64_t lane = channel % kChannelBlock, strip = kernels.strip;
+    float* to = out.data() + channel / kChannelBlock * kPlanes * plane +
+                lane / strip * filters.inputs * strip + lane % strip;
     const float* from = filters.data + channel * filters.output_stride;
     for (int64_t c = 0; c < filters.inputs; ++c) {
       kernels.transform_filters(from + c * filters.input_stride, filters.output_stride,
-                                filters.tap_step, to + c * kChannelBlock, plane);
+                                filters.tap_step, to + c * strip, plane);
     }
   });
   return out;
@@ -139,26 +145,27 @@ void convolve(const Element* map, const TileGrid& grid, const Filters& filters, 
   const Buffer<float> weights = transformed_filters(filters);
   const ImageKernels<Element>& kernels = image_kernels<Element>();
   const WinogradKernels& products = winograd_kernels();
-  const int64_t inputs = filters.inputs, filter_plane = inputs * kChannelBlock;
+  const int64_t inputs = filters.inputs, filter_plane = inputs * kChannelBlock + kGap;
   const Buffer<Element> zeros(inputs, Element{});
   const int64_t block = kTilesForward;
   const int64_t work = block * kPlanes * inputs * filters.outputs;
   run_workers((grid.tiles() + block - 1) / block, work, [&](TaskQueue& queue) {
-    const Buffer<float> patches(kPlanes * block * inputs), sums(kPlanes * block * kChannelBlock);
+    const Buffer<float> patches(kPlanes * (block * inputs + kGap));
+    const Buffer<float> sums(kPlanes * (block * kChannelBlock + kGap));
     std::vector<const Element*> sources(block * kPlanes);
     std::vector<Element*> targets(block * kOutputs * kOutputs);
     for (int64_t task; queue.next(task);) {
       const int64_t begin = task * block, tiles = std::min(block, grid.tiles() - begin);
       grid.find_patches(begin, tiles, map, zeros.data(), sources.data());
       grid.find_outputs<Element*>(begin, tiles, out, filters.outputs, nullptr, targets.data());
-      const int64_t plane = tiles * inputs, sum_plane = tiles * kChannelBlock;
+      const int64_t plane = tiles * inputs + kGap, sum_plane = tiles * kChannelBlock + kGap;
       kernels.transform_patches(tiles, inputs, sources.data(), patches.data(), plane);
       for (int64_t first = 0; first < filters.outputs; first += kChannelBlock) {
         const int64_t lanes = block_lanes(filters.outputs, first);
         const float* weight = weights.data() + first / kChannelBlock * kPlanes * filter_plane;
         for (int64_t p = 0; p < kPlanes; ++p) {
           products.multiply(tiles, inputs, lanes, patches.data() + p * plane, inputs,
-                            weight + p * filter_plane, kChannelBlock, sums.data() + p * sum_plane,
+                            weight + p * filter_plane, sums.data() + p * sum_plane,
                             kChannelBlock);
         }
         kernels.transform_products(tiles, first, lanes, sums.data(), sum_plane, bias,
@@ -208,20 +215,23 @@ void weight_gradient(const Element* map, const Element* gradient, const TileGrid
   const ImageKernels<Element>& kernels = image_kernels<Element>();
   const WinogradKernels& products = winograd_kernels();
   const Buffer<Element> zeros(std::max(inputs, outputs), Element{});
-  const Buffer<float> sums(kPlanes * inputs * outputs);
+  const int64_t sum_plane = inputs * outputs + kGap;
+  const Buffer<float> sums(kPlanes * sum_plane);
   const int64_t block = kTilesBackward;
-  const int64_t parts = (inputs + kTaskChannels - 1) / kTaskChannels;
-  const int64_t work = grid.tiles() * kPatch * std::min(inputs, kTaskChannels) * outputs;
-  run_workers(kPatch * parts, work, [&](TaskQueue& queue) {
-    const Buffer<float> patches(kPatch * block * kTaskChannels);
-    const Buffer<float> gradients(kPatch * block * outputs);
+  int64_t part = kMostChannels;
+  const auto parts = [&] { return (inputs + part - 1) / part; };
+  while (part > kFewestChannels && kPatch * parts() < torch::stable::get_num_threads()) part /= 2;
+  const int64_t work = grid.tiles() * kPatch * std::min(inputs, part) * outputs;
+  run_workers(kPatch * parts(), work, [&](TaskQueue& queue) {
+    const Buffer<float> patches(kPatch * (block * part + kGap));
+    const Buffer<float> gradients(kPatch * (block * padded(outputs, products.strip) + kGap));
     std::vector<const Element*> sources(block * kPlanes), targets(block * kOutputs * kOutputs);
     for (int64_t task; queue.next(task);) {
       const int row = static_cast<int>(task % kPatch);
-      const int64_t first = task / kPatch * kTaskChannels;
-      const int64_t channels = std::min(kTaskChannels, inputs - first);
+      const int64_t first = task / kPatch * part;
+      const int64_t channels = std::min(part, inputs - first);
       const auto sum = [&](int p) {
-        return sums.data() + ((row * kPatch + p) * inputs + first) * outputs;
+        return sums.data() + (row * kPatch + p) * sum_plane + first * outputs;
       };
       for (int p = 0; p < kPatch; ++p) std::fill_n(sum(p), channels * outputs, 0.0f);
       for (int64_t begin = 0; begin < grid.tiles(); begin += block) {
@@ -229,22 +239,27 @@ void weight_gradient(const Element* map, const Element* gradient, const TileGrid
         grid.find_patches(begin, tiles, map, zeros.data(), sources.data());
         grid.find_outputs<const Element*>(begin, tiles, gradient, outputs, zeros.data(),
                                           targets.data());
+        const int64_t patch_plane = tiles * channels + kGap;
+        const int64_t gradient_plane = tiles * padded(outputs, products.strip) + kGap;
         kernels.transform_patch_row(row, tiles, first, channels, sources.data(), patches.data(),
-                                    tiles * channels);
+                                    patch_plane);
         kernels.transform_gradient_row(row, tiles, outputs, targets.data(), gradients.data(),
-                                       tiles * outputs);
+                                       gradient_plane);
         for (int p = 0; p < kPatch; ++p) {
-          products.multiply_transposed(
-              channels, tiles, outputs, patches.data() + p * tiles * channels, channels,
-              gradients.data() + p * tiles * outputs, outputs, sum(p), outputs);
+          products.multiply_transposed(channels, tiles, outputs, patches.data() + p * patch_plane,
+                                       channels, gradients.data() + p * gradient_plane, sum(p),
+                                       outputs);
         }
       }
     }
   });
-  run_tasks(inputs, outputs * kPlanes * 4, [&](int64_t c) {
+  // Of so many inputs the taps are whole cache lines.
+  run_blocks(inputs, kChannelStep, outputs * kPlanes * 4, [&](int64_t begin, int64_t end) {
     for (int64_t k = 0; k < outputs; k += kChannelStep) {
-      products.transform_filter_gradients(sums.data() + c * outputs + k, inputs * outputs,
-                                          out + (k * inputs + c) * 9, inputs * 9);
+      for (int64_t c = begin; c < end; ++c) {
+        products.transform_filter_gradients(sums.data() + c * outputs + k, sum_plane,
+                                            out + (k * inputs + c) * 9, inputs * 9);
+      }
     }
   });
 }

@@ -42,7 +42,7 @@ struct ImageKernels {
   // Row `row` of them alone, kPatch planes, of `channels` channels from pixels[..][first] on.
   void (*transform_patch_row)(int row, int64_t tiles, int64_t first, int64_t channels,
                               const Element* const* pixels, float* out, int64_t plane_size);
-  // Row `row` of A dy A^T, kPatch planes, from kOutputs^2 pixels per tile.
+  // Row `row` of A dy A^T, kPatch planes of strips, from kOutputs^2 pixels per tile.
   void (*transform_gradient_row)(int row, int64_t tiles, int64_t channels,
                                  const Element* const* pixels, float* out, int64_t plane_size);
   // A^T m A + bias to kOutputs^2 pixels per tile, at channel `first`; null pixels are left out.
@@ -72,14 +72,16 @@ struct ImageKernels {
 };
 
 struct WinogradKernels {
-  // c (rows, lanes) = a (rows, depth) b (depth, lanes), rows of c and b `*_stride` apart;
-  // a's elements are a_stride apart from row to row.
+  // The right factors b (depth, lanes) of the products lie in strips of so many lanes, (depth,
+  // strip) each, kChannelBlock a multiple: what the tiles of a product share stays in the
+  // first-level cache, where rows of many lanes would meet in a few of its sets.
+  int64_t strip;
+  // c (rows, lanes) = a (rows, depth) b (depth, lanes), rows of a and c `*_stride` apart.
   void (*multiply)(int64_t rows, int64_t depth, int64_t lanes, const float* a, int64_t a_stride,
-                   const float* b, int64_t b_stride, float* c, int64_t c_stride);
+                   const float* b, float* c, int64_t c_stride);
   // c += a^T b for a (depth, rows).
   void (*multiply_transposed)(int64_t rows, int64_t depth, int64_t lanes, const float* a,
-                              int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                              int64_t c_stride);
+                              int64_t a_stride, const float* b, float* c, int64_t c_stride);
   // G w G^T of kChannelStep filters w[lane * lane_stride + tap * tap_step], taps 0 .. 8 row by row:
   // out[plane * plane_size + lane].
   void (*transform_filters)(const float* w, int64_t lane_stride, int64_t tap_step, float* out,

@@ -17,7 +17,7 @@ constexpr ImageKernels<Element> make_image_table() {
 }
 
 constexpr WinogradKernels make_winograd_table() {
-  return {multiply_planes, multiply_planes_transposed, transform_filters,
+  return {kStrip, multiply_planes<false>, multiply_planes<true>, transform_filters,
           transform_filter_gradients};
 }
 

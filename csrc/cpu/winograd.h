@@ -9,6 +9,17 @@
 
 namespace fastnce::FASTNCE_ISA {
 
+// Of a product's tile: accumulators, a row of b and one broadcast fill the registers.
+#if FASTNCE_VECTOR_BYTES == 64
+constexpr int kProductRows = 6, kProductVectors = 4;
+#elif FASTNCE_VECTOR_BYTES == 32
+constexpr int kProductRows = 6, kProductVectors = 2;
+#else
+constexpr int kProductRows = 4, kProductVectors = 2;
+#endif
+constexpr int64_t kProductLanes = kProductVectors * kFloatLanes;
+constexpr int64_t kStrip = kProductLanes > kChannelStep ? kProductLanes : kChannelStep;
+
 constexpr float kPointA = 0.75f, kPointB = 1.5f;
 constexpr float kA2 = kPointA * kPointA, kB2 = kPointB * kPointB;
 constexpr float kA3 = kA2 * kPointA, kB3 = kB2 * kPointB;
@@ -146,7 +157,7 @@ void transform_patch_row(int row, int64_t tiles, int64_t first, int64_t channels
 template <class Element, int kRow>
 void gradient_row(int64_t tiles, int64_t channels, const Element* const* pixels, float* out,
                   int64_t plane_size) {
-  for (int64_t tile = 0; tile < tiles; ++tile, pixels += kOutputs * kOutputs, out += channels) {
+  for (int64_t tile = 0; tile < tiles; ++tile, pixels += kOutputs * kOutputs) {
     for (int64_t c = 0; c < channels; c += kFloatLanes) {
       Floats half[kOutputs], row[kPatch];
 #pragma GCC unroll 4
@@ -157,8 +168,9 @@ void gradient_row(int64_t tiles, int64_t channels, const Element* const* pixels,
         half[x] = gradient_transform_row<kRow>(column);
       }
       gradient_transform(half, row);
+      float* to = out + c / kStrip * tiles * kStrip + tile * kStrip + c % kStrip;
 #pragma GCC unroll 6
-      for (int x = 0; x < kPatch; ++x) store(out + x * plane_size + c, row[x]);
+      for (int x = 0; x < kPatch; ++x) store(to + x * plane_size, row[x]);
     }
   }
 }
@@ -246,15 +258,6 @@ inline void transform_filter_gradients(const float* u, int64_t plane_size, float
   }
 }
 
-// Accumulators, a row of b and one broadcast fill the registers.
-#if FASTNCE_VECTOR_BYTES == 64
-constexpr int kProductRows = 6, kProductVectors = 4;
-#elif FASTNCE_VECTOR_BYTES == 32
-constexpr int kProductRows = 6, kProductVectors = 2;
-#else
-constexpr int kProductRows = 4, kProductVectors = 2;
-#endif
-
 // c (kRows, kVectors * lanes) = or += a b, each element one chain of multiply-adds.
 template <bool kTransposed, int kRows, int kVectors>
 inline __attribute__((always_inline)) void product_tile(int64_t depth, const float* a,
@@ -269,6 +272,7 @@ inline __attribute__((always_inline)) void product_tile(int64_t depth, const flo
       sum[i][v] = kTransposed ? load(c + i * c_stride + v * kFloatLanes) : Floats{};
     }
   }
+#pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k, b += b_stride) {
     Floats row[kVectors];
 #pragma GCC unroll 4
@@ -321,16 +325,15 @@ void product_lanes(int64_t rows, int64_t depth, int64_t lanes, const float* a, i
   }
 }
 
-inline void multiply_planes(int64_t rows, int64_t depth, int64_t lanes, const float* a,
-                            int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                            int64_t c_stride) {
-  product_lanes<false, kProductVectors>(rows, depth, lanes, a, a_stride, b, b_stride, c, c_stride);
-}
-
-inline void multiply_planes_transposed(int64_t rows, int64_t depth, int64_t lanes, const float* a,
-                                       int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                                       int64_t c_stride) {
-  product_lanes<true, kProductVectors>(rows, depth, lanes, a, a_stride, b, b_stride, c, c_stride);
+template <bool kTransposed>
+void multiply_planes(int64_t rows, int64_t depth, int64_t lanes, const float* a, int64_t a_stride,
+                     const float* b, float* c, int64_t c_stride) {
+  for (int64_t lane = 0; lane < lanes; lane += kStrip) {
+    const int64_t left = lanes - lane;
+    product_lanes<kTransposed, kProductVectors>(rows, depth, left < kStrip ? left : kStrip, a,
+                                                a_stride, b + lane * depth, kStrip, c + lane,
+                                                c_stride);
+  }
 }
 
 }  // namespace fastnce::FASTNCE_ISA

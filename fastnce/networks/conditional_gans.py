@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnce.networks.layers import spectral_norm
+from fastnce.networks.layers import Conv3x3, spectral_norm
 
 NORM_EPS = 1e-4
 SPECTRAL_EPS = 1e-6
@@ -31,6 +31,8 @@ def conv2d(
     spectral: bool,
 ) -> nn.Module:
     """Convolution, orthogonal at first, whose map keeps its size at stride 1 (odd kernel) or halves at 2 (kernel 4)."""
+    if (kernel, stride) == (3, 1):
+        return _prepared(Conv3x3(in_channels, out_channels, bias=bias), spectral)
     padding = (kernel - 1) // 2
     layer = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=bias)
     return _prepared(layer, spectral)

@@ -87,12 +87,23 @@ class Upsample(nn.Module):
 class Conv3x3(nn.Conv2d):
     """3x3 convolution that keeps the size, padded with zeros; with `reflect` with the mirror image, in this op itself."""
 
-    def __init__(self, in_channels: int, out_channels: int, reflect: bool = False) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
+    def __init__(
+        self, in_channels: int, out_channels: int, reflect: bool = False, bias: bool = True
+    ) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
         self.reflect = reflect
 
     def forward(self, x: Tensor) -> Tensor:
         return conv3x3(x, self.weight, self.bias, reflect=self.reflect)
+
+
+def conv_without_bias(
+    in_channels: int, out_channels: int, kernel: int, stride: int = 1
+) -> nn.Conv2d:
+    """Convolution with an odd kernel, padded so that stride 1 keeps the size: what comes before a norm."""
+    if (kernel, stride) == (3, 1):
+        return Conv3x3(in_channels, out_channels, bias=False)
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
 
 
 class StridedConv1x1(nn.Conv2d):

@@ -8,7 +8,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnce.networks.layers import StridedConv1x1
+from fastnce.networks.layers import StridedConv1x1, conv_without_bias
 
 Stem = Literal["cifar", "imagenet"]
 
@@ -30,9 +30,9 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = _conv(in_channels, width, 3, stride)
+        self.conv1 = conv_without_bias(in_channels, width, 3, stride)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = _conv(width, width, 3)
+        self.conv2 = conv_without_bias(width, width, 3)
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample = _shortcut(in_channels, width, stride)
 
@@ -49,11 +49,11 @@ class Bottleneck(nn.Module):
     def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
         out_channels = width * self.expansion
-        self.conv1 = _conv(in_channels, width, 1)
+        self.conv1 = conv_without_bias(in_channels, width, 1)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = _conv(width, width, 3, stride)
+        self.conv2 = conv_without_bias(width, width, 3, stride)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = _conv(width, out_channels, 1)
+        self.conv3 = conv_without_bias(width, out_channels, 1)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.downsample = _shortcut(in_channels, out_channels, stride)
 
@@ -107,7 +107,7 @@ class ResNetEncoder(nn.Module):
         if stem not in ("cifar", "imagenet"):
             raise ValueError(f'ResNetEncoder: stem="{stem}": use "cifar" or "imagenet".')
         kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
-        self.conv1 = _conv(image_channels, base_channels, kernel, stride)
+        self.conv1 = conv_without_bias(image_channels, base_channels, kernel, stride)
         self.bn1 = nn.BatchNorm2d(base_channels)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1) if stem == "imagenet" else nn.Identity()
         self.num_stages = len(blocks)
@@ -138,15 +138,11 @@ class ResNetEncoder(nn.Module):
             yield x
 
 
-def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
-
-
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     conv = (
-        _conv(in_channels, out_channels, 1)
+        conv_without_bias(in_channels, out_channels, 1)
         if stride == 1
         else StridedConv1x1(in_channels, out_channels, stride)
     )

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnce.errors import UserError
-from fastnce.networks.layers import StridedConv1x1
+from fastnce.networks.layers import StridedConv1x1, conv_without_bias
 from fastnce.networks.resnet_encoder import RESNETS, BasicBlock
 from fastnce.networks.stylegan2 import EqualLinear
 from fastnce.networks.weights import load_strictly, read_state_dict
@@ -55,9 +55,9 @@ class IRUnit(nn.Module):
             )
         self.res_layer = nn.Sequential(
             nn.BatchNorm2d(in_channels),
-            _conv3(in_channels, out_channels),
+            conv_without_bias(in_channels, out_channels, 3),
             nn.PReLU(out_channels),
-            _conv3(out_channels, out_channels, stride),
+            conv_without_bias(out_channels, out_channels, 3, stride),
             nn.BatchNorm2d(out_channels),
             SqueezeExcitation(out_channels),
         )
@@ -86,7 +86,7 @@ def _resnet34_layers(in_channels: int) -> OrderedDict[str, nn.Module]:
         for index in range(count):
             blocks.append(BasicBlock(before, width, 2 if stage and index == 0 else 1))
             before = width
-    conv = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+    conv = conv_without_bias(in_channels, 64, 7, 2)
     return OrderedDict(conv1=conv, bn1=nn.BatchNorm2d(64), relu=nn.PReLU(64), body=blocks)
 
 
@@ -112,11 +112,9 @@ def _put_group_norms(module: nn.Module) -> None:
 
 
 def _stem(in_channels: int, width: int) -> nn.Sequential:
-    return nn.Sequential(_conv3(in_channels, width), nn.BatchNorm2d(width), nn.PReLU(width))
-
-
-def _conv3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+    return nn.Sequential(
+        conv_without_bias(in_channels, width, 3), nn.BatchNorm2d(width), nn.PReLU(width)
+    )
 
 
 class MapToStyle(nn.Module):

@@ -31,6 +31,7 @@ from fastnce.networks.stylegan2 import (
     flatten_biases,
 )
 from fastnce.networks.weights import load_strictly, read_plain
+from fastnce.ops.conv3x3 import conv3x3
 
 Noise = Literal["fixed", "random"]
 
@@ -94,10 +95,12 @@ class ModulatedConv2d(nn.Module):
         style = self.modulation(w)  # (B, in)
         weight = self.weight[0] * self.scale
         x = x * style[:, :, None, None]
-        if self.blur is None:
-            x = F.conv2d(x, weight, padding=self.padding)
-        else:
+        if self.blur is not None:
             x = self.blur(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2))
+        elif self.padding == 1:
+            x = conv3x3(x, weight)
+        else:
+            x = F.conv2d(x, weight)
         if self.demodulate:
             norms = style.square() @ weight.square().sum((2, 3)).T  # (B, out)
             x = x * torch.rsqrt(norms + DEMODULATION_EPS)[:, :, None, None]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnce.networks.layers import checked_taps, run_with_taps
+from fastnce.ops.conv3x3 import conv3x3
 
 SLOPE = 0.2  # of the leaky ReLU
 DEMODULATION_EPS = 1e-8
@@ -62,7 +63,10 @@ class EqualConv2d(nn.Module):
         self.stride, self.padding = stride, padding
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight * self.scale, stride=self.stride, padding=self.padding)
+        weight = self.weight * self.scale
+        if (weight.shape[-1], self.stride, self.padding) == (3, 1, 1):
+            return conv3x3(x, weight)
+        return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
 
 
 class EqualLinear(nn.Module):

@@ -152,5 +152,8 @@ def test_signatures(library, name):
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match=r"memory_bank_size must be 0, for no bank, or \(size, dim of the features\), got 12"):
+    with pytest.raises(
+        ValueError,
+        match=r"memory_bank_size must be 0, for no bank, or \(size, dim of the features\), got 12",
+    ):
         lightly.NTXentLoss(memory_bank_size=12)
