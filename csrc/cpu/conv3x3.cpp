@@ -302,6 +302,7 @@ Tensor conv3x3_input_gradient(const Tensor& grad, const Tensor& weight, bool ref
   const int64_t border = reflect ? 2 : 0;
   const int64_t height = size.height + border, width = size.width + border;
   Tensor out = new_tensor(grad, {size.images, height, width, inputs}, grad.scalar_type());
+  ask_for_huge_pages(out);
   const TileGrid grid(size, height, width, reflect ? 2 : 1, false);
   with_map_type(grad, [&](auto zero) {
     using Element = decltype(zero);
@@ -312,6 +313,7 @@ Tensor conv3x3_input_gradient(const Tensor& grad, const Tensor& weight, bool ref
     folded.channels = inputs;
     const Tensor padded = out;
     out = new_tensor(grad, {size.images, size.height, size.width, inputs}, grad.scalar_type());
+    ask_for_huge_pages(out);
     fold_border(folded, map_data<Element>(padded), new_map_data<Element>(out));
   });
   return out;
