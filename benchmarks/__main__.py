@@ -25,7 +25,7 @@ from fastnce.errors import UserError, known
 from fastnce.precision import float32_products
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_SIZES = ("quick", "full", "table", "target")
+_SIZES = ("quick", "full", "small", "table", "target")
 _OF_ALL_OPS = ("all", "table", "demo")
 _COMMANDS = {
     "all": "all ops",
@@ -51,6 +51,7 @@ examples:
   python -m benchmarks info_nce
   python -m benchmarks patch_nce --dtype float32 bfloat16 --size full --seconds 10
   python -m benchmarks all --out out/benchmarks
+  python -m benchmarks all --size small --threads 1 --no-compile
   python -m benchmarks table --out benchmarks/results"""
 
 
@@ -74,7 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--seconds", type=_positive, help="timing of a case (default 5); demo: of all (default 30)")
     add("--out", type=Path, metavar="DIR", help="folder of the report; without it, it is printed")
     add("--dtype", nargs="+", choices=_DTYPES, help="of the inputs (default: float32 on a CPU)")
-    add("--size", choices=_SIZES, help="cases (default quick; steps: full); target: on a GPU")
+    add(
+        "--size",
+        choices=_SIZES,
+        help="cases (default quick; steps: full); small: 64 x 128; target: on a GPU",
+    )
     add(
         "--precision",
         choices=("highest", "high", "medium"),
@@ -187,7 +192,8 @@ def _benchmark(args: argparse.Namespace) -> int:
     title = "Fused losses against plain PyTorch" if args.command in _OF_ALL_OPS else args.command
     title = f"{title} on {facts['device']}"
     name = machine.slug(facts["device"])
-    stem = {"demo": "demo", "all": name}.get(args.command, f"{name}-{args.command}")
+    of_all = name if size == "quick" else f"{name}-{size}"
+    stem = {"demo": "demo", "all": of_all}.get(args.command, f"{name}-{args.command}")
     rates = machine.matmul_rates(device, dtypes)
     settings = {
         "command": args.command,

@@ -61,7 +61,7 @@ class Case:
         products: how many N x M x D matrix products loss and gradients cannot do without; 0 if there is no product.
         pairs: ``shape -> N * M``, summed over whatever is batched.
         options: further arguments of the op, the same for every provider.
-        sets: the sets (``quick``, ``full``, ``demo``, ``table``, ``target``) that it belongs to.
+        sets: the sets (``quick``, ``full``, ``demo``, ``small``, ``table``, ``target``) that it belongs to.
         devices: the device types that it is meant for.
         gate_only: arguments given for the gate but left out (None) when timed, such as positions to be drawn.
         gate_limits: sizes that the gate does not exceed, where a rival needs too much at the timed ones.
@@ -429,6 +429,10 @@ DIGITS = replace(DRAWN, options={"num_patches": 64})
 _MAPS = "CUT's 5 maps, 1 image, "
 _CUT = "full table target"
 CASES = [
+    _case(ONE_WAY, "small", N=64, D=128),
+    _case(FIXED, "small", N=64, D=128),
+    _case(BOTH_WAYS, "small", N=64, D=128),
+    _case(IDS, "small", N=64, D=128),
     _case(ONE_WAY, "quick full demo", "cpu", N=2048, D=256),
     _case(ONE_WAY, "full", "cpu", N=4096, D=256),
     _case(ONE_WAY, "full table", "cpu", N=16384, D=256),
@@ -463,6 +467,7 @@ CASES = [
     _case(MOCO, "quick full target", "cuda", N=256, M=65536, D=128),
     _case(PATCHES, "quick full demo table target", label="CUT, 1 image"),
     _case(PATCHES, "full table", label="16 patches, 1 image", S=16),
+    _case(PATCHES, "small", label="1 layer of 64 patches, D = 128", layers=1, S=64, D=128),
     _case(PATCHES, "full", label="CUT, 8 images", B=8),
     _case(PATCHES, "full target", label="CUT, 16 images", B=16),
     _case(PATCHES, "quick full", label="64 patches, 8 images", B=8, S=64),
@@ -471,29 +476,35 @@ CASES = [
     _case(FEATURES, "quick full", layers=4, B=1, S=256),
     _case(FEATURES, "full", layers=1, B=16, S=1024),
     _case(FEATURES_FLOWING, "full", layers=1, B=16, S=1024),
+    _case(TWO_C, "small", label="10 classes", N=64, D=128, classes=10),
     _case(TWO_C, "quick full demo", label="CIFAR10", N=64, D=512, classes=10),
     _case(TWO_C, "quick full", label="ImageNet-128", N=256, D=1536, classes=1000),
     _case(TWO_C, "full table target", label="Tiny ImageNet", N=1024, D=768, classes=200),
     _case(TWO_C, "full target", label="large batch", N=2048, D=1536, classes=1000),
+    _case(DIGITS, "small", label="5 maps of an image of 32 x 32", image=32, S=64),
     _case(SAMPLING, "quick full", label=f"{_MAPS}given positions"),
     _case(DRAWN, f"quick demo {_CUT}", label=f"{_MAPS}drawn positions"),
     _case(FORWARD, _CUT, label=f"{_MAPS}forward alone"),
     _case(TAP, _CUT, label=f"{_MAPS}inside a network"),
     _case(DRAWN, "full", label="CUT's 5 maps, 4 images, drawn positions", B=4),
     _case(DIGITS, "full", label="digits, 8 images of 32 x 32", B=8, image=32, S=64),
+    _case(SUP_CON, "small", N=64, D=128, classes=10),
     _case(SUP_CON, "quick full", N=512, D=128, classes=10),
     _case(SUP_CON, "quick full", N=2048, D=128, classes=100),
     _case(SUP_CON, "full", "cpu", N=8192, D=128, classes=1000),
     _case(SUP_CON_EACH, "full", "cpu", N=2048, D=128, classes=32),
     _case(SUP_CON_GROUPS, "full table", "cpu", N=8192, D=128, per_class=4),
     _case(SUP_CON, "full", "cuda", N=32768, D=128, classes=1000),
+    _case(NT_XENT, "small", N=32, D=128),
     _case(NT_XENT, "quick full", N=256, D=128),
     _case(NT_XENT, "quick full", N=1024, D=128),
     _case(NT_XENT, "full table", "cpu", N=4096, D=128),
     _case(NT_XENT, "full", "cuda", N=16384, D=128),
+    _case(SIGLIP, "small", N=64, D=128),
     _case(SIGLIP, "quick full", N=1024, D=256),
     _case(SIGLIP, "full table", "cpu", N=16384, D=256),
     _case(SIGLIP, "full", "cuda", N=32768, D=768),
+    _case(PAIRWISE, "small", N=64, M=64, D=128),
     _case(BATCHED, "full", B=64, N=64, M=64, D=64),
     _case(PAIRWISE, "quick full", N=256, M=256, D=256),
     _case(PAIRWISE, "quick full", N=2048, M=2048, D=256),

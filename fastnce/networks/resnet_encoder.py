@@ -37,8 +37,8 @@ class BasicBlock(nn.Module):
         self.downsample = _shortcut(in_channels, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+        y = F.relu_(self.bn1(self.conv1(x)))
+        return F.relu_(self.bn2(self.conv2(y)) + self.downsample(x))
 
 
 class Bottleneck(nn.Module):
@@ -58,9 +58,9 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+        y = F.relu_(self.bn1(self.conv1(x)))
+        y = F.relu_(self.bn2(self.conv2(y)))
+        return F.relu_(self.bn3(self.conv3(y)) + self.downsample(x))
 
 
 class ResNetEncoder(nn.Module):
@@ -131,7 +131,7 @@ class ResNetEncoder(nn.Module):
 
     def stages(self, images: Tensor) -> Iterator[Tensor]:
         """The map behind the stem, then that of each stage, as they are computed."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(F.relu_(self.bn1(self.conv1(images))))
         yield x
         for stage in range(self.num_stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)
