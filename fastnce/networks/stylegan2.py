@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_input
 
 from fastnce.networks.layers import checked_taps, run_with_taps
 from fastnce.ops.conv3x3 import conv3x3
@@ -114,52 +113,9 @@ class Blur(nn.Module):
         self.padding, self.stride = padding, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.kernel.expand(x.shape[1], 1, -1, -1)
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return F.conv2d(x, weight, None, self.stride, self.padding, groups=x.shape[1])
-        return _Filtered.apply(x, weight, self.stride, self.padding)
-
-
-class _Filtered(torch.autograd.Function):
-    """A fixed filter on each channel. Its gradient is differentiable alike; PyTorch's goes channel by channel then."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-        return F.conv2d(x, weight.to(x.dtype), None, stride, padding, groups=len(weight))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, weight, *ctx.how = inputs
-        ctx.shape = x.shape
-        ctx.save_for_backward(weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (weight,) = ctx.saved_tensors
-        return _FilteredBack.apply(grad, weight, ctx.shape, *ctx.how), None, None, None
-
-
-class _FilteredBack(torch.autograd.Function):
-    """The adjoint: of a gradient behind the filter that before it, of `shape`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(grad: Tensor, weight: Tensor, shape: Sequence[int], stride: int, padding: int):
-        how = {"stride": stride, "padding": padding, "groups": len(weight)}
-        return conv2d_input(shape, weight.to(grad.dtype), grad, **how)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        _, weight, _, *ctx.how = inputs
-        ctx.save_for_backward(weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (weight,) = ctx.saved_tensors
-        return _Filtered.apply(grad, weight, *ctx.how), None, None, None, None
+        channels = x.shape[1]
+        kernel = self.kernel.expand(channels, 1, -1, -1)
+        return F.conv2d(x, kernel, stride=self.stride, padding=self.padding, groups=channels)
 
 
 class ConvLayer(nn.Sequential):
