@@ -165,8 +165,7 @@ void convolve(const Element* map, const TileGrid& grid, const Filters& filters, 
         const float* weight = weights.data() + first / kChannelBlock * kPlanes * filter_plane;
         for (int64_t p = 0; p < kPlanes; ++p) {
           products.multiply(tiles, inputs, lanes, patches.data() + p * plane, inputs,
-                            weight + p * filter_plane, sums.data() + p * sum_plane,
-                            kChannelBlock);
+                            weight + p * filter_plane, sums.data() + p * sum_plane, kChannelBlock);
         }
         kernels.transform_products(tiles, first, lanes, sums.data(), sum_plane, bias,
                                    targets.data());
