@@ -21,6 +21,7 @@ from benchmarks import (
     report,
     steps,
 )
+from fastnce.backends import native
 from fastnce.errors import UserError, known
 from fastnce.precision import float32_products
 
@@ -113,8 +114,12 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         known(args.command, (*cases.OPS, *_COMMANDS), "command")
         for name in (args.only or ()) if args.command == "steps" else ():
             known(name, tuple(steps.STEPS), "system")
+        if native.available() == "ok":
+            native.instruction_set()
     except UserError as error:
         parser.error(str(error))
+    except RuntimeError as error:  # FASTNCE_CPU_ISA
+        parser.error(str(error).splitlines()[0].partition("fastnce: ")[2])
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU on this machine; use --device cpu")
     if args.threads is not None and args.threads < 1:

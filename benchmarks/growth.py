@@ -126,11 +126,11 @@ def main(out: Path | None, size: str, limit: float) -> int:
 
     Args:
         out: folder for the files, or None.
-        size: ``"quick"``, up to 2^11 rows; else up to 2^18.
+        size: ``"full"``, up to 2^18 rows; else up to 2^11.
         limit: seconds that a call may take.
     """
     facts = machine.describe(torch.device("cpu"))
-    most, threads = 11 if size == "quick" else 18, torch.get_num_threads()
+    most, threads = 18 if size == "full" else 11, torch.get_num_threads()
     found: dict[str, Any] = {}
     for name in FORMS:
         arguments = (name, most, limit, threads)

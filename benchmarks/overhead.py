@@ -64,6 +64,7 @@ def _large() -> dict[str, Callable[[], object]]:
     import torch
 
     import fastnce
+    from fastnce.ops.conv3x3 import conv3x3
 
     generator = torch.Generator().manual_seed(0)
 
@@ -80,7 +81,11 @@ def _large() -> dict[str, Callable[[], object]]:
     queue, few, few_keys = rows(65536, 128).detach(), rows(256, 128), rows(256, 128).detach()
     layers = [rows(1, 256, 256) for _ in range(5)], [rows(1, 256, 256).detach() for _ in range(5)]
     labels = torch.randint(2048, (8192,), generator=generator)
+    last, weight = {"memory_format": torch.channels_last}, rows(256, 256, 3, 3)
+    maps, arriving = (rows(2, 256, 64, 64).detach().to(**last) for _ in range(2))
+    maps.requires_grad_()
     return {
+        "conv3x3 of 2 x 256 x 64 x 64": lambda: conv3x3(maps, weight).backward(arriving),
         "info_nce 16384 x 128": lambda: fastnce.info_nce(long, long_key).backward(),
         "info_nce 8192 x 256": lambda: fastnce.info_nce(query, key).backward(),
         "info_nce 8192 x 256, keys fixed": lambda: fastnce.info_nce(query, key.detach()).backward(),

@@ -1,7 +1,8 @@
 """The steps of CycleGAN, DCLGAN, SinCUT and pix2pix in plain eager PyTorch: what ``fastnce.models`` are timed and tested against.
 
 Written from the equations. Each step is over whatever networks it gets: the tests give it copies of the package's, the benchmark
-those of ``published_cut`` and the U-Net here, which share nothing with the package. Nothing is batched that is published apart.
+those of ``published_cut`` and the U-Net here, which share nothing with the package; SinCUT's are copies, of StyleGAN2's layers.
+Nothing is batched that is published apart.
 """
 
 from __future__ import annotations

